@@ -104,7 +104,7 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     from fulltune.inference.store import Rows
     from fulltune.tasks import Target, task_named
     from fulltune.train.loop.sampler import GlobalBatchSampler
-    from fulltune.train.worker.loading import untouched, with_method
+    from fulltune.train.worker.loading import apply_method, load_pretrained
 
     kind, changes, rows, blocks = CASES[case]
     model = tiny.save_model(tmp_path / "model", kind, **changes)
@@ -114,8 +114,8 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     summary, task = reached.summary, task_named(job.recipe.task)
     target = replace(Target.of(summary), logit_scale=summary.scale or (0.0, 1.0))
     torch.manual_seed(42)
-    bare, tokenizer, _ = untouched(job.recipe, task, target)
-    untrained = with_method(bare, job.recipe).model
+    bare, tokenizer, _ = load_pretrained(job.recipe, task, target)
+    untrained = apply_method(bare, job.recipe).model
     split = Rows(tmp_path / "run" / "data" / "train")
     first = GlobalBatchSampler(split["length"], 8, 8, 42, True).global_batches()[0]
     batch = task.collate([split[i] for i in first], tokenizer.pad_token_id)

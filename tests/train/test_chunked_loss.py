@@ -284,7 +284,7 @@ def test_evaluation_in_pieces_keeps_the_same_numbers(precision: str) -> None:
 
 
 def check_of(outcome: Any) -> str:
-    return next(check.result for check in outcome.checks if check.name == "loss in pieces")
+    return next(check.result for check in outcome.checks if check.name == "chunked loss")
 
 
 def test_a_run_in_pieces_is_the_run_with_whole_logits(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_run_in_pieces_is_the_run_with_whole_logits(tmp_path: Path) -> None:
         )
         assert reached.outcome is not None
         names = [check.name for check in reached.outcome.checks]
-        assert ("loss in pieces" in names) == pieces_wanted
+        assert ("chunked loss" in names) == pieces_wanted
         losses.append([event["loss"] for event in runs.events(folder, "train")])
         if pieces_wanted:
             assert check_of(reached.outcome).startswith("yes; ")

@@ -70,7 +70,7 @@ def test_selective_head_and_chunked_loss_stay_on_with_rows_of_all_lengths(
 
     found = results(outcome)
     assert found["logits of trained tokens only"].startswith("yes")
-    assert found["loss in pieces"].startswith("yes")
+    assert found["chunked loss"].startswith("yes")
     assert counters["stats"]["unique_graphs"] <= EACH_KIND
     with safe_open(tmp_path / "True" / "run" / "models" / "full" / "model.safetensors", "pt") as saved:
         names = set(saved.keys())

@@ -65,7 +65,7 @@ def test_each_pass_of_a_run_with_fp32_weights_reaches_the_kernel_in_16_bits(
     assert reached.outcome is not None
     checks = {one.name: one.result for one in reached.outcome.checks}
     assert checks["logits of trained tokens only"].startswith("yes")
-    assert checks["loss in pieces"].startswith("yes")
+    assert checks["chunked loss"].startswith("yes")
     assert set(seen) == {torch.bfloat16}
 
 

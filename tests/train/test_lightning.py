@@ -95,7 +95,7 @@ def test_metrics_are_monitored_and_the_best_checkpoint_is_saved_as_a_plain_folde
     for name, values in loaded.state_dict().items():
         torch.testing.assert_close(values, job.module.model.state_dict()[name], rtol=0, atol=0)
     (answer,) = api.load_predictor(tmp_path / "model").predict([{"text": label_rows()[0]["text"]}])
-    assert answer["label"] in job.module.learning.summary.labels
+    assert answer["label"] in job.module.objective.summary.labels
 
 
 def test_what_cannot_be_had_with_lightning_is_refused_all_at_once(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_trainer_must_train_the_planned_global_batches(
     )
     summary: Any = SimpleNamespace(splits={"train": SimpleNamespace(rows=rows)}, mixed=())
     module: Any = object.__new__(FineTuningModule)
-    module.plan, module.learning = plan, SimpleNamespace(summary=summary)
+    module.plan, module.objective = plan, SimpleNamespace(summary=summary)
     module.trainer = SimpleNamespace(strategy=strategy(), world_size=world_size, accumulate_grad_batches=4)
     if problem:
         with pytest.raises(SetupError, match=problem):
@@ -325,7 +325,7 @@ def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, given: str) -
     written(tmp_path, rows=label_rows()[:28], train=changes, method={"head_init": "random"})
     steps = Steps()
     trainer, job = fitted(tmp_path, steps)
-    assert job.module.learning.summary.splits["train"].rows % 4 == 0
+    assert job.module.objective.summary.splits["train"].rows % 4 == 0
     here = [sys.executable, "-m", "tests.train.lightning_on_cpu", str(tmp_path), *given.split()]
     done = subprocess.run(here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.loop.trainer import ITEMS, collated
 from fulltune.train.optim.groups import planned_optimizer
 from fulltune.train.worker import distributed, loading
-from fulltune.train.worker.loading import Learning
+from fulltune.train.worker.loading import Objective
 
 PREFIX = "eval_"
 """Before the names of the task's metrics."""
@@ -51,10 +51,10 @@ class FineTuningModule:
     load_state_dict: Any
 
     def __init__(
-        self, learning: Learning, tokenizer: Any, head: SelectiveHead | None, rows: Any, eval_rows: Any
+        self, objective: Objective, tokenizer: Any, head: SelectiveHead | None, rows: Any, eval_rows: Any
     ) -> None:
         super().__init__()
-        self.learning, self.plan, self.model = learning, learning.plan, learning.model
+        self.objective, self.plan, self.model = objective, objective.plan, objective.model
         self.tokenizer, self.rows, self.eval_rows = tokenizer, rows, eval_rows
         self.head = head
         """Gives only the logits that the loss uses; None: gives all."""
@@ -72,7 +72,7 @@ class FineTuningModule:
 
     def on_fit_start(self) -> None:
         """Refuse a Trainer that would train other global batches than planned, or would in silence."""
-        trainer, plan, summary = self.trainer, self.plan, self.learning.summary
+        trainer, plan, summary = self.trainer, self.plan, self.objective.summary
         kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
         in_deepspeed = "DeepSpeedStrategy" in kinds  # it comes from DDP's
         is_whole = not in_deepspeed and not {"SingleDeviceStrategy", "DDPStrategy"}.isdisjoint(kinds)
@@ -126,10 +126,10 @@ class FineTuningModule:
     def _summed_loss(self, batch: dict[str, Any]) -> torch.Tensor:
         labels, trained, head = batch.pop("labels"), batch.pop(TRAINED, None), self.head
         if head is None:
-            return self.learning.loss(self.model(**batch), labels)
+            return self.objective.loss(self.model(**batch), labels)
         wanted = head.wanted(labels).flatten().index_select(0, trained)
         with head.only(labels, trained, in_pieces=head.in_pieces and self.plan.chunked_loss):
-            return self.learning.loss(self.model(**batch), wanted)
+            return self.objective.loss(self.model(**batch), wanted)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Skip a step whose loss or gradient is not finite, or that is suspect, and raise where trouble stays."""
@@ -144,7 +144,7 @@ class FineTuningModule:
         loss, rows, norm = [*trainer.strategy.reduce(own, reduce_op="mean").tolist(), None][:3]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and scaler.get_scale() >= 1
-        finite_only = not self.learning.recipe.train.skip_suspect_steps
+        finite_only = not self.objective.recipe.train.skip_suspect_steps
         verdict = step_guard.judge(
             self.guard_history, step, loss, norm, rows=rows, scaled=scaled, finite_only=finite_only
         )
@@ -164,18 +164,18 @@ class FineTuningModule:
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the task's metrics of all eval rows, which all processes share: the same in each."""
-        trainer, plan, learning = self.trainer, self.plan, self.learning
+        trainer, plan, objective = self.trainer, self.plan, self.objective
         order, size = by_length(self.eval_rows), plan.eval_batch_size
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
         rows, batching = Share(self.eval_rows, positions), Batching(size, plan.precision, self.head)
-        reduced = run_rows(self.model, rows, learning.task, learning.target, learning.pad_token_id, batching)
+        reduced = run_rows(self.model, rows, objective.task, objective.target, objective.pad_token_id, batching)
         predictions = distributed.gather_rows(reduced, positions[:count])
-        for name, value in learning.task.metrics(predictions, learning.target).items():
+        for name, value in objective.task.metrics(predictions, objective.target).items():
             self.log(PREFIX + name, float(value), prog_bar=name == plan.metric, sync_dist=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """The plan's optimizer with its groups, and its schedule."""
-        plan, recipe = self.plan, self.learning.recipe
+        plan, recipe = self.plan, self.objective.recipe
         # With mixed precision Lightning 2.6.6 clips no gradients of a fused optimizer, also with bf16.
         is_mixed = plan.precision != "fp32" and plan.weights_dtype == "fp32"
         unfused = plan.optim in OWN_OPTIMIZERS or (is_mixed and plan.optim == "adamw_torch_fused")
@@ -209,7 +209,7 @@ class TrainBatches:
         self.module, self.trainer = module, trainer
         plan = module.plan
         batches = (plan.global_batch_size, plan.micro_batch_size, plan.seed, plan.group_by_length, trainer.world_size)
-        mixed = loading.mixed_ranges(module.learning.summary)
+        mixed = loading.mixed_ranges(module.objective.summary)
         self.sampler = GlobalBatchSampler(module.rows["length"], *batches, mixed=mixed)
         self.given = 0
         """Micro batches of this epoch so far."""
@@ -220,7 +220,7 @@ class TrainBatches:
         return len(self.sampler) // self.sampler.num_processes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        plan, learning, head = self.module.plan, self.module.learning, self.module.head
+        plan, objective, head = self.module.plan, self.module.objective, self.module.head
         self.sampler.set_epoch(self.trainer.current_epoch)
         self.given, self.first = self.first, 0
         # In turn, as accelerate gives them out.
@@ -228,7 +228,7 @@ class TrainBatches:
         loader = DataLoader(
             self.module.rows,
             batch_sampler=own[self.given :],
-            collate_fn=lambda rows: collated(rows, learning.collate, learning.task.count_items, head),
+            collate_fn=lambda rows: collated(rows, objective.collate, objective.task.count_items, head),
             num_workers=plan.loader_workers,
             multiprocessing_context="fork" if plan.loader_workers else None,
             pin_memory=plan.device != "cpu",

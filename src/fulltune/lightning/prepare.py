@@ -32,7 +32,7 @@ from fulltune.tasks import Target, task_named
 from fulltune.train.optim import zero
 from fulltune.train.worker import loading, weights
 from fulltune.train.worker.checks import stop_generation_at, trained_ends
-from fulltune.train.worker.loading import Learning
+from fulltune.train.worker.loading import Objective
 
 _PACKAGES = ("lightning", "pytorch_lightning")
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -101,7 +101,7 @@ class FineTuning:
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments of `lightning.Trainer` that follow from the plan: devices, type, batches, steps, evaluations."""
-        plan, train = self.module.plan, self.module.learning.recipe.train
+        plan, train = self.module.plan, self.module.objective.recipe.train
         values: dict[str, Any] = {
             "accelerator": "cpu" if plan.device == "cpu" else "gpu",
             "devices": train.processes_per_machine,
@@ -142,7 +142,7 @@ class FineTuning:
         Raises:
             SetupError: When the strategy has sharded the weights.
         """
-        module, learning = self.module, self.module.learning
+        module, objective = self.module, self.module.objective
         if checkpoint is not None:
             module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
         elif module.sharded_by and not zero.holds(module.model):
@@ -154,8 +154,8 @@ class FineTuning:
         if not is_first and not zero.holds(module.model):
             return
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
-        applied = methods.Applied(learning.model, learning.recipe.method)
-        weights.save_model(applied, module.tokenizer, Path(folder), learning.recipe, learning.summary, is_first)
+        applied = methods.Applied(objective.model, objective.recipe.method)
+        weights.save_model(applied, module.tokenizer, Path(folder), objective.recipe, objective.summary, is_first)
 
 
 def prepare(
@@ -207,11 +207,11 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary) -> tuple[Any, ...]:
     recipe, task, data = job.recipe, task_named(job.recipe.task), job.folder / "data"
     transformers.set_seed(plan.seed)
     target = Target.of(summary)
-    model, tokenizer, new = loading.untouched(recipe, task, target)
-    learning = Learning(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
+    model, tokenizer, new = loading.load_pretrained(recipe, task, target)
+    objective = Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and new is not None and new.order is None:
-        loading.start_from_probe(learning, new, tokenizer, job.folder, torch.device(plan.device))
-    loading.with_method(model, recipe)
+        loading.start_from_probe(objective, new, tokenizer, job.folder, torch.device(plan.device))
+    loading.apply_method(model, recipe)
     loading.make_faster(model, recipe, plan, summary)
     if plan.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -220,4 +220,4 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary) -> tuple[Any, ...]:
     if summary.form.writes_answers:
         stop_generation_at(model, trained_ends(Rows(data / "train"), tokenizer)[1])
     head = selective_head.verified(model, task, two)[0]
-    return learning, tokenizer, head, rows, eval_rows
+    return objective, tokenizer, head, rows, eval_rows

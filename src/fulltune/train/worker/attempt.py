@@ -53,7 +53,7 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
         inputs=inputs,
         loaded=loaded,
         trainer=trainer,
-        evaluator=Evaluator(inputs, trainer, loaded.learning.target, head_is_new),
+        evaluator=Evaluator(inputs, trainer, loaded.objective.target, head_is_new),
         monitor=DriftMonitor(inputs, trainer),
         checkpoints=Checkpoints(inputs.request, inputs.journal, inputs.observed),
         checks=[],

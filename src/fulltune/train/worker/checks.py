@@ -1,14 +1,15 @@
-"""What is verified just before step 1, on the real model and the real rows."""
+"""Checks of the real model and rows before step 1."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fulltune import methods
 from fulltune.errors import GuardStop
@@ -24,77 +25,79 @@ from fulltune.tasks import Task
 from fulltune.tasks.causal_lm import end_token
 from fulltune.tasks.padding import IGNORED
 from fulltune.text import counted
+from fulltune.train.loop.callbacks import Recorder
 from fulltune.train.loop.inputs import AttemptInputs
+from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker.dry_run import batch_of, check_of
-from fulltune.train.worker.loading import Loaded, Scaled
+from fulltune.train.worker.loading import Loaded, ScaledHead
 
 _APART = "texts in one row are kept apart"
 _SELECTIVE = "logits of trained tokens only"
-_PIECES = "loss in pieces"
+_CHUNKED = "chunked loss"
 
 
-def before_training(inputs: AttemptInputs, loaded: Loaded, trainer: Any) -> list[Check]:
-    """Run all checks but the dry run; the caller refuses to train when one did not pass."""
+def before_training(inputs: AttemptInputs, loaded: Loaded, trainer: FullTrainer) -> list[Check]:
+    """Run all checks but the dry run; the caller refuses to train if one fails."""
     plan, summary, rows = inputs.plan, inputs.summary, loaded.rows
-    writes, model = inputs.task.FACTS.writes, trainer.model
-    train, found = summary.splits["train"], trainer.args.world_size
+    writes, model = inputs.task.FACTS.writes, loaded.objective.model
+    train, world_size = summary.splits["train"], trainer.args.world_size
     truncated = f"{train.truncated_rows} of {train.rows} at {summary.max_length} tokens"
-    processes = f"{found}, asked for {plan.num_processes}"
+    processes = f"{world_size}, asked for {plan.num_processes}"
     checks = [
         _parameters(model, plan),
-        Check(name="processes", result=processes, passed=found == plan.num_processes),
+        Check(name="processes", result=processes, passed=world_size == plan.num_processes),
         Check(name="truncated rows", result=truncated, passed=True),
         _dropout(model),
     ]
     if loaded.head is not None:
         head, start = loaded.head, loaded.head_start
-        about = head.in_words if start is None else f"new, {start.in_words}; {head.why}"
-        problem = _too_coarse(loaded.scaled, summary.scale)
-        said = problem or "; ".join(filter(None, [about, loaded.about_scale]))
-        checks.append(Check(name="head", result=said, passed=not problem))
+        origin = head.in_words if start is None else f"new, {start.in_words}; {head.why}"
+        problem = _coarse_weights(loaded.scaled, summary.scale)
+        result = problem or "; ".join(filter(None, [origin, loaded.scale_note]))
+        checks.append(Check(name="head", result=result, passed=problem is None))
     if writes:
         checks.append(_trained_tokens(rows))
     if summary.form.writes_answers:
-        # Of raw text that is mixed in, a piece may end where the text goes on.
-        checks.append(_end_tokens(inputs, trainer, Rows(inputs.data / "train")))
+        # Only the task's rows: mixed-in raw text may be cut in the middle.
+        checks.append(_end_tokens(inputs, loaded, Rows(inputs.data / "train")))
     if summary.packed:
-        checks.append(_texts_apart(trainer))
+        checks.append(_texts_apart(trainer, model))
     if writes:
         checks.append(_selective_head(trainer, rows, inputs.task, own_loss=inputs.has_own_loss))
         if plan.chunked_loss:
-            asked = inputs.recipe.train.chunked_loss is True
-            checks.append(_loss_in_pieces(trainer, checks[-1].result, asked))
+            is_required = inputs.recipe.train.chunked_loss is True
+            checks.append(_chunked_loss(trainer, checks[-1].result, is_required))
     return checks
 
 
-def refuse_failed(checks: Sequence[Check], recorder: Any) -> None:
-    """Show the checks; stop when one did not pass."""
+def refuse_failed(checks: Sequence[Check], recorder: Recorder) -> None:
+    """Record the checks; raises GuardStop if one failed."""
     recorder.write(ChecksDone(checks=tuple(checks)))
     failed = [check for check in checks if not check.passed]
     if failed:
         raise GuardStop([f"{check.name}: {check.result}" for check in failed])
 
 
-def _parameters(model: Any, plan: Plan) -> Check:
+def _parameters(model: PreTrainedModel, plan: Plan) -> Check:
     """Exactly as many as planned; by full fine-tuning all."""
     fixed = methods.computed(model)
     parameters = [parameter for name, parameter in model.named_parameters() if name not in fixed]
     trainable = sum(_values(parameter) for parameter in parameters if parameter.requires_grad)
     total = sum(map(_values, parameters))
-    kinds = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
     return Check(
         name="trainable parameters",
-        result=f"{trainable:,} of {total:,} ({', '.join(kinds)})",
+        result=f"{trainable:,} of {total:,} ({', '.join(dtypes)})",
         passed=trainable == (total if plan.num_frozen_parameters == 0 else plan.num_trainable_parameters),
     )
 
 
-def _values(parameter: Any) -> int:
-    """ZeRO's stage 3 leaves an empty tensor and notes its size."""
+def _values(parameter: torch.nn.Parameter) -> int:
+    # ZeRO stage 3 leaves an empty tensor and notes its size.
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _dropout(model: Any) -> Check:
+def _dropout(model: PreTrainedModel) -> Check:
     modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
     shares = ", ".join(sorted({f"{module.p:g} becomes {threshold(module.p) / STEPS:.6g}" for module in modules}))
     ours = f"{counted(len(modules), 'module')}, with random numbers of 16 bits for speed ({shares})"
@@ -102,13 +105,13 @@ def _dropout(model: Any) -> Check:
 
 
 def _last_trained(rows: Rows) -> np.ndarray:
-    """tokens[rows]: each row's last trained token, IGNORED where it has none."""
-    found = []
+    """Return each row's last trained token, or IGNORED if it has none: [rows]."""
+    tokens = []
     for flat, offsets in rows.lists("labels"):
         positions = np.where(flat != IGNORED, np.arange(len(flat)), -1)
         last = np.maximum.reduceat(positions, offsets[:-1])
-        found.append(np.where(last >= offsets[:-1], flat[last], IGNORED))
-    return np.concatenate(found)
+        tokens.append(np.where(last >= offsets[:-1], flat[last], IGNORED))
+    return np.concatenate(tokens)
 
 
 def _trained_tokens(rows: Rows) -> Check:
@@ -116,20 +119,19 @@ def _trained_tokens(rows: Rows) -> Check:
     return Check(name="rows with trained tokens", result=f"{len(rows) - without} of {len(rows)}", passed=without == 0)
 
 
-def _texts_apart(trainer: Any) -> Check:
-    """On the real weights, what the data stage found out on a copy of the architecture."""
+def _texts_apart(trainer: FullTrainer, model: PreTrainedModel) -> Check:
     if trainer.is_deepspeed_enabled:
-        result = "on a one-layer copy of the model; not tried on its weights, which ZeRO shares out"
+        result = "on a one-layer copy of the model; not tried on its weights, which ZeRO shards"
         return Check(name=_APART, result=result, passed=True)
-    problem = leak(trainer.model, trainer.model.config.model_type)
+    problem = leak(model, model.config.model_type)
     return Check(name=_APART, result=problem or "yes", passed=problem is None)
 
 
-def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Check:
-    """Give the trainer its selective head; without one, training is slower and the same."""
-    if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists when training begins
-        result = "off: ZeRO shares out the model"
-    elif own_loss:  # it is given all logits
+def _selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:
+    """Give the trainer its selective head; without one, training is slower but gives the same weights."""
+    if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists once training begins
+        result = "off: ZeRO shards the model"
+    elif own_loss:  # needs all logits
         result = "off: compute_loss is your own"
     else:
         batch = batch_of(trainer, [rows[i] for i in by_length(rows)[-2:]])
@@ -137,22 +139,22 @@ def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Che
     return Check(name=_SELECTIVE, result=result, passed=True)
 
 
-def _loss_in_pieces(trainer: Any, about_head: str, asked: bool) -> Check:
-    """Without it, training takes more memory and is the same; only a recipe that asks for it is refused."""
-    result = about_head if trainer.head is None else trainer.head.about_pieces
+def _chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> Check:
+    """Check the chunked loss; without it training needs more memory, which only a recipe that requires it refuses."""
+    result = head_result if trainer.head is None else trainer.head.about_pieces
     possible = trainer.head is not None and trainer.head.in_pieces
-    if asked and not possible:
+    if is_required and not possible:
         result += "; remove train.chunked_loss"
-    return Check(name=_PIECES, result=result, passed=possible or not asked)
+    return Check(name=_CHUNKED, result=result, passed=possible or not is_required)
 
 
-def _end_tokens(inputs: AttemptInputs, trainer: Any, rows: Rows) -> Check:
-    """Every whole answer must end with a trained end token that survives padding and stops generation."""
-    tokenizer: Any = trainer.processing_class
+def _end_tokens(inputs: AttemptInputs, loaded: Loaded, rows: Rows) -> Check:
+    """Check that each untruncated answer ends with a trained end token that survives padding and stops generation."""
+    tokenizer = loaded.tokenizer
     last, ends = trained_ends(rows, tokenizer)
     without = sum(count for token, count in last.items() if token not in ends)
     cut = inputs.summary.splits["train"].truncated_rows
-    stop_generation_at(trainer.model, ends)
+    stop_generation_at(loaded.objective.model, ends)
     pair = [dict(rows[i]) for i in (by_length(rows)[0], by_length(rows)[-1])]
     padded = inputs.task.collate(pair, tokenizer.pad_token_id)
     survives = end_token({"labels": padded["labels"][1].tolist()}) == end_token(pair[1])
@@ -164,35 +166,37 @@ def _end_tokens(inputs: AttemptInputs, trainer: Any, rows: Rows) -> Check:
     )
 
 
-def trained_ends(rows: Rows, tokenizer: Any) -> tuple[dict[int, int], set[int]]:
-    """The rows' last trained tokens, each with the number of such rows, and those among them that are special."""
+def trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, int], set[int]]:
+    """Return how many rows end with each last trained token, and which of these tokens are special."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     tokens, counts = np.unique(_last_trained(rows), return_counts=True)
     last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
     return last, {token for token in last if token in special}
 
 
-def stop_generation_at(model: Any, ends: set[int]) -> None:
-    """A chat model's turn often ends with another token than the tokenizer's end token: generation must know both."""
+def stop_generation_at(model: PreTrainedModel, ends: set[int]) -> None:
+    """Add end tokens to the model's generation config: a chat turn often ends with another than the tokenizer's."""
     if not ends:
         return
-    present = model.generation_config.eos_token_id
-    present = {present} if isinstance(present, int) else set(present or ())
+    eos = model.generation_config.eos_token_id
+    present = {eos} if isinstance(eos, int) else set(eos or ())
     if not ends <= present:
         model.generation_config.eos_token_id = sorted(present | ends)
 
 
-def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
-    """A pass at the longest length through the engine; the loss times 0 leaves gradients of 0."""
-    engine = trainer.model_wrapped
+def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
+    """Run one pass at the longest length through DeepSpeed's engine, with a loss of 0 times itself."""
+    engine: Any = trainer.model_wrapped
     batch = batch_of(trainer, [rows[i] for i in by_length(rows)[: plan.micro_batch_size]])
     started = time.monotonic()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         engine.train()
         labels = batch.pop("labels")
         outputs = engine(**batch)
-        loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(trainer.count_items(labels)))
-        # All processes decide alike: in the backward pass each waits for the others.
+        loss = cast("Any", trainer.compute_loss_func)(
+            outputs, labels, num_items_in_batch=torch.tensor(trainer.count_items(labels))
+        )
+        # All ranks must decide alike: in the backward pass each waits for the others.
         finite = trainer.accelerator.reduce(loss.detach().isfinite().float(), reduction="sum")
         passed = int(finite) == trainer.accelerator.num_processes
         if passed:
@@ -201,14 +205,14 @@ def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
     return check_of(batch, float(loss.detach()), started, passed)
 
 
-def _too_coarse(scaled: Scaled | None, scale: tuple[float, float] | None) -> str:
-    """Why bf16 weights could not tell the targets apart; empty: they can, or the weights are others."""
+def _coarse_weights(scaled: ScaledHead | None, scale: tuple[float, float] | None) -> str | None:
+    """Describe targets that bf16 weights cannot distinguish; None if they can, or if the weights are not bf16."""
     if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
-        return ""
+        return None
     size, spread = max(abs(scale[0]), scale[1]), scale[1]
     apart = 2.0 ** (math.frexp(size)[1] - 8)  # bf16 has 8 digits
     if apart <= spread:
-        return ""
+        return None
     return (
         f"near {size:.3g} the numbers of bf16 weights (model.weights_dtype) lie {apart:.3g} apart, and the targets' "
         f"spread is {spread:.3g}; set weights_dtype: fp32"

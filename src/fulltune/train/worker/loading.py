@@ -1,4 +1,4 @@
-"""The model as training starts with it, and the trainer around it."""
+"""Loads model and rows for training, and creates the trainer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.utils.generic import ModelOutput
 
 from fulltune import methods, probe
 from fulltune.inference.run import autocast, by_length, logits_of, model_batch
@@ -38,14 +40,14 @@ from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim import zero
 
 
-def untouched(
+def load_pretrained(
     recipe: Recipe,
     task: Task,
     target: Target,
     before_weights: Callable[[], None] = lambda: None,
     shared_by: int = 1,
-) -> tuple[Any, Any, Head | None]:
-    """The pretrained model with the task's head, its processor, and what became of the head where it may be new."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Head | None]:
+    """Load the pretrained model with the task's head; returns it with its processor and the origin of the head."""
     base, heads = Base.of(recipe.model, recipe.task, recipe.data.chat_template), list[Head]()
     model = load(
         base,
@@ -60,8 +62,8 @@ def untouched(
     return model, base.processor, heads[0] if heads else None
 
 
-def with_method(model: Any, recipe: Recipe) -> methods.Applied:
-    """The model with what the method adds and freezes."""
+def apply_method(model: PreTrainedModel, recipe: Recipe) -> methods.Applied:
+    """Add and freeze parameters as the recipe's method requires."""
     copied = names_of(model, recipe.task, recipe.method.label) if recipe.method.kind in ("lora", "peft") else ()
     with sharding.whole_while_copied(model, copied):
         applied = methods.apply(model, recipe.method, recipe.task)
@@ -70,66 +72,68 @@ def with_method(model: Any, recipe: Recipe) -> methods.Applied:
 
 
 @dataclass(frozen=True)
-class Learning:
-    """What training makes of a run's rows, a batch and its loss, for transformers' Trainer and Lightning's."""
+class Objective:
+    """Makes batches from rows and computes their loss, for transformers' Trainer and Lightning's."""
 
     recipe: Recipe
     plan: Plan
     summary: DataSummary
     task: Task
-    model: Any
+    model: PreTrainedModel
     pad_token_id: int
     target: Target
-    """What is learned, with the units of the logits."""
+    """The labels or numbers to learn, with the scale of the logits."""
 
     @cached_property
     def _class_weights(self) -> Sequence[float] | None:
         return class_weights(self.recipe, self.summary)
 
     def collate(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A batch of rows, as the model reads it: `input_ids[rows, tokens]`, `labels` and what else the task gives."""
+        """Collate rows into the model's inputs: `input_ids[rows, tokens]`, `labels` and others of the task."""
         return model_batch(self.model, self.task, features, self.pad_token_id)
 
-    def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        """labels[rows] or [rows, tokens]; the model's logits[rows, ..., classes or vocabulary]."""
+    def loss(
+        self, outputs: ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Compute the loss from logits[rows, ..., classes or vocabulary] and labels[rows] or [rows, tokens]."""
         smoothing = self.recipe.train.label_smoothing_factor
         summed = self.task.loss(logits_of(outputs), labels, self.target, smoothing, self._class_weights)
         return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
 
 
-# ---- numbers are learned in units of their spread, because a step of AdamW moves a value by the rate at most -------
+# ---- regression: numbers are learned in units of their spread, as AdamW moves a value by at most the rate a step ---
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """The last layer of a head that learns (number - shift) / factor."""
+class ScaledHead:
+    """The last layer of a head that learns `(number - shift) / factor`."""
 
     layer: torch.nn.Linear
     shift: float
     factor: float
 
-    def fold(self, model: Any) -> None:
-        """Give the finished model the user's units."""
+    def fold(self, model: PreTrainedModel) -> None:
+        """Rescale the layer, so that the trained model predicts in the user's units."""
         parameters = dict(self.layer.named_parameters())
         if not any(map(zero.is_in_engine, parameters.values())):
             sharding.free(model)
             rescale(self.layer, self.shift, self.factor)
             return
-        tensors = {name: zero.whole(one) for name, one in parameters.items()}
+        tensors = {name: zero.whole(parameter) for name, parameter in parameters.items()}
         for name, values in rescaled(tensors, self.shift, self.factor).items():
             zero.put(parameters[name], values)
 
 
-def scaled_head(
-    model: Any,
+def scale_head(
+    model: PreTrainedModel,
     scale: tuple[float, float],
     batch: dict[str, torch.Tensor] | None,
     precision: str,
     *,
     gives_numbers: bool,
     own_loss: bool = False,
-) -> tuple[Scaled | None, str]:
-    """The last layer of a head, which now learns numbers in units of their spread, in words; or None and why not."""
+) -> tuple[ScaledHead | None, str]:
+    """Make the head's last layer learn numbers in units of their spread, if possible; returns it, and a note."""
     layer, problem = output_layer_of(model, 1), ""
     if own_loss:
         problem = "compute_loss is your own"
@@ -140,98 +144,101 @@ def scaled_head(
     if problem or layer is None:
         return None, f"it learns the numbers as they are: {problem}"
     mean, spread = scale
-    # Without a bias nothing can be added: what is left is their size.
+    # Without a bias the numbers can only be divided.
     shift, factor = (mean, spread) if layer.bias is not None else (0.0, math.hypot(mean, spread))
     sharding.free(model)
     if gives_numbers:
         rescale(layer, -shift / factor, 1 / factor)
     minus = f"(number - {shift:.6g})" if shift else "number"
     return (
-        Scaled(layer, shift, factor),
+        ScaledHead(layer, shift, factor),
         f"it learns {minus} / {factor:.6g}, and gives the numbers themselves when it is saved",
     )
 
 
-def _ends_with(model: Any, layer: torch.nn.Linear, batch: dict[str, torch.Tensor], precision: str) -> bool:
-    """Whether the model's logits are what this layer gives, for two short rows."""
-    seen = list[torch.Tensor]()
-    hook = layer.register_forward_hook(lambda _, inputs, output: seen.append(output))
+def _ends_with(model: PreTrainedModel, layer: torch.nn.Linear, batch: dict[str, torch.Tensor], precision: str) -> bool:
+    layer_outputs = list[torch.Tensor]()
+    hook = layer.register_forward_hook(lambda _, inputs, output: layer_outputs.append(output))
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     try:
         with evaluating(model), torch.no_grad(), autocast(model, precision):
             logits = model(**inputs).logits
     finally:
         hook.remove()
-    return len(seen) == 1 and bool(torch.isin(logits.float(), seen[0].float()).all())
+    return len(layer_outputs) == 1 and bool(torch.isin(logits.float(), layer_outputs[0].float()).all())
 
 
-# ---- all of it ----------------------------------------------------------------------------------------------------
+# ---- model, rows and trainer --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model as training starts with it, and its rows."""
+    """Model, rows and arguments at the start of training."""
 
-    arguments: Any
-    """transformers' `TrainingArguments`."""
+    arguments: TrainingArguments
     applied: methods.Applied
-    tokenizer: Any
-    rows: Any
-    eval_rows: Any
-    learning: Learning
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    eval_rows: Rows
+    objective: Objective
     head: Head | None
-    """What became of the head, for tasks that may need a new one."""
+    """Origin of the head, for tasks that may need a new one."""
     head_start: Probe | None
-    """What was fitted for a new head to start from."""
-    scaled: Scaled | None
-    """The last layer of a head that learns numbers in other units than the user's."""
-    about_scale: str
-    """Those units in words, or why they are the user's; empty: no numbers are learned."""
+    """The linear probe that a new head starts from."""
+    scaled: ScaledHead | None
+    """The last layer, for numbers learned in units of their spread."""
+    scale_note: str | None
+    """A note on these units, or on why the user's are used; None if no numbers are learned."""
     base_digest: str | None
     """Digest of the pretrained weights, or None if they are sharded by ZeRO."""
 
 
 def load_for_training(inputs: AttemptInputs) -> Loaded:
-    """Load the pretrained model with head and method, and the rows."""
+    """Load the rows and the pretrained model, with head and method."""
     plan, recipe, task, summary = inputs.plan, inputs.recipe, inputs.task, inputs.summary
     target = Target.of(summary)
     inputs.recorder.phase("loading the model")
     transformers.logging.disable_progress_bar()
     if inputs.in_engine and inputs.sharing is not None and inputs.is_main:
         zero.build_extensions(plan.device == "cpu", inputs.sharing.offload_optimizer, inputs.recorder.phase)
-    # Before the model: with ZeRO's stage 3 its weights are shared out while they are read.
+    # Before the model: ZeRO stage 3 shards weights while they are read.
     arguments = training_arguments(recipe, plan, inputs.request.checkpoints)
     if inputs.in_engine:
         zero.connect(arguments)
     transformers.set_seed(plan.seed)
     begin = partial(inputs.observed.measure, plan.device, task.FACTS.writes)
     shared_by = plan.num_processes if plan.placement == "fsdp2" else 1
-    model, tokenizer, head = untouched(recipe, task, target, begin, shared_by)
-    if sharding.is_shared(model):  # each process has drawn its own part; from here on all are as one alone
+    model, tokenizer, head = load_pretrained(recipe, task, target, begin, shared_by)
+    if sharding.is_shared(model):  # each rank has drawn its shard; from here on all have the same random state
         transformers.set_seed(plan.seed)
         if head is not None and head.order is None:
             draw(model, head)
-    in_parts = sharding.runs_together(model) and not sharding.is_shared(model)  # by ZeRO, and not told from others
-    base_digest = None if in_parts else checkpoints.weights_digest(model)
-    head_start, learning = None, Learning(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
+    in_zero = sharding.runs_together(model) and not sharding.is_shared(model)
+    base_digest = None if in_zero else checkpoints.weights_digest(model)
+    head_start, objective = None, Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and not inputs.request.probe and head is not None and head.order is None:
-        head_start = _start_head(inputs, learning, head, tokenizer, arguments.device)
-    applied = with_method(model, recipe)
+        head_start = _start_head(inputs, objective, head, tokenizer, arguments.device)
+    applied = apply_method(model, recipe)
     model = applied.model
     make_faster(model, recipe, plan, summary)
     if not inputs.in_engine and not sharding.runs_together(model):
-        model.to(arguments.device)
+        model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped method
     rows = rows_with_mixed(inputs.data, summary, tokenizer)
-    scaled, about_scale = None, ""
+    scaled, scale_note = None, None
     if summary.scale is not None:
-        two = None
+        two_rows = None
         if not inputs.in_engine:
             batch = model_batch(model, task, [rows[i] for i in by_length(rows)[-2:]], tokenizer.pad_token_id)
-            two = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
-        learned = head is not None and head.order is not None
-        probed = head_start is not None and head_start.head is not None
-        scaled, about_scale = scaled_head(
-            model, summary.scale, two, plan.precision, gives_numbers=probed or learned, own_loss=inputs.has_own_loss
+            two_rows = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
+        has_trained_head = head is not None and head.order is not None
+        has_probe_head = head_start is not None and head_start.head is not None
+        scaled, scale_note = scale_head(
+            model,
+            summary.scale,
+            two_rows,
+            plan.precision,
+            gives_numbers=has_probe_head or has_trained_head,
+            own_loss=inputs.has_own_loss,
         )
     if scaled is not None:
         target = replace(target, logit_scale=(scaled.shift, scaled.factor))
@@ -241,18 +248,18 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
         tokenizer=tokenizer,
         rows=rows,
         eval_rows=task_rows(inputs.data, tokenizer)[1],
-        learning=replace(learning, model=model, target=target),
+        objective=replace(objective, model=model, target=target),
         head=head,
         head_start=head_start,
         scaled=scaled,
-        about_scale=about_scale,
+        scale_note=scale_note,
         base_digest=base_digest,
     )
 
 
 def make_trainer(inputs: AttemptInputs, loaded: Loaded) -> FullTrainer:
-    """transformers' `Trainer` around what was loaded, without the parts of training."""
-    plan, recipe, learning = inputs.plan, inputs.recipe, loaded.learning
+    """Create the trainer, without the parts of training."""
+    plan, recipe, objective = inputs.plan, inputs.recipe, loaded.objective
     model = loaded.applied.model
     trainer = FullTrainer(
         inputs,
@@ -260,9 +267,9 @@ def make_trainer(inputs: AttemptInputs, loaded: Loaded) -> FullTrainer:
         args=loaded.arguments,
         train_dataset=loaded.rows,
         eval_dataset=loaded.eval_rows,
-        data_collator=learning.collate,
+        data_collator=objective.collate,
         processing_class=loaded.tokenizer,
-        compute_loss_func=inputs.hooks.compute_loss or learning.loss,
+        compute_loss_func=inputs.hooks.compute_loss or objective.loss,
         lengths=loaded.rows["length"],
         mixed=mixed_ranges(inputs.summary),
         head_modules=() if plan.head_learning_rate is None else names_of(model, recipe.task, recipe.method.label),
@@ -270,14 +277,14 @@ def make_trainer(inputs: AttemptInputs, loaded: Loaded) -> FullTrainer:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
-        # Beside the checkpoints' folder, which is deleted; TENSORBOARD_LOGGING_DIR goes first.
+        # Its default is inside the checkpoints' folder, which is deleted; TENSORBOARD_LOGGING_DIR takes precedence.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(inputs.request.tensorboard)
     return trainer
 
 
-def make_faster(model: Any, recipe: Recipe, plan: Plan, summary: DataSummary) -> None:
-    """Liger's kernels, compiled blocks, or on a CPU a dropout whose draws cannot be taken into a block's code."""
+def make_faster(model: PreTrainedModel, recipe: Recipe, plan: Plan, summary: DataSummary) -> None:
+    """Install Liger's kernels, compile blocks or, on a CPU without compiling, install a faster dropout."""
     if recipe.train.use_liger_kernel:
         put_kernels(model)
     if plan.torch_compile:
@@ -288,19 +295,19 @@ def make_faster(model: Any, recipe: Recipe, plan: Plan, summary: DataSummary) ->
         dropout.install(model)
 
 
-def task_rows(data: Path, tokenizer: Any) -> list[Any]:
-    """The task's prepared train and eval rows, from the folder of a run's data."""
+def task_rows(data: Path, tokenizer: PreTrainedTokenizerBase) -> list[Rows]:
+    """Open the task's prepared train and eval rows in a run's data folder."""
     return [opened(Rows(data / split), tokenizer) for split in ("train", "eval")]
 
 
-def rows_with_mixed(data: Path, summary: DataSummary, tokenizer: Any) -> Any:
-    """The rows that are trained on: the task's, and behind them those that are mixed in."""
+def rows_with_mixed(data: Path, summary: DataSummary, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Open the train rows: those of the task, then those that are mixed in."""
     folders = ["train", MIXED] if summary.mixed else ["train"]
     return opened(Rows(*(data / folder for folder in folders)), tokenizer)
 
 
 def mixed_ranges(summary: DataSummary) -> tuple[MixedSource, ...]:
-    """Where the rows of each mixed source lie among those that are trained on."""
+    """Return the mixed-in sources with their places among the train rows."""
     ends = accumulate((source.counts.rows for source in summary.mixed), initial=summary.splits["train"].rows)
     return tuple(
         MixedSource(range(start, end), source.rows_per_epoch)
@@ -308,44 +315,47 @@ def mixed_ranges(summary: DataSummary) -> tuple[MixedSource, ...]:
     )
 
 
-def _start_head(inputs: AttemptInputs, learning: Learning, head: Head, tokenizer: Any, device: torch.device) -> Probe:
-    """Have a new head start from a linear probe of the untouched model, which is fitted once in a run folder."""
+def _start_head(
+    inputs: AttemptInputs, objective: Objective, head: Head, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Probe:
     inputs.recorder.phase(PROBING)
-    with inputs.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
-        found = start_from_probe(learning, head, tokenizer, Path(inputs.request.run_folder), device)
+    with inputs.journal.during("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
+        probed = start_from_probe(objective, head, tokenizer, Path(inputs.request.run_folder), device)
     if inputs.observed.meter is not None:
         inputs.observed.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
-    if found.head is None:
-        inputs.recorder.warn(f"no linear probe ({found.failure}): the head starts at random")
-    return found
+    if probed.head is None:
+        inputs.recorder.warn(f"no linear probe ({probed.failure}): the head starts at random")
+    return probed
 
 
-def start_from_probe(learning: Learning, head: Head, tokenizer: Any, folder: Path, device: torch.device) -> Probe:
-    """Give a new head the run folder's linear probe, fitted when it is not there, or random values without one."""
-    model, recipe, plan, target = learning.model, learning.recipe, learning.plan, learning.target
+def start_from_probe(
+    objective: Objective, head: Head, tokenizer: PreTrainedTokenizerBase, folder: Path, device: torch.device
+) -> Probe:
+    """Start a new head from the run folder's linear probe, which is fitted if missing; at random if that fails."""
+    model, recipe, plan, target = objective.model, objective.recipe, objective.plan, objective.target
     together, reading = sharding.runs_together(model), contextlib.ExitStack()
 
     def extractor() -> probe.Extractor:
         draw_again(model, head, probe.SEED)
         reading.enter_context(sharding.read_by_block(model))
         return probe.Extractor(
-            model if together else model.to(device),
+            model if together else model.to(device),  # type: ignore[arg-type]  # a wrapped method
             recipe.task,
             target,
-            learning.pad_token_id,
+            objective.pad_token_id,
             plan.eval_batch_size,
             plan.precision,
-            class_weights(recipe, learning.summary),
+            class_weights(recipe, objective.summary),
             probe.separators(tokenizer, target),
         )
 
     train_rows, eval_rows = task_rows(folder / "data", tokenizer)
     with reading:
-        found = probe.fitted(folder, extractor, train_rows, eval_rows, together=together)
+        probed = probe.fitted(folder, extractor, train_rows, eval_rows, together=together)
     if not together:
-        model.to("cpu")  # where the method draws its values, whoever has fitted the probe
-    if found.head is None:
+        model.to("cpu")  # type: ignore[arg-type]  # the method must draw its values on the CPU, whether the probe was fitted here or before
+    if probed.head is None:
         draw_again(model, head, plan.seed)
     else:
         probe.put_head(model, folder, eased=recipe.method.kind != "head")
-    return found
+    return probed
