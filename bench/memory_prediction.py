@@ -1,54 +1,25 @@
 """Planned and measured peak memory of training processes, over many models and settings, on the CPU.
 
-    python -m bench.memory_prediction fit FOLDER   # constants of plan/memory.py that the calibration cells ask for
-
 Each cell is a whole `fulltune train` of three steps in processes of its own: weights read from safetensors, checks, dry
 run, steps, an evaluation, a checkpoint, the finished model. Planned is the highest phase of its plan; measured is what
 the run reports, the growth of the resident memory from before the weights are read to its peak, of the process with the
-most. The constants of `fulltune.plan.memory` were fitted on the calibration cells; the bars are about the others.
+most. The constants of `fulltune.plan.memory` were fitted on other cells.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import shutil
 import statistics
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.public_data import MINILM, SMOLLM2
 from bench.random_models import TASKS, TIED, Cell, sized, write_recipe
 from bench.results import Figure
 from bench.runs import Records, fulltune, run, script
 
-CALIBRATION = (
-    sized("c1", "bert", (384, 6, 30000), (8, 128)),
-    sized("c2", "bert", (512, 4, 20000), (8, 160), precision="bf16"),
-    sized("c3", "roberta", (384, 4, 40000), (6, 128), checkpointing=True),
-    sized("c4", "distilbert", (512, 4, 24000), (6, 128), accumulation=2),
-    sized("c5", "gpt2", (384, 4, 24000), (4, 128)),
-    sized("c6", "gpt2", (384, 6, 16000), (4, 160), precision="bf16", checkpointing=True),
-    sized("c7", "llama", (384, 6, 24000), (4, 128), precision="bf16"),
-    sized("c8", "llama", (512, 3, 16000), (4, 128), accumulation=2, config=TIED),
-    sized("c9", "qwen2", (384, 8, 20000), (4, 128), checkpointing=True),
-    sized("c10", "llama", (512, 4, 32000), (3, 256), chunked=True, config=TIED),
-    sized("c11", "t5", (384, 3, 16000), (4, 96)),
-    sized("c12", "mistral", (512, 4, 24000), (2, 256), weights_dtype="bf16", precision="bf16"),
-    sized("c13", "bart", (384, 3, 20000), (4, 96), precision="bf16"),
-    sized("c14", "llama", (512, 6, 16000), (4, 128), optim="adamw_8bit"),
-    # Larger ones: what grows with the model is told from what does not.
-    sized("c15", "bert", (768, 6, 30000), (16, 160)),
-    sized("c16", "llama", (576, 24, 40000), (2, 160), precision="bf16", config=TIED, heads=9),
-    sized("c17", "gpt2", (768, 8, 40000), (6, 192), precision="bf16"),
-    sized("c18", "qwen2", (768, 10, 40000), (4, 256), checkpointing=True),
-    sized("c19", "t5", (768, 4, 32000), (6, 160), precision="bf16"),
-)
-"""The constants were fitted on these."""
 SCORED = (
     Cell("minilm", MINILM, rows=16, length=128),
     Cell("minilm-bf16", MINILM, rows=32, length=96, precision="bf16"),
@@ -122,23 +93,15 @@ def drawn(seed: int, count: int = 14) -> list[Cell]:
     return cells
 
 
-def measured(cell: Cell, placement: str, processes: int, folder: Path) -> dict[str, Any]:
-    """Train a cell; returns the planned and the measured peak in bytes, and what the plan was made of."""
+def measured(cell: Cell, placement: str, processes: int, folder: Path) -> dict[str, int]:
+    """Train a cell; returns the planned and the measured peak in bytes."""
     recipe, run_folder = write_recipe(cell, placement, processes, folder), folder / "run"
     run(fulltune("train", recipe, "--run-folder", run_folder), OMP_NUM_THREADS="1")
     outcome = json.loads(next(run_folder.glob("attempts/*/outcome.json")).read_text(encoding="utf-8"))
-    names = ("full", "shapes", "footprint")
-    plan, shapes, footprint = (json.loads((run_folder / "plan" / f"{name}.json").read_text("utf-8")) for name in names)
+    plan = json.loads((run_folder / "plan" / "full.json").read_text(encoding="utf-8"))
     growth = max(outcome["memory_growth_per_process"] or [outcome["memory_growth_bytes"]])
     shutil.rmtree(folder)
-    return {
-        "planned": max(plan["memory"]["phases"].values()),
-        "growth": growth,
-        "cell": asdict(cell),
-        "shapes": shapes,
-        "footprint": footprint,
-        "longest": plan["longest_tokens"],
-    }
+    return {"planned": max(plan["memory"]["phases"].values()), "growth": growth}
 
 
 def errors(
@@ -156,8 +119,6 @@ def errors(
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     records = Records(folder / "cells.jsonl")
-    if not quick:
-        errors(records, CALIBRATION, folder)
     cells = [cell for cell in SCORED if cell.name in QUICK] if quick else [*SCORED, *drawn(7), *drawn(11)]
     single = errors(records, cells, folder)
     name = f"planned peak memory of {len(cells)} trainings of one process"
@@ -174,57 +135,5 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     )
 
 
-# ---- fitting the constants -----------------------------------------------------------------------------------------
-
-
-def need(record: Mapping[str, Any]) -> float:
-    """The peak in bytes that a plan with today's constants has for a recorded cell of one process."""
-    from fulltune.footprint.records import Footprint
-    from fulltune.models.shapes import Shapes
-    from fulltune.plan import memory
-    from fulltune.records.plan import MemorySettings
-
-    cell = Cell(**record["cell"])
-    narrow = cell.weights_dtype == "bf16"
-    settings = MemorySettings(
-        micro_batch_size=cell.rows,
-        longest_tokens=record["longest"],
-        gradient_accumulation_steps=cell.accumulation,
-        precision=cell.precision,
-        weights_dtype=cell.weights_dtype,
-        optim=cell.optim or ("adamw_bf16" if narrow else "adamw_torch_fused"),
-        bf16_rounding="stochastic" if narrow else None,
-        activation_checkpointing=cell.checkpointing,
-        chunked_loss=cell.chunked,
-        eval_batch_size=cell.rows,
-    )
-    return memory.need(
-        Shapes.model_validate(record["shapes"]), Footprint.model_validate(record["footprint"]), settings
-    ).peak
-
-
-def fit(folder: Path) -> None:
-    """Print the five best sets of constants for the calibration cells in this folder's records.
-
-    Of a grid, these are the sets with which no cell is planned more than 1 % too low, by their squared relative errors.
-    """
-    from fulltune.plan import memory
-
-    records = Records(folder / "cells.jsonl").values
-    cells = [records[f"{cell.name}, single x 1"] for cell in CALIBRATION]
-    found = []
-    for first, gaps, state in itertools.product(range(20, 110, 10), range(0, 44, 4), range(0, 16, 2)):
-        memory.FIRST_CALLS_BYTES, memory.HELD_SHARE, memory.STATE_SHARE = first * 2**20, gaps / 100, state / 100
-        relative = [need(record) / record["growth"] - 1 for record in cells]
-        if min(relative) >= -0.01:
-            found.append((sum(error**2 for error in relative), first, gaps / 100, state / 100))
-    print("squares, FIRST_CALLS_BYTES in MiB, HELD_SHARE, STATE_SHARE")
-    for constants in sorted(found)[:5]:
-        print("  ".join(f"{value:.3g}" for value in constants))
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["fit"]:
-        fit(Path(sys.argv[2]))
-    else:
-        script(measure, __doc__)
+    script(measure, __doc__)

@@ -1,38 +1,28 @@
-"""Whether a run is the same wherever its state lies: the curves, stopped and continued, a process killed.
-
-    python bench/placements.py curves FOLDER [--only fsdp2:2 ...] [--families encoder ...]
-    python bench/placements.py resume FOLDER [--only "ddp:2 -> fsdp2:2" ...] [--families encoder ...]
-    python bench/placements.py kill FOLDER [--times 10] [--seed 0] [--only fsdp2:2 ...] [--families encoder ...]
+"""Whether a training is the same however it is placed: its curve, stopped and resumed elsewhere, with a process killed.
 
 Tiny random models in fp32 on the CPU, 50 steps of 8 rows in micro batches of 2, in real processes
-(`tests/invariant/placed.py`). A place is `placement:processes:offload`, such as `zero3:2:all`. Each command prints one
-table, with all contestants run in turn, and exits 1 when one is not as it should be.
-
-*curves*: without dropout, against one process; at most 1e-4 in a step's loss. *resume*: stopped by SIGTERM at about
-step 12 and continued in another place, against the unbroken run of the first place; the same place must give it bit by
-bit, another one within 1e-5 in the loss of each later step. *kill*: with dropout, one training process is killed at a
-random step; the command goes on by itself, and must give the unbroken run of that place bit by bit.
+(`tests/invariant/placed.py`). A place is `placement:processes:offload`, such as `zero3:2:all`; those that need
+DeepSpeed are left out where it is missing. Curves are without dropout, against one process. Resumed runs were stopped
+by SIGTERM at about step 12 and continue in another place. With dropout one process is killed at a random step, and the
+command must finish with the unbroken run's weights. Two machines are two commands that share a rendezvous
+(`tests/invariant/two_machines.py`); one of the agents, or a whole machine, is killed.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
-import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+from bench.results import Figure
+from bench.runs import Records, fresh, script
 from tests.invariant import placed
-from tests.invariant.placed import Curve, Place
+from tests.invariant.placed import FAMILIES, Curve, Place
+from tests.invariant.two_machines import two_machines
 
-CURVES_MOST, RESUMED_MOST = 1e-4, 1e-5
 CURVES = ("ddp:2", "fsdp2:2", "fsdp2:4", "zero2:2", "zero3:2", "zero3:2:all")
-PATHS = (
-    *(f"{kind}:{one} -> {kind}:{other}" for kind in ("ddp", "fsdp2") for one, other in ((2, 2), (2, 4))),
+RESUMED = (
+    *(f"{kind}:{first} -> {kind}:{second}" for kind in ("ddp", "fsdp2") for first, second in ((2, 2), (2, 4))),
     *(f"{kind}:2 -> single" for kind in ("ddp", "fsdp2")),
     *(f"single -> {kind}:2" for kind in ("ddp", "fsdp2")),
     *("ddp:2 -> fsdp2:2", "fsdp2:2 -> ddp:2", "fsdp2:4 -> fsdp2:2", "fsdp2:4 -> ddp:2", "single -> fsdp2:4"),
@@ -40,181 +30,117 @@ PATHS = (
 )
 KILLED = ("ddp:2", "fsdp2:2", "zero3:2")
 STOP_STEP = 12
+ENCODER, DDP = FAMILIES["encoder"], Place("ddp:2")
 
 
-class Table:
-    """A markdown table whose lines are printed as they come."""
-
-    def __init__(self, *columns: str) -> None:
-        self.failed = 0
-        self._print(columns)
-        self._print(["---"] * len(columns))
-
-    def line(self, cells: Sequence[object], wrong: bool = False) -> None:
-        self.failed += wrong
-        self._print([*cells[:-1], f"**{cells[-1]}**" if wrong else cells[-1]])
-
-    @staticmethod
-    def _print(cells: Sequence[object]) -> None:
-        print(f"| {' | '.join(str(cell) for cell in cells)} |", flush=True)
+def is_here(places: str) -> bool:
+    return all(Place(place).lacks is None for place in places.split(" -> "))
 
 
-class References:
-    """Unbroken runs, each made when it is first asked for."""
-
-    def __init__(self, folder: Path, dropout: bool) -> None:
-        self._folder, self._dropout = folder, dropout
-        self._known: dict[tuple[str, str], Curve] = {}
-
-    def of(self, family: str, place: str) -> Curve:
-        if (family, place) not in self._known:
-            folder = self._folder / family / f"unbroken-{named(place)}"
-            placed.train(folder, placed.FAMILIES[family], Place(place), dropout=self._dropout)
-            self._known[family, place] = placed.read(folder)
-        return self._known[family, place]
+def folder_of(folder: Path, family: str, *words: object) -> Path:
+    name = "-".join(map(str, words)).replace(":", "-").replace(" -> ", "-to-")
+    return folder / family / name
 
 
-class Stopped:
-    """Runs that were stopped, each made when it is first asked for, and put back as it was each time."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._steps: dict[tuple[str, str], int] = {}
-
-    def at(self, family: str, place: str) -> tuple[Path, int]:
-        """The folder, in which the run can be continued, and the step that it was stopped at."""
-        folder = self._folder / family / f"stopped-{named(place)}"
-        kept = folder.with_name(f"{folder.name}-kept")
-        if (family, place) not in self._steps:
-            self._steps[family, place] = placed.stop_at(folder, placed.FAMILIES[family], Place(place), STOP_STEP)
-            folder.rename(kept)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(kept, folder, symlinks=True)
-        return folder, self._steps[family, place]
+def unbroken(folder: Path, family: str, place: str, dropout: bool = False) -> Curve:
+    """The curve of an unbroken run, which is made once."""
+    run = folder_of(folder, family, "unbroken", place, dropout)
+    if not (run / "run" / "models").exists():
+        placed.train(fresh(run), FAMILIES[family], Place(place), dropout=dropout)
+    return placed.read(run)
 
 
-def named(place: str) -> str:
-    """A place as a folder's name."""
-    return place.replace(":", "-")
+def curve_difference(folder: Path, family: str, place: str) -> float:
+    """Largest difference of a step's loss from that of one process."""
+    return placed.differences(unbroken(folder, family, "single"), unbroken(folder, family, place)).loss
 
 
-def lacks(path: str) -> str | None:
-    """What one of a path's places needs and is not here."""
-    return next((found for place in path.split(" -> ") if (found := Place(place).lacks)), None)
+def resumed_difference(folder: Path, family: str, places: str) -> float:
+    """Largest difference of a step's loss after resuming; infinite where the same place is not bit by bit the same."""
+    first, second = places.split(" -> ")
+    run = fresh(folder_of(folder, family, "resumed", places))
+    placed.stop_at(run, FAMILIES[family], Place(first), STOP_STEP)
+    from_step = placed.continued_from(run, FAMILIES[family], Place(second))
+    found = placed.differences(unbroken(folder, family, first), placed.read(run), after=from_step)
+    return float("inf") if first == second and not found.none else found.loss
 
 
-def cells(found: placed.Differences) -> list[str]:
-    return [f"{value:.1e}" for value in (found.loss, found.norm, found.score, found.weight)]
+def killed_is_same(folder: Path, family: str, place: str, number: int) -> bool:
+    """Whether a run with a killed process ends with the unbroken run's curve and weights, bit by bit."""
+    draw, run = random.Random(number), fresh(folder_of(folder, family, "killed", place, number))
+    placed.kill_one(run, FAMILIES[family], Place(place), draw, draw.randint(1, 45), dropout=True)
+    curve = placed.read(run)
+    return placed.differences(unbroken(folder, family, place, dropout=True), curve).none and curve.attempts == 2
 
 
-def curves(options: argparse.Namespace) -> int:
-    table = Table("family", "placement", "loss", "gradient norm", "eval metrics", "weights", "values moved", "s", "")
-    references = References(options.folder, dropout=False)
-    for family in options.families:
-        began = time.monotonic()
-        one = references.of(family, "single")
-        assert len(set(dict(one.losses).values())) == len(one.losses)
-        table.line(
-            [
-                family,
-                "single",
-                "",
-                "",
-                "",
-                "",
-                moved(one),
-                f"{time.monotonic() - began:.0f}",
-                f"{fall(one)} in the loss",
-            ]
-        )
-        for place in chosen(options, CURVES):
-            if said := lacks(place):
-                table.line([family, place, "", "", "", "", "", "", said])
-                continue
-            began = time.monotonic()
-            other = references.of(family, place)
-            found = placed.differences(one, other)
-            wrong = found.loss > CURVES_MOST
-            seconds = f"{time.monotonic() - began:.0f}"
-            table.line([family, place, *cells(found), moved(other), seconds, "FAR" if wrong else "same"], wrong)
-    return table.failed
+def over_machines(folder: Path, place: Place, dropout: bool) -> Curve:
+    """The curve of an unbroken run over two machines, which is made once."""
+    if not (folder / "run" / "models").exists():
+        with two_machines(fresh(folder), ENCODER, place, dropout=dropout) as job:
+            codes = job.wait_for()
+            assert codes == [0, 0], f"{job.said(0)}\n{job.said(1)}"
+    return placed.read(folder)
 
 
-def moved(curve: Curve) -> str:
-    found = curve.outcome.parameter_changes
-    assert found is not None
-    return f"{found.num_values_changed:,} of {found.num_values_with_gradient:,}"
+def machines_difference(folder: Path, place: str) -> float:
+    other = over_machines(folder_of(folder, "machines", place), Place(place), False)
+    return placed.differences(unbroken(folder, "encoder", "single"), other).loss
 
 
-def fall(curve: Curve) -> str:
-    """From the first loss to the last one: equal curves mean something where they fall."""
-    return f"{curve.losses[0][1]:.2f} to {curve.losses[-1][1]:.2f}"
+def lost_is_same(folder: Path, lost: str, number: int) -> bool:
+    """Whether a job that loses an agent, or a machine that is started again, ends like the unbroken one, bit by bit."""
+    reference = over_machines(folder / "machines" / "unbroken", DDP, True)
+    draw, run = random.Random(number), fresh(folder_of(folder, "machines", lost, number))
+    with two_machines(run, ENCODER, DDP, dropout=True) as job:
+        job.at_step(draw.randrange(2, 45), draw)
+        if lost == "agent":
+            job.agent(draw.randrange(2)).kill()
+        else:
+            job.kill_machine(1)
+            job.start(1)
+        if job.wait_for() != [0, 0]:
+            return False
+    curve = placed.read(run)
+    return placed.differences(reference, curve).none and curve.attempts >= 2
 
 
-def resume(options: argparse.Namespace) -> int:
-    table = Table("family", "placement", "stopped after", "loss", "gradient norm", "eval metrics", "weights", "")
-    references, stopped = References(options.folder, dropout=False), Stopped(options.folder)
-    for family in options.families:
-        for path in chosen(options, PATHS):
-            if said := lacks(path):
-                table.line([family, path, "", "", "", "", "", said])
-                continue
-            first, second = path.split(" -> ")
-            folder, step = stopped.at(family, first)
-            from_step = placed.continued_from(folder, placed.FAMILIES[family], Place(second))
-            found = placed.differences(references.of(family, first), placed.read(folder), after=from_step)
-            wrong = not found.none if first == second else found.loss > RESUMED_MOST
-            said = "bit by bit" if found.none else "DIFFERENT" if wrong else "same"
-            table.line([family, path, step, *cells(found), said if step == from_step else f"{said} {from_step}"], wrong)
-    return table.failed
-
-
-def kill(options: argparse.Namespace) -> int:
-    table = Table("family", "placement", "killed", "after step", "attempts", "loss", "weights", "")
-    references, draw = References(options.folder, dropout=True), random.Random(options.seed)
-    for family in options.families:
-        for place in chosen(options, KILLED):
-            if said := lacks(place):
-                table.line([family, place, "", "", "", "", "", said])
-                continue
-            unbroken = references.of(family, place)
-            for number in range(options.times):
-                folder = options.folder / family / f"{named(place)}-killed-{number}"
-                step = draw.randint(1, 45)
-                [struck] = placed.kill_one(folder, placed.FAMILIES[family], Place(place), draw, step, dropout=True)
-                curve = placed.read(folder)
-                found = placed.differences(unbroken, curve)
-                same = found.none and curve.attempts == 2
-                said = "bit by bit" if same else "DIFFERENT"
-                line = [family, place, f"process {struck.rank}", struck.step, curve.attempts, *cells(found)[::3], said]
-                table.line(line, not same)
-                shutil.rmtree(folder)
-    return table.failed
-
-
-def chosen(options: argparse.Namespace, values: Sequence[str]) -> Iterator[str]:
-    return (value for value in values if not options.only or value in options.only)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["curves", "resume", "kill"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--families", nargs="*", choices=list(placed.FAMILIES), default=None)
-    parser.add_argument("--times", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    commands: dict[str, Callable[[argparse.Namespace], int]] = {"curves": curves, "resume": resume, "kill": kill}
-    known = {"curves": CURVES, "resume": PATHS, "kill": KILLED}[options.command]
-    if wrong := sorted({*options.only} - {*known}):
-        parser.error(f"--only: {', '.join(wrong)}: expected some of {', '.join(known)}")
-    if options.families is None:
-        options.families = list(placed.FAMILIES) if options.command == "curves" else ["encoder"]
-    if options.folder.exists():
-        parser.error(f"{options.folder} is there: its runs would be continued; name a new folder")
-    return 1 if commands[options.command](options) else 0
+def measure(folder: Path, quick: bool) -> Iterator[Figure]:
+    records = Records(folder / "measured.jsonl")
+    families = ("encoder",) if quick else tuple(FAMILIES)
+    curves = ("ddp:2", "fsdp2:2") if quick else tuple(filter(is_here, CURVES))
+    found = [
+        records.get(f"{family} {place}", curve_difference, folder, family, place)
+        for family in families
+        for place in curves
+    ]
+    name = f"largest difference of a step's loss from one process's: {', '.join(curves)}"
+    yield Figure(name, max(found), "nats", at_most=1e-4)
+    paths = ("fsdp2:2 -> ddp:2",) if quick else tuple(filter(is_here, RESUMED))
+    found = [records.get(places, resumed_difference, folder, "encoder", places) for places in paths]
+    name = f"largest difference of a step's loss after resuming in another placement, {len(paths)} pairs of placements"
+    yield Figure(name, max(found), "nats", at_most=1e-5)
+    times, killed = (1, ("ddp:2",)) if quick else (10, tuple(filter(is_here, KILLED)))
+    same = [
+        records.get(f"{place} killed, {number}", killed_is_same, folder, "encoder", place, number)
+        for place in killed
+        for number in range(times)
+    ]
+    name = f"runs that end with the unbroken run's weights after one of their processes was killed, of {len(same)}"
+    yield Figure(name, sum(same), "runs", at_least=len(same))
+    if quick:
+        return
+    places = ("ddp:2", "fsdp2:2")
+    found = [records.get(f"machines {place}", machines_difference, folder, place) for place in places]
+    name = "largest difference of a step's loss of two machines from one process's"
+    yield Figure(name, max(found), "nats", at_most=1e-4)
+    same = [
+        records.get(f"{lost} lost, {number}", lost_is_same, folder, lost, number)
+        for lost in ("agent", "machine")
+        for number in range(5)
+    ]
+    name = f"runs over two machines with the unbroken run's weights after one lost its agent or all, of {len(same)}"
+    yield Figure(name, sum(same), "runs", at_least=len(same))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(measure, __doc__)

@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable
 
 import phonenumbers
-from text_defects import Plant, made, within
+from bench.text_defects import Plant, made, within
 
 from fulltune.audit.texts.private import passes_luhn
 

@@ -25,6 +25,8 @@ PARTS = (
     "guard_cost",
     "false_verdicts",
     "malformed_files",
+    "planted_defects",
+    "placements",
 )
 """Modules of this folder, each with `measure(folder, quick)`."""
 

@@ -7,10 +7,12 @@ private_defects.py.
 from __future__ import annotations
 
 import html
+import json
 import random
 import re
 import string
 from collections.abc import Callable
+from pathlib import Path
 
 Plant = Callable[[str, random.Random], str]
 """A clean text, and what it becomes."""
@@ -312,3 +314,18 @@ OF_TEXTS: dict[str, dict[str, Plant]] = {
     "chat tokens": _CHAT,
     "repetition": _REPETITION,
 }
+
+
+def _refused(wordings: list[str]) -> Plant:
+    """The answer is a refusal, or one stands before or behind it."""
+
+    def plant(text: str, draw: random.Random) -> str:
+        refusal = draw.choice(wordings)
+        return draw.choice([refusal, f"{refusal} {text}", f"{text} {refusal}"])
+
+    return plant
+
+
+_WORDINGS = json.loads(Path(__file__).with_name("refusals.json").read_text(encoding="utf-8"))
+REFUSALS: dict[str, Plant] = {name: _refused(wordings) for name, wordings in _WORDINGS.items()}
+"""Answers that decline, or in which a model speaks of itself, in many wordings."""

@@ -1,5 +1,5 @@
 """Runs of a tiny model by two commands on one machine, which take each other for two machines: the commands and
-processes of a cluster, with one rendezvous on loopback. Tests and `bench/machines.py` use it."""
+processes of a cluster, with one rendezvous on loopback. Tests and `bench/placements.py` use it."""
 
 from __future__ import annotations
 
