@@ -113,7 +113,7 @@ ROWS_OF_SCALE = [
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS_OF_SCALE[::3], ids=" ".join)
+@pytest.mark.parametrize("row", ROWS_OF_SCALE[::2], ids=" ".join)
 def test_page_on_scale_says_what_the_plan_says(row: list[str]) -> None:
     model, hardware, rows, place, gib, sent, seconds, speed = row
     recipe = EXAMPLES / ("plan-7b.yaml" if model == "7 B" else "plan-70b.yaml")
