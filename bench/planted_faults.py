@@ -201,6 +201,8 @@ def main() -> None:
             same = by_new.split("::")[0] and (old / by_new.split("::")[0]).exists()
             by_old = failing(old, fault, [by_new], asked.seconds) if same else ""
             by_old = by_old or failing(old, fault, tests_near(old, fault.file), asked.seconds)
+            if by_old and not by_new and (new / by_old.split("::")[0]).exists():
+                by_new = failing(new, fault, [by_old], asked.seconds)
         not_known = NOT_KNOWN in (by_new, by_old)
         kind = NOT_KNOWN if not_known else _kind(bool(by_new), None if old is None else bool(by_old))
         counts[kind] += 1

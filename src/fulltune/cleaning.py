@@ -22,7 +22,7 @@ from scipy.stats import norm
 from fulltune import evaluate, pipeline
 from fulltune.audit.rows import LEAK, NEAR_LEAK
 from fulltune.audit.stage import load_issues
-from fulltune.data.patch import load_patch, numbered, save_patch
+from fulltune.data.patch import Decisions, load_patch, numbered, save_patch
 from fulltune.errors import RecipeError, SetupError
 from fulltune.evaluate.scoring import load_outputs, outputs, save_outputs
 from fulltune.inference.store import CLUSTERS, row_id, texts
@@ -92,12 +92,17 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
     return steps
 
 
-def ids(folder: Path) -> Iterator[str]:
-    """The identity of each of a split's rows, as issues and patches have it."""
+def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
+    """Yield the identity of each row of a split, numbered among equal rows as issues are: rows of train's file that
+    `decided` drops are counted."""
     times = Counter[str]()
+    of_train = [line for (source, _), line in (decided or {}).items() if source == "train"]
+    dropped = {line.row for line in of_train if line.remedy.action == "drop"}
     for row in texts(folder):
         name = row_id(row)
         times[name] += 1
+        while numbered(name, times[name]) in dropped:
+            times[name] += 1
         yield numbered(name, times[name])
 
 
@@ -264,7 +269,8 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
         train, positions = reader.items("train")
         held_out, _ = reader.items("eval")
         _, strength, _ = best(train, held_out, fits, wrong)
-        names = list(ids(folder / "train"))
+        decided = load_patch(Path(job.recipe.data.patch)) if job.recipe.data.patch else None
+        names = list(ids(folder / "train", decided))
         place = {names[position]: at for at, position in enumerate(positions)}
         changes, left_out = list[Change](), list[str]()
         for step in cleaning_steps(load_issues(folder)):

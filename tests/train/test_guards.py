@@ -338,7 +338,8 @@ def test_classify_tells_what_an_exception_means(error: BaseException, status: st
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"), [(KeyboardInterrupt(), "interrupted before the first checkpoint"), (FulltuneError([]), "")]
+    ("error", "reason"),
+    [(KeyboardInterrupt(), "interrupted before the first checkpoint"), (FulltuneError([]), "FulltuneError")],
 )
 def test_only_an_interruption_is_described_as_one(error: BaseException, reason: str, tmp_path: Path) -> None:
     assert worker.meaning_of(error, tmp_path)[1] == reason

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from fulltune.cleaning import CleaningStep, _compared, _fitted, _leaves_enough, cleaning_steps, refuse_proofs
+from fulltune.cleaning import CleaningStep, _compared, _fitted, _leaves_enough, cleaning_steps, ids, refuse_proofs
+from fulltune.data.patch import load_patch, save_patch
 from fulltune.errors import RecipeError
+from fulltune.inference.store import row_id
 from fulltune.probe.linear import MIDDLE, Items
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowIssue
+from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.report.run.data_page import about_labels
 from fulltune.stats.bootstrap import Measure
 from fulltune.tasks import Predictions
+from tests import tiny
+from tests.unit.data.stage import prepare
 
 DROP = Remedy(action="drop")
 
@@ -43,6 +49,19 @@ def test_each_check_gives_a_step_that_drops_and_one_that_changes_where_something
     ]
     assert {one.remedy.action for one in steps[0].decisions} == {"drop"}
     assert [one.remedy for one in steps[1].decisions] == [other]
+
+
+def test_a_row_whose_equal_twin_a_patch_dropped_keeps_its_number(tmp_path: Path) -> None:
+    rows = [{"text": f"row {number}", "label": "ab"[number % 2]} for number in range(40)]
+    rows.append(rows[5])
+    twin = RowDecision(row=row_id(rows[5]), source="train", place="a.csv:7", check="patch", remedy=DROP)
+    save_patch(tmp_path / "patch.jsonl", [twin])
+    tokenizer = tiny.encoder_tokenizer()
+    prepare(tmp_path, rows, tokenizer, "text-classification", patch=str(tmp_path / "patch.jsonl"))
+    splits = [tmp_path / "data" / split for split in ("train", "eval", "test")]
+    numbered = {name for split in splits for name in ids(split, load_patch(tmp_path / "patch.jsonl"))}
+    assert f"{twin.row}-2" in numbered
+    assert twin.row not in numbered
 
 
 def _accuracy() -> Measure:

@@ -46,7 +46,7 @@ class Reader:
     folder: Path
     """The run's `data` folder."""
     listener: Listener
-    _read: dict[SplitName, tuple[Items, np.ndarray] | NoProbe] = field(default_factory=dict, repr=False, compare=False)
+    _read: dict[SplitName, tuple[Items, np.ndarray] | str] = field(default_factory=dict, repr=False, compare=False)
     """What was read already, or why it cannot be: several checks look at it."""
 
     @cached_property
@@ -78,11 +78,11 @@ class Reader:
             try:
                 self._read[split] = self._items(split)
             except NoProbe as no:
-                self._read[split] = no
-        found = self._read[split]
-        if isinstance(found, NoProbe):
-            raise found
-        return found
+                self._read[split] = str(no)  # the error itself would keep the batch that did not fit
+        items = self._read[split]
+        if isinstance(items, str):
+            raise NoProbe(items)
+        return items
 
     def _items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         try:

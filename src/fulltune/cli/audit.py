@@ -68,16 +68,15 @@ def audit(recipe: Recipe, folder: Path, wanted: Wanted) -> None:
 
     summary = stages.reach(recipe, folder, "data", details=False).summary
     refuse_proofs(recipe, summary, wanted.prove, wanted.trainings > 0)
-    with run_folder.writing(folder), run_folder.locked(folder):
-        with stages.displayed(details=False) as display:
-            job = Run(recipe, folder, listener=display)
-            audit_rows(job, summary, wanted.labels)
-            if wanted.losses:
-                list_losses(job, summary)
-            if wanted.prove:
-                prove_by_classifiers(job, summary)
-            if wanted.trainings:
-                prove_by_training(job, summary, wanted.trainings, wanted.checks)
+    with run_folder.writing(folder), run_folder.locked(folder), stages.displayed(details=False) as display:
+        job = Run(recipe, folder, listener=display)
+        audit_rows(job, summary, wanted.labels)
+        if wanted.losses:
+            list_losses(job, summary)
+        if wanted.prove:
+            prove_by_classifiers(job, summary)
+        if wanted.trainings:
+            prove_by_training(job, summary, wanted.trainings, wanted.checks)
         write_data_page(folder)
 
 

@@ -172,6 +172,7 @@ def _make(
     packed, remarks = packing(recipe, target, stage.limits, targets.values())
 
     job = Job(recipe.task, block, target, stage.tokenizer, limit, known=known)
+    unused = unused_columns(block, target.columns, sources["train"])  # first: to read anew forgets what a patch dropped
     encoded = _encode(stage, job, sources, targets, counts)
     refuse_unusable(recipe, encoded)
     # What is mixed in does not change the splits.
@@ -182,7 +183,6 @@ def _make(
         remarks += unmeasured(splits["train"], splits["test"])
     remarks += [*chain(*(one.notes for one in sources.values())), *notes_on_sides(recipe, splits)]
     remarks += notes(splits, target, block.near_duplicates < 1)
-    unused = unused_columns(block, target.columns, sources["train"])
     remarks += [f"columns not used: {shown(unused)}"] if unused else []
     remarks += note_on_flaws(encoded.values())
     remarks += patched_in_words(block.patch, (source.patched for source in sources.values()))

@@ -158,7 +158,6 @@ def fit(
         return Probe(head=None, frozen=None, failure=failure), {}, {}, None
     width = round(_width(extractor.model, layers) * (PAIRS if extractor.separators else 1))
     chosen = sampled(rows, extractor.kind, extractor.target.num_choices, width)
-    held = sampled(eval_rows, extractor.kind, extractor.target.num_choices, width, MOST_HELD_OUT)
     by_eval = len(eval_rows) >= LEAST_HELD_OUT
     try:
         try:
@@ -168,7 +167,10 @@ def fit(
                 raise
             layers, failure = None, str(no)  # means may still be seen
             train = extractor.features(chosen, layers)
-        held_out = extractor.features(held, layers) if by_eval else None
+        held_out = None
+        if by_eval:
+            sample = sampled(eval_rows, extractor.kind, extractor.target.num_choices, width, MOST_HELD_OUT)
+            held_out = extractor.features(sample, layers)
         with _no_probe_without_memory(extractor.model):
             rival = best_rival(extractor, train, held_out)
     except NoProbe as no:

@@ -59,7 +59,7 @@ class FrozenRival(Record):
     read alone."""
     kind: Literal["logistic regression", "ridge regression", "nearest centroid"]
     loss: float
-    """Held-out loss: share of errors, or the unexplained share of the variance."""
+    """Held-out loss: share of errors; of numbers, of the variance; the cross entropy of several labels."""
 
 
 class Probe(Record):

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from fulltune import data
+from fulltune.data.patch import save_patch
 from fulltune.data.sources import SourceRows, describe
 from fulltune.errors import DataError
-from fulltune.inference.store import WORDS, Rows, batches, texts
+from fulltune.inference.store import WORDS, Rows, batches, row_id, texts
 from fulltune.recipe.fields import Recipe
+from fulltune.records.audit import Remedy, RowDecision
 from fulltune.tasks import Target, question_answering, task_named
 from tests import tiny
 from tests.unit.data.stage import prepare
@@ -91,6 +93,14 @@ def test_prepare_truncation_is_counted_and_lost_answers_are_left_out(tmp_path: P
     assert summary.dropped == {"answer cut off": 1}
     assert sum(split.truncated_rows for split in summary.splits.values()) == 1
     assert max(split.length_percentiles["max"] for split in summary.splits.values()) == 32
+
+
+def test_rows_that_a_patch_drops_behind_the_first_thousand_are_counted(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = [{"text": f"row {number}", "label": "ab"[number % 2]} for number in range(1500)]
+    dropped = [RowDecision(row=row_id(rows[number]), remedy=Remedy(action="drop")) for number in (10, 1400)]
+    save_patch(tmp_path / "patch.jsonl", dropped)
+    summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification", patch=str(tmp_path / "patch.jsonl"))
+    assert summary.dropped == {"patch": 2}
 
 
 def test_prepare_strategy_drop_leaves_long_rows_out(tmp_path: Path, decoder_tokenizer: Any) -> None:

@@ -88,7 +88,7 @@ def test_verdict_without_a_paired_difference_claims_none(kit: SimpleNamespace) -
     rows = [kit.scores("majority class", "baseline", 0.3), kit.scores("full-seed42", "trained", 0.9)]
     verdict = judge(rows)
     assert verdict.kind == "unpaired"
-    assert "To have it, delete the run's folder 'scores', then give the run's folder" in verdict.sentence
+    assert verdict.sentence.endswith("Their difference on the same rows was not measured.")
     others = judge([rows[0].model_copy(update={"rows": rows[0].rows + 1}), rows[1]])
     assert "were not scored on the same rows, so their difference is not known" in others.sentence
 

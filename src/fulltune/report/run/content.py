@@ -26,7 +26,7 @@ from fulltune.report.run import about_data, about_forgetting, about_scores, abou
 from fulltune.report.run.about_data import row_words
 from fulltune.report.run.model_card import how_to_load
 from fulltune.report.run.read import RunView
-from fulltune.report.run.verdict import facts_of, judge, next_steps
+from fulltune.report.run.verdict import NOT_MEASURED, facts_of, judge, next_steps
 from fulltune.text import format_metric, format_number, format_seconds, format_share
 
 _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", "loss")
@@ -62,10 +62,15 @@ def build(view: RunView) -> Report:
     )
 
 
+_SCORE_AGAIN = "To measure it, delete the run's folder 'scores', then give the run's folder to 'fulltune run'."
+
+
 def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
     """Was it worth it, and what to change where it was not."""
     why = next((why for what, why in view.missing if what.startswith("the test scores of")), "")
-    headline = replace(judge(view.scores, why), note=about_scores.scored_again(view.accesses))
+    headline = judge(view.scores, why)
+    note = _SCORE_AGAIN if headline.sentence.endswith(NOT_MEASURED) else about_scores.scored_again(view.accesses)
+    headline = replace(headline, note=note)
     facts = facts_of(view, headline)
     return headline, next_steps(facts) if facts else ()
 

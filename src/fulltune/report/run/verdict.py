@@ -29,10 +29,7 @@ _LABELS = {
 }
 """Kind of verdict to what stands above it. `contested`: better by its loss alone. `unpaired`: there is no
 difference on the same rows. `alone`: scored, with nothing to compare to. `none`: the trained model was not scored."""
-_UNPAIRED = (
-    "Their difference on the same rows was not measured. To have it, delete the run's folder 'scores', then give the "
-    "run's folder to 'fulltune run'."
-)
+NOT_MEASURED = "Their difference on the same rows was not measured."
 _OTHER_ROWS = "They were not scored on the same rows, so their difference is not known."
 _LONE = "The test rows are {}: more of them, on other texts, are needed to tell a difference from chance."
 
@@ -70,7 +67,7 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
         said = (
             _LONE.format(mine.no_interval_reason)
             if mine.no_interval_reason
-            else _UNPAIRED
+            else NOT_MEASURED
             if bar.rows == row.rows
             else _OTHER_ROWS
         )

@@ -164,7 +164,7 @@ class FullTrainer(Guarded, Trainer):
         self._recorder.write(StepSkipped(step=step, reason=verdict.reason, rows=tuple(rows)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Create the Trainer's schedule, scaled down after rollbacks."""
+        """Create the Trainer's schedule, scaled down from the second rollback on and after starting over."""
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
         if (lower := rate_factor(self._plan.rollbacks)) < 1:
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]

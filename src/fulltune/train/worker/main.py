@@ -120,7 +120,7 @@ def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
         return "disk_full", text[:500]
     for kind, status in _MEANINGS.items():
         if isinstance(error, kind):
-            return status, text or ("interrupted before the first checkpoint" if status == "interrupted" else "")
+            return status, text or ("interrupted before the first checkpoint" if status == "interrupted" else name)
     return "error", f"{name}: {text[:500]}"
 
 
