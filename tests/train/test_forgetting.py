@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulltune.errors import DataError, InterruptedRun
-from fulltune.forgetting.generic_text import drift, generic_texts, says_little
+from fulltune.forgetting.generic_text import drift, generic_texts, weak_texts_reason
 from fulltune.inference.run import GenericText
 from tests import tiny
 from tests.train import runs
@@ -113,7 +113,7 @@ def test_nothing_is_measured_where_it_is_turned_off_or_cannot_be(tiny_encoder: P
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), ("one line only\n", "holds 1 line; expected at least 2 different")],
+    [(None, "cannot be read"), ("one line only\n", "contains 1 line; expected at least 2 distinct")],
 )
 def test_probe_that_holds_nothing_is_refused_before_training(
     content: str | None, said: str, tiny_encoder: Path, tmp_path: Path
@@ -130,12 +130,12 @@ def test_probe_that_holds_nothing_is_refused_before_training(
     ("loss", "writes", "tokens", "said"),
     [
         (4.0, True, [5, 6], ""),
-        (6.5, True, [5, 6], "the untouched model's loss is 6.50 nats a token (guessing: 6.91)"),
+        (6.5, True, [5, 6], "the pretrained model's loss is 6.50 nats per token (chance: 6.91)"),
         (6.5, False, [5, 6], ""),
         (4.0, True, [1, 6], "50% of their tokens are unknown"),
     ],
 )
 def test_texts_that_say_little(loss: float, writes: bool, tokens: list[int], said: str) -> None:
     text = GenericText((tokens,), 0, writes, "fp32")
-    found = says_little(text, np.array([loss]), 1000, unknown_id=1)
+    found = weak_texts_reason(text, np.array([loss]), 1000, unknown_id=1)
     assert (said in found) if said else found == ""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError
 from fulltune.forgetting import budget
-from fulltune.forgetting.generic_text import parts
+from fulltune.forgetting.generic_text import budget_texts
 from fulltune.inference.run import GenericText
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.model import PreserveBlock
@@ -110,35 +110,35 @@ def numbered(file: Path, count: int, word: str = "text") -> Path:
 
 def test_no_text_is_in_two_parts(tmp_path: Path) -> None:
     probe, other = numbered(tmp_path / "probe.txt", 300), numbered(tmp_path / "other.txt", 500, "line")
-    shared = parts(PreserveBlock(budget="1%", probe=str(probe)))
-    apart = parts(PreserveBlock(budget="1%", probe=str(probe), replay=str(other)))
-    bundled = parts(PreserveBlock(budget="1%"))
+    shared = budget_texts(PreserveBlock(budget="1%", probe=str(probe)))
+    apart = budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(other)))
+    bundled = budget_texts(PreserveBlock(budget="1%"))
     sizes = []
     for found in (shared, apart, bundled):
-        three = (found.choosing, found.sealed, found.replayed)
+        three = (found.selection, found.sealed, found.replayed)
         sizes.append(tuple(map(len, three)))
         assert len({text for part in three for text in part}) == sum(sizes[-1])
     assert sizes[:2] == [(100, 100, 100), (150, 150, 500)]
     assert sizes[2][0] == sizes[2][1] > 200
     assert sizes[2][2] > 1000
-    assert parts(PreserveBlock(budget="1%", probe=str(probe))) == shared
+    assert budget_texts(PreserveBlock(budget="1%", probe=str(probe))) == shared
 
 
 def test_replayed_texts_leave_out_what_the_probe_has(tmp_path: Path) -> None:
     probe, more = numbered(tmp_path / "probe.txt", 100), numbered(tmp_path / "more.txt", 120)
-    found = parts(PreserveBlock(budget="1%", probe=str(probe), replay=str(more)))
+    found = budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(more)))
     assert len(found.replayed) == 20
-    with pytest.raises(DataError, match=r"preserve\.replay: .*holds nothing but texts of the probe"):
-        parts(PreserveBlock(budget="1%", probe=str(probe), replay=str(probe)))
+    with pytest.raises(DataError, match=r"preserve\.replay: .*contains only texts of the probe"):
+        budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(probe)))
 
 
 def test_probe_that_is_too_short_for_a_certificate_says_how_much_it_takes(tmp_path: Path) -> None:
     probe = numbered(tmp_path / "probe.txt", 100)
     with pytest.raises(
-        DataError, match=r"holds 100 texts; a budget takes at least 120 \(40 for selection, 40 sealed, 40"
+        DataError, match=r"contains 100 texts; a budget needs at least 120 \(40 for selection, 40 sealed, 40"
     ):
-        parts(PreserveBlock(budget="1%", probe=str(probe)))
-    assert len(parts(PreserveBlock(budget="1%", probe=str(probe), replay=None)).sealed) == 50
+        budget_texts(PreserveBlock(budget="1%", probe=str(probe)))
+    assert len(budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=None)).sealed) == 50
 
 
 def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
@@ -212,7 +212,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
 def test_sealed_texts_are_opened_once(held: Path, tiny_encoder: Path) -> None:
     """The finished run, done once more from its last checkpoint, keeps its certificate and its choice."""
     found, weights = preserved(held), runs.final_weights(held)
-    with mock.patch.object(within_budget, "_chosen", side_effect=AssertionError("opened again")):
+    with mock.patch.object(within_budget, "_choose", side_effect=AssertionError("opened again")):
         runs.run(held, tiny_encoder, ROWS, until="train", preserve={"budget": "0.3%"}, **BLOCKS)
     assert preserved(held) == found
     assert_same(runs.final_weights(held), weights)

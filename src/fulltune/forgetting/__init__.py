@@ -1,1 +1,1 @@
-"""What a model could do before: generic text, and how far training moves the model away on it."""
+"""Generic text and the budget for forgetting, as functions without a model."""

@@ -1,6 +1,5 @@
-"""Keeping forgetting within a budget: a weight by dual ascent while training, then weights scaled back (Wortsman et
-al. 2022, arXiv 2109.01903), a certificate on sealed texts, and methods compared by the points that were tried; pure
-functions of what was measured on generic text."""
+"""Arithmetic of the budget for forgetting: dual ascent on the replay weight, then interpolation of the weights
+(Wortsman et al. 2022, arXiv 2109.01903)."""
 
 from __future__ import annotations
 
@@ -9,79 +8,76 @@ from collections.abc import Sequence
 
 from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 
-LEAST_READ, MOST_READ, MOST_REPLAYED = 40, 600, 1100
-"""Texts of a run with a budget: for selection, and as many sealed ones; for replay."""
-TOKENS_READ = 12_800
-"""About as many for selection, and as many sealed ones: of short texts there are more."""
+MIN_TEXTS, MAX_TEXTS, MAX_REPLAYED = 40, 600, 1100
+"""Limits for the number of selection texts (there are as many sealed ones) and of replayed texts."""
+SELECTION_TOKENS = 12_800
+"""Approximate tokens of all selection texts."""
 SHARES = (1.0, 0.75, 0.5, 0.25)
-"""Points between the untouched and the trained model that are tried, besides the untouched one."""
+"""Interpolation points that are tried first, besides the pretrained model (0)."""
 REFINEMENTS = 2
-"""Further points, between the largest share that is within the budget and the next one."""
+"""Further points between the largest share within the budget and the next one."""
 NUM_POINTS = 1 + len(SHARES) + REFINEMENTS
-LEAST_FURTHER = 0.01
-"""Nearer to a share within the budget no further one is tried."""
-MOST_ROWS = 300
-"""Eval rows that choose among the points."""
-SURELY = 1.28
-"""Standard errors of a difference of two halves that a chosen point stays away from the budget by: so that the sealed
-half says the same in nine of ten cases."""
+MIN_SHARE_STEP = 0.01
+"""Smallest distance of a further point from a share within the budget."""
+MAX_ROWS = 300
+"""Most eval rows that are scored at each point."""
+SAFETY_ERRORS = 1.28
+"""Distance from the limit, in standard errors of a difference of two halves: the sealed texts then agree in nine of ten
+cases."""
 
 
-LANGUAGE, STATES = (0.1, 1.0), (0.005, 0.03)
-"""Smallest weight of the generic-text loss, which is also the first, and largest weight, each to be divided by the
-budget's limit: of a language model, whose loss is a divergence in nats a token, and of others, whose loss is 1 - cosine
-of hidden states. Above the largest ones the task was learned less and hardly less was forgotten (2026-11-27)."""
-PASSING = 1.0
+LANGUAGE_WEIGHTS, STATE_WEIGHTS = (0.1, 1.0), (0.005, 0.03)
+"""Smallest (initial) and largest replay weight, times the limit: for language models (loss in nats per token), and for
+others (loss 1 - cosine of hidden states). Larger weights slowed learning and hardly reduced forgetting (2026-11-27)."""
+MAX_EXCESS = 1.0
 """Drift allowed above the limit at the peak learning rate, as a multiple of the limit; it falls to 0 with the rate."""
-MOST_FACTOR = 1.5
-"""Largest factor by which one measurement changes the weight."""
+MAX_FACTOR = 1.5
+"""Largest change of the replay weight after one measurement, as a factor."""
 
 
 def next_weight(weight: float, measured: Drift, limit: float, rate: float, bounds: tuple[float, float]) -> float:
-    """The weight of generic text after a measurement: higher where the drift's upper bound is above the limit."""
-    allowed = limit * (1 + PASSING * rate)
+    """Raise the replay weight if the drift's upper bound exceeds the allowed drift, else lower it."""
+    allowed = limit * (1 + MAX_EXCESS * rate)
     if not math.isfinite(measured.upper):
         return weight
     step = (measured.upper - allowed) / allowed
-    factor = math.exp(min(max(step, -math.log(MOST_FACTOR)), math.log(MOST_FACTOR)))
+    factor = math.exp(min(max(step, -math.log(MAX_FACTOR)), math.log(MAX_FACTOR)))
     return min(max(weight * factor, bounds[0] / limit), bounds[1] / limit)
 
 
-def least_limit(measured: Drift) -> float:
-    """The smallest limit within which a point may be chosen: its sealed half will most likely say the same."""
-    return measured.upper + SURELY * math.sqrt(2) * measured.error
+def min_limit(measured: Drift) -> float:
+    """Return the smallest limit at which a point with this drift may be chosen."""
+    return measured.upper + SAFETY_ERRORS * math.sqrt(2) * measured.error
 
 
 def is_within(measured: Drift, limit: float) -> bool:
-    """Whether a point may be chosen."""
-    return least_limit(measured) <= limit
+    return min_limit(measured) <= limit
 
 
-MOST_OF_IT = 0.9
+MOST_GAIN = 0.9
 
 
-def limit_for_most(found: BudgetResult) -> float | None:
-    """The smallest limit that keeps `MOST_OF_IT` of the trained model's gain; None: it is kept, or there is no gain."""
-    most = found.gain_of(found.end)
-    if found.gain_of(found.choice) >= MOST_OF_IT * most:
+def limit_for_most_gain(result: BudgetResult) -> float | None:
+    """Return the smallest limit that keeps `MOST_GAIN` of the trained model's gain, or None if the choice keeps it."""
+    most = result.gain_of(result.end)
+    if result.gain_of(result.choice) >= MOST_GAIN * most:
         return None
-    good = [one for one in found.points if found.gain_of(one) >= MOST_OF_IT * most]
-    return min(least_limit(one.drift) for one in good)
+    return min(min_limit(point.drift) for point in result.points if result.gain_of(point) >= MOST_GAIN * most)
 
 
 def crossing(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:
-    """About the share between two points where a straight line between them crosses the limit (false position)."""
-    low, high = (least_limit(point.drift) - limit for point in (inside, outside))
-    part = low / (low - high) if math.isfinite(low - high) else 0.5
-    return round(inside.share + part * (outside.share - inside.share), 3)
+    """Estimate the share between two points at which the drift reaches the limit (false position)."""
+    low, high = (min_limit(point.drift) - limit for point in (inside, outside))
+    fraction = low / (low - high) if math.isfinite(low - high) else 0.5
+    return round(inside.share + fraction * (outside.share - inside.share), 3)
 
 
 def best(points: Sequence[InterpolationPoint], limit: float, greater_is_better: bool) -> InterpolationPoint:
-    """The point within the limit (the untouched model always is) with the best metric; among equals the least moved."""
+    """Return the point with the best metric among those within the limit; among equals the one with least drift."""
     sign = 1 if greater_is_better else -1
     possible = [point for point in points if point.is_start or is_within(point.drift, limit)]
 
-    def order(point: InterpolationPoint) -> tuple[float, float]:  # one whose metric is not finite is never better
+    def order(point: InterpolationPoint) -> tuple[float, float]:  # a non-finite metric is never better
         return sign * point.metric if math.isfinite(point.metric) else -math.inf, -point.drift.mean
 
     return max(possible, key=order)

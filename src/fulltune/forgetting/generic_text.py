@@ -1,4 +1,4 @@
-"""Texts that have nothing to do with the task: a file of the user's, or the standard library's documentation."""
+"""Generic texts, unlike the task's: from the user's file, or docstrings of Python's standard library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fulltune.errors import DataError
-from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_REPLAYED, TOKENS_READ
+from fulltune.forgetting.budget import MAX_REPLAYED, MAX_TEXTS, MIN_TEXTS, SELECTION_TOKENS
 from fulltune.inference.run import GenericText
 from fulltune.recipe.model import AUTO, BUNDLED, PreserveBlock
 from fulltune.records.forgetting import Drift
@@ -24,23 +24,24 @@ from fulltune.tasks.columns import normalised
 from fulltune.text import counted
 
 NUM_TEXTS = 200
-MOST_LINES = 30
-"""Of a paragraph, on average."""
-_BEGINNING, _BOILERPLATE = 64, 8
-"""Words by which texts differ: a model reads no more of one; documentation that begins alike goes on alike."""
+MAX_PARAGRAPH_LINES = 30
+"""Most lines of a paragraph, on average; a file with more has a text on each line."""
+_KEY_WORDS, _DOCUMENTATION_KEY_WORDS = 64, 8
+"""First words that identify a text, and a docstring (those with the same beginning are boilerplate)."""
 _WORDS = (20, 120)
 _READ_WORDS = 48
-"""Of a text, at most: it is cut at 64 tokens, and a word has four thirds of one."""
+"""Words that are read of a text: it is truncated to 64 tokens, and a word has about 4/3 tokens."""
 _WORD_BYTES = 6
-_LEFT_OUT = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
+_EXCLUDED = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
 
 
 def generic_texts(
     file: str | None = None, count: int = NUM_TEXTS, setting: str = "preserve.probe"
 ) -> tuple[list[str], str]:
-    """At most `count` texts of a file (None: the standard library's documentation), always alike, and their source."""
+    """Return at most `count` texts of the file, or docstrings of the standard library, and their source. They are the
+    same each time."""
     if file is None:
-        return _in_drawn_order(_documentation(count))[:count], BUNDLED
+        return _distinct_in_fixed_order(_documentation(count))[:count], BUNDLED
     if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
         raise DataError(
             f"{setting}: {file}: expected plain text, a line or a paragraph each; write the texts into a .txt file"
@@ -53,93 +54,92 @@ def generic_texts(
         raise DataError(f"{setting}: {file}: cannot be read ({error.strerror}); expected a text file") from None
     lines = [line for line in text.splitlines() if line.strip()]
     paragraphs = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
-    # A blank line here and there makes no paragraphs of a list of lines.
-    wrapped = len(paragraphs) > 1 and len(lines) <= MOST_LINES * len(paragraphs)
-    found = _in_drawn_order(" ".join(part.split()) for part in (paragraphs if wrapped else lines))[:count]
-    if len(found) < 2:
-        kind = "paragraph" if wrapped else "line"
+    # A few blank lines do not turn a list of lines into paragraphs.
+    has_paragraphs = len(paragraphs) > 1 and len(lines) <= MAX_PARAGRAPH_LINES * len(paragraphs)
+    texts = _distinct_in_fixed_order(" ".join(part.split()) for part in (paragraphs if has_paragraphs else lines))
+    if len(texts) < 2:
+        kind = "paragraph" if has_paragraphs else "line"
         raise DataError(
-            f"{setting}: {file}: holds {counted(len(found), kind)}; expected at least 2 different lines or paragraphs"
+            f"{setting}: {file}: contains {counted(len(texts), kind)}; expected at least 2 distinct lines or paragraphs"
         )
-    return found, file
+    return texts[:count], file
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Generic texts of a run with a budget; no text is in two of them."""
+class BudgetTexts:
+    """Disjoint generic texts of a run with a budget."""
 
-    choosing: list[str]
-    """Read all along: they steer the training, and choose among its points."""
+    selection: list[str]
+    """Texts that steer the training and choose among interpolation points."""
     sealed: list[str]
-    """Read once, at the end."""
+    """Texts that are read only for the final measurement."""
     replayed: list[str]
-    """Of which each step has some; empty where there is no replay, and where the model writes the texts."""
+    """Texts of which each step replays some; empty without replay."""
     source: str
-    """Where they come from, without those that are replayed where these have a file of their own."""
+    """Origin of the selection texts and the sealed ones."""
 
 
-def parts(block: PreserveBlock) -> Parts:
-    """Share out the texts of a run with a budget, always alike."""
-    shares_one = block.replay == AUTO
-    texts, source = generic_texts(block.probe, 2 * MOST_READ + MOST_REPLAYED * shares_one)
-    each = min(MOST_READ, enough(texts, TOKENS_READ), len(texts) // (3 if shares_one else 2))
-    if each < LEAST_READ:
-        needed = LEAST_READ * (3 if shares_one else 2)
-        use = f"{LEAST_READ} for selection, {LEAST_READ} sealed" + f", {LEAST_READ} for replay" * shares_one
+def budget_texts(block: PreserveBlock) -> BudgetTexts:
+    """Split the generic texts of a run with a budget, the same way each time."""
+    replays_probe = block.replay == AUTO
+    texts, source = generic_texts(block.probe, 2 * MAX_TEXTS + MAX_REPLAYED * replays_probe)
+    each = min(MAX_TEXTS, enough(texts, SELECTION_TOKENS), len(texts) // (3 if replays_probe else 2))
+    if each < MIN_TEXTS:
+        needed = MIN_TEXTS * (3 if replays_probe else 2)
+        use = f"{MIN_TEXTS} for selection, {MIN_TEXTS} sealed" + f", {MIN_TEXTS} for replay" * replays_probe
         raise DataError(
-            f"preserve.probe: {source}: holds {len(texts):,} texts; a budget takes at least {needed} ({use}): add "
+            f"preserve.probe: {source}: contains {len(texts):,} texts; a budget needs at least {needed} ({use}): add "
             "lines or paragraphs"
         )
-    replayed = texts[2 * each :][:MOST_REPLAYED]
-    if not shares_one:
-        taken = set(map(beginning, texts))
-        found = generic_texts(block.replay, MOST_REPLAYED, "preserve.replay")[0] if block.replay else []
-        replayed = [text for text in found if beginning(text) not in taken]
+    replayed = texts[2 * each :][:MAX_REPLAYED]
+    if not replays_probe:
+        probe_keys = set(map(text_key, texts))
+        candidates = generic_texts(block.replay, MAX_REPLAYED, "preserve.replay")[0] if block.replay else []
+        replayed = [text for text in candidates if text_key(text) not in probe_keys]
         if block.replay and not replayed:
-            raise DataError(f"preserve.replay: {block.replay}: holds nothing but texts of the probe; name other texts")
-    return Parts(texts[:each], texts[each : 2 * each], replayed, source)
+            raise DataError(f"preserve.replay: {block.replay}: contains only texts of the probe; name other texts")
+    return BudgetTexts(texts[:each], texts[each : 2 * each], replayed, source)
 
 
 def enough(texts: Sequence[str], tokens: int) -> int:
-    """How many of the texts, from the first on, hold about so many tokens as they are read."""
-    # Where words are not set apart, or letters take several bytes, there are more tokens than words.
+    """Return how many of the first texts contain about this many tokens, each truncated as a model reads it."""
+    # Scripts without spaces, or with several bytes per letter, have more tokens than words.
     sizes = (max(len(text.split()), len(text.encode()) // _WORD_BYTES) for text in texts)
     words = accumulate(min(size, _READ_WORDS) for size in sizes)
-    return sum(so_far <= tokens * 3 // 4 for so_far in words)
+    return sum(total <= tokens * 3 // 4 for total in words)
 
 
 def check_texts(block: PreserveBlock) -> None:
     """Reject unusable probe files before training."""
     if block.budget is not None:
-        parts(block)
+        budget_texts(block)
     elif block.probe is not None:
         generic_texts(block.probe)
 
 
-def _in_drawn_order(texts: Iterable[str]) -> list[str]:
-    """Different texts, in an order that says nothing about them."""
-    different = {beginning(text): text for text in texts if text}
-    return sorted(different.values(), key=lambda text: hashlib.sha256(text.encode()).digest())
+def _distinct_in_fixed_order(texts: Iterable[str]) -> list[str]:
+    distinct = {text_key(text): text for text in texts if text}
+    return sorted(distinct.values(), key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
-def beginning(text: str, words: int = _BEGINNING) -> str:
-    """The words by which a text is told from others; a model reads no more of it."""
+def text_key(text: str, words: int = _KEY_WORDS) -> str:
+    """Return the first words of a text, which identify it: a model does not read more."""
     return " ".join(normalised(text).split()[:words])
 
 
 @cache
 def _documentation(count: int) -> tuple[str, ...]:
-    """Paragraphs of so many of the standard library's modules, in an order that says nothing about them."""
+    """Return at least `count` paragraphs of docstrings of the standard library, if it has so many."""
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = (path.relative_to(root) for path in (*root.glob("*.py"), *root.glob("*/*.py")))
-    wanted = [path for path in modules if not any(part in _LEFT_OUT for part in path.parts)]
-    found: dict[str, str] = {}
-    for path in sorted(wanted, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
-        if len(found) >= count:
+    included = [path for path in modules if not any(part in _EXCLUDED for part in path.parts)]
+    paragraphs: dict[str, str] = {}
+    for path in sorted(included, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
+        if len(paragraphs) >= count:
             break
         for text in _paragraphs(root / path):
-            found.setdefault(beginning(text, _BOILERPLATE), text)
-    return tuple(found.values())
+            paragraphs.setdefault(text_key(text, _DOCUMENTATION_KEY_WORDS), text)
+    return tuple(paragraphs.values())
 
 
 def _paragraphs(file: Path) -> Iterator[str]:
@@ -156,35 +156,41 @@ def _paragraphs(file: Path) -> Iterator[str]:
                     yield text
 
 
-# ---- how far a model has moved away on them ----------------------------------------------------------------------
+# ---- drift on these texts ----------------------------------------------------------------------------------------
 
 
-NEAR_CHANCE, MOST_UNKNOWN = 0.8, 0.3
+NEAR_CHANCE, MAX_UNKNOWN = 0.8, 0.3
 
 
-def says_little(text: GenericText, first: np.ndarray, vocabulary: int | None, unknown_id: int | None) -> str:
-    """Why texts say little about what the untouched model could do; empty: they say enough."""
-    told = "such texts say little about what the model could do before; name ones that it knows in preserve.probe"
+def weak_texts_reason(
+    text: GenericText, first: np.ndarray, vocabulary: int | None, unknown_id: int | None
+) -> str | None:
+    """Explain why drift on these texts says little about the pretrained model's abilities, or return None.
+
+    Args:
+        first: What `GenericText.read` returned for the pretrained model.
+    """
+    advice = "such texts say little about what the model could do before; name texts that it knows in preserve.probe"
     tokens = [token for ids in text.ids for token in ids]
     unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
-    if unknown_id is not None and unknown > MOST_UNKNOWN:
-        return f"{unknown:.0%} of their tokens are unknown to the tokenizer: {told}"
+    if unknown_id is not None and unknown > MAX_UNKNOWN:
+        return f"{unknown:.0%} of their tokens are unknown to the tokenizer: {advice}"
     loss, chance = float(np.mean(first)), math.log(vocabulary) if vocabulary else math.inf
     if text.writes and loss > NEAR_CHANCE * chance:
-        return f"the untouched model's loss is {loss:.2f} nats a token (guessing: {chance:.2f}): {told}"
-    return ""
+        return f"the pretrained model's loss is {loss:.2f} nats per token (chance: {chance:.2f}): {advice}"
+    return None
 
 
-def measured(before: np.ndarray, after: np.ndarray) -> Drift:
-    """The mean drift of texts with its standard error."""
-    moved = drift(before, after)
-    error = float(moved.std(ddof=1)) / math.sqrt(len(moved)) if len(moved) > 1 else 0.0
-    return Drift(mean=float(moved.mean()), error=error, texts=len(moved))
+def mean_drift(before: np.ndarray, after: np.ndarray) -> Drift:
+    """Return the mean drift over texts, with its standard error."""
+    drifts = drift(before, after)
+    error = float(drifts.std(ddof=1)) / math.sqrt(len(drifts)) if len(drifts) > 1 else 0.0
+    return Drift(mean=float(drifts.mean()), error=error, texts=len(drifts))
 
 
 def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Of each text: nats by which its loss rose, or 1 - cosine of its two states: float64 [texts]."""
+    """Return each text's drift: the increase of its loss in nats, or 1 - cosine of its two states: float64 [texts]."""
     if before.ndim == 1:
         return after - before
-    # Of equal states the product may differ from 1 by rounding.
+    # For equal states the product may differ from 1 by rounding.
     return np.maximum(0.0, np.round(1.0 - (before * after).sum(axis=1), 12))

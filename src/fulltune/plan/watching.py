@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fulltune.forgetting.budget import MOST_REPLAYED, MOST_ROWS, NUM_POINTS, TOKENS_READ
-from fulltune.forgetting.generic_text import parts
+from fulltune.forgetting.budget import MAX_REPLAYED, MAX_ROWS, NUM_POINTS, SELECTION_TOKENS
+from fulltune.forgetting.generic_text import budget_texts
 from fulltune.plan.resolve import Steps
 from fulltune.plan.settings import FROM_RECIPE, Reasons
 from fulltune.plan.time import GENERIC_TOKENS, occasions
@@ -38,8 +38,8 @@ def settle(
     rows = max(FEWEST_REPLAYED, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
     every = math.ceil(total_steps / STEERED)
     share = format_percent(rows * GENERIC_TOKENS / tokens)
-    texts = parts(block)
-    shared = f"{len(texts.choosing):,} texts for selection, {len(texts.sealed):,} sealed"
+    texts = budget_texts(block)
+    shared = f"{len(texts.selection):,} texts for selection, {len(texts.sealed):,} sealed"
     shared += f", {len(texts.replayed):,} for replay" if texts.replayed else ""
     reasons.add("preserve.budget", block.budget, doubt=f": {shared}")
     if rows:
@@ -47,14 +47,14 @@ def settle(
         why = f"{rows} generic texts replayed in each step, {share} of its tokens; weight set {often}"
         reasons.add("preserve.replay", None, block.replay, why)
     # Selection texts, at each point, and twice the sealed ones.
-    at_end = (NUM_POINTS + 2) * (TOKENS_READ // GENERIC_TOKENS)
+    at_end = (NUM_POINTS + 2) * (SELECTION_TOKENS // GENERIC_TOKENS)
     return GenericTexts(
         texts_per_evaluation=watched,
         budget=block.limit,
         replay_rows=rows,
         steer_steps=every,
-        texts_read_once=at_end + min(MOST_REPLAYED, total_steps * rows),
-        scored_rows=NUM_POINTS * min(summary.splits["eval"].rows, MOST_ROWS),
+        texts_read_once=at_end + min(MAX_REPLAYED, total_steps * rows),
+        scored_rows=NUM_POINTS * min(summary.splits["eval"].rows, MAX_ROWS),
     )
 
 

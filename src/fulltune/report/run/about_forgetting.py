@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fulltune.forgetting.budget import MOST_OF_IT, is_within, limit_for_most
+from fulltune.forgetting.budget import MOST_GAIN, is_within, limit_for_most_gain
 from fulltune.recipe.model import BUNDLED
 from fulltune.records.forgetting import BudgetResult
 from fulltune.report.format import words
@@ -120,12 +120,12 @@ def budget_advice(found: BudgetResult | None) -> tuple[str, str]:
     """What a budget for forgetting has kept a model from, and what helps; empty where most of the learned was kept."""
     if found is None:
         return "", ""
-    if (limit := limit_for_most(found)) is not None:
+    if (limit := limit_for_most_gain(found)) is not None:
         share = _rounded_up(105 * (-math.expm1(-limit) if found.is_language_model else limit))
         kept = "the untouched model" if found.choice.is_start else words.way(found.choice.share)
         return (
             f"the budget for forgetting (preserve.budget) keeps {kept}",
-            f"{MOST_OF_IT:.0%} of what was learned takes a budget of about {share}: --set "
+            f"{MOST_GAIN:.0%} of what was learned takes a budget of about {share}: --set "
             f"preserve.budget={share}; or more texts in the probe, where their error is large beside the budget",
         )
     if found.choice.is_start:

@@ -1,1 +1,1 @@
-"""A run that keeps what the model could do before: generic text is watched, trained along, and decides what is kept."""
+"""Drift, replay and the budget for forgetting in a training."""

@@ -1,4 +1,4 @@
-"""Measure drift on generic text and replay some of it to limit forgetting."""
+"""Measures drift on generic text, and replays some of it against forgetting."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fulltune.errors import SetupError
-from fulltune.forgetting.budget import LANGUAGE, STATES, next_weight
-from fulltune.forgetting.generic_text import enough, generic_texts, measured, parts, says_little
+from fulltune.forgetting.budget import LANGUAGE_WEIGHTS, STATE_WEIGHTS, next_weight
+from fulltune.forgetting.generic_text import budget_texts, enough, generic_texts, mean_drift, weak_texts_reason
 from fulltune.inference.run import BATCH, MOST_TOKENS, STATES_BATCH, GenericText, autocast, batches
 from fulltune.methods import virtual_tokens_of
 from fulltune.models import evaluating
@@ -29,64 +30,63 @@ from fulltune.tasks.padding import IGNORED, padded
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 
-LIKELIEST = 64
-"""Next tokens whose probabilities are kept of the untouched model; all others count as one."""
-_LEAST_REST = 1e-6
-_MOST_LOGITS = 2**24
-"""Of generic text at once: 64 MiB."""
+TOP_TOKENS = 64
+"""Most likely next tokens whose pretrained probabilities are stored; all others count as one token."""
+_MIN_REST = 1e-6
+_MAX_LOGITS = 2**24
+"""Most logits of replayed text in one pass: 64 MiB."""
 
 
 class DriftMonitor(TrainingPart):
-    """Measures at each evaluation, from step 0 on, how far the model has moved away on the plan's generic texts."""
+    """Measures the drift on the plan's generic texts at each evaluation, from step 0 on."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer) -> None:
         self.inputs, self.trainer = inputs, trainer
         self.text: GenericText | None = None
-        """None: the plan has none, or this model cannot be read as expected."""
+        """Texts that are measured; None if the plan has none, or if this model cannot be measured."""
         self.identity = ""
-        """Of all generic texts of the run."""
+        """Digest of all generic texts of the run."""
         self.start: np.ndarray | None = None
-        """What the untouched model made of the texts: see `GenericText.read`."""
+        """Result of `GenericText.read` for the pretrained model."""
         plan, preserve = inputs.plan, inputs.recipe.preserve
-        watched, held = plan.generic.texts_per_evaluation, plan.generic.budget is not None
-        if watched:
-            found = parts(preserve) if held else None
-            texts = found.choosing if found else generic_texts(preserve.probe, watched)[0]
-            # To steer by the drift it must be measured more precisely: of short texts more are read, at the same cost.
-            count = max(watched, enough(texts, watched * GENERIC_TOKENS)) if found else len(texts)
+        if num_texts := plan.generic.texts_per_evaluation:
+            split = None if plan.generic.budget is None else budget_texts(preserve)
+            texts = split.selection if split else generic_texts(preserve.probe, num_texts)[0]
+            # Steering needs a precise drift: of short texts more are read, at the same cost.
+            count = max(num_texts, enough(texts, num_texts * GENERIC_TOKENS)) if split else len(texts)
             self.text = self.text_of(texts[:count])
-            everything = [*found.choosing, *found.sealed, *found.replayed] if found else texts
-            self.identity = hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
+            all_texts = [*split.selection, *split.sealed, *split.replayed] if split else texts
+            self.identity = hashlib.sha256("\0".join(all_texts).encode()).hexdigest()[:16]
 
     @cached_property
-    def most_tokens(self) -> int:
-        """Where a text is cut."""
+    def max_tokens(self) -> int:
+        """Tokens to which a text is truncated."""
         model = self.trainer.model
         return min(MOST_TOKENS, (position_limit(model.config) or MOST_TOKENS) - virtual_tokens_of(model))
 
     def text_of(self, texts: Sequence[str]) -> GenericText:
-        """Texts as the trainer's model reads them."""
+        """Tokenize texts for the trainer's model."""
         plan, writes = self.inputs.plan, self.inputs.summary.form.reads_any_text
-        # Where an evaluation ran out of memory, its batches are smaller from then on, and these with them.
+        # Not above the eval batch size, which falls when an evaluation runs out of memory.
         batch = min(BATCH if writes else STATES_BATCH, plan.eval_batch_size)
-        return GenericText.of(texts, self.trainer.processing_class, writes, plan.precision, self.most_tokens, batch)
+        return GenericText.of(texts, self.trainer.processing_class, writes, plan.precision, self.max_tokens, batch)
 
-    def says_little(self, text: GenericText, first: np.ndarray) -> str:
-        """Why texts say little, by what the untouched model makes of them; empty: they say enough."""
+    def weak_texts_reason(self, text: GenericText, first: np.ndarray) -> str | None:
+        """Explain why drift on these texts says little, or return None; see the function of this name."""
         tokenizer: Any = self.trainer.processing_class
         vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", None)
-        return says_little(text, first, vocabulary, tokenizer.unk_token_id)
+        return weak_texts_reason(text, first, vocabulary, tokenizer.unk_token_id)
 
     def scores(self) -> dict[str, float]:
-        """`drift`, the mean over the texts, and `drift_error`, its standard error; nothing where it is not known."""
-        found = self.read()
-        return {} if found is None else {"drift": found.mean, "drift_error": found.error}
+        """Return `drift` and its standard error `drift_error`, if they can be measured."""
+        drift = self.read()
+        return {} if drift is None else {"drift": drift.mean, "drift_error": drift.error}
 
     def read(self) -> Drift | None:
-        """How far the texts have moved; None where it is not known."""
+        """Measure the drift; None if it cannot be measured."""
         trainer, plan = self.trainer, self.inputs.plan
         is_start = trainer.state.global_step == 0
-        # Where it could not be read at the start, there is nothing to compare with.
+        # Without a start there is nothing to compare with.
         if self.text is None or (self.start is None and not is_start):
             return None
         try:
@@ -95,89 +95,90 @@ class DriftMonitor(TrainingPart):
         except Exception as error:
             if is_out_of_memory(error) or not is_start or plan.generic.budget is not None:
                 raise
-            # What only watches must not end a run; it is said, and the report has no curve.
+            # A mere observer must not end a run: it warns, and the report has no drift curve.
             self.text = None
             self.inputs.warn(f"drift on generic text is not measured: {type(error).__name__}: {error}"[:300])
             return None
         if is_start or self.start is None:
             self.start = now
-            if why := self.says_little(self.text, now):
-                self.inputs.warn(f"generic texts: {why}")
-        return measured(self.start, now)
+            if reason := self.weak_texts_reason(self.text, now):
+                self.inputs.warn(f"generic texts: {reason}")
+        return mean_drift(self.start, now)
 
     def state(self) -> dict[str, Any]:
         return {"generic_texts": self.identity, "generic": self.start}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        self._refuse_others(state["generic_texts"])
+        self._check_texts(state["generic_texts"])
         self.start = state.get("generic")
 
-    def _refuse_others(self, identity: str | None) -> None:
-        """Refuse generic texts other than the checkpoint's where a budget rests on them, else measure no more."""
+    def _check_texts(self, identity: str | None) -> None:
+        """Refuse texts other than the checkpoint's if there is a budget, else stop measuring."""
         if self.text is None or identity in (None, self.identity):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED
-        said = f"preserve.probe: {probe}: the texts changed since this run began, so what it measured belongs to others"
+        problem = f"preserve.probe: {probe}: the texts changed since this run began, so their drift cannot be compared"
         if self.inputs.plan.generic.budget is not None:
-            raise SetupError(f"{said}; put the old file back, or start a new run (--fresh)")
+            raise SetupError(f"{problem}; put the old file back, or start a new run (--fresh)")
         self.text = None
-        self.inputs.warn(f"{said}; drift is not measured from here on")
+        self.inputs.warn(f"{problem}; drift is not measured from here on")
 
 
 class Replay(TrainingPart):
-    """Adds the gradient of some generic texts to each step's, a distillation of the model from its untouched self.
-    Every so many steps the drift is measured, and their weight set so that the budget for forgetting is kept."""
+    """Adds to each step the gradient of a distillation from the pretrained model on some generic texts.
+
+    Its weight is adjusted to the drift every `steer_steps` steps, so that the budget for forgetting is kept."""
 
     def __init__(
         self, inputs: AttemptInputs, monitor: DriftMonitor, text: GenericText, rows_per_pass: int, budget: float
     ) -> None:
         self.inputs, self.monitor, self.trainer = inputs, monitor, monitor.trainer
         self.text, self.rows_per_pass = text, rows_per_pass
-        self.bounds, self.limit = LANGUAGE if text.writes else STATES, limit_of(budget, text.writes)
+        self.bounds, self.limit = LANGUAGE_WEIGHTS if text.writes else STATE_WEIGHTS, limit_of(budget, text.writes)
         self.weight = self.bounds[0] / self.limit
         self.before: Sequence[Any] = ()
-        """What the untouched model made of each text: of a language model log probabilities and ids, float16 and int32
-        [tokens, `LIKELIEST`], of others the mean hidden state, float64 [hidden]."""
+        """The pretrained model's outputs for each text: a language model's log probabilities and ids, float16 and int32
+        [tokens, `TOP_TOKENS`]; of others the mean hidden state, float64 [hidden]."""
 
     def rows_of(self, step: int) -> list[int]:
-        """The texts of an optimizer step, from 1: each once, in a drawn order, before any comes again."""
+        """Return the texts of a step, counted from 1. The order is random, and all texts come before one repeats."""
         plan, count = self.inputs.plan, len(self.text.ids)
         places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
         orders = {cycle: _order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
         return [orders[place // count][place % count] for place in places]
 
     def remember(self) -> None:
-        """Keep what the model, still untouched, makes of all texts."""
+        """Store the pretrained model's outputs for all texts."""
         model, between = self.trainer.model, self.trainer.alive
         if not self.text.writes:
             self.before = list(self.text.read(model, between=between))
             return
-        found: list[Any] = []
+        outputs: list[Any] = []
         with evaluating(model), torch.no_grad():
             for positions in batches(range(len(self.text.ids)), self.rows_per_pass):
                 between()
                 with autocast(model, self.text.precision):
                     logs = F.log_softmax(self._logits(positions).float(), dim=-1)
-                top, ids = logs.topk(min(LIKELIEST, logs.shape[-1]), dim=-1)
+                top, ids = logs.topk(min(TOP_TOKENS, logs.shape[-1]), dim=-1)
                 sizes = [len(self.text.ids[position]) - 1 for position in positions]
-                kept = (top.half().cpu(), ids.int().cpu())
-                found += zip(*([part.numpy() for part in one.split(sizes)] for one in kept), strict=True)
-        self.before = found
+                stored = (top.half().cpu(), ids.int().cpu())
+                outputs += zip(*([part.numpy() for part in tensor.split(sizes)] for tensor in stored), strict=True)
+        self.before = outputs
 
     def add_gradient(self) -> None:
-        """Add the texts' gradient to the step that begins, without dropout, so that no random number is drawn; each
-        process has its part, and with FSDP2 as many passes as the others."""
+        """Add the gradient of this rank's texts, without dropout, so that no random number is drawn. With FSDP2 all
+        ranks run equally many passes."""
         trainer = self.trainer
         model, arguments = trainer.model, trainer.args
-        chosen = self.rows_of(trainer.state.global_step + 1)
-        mine = chosen[arguments.process_index :: arguments.world_size]
-        tokens = sum(len(self.text.ids[position]) - 1 for position in chosen)
-        share = arguments.world_size / (tokens if self.text.writes else len(chosen))
+        texts = self.rows_of(trainer.state.global_step + 1)
+        mine = texts[arguments.process_index :: arguments.world_size]
+        tokens = sum(len(self.text.ids[position]) - 1 for position in texts)
+        share = arguments.world_size / (tokens if self.text.writes else len(texts))
         scaler = getattr(trainer.accelerator, "scaler", None)
         passes = [(list(positions), 1.0) for positions in batches(mine, self.rows_per_pass)]
         if trainer.is_shared:
-            most = -(-len(chosen[:: arguments.world_size]) // self.rows_per_pass)
-            passes += [(chosen[:1], 0.0)] * (most - len(passes))
+            most = -(-len(texts[:: arguments.world_size]) // self.rows_per_pass)
+            passes += [(texts[:1], 0.0)] * (most - len(passes))
         with evaluating(model):
             for positions, counts in passes:
                 with autocast(model, self.text.precision):
@@ -185,7 +186,7 @@ class Replay(TrainingPart):
                 loss = counts * self.weight * share * summed
                 (loss if scaler is None else scaler.scale(loss)).backward()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         plan, step = self.inputs.plan, state.global_step
         if step % plan.generic.steer_steps or step >= plan.total_steps or (drift := self.monitor.read()) is None:
             return
@@ -200,52 +201,53 @@ class Replay(TrainingPart):
         self.weight = state["replay_weight"]
 
     def _distance(self, positions: Sequence[int]) -> torch.Tensor:
-        """From the untouched model, summed over these texts, and for a language model over their tokens."""
+        """Return the distance from the pretrained model, summed over these texts, or over a language model's tokens."""
         model, device = self.trainer.model, self.trainer.args.device
         if not self.text.writes:
-            wanted = torch.tensor(np.stack([self.before[one] for one in positions]), dtype=torch.float32, device=device)
-            return (1 - F.cosine_similarity(self.text.states(model, positions), wanted, dim=-1)).sum()
+            stacked = np.stack([self.before[position] for position in positions])
+            before = torch.tensor(stacked, dtype=torch.float32, device=device)
+            return (1 - F.cosine_similarity(self.text.states(model, positions), before, dim=-1)).sum()
         logs = F.log_softmax(self._logits(positions).float(), dim=-1)
-        kept = (np.concatenate([self.before[one][part] for one in positions]) for part in (0, 1))
-        wanted, ids = (torch.as_tensor(part, device=device) for part in kept)
-        return divergence(wanted.float(), logs.gather(-1, ids.long()))
+        stored = (np.concatenate([self.before[position][part] for position in positions]) for part in (0, 1))
+        before, ids = (torch.as_tensor(part, device=device) for part in stored)
+        return divergence(before.float(), logs.gather(-1, ids.long()))
 
     def _logits(self, positions: Sequence[int]) -> torch.Tensor:
-        """Of each text's next tokens, one text after another: [tokens, vocabulary]."""
-        chosen, device = [self.text.ids[position] for position in positions], self.trainer.args.device
-        ids = padded(chosen, self.text.pad_token_id).to(device)
-        labels = padded([[IGNORED, *row[1:]] for row in chosen], IGNORED).to(device)
-        shown = padded([[1] * len(row) for row in chosen], 0).to(device)
+        """Return the logits of the next tokens of all these texts: [tokens, vocabulary]."""
+        texts, device = [self.text.ids[position] for position in positions], self.trainer.args.device
+        ids = padded(texts, self.text.pad_token_id).to(device)
+        labels = padded([[IGNORED, *text[1:]] for text in texts], IGNORED).to(device)
+        mask = padded([[1] * len(text) for text in texts], 0).to(device)
         with self.trainer.selecting(labels, whole=True):
-            logits = self.trainer.model(input_ids=ids, attention_mask=shown).logits
+            logits = self.trainer.model(input_ids=ids, attention_mask=mask).logits
         return logits[causal_lm.wanted(labels) != IGNORED] if logits.dim() == 3 else logits
 
 
 def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
-    """What trains generic text along, where the plan does; the model is still the untouched one."""
+    """Create the replay of generic text, if planned; the model must still have its pretrained weights."""
     plan, rows, budget = inputs.plan, inputs.plan.generic.replay_rows, inputs.plan.generic.budget
     if budget is None or not rows or inputs.request.probe:
         return []
-    with inputs.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
-        text = monitor.text_of(parts(inputs.recipe.preserve).replayed[: plan.total_steps * rows])
-    # No more tokens at once than a micro batch has, and of a language model no more logits than are small; one text
-    # where activations are recomputed, which happens in training mode alone.
-    at_once = plan.micro_batch_size * inputs.summary.max_length // monitor.most_tokens
+    with inputs.journal.during("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
+        text = monitor.text_of(budget_texts(inputs.recipe.preserve).replayed[: plan.total_steps * rows])
+    # At most the tokens of a micro batch, and few logits. One text with activation checkpointing, which does nothing in
+    # evaluation mode.
+    at_once = plan.micro_batch_size * inputs.summary.max_length // monitor.max_tokens
     if text.writes:
-        at_once = min(at_once, _MOST_LOGITS // (monitor.most_tokens * monitor.trainer.model.config.vocab_size))
+        at_once = min(at_once, _MAX_LOGITS // (monitor.max_tokens * monitor.trainer.model.config.vocab_size))
     at_once = 1 if plan.activation_checkpointing else max(1, min(rows, at_once))
     replay = Replay(inputs, monitor, text, at_once, budget)
-    inputs.recorder.phase("reading generic text with the untouched model")
+    inputs.recorder.phase("reading generic text with the pretrained model")
     with inputs.journal.during("evaluation"):
         replay.remember()
     return [replay]
 
 
-def divergence(wanted: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
-    """Kullback-Leibler divergence of a model from an earlier one over some tokens' log probabilities [places, tokens],
-    the rest as one more token; in nats, summed."""
-    rest, left = ((1 - one.exp().sum(dim=-1)).clamp(min=_LEAST_REST) for one in (wanted, logs))
-    return (wanted.exp() * (wanted - logs)).sum() + (rest * (rest.log() - left.log())).sum()
+def divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Return the sum of KL divergences in nats from log probabilities [places, tokens]; the rest of the vocabulary
+    counts as one more token."""
+    rest_before, rest_now = ((1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (before, now))
+    return (before.exp() * (before - now)).sum() + (rest_before * (rest_before.log() - rest_now.log())).sum()
 
 
 def _order(count: int, seed: int, cycle: int) -> list[int]:

@@ -1,36 +1,37 @@
-"""After training, keep the best point between the untouched and the trained model within the budget for forgetting,
-certified on texts that nothing has read before."""
+"""Chooses the best interpolation between pretrained and trained weights within the budget for forgetting, and certifies
+it on sealed texts."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from fulltune import methods
 from fulltune.errors import InterruptedRun
 from fulltune.forgetting.budget import (
-    LEAST_FURTHER,
-    MOST_ROWS,
+    MAX_ROWS,
+    MIN_SHARE_STEP,
     REFINEMENTS,
     SHARES,
     best,
     crossing,
     is_within,
 )
-from fulltune.forgetting.generic_text import measured, parts
+from fulltune.forgetting.generic_text import budget_texts, mean_drift
 from fulltune.inference.run import GenericText, Share
 from fulltune.models import sharding
 from fulltune.records.events import Certified
 from fulltune.records.forgetting import BudgetResult, InterpolationPoint, limit_of
+from fulltune.tasks import Row
 from fulltune.train.forgetting.generic import DriftMonitor
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
@@ -38,35 +39,36 @@ from fulltune.train.loop.trainer import FullTrainer
 PHASE = "choosing how far to go within the budget for forgetting"
 
 
-class Line:
-    """The trained values of a model, anywhere between those before step 1 and those after training."""
+class WeightInterpolation:
+    """Sets a model's trained weights anywhere between those before step 1 and those after training."""
 
-    def __init__(self, model: Any, before: Path, after: Path) -> None:
+    def __init__(self, model: PreTrainedModel, before: Path, after: Path) -> None:
         sharding.free(model)
         self.model, self.trained, self.before, self.after = model, methods.trained(model), before, after
-        save_file({name: sharding.local(one.detach()).cpu().contiguous() for name, one in self.trained.items()}, after)
+        tensors = {name: sharding.local(parameter.detach()).cpu() for name, parameter in self.trained.items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, after)
         digest = hashlib.sha256()
-        for one in self.trained.values():  # whole, so that it is the same in any number of processes
-            digest.update(sharding.whole(one.detach()).cpu().flatten().view(torch.uint8).numpy().data)
+        for parameter in self.trained.values():  # gathered, so that the digest is the same for any world size
+            digest.update(sharding.whole(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
         self.digest = digest.hexdigest()[:16]
 
     def put(self, share: float) -> None:
-        """Move the model there. Of LoRA's two matrices the second alone is scaled, and with it their product."""
+        """Set the weights at this share. Of LoRA's matrices only B is scaled, and with it their product."""
         sharding.free(self.model)
         with safe_open(self.before, "pt") as before, safe_open(self.after, "pt") as after, torch.no_grad():
             for name, parameter in self.trained.items():
                 begin, end = before.get_tensor(name), after.get_tensor(name)
-                part = 1.0 if ".lora_A." in name else share
-                # Exactly the ends at the ends.
-                moved = end if part == 1 else begin if part == 0 else torch.lerp(begin.float(), end.float(), part)
-                sharding.local(parameter).copy_(moved.to(parameter.dtype))
+                weight = 1.0 if ".lora_A." in name else share
+                # Exact at both ends.
+                value = end if weight == 1 else begin if weight == 0 else torch.lerp(begin.float(), end.float(), weight)
+                sharding.local(parameter).copy_(value.to(parameter.dtype))
 
 
 def keep_within(
-    inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Any], float]
+    inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Sequence[Row]], float]
 ) -> BudgetResult | None:
-    """Move the trained model back as far as its budget asks for; an earlier certificate of these weights is kept with
-    its choice. `score` gives the metric of some eval rows. None: the recipe gives no budget."""
+    """Move the model's weights back until it keeps its budget; None if the recipe has no budget. An earlier result for
+    the same weights is reused. `score` returns the metric of eval rows."""
     plan, request = inputs.plan, inputs.request
     if plan.generic.budget is None:
         return None
@@ -74,104 +76,104 @@ def keep_within(
     rank = trainer.args.process_index
     before, after = request.initial_weights(rank), request.trained_weights(rank)
     try:
-        line = Line(trainer.model, before, after)
-        # What the first process finds there holds for all of them.
-        earlier, digest = trainer.agreed((BudgetResult.load(record) if record.exists() else None, line.digest))
-        found = earlier
+        interpolation = WeightInterpolation(trainer.model, before, after)
+        # Rank 0's file counts for all ranks.
+        earlier, digest = trainer.agreed((BudgetResult.load(record) if record.exists() else None, interpolation.digest))
+        result = earlier
         if earlier is None or earlier.weights_digest != digest:
             inputs.recorder.phase(PHASE)
-            found = _chosen(inputs, line, monitor, score, earlier.opening_times if earlier else ())
+            result = _choose(inputs, interpolation, monitor, score, earlier.opening_times if earlier else ())
             if inputs.is_main:
                 record.parent.mkdir(exist_ok=True)
-                found.save(record)
-            inputs.recorder.write(Certified(result=found))
-        assert found is not None
-        line.put(found.choice.share)
-        return found
+                result.save(record)
+            inputs.recorder.write(Certified(result=result))
+        assert result is not None
+        interpolation.put(result.choice.share)
+        return result
     finally:
         after.unlink(missing_ok=True)
 
 
-def _chosen(
+def _choose(
     inputs: AttemptInputs,
-    line: Line,
+    interpolation: WeightInterpolation,
     monitor: DriftMonitor,
-    score: Callable[[Any], float],
-    opened: tuple[str, ...],
+    score: Callable[[Sequence[Row]], float],
+    opening_times: tuple[str, ...],
 ) -> BudgetResult:
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None
-    texts = parts(inputs.recipe.preserve)
-    choosing, sealed = monitor.text_of(texts.choosing), monitor.text_of(texts.sealed)
-    writes = inputs.summary.form.reads_any_text
-    limit = limit_of(budget, writes)
+    texts = budget_texts(inputs.recipe.preserve)
+    selection, sealed = monitor.text_of(texts.selection), monitor.text_of(texts.sealed)
+    is_language_model = inputs.summary.form.reads_any_text
+    limit = limit_of(budget, is_language_model)
     rows = _eval_rows(inputs, trainer)
 
     def read(share: float, text: GenericText) -> np.ndarray:
-        line.put(share)
+        interpolation.put(share)
         return text.read(trainer.model, trainer.head, trainer.alive)
 
-    start = read(0.0, choosing)
+    start = read(0.0, selection)
 
-    def at(share: float) -> InterpolationPoint:
-        # With sharded weights all processes run this, and must stop together; else only the first does.
+    def measure(share: float) -> InterpolationPoint:
+        # With sharded weights all ranks run this and must stop together; otherwise only rank 0 does.
         if stop.any_asked(trainer.args) if trainer.is_shared else stop.is_asked:
             raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
-        line.put(share)
-        drift = measured(start, start if share == 0 else read(share, choosing))
+        interpolation.put(share)
+        drift = mean_drift(start, start if share == 0 else read(share, selection))
         return InterpolationPoint(share=share, drift=drift, metric=score(rows))
 
     with inputs.journal.during("evaluation"):
-        points = [at(share) for share in (0.0, *SHARES)]
-        points += _between(points, limit, at)
-        chosen = best(points, limit, plan.greater_is_better)
-        moved = None
-        if not chosen.is_start:
-            opened = (*opened, datetime.now().astimezone().isoformat(timespec="seconds"))
-            moved = measured(read(0.0, sealed), read(chosen.share, sealed))
-    said = "infeasible; the sealed texts were not opened"
-    if moved is not None:
-        said = f"{len(sealed.ids)} sealed generic texts were opened: {'PASS' if moved.upper <= limit else 'FAIL'}"
-    inputs.journal.write("budget for forgetting", said)
+        points = [measure(share) for share in (0.0, *SHARES)]
+        points += _refine(points, limit, measure)
+        choice = best(points, limit, plan.greater_is_better)
+        sealed_drift = None
+        if not choice.is_start:
+            opening_times = (*opening_times, datetime.now().astimezone().isoformat(timespec="seconds"))
+            sealed_drift = mean_drift(read(0.0, sealed), read(choice.share, sealed))
+    result = "no point within the budget; the sealed texts were not used"
+    if sealed_drift is not None:
+        verdict = "PASS" if sealed_drift.upper <= limit else "FAIL"
+        result = f"{len(sealed.ids)} sealed generic texts were opened: {verdict}"
+    inputs.journal.write("budget for forgetting", result)
     return BudgetResult(
         trial=plan.trial,
         budget=budget,
         limit=limit,
-        is_language_model=writes,
+        is_language_model=is_language_model,
         text_source=texts.source,
         metric=plan.metric,
         greater_is_better=plan.greater_is_better,
         points=tuple(sorted(points, key=lambda point: point.share, reverse=True)),
-        choice=chosen,
-        sealed=moved,
-        weights_digest=line.digest,
-        weak_texts_reason=monitor.says_little(choosing, start) or None,
-        opening_times=opened,
+        choice=choice,
+        sealed=sealed_drift,
+        weights_digest=interpolation.digest,
+        weak_texts_reason=monitor.weak_texts_reason(selection, start),
+        opening_times=opening_times,
     )
 
 
-def _eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Any:
-    """The eval rows, or some of them; the same for all trials of a comparison."""
-    rows: Any = trainer.eval_dataset
-    count = len(rows["length"])
-    if count <= MOST_ROWS:
+def _eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[Row]:
+    """Return at most `MAX_ROWS` eval rows, the same for all trials of a comparison."""
+    rows = trainer.eval_rows
+    if len(rows) <= MAX_ROWS:
         return rows
-    return Share(rows, sorted(random.Random(inputs.recipe.data.split_seed).sample(range(count), MOST_ROWS)))
+    return Share(rows, sorted(random.Random(inputs.recipe.data.split_seed).sample(range(len(rows)), MAX_ROWS)))
 
 
-def _between(
-    points: list[InterpolationPoint], limit: float, at: Callable[[float], InterpolationPoint]
+def _refine(
+    points: list[InterpolationPoint], limit: float, measure: Callable[[float], InterpolationPoint]
 ) -> list[InterpolationPoint]:
-    """More points, between the largest that is within the limit and the next one."""
-    found: list[InterpolationPoint] = []
+    """Measure further points between the largest one within the limit and the next one."""
+    refined: list[InterpolationPoint] = []
     for _ in range(REFINEMENTS):
-        tried = sorted([*points, *found], key=lambda point: point.share)
-        first = next((at for at, one in enumerate(tried) if at and not is_within(one.drift, limit)), None)
+        tried = sorted([*points, *refined], key=lambda point: point.share)
+        first = next((i for i, point in enumerate(tried) if i and not is_within(point.drift, limit)), None)
         if first is None:
             break
         share = crossing(tried[first - 1], tried[first], limit)
-        if share - tried[first - 1].share < LEAST_FURTHER:
+        if share - tried[first - 1].share < MIN_SHARE_STEP:
             break  # the budget is used up
-        found.append(at(share))
-    return found
+        refined.append(measure(share))
+    return refined
