@@ -28,7 +28,7 @@ from fulltune.evaluate.scoring import load_outputs, outputs, save_outputs
 from fulltune.inference.store import CLUSTERS, row_id, texts
 from fulltune.pipeline import Run, reader_of
 from fulltune.plan.settings import with_settings
-from fulltune.probe.linear import Items, NoProbe, best, fits, wrong
+from fulltune.probe.linear import Items, NoProbe, error_rate, fits, select_classifier
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import HIGH_LOSS, PROOFS, TRAINED_PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
@@ -268,7 +268,7 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
     try:
         train, positions = reader.items("train")
         held_out, _ = reader.items("eval")
-        _, strength, _ = best(train, held_out, fits, wrong)
+        _, strength, _ = select_classifier(train, held_out, fits, error_rate)
         decided = load_patch(Path(job.recipe.data.patch)) if job.recipe.data.patch else None
         names = list(ids(folder / "train", decided))
         place = {names[position]: at for at, position in enumerate(positions)}
@@ -283,8 +283,8 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
                     labels[place[one.row]] = summary.labels.index(one.remedy.value)
             changes.append((step, kept, labels))
         proofs = list(_fitted(train, held_out, changes, strength, left_out))
-    except NoProbe as no:
-        raise SetupError(f"--prove: nothing can be compared: {no}") from None
+    except NoProbe as error:
+        raise SetupError(f"--prove: nothing can be compared: {error}") from None
     Proofs(
         fingerprint=summary.fingerprint,
         eval_rows=len(held_out.labels),
@@ -305,7 +305,7 @@ def _fitted(
     fitted = partial(_right, held_out=held_out, strength=strength)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]
-    before = np.mean([fitted(train.part(part)) for part in parts], axis=0)
+    before = np.mean([fitted(train.select(part)) for part in parts], axis=0)
     samples = drawn.integers(0, len(before), (_RESAMPLES, len(before)))
     tails = ALPHA / max(1, len(changes)) / 2
     for step, kept, labels in changes:
@@ -313,7 +313,7 @@ def _fitted(
             continue
         items = replace(train, labels=labels)
         try:
-            after = np.mean([fitted(items.part(part & kept)) for part in parts], axis=0)
+            after = np.mean([fitted(items.select(part & kept)) for part in parts], axis=0)
         except NoProbe:  # hardly anything is left, or a single class
             left_out.append(str(step))
             continue

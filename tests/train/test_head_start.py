@@ -148,7 +148,7 @@ def test_same_files_whichever_seed_fits_first(tiny_encoder: Path, tmp_path: Path
     assert len(kept) < len(values)
     save_file(kept, bare / "model.safetensors", {"format": "pt"})
     for seed in (1, 2):
-        with mock.patch.object(probe, "after_dense", return_value=None):
+        with mock.patch.object(probe, "recognise_activation", return_value=None):
             runs.run(tmp_path / str(seed), bare, ROWS, train={**STANDING, "seed": seed})
         head = Probe.load(tmp_path / str(seed) / "run" / "probe" / "probe.json").head
         assert head is not None

@@ -22,7 +22,7 @@ from fulltune.inference.run import Share
 from fulltune.inference.store import Rows
 from fulltune.models.base import Base, opened
 from fulltune.models.load import load
-from fulltune.probe.features import sampled
+from fulltune.probe.features import sample_rows
 from fulltune.probe.linear import FOLDS, MIDDLE, Items, NoProbe, fits
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import LabelErrors
@@ -50,7 +50,7 @@ class Reader:
     """What was read already, or why it cannot be: several checks look at it."""
 
     @cached_property
-    def extractor(self) -> probe.Extractor:
+    def extractor(self) -> probe.FeatureExtractor:
         """How rows go through the model."""
         import torch
 
@@ -60,7 +60,7 @@ class Reader:
             torch.manual_seed(probe.SEED)  # what the head lacks is drawn, and not read
             changes = task.config_changes(target, self.base.processor)
             model: Any = load(replace(self.base, block=self.recipe.model), changes, head_is_new=task.FACTS.head_is_new)
-        return probe.Extractor(
+        return probe.FeatureExtractor(
             model.to(device),
             self.recipe.task,
             target,
@@ -77,8 +77,8 @@ class Reader:
         if split not in self._read:
             try:
                 self._read[split] = self._items(split)
-            except NoProbe as no:
-                self._read[split] = str(no)  # the error itself would keep the batch that did not fit
+            except NoProbe as error:
+                self._read[split] = str(error)  # the error itself would keep the batch that did not fit
         items = self._read[split]
         if isinstance(items, str):
             raise NoProbe(items)
@@ -89,7 +89,7 @@ class Reader:
             rows = opened(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()
             width = getattr(config, "hidden_size", None) or 0  # none: convolutions
-            chosen = sampled(rows, self.extractor.kind, self.extractor.target.num_choices, width)
+            chosen = sample_rows(rows, self.extractor.kind, self.extractor.target.num_choices, width)
             found = self.extractor.features(chosen, None)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -225,7 +225,7 @@ def out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
     found = np.zeros((len(items.rows), items.num_outputs))
     for number in range(FOLDS):
         # Classes of few rows, or a fold without some, are no reason to judge nothing.
-        [(_, classifier)] = fits(items.part((fold != number) & learned), strengths=(MIDDLE,))
+        [(_, classifier)] = fits(items.select((fold != number) & learned), strengths=(MIDDLE,))
         found[fold == number] = softmax(classifier(items.features[fold == number]).astype(np.float64), axis=1)
     return found
 

@@ -23,7 +23,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.plan import Plan
-from fulltune.records.probe import FrozenRival, Probe
+from fulltune.records.probe import FrozenBaseline, Probe
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, measure_of
@@ -78,7 +78,7 @@ def _by_the_untouched_model(scoring: Scoring, scorer: ModuleType) -> dict[str, C
         return {}
     rows, eval_rows = (opened(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
     # The run folder's; fitted here where no training needed it.
-    found = probe.fitted(scoring.data.parent, lambda: _extractor(scoring), rows, eval_rows, with_head)
+    found = probe.load_or_fit(scoring.data.parent, lambda: _extractor(scoring), rows, eval_rows, with_head)
     made: dict[str, Callable[[], Scored]] = {}
     if (rival := found.frozen) is not None:
         made["baseline-frozen"] = lambda: _frozen(scoring, scorer, found, rival)
@@ -87,13 +87,13 @@ def _by_the_untouched_model(scoring: Scoring, scorer: ModuleType) -> dict[str, C
     return made
 
 
-def _extractor(scoring: Scoring) -> probe.Extractor:
+def _extractor(scoring: Scoring) -> probe.FeatureExtractor:
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(probe.SEED)  # what the head lacks is drawn
         model, processor = scoring.load(None)
-    return probe.Extractor(
+    return probe.FeatureExtractor(
         model,
         scoring.recipe.task,
         scoring.target,
@@ -106,7 +106,7 @@ def _extractor(scoring: Scoring) -> probe.Extractor:
     )
 
 
-def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe, rival: FrozenRival) -> Scored:
+def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe, rival: FrozenBaseline) -> Scored:
     extractor, folder = _extractor(scoring), scoring.data.parent
     if found.head is not None:
         probe.put_head(extractor.model, folder)  # embeddings as they were: layers that the checkpoint lacks give some
@@ -114,7 +114,7 @@ def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe, rival: FrozenRiv
     of = f" of {found.train_rows:,} train rows" if found.train_rows < found.available_rows else ""
     read = ", each text read alone" if rival.pooling == "pair" else ""
     name = f"{rival.kind} (frozen embeddings{of}{read})"
-    return scorer.frozen(scoring, name, probe.predicted(extractor, rows, rival, probe.rival_of(folder)))
+    return scorer.frozen(scoring, name, probe.predict(extractor, rows, rival, probe.frozen_classifier(folder)))
 
 
 def _as_head(scoring: Scoring, scorer: ModuleType) -> Scored:

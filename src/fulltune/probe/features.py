@@ -1,6 +1,6 @@
-"""What the untouched model knows of each item: a row, a word with a tag, a choice, a token that may begin an answer.
+"""Features of the pretrained model for each item: a row, a tagged word, a choice, or a token that may begin an answer.
 
-One pass over the rows, of pairs three, batch by batch; in memory stays what scikit-learn is given.
+The rows are read once in batches (pairs three times); only what scikit-learn is given stays in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from fulltune.inference.run import Share, Watch, autocast, lengths_of, longest_first, mean_hidden, watched
 from fulltune.models import evaluating
 from fulltune.models.sharding import runs_together
-from fulltune.probe.layers import HeadLayers, Seen, see
+from fulltune.probe.layers import HeadLayers, HiddenStates, read_hidden
 from fulltune.probe.linear import Items, NoProbe
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import MOST_ROWS, OTHER_TOKENS, items_per_row, rows_within
@@ -25,37 +25,38 @@ from fulltune.tasks.token_classification import WORD_IDS
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
+EncodedRows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of items, in the order of their rows; float32 [items, hidden] each."""
+    """Features of items in the order of their rows, float32 [items, hidden]."""
 
     last: np.ndarray | None
-    """What the head's last layer reads; None: it was not looked at."""
+    """Inputs of the head's last layer, if extracted."""
     dense: np.ndarray | None
-    """What its dense layer reads; None: it has none."""
+    """Inputs of the head's dense layer, if it has one."""
     mean: np.ndarray | None
-    """Mean of the last hidden states over tokens, scaled to length 1; None: an item is a token itself, or the body has
-    fewer states than there are tokens."""
+    """Mean of the last hidden states over tokens, scaled to length 1; None for single tokens and for bodies that pool
+    their tokens."""
     labels: np.ndarray
-    """Class or number [items]; 0 or 1 for each label [items, labels]; of a choice whether it is right [items]; of a
-    token whether the answer begins and ends there [items, 2]."""
+    """Class or number [items]; 0 or 1 per label [items, labels]; 1 for the right choice [items]; 1 where the answer
+    begins and ends [items, 2]."""
     rows: np.ndarray
-    """The row of each item [items]."""
-    apart: np.ndarray | None = None
-    """`compared` of a pair's texts, each read alone, [items, 2 hidden + 1]; None: items are no pairs, or their
-    texts are not told apart."""
+    """Row of each item [items]."""
+    pair: np.ndarray | None = None
+    """Features of pairs whose texts are each read alone, [items, 2 hidden + 1], if rows are such pairs."""
 
 
 @dataclass(frozen=True)
-class Extractor:
-    """Runs prepared rows through the untouched model, and gives the features of their items."""
+class FeatureExtractor:
+    """Runs prepared rows through the pretrained model."""
 
-    model: Any
-    """As it was loaded, on its device, before a method was applied."""
+    model: PreTrainedModel
+    """The loaded model on its device, before a method is applied."""
     task_name: TaskName
     target: Target
     pad_token_id: int
@@ -63,7 +64,7 @@ class Extractor:
     precision: str
     class_weights: Sequence[float] | None = None
     separators: frozenset[int] = frozenset()
-    """Around the texts of a pair; empty: rows are no pairs."""
+    """Ids of the tokens around the texts of a pair; empty if rows are no pairs."""
     watch: Watch = lambda done, total, share: None
 
     @property
@@ -76,114 +77,119 @@ class Extractor:
 
     @property
     def num_outputs(self) -> int:
-        """Logits of an item."""
         return self.target.form.num_outputs or len(self.target.labels)
 
-    def features(self, rows: Any, layers: HeadLayers | None) -> Features:
-        """Of all these rows, in smaller batches when memory runs out."""
-        return self.within_memory(lambda size: joined(self.passes(rows, layers, size)))
+    def features(self, rows: EncodedRows, layers: HeadLayers | None) -> Features:
+        """Extract the features of all rows, in smaller batches if memory runs out."""
+        return self.within_memory(lambda size: concatenate(self.batches(rows, layers, size)))
 
     def within_memory(self, run: Callable[[int], T]) -> T:
-        """Call `run` with a number of rows per batch, with fewer when memory runs out. Processes that shard the weights
-        run the same batches: one of them cannot take fewer alone, and ends the others with it."""
+        """Call `run` with a batch size, and with smaller ones if memory runs out.
+
+        Processes that shard the weights must run equal batches, so there an error ends all of them.
+        """
         if runs_together(self.model):
             return run(self.batch_size)
         return with_smaller_batches("linear probe", self.batch_size, run)
 
-    def items(self, features: np.ndarray, of: Features) -> Items:
-        """What a classifier is fitted on."""
-        return Items(self.kind, features, of.labels, of.rows, self.num_outputs, self.class_weights)
+    def items(self, features: np.ndarray, source: Features) -> Items:
+        """Combine features with the labels and rows of `source`."""
+        return Items(self.kind, features, source.labels, source.rows, self.num_outputs, self.class_weights)
 
-    def passes(self, rows: Any, layers: HeadLayers | None, batch_size: int, apart: bool = True) -> Iterator[Features]:
-        """The features of each batch, longest rows first; without `layers` the means alone, with `apart` also those of
-        a pair's texts, each read alone.
+    def batches(
+        self, rows: EncodedRows, layers: HeadLayers | None, batch_size: int, with_pairs: bool = True
+    ) -> Iterator[Features]:
+        """Extract features batch by batch, longest rows first; without `layers` only means.
 
         Raises:
-            NoProbe: When the head does not show what it reads, or a feature is not finite.
+            NoProbe: If the head's inputs cannot be identified, or a feature is not finite.
         """
         import torch
 
         model, lengths = self.model, lengths_of(rows)
         with evaluating(model):
             for positions in watched(longest_first(lengths), batch_size, lengths, self.watch):
-                chosen = [rows[i] for i in positions]
-                batch, labels = self._collated(chosen)
+                batch_rows = [rows[i] for i in positions]
+                batch, labels = self._collate(batch_rows)
                 with torch.no_grad(), autocast(model, self.precision):
-                    seen = see(model, layers, batch)
-                    found = _of_items(seen, batch, labels, chosen, self.kind, np.asarray(positions))
-                    if apart and self.separators and found.mean is not None:
-                        found = replace(found, apart=self._apart(chosen))
-                yield found
+                    states = read_hidden(model, layers, batch)
+                    features = _of_items(states, batch, labels, batch_rows, self.kind, np.asarray(positions))
+                    if with_pairs and self.separators and features.mean is not None:
+                        features = replace(features, pair=self._pair_features(batch_rows))
+                yield features
 
-    def _apart(self, chosen: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """How the texts of pairs differ, each read alone; no pass is larger than the pairs'."""
-        texts, means = each_alone(chosen, self.separators), list[Any]()
-        for part in (texts[: len(chosen)], texts[len(chosen) :]):
-            batch, _ = self._collated(part)
-            means.append(_mean(see(self.model, None, batch)[0], batch))
-        return _finite(compared(*means).cpu().numpy())
+    def _pair_features(self, rows: EncodedRows) -> np.ndarray:
+        """Read both texts of each pair alone and compare them, in passes no larger than the pairs' own."""
+        texts = split_pairs(rows, self.separators)
+        means: list[torch.Tensor] = []
+        for part in (texts[: len(rows)], texts[len(rows) :]):
+            batch, _ = self._collate(part)
+            mean = _mean(read_hidden(self.model, None, batch)[0], batch)
+            assert mean is not None, "the pair has one"
+            means.append(mean)
+        return _finite(pair_features(*means).cpu().numpy())
 
-    def _collated(self, rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """What the model reads, and the labels, which stay on the host."""
+    def _collate(self, rows: EncodedRows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Collate rows into the model's inputs on its device, and labels on the host."""
         batch = self.task.collate(rows, self.pad_token_id)
         labels = batch["labels"].cpu()
-        return {name: one.to(self.model.device) for name, one in batch.items() if name != "labels"}, labels
+        return {name: tensor.to(self.model.device) for name, tensor in batch.items() if name != "labels"}, labels
 
 
-def sampled(rows: Any, kind: ProblemType, num_choices: int, width: int, most: int = MOST_ROWS) -> Any:
-    """As many rows as may be looked at, at most `most`, drawn at random; the rows themselves where these are all. An
-    item has `width` values, and a row of choices `num_choices` items."""
+def sample_rows(
+    rows: EncodedRows, kind: ProblemType, num_choices: int, width: int, max_rows: int = MOST_ROWS
+) -> EncodedRows:
+    """Draw at most `max_rows` rows at random, fewer if their features need too much memory."""
     words = float(lengths_of(rows).mean()) if kind == "tags" else 0.0
-    most = rows_within(kind, items_per_row(kind, words, num_choices), width, most)
-    if len(rows) <= most:
+    max_rows = rows_within(kind, items_per_row(kind, words, num_choices), width, max_rows)
+    if len(rows) <= max_rows:
         return rows
-    return Share(rows, np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)).tolist())
+    return Share(rows, np.sort(np.random.default_rng(0).choice(len(rows), max_rows, replace=False)).tolist())
 
 
-def joined(parts: Iterable[Features]) -> Features:
-    """The features of several batches, in the order of their rows."""
-    several = list(parts)
-    order = np.argsort(np.concatenate([part.rows for part in several]), kind="stable")
-
-    def whole(name: str) -> Any:
-        found = [getattr(part, name) for part in several]
-        return None if any(one is None for one in found) else np.concatenate(found)[order]
-
-    return Features(*(whole(field.name) for field in fields(Features)))
+def concatenate(parts: Iterable[Features]) -> Features:
+    """Concatenate the features of batches in the order of their rows."""
+    batches = list(parts)
+    order = np.argsort(np.concatenate([batch.rows for batch in batches]), kind="stable")
+    columns: dict[str, Any] = {}
+    for name in (field.name for field in fields(Features)):
+        arrays = [getattr(batch, name) for batch in batches]
+        columns[name] = None if any(array is None for array in arrays) else np.concatenate(arrays)[order]
+    return Features(**columns)
 
 
 def _of_items(
-    seen: Seen,
+    states: HiddenStates,
     batch: Mapping[str, torch.Tensor],
     labels: torch.Tensor,
-    chosen: Sequence[Mapping[str, Any]],
+    rows: EncodedRows,
     kind: ProblemType,
     positions: np.ndarray,
 ) -> Features:
-    """What `see` has seen, item by item."""
+    """Convert a batch's hidden states into features of items."""
     import torch
 
-    hidden, last, dense = seen
+    hidden, last, dense = states
     picked: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     match kind:
         case "tags":
             picked = labels != IGNORED
-            mean, found = _words(hidden, chosen), labels[picked].numpy()
+            mean, targets = _words(hidden, rows), labels[picked].numpy()
             counts = picked.sum(dim=1).numpy()
         case "choice":
-            mean = _mean(hidden, {name: one.flatten(0, 1) for name, one in batch.items()})
+            mean = _mean(hidden, {name: tensor.flatten(0, 1) for name, tensor in batch.items()})
             counts = np.full(len(positions), len(hidden) // len(positions))
-            found = np.zeros((len(positions), counts[0]), np.int64)
-            found[np.arange(len(positions)), labels.numpy()] = 1
-            found = found.ravel()
+            targets = np.zeros((len(positions), counts[0]), np.int64)
+            targets[np.arange(len(positions)), labels.numpy()] = 1
+            targets = targets.ravel()
         case "span":
-            places, found = _tokens(labels.numpy(), positions)
+            places, targets = _tokens(labels.numpy(), positions)
             picked = torch.zeros(hidden.shape[:2], dtype=torch.bool)
             picked[places] = True
             counts = picked.sum(dim=1).numpy()
         case _:
-            mean, found = _mean(hidden, batch), labels.numpy()
+            mean, targets = _mean(hidden, batch), labels.numpy()
             counts = np.ones(len(positions), np.int64)
 
     def items(values: torch.Tensor | None) -> np.ndarray | None:
@@ -197,7 +203,7 @@ def _of_items(
         items(last),
         items(dense),
         None if mean is None else _finite(mean.cpu().numpy()),
-        found,
+        targets,
         np.repeat(positions, counts),
     )
 
@@ -209,7 +215,8 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 
 def _mean(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Over real tokens, scaled to length 1; None: a body that pools, such as Funnel's, has fewer states than tokens."""
+    """Average the hidden states of real tokens, scaled to length 1; None for bodies that pool their tokens, such as
+    Funnel's."""
     import torch.nn.functional as F
 
     mask = batch.get("attention_mask")
@@ -218,25 +225,24 @@ def _mean(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tens
     return F.normalize(mean_hidden(hidden, mask), dim=-1)
 
 
-def _words(hidden: torch.Tensor, chosen: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-    """Mean over the sub-words of each word that has one, scaled to length 1: [words of all rows, hidden]."""
+def _words(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
+    """Average the hidden states over the sub-words of each word, scaled to length 1: [words of all rows, hidden]."""
     import torch
     import torch.nn.functional as F
 
-    found = []
-    for row, states in zip(chosen, hidden, strict=True):
+    means = []
+    for row, states in zip(rows, hidden, strict=True):
         word_ids = torch.from_numpy(np.array(row[WORD_IDS], np.int64)).to(states.device)
         inside = word_ids >= 0
         words, places = word_ids[inside].unique(return_inverse=True)
         # Scaled to length 1, the sum of a word's sub-words is their mean.
         total = torch.zeros(len(words), states.shape[-1], device=states.device)
-        found.append(total.index_add_(0, places, states[: len(inside)][inside]))
-    return F.normalize(torch.cat(found), dim=-1)
+        means.append(total.index_add_(0, places, states[: len(inside)][inside]))
+    return F.normalize(torch.cat(means), dim=-1)
 
 
 def _tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Which tokens of each window are looked at, drawn by the windows' positions, and whether the answer begins and
-    ends there, [tokens, 2]."""
+    """Choose tokens of each window, seeded by its position, and mark where the answer begins and ends, [tokens, 2]."""
     start, end, first, last = (
         labels[:, getattr(question_answering, name)] for name in ("START", "END", "FIRST", "LAST")
     )
@@ -253,24 +259,23 @@ def _tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray
 # ---- the two texts of a pair, each read alone: what models of sentence embeddings compare ------------------------
 
 
-def separators(tokenizer: Any, target: Target) -> frozenset[int]:
-    """Numbers of the tokens that stand around the texts of a pair.
+def separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> frozenset[int]:
+    """Return the ids of the tokens around the texts of a pair.
 
-    Returns:
-        Empty where rows are no pairs, and where these tokens do not tell the texts apart: a decoder's tokenizer may put
-        nothing between two texts.
+    Empty if rows are no pairs, or if the tokenizer, such as a decoder's, puts nothing between two texts.
     """
     if "text_pair" not in target.columns:
         return frozenset()
     names = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
-    found = frozenset(number for name in names if (number := getattr(tokenizer, name, None)) is not None)
-    one, other = (half["input_ids"] for half in each_alone([{**tokenizer("a", "a"), "labels": 0}], found))
-    return found if len(one) and np.array_equal(one, other) and not found.issuperset(one.tolist()) else frozenset()
+    special = frozenset(token for name in names if (token := getattr(tokenizer, name, None)) is not None)
+    first, second = (half["input_ids"] for half in split_pairs([{**tokenizer("a", "a"), "labels": 0}], special))
+    are_equal = len(first) and np.array_equal(first, second) and not special.issuperset(first.tolist())
+    return special if are_equal else frozenset()
 
 
-def each_alone(rows: Sequence[Mapping[str, Any]], separators: frozenset[int]) -> list[dict[str, Any]]:
-    """The first texts of all pairs, then the second ones, each between the tokens that stood around the pair. Where no
-    separator stands between words the second text is empty."""
+def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str, Any]]:
+    """Return the first texts of all pairs, then the second ones, each with the special tokens of the pair. A pair
+    without a separator has an empty second text."""
     firsts: list[dict[str, Any]] = []
     seconds: list[dict[str, Any]] = []
     for row in rows:
@@ -280,15 +285,15 @@ def each_alone(rows: Sequence[Mapping[str, Any]], separators: frozenset[int]) ->
         inside = is_word[begin:end]
         border = begin + int(inside.argmin()) if not inside.all() else end
         second = border + int(is_word[border:end].argmax()) if border < end else end
-        # Some models want as many of their last tokens in each row; without a border those of both texts stand there.
+        # Some models need all closing tokens in each row; without a border there are those of both texts.
         after = ids[end:] if border < end else ids[-1:]
-        for found, text in ((firsts, ids[begin:border]), (seconds, ids[second:end])):
-            found.append({"input_ids": np.concatenate([ids[:begin], text, after]), "labels": row["labels"]})
+        for texts, text in ((firsts, ids[begin:border]), (seconds, ids[second:end])):
+            texts.append({"input_ids": np.concatenate([ids[:begin], text, after]), "labels": row["labels"]})
     return [*firsts, *seconds]
 
 
-def compared(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Difference and product of each dimension of two means of length 1, and their cosine: [rows, 2 hidden + 1]."""
+def pair_features(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return difference, product and cosine of two means of length 1: [rows, 2 hidden + 1]."""
     import torch
 
     product = first * second

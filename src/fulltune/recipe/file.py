@@ -1,7 +1,6 @@
 """Read a recipe file: YAML, `${NAME}`, `--set` overrides; report all problems at once with their lines.
 
 Imports neither torch nor transformers, so that errors appear within half a second.
-
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Example:
         >>> recipe = load_recipe("banking77.yaml", ["train.num_train_epochs=1"])  # doctest: +SKIP
-
     """
     path = Path(path)
     try:
@@ -101,7 +99,6 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
 
     Rules of a block only run when all its settings are valid, so wrong ones are removed and the rest is checked
         again.
-
     """
     problems, lost, left = list[str](), set[str](), copy.deepcopy(values)
     if "method" in values and values.get("methods"):  # a checked recipe always has a `method`

@@ -2,7 +2,6 @@
 other.
 
 Imports neither torch nor transformers; all problems are reported together with those of single fields.
-
 """
 
 from __future__ import annotations

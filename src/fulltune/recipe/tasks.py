@@ -1,7 +1,6 @@
 """Facts of each task, known without torch: inputs, outputs, settings, metrics and classes.
 
 The table is `tasks.toml`; a task's module has its row as `FACTS`.
-
 """
 
 from __future__ import annotations

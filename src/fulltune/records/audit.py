@@ -73,7 +73,6 @@ class LabelErrors(Record):
     """Label quality, judged by cross-validated linear classifiers on frozen features.
 
     Recall and precision are measured on labels of the same rows that were flipped on purpose.
-
     """
 
     judged_rows: int

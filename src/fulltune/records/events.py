@@ -2,7 +2,6 @@
 
 An attempt writes its events to `metrics.jsonl`. A new event needs a class here and, to be displayed, a case in
 `cli.show.run.Display`.
-
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The plan of a trial: every number with its reason, and its memory, disk space and time.
 
 Sizes are in bytes, times in seconds.
-
 """
 
 from __future__ import annotations
@@ -209,7 +208,6 @@ class Plan(MemorySettings):
     """Steps of the checkpoints returned to, oldest first; 0 is the start.
 
     Each changes the order of the rows; each after the first return to a checkpoint halves the learning rate.
-
     """
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None

@@ -51,7 +51,7 @@ class HeadStart(Record):
     """Held-out loss: cross entropy in nats, or the unexplained share of the variance."""
 
 
-class FrozenRival(Record):
+class FrozenBaseline(Record):
     """The best simple classifier on frozen embeddings."""
 
     pooling: Pooling
@@ -66,7 +66,7 @@ class Probe(Record):
     """Linear classifiers fitted on the pretrained model."""
 
     head: HeadStart | None
-    frozen: FrozenRival | None
+    frozen: FrozenBaseline | None
     failure: str | None = None
     """Why no head or baseline was fitted, if so."""
     train_rows: int = 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.probe import Extractor
+from fulltune.probe import FeatureExtractor
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.tasks import Target
 
@@ -63,8 +63,8 @@ def target_of(kind: ProblemType) -> Target:
     return Target(kind, {}, LABELS if labelled else (), num_choices=CHOICES if kind == "choice" else 0)
 
 
-def extractor_of(model: Any, task: TaskName, kind: ProblemType, **others: Any) -> Extractor:
-    return Extractor(model, task, target_of(kind), PAD, others.pop("batch_size", 16), "fp32", **others)
+def extractor_of(model: Any, task: TaskName, kind: ProblemType, **others: Any) -> FeatureExtractor:
+    return FeatureExtractor(model, task, target_of(kind), PAD, others.pop("batch_size", 16), "fp32", **others)
 
 
 def rows_of(kind: ProblemType, count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def image_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def logits_alone(extractor: Extractor, rows: Sequence[Any]) -> list[np.ndarray]:
+def logits_alone(extractor: FeatureExtractor, rows: Sequence[Any]) -> list[np.ndarray]:
     """What the plain model gives for each row, without padding: [items, outputs]."""
     import torch
 

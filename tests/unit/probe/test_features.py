@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fulltune.inference.run import Share
-from fulltune.probe.features import sampled
+from fulltune.probe.features import sample_rows
 from fulltune.recipe.tasks import ProblemType
 from fulltune.records.probe import MOST_FEATURE_BYTES, MOST_ROWS, OTHER_TOKENS
 
@@ -45,7 +45,7 @@ def numbers(rows: Any) -> list[int]:
 )
 def test_rows_looked_at(kind: ProblemType, count: int, hidden_size: int, length: int, expected: int) -> None:
     rows = Rows(count, length)
-    found = sampled(rows, kind, 5, hidden_size)
+    found = sample_rows(rows, kind, 5, hidden_size)
     assert len(found) == expected
     if expected == count:
         assert found is rows
@@ -54,14 +54,14 @@ def test_rows_looked_at(kind: ProblemType, count: int, hidden_size: int, length:
     assert chosen == sorted(set(chosen))
     assert chosen[0] >= 0
     assert chosen[-1] < count
-    assert chosen == numbers(sampled(Rows(count, length), kind, 5, hidden_size))
+    assert chosen == numbers(sample_rows(Rows(count, length), kind, 5, hidden_size))
     items = {"choice": 5, "span": OTHER_TOKENS + 2, "tags": length}.get(kind, 1)
     kinds = 2 if kind == "tags" else 3
     assert len(found) == 1 or kinds * 4 * len(found) * items * hidden_size <= MOST_FEATURE_BYTES
 
 
 def test_fewer_rows_may_be_asked_for() -> None:
-    found = sampled(Rows(5000), "single_label", 0, 384, most=2000)
+    found = sample_rows(Rows(5000), "single_label", 0, 384, max_rows=2000)
     assert isinstance(found, Share)
     assert len(found) == 2000
     assert np.std(numbers(found)) > 1000  # from all over the file

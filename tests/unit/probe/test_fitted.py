@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from fulltune.probe import Extractor, fitted, predicted, put_head, rival_of
+from fulltune.probe import FeatureExtractor, frozen_classifier, load_or_fit, predict, put_head
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import Probe
 from tests.unit.probe.models import extractor_of, logits_alone, model_of, rows_of
@@ -19,11 +19,13 @@ from tests.unit.probe.models import extractor_of, logits_alone, model_of, rows_o
 def test_several_who_ask_at_once_get_the_same(tmp_path: Path) -> None:
     rows, looked, found = rows_of("single_label", 40), [], []
 
-    def look() -> Extractor:
+    def look() -> FeatureExtractor:
         looked.append(threading.get_ident())
         return extractor_of(model_of("Bert", "text-classification"), "text-classification", "single_label")
 
-    threads = [threading.Thread(target=lambda: found.append(fitted(tmp_path, look, rows, rows[:9]))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(load_or_fit(tmp_path, look, rows, rows[:9]))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -38,14 +40,14 @@ def test_several_who_ask_at_once_get_the_same(tmp_path: Path) -> None:
 def test_one_that_broke_off_is_fitted_again(tmp_path: Path) -> None:
     rows = rows_of("single_label", 40)
 
-    def broken() -> Extractor:
+    def broken() -> FeatureExtractor:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fitted(tmp_path, broken, rows, rows)
+        load_or_fit(tmp_path, broken, rows, rows)
     model = model_of("Bert", "text-classification")
     assert (
-        fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows).head
+        load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows).head
         is not None
     )
 
@@ -59,7 +61,7 @@ def test_the_same_rows_give_the_same_bytes_and_draw_no_random_number(tmp_path: P
         model = model_of("Bert", "text-classification")
         before = torch.get_rng_state()
         extractor = extractor_of(model, "text-classification", "single_label")
-        fitted(tmp_path / str(seed), lambda extractor=extractor: extractor, rows, rows[:9])
+        load_or_fit(tmp_path / str(seed), lambda extractor=extractor: extractor, rows, rows[:9])
         put_head(model, tmp_path / str(seed))
         assert torch.equal(torch.get_rng_state(), before)
         written.append((tmp_path / str(seed) / "probe" / "head.safetensors").read_bytes())
@@ -70,7 +72,7 @@ def test_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = model_of("Bert", "text-classification").train()
     before = {name: one.clone() for name, one in model.state_dict().items()}
     rows = rows_of("single_label", 40)
-    fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
+    load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert model.training
@@ -94,7 +96,7 @@ def test_layers_that_the_checkpoint_lacks_are_the_same_wherever_the_start_is_tak
         {name: one for name, one in first.bert.state_dict().items() if "pooler" not in name}, False
     )
     rows, task = rows_of("single_label", 40), "text-classification"
-    probe = fitted(tmp_path, lambda: extractor_of(first, "text-classification", "single_label"), rows, rows[:9])
+    probe = load_or_fit(tmp_path, lambda: extractor_of(first, "text-classification", "single_label"), rows, rows[:9])
     assert probe.head is not None
     assert probe.head.dense is None
     for model in (first, other):
@@ -111,15 +113,15 @@ def test_rival_answers_each_row_by_its_number(task: TaskName, kind: ProblemType,
     """In whatever batches the rows are read, and whatever the pooling; rows without an item have no answer."""
     model = model_of("Bert", task)
     rows = rows_of(kind, 40)
-    probe = fitted(tmp_path, lambda: extractor_of(model, task, kind), rows, rows[:9])
-    rival = rival_of(tmp_path)
+    probe = load_or_fit(tmp_path, lambda: extractor_of(model, task, kind), rows, rows[:9])
+    rival = frozen_classifier(tmp_path)
     assert probe.frozen is not None
     if kind == "tags":
         rows[5]["labels"] = [-100] * len(rows[5]["labels"])
         rows[5]["word_ids"] = [-1] * len(rows[5]["word_ids"])
     found = {}
     for batch_size in (7, 1):
-        answers = predicted(extractor_of(model, task, kind, batch_size=batch_size), rows, probe.frozen, rival)
+        answers = predict(extractor_of(model, task, kind, batch_size=batch_size), rows, probe.frozen, rival)
         found[batch_size] = dict(answers)
         assert len(answers) == len(found[batch_size]) == (39 if kind == "tags" else 40)
     for number, outputs in found[7].items():

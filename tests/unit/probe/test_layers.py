@@ -12,9 +12,9 @@ from torch import nn
 from transformers import BertForSequenceClassification, FunnelConfig, FunnelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fulltune.probe import fitted, put_head
-from fulltune.probe.layers import after_dense, head_layers, see
-from fulltune.probe.linear import Items, Linear, NoProbe, loss
+from fulltune.probe import load_or_fit, put_head
+from fulltune.probe.layers import head_layers, read_hidden, recognise_activation
+from fulltune.probe.linear import Items, LinearClassifier, NoProbe, loss
 from fulltune.recipe.tasks import ProblemType, TaskName
 from tests.unit.probe.models import PAD, extractor_of, image_rows, logits_alone, model_of, rows_of
 
@@ -68,7 +68,7 @@ def test_what_the_head_reads_gives_the_models_own_logits(
         assert features.last is not None
         parameters = dict(model.named_parameters())
         bias = parameters.get(f"{last}.bias", torch.zeros(outputs))
-        linear = Linear(parameters[f"{last}.weight"].detach().numpy(), bias.detach().numpy())
+        linear = LinearClassifier(parameters[f"{last}.weight"].detach().numpy(), bias.detach().numpy())
         found, alone = linear(features.last), logits_alone(extractor, eval_rows[:ALONE])
         if kind == "span":  # only some of the tokens are looked at
             for row, logits in enumerate(alone):
@@ -81,13 +81,13 @@ def test_what_the_head_reads_gives_the_models_own_logits(
         np.testing.assert_allclose(found[features.rows < ALONE], np.concatenate(alone), atol=1e-4)
         if features.dense is not None:
             kept = model.get_submodule(dense)(torch.from_numpy(features.dense)).detach().numpy()
-            found_after = after_dense(model, str(dense), features.dense, features.last)
+            found_after = recognise_activation(model, str(dense), features.dense, features.last)
             assert found_after is not None
             np.testing.assert_allclose(found_after[1](kept), features.last, atol=1e-5)
         return found
 
     compare()
-    probe = fitted(tmp_path, lambda: extractor, rows_for(task, kind, 60), eval_rows)
+    probe = load_or_fit(tmp_path, lambda: extractor, rows_for(task, kind, 60), eval_rows)
     assert probe.head is not None, probe.failure
     assert probe.failure is None
     assert (probe.head.dense is None) == (dense is None)
@@ -96,7 +96,7 @@ def test_what_the_head_reads_gives_the_models_own_logits(
     logits = compare()
     features = extractor.features(eval_rows, layers)
     given = Items(kind, logits, features.labels, features.rows, outputs)
-    assert loss(given, Linear(np.eye(outputs), np.zeros(outputs))) == pytest.approx(probe.head.loss, abs=2e-3)
+    assert loss(given, LinearClassifier(np.eye(outputs), np.zeros(outputs))) == pytest.approx(probe.head.loss, abs=2e-3)
 
 
 @pytest.mark.parametrize(("name", "task", "kind", "last", "dense"), CASES)
@@ -180,8 +180,8 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
     with pytest.raises(
         NoProbe, match="the logits of BertForSequenceClassification are not just those of its last layer"
     ):
-        see(model, layers, batch)
-    probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
+        read_hidden(model, layers, batch)
+    probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert probe.head is None
     assert "not just those of its last layer" in str(probe.failure)
     assert probe.frozen is not None
@@ -201,7 +201,7 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
     with pytest.raises(NoProbe, match="does not tell its body from its head"):
         head_layers(model, "text-classification", 3)
     rows = rows_of("single_label", 20)
-    probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
+    probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.frozen) == (None, None)
     assert "does not tell its body from its head" in str(probe.failure)
 
@@ -211,7 +211,7 @@ def test_tokens_of_an_answer_are_not_read_where_no_layer_can_be_fitted(tmp_path:
     model.qa_outputs = nn.Identity()
     seen = list[Any]()
     model.bert.register_forward_pre_hook(lambda module, args: seen.append(args))
-    probe = fitted(tmp_path, lambda: extractor_of(model, "question-answering", "span"), rows, rows)
+    probe = load_or_fit(tmp_path, lambda: extractor_of(model, "question-answering", "span"), rows, rows)
     assert (probe.head, probe.frozen, seen) == (None, None, [])
     assert "does not end in a linear layer" in str(probe.failure)
 
@@ -248,13 +248,13 @@ def test_pooler_that_the_last_layer_does_not_read_alone_is_kept(kind: Any, tmp_p
     model.load_state_dict(plain.state_dict())
     extractor = extractor_of(model, "text-classification", "single_label")
     eval_rows = rows_of("single_label", 200, seed=1)
-    probe = fitted(tmp_path, lambda: extractor, rows_of("single_label", 60), eval_rows)
+    probe = load_or_fit(tmp_path, lambda: extractor, rows_of("single_label", 60), eval_rows)
     assert probe.head is not None
     assert probe.head.dense == "loaded"
     put_head(model, tmp_path)
     features = extractor.features(eval_rows, head_layers(model, "text-classification", 3))
     assert features.last is not None
-    classifier = Linear(model.classifier.weight.detach().numpy(), model.classifier.bias.detach().numpy())
+    classifier = LinearClassifier(model.classifier.weight.detach().numpy(), model.classifier.bias.detach().numpy())
     assert loss(extractor.items(features.last, features), classifier) == pytest.approx(probe.head.loss, abs=2e-3)
     assert torch.equal(model.bert.pooler.dense.weight, plain.bert.pooler.dense.weight)
 
@@ -265,7 +265,7 @@ def test_features_that_are_not_finite_say_so(tmp_path: Path) -> None:
         model.bert.embeddings.word_embeddings.weight[17] = torch.nan
     rows = rows_of("single_label", 40)
     rows[7]["input_ids"][0] = 17
-    probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
+    probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.frozen) == (None, None)
     assert probe.failure == "features of the untouched model are not finite"
     assert probe.in_words == "drawn at random: features of the untouched model are not finite"
@@ -276,6 +276,6 @@ def test_body_with_fewer_states_than_tokens_has_no_mean_and_still_a_probe(tmp_pa
     config = FunnelConfig(vocab_size=100, pad_token_id=PAD, **size)
     model = FunnelForSequenceClassification(config).eval()
     rows = rows_of("single_label", 40)
-    probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
+    probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert probe.head is not None
     assert probe.frozen is None

@@ -12,14 +12,14 @@ from fulltune.probe.linear import (
     FOLDS,
     MOST_COMPARED,
     Items,
-    Linear,
+    LinearClassifier,
     NoProbe,
-    best,
-    best_space,
     centroids,
+    error_rate,
     fits,
     loss,
-    wrong,
+    select_classifier,
+    select_features,
 )
 from fulltune.recipe.tasks import ProblemType
 from fulltune.records.probe import MOST_SOLVER_BYTES
@@ -39,11 +39,11 @@ def drawn(*shape: int, seed: int = 0) -> np.ndarray:
     return (random.normal(size=shape) * scale + shift).astype(np.float32)
 
 
-def planted(num_outputs: int, has_bias: bool = True) -> Linear:
+def planted(num_outputs: int, has_bias: bool = True) -> LinearClassifier:
     random = np.random.default_rng(7)
     weight = random.normal(size=(num_outputs, HIDDEN)) / np.random.default_rng(99).uniform(0.1, 5.0, (2, HIDDEN))[0]
     centre = drawn(2000, HIDDEN).mean(axis=0)
-    return Linear(weight, -weight @ centre if has_bias else np.zeros(num_outputs))
+    return LinearClassifier(weight, -weight @ centre if has_bias else np.zeros(num_outputs))
 
 
 def splits(kind: ProblemType, num_outputs: int, label: Any, has_bias: bool = True) -> tuple[Items, Items]:
@@ -61,8 +61,8 @@ def splits(kind: ProblemType, num_outputs: int, label: Any, has_bias: bool = Tru
 @pytest.mark.parametrize("kind", ["single_label", "tags"])
 def test_planted_classes_are_found(kind: ProblemType, num_outputs: int, has_bias: bool) -> None:
     train, others = splits(kind, num_outputs, lambda outputs: outputs.argmax(axis=1), has_bias)
-    least, _, found = best(train, others, lambda one: fits(one, has_bias), loss)
-    assert wrong(others, found) < 0.04 * num_outputs
+    least, _, found = select_classifier(train, others, lambda one: fits(one, has_bias), loss)
+    assert error_rate(others, found) < 0.04 * num_outputs
     assert least == pytest.approx(loss(others, found))
     assert found.weight.shape == (num_outputs, HIDDEN)
     assert found.weight.dtype == found.bias.dtype == np.float32
@@ -78,7 +78,7 @@ def test_each_label_of_several_is_found_and_a_constant_one_stays_constant(has_bi
         return labels
 
     train, others = splits("multi_label", 4, label, has_bias)
-    _, _, found = best(train, others, lambda one: fits(one, has_bias), loss)
+    _, _, found = select_classifier(train, others, lambda one: fits(one, has_bias), loss)
     outputs = found(others.features)
     assert ((outputs[:, [0, 2]] > 0) == others.labels[:, [0, 2]]).mean() > 0.95
     np.testing.assert_array_equal(found.weight[[1, 3]], 0)
@@ -92,7 +92,7 @@ def test_each_label_of_several_is_found_and_a_constant_one_stays_constant(has_bi
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_numbers_are_found_at_their_own_scale(has_bias: bool) -> None:
     train, others = splits("regression", 1, lambda outputs: (outputs[:, 0] * 1e4).astype(np.float32), has_bias)
-    least, _, found = best(train, others, lambda one: fits(one, has_bias), loss)
+    least, _, found = select_classifier(train, others, lambda one: fits(one, has_bias), loss)
     assert least < 0.01  # of the variance
     assert np.corrcoef(found(others.features)[:, 0], others.labels)[0, 1] > 0.99
 
@@ -109,8 +109,8 @@ def choices(count: int, seed: int, choices_of_row: int = 4) -> Items:
 
 def test_the_right_choice_is_found_among_those_of_its_row() -> None:
     train, others = choices(300, 1), choices(200, 2)
-    least, _, found = best(train, others, fits, loss)
-    assert wrong(others, found) < 0.1
+    least, _, found = select_classifier(train, others, fits, loss)
+    assert error_rate(others, found) < 0.1
     assert least < np.log(4) / 2
     assert found.weight.shape == (1, HIDDEN)
     assert found.bias.tolist() == [0]
@@ -125,7 +125,7 @@ def test_begin_and_end_of_a_span_are_found() -> None:
         return items("span", features, labels.reshape(-1, 2), 2, rows=np.repeat(np.arange(count), tokens))
 
     train, others = spans(1), spans(2)
-    least, _, found = best(train, others, fits, loss)
+    least, _, found = select_classifier(train, others, fits, loss)
     assert least < np.log(9) / 3
     outputs = found(others.features).reshape(-1, 9, 2)
     assert (outputs.argmax(axis=1) == others.labels.reshape(-1, 9, 2).argmax(axis=1)).mean() > 0.85
@@ -179,13 +179,13 @@ def test_class_weights_move_the_border_towards_the_others() -> None:
 @pytest.mark.parametrize("held_out", [True, False])
 def test_what_cannot_be_fitted_says_why(made: Items, reason: str, held_out: bool) -> None:
     with pytest.raises(NoProbe, match=reason):
-        best(made, made if held_out else None, fits, loss)
+        select_classifier(made, made if held_out else None, fits, loss)
 
 
 def test_one_row_is_not_enough_to_hold_rows_out() -> None:
     tokens = items("tags", drawn(6, HIDDEN), [0, 1, 0, 1, 0, 1], 2, rows=np.zeros(6, np.int64))
     with pytest.raises(NoProbe, match="one train row"):
-        best(tokens, None, fits, loss)
+        select_classifier(tokens, None, fits, loss)
 
 
 def test_a_class_without_a_row_is_never_the_best() -> None:
@@ -208,7 +208,7 @@ def test_few_rows_are_held_out_in_turn(count: int, kind: ProblemType) -> None:
         labels = np.stack([labels, 1 - labels], axis=1)
     train = items(kind, features, labels.astype(np.float32) if kind == "regression" else labels, 2)
     train = items(kind, features, train.labels, 1) if kind == "regression" else train
-    _, _, found = best(train, None, fits, loss)
+    _, _, found = select_classifier(train, None, fits, loss)
     assert np.isfinite(found.weight).all()
     outputs = found(train.features)
     right = {
@@ -226,9 +226,9 @@ def test_items_of_a_row_are_held_out_together() -> None:
 
     def candidates(of: Items) -> Any:
         seen.append((set(of.rows.tolist()), len(of.rows)))
-        yield 1.0, Linear(np.zeros((2, HIDDEN)), np.zeros(2))
+        yield 1.0, LinearClassifier(np.zeros((2, HIDDEN)), np.zeros(2))
 
-    best(items("tags", drawn(100, HIDDEN), rows % 2, 2, rows=rows), None, candidates, loss)
+    select_classifier(items("tags", drawn(100, HIDDEN), rows % 2, 2, rows=rows), None, candidates, loss)
     *parts, whole = seen
     assert len(parts) == FOLDS
     assert all(count == 5 * len(part) for part, count in parts)
@@ -240,7 +240,9 @@ def test_noise_asks_for_the_strongest_hold_and_a_clear_signal_for_a_weaker_one()
     random = np.random.default_rng(3)
     features = random.normal(size=(300, HIDDEN))
     noise, signal = random.integers(0, 2, 300), (features @ random.normal(size=HIDDEN) > 0).astype(np.int64)
-    strengths = [best(items("single_label", features, labels, 2), None, fits, loss)[1] for labels in (noise, signal)]
+    strengths = [
+        select_classifier(items("single_label", features, labels, 2), None, fits, loss)[1] for labels in (noise, signal)
+    ]
     assert strengths[0] < strengths[1]
 
 
@@ -266,10 +268,10 @@ def test_losses_by_hand(
     """The outputs are the features themselves."""
     outputs = 1 if kind in ("choice", "regression") else 2
     given = items(kind, np.array(features), labels, outputs, rows=np.array(rows))
-    found = Linear(np.eye(2)[:outputs], np.zeros(outputs))
+    found = LinearClassifier(np.eye(2)[:outputs], np.zeros(outputs))
     assert loss(given, found) == pytest.approx(expected_loss)
     if expected_wrong is not None:
-        assert wrong(given, found) == pytest.approx(expected_wrong)
+        assert error_rate(given, found) == pytest.approx(expected_wrong)
 
 
 def test_numbers_that_differ_little_beside_their_size_are_found() -> None:
@@ -281,7 +283,7 @@ def test_numbers_that_differ_little_beside_their_size_are_found() -> None:
 
 def test_loss_is_weighted_as_the_training_is() -> None:
     features, labels = np.eye(2, dtype=np.float32), np.array([0, 1])
-    found = Linear(np.eye(2, dtype=np.float32), np.array([1.0, 0.0], np.float32))
+    found = LinearClassifier(np.eye(2, dtype=np.float32), np.array([1.0, 0.0], np.float32))
     plain = items("single_label", features, labels, 2)
     weighted = replace(plain, class_weights=[3.0, 0.5])
     losses = np.log1p(np.exp([-2.0, 0.0]))
@@ -300,7 +302,7 @@ def test_a_class_that_no_sample_has_is_learned_all_the_same() -> None:
     features = drawn(count, HIDDEN)
     features[7] += 30
     whole = items("single_label", features, labels, 2)
-    assert len(np.unique(whole.sampled(MOST_COMPARED).labels)) == 1
-    name, _, _, found = best_space({"a": (whole, whole), "b": (whole, whole)}, fits, loss)
+    assert len(np.unique(whole.sample(MOST_COMPARED).labels)) == 1
+    name, _, _, found = select_features({"a": (whole, whole), "b": (whole, whole)}, fits, loss)
     assert name in ("a", "b")
-    assert wrong(whole, found) == 0
+    assert error_rate(whole, found) == 0

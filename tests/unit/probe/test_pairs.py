@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.probe import Extractor, fitted, predicted, rival_of, separators
-from fulltune.probe.features import each_alone
+from fulltune.probe import FeatureExtractor, frozen_classifier, load_or_fit, predict, separators
+from fulltune.probe.features import split_pairs
 from fulltune.tasks import Target
 from tests.unit.probe.models import LABELS, PAD, model_of
 
@@ -29,7 +29,7 @@ TARGET = Target("single_label", {"text": "a", "text_pair": "b", "label": "same"}
 def test_each_text_stands_between_what_stood_around_the_pair(
     ids: list[int], first: list[int], second: list[int]
 ) -> None:
-    found = each_alone([{"input_ids": np.array(ids), "token_type_ids": ids, "labels": 1}], frozenset({CLS, SEP}))
+    found = split_pairs([{"input_ids": np.array(ids), "token_type_ids": ids, "labels": 1}], frozenset({CLS, SEP}))
     assert [{**row, "input_ids": row["input_ids"].tolist()} for row in found] == [
         {"input_ids": first, "labels": 1},
         {"input_ids": second, "labels": 1},
@@ -79,17 +79,17 @@ def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str,
     if name != "Bert":
         rows = [{key: value for key, value in row.items() if key != "token_type_ids"} for row in rows]
 
-    def extractor(around: frozenset[int]) -> Extractor:
-        return Extractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=around)
+    def extractor(around: frozenset[int]) -> FeatureExtractor:
+        return FeatureExtractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=around)
 
-    together = fitted(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:]).frozen
-    apart = fitted(tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:]).frozen
+    together = load_or_fit(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:]).frozen
+    apart = load_or_fit(tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:]).frozen
     assert together is not None
     assert apart is not None
     assert together.pooling != "pair"
     assert apart.pooling == "pair"
     assert apart.loss < 0.1 < together.loss
-    answers = dict(predicted(extractor(frozenset({CLS, SEP})), rows[300:], apart, rival_of(tmp_path / "apart")))
+    answers = dict(predict(extractor(frozenset({CLS, SEP})), rows[300:], apart, frozen_classifier(tmp_path / "apart")))
     assert len(answers) == 100
     right = [answers[number][0].argmax() == row["labels"] for number, row in enumerate(rows[300:])]
     assert np.mean(right) > 0.9
@@ -98,6 +98,8 @@ def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str,
 def test_no_pass_has_more_rows_than_a_batch() -> None:
     model, seen = model_of("Bert", "text-classification", 2), list[int]()
     model.bert.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    extractor = Extractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=frozenset({CLS, SEP}))
-    assert extractor.features(_pairs(40), None).apart is not None
+    extractor = FeatureExtractor(
+        model, "text-classification", TARGET, PAD, 16, "fp32", separators=frozenset({CLS, SEP})
+    )
+    assert extractor.features(_pairs(40), None).pair is not None
     assert max(seen) == 16

@@ -335,10 +335,10 @@ def start_from_probe(
     model, recipe, plan, target = objective.model, objective.recipe, objective.plan, objective.target
     together, reading = sharding.runs_together(model), contextlib.ExitStack()
 
-    def extractor() -> probe.Extractor:
+    def extractor() -> probe.FeatureExtractor:
         draw_again(model, head, probe.SEED)
         reading.enter_context(sharding.read_by_block(model))
-        return probe.Extractor(
+        return probe.FeatureExtractor(
             model if together else model.to(device),  # type: ignore[arg-type]  # a wrapped method
             recipe.task,
             target,
@@ -351,11 +351,11 @@ def start_from_probe(
 
     train_rows, eval_rows = task_rows(folder / "data", tokenizer)
     with reading:
-        probed = probe.fitted(folder, extractor, train_rows, eval_rows, together=together)
+        probed = probe.load_or_fit(folder, extractor, train_rows, eval_rows, together=together)
     if not together:
         model.to("cpu")  # type: ignore[arg-type]  # the method must draw its values on the CPU, whether the probe was fitted here or before
     if probed.head is None:
         draw_again(model, head, plan.seed)
     else:
-        probe.put_head(model, folder, eased=recipe.method.kind != "head")
+        probe.put_head(model, folder, for_training=recipe.method.kind != "head")
     return probed
