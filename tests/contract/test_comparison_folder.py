@@ -97,8 +97,8 @@ def test_report_of_an_unfinished_one_is_an_error(unfinished: Path) -> None:
     said = fulltune("report", unfinished)
     assert said.code == 2
     assert said.problems == [
-        f"{unfinished}: has no finished comparison (compare/comparison.json is missing); first let 'fulltune compare "
-        "RECIPE' end"
+        f"{unfinished}: has no finished comparison (compare/comparison.json is missing); let 'fulltune compare "
+        "RECIPE' finish first"
     ]
     assert not (unfinished / "report.md").exists()
 

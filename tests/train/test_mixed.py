@@ -54,7 +54,7 @@ def test_report_says_what_was_mixed_in(unbroken: tuple[Path, Any]) -> None:
     own, mixed = reached.outcome.tokens_by_source
     assert "others.csv: weight 0.3, 22 rows of each epoch's 74" in text
     assert "each is read 4.4 times over the run" in text
-    assert f"{100 * mixed / (own + mixed):.1f}% of the tokens that were trained on" in text
+    assert f"{100 * mixed / (own + mixed):.1f}% of the trained tokens" in text
     runs.assert_report_is_whole(reached)
     card = (folder / "run" / "models" / "full" / "README.md").read_text(encoding="utf-8")
     assert "others.csv: weight 0.3" in card

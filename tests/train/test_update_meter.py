@@ -39,4 +39,4 @@ def test_updates_that_rounding_eats_are_said_once(rounding: str | None, is_eaten
     assert all(0 < event.changed <= 1 for event in measured)
     report.write(found.folder)
     said = (found.folder / "report.md").read_text(encoding="utf-8")
-    assert "values that changed in step 30, of a sample" in said
+    assert "sampled values that changed in step 30" in said

@@ -40,7 +40,7 @@ def test_verdict_classification_is_said_first_with_the_field_below() -> None:
     assert "▸ lora      973 k (4.3%)  92.2% [91.3, 93.0]     +0.34 [-0.27, +0.95]   99.6%" in lines
     assert "▸ lora   3 min 53 s · 0.86×    2.48 k  21.1 T · 0.68×  1.17 GiB · 0.81×" in lines
     assert "▸ lora   565 MiB · 0.62×   3.73 MiB · 0.043×  1.24 ms" in lines, "columns that do not fit stand below"
-    assert "- fewer seeds of prompt: they waited for an answer about full" in text
+    assert "- fewer seeds of prompt, which waited for an answer about full" in text
     assert "took 45 min 12 s in all, 10.0× one full run (4 min 31 s)" in text
 
 
@@ -67,6 +67,6 @@ def test_expectation_promises_fewer_seeds_only_where_there_may_be(changes: dict[
 def test_expectation_of_a_budget_is_one_design_that_fits_into_it() -> None:
     changes = {"budget_seconds": 360.0, "seconds": 280.0, "num_seeds": 2, "detectable": None}
     text = expected(comparisons.comparison(), "accuracy", **changes)
-    assert "2 seeds of full and of the best of the others, one of the rest" in text
-    assert "about 4 min 40 s of the 6 min given" in text
-    assert "can find not known before seeds have been run" in text
+    assert "2 seeds of full and the best other method, one of the rest" in text
+    assert "about 4 min 40 s of the 6 min budget" in text
+    assert "detectable unknown before the first seeds" in text

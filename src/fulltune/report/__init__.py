@@ -1,4 +1,4 @@
-"""The reports of a run and of a comparison, and the model card, made from the files in the folder alone."""
+"""Reports of runs and comparisons, and model cards, made from the files in a folder."""
 
 from __future__ import annotations
 
@@ -33,50 +33,52 @@ RECORD, PROOF = "compare/comparison.json", "proof.json"
 
 
 def write(folder: Path) -> Path:
-    """Write `report.md` and `report.html` into a run folder, however the run ended; the path of `report.html`."""
+    """Write `report.md` and `report.html` into a run folder, however the run ended, and return the path of
+    `report.html`."""
     return write_pages(Path(folder) / "report", build(read_run(folder)))
 
 
 def for_terminal(folder: Path) -> list[Headline | Section | Element]:
-    """What of a run's report stands in the terminal at its end."""
+    """Return the part of a run's report that is printed at the end of the run."""
     return content.for_terminal(read_run(Path(folder)))
 
 
 def write_comparison(folder: Path) -> tuple[Path, ...]:
-    """Write the pages, plot and `proof.json` of a finished comparison (folder or JSON file); the paths written."""
+    """Write the pages, plot and `proof.json` of a finished comparison (folder or JSON file) and return their paths."""
     source = _comparison_in(Path(folder))
     comparison = Comparison.load(source)
     target = Path(folder) if Path(folder).is_dir() else source.parent
     card, picture, proof = (target / name for name in ("card.md", "card.png", PROOF))
-    if found := about_comparison.plots(comparison):
+    if plots := about_comparison.plots(comparison):
         subtitle = f"{comparison.name}: {comparison.decision.headline}"
-        cost_picture(about_comparison.label(comparison.decision), subtitle, found, picture)
+        cost_picture(about_comparison.label(comparison.decision), subtitle, plots, picture)
     else:
-        picture.unlink(missing_ok=True)  # one of an earlier comparison would contradict the report
+        picture.unlink(missing_ok=True)  # an earlier comparison's picture would contradict the report
     report = about_comparison.build(comparison, picture.name)
     html = write_pages(card, report, "comparison.html.j2", private=False)
     comparison.save(proof)
-    return (card, html, picture, proof) if found else (card, html, proof)
+    return (card, html, picture, proof) if plots else (card, html, proof)
 
 
 def _comparison_in(folder: Path) -> Path:
     if folder.is_file():
         return folder
-    found = next((folder / name for name in (RECORD, PROOF) if (folder / name).is_file()), None)
-    if found is None:
+    source = next((folder / name for name in (RECORD, PROOF) if (folder / name).is_file()), None)
+    if source is None:
         raise SetupError(
-            f"{folder}: has no finished comparison ({RECORD} is missing); first let 'fulltune compare RECIPE' end"
+            f"{folder}: has no finished comparison ({RECORD} is missing); let 'fulltune compare RECIPE' finish first"
         )
-    return found
+    return source
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
-    """Write the model card beside the trained weights; `scores`: the trial's, where no file of its own has them."""
+    """Write the model card beside the trained weights. `scores` are those of a comparison's trial, which has no
+    file."""
     write_sanitized(Path(model_folder) / "README.md", model_card(read_run(folder, scores), Path(model_folder)))
 
 
 def write_merged_card(source: Path, model_folder: Path, task: str) -> None:
-    """Write `README.md` into the folder of a merged model, from that of the model it was made of."""
+    """Write `README.md` for a merged model, based on the card of the trained model."""
     path = Path(source) / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     write_sanitized(Path(model_folder) / "README.md", merged_card(text, Path(model_folder).name, task))

@@ -141,7 +141,7 @@ def test_rows_in_a_language_that_hardly_any_other_is_in_stand_out(
 def test_shares_of_languages_are_said_with_what_is_in_none() -> None:
     said = _languages("text", {"en": 60, "de": 20, "fr": 10, "es": 2, "it": 2, "pt": 1, "nl": 1, "sv": 1}, 100)
     assert "en 60.0%, de 20.0%, fr 10.0%" in said
-    assert "2 others 2.0%; too short to tell, or none 3.0%" in said
+    assert "2 others 2.0%; undetermined 3.0%" in said
 
 
 def test_without_the_extra_nothing_is_looked_at_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

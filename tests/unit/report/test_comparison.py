@@ -71,7 +71,7 @@ def test_table_each_method_has_quality_and_cost(tmp_path: Path) -> None:
 def test_table_method_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert cells(markdown, "prompt")[0][-1] == "2"
-    assert "- fewer seeds of prompt: they waited for an answer about full and the best of the rest" in markdown
+    assert "- fewer seeds of prompt, which waited for an answer about full and the best other method" in markdown
     assert "- took: 45 min 12 s in all, 10.0× one full run (4 min 31 s); cpu, 2 cores" in markdown
     assert cells(markdown, "head")[0][-2] == "0.0032*"
     assert cells(markdown, "head")[2][3] == "0.0032*"
@@ -93,7 +93,7 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
     markdown, html = cards(
         tmp_path, comparisons.comparison(findings=(comparisons.finding(),), openings=comparisons.openings(2))
     )
-    assert "**The sealed test rows were used for a verdict 2 times. 1 unfair setting: see Fairness.**" in markdown
+    assert "**The sealed test rows were used for 2 verdicts. 1 unfair setting: see Fairness.**" in markdown
     assert "test rows used for a verdict 2 times: 2026-11-24T16:12:03+01:00 by ada@lab" in Page(html).text
 
 
@@ -105,7 +105,7 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
             0.9155,
             "nearest centroid, which trains nothing, has 91.5% on the same test rows, within the interval of lora",
         ),
-        (0.955, "No method here does better than nearest centroid, which trains nothing and has 95.5%."),
+        (0.955, "No method beats nearest centroid, which trains nothing and has 95.5%."),
     ],
 )
 def test_headline_leads_with_what_trains_nothing_where_it_comes_near(tmp_path: Path, value: float, lead: str) -> None:
@@ -123,7 +123,9 @@ def test_card_of_a_budget_that_ended_says_how_to_go_on_and_blames_the_budget(tmp
     expected = made.expectation.model_copy(update={"budget_seconds": 360.0, "num_seeds": 2})
     markdown, html = cards(tmp_path, made.model_copy(update={"expectation": expected}))
     for text in (markdown, Page(html).text):
-        assert "What to do: give more time (it had 6 min): the same command with a larger --budget continues" in text
+        assert (
+            "What to do: give more time (the budget was 6 min): the same command with a larger --budget resumes" in text
+        )
 
 
 # ---- files -----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_metrics_that_are_no_shares_are_not_averaged() -> None:
 def test_no_method_in_common_is_refused() -> None:
     one = comparisons.comparison()
     other = one.model_copy(update={"rows": tuple(row for row in one.rows if row.kind in ("base", "full"))})
-    with pytest.raises(RecipeError, match="too short to train one method beside full for every task"):
+    with pytest.raises(RecipeError, match="too short to train full and one other method for every task"):
         many_tasks({"a": one, "b": other})
 
 
@@ -71,7 +71,7 @@ def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
     assert ManyTasks.load(record) == together()
     text = page.read_text(encoding="utf-8")
     said = (
-        "A full model for each of 2 tasks: 173 MiB of weights, on disk and, with all loaded, in memory. One "
+        "A full model for each of 2 tasks: 173 MiB of weights on disk, and in memory with all models loaded. One "
         "base (86.7 MiB) with adapter for each: 89.8 MiB, 0.52×; each further task adds 1.56 MiB instead of 86.7 MiB."
     )
     assert said in text

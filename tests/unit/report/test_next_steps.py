@@ -95,14 +95,14 @@ MAX_STEPS, MAX_ROWS = ("train.max_steps", 400), ("data.max_rows", 200)
         (but(metric=RISING), ["Accuracy on the eval rows was still rising", LONGER], ["learning_rate"]),
         (but(metric_name="loss", greater_is_better=False, metric=RISING), [], ["still"]),
         (but(MAX_STEPS, train_loss=FALLING), ["--set train.max_steps=800"], ["num_train_epochs"]),
-        (but(steps=12), ["12 steps are few", "num_train_epochs=18"], []),  # as long as it takes
-        (but(MAX_STEPS, steps=2), ["2 steps are few", "max_steps=20."], []),  # ten times
+        (but(steps=12), ["run had only 12 steps", "num_train_epochs=18"], []),  # as long as it takes
+        (but(MAX_STEPS, steps=2), ["run had only 2 steps", "max_steps=20."], []),  # ten times
         (but(steps=12, planned=400), [], ["are few"]),  # stopped early: a longer run would stop there too
         (but(train_loss=GROWING), ["The loss diverged", LOWER], [LONGER]),
         (but(train_loss=GROWING, metric=RISING), [LOWER], [LONGER]),
         (but(train_loss=FALLING, metric=((200, 0.5), (400, 0.4))), ["show no reason"], [LONGER]),
         (but(train_loss=FALLING, metric=((200, 0.5), (400, 0.4)), weights_reason="as good"), [LONGER], [LOWER]),
-        (but(train_loss=GROWING, rate_searched=True), ["Try more train"], [LOWER]),
+        (but(train_loss=GROWING, rate_searched=True), ["more than the"], [LOWER]),
         (but(fit=Fit("over-fitted", "", 100)), ["from step 100 on", "num_train_epochs=0.5"], [LONGER, LOWER]),
         (but(MAX_STEPS, fit=Fit("over-fitted", "", 100)), ["train.max_steps=100"], ["num_train_epochs"]),
         (but(fit=Fit("got worse", "it fell", 0)), ["best before step 1. Try a lower", "rate=3e-05"], [LONGER]),
@@ -110,14 +110,22 @@ MAX_STEPS, MAX_ROWS = ("train.max_steps", 400), ("data.max_rows", 200)
         # Nothing is left to gain: few steps, a falling loss and even over-confidence are no reason to go on.
         (
             but(**FEW, metric=((6, 1.0), (12, 1.0)), train_loss=FALLING, fit=Fit("over-confident", "", 6)),
-            ["Accuracy on the eval rows is 100.0%: nothing is left to gain", "Keep the baseline", "more test rows"],
+            [
+                "Accuracy on the eval rows is 100.0%: there is nothing left to gain",
+                "Keep the baseline",
+                "more test rows",
+            ],
             ["--set"],
         ),
         (but(metric=((6, 0.99), (12, 0.996)), bar="centroid"), ["99.6%", "Keep centroid, which"], ["--set", "unless"]),
-        (but(**FEW, metric=((6, 0.99), (12, 0.99))), ["12 steps are few", "num_train_epochs=18"], ["nothing is left"]),
+        (
+            but(**FEW, metric=((6, 0.99), (12, 0.99))),
+            ["run had only 12 steps", "num_train_epochs=18"],
+            ["nothing left"],
+        ),
         (but(blind="All is b"), ["All is b. Try a lower", LOWER, "learning_rate=0.0009"], [LONGER]),
         (but(blind="All is b", train_loss=FALLING), ["All is b. The train loss", LONGER], [LOWER]),
-        (but(blind="All is b", gives_the_usual=True), ["class_weights=balanced"], ["learning_rate", LONGER]),
+        (but(blind="All is b", predicts_majority=True), ["class_weights=balanced"], ["learning_rate", LONGER]),
         (but(MAX_ROWS), ["remove data.max_rows"], ["labels"]),
         (but(labels=400, train_rows=800), ["are about 2 for each of 400 labels", "Use more if there"], ["reason"]),
         (but(MAX_ROWS, labels=400, train_rows=800), ["about 2 for", "remove data.max_rows"], ["Only"]),
@@ -177,7 +185,7 @@ def test_tagger_that_finds_nothing_is_told(classification: Path, kit: SimpleName
     nothing = Estimate(value=0.0, low=0.0, high=0.0)
     metrics = {**row.metrics, "precision": nothing, "recall": nothing}
     kit.save_scores(classification, row.model_copy(update={"metrics": metrics}))
-    assert conclude(read_run(classification))[1][0].startswith("Not one entity of the test rows is found.")
+    assert conclude(read_run(classification))[1][0].startswith("The model finds no entity in the test rows.")
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -67,7 +67,7 @@ def comparison(found: Section | None) -> dict[str, tuple[Any, ...]]:
 
 def test_plan_dry_run_and_actual_stand_side_by_side_with_their_errors(tmp_path: Path) -> None:
     assert comparison(section(tmp_path, planned())) == {
-        "memory of the training process, beyond the libraries": ("500 MiB", "510 MiB", "520 MiB", "-4%", "-2%"),
+        "memory of the training process, without the libraries": ("500 MiB", "510 MiB", "520 MiB", "-4%", "-2%"),
         TIME: ("2 min 30 s", "1 min 35 s", "1 min 40 s", "+50%", "-5%"),
         "disk": ("5 GiB", "-", "4 GiB", "+25%", "-"),
     }
@@ -79,7 +79,7 @@ def test_memory_of_several_processes_is_that_of_the_largest_and_what_they_send_i
     assert found is not None
     texts = [block.text for block in found.blocks if isinstance(block, Paragraph)]
     assert any("Each of 2 processes sends 6 GiB a step (fsdp2, 3 GiB of it" in text for text in texts)
-    assert comparison(found)["memory of the training process, beyond the libraries"][2] == "600 MiB"
+    assert comparison(found)["memory of the training process, without the libraries"][2] == "600 MiB"
 
 
 def test_memory_at_the_peak_is_shown_by_kind(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_memory_at_the_peak_is_shown_by_kind(tmp_path: Path) -> None:
     table = found.blocks[0]
     assert isinstance(table, Table)
     shown = dict(zip(table.header, table.rows[0], strict=True))
-    assert (shown["gradients"], shown["optimizer"], shown["together"]) == ("0 bytes", "180 MiB", "500 MiB")
+    assert (shown["gradients"], shown["optimizer"], shown["total"]) == ("0 bytes", "180 MiB", "500 MiB")
 
 
 def test_a_resumed_attempt_is_not_held_against_the_time_of_the_whole_run(tmp_path: Path) -> None:
@@ -110,4 +110,4 @@ def test_whole_command_stands_beside_what_the_plan_says_of_it(tmp_path: Path) ->
 def test_a_run_that_ended_early_says_so(tmp_path: Path) -> None:
     found = section(tmp_path, planned(), steps=120)
     assert found is not None
-    assert Paragraph("The attempt ended after 120 of 300 steps; planned times are those of all steps.") in found.blocks
+    assert Paragraph("The attempt ended after 120 of 300 steps; planned times are for all steps.") in found.blocks

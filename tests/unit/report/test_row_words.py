@@ -48,7 +48,7 @@ def test_reports_tags_count_entities_and_show_no_legend_of_trained_tokens(
     assert "B-PER" not in markdown.partition("## Data")[2]
     assert "entities: [Ada]PER lives in [London]LOC ." in markdown
     assert "Test rows with the most wrong entities:" in markdown
-    assert "Trained tokens stand between" not in markdown
+    assert "Trained tokens are between" not in markdown
     assert "trained tokens are bold" not in html
     assert "entities: <mark>[Ada]PER lives in [London]LOC .</mark>" in html
 

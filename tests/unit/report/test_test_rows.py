@@ -43,8 +43,8 @@ UNSEEN = Estimate(value=0.931, low=0.922, high=0.94, rows=2935, clusters=2900)
         ),
         (
             37, 40, None,
-            "Of 40 test rows 37 leak: their text also stands in train. The others are too few to tell how good the "
-            "model is on unseen rows.",
+            "Of 40 test rows 37 leak: their text also stands in train. Too few others remain to judge the model on "
+            "unseen rows.",
         ),
     ],
 )  # fmt: skip
@@ -70,8 +70,8 @@ def access(run: str, model: str = "m", day: int = 2, trial: str = "full-seed1", 
 def test_models_are_counted_and_not_how_often_one_is_scored() -> None:
     assert scored_again([]) == scored_again([access("a"), access("a", day=3)]) == ""
     assert scored_again([access("a", day=4), access("b"), access("c", day=7), access("c", day=8)]) == (
-        "These test rows have been scored 3 times here, the first on 2026-11-02: the best of them by its test score "
-        "would be flattered. Choose by the eval score."
+        "These test rows have been scored 3 times here, first on 2026-11-02. Choosing the best of these "
+        "runs by test score would be optimistic: choose by eval score."
     )
     assert "2 times here" in scored_again([access("a"), access("a", "trained anew")])
     compared = [access("b", "", trial="comparison"), access("b", "", trial="comparison"), access("a")]
@@ -84,7 +84,7 @@ def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> No
     log = classification.parent / ACCESSES
     log.write_text("".join(json.dumps(one.model_dump()) + "\n" for one in lines), encoding="utf-8")
     [headline] = [part for part in report.for_terminal(classification) if isinstance(part, Headline)]
-    assert "scored 2 times here, the first on 2026-11-01" in headline.note
+    assert "scored 2 times here, first on 2026-11-01" in headline.note
     report.write(classification)
     for page in ("report.md", "report.html"):
         assert "scored 2 times here" in (classification / page).read_text(encoding="utf-8")

@@ -215,8 +215,8 @@ def test_write_twice_gives_the_same_bytes(classification: Path) -> None:
 def test_report_says_that_intervals_rest_on_groups_where_rows_depend_on_each_other(
     classification: Path, kit: SimpleNamespace
 ) -> None:
-    assert "Intervals are drawn over groups" not in both(classification)[0]
+    assert "Intervals are computed over groups" not in both(classification)[0]
     row = kit.scores("full-seed42", "trained", 0.9)
     metrics = {name: one.model_copy(update={"rows": 400, "clusters": 40}) for name, one in row.metrics.items()}
     kit.save_scores(classification, row.model_copy(update={"metrics": metrics}))
-    assert "The 400 test rows are 40 groups" in both(classification)[0]
+    assert "The 400 test rows form 40 groups" in both(classification)[0]

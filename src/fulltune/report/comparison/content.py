@@ -1,4 +1,4 @@
-"""What is said about a comparison, made from its record alone: its report, and what of it stands in the terminal."""
+"""The report of a comparison and its summary for the terminal, made from its record."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from fulltune.report.format.words import NOTHING, Writer, fine_share, ratio, sho
 from fulltune.text import counted, format_bytes, format_number, format_seconds, listed
 
 _POINTER = "▸ "
-"""Before the name of the recommended method."""
-_MADE_FROM = Paragraph("This report is made from proof.json alone, which lies beside it and holds every number.")
+"""Marks the recommended method."""
+_MADE_FROM = Paragraph("This report is made from proof.json beside it, which holds every number.")
 
 
 def build(comparison: Comparison, picture: str = "") -> Report:
-    """Turn a comparison into what is said about it."""
+    """Build the report of a comparison."""
     sections = (
         _why(comparison),
         Section("field", "The methods", _methods(comparison)),
         _plot(comparison, picture),
         Section("fairness", "Fairness", (_fairness(comparison),)),
         how(comparison),
-        Section("again", "Make it again", (Code(comparison.command, "sh"), _MADE_FROM)),
+        Section("again", "Reproduce", (Code(comparison.command, "sh"), _MADE_FROM)),
     )
     rows = counted(comparison.train_rows, "train row")
     return Report(
@@ -52,7 +52,7 @@ def build(comparison: Comparison, picture: str = "") -> Report:
 
 
 def for_terminal(comparison: Comparison) -> list[Headline | Section | Element]:
-    """What stands in the terminal."""
+    """Return the parts printed at the end of a comparison."""
     parts = (
         _headline(comparison),
         _why(comparison),
@@ -64,14 +64,14 @@ def for_terminal(comparison: Comparison) -> list[Headline | Section | Element]:
 
 
 def label(decision: Decision) -> str:
-    """The verdict in capitals, with the method's name where it names one."""
+    """Return the verdict in capitals, with the method that it names."""
     name = decision.recommended
     take = {"PEFT": f": {name}", "VARIANT": f": {name}", "EQUIVALENT": f": take {name}"}
     return decision.verdict + take.get(decision.verdict, "")
 
 
 def _headline(comparison: Comparison) -> Headline:
-    """The verdict; before it, what trains nothing and comes near, because then little was gained."""
+    """Return the verdict, preceded by a warning if an untrained baseline comes close."""
     decision, write = comparison.decision, Writer.of(comparison.decision)
     rivals = sum(one.decides for one in decision.differences)
     together = f" for the {rivals} methods together" if rivals > 1 else ""
@@ -85,18 +85,18 @@ def _headline(comparison: Comparison) -> Headline:
 
 
 def _near_without_training(comparison: Comparison) -> str:
-    """The strongest baseline, where the recommended method (else the best) is not clearly above it."""
-    known = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
+    """Say that the strongest baseline is near the recommended (else the best) method, or return an empty string."""
+    scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
     trained = [row for row in comparison.rows if row.seeds]
-    if not known or not trained:
+    if not scored or not trained:
         return ""
     sign = 1 if comparison.decision.greater_is_better else -1
-    best = max(known, key=lambda one: sign * one.metrics[comparison.decision.metric].value)
+    best = max(scored, key=lambda one: sign * one.metrics[comparison.decision.metric].value)
     top = max(trained, key=lambda row: sign * row.metric.value)
     row = next((one for one in trained if one.method == comparison.decision.recommended), top)
     value, write = best.metrics[comparison.decision.metric].value, Writer.of(comparison.decision)
     if sign * value >= sign * top.metric.value:
-        return f"No method here does better than {best.name}, which trains nothing and has {write.value(value)}."
+        return f"No method beats {best.name}, which trains nothing and has {write.value(value)}."
     if sign * value < min(sign * row.metric.low, sign * row.metric.high):
         return ""
     return (
@@ -106,17 +106,16 @@ def _near_without_training(comparison: Comparison) -> str:
 
 
 def _warning(comparison: Comparison) -> str:
-    found = marks(comparison)
-    unfair = sum(one.startswith("Unfair") for one in found)
-    counts = ((unfair, "unfair setting"), (len(found) - unfair, "note"))
+    findings = marks(comparison)
+    unfair = sum(one.startswith("Unfair") for one in findings)
+    counts = ((unfair, "unfair setting"), (len(findings) - unfair, "note"))
     parts = [counted(count, noun) for count, noun in counts if count]
     opened = comparison.verdicts_on_test_rows
-    again = f"The sealed test rows were used for a verdict {opened} times. " if opened > 1 else ""
+    again = f"The sealed test rows were used for {opened} verdicts. " if opened > 1 else ""
     return f"{again}{listed(parts)}: see Fairness." if parts else ""
 
 
 def _level(comparison: Comparison) -> str:
-    """The confidence of its intervals: `95%`."""
     return f"{100 * comparison.decision.confidence:g}%"
 
 
@@ -131,12 +130,12 @@ def _key_figures(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _why(comparison: Comparison) -> Section | None:
-    """What decided, and what would decide what is open."""
+    """Return the section on what decided the verdict and what would decide the rest."""
     decision, to_do = comparison.decision, list(comparison.decision.would_decide)
     if comparison.can_resume:
-        had = comparison.expectation.budget_seconds
-        given = f" (it had {format_seconds(had)})" if had else ""
-        more = f"give more time{given}: the same command with a larger --budget continues from these trials"
+        limit = comparison.expectation.budget_seconds
+        previous = f" (the budget was {format_seconds(limit)})" if limit else ""
+        more = f"give more time{previous}: the same command with a larger --budget resumes from these trials"
         to_do.insert(0, more)
     items = (*decision.because, *(f"What to do: {one}" for one in to_do), *decision.notes)
     return unless_empty("Why", [Bullets(items)] if items else [])
@@ -147,12 +146,11 @@ def _methods(comparison: Comparison) -> tuple[Element, ...]:
     tables = (_quality(comparison), _cost(comparison))
     if not fewer:
         return tables
-    why = f"fewer seeds of {', '.join(fewer)}: they waited for an answer about full and the best of the rest"
+    why = f"fewer seeds of {', '.join(fewer)}, which waited for an answer about full and the best other method"
     return (*tables, Bullets((why,)))
 
 
 def _name(row: MethodRow, comparison: Comparison) -> Cell:
-    """The method's name, pointed at when it is the recommended one."""
     return untrusted(f"{_POINTER}{row.method}" if row.method == comparison.decision.recommended else row.method)
 
 
@@ -178,15 +176,15 @@ def _quality(comparison: Comparison) -> Table:
         )
     level = _level(comparison)
     recommended = f"{_POINTER}the recommended method. " if comparison.decision.recommended else ""
-    spread = "rows and seeds" if known(comparison) else "rows alone, since there is one seed"
+    spread = "rows and seeds" if known(comparison) else "rows alone, because there is one seed"
     caption = (
         f"Quality on the sealed test rows. {recommended}{write.name}: mean over seeds, with its {level} interval over "
-        f"{spread}. The difference's interval holds for all deciding methods together; above 0 full is better. "
-        f"Moved: {comparison.drift_unit} on generic text. *: best rate at the edge of those tried"
+        f"{spread}. Intervals of differences hold for all deciding methods together; above 0 full is better. "
+        f"Drift: {comparison.drift_unit} on generic text. *: best rate at the edge of those tried"
     )
     better = f"full is better by{' [points]' if write.in_points else ''}"
     metric = f"{write.name} [{level}]"
-    header = ("method", "parameters updated", metric, better, "of full's gain", "moved", "rate", "seeds")
+    header = ("method", "parameters updated", metric, better, "of full's gain", "drift", "rate", "seeds")
     return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
@@ -213,9 +211,9 @@ def _cost(comparison: Comparison) -> Table:
         for row in comparison.rows
     )
     caption = (
-        "Cost of one whole run: median over seeds, of memory the maximum; ×: relative to full. FLOP: all "
-        "steps, forward and backward. Growth: memory beyond what the process held before the model was loaded. Saved: "
-        "the trained weights on disk. Per row: time to answer one test row, in batches"
+        "Cost of one whole run: median over seeds, for memory the maximum; ×: relative to full. FLOP: all steps, "
+        "forward and backward. Growth: memory beyond that before the model was loaded. Saved: the trained weights on "
+        "disk. Per row: time to predict one test row, in batches"
     )
     header = ("method", "training time", "tokens/s", "FLOP", "peak memory", "growth", "saved", "per row")
     return Table(caption, header, rows, frozenset(range(1, len(header))))
@@ -226,7 +224,7 @@ def _full_of(comparison: Comparison) -> MethodRow | None:
 
 
 def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
-    """Quality against time, and against operations where they are known."""
+    """Return plots of quality against training time and, if known, operations."""
     full, write, drawn = _full_of(comparison), Writer.of(comparison.decision), list[CostPlot]()
     for cost, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
         if (whole := getattr(full, field, 0.0)) <= 0:
@@ -247,7 +245,7 @@ def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
 
 def _plot(comparison: Comparison, picture: str) -> Section | None:
     legend = (
-        "Filled: the recommended method; square: full fine-tuning; the band around it: the margin. "
+        "Filled: the recommended method. Square: full fine-tuning; the band around it is the margin. "
         f"Whiskers: {_level(comparison)} intervals."
     )
     drawn = tuple(map(cost_plot, plots(comparison)))
@@ -256,33 +254,33 @@ def _plot(comparison: Comparison, picture: str) -> Section | None:
 
 
 def _fairness(comparison: Comparison) -> Element:
-    found = marks(comparison)
-    return Bullets(tuple(found)) if found else Paragraph("No unfair setting was found.")
+    findings = marks(comparison)
+    return Bullets(tuple(findings)) if findings else Paragraph("No unfair setting was found.")
 
 
 def marks(comparison: Comparison) -> list[str]:
-    """All that a reader must know before believing the verdict, what is unfair first."""
-    said = [
-        f"{'Unfair' if one.level == 'unfair' else 'Note'}: {one.where}: {one.what}. To do: {one.to_do}."
-        for one in comparison.findings
+    """Return the findings that a reader must know, unfair ones first."""
+    lines = [
+        f"{'Unfair' if finding.level == 'unfair' else 'Note'}: {finding.where}: {finding.what}. To do: {finding.to_do}."
+        for finding in comparison.findings
     ]
     decision = comparison.decision
     write, deciding = Writer.of(decision), known(comparison)
     still_open = [one for one in deciding if one.is_open]
     if any(one.detectable > decision.margin for one in still_open):
-        said.append(
-            "Note: differences that so many test rows and seeds find in 8 of 10 cases: "
+        lines.append(
+            "Note: in 8 of 10 cases these test rows and seeds detect differences "
             f"{listed([f'{write.found_from(one.detectable)} ({one.method})' for one in still_open])}; the margin is "
             f"{write.amount(decision.margin)}."
         )
-    return said
+    return lines
 
 
 # ---- how it was made -----------------------------------------------------------------------------------------
 
 
 def how(comparison: Comparison) -> Section:
-    """The section: rows, time, what could be found, rates, baselines, versions."""
+    """Return the section on rows, time, detectable differences, rates, baselines and versions."""
     blocks: list[Element] = [Facts(tuple(facts(comparison))), _searches(comparison)]
     if comparison.baselines:
         write = Writer.of(comparison.decision)
@@ -301,91 +299,94 @@ def how(comparison: Comparison) -> Section:
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return names and values on rows, time, seeds and drift."""
     expected, openings = comparison.expectation, comparison.openings
     cores, full = counted(comparison.cores, "core"), _full_of(comparison)
     took = f"{format_seconds(comparison.seconds)} in all"
     if full is not None and full.train_seconds > 0:
-        one = full.train_seconds
-        took += f", {ratio(comparison.seconds / one)} one full run ({format_seconds(one)})"
+        full_seconds = full.train_seconds
+        took += f", {ratio(comparison.seconds / full_seconds)} one full run ({format_seconds(full_seconds)})"
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
     mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
-    opened = f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
+    opened = f"{times}: " + "; ".join(f"{full_seconds.time} by {full_seconds.by}" for full_seconds in openings)
     write, seeds = Writer.of(comparison.decision), counted(expected.num_seeds, "seed")
-    could_find = f"expected before the start, with {seeds}: {can_find(expected, write)}"
-    spread = [f"{method} by {write.amount(one)}" for method, one in comparison.decision.seed_sds.items()]
-    found = [
+    detectable = f"expected before the start, with {seeds}: {can_find(expected, write)}"
+    spread = [
+        f"{method} by {write.amount(full_seconds)}" for method, full_seconds in comparison.decision.seed_sds.items()
+    ]
+    lines = [
         (
             "rows",
-            f"{comparison.train_rows:,} to train{mixed}, {comparison.eval_rows:,} to choose rates and checkpoints, "
-            f"{comparison.test_rows:,} to test; data {comparison.data_fingerprint[:12]}",
+            f"{comparison.train_rows:,} train{mixed}, {comparison.eval_rows:,} eval (choose rates and checkpoints), "
+            f"{comparison.test_rows:,} test; data {comparison.data_fingerprint[:12]}",
         ),
-        ("test rows used for a verdict", opened if openings else "not noted"),
+        ("test rows used for a verdict", opened if openings else "not recorded"),
         ("took", f"{took}; {comparison.device}, {cores}"),
-        ("could find", could_find if expected.detectable else ""),
+        ("detectable", detectable if expected.detectable else ""),
         ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
         ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
-        ("moved", f"{comparison.drift_unit} against the untouched model, on {comparison.generic_text}"),
+        ("drift", f"{comparison.drift_unit} against the untouched model, on {comparison.generic_text}"),
     ]
-    return [(name, value) for name, value in found if value]
+    return [(name, value) for name, value in lines if value]
 
 
 def expectation(expected: Expectation, write: Writer) -> Section:
-    """What is compared, about how long it takes, what it can find, and what its budget left out."""
+    """Return the section printed before a comparison starts: methods, trials, time and detectable differences."""
     search, whose = "", "of each method"
     if expected.num_search_trials:
-        search = f"{expected.num_search_trials} short ones to find the rates, more where the best is at an edge; then "
+        search = f"{expected.num_search_trials} short trials to choose rates, more if the best is at an edge; then "
     if expected.sequential and expected.num_seeds > 1:
         whose = "of each method at most; clear answers need fewer"
         if expected.budget_seconds is not None:
             rest = ", one of the rest" if len(expected.methods) > 2 else ""
-            whose = f"of full and of the best of the others{rest}"
+            whose = f"of full and the best other method{rest}"
     takes = f"about {format_seconds(expected.seconds)}"
     if expected.budget_seconds is not None:
-        given = format_seconds(expected.budget_seconds)
-        takes += f" of the {given} given; the rest is a reserve for errors of the forecast"
+        limit = format_seconds(expected.budget_seconds)
+        takes += f" of the {limit} budget; the rest is a reserve, because forecasts err"
     rows = [
         ("methods", ", ".join(expected.methods)),
         ("trials", f"{search}{counted(expected.num_seeds, 'seed')} {whose}"),
         ("takes", takes),
-        ("can find", can_find(expected, write)),
+        ("detectable", can_find(expected, write)),
         *(("note" if expected.budget_seconds is None else "budget", note) for note in expected.notes),
     ]
     if expected.detectable is not None and expected.detectable[0] > write.margin:
-        more = "less than it can find: it may end UNDECIDED; more test rows or seeds would help"
+        more = "smaller than detectable: the comparison may end UNDECIDED; more test rows or seeds would help"
         rows.append(("margin", f"{write.amount(write.margin)}, {more}"))
     return Section("comparison", "comparison", (Facts(tuple(rows)),))
 
 
 def can_find(expected: Expectation, write: Writer) -> str:
-    """The smallest differences that are usually found, by what is known before the start."""
+    """Say which differences are usually detected, as far as known before the start."""
     if expected.num_seeds < 2:
-        return "nothing: one seed tells nothing about the spread between seeds"
+        return "nothing: one seed does not show the spread between seeds"
     if expected.detectable is None:
-        return f"not known before seeds have been run{'' if write.in_points else f': {write.name} is no share of rows'}"
+        return f"unknown before the first seeds{'' if write.in_points else f': {write.name} is no share of rows'}"
     alike, apart = map(write.found_from, expected.detectable)
-    return f"{alike}, where seeds differ by half a point, {apart} where by two (power 80 %)"
+    return f"differences {alike} if seeds differ by half a point, {apart} if by two (power 80 %)"
 
 
 def _searches(comparison: Comparison) -> Table:
     write = Writer.of(comparison.decision)
     rows = tuple(
         (
-            untrusted(one.method),
-            _tried(one.tried, write) or NOTHING,
-            _tried(one.whole, write) or NOTHING,
-            chosen_rate(one),
-            one.reason,
+            untrusted(search.method),
+            _tried(search.tried, write) or NOTHING,
+            _tried(search.whole, write) or NOTHING,
+            chosen_rate(search),
+            search.reason,
         )
         for row in comparison.rows
-        if (one := row.search) is not None
+        if (search := row.search) is not None
     )
     header = ("method", "short runs", "whole runs", "chosen", "why")
-    caption = f"Learning rates with their {write.name} on the eval rows. *: a better one may lie beyond those tried"
+    caption = f"Learning rates with their {write.name} on the eval rows. *: a better rate may lie beyond those tried"
     return Table(caption, header, rows, frozenset({3}))
 
 
 def chosen_rate(search: Search) -> str:
-    """`0.0002`, with a star where a better one may lie beyond those tried."""
+    """Format a rate, with a star if a better one may lie beyond those tried."""
     return f"{format_number(search.chosen)}{'*' * search.on_edge}"
 
 
@@ -394,5 +395,5 @@ def _tried(tried: Mapping[float, float], write: Writer) -> str:
 
 
 def known(comparison: Comparison) -> list[Difference]:
-    """The deciding differences of which the spread between seeds is known."""
+    """Return the deciding differences with a known spread between seeds."""
     return [one for one in comparison.decision.differences if one.decides and one.seeds_known]

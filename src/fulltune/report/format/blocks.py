@@ -1,4 +1,4 @@
-"""What a report is made of: described once, printed by `pages`."""
+"""The elements of a report, described once and printed by `pages`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fulltune.report.format.words import clipped, named
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell that needs more than plain text of ours."""
+    """A table cell that is more than plain text of fulltune's own."""
 
     text: str
     bar: float | None = None
     """Length of a bar beside the text, 0 to 1."""
     heat: float | None = None
-    """Shade behind the text, 0 to 1; the text always carries the number too."""
+    """Shade behind the text, 0 to 1; the text holds the number as well."""
     untrusted: bool = False
-    """Text from data or a model: shown as it is, isolated from the text around it."""
+    """True for text from data or a model, which is escaped and isolated from the text around it."""
     limit: int | None = None
-    """So many characters of it are shown on a page; in Markdown and on a terminal at most 160, without a limit 80."""
+    """Most characters on a page. Markdown and terminal show at most 160, or 80 without a limit."""
 
     def shown(self, on_page: bool = False) -> str:
-        """The text as far as there is room for it, and how much was left out."""
+        """Return the text cut to the limit, with the number of dropped characters."""
         most = self.limit if on_page else min(self.limit or 80, 160)
         return clipped(self.text, most) if self.untrusted and most else self.text
 
@@ -44,26 +44,26 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with values."""
+    """Pairs of names and values."""
 
     rows: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column names the row."""
+    """A table whose first column names the rows."""
 
     caption: str
-    """Empty: the section's title says it."""
+    """Text above the table; empty if the section's title is enough."""
     header: tuple[str, ...]
     rows: tuple[TableRow, ...]
     numeric: frozenset[int] = frozenset()
-    """Columns whose text is aligned to the right."""
+    """Columns that are aligned to the right."""
     matrix: bool = False
-    """True: a square of counts, drawn tight with upright headers."""
+    """True for a square of counts, drawn tightly with upright headers."""
 
     def only(self, columns: Collection[str]) -> Table:
-        """The table with its first column and these."""
+        """Return the table with its first column and the named ones."""
         places = [place for place, name in enumerate(self.header) if place == 0 or name in columns]
         rows = tuple(tuple(row[place] for place in places) for row in self.rows)
         numeric = frozenset(number for number, place in enumerate(places) if place in self.numeric)
@@ -72,7 +72,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, and in words what it shows."""
+    """A drawing and a description of it in words."""
 
     svg: str
     title: str
@@ -81,13 +81,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
-    """Drawings side by side."""
-
     items: tuple[Figure, ...]
     drawn_only: bool = False
-    """True: a table beside it has the same numbers, so Markdown leaves it out."""
+    """True if Markdown omits the drawing because a table has the same numbers."""
     file: str = ""
-    """A picture beside the Markdown that shows the same."""
+    """Picture beside the Markdown file with the same content."""
 
 
 @dataclass(frozen=True)
@@ -98,20 +96,20 @@ class Code:
 
 @dataclass(frozen=True)
 class Previews:
-    """Rows as the model sees them, trained tokens set apart from the others."""
+    """Rows as the model sees them, with trained tokens marked."""
 
     items: tuple[tuple[tuple[Segment, ...], str | None], ...]
     target: str = "label"
-    """What the text beside each row is."""
+    """Name of the text beside each row."""
 
     @property
     def some_trained(self) -> bool:
-        """Whether tokens are trained, so that they have to be told from the others."""
+        """True if any token is trained, so that marks are needed."""
         return any(segment.trained for segments, _ in self.items for segment in segments)
 
 
 Exchange = tuple[str, tuple[tuple[str, str], ...]]
-"""What a text generator was asked; who said what: expected, before training, after training."""
+"""A prompt and the replies by speaker: expected, before training, after training."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,6 @@ Element = Paragraph | Bullets | Facts | Table | Figures | Code | Previews | Exch
 
 @dataclass(frozen=True)
 class Section:
-    """A headed part of the report."""
-
     anchor: str
     title: str
     blocks: tuple[Element, ...] = field(default=())
@@ -141,21 +137,21 @@ class Section:
 
 @dataclass(frozen=True)
 class Headline:
-    """What it all comes to, in the report's box."""
+    """The verdict in the report's box."""
 
     kind: str
-    """Its colour in `report.css`: `better`, `worse`, `full`, `undecided` and so on."""
+    """Class in `report.css`: `better`, `worse`, `full`, `undecided` and so on."""
     label: str
     sentence: str
     note: str = ""
-    """Which trial it is about, or on what terms it holds."""
+    """Trial or terms of the verdict."""
     warning: str = ""
-    """What to read before it is believed."""
+    """Warning to read before believing the verdict."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that is printed, before it becomes Markdown or HTML."""
+    """The content of a report, before it becomes Markdown or HTML."""
 
     title: str
     subtitle: str
@@ -165,10 +161,10 @@ class Report:
 
 
 def unless_empty(title: str, blocks: Sequence[Element]) -> Section | None:
-    """A section, or nothing when there is nothing to say in it."""
+    """Return a section, or None without elements."""
     return Section(title.lower().replace(" ", "-"), title, tuple(blocks)) if blocks else None
 
 
 def untrusted(text: str, limit: int | None = None) -> Cell:
-    """A cell of text from data or a model, cut after `limit` characters; an empty text is said to be empty."""
+    """Return a cell for text from data or a model, cut after `limit` characters; empty text becomes `(empty)`."""
     return Cell(named(text), untrusted=True, limit=limit)

@@ -1,5 +1,8 @@
-"""What is said, printed three times: as one HTML file without network, by the template beside this file; as Markdown
-with padded tables; and on a terminal, which leaves what is folded away, and drawings, to the page."""
+"""Print reports in three ways: as one HTML file that needs no network, as Markdown, and on a terminal.
+
+The terminal omits folded parts and drawings.
+
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ from fulltune.report.format.words import clipped, one_line, write_sanitized
 from fulltune.text import listed
 
 LOADING = "loading.py.j2"
-"""Python that loads a model: nothing in it is HTML."""
+"""Template of Python code that loads a model; it holds no HTML."""
 # Text from data, models and recipes goes through autoescape; only the SVG of `plots`, which escapes its own
 # texts, is marked safe in the template.
 TEMPLATES = jinja2.Environment(
@@ -49,12 +52,12 @@ TEMPLATES = jinja2.Environment(
 
 
 def page(report: Report, template: str = "report.html.j2") -> str:
-    """Print the whole report as HTML."""
+    """Return the whole report as HTML."""
     return TEMPLATES.get_template(template).render(report=report)
 
 
 def write_pages(path: Path, report: Report, template: str = "report.html.j2", private: bool = True) -> Path:
-    """Write the report as Markdown and HTML, beside each other; the path of the latter."""
+    """Write the report as Markdown and HTML side by side and return the path of the HTML."""
     write_sanitized(path.with_suffix(".md"), markdown(report), private)
     target = path.with_suffix(".html")
     write_sanitized(target, page(report, template), private)
@@ -66,7 +69,7 @@ _TEXT_LIMIT = 600
 
 
 def markdown(report: Report) -> str:
-    """Print the whole report as Markdown."""
+    """Return the whole report as Markdown."""
     lines = [f"# {escaped(report.title)}", "", escaped(report.subtitle), ""]
     lines += [f"**{escaped(report.headline.label)}.** {escaped(report.headline.sentence)}", ""]
     if report.headline.note:
@@ -80,13 +83,13 @@ def markdown(report: Report) -> str:
 
 
 def section_in_markdown(section: Section, level: str = "#") -> str:
-    """Print one section, as a page of its own or inside a report."""
+    """Return one section as Markdown, for a page of its own or inside a report."""
     lines = [f"{level} {section.title}", "", *(line for block in section.blocks for line in _block(block))]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def escaped(text: str) -> str:
-    """Text on one line, without anything that Markdown would read as HTML, a table cell, a link or an image."""
+    """Escape text for one line of Markdown: no HTML, table cell, link or image."""
     text = " ".join(text.split())
     text = re.sub(r"[\\<|`&]", r"\\\g<0>", text)
     return text.replace("](", "]\\(")
@@ -107,7 +110,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozen
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """A code block whose fence is longer than any run of backticks in the text."""
+    """Return a code block whose fence is longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
@@ -127,7 +130,7 @@ def _block(block: Element) -> Iterator[str]:
             yield ""
         case Figures(drawn_only=True):
             return
-        case Figures():  # the drawings are in report.html; here is what they say
+        case Figures():  # the drawings are in report.html; Markdown describes them
             yield from (*(f"- {escaped(figure.title)}: {escaped(figure.words)}" for figure in block.items), "")
             if block.file:
                 yield from (f"![{escaped(listed([figure.title for figure in block.items]))}]({block.file})", "")
@@ -135,15 +138,15 @@ def _block(block: Element) -> Iterator[str]:
             yield from (_fenced(block.text, block.language), "")
         case Previews():
             if block.some_trained:
-                yield from ("Trained tokens stand between ⟦ and ⟧.", "")
+                yield from ("Trained tokens are between ⟦ and ⟧.", "")
             for segments, label in block.items:
                 text = "".join(f"⟦{one.text}⟧" if one.trained else one.text for one in segments)
                 yield from (_fenced(text), "")
                 if label is not None:
                     yield from (f"{block.target}: {escaped(label)}", "")
         case Exchanges():
-            for asked, said in block.items:
-                parts = [asked, *(f"[{who}]\n{what}" for who, what in said)]
+            for prompt, replies in block.items:
+                parts = [prompt, *(f"[{who}]\n{what}" for who, what in replies)]
                 yield from (_fenced("\n\n".join(clipped(part, _TEXT_LIMIT) for part in parts)), "")
         case Folded():
             yield from (f"### {escaped(block.title)}", "")
@@ -164,11 +167,11 @@ def _cell(cell: Cell | str) -> str:
 # ---- on a terminal --------------------------------------------------------------------------------------------------
 
 _SHOWN_LIMIT = 300
-"""Letters of a text from data or a model outside of a table."""
+"""Most characters of untrusted text outside a table."""
 _NAME_WIDTH, _TEXT_WIDTH = 40, 28
-"""A table's names and other texts are broken from so many columns on; numbers stay on one line."""
+"""Widths from which a table's names and other texts wrap; numbers never do."""
 _GAP = 2
-"""Between columns."""
+"""Columns between two columns of a table."""
 _STYLES = {
     **dict.fromkeys(("better", "peft", "variant", "equivalent"), "bold green"),
     "worse": "bold red",
@@ -177,7 +180,7 @@ _STYLES = {
 
 
 def show(console: Console, parts: Iterable[Headline | Section | Element]) -> None:
-    """Print them one after the other; a table wider than the terminal continues below with its other columns."""
+    """Print the parts one after another. A table wider than the terminal continues below with its other columns."""
     for place, part in enumerate(parts):
         if place and isinstance(part, Table) and part.caption:
             console.print()
@@ -212,13 +215,13 @@ def _lines(part: Headline | Element, width: int) -> Iterator[RenderableType]:
         case Previews():
             yield from (_preview(segments, label) for segments, label in part.items)
         case Exchanges():
-            for asked, said in part.items:
-                yield Text(_short(asked), style="bold")
-                yield _grid([(who, _short(what)) for who, what in said])
+            for prompt, replies in part.items:
+                yield Text(_short(prompt), style="bold")
+                yield _grid([(who, _short(what)) for who, what in replies])
 
 
 def _grid(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
-    """Names, and texts whose lines stand under each other."""
+    """Return names beside texts, with the lines of each text aligned."""
     grid = Grid.grid(padding=(0, gap, 0, 0))
     grid.add_column(max_width=_TEXT_WIDTH, style="dim")
     grid.add_column(overflow="fold")
@@ -228,7 +231,7 @@ def _grid(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
 
 
 def _tables(table: Table, width: int) -> Iterator[Grid]:
-    """Tables with as many columns as fit; each begins with the first one, which names the rows."""
+    """Split a table into tables that fit; each repeats the first column, which names the rows."""
     cells = [[_shown_cell(cell) for cell in row] for row in table.rows]
     headers, widest, needed = [], [], []
     for number, name in enumerate(map(one_line, table.header)):
@@ -243,7 +246,7 @@ def _tables(table: Table, width: int) -> Iterator[Grid]:
             groups.append([0])
         groups[-1].append(number)
     for group in groups:
-        # Gaps are columns: Rich would count one behind the last column, too.
+        # Gaps are columns, because Rich would add padding behind the last column as well.
         grid = Grid(box=None, pad_edge=False, header_style="dim", padding=0)
         left = width - sum(needed[number] + _GAP for number in group) + _GAP
         for place, number in enumerate(group):
@@ -265,7 +268,7 @@ def _shown_cell(cell: Cell | str) -> str:
 
 
 def _preview(segments: Iterable[Segment], label: str | None) -> Text:
-    """A row on one line; what is trained stands in ⟦brackets⟧ and green."""
+    """Return a row on one line, with trained text in green ⟦brackets⟧."""
     line = Text("  ")
     for segment in segments:
         text = one_line(segment.text)

@@ -1,4 +1,4 @@
-"""The plots: drawn by matplotlib, as SVG in the colours of `report.css`, and as PNG for a comparison."""
+"""Plots by matplotlib: as SVG in the colours of `report.css`, and as PNG for a comparison."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ COLOURS = {
 """Variables of `report.css` with their values in light mode."""
 PAGE, INK, QUIET, GRID, BLUE, BAND, AMBER = COLOURS.values()
 WIDTH, CURVE_HEIGHT, COST_HEIGHT, LINE_HEIGHT = 400, 220, 280, 18
-"""In points, which are the units of the SVG."""
+"""Sizes in points, the units of the SVG."""
 FONT_SIZE = 12
 _MOST_DOTS = 20
 _DECADES_FOR_LOG = 2.0
 _LONGEST_NAME = 22
 _PICTURE_DPI = 160
 LEARNING_RATE = "learning rate"
-"""What is drawn on a log scale."""
+"""Name of the axis that is drawn on a log scale."""
 _LIMIT: dict[str, Any] = {"color": AMBER, "linewidth": 1.25, "dashes": (4, 3)}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A value with its interval, as one mark of a plot."""
+    """A value with its interval, drawn as one mark."""
 
     name: str
     value: float
     low: float
     high: float
     text: str
-    """The value in words."""
+    """The formatted value."""
     is_full: bool = False
-    """Full fine-tuning: drawn as a square."""
+    """True for full fine-tuning, drawn as a square."""
     filled: bool = False
-    """Filled and blue: a trained model, or in the cost plot the recommended method."""
+    """True for a trained model or, in the cost plot, the recommended method; drawn filled and blue."""
     cost: float = 0.0
-    """Full fine-tuning's is 1."""
+    """Cost relative to full fine-tuning."""
 
     @property
     def is_finite(self) -> bool:
@@ -68,17 +68,17 @@ class Mark:
 
 @dataclass(frozen=True)
 class CostPlot:
-    """Quality against one cost; a band shows full fine-tuning with the margin around it."""
+    """Quality against one cost, with a band of the margin around full fine-tuning."""
 
     cost: str
     marks: tuple[Mark, ...]
     decision: Decision
-    """Names the metric and the margin."""
+    """Provides the metric and the margin."""
 
 
 @dataclass(frozen=True)
 class PointSeries:
-    """Points of one kind."""
+    """Points with a common name and marker."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -87,7 +87,7 @@ class PointSeries:
 
 @contextmanager
 def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with plots side by side whose settings are ours, whatever the user's own are; none outlives it."""
+    """Create a figure with plots side by side, with fixed settings that ignore the user's matplotlib configuration."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -102,7 +102,7 @@ def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Ax
         "legend.fontsize": FONT_SIZE, "legend.labelcolor": INK, "legend.handletextpad": 0.4, "legend.columnspacing": 1,
     }  # fmt: skip
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Names may hold what the font lacks; the page has fonts of its own.
+        # Names may hold characters that the font lacks; the page has its own fonts.
         warnings.filterwarnings("ignore", message="Glyph|Matplotlib currently does not support")
         size = (columns * WIDTH / 72, height / 72)
         figure = Figure(figsize=size, dpi=72, frameon=False, layout="constrained")
@@ -110,7 +110,7 @@ def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Ax
 
 
 def _style_axes(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
-    """Thin lines across instead of a frame, and the metric's values written as the report writes them."""
+    """Draw thin grid lines instead of a frame, and format the metric's values as the report does."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_frame_on(False)
@@ -128,7 +128,7 @@ def _style_axes(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the plot; the figure grows by the lines that it takes."""
+    """Add a legend below the plot and enlarge the figure for its lines."""
     handles, names = axes.get_legend_handles_labels()
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + math.ceil(len(names) / 3) * LINE_HEIGHT / 72)
@@ -140,15 +140,15 @@ def _say_nothing_finite(axes: Axes) -> None:
     axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color=QUIET, size=FONT_SIZE)
 
 
-def _drawn(figure: Figure, title: str, said: str) -> blocks.Figure:
-    """The figure as an `<svg>` element to stand in the page."""
+def _drawn(figure: Figure, title: str, description: str) -> blocks.Figure:
+    """Return the figure as an `<svg>` element for the page."""
     for artist in figure.findobj():
-        artist.set_clip_on(False)  # nothing lies outside; clipping would need urls
+        artist.set_clip_on(False)  # nothing lies outside, and clipping would need urls
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     drawn = buffer.getvalue()
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    # Without the file's head, its style sheet (it would hold for the whole page) and names that another plot has too.
+    # Drop the file's head, its style sheet (it would apply to the whole page) and ids that other plots share.
     drawn = drawn[drawn.index('<g id="figure') : drawn.rindex("</g>") + 4]
     drawn = re.sub(r'<g id="[\w.]+"', "<g", drawn).replace("xlink:href", "href")
     drawn = re.sub(r"\s*\n\s*", " ", re.sub(r"font-family: [^;\"]+;? ?", "", drawn))
@@ -157,9 +157,9 @@ def _drawn(figure: Figure, title: str, said: str) -> blocks.Figure:
     label = escape(title)
     svg = (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}"><title>{label}</title>'
-        f"<desc>{escape(said)}</desc>{drawn}</svg>"
+        f"<desc>{escape(description)}</desc>{drawn}</svg>"
     )
-    return blocks.Figure(svg, title, said)
+    return blocks.Figure(svg, title, description)
 
 
 def _short(name: str) -> str:
@@ -168,7 +168,6 @@ def _short(name: str) -> str:
 
 
 def _draw_mark(axes: Axes, mark: Mark, place: tuple[float, float], along: Literal["x", "y"], marker: str) -> None:
-    """Draw a mark with its interval, lying or upright."""
     colour = BLUE if mark.filled else QUIET
     reach: dict[str, Any] = {f"{along}err": [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]}
     axes.errorbar(
@@ -185,8 +184,12 @@ def learning_curve(
     restarts: Sequence[int] = (),
     skipped: Sequence[int] = (),
 ) -> blocks.Figure:
-    """Draw one series over the optimizer steps: a ring at the step whose weights were kept, ticks on the axis where a
-    later attempt took over and at the top where an update was left out; values that are not finite break the line."""
+    """Draw one series over the optimizer steps.
+
+    A ring marks the step of the saved weights. Ticks mark restarts (on the axis) and skipped updates (at the top).
+    Non-finite values break the line.
+
+    """
     steps, values = [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
     with _new_figure(CURVE_HEIGHT) as (figure, [axes]):
         if all(map(math.isnan, values)):
@@ -208,7 +211,7 @@ def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) 
 
     marker = "o" if len(values) <= _MOST_DOTS else "None"
     axes.plot(steps, values, color=BLUE, linewidth=1.75, marker=marker, markersize=5)
-    low, high = (found(value for value in values if not math.isnan(value)) for found in (min, max))
+    low, high = (extreme(value for value in values if not math.isnan(value)) for extreme in (min, max))
     # A schedule that ends near zero would look like a cliff on a log scale.
     logarithmic = metric != "learning_rate" and low > 0 and math.log10(high / low) > _DECADES_FOR_LOG
     if logarithmic:
@@ -222,7 +225,7 @@ def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) 
 
 
 def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None) -> str:
-    """First and last value, the kept step, values that were not finite."""
+    """Describe first and last value, the step of the saved weights and non-finite values."""
     finite = [(step, format_metric(metric, value)) for step, value in points if math.isfinite(value)]
     if not finite:
         return "no finite value was logged."
@@ -234,30 +237,30 @@ def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None)
 
 
 def series_plot(
-    title: str, series: Sequence[PointSeries], metric: str, across: str, marked: float, said: str
+    title: str, series: Sequence[PointSeries], metric: str, across: str, marked: float, description: str
 ) -> blocks.Figure:
-    """Draw a metric over something else, of which one value is marked by a line."""
+    """Draw a metric over another value, with a line at `marked`."""
     markers = itertools.cycle("o^Dv")
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
-        for one in series:
-            colour, marker = BLUE if one.filled else QUIET, next(markers)
-            if places := [place for place in one.points if all(map(math.isfinite, place))]:
-                look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if one.filled else PAGE}
-                axes.plot(*zip(*places, strict=True), marker=marker, linewidth=0, label=one.name, **look)
+        for each in series:
+            colour, marker = BLUE if each.filled else QUIET, next(markers)
+            if places := [place for place in each.points if all(map(math.isfinite, place))]:
+                look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if each.filled else PAGE}
+                axes.plot(*zip(*places, strict=True), marker=marker, linewidth=0, label=each.name, **look)
         axes.axvline(marked, **_LIMIT)
         axes.set_xlabel(across)
         if across == LEARNING_RATE:
-            rates = sorted({rate for one in series for rate, _ in one.points})
+            rates = sorted({rate for each in series for rate, _ in each.points})
             axes.set_xscale("log")
             axes.set_xticks(rates, [f"{rate:.1g}" for rate in rates])
             axes.set_xticks([], minor=True)
         _style_axes(axes, metric, "y")
         _legend(figure, axes)
-        return _drawn(figure, title, said)
+        return _drawn(figure, title, description)
 
 
 def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -> blocks.Figure:
-    """Draw value and interval of every mark on one common axis, from top to bottom; what is not finite is left out."""
+    """Draw value and interval of every finite mark on one axis, from top to bottom."""
     shown = [mark for mark in marks if mark.is_finite]
     names = [textwrap.fill(words.one_line(mark.name), _LONGEST_NAME) for mark in shown]
     lines = sum(max(2, name.count("\n") + 1) for name in names)
@@ -271,30 +274,31 @@ def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -
 
 
 def cost_plot(plot: CostPlot) -> blocks.Figure:
-    """Draw quality against cost; × is relative to full fine-tuning."""
+    """Draw quality against cost relative to full fine-tuning."""
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
         _draw_costs(axes, plot)
         _legend(figure, axes)
-        said = "; ".join(f"{mark.name}: {mark.text} at {mark.cost:.2f}×" for mark in plot.marks if mark.is_finite)
-        return _drawn(figure, f"Quality against {plot.cost}", f"{said}.")
+        description = "; ".join(
+            f"{mark.name}: {mark.text} at {mark.cost:.2f}×" for mark in plot.marks if mark.is_finite
+        )
+        return _drawn(figure, f"Quality against {plot.cost}", f"{description}.")
 
 
 def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Path) -> None:
-    """Write the same plots side by side into one PNG, under the verdict and of what it is."""
-    with _new_figure(COST_HEIGHT + 2 * LINE_HEIGHT, len(plots)) as (figure, found):
+    """Write the plots side by side into one PNG under a title."""
+    with _new_figure(COST_HEIGHT + 2 * LINE_HEIGHT, len(plots)) as (figure, all_axes):
         figure.set(frameon=True, facecolor=PAGE)
         width = len(plots) * WIDTH // 8
         lines = [textwrap.shorten(words.one_line(text), width, placeholder=" …") for text in (title, subtitle)]
         figure.suptitle("\n".join(lines), x=0.02, ha="left", color=INK, size=FONT_SIZE)
-        for axes, plot in zip(found, plots, strict=True):
+        for axes, plot in zip(all_axes, plots, strict=True):
             _draw_costs(axes, plot)
-        _legend(figure, found[0])
+        _legend(figure, all_axes[0])
         with replacing(path) as part:
             figure.savefig(part, format="png", dpi=_PICTURE_DPI)
 
 
 def _draw_costs(axes: Axes, plot: CostPlot) -> None:
-    """Costs to the right, quality upwards."""
     from matplotlib.ticker import MaxNLocator
 
     marks, markers = [mark for mark in plot.marks if mark.is_finite], itertools.cycle("o^DvP<X>*")

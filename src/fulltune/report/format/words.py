@@ -1,5 +1,4 @@
-"""What only reports write: metrics with their intervals, values and costs of a comparison, settings, and text from data
-that is shown, not obeyed."""
+"""Formats of reports: metrics with intervals, values and costs of a comparison, settings, and untrusted text."""
 
 from __future__ import annotations
 
@@ -25,28 +24,28 @@ _UNSAFE = re.compile(
 
 
 OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu")
-"""Metrics of generated answers: the first that was computed says whether they are better."""
+"""Metrics of generated answers; the first available one says whether answers improved."""
 
 
 def metric_name(name: str) -> str:
-    """A metric as read aloud: `token_accuracy` becomes `token accuracy`."""
+    """Return a readable name: `token_accuracy` becomes `token accuracy`."""
     return name.replace("_", " ")
 
 
 def interval(name: str, estimate: Estimate) -> str:
-    """`[90.4%, 93.6%]`; of a single row, or group of rows, there is none."""
+    """Format the interval, `[90.4%, 93.6%]`, or the reason why there is none."""
     if estimate.no_interval_reason:
         return f"[{estimate.no_interval_reason}]"
     return f"[{format_metric(name, estimate.low)}, {format_metric(name, estimate.high)}]"
 
 
 def estimate(name: str, value: Estimate) -> str:
-    """`92.1% [90.4%, 93.6%]`."""
+    """Format value and interval: `92.1% [90.4%, 93.6%]`."""
     return f"{format_metric(name, value.value)} {interval(name, value)}"
 
 
 def sent(plan: Plan) -> str:
-    """What each process sends to the others, by the plan's arithmetic; empty for a single one."""
+    """Describe the bytes that each process sends per step, by the plan; empty for one process."""
     if not plan.sent_bytes:
         return ""
     each, passes = "", plan.gradient_accumulation_steps
@@ -58,89 +57,90 @@ def sent(plan: Plan) -> str:
 
 
 def at_the_peak(kinds: Mapping[MemoryKind, int]) -> str:
-    """Where in a step the most memory is held, told by what is held there."""
+    """Describe the moment of a step with the most memory, recognised by the kinds in use then."""
     after = "in the backward pass" if kinds.get("activations") else "in the optimizer's update"
-    moment = after if kinds.get("gradients") else "before the first gradient is made"
-    # A kind that is 0 there can be large at another moment.
-    return f"Each kind at the moment of a step that needs the most memory: {moment}"
+    moment = after if kinds.get("gradients") else "before the first gradient"
+    # A kind that is 0 at the peak can be large at another moment.
+    return f"Memory by kind at the peak of a step, {moment}"
 
 
 def setting_value(value: Any) -> str:
-    """A setting as the recipe would write it."""
+    """Return a setting as the recipe would write it."""
     if value is None or value == "":
         return "none" if value is None else '""'
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def status(outcome: str) -> str:
-    """How an attempt ended, in words: one that spiked diverged, and may go back."""
+    """Return the status of an attempt in words; `spiked` counts as diverged."""
     return "diverged" if outcome == "spiked" else outcome.replace("_", " ")
 
 
 def sanitized(text: str) -> str:
-    """The same text with control and direction marks shown by their code instead of obeyed."""
+    """Replace control and direction marks by their code, so that nothing obeys them."""
     return _UNSAFE.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text.replace("\r\n", "\n"))
 
 
 def one_line(text: str) -> str:
-    """The text on one line, without anything that a terminal or a plot would obey."""
+    """Return sanitized text on one line."""
     return " ".join(sanitized(text).split())
 
 
 def write_sanitized(path: Path, text: str, private: bool = False) -> None:
-    """Write a file whole and `sanitized`: every file of a report passes through here, so no text can slip past it."""
+    """Write a sanitized file. Every file of a report is written here, so no unsafe text can get past."""
     write_text(path, sanitized(text), private)
 
 
 def clipped(text: str, limit: int) -> str:
-    """At most the first `limit` characters, up to the end of a word where one is near, and how many were left out."""
+    """Cut text after `limit` characters, at the end of a word if possible, and append the number of dropped
+    characters."""
     if len(text) <= limit:
         return text
-    # A character more shows whether the last word ends there; without spaces, as in Chinese, anything is cut anywhere.
+    # One more character shows whether the last word ends there; text without spaces, such as Chinese, is cut anywhere.
     words = re.match(r".*\S(?=\s)", text[: limit + 1], re.DOTALL)
-    kept = words[0] if words and len(words[0]) > limit / 2 else text[:limit].rstrip()
-    return f"{kept} … ({len(text) - len(kept):,} more characters)"
+    beginning = words[0] if words and len(words[0]) > limit / 2 else text[:limit].rstrip()
+    return f"{beginning} … ({len(text) - len(beginning):,} more characters)"
 
 
 _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gguf", ".txt", ".jinja")
 
 
 def file_name(place: str) -> str:
-    """A model or file without the folders of this machine; a Hub id or `package:NAME/PATH` stays whole."""
+    """Return a model or file without local folders. A Hub id or `package:NAME/PATH` stays whole."""
     path = PureWindowsPath(place)  # splits at both kinds of slash
     is_local = place.startswith(("/", "~", ".")) or path.drive or path.suffix.lower() in _FILE_ENDINGS
     return path.name if is_local and not place.startswith("package:") else place
 
 
 def named(text: str) -> str:
-    """A label or an answer; an empty one is said to be empty."""
+    """Return a label or answer, or `(empty)`."""
     return text if text.strip() else "(empty)"
 
 
 def way(share: float) -> str:
-    """A point between the untouched and the trained model."""
+    """Name a point between the untouched and the trained model."""
     if share in (0, 1):
         return "the trained model" if share else "the untouched model"
     return f"{format_percent(share)} of the way from the untouched to the trained model"
 
 
 def as_share(moved: float, writes: bool) -> str:
-    """How far generic text has moved as its budget is given, in two digits: it is compared with that."""
+    """Format a drift as a share with two digits, comparable to its budget."""
     share = 100 * (-math.expm1(-moved) if writes else moved)
     if 0.001 <= abs(share) < 0.095:
         return f"{share:.2g}%"
     return f"{share:.2f}%" if abs(share) < 10 else f"{share:.0f}%"
 
 
-# ---- of a comparison ------------------------------------------------------------------------------------------------
+# ---- comparisons ----------------------------------------------------------------------------------------------------
 
 NOTHING = "–"
-"""For what a method does not have, such as a time of training where nothing is trained."""
+"""Shown for values that a method does not have, such as the training time of an untrained one."""
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes values and differences of one metric, as exactly as the margin asks for."""
+    """Formats values and differences of one metric with the precision that the margin needs."""
 
     metric: str
     margin: float
@@ -159,12 +159,12 @@ class Writer:
 
     @property
     def _decimals(self) -> int:
-        """One more than the margin has, two at least."""
+        """Decimals: one more than the margin has, at least two."""
         margin = 100 * self.margin if self.in_points else self.margin
         return min(6, max(2, 1 - math.floor(math.log10(margin) + 1e-9))) if margin > 0 else 3
 
     def value(self, value: float) -> str:
-        """`92.1%`, `2.305`, `12.31`."""
+        """Format a value: `92.1%`, `2.305`, `12.31`."""
         if not math.isfinite(value):
             return "not finite"
         if self.in_points:
@@ -173,39 +173,39 @@ class Writer:
         return f"{value:,.{max(0, self._decimals - before_point)}f}"
 
     def estimate(self, estimate: Estimate) -> str:
-        """`92.1% [90.9, 93.3]`."""
+        """Format value and interval: `92.1% [90.9, 93.3]`."""
         low, high = (self.value(bound).removesuffix("%") for bound in (estimate.low, estimate.high))
         return f"{self.value(estimate.value)} [{low}, {high}]"
 
     def difference(self, value: float) -> str:
-        """With its sign, in points where the metric is a share: `+0.62`."""
+        """Format a difference with its sign, in points for shares: `+0.62`."""
         if not math.isfinite(value):
             return "not finite"
         rounded = round(100 * value if self.in_points else value, self._decimals) + 0.0  # no -0.00
         return f"{rounded:+,.{self._decimals}f}"
 
     def interval(self, value: float, low: float, high: float) -> str:
-        """`+0.62 [-0.35, +1.58]`."""
+        """Format a difference with its interval: `+0.62 [-0.35, +1.58]`."""
         return f"{self.difference(value)} [{self.difference(low)}, {self.difference(high)}]"
 
-    def adjusted(self, found: Difference) -> str:
-        """A difference with the interval that holds for all methods together."""
-        return self.interval(found.estimate, found.adjusted_low, found.adjusted_high)
+    def adjusted(self, gap: Difference) -> str:
+        """Format a difference with the interval that holds for all methods together."""
+        return self.interval(gap.estimate, gap.adjusted_low, gap.adjusted_high)
 
     def amount(self, value: float) -> str:
-        """A size of a difference, without a sign: `1 point`, `1.4 points`, `0.013`."""
+        """Format the size of a difference without a sign: `1 point`, `1.4 points`, `0.013`."""
         if not self.in_points:
             return f"{value:.2g}"
         shown = f"{100 * value:.2g}" if value < 0.995 else f"{100 * value:.0f}"
         return f"{shown} point{'' if shown == '1' else 's'}"
 
     def found_from(self, value: float) -> str:
-        """From which size on a difference is found: `from 1.4 points on`."""
+        """Format the smallest detected difference: `from 1.4 points on`."""
         return "none, however large" if self.in_points and value >= 1 else f"from {self.amount(value)} on"
 
 
 def ratio(value: float) -> str:
-    """`0.67×`, `1.04×`, `0.0065×`, `12.0×`."""
+    """Format a ratio: `0.67×`, `1.04×`, `0.0065×`, `12.0×`."""
     if not math.isfinite(value):
         return NOTHING
     if value >= 9.995:
@@ -214,7 +214,7 @@ def ratio(value: float) -> str:
 
 
 def fine_share(value: float) -> str:
-    """`100%`, `45.2%`, `0.65%`, `0.0034%`: small shares keep two digits."""
+    """Format a share, small ones with two digits: `100%`, `45.2%`, `0.65%`, `0.0034%`."""
     if not math.isfinite(value):
         return NOTHING
     if abs(value) >= 0.1 or value == 0:
@@ -223,7 +223,7 @@ def fine_share(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """`22.7 M`, `1.5 T`, `950`: numbers too long to be read."""
+    """Shorten a large number: `22.7 M`, `1.5 T`, `950`."""
     for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * power:
             return f"{format_number(value / power)} {letter}"
@@ -231,5 +231,5 @@ def short(value: float) -> str:
 
 
 def short_count(value: float) -> str:
-    """Parameters: as `short`, but 10⁹ of them are a billion: `6.7 B`."""
+    """Shorten a number of parameters, with B for 10⁹: `6.7 B`."""
     return short(value).replace("G", "B")

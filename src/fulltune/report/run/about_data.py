@@ -1,4 +1,4 @@
-"""What the report says about the data."""
+"""The report's section on the data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fulltune.text import counted, format_number, format_percent
 
 
 def row_words(summary: DataSummary | None) -> Form:
-    """The words for a run's rows; those for one label each where nothing is known."""
+    """Return the words for a run's rows; without a summary, those for rows with one label."""
     form = summary.form if summary else FORMS["single_label"]
     if summary and has_images(summary):
         return replace(form, kind="images", question="IMAGE.png")
@@ -35,12 +35,12 @@ def row_words(summary: DataSummary | None) -> Form:
 
 
 def has_images(summary: DataSummary) -> bool:
-    """Images are all of the same size, so that numbers of tokens say nothing."""
+    """Return whether the rows are images, which all have the same size in tokens."""
     return "image" in summary.columns
 
 
 def mixed_words(summary: DataSummary, epochs: float | None = None, trained_shares: Sequence[float] = ()) -> list[str]:
-    """A line for each source that is mixed into the train rows."""
+    """Return a line on each source that is mixed into the train rows."""
     lines = []
     for number, source in enumerate(summary.mixed):
         often = source.times_read(1 if epochs is None else epochs)
@@ -53,11 +53,11 @@ def mixed_words(summary: DataSummary, epochs: float | None = None, trained_share
             parts.append(f"its form is {source.kind}")
         if often > 1:
             in_what = "in an epoch" if epochs is None else "over the run"
-            parts.append(f"each is read {often:.1f} times {in_what}")
+            parts.append(f"each row is read {often:.1f} times {in_what}")
         elif epochs is not None:
             parts.append(f"{format_percent(often)} of its {counted(source.counts.rows, 'row')} are read")
         if trained_shares:
-            parts.append(f"{format_percent(trained_shares[number])} of the tokens that were trained on")
+            parts.append(f"{format_percent(trained_shares[number])} of the trained tokens")
         lines.append("; ".join(parts))
     return lines
 
@@ -69,7 +69,7 @@ _CELL_LIMIT = 300
 
 
 def data(view: RunView) -> Section | None:
-    """What the model learned from and was judged on."""
+    """Return the section on the rows that the model learned from and was judged on."""
     summary = view.summary
     if summary is None:
         return None
@@ -88,12 +88,12 @@ def data(view: RunView) -> Section | None:
 
 
 def rows_for_terminal(summary: DataSummary) -> list[Element]:
-    """What stands in the terminal once the rows are prepared."""
+    """Return the elements printed after the rows are prepared."""
     kind = f"{row_words(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
     facts = [("kind of rows", kind), *_longest(summary)]
     blocks: list[Element] = [splits(summary), Facts(tuple(facts)), *_previews(summary)]
-    if found := [*(f"mixed in: {line}" for line in mixed_words(summary)), *summary.notes]:
-        blocks.append(Bullets(tuple(found)))
+    if notes := [*(f"mixed in: {line}" for line in mixed_words(summary)), *summary.notes]:
+        blocks.append(Bullets(tuple(notes)))
     return blocks
 
 
@@ -104,24 +104,24 @@ def _longest(summary: DataSummary) -> list[tuple[str, str]]:
 
 
 def splits(summary: DataSummary) -> Table:
-    """How many rows there are for what, and where from."""
+    """Return the table of rows per split, with their source."""
     lengths = _lengths(summary, next(iter(summary.splits.values())))
     row = row_words(summary).row
-    header = ("split", f"{row}s", *lengths, "dropped", "where from")
+    header = ("split", f"{row}s", *lengths, "dropped", "source")
     rows: tuple[TableRow, ...] = tuple(
         (
             split,
-            f"{found.rows:,}",
-            *_lengths(summary, found).values(),
-            f"{found.dropped_rows:,}",
+            f"{counts.rows:,}",
+            *_lengths(summary, counts).values(),
+            f"{counts.dropped_rows:,}",
             Cell(source, untrusted=True),
         )
-        for split, found, source in [
-            *((split, found, summary.sources.get(split, "-")) for split, found in summary.splits.items()),
+        for split, counts, source in [
+            *((split, counts, summary.sources.get(split, "-")) for split, counts in summary.splits.items()),
             *(("mixed in", source.counts, f"file {source.where}") for source in summary.mixed),
         ]
     )
-    caption = "Rows that never mix: train to learn, eval to choose, test to report"
+    caption = "Splits share no rows: train learns, eval chooses, test reports"
     if lengths:
         caption += f". p50, p95, longest: tokens per {row}"
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
@@ -133,12 +133,12 @@ def _mixed(view: RunView, summary: DataSummary) -> list[Element]:
     plan, tokens = view.plan, view.outcome.tokens_by_source if view.outcome else ()
     shares = [number / max(1, sum(tokens)) for number in tokens[1:]]
     lines = mixed_words(summary, plan.num_train_epochs if plan else None, shares)
-    said = "Mixed into the train rows of each epoch, and never scored on:"
-    return [Paragraph(said), Bullets(tuple(words.clipped(line, _TEXT_LIMIT) for line in lines))]
+    lead = "Mixed into the train rows of each epoch and never scored:"
+    return [Paragraph(lead), Bullets(tuple(words.clipped(line, _TEXT_LIMIT) for line in lines))]
 
 
 def _lengths(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
-    """Columns about tokens. Classifiers train rows, which the table has already."""
+    """Return the columns on tokens. Classifiers have none for trained tokens, because each row is trained once."""
     if has_images(summary):
         return {}
     trained = {"trained tokens": split.trained_tokens} if summary.form.writes_answers else {}
@@ -151,11 +151,11 @@ def _labels(summary: DataSummary) -> list[Element]:
     counts = {split: found.label_counts for split, found in summary.splits.items() if found.label_counts}
     if not counts:
         return []
-    # The labels of words are tags; what is counted are the entities that they mark.
+    # The labels of words are tags; the counts are of the entities that they mark.
     noun = summary.form.label
     named = summary.labels if noun == "label" else ()
-    seen = dict.fromkeys([*named, *(label for found in counts.values() for label in found)])
-    order = sorted(seen, key=lambda label: tuple(-found.get(label, 0) for found in counts.values()))
+    names = dict.fromkeys([*named, *(label for found in counts.values() for label in found)])
+    order = sorted(names, key=lambda label: tuple(-found.get(label, 0) for found in counts.values()))
     first, *others = counts.values()
     most = max(1, *first.values())
     rows: tuple[TableRow, ...] = tuple(
@@ -184,7 +184,7 @@ def _dropped(view: RunView, summary: DataSummary) -> list[Element]:
             for row in view.dropped
         )
         title = f"the first {len(rows)} of {counted(sum(summary.dropped.values()), 'dropped row')}"
-        blocks.append(Folded(title, (Table("From data/dropped.jsonl, which has all of them", columns, rows),)))
+        blocks.append(Folded(title, (Table("From data/dropped.jsonl, which lists all", columns, rows),)))
     return blocks
 
 
@@ -194,12 +194,12 @@ def _previews(summary: DataSummary) -> list[Element]:
     if not items:
         return []
     origin = "" if has_images(summary) else ", decoded from its tokens"
-    of_mixed = "; at the end a row of each source that is mixed in" if summary.mixed else ""
+    of_mixed = "; last, a row of each mixed-in source" if summary.mixed else ""
     return [Paragraph(f"What the model sees{origin}{of_mixed}:"), Previews(items, row_words(summary).target)]
 
 
 def _beginning(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-    """The row's beginning: segments up to `_TEXT_LIMIT` characters in all, and how many follow."""
+    """Return the first `_TEXT_LIMIT` characters of the segments, and how many more follow."""
     shown: list[Segment] = []
     left = _TEXT_LIMIT
     for segment in segments:

@@ -1,4 +1,4 @@
-"""Sections about the test rows: results, answers, confusion, mistakes, calibration."""
+"""The report's sections on the test rows: results, answers, confusion, mistakes, calibration."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _LABEL_LIMIT = 60
 
 
 def results(view: RunView) -> Section | None:
-    """Every row with every metric, and the main metric drawn."""
+    """Return the section with every score, and a plot of the main metric."""
     if not view.scores:
         return None
     leading = view.trained or view.scores[-1]
@@ -49,13 +49,13 @@ def results(view: RunView) -> Section | None:
     title = f"{words.metric_name(main)}, {'larger' if leading.greater_is_better else 'smaller'} is better"
     marks = [
         Mark(
-            *(row.name, found.value, found.low, found.high, format_metric(main, found.value)),
+            *(row.name, score.value, score.low, score.high, format_metric(main, score.value)),
             filled=row.kind == "trained",
         )
         for row in view.scores
-        if (found := row.metrics.get(main)) is not None
+        if (score := row.metrics.get(main)) is not None
     ]
-    legend = f"Mark and {level} interval; filled: trained."
+    legend = f"Value and {level} interval; filled: trained."
     drawn = [Figures((interval_plot(title, marks, main, legend),), drawn_only=True)] if marks else []
     return Section("results", "Results on the test rows", (score_table(view), *about_table(view), *drawn))
 
@@ -65,7 +65,7 @@ def _level(view: RunView) -> str:
 
 
 def score_table(view: RunView) -> Table:
-    """Every row with every metric, the main one first."""
+    """Return the table of every scored model with every metric, the main metric first."""
     leading = view.trained or view.scores[-1]
     main = leading.main_metric
     metrics = sorted(
@@ -86,17 +86,17 @@ def score_table(view: RunView) -> Table:
 
 
 def about_table(view: RunView) -> list[Paragraph]:
-    """What has to be known to read the scores: leaks, groups of rows, generated answers, what was left out."""
-    said = [without_leaks(view.scores, view.summary), _groups(view.scores)]
-    said += [about_answers(row) for row in view.scores if row.answers and len(row.answers) < row.rows][-1:]
-    said += [
+    """Return the sentences needed to read the scores: leaks, dependent rows, generated answers, missing metrics."""
+    sentences = [without_leaks(view.scores, view.summary), _groups(view.scores)]
+    sentences += [about_answers(row) for row in view.scores if row.answers and len(row.answers) < row.rows][-1:]
+    sentences += [
         f"{reason[:1].upper()}{reason[1:]}." for reason in {row.missing_metrics: 0 for row in view.scores} if reason
     ]
-    return [Paragraph(sentence) for sentence in said if sentence]
+    return [Paragraph(sentence) for sentence in sentences if sentence]
 
 
 def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
-    """The main metric without the test rows that stand in train, beside the one with them; empty: none stands there."""
+    """Compare the main metric with and without leaked test rows; empty without leaks."""
     row = trained_row(scores) or scores[-1]
     whole = row.metrics.get(row.main_metric)
     if not row.num_leaks or whole is None:
@@ -104,49 +104,49 @@ def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
     stands = stands_in_train(summary.columns if summary else (), row.near_leaks)
     leaks = f"Of {whole.rows or row.rows:,} test rows {row.num_leaks:,} leak: their {stands}"
     if row.metric_without_leaks is None:
-        return f"{leaks}. The others are too few to tell how good the model is on unseen rows."
+        return f"{leaks}. Too few others remain to judge the model on unseen rows."
     name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, row.metric_without_leaks)
     return f"{leaks}. Without them: {name} {value} ({format_metric(row.main_metric, whole.value)} with them)."
 
 
 def scored_again(accesses: Sequence[Access]) -> str:
-    """That other runs scored the same test rows, how many and since when; empty: none did."""
+    """Warn that other runs scored the same test rows; empty if none did."""
     runs = {(one.run, one.model): one.trial for one in accesses}
     if len(runs) < 2:
         return ""
     compared, since = list(runs.values()).count(COMPARISON), min(one.time for one in accesses)[:10]
     among = f" ({counted(compared, 'comparison')} among them)" if compared else ""
     return (
-        f"These test rows have been scored {len(runs)} times here{among}, the first on {since}: the best of them by "
-        "its test score would be flattered. Choose by the eval score."
+        f"These test rows have been scored {len(runs)} times here{among}, first on {since}. Choosing the best of these "
+        "runs by test score would be optimistic: choose by eval score."
     )
 
 
 def _groups(scores: Sequence[Scores]) -> str:
-    """What the intervals rest on, where rows depend on each other; empty where they do not."""
-    found = {(one.rows, one.clusters) for row in scores for one in row.metrics.values() if one.rows and one.clusters}
-    num_rows, num_groups = max(found, default=(0, 0))
+    """Say that intervals rest on groups of dependent rows; empty if rows are independent."""
+    sizes = {(one.rows, one.clusters) for row in scores for one in row.metrics.values() if one.rows and one.clusters}
+    num_rows, num_groups = max(sizes, default=(0, 0))
     if num_rows == num_groups:
         return ""
     return (
-        f"The {counted(num_rows, 'test row')} are {counted(num_groups, 'group')}: rows of one have the same text, "
-        "prompt or passage, or nearly so. Intervals are drawn over groups: rows that depend on each other are not "
+        f"The {counted(num_rows, 'test row')} form {counted(num_groups, 'group')}: rows of a group share their text, "
+        "prompt or passage, or nearly so. Intervals are computed over groups, because dependent rows are not "
         "independent evidence."
     )
 
 
 def about_answers(row: Scores) -> str:
-    """For how many test rows answers were generated, and which metrics are of these alone."""
+    """Say for how many test rows answers were generated, and which metrics rest on them."""
     names = [words.metric_name(name) for name in row.metrics if name in words.OF_ANSWERS]
     distinct = " with different prompts" if len(row.answers) > 1 else ""
     return (
-        f"Answers were generated for {counted(len(row.answers), 'test row')}{distinct}, drawn at random; on these: "
-        f"{listed(names)}."
+        f"Answers were generated for {counted(len(row.answers), 'test row')}{distinct}, drawn at random. Measured on "
+        f"these: {listed(names)}."
     )
 
 
 def answers(view: RunView) -> Section | None:
-    """What a text generator said before and after training, to the same test rows."""
+    """Return the section with generated answers to the same test rows before and after training."""
     before = next((row.answers for row in view.scores if row.kind == "untouched" and row.answers), ())
     after = view.trained.answers if view.trained else ()
     exchanges = _pair_answers(before, after)
@@ -154,43 +154,43 @@ def answers(view: RunView) -> Section | None:
         return None
     blocks: list[Element] = [Exchanges(exchanges[:_ANSWERS_OPEN])]
     if not after:
-        blocks.insert(0, Paragraph("Only the untouched model has answers; there are none after training."))
+        blocks.insert(0, Paragraph("These answers are from the untouched model; there are none after training."))
     elif rest := exchanges[_ANSWERS_OPEN:]:
         blocks.append(Folded(counted(len(rest), "more answer"), (Exchanges(rest),)))
     return Section("answers-before-and-after-training", "Answers before and after training", tuple(blocks))
 
 
 def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Exchange, ...]:
-    """Pair two models' answers to the same row by the row's text; the same text twice is paired in order."""
+    """Pair two models' answers by the row's text; repeated texts are paired in order."""
     waiting: dict[str, deque[Answer]] = defaultdict(deque)
     for answer in before:
         waiting[answer.text].append(answer)
     exchanges = []
     for answer in after or before:
-        said = {"expected": answer.expected}
+        replies = {"expected": answer.expected}
         if waiting[answer.text]:
-            said["before training"] = waiting[answer.text].popleft().predicted
+            replies["before training"] = waiting[answer.text].popleft().predicted
         if after:
-            said["after training"] = answer.predicted
-        shown = tuple((who, words.clipped(words.named(what), _ANSWER_LIMIT)) for who, what in said.items())
+            replies["after training"] = answer.predicted
+        shown = tuple((who, words.clipped(words.named(what), _ANSWER_LIMIT)) for who, what in replies.items())
         exchanges.append((words.clipped(answer.text, _ANSWER_LIMIT), shown))
     return tuple(exchanges)
 
 
 def confusion(view: RunView) -> Section | None:
-    """How well each label is found, and which are taken for which."""
-    found = view.trained.confusion if view.trained else None
-    return Section("confusion", "Confusion", (label_table(found), _confusion_table(found))) if found else None
+    """Return the section on how well each label is predicted and which labels are confused."""
+    counts = view.trained.confusion if view.trained else None
+    return Section("confusion", "Confusion", (label_table(counts), _confusion_table(counts))) if counts else None
 
 
 def label_table(confusion: Confusion) -> Table:
-    """Precision, recall and F1 of each label; of many the ones with the lowest F1."""
+    """Return precision, recall and F1 of each label; of many labels those with the lowest F1."""
     predicted, rows = [sum(counts) for counts in zip(*confusion.counts, strict=True)], []
     for place, (name, counts) in enumerate(zip(confusion.labels, confusion.counts, strict=True)):
-        right, given, expected = counts[place], predicted[place], sum(counts)
-        if given + expected:
-            f1 = 2 * right / (given + expected)
-            precision = format_percent(right / given) if given else "-"
+        right, predictions, expected = counts[place], predicted[place], sum(counts)
+        if predictions + expected:
+            f1 = 2 * right / (predictions + expected)
+            precision = format_percent(right / predictions) if predictions else "-"
             recall = format_percent(right / expected) if expected else "-"
             rows.append((f1, (untrusted(name, _LABEL_LIMIT), f"{expected:,}", precision, recall, format_percent(f1))))
     caption = "Each label on the test rows"
@@ -202,7 +202,7 @@ def label_table(confusion: Confusion) -> Table:
 
 
 def _confusion_table(confusion: Confusion) -> Table | Paragraph:
-    """All counts as a heat table; with many labels only the pairs that are confused most."""
+    """Return all counts as a heat table; with many labels only the most confused pairs."""
     labels = [untrusted(label, _LABEL_LIMIT) for label in confusion.labels]
     totals = [max(1, sum(counts)) for counts in confusion.counts]
     if len(labels) <= _LARGEST_HEAT_TABLE:
@@ -220,7 +220,7 @@ def _confusion_table(confusion: Confusion) -> Table | Paragraph:
         if true != guess and value
     )
     if not pairs:
-        return Paragraph(f"No test row of the {len(labels)} labels was given another label.")
+        return Paragraph(f"All test rows of the {len(labels)} labels were predicted correctly.")
     shown = [(true, guess, -negative, -negative / totals[true]) for negative, true, guess in pairs[:_CONFUSED_PAIRS]]
     confused = tuple(
         (labels[true], labels[guess], f"{number:,}", Cell(format_percent(share), bar=share))
@@ -232,7 +232,7 @@ def _confusion_table(confusion: Confusion) -> Table | Paragraph:
 
 
 def mistakes(view: RunView) -> Section | None:
-    """The wrong answers that the model was surest of."""
+    """Return the section with the most confident wrong answers."""
     worst = view.trained.worst if view.trained else ()
     if not worst:
         return None
@@ -254,32 +254,32 @@ def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
 
 
 def calibration(view: RunView) -> Section | None:
-    """How far the probabilities can be believed."""
+    """Return the section on how far the probabilities can be trusted."""
     return unless_empty("Calibration", calibration_of(view.trained) if view.trained else [])
 
 
 def calibration_of(row: Scores) -> list[Element]:
-    """The fitted temperature, the calibration error before and after, and what they say; empty: not known."""
-    found = row.calibration
-    if found is None:
+    """Return the fitted temperature and the calibration error before and after; empty without a calibration."""
+    calibration = row.calibration
+    if calibration is None:
         return []
     fitted = {
-        "temperature, fitted on the eval rows": found.temperature,
-        "expected calibration error": found.expected_calibration_error,
-        "after dividing the logits by the temperature": found.expected_calibration_error_scaled,
+        "temperature, fitted on the eval rows": calibration.temperature,
+        "expected calibration error": calibration.expected_calibration_error,
+        "after dividing the logits by the temperature": calibration.expected_calibration_error_scaled,
     }
     facts = [(name, format_number(value)) for name, value in fitted.items()]
-    facts = [("temperature", "1, not fitted"), facts[1]] if found.note else facts
-    return [Facts(tuple(facts)), Paragraph(calibration_in_words(found))]
+    facts = [("temperature", "1, not fitted"), facts[1]] if calibration.note else facts
+    return [Facts(tuple(facts)), Paragraph(calibration_in_words(calibration))]
 
 
-def calibration_in_words(found: Calibration) -> str:
-    """What the temperature says, or why it was not fitted."""
-    if found.note:
-        return f"{found.note[0].upper()}{found.note[1:]}."
+def calibration_in_words(calibration: Calibration) -> str:
+    """Describe the temperature, or say why none was fitted."""
+    if calibration.note:
+        return f"{calibration.note[0].upper()}{calibration.note[1:]}."
     sure = "is right about as often as its probabilities say (temperature near 1)"
-    if found.temperature > 1.02:
+    if calibration.temperature > 1.02:
         sure = "is overconfident: it is right less often than its probabilities say (temperature above 1)"
-    elif found.temperature < 0.98:
+    elif calibration.temperature < 0.98:
         sure = "is underconfident: it is right more often than its probabilities say (temperature below 1)"
-    return f"On the eval rows the model {sure}; calibration errors are of the test rows."
+    return f"On the eval rows the model {sure}. Calibration errors are measured on the test rows."

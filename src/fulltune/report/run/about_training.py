@@ -1,4 +1,4 @@
-"""Sections about the training: curves, facts, settings, recipe, environment."""
+"""The report's sections on training: curves, facts, settings, recipe, environment."""
 
 from __future__ import annotations
 
@@ -41,53 +41,53 @@ from fulltune.text import (
 )
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
-_EVENTS = {"next attempt": "After", "skipped": "Left out in", "warning": "Warning of"}
-"""Events of the journal that are shown in full, with what leads them."""
+_EVENTS = {"next attempt": "After", "skipped": "Skipped in", "warning": "Warning of"}
+"""Journal events that are shown in full, with the words that introduce them."""
 _OPEN = 10
-"""Rows of a list that are shown at once."""
+"""Rows of a list that are shown before the rest is folded."""
 
 
 def curves(view: RunView) -> Section | None:
-    """What was measured while training, one plot per series."""
+    """Return the section with one plot per series measured while training."""
     history, plan = view.history, view.plan
-    # What was scaled back is of no step.
-    kept = view.outcome.best_step if view.outcome and not (view.budget and view.budget.weights_reason) else None
-    chosen = (plan.metric, "loss") if plan else tuple(history.evaluation)
+    # Interpolated weights belong to no step.
+    kept_step = view.outcome.best_step if view.outcome and not (view.budget and view.budget.weights_reason) else None
+    drawn_metrics = (plan.metric, "loss") if plan else tuple(history.evaluation)
     series: list[tuple[str, tuple[Point, ...], str, int | None]] = [
         *((_TRAIN_TITLES[name], points, name, None) for name, points in history.train.items()),
         *(
-            (f"{words.metric_name(name)} on the eval rows", points, name, kept)
+            (f"{words.metric_name(name)} on the eval rows", points, name, kept_step)
             for name, points in history.evaluation.items()
-            if name in chosen
+            if name in drawn_metrics
         ),
     ]
     if not series:
         return None
     blocks: list[Element] = []
-    if (found := fit_of(view)).evidence:
-        helps = f" What helps: {found.helps}." if found.helps else ""
-        blocks.append(Paragraph(f"{found.sentence} {found.details}{helps}"))
+    if (judged := fit_of(view)).evidence:
+        helps = f" What helps: {judged.helps}." if judged.helps else ""
+        blocks.append(Paragraph(f"{judged.sentence} {judged.details}{helps}"))
     blocks.append(Figures(tuple(learning_curve(*drawn, history.restarts, history.skipped) for drawn in series)))
     if history.restarts:
         at = listed([f"{step:,}" for step in dict.fromkeys(history.restarts)])
-        said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: one began"
-        blocks.append(Paragraph(f"{said}, at step {at}."))
+        lead = f"One curve over {len(history.restarts) + 1} attempts; ticks on the axis mark where one began"
+        blocks.append(Paragraph(f"{lead}: at step {at}."))
     if history.skipped:
         at = first_few([f"{step:,}" for step in history.skipped], _OPEN)
-        said = f"The update of {counted(len(history.skipped), 'step')} was left out (ticks at the top; see the journal)"
-        blocks.append(Paragraph(f"{said}: {at}."))
+        lead = f"{counted(len(history.skipped), 'skipped step')} (ticks at the top; see the journal)"
+        blocks.append(Paragraph(f"{lead}: {at}."))
     return Section("learning-curves", "Learning curves", (*blocks, *_all_metrics(history.evaluation, plan)))
 
 
 def fit_of(view: RunView) -> Fit:
-    """Whether the run was over- or under-fitted, from its curves."""
+    """Judge from the curves whether the run over- or underfitted."""
     if view.plan is None or view.outcome is None or view.summary is None or "eval" not in view.summary.splits:
         return Fit("not known")
     return fit(curves_of(view, view.plan))
 
 
 def curves_of(view: RunView, plan: Plan) -> Curves:
-    """The run's curves, also of one that has not ended."""
+    """Return the run's curves, even of an unfinished run."""
     history, summary = view.history, view.summary
     return Curves(
         train_loss=history.train.get("loss", ()),
@@ -104,7 +104,7 @@ def curves_of(view: RunView, plan: Plan) -> Curves:
 
 
 def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Element]:
-    """Every metric of the eval rows as numbers: most of them follow the one that is drawn."""
+    """Return a folded table of all eval metrics, because only the main ones are drawn."""
     series = {name: points for name, points in series.items() if name not in OF_GENERIC_TEXT}
     if plan is None or set(series) <= {plan.metric, "loss"}:
         return []
@@ -120,13 +120,15 @@ def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> lis
 
 
 def training(view: RunView) -> Section | None:
-    """How every attempt ended, what it cost, what it changed, and what happened on the way."""
+    """Return the section on how every attempt ended, what it cost, what it changed, and what happened."""
     blocks: list[Element] = [_attempts(view)] if view.attempts else []
     journal = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
-    # In full: advice stands at their end, and a cell is cut.
-    told = dict.fromkeys(f"{_EVENTS[one.event]} {name}: {one.detail}" for name, one in journal if one.event in _EVENTS)
-    if told:
-        events = list(told)
+    # In full, because advice is at their end and a table cell would be cut.
+    details = dict.fromkeys(
+        f"{_EVENTS[one.event]} {name}: {one.detail}" for name, one in journal if one.event in _EVENTS
+    )
+    if details:
+        events = list(details)
         if len(events) > _OPEN:
             events[_OPEN:] = [f"{counted(len(events) - _OPEN, 'more event')}: see the journal"]
         blocks.append(Bullets(tuple(events)))
@@ -154,7 +156,7 @@ def _attempts(view: RunView) -> Table:
 
 
 def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
-    """What of the model was trained, from which step its weights are, and how much of it moved."""
+    """Return facts on the trained parameters, the step of the saved weights and how many values changed."""
     facts, moved = [], outcome.parameter_changes
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
@@ -166,100 +168,96 @@ def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
         facts.append(("weights kept from", f"{best}; {outcome.weights_reason}" if outcome.weights_reason else best))
     if moved:
         values = f"{moved.num_values_changed:,} of {moved.num_values_with_gradient:,} that received a gradient"
-        facts.append(("parameter values that moved", f"{format_share(moved.share)} ({values})"))
+        facts.append(("parameter values changed", f"{format_share(moved.share)} ({values})"))
         tensors = f"{moved.num_tensors_changed:,} of {moved.num_tensors_with_gradient:,}"
-        facts.append(("parameter tensors that moved", tensors))
+        facts.append(("parameter tensors changed", tensors))
     return facts
 
 
 def _facts(view: RunView, outcome: Outcome) -> list[Element]:
     facts = changed(view.plan, outcome)
     if updates := view.history.updates:
-        facts.append(
-            (f"values that changed in step {updates.step:,}, of a sample", format_share(updates.changed_share))
-        )
+        facts.append((f"sampled values that changed in step {updates.step:,}", format_share(updates.changed_share)))
         sizes = f"{updates.update_ratio:.1e} (median of the tensors)"
-        facts.append(("size of that update to the weights", sizes))
+        facts.append(("size of that update relative to the weights", sizes))
     blocks: list[Element] = [Facts(tuple(facts))] if facts else []
     if outcome.parameter_changes and outcome.parameter_changes.unchanged_tensors:
         names = ", ".join(outcome.parameter_changes.unchanged_tensors)
-        blocks.append(Paragraph(f"Received a gradient and did not change (at most 20 are named): {names}"))
+        blocks.append(Paragraph(f"Received a gradient but did not change (at most 20 are listed): {names}"))
     if outcome.checks:
         blocks.append(check_table(outcome.checks))
     if outcome.log_tail and outcome.status != "done":
-        blocks.append(Folded("the last lines of its log", (Code("\n".join(outcome.log_tail)),)))
+        blocks.append(Folded("last lines of the log", (Code("\n".join(outcome.log_tail)),)))
     return blocks
 
 
 def check_table(checks: Sequence[Check]) -> Table:
-    """What was checked before an attempt's first step."""
+    """Return the table of checks before an attempt's first step."""
     rows = tuple((check.name, "passed" if check.passed else "FAILED", check.result) for check in checks)
     return Table("Checks before step 1", ("check", "verdict", "details"), rows)
 
 
 def settings(view: RunView) -> Section | None:
-    """Every setting with its value, who chose it and why."""
+    """Return the section with every setting, its value, source and reason."""
     blocks: list[Element] = []
     if view.plan and view.plan.settings:
         rows = tuple(
             (
-                one.name,
-                Cell(words.setting_value(one.value), untrusted=True),
-                "fulltune" if one.is_automatic else "recipe",
-                one.reason,
+                setting.name,
+                Cell(words.setting_value(setting.value), untrusted=True),
+                "fulltune" if setting.is_automatic else "recipe",
+                setting.reason,
             )
-            for one in view.plan.settings
+            for setting in view.plan.settings
         )
         blocks.append(Table(f"Settings of {view.trial}", ("setting", "value", "chosen by", "reason"), rows))
     if view.recipe_text is not None:
-        blocks.append(Folded("the recipe as it was given", (Code(view.recipe_text, "yaml"),)))
+        blocks.append(Folded("the recipe as written", (Code(view.recipe_text, "yaml"),)))
     return unless_empty("Settings", blocks)
 
 
 def environment(view: RunView) -> Section | None:
-    """Where and with what the run was made."""
-    found = view.environment
-    if found is None:
+    """Return the section on the machine, versions and packages of the run."""
+    env = view.environment
+    if env is None:
         return None
     facts = (
-        ("started", found.started),
-        ("fulltune", found.fulltune + (f", commit {found.commit}" if found.commit else "")),
-        ("Python", found.python),
-        ("platform", found.platform),
-        ("processor", f"{found.cpu}, {counted(found.num_cores, 'core')}"),
-        ("memory", format_bytes(found.memory_bytes)),
-        ("devices", listed(found.devices) or "none besides the processor"),
+        ("started", env.started),
+        ("fulltune", env.fulltune + (f", commit {env.commit}" if env.commit else "")),
+        ("Python", env.python),
+        ("platform", env.platform),
+        ("processor", f"{env.cpu}, {counted(env.num_cores, 'core')}"),
+        ("memory", format_bytes(env.memory_bytes)),
+        ("devices", listed(env.devices) or "the processor only"),
     )
-    packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(found.packages.items())))
+    packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(env.packages.items())))
     folded = Folded("package versions", (packages,))
-    return Section(
-        "environment", "Environment", (Facts(facts), *_machines(found), *([folded] if found.packages else []))
-    )
+    return Section("environment", "Environment", (Facts(facts), *_machines(env), *([folded] if env.packages else [])))
 
 
-def _machines(found: Environment) -> tuple[Table, ...]:
+def _machines(env: Environment) -> tuple[Table, ...]:
     rows = tuple(
         (
-            str(one.rank),
-            Cell(one.host, untrusted=True),
-            ranges(one.ranks) or "none",
-            Cell(listed(one.devices) or one.cpu, untrusted=True),
-            str(one.num_cores),
-            format_bytes(one.memory_bytes),
+            str(machine.rank),
+            Cell(machine.host, untrusted=True),
+            ranges(machine.ranks) or "none",
+            Cell(listed(machine.devices) or machine.cpu, untrusted=True),
+            str(machine.num_cores),
+            format_bytes(machine.memory_bytes),
         )
-        for one in found.machines
+        for machine in env.machines
     )
     header = ("machine", "host", "ranks", "devices", "cores", "memory")
     return (Table("Machines of the last attempt", header, rows, numeric=frozenset({4, 5})),) if rows else ()
 
 
-_HEADER = ("what", "planned", "after the dry-run step", "actual", "error of the plan", "error of the dry run")
-_MEMORY = "memory of the training process, beyond the libraries"
+_HEADER = ("what", "planned", "after the dry run", "actual", "error of the plan", "error of the dry run")
+_MEMORY = "memory of the training process, without the libraries"
 _TIME = "time of the training steps, with evaluations and checkpoints"
 
 
 def resources(view: RunView) -> Section | None:
-    """What the plan said against what was measured, with the error in percent."""
+    """Return the section that compares the plan with measurements."""
     if view.plan is None:
         return None
     return unless_empty("Plan and actual", [*_kinds(view.plan), *_comparison(view, view.plan)])
@@ -271,13 +269,14 @@ def _kinds(plan: Plan) -> list[Element]:
         return []
     row: TableRow = tuple(format_bytes(size) for size in (*need.kinds.values(), need.phases["step"]))
     caption = f"Planned memory at the peak of a step, micro batch of {plan.micro_batch_size}"
-    table = Table(caption, (*need.kinds, "together"), (row,), frozenset(range(len(row))))
-    sent = f" {sent[0].upper()}{sent[1:]}: by arithmetic, not measured." if sent else ""
+    table = Table(caption, (*need.kinds, "total"), (row,), frozenset(range(len(row))))
+    sent = f" {sent[0].upper()}{sent[1:]}: computed, not measured." if sent else ""
     return [table, Paragraph(f"{words.at_the_peak(need.kinds)}.{sent}")]
 
 
 def _comparison(view: RunView, plan: Plan) -> list[Element]:
-    """The last attempt against the plan; a plan is made for a whole run, so a resumed one has no planned time."""
+    """Compare the last attempt with the plan. A resumed attempt has no planned time, because plans are for whole
+    runs."""
     outcome = view.outcome
     if outcome is None:
         return []
@@ -290,7 +289,7 @@ def _comparison(view: RunView, plan: Plan) -> list[Element]:
         rows.append(_row(_MEMORY, planned, outcome.dry_run_growth_bytes, actual, format_bytes))
     if outcome.forecast or time:
         planned_seconds, forecast = (one.total_seconds if one else 0.0 for one in (time, outcome.forecast))
-        # From the first step to the last; 0 when it did not get there.
+        # From the first step to the last; 0 if training did not get that far.
         trained = phases.get("saving the model", 0.0) - phases["training"] if "training" in phases else 0.0
         rows.append(_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
     seconds = view.environment.seconds if view.environment else None
@@ -304,7 +303,7 @@ def _comparison(view: RunView, plan: Plan) -> list[Element]:
     blocks: list[Element] = [Table(caption, _HEADER, tuple(rows), numeric=frozenset(range(1, 6)))]
     if outcome.status != "done" or outcome.steps != plan.total_steps:
         done = f"{outcome.steps:,} of {plan.total_steps:,} steps"
-        blocks.append(Paragraph(f"The attempt ended after {done}; planned times are those of all steps."))
+        blocks.append(Paragraph(f"The attempt ended after {done}; planned times are for all steps."))
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""A run's report, from headline to next commands, in the order in which a reader asks."""
+"""A run's report from headline to next commands, in the order of a reader's questions."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from fulltune.report.run.verdict import NOT_MEASURED, facts_of, judge, next_step
 from fulltune.text import format_metric, format_number, format_seconds, format_share
 
 _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", "loss")
-"""The first one there stands in the terminal beside the main one."""
+"""Metrics for the terminal's second column, in order of preference."""
 
 
 def build(view: RunView) -> Report:
-    """Turn what is known about a run into what is said about it."""
+    """Build the report of a run."""
     headline, steps = conclude(view)
     sections = (
         _missing(view),
@@ -66,7 +66,7 @@ _SCORE_AGAIN = "To measure it, delete the run's folder 'scores', then give the r
 
 
 def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
-    """Was it worth it, and what to change where it was not."""
+    """Return the verdict and, unless training helped, what to change."""
     why = next((why for what, why in view.missing if what.startswith("the test scores of")), "")
     headline = judge(view.scores, why)
     note = _SCORE_AGAIN if headline.sentence.endswith(NOT_MEASURED) else about_scores.scored_again(view.accesses)
@@ -76,7 +76,7 @@ def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
 
 
 def for_terminal(view: RunView) -> list[Headline | Section | Element]:
-    """What stands in the terminal: scores, answers, the verdict, how the run fits its rows, and what to try next."""
+    """Return the elements printed at the end of a run: scores, answers, verdict, fit, next steps."""
     headline, steps = conclude(view)
     parts: list[Headline | Section | Element] = []
     if view.scores:
@@ -101,7 +101,7 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
         if view.budget is not None and view.budget.choice.is_start:
             figures.append(("weights kept", "the untouched model's"))
         elif moved := outcomes[-1].parameter_changes:
-            figures.append(("values moved", format_share(moved.share)))
+            figures.append(("values changed", format_share(moved.share)))
     if view.summary and "train" in view.summary.splits:
         figures.append(("train rows", f"{view.summary.splits['train'].rows:,}"))
     if view.plan:
@@ -110,7 +110,7 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
 
 
 def _missing(view: RunView) -> Section | None:
-    lead = Paragraph("This report is made from files alone. Not shown, and why:")
+    lead = Paragraph("This report is made from the files of the run. Missing, and why:")
     items = Bullets(tuple(f"{what}: {why}" for what, why in view.missing))
     return Section("missing", "What is missing", (lead, items)) if view.missing else None
 
@@ -120,15 +120,15 @@ def _steps(steps: tuple[str, ...]) -> list[Element]:
 
 
 def _use(view: RunView, headline: Headline) -> tuple[Element, ...]:
-    folder, asked = view.model_folder, row_words(view.summary).question
+    folder, question = view.model_folder, row_words(view.summary).question
     if folder is None:
         blocks: tuple[Element, ...] = (Paragraph(_how_to_go_on(view.outcome.status if view.outcome else None)),)
     else:
-        columns = Paragraph("ROWS.jsonl is any file with the columns that the model reads, see 'Data'.")
+        columns = Paragraph("ROWS.jsonl is any file with the columns that the model reads; see 'Data'.")
         blocks = (
             Paragraph("Try the model, from the folder that contains this run folder:"),
-            Code(f"fulltune predict {shlex.quote(view.name)} {asked}", "sh"),
-            *([columns] if "--file" in asked else []),
+            Code(f"fulltune predict {shlex.quote(view.name)} {question}", "sh"),
+            *([columns] if "--file" in question else []),
             *how_to_load(f"{view.name}/{folder}", view),
         )
     return (Folded("how to use this model anyway", blocks),) if headline.kind == "worse" else blocks
@@ -137,45 +137,45 @@ def _use(view: RunView, headline: Headline) -> tuple[Element, ...]:
 def _how_to_go_on(status: str | None) -> str:
     match status:
         case None:
-            return "There is no trained model in this run folder. 'fulltune run RECIPE' continues where the run ended."
+            return "There is no trained model in this run folder. 'fulltune run RECIPE' resumes the run."
         case "interrupted" | "killed" | "crashed" | "hung" | "lost":
             what = "A machine was lost" if status == "lost" else f"The run was {status}"
-            return f"{what}: the same 'fulltune run' command continues from the last checkpoint."
+            return f"{what}. Run the same 'fulltune run' command to resume from the last checkpoint."
         case "done":
-            return "Training is done, but the model folder is gone: 'fulltune run RECIPE' makes it again."
+            return "Training is done, but the model folder is missing: 'fulltune run RECIPE' trains it again."
     return "There is no trained model in this run folder. Read 'Training' above for what happened and what helps."
 
 
 def search(view: RunView) -> Section | None:
-    """None for a run whose learning rate was not searched."""
-    found = view.searched
-    if found is None:
+    """Return the section on the rate search, if there was one."""
+    searched = view.searched
+    if searched is None:
         return None
-    rate = found.rate
-    chosen = f"The learning rate is {format_number(rate.chosen)}: {rate.reason}."
-    chosen += " It lies at the edge of those tried: a better one may lie beyond." if rate.on_edge else ""
-    times = found.seconds / found.run_seconds if found.run_seconds else 0.0
-    late = "; its budget was used up before it ended: 'fulltune run' with a larger --budget and --fresh tries more"
-    took = f"The search took {format_seconds(found.seconds)}, {times:.1f} times the run that was taken"
-    cost = f"{took}{late if rate.time_was_up else ''}. {found.eval_rows:,} eval rows chose."
-    return Section("search", "Search", (Paragraph(chosen), *_rates(found), Paragraph(cost)))
+    rate = searched.rate
+    choice = f"The learning rate is {format_number(rate.chosen)}: {rate.reason}."
+    choice += " It is at the edge of the rates tried: a better one may lie beyond." if rate.on_edge else ""
+    times = searched.seconds / searched.run_seconds if searched.run_seconds else 0.0
+    late = " The budget ended it early: 'fulltune run' with a larger --budget and --fresh tries more rates."
+    took = f"The search took {format_seconds(searched.seconds)}, {times:.1f} times as long as the run it chose"
+    cost = f"{took}, on {searched.eval_rows:,} eval rows.{late if rate.time_was_up else ''}"
+    return Section("search", "Search", (Paragraph(choice), *_rates(searched), Paragraph(cost)))
 
 
-def _rates(found: Searched) -> list[Element]:
-    name, search = words.metric_name(found.metric_name), found.rate
+def _rates(searched: Searched) -> list[Element]:
+    name, search = words.metric_name(searched.metric_name), searched.rate
     short, whole = search.tried, search.whole
 
     def metric(value: float | None) -> str:
         if value is None:
             return "-"
-        return "diverged" if math.isnan(value) else format_metric(found.metric_name, value)
+        return "diverged" if math.isnan(value) else format_metric(searched.metric_name, value)
 
     rows: tuple[TableRow, ...] = tuple(
         (
             format_number(rate),
             metric(short.get(rate)),
             metric(whole.get(rate)),
-            ", ".join(word for word, one in (("usual", search.usual), ("chosen", search.chosen)) if one == rate),
+            ", ".join(word for word, one in (("default", search.usual), ("chosen", search.chosen)) if one == rate),
         )
         for rate in sorted({*short, *whole})
     )
@@ -185,5 +185,5 @@ def _rates(found: Searched) -> list[Element]:
         PointSeries("short runs", tuple(short.items())),
         PointSeries("whole runs", tuple(whole.items()), filled=True),
     ]
-    title, said = f"{name} on the eval rows by learning rate", "see the table; dashed: the chosen rate."
-    return [Figures((series_plot(title, series, found.metric_name, LEARNING_RATE, search.chosen, said),)), table]
+    title, caption = f"{name} on the eval rows by learning rate", "see the table; dashed: the chosen rate."
+    return [Figures((series_plot(title, series, searched.metric_name, LEARNING_RATE, search.chosen, caption),)), table]

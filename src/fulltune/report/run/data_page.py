@@ -1,4 +1,4 @@
-"""The page about the rows alone: `data.html` and `data.md`, before anything is trained."""
+"""The page on the rows alone, `data.html` and `data.md`, written before training."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from fulltune.text import counted, format_percent, format_share, listed
 
 _CELL = 160
 _FEW_SUSPECTS, _FEW_OF_ROWS = 30, 0.02
-"""So few, or so small a share of the rows, have been suspected among rows without any wrong label."""
+"""Data without label errors may have up to this many suspects, as a number and as a share of the rows."""
 _MOST_LANGUAGES = 6
 _MARGIN = 0.01
-"""How exactly differences are written: in hundredths of a point."""
+"""Precision of differences, in hundredths of a point."""
 
 
 def write_data_page(folder: Path) -> Path:
-    """Write `data.md` and `data.html` into a run folder whose rows were audited; gives the path of the latter."""
+    """Write `data.md` and `data.html` into an audited run folder and return the path of `data.html`."""
     view, audit = read_run(folder), Audit.load(folder / "data" / AUDIT)
     rows, dropped = sum(audit.rows.values()), sum(view.summary.dropped.values()) if view.summary else 0
     figures = [("rows looked at", f"{rows:,}"), ("dropped while reading", f"{dropped:,}")]
@@ -51,7 +51,7 @@ def write_data_page(folder: Path) -> Path:
             "undecided",
             "Rows to look at",
             f"{counted(len(audit.checks), 'check')} found something in {rows:,} rows: {most}{more}.",
-            note="Nothing was changed: each is a suspicion, with what could be done about it.",
+            note="Nothing was changed. Each finding is a suspicion with a suggested remedy.",
         )
     sections = [*audit_for_terminal(audit, proofs_of(folder, audit)), *(_check(audit, check) for check in audit.checks)]
     sections += [*filter(None, [data(view)]), _next(view, audit)]
@@ -60,7 +60,7 @@ def write_data_page(folder: Path) -> Path:
 
 
 def audit_for_terminal(audit: Audit, proofs: Sequence[Proofs]) -> list[Section]:
-    """What stands in the terminal once the rows are audited."""
+    """Return the sections printed after an audit."""
     return [part for part in (_found(audit), _cleaning(proofs)) if part is not None]
 
 
@@ -76,51 +76,51 @@ def _found(audit: Audit) -> Section:
         header = ("check", "rows", "of all", "for example")
         blocks.append(Table("Rows that each check found", header, rows, frozenset({1, 2})))
     if audit.clean:
-        blocks.append(Paragraph(f"Looked for, and not found: {', '.join(audit.clean)}."))
+        blocks.append(Paragraph(f"Checked, nothing found: {', '.join(audit.clean)}."))
     if audit.labels is not None:
         blocks.append(Paragraph(about_labels(audit.labels, audit.rows["train"])))
     blocks += [Paragraph(_languages(column, counts, total)) for column, counts in audit.languages.items() if counts]
     if audit.not_run:
-        said = tuple(words.clipped(f"{check}: {why}", 300) for check, why in audit.not_run.items())
-        blocks += [Paragraph("Not looked at:"), Bullets(said)]
-    return Section("found", "What was found", tuple(blocks))
+        lines = tuple(words.clipped(f"{check}: {why}", 300) for check, why in audit.not_run.items())
+        blocks += [Paragraph("Not checked:"), Bullets(lines)]
+    return Section("found", "Findings", tuple(blocks))
 
 
 def _languages(column: str, counts: Mapping[str, int], rows: int) -> str:
-    """In which languages a column's texts are, the most frequent ones by name."""
+    """List the languages of a column's texts with their shares, the most frequent by name."""
     most, others = list(counts.items())[:_MOST_LANGUAGES], list(counts.values())[_MOST_LANGUAGES:]
     shares = [f"{code} {format_share(count / rows)}" for code, count in most]
     shares += [f"{counted(len(others), 'other')} {format_share(sum(others) / rows)}"] if others else []
     rest = format_share(1 - sum(counts.values()) / rows)
-    return f"Languages of column '{words.clipped(column, 60)}': {', '.join(shares)}; too short to tell, or none {rest}."
+    return f"Languages of column '{words.clipped(column, 60)}': {', '.join(shares)}; undetermined {rest}."
 
 
-def about_labels(found: LabelErrors, of_rows: int) -> str:
-    """How far the suspicion about labels can be trusted, by wrong labels that were planted."""
-    some = "" if found.judged_rows == of_rows else f" of {of_rows:,}, drawn at random"
-    told = (
-        f"Labels of {found.judged_rows:,} train rows{some} were judged by linear classifiers on the untouched model, "
-        f"each row by one that did not see it; they agree with {format_percent(found.agreement)} of them. How good "
-        f"that is was measured: {counted(found.planted, 'row')} were given a wrong label on purpose."
+def about_labels(errors: LabelErrors, of_rows: int) -> str:
+    """Say how reliable the suspected label errors are, judged by wrong labels planted on purpose."""
+    some = "" if errors.judged_rows == of_rows else f" of {of_rows:,}, drawn at random"
+    text = (
+        f"Linear classifiers on the untouched model judged the labels of {errors.judged_rows:,} train rows{some}, each "
+        f"row by a classifier that had not seen it. They agree with {format_percent(errors.agreement)} of the labels. "
+        f"To measure their reliability, {counted(errors.planted, 'row')} got a wrong label on purpose."
     )
     doubt = (
-        f" {counted(found.doubtful, 'further row' if found.suspects else 'row')} have another label that is clearly "
-        "likelier. Where classes are mixed up again and again, nothing but a look tells how many of these are wrong."
+        f" For {counted(errors.doubtful, 'further row' if errors.suspects else 'row')} another label is clearly "
+        "likelier. If classes are often confused, only reading these rows shows how many labels are wrong."
     )
-    doubt = doubt if found.doubtful else ""
-    if not found.suspects:
-        return f"{told} By that measure no suspicion would be right for three rows in four, so none is raised.{doubt}"
-    told += f" {round(found.recall * found.planted):,} of these would be among the suspects; of the "
-    told += counted(found.suspects, "suspect")
-    if found.suspects < max(_FEW_SUSPECTS, _FEW_OF_ROWS * found.judged_rows):
-        few = "too few to tell, for rows without any wrong label may have as many; read them"
-        return f"{told} between 0 and {found.suspects:,} are wrong: {few}.{doubt}"
-    # The estimate rests on those that lie where the surest half of the planted errors lies.
-    error = 1.96 * error_of_share(found.precision, found.suspects // 2)
-    least, most = (max(0.0, min(1.0, found.precision + one)) * found.suspects for one in (-error, error))
+    doubt = doubt if errors.doubtful else ""
+    if not errors.suspects:
+        return f"{text} Fewer than three in four suspicions would be right, so none is raised.{doubt}"
+    text += f" {round(errors.recall * errors.planted):,} of these would be among the suspects. Of the "
+    text += counted(errors.suspects, "suspect")
+    if errors.suspects < max(_FEW_SUSPECTS, _FEW_OF_ROWS * errors.judged_rows):
+        few = "correct labels may give as many suspects, so read them"
+        return f"{text} between 0 and {errors.suspects:,} are wrong: {few}.{doubt}"
+    # The estimate rests on the suspects in the range of the surest half of the planted errors.
+    error = 1.96 * error_of_share(errors.precision, errors.suspects // 2)
+    least, most = (max(0.0, min(1.0, errors.precision + one)) * errors.suspects for one in (-error, error))
     return (
-        f"{told} about {found.precision:.0%} are wrong, by the same measure (between {least:,.0f} and {most:,.0f}), "
-        f"and in all about {round(min(found.estimated_errors, found.suspects / found.recall)):,} labels.{doubt}"
+        f"{text} about {errors.precision:.0%} are wrong by the same measure (between {least:,.0f} and {most:,.0f}); "
+        f"in all about {round(min(errors.estimated_errors, errors.suspects / errors.recall)):,} labels.{doubt}"
     )
 
 
@@ -130,30 +130,33 @@ def _cleaning(all_proofs: Sequence[Proofs]) -> Section | None:
 
 
 def _proved(proofs: Proofs) -> list[Element]:
-    """What came of each cleaning step, and how that was found."""
+    """Return the result of each cleaning step and how it was measured."""
     if not proofs.proofs:
         return [Paragraph(f"No step could be compared by {proofs.source}.")]
     write, rows = words.Writer(proofs.metric, _MARGIN), list[TableRow]()
-    for one in proofs.proofs:
-        done, then = {"drop": "left out", "replace": "changed"}[one.action], write.value(one.before + one.difference)
-        difference = write.interval(one.difference, one.low, one.high)
-        rows.append((one.check, done, f"{one.rows:,}", then, difference, proofs.verdict(one)))
+    for proof in proofs.proofs:
+        done, then = (
+            {"drop": "dropped", "replace": "changed"}[proof.action],
+            write.value(proof.before + proof.difference),
+        )
+        difference = write.interval(proof.difference, proof.low, proof.high)
+        rows.append((proof.check, done, f"{proof.rows:,}", then, difference, proofs.verdict(proof)))
     if proofs.source == "classifiers":
         over, how = "eval rows", f"Linear classifiers on the untouched model were fitted {proofs.repetitions} times"
     else:
         over, how = "eval rows and seeds", f"The model was trained with {counted(proofs.repetitions, 'seed')}"
-    tried = f" Not tried, for too few rows or too many: {'; '.join(proofs.untried)}." if proofs.untried else ""
+    tried = f" Not tried, with too few or too many rows: {'; '.join(proofs.untried)}." if proofs.untried else ""
     difference = f"difference{' in points' if write.in_points else ''}"
     header = ("check", "its rows", "rows", write.name, difference, "verdict")
-    caption = f"By {proofs.source}: {write.name} with each step alone; intervals over {over} that together hold in 95 %"
+    caption = f"By {proofs.source}: {write.name} with each step alone; joint 95% intervals over {over}"
     return [
         Paragraph(
-            f"{how} with each step, and without, and compared on the same {counted(proofs.eval_rows, 'eval row')}. "
-            f"Without any cleaning: {write.name} {write.value(proofs.proofs[0].before)}.{tried}"
+            f"{how} with and without each step, and compared on the same {counted(proofs.eval_rows, 'eval row')}. "
+            f"Without cleaning: {write.name} {write.value(proofs.proofs[0].before)}.{tried}"
         ),
         Table(caption, header, tuple(rows), frozenset({2, 3, 4})),
         Paragraph(
-            f"{_advice(proofs)} The eval rows are as they are: where their labels are wrong in the same way, cleaning "
+            f"{_advice(proofs)} The eval rows are not cleaned: if their labels are wrong in the same way, cleaning "
             "looks worse than it is."
         ),
     ]
@@ -162,32 +165,32 @@ def _proved(proofs: Proofs) -> list[Element]:
 def _advice(proofs: Proofs) -> str:
     helping = [one for one in proofs.proofs if proofs.verdict(one) == "helps"]
     if not helping:
-        return "No step helps as far as can be told: leave the rows as they are, or read some of them first."
+        return "No step helps measurably: keep the rows as they are, or read some of them first."
     if proofs.source == "trainings":
-        return f"What helped can be named as data.patch: {listed([one.patch for one in helping])}."
+        return f"Steps that helped can be named as data.patch: {listed([one.patch for one in helping])}."
     checks = listed(list(dict.fromkeys(one.check for one in helping)))
-    return f"Worth a few trainings (--trainings 3): {checks}. What helps classifiers need not help a trained model."
+    return f"Worth a few trainings (--trainings 3): {checks}. What helps classifiers may not help a trained model."
 
 
 def _check(audit: Audit, check: str) -> Section:
     count, examples = audit.checks[check], audit.examples_of(check)
     has_labels = any(one.label for one in examples)
     cells = (
-        (one.place, one.text, *([one.label or "-"] if has_labels else []), one.reason, could_do(one.remedy))
-        for one in examples
+        (row.place, row.text, *([row.label or "-"] if has_labels else []), row.reason, could_do(row.remedy))
+        for row in examples
     )
     rows = tuple(tuple(untrusted(text, _CELL) for text in row) for row in cells)
     first = f"The {len(rows)} surest" if any(one.score for one in examples) else f"The first {len(rows)}"
-    caption = f"{first} of {count:,}; data/issues.jsonl has all" if len(rows) < count else "All of them"
-    table = Table(caption, ("row", "text", *(["label"] if has_labels else []), "why", "could be"), rows)
+    caption = f"{first} of {count:,}; data/issues.jsonl lists all" if len(rows) < count else "All rows"
+    table = Table(caption, ("row", "text", *(["label"] if has_labels else []), "why", "remedy"), rows)
     title = f"{check[0].upper()}{check[1:]}: {counted(count, 'row')}"
     return Section(check.replace(" ", "-"), title, (Paragraph(ABOUT[check]), table))
 
 
 def could_do(remedy: Remedy) -> str:
-    """What could be done with a row, in words."""
+    """Return the suggested remedy for a row."""
     if remedy.action == "drop":
-        return "left out"
+        return "drop the row"
     value = ", ".join(remedy.value) if isinstance(remedy.value, list) else remedy.value
     return f"{remedy.column}: {value}"
 
@@ -197,17 +200,17 @@ def _next(view: RunView, audit: Audit) -> Section:
     blocks: list[Element] = []
     if audit.checks:
         blocks = [
-            Paragraph("Go through these rows, the surest first, and decide: keep, leave out or change."),
+            Paragraph("Go through these rows, the surest first, and decide: keep, drop or change."),
             Code(f"fulltune data {folder} --review", "sh"),
             Paragraph(
-                "What you decide is written into a patch file. Name it in the recipe as data.patch: it is applied each "
-                "time the data is read, so that every run is made from the same rows."
+                "Your decisions are written to a patch file. Name it as data.patch in the recipe: it is applied "
+                "whenever the data is read, so that every run uses the same rows."
             ),
         ]
     limits = (
-        "Texts are looked at one by one: a wrong fact or a poor answer is not found.",
-        "A label error is a label that disagrees with rows alike. Where a whole class is labelled wrongly, all agree.",
-        "Secrets and personal data are found by their form. Names and addresses of people have none.",
+        "Wrong facts and poor answers are not found, because each text is checked on its own.",
+        "A label error is a label that disagrees with similar rows. If a whole class is mislabelled, none disagree.",
+        "Secrets and personal data are found by their format. Names and addresses of people have none.",
     )
     blocks.append(Folded("what these checks cannot see", (Bullets(limits),)))
     return Section("next", "What to do next", tuple(blocks))

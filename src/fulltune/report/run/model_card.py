@@ -1,4 +1,4 @@
-"""The trained model's card: a README.md that the Hub understands and that names no folder of this machine."""
+"""The trained model's card: a README.md for the Hub that names no folder of this machine."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fulltune.text import counted, format_number
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors")
 _LOADING = "## How to load\n"
-"""The last section."""
+"""Heading of the last section."""
 _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged model\n\n"
 
 
 def model_card(view: RunView, model_folder: Path) -> str:
-    """Write the card's text."""
+    """Return the card's text."""
     plan, scores = view.plan, view.trained
     trained = "all parameters fine-tuned"
     if plan and plan.num_frozen_parameters:
@@ -47,14 +47,14 @@ def model_card(view: RunView, model_folder: Path) -> str:
 
 
 def merged_card(text: str, name: str, task: str) -> str:
-    """Write the card of a merged model: that of what was trained, with how a whole model is loaded."""
-    what = "What was trained is merged into the pretrained model's own weights. " + HOW_TO_LOAD["full"]
+    """Return the card of a merged model: the trained model's card with instructions to load a whole model."""
+    what = "The trained weights are merged into those of the pretrained model. " + HOW_TO_LOAD["full"]
     blocks = (Paragraph(what), Code(loading_code(name, task, None), "python"))
     return (text or _BARE).partition(_LOADING)[0] + section_in_markdown(Section("load", "How to load", blocks), "##")
 
 
 def _front_matter(view: RunView, scores: Scores | None) -> str:
-    """What the Hub reads: base model, task, and the metrics on the test rows as its model index."""
+    """Return the metadata for the Hub: base model, task and test metrics."""
     from huggingface_hub import EvalResult, ModelCardData
 
     facts = FACTS.get(view.task)
@@ -67,12 +67,12 @@ def _front_matter(view: RunView, scores: Scores | None) -> str:
             dataset_split="test",
             metric_type=name,
             metric_name=words.metric_name(name),
-            metric_value=found.value,
+            metric_value=score.value,
         )
-        for name, found in (scores.metrics.items() if scores and facts else ())
-        if facts and math.isfinite(found.value)
+        for name, score in (scores.metrics.items() if scores and facts else ())
+        if facts and math.isfinite(score.value)
     ]
-    # From the plan, where folders are absolute paths.
+    # Names come from the plan, where folders are absolute paths.
     names = (str(one.value) for one in view.plan.settings if one.name == "model.name") if view.plan else ()
     base = next((name for name in names if _HUB_ID.fullmatch(name) and not name.endswith(".gguf")), None)
     data = ModelCardData(
@@ -87,7 +87,7 @@ def _front_matter(view: RunView, scores: Scores | None) -> str:
 
 
 def _place(source: str) -> str:
-    """Where the rows of a split are from, without folders."""
+    """Return a source of rows without folder names."""
     return re.sub(r"\S*[\\/](?=\S)", "", source)
 
 
@@ -109,8 +109,8 @@ def _data(summary: DataSummary | None) -> Section | None:
 def _metrics(view: RunView, scores: Scores | None) -> Section:
     if scores is None:
         return Section("metrics", "Metrics", (Paragraph("This model was not scored on test rows."),))
-    said = Paragraph(f"Test rows were never used for choosing. {judge(view.scores).sentence}")
-    return Section("metrics", "Metrics", (score_table(view), *about_table(view), said, *calibration_of(scores)))
+    verdict = Paragraph(f"Test rows were never used to choose anything. {judge(view.scores).sentence}")
+    return Section("metrics", "Metrics", (score_table(view), *about_table(view), verdict, *calibration_of(scores)))
 
 
 def _training(view: RunView, plan: Plan | None) -> Section | None:
@@ -126,7 +126,7 @@ def _training(view: RunView, plan: Plan | None) -> Section | None:
         ("epochs", format_number(plan.num_train_epochs)),
         ("planned steps", f"{plan.total_steps:,}"),
         ("global batch size", f"{plan.global_batch_size:,}"),
-        ("precision", f"{plan.precision}, weights kept in {plan.weights_dtype}"),
+        ("precision", f"{plan.precision}, weights stored in {plan.weights_dtype}"),
         ("seed", str(plan.seed)),
         *([("steps done", f"{outcome.steps:,}"), *about_training.changed(plan, outcome)] if outcome else []),
     )
@@ -134,29 +134,29 @@ def _training(view: RunView, plan: Plan | None) -> Section | None:
 
 
 def _versions(view: RunView) -> Section | None:
-    found = view.environment
-    if found is None:
+    env = view.environment
+    if env is None:
         return None
-    packages = [(name, found.packages[name]) for name in _PACKAGES if name in found.packages]
-    facts = Facts((("fulltune", found.fulltune), ("Python", found.python), *packages))
+    packages = [(name, env.packages[name]) for name in _PACKAGES if name in env.packages]
+    facts = Facts((("fulltune", env.fulltune), ("Python", env.python), *packages))
     return Section("versions", "Versions", (facts,))
 
 
 ONLY_OURS = ("head", "adapter")
-"""Kinds of methods whose folders only fulltune reads."""
+"""Kinds of methods whose folders only fulltune can read."""
 HOW_TO_LOAD = {
     "full": "The model is a plain Hugging Face folder; transformers loads it without fulltune:",
-    "peft": "The folder holds what was trained, in PEFT's format; PEFT loads it around the pretrained model:",
+    "peft": "The folder holds the trained weights in PEFT's format; PEFT adds them to the pretrained model:",
     **dict.fromkeys(
-        ONLY_OURS, "The folder holds what was trained; 'fulltune predict' puts it into the pretrained model."
+        ONLY_OURS, "The folder holds the trained weights; 'fulltune predict' adds them to the pretrained model."
     ),
 }
-"""Kind of method to how its model is loaded; `peft` stands for LoRA and prompts too."""
+"""Loading instructions by kind of method; `peft` also stands for LoRA and prompts."""
 
 
 def how_to_load(folder: str, view: RunView) -> tuple[Element, ...]:
-    """How a run's model is asked and loaded, in words, and in Python where not only fulltune can load it."""
-    # A method's name may be another than its kind.
+    """Return instructions to query and load a run's model, with Python code unless only fulltune can load it."""
+    # A method's name may differ from its kind.
     kinds = (str(one.value) for one in (view.plan.settings if view.plan else ()) if one.name == "method.kind")
     kind = next(kinds, "full")
     ask = view.summary.form.how_to_ask if view.summary else ""
@@ -168,7 +168,7 @@ def how_to_load(folder: str, view: RunView) -> tuple[Element, ...]:
 
 
 def loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
-    """Python that loads a model with transformers, with PEFT around `base`."""
+    """Return Python code that loads a model with transformers, or with PEFT around `base`."""
     facts = FACTS.get(task, FACTS["text-classification"])
     package, _, inner = base.removeprefix("package:").partition("/") if base.startswith("package:") else ("", "", "")
     pretrained = json.dumps(words.file_name(base), ensure_ascii=False) if base else ""

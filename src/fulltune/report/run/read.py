@@ -1,4 +1,4 @@
-"""One frozen view of a run folder: every file that the report needs, and what is missing, with the reason."""
+"""A frozen view of a run folder: the contents of its files, and what is missing with the reason."""
 
 from __future__ import annotations
 
@@ -32,57 +32,57 @@ _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 _MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
 _KINDS = ("baseline", "untouched", "trained")
 DROPPED_SHOWN = 20
-_CUT = "cannot be read: a process was stopped while writing it, or the file was damaged. The rest is used."
+_CUT = "unreadable: a process was stopped while writing it, or the file was damaged. The rest is used."
 
 
 @dataclass(frozen=True)
 class History:
-    """What was measured during training, by series name and in order of steps."""
+    """Values measured during training, by series name and in order of steps."""
 
     train: MetricSeries = field(default_factory=dict)
-    """`loss`, `learning_rate`, `grad_norm`, where they were logged."""
+    """`loss`, `learning_rate` and `grad_norm`, if logged."""
     evaluation: MetricSeries = field(default_factory=dict)
     """One series per metric on the eval rows."""
     restarts: tuple[int, ...] = ()
     """First logged step of every attempt after the first."""
     skipped: tuple[int, ...] = ()
-    """Steps whose update was left out, and that were not done again."""
+    """Steps whose update was skipped, unless a later attempt repeated them."""
     updates: UpdatesMeasured | None = None
-    """The last measurement."""
+    """The last measurement of an update's size."""
 
 
 def after_start(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Without the evaluation before step 1."""
+    """Return the points without the evaluation before step 1."""
     return tuple(point for point in points if point[0] > 0)
 
 
 def before_start(points: Sequence[Point]) -> float | None:
-    """What was measured before step 1."""
+    """Return the value of the evaluation before step 1."""
     return next((value for step, value in points if step == 0), None)
 
 
 @dataclass(frozen=True)
 class AttemptFiles:
-    """One attempt folder; `outcome` is None when its process ended without writing one."""
+    """The files of one attempt folder. `outcome` is None if its process ended without writing one."""
 
     name: str
     trial: str
     outcome: Outcome | None
     events: tuple[Event, ...]
-    """What `metrics.jsonl` holds, in order."""
+    """Events of `metrics.jsonl`, in order."""
     first_step: int | None
-    """Steps that were done where it began; None: its request is gone."""
+    """Steps of the checkpoint from which the attempt started; None if unreadable."""
     journal: tuple[JournalEntry, ...]
 
     @property
     def steps(self) -> int:
-        """Steps by the outcome; an attempt that failed before it could say has done those that it logged."""
+        """Steps by the outcome, or those logged by an attempt without one."""
         logged = [event.step for event in self.events if isinstance(event, StepLogged | Evaluated)]
         return (self.outcome.steps if self.outcome else 0) or max(logged, default=0)
 
 
 def merge(attempts: Sequence[AttemptFiles]) -> History:
-    """Join a trial's attempts into one curve, without what a later attempt did again."""
+    """Join a trial's attempts into one curve, without steps that a later attempt repeated."""
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
     restarts: list[int] = []
@@ -92,7 +92,7 @@ def merge(attempts: Sequence[AttemptFiles]) -> History:
         rows = [event for event in attempt.events if isinstance(event, StepLogged | Evaluated)]
         if not rows:
             continue
-        # One that begins with an evaluation does that of the step it goes on from.
+        # An attempt that begins with an evaluation repeats that of its checkpoint.
         done = attempt.first_step
         first = rows[0].step + isinstance(rows[0], Evaluated) if done is None else done + 1
         if train or evaluation:
@@ -114,42 +114,42 @@ def merge(attempts: Sequence[AttemptFiles]) -> History:
 
 def _series(rows: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
     names = dict.fromkeys(name for row in rows.values() for name in row)
-    found = {
+    series = {
         name: tuple(
             (step, float(row[name])) for step, row in sorted(rows.items()) if isinstance(row.get(name), int | float)
         )
         for name in names
     }
-    return {name: points for name, points in found.items() if points}
+    return {name: points for name, points in series.items() if points}
 
 
 @dataclass(frozen=True)
 class RunView:
-    """All that is known about a run, or about one trial of a comparison."""
+    """The contents of a run folder, for a run or for one trial of a comparison."""
 
     folder: Path
     model: str
-    """As the plan or else the recipe names it; `unknown model` when neither does."""
+    """Name from the plan, else from the recipe, else `unknown model`."""
     task: str
     trial: str
-    """Method and seed; empty: none is known."""
+    """Method and seed, such as `full-seed42`; empty if unknown."""
     recipe_text: str | None
     environment: Environment | None
     summary: DataSummary | None
     dropped: tuple[dict[str, Any], ...]
-    """The first rows that were dropped."""
+    """The first dropped rows."""
     plan: Plan | None
     attempts: tuple[AttemptFiles, ...]
     scores: tuple[Scores, ...]
     """Baselines first, then the untouched model, then the trained one; by name within a kind."""
     missing: tuple[tuple[str, str], ...] = ()
-    """Parts of the report that cannot be shown, and why."""
+    """Parts of the report that cannot be shown, with reasons."""
     searched: Searched | None = None
-    """How its learning rate was searched."""
+    """Result of the learning rate search, if there was one."""
     budget: BudgetResult | None = None
-    """How it was held to a budget."""
+    """Result of the budget for forgetting, if there was one."""
     accesses: tuple[Access, ...] = ()
-    """Every time that its test rows were scored, also by other runs beside it."""
+    """Every scoring of these test rows, also by neighbouring runs."""
 
     @property
     def name(self) -> str:
@@ -161,17 +161,17 @@ class RunView:
 
     @property
     def outcome(self) -> Outcome | None:
-        """How it ended: its last attempt's outcome, None when that one wrote none."""
+        """Outcome of the last attempt; None if it wrote none."""
         return self.attempts[-1].outcome if self.attempts else None
 
     @cached_property
     def history(self) -> History:
-        """Its metrics as one curve over all attempts."""
+        """Metrics as one curve over all attempts."""
         return merge(self.attempts)
 
     @property
     def model_folder(self) -> str | None:
-        """The trained model, relative to the run folder; None when it is not there."""
+        """Path of the trained model relative to the run folder; None if it does not exist."""
         named = (self.outcome.model_folder if self.outcome else None) or (
             self.plan.model_folder if self.plan else "models/full"
         )
@@ -179,31 +179,35 @@ class RunView:
 
 
 def trained_row(scores: Sequence[Scores]) -> Scores | None:
-    """The scores of the trained model."""
+    """Return the scores of the trained model, if there are any."""
     return next((row for row in scores if row.kind == "trained"), None)
 
 
 def read_run(folder: Path, scores: Scores | None = None) -> RunView:
-    """Read a run folder, any of whose files may be missing; SetupError where nothing in it comes from a run.
+    """Read a run folder, any of whose files may be missing.
 
     Args:
-        folder: Of a run, or of a comparison.
-        scores: Those of the trial of a comparison that is asked for, which has no file of them.
+        folder: Folder of a run or of a comparison.
+        scores: Scores of one trial of a comparison, which has no file of its own.
+
+    Raises:
+        SetupError: The folder holds nothing of a run.
+
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise SetupError(f"{folder}: no such run folder")
     if not any((folder / mark).exists() for mark in _MARKS_OF_A_RUN):
-        raise SetupError(f"{folder}: not a run folder; expected one of {', '.join(_MARKS_OF_A_RUN)} in it")
+        raise SetupError(f"{folder}: not a run folder; it has none of {', '.join(_MARKS_OF_A_RUN)}")
 
     files = _Files(folder)
     plans = files.records(Plan, filter(_may_be_a_plan, folder.glob("plan/*.json")))
     attempts = list(files.attempts())
     rows = files.records(Scores, folder.glob("scores/*.json"))
-    known = [scores] if scores else [row for row in rows if row.kind == "trained"]
+    trained = [scores] if scores else [row for row in rows if row.kind == "trained"]
     started = sorted({one.trial for one in plans} | {one.trial for one in attempts})
-    trial = next(iter([*(row.name for row in known), *started]), "")
-    rows = [row for row in rows if row.kind != "trained"] + [row for row in known if row.name == trial]
+    trial = next(iter([*(row.name for row in trained), *started]), "")
+    rows = [row for row in rows if row.kind != "trained"] + [row for row in trained if row.name == trial]
     plan = next((plan for plan in plans if plan.trial == trial), None)
     settings = {setting.name: setting.value for setting in plan.settings} if plan else {}
     summary = files.record(DataSummary, folder / "data" / "summary.json")
@@ -233,14 +237,14 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
 
 
 def _what_is_missing(view: RunView) -> Iterator[tuple[str, str]]:
-    """What cannot be shown; the reason is how the run ended, as far as the files tell."""
+    """Yield the parts that cannot be shown, with the reason as far as the files tell."""
     outcome, row = view.outcome, f"the test scores of {view.trial or 'a trained model'}"
     for present, what, why in (
         (view.recipe_text is not None, "the recipe", "recipe.yaml is not in the run folder."),
-        (view.environment, "the environment", "environment.json is not in the run folder or cannot be read."),
-        (view.summary, "the data summary", "the run ended before the data were prepared."),
+        (view.environment, "the environment", "environment.json is missing or unreadable."),
+        (view.summary, "the data summary", "the run ended before its data was prepared."),
         (view.plan, "the plan with its settings", "the run ended before it was planned."),
-        (view.attempts, "learning curves and training facts", "there is no attempt in the run's folder."),
+        (view.attempts, "learning curves and training facts", "there is no attempt in the run folder."),
         (
             not view.attempts or view.history.train or view.history.evaluation,
             "the learning curves",
@@ -249,13 +253,13 @@ def _what_is_missing(view: RunView) -> Iterator[tuple[str, str]]:
         (
             not view.attempts or outcome,
             f"the outcome of {view.attempts[-1].name if view.attempts else ''}",
-            "its process has written no outcome.json: it is still running, or it was killed.",
+            "its process wrote no outcome.json: it is still running, or was killed.",
         ),
         (view.trained, row, _why_unscored(view)),
         (
             any(row.kind != "trained" for row in view.scores),
             "baselines to compare with",
-            "none was scored: the run ended earlier, or the recipe says 'evaluate.baselines: false'.",
+            "none was scored: the run ended earlier, or the recipe has 'evaluate.baselines: false'.",
         ),
     ):
         if not present:
@@ -264,7 +268,7 @@ def _what_is_missing(view: RunView) -> Iterator[tuple[str, str]]:
 
 def _why_unscored(view: RunView) -> str:
     if not view.attempts:
-        return "no attempt to train it is in the run's folder." if view.trial else "no trial was planned or started."
+        return "the run folder holds no attempt to train it." if view.trial else "no trial was planned or started."
     if view.outcome is None:
         return "training has no recorded end, so there was nothing to score."
     if view.outcome.status == "done":
@@ -273,34 +277,34 @@ def _why_unscored(view: RunView) -> str:
 
 
 class _Files:
-    """Reads a run folder's files and notes which of them, and how many lines, cannot be read."""
+    """Reads a run folder's files and notes unreadable files and lines."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damaged: list[tuple[str, str]] = []
         self.unreadable: dict[str, list[str]] = {}
-        """By file, the numbers of lines that are not JSON, usually the last one of a killed process."""
+        """Line numbers that are not JSON, by file; usually the last line of a killed process."""
 
     def record(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
-        """A record; None where there is none or it cannot be read."""
+        """Return a record, or None if it is missing or unreadable."""
         return next(iter(self.records(kind, [path] if path.is_file() else [])), None)
 
     def records(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
-        """All of these that can be read, by name."""
-        found = []
+        """Return all readable records, ordered by file name."""
+        records = []
         for path in sorted(paths):
             try:
-                found.append(kind.load(path))
+                records.append(kind.load(path))
             except (OSError, SetupError):
                 name = path.relative_to(self.folder).as_posix()
-                self.damaged.append((name, "damaged, or of another version of fulltune"))
-        return found
+                self.damaged.append((name, "damaged, or written by another version of fulltune"))
+        return records
 
     def lines(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The objects of a jsonl file."""
+        """Yield the objects of a jsonl file."""
         if not path.is_file():
             return
-        # A process killed in mid-write can cut a character in two: replace it rather than fail.
+        # A process killed while writing can cut a character in two: replace it rather than fail.
         with path.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 if (entry := entry_of(line)) is not None:
@@ -309,7 +313,7 @@ class _Files:
                     self.unreadable.setdefault(path.relative_to(self.folder).as_posix(), []).append(str(number))
 
     def accesses(self) -> tuple[Access, ...]:
-        """From the only file that lies beside the folder, for all runs there."""
+        """Read the accesses to the same test rows from the file beside the run folder."""
         try:
             return Access.of_same_rows(self.folder)
         except OSError:
@@ -317,7 +321,7 @@ class _Files:
             return ()
 
     def attempts(self) -> Iterator[AttemptFiles]:
-        """The attempts of each trial, in order."""
+        """Yield the attempts of each trial, in order."""
         named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in self.folder.glob("attempts/*"))
         numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
         for trial, _, path in sorted(numbered):
@@ -328,30 +332,30 @@ class _Files:
 
 
 def _first_step(path: Path) -> int | None:
-    """The steps that are in the checkpoint from which a request goes on; None: it cannot be read."""
+    """Return the step of the checkpoint in a request (0 without one), or None if unreadable."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
-        return 0 if found is None else int(found.rpartition("-")[2])
+        checkpoint = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
+        return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _may_be_a_plan(path: Path) -> bool:
-    """Whether a file of the folder `plan` is a trial's plan, or too damaged to tell; others lie there as well."""
+    """Return whether a file in `plan` is a trial's plan or too damaged to tell."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return True
-    return isinstance(found, dict) and {"trial", "settings"} <= found.keys()
+    return isinstance(entry, dict) and {"trial", "settings"} <= entry.keys()
 
 
 def _from_recipe(text: str | None, key: str) -> Any:
-    """A top-level value of the recipe, for the title when no plan was written; None where it cannot be read."""
+    """Return a top-level value of the recipe for the title, or None if unreadable."""
     import yaml
 
     try:
-        found = yaml.safe_load(text or "")
+        entries = yaml.safe_load(text or "")
     except yaml.YAMLError:
         return None
-    value = found.get(key) if isinstance(found, dict) else None
+    value = entries.get(key) if isinstance(entries, dict) else None
     return value.get("name") if isinstance(value, dict) else value

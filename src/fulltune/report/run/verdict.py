@@ -1,4 +1,4 @@
-"""Was it worth it, by the scores on the test rows; and what to try next, by what a run shows of itself."""
+"""The verdict of a run by its test scores, and what to try next."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _LABELS = {
     "alone": "Nothing to compare with",
     "none": "No verdict",
 }
-"""Kind of verdict to what stands above it. `contested`: better by its loss alone. `unpaired`: there is no
-difference on the same rows. `alone`: scored, with nothing to compare to. `none`: the trained model was not scored."""
+"""Kinds of verdict with their headlines. `contested`: better by its loss only. `unpaired`: no difference on the same
+rows. `alone`: nothing to compare with. `none`: the trained model was not scored."""
 NOT_MEASURED = "Their difference on the same rows was not measured."
-_OTHER_ROWS = "They were not scored on the same rows, so their difference is not known."
-_LONE = "The test rows are {}: more of them, on other texts, are needed to tell a difference from chance."
+_OTHER_ROWS = "They were scored on different rows, so their difference is unknown."
+_LONE = "The test rows are {}: more rows with other texts are needed to distinguish a difference from chance."
 
 
 def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better: bool) -> Scores | None:
-    """The best baseline, or the model before training: the highest bar that the trained model has to pass."""
+    """Return the best baseline or untouched model, which the trained model has to beat."""
     rows = [row for row in scores if row.kind != "trained" and metric in row.metrics]
     rows = [row for row in rows if math.isfinite(row.metrics[metric].value)]
     sign = 1 if greater_is_better else -1
@@ -43,7 +43,7 @@ def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better
 
 
 def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
-    """Compare the trained model with the best row without training: better or worse only if the interval excludes 0."""
+    """Compare the trained model with the best untrained one: better or worse only if the interval excludes 0."""
     row = trained_row(scores)
     if row is None:
         return _headline(
@@ -64,23 +64,23 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     claim = f"{claim}, against {words.estimate(name, bar.metrics[name])}{elsewhere} for {which}"
     ahead = row.differences.get(bar.name)
     if ahead is None or not _finite(ahead):
-        said = (
+        note = (
             _LONE.format(mine.no_interval_reason)
             if mine.no_interval_reason
             else NOT_MEASURED
             if bar.rows == row.rows
             else _OTHER_ROWS
         )
-        return _headline("unpaired", f"{claim}. {said}")
-    said = f"{claim}. On the same rows, its {words.metric_name(name)} differs by "
-    said += difference(name, ahead, row.confidence)
+        return _headline("unpaired", f"{claim}. {note}")
+    note = f"{claim}. On the same rows, its {words.metric_name(name)} differs by "
+    note += difference(name, ahead, row.confidence)
     if ahead.low <= 0 <= ahead.high:
-        return _headline("unresolved", f"{said}; these rows do not tell which is better.")
+        return _headline("unresolved", f"{note}; these rows do not show which is better.")
     if (ahead.value > 0) != row.greater_is_better:
         why = "training made it worse" if bar.kind == "untouched" else "the baseline needs no training"
-        return _headline("worse", f"{said}, and {why}.")
+        return _headline("worse", f"{note}, and {why}.")
     answers = _answers_no_better(row, scores)
-    return _headline("contested" if answers else "better", f"{said}.{answers}")
+    return _headline("contested" if answers else "better", f"{note}.{answers}")
 
 
 def _headline(kind: str, sentence: str) -> Headline:
@@ -88,7 +88,7 @@ def _headline(kind: str, sentence: str) -> Headline:
 
 
 def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
-    """That generated answers are worse than without training, or all empty, in a sentence; empty where they are not."""
+    """Say that generated answers did not improve or are all empty; an empty string if they improved."""
     name = next((name for name in words.OF_ANSWERS if name in row.metrics and row.answers), "")
     bar = strongest_untrained(scores, name, greater_is_better=True)
     if bar is None:
@@ -102,10 +102,10 @@ def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
     return f" But its {them}: {values} for {bar.name}."
 
 
-def difference(metric: str, found: Estimate, confidence: float) -> str:
-    """`+10.9 points (95% interval: +8.0 to +14.0)`."""
+def difference(metric: str, gap: Estimate, confidence: float) -> str:
+    """Format a difference: `+10.9 points (95% interval: +8.0 to +14.0)`."""
     size, digits, unit = (100.0, ".1f", " points") if is_share(metric) else (1.0, ".3g", "")
-    value, low, high = (f"{size * one + 0.0:+{digits}}" for one in (found.value, found.low, found.high))
+    value, low, high = (f"{size * one + 0.0:+{digits}}" for one in (gap.value, gap.low, gap.high))
     return f"{value}{unit} ({100 * confidence:g}% interval: {low} to {high})"
 
 
@@ -116,49 +116,49 @@ def _finite(estimate: Estimate) -> bool:
 # ---- what to try next -------------------------------------------------------------------------------------------
 
 _FEW_STEPS = 100
-"""A pretrained model with a new head has hardly begun by then."""
+"""Steps within which a pretrained model with a new head has hardly started to learn."""
 _MOST_TIMES = 10
-"""So much longer at most is proposed at once."""
+"""Largest factor by which a longer run is proposed at once."""
 _FEW_ROWS_OF_A_LABEL = 10
-"""Fewer on average teach a label poorly, however often they are repeated."""
+"""Average rows per label below which a label is learned poorly, however often its rows are repeated."""
 _ONE_CLASS = 0.98
-"""Share of the test rows that get the same label from a model that tells nothing apart."""
+"""Share of test rows with the same predicted label from which a model counts as blind."""
 _UNEVEN = 2.0
-"""A label with so many times the rows that the others have on average draws a model to itself."""
+"""Ratio to the other labels' average rows from which a label attracts all predictions."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a finished run shows of itself."""
+    """What a finished run's files show about it."""
 
     verdict: str
-    """The kind of the headline."""
+    """Kind of the headline."""
     plan: Plan
     outcome: Outcome
     curves: Curves = field(default_factory=Curves)
     fit: Fit = field(default_factory=lambda: Fit("not known"))
     train_rows: int = 0
     labels: int = 0
-    """Of rows that have one each; 0: another problem."""
+    """Number of labels for rows with one label each, else 0."""
     rate_searched: bool = False
-    """It is not for a reader to try other rates again."""
+    """True after a rate search: no other rates are proposed."""
     bar: str = "the baseline"
-    """What the verdict compares with."""
+    """Name of what the verdict compares with."""
     blind: str = ""
-    """That the model tells nothing apart, in words; empty: it does."""
-    gives_the_usual: bool = False
-    """It gives the label that by far most rows have."""
+    """Sentence saying that the model predicts the same for all rows; empty if it does not."""
+    predicts_majority: bool = False
+    """True if the blind model predicts the label that most rows have."""
     budget_advice: tuple[str, str] = ("", "")
-    """What the budget for generic text has kept the model from, and what helps."""
+    """What the budget for forgetting prevented, and what helps."""
 
     @property
-    def given(self) -> dict[str, object]:
-        """The settings of the recipe."""
+    def recipe_settings(self) -> dict[str, object]:
+        """Settings from the recipe."""
         return {setting.name: setting.value for setting in self.plan.settings if not setting.is_automatic}
 
 
 def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
-    """What a run's files show of the trial that the headline is about; None: it was not scored or has no plan."""
+    """Collect the facts on the trial of the headline; None if it was not scored or has no plan."""
     row, plan, outcome = view.trained, view.plan, view.outcome
     if row is None or plan is None or outcome is None:
         return None
@@ -166,7 +166,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     train = summary.splits.get("train") if summary else None
     label, is_usual = _only_label(row.confusion) if row.confusion else ("", False)
     entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
-    blind = "Not one entity of the test rows is found" if entities and not any(entities) else ""
+    blind = "The model finds no entity in the test rows" if entities and not any(entities) else ""
     if label:
         blind = f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'"
     bar = strongest_untrained(view.scores, row.main_metric, row.greater_is_better)
@@ -181,67 +181,67 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         rate_searched=view.searched is not None,
         bar="the untouched model" if bar is None or bar.kind == "untouched" else bar.name,
         blind=blind,
-        gives_the_usual=is_usual,
+        predicts_majority=is_usual,
         budget_advice=budget_advice(view.budget),
     )
 
 
 def _only_label(confusion: Confusion) -> tuple[str, bool]:
-    """The label that nearly all rows get although there are others, empty: none; and whether by far most have it."""
-    given = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
+    """Return the label of nearly all predictions (empty: none) and whether most rows have it."""
+    predicted = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
     expected = [sum(counts) for counts in confusion.counts]
-    most, place = max(((count, place) for place, count in enumerate(given)), default=(0, 0))
+    most, place = max(((count, place) for place, count in enumerate(predicted)), default=(0, 0))
     several = max(expected, default=0) < _ONE_CLASS * sum(expected)
-    if not several or most < _ONE_CLASS * max(1, sum(given)):
+    if not several or most < _ONE_CLASS * max(1, sum(predicted)):
         return "", False
     usual = expected.pop(place)
     return confusion.labels[place], usual >= _UNEVEN * statistics.mean(expected)
 
 
 def next_steps(run: RunFacts) -> tuple[str, ...]:
-    """What to change, each alone with what speaks for it and the setting; empty where the model is better as it is."""
+    """Return single changes to try, each with its evidence and setting; empty if training helped."""
     if run.verdict not in ("worse", "unresolved"):
         return ()
     evidence, helps = run.budget_advice
-    if evidence:  # the curves are of a model that was not kept
+    if evidence:  # the curves belong to a model that was not kept
         return (f"{_capital(evidence)}. {_capital(helps)}.",)
     narrower = (
-        ["More test rows narrow the interval: four times as many halve it"] if run.verdict == "unresolved" else []
+        ["More test rows narrow the interval; four times as many halve it"] if run.verdict == "unresolved" else []
     )
     if run.curves.is_at_ceiling and not run.blind:
         value = format_metric(run.curves.metric_name, run.curves.metric[-1][1])
         unless = ", unless harder or more test rows show a difference" if narrower else ""
-        kept = f"Keep {run.bar}, which needs no training{unless}"
-        return (f"{_capital(run.curves.on_eval)} is {value}: nothing is left to gain there. {kept}.",)
-    found = [*_more_rows(run), *_other_settings(run)]
-    if not found:
+        advice = f"Keep {run.bar}, which needs no training{unless}"
+        return (f"{_capital(run.curves.on_eval)} is {value}: there is nothing left to gain. {advice}.",)
+    steps = [*_more_rows(run), *_other_settings(run)]
+    if not steps:
         others = f"other rates, {_rate(run, 1 / 3)} or {_rate(run, 3)}, or " if not run.rate_searched else ""
-        found.append(f"The curves show no reason. Try {others}more train rows than these {run.train_rows:,}")
-    return tuple(f"{one}." for one in [*found, *narrower])
+        steps.append(f"The curves show no reason. Try {others}more than the {run.train_rows:,} train rows")
+    return tuple(f"{one}." for one in [*steps, *narrower])
 
 
 def _more_rows(run: RunFacts) -> Iterator[str]:
-    is_limited = run.given.get("data.max_rows") is not None
+    is_limited = run.recipe_settings.get("data.max_rows") is not None
     more = "Use more: remove data.max_rows" if is_limited else "Use more if there are any"
     if run.train_rows < _FEW_ROWS_OF_A_LABEL * run.labels:
         yield (
             f"{run.train_rows:,} train rows are about {run.train_rows / run.labels:.2g} for each of {run.labels:,} "
-            f"labels, too few to learn most of them well: more rows help more than more epochs. {more}"
+            f"labels, too few to learn most labels well: more rows help more than more epochs. {more}"
         )
     elif is_limited:
         yield f"Only {counted(run.train_rows, 'row')} are used for training. {more}"
 
 
 def _other_settings(run: RunFacts) -> Iterator[str]:
-    """Another rate, another length, weights of labels."""
-    weights_may_help = run.gives_the_usual and "train.class_weights" not in run.given
+    """Yield another learning rate, another length, or weights for labels."""
+    weights_may_help = run.predicts_majority and "train.class_weights" not in run.recipe_settings
     if weights_may_help:
-        yield f"{run.blind}, the most frequent one. Let rare labels count more: --set train.class_weights=balanced"
+        yield f"{run.blind}, the most frequent one. Give rare labels more weight: --set train.class_weights=balanced"
     evals = [value for _, value in run.curves.eval_loss]
     high = ended_high(run.curves.losses, evals, run.plan.learning_rate)
     rate, length = "", ""
     if run.fit.kind == "got worse":
-        what = "The eval rows were answered best before step 1" if run.fit.turn == 0 else _capital(run.fit.evidence)
+        what = "The eval score was best before step 1" if run.fit.turn == 0 else _capital(run.fit.evidence)
         rate = f"{what}. Try a lower rate: {_rate(run, 1 / 10 if run.fit.turn == 0 else 1 / 3)}"
     elif high.action != "go on":
         rate = f"{_capital(without_cause(high.reason))}. Try a lower rate: {_rate(run, 1 / 3)}"
@@ -253,15 +253,15 @@ def _other_settings(run: RunFacts) -> Iterator[str]:
     elif longer := _reasons_to_go_on(run):
         times = min(_MOST_TIMES, max(2, math.ceil(_FEW_STEPS / max(1, run.plan.total_steps))))
         length = f"{_capital(listed(longer))}. Train for longer: {_length(run, times)}"
-    found = [one for one in ("" if run.rate_searched else rate, length) if one]
+    changes = [one for one in ("" if run.rate_searched else rate, length) if one]
     if run.blind and not weights_may_help:
         rates = f"Try a lower rate, {_rate(run, 1 / 3)}, or a higher one, {_rate(run, 3)}"
-        found[:1] = [f"{run.blind}. {found[0] if found else rates if not run.rate_searched else 'Use more rows'}"]
-    yield from found
+        changes[:1] = [f"{run.blind}. {changes[0] if changes else rates if not run.rate_searched else 'Use more rows'}"]
+    yield from changes
 
 
 def _reasons_to_go_on(run: RunFacts) -> list[str]:
-    """What speaks for a longer run; nothing where it stopped early or was better before its end."""
+    """Return reasons for a longer run; none if it stopped early or was better before its end."""
     curves, steps = run.curves, run.outcome.steps
     was_better = curves.metric and curves.best[1] != curves.metric[-1][1] and not run.outcome.weights_reason
     if steps < run.plan.total_steps or was_better:
@@ -274,7 +274,7 @@ def _reasons_to_go_on(run: RunFacts) -> list[str]:
         way = "rising" if curves.greater_is_better else "falling"
         reasons.append(f"{curves.on_eval} was still {way} at the last evaluation")
     if steps < _FEW_STEPS:
-        reasons.append(f"{counted(steps, 'step')} are few")
+        reasons.append(f"the run had only {counted(steps, 'step')}")
     return reasons
 
 
@@ -283,13 +283,13 @@ def _capital(text: str) -> str:
 
 
 def _length(run: RunFacts, times: float) -> str:
-    """The setting of a run that is so many times as long; a shorter one ends with a rate of 0."""
-    if "train.max_steps" in run.given:
+    """Return the setting for a run `times` as long; the schedule of a shorter one still ends at 0."""
+    if "train.max_steps" in run.recipe_settings:
         return f"--set train.max_steps={round(times * run.plan.total_steps)}"
     return f"--set train.num_train_epochs={float(f'{times * run.plan.num_train_epochs:.2g}'):g}"
 
 
 def _rate(run: RunFacts, factor: float) -> str:
-    has_method = any(name.startswith("method.") for name in run.given)
+    has_method = any(name.startswith("method.") for name in run.recipe_settings)
     kind = "" if has_method else "--set method.kind=full "
     return f"{kind}--set method.learning_rate={float(f'{factor * run.plan.learning_rate:.2g}'):g}"
