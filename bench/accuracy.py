@@ -34,7 +34,7 @@ def accuracy(recipe: Path, run_folder: Path, **settings: Any) -> float:
     """Train and score; the share of right test rows."""
     words = [f"--set={name}={value}" for name, value in settings.items()]
     command = fulltune("evaluate", recipe, "--run-folder", run_folder, "--json", *words)
-    score = json.loads(run(command).splitlines()[-1])
+    score = json.loads(run(command))[-1]
     return score["metrics"]["accuracy"]["value"]
 
 

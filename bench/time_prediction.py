@@ -71,64 +71,29 @@ def plays(folder: Path) -> tuple[str, Settings]:
     return "causal-lm", {"train": "input.txt"}
 
 
+def settings(steps: int, batch: int, **more: Any) -> Settings:
+    return {"max_steps": steps, "global_batch_size": batch, **more}
+
+
+BF16 = {"precision": "bf16"}
 CASES = (
-    Case("tiny-fp32", "tiny", questions, {"max_steps": 200, "global_batch_size": 32, "precision": "fp32"}),
-    Case("minilm-bf16", MINILM, questions, {"max_steps": 120, "global_batch_size": 32, "precision": "bf16"}),
-    Case(
-        "minilm-fp32-accumulation",
-        MINILM,
-        questions,
-        {"max_steps": 50, "global_batch_size": 32, "micro_batch_size": 8, "precision": "fp32"},
-    ),
-    Case(
-        "minilm-checkpointing",
-        MINILM,
-        docstrings,
-        {"max_steps": 30, "global_batch_size": 64, "precision": "bf16", "activation_checkpointing": True},
-        max_length=128,
-    ),
-    Case(
-        "minilm-evaluations",
-        MINILM,
-        docstrings,
-        {"max_steps": 60, "global_batch_size": 16, "precision": "bf16", "eval_strategy": "steps", "eval_steps": 10},
-    ),
-    Case("minilm-tags", MINILM, names, {"max_steps": 60, "global_batch_size": 16, "precision": "fp32"}),
-    Case(
-        "minilm-random-order-8bit",
-        MINILM,
-        questions,
-        {"max_steps": 60, "global_batch_size": 16, "group_by_length": False, "optim": "adamw_8bit"},
-    ),
-    Case(
-        "smollm2-bf16",
-        SMOLLM2,
-        worked_answers,
-        {"max_steps": 12, "global_batch_size": 4, "micro_batch_size": 4, "precision": "bf16"},
-    ),
+    Case("tiny-fp32", "tiny", questions, settings(200, 32, precision="fp32")),
+    Case("minilm-bf16", MINILM, questions, settings(120, 32, **BF16)),
+    Case("minilm-fp32-accumulation", MINILM, questions, settings(50, 32, micro_batch_size=8, precision="fp32")),
+    Case("minilm-checkpointing", MINILM, docstrings, settings(30, 64, activation_checkpointing=True, **BF16), 128),
+    Case("minilm-evaluations", MINILM, docstrings, settings(60, 16, eval_strategy="steps", eval_steps=10, **BF16)),
+    Case("minilm-tags", MINILM, names, settings(60, 16, precision="fp32")),
+    Case("minilm-random-order-8bit", MINILM, questions, settings(60, 16, group_by_length=False, optim="adamw_8bit")),
+    Case("smollm2-bf16", SMOLLM2, worked_answers, settings(12, 4, micro_batch_size=4, **BF16)),
     Case(
         "smollm2-checkpointing",
         SMOLLM2,
         conversations,
-        {
-            "max_steps": 8,
-            "global_batch_size": 8,
-            "micro_batch_size": 4,
-            "precision": "bf16",
-            "activation_checkpointing": True,
-        },
-        max_length=128,
+        settings(8, 8, micro_batch_size=4, activation_checkpointing=True, **BF16),
+        128,
     ),
-    Case(
-        "smollm2-text",
-        SMOLLM2,
-        plays,
-        {"max_steps": 8, "global_batch_size": 4, "micro_batch_size": 2, "precision": "bf16"},
-        max_length=256,
-    ),
+    Case("smollm2-text", SMOLLM2, plays, settings(8, 4, micro_batch_size=2, **BF16), 256),
 )
-
-
 QUICK = ("tiny-fp32", "minilm-bf16")
 
 
