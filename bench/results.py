@@ -53,7 +53,7 @@ class Figure:
     @property
     def bar(self) -> str:
         sides = (("at least", self.at_least), ("at most", self.at_most))
-        return ", ".join(f"{side} {bound:g}" for side, bound in sides if bound is not None)
+        return ", ".join(f"{side} {_shown(bound, self.unit)}" for side, bound in sides if bound is not None)
 
 
 def result(part: str, figure: Figure, quick: bool, circumstances: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,10 +100,13 @@ def newest(folder: Path = RELEASES) -> Path | None:
 
 def number(value: float, unit: str) -> str:
     """A figure with its unit, as a reader sees it; shares are shown in percent."""
+    return _shown(value, unit) if unit == "share" else f"{_shown(value, unit)} {unit}"
+
+
+def _shown(value: float, unit: str) -> str:
     if unit == "share":
-        return f"{100 * value:.2f} %"
-    digits = f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3g}"
-    return f"{digits} {unit}"
+        return f"{100 * value:.4g} %"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3g}"
 
 
 def table(results: Sequence[Result]) -> str:
