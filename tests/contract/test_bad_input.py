@@ -568,8 +568,8 @@ def test_plan_impossible_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, command="plan", train={"num_processes": 5000, "global_batch_size": 5000}),
         RECIPE,
-        f"train.num_processes: 5000, but this machine lets us use {cores} CPU core(s); set at most {cores}, or "
-        "train.oversubscribe: true to try it all the same",
+        f"train.num_processes: 5000, but this machine has {cores} CPU cores available; set at most {cores}, or "
+        "train.oversubscribe: true to try anyway",
     )
 
 
@@ -681,7 +681,7 @@ def test_disk_too_small_is_refused_before_training(
         short,
     )
     assert re.match(
-        rf"enough: free [\d.]+ MiB on the disk of {re.escape(str(measured[-1]))}, or choose another place: frees",
+        rf"enough: free [\d.]+ MiB on the disk of {re.escape(str(measured[-1]))}, or choose another folder: frees",
         ways[0],
     )
     assert [way.split(": frees")[0] for way in ways[1:]] == [

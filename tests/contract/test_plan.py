@@ -89,7 +89,7 @@ def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     assert "ways out" in result.out
     assert "frees" in result.out
     assert len(result.problems) == 1
-    assert "but there are 15.5 GiB of GPU memory" in result.problems[0]
+    assert "but only 15.5 GiB of GPU memory is available" in result.problems[0]
 
 
 @pytest.mark.long

@@ -48,7 +48,7 @@ def test_card_is_taken_where_there_is_one() -> None:
     assert found(HOST, "cpu", 4) == "cpu"
     with pytest.raises(RecipeError, match="torch sees no GPU here"):
         found(HOST, "cuda")
-    with pytest.raises(RecipeError, match="lets us use 1 GPU"):
+    with pytest.raises(RecipeError, match="has 1 GPU available"):
         found(with_card("H100"), processes=2)
 
 
@@ -171,7 +171,7 @@ def test_fp16_that_is_no_faster_is_said_to_be_so() -> None:
         resolve.precision(recipe(train={"precision": wanted}), with_card(name), "cuda", reasons := Reasons())
         return reasons.settings[0].reason
 
-    assert reason("P100", "fp16").endswith("has no tensor cores: no faster than fp32, and rounds more")
+    assert reason("P100", "fp16").endswith("has no tensor cores, so fp16 is no faster than fp32 and less exact")
     assert reason("T4", "fp16") == reason("P100", "fp32") == "from the recipe"
     assert "emulates" in reason("P100", "bf16")
 

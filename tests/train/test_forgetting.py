@@ -108,7 +108,7 @@ def test_nothing_is_measured_where_it_is_turned_off_or_cannot_be(tiny_encoder: P
         assert reached.plan.generic.texts_per_evaluation == 0
         assert measured(reached.folder.parent) == {}
     reasons = {one.name: one.reason for one in (head.plan.settings if head.plan else ())}
-    assert reasons["preserve.drift"] == "nothing but the head moves"
+    assert reasons["preserve.drift"] == "only the head is trained"
 
 
 @pytest.mark.parametrize(

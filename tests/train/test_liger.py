@@ -52,7 +52,7 @@ def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -
         ValueError, match="use_liger_kernel and torch_compile fuse the same operations; use only one of them"
     ):
         recipe(torch_compile=True)
-    with pytest.raises(RecipeError, match="use_liger_kernel runs on GPUs alone"):
+    with pytest.raises(RecipeError, match="use_liger_kernel only runs on a GPU"):
         resolve.refuse_kernels(recipe(), SimpleNamespace(gpus=()), "cpu", "bf16")  # type: ignore[arg-type]  # has no card
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match=r"needs a package that is missing; pip install 'fulltune\[liger\]'"):

@@ -228,11 +228,11 @@ def test_limit_that_no_fallback_can_meet_ends_with_exit_code_3_and_all_of_them(m
     assert "Traceback" not in result.err
     words = " ".join(result.err.split())
     assert "no memory here" in words
-    assert "micro batch 4 instead of 8, the same global batch of 8" in words
+    assert "micro batch 4 instead of 8, with the same global batch of 8" in words
     assert "not possible: activation checkpointing: already on" in words
-    assert "not possible: chunked loss: text-classification has no logits of tokens" in words
+    assert "not possible: chunked loss: text-classification has no logits per token" in words
     assert "not possible: 8-bit AdamW states: already on" in words
-    assert "not possible: offload: without a GPU everything is in the host's memory" in words
+    assert "not possible: offload: without a GPU everything is already in host memory" in words
     assert "what may help: " in words
 
 

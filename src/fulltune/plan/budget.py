@@ -1,4 +1,4 @@
-"""What one process may take of a machine's memory, and what settings need of it and of the disk."""
+"""Memory and disk: what one process may use, and what given settings need."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fulltune.system.sharing import BUCKET_VALUES
 from fulltune.text import format_bytes, parse_bytes
 
 LIBRARIES_BYTES = 700 * 2**20
-"""What a training process on the CPU holds before the model is loaded: Python, torch and transformers."""
+"""Memory of a CPU training process before the model is loaded: Python, torch and transformers."""
 
 
 def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
-    """Bytes that one process may take on its device, its share of the libraries taken off; and the same in words, such
-    as `12 GiB of GPU memory`.
+    """Returns the bytes that one process may use on its device, without the libraries' share, and a description such as
+    `12 GiB of GPU memory`.
 
     Raises:
-        RecipeError: When `train.memory_limit` leaves nothing beside the libraries.
+        RecipeError: If `train.memory_limit` is smaller than the libraries alone.
     """
     processes, limit = recipe.train.processes_per_machine, recipe.train.memory_limit
     libraries = 0 if device == "cuda" else LIBRARIES_BYTES
@@ -33,17 +33,17 @@ def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
         least = min(used, key=lambda gpu: gpu.available_bytes)
         free, where = least.available_bytes, "of GPU memory"
         if free < max(gpu.available_bytes for gpu in used):
-            where += f" (GPU {used.index(least)}, {least.name}, has the least of {len(used)})"
+            where += f" (GPU {used.index(least)}, {least.name}, has the least free of {len(used)})"
     else:
         free = machine.memory_available_bytes // processes - libraries
         where = "of memory" if processes == 1 else f"of memory for each of {processes} processes"
-        where += " of a machine" if recipe.train.num_machines > 1 else ""
+        where += " on each machine" if recipe.train.num_machines > 1 else ""
     if limit is not None:
         limited = parse_bytes(limit) - libraries
         if limited <= 0:
             raise RecipeError(
                 f"train.memory_limit: {limit}, but Python and its libraries alone take about "
-                f"{format_bytes(libraries)}; set more"
+                f"{format_bytes(libraries)}; set a higher limit"
             )
         if limited < free:
             free, where = limited, f"of train.memory_limit ({limit})"
@@ -51,11 +51,7 @@ def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
 
 
 def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
-    """Refuse what ZeRO is to keep in the memory of a host that is too small for it.
-
-    Raises:
-        DoesNotFitError: Naming both sizes.
-    """
+    """Raise `DoesNotFitError` if the host's memory is too small for what ZeRO offloads to it."""
     shared = sharing.of(recipe)
     if shared is None or not machine.gpus:
         return
@@ -64,14 +60,13 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
     if on_host > machine.memory_available_bytes:
         each = f" on each of {machines} machines" if machines > 1 else ""
         raise DoesNotFitError(
-            f"{recipe.train.engine_by}: what is offloaded needs {format_bytes(on_host)}{each}, but "
-            f"{format_bytes(machine.memory_available_bytes)} of the host's memory are free; "
-            "offload less, or take a smaller model"
+            f"{recipe.train.engine_by}: offloading needs {format_bytes(on_host)} of host memory{each}, but "
+            f"{format_bytes(machine.memory_available_bytes)} are free; offload less, or use a smaller model"
         )
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing | None) -> MemoryNeed:
-    """What one process needs on its device; `shared` None: each holds everything."""
+    """The memory that one process needs on its device; without `shared`, every process holds the whole state."""
     if shared is not None and shared.engine == "fsdp2":
         return fsdp2.need(shapes, footprint, settings)
     if shared is not None:
@@ -84,25 +79,25 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared:
 
 
 def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
-    """The weights there are bf16, so that nothing holds a copy of them."""
+    """Memory of a ZeRO process on a GPU, where weights are bf16 and autocast needs no copies of them."""
     parameters, processes = shapes.num_parameters, settings.num_processes
-    held = shared.parts_at("device", engine_state(parameters, shapes.num_trainable), processes)
+    state = shared.parts_at("device", engine_state(parameters, shapes.num_trainable), processes)
     buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
-    if shared.stage == 3:  # what is whole for a moment: at least a layer, or the vocabulary
+    if shared.stage == 3:  # gathered at a time: at least a layer, or the vocabulary
         vocabulary = shapes.vocab_size * shapes.hidden_size
         layer = (parameters - vocabulary) // max(1, shapes.num_layers)
         buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
-    kinds = {**held, **passing(footprint, settings), "buffers": buffers}
+    kinds = {**state, **passing(footprint, settings), "buffers": buffers}
     scoring = _highest(
         footprint.evaluation[footprint.traced(settings.precision)], footprint, settings.eval_batch_size, settings
     )
-    evaluation = held["weights"] + held["optimizer"] + buffers + sum(scoring.values())
+    evaluation = state["weights"] + state["optimizer"] + buffers + sum(scoring.values())
     host = host_bytes(shared, parameters, processes, shapes.num_trainable) // processes
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
 
 def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
-    """What is offloaded stays in the same memory; gradients are whole in ZeRO's buckets."""
+    """Memory of a ZeRO process on a CPU, where offloading frees nothing and buckets hold whole gradients."""
     alone = settings.changed(precision=footprint.traced(settings.precision), num_processes=1)
     whole = memory.need(shapes, footprint, alone)
     kinds = whole.kinds | shared.parts(memory.state_of(shapes.num_parameters, settings), settings.num_processes)
@@ -111,7 +106,7 @@ def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shar
 
 
 def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """A cautious sum for weights or computations of another type than the traced one."""
+    """A cautious estimate for a precision or weight type that was not traced."""
     state = memory.state_of(shapes.num_parameters, settings)
     kinds = state | passing(footprint, settings)
     # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
@@ -122,7 +117,7 @@ def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySetti
         kinds["buffers"] += round(memory.STATE_SHARE * (state["weights"] + state["optimizer"]))
     kinds["buffers"] += state["gradients"] if settings.num_processes > 1 else 0
     kinds["buffers"] += 2 * shapes.num_parameters if cast else 0
-    # Loading and going on from a checkpoint follow from the state alone.
+    # Loading, saving and resuming follow from the state alone.
     like = memory.need(shapes, footprint, settings.changed(precision=footprint.traced(settings.precision)))
     phases: dict[Phase, int] = {"step": sum(kinds.values())}
     return MemoryNeed(
@@ -130,31 +125,31 @@ def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySetti
     )
 
 
-# ---- what ZeRO shares out ----------------------------------------------------------------------------------------
+# ---- what ZeRO shards --------------------------------------------------------------------------------------------
 
 IN_ENGINE = (2, 4, 12)
-"""Bytes a parameter: bf16 weights, fp32 gradients, fp32 weights with both moments (its own estimators)."""
+"""ZeRO's bytes per parameter, by its own estimators: bf16 weights, fp32 gradients, fp32 weights with both moments."""
 LIVE_VALUES = 10**9
-"""The engine's default: values of gathered weights."""
+"""DeepSpeed's default for the number of gathered weights in memory at a time."""
 HOST_BUFFERS = 1.22
-"""Of what is offloaded, for pinned buffers: 176 GB were measured for 18 bytes of each of 8.03 B parameters."""
+"""Factor for pinned host buffers: 176 GB were measured for 18 bytes of each of 8.03 B parameters."""
 
 
 def engine_state(num_parameters: int, num_trainable: int | None = None) -> dict[MemoryKind, int]:
-    """Bytes of all of it; None: all parameters are trained."""
+    """Bytes of ZeRO's whole state over all processes; by default all parameters are trained."""
     weights, gradients, optimizer = IN_ENGINE
     trained = num_parameters if num_trainable is None else num_trainable
     return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}
 
 
 def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, num_trainable: int | None = None) -> int:
-    """Bytes that all processes together take of the host's memory for what is offloaded."""
+    """Host memory in bytes that all processes together need for offloaded state."""
     each = shared.parts_at("host", engine_state(num_parameters, num_trainable), num_devices)
     return round(HOST_BUFFERS * num_devices * sum(each.values()))
 
 
 def passing(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Activations and logits of a micro batch at their highest, in a traced precision."""
+    """Peak bytes of a micro batch's activations and logits, in a traced precision."""
     variant = footprint.variant(footprint.traced(settings.precision), settings.activation_checkpointing)
     return _highest(variant.first, footprint, settings.micro_batch_size, settings)
 
@@ -164,38 +159,36 @@ def _highest(
 ) -> dict[MemoryKind, int]:
     rows = batch_size * footprint.sequences_per_row
     part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * settings.longest_tokens)) if settings.chunked_loss else 1.0
-    found = [moment.bytes(rows, settings.longest_tokens) for moment in moments]
-    held: list[dict[MemoryKind, int]] = [
-        {"activations": one.get("activations", 0), "logits": round(part * one.get("logits", 0))} for one in found
+    alive = [moment.bytes(rows, settings.longest_tokens) for moment in moments]
+    passing: list[dict[MemoryKind, int]] = [
+        {"activations": kinds.get("activations", 0), "logits": round(part * kinds.get("logits", 0))} for kinds in alive
     ]
-    return max(held, key=lambda one: sum(one.values()))
+    return max(passing, key=lambda kinds: sum(kinds.values()))
 
 
 # ---- the disk ----------------------------------------------------------------------------------------------------
 
 ENGINE_BYTES = 16
-"""A parameter in ZeRO's checkpoints: weights and moments in fp32 (12), what passes compute with (4)."""
+"""Bytes per parameter in ZeRO's checkpoints: fp32 weights and moments (12), and the weights that passes use (4)."""
 MOMENTS_BYTES = 8
-"""A parameter's two moments in fp32."""
-
+"""Bytes of a parameter's two moments in fp32."""
 SMALL_FILES_BYTES = 16 * 2**20
-"""In each checkpoint and in the model's folder beside the tensors: a tokenizer of 1 MB (30,000 words) to 17 MB (128,000
-words), config, random state, log."""
+"""Room for the files beside the tensors of a checkpoint or model: a tokenizer is 1 MB (30,000 words) to 17 MB (128,000
+words)."""
 
 
 def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
-    """Checkpoints and models at their fullest: the kept checkpoints, the best one and the one being written; the
-    finished model, and the weights before step 1, which are kept until it is saved. All hold what is trained. A
-    run that is stopped in between writes one checkpoint more."""
+    """Disk space of the run at its fullest: all checkpoints (the kept ones, the best, the one being written), the
+    finished model, and the initial weights, which stay until it is saved; only trained parameters are written."""
     state = memory.state_of(num_parameters, settings)
     weights = memory.num_trainable(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
-    one = weights + state["optimizer"]
-    if recipe.train.placement == "fsdp2":  # moments are in fp32 there, however they are kept
-        one = weights + max(state["optimizer"], MOMENTS_BYTES * memory.num_trainable(num_parameters, settings))
+    checkpoint = weights + state["optimizer"]
+    if recipe.train.placement == "fsdp2":  # its checkpoints have fp32 moments, whatever the optimizer keeps
+        checkpoint = weights + max(state["optimizer"], MOMENTS_BYTES * memory.num_trainable(num_parameters, settings))
     if recipe.train.engine_by:
-        one = num_parameters * ENGINE_BYTES
+        checkpoint = num_parameters * ENGINE_BYTES
     return DiskNeed(
-        one_checkpoint=one + SMALL_FILES_BYTES,
+        one_checkpoint=checkpoint + SMALL_FILES_BYTES,
         num_checkpoints=min(recipe.train.save_total_limit + 2, settings.num_saves or 10**9),
         model=2 * weights + SMALL_FILES_BYTES,
     )

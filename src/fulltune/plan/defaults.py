@@ -2,7 +2,7 @@
 
 Sources: Devlin et al. 2018 (BERT: 2e-5 to 5e-5, batch 16 to 32); Mosbach et al. 2020, arXiv 2006.04884 (small data:
 2e-5, warm-up, more epochs); Clark et al. 2020 (ELECTRA: 5e-5 to 1e-4); Schulman et al. 2025 (decoders: full
-fine-tuning at a tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on Banking77 (2e-4, 2026-11-24).
+fine-tuning at a tenth of LoRA's 3e-4 to 1e-3); measured with MiniLM-L6 on Banking77 (2e-4, 2026-11-24).
 """
 
 from __future__ import annotations
@@ -10,39 +10,37 @@ from __future__ import annotations
 from fulltune.recipe.methods import Method
 from fulltune.recipe.tasks import FACTS
 
-Chosen = tuple[float, str]
+DefaultWithReason = tuple[float, str]
 ADAPTER_TIMES = 20.0
-"""An adapter's best learning rate as a multiple of full fine-tuning's: 1e-3 where full takes 5e-5 (Houlsby et al. 2019:
-up to 3e-3); MiniLM-L6, whose rate is 2e-4, was best at 1e-2."""
-LORA_TIMES, MOST_LORA = 10.0, 8e-4
-"""LoRA's best learning rate as a multiple of full fine-tuning's, on average (Schulman et al. 2025), and its cap: at
-2e-3 MiniLM-L6 loses what a head from a probe gives it, and in long runs learned nothing (docs/concepts/statistics.md).
-"""
-
+"""An adapter's best learning rate as a multiple of full fine-tuning's (Houlsby et al. 2019: 1e-3, up to 3e-3; MiniLM-L6
+was best at 1e-2, where full takes 2e-4)."""
+LORA_TIMES, MAX_LORA = 10.0, 8e-4
+"""LoRA's best learning rate as a multiple of full fine-tuning's (Schulman et al. 2025), and its cap: at 2e-3 MiniLM-L6
+loses the advantage of a probe's head, and in long runs learned nothing (docs/concepts/statistics.md)."""
 
 RATES = {
     "decoders": ((50, 2e-4), (1_000, 5e-5), (5_000, 2e-5), (15_000, 1e-5), (float("inf"), 5e-6)),
     "encoders": ((50, 2e-4), (200, 5e-5), (500, 2e-5), (float("inf"), 1e-5)),
 }
-"""Millions of parameters at most, and the peak rate."""
+"""For each kind of model, pairs of a maximum size in millions of parameters and its peak learning rate."""
 
 
-def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
-    """Peak rate for AdamW with all parameters trained: the larger the model, the lower."""
+def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
+    """Peak rate of full fine-tuning with AdamW, lower for larger models."""
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
     kind = "decoders" if is_decoder else "encoders"
     rate = next(rate for most, rate in RATES[kind] if millions <= most)
-    return rate, f"a usual rate for {kind} of this size ({size})"
+    return rate, f"usual rate for {kind} of this size ({size})"
 
 
-def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> Chosen:
-    """Peak rate of a method: the fewer values it trains, and the less each does, the higher."""
+def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> DefaultWithReason:
+    """Peak rate of a method, higher for methods that train fewer values."""
     full, why = learning_rate(num_parameters, is_decoder)
     if method.kind in ("lora", "adapter"):
-        rate = min(LORA_TIMES * full, MOST_LORA) if method.kind == "lora" else ADAPTER_TIMES * full
-        return rate, f"{rate / full:g} times full fine-tuning's, {full:g}: {why}"
-    usual: dict[str, Chosen] = {
+        rate = min(LORA_TIMES * full, MAX_LORA) if method.kind == "lora" else ADAPTER_TIMES * full
+        return rate, f"{rate / full:g} times the rate of full fine-tuning ({full:g}, the {why})"
+    usual: dict[str, DefaultWithReason] = {
         "head": (1e-3, "usual for a head alone"),
         "prompt": (3e-2, "virtual tokens are few and need long steps (Lester et al. 2021: 0.3 with Adafactor)"),
         "peft": (3e-3, "usual for methods that train scales (Liu et al. 2022, IA3: 3e-3)"),
@@ -50,31 +48,31 @@ def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> C
     return usual.get(method.kind, (full, why))
 
 
-def num_train_epochs(task: str, num_rows: int) -> Chosen:
-    """Passes over the rows: few rows need more of them."""
+def num_train_epochs(task: str, num_rows: int) -> DefaultWithReason:
+    """Number of epochs, more for fewer rows."""
     few, usual = (3.0, 2.0) if FACTS[task].writes else (5.0, 3.0)
     if num_rows < 2_000 and not FACTS[task].writes:
         return 10.0, "few rows (below 2,000)"
     return (few, "few rows (below 10,000)") if num_rows < 10_000 else (usual, "10,000 rows or more")
 
 
-def warmup_ratio(task: str, head_is_kept: bool) -> Chosen:
-    """Share of the steps with a rising rate."""
+def warmup_ratio(task: str, head_is_kept: bool) -> DefaultWithReason:
+    """Share of the steps in which the learning rate rises."""
     if FACTS[task].writes:
         return 0.03, "usual for language models"
     return 0.1, "usual for this kind of task" if head_is_kept else "usual with a new head"
 
 
-MOST_LENGTH_EXPLAINED = 0.25
+MAX_LENGTH_EXPLAINED = 0.25
 
 
 def group_by_length(length_explained: float) -> tuple[bool, str]:
-    """Batches of rows of similar length, unless they would be batches of rows of the same class.
+    """Decides whether to batch rows of similar length: not if such rows mostly share a class.
 
-    Measured on a planted multi-label set whose labels go with the length: F1 0.75 with grouping, 1.0 without
-    (2026-11-24). Banking77, where the class explains 13 % of the length, loses nothing.
+    With planted labels that follow the length, F1 was 0.75 with grouping and 1.0 without (2026-11-24); Banking77, where
+    the class explains 13 % of the length, loses nothing.
     """
-    share = f"the target explains {length_explained:.0%} of the variance of the length"
-    if length_explained >= MOST_LENGTH_EXPLAINED:
-        return False, f"{share}: batches by length would be one-sided"
+    share = f"the target explains {length_explained:.0%} of the variance in length"
+    if length_explained >= MAX_LENGTH_EXPLAINED:
+        return False, f"{share}: batches of similar length would be one-sided"
     return True, f"less padding; {share}" if length_explained else "less padding"

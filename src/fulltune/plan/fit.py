@@ -1,4 +1,4 @@
-"""Fill in what the recipe left open, check that it can run, and write down why each value is what it is."""
+"""Make the plan: choose every value that the recipe leaves open, with its reason, and check that the run fits."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from fulltune.text import format_bytes, parse_bytes
 
 
 def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_seconds: float | None = None) -> Plan:
-    """Decide every number of the trial.
+    """Make the plan of a trial.
 
     Args:
         workload: The checked recipe, the model and its rows.
-        fleet: What is here, or what is planned for.
-        own_loss: The user gave `compute_loss`, which needs whole logits.
-        started_seconds: What the command has taken until now; None: nobody waits for a whole command.
+        fleet: The hardware to plan for.
+        own_loss: True if the user gave `compute_loss`, which needs all logits at once.
+        started_seconds: Seconds that the command has already run; by default the usual start-up time is assumed.
 
     Returns:
-        The plan; `settings` holds each value with its reason, `time` is None where the hardware's speed is not known.
+        The plan, with a reason for each of its `settings`; `time` is None if the hardware's speed is unknown.
 
     Raises:
-        RecipeError: When settings contradict each other or the machine.
-        DoesNotFitError: When memory or disk are too small, with ways out.
+        RecipeError: If settings contradict each other or the machine.
+        DoesNotFitError: If memory or disk is too small, with ways out.
     """
     shapes, summary, reasons = workload.shapes, workload.summary, Reasons()
     recipe, why = placed(workload, fleet, own_loss)
@@ -56,7 +56,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         raise DoesNotFitError([first + chose, *ways]) from None
     reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
-    often = "every step of a short run" if steps.total < 400 else "about 200 log lines"
+    often = "each step, in a short run" if steps.total < 400 else "about 200 log lines"
     logging_steps = reasons.add("train.logging_steps", train.logging_steps, max(1, steps.total // 200), often)
     generic = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
@@ -101,7 +101,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
 
 
 def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
-    """The fastest settings that fit into memory, if what they need fits on the disk as well."""
+    """The fastest settings that fit in memory, with their disk need, which must fit too."""
     recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
     budget.refuse_offload(recipe, shapes, fleet.machine)
     chosen = choose.choose(basis)
@@ -117,14 +117,13 @@ def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Opt
 
 
 def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
-    """The recipe with its placement, and why it has this one; a placement that is given stays, without a reason.
+    """The recipe with its placement settled, and the reason if the recipe left it open.
 
-    One process holds everything. Several hold everything each (ddp) where that fits, because it sends least; else they
-    share it out (fsdp2). Both compute the same numbers, so moments in 8 bits come only after them, and ZeRO never by
-    itself: it computes in other types, and has to be installed. (Plans for other hardware may: `survey`.)
+    Several processes use ddp if it fits, since it sends least, else fsdp2. Both compute the same numbers, so 8-bit
+    moments come after them. ZeRO is never chosen here: it computes in other types and needs installing.
 
     Raises:
-        RecipeError: When settings contradict each other or the machine.
+        RecipeError: If settings contradict each other or the machine.
     """
     recipe = workload.recipe
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
@@ -133,8 +132,7 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
         return with_placement(recipe, "single"), "one process"
 
     def peaks(placement: Placement) -> tuple[int, int, int]:
-        """What is free in each process; the least that it needs with the same numbers, and with the levers that change
-        them."""
+        """Bytes free in each process, and the lowest need without and with levers that change the result."""
         own = with_placement(recipe, placement)
         basis = basis_of(replace(workload, recipe=own), fleet, own_loss=own_loss)
         exact, other = (choose.smallest(basis, same_numbers=same).memory.peak for same in (True, False))
@@ -142,64 +140,64 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
 
     free, ddp, ddp_with_others = peaks("ddp")
     if ddp <= free:
-        return with_placement(recipe, "ddp"), "it fits in each process"
+        return with_placement(recipe, "ddp"), "a full copy fits in each process"
     why = f"ddp needs {format_bytes(ddp)} in each process, {format_bytes(free)} are free"
-    if against := obstacle(recipe, workload.shapes, fleet.machine):
+    if against := fsdp2_obstacle(recipe, workload.shapes, fleet.machine):
         return with_placement(recipe, "ddp"), f"{why}; fsdp2 is not possible: {against}"
     _, fsdp2, _ = peaks("fsdp2")
     if fsdp2 <= free:
         return with_placement(recipe, "fsdp2"), why
     why += f", fsdp2 needs {format_bytes(fsdp2)}"
     if ddp_with_others <= free:
-        return with_placement(recipe, "ddp"), f"{why}; it fits with other numbers"
+        return with_placement(recipe, "ddp"), f"{why}; ddp fits with settings that change the result"
     return with_placement(recipe, "fsdp2" if fsdp2 < ddp_with_others else "ddp"), why
 
 
-def obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str:
-    """Why FSDP2 is not taken without asking; empty when it may be."""
+def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | None:
+    """The reason why FSDP2 may not be chosen automatically."""
     train = recipe.train
     if train.device == "cpu" and machine.gpus:
-        return "it would take the GPUs"
+        return "it would use the GPUs"
     if train.optim not in (None, *SHARED_OUT):
         return f"{train.optim} needs whole tensors"
     if train.use_liger_kernel:
-        return "Liger's kernels were never tried with it"
+        return "Liger's kernels are untested with it"
     if shapes.num_trainable is not None:
-        return "its memory is planned for full fine-tuning alone"
-    return "" if shapes.units is not None else "this model has no repeated blocks"
+        return "its memory can only be planned for full fine-tuning"
+    return None if shapes.units is not None else "this model has no repeated blocks"
 
 
 # ---- the time of the whole command -------------------------------------------------------------------------------
 
 DISK_BYTES_PER_SECOND = 10**9
 START_SECONDS, LOADS = 20.0, 3
-"""Two processes that import torch and transformers, where nothing was measured: 12 to 25 s on two cores. The model is
-read for the training, for the baselines and to score what was trained."""
+"""Start-up of two processes that import torch and transformers (measured: 12 to 25 s on two cores), and how often the
+model is read: to train, for the baselines, and to score the result."""
 CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
-"""Of the checks, and of each line of the scores, whatever the rows; on one free core, more on busy ones."""
+"""Seconds of the checks and of each line of scores, whatever the rows, on a free core; number of baseline lines."""
 LONGEST_PASSES = 2
-"""Of the longest micro batch in a dry run."""
+"""Passes of the longest micro batch in a dry run."""
 
 
 def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: float | None = None) -> Plan:
-    """The plan with its time; without, where the speed of the hardware is not known."""
+    """The plan with its time, if the hardware's speed is known."""
     fleet, work = basis.fleet, basis.work
     flops = time.device_flops(fleet, plan.precision, basis.shapes.hidden_size)
     if flops is None:
         return plan
     devices = plan.num_processes if fleet.machine.gpus else plan.num_machines
     evaluations = time.occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
-    one = plan.disk.one_checkpoint if plan.disk else plan.state["weights"] + plan.state["optimizer"]
+    checkpoint = plan.disk.one_checkpoint if plan.disk else plan.state["weights"] + plan.state["optimizer"]
     step, tokens = time.together(basis.seconds(plan)), plan.global_batch_size * work.tokens_per_row
     training = plan.total_steps * step
     need = TimeNeed(
         train_seconds=training,
         eval_seconds=evaluations * work.forward_flops(_rows(summary, "eval")) / (flops * devices),
-        save_seconds=(plan.num_saves or 0) * one / DISK_BYTES_PER_SECOND,
+        save_seconds=(plan.num_saves or 0) * checkpoint / DISK_BYTES_PER_SECOND,
         tokens=round(plan.total_steps * tokens),
         tokens_per_second=tokens / step,
         source="arithmetic",
-        around=dict(_around(plan, basis, summary, (training, flops), started_seconds)),
+        around=dict(_around(plan, basis, summary, training, flops, started_seconds)),
     )
     return plan.model_copy(update={"time": need, "busy": fleet.machine.busy if plan.device == "cpu" else ""})
 
@@ -209,16 +207,15 @@ def _rows(summary: DataSummary, split: str) -> int:
 
 
 def _around(
-    plan: Plan, basis: Basis, summary: DataSummary, known: tuple[float, float], started_seconds: float | None
+    plan: Plan, basis: Basis, summary: DataSummary, training: float, flops: float, started_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
-    """What the command does before and after the training, in order, and its seconds; `known` are the seconds of the
-    training and a device's operations a second."""
-    work, recipe, gpu, (training, flops) = basis.work, basis.recipe, basis.fleet.gpu_model, known
-    # Of a forward pass, however few tokens: to call the layers, on a GPU to launch their kernels.
+    """Yields the stages before and after training with their seconds, given the training's and a device's FLOP/s."""
+    work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
+    # Least time of a forward pass, to call the layers; on a GPU, to launch their kernels.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers
 
     def forward(rows: int) -> float:
-        """Seconds of so many rows in batches of the evaluation."""
+        """Seconds to evaluate some rows."""
         return max(work.forward_flops(rows) / flops, -(-rows // plan.eval_batch_size) * pass_seconds)
 
     spent = START_SECONDS if started_seconds is None else started_seconds
@@ -226,7 +223,7 @@ def _around(
     probed_rows, _, probing = time.probe_cost(summary, basis.shapes.hidden_size)
     if plan.head_init == "probe":
         yield PROBE, forward(probed_rows) + probing
-    # Passes of the longest micro batch, and some more as far as they are a small part of the training.
+    # Passes of the longest micro batch, and some more where they are a small part of the training.
     tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * plan.longest_tokens
     passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
     computing = passes * work.flops_of(tokens, plan.longest_tokens) / flops
@@ -235,19 +232,19 @@ def _around(
         return
     # A classifier's temperature is fitted on the eval rows.
     scored = test + (_rows(summary, "eval") if summary.form.is_calibrated else 0)
-    # Answers of full length; those that end earlier take less. Each token of a batch is a pass that reads all weights.
-    asked = min(recipe.evaluate.generate_rows, test) if summary.form.writes_answers else 0
-    passes = -(-asked // plan.eval_batch_size) * recipe.evaluate.max_new_tokens
+    # Answers of full length; shorter ones take less. Each token of a batch is a pass that reads all weights.
+    answered = min(recipe.evaluate.generate_rows, test) if summary.form.writes_answers else 0
+    passes = -(-answered // plan.eval_batch_size) * recipe.evaluate.max_new_tokens
     rate = 1e9 * (gpu.memory_gb_per_second if gpu else basis.fleet.host_memory_gb_per_second)
     reading = passes * BYTES[plan.weights_dtype] * plan.num_parameters / rate
-    writing = work.flops_of(asked * recipe.evaluate.max_new_tokens, plan.longest_tokens) / flops
+    writing = work.flops_of(answered * recipe.evaluate.max_new_tokens, plan.longest_tokens) / flops
     answers = max(writing, reading) + passes * pass_seconds
     if recipe.evaluate.baselines:
-        untouched = test  # through the model as it was, for a classifier on embeddings
+        untouched = test  # rows through the pretrained model, for a classifier on embeddings
         if not FACTS[summary.task].writes:
             untouched = time.probe_passes(summary) * test if not summary.form.has_windows else 0
             untouched += probed_rows if plan.head_init != "probe" else 0
             untouched += scored if plan.head_init is not None else 0  # with the probe as its head
-        # What reads no row with a model writes no answers either.
+        # A baseline that reads no row with the model writes no answers either.
         yield BASELINES, BASELINE_LINES * SCORING_SECONDS + (forward(untouched) + answers if untouched else 0.0)
     yield TRAINED, SCORING_SECONDS + forward(scored) + answers

@@ -1,8 +1,7 @@
-"""What saves memory: one table of what each lever needs, changes and costs.
+"""The table of levers: settings that save memory, with what each needs, changes and costs.
 
-Five filter and order it: the search of a plan (`choose`), the ways out of what does not fit (`ways_out`), what is tried
-after memory ran out (`train.parent.next_attempt`), what its message proposes, and what `plan --measure` tries
-(`train.parent.measure`). A new lever is one entry of `LEVERS`.
+The plan's search (`choose`), the ways out (`ways_out`), the retry after running out of memory
+(`train.parent.next_attempt`) with its message, and `plan --measure` (`train.parent.measure`) all read it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from fulltune.records.plan import MemorySettings, Phase
 from fulltune.system import sharing
 
 Changes = dict[str, Any]
-"""Fields of memory settings (or of a plan, which has them) and their new values."""
+"""New values by field of the memory settings, or of a plan, which has the same fields."""
 SETTING_OF = {
     "precision": "train.precision",
     "weights_dtype": "model.weights_dtype",
@@ -33,47 +32,47 @@ SETTING_OF = {
     "longest_tokens": "data.max_length",
     "torch_compile": "train.torch_compile",
 }
-"""Field of a plan to the setting that it is."""
-SHORTEST = 128
-"""Rows are not cut below so many tokens."""
+"""Name of the recipe's setting by field of a plan."""
+MIN_LENGTH = 128
+"""Tokens below which no lever cuts rows."""
 ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")
 
 
 @dataclass(frozen=True)
 class Lever:
-    """One thing that saves memory."""
+    """A setting that trades something else for memory."""
 
     name: str
     setting: str
     costs: str
-    """What is lost by it."""
+    """The price of the memory, in words for the user."""
     changes: Changes = field(default_factory=dict)
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
-    """In place of `changes` where they depend on what is: the mildest first."""
-    unless: Callable[[Recipe, MemorySettings], str] = lambda recipe, now: ""
-    """Reason the lever is unavailable, beyond those that hold for all levers; empty: it is available."""
+    """Computes the possible changes, the mildest first, where fixed `changes` do not do."""
+    unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
+    """Returns a reason why the lever cannot be used, if there is one of its own."""
     done: str = ""
-    """What is said when it was taken: `now` is the plan before, and fields of the changes have their new values."""
+    """Message after it was used: a template with the changed fields and `now`, the plan before."""
     same_result: bool = True
     searched: bool = False
-    """The search of a plan may take it."""
+    """True if a plan may use it by itself."""
     way_out: bool = False
-    """Proposed where nothing fits."""
+    """True if it is proposed when nothing fits."""
     fallback: tuple[Phase, ...] = ()
-    """Tried when memory ran out there."""
+    """Phases in which running out of memory tries it."""
     measured: str = ""
-    """Its name in the table of `plan --measure`; empty: not measured."""
+    """Name in the table of `plan --measure`, for levers that it measures."""
     also: str = ""
-    """A second setting that it has."""
-    kept: bool = True
-    """What the recipe gives is not changed without asking; batch sizes are, because they change no result."""
+    """A second setting that it changes."""
+    respects_recipe: bool = True
+    """False for batch sizes, which may replace the recipe's because they change no result."""
 
     def apply(self, recipe: Recipe, now: MemorySettings) -> list[Changes]:
-        """The changes that it makes, the mildest first."""
+        """The possible changes, the mildest first."""
         return [dict(self.changes)] if self.options is None else self.options(recipe, now)
 
     def settings(self, recipe: Recipe, changes: Changes) -> dict[str, Any]:
-        """What the recipe has to say for them: its own settings, and others that the recipe gives otherwise."""
+        """The recipe settings for some changes: the lever's own, and any that the recipe sets to another value."""
         named = {SETTING_OF[name]: value for name, value in changes.items() if "." in SETTING_OF[name]}
         return {
             name: value
@@ -81,82 +80,82 @@ class Lever:
             if name in (self.setting, self.also) or given(recipe, name) not in (None, value)
         }
 
-    def obstacle(self, recipe: Recipe, now: MemorySettings) -> str:
-        """Why it cannot be had, whatever the recipe's own value of its setting; empty when it can."""
+    def obstacle(self, recipe: Recipe, now: MemorySettings) -> str | None:
+        """The reason why the lever cannot be used at all, whatever the recipe sets."""
         own = [name for name in self.changes if SETTING_OF[name] == self.setting]
         if own and all(getattr(now, name) == self.changes[name] for name in own):
             return "already on"
         if problem := self.unless(recipe, now):
             return problem
-        return "" if self.apply(recipe, now) else "it is the smallest already"
+        return None if self.apply(recipe, now) else "already at its smallest value"
 
-    def refusal(self, recipe: Recipe, now: MemorySettings) -> str:
-        """Why it is not taken without asking; empty when it may be."""
+    def refusal(self, recipe: Recipe, now: MemorySettings) -> str | None:
+        """The reason why the lever may not be used without asking the user."""
         if problem := self.obstacle(recipe, now):
             return problem
-        if self.kept and (value := given(recipe, self.setting)) is not None:
-            return f"the recipe says {self.setting}: {in_yaml(value)}"
-        return ""
+        if self.respects_recipe and (value := given(recipe, self.setting)) is not None:
+            return f"the recipe sets {self.setting}: {in_yaml(value)}"
+        return None
 
 
 def plain_optim(weights_dtype: str, rounding: str | None) -> str:
-    """What a plan takes when the recipe names no optimizer."""
+    """The default optimizer."""
     return "adamw_bf16" if weights_dtype == "bf16" and rounding != "nearest" else "adamw_torch_fused"
 
 
-def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str:
-    """What keeps a loss from being computed in pieces; empty: nothing does."""
+def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str | None:
+    """The reason why the loss cannot be chunked, if there is one."""
     if not FACTS[recipe.task].writes:
-        return f"{recipe.task} has no logits of tokens"
+        return f"{recipe.task} has no logits per token"
     if own_loss:
-        return "your own loss (compute_loss) needs the logits as a whole"
+        return "your own loss (compute_loss) needs all logits at once"
     if recipe.train.engine_by:
-        return "ZeRO shards the head in stage 3, and a loss in pieces needs it whole (untried in stage 2)"
-    return "" if plain_logits else "this model scales or caps its logits after the head"
+        return "a chunked loss needs the whole head, which ZeRO shards in stage 3 (untested in stage 2)"
+    return None if plain_logits else "this model scales or caps its logits after the head"
 
 
-# ---- what stands against each, and what it changes ---------------------------------------------------------------
+# ---- obstacles and changes of single levers ----------------------------------------------------------------------
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    """Half of the micro batch (or its largest divisor), half of that, down to 1, where an engine's settings agree."""
-    size, found = now.micro_batch_size, []
+    """Micro batches of half the size (or the largest divisor), half of that and so on, as DeepSpeed allows."""
+    size, smaller = now.micro_batch_size, []
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)
         passes = now.gradient_accumulation_steps * now.micro_batch_size // size
         if not sharing.disagreements(recipe, size, passes, now.num_processes, now.precision):
-            found.append({"micro_batch_size": size, "gradient_accumulation_steps": passes})
-    return found
+            smaller.append({"micro_batch_size": size, "gradient_accumulation_steps": passes})
+    return smaller
 
 
-def _no_smaller_batch(recipe: Recipe, now: MemorySettings) -> str:
-    if now.micro_batch_size == 1 or _smaller_batches(recipe, now):  # the smallest is told as of every lever
-        return ""
-    return f"{ENGINE_SETTINGS} gives the micro batch; write {sharing.AUTO!r} there"
+def _no_smaller_batch(recipe: Recipe, now: MemorySettings) -> str | None:
+    if now.micro_batch_size == 1 or _smaller_batches(recipe, now):  # the smallest is an obstacle of every lever
+        return None
+    return f"{ENGINE_SETTINGS} fixes the micro batch; write {sharing.AUTO!r} there"
 
 
 def _half_precision(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     return [{"precision": "bf16" if now.fast_bf16 else "fp16"}]
 
 
-def _no_narrow_weights(recipe: Recipe, now: MemorySettings) -> str:
+def _no_narrow_weights(recipe: Recipe, now: MemorySettings) -> str | None:
     if recipe.train.engine_by:
         return "ZeRO keeps weights in fp32"
-    return "" if now.fast_bf16 else "this GPU has no fast bf16"
+    return None if now.fast_bf16 else "this GPU has no fast bf16"
 
 
 def _half_length(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     half = now.longest_tokens // 2
-    return [{"longest_tokens": half}] if half >= SHORTEST else []
+    return [{"longest_tokens": half}] if half >= MIN_LENGTH else []
 
 
 def _no_offloading(recipe: Recipe, now: MemorySettings) -> str:
     if now.device == "cpu":
-        return "without a GPU everything is in the host's memory"
+        return "without a GPU everything is already in host memory"
     if recipe.train.engine_by:
-        return "already on" if recipe.train.offload != "none" else f"not done by itself; set {OFFLOAD} yourself"
+        return "already on" if recipe.train.offload != "none" else f"never used automatically; set {OFFLOAD} yourself"
     settings = f"{PLACEMENT}: zero2 and {OFFLOAD}: optimizer"
-    return f"not done by itself; set {settings} yourself ({sharing.INSTALL})"
+    return f"never used automatically; set {settings} yourself ({sharing.INSTALL})"
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------
@@ -164,39 +163,39 @@ def _no_offloading(recipe: Recipe, now: MemorySettings) -> str:
 _NARROW = {"weights_dtype": "bf16", "precision": "bf16", "optim": "adamw_bf16", "bf16_rounding": "stochastic"}
 LEVERS = (
     Lever(
-        name="computations in 16 bits",
+        name="16-bit computations",
         setting="train.precision",
         costs="rounding",
         options=_half_precision,
-        unless=lambda _, now: "the weights are of 16 bits already" if now.weights_dtype != "fp32" else "",
+        unless=lambda _, now: "the weights already have 16 bits" if now.weights_dtype != "fp32" else None,
         same_result=False,
         measured="{precision} computations",
     ),
     Lever(
         name="smaller micro batch",
         setting="train.micro_batch_size",
-        costs="nothing but some speed",
+        costs="some speed",
         options=_smaller_batches,
         unless=_no_smaller_batch,
-        done="micro batch {micro_batch_size} instead of {now.micro_batch_size}, the same global batch of "
+        done="micro batch {micro_batch_size} instead of {now.micro_batch_size}, with the same global batch of "
         "{now.global_batch_size}",
         way_out=True,
         fallback=("step",),
-        kept=False,
+        respects_recipe=False,
     ),
     Lever(
         name="smaller eval batch",
         setting="evaluate.batch_size",
-        costs="nothing but some speed",
+        costs="some speed",
         options=lambda _, now: [{"eval_batch_size": now.eval_batch_size // 2}] if now.eval_batch_size > 1 else [],
         done="eval batch {eval_batch_size} instead of {now.eval_batch_size}",
         fallback=("evaluation",),
-        kept=False,
+        respects_recipe=False,
     ),
     Lever(
         name="chunked loss",
         setting="train.chunked_loss",
-        costs="nothing but some speed",
+        costs="some speed",
         changes={"chunked_loss": True},
         unless=lambda recipe, now: whole_logits(recipe, now.plain_logits),
         done="chunked loss on",
@@ -209,7 +208,7 @@ LEVERS = (
         setting="train.activation_checkpointing",
         costs="a third more operations",
         changes={"activation_checkpointing": True},
-        unless=lambda _, now: "" if now.can_recompute else "this model cannot recompute its activations",
+        unless=lambda _, now: None if now.can_recompute else "this model does not support it",
         done="activation checkpointing on",
         searched=True,
         way_out=True,
@@ -219,10 +218,10 @@ LEVERS = (
     Lever(
         name="8-bit AdamW states",
         setting="train.optim",
-        costs="moments of 8 bits",
+        costs="8-bit moments",
         changes={"optim": "adamw_8bit"},
-        unless=lambda recipe, _: "ZeRO shares out the optimizer" if recipe.train.engine_by else "",
-        done="AdamW's states in 8 bits (train.optim: adamw_8bit), which changes the result a little",
+        unless=lambda recipe, _: "ZeRO has its own optimizer" if recipe.train.engine_by else None,
+        done="8-bit AdamW states (train.optim: adamw_8bit), which change the result slightly",
         same_result=False,
         searched=True,
         way_out=True,
@@ -232,7 +231,7 @@ LEVERS = (
     Lever(
         name="bf16 weights",
         setting="model.weights_dtype",
-        costs="weights of 16 bits, rounded at random",
+        costs="16-bit weights with stochastic rounding",
         changes=_NARROW,
         unless=_no_narrow_weights,
         same_result=False,
@@ -242,7 +241,7 @@ LEVERS = (
         name="bf16 weights and 8-bit AdamW states",
         setting="model.weights_dtype",
         also="train.optim",
-        costs="weights of 16 bits, moments of 8",
+        costs="16-bit weights, 8-bit moments",
         changes=_NARROW | {"optim": "adamw_8bit"},
         unless=_no_narrow_weights,
         same_result=False,
@@ -251,7 +250,7 @@ LEVERS = (
     Lever(
         name="shorter rows",
         setting="data.max_length",
-        costs="longer rows are cut",
+        costs="longer rows are truncated",
         options=_half_length,
         same_result=False,
         way_out=True,
@@ -259,20 +258,20 @@ LEVERS = (
     Lever(
         name="offload",
         setting=OFFLOAD,
-        costs="speed, and memory of the host",
+        costs="speed and host memory",
         unless=_no_offloading,
         fallback=ANYWHERE,
     ),
 )
-"""The mildest first."""
+"""All levers, the mildest first."""
 
 
 def what_helps(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
-    """Settings with values that a person may give to save memory in a phase, the mildest first."""
-    found: dict[str, str] = {}
+    """Settings with values, as `name: value`, that would save memory in a phase, the mildest first."""
+    settings: dict[str, str] = {}
     for lever in LEVERS:
         if lever.way_out and phase in (lever.fallback or ANYWHERE) and not lever.obstacle(recipe, now):
             changes = lever.apply(recipe, now)[-1]
             value = next(value for name, value in changes.items() if SETTING_OF[name] == lever.setting)
-            found.setdefault(lever.setting, in_yaml(value))
-    return [f"{setting}: {value}" for setting, value in found.items()]
+            settings.setdefault(lever.setting, in_yaml(value))
+    return [f"{setting}: {value}" for setting, value in settings.items()]

@@ -204,8 +204,8 @@ _AS_WEIGHTS = {
 """Optimizer to values per parameter of the weights' own type."""
 
 
-def known(optim: str) -> bool:
-    """Whether the optimizer's state is known; the others are planned as AdamW, and the plan says so."""
+def has_known_state(optim: str) -> bool:
+    """True if the size of the optimizer's state is known; others are planned as AdamW."""
     return optim in _MOMENTS or optim in _AS_WEIGHTS
 
 

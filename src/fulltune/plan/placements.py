@@ -1,5 +1,4 @@
-"""Where weights, gradients and optimizer state may lie on some hardware, and what each way needs and gives: see
-docs/guides/scale.md."""
+"""The table of placements for some hardware, each with its memory and speed (docs/guides/scale.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any
 from fulltune.plan import budget, choose
 from fulltune.plan.levers import plain_optim
 from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, given, with_settings
-from fulltune.plan.workload import Basis, takes_pieces
+from fulltune.plan.workload import Basis, is_loss_chunked
 from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemoryNeed, MemorySettings, PlacementOption
 from fulltune.system import sharing
@@ -27,16 +26,16 @@ _DEFAULTS = {
 
 
 def table(basis: Basis) -> tuple[PlacementOption, ...]:
-    """Every way that makes sense on this hardware, with what it needs and how fast it should be."""
+    """Every sensible placement on this hardware, with its memory and expected speed."""
     return tuple(_best(basis, settings) for settings in _layouts(basis))
 
 
 def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
-    """The settings of each way to place things."""
+    """Yields the settings of each placement."""
     train = basis.recipe.train
     many = train.num_processes > 1
     plain = _DEFAULTS | {"train.optim": "adamw_torch_fused"}
-    if train.placement == ("ddp" if many else "single"):  # the same by its name
+    if train.placement == ("ddp" if many else "single"):  # what auto means here
         plain[PLACEMENT] = train.placement
     small = {"train.optim": "adamw_8bit"}
     yield plain
@@ -47,29 +46,29 @@ def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
         narrow |= {"train.precision": "bf16"} if train.precision == "fp32" else {}
         yield narrow
         yield narrow | small
-    if basis.start.num_trainable is not None:  # sharing out is planned for full fine-tuning only
+    if basis.start.num_trainable is not None:  # sharding is planned for full fine-tuning only
         return
-    # What no placement may be taken with is refused by the recipe's own rules.
+    # Combinations that the recipe's own rules refuse are not listed.
     if many and basis.shapes.units is not None and not train.use_liger_kernel:
         yield plain | {PLACEMENT: "fsdp2"}
         yield plain | {PLACEMENT: "fsdp2"} | small
     if not basis.fleet.machine.gpus or train.use_liger_kernel or train.torch_compile:
         return
-    whole = {"train.chunked_loss": None} if train.chunked_loss else {}  # ZeRO needs whole logits
+    whole = {"train.chunked_loss": None} if train.chunked_loss else {}  # ZeRO cannot chunk the loss
     on_devices = (("zero2", "none"), ("zero3", "none")) if many else ()
     for placement, offload in (*on_devices, ("zero2", "optimizer"), ("zero3", "all")):
         yield plain | whole | {PLACEMENT: placement, OFFLOAD: offload}
 
 
 def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
-    """The fastest micro batch and checkpointing that fit; when none does, the smallest."""
+    """The fastest micro batch and checkpointing that fit, or else the smallest."""
     recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
         weights_dtype=settings["model.weights_dtype"],
         precision="bf16" if narrow else basis.start.precision,
         optim=settings["train.optim"],
         bf16_rounding=(recipe.train.bf16_rounding or "stochastic") if narrow else None,
-        chunked_loss=takes_pieces(recipe, basis.start.plain_logits),
+        chunked_loss=is_loss_chunked(recipe, basis.start.plain_logits),
     )
     placed = replace(basis, start=start, shared=sharing.of(recipe))
     option = choose.fastest(placed) or choose.smallest(placed, same_numbers=True)
@@ -77,7 +76,7 @@ def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
 
 
 def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
-    """A row of the table, for settings and the memory that they need."""
+    """A row of the table, for settings and their memory."""
     kinds, shared = dict(memory.kinds), basis.shared
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
@@ -99,7 +98,7 @@ def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dic
 
 
 def name_of(shared: Sharing | None, settings: MemorySettings) -> str:
-    """How a placement is called, for people."""
+    """The name of a placement in the table."""
     small = settings.optim == "adamw_8bit"
     if shared is None:
         each = f"{settings.num_processes} copies" if settings.num_processes > 1 else "one device"
@@ -114,17 +113,17 @@ def name_of(shared: Sharing | None, settings: MemorySettings) -> str:
 
 
 def _changes(basis: Basis, settings: dict[str, Any], shared: Sharing | None) -> dict[str, Any]:
-    """What the recipe has otherwise."""
+    """The settings of a placement that differ from the recipe's."""
     recipe = basis.recipe
-    known = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
-    known |= {name: value for name in settings if (value := given(recipe, name)) is not None}
-    if shared is not None and shared == basis.shared:  # be it by a file of the user's
-        known |= {name: settings.get(name) for name in WHERE}
-    return {name: value for name, value in settings.items() if known.get(name) != value}
+    current = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
+    current |= {name: value for name in settings if (value := given(recipe, name)) is not None}
+    if shared is not None and shared == basis.shared:  # perhaps by the user's DeepSpeed file
+        current |= {name: settings.get(name) for name in WHERE}
+    return {name: value for name, value in settings.items() if current.get(name) != value}
 
 
 def _shortage(basis: Basis, on_device: int, host: int) -> str | None:
-    """Name what is missing and by how much, if anything is."""
+    """The missing memory in words, such as `device +3 GiB`, or None if it fits."""
     missing = {"device": on_device - basis.available_bytes}
     if host:
         missing["host"] = host - basis.fleet.machine.memory_available_bytes

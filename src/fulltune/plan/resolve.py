@@ -1,10 +1,10 @@
-"""Settings one by one: the recipe's value, or the value that follows from model, data and machine, with its reason."""
+"""Choose each setting with its reason: the recipe's value, or a default for the model, the data and the machine."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
@@ -20,52 +20,52 @@ from fulltune.records.plan import Setting
 from fulltune.system.hardware import BF16_FROM, TENSOR_CORES_FROM, Gpu, Machine
 from fulltune.text import counted, format_bytes
 
-LEAST_BF16_SPEEDUP = 1.2
-"""Below it bf16's rounding buys too little."""
-MOST_WORKERS = 8
-"""Processes that decode images for one GPU."""
-LEAST_SHARED_BYTES = 2**30
-"""For one GPU: 32 images of 224 x 224 pixels are 19 MB, and two such batches of each process wait."""
+MIN_BF16_SPEEDUP = 1.2
+"""Least speed of bf16 relative to fp32 that is worth its rounding on a CPU."""
+MAX_WORKERS = 8
+"""Most processes that decode images for one GPU."""
+MIN_SHARED_BYTES = 2**30
+"""Shared memory needed per GPU: 32 images of 224 x 224 pixels are 19 MB, and each worker queues two such batches."""
 
 
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
-    """What the plan will say, for what has to be known before it."""
+    """The device and precision that the plan will choose."""
     reasons = Reasons()
-    found = device(recipe, machine, reasons)
-    return found, str(precision(recipe, machine, found, reasons))
+    device_type = device(recipe, machine, reasons)
+    return device_type, str(precision(recipe, machine, device_type, reasons))
 
 
 def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     wanted = recipe.train.device
     if wanted == "cuda" and not machine.gpus:
         raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
-    if wanted == "cpu" and machine.gpus and recipe.train.placement == "fsdp2":  # transformers would take those
+    if wanted == "cpu" and machine.gpus and recipe.train.placement == "fsdp2":  # transformers would use the GPUs
         raise RecipeError(
-            "train.placement: fsdp2 takes the GPUs of a machine that has some, but train.device is cpu; set device: "
+            "train.placement: fsdp2 uses the GPUs of a machine that has any, but train.device is cpu; set device: "
             "cuda, or placement: ddp"
         )
     count, machines = len(machine.gpus), recipe.train.num_machines
     reason = f"{counted(count, 'GPU')} found" if count else "no GPU found"
     reason += f" on {'each' if count else 'any'} of {machines} machines" if machines > 1 else ""
-    reason += f"; they are not alike ({machine.differs}): planned for the least" if machine.differs else ""
+    reason += f"; they differ ({machine.differs}): planned for the weakest" if machine.differs else ""
     device = str(reasons.add("train.device", None if wanted == "auto" else wanted, "cuda" if count else "cpu", reason))
     _refuse_too_many(recipe, machine, device)
     return device
 
 
 def _refuse_too_many(recipe: Recipe, machine: Machine, device: str) -> None:
-    """Refuse more processes than a machine has GPUs, or cores."""
+    """Raise `RecipeError` for more processes than a machine has GPUs, or cores."""
     train = recipe.train
-    room, what = (len(machine.gpus), "GPU(s)") if device == "cuda" else (machine.num_cores, "CPU core(s)")
+    room, unit = (len(machine.gpus), "GPU") if device == "cuda" else (machine.num_cores, "CPU core")
     if train.processes_per_machine <= room or (device == "cpu" and train.oversubscribe):
         return
     several = train.num_machines > 1
-    each = f", which are {train.processes_per_machine} on each of {train.num_machines} machines" if several else ""
-    unlike = f"; the machines are not alike: {machine.differs}" if machine.differs else ""
-    forced = ", or train.oversubscribe: true to try it all the same" if device == "cpu" else ""
+    each = f" ({train.processes_per_machine} on each of {train.num_machines} machines)" if several else ""
+    unlike = f"; the machines differ: {machine.differs}" if machine.differs else ""
+    forced = ", or train.oversubscribe: true to try anyway" if device == "cpu" else ""
     raise RecipeError(
-        f"train.num_processes: {train.num_processes}{each}, but {'each' if several else 'this'} machine lets us use "
-        f"{room} {what}{unlike}; set at most {room * train.num_machines}{forced}"
+        f"train.num_processes: {train.num_processes}{each}, but {'each' if several else 'this'} machine has "
+        f"{counted(room, unit)} available{unlike}; set at most {room * train.num_machines}{forced}"
     )
 
 
@@ -79,23 +79,23 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     doubt = ""
     if device == "cpu":
         ratio = machine.cpu_bf16_speedup
-        chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
+        chosen = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
         reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
-        reason += "; weights stay fp32" if chosen == "bf16" else f"; it needs {LEAST_BF16_SPEEDUP} to be taken"
+        reason += "; weights stay fp32" if chosen == "bf16" else f"; it is used from {MIN_BF16_SPEEDUP} times on"
     else:
         oldest = oldest_gpu(recipe, machine)
         chosen, reason = _precision_of(oldest)
         if len({_precision_of(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
-            reason += "; the other GPUs could do more, but all compute alike"
+            reason += "; other GPUs could do more, but all use the same precision"
         if wanted == "fp16" and oldest.capability < TENSOR_CORES_FROM:
-            doubt = f"; {oldest.label} has no tensor cores: no faster than fp32, and rounds more"
+            doubt = f"; {oldest.label} has no tensor cores, so fp16 is no faster than fp32 and less exact"
         elif "bf16" in (wanted, recipe.model.weights_dtype) and wanted in ("auto", "bf16") and not oldest.bf16:
-            doubt = f"; {oldest.label} emulates it, slowly"
+            doubt = f"; {oldest.label} only emulates bf16, which is slow"
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
         chosen, reason = "bf16", "the weights are bf16 (model.weights_dtype)"
     computed = chosen if wanted == "auto" else wanted
     if computed != "fp32" and recipe.train.engine_by:
-        doubt += f"; ZeRO rounds the weights of all passes to {computed}, so the result is not that of other placements"
+        doubt += f"; ZeRO computes with weights rounded to {computed}, so results differ from other placements"
     return reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason, doubt)
 
 
@@ -104,75 +104,71 @@ KERNELS = {
     "train.torch_compile": VOLTA,
     "train.use_liger_kernel": VOLTA,
     "model.attn_implementation: flash_attention_2": ("8.0 or newer (Ampere)", (8, 0), (99, 0)),
-    # As transformers 5.24 has it; made for Hopper, whose instructions later cards lack.
+    # As in transformers 5.24; uses Hopper's instructions, which later cards lack.
     "model.attn_implementation: flash_attention_3": ("8.0 to 9.x (Ampere to Hopper)", (8, 0), (9, 9)),
 }
-"""Setting to the compute capability that its kernels need, in words and in numbers."""
+"""Compute capability that a setting's kernels need: in words, lowest, highest."""
 
 
 def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
-    """Refuse kernels that the processor or the type of the computations does not allow.
-
-    Raises:
-        RecipeError: Naming the setting, what it needs, and what there is.
-    """
-    asked = [f"train.{name}" for name in ("torch_compile", "use_liger_kernel") if getattr(recipe.train, name)]
-    for setting in (*asked, f"model.attn_implementation: {recipe.model.attn_implementation}"):
-        needed, least, most = KERNELS.get(setting, ("", (0, 0), (99, 0)))
+    """Raise `RecipeError` for settings whose kernels cannot run on the device or in the precision."""
+    names = [f"train.{name}" for name in ("torch_compile", "use_liger_kernel") if getattr(recipe.train, name)]
+    for setting in (*names, f"model.attn_implementation: {recipe.model.attn_implementation}"):
+        needed, lowest, highest = KERNELS.get(setting, ("", (0, 0), (99, 0)))
+        problem = None
         if device == "cpu":
-            problem = "runs on GPUs alone" if needed and setting != "train.torch_compile" else ""
-        elif not least <= (oldest := oldest_gpu(recipe, machine)).capability <= most:
-            problem = f"needs a GPU of compute capability {needed}, and this is {oldest.label}"
-        else:
-            in_16_bits = "computes in 16 bits alone (train.precision: bf16 or fp16), which fp32 is not"
-            problem = in_16_bits if precision == "fp32" and needed not in ("", VOLTA[0]) else ""
+            problem = "only runs on a GPU; remove it" if needed and setting != "train.torch_compile" else None
+        elif not lowest <= (oldest := oldest_gpu(recipe, machine)).capability <= highest:
+            problem = f"needs a GPU of compute capability {needed}, but this is {oldest.label}; remove it"
+        elif precision == "fp32" and needed not in ("", VOLTA[0]):
+            problem = "only computes in 16 bits, but train.precision is fp32; set bf16 or fp16, or remove it"
         if problem:
-            raise RecipeError(f"{setting} {problem}; leave it out")
+            raise RecipeError(f"{setting} {problem}")
 
 
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
-    """Of those that the recipe's processes take, the one with the least compute capability."""
+    """The GPU with the lowest compute capability among those that the recipe uses."""
     return min(machine.gpus[: recipe.train.processes_per_machine], key=lambda gpu: gpu.capability)
 
 
 def _precision_of(gpu: Gpu) -> tuple[str, str]:
-    """What a GPU is fast at, and why."""
+    """The fastest precision of a GPU, with the reason."""
     if gpu.bf16:
-        return "bf16", f"{gpu.label} computes bf16; weights stay fp32"
+        return "bf16", f"{gpu.label} computes in bf16; weights stay fp32"
     if gpu.capability >= TENSOR_CORES_FROM:
         needs = "{}.{}".format(*BF16_FROM)
-        return "fp16", f"{gpu.label} has no bf16, which needs {needs}: fp16 with a scaled loss; weights stay fp32"
-    return "fp32", f"{gpu.label} has no tensor cores: fp16 would be no faster, and rounds more"
+        return "fp16", f"{gpu.label} has no bf16 (from {needs} on): fp16 with loss scaling; weights stay fp32"
+    return "fp32", f"{gpu.label} has no tensor cores: fp16 would be no faster and less exact"
 
 
 def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
-    """The optimizer, and how bf16 weights are rounded."""
+    """The optimizer, and the rounding of bf16 weights."""
     train, dtype = recipe.train, recipe.model.weights_dtype
-    rounding, why = None, "AdamW in fp32, one kernel"
+    rounding, why = None, "AdamW in fp32 with a fused kernel"
     if dtype != "fp32":
-        why = "bf16 weights: rounded to nearest, updates vanish"
+        why = "with rounding to nearest, bf16 weights lose small updates"
         rounding = reasons.add("train.bf16_rounding", train.bf16_rounding, "stochastic", why)
         why = "the weights are bf16"
-    chosen, doubt = plain_optim(dtype, rounding), "; the size of its state is not known here: planned as AdamW's"
-    doubt = "" if memory.known(train.optim or chosen) else doubt
+    chosen, doubt = plain_optim(dtype, rounding), "; its state is planned as large as AdamW's, as its size is unknown"
+    doubt = "" if memory.has_known_state(train.optim or chosen) else doubt
     return str(reasons.add("train.optim", train.optim, chosen, why, doubt)), rounding
 
 
 def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
-    """Processes that read rows ahead for each training process, where the recipe does not say how many.
+    """Number of data-loader workers for each training process: 0 except for images on a GPU.
 
-    Collating texts takes 5 % of a step at most, decoding a batch of images five times as long as a ViT-base's step on
-    an A100 (measured). On a CPU the training needs the cores itself.
+    Collating texts takes 5 % of a step at most; decoding images takes five times a ViT-base's step on an A100
+    (measured). On a CPU training needs all cores.
     """
     name = "dataloader_num_workers"
     if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:
         return 0
-    chosen = max(0, min(MOST_WORKERS, machine.num_cores // recipe.train.processes_per_machine - 1))
-    reason, shared = "images are decoded beside the GPU's steps", machine.shared_memory_bytes
-    least = LEAST_SHARED_BYTES * recipe.train.processes_per_machine
-    if shared is not None and shared < least:
-        chosen, needed = 0, format_bytes(least)
-        reason = f"shared memory (/dev/shm) has {format_bytes(shared)}; give a container {needed} (--shm-size)"
+    chosen = max(0, min(MAX_WORKERS, machine.num_cores // recipe.train.processes_per_machine - 1))
+    reason, available = "images are decoded while the GPU computes", machine.shared_memory_bytes
+    needed = MIN_SHARED_BYTES * recipe.train.processes_per_machine
+    if available is not None and available < needed:
+        chosen, size = 0, format_bytes(available)
+        reason = f"shared memory (/dev/shm) has only {size}; give the container {format_bytes(needed)} (--shm-size)"
     return int(reasons.add(f"train.extra.{name}", None, chosen, reason))
 
 
@@ -188,18 +184,18 @@ def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
     train = recipe.train
     per_pass = (train.micro_batch_size or 1) * train.num_processes
     usual = 16 if FACTS[recipe.task].writes else 32
-    # Small data: at least eight steps an epoch, or hardly any update happens.
+    # Small data needs at least eight steps an epoch for enough updates.
     while usual > 4 and summary.rows_per_epoch < 8 * usual:
         usual //= 2
     chosen = math.ceil(usual / per_pass) * per_pass
     why = f"usual for {recipe.task} with this many rows"
-    why = why if chosen == usual else f"{usual} is {why}; a multiple of {counted(per_pass, 'row')} of all processes"
+    why = why if chosen == usual else f"{usual} is {why}; rounded up to a multiple of {counted(per_pass, 'row')}"
     return int(reasons.add("train.global_batch_size", train.global_batch_size, chosen, why))
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Optimizer steps of a run, and between what comes now and then."""
+    """Epochs and steps of a run, and the steps between evaluations and between checkpoints."""
 
     epochs: float
     total: int
@@ -208,8 +204,7 @@ class Steps:
 
 
 def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reasons) -> Steps:
-    """How long the training is, and when it evaluates and saves; the usual number of epochs depends on the task's own
-    rows alone, each epoch has the mixed ones besides."""
+    """The length of training and its intervals; mixed-in rows lengthen an epoch but not the default number of them."""
     train, per_epoch = recipe.train, math.ceil(summary.rows_per_epoch / global_batch)
     if train.max_steps is not None:
         reasons.add("train.max_steps", train.max_steps)
@@ -223,31 +218,32 @@ def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reas
 
 
 def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
-    """The learning rate; that of the task's head is noted, where there is one beside other trained values."""
+    """The learning rate; a new head's own rate is recorded in the reasons."""
     method = recipe.method
     rate, why = defaults.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
-    why = f"the search's middle one: {why}" if method.is_searched else why
+    why = f"middle of the searched rates: {why}" if method.is_searched else why
     rate = reasons.add("method.learning_rate", method.fixed_learning_rate, rate, why)
     if FACTS[recipe.task].head_is_new and method.kind != "head":
         reasons.add("method.head_learning_rate", method.head_learning_rate, rate, "the same as method.learning_rate")
     return rate
 
 
-def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Any:
-    """Where the task's head starts: `probe` or `random`; None where it is not new.
+def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["probe", "random"] | None:
+    """How a new head is initialised; None if the task has no head of its own, or the checkpoint brings it.
 
     Raises:
-        RecipeError: When the recipe says what cannot be.
+        RecipeError: If the recipe sets `head_init` for a head that the checkpoint brings.
     """
-    given, name = recipe.method.head_init, "method.head_init"
+    wanted, name = recipe.method.head_init, "method.head_init"
     if not FACTS[recipe.task].head_is_new:
         return None
     if not shapes.head_is_kept:
-        why = "a new head that starts at random drags the body away (Kumar et al. 2022)"
-        return reasons.add(name, given, "probe", why)
-    if given is not None:
+        why = "a random head distorts the pretrained features (Kumar et al. 2022)"
+        start: Literal["probe", "random"] = reasons.add(name, wanted, "probe", why)
+        return start
+    if wanted is not None:
         raise RecipeError(
-            f"{name}: {given}, but the checkpoint brings a head for these labels, which goes on; leave {name} out"
+            f"{name}: {wanted}, but the checkpoint has a head for these labels, which is trained further; remove {name}"
         )
     return None
 
@@ -256,43 +252,35 @@ def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -
     train = recipe.train
     if train.warmup_steps is not None and train.warmup_steps >= total_steps:
         raise RecipeError(
-            f"train.warmup_steps: {train.warmup_steps}, but the run has {total_steps} steps; the rate would never fall"
+            f"train.warmup_steps: {train.warmup_steps}, but the run has only {total_steps} steps, so the rate would "
+            f"never fall; set fewer than {total_steps}"
         )
     if train.warmup_steps is not None:
         return int(reasons.add("train.warmup_steps", train.warmup_steps))
     ratio, why = defaults.warmup_ratio(recipe.task, shapes.head_is_kept)
     ratio = reasons.add("train.warmup_ratio", train.warmup_ratio, ratio, why)
-    # Rounded down: a warm-up over the whole of a very short run would never leave rate 0.
+    # Rounded down, as a warm-up over the whole of a very short run would never leave rate 0.
     return int(ratio * total_steps)
 
 
 def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
-    """What the plan's memory rests on, where it is no trace of the model at the data's sizes."""
-    rough = (
-        f"this model cannot be traced ({footprint.rough}): by a rule of thumb; the dry-run step will tell"
-        if footprint.rough
-        else ""
-    )
-    uncounted = (
-        "the plan's memory and time are those of blocks that are not compiled, and the compiler itself takes host "
-        "memory; the dry run measures what there is"
-        if compiled
-        else ""
-    )
-    rows = (
-        ("memory", "rough", rough),
-        ("memory.inputs", "assumed", footprint.assumed),
-        ("memory.torch_compile", "not counted", uncounted),
-    )
-    return [Setting(name=name, value=value, reason=why, is_automatic=True) for name, value, why in rows if why]
+    """Reasons why the plan's memory may be inexact, in the form of settings."""
+    rows = [("memory.inputs", "assumed", footprint.assumed)] if footprint.assumed else []
+    if footprint.rough:
+        why = f"this model cannot be traced ({footprint.rough}), so a rule of thumb is used; the dry run measures it"
+        rows.insert(0, ("memory", "rough", why))
+    if compiled:
+        why = "planned for blocks that are not compiled, without the compiler's host memory; the dry run measures it"
+        rows.append(("memory.torch_compile", "not counted", why))
+    return [Setting(name=name, value=value, reason=why, is_automatic=True) for name, value, why in rows]
 
 
 _NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
-"""The files stand in the data's own record; `method.train` is part of the block `train` of a comparison's trial."""
+"""Fields that are not listed: files are in the data's own record, `method.train` is in a trial's `train` block."""
 
 
 def everything_else(recipe: Recipe, reasons: Reasons) -> None:
-    """Fields with a fixed default: recorded so that the report lists every setting."""
+    """Record all remaining fields, so that the report lists every setting."""
     named = {setting.name for setting in reasons.settings}
     for block in ("model", "data", "method", "train", "preserve", "evaluate"):
         values = getattr(recipe, block)
@@ -301,7 +289,7 @@ def everything_else(recipe: Recipe, reasons: Reasons) -> None:
             value = getattr(values, field)
             if name in named or value is None or name in _NOT_SHOWN:
                 continue
-            given = field in values.model_fields_set
+            is_set = field in values.model_fields_set
             reasons.settings.append(
-                Setting(name=name, value=value, reason=FROM_RECIPE if given else "default", is_automatic=not given)
+                Setting(name=name, value=value, reason=FROM_RECIPE if is_set else "default", is_automatic=not is_set)
             )

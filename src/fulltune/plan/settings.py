@@ -1,5 +1,4 @@
-"""Settings of a recipe by their dotted names, such as `train.optim`: read, changed, written as YAML, and each of a run
-with its reason."""
+"""Read, change and write a recipe's settings by dotted name, such as `train.optim`, and record reasons for values."""
 
 from __future__ import annotations
 
@@ -13,11 +12,11 @@ from fulltune.records.plan import Setting
 FROM_RECIPE = "from the recipe"
 PLACEMENT, OFFLOAD = "train.placement", "train.offload"
 WHERE = (PLACEMENT, OFFLOAD, ENGINE_SETTINGS)
-"""Settings that say where weights, gradients and optimizer state lie."""
+"""Settings that determine where weights, gradients and optimizer state are stored."""
 
 
 def given(recipe: Recipe, name: str) -> Any:
-    """What the recipe says of a setting; None where it leaves it open."""
+    """The value that the recipe sets explicitly, or None."""
     block, _, field = name.partition(".")
     values = getattr(recipe, block)
     if name == ENGINE_SETTINGS:
@@ -27,7 +26,7 @@ def given(recipe: Recipe, name: str) -> Any:
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values for some settings."""
+    """A copy of the recipe with new values for some settings."""
     for name, value in settings.items():
         block, _, field = name.partition(".")
         values = getattr(recipe, block)
@@ -38,7 +37,7 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
 
 
 def in_yaml(value: Any) -> str:
-    """As a recipe or `--set` has it."""
+    """A setting's value in the form of a recipe or `--set`."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {in_yaml(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, bool):
@@ -47,18 +46,18 @@ def in_yaml(value: Any) -> str:
 
 
 class Reasons:
-    """Each setting with its value and why it has it."""
+    """Collects the settings of a plan with their values and reasons."""
 
     def __init__(self) -> None:
         self.settings: list[Setting] = []
 
     def add(self, name: str, given: Any, chosen: Any = None, reason: str = "", doubt: str = "") -> Any:
-        """The recipe's value if it gave one, else the chosen one; `doubt` is said behind the reason of either."""
+        """Record and return the recipe's value, or else the chosen one; `doubt` is appended to the reason of either."""
         value, why = (given, FROM_RECIPE) if given is not None else (chosen, reason)
         self.settings.append(Setting(name=name, value=value, reason=why + doubt, is_automatic=given is None))
         return value
 
     def replace(self, name: str, value: Any, reason: str) -> None:
-        """Another value for a setting that was chosen before."""
+        """Replace the value of a setting that was added before."""
         place = next(i for i, setting in enumerate(self.settings) if setting.name == name)
         self.settings[place] = Setting(name=name, value=value, reason=reason, is_automatic=True)

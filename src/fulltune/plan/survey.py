@@ -177,7 +177,8 @@ def _fitted(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
 def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
     """The plan with another reason for some settings, which the recipe did not give."""
     settings = (
-        one.model_copy(update={"chosen": True, "reason": reason}) if one.name in names else one for one in plan.settings
+        one.model_copy(update={"is_automatic": True, "reason": reason}) if one.name in names else one
+        for one in plan.settings
     )
     return plan.model_copy(update={"settings": tuple(settings)})
 
@@ -207,7 +208,7 @@ def _ways_out(
         least = choose.smallest(basis)
         now = least.memory.peak
         ways = [*_larger(workload, fleet, now), *ways_out.of_memory(basis, least.settings, table)]
-        ways = [_tried(workload, fleet, way) for way in ways[: ways_out.MOST]]
+        ways = [_tried(workload, fleet, way) for way in ways[: ways_out.MAX_WAYS]]
     else:
         plan, settings = found
         recipe, where = with_settings(workload.recipe, settings), "disk"

@@ -1,4 +1,4 @@
-"""How many generic texts are read at each evaluation, to see how far training moves the model away."""
+"""Plan how many generic texts are read to measure drift."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fulltune.records.plan import GenericTexts, Setting
 from fulltune.text import format_percent
 
 SHARE, SHARE_STEERED = 0.01, 0.05
-"""Of the training's passes; with a budget."""
-FEWEST, MOST = 8, 64
-"""Texts."""
+"""Shares of the training's passes spent on generic texts, without and with a budget."""
+MIN_TEXTS, MAX_TEXTS = 8, 64
+"""Bounds on the texts read at each evaluation."""
 STEERED = 20
-"""Measurements that set the weight of generic text."""
-REPLAYED, FEWEST_REPLAYED = 0.125, 4
-"""Generic tokens that are replayed, as a share of a step's; and texts, of which few are a noisy gradient."""
+"""Number of measurements that set the weight of the replayed texts."""
+REPLAYED, MIN_REPLAYED = 0.125, 4
+"""Replayed tokens as a share of a step's, and the fewest texts, as fewer give a noisy gradient."""
 
 
 def settle(
     recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
 ) -> GenericTexts:
-    """Which generic texts are read, and whether a budget holds them."""
+    """Plan the generic texts of a run, with reasons."""
     watched = _watched(recipe, summary, global_batch_size, steps, reasons)
     block, total_steps = recipe.preserve, steps.total
     if block.limit is None:
         return GenericTexts(texts_per_evaluation=watched)
     train = summary.splits["train"]
     tokens = global_batch_size * train.tokens / max(1, train.rows)
-    rows = max(FEWEST_REPLAYED, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
+    rows = max(MIN_REPLAYED, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
     every = math.ceil(total_steps / STEERED)
     share = format_percent(rows * GENERIC_TOKENS / tokens)
     texts = budget_texts(block)
@@ -44,9 +44,9 @@ def settle(
     reasons.add("preserve.budget", block.budget, doubt=f": {shared}")
     if rows:
         often = f"every {every} steps" if every > 1 else "at each step"
-        why = f"{rows} generic texts replayed in each step, {share} of its tokens; weight set {often}"
+        why = f"{rows} generic texts replayed in each step ({share} of its tokens); their weight is set {often}"
         reasons.add("preserve.replay", None, block.replay, why)
-    # Selection texts, at each point, and twice the sealed ones.
+    # The selection texts at each point, and the sealed ones twice.
     at_end = (NUM_POINTS + 2) * (SELECTION_TOKENS // GENERIC_TOKENS)
     return GenericTexts(
         texts_per_evaluation=watched,
@@ -59,9 +59,9 @@ def settle(
 
 
 def _watched(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons) -> int:
-    """As many as cost `SHARE` of the training, where that is not too few to tell anything; 0: nothing is watched."""
+    """Number of texts per evaluation: as many as cost `SHARE` of the training, within bounds; 0 if drift is off."""
     name, against = "preserve.drift", "images have no generic text" if FACTS[recipe.task].reads != "text" else ""
-    against = "nothing but the head moves" if recipe.method.kind == "head" and not against else against
+    against = "only the head is trained" if recipe.method.kind == "head" and not against else against
     if not recipe.preserve.drift or against:
         reasons.add(name, None if recipe.preserve.drift else False, False, against)
         return 0
@@ -71,10 +71,10 @@ def _watched(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps
     if recipe.preserve.budget is not None:
         times, part = times + STEERED, SHARE_STEERED
     count = round(part * passes / (times * GENERIC_TOKENS))
-    count = min(max(count, FEWEST), MOST)
+    count = min(max(count, MIN_TEXTS), MAX_TEXTS)
     share = count * GENERIC_TOKENS * times / max(1, passes)
-    least = " (no fewer tell anything)" if count == FEWEST else ""
+    least = " (the minimum)" if count == MIN_TEXTS else ""
     why = f"{count} generic texts{least} at each evaluation, about {format_percent(share)} of the training"
-    given = FROM_RECIPE + ": " if "drift" in recipe.preserve.model_fields_set else ""
-    reasons.settings.append(Setting(name=name, value=True, reason=given + why, is_automatic=not given))
+    source = FROM_RECIPE + ": " if "drift" in recipe.preserve.model_fields_set else ""
+    reasons.settings.append(Setting(name=name, value=True, reason=source + why, is_automatic=not source))
     return count

@@ -1,4 +1,4 @@
-"""What is to be planned, and what its settings are judged by."""
+"""The workload of a plan, and the basis on which its settings are compared."""
 
 from __future__ import annotations
 
@@ -23,73 +23,73 @@ from fulltune.text import counted
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be planned."""
+    """The recipe, model and data to plan for."""
 
     recipe: Recipe
     shapes: Shapes
     footprint: Callable[[str], Footprint]
-    """The model's memory for a type of weights; each type is traced once, in a few seconds."""
+    """Returns the model's footprint for a weight type; each type is traced once, in a few seconds."""
     summary: DataSummary
     spread: tuple[str, ...] = ()
-    """Settings that follow from the hardware: see `spread_over`."""
+    """Names of the settings that `spread_over` added."""
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What the settings of a workload on a fleet are judged by: what they need, what there is, how fast they are."""
+    """Computes the memory and speed of settings, for a workload on given hardware."""
 
     recipe: Recipe
     shapes: Shapes
     footprint: Footprint
     fleet: Fleet
     train_rows: int
-    """Of an epoch."""
+    """Rows per epoch."""
     global_batch_size: int
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
-    """Where a new head starts; None: it is kept, or the task has none of its own."""
+    """Initialisation of a new head; None if there is no new head."""
     group_by_length: bool
     start: MemorySettings
-    """What is settled, with no lever taken: a micro batch of one row, nothing recomputed."""
+    """Settings without any lever: a micro batch of one row, no checkpointing."""
     shared: sharing.Sharing | None
-    """What processes share out; None: each holds everything."""
+    """The sharding of state over processes; None if each holds all of it."""
     available_bytes: int
-    """What one process may take on its device."""
+    """Bytes that one process may use on its device."""
     where: str
-    """The same in words, such as `12 GiB of GPU memory`."""
+    """`available_bytes` in words, such as `12 GiB of GPU memory`."""
     work: time.Work
 
     @property
     def rows_per_process(self) -> int:
-        """Share of the global batch."""
+        """Rows of the global batch for one process."""
         return max(1, self.global_batch_size // self.start.num_processes)
 
     def need(self, settings: MemorySettings) -> MemoryNeed:
-        """The memory of one process; a micro batch is never larger than the rows that there are."""
+        """The memory of one process, with a micro batch of at most all train rows."""
         full = settings.changed(micro_batch_size=min(settings.micro_batch_size, max(1, self.train_rows)))
         return budget.need(self.shapes, self.footprint, full, self.shared)
 
     def seconds(self, settings: MemorySettings) -> dict[str, float]:
-        """Of each part of an optimizer step; empty where the speed of the hardware is not known."""
+        """Seconds of each part of a step; empty if the hardware's speed is unknown."""
         return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.shared)
 
     def speed(self, settings: MemorySettings) -> float | None:
-        """Tokens a second over all devices; None where it is not known."""
+        """Tokens per second over all devices, if known."""
         seconds = self.seconds(settings)
         return self.global_batch_size * self.work.tokens_per_row / time.together(seconds) if seconds else None
 
 
 def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Settle what does not depend on memory, with reasons; `own_loss`: the user's loss needs whole logits.
+    """Choose everything that does not depend on memory; with `own_loss`, the user's loss needs all logits at once.
 
     Raises:
-        RecipeError: When settings contradict each other or the machine.
+        RecipeError: If settings contradict each other or the machine.
     """
     recipe, shapes, summary = workload.recipe, workload.shapes, workload.summary
     train, reasons = recipe.train, reasons or Reasons()
     if train.activation_checkpointing and not shapes.can_recompute:
         raise RecipeError(
-            f"train.activation_checkpointing: true, but {shapes.model_type} cannot recompute its activations; remove it"
+            f"train.activation_checkpointing: true, but {shapes.model_type} does not support it; remove it"
         )
     device = resolve.device(recipe, fleet.machine, reasons)
     precision = resolve.precision(recipe, fleet.machine, device, reasons)
@@ -114,7 +114,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         activation_checkpointing=bool(train.activation_checkpointing),
         can_recompute=shapes.can_recompute,
         plain_logits=plain_logits,
-        chunked_loss=takes_pieces(recipe, plain_logits),
+        chunked_loss=is_loss_chunked(recipe, plain_logits),
         torch_compile=bool(train.torch_compile),
         generic_first=recipe.generic_first,
         num_processes=train.num_processes,
@@ -150,21 +150,21 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
     )
 
 
-def takes_pieces(recipe: Recipe, plain_logits: bool) -> bool:
-    """Whether the loss is computed in pieces: for tasks that write, unless something needs whole logits."""
-    given = recipe.train.chunked_loss
-    return not whole_logits(recipe, plain_logits) if given is None else given
+def is_loss_chunked(recipe: Recipe, plain_logits: bool) -> bool:
+    """True if the loss is chunked: by default wherever that is possible."""
+    wanted = recipe.train.chunked_loss
+    return whole_logits(recipe, plain_logits) is None if wanted is None else wanted
 
 
 SPREAD = (NUM_PROCESSES, NUM_MACHINES) = ("train.num_processes", "train.num_machines")
 
 
 def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with a process for each device of hardware that is not here, unless it says how many, and with its
-    machines; and the settings that it has more now.
+    """The recipe with a process for each device of the `--for` hardware, unless it sets numbers itself, and the names
+    of the settings that were added.
 
     Raises:
-        RecipeError: When the recipe's batches cannot be shared by so many, or it names other machines.
+        RecipeError: If the devices cannot divide the recipe's batch, or it names other machines.
     """
     if fleet.here:
         return recipe, ()
@@ -173,35 +173,35 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
         names = "a GPU" if fleet.gpu_model else "no GPU"
         raise RecipeError(f"train.device: '{train.device}' but --for names {names}; add --set train.device=auto")
     _refuse_other_machines(recipe, fleet)
-    more = {NUM_MACHINES: fleet.num_machines} if fleet.num_machines > 1 else {}
-    more |= {NUM_PROCESSES: devices} if devices > 1 else {}
-    more = {name: number for name, number in more.items() if given(recipe, name) is None}
+    added = {NUM_MACHINES: fleet.num_machines} if fleet.num_machines > 1 else {}
+    added |= {NUM_PROCESSES: devices} if devices > 1 else {}
+    added = {name: number for name, number in added.items() if given(recipe, name) is None}
     each = (train.micro_batch_size or 1) * devices
-    if NUM_PROCESSES in more and train.global_batch_size and train.global_batch_size % each:
+    if NUM_PROCESSES in added and train.global_batch_size and train.global_batch_size % each:
         micro = f" x micro batch {train.micro_batch_size}" if (train.micro_batch_size or 1) > 1 else ""
         raise RecipeError(
-            f"train.global_batch_size: {train.global_batch_size} cannot be shared by {devices} devices{micro}; set a "
-            f"multiple of {each}, or train.num_processes"
+            f"train.global_batch_size: {train.global_batch_size} cannot be divided among {devices} devices{micro}; set "
+            f"a multiple of {each}, or train.num_processes"
         )
-    return with_settings(recipe, more), tuple(more)
+    return with_settings(recipe, added), tuple(added)
 
 
 def _refuse_other_machines(recipe: Recipe, fleet: Fleet) -> None:
-    """Refuse a recipe whose machines are not those of the hardware that is named."""
-    asked, named = given(recipe, NUM_MACHINES), counted(fleet.num_machines, "machine")
-    if asked not in (None, fleet.num_machines):
+    """Raise `RecipeError` if the recipe's machines are not those of `--for`."""
+    wanted, named = given(recipe, NUM_MACHINES), counted(fleet.num_machines, "machine")
+    if wanted not in (None, fleet.num_machines):
         raise RecipeError(
-            f"{NUM_MACHINES}: {asked}, but --for names {named}; write "
-            f'--for "{replace(fleet.asked, machines=asked)}", or add '
+            f"{NUM_MACHINES}: {wanted}, but --for names {named}; write "
+            f'--for "{replace(fleet.asked, machines=wanted)}", or add '
             f"--set {NUM_MACHINES}={fleet.num_machines} --set {NUM_PROCESSES}={fleet.num_devices}"
         )
     if fleet.num_machines > 1 and (recipe.methods or recipe.is_searched):
         several = "a comparison" if recipe.methods else "a search"
-        one = replace(fleet.asked, machines=1)
-        raise RecipeError(f'--for: {several} runs on one machine, but {named} are named; write --for "{one}"')
+        alone = replace(fleet.asked, machines=1)
+        raise RecipeError(f'--for: {several} runs on one machine, but {named} are named; write --for "{alone}"')
     processes = recipe.train.num_processes
     if given(recipe, NUM_PROCESSES) is not None and processes % fleet.num_machines:
         raise RecipeError(
-            f"{NUM_PROCESSES}: {processes} cannot be spread evenly over the {named} of --for; leave it out (a process "
-            f"for each device: {fleet.num_devices}), or set a multiple of {fleet.num_machines}"
+            f"{NUM_PROCESSES}: {processes} cannot be spread evenly over the {named} of --for; remove it (for a process "
+            f"on each of {fleet.num_devices} devices), or set a multiple of {fleet.num_machines}"
         )

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulltune.inference.run import autocast
 from fulltune.plan import memory
-from fulltune.plan.resolve import LEAST_BF16_SPEEDUP
+from fulltune.plan.resolve import MIN_BF16_SPEEDUP
 from fulltune.records.base import Record
 from fulltune.report.format.blocks import Facts, Paragraph, Section, Table
 from fulltune.system import hardware
@@ -74,7 +74,7 @@ def product(device: str, precision: str) -> Outcome:
 def speed(device: str) -> Outcome:
     """The measurement that `precision: auto` decides by on a CPU."""
     ratio = hardware.bf16_speedup(device)
-    chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
+    chosen = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
     auto = f": precision auto is {chosen}" if device == "cpu" else ""
     return (True, f"bf16 about {ratio:.1f} times as fast as fp32{auto}")
 

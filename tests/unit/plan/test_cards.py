@@ -18,9 +18,9 @@ from tests.unit.plan import sizes
 GIB = 2**30
 A100 = Gpu(name="NVIDIA A100", memory_bytes=80 * GIB, capability=(8, 0), free_bytes=79 * GIB)
 T4 = Gpu(name="Tesla T4", memory_bytes=15 * GIB, capability=(7, 5), free_bytes=14 * GIB)
-BF16 = "{} computes bf16; weights stay fp32"
-FP16 = "{} has no bf16, which needs 8.0: fp16 with a scaled loss; weights stay fp32"
-FP32 = "{} has no tensor cores: fp16 would be no faster, and rounds more"
+BF16 = "{} computes in bf16; weights stay fp32"
+FP16 = "{} has no bf16 (from 8.0 on): fp16 with loss scaling; weights stay fp32"
+FP32 = "{} has no tensor cores: fp16 would be no faster and less exact"
 
 
 H100 = Gpu(name="NVIDIA H100", memory_bytes=80 * GIB, capability=(9, 0), free_bytes=79 * GIB)
@@ -69,13 +69,16 @@ def test_oldest_of_the_cards_that_are_used_decides_and_the_one_with_the_least_me
     assert precision(mixed)[0] == "bf16", "one process takes the first"
     found, reason = precision(mixed, num_processes=2)
     label = "Tesla T4 (compute capability 7.5)"
-    assert (found, reason) == ("fp16", FP16.format(label) + "; the other GPUs could do more, but all compute alike")
+    assert (found, reason) == (
+        "fp16",
+        FP16.format(label) + "; other GPUs could do more, but all use the same precision",
+    )
     assert "could do more" not in precision(machine(A100, H100), num_processes=2)[1]
     fleet = gpus.here(mixed, 10 * GIB)
     assert fleet.name == "this machine: 1x NVIDIA A100, 1x Tesla T4, 8 cores, 64 GiB"
     one, two = (basis_of(sizes.bert(train={"num_processes": number}), fleet) for number in (1, 2))
     assert one.where == "79 GiB of GPU memory"
-    assert two.where == "14 GiB of GPU memory (GPU 1, Tesla T4, has the least of 2)"
+    assert two.where == "14 GiB of GPU memory (GPU 1, Tesla T4, has the least free of 2)"
 
 
 def test_few_bytes_of_shared_memory_leave_images_to_the_training_process() -> None:
@@ -83,7 +86,7 @@ def test_few_bytes_of_shared_memory_leave_images_to_the_training_process() -> No
     for free, expected in ((2**26, 0), (2**31, 7), (None, 7)):
         reasons, here = Reasons(), machine(A100).model_copy(update={"num_cores": 8, "shared_memory_bytes": free})
         assert resolve.loader_workers(asked, here, "cuda", reasons) == expected
-        assert ("shared memory (/dev/shm) has 64 MiB" in reasons.settings[0].reason) == (expected == 0)
+        assert ("shared memory (/dev/shm) has only 64 MiB" in reasons.settings[0].reason) == (expected == 0)
 
 
 @pytest.mark.parametrize("card", ["T4", "V100-16GB", "P100"])
@@ -122,17 +125,17 @@ def test_images_are_decoded_beside_the_gpu(task: str, device: str, train: dict[s
         ("sdpa", None, "cpu", "fp32", ""),
         ("flash_attention_2", A100, "cuda", "fp16", ""),
         ("flash_attention_2", B200, "cuda", "bf16", ""),
-        ("flash_attention_2", A100, "cpu", "bf16", "runs on GPUs alone; leave it out"),
-        ("flash_attention_2", T4, "cuda", "fp16", "capability 8.0 or newer (Ampere), and this is Tesla T4 (compute"),
-        ("flash_attention_2", A100, "cuda", "fp32", "in 16 bits alone (train.precision: bf16 or fp16)"),
+        ("flash_attention_2", A100, "cpu", "bf16", "only runs on a GPU; remove it"),
+        ("flash_attention_2", T4, "cuda", "fp16", "capability 8.0 or newer (Ampere), but this is Tesla T4 (compute"),
+        ("flash_attention_2", A100, "cuda", "fp32", "only computes in 16 bits, but train.precision is fp32"),
         ("flash_attention_3", H100, "cuda", "bf16", ""),
-        ("flash_attention_3", T4, "cuda", "fp16", "capability 8.0 to 9.x (Ampere to Hopper), and this is Tesla T4"),
+        ("flash_attention_3", T4, "cuda", "fp16", "capability 8.0 to 9.x (Ampere to Hopper), but this is Tesla T4"),
         (
             "flash_attention_3",
             B200,
             "cuda",
             "bf16",
-            "capability 8.0 to 9.x (Ampere to Hopper), and this is NVIDIA B200",
+            "capability 8.0 to 9.x (Ampere to Hopper), but this is NVIDIA B200",
         ),
     ],
 )

@@ -88,16 +88,18 @@ def test_run_that_goes_on_keeps_the_rows_of_its_steps() -> None:
     """Left open, they would follow from the number of processes."""
     begun = plans.plan(global_batch_size=32)
     assert planning.as_begun(plans.recipe(train={"num_processes": 2}), begun).train.global_batch_size == 32
-    with pytest.raises(RecipeError, match="begun with 32 rows a step, which so many processes cannot share; take a"):
+    with pytest.raises(
+        RecipeError, match="started with 32 rows a step, which cannot be divided among 3 processes; set a"
+    ):
         planning.as_begun(plans.recipe(train={"num_processes": 3}), begun)
-    with pytest.raises(RecipeError, match="which so many processes cannot share in micro batches of 24"):
+    with pytest.raises(RecipeError, match="cannot be divided among 2 processes in micro batches of 24"):
         planning.as_begun(plans.recipe(train={"num_processes": 2, "micro_batch_size": 24}), begun)
 
 
 def test_optimizer_that_cannot_run_there_is_said() -> None:
     """Memory ran out before, and the run took one that the recipe does not name."""
     begun = plans.plan(optim="adamw_8bit")
-    with pytest.raises(RecipeError, match=r"train\.placement: zero3: the run was begun with adamw_8bit"):
+    with pytest.raises(RecipeError, match=r"train\.placement: zero3: the run started with adamw_8bit"):
         planning.as_begun(plans.recipe(train={"placement": "zero3", "num_processes": 2}), begun)
     for placement in ("ddp", "fsdp2"):
         planning.as_begun(plans.recipe(train={"placement": placement, "num_processes": 2}), begun)

@@ -114,7 +114,7 @@ def test_warmup_steps(train: dict[str, Any], warmup: int) -> None:
 
 
 def test_warmup_steps_longer_than_the_run_are_refused() -> None:
-    with pytest.raises(RecipeError, match="warmup_steps: 500, but the run has 100 steps"):
+    with pytest.raises(RecipeError, match="warmup_steps: 500, but the run has only 100 steps"):
         planned(train={"max_steps": 100, "warmup_steps": 500})
 
 
@@ -148,7 +148,7 @@ def test_precision_follows_the_machine(
 
 def test_precision_on_a_cpu_says_what_was_measured() -> None:
     plan = planned(machine=CPU.model_copy(update={"cpu_bf16_speedup": 0.1}))
-    expected = "bf16 is about 0.1 times as fast as fp32 here (measured); it needs 1.2 to be taken"
+    expected = "bf16 is about 0.1 times as fast as fp32 here (measured); it is used from 1.2 times on"
     assert {setting.name: setting.reason for setting in plan.settings}["train.precision"] == expected
 
 
@@ -157,7 +157,9 @@ def test_global_batch_that_many_processes_round_up_says_so() -> None:
     plan = planned(machine=machine, train={"num_processes": 24})
     reason = {setting.name: setting.reason for setting in plan.settings}["train.global_batch_size"]
     assert plan.global_batch_size == 48
-    assert reason.startswith("32 is usual for text-classification with this many rows; a multiple of 24 rows")
+    assert reason.startswith(
+        "32 is usual for text-classification with this many rows; rounded up to a multiple of 24 rows"
+    )
 
 
 @pytest.mark.parametrize("placement", ["single", "ddp", "fsdp2", "zero2", "zero3"])
@@ -170,7 +172,7 @@ def test_every_placement_begins_and_is_watched_alike_and_says_what_makes_its_res
     assert plan.head_init == "probe"
     assert plan.generic.texts_per_evaluation == planned().generic.texts_per_evaluation > 0
     reason = {setting.name: setting.reason for setting in plan.settings}["train.precision"]
-    rounds = "ZeRO rounds the weights of all passes to bf16, so the result is not that of other placements"
+    rounds = "ZeRO computes with weights rounded to bf16, so results differ from other placements"
     assert (rounds in reason) == (placement.startswith("zero") and precision == "bf16")
 
 
@@ -183,14 +185,14 @@ def test_every_placement_begins_and_is_watched_alike_and_says_what_makes_its_res
         (
             DoesNotFitError,
             {"machine": CPU.model_copy(update={"memory_available_bytes": GB})},
-            r"a step needs 1.25 GiB \(.*\) even with micro batch 1, adamw_8bit, .* there are 254 MiB of memory",
+            r"a step needs 1.25 GiB \(.*\), even with micro batch 1, adamw_8bit, .* only 254 MiB of memory",
         ),
         (
             DoesNotFitError,
             {"train": {"num_processes": 8, "placement": "ddp"}},
-            "but there are 731 MiB of memory for each of 8 processes",
+            "but only 731 MiB of memory for each of 8 processes is available",
         ),
-        (RecipeError, {"train": {"num_processes": 17}}, "17, but this machine lets us use 16 CPU core"),
+        (RecipeError, {"train": {"num_processes": 17}}, "17, but this machine has 16 CPU cores available"),
         (
             RecipeError,
             {"train": {"num_processes": 2, "extra": {"deepspeed": {**ZERO3, "train_batch_size": 7}}}},
@@ -202,7 +204,7 @@ def test_every_placement_begins_and_is_watched_alike_and_says_what_makes_its_res
                 "machine": CPU.model_copy(update={"memory_available_bytes": GB, "gpus": (CARD,)}),
                 "train": {"placement": "zero3", "offload": "all"},
             },
-            "train.placement: zero3: what is offloaded needs 2.25 GiB, but 954 MiB of the host's memory",
+            "train.placement: zero3: offloading needs 2.25 GiB of host memory, but 954 MiB",
         ),
         (DoesNotFitError, {"disk": GB}, r"need 5.82 GiB on disk \(4 x 1.24 GiB and 855 MiB\), but 954 MiB are free"),
     ],
@@ -225,7 +227,7 @@ def test_plan_that_cannot_work_is_refused(error: type[Exception], changes: dict[
 def test_one_reason_keeps_the_logits_whole(train: dict[str, Any], own_loss: bool, plain: bool, reason: str) -> None:
     recipe = plans.recipe("causal-lm", train=train)
     found = whole_logits(recipe, plain, own_loss=own_loss)
-    assert reason in found
+    assert reason in (found or "")
     assert bool(found) == bool(reason)
 
 

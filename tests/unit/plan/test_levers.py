@@ -49,7 +49,7 @@ def test_fields_that_levers_change_are_those_of_plans_and_recipes(field: str) ->
 
 @pytest.mark.parametrize("lever", LEVERS, ids=lambda lever: lever.name)
 def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways_out, "MOST", 99)
+    monkeypatch.setattr(ways_out, "MAX_WAYS", 99)
     for phase in get_args(Phase):
         offered = [name for name, *_ in fallbacks(RECIPE, PLAN, phase, lambda changes: True)]
         assert (lever.name in offered) == (phase in lever.fallback)
@@ -61,7 +61,7 @@ def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPa
     basis: Any = SimpleNamespace(recipe=RECIPE, start=SETTINGS, rows_per_process=8, need=need, available_bytes=999)
     found = choose.smallest(basis)
     # Every micro batch is tried, and the eval batch follows.
-    assert (found.memory.peak == 999) == (lever.searched or not lever.kept)
+    assert (found.memory.peak == 999) == (lever.searched or not lever.respects_recipe)
 
     ways = [way.costs for way in ways_out.of_memory(basis, SETTINGS)]
     assert (lever.costs in ways) == lever.way_out

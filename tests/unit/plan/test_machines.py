@@ -89,17 +89,15 @@ def test_processes_of_a_machine_take_its_gpus_and_its_cores() -> None:
     assert reasons.settings[0].reason == "8 GPUs found on each of 2 machines"
     with pytest.raises(RecipeError) as raised:
         resolve.device(_recipe(16, 2), machine(4), Reasons())
-    assert "16, which are 8 on each of 2 machines, but each machine lets us use 4 GPU(s); set at most 8" in str(
-        raised.value
-    )
+    assert "16 (8 on each of 2 machines), but each machine has 4 GPUs available; set at most 8" in str(raised.value)
     assert resolve.device(_recipe(32, 2), machine(), Reasons()) == "cpu"
-    with pytest.raises(RecipeError, match=r"each machine lets us use 16 CPU core\(s\); set at most 32"):
+    with pytest.raises(RecipeError, match=r"each machine has 16 CPU cores available; set at most 32"):
         resolve.device(_recipe(34, 2), machine(), Reasons())
     poor = machine(4, differs="4 to 8 GPUs")
-    with pytest.raises(RecipeError, match=r"4 GPU\(s\); the machines are not alike: 4 to 8 GPUs"):
+    with pytest.raises(RecipeError, match=r"4 GPUs available; the machines differ: 4 to 8 GPUs"):
         resolve.device(_recipe(16, 2), poor, Reasons())
     resolve.device(_recipe(8, 2), poor, reasons := Reasons())
-    assert reasons.settings[0].reason.endswith("; they are not alike (4 to 8 GPUs): planned for the least")
+    assert reasons.settings[0].reason.endswith("; they differ (4 to 8 GPUs): planned for the weakest")
 
 
 def test_memory_and_cores_are_shared_by_the_processes_of_one_machine() -> None:
@@ -121,7 +119,7 @@ def test_host_holds_its_share_of_what_is_offloaded() -> None:
     with pytest.raises(DoesNotFitError):
         budget.refuse_offload(_recipe(8, 1, **zero2), task.shapes, there)
     poor = machine(8, memory_available_bytes=50 * GB)
-    with pytest.raises(DoesNotFitError, match=r"needs 61\.3 GiB on each of 2 machines"):
+    with pytest.raises(DoesNotFitError, match=r"needs 61\.3 GiB of host memory on each of 2 machines"):
         budget.refuse_offload(_recipe(16, 2, **zero2), task.shapes, poor)
 
 
@@ -223,8 +221,8 @@ def test_too_few_devices_have_more_machines_as_a_way_out_that_fits() -> None:
         (
             "4x 8x L4",
             {"num_processes": 6, "global_batch_size": 12},
-            "num_processes: 6 cannot be spread evenly over the 4 machines of --for; leave it out (a process for each "
-            "device: 32), or set a multiple of 4",
+            "num_processes: 6 cannot be spread evenly over the 4 machines of --for; remove it (for a process on "
+            "each of 32 devices), or set a multiple of 4",
         ),
     ],
 )

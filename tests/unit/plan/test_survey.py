@@ -131,7 +131,7 @@ def test_recomputing_that_is_faster_is_chosen_with_its_reason() -> None:
     assert plan.activation_checkpointing
     assert plan.micro_batch_size > 1
     reason = next(one.reason for one in plan.settings if one.name == "train.activation_checkpointing")
-    assert re.fullmatch(r"1\.\d\d times as fast as without it, where micro batches are smaller", reason)
+    assert re.fullmatch(r"1\.\d\d times as fast as without it, because micro batches are larger", reason)
 
 
 def test_whole_command_is_foreseen_part_by_part() -> None:
@@ -246,7 +246,7 @@ def test_batch_that_the_devices_cannot_share_is_refused() -> None:
     with pytest.raises(RecipeError) as raised:
         planned("8x A100-80GB", sizes.llama(train={"global_batch_size": 24, "micro_batch_size": 2}))
     assert raised.value.problems == (
-        "train.global_batch_size: 24 cannot be shared by 8 devices x micro batch 2; set a multiple of 16, or "
+        "train.global_batch_size: 24 cannot be divided among 8 devices x micro batch 2; set a multiple of 16, or "
         "train.num_processes",
     )
 

@@ -116,7 +116,7 @@ def test_other_placements_that_fit_are_ways_out() -> None:
     assert "on host" in found[0].change
     assert found[0].settings == {"train.placement": "zero2", "train.offload": "optimizer"}
     assert "--set train.placement=zero2 --set train.offload=optimizer" in ways_out.in_lines(found)[0]
-    assert len(found) <= ways_out.MOST
+    assert len(found) <= ways_out.MAX_WAYS
 
 
 @pytest.mark.parametrize(
@@ -128,14 +128,14 @@ def test_other_placements_that_fit_are_ways_out() -> None:
             [
                 ("train.save_total_limit: 1", 12, True),
                 ("train.optim: adamw_8bit", 24, True),
-                ("free 6 GiB on the disk of runs, or choose another place", 6, True),
+                ("free 6 GiB on the disk of runs, or choose another folder", 6, True),
             ],
         ),
         (
             1,
             20,
             [
-                ("free 36 GiB on the disk of runs, or choose another place", 36, True),
+                ("free 36 GiB on the disk of runs, or choose another folder", 36, True),
                 ("train.optim: adamw_8bit", 24, False),
             ],
         ),
@@ -162,8 +162,8 @@ def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[WayO
 def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ways_out.in_lines(of_disk(monkeypatch, 20 * GIB, 1))
     assert lines == [
-        "enough: free 36 GiB on the disk of runs, or choose another place: frees 36 GiB",
-        "helps: train.optim: adamw_8bit: frees 24 GiB (moments of 8 bits)",
+        "enough: free 36 GiB on the disk of runs, or choose another folder: frees 36 GiB",
+        "helps: train.optim: adamw_8bit: frees 24 GiB (8-bit moments)",
     ]
 
 

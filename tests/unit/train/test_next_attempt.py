@@ -217,7 +217,7 @@ def test_reason_says_what_was_short_and_what_changes() -> None:
     assert change is not None
     assert change.reason == (
         "memory ran out in a training step with 1.07 GiB held when 90 MiB more were asked for (by the plan most for "
-        "logits: 480 MiB); micro batch 4 instead of 8, the same global batch of 8"
+        "logits: 480 MiB); micro batch 4 instead of 8, with the same global batch of 8"
     )
     assert change.plan.memory == need(change.plan)
 
@@ -257,11 +257,11 @@ def test_message_at_the_end_shows_every_fallback() -> None:
         "memory ran out in a training step with 400 MiB held (by the plan most for optimizer: 200 MiB): MemoryError",
         "tried: first change",
         "tried: second change",
-        "not possible: smaller micro batch: it is the smallest already",
-        "not possible: chunked loss: the recipe says train.chunked_loss: false",
+        "not possible: smaller micro batch: already at its smallest value",
+        "not possible: chunked loss: the recipe sets train.chunked_loss: false",
         "not possible: activation checkpointing: already on",
-        "not possible: 8-bit AdamW states: the recipe says train.optim: adafactor",
-        "not possible: offload: without a GPU everything is in the host's memory",
+        "not possible: 8-bit AdamW states: the recipe sets train.optim: adafactor",
+        "not possible: offload: without a GPU everything is already in host memory",
         "what may help: train.chunked_loss: true; train.optim: adamw_8bit; model.weights_dtype: bf16; "
         "data.max_length: 256; a smaller model",
     ]

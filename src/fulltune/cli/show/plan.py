@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fulltune.plan.choose import DOING
+from fulltune.plan.choose import PHASE_NAMES
 from fulltune.plan.settings import FROM_RECIPE, in_yaml
 from fulltune.plan.time import NETWORK
 from fulltune.plan.ways_out import as_flags
@@ -95,7 +95,7 @@ def _memory(survey: Survey, plan: Plan) -> list[Element]:
     blocks: list[Element] = [Table("", header, (row,), frozenset(range(1, len(header))))]
     blocks += [Paragraph(words.at_the_peak(kinds))] if kinds else []
     if need is not None and need.peak_phase != "step":
-        blocks.append(Paragraph(f"more than a step needs: {DOING[need.peak_phase]}, {format_bytes(need.peak)}"))
+        blocks.append(Paragraph(f"more than a step needs: {PHASE_NAMES[need.peak_phase]}, {format_bytes(need.peak)}"))
     facts = []
     if disk is not None:
         parts = f"{counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.one_checkpoint)}"
