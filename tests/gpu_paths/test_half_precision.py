@@ -18,7 +18,7 @@ from fulltune.footprint.watch import _micro_batch
 from fulltune.inference.run import _in_float32, autocast
 from fulltune.inference.selective_head import _as_computed, _few_roundings, as_its_attention_can
 from fulltune.models import sharding
-from fulltune.models.chunked_loss import Pieces
+from fulltune.models.chunked_loss import ChunkedLogits
 from fulltune.recipe.fields import Recipe
 from fulltune.system import hardware
 from fulltune.tasks import Target, text_classification
@@ -181,7 +181,7 @@ def test_chunked_loss_is_exact_inside_of_half_precision(trained: bool) -> None:
 
     def found(half: bool) -> list[torch.Tensor]:
         states, values = (one.clone().requires_grad_(trained) for one in (hidden, weight))
-        pieces = Pieces(states, values, None, values[:0])
+        pieces = ChunkedLogits(states, values, None, values[:0])
         with torch.autocast("cpu", dtype=torch.bfloat16) if half else contextlib.nullcontext():
             loss = pieces.loss(targets)
             scores = pieces.scores(targets)

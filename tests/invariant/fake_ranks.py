@@ -74,7 +74,7 @@ class Cell:
     precision: str = "bf16"
     weights_dtype: str = "fp32"
     recomputed: bool = False
-    in_pieces: bool = True
+    chunked: bool = True
     """The loss, where the task writes."""
 
     @property
@@ -118,7 +118,7 @@ def planned(cell: Cell, sizes: dict[str, Any]) -> MemoryNeed:
         precision=cell.precision,
         weights_dtype=cell.weights_dtype,
         activation_checkpointing=cell.recomputed,
-        chunked_loss=cell.in_pieces and cell.task != "text-classification",
+        chunked_loss=cell.chunked and cell.task != "text-classification",
         num_processes=cell.ranks,
         device="cuda",
     )
@@ -184,8 +184,8 @@ def _collated(case: Case, model: Any, cell: Cell) -> dict[str, Any]:
     batch = batch_of(case, cell.rows, cell.length)
     if case.task.FACTS is seq2seq.FACTS:
         batch["decoder_input_ids"] = seq2seq.decoder_input_ids(model, batch["labels"])
-    if hasattr(case.task, "wanted"):
-        wanted = case.task.wanted(batch["labels"])
+    if hasattr(case.task, "target_ids"):
+        wanted = case.task.target_ids(batch["labels"])
         batch[TRAINED] = trained_places(wanted)
         batch["wanted"] = wanted.flatten().index_select(0, batch[TRAINED])
     return batch
@@ -197,8 +197,8 @@ def _micro_batch(cell: Cell, case: Case, model: Any, batch: dict[str, Any]) -> N
     labels, trained, selecting = inputs.pop("labels"), inputs.pop(TRAINED, None), contextlib.nullcontext()
     wanted = inputs.pop("wanted", labels)
     if trained is not None:
-        head = SelectiveHead(model.get_output_embeddings(), case.task.wanted, model)
-        selecting = head.only(labels, trained, in_pieces=cell.in_pieces)
+        head = SelectiveHead(model.get_output_embeddings(), case.task.target_ids, model)
+        selecting = head.only(labels, trained, chunked=cell.chunked)
     with autocast(model, "fp32" if cell.weights_dtype == "bf16" else cell.precision), selecting:
         outputs = model(**inputs)
     logits = logits_of(outputs)

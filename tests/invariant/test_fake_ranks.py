@@ -41,7 +41,7 @@ LONG = {
     "135M, 64": replace(SMOLLM2, ranks=64),
     "not shared out": replace(TIED, ranks=1, shared=False),
     "tied, 64": replace(TIED, ranks=64, recomputed=True, weights_dtype="bf16"),
-    "tied, whole logits": replace(TIED, in_pieces=False),
+    "tied, whole logits": replace(TIED, chunked=False),
     "several micro batches": replace(TIED, accumulation=2, precision="fp32"),
     "bert, recomputed": replace(BERT, task="text-classification", ranks=64, recomputed=True, precision="fp32"),
     "t5": Cell("t5", T5_SIZE, task="seq2seq", ranks=8, rows=4, length=128),

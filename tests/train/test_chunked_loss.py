@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fulltune.inference import selective_head
 from fulltune.inference.run import Batching, run_rows
 from fulltune.models import chunked_loss
-from fulltune.models.chunked_loss import Pieces
+from fulltune.models.chunked_loss import ChunkedLogits
 from fulltune.tasks import Target, causal_lm, seq2seq
 from tests import tiny
 from tests.train import runs
@@ -28,7 +28,7 @@ VOCABULARY, HIDDEN = 50, 16
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pieces of 4 tokens; a warning would mean that some other way was taken."""
+    """ChunkedLogits of 4 tokens; a warning would mean that some other way was taken."""
     monkeypatch.setattr(chunked_loss, "ROWS", {"cpu": 4})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -60,8 +60,8 @@ def with_gradients(
     return [found.detach(), *gradients]
 
 
-def pieces(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Pieces:
-    return Pieces(hidden, weight, bias, hidden[:0])
+def pieces(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> ChunkedLogits:
+    return ChunkedLogits(hidden, weight, bias, hidden[:0])
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 11])
@@ -148,15 +148,15 @@ def writer_batch(model: Any) -> dict[str, torch.Tensor]:
     return {**inputs, "decoder_input_ids": seq2seq.decoder_input_ids(model, inputs["labels"])}
 
 
-def gradients(model: Any, inputs: dict[str, torch.Tensor], head: Any, task: Any, in_pieces: bool, bf16: bool) -> Any:
+def gradients(model: Any, inputs: dict[str, torch.Tensor], head: Any, task: Any, chunked: bool, bf16: bool) -> Any:
     """Loss and gradients by all logits (no head), by picked ones, or in pieces."""
     model.zero_grad()
     given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    selecting = nullcontext() if head is None else head.only(inputs["labels"], in_pieces=in_pieces)
+    selecting = nullcontext() if head is None else head.only(inputs["labels"], chunked=chunked)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), selecting:
         logits = model(**given).logits
-    assert isinstance(logits, Pieces) == in_pieces
-    if head is not None and not in_pieces:
+    assert isinstance(logits, ChunkedLogits) == chunked
+    if head is not None and not chunked:
         assert logits.shape[:-1] == (task.count_items(inputs["labels"]),)
     loss = task.loss(logits, inputs["labels"], TARGET, 0.1) / 3
     loss.backward()
@@ -172,8 +172,8 @@ def assert_same(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, bf16:
     close = 2e-2 if bf16 else 1e-5
     # The gradient of a key's bias is 0 but for rounding.
     noise = close / 20 * max(float(gradient.norm()) for gradient in expected.values())
-    for in_pieces in (False, True)[: 1 + head.in_pieces]:
-        loss, got = gradients(model, inputs, head, task, in_pieces, bf16)
+    for chunked in (False, True)[: 1 + head.can_chunk]:
+        loss, got = gradients(model, inputs, head, task, chunked, bf16)
         torch.testing.assert_close(loss, whole, rtol=close, atol=0.0)
         assert got.keys() == expected.keys()
         for name, gradient in expected.items():
@@ -185,8 +185,8 @@ def assert_same(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, bf16:
 def assert_in_pieces(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, bf16: bool = False) -> None:
     head, _ = selective_head.verified(model, task, inputs)
     assert head is not None
-    assert head.in_pieces
-    assert head.about_pieces.startswith("yes; ")
+    assert head.can_chunk
+    assert head.chunking_note.startswith("yes; ")
     assert_same(model, inputs, task, bf16=bf16)
 
 
@@ -211,9 +211,9 @@ def test_a_bias_that_follows_the_head_is_added_to_the_pieces() -> None:
     head, _ = selective_head.verified(model, seq2seq, inputs)
     assert head is not None
 
-    loss, _ = gradients(model, inputs, head, seq2seq, in_pieces=True, bf16=False)
+    loss, _ = gradients(model, inputs, head, seq2seq, chunked=True, bf16=False)
     model.final_logits_bias.zero_()
-    without, _ = gradients(model, inputs, head, seq2seq, in_pieces=True, bf16=False)
+    without, _ = gradients(model, inputs, head, seq2seq, chunked=True, bf16=False)
 
     assert abs(float(loss - without)) > 0.1
     model.final_logits_bias.normal_()
@@ -243,8 +243,8 @@ def test_models_that_change_logits_later_keep_whole_ones(name: str, changes: Any
     head, found = selective_head.verified(model, causal_lm, batch())
 
     assert head is not None, found
-    assert not head.in_pieces
-    assert head.about_pieces.startswith("off: the model changes logits after its head, by up to ")
+    assert not head.can_chunk
+    assert head.chunking_note.startswith("off: the model changes logits after its head, by up to ")
     assert_same(model, batch(), causal_lm, bf16=kind == torch.bfloat16)
 
 
@@ -260,7 +260,7 @@ def test_a_head_that_is_no_plain_product_keeps_whole_logits() -> None:
     model.lm_head = Scaled(model.lm_head.in_features, model.lm_head.out_features, bias=False)
     head, _ = selective_head.verified(model, causal_lm, batch())
     assert head is not None
-    assert head.about_pieces == "off: the model's head is a Scaled, not a linear layer"
+    assert head.chunking_note == "off: the model's head is a Scaled, not a linear layer"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -274,7 +274,7 @@ def test_evaluation_in_pieces_keeps_the_same_numbers(precision: str) -> None:
         return run_rows(model, rows, causal_lm, TARGET, 0, Batching(4, precision, head))
 
     whole, found = kept(None), kept(head)
-    assert head.in_pieces
+    assert head.can_chunk
     close = 1e-5 if precision == "fp32" else 1e-2  # a CPU's bf16 kernels round by the shape of the product
     for name, values in whole.items():
         assert found[name] == pytest.approx(values, rel=close)

@@ -76,7 +76,7 @@ def test_resume_in_the_middle_of_an_epoch_gives_the_unbroken_weights(
 
 
 def test_conversations_with_raw_text_mixed_in_are_trained(tiny_decoder: Path, tmp_path: Path) -> None:
-    """Pieces of raw text end without an end token, which the check of the answers must not take amiss."""
+    """ChunkedLogits of raw text end without an end token, which the check of the answers must not take amiss."""
     texts = [{"text": f"text number {number} goes on " * 30} for number in range(10)]
     others = tiny.write_jsonl(tmp_path / "texts.jsonl", texts)
     reached = runs.run(

@@ -32,7 +32,7 @@ def trained(scoring: Scoring, model: Any, processor: Any) -> Scored:
     if scoring.target.form.is_calibrated:
         chosen = scoring.run(model, processor, "eval")
         calibration = calibrate(chosen["logits"], chosen["labels"], kept["logits"], kept["labels"])
-    texts = [scoring.task.as_shown(row, scoring.target) for row in scoring.texts]
+    texts = [scoring.task.display_text(row, scoring.target) for row in scoring.texts]
     return scoring.scores(
         scoring.plan.trial,
         "trained",

@@ -380,5 +380,5 @@ def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, tr
 
 
 def _head(task: Task, model: Any) -> SelectiveHead | None:
-    wanted, head = getattr(task, "wanted", None), model.get_output_embeddings()
-    return None if wanted is None or head is None else SelectiveHead(head, wanted)
+    wanted, head = getattr(task, "target_ids", None), model.get_output_embeddings()
+    return None if wanted is None or head is None else SelectiveHead(head, wanted, model)

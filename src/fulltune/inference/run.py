@@ -64,7 +64,7 @@ def run_rows(
         batch = model_batch(model, task, [rows[i] for i in positions], pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
-        selecting = contextlib.nullcontext() if head is None else head.only(labels, in_pieces=head.in_pieces)
+        selecting = contextlib.nullcontext() if head is None else head.only(labels, chunked=head.can_chunk)
         with autocast(model, batching.precision), selecting, whole_numbers(model, target):
             logits = logits_of(model(**batch))
         reduced = task.reduce(logits, labels, target)
@@ -280,7 +280,7 @@ class GenericText:
         if not self.writes:
             return self._read_states(model, between)
         rows = [{"input_ids": ids, "labels": [IGNORED, *ids[1:]], LENGTH: len(ids)} for ids in self.ids]
-        batch_size = self.batch if head is not None and head.in_pieces else 1
+        batch_size = self.batch if head is not None and head.can_chunk else 1
         kept = run_rows(
             model,
             rows,

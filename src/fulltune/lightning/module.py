@@ -127,8 +127,8 @@ class FineTuningModule:
         labels, trained, head = batch.pop("labels"), batch.pop(TRAINED, None), self.head
         if head is None:
             return self.objective.loss(self.model(**batch), labels)
-        wanted = head.wanted(labels).flatten().index_select(0, trained)
-        with head.only(labels, trained, in_pieces=head.in_pieces and self.plan.chunked_loss):
+        wanted = head.target_ids(labels).flatten().index_select(0, trained)
+        with head.only(labels, trained, chunked=head.can_chunk and self.plan.chunked_loss):
             return self.objective.loss(self.model(**batch), wanted)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

@@ -17,7 +17,7 @@ from fulltune.errors import SetupError
 from fulltune.files import replacing
 from fulltune.recipe.tasks import FACTS, TaskName, greater_is_better
 from fulltune.records.scores import Estimate
-from fulltune.tasks import Count, Predictions, Target, Value, task_named
+from fulltune.tasks import FromSums, Predictions, RowTerms, Target, task_named
 from fulltune.tasks.classes import NUMBER_METRICS, predict_labels
 
 SAMPLES = 10_000
@@ -47,9 +47,9 @@ class Measure:
     greater_is_better: bool
     whole: Callable[[Predictions], float]
     """The metric by the task itself."""
-    counts: Count | None
+    counts: RowTerms | None
     """None: the metric is no function of sums, and has to be computed anew for each resample."""
-    value: Value | None
+    value: FromSums | None
 
     def alone(self, kept: Predictions) -> dict[str, float]:
         """It by its name, as the only one of several metrics."""
@@ -233,7 +233,7 @@ def draw(
     return Drawn(tuple(np.split(point, ends)), tuple(np.split(drawn, ends, axis=1)), num_clusters, num_rows)
 
 
-def _cluster_sums(count: Count, kept: Predictions, of_row: np.ndarray) -> np.ndarray:
+def _cluster_sums(count: RowTerms, kept: Predictions, of_row: np.ndarray) -> np.ndarray:
     """What the rows of each cluster contribute, float64 [clusters, k]."""
     counts = count(kept)
     sums = np.zeros((int(of_row.max()) + 1, counts.shape[1]))
@@ -241,7 +241,7 @@ def _cluster_sums(count: Count, kept: Predictions, of_row: np.ndarray) -> np.nda
     return sums
 
 
-def _by_sums(sums: np.ndarray, value: Value, samples: int) -> np.ndarray:
+def _by_sums(sums: np.ndarray, value: FromSums, samples: int) -> np.ndarray:
     """The metric on resamples, [draws, trials], from sums [clusters, trials, k]."""
     num_clusters, *of_trials = sums.shape
     samples = min(samples, max(_FEWEST, int(_MOST_PRODUCTS / sums.size)))

@@ -1,7 +1,7 @@
-"""One module per task, with the functions of `Task`; what is known without torch stands in `fulltune.recipe.tasks`.
+"""Tasks: each is a module with the functions of the `Task` protocol and a row in `fulltune/recipe/tasks.toml`.
 
-What several tasks share: `classes` (labels, numbers and choices), `written` (models that write),
-`padding` (rows as tensors), `columns` (which column plays which role), `labels` (what a label column holds).
+Shared code: `classes` (heads for labels, numbers and choices), `written` (models that write), `padding` (tokens and
+batches), `columns` (columns by role), `labels` (label columns).
 """
 
 from __future__ import annotations
@@ -27,17 +27,21 @@ else:  # neither framework is imported for the sake of its types
     Tensor = Tokenizer = Any
 
 LENGTH = "length"
-"""Feature with a row's number of tokens, for grouping; `collate` leaves it out."""
+"""Feature that holds a row's cost in tokens, for sorting by length; the model does not read it."""
 PLACE = "fulltune:place"
-"""Key of a row's file and line among the user's own columns; the same for no two rows of a split."""
+"""Key under which a row holds its file and line, unique within a split, beside the user's own columns."""
 Row = Mapping[str, Any]
 """A row as read from the user's file: column name to value."""
+RowFeatures = Mapping[str, Any]
+"""A tokenised example: feature name to a number, a text, or a flat list or array."""
+RowAnswer = dict[str, Any]
+"""The answer to one row, ready for JSON: field name to value."""
 Predictions = Mapping[str, np.ndarray]
-"""What `reduce` gave for each row, joined over all batches: name to array whose first axis is the row."""
-Count = Callable[[Predictions], np.ndarray]
-"""From what `reduce` kept to what each row contributes to a metric: float64 [rows, k]."""
-Value = Callable[[np.ndarray], np.ndarray]
-"""From the sums of these, [..., k], to the metric [...]."""
+"""Output of `Task.reduce` for all rows: name to array whose first axis is the row."""
+RowTerms = Callable[[Predictions], np.ndarray]
+"""A function that gives the numbers each row adds to a metric's sums: float64 [rows, k]."""
+FromSums = Callable[[np.ndarray], np.ndarray]
+"""A function that computes a metric [...] from sums [..., k] over rows."""
 
 
 _IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices")
@@ -45,52 +49,52 @@ _IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices")
 
 @dataclass(frozen=True)
 class Target:
-    """What the label column holds, found out from the train rows."""
+    """What the model learns to predict, derived from the train rows by `Task.find_target`."""
 
     problem_type: ProblemType
     columns: Mapping[str, str]
     """Role to column name, for example `{"text": "sentence", "label": "intent"}`."""
     labels: tuple[str, ...] = ()
     joint: str = ""
-    """Text put between prompt and completion when neither brings white space; for seq2seq before each source."""
+    """Text between prompt and completion, or the prefix of each seq2seq source."""
     num_choices: int = 0
-    """Choices of each row (multiple-choice)."""
+    """Number of choices per row (multiple choice)."""
     stride: int | None = None
-    """Tokens by which the windows of a long context overlap; None: a third of a window. Only tokenising asks."""
+    """Overlap of a long context's windows in tokens; a third of a window by default."""
     scale: tuple[float, float] | None = None
-    """Mean and standard deviation of the train rows' numbers: losses are in units of the latter. None: not known."""
+    """Mean and standard deviation of the train rows' numbers, if known; losses are in standard deviations."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
-    """Shift and factor that make the number of a logit, `factor * logit + shift`: others than these while a model is
-    trained whose head is not yet in the user's units (`train/worker/loading.py`)."""
+    """`(shift, factor)` that turns a logit into the user's units: `factor * logit + shift`. It differs from the default
+    only while a head is trained in standardised units (`train/worker/loading.py`)."""
 
     @property
     def form(self) -> Form:
-        """What holds for rows of this problem type."""
+        """Facts about rows of this problem type."""
         return FORMS[self.problem_type]
 
     @classmethod
     def of(cls, summary: DataSummary) -> Target:
-        """The target of prepared data."""
+        """Restore the target from the summary of prepared data."""
         return cls(**{name: getattr(summary, name) for name in _IN_SUMMARY}, scale=summary.scale)
 
     def in_summary(self) -> dict[str, Any]:
-        """The fields of a summary of prepared data that it decides."""
+        """Return the fields that the summary of prepared data stores."""
         return {name: getattr(self, name) for name in _IN_SUMMARY}
 
     def as_notes(self) -> dict[str, Any]:
-        """What a finished model's folder says of it, ready for JSON."""
+        """Return the fields that a finished model's folder stores, ready for JSON."""
         return {**self.in_summary(), "labels": list(self.labels), "stride": self.stride}
 
     @classmethod
     def from_notes(cls, notes: Mapping[str, Any]) -> Target:
-        """What `as_notes` gave; folders of earlier versions lack some of it."""
+        """Restore the target from `as_notes`; older model folders may lack `num_choices` and `stride`."""
         more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
         return cls(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A row that is dropped: which check, and why."""
+    """Why a row is dropped: the name of the check, which dropped rows are counted by, and the reason for this row."""
 
     check: str
     reason: str
@@ -98,67 +102,89 @@ class Refused:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised row.
+    """A tokenised row, or a window of one."""
 
-    `features` holds numbers, texts, or flat lists of numbers, of the same kind in every row: `input_ids` [tokens],
-    `labels` (class id, vector or [tokens] with -100 where nothing is trained) ... No attention mask: `collate` knows
-    the lengths. A row whose cost is not the length of `input_ids` says so by a feature `length`.
-    """
-
-    features: Mapping[str, Any]
+    features: RowFeatures
+    """`input_ids` [tokens], `labels` (a class id, a vector, or [tokens] with -100 where nothing is trained) and
+    whatever else the task needs, of the same kind in every row. There is no attention mask: `collate` makes it. A
+    feature `length` gives the row's cost where that is not the length of `input_ids`."""
     trained_tokens: int
     truncated: bool = False
     refused: Refused | None = None
-    """Set when tokenising showed that the row cannot be used."""
+    """Why the row is dropped, if only tokenising could tell."""
     longest: int | None = None
-    """Longest sequence that the model reads, in tokens, where that is not the length of `input_ids`."""
+    """Tokens of the longest sequence that the model reads, if that is not `input_ids`."""
 
 
-Encoded = list[list[Example]]
+RowExamples = list[list[Example]]
 """The examples of each row."""
 
 
 class Task(Protocol):
-    """What a task module provides. Tokens' labels are padded with -100."""
+    """The functions that every task module has. Labels of tokens are padded with -100.
+
+    A new task is a module `fulltune/tasks/<name>.py` with these functions and a row of facts in
+    `fulltune/recipe/tasks.toml`. Most of them can be taken from `classes` or `written`; `text_classification` is a
+    short example.
+    """
 
     @property
     def FACTS(self) -> TaskFacts:
-        """What is known of the task without torch."""
+        """Facts about the task that need no torch, from `fulltune.recipe.tasks`."""
+
+    # ---- rows -----------------------------------------------------------------------------------------------------
 
     def find_columns(
         self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
     ) -> dict[str, str]:
-        """Which column plays which role; raises `DataError` when a role has no column."""
+        """Choose the column for each role, by the recipe or by usual names.
+
+        Args:
+            columns: The names of all columns.
+            sample: Some rows, to judge columns by their content.
+            data: The recipe's `data` block.
+            where: Start of error messages, such as the file's name.
+
+        Raises:
+            DataError: When a role has no column.
+        """
 
     def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-        """Problem type and labels; raises `DataError` when nothing can be learned from the rows.
+        """Derive problem type and labels from the train rows.
 
-        All train rows pass by once, to their end, and must not be kept: there may be millions.
+        `rows` may be millions: consume the iterator to its end, once, and do not store the rows.
+
+        Raises:
+            DataError: When nothing can be learned from the rows.
         """
 
     def refuse(self, row: Row, target: Target) -> Refused | None:
-        """Why this row cannot be used, or None."""
+        """Return why the row cannot be used for training or scoring, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
-        """Rows with the same key are duplicates, or questions about one passage: a split never separates them."""
+        """Return a key that duplicates, or questions about one passage, share; splits keep such rows together."""
 
     def row_labels(self, row: Row, target: Target) -> list[str]:
-        """The row's class names, sorted; splits keep their shares. Empty for tasks without classes."""
+        """Return the row's class names, sorted, by which splits are stratified; empty for tasks without classes."""
 
-    def encode(self, rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
-        """Tokenise rows; a row can give several examples (a conversation whose template rewrites earlier turns)."""
+    def encode(self, rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
+        """Tokenise rows that `refuse` accepted. A row may give several examples, such as a long context's windows."""
 
-    def preview(self, features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
-        """The row as the model sees it, decoded from its tokens."""
+    def preview(self, features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
+        """Return an example as the model reads it, decoded from its tokens."""
+
+    def full_row(self, target: Target, length: int) -> RowFeatures:
+        """Make meaningless features of `length` tokens, with which a plan traces the model."""
+
+    # ---- model ----------------------------------------------------------------------------------------------------
 
     def config_changes(self, target: Target, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Values to set on the model's config."""
+        """Return values to set on the model's config, such as `id2label`."""
 
-    def collate(self, features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    def collate(self, features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
         """Pad a batch on the right: int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`.
 
-        Each feature is a number, a text, or a one-dimensional array or list. Features that the model does not read
-        (`length` among them) are left out.
+        Features that the model does not read (`length` among them) are not included.
         """
 
     def loss(
@@ -169,72 +195,84 @@ class Task(Protocol):
         smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
     ) -> Tensor:
-        """Loss of each item, with smoothed labels and weighed classes, summed: a scalar. The caller divides by the
-        number of items.
+        """Sum the losses of a batch's items to a scalar; the caller divides by `count_items`.
 
-        `logits[batch, ...]` is what `fulltune.inference.run.logits_of` gives: the model's `logits`, or for spans start
-        and end side by side, `logits[batch, tokens, 2]`. `labels[batch, ...]` is what `collate` made; for models that
-        write it may be what `wanted` gives for the trained tokens alone, `labels[trained]`, with as many logits.
+        Args:
+            logits: The model's logits [batch, ...], as `fulltune.inference.run.logits_of` returns them: for spans,
+                start and end side by side [batch, tokens, 2].
+            labels: The labels of `collate` [batch, ...]. For models that write, both may be limited to trained tokens:
+                `logits[trained, vocabulary]` with the `target_ids` of these tokens, `labels[trained]`.
+            target: What the model predicts.
+            smoothing: Label smoothing, from 0 to 1.
+            class_weights: Weight of each class, in the order of the labels.
         """
 
     def count_items(self, labels: Tensor) -> int:
-        """Number of items in that sum: rows, or trained tokens."""
+        """Count the items in the sum of `loss`: rows, or trained tokens."""
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def reduce(self, logits: Tensor, labels: Tensor, target: Target) -> Mapping[str, Tensor | np.ndarray]:
-        """What evaluation keeps of a batch: a few values per row (tensors or arrays whose first axis is the row), never
-        the logits of every token."""
+        """Reduce a batch to a few numbers per row, from which `metrics` are computed: name to tensor or array whose
+        first axis is the row. Logits of all tokens would not fit into memory."""
 
-    def metrics(self, kept: Predictions, target: Target) -> dict[str, float]:
-        """The task's metrics from what `reduce` kept."""
+    def metrics(self, predictions: Predictions, target: Target) -> dict[str, float]:
+        """Compute the task's metrics from the output of `reduce`."""
 
-    def sums(self, target: Target, metric: str) -> Mapping[str, tuple[Count, Value]]:
-        """The metrics that are functions of sums over rows, which a bootstrap resamples by the thousand: what a row
-        contributes, and what is made of the sums, with the same value as `metrics`."""
+    def sums(self, target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
+        """Return the metrics that are functions of sums over rows, with the same values as `metrics`.
 
-    def full_row(self, target: Target, length: int) -> Mapping[str, Any]:
-        """The features of a row of so many tokens, without meaning: what a plan traces a model with."""
+        A bootstrap resamples the terms of rows thousands of times, which `metrics` would be too slow for.
+        """
+
+    # ---- prediction -----------------------------------------------------------------------------------------------
 
     def as_question(self, row: Row, target: Target) -> Row:
-        """A row to be answered, with something in the place of what is not known: `encode` asks for it."""
+        """Fill in a placeholder for the unknown label or answer, so that `encode` accepts the row."""
 
     def refuse_question(self, row: Row, target: Target) -> Refused | None:
-        """Why there can be no answer to such a row, as far as it shows that itself, or None."""
+        """Return why the model cannot answer this row, or None."""
 
-    # ---- only of tasks whose model puts a head on what it has read: answers come from what `reduce` keeps ----
+    # ---- only tasks with a head on the features: answers come from the output of `reduce` ------------------------
 
     def answers(
-        self, kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
-    ) -> list[dict[str, Any]]:
-        """What `predict` gives for each row."""
+        self,
+        predictions: Predictions,
+        rows: Sequence[Row],
+        examples: RowExamples,
+        target: Target,
+        temperature: float,
+    ) -> list[RowAnswer]:
+        """Return the answer of `fulltune predict` to each row; `temperature` calibrates probabilities."""
 
-    def as_shown(self, row: Row, target: Target) -> str:
-        """A row as one reads it in a list of mistakes."""
+    def display_text(self, row: Row, target: Target) -> str:
+        """Return a row as one line for a list of mistakes."""
 
     def chance_loss(self, summary: DataSummary, weights: Sequence[float] | None) -> float:
-        """The loss of guessing, in the units of `loss`; `weights` are those of the classes, in their order."""
+        """Return the loss of a model that ignores its input, in the units of `loss`; `weights` are class weights."""
 
-    # ---- only of tasks whose model writes its answers ----
+    # ---- only tasks whose model writes its answers ----------------------------------------------------------------
 
-    def wanted(self, labels: Tensor) -> Tensor:
-        """The token that each logit should give, -100 where nothing is trained, for `labels[batch, tokens]`:
-        int64 [batch, tokens]."""
+    def target_ids(self, labels: Tensor) -> Tensor:
+        """Return the token that each logit should predict, -100 where nothing is trained: int64 [batch, tokens] from
+        `labels[batch, tokens]`."""
 
     def prompt_text(self, row: Row, target: Target) -> str:
-        """What the model is asked."""
+        """Return the text of the prompt or source."""
 
     def answer_text(self, row: Row, target: Target) -> str:
-        """What it should answer."""
+        """Return the expected answer."""
 
     def generation_ids(
         self, row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None
     ) -> list[int]:
-        """The tokens after which the model shall answer, or go on; a source is cut at `max_length`."""
+        """Return the tokens from which generation starts; a seq2seq source is cut at `max_length`."""
 
     def score_answers(self, answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-        """Scores of generated answers, for `metrics`: name to array whose first axis is the answer."""
+        """Score generated answers: metric name to array whose first axis is the answer."""
 
 
 def task_named(name: TaskName) -> Task:
-    """The module of a task, which has the task's name."""
+    """Import the module of a task by the task's name."""
     module = import_module(f"fulltune.tasks.{name.replace('-', '_')}")
     return cast(Task, module)

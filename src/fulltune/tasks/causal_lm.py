@@ -14,7 +14,7 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import Encoded, Example, Refused, Row, Target, Tensor, Tokenizer, chat, classes, written
+from fulltune.tasks import Example, Refused, Row, RowExamples, Target, Tensor, Tokenizer, chat, classes, written
 from fulltune.tasks.columns import as_text, is_blank, named, normalised, not_text, parsed, required, without_text
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import usual as usual_name
@@ -164,7 +164,7 @@ def _question(row: Row, target: Target) -> list[dict[str, Any]]:
 # ---- tokens ----------------------------------------------------------------------------------------------------
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise; `labels` repeat the ids where something is trained and hold -100 elsewhere."""
     if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
@@ -304,12 +304,12 @@ def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[st
     return {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": padded(positions, 0)}
 
 
-def wanted(labels: Tensor) -> Tensor:
+def target_ids(labels: Tensor) -> Tensor:
     """The token after each one of `labels[batch, tokens]`, -100 after the last: int64 [batch, tokens]."""
     import torch.nn.functional as F
 
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-loss, reduce = partial(written.loss, wanted), partial(written.reduce, wanted)
-count_items = partial(written.count_items, wanted)
+loss, reduce = partial(written.loss, target_ids), partial(written.reduce, target_ids)
+count_items = partial(written.count_items, target_ids)

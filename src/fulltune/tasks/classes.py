@@ -1,5 +1,4 @@
-"""Metrics as sums over rows, for all tasks; and rows with one label, several, a number or a right choice: their loss,
-metrics and answers."""
+"""Loss, metrics and answers of heads for one label, several labels, a number or a choice; metrics as sums over rows."""
 
 from __future__ import annotations
 
@@ -14,29 +13,42 @@ import numpy as np
 
 from fulltune.records.data import DataSummary
 from fulltune.records.scores import Answer
-from fulltune.tasks import Count, Encoded, Predictions, Row, Target, Tensor, Value
+from fulltune.tasks import (
+    FromSums,
+    Predictions,
+    Row,
+    RowAnswer,
+    RowExamples,
+    RowFeatures,
+    RowTerms,
+    Target,
+    Tensor,
+    Tokenizer,
+)
 
 ROWS = ""
-"""In place of an array's name: 1 for each row."""
+"""Name for `arrays` that stands for a 1 in each row."""
 
-# ---- what a row contributes ------------------------------------------------------------------------------------
+# ---- terms of a row ------------------------------------------------------------------------------------------
 
 
 def numbers(*values: np.ndarray) -> np.ndarray:
-    """The numbers of each row, side by side."""
-    return np.stack([np.asarray(one, np.float64) for one in values], axis=-1)
+    """Stack arrays along a new last axis, as float64."""
+    return np.stack([np.asarray(array, np.float64) for array in values], axis=-1)
 
 
-def arrays(*names: str) -> Count:
-    """What `reduce` kept under these names."""
-    return lambda kept: numbers(*(kept[name] if name else np.ones(len(kept[names[0]])) for name in names))
+def arrays(*names: str) -> RowTerms:
+    """Make a function that stacks the named arrays of predictions, [rows, names]."""
+    return lambda predictions: numbers(
+        *(predictions[name] if name else np.ones(len(predictions[names[0]])) for name in names)
+    )
 
 
-def mean_of(score: Callable[[Predictions], np.ndarray]) -> Count:
-    """A number of each row, and 1."""
+def mean_of(score: Callable[[Predictions], np.ndarray]) -> RowTerms:
+    """Make a function that gives each row's score and 1, whose `ratio` is the mean."""
 
-    def count(kept: Predictions) -> np.ndarray:
-        values = score(kept)
+    def count(predictions: Predictions) -> np.ndarray:
+        values = score(predictions)
         return numbers(values, np.ones(len(values)))
 
     return count
@@ -46,16 +58,16 @@ def flat(matches: np.ndarray) -> np.ndarray:
     return matches.reshape(len(matches), -1)
 
 
-def over_all(sums: Mapping[str, tuple[Count, Value]], kept: Predictions) -> dict[str, float]:
-    """The metrics of all rows together."""
-    return {name: float(value(count(kept).sum(axis=0))) for name, (count, value) in sums.items()}
+def over_all(sums: Mapping[str, tuple[RowTerms, FromSums]], predictions: Predictions) -> dict[str, float]:
+    """Compute metrics over all rows."""
+    return {name: float(value(count(predictions).sum(axis=0))) for name, (count, value) in sums.items()}
 
 
-# ---- what is made of the sums ----------------------------------------------------------------------------------
+# ---- metrics from sums -----------------------------------------------------------------------------------------
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """First sum by the second; nothing of nothing is 0."""
+    """Divide the first sum by the second; 0 / 0 is 0."""
     return share(sums[..., 0], sums[..., 1])
 
 
@@ -64,7 +76,7 @@ def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def f1(sums: np.ndarray) -> np.ndarray:
-    """Of right, found and expected ones."""
+    """Compute F1 from the numbers of true positives, predictions and targets, [..., 3]."""
     return share(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
 
 
@@ -77,19 +89,19 @@ def f1_of_all(sums: np.ndarray) -> np.ndarray:
 
 
 def f1_of_present(sums: np.ndarray) -> np.ndarray:
-    """Mean over the classes that were found or expected, as scikit-learn takes it."""
+    """Average F1 over the classes that occur in predictions or targets, as scikit-learn does."""
     parts = by_three(sums)
     present = (parts[..., 1] + parts[..., 2] > 0).sum(axis=-1)
     return share(f1(parts).sum(axis=-1), present)
 
 
 def mcc(sums: np.ndarray) -> np.ndarray:
-    """Matthews' coefficient of several classes from their counts alone."""
+    """Compute the multi-class Matthews correlation from each class's counts."""
     parts = by_three(sums)
-    right, found, expected = parts[..., 0].sum(axis=-1), parts[..., 1], parts[..., 2]
-    rows = found.sum(axis=-1)
-    scale = (rows**2 - (found**2).sum(axis=-1)) * (rows**2 - (expected**2).sum(axis=-1))
-    return share(right * rows - (found * expected).sum(axis=-1), np.sqrt(scale))
+    right, predicted, expected = parts[..., 0].sum(axis=-1), parts[..., 1], parts[..., 2]
+    rows = predicted.sum(axis=-1)
+    scale = (rows**2 - (predicted**2).sum(axis=-1)) * (rows**2 - (expected**2).sum(axis=-1))
+    return share(right * rows - (predicted * expected).sum(axis=-1), np.sqrt(scale))
 
 
 def r2(sums: np.ndarray) -> np.ndarray:
@@ -100,32 +112,33 @@ def r2(sums: np.ndarray) -> np.ndarray:
 # ---- rows with classes, numbers or choices ---------------------------------------------------------------------
 
 
-def config_changes(target: Target, processor: Any) -> dict[str, Any]:
-    """Head size and label names as a model's config has them, and, for decoders that label texts, the padding token
-    that finds the last real one; nothing where the head has one size only."""
+def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
+    """Return the config's head size, label names and problem type, if the head depends on them.
+
+    Decoders that classify texts find the last token by the padding token, so that is set, too.
+    """
     form, labels = target.form, target.labels or ("value",)
     if not (target.labels or form.is_number):
         return {}
-    found: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {name: position for position, name in enumerate(labels)},
     }
     if not form.tags_words:
         kind = "multi_label_classification" if form.several_labels else "single_label_classification"
-        found["problem_type"] = "regression" if form.is_number else kind
-        found |= {"pad_token_id": processor.pad_token_id} if hasattr(processor, "get_vocab") else {}
-    return found
+        changes["problem_type"] = "regression" if form.is_number else kind
+        changes |= {"pad_token_id": processor.pad_token_id} if hasattr(processor, "get_vocab") else {}
+    return changes
 
 
 def label_words(value: Any, target: Target) -> str:
-    """A label value in words."""
+    """Format a class id, 0/1 vector or number for people."""
     if target.form.is_number:
         return f"{float(value):g}"
     if not target.form.several_labels:
         return target.labels[int(value)] if target.labels else f"({int(value)})"
-    chosen = [name for name, present in zip(target.labels, value, strict=True) if present >= 0.5]
-    return ", ".join(chosen) or "(none)"
+    return ", ".join(name for name, present in zip(target.labels, value, strict=True) if present >= 0.5) or "(none)"
 
 
 def loss(
@@ -135,7 +148,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """`row_losses`, summed: a scalar."""
+    """Sum `row_losses` to a scalar."""
     return row_losses(logits, labels, target, smoothing, class_weights).sum()
 
 
@@ -146,11 +159,16 @@ def row_losses(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
+    """Compute cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
 
-    The error of a number is in units of the train rows' standard deviation, where that is known, whatever the logits'
-    own units are: 1 is what the mean of the train rows gets. `logits[batch, classes]`, of a number `logits[batch, 1]`;
-    `labels[batch]` are classes or numbers, of several labels 0 or 1, `labels[batch, classes]`.
+    Squared errors are in standard deviations of the train rows, if known: predicting their mean costs 1.
+
+    Args:
+        logits: [batch, classes], or [batch, 1] for numbers.
+        labels: Class ids or numbers [batch], or 0/1 per label [batch, classes].
+        target: What the model predicts.
+        smoothing: Label smoothing.
+        class_weights: Weight of each class.
     """
     import torch.nn.functional as F
 
@@ -158,7 +176,7 @@ def row_losses(
     weights = None if class_weights is None else logits.new_tensor(list(class_weights))
     if target.form.is_number:
         shift, factor = target.logit_scale
-        expected = ((labels.double() - shift) / factor).float()  # in the logits' units: near 1e8 fp32 has no ones
+        expected = ((labels.double() - shift) / factor).float()  # in logit units: fp32 cannot tell 1e8 from 1e8 + 1
         unit = target.scale[1] if target.scale else 1.0
         return ((logits.squeeze(-1) - expected) * (factor / unit)).square()
     if target.form.several_labels:
@@ -168,29 +186,30 @@ def row_losses(
 
 
 def count_items(labels: Tensor) -> int:
-    """Rows of `labels[batch, ...]`."""
+    """Count the rows of `labels[batch, ...]`."""
     return labels.shape[0]
 
 
 def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Keep `logits[batch, classes]` as float32, of numbers in the user's units, `labels` and the plain `loss[batch]`:
-    small whatever the length."""
-    kept = logits.float()
+    """Return float32 `logits[batch, classes]` (numbers in the user's units), `labels` and unsmoothed `loss[batch]`."""
+    outputs = logits.float()
     if target.form.is_number:
         shift, factor = target.logit_scale
-        kept = (factor * logits.double() + shift).float()
-    return {"logits": kept, "labels": labels, "loss": row_losses(logits, labels, target)}
+        outputs = (factor * logits.double() + shift).float()
+    return {"logits": outputs, "labels": labels, "loss": row_losses(logits, labels, target)}
 
 
-def metrics(kept: Predictions, target: Target) -> dict[str, float]:
-    """`label_metrics` of the predicted labels, and the loss."""
-    values = label_metrics(kept["labels"], predict_labels(kept["logits"], target), target)
-    return values | ({"loss": float(np.mean(kept["loss"]))} if "loss" in kept else {})
+def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
+    """Compute `label_metrics` of the predicted labels, and the mean loss."""
+    values = label_metrics(predictions["labels"], predict_labels(predictions["logits"], target), target)
+    return values | ({"loss": float(np.mean(predictions["loss"]))} if "loss" in predictions else {})
 
 
 def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
-    """The metrics that need only labels, class ids [rows], a 0/1 matrix [rows, labels] or numbers [rows]: with
-    scikit-learn's values, from counts at a hundredth of its time, as a bootstrap computes them a thousand times."""
+    """Compute metrics from class ids [rows], 0/1 matrices [rows, labels] or numbers [rows].
+
+    The values are scikit-learn's, at a hundredth of its time: a bootstrap computes them a thousand times.
+    """
     form = target.form
     if form.is_number:
         both = true.astype(np.float64), predicted.astype(np.float64)
@@ -214,7 +233,7 @@ def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> di
 
 
 def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
-    """As scikit-learn has it: where all targets are equal, 1 for the right answer and 0 for any other."""
+    """Compute R² as scikit-learn does: for constant targets, 1 if all predictions are exact, else 0."""
     if len(true) < 2:
         return math.nan
     error, spread = ((true - predicted) ** 2).sum(), ((true - true.mean()) ** 2).sum()
@@ -222,13 +241,13 @@ def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _correlation(name: str, true: np.ndarray, predicted: np.ndarray) -> float:
-    """A rank correlation of scipy's; of a constant prediction 0."""
+    """Compute scipy's rank correlation of this name; 0 for a constant prediction."""
     from scipy import stats
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a constant prediction
-        found = float(getattr(stats, name)(true, predicted).statistic)
-    return found if math.isfinite(found) else 0.0
+        warnings.simplefilter("ignore")  # about a constant prediction
+        correlation = float(getattr(stats, name)(true, predicted).statistic)
+    return correlation if math.isfinite(correlation) else 0.0
 
 
 NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
@@ -237,37 +256,36 @@ NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "kendall": partial(_correlation, "kendalltau"),
     "rmse": lambda true, predicted: math.sqrt(((true - predicted) ** 2).mean()),
 }
-"""Of targets and predictions, float64 [rows]. A constant prediction has no rank correlation: it counts as 0."""
+"""Metrics of regression, as functions of targets and predictions, float64 [rows]."""
 
 
 def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
-    """Class ids [rows], a 0/1 matrix [rows, labels], or numbers [rows], from `logits[rows, classes]`."""
+    """Turn `logits[rows, classes]` into class ids [rows], a 0/1 matrix [rows, labels] or numbers [rows]."""
     if target.form.is_number:
         return logits[:, 0]
     return (logits > 0).astype(np.int64) if target.form.several_labels else logits.argmax(axis=-1)
 
 
-def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """The wrong rows (regression: all rows) with the highest loss."""
-    predicted, true = predict_labels(kept["logits"], target), kept["labels"]
-    differs: Any = np.ones(len(true), bool) if target.form.is_number else np.asarray(predicted != true)
-    wrong = differs.any(axis=-1) if differs.ndim > 1 else differs
-    order = [position for position in np.argsort(-kept["loss"], kind="stable") if wrong[position]]
+def worst(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
+    """Yield the wrong rows (all rows for regression) with the highest loss."""
+    predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
+    wrong = np.ones(len(true), bool) if target.form.is_number else ~_right_classes(predictions, target)
+    order = [position for position in np.argsort(-predictions["loss"], kind="stable") if wrong[position]]
     for position in order[:count]:
         yield Answer(
             text=texts[position],
             expected=label_words(true[position], target),
             predicted=label_words(predicted[position], target),
-            loss=float(kept["loss"][position]),
+            loss=float(predictions["loss"][position]),
         )
 
 
 def answers(
-    kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
-) -> list[dict[str, Any]]:
-    """`label`, `probability` and `probabilities` by label; or `labels` and `probabilities`; or `value`."""
+    predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
+) -> list[RowAnswer]:
+    """Answer with `label`, `probability` and `probabilities`; with `labels` and `probabilities`; or with `value`."""
     if target.form.is_number:
-        return [{"value": value} for value in kept["logits"][:, 0].tolist()]
+        return [{"value": value} for value in predictions["logits"][:, 0].tolist()]
     labels = target.labels
     if target.form.several_labels:
         from scipy.special import expit
@@ -277,75 +295,77 @@ def answers(
                 "labels": [name for name, chance in zip(labels, chances, strict=True) if chance > 0.5],
                 "probabilities": dict(zip(labels, chances, strict=True)),
             }
-            for chances in expit(kept["logits"].astype(np.float64)).tolist()
+            for chances in expit(predictions["logits"].astype(np.float64)).tolist()
         ]
     return [
         {"label": labels[best], "probability": chances[best], "probabilities": dict(zip(labels, chances, strict=True))}
-        for best, chances in calibrated(kept["logits"], temperature)
+        for best, chances in calibrated(predictions["logits"], temperature)
     ]
 
 
 def calibrated(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, list[float]]]:
-    """For each row of `logits[rows, classes]` the most probable class, and the probabilities of all."""
+    """Yield the most probable class and all calibrated probabilities of each row of `logits[rows, classes]`."""
     from scipy.special import softmax
 
     chances = softmax(logits.astype(np.float64) / temperature, axis=-1)
     return zip(logits.argmax(axis=-1).tolist(), chances.tolist(), strict=True)
 
 
-def with_label(row: Mapping[str, Any], target: Target) -> dict[str, Any]:
-    """A row whose label is not known, with some label: checks and tokenising ask for one, no answer depends on it."""
-    some: Any = 0.0 if target.form.is_number else [] if target.form.several_labels else target.labels[0]
-    return {**row, target.columns["label"]: some}
+def with_label(row: Row, target: Target) -> Row:
+    """Put a placeholder into the label column, which checks and tokenising require and no answer depends on."""
+    placeholder: object = 0.0 if target.form.is_number else [] if target.form.several_labels else target.labels[0]
+    return {**row, target.columns["label"]: placeholder}
 
 
 # ---- metrics as sums over rows ---------------------------------------------------------------------------------
 
 
-def _right_classes(kept: Predictions, target: Target) -> np.ndarray:
-    same = predict_labels(kept["logits"], target) == kept["labels"]
+def _right_classes(predictions: Predictions, target: Target) -> np.ndarray:
+    same = predict_labels(predictions["logits"], target) == predictions["labels"]
     return np.asarray(same.all(axis=-1) if same.ndim > 1 else same)
 
 
-def _matches(kept: Predictions, target: Target) -> np.ndarray:
-    """Right, found and expected of each class: 0 or 1, [rows, classes, 3]."""
-    predicted, true = predict_labels(kept["logits"], target), kept["labels"]
+def _matches(predictions: Predictions, target: Target) -> np.ndarray:
+    """Return 0 or 1 for true positive, predicted and expected, [rows, classes, 3]."""
+    predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     if target.form.several_labels:
-        found, expected = predicted > 0, true > 0
+        guessed, expected = predicted > 0, true > 0
     else:
-        classes = np.arange(kept["logits"].shape[1])
-        found, expected = predicted[:, None] == classes, true[:, None] == classes
-    return numbers(found & expected, found, expected)
+        classes = np.arange(predictions["logits"].shape[1])
+        guessed, expected = predicted[:, None] == classes, true[:, None] == classes
+    return numbers(guessed & expected, guessed, expected)
 
 
-def _squares(kept: Predictions) -> np.ndarray:
-    """Of numbers: squared errors, 1, targets and their squares: [rows, 4]."""
-    true, predicted = (np.asarray(values, np.float64) for values in (kept["labels"], kept["logits"][:, 0]))
-    # The mean of all rows is taken off first: a sum of squares far from 0 would lose its digits.
+def _squares(predictions: Predictions) -> np.ndarray:
+    """Return squared error, 1, centred target and its square, [rows, 4]."""
+    true, predicted = (
+        np.asarray(values, np.float64) for values in (predictions["labels"], predictions["logits"][:, 0])
+    )
+    # Without centring, a sum of squares far from 0 would lose its digits.
     centred = true - true.mean()
     return numbers((true - predicted) ** 2, np.ones(len(true)), centred, centred**2)
 
 
-def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
-    """Of rows with a class, several, or a number."""
-    loss: dict[str, tuple[Count, Value]] = {"loss": (arrays("loss", ROWS), ratio)}
+def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+    """Return each metric as a pair of functions: rows to terms, sums of terms to the value."""
+    loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (arrays("loss", ROWS), ratio)}
     if target.form.is_number:
         return loss | {"r2": (_squares, r2), "rmse": (_squares, lambda sums: np.sqrt(ratio(sums)))}
     right, several = partial(_right_classes, target=target), target.form.several_labels
-    found = loss | {
+    metrics = loss | {
         "accuracy": (mean_of(right), ratio),
-        "f1_macro": (lambda kept: flat(_matches(kept, target)), f1_of_all if several else f1_of_present),
+        "f1_macro": (lambda predictions: flat(_matches(predictions, target)), f1_of_all if several else f1_of_present),
     }
     if several:
-        return found | {"f1_micro": (lambda kept: _matches(kept, target).sum(axis=1), f1)}
-    return found | {"mcc": (lambda kept: flat(_matches(kept, target)), mcc)}
+        return metrics | {"f1_micro": (lambda predictions: _matches(predictions, target).sum(axis=1), f1)}
+    return metrics | {"mcc": (lambda predictions: flat(_matches(predictions, target)), mcc)}
 
 
 # ---- guessing --------------------------------------------------------------------------------------------------
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """The loss of logits that are all the same; of numbers that of the train rows' mean."""
+    """Return the loss of equal logits, or of predicting the train rows' mean number."""
     if summary.form.is_number:
         return 1.0
     if summary.num_choices:
@@ -360,7 +380,7 @@ def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
     return guess * statistics.fmean(1 + (weight - 1) * share for weight, share in zip(weights, shares, strict=True))
 
 
-def full_row(target: Target, length: int) -> dict[str, Any]:
-    """A row of so many tokens, of the first class, all labels, or the number 1."""
+def full_row(target: Target, length: int) -> RowFeatures:
+    """Make a row of `length` tokens with the first class, all labels, or the number 1."""
     several = np.ones(len(target.labels), np.float32) if target.form.several_labels else 0
     return {"input_ids": np.ones(length, np.int64), "labels": 1.0 if target.form.is_number else several}

@@ -17,7 +17,7 @@ from fulltune.models.pixels import CONTENT, PATH, PIXELS, content_hash, decode, 
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import LENGTH, PLACE, Encoded, Example, Refused, Row, Target, Tensor, classes, labels
+from fulltune.tasks import LENGTH, PLACE, Example, Refused, Row, RowExamples, Target, Tensor, classes, labels
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import is_empty
 from fulltune.tasks.padding import stacked_labels
@@ -57,7 +57,7 @@ def group_key(row: Row, target: Target) -> str:
     return content_hash(*where_from(row.get(target.columns["image"])))
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int) -> RowExamples:
     """Decode each image once, to know that it can be; the row keeps its path, or its bytes when it has no path."""
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
@@ -81,11 +81,11 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: Any) -> Prev
     return Preview.labelled(shown, classes.label_words(features["labels"], target))
 
 
-def as_shown(row: Row, target: Target) -> str:
+def display_text(row: Row, target: Target) -> str:
     """The file and its folder, which most often is its class; the row's place when it holds the image itself."""
     value = row.get(target.columns["image"])
     path = value.get("path") if isinstance(value, Mapping) else value
-    # Bytes are kept as words such as `<812 bytes>` beside the features.
+    # Bytes are predictions as words such as `<812 bytes>` beside the features.
     if isinstance(path, str) and path and not path.startswith("<"):
         return _last_parts(path)
     return str(row.get(PLACE, "image"))

@@ -13,7 +13,7 @@ from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import LENGTH, Encoded, Example, Predictions, Refused, Row, Target, Tensor, Tokenizer, classes
+from fulltune.tasks import LENGTH, Example, Predictions, Refused, Row, RowExamples, Target, Tensor, Tokenizer, classes
 from fulltune.tasks.columns import CHOICE_NAMES, as_text, missing_column, named, normalised
 from fulltune.tasks.labels import is_empty, label_name, parsed_list
 from fulltune.tasks.labels import row_labels as labels_of_row
@@ -87,7 +87,7 @@ def as_question(row: Row, target: Target) -> Row:
     return row
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise the question with each choice; the longer of the two is cut first."""
     choices = [choice_texts(row, target) for row in rows]
     questions = [question_text(row, target) for row in rows]
@@ -116,7 +116,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -
     return Preview.labelled(text, str(int(features["labels"])))
 
 
-def as_shown(row: Row, target: Target) -> str:
+def display_text(row: Row, target: Target) -> str:
     """A row in one line: the question and the numbered choices."""
     choices = (f"({place}) {text}" for place, text in enumerate(choice_texts(row, target)))
     return " ".join(part for part in (question_text(row, target), *choices) if part)
@@ -139,7 +139,7 @@ def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[st
 
 
 def answers(
-    kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
+    predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[dict[str, Any]]:
     """`index` and `text` of the most probable choice, its `probability`, and the `probabilities` of all."""
     return [
@@ -149,7 +149,7 @@ def answers(
             "probability": chances[best],
             "probabilities": chances,
         }
-        for row, (best, chances) in zip(rows, classes.calibrated(kept["logits"], temperature), strict=True)
+        for row, (best, chances) in zip(rows, classes.calibrated(predictions["logits"], temperature), strict=True)
     ]
 
 

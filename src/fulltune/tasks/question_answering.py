@@ -1,14 +1,14 @@
-"""Extractive question answering: the answer is a piece of the context, found by its first and last token.
+"""Extractive question answering: the model predicts the first and last token of the answer within the context.
 
-A long context becomes several windows that overlap; each window is an example. A window without the answer, like a
-question without one, points at its first token (BERT's CLS).
+A long context becomes overlapping windows, each an example. Windows that do not hold the answer, and questions without
+an answer, point at the first token (BERT's CLS).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,18 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import DataSummary, Preview
 from fulltune.tasks import (
-    Count,
-    Encoded,
     Example,
+    FromSums,
     Predictions,
     Refused,
     Row,
+    RowAnswer,
+    RowExamples,
+    RowFeatures,
+    RowTerms,
     Target,
     Tensor,
     Tokenizer,
-    Value,
     classes,
 )
 from fulltune.tasks.classes import mean_of, ratio
@@ -42,25 +44,25 @@ FACTS = recipe_tasks.FACTS["question-answering"]
 find_columns = partial(columns_of_roles, ("context", "question", "answers"))
 row_labels, config_changes, count_items = labels_of_row, classes.config_changes, classes.count_items
 MOST_ANSWER_TOKENS = 30
-"""Longest answer that is looked for; longer ones can be trained."""
+"""Longest answer that is predicted, in tokens; training allows longer ones."""
 STARTS, ENDS = "starts", "ends"
-"""Features beside those of the model: each token's first character in the context and the one after its last; -1
-outside of the context [tokens]."""
+"""Features that the model does not read: where each token starts and ends in the context, in characters [tokens];
+-1 for tokens outside of the context."""
 collate = partial(collated, left_out=(STARTS, ENDS))
 IMPOSSIBLE = "is_impossible"
-"""The column by which SQuAD 2 says that a question has no answer, beside answers that are only plausible."""
+"""Column of SQuAD 2 that marks questions without an answer, whose `answers` may be only plausible."""
 ONLY_FOR_TEST_ROWS = (STARTS, ENDS)
-"""What only answers as texts need: it would be half of the train rows' bytes."""
+"""Features that only predictions as text need, not stored for train rows, where they would be half of the bytes."""
 START, END, FIRST, LAST, TOKENS = range(5)
-"""What stands in `labels` [5]: first and last token of the answer, first and last of the context, number of tokens."""
+"""Positions in `labels` [5]: first and last token of the answer, first and last of the context, number of tokens."""
 NOWHERE = 0
-"""The token that a window without the answer points at."""
+"""Token that a window without the answer points at."""
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Nothing is found out, but some row must have an answer."""
+    """Return the target, after checking that some row has an answer."""
     target = Target("span", columns, stride=data.stride)
     answered = 0
     for row in rows:
@@ -75,7 +77,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without question or context are dropped, and those whose answer does not stand in the context."""
+    """Drop rows without question or context, and rows whose answer is not in the context."""
     if refused := without_text(row, target, "question", "context"):
         return refused
     try:
@@ -86,68 +88,75 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 def as_question(row: Row, target: Target) -> Row:
-    """The row without answers."""
+    """Return the row without answers."""
     return {**row, target.columns["answers"]: None}
 
 
 refuse_question = refuse
 
 
-def answers_of(row: Row, target: Target) -> list[tuple[str, int]]:
-    """The accepted answers with their places in the context; the first one is trained. SQuAD's impossible questions
-    have none, whatever stands there."""
+def answers_of(row: Row, target: Target) -> list[AnswerSpan]:
+    """Return the accepted answers with their positions in the context; training uses the first.
+
+    Questions that SQuAD 2 marks as impossible have none, whatever their column holds.
+    """
     if str(row.get(IMPOSSIBLE)).lower() == "true":
         return []
     return accepted(row.get(target.columns["answers"]), context_of(row, target))
 
 
 def context_of(row: Row, target: Target) -> str:
-    """The passage."""
+    """Return the passage."""
     return as_text(row.get(target.columns["context"]))
 
 
 def question_of(row: Row, target: Target) -> str:
-    """What is asked about it."""
+    """Return the question."""
     return as_text(row.get(target.columns["question"])).strip()
 
 
 def group_key(row: Row, target: Target) -> str:
-    """The passage alone: its questions say much about each other."""
+    """Return the passage: questions about one passage stay in one split."""
     return normalised(context_of(row, target))
 
 
 # ---- cells with answers -----------------------------------------------------------------------------------------
 
-Place = tuple[str, int]
-"""A text and its first character in the context."""
+AnswerSpan = tuple[str, int]
+"""An answer's text and the position of its first character in the context."""
 
 
-def accepted(cell: Any, context: str) -> list[Place]:
-    """The accepted answers to a question; none when it cannot be answered from the context.
+def accepted(cell: Any, context: str) -> list[AnswerSpan]:
+    """Read the accepted answers to a question; none if the context does not answer it.
 
-    The cell is as in SQuAD, `{"text": [...], "answer_start": [...]}` or a list of such objects; or it holds texts, each
-    taken at its first place in the context. Raises `DataError` when an answer does not stand where it should.
+    Args:
+        cell: SQuAD's `{"text": [...], "answer_start": [...]}`, a list of such objects, or texts, whose position is
+            where they first occur in the context.
+        context: The passage.
+
+    Raises:
+        DataError: When an answer is not at its position.
     """
-    given = list(_parts(parsed(cell)))
-    found = []
-    for text, start in given:
+    parts = list(_parts(parsed(cell)))
+    answers: list[AnswerSpan] = []
+    for text, start in parts:
         if start is None:
             # Whole words first: `he` is not the beginning of `hello`.
-            whole = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context)
-            place = whole.start() if whole else context.find(text)
-            found += [(text, place)] if place >= 0 else []
+            match = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context)
+            position = match.start() if match else context.find(text)
+            answers += [(text, position)] if position >= 0 else []
         elif context[start : start + len(text)] != text:
             there = context[start : start + len(text)] if start >= 0 else ""
-            raise DataError(f"at character {start} of the context stands {there!r}, not the answer {text!r}")
+            raise DataError(f"at character {start} of the context is {there!r}, not the answer {text!r}")
         else:
-            found.append((text, start))
-    if given and not found:
-        raise DataError(f"the answer {given[0][0]!r} does not stand in the context")
-    return found
+            answers.append((text, start))
+    if parts and not answers:
+        raise DataError(f"the answer {parts[0][0]!r} is not in the context")
+    return answers
 
 
 def _parts(cell: Any) -> Iterator[tuple[str, int | None]]:
-    """Texts that are not empty, each with its start where one is given."""
+    """Yield each text that is not empty, with its start, if given."""
     match cell:
         case {"text": texts, **more}:
             texts, starts = _listed(texts), _listed(more.get("answer_start"))
@@ -168,7 +177,7 @@ def _parts(cell: Any) -> Iterator[tuple[str, int | None]]:
 
 
 def _place(start: Any) -> int:
-    """A character's place; pandas writes whole numbers as floats where some are missing."""
+    """Read a position, which pandas writes as a float if some are missing."""
     try:
         return int(start)
     except (ValueError, TypeError, OverflowError):
@@ -184,12 +193,14 @@ def _listed(value: Any) -> list[Any]:
 # ---- tokens ----------------------------------------------------------------------------------------------------
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Tokenise question and context together; one example per window. Raises `SetupError` when the tokenizer cannot say
-    where its tokens stand in the text.
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
+    """Tokenise question and context together, one example per window.
 
-    Windows overlap by the stride, by less where a long question leaves too little room for it. A row whose answer is
-    whole in no window is refused: trained, it would say that there is no answer.
+    Windows overlap by the stride, or less if a long question leaves too little room. A row is dropped if no window
+    holds the whole answer: it would teach that there is none.
+
+    Raises:
+        SetupError: When the tokenizer is slow, so that the positions of tokens in the text are unknown.
     """
     if not tokenizer.is_fast:
         raise SetupError(
@@ -200,14 +211,14 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """The windows of a question and its context."""
+    """Make the windows of a question and its context."""
     question = question_of(row, target)
-    asked = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
-    # A window must move on by some tokens, or a long context would become very many.
+    question_ids = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
+    # Each window must advance by some tokens, or a long context would give very many windows.
     least = max(1, max_length // 16)
-    room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - len(asked)
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - len(question_ids)
     if room < least:
-        return [_refused("question too long", f"{len(asked)} tokens, with windows of {max_length}")]
+        return [_refused("question too long", f"{len(question_ids)} tokens, with windows of {max_length}")]
     cut = tokenizer(
         question,
         context_of(row, target),
@@ -223,9 +234,9 @@ def _windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: int) ->
     for window, encoding in enumerate(cut.encodings):
         features = {name: cut[name][window] for name in names}
         inside = np.array([part == 1 for part in encoding.sequence_ids])
-        # Asked for all windows at once (`return_offsets_mapping`), they would take most of the memory.
+        # The offsets of all windows at once (`return_offsets_mapping`) would take most of the memory.
         examples.append(_example(features, np.array(encoding.offsets, np.int32), inside, answer))
-    if answer and all(not one.refused and one.features["labels"][START] == NOWHERE for one in examples):
+    if answer and all(not window.refused and window.features["labels"][START] == NOWHERE for window in examples):
         reason = f"the answer of {len(answer[0][0])} characters is whole in no window of {max_length} tokens"
         return [_refused("answer cut off", reason)]
     return examples
@@ -235,28 +246,25 @@ def _refused(check: str, reason: str) -> Example:
     return Example({"input_ids": [], "labels": [], STARTS: [], ENDS: []}, 0, refused=Refused(check, reason))
 
 
-def _example(
-    features: Mapping[str, Any], offsets: np.ndarray, inside: np.ndarray, answer: Sequence[tuple[str, int]]
-) -> Example:
-    """A window, with the answer's first and last token if the whole answer stands in it."""
+def _example(features: RowFeatures, offsets: np.ndarray, inside: np.ndarray, answer: Sequence[AnswerSpan]) -> Example:
+    """Make a window, labelled with the answer's first and last token if it holds the whole answer."""
     if not inside.any():
         return _refused("no context", "the tokenizer makes no token of the context")
     first, last = np.flatnonzero(inside)[[0, -1]].tolist()
     starts, ends = np.where(inside, offsets[:, 0], -1), np.where(inside, offsets[:, 1], -1)
     start = end = NOWHERE
-    for text, place in answer:
-        after = place + len(text)
-        if starts[first] <= place and after <= ends[last]:
-            # Tokens stand in the order of the text: the last one that begins not after the answer does, the first one
-            # that ends not before it does.
-            start = first + int(np.searchsorted(starts[first : last + 1], place, side="right")) - 1
+    for text, position in answer:
+        after = position + len(text)
+        if starts[first] <= position and after <= ends[last]:
+            # The last token that starts at or before the answer, and the first that ends at or after its end.
+            start = first + int(np.searchsorted(starts[first : last + 1], position, side="right")) - 1
             end = max(start, first + int(np.searchsorted(ends[first : last + 1], after, side="left")))
     labels = [start, end, first, last, len(starts)]
     return Example({**features, "labels": labels, STARTS: starts.tolist(), ENDS: ends.tolist()}, trained_tokens=1)
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
-    """The window, and its answer decoded from its tokens."""
+def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
+    """Show the window and its answer, decoded."""
     ids = list(features["input_ids"])
     start, end = features["labels"][START], features["labels"][END]
     answer = str(tokenizer.decode(ids[start : end + 1])).strip()
@@ -268,7 +276,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -
 
 
 def log_chances(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log probability of each token to be the answer's first or last one, [batch, tokens, 2]; padding has none."""
+    """Compute log probabilities that a token is the answer's first or last, [batch, tokens, 2]; -inf for padding."""
     import torch
 
     is_token = torch.arange(logits.shape[1], device=logits.device) < labels[:, TOKENS, None]
@@ -282,7 +290,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Mean of the cross entropies of first and last token, summed over windows: see `log_chances`."""
+    """Average the cross entropies of first and last token, and sum over windows."""
     chances = log_chances(logits, labels)
     plain = -_at_answer(chances, labels).mean(dim=-1)
     if not smoothing:
@@ -292,7 +300,7 @@ def loss(
 
 
 def _at_answer(chances: Tensor, labels: Tensor) -> Tensor:
-    """Log probability of the true first and last token, [batch, 2]."""
+    """Select the log probabilities of the true first and last token, [batch, 2]."""
     return chances.gather(1, labels[:, None, [START, END]])[:, 0]
 
 
@@ -300,7 +308,7 @@ def _at_answer(chances: Tensor, labels: Tensor) -> Tensor:
 
 
 def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Keep the most probable answer of each window, from `logits[batch, tokens, 2]` and `labels[batch, 5]`."""
+    """Find the most probable answer of each window, from `logits[batch, tokens, 2]` and `labels[batch, 5]`."""
     import torch
     import torch.nn.functional as F
 
@@ -323,68 +331,68 @@ def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
     }
 
 
-def metrics(kept: Predictions, target: Target) -> dict[str, float]:
-    """Exact match and F1 of each window's tokens, or of whole questions once `evaluate.spans` scored them, loss."""
-    return {name: float(np.mean(values)) for name, values in row_scores(kept).items()}
+def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
+    """Average `row_scores` over windows, or over questions once `evaluate.spans` has scored them."""
+    return {name: float(np.mean(values)) for name, values in row_scores(predictions).items()}
 
 
-def row_scores(kept: Predictions) -> dict[str, np.ndarray]:
-    """What `metrics` are the means of, [rows]."""
-    if "f1" in kept:
-        return {name: kept[name] for name in FACTS.metrics if name in kept}
-    none, truly_none = kept["nowhere"] > kept["chance"], kept["true_first"] == NOWHERE
-    first, last = (np.where(none, NOWHERE, kept[name]) for name in ("first", "last"))
-    shared = np.minimum(last, kept["true_last"]) - np.maximum(first, kept["true_first"]) + 1
-    sizes = last - first + kept["true_last"] - kept["true_first"] + 2
+def row_scores(predictions: Predictions) -> dict[str, np.ndarray]:
+    """Return F1, exact match and loss of each row, [rows]."""
+    if "f1" in predictions:
+        return {name: predictions[name] for name in FACTS.metrics if name in predictions}
+    none, truly_none = predictions["nowhere"] > predictions["chance"], predictions["true_first"] == NOWHERE
+    first, last = (np.where(none, NOWHERE, predictions[name]) for name in ("first", "last"))
+    shared = np.minimum(last, predictions["true_last"]) - np.maximum(first, predictions["true_first"]) + 1
+    sizes = last - first + predictions["true_last"] - predictions["true_first"] + 2
     f1 = np.where(none | truly_none, none & truly_none, 2 * np.maximum(shared, 0) / sizes)
-    same = (first == kept["true_first"]) & (last == kept["true_last"])
-    return {"f1": f1, "exact_match": same, "loss": kept["loss"]}
+    same = (first == predictions["true_first"]) & (last == predictions["true_last"])
+    return {"f1": f1, "exact_match": same, "loss": predictions["loss"]}
 
 
 def find_answers(
-    kept: Predictions, windows: Sequence[Mapping[str, Any]], questions: Sequence[Any], contexts: Sequence[str]
-) -> dict[Any, dict[str, Any]]:
-    """The answer to each question: the most probable one of all its windows."""
-    found: dict[Any, dict[str, Any]] = {}
-    nowhere: dict[Any, float] = {}
+    predictions: Predictions, windows: Sequence[RowFeatures], questions: Sequence[Hashable], contexts: Sequence[str]
+) -> dict[Hashable, RowAnswer]:
+    """Return the most probable answer to each question over all its windows, by the question's key."""
+    best: dict[Hashable, RowAnswer] = {}
+    nowhere: dict[Hashable, float] = {}
     for number, (key, context) in enumerate(zip(questions, contexts, strict=True)):
-        chance = float(kept["chance"][number])
-        nowhere[key] = min(nowhere.get(key, 0.0), float(kept["nowhere"][number]))
-        if key in found and chance <= found[key]["probability"]:
+        chance = float(predictions["chance"][number])
+        nowhere[key] = min(nowhere.get(key, 0.0), float(predictions["nowhere"][number]))
+        if key in best and chance <= best[key]["probability"]:
             continue
         window = windows[number]
-        start, end = int(window[STARTS][kept["first"][number]]), int(window[ENDS][kept["last"][number]])
+        start, end = int(window[STARTS][predictions["first"][number]]), int(window[ENDS][predictions["last"][number]])
         text = context[start:end]
-        # Some tokens begin with the space before them.
+        # Some tokens start with the space before a word.
         start += len(text) - len(text.lstrip())
-        found[key] = {"answer": text.strip(), "probability": chance, "start": start}
-    for key, answer in found.items():
+        best[key] = {"answer": text.strip(), "probability": chance, "start": start}
+    for key, answer in best.items():
         if nowhere[key] > answer["probability"]:
             answer |= {"answer": "", "probability": nowhere[key], "start": None}
         answer["probability"] = math.exp(answer["probability"])
-    return found
+    return best
 
 
 def answers(
-    kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
-) -> list[dict[str, Any]]:
-    """`answer`, its first character `start`, and its `probability`; a long context is several windows."""
-    numbers = [number for number, windows in enumerate(encoded) for _ in windows]
-    features = [example.features for windows in encoded for example in windows]
-    found = find_answers(kept, features, numbers, [context_of(rows[number], target) for number in numbers])
-    return [found[number] for number in range(len(rows))]
+    predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
+) -> list[RowAnswer]:
+    """Answer with `answer`, its first character `start`, and its `probability`."""
+    numbers = [number for number, windows in enumerate(examples) for _ in windows]
+    features = [example.features for windows in examples for example in windows]
+    best = find_answers(predictions, features, numbers, [context_of(rows[number], target) for number in numbers])
+    return [best[number] for number in range(len(rows))]
 
 
-def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
-    """Each metric is a mean over questions."""
-    return {metric: (mean_of(lambda kept: row_scores(kept)[metric]), ratio)}
+def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+    """Return the metric as a mean over questions."""
+    return {metric: (mean_of(lambda predictions: row_scores(predictions)[metric]), ratio)}
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """Every token of a window is as likely as all others."""
+    """Return the loss if all tokens of a window are equally likely."""
     return math.log(summary.max_length)
 
 
-def full_row(target: Target, length: int) -> dict[str, Any]:
-    """A window whose answer is its first token."""
+def full_row(target: Target, length: int) -> RowFeatures:
+    """Make a window of `length` tokens whose answer is its first token."""
     return {"input_ids": np.ones(length, np.int64), "labels": np.array([0, 0, 0, length - 1, length])}

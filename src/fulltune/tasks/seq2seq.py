@@ -11,7 +11,7 @@ import numpy as np
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import LENGTH, Encoded, Example, Refused, Row, Target, Tensor, Tokenizer, classes, written
+from fulltune.tasks import LENGTH, Example, Refused, Row, RowExamples, Target, Tensor, Tokenizer, classes, written
 from fulltune.tasks.columns import as_text, normalised, without_text
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import row_labels as labels_of_row
@@ -59,7 +59,7 @@ def answer_text(row: Row, target: Target) -> str:
     return as_text(row.get(target.columns["target"])).strip()
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise; source and target are each cut at `max_length`. A cut source keeps its end token, as when the model
     answers; a cut target loses it, so that the model does not learn to stop in the middle."""
     # Without a limit: only so can truncation be counted.
@@ -116,13 +116,13 @@ def decoder_input_ids(model: Any, labels: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id or 0)
 
 
-def wanted(labels: Tensor) -> Tensor:
+def target_ids(labels: Tensor) -> Tensor:
     """`labels[batch, target]`: each logit should give the token in its own place."""
     return labels
 
 
-loss, reduce = partial(written.loss, wanted), partial(written.reduce, wanted)
-count_items = partial(written.count_items, wanted)
+loss, reduce = partial(written.loss, target_ids), partial(written.reduce, target_ids)
+count_items = partial(written.count_items, target_ids)
 
 
 def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import Encoded, Example, Refused, Row, Target, Tokenizer, classes, labels
+from fulltune.tasks import Example, Refused, Row, RowExamples, Target, Tokenizer, classes, labels
 from fulltune.tasks.columns import USUAL_PAIRS, as_text, named, normalised, not_text, required, without_text
 from fulltune.tasks.padding import beginning, collated, tokenised
 
@@ -22,7 +22,7 @@ full_row, config_changes = classes.full_row, classes.config_changes
 as_question, collate = classes.with_label, collated
 
 
-def as_shown(row: Row, target: Target) -> str:
+def display_text(row: Row, target: Target) -> str:
     """The text, or both texts of a pair."""
     return " / ".join(_texts(row, target))
 
@@ -87,7 +87,7 @@ def _texts(row: Row, target: Target) -> list[str]:
     return [as_text(row.get(target.columns[role])) for role in ("text", "text_pair") if role in target.columns]
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise texts (or pairs) and turn the label into an id, a 0/1 vector [labels] or a float."""
     texts = [[beginning(text, tokenizer, max_length) for text in _texts(row, target)] for row in rows]
     tokens, names, is_cut = tokenised(tokenizer, [*map(list, zip(*texts, strict=True))], max_length)

@@ -1,4 +1,4 @@
-"""Token classification: a BIO tag for each word, read at the word's first sub-word; scored by whole entities."""
+"""Token classification: a BIO tag for each word, predicted at its first sub-word and scored by whole entities."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from fulltune.records.data import DataSummary, Preview
 from fulltune.records.scores import Answer
 from fulltune.tasks import (
     PLACE,
-    Count,
-    Encoded,
     Example,
+    FromSums,
     Predictions,
     Refused,
     Row,
+    RowAnswer,
+    RowExamples,
+    RowFeatures,
+    RowTerms,
     Target,
     Tensor,
     Tokenizer,
-    Value,
     classes,
 )
 from fulltune.tasks.classes import arrays, f1, f1_of_present, flat, over_all, ratio, share
@@ -38,19 +40,19 @@ from fulltune.tasks.padding import IGNORED, beginning, collated, ragged, tokenis
 FACTS = recipe_tasks.FACTS["token-classification"]
 find_columns = partial(columns_of_roles, ("tokens", "tags"))
 TAGS, WORD_IDS = "tags", "word_ids"
-"""Features beside those of the model: label of each word, lost ones too [words]; word of each token, or -1 [tokens]."""
+"""Features that the model does not read: label id of each word [words]; word of each token, or -1 [tokens]."""
 collate = partial(collated, left_out=(TAGS, WORD_IDS), label_per_token=True)
 _BIO = re.compile(r"O|[BI]-\S+")
 WORD = re.compile(r"https?://\S*[\w/]|[@#]?\w+(?:[.'’&/-]\w+)*|\S")
-"""A word of running text; punctuation stands apart, as in CoNLL files."""
+"""Regular expression of a word in running text, punctuation apart, as in CoNLL files."""
 _SHOWN = 5
-"""Places that are named one by one."""
+"""Most wrong tags that an error message lists."""
 
 # ---- words and their tags --------------------------------------------------------------------------------------
 
 
 def word_list(value: Any) -> list[str] | None:
-    """A cell with the words (or tags) of a sentence: a list, a list as JSON, or words between spaces; else None."""
+    """Read the words or tags of a sentence from a list, a list as JSON, or text with spaces; else return None."""
     if isinstance(value, str):
         text = value.strip()
         listed = parsed_list(text) if text.startswith("[") and text.endswith("]") else None
@@ -62,41 +64,41 @@ def word_list(value: Any) -> list[str] | None:
 
 def _cells(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list[str] | None]:
     tokens, tags = row.get(columns["tokens"]), row.get(columns["tags"])
-    # Beside tags between spaces, a sentence such as `[1]` is a word and no list.
+    # With tags separated by spaces, a sentence such as `[1]` is a word and not a list.
     if isinstance(tokens, str) and isinstance(tags, str) and not tags.lstrip().startswith("["):
         return tokens.split(), tags.split()
     return word_list(tokens), word_list(tags)
 
 
 def words_and_tags(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Both lists of a usable row; tags in strict BIO."""
-    found, tags = _cells(row, columns)
-    assert found is not None, "refuse() leaves out rows without words"
-    assert tags is not None, "refuse() leaves out rows without tags"
-    return found, strict(tags)
+    """Return the words and strict BIO tags of a row that `refuse` accepts."""
+    words, tags = _cells(row, columns)
+    assert words is not None, "refuse() drops rows without words"
+    assert tags is not None, "refuse() drops rows without tags"
+    return words, strict(tags)
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without words, without tags, with more or fewer tags than words, or with tags that are not BIO."""
+    """Drop rows without words or tags, with other numbers of words and tags, or with tags that are not BIO."""
     names = (target.columns["tokens"], target.columns["tags"])
-    found, tags = _cells(row, target.columns)
-    for name, role, cell in zip(names, ("tokens", "tags"), (found, tags), strict=True):
+    words, tags = _cells(row, target.columns)
+    for name, role, cell in zip(names, ("tokens", "tags"), (words, tags), strict=True):
         if cell is None:
             return Refused(f"no {role}", f"column '{name}' holds {str(row.get(name))[:60]!r}, expected a list of words")
         if is_blank("".join(cell)):
             return Refused(f"no {role}", f"column '{name}' is empty")
-    assert found is not None
+    assert words is not None
     assert tags is not None
-    if len(found) != len(tags):
-        return Refused("counts differ", f"{len(found)} tokens and {len(tags)} tags; expected one tag for each token")
+    if len(words) != len(tags):
+        return Refused("counts differ", f"{len(words)} tokens and {len(tags)} tags; expected one tag for each token")
     wrong = next((tag for tag in tags if not _BIO.fullmatch(tag)), None)
     return None if wrong is None else Refused("not BIO", f"tag {wrong!r}, expected O, B-TYPE or I-TYPE")
 
 
 def strict(tags: Sequence[str]) -> list[str]:
-    """The same entities, each of which begins with `B-`.
+    """Rewrite tags so that each entity begins with `B-`.
 
-    An `I-` tag that continues nothing begins an entity, as seqeval and the older IOB1 scheme read it.
+    An `I-` tag that continues no entity begins one, as in seqeval and the older IOB1 scheme.
     """
     return [
         f"B{tag[1:]}" if tag.startswith("I-") and before[2:] != tag[2:] else tag
@@ -105,21 +107,21 @@ def strict(tags: Sequence[str]) -> list[str]:
 
 
 def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Entities: type, first word, and the word after the last."""
-    found: list[tuple[str, int, int]] = []
+    """Return entities as (type, first word, word after the last)."""
+    entities: list[tuple[str, int, int]] = []
     for position, tag in enumerate(tags):
         if tag == "O":
             continue
-        kind, start, end = found[-1] if found else ("", 0, -1)
+        kind, start, end = entities[-1] if entities else ("", 0, -1)
         if tag.startswith("I-") and kind == tag[2:] and end == position:
-            found[-1] = (kind, start, position + 1)
+            entities[-1] = (kind, start, position + 1)
         else:
-            found.append((tag[2:], position, position + 1))
-    return found
+            entities.append((tag[2:], position, position + 1))
+    return entities
 
 
 def bracketed(sentence: Sequence[str], tags: Sequence[str]) -> str:
-    """A sentence with its entities: `[Ada Lovelace]PER was born in [London]LOC`."""
+    """Write a sentence with its entities in brackets: `[Ada Lovelace]PER was born in [London]LOC`."""
     shown = list(sentence)
     for kind, start, end in spans(tags):
         shown[start] = f"[{shown[start]}"
@@ -128,27 +130,30 @@ def bracketed(sentence: Sequence[str], tags: Sequence[str]) -> str:
 
 
 def types(labels: Iterable[str]) -> list[str]:
-    """Entity types, in the order of their labels."""
+    """Return the entity types, in the order of their labels."""
     return list(dict.fromkeys(label[2:] for label in labels if label != "O"))
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """`O`, then `B-` and `I-` of every entity type, sorted. Raises `DataError` when tags are numbers or not BIO, naming
-    the first places, or when no row has an entity."""
-    found: set[str] = set()
+    """Make the labels `O`, then `B-` and `I-` of every entity type, sorted.
+
+    Raises:
+        DataError: When tags are not BIO, with the first places, or when no row has an entity.
+    """
+    known_tags: set[str] = set()
     wrong: list[tuple[str, int, str]] = []
     num_rows = num_wrong = 0
     for row in rows:
         num_rows += 1
         at = str(row.get(PLACE, f"{where}: row {num_rows}"))
         sentence, tags = (cell or [] for cell in _cells(row, columns))
-        unknown = [(place, tag) for place, tag in enumerate(tags, start=1) if tag not in found]
+        unknown = [(place, tag) for place, tag in enumerate(tags, start=1) if tag not in known_tags]
         bad = [(at, place, tag) for place, tag in unknown if not _BIO.fullmatch(tag)]
         num_wrong += len(bad)
         wrong += bad[: _SHOWN - len(wrong)]
         if bad or len(tags) != len(sentence):
-            continue  # the second kind is refused row by row
-        found.update(tags)
+            continue  # other numbers of tags than words are dropped row by row
+        known_tags.update(tags)
     if wrong:
         advice = (
             f"{where}: column '{columns['tags']}' holds tags that are not BIO, expected O, B-TYPE (first word of an "
@@ -156,7 +161,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
             f"I-; numbers are places in a data set's list of labels) ({num_wrong} such tags)"
         )
         raise DataError([advice, *(f"{at}, word {place}: tag {tag[:60]!r}" for at, place, tag in wrong)])
-    kinds = sorted(types(found))
+    kinds = sorted(types(known_tags))
     if not kinds:
         raise DataError(
             f"{where}: no row has an entity (column '{columns['tags']}' holds only O, or counts of tokens and tags "
@@ -171,33 +176,36 @@ refuse_question, config_changes = refuse, classes.config_changes
 
 
 def as_question(row: Row, target: Target) -> Row:
-    """The words alone, each with the tag O."""
+    """Give every word the tag O."""
     tokens = target.columns["tokens"]
     words = word_list(row.get(tokens))
     return {tokens: row.get(tokens) if words is None else words, target.columns["tags"]: ["O"] * len(words or ())}
 
 
 def group_key(row: Row, target: Target) -> str:
-    """The words."""
+    """Return the sentence."""
     return normalised(" ".join(word_list(row.get(target.columns["tokens"])) or []))
 
 
 def row_labels(row: Row, target: Target) -> list[str]:
-    """The entity types of a row."""
+    """Return the entity types of a row."""
     return sorted(types(word_list(row.get(target.columns["tags"])) or []))
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Tokenise word by word; the first sub-word of a word carries its label, every other token -100. Raises
-    `SetupError` when the tokenizer cannot say which word a token belongs to."""
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
+    """Tokenise word by word; a word's first sub-word has its label, all other tokens -100.
+
+    Raises:
+        SetupError: When the tokenizer is slow, so that the words of tokens are unknown.
+    """
     if not tokenizer.is_fast:
         raise SetupError(
             f"{type(tokenizer).__name__} cannot say which word a token belongs to (it is a slow tokenizer, without "
             "tokenizer.json); token-classification needs a fast one: take another model, or convert its tokenizer"
         )
     parsed = [words_and_tags(row, target.columns) for row in rows]
-    read = [[beginning(word, tokenizer, max_length) for word in words] for words, _ in parsed]
-    sentences = as_in_text(read, tokenizer)
+    sentences = [[beginning(word, tokenizer, max_length) for word in words] for words, _ in parsed]
+    sentences = as_in_text(sentences, tokenizer)
     tokens, names, is_cut = tokenised(tokenizer, [sentences], max_length, is_split_into_words=True)
     ids = {label: position for position, label in enumerate(target.labels)}
     encoded = []
@@ -215,14 +223,14 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def as_in_text(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[list[str]]:
-    """The words as this tokenizer meets them in running text.
+    """Put a space before each further word if the tokenizer needs it to produce the tokens of running text.
 
-    Byte-level vocabularies (RoBERTa, GPT-2) hold a word together with the space before it. Given word by word it would
-    be missing, and every word would look like the inside of another.
+    Byte-level vocabularies (RoBERTa, GPT-2) store words with the space before them; without it, every word would look
+    like the inside of another.
     """
     plain = tokenizer("of the", add_special_tokens=False)["input_ids"]
 
-    def split(words: list[str]) -> Any:
+    def split(words: list[str]) -> object:
         return tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
 
     if not tokenizer.is_fast or split(["of", "the"]) == plain or split(["of", " the"]) != plain:
@@ -230,17 +238,17 @@ def as_in_text(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[lis
     return [words[:1] + [f" {word}" if word else word for word in words[1:]] for words in sentences]
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
-    """The tokens, and the sentence with its entities in brackets, each word decoded from its tokens."""
+def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
+    """Show the decoded tokens, and the sentence with its entities in brackets."""
     ids, word_ids = np.asarray(features["input_ids"]), np.asarray(features[WORD_IDS])
-    seen = seen_words(features)
-    words = [str(tokenizer.decode(ids[word_ids == word].tolist())).strip() for word in seen]
-    row_tags = [target.labels[features[TAGS][word]] for word in seen]
+    positions = seen_words(features)
+    words = [str(tokenizer.decode(ids[word_ids == word].tolist())).strip() for word in positions]
+    row_tags = [target.labels[features[TAGS][word]] for word in positions]
     return Preview.labelled(str(tokenizer.decode(ids.tolist())), bracketed(words, row_tags))
 
 
-def seen_words(features: Mapping[str, Any]) -> np.ndarray:
-    """Numbers of the words that have a token: not those cut off, nor those of which the tokenizer makes nothing."""
+def seen_words(features: RowFeatures) -> np.ndarray:
+    """Return the positions of words that have a token: not cut off, nor ignored by the tokenizer."""
     return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
 
 
@@ -251,50 +259,50 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Cross entropy of the labelled words, summed, of `logits[batch, tokens, labels]` and `labels[batch, tokens]`."""
-    # PyTorch's loss of a label of -100 is 0: picking the others would have the host wait for the device.
+    """Sum the cross entropy of words, from `logits[batch, tokens, labels]` and `labels[batch, tokens]`."""
+    # PyTorch's loss of label -100 is 0; selecting the other tokens would make the host wait for the device.
     return classes.row_losses(logits.flatten(0, 1), labels.flatten(), target, smoothing, class_weights).sum()
 
 
 def count_items(labels: Tensor) -> int:
-    """Labelled words of `labels[batch, tokens]`."""
+    """Count the words in `labels[batch, tokens]`."""
     return int((labels != IGNORED).sum())
 
 
 def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarray]:
-    """What is kept of `logits[batch, tokens, labels]` and `labels[batch, tokens]`: for each row what `counts` gives,
-    summed `nll`, words `seen`; for each word the `predicted` label and its `probability` (arrays of arrays)."""
-    chosen = labels != IGNORED
-    wanted = labels[chosen]
-    chances = logits[chosen].float().log_softmax(dim=-1)
-    best = chances.max(dim=-1)
-    seen = chosen.sum(dim=1).cpu().numpy()
-    ends = np.cumsum(seen)[:-1]
+    """Return the `counts` of each row, its summed `nll` and number of words `seen`, and of each of these words the
+    `predicted` label and its `probability` (arrays of arrays)."""
+    is_word = labels != IGNORED
+    true = labels[is_word]
+    log_probabilities = logits[is_word].float().log_softmax(dim=-1)
+    best = log_probabilities.max(dim=-1)
+    num_words = is_word.sum(dim=1).cpu().numpy()
+    ends = np.cumsum(num_words)[:-1]
 
     def by_row(values: Tensor) -> np.ndarray:
         return ragged(np.split(values.cpu().numpy(), ends))
 
     predicted = by_row(best.indices)
-    nll = by_row(-chances.gather(1, wanted[:, None])[:, 0])
-    return counts(by_row(wanted), predicted, target) | {
+    nll = by_row(-log_probabilities.gather(1, true[:, None])[:, 0])
+    return counts(by_row(true), predicted, target) | {
         "nll": np.array([values.sum(dtype=np.float64) for values in nll]),
-        "seen": seen,
+        "seen": num_words,
         "predicted": predicted,
         "probability": by_row(best.values.exp()),
     }
 
 
 def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: Target) -> dict[str, np.ndarray]:
-    """Sums that metrics are made of, from each row's labels."""
+    """Count entities [rows, types, 3] (right, predicted and expected), words and right words of each row."""
     pairs = list(zip(true, predicted, strict=True))
     place = {kind: number for number, kind in enumerate(types(target.labels))}
     entities = np.zeros((len(pairs), len(place), 3), dtype=np.int32)
-    for row, (one, two) in enumerate(pairs):
-        if not (one.any() or two.any()):
+    for row, pair in enumerate(pairs):
+        if not (pair[0].any() or pair[1].any()):
             continue  # label 0 is O: no entity on either side
-        expected, found = (set(spans([target.labels[i] for i in labels])) for labels in (one, two))
-        for column, chosen in enumerate((expected & found, found, expected)):
-            for kind, *_ in chosen:
+        expected, guessed = (set(spans([target.labels[i] for i in labels])) for labels in pair)
+        for column, entity_set in enumerate((expected & guessed, guessed, expected)):
+            for kind, *_ in entity_set:
                 entities[row, place[kind], column] += 1
     return {
         "entities": entities,
@@ -303,25 +311,25 @@ def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: 
     }
 
 
-def over_all_words(kept: Predictions, rows: Sequence[Mapping[str, Any]], target: Target) -> dict[str, np.ndarray]:
-    """What was kept, counted anew over every word of the rows: a word that the model never saw counts as `O`."""
+def over_all_words(predictions: Predictions, rows: Sequence[RowFeatures], target: Target) -> dict[str, np.ndarray]:
+    """Count predictions again over all words of the rows; a word that the model did not read counts as `O`."""
     gold = [np.asarray(row[TAGS]) for row in rows]
-    seen = [seen_words(row) for row in rows]
+    positions = [seen_words(row) for row in rows]
     everywhere = {}
     for name in ("predicted", "probability"):
-        everywhere[name] = ragged([np.zeros(len(row), kept[name][0].dtype) for row in gold])
-        for values, words, found in zip(everywhere[name], seen, kept[name], strict=True):
-            values[words] = found
-    return {**kept, **everywhere, "gold": ragged(gold), **counts(gold, everywhere["predicted"], target)}
+        everywhere[name] = ragged([np.zeros(len(row), predictions[name][0].dtype) for row in gold])
+        for values, words, row_values in zip(everywhere[name], positions, predictions[name], strict=True):
+            values[words] = row_values
+    return {**predictions, **everywhere, "gold": ragged(gold), **counts(gold, everywhere["predicted"], target)}
 
 
 def answers(
-    kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
-) -> list[dict[str, Any]]:
-    """`tokens`, their `tags`, and `entities` as spans of words."""
-    kept = over_all_words(kept, [example.features for [example] in encoded], target)
-    found = []
-    for row, labels, chances in zip(rows, kept["predicted"], kept["probability"], strict=True):
+    predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
+) -> list[RowAnswer]:
+    """Answer with `tokens`, their `tags`, and `entities` as spans of words."""
+    predictions = over_all_words(predictions, [example.features for [example] in examples], target)
+    row_answers: list[RowAnswer] = []
+    for row, labels, chances in zip(rows, predictions["predicted"], predictions["probability"], strict=True):
         words = row[target.columns["tokens"]]
         row_tags = [target.labels[label] for label in labels]
         entities = [
@@ -334,50 +342,54 @@ def answers(
             }
             for kind, start, end in spans(row_tags)
         ]
-        found.append({"entities": entities, "tokens": list(words), "tags": row_tags})
-    return found
+        row_answers.append({"entities": entities, "tokens": list(words), "tags": row_tags})
+    return row_answers
 
 
-def metrics(kept: Predictions, target: Target) -> dict[str, float]:
-    """Precision, recall and F1 of whole entities (over all, and the mean over types), accuracy and loss of words."""
-    return over_all({name: part for name, part in sums(target, "").items() if name != "loss" or "nll" in kept}, kept)
+def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
+    """Compute precision, recall, F1 and macro F1 of whole entities, and accuracy and loss of words."""
+    return over_all(
+        {name: part for name, part in sums(target, "").items() if name != "loss" or "nll" in predictions}, predictions
+    )
 
 
-def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """The rows with the most wrong entities, then with the highest loss; `kept` also has the words as `tokens` and
-    their labels as `gold`."""
-    right, found, expected = np.moveaxis(kept["entities"].sum(axis=1), -1, 0)
-    wrong = found + expected - 2 * right
-    for row in [row for row in np.lexsort((-kept["nll"], -wrong)) if wrong[row]][:count]:
+def worst(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
+    """Yield the rows with the most wrong entities, then the highest loss.
+
+    `predictions` also has the words as `tokens` and their labels as `gold`.
+    """
+    right, guessed, expected = np.moveaxis(predictions["entities"].sum(axis=1), -1, 0)
+    wrong = guessed + expected - 2 * right
+    for row in [row for row in np.lexsort((-predictions["nll"], -wrong)) if wrong[row]][:count]:
         shown = [
-            bracketed(kept["tokens"][row], [target.labels[i] for i in kept[name][row]])
+            bracketed(predictions["tokens"][row], [target.labels[i] for i in predictions[name][row]])
             for name in ("gold", "predicted")
         ]
-        yield Answer(text=texts[row], expected=shown[0], predicted=shown[1], loss=float(kept["nll"][row]))
+        yield Answer(text=texts[row], expected=shown[0], predicted=shown[1], loss=float(predictions["nll"][row]))
 
 
-def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
-    """All metrics: those of entities from the counts of right, found and expected ones."""
+def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+    """Return each metric as a pair of functions: rows to terms, sums of terms to the value."""
     return {
         "f1": (_entities, f1),
         "precision": (_entities, lambda sums: share(sums[..., 0], sums[..., 1])),
         "recall": (_entities, lambda sums: share(sums[..., 0], sums[..., 2])),
-        "f1_macro": (lambda kept: flat(np.asarray(kept["entities"], np.float64)), f1_of_present),
+        "f1_macro": (lambda predictions: flat(np.asarray(predictions["entities"], np.float64)), f1_of_present),
         "accuracy": (arrays("right", "words"), ratio),
         "loss": (arrays("nll", "seen"), ratio),
     }
 
 
-def _entities(kept: Predictions) -> np.ndarray:
-    """Right, found and expected entities of all types: [rows, 3]."""
-    return np.asarray(kept["entities"].sum(axis=1), np.float64)
+def _entities(predictions: Predictions) -> np.ndarray:
+    """Count right, predicted and expected entities over all types, [rows, 3]."""
+    return np.asarray(predictions["entities"].sum(axis=1), np.float64)
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """At most: words' tags are not counted, so the largest weight may be that of all."""
+    """Return an upper bound: tags are not counted, so every word is given the largest weight."""
     return math.log(max(2, len(summary.labels))) * (1.0 if weights is None else max(weights))
 
 
-def full_row(target: Target, length: int) -> dict[str, Any]:
-    """A row whose tokens all have the first tag."""
+def full_row(target: Target, length: int) -> RowFeatures:
+    """Make a row of `length` tokens with the first tag."""
     return {"input_ids": np.ones(length, np.int64), "labels": np.zeros(length, np.int64)}

@@ -1,88 +1,94 @@
-"""Models that write: loss over trained tokens, and scores of generated answers; for language models and seq2seq."""
+"""Loss over trained tokens and scores of generated answers, for language models and seq2seq."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fulltune.tasks import Count, Predictions, Target, Tensor, Value
+from fulltune.tasks import FromSums, Predictions, RowFeatures, RowTerms, Target, Tensor
 from fulltune.tasks.classes import ROWS, arrays, over_all, ratio
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED
 
-Wanted = Callable[[Tensor], Tensor]
-"""From `labels[batch, tokens]` to the token that each logit should give, -100 where nothing is trained."""
+if TYPE_CHECKING:
+    from fulltune.models.chunked_loss import ChunkedLogits
+
+    Logits = Tensor | ChunkedLogits
+    """Logits [batch, tokens, vocabulary], or of the trained tokens alone [trained, vocabulary], perhaps chunked."""
+
+TargetIds = Callable[[Tensor], Tensor]
+"""A task's `target_ids`: from `labels[batch, tokens]` to the token that each logit should predict, or -100."""
 
 
 def loss(
-    wanted: Wanted,
-    logits: Any,
+    target_ids: TargetIds,
+    logits: Logits,
     labels: Tensor,
     target: Target,
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Cross entropy of the trained tokens, summed: a scalar. Other places are left out before the float32 copy.
+    """Sum the cross entropy of the trained tokens to a scalar.
 
-    `logits[batch, tokens, vocabulary]` and `labels[batch, tokens]`; or of the trained tokens only what they should
-    give, `labels[trained]`, with `logits[trained, vocabulary]`.
+    `labels` are [batch, tokens], or the target ids of the trained tokens [trained] with `logits[trained, vocabulary]`.
+    Untrained tokens are dropped before the copy to float32.
     """
     from fulltune.models import chunked_loss
 
     if labels.dim() == 2:
-        tokens = wanted(labels)
-        chosen = tokens != IGNORED
-        logits, labels = _picked(logits, chosen), tokens[chosen]
+        tokens = target_ids(labels)
+        is_trained = tokens != IGNORED
+        logits, labels = _picked(logits, is_trained), tokens[is_trained]
     return chunked_loss.summed_loss(logits, labels, smoothing)
 
 
-def count_items(wanted: Wanted, labels: Tensor) -> int:
-    """Trained tokens of `labels[batch, tokens]`."""
-    return int((wanted(labels) != IGNORED).sum())
+def count_items(target_ids: TargetIds, labels: Tensor) -> int:
+    """Count the trained tokens of `labels[batch, tokens]`."""
+    return int((target_ids(labels) != IGNORED).sum())
 
 
-def reduce(wanted: Wanted, logits: Any, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens: float64 [batch];
-    of `logits[batch, tokens, vocabulary]`, or of those of trained tokens only."""
+def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target) -> dict[str, Tensor]:
+    """Sum `nll` in nats, trained `tokens` and `right` greedy tokens per row: float64 [batch] each."""
     import torch
 
     from fulltune.models.chunked_loss import token_scores
 
-    tokens = wanted(labels)
-    chosen = tokens != IGNORED
-    rows = chosen.nonzero()[:, 0]
+    tokens = target_ids(labels)
+    is_trained = tokens != IGNORED
+    rows = is_trained.nonzero()[:, 0]
     empty = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-    losses, right = token_scores(_picked(logits, chosen), tokens[chosen])
+    losses, right = token_scores(_picked(logits, is_trained), tokens[is_trained])
     return {
         "nll": empty.index_add(0, rows, losses.double()),
-        "tokens": chosen.sum(dim=1).double(),
+        "tokens": is_trained.sum(dim=1).double(),
         "right": empty.index_add(0, rows, right.double()),
     }
 
 
-def _picked(logits: Any, places: Tensor) -> Any:
-    """`logits[trained, vocabulary]` of the chosen places, which a selective head has picked already."""
-    return logits[places] if getattr(logits, "ndim", 2) == 3 else logits
+def _picked(logits: Logits, places: Tensor) -> Logits:
+    """Select `logits[trained, vocabulary]`, unless a selective head has done it already."""
+    from fulltune.models.chunked_loss import ChunkedLogits
+
+    return logits if isinstance(logits, ChunkedLogits) or logits.ndim == 2 else logits[places]
 
 
-def metrics(kept: Predictions, target: Target) -> dict[str, float]:
-    """Loss per token in nats, perplexity, accuracy of the next token, and mean scores of answers; BLEU is that of the
-    whole corpus, an order of n-grams without a match smoothed (`exp`), so that few or short answers do not get 0."""
-    of_tokens = "tokens" in kept
-    wanted = {
-        name: part for name, part in sums(target, "").items() if name in kept or (of_tokens and name in _OF_TOKENS)
-    }
-    values = over_all(wanted, kept)
-    if "bleu_counts" in kept:
+def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
+    """Compute loss per token in nats, perplexity, next-token accuracy, and mean scores of answers.
+
+    BLEU is the corpus's, with `exp` smoothing, so that few or short answers do not get 0.
+    """
+    names = set(predictions) | (set(_OF_TOKENS) if "tokens" in predictions else set())
+    values = over_all({name: parts for name, parts in sums(target, "").items() if name in names}, predictions)
+    if "bleu_counts" in predictions:
         from sacrebleu.metrics.bleu import BLEU
 
         orders = BLEU().max_ngram_order
-        counted = kept["bleu_counts"].sum(axis=0).tolist()
-        counts, totals, (written, expected) = counted[:orders], counted[orders : 2 * orders], counted[2 * orders :]
-        values["bleu"] = BLEU.compute_bleu(counts, totals, written, expected, smooth_method="exp").score
+        counted = predictions["bleu_counts"].sum(axis=0).tolist()
+        matches, totals, lengths = counted[:orders], counted[orders : 2 * orders], counted[2 * orders :]
+        values["bleu"] = BLEU.compute_bleu(matches, totals, lengths[0], lengths[1], smooth_method="exp").score
     return values
 
 
@@ -91,42 +97,42 @@ _PACKAGES = {"rougeL": "rouge_score", "chrf": "sacrebleu", "bleu": "sacrebleu"}
 
 
 def can_score(metric: str) -> bool:
-    """Whether the package that a metric of answers needs is installed."""
+    """Return whether the package that a metric of answers needs is installed."""
     return metric not in _PACKAGES or importlib.util.find_spec(_PACKAGES[metric]) is not None
 
 
 def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Exact match of each generated answer; with their packages also ROUGE-L (0 to 1) and chrF (0 to 100)."""
+    """Score each answer by exact match and, if their packages are installed, ROUGE-L (0 to 1) and chrF (0 to 100)."""
     pairs = list(zip(answers, expected, strict=True))
-    kept = {"exact_match": np.array([float(normalised(one) == normalised(two)) for one, two in pairs])}
+    scores = {"exact_match": np.array([float(normalised(one) == normalised(two)) for one, two in pairs])}
     if can_score("rougeL"):
         from rouge_score.rouge_scorer import RougeScorer
 
         rouge = RougeScorer(["rougeL"])
-        kept["rougeL"] = np.array([rouge.score(two, one)["rougeL"].fmeasure for one, two in pairs])
+        scores["rougeL"] = np.array([rouge.score(two, one)["rougeL"].fmeasure for one, two in pairs])
     if can_score("chrf"):
         from sacrebleu.metrics.chrf import CHRF
 
         chrf = CHRF()
-        kept["chrf"] = np.array([chrf.sentence_score(one, [two]).score for one, two in pairs])
-    return kept
+        scores["chrf"] = np.array([chrf.sentence_score(one, [two]).score for one, two in pairs])
+    return scores
 
 
 def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """What BLEU is made of, with sacrebleu: matching n-grams and n-grams of each order, then the lengths of answer and
-    target: `bleu_counts[rows, 10]`."""
+    """Count matching n-grams, n-grams of each order, and the lengths of answer and target: `bleu_counts[rows, 10]`;
+    nothing without sacrebleu."""
     if not can_score("bleu"):
         return {}
     from sacrebleu.metrics.bleu import BLEU
 
-    bleu = BLEU(effective_order=True)  # the counts do not depend on it; without it each short row would be warned of
+    bleu = BLEU(effective_order=True)  # does not change the counts, but avoids a warning per short row
     scores = [bleu.sentence_score(one, [two]) for one, two in zip(answers, expected, strict=True)]
     counts = [[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in scores]
     return {"bleu_counts": np.array(counts, np.int64)}
 
 
-def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
-    """All metrics but BLEU, which is no function of sums over rows that one would keep."""
+def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+    """Return all metrics but BLEU as functions of sums over rows."""
     return {
         "loss": (arrays("nll", "tokens"), ratio),
         "perplexity": (arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(ratio(sums), 700.0))),
@@ -135,7 +141,7 @@ def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
     }
 
 
-def full_row(target: Target, length: int) -> dict[str, Any]:
-    """A row of which all tokens are trained."""
+def full_row(target: Target, length: int) -> RowFeatures:
+    """Make a row of `length` tokens, all trained."""
     ids = np.ones(length, np.int64)
     return {"input_ids": ids, "labels": ids}

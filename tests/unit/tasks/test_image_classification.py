@@ -154,9 +154,9 @@ def test_preview_and_mistakes_name_the_file_and_its_folder(reader: ImageReader) 
     assert (shown.segments[0].text, shown.label) == ("dog/1.png", "dog")
     bare = image_classification.preview({"path": "", "content": b"12345", "labels": 0}, TARGET, reader)
     assert bare.segments[0].text == "image of 5 bytes"
-    assert image_classification.as_shown({"image": "/far/away/dog/1.png"}, TARGET) == "dog/1.png"
+    assert image_classification.display_text({"image": "/far/away/dog/1.png"}, TARGET) == "dog/1.png"
     held = {"image": "<5 bytes>", "fulltune:place": "rows.parquet:3"}
-    assert image_classification.as_shown(held, TARGET) == "rows.parquet:3"
+    assert image_classification.display_text(held, TARGET) == "rows.parquet:3"
 
 
 # ---- model -----------------------------------------------------------------------------------------------------

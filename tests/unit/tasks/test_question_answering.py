@@ -49,10 +49,10 @@ def test_cell_with_answers_in_each_form_is_read(cell: Any, found: list[tuple[str
 @pytest.mark.parametrize(
     ("cell", "problem"),
     [
-        ("moon", "the answer 'moon' does not stand in the context"),
-        (["moon", "mars"], "the answer 'moon' does not stand in the context"),
-        ({"text": ["sun"], "answer_start": [5]}, "at character 5 of the context stands 'un ', not the answer 'sun'"),
-        ({"text": ["sun"], "answer_start": [999]}, "at character 999 of the context stands '', not the answer 'sun'"),
+        ("moon", "the answer 'moon' is not in the context"),
+        (["moon", "mars"], "the answer 'moon' is not in the context"),
+        ({"text": ["sun"], "answer_start": [5]}, "at character 5 of the context is 'un ', not the answer 'sun'"),
+        ({"text": ["sun"], "answer_start": [999]}, "at character 999 of the context is '', not the answer 'sun'"),
         ({"text": ["sun"], "answer_start": [4, 5]}, "1 answers have 2 values of answer_start"),
         ({"answer": "sun"}, "an object with 'text' and 'answer_start' was expected, found ['answer']"),
     ],

@@ -15,7 +15,7 @@ from fulltune import predict
 from fulltune.errors import RecipeError
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import FACTS, FORMS, TaskFacts
-from fulltune.tasks import Encoded, Row, Target, labels, text_classification
+from fulltune.tasks import Row, RowExamples, Target, labels, text_classification
 from tests import tiny
 from tests.train import runs
 
@@ -26,7 +26,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     return replace(labels.find_target(rows, columns, data, where), problem_type="ending")
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int) -> RowExamples:
     """The last two words are read, and nothing before them."""
     text = target.columns["text"]
     cut = [{**row, text: " ".join(str(row[text]).split()[-2:])} for row in rows]

@@ -220,7 +220,7 @@ class Replay(TrainingPart):
         mask = padded([[1] * len(text) for text in texts], 0).to(device)
         with self.trainer.selecting(labels, whole=True):
             logits = self.trainer.model(input_ids=ids, attention_mask=mask).logits
-        return logits[causal_lm.wanted(labels) != IGNORED] if logits.dim() == 3 else logits
+        return logits[causal_lm.target_ids(labels) != IGNORED] if logits.dim() == 3 else logits
 
 
 def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:

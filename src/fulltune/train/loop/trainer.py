@@ -52,7 +52,7 @@ def collated(
     batch = collate(rows)
     batch = batch | {ITEMS: count_items(batch["labels"])}
     if head is not None:
-        batch[TRAINED] = trained_places(head.wanted(batch["labels"]))
+        batch[TRAINED] = trained_places(head.target_ids(batch["labels"]))
     return batch
 
 
@@ -187,8 +187,8 @@ class FullTrainer(Guarded, Trainer):
         """Make the model compute only the logits that the loss uses, if it can: chunked if planned, unless `whole`."""
         if self.head is None:
             return contextlib.nullcontext()
-        in_pieces = self.head.in_pieces and self._plan.chunked_loss and not whole
-        return self.head.only(labels, trained, in_pieces=in_pieces)
+        chunked = self.head.can_chunk and self._plan.chunked_loss and not whole
+        return self.head.only(labels, trained, chunked=chunked)
 
     def collated(self, rows: list[Any]) -> dict[str, Any]:
         return collated(rows, self.data_collator, self.count_items, self.head)
@@ -205,7 +205,7 @@ class FullTrainer(Guarded, Trainer):
         inputs = dict(inputs)
         labels, trained = inputs["labels"], inputs.pop(TRAINED, None)
         if self.head is not None and trained is not None:
-            inputs["labels"] = self.head.wanted(labels).flatten().index_select(0, trained)
+            inputs["labels"] = self.head.target_ids(labels).flatten().index_select(0, trained)
         with self.selecting(labels, trained):
             return super().compute_loss(model, inputs, *rest, **keywords)
 

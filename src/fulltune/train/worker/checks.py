@@ -141,8 +141,8 @@ def _selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool
 
 def _chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> Check:
     """Check the chunked loss; without it training needs more memory, which only a recipe that requires it refuses."""
-    result = head_result if trainer.head is None else trainer.head.about_pieces
-    possible = trainer.head is not None and trainer.head.in_pieces
+    result = head_result if trainer.head is None else trainer.head.chunking_note
+    possible = trainer.head is not None and trainer.head.can_chunk
     if is_required and not possible:
         result += "; remove train.chunked_loss"
     return Check(name=_CHUNKED, result=result, passed=possible or not is_required)
