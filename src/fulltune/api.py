@@ -56,7 +56,7 @@ def job(
     text = text or yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     folder = None if run_folder is None else Path(run_folder)
     hooks = Hooks(**functions)
-    found, _ = find_or_make(recipe, text, recipe.name or name, folder, fresh, hooks.marks())
+    found, _ = find_or_make(recipe, text, recipe.name or name, folder, fresh, hooks.digest())
     return Run(recipe, found, hooks, listener or _printing())
 
 

@@ -12,7 +12,7 @@ import torch
 from fulltune.records.data import DataSummary
 from fulltune.system import hardware, memory
 from fulltune.system.memory import Meter, is_out_of_memory, with_smaller_batches
-from fulltune.train.observed import held_to
+from fulltune.train.usage import memory_limit
 from fulltune.train.worker import attempt
 from fulltune.train.worker import main as worker
 from tests.gpu_paths.cards import GIB, Cards
@@ -73,7 +73,7 @@ def test_meter_of_a_cpu_asks_no_card(two_h100s: Cards) -> None:
 def test_limit_is_a_share_of_the_current_card_until_its_end(an_a100_and_a_t4: Cards) -> None:
     a100, t4 = an_a100_and_a_t4.cards
 
-    with held_to(4 * GIB, "cuda", print):
+    with memory_limit(4 * GIB, "cuda", print):
         assert (a100.share, t4.share) == (1.0, 0.25)
         t4.take(3 * GIB)
         with pytest.raises(torch.OutOfMemoryError) as raised:
@@ -85,7 +85,7 @@ def test_limit_is_a_share_of_the_current_card_until_its_end(an_a100_and_a_t4: Ca
 
 @books
 def test_limit_on_a_cpu_leaves_the_cards_alone(two_h100s: Cards) -> None:
-    with held_to(64 * GIB, "cpu", print):
+    with memory_limit(64 * GIB, "cpu", print):
         assert two_h100s[0].share == 1.0
 
 

@@ -15,7 +15,7 @@ from fulltune.train.hooks import Hooks
 SCRIPT = """
 from fulltune.train.hooks import Hooks
 def loss(outputs, labels, n): return sum(x for x in {"a", "b", "c"} if x) and [y for y in labels]
-print(Hooks(compute_loss=loss).marks())
+print(Hooks(compute_loss=loss).digest())
 """
 
 
@@ -42,12 +42,12 @@ def test_marks_in_two_processes_are_the_same() -> None:
     ],
 )
 def test_marks_of_different_hooks_differ(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert Hooks(**one).marks() != Hooks(**other).marks()
+    assert Hooks(**one).digest() != Hooks(**other).digest()
 
 
 def test_marks_without_hooks_that_change_the_weights_are_empty() -> None:
-    assert Hooks().marks() == ""
-    assert Hooks(metrics=lambda predictions, references: {}).marks() == ""
+    assert Hooks().digest() == ""
+    assert Hooks(metrics=lambda predictions, references: {}).digest() == ""
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from fulltune.system.memory import (
     kernel_kills,
     with_smaller_batches,
 )
-from fulltune.train.observed import held_to
+from fulltune.train.usage import memory_limit
 
 
 class CudaError(RuntimeError):
@@ -199,13 +199,13 @@ LIMITED = """
 import torch
 from fulltune.system.memory import status_bytes
 from fulltune.system.memory import is_out_of_memory
-from fulltune.train.observed import held_to
+from fulltune.train.usage import memory_limit
 
 MIB = 2**20
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
 limit, began = status_bytes("VmRSS") + 200 * MIB, status_bytes("RssAnon")
 fits = 0
-with held_to(limit, "cpu", print):
+with memory_limit(limit, "cpu", print):
     try:
         kept = [torch.ones(MIB // 4) for _ in range(150)]
         fits = len(kept)
@@ -229,21 +229,21 @@ def test_held_to_counts_the_whole_process_and_ends_with_the_block() -> None:
 
 def test_held_to_less_than_the_libraries_is_refused() -> None:
     with (
-        pytest.raises(DoesNotFitError, match=r"train.memory_limit: 10 MiB, but Python and its libraries alone hold "),
-        held_to(10 * 2**20, "cpu", print),
+        pytest.raises(DoesNotFitError, match=r"train.memory_limit: 10 MiB, but Python and its libraries alone use "),
+        memory_limit(10 * 2**20, "cpu", print),
     ):
         pass
 
 
 def test_held_to_nothing_and_held_to_where_it_cannot_be_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fulltune.train import observed
+    from fulltune.train import usage
 
     before, warnings = resource.getrlimit(resource.RLIMIT_DATA), []
-    monkeypatch.setattr(observed, "status_bytes", lambda key: 0)
+    monkeypatch.setattr(usage, "status_bytes", lambda key: 0)
 
-    with held_to(None, "cpu", warnings.append):
+    with memory_limit(None, "cpu", warnings.append):
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
-    with held_to(2**30, "cpu", warnings.append):
+    with memory_limit(2**30, "cpu", warnings.append):
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
     assert warnings == ["memory limit: only the plan keeps to it, because this system cannot enforce it"]

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: checksums are written last, and only a checkpoint that matches them counts."""
+"""Checkpoints: one counts only if it matches its checksums, which are written last."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,37 +18,41 @@ from fulltune.methods.folder import load_trained
 from fulltune.models import sharding
 from fulltune.train.request import number_in
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
 GUARD = "guard.json"
-"""What the guard of single steps and the parts of a training keep."""
+"""File with the state of the step guard and of the parts of a training."""
 STATE = "trainer_state.json"
-"""transformers' own."""
+"""transformers' file with the state of the Trainer."""
 WEIGHTS = "model.safetensors"
-_VALUES_SEEN = 64
+_DIGEST_VALUES = 64
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a line for each newer one that was passed over."""
-    passed_over: list[str] = []
+    """Return the newest sound checkpoint, and a line for each newer one that is damaged."""
+    damaged: list[str] = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
         problem = flaw(checkpoint)
         if problem is None:
-            return checkpoint, passed_over
-        passed_over.append(f"{checkpoint.name}: {problem}; going back to the one before")
-    return None, passed_over
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint.name}: {problem}; going back to the one before")
+    return None, damaged
 
 
-def weights_digest(model: Any) -> str:
-    """Tells a loaded model's pretrained weights from others, by some values of each: not those of a new head."""
+def weights_digest(model: PreTrainedModel) -> str:
+    """Hash some values of each weight of the model's body, without the head."""
     digest = hashlib.sha256()
     for name, values in model.base_model.named_parameters():
         flat = sharding.whole(values.detach()).reshape(-1)
-        some = flat[:: max(1, len(flat) // _VALUES_SEEN)][:_VALUES_SEEN]
-        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+        sample = flat[:: max(1, len(flat) // _DIGEST_VALUES)][:_DIGEST_VALUES]
+        digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Write what the guard and the parts of a training keep: plain values, and arrays in files of their own."""
+    """Write the state of the step guard and of the parts of a training; each array gets a file of its own."""
     arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
     for name, values in arrays.items():
         np.save(checkpoint / f"{name}.npy", values)
@@ -56,80 +60,83 @@ def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 
 def guard_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_guard_state` wrote."""
+    """Read what `save_guard_state` wrote."""
     state: dict[str, Any] = json.loads((checkpoint / GUARD).read_text(encoding="utf-8"))
     return state | {file.stem: np.load(file, allow_pickle=False) for file in checkpoint.glob("*.npy")}
 
 
 def newest_healthy(folder: Path, before: int) -> Path | None:
-    """The newest whole checkpoint of an earlier step, saved when none of the steps just before it was skipped."""
-    newest = sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True)
-    whole = (one for one in newest if number_in(one) < before and flaw(one) is None)
-    return next((one for one in whole if not guard_state(one).get("skipped")), None)
+    """Return the newest sound checkpoint of a step before `before` with no skipped step just before it, or None."""
+    newest_first = sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True)
+    sound = (path for path in newest_first if number_in(path) < before and flaw(path) is None)
+    return next((path for path in sound if not guard_state(path).get("skipped")), None)
 
 
 def last_saved(folder: Path) -> int:
-    """The step of the newest checkpoint that was finished; 0: there is none."""
-    return max((number_in(one) for one in folder.glob("checkpoint-*") if (one / SEAL).exists()), default=0)
+    """Return the step of the newest sealed checkpoint, or 0 without one."""
+    return max((number_in(path) for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), default=0)
 
 
 def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
-    """Delete all but the newest `limit` whole checkpoints, the best one, and what was the best one when those were
-    saved, to which a run that goes back returns."""
-    found = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
-    states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in found[-limit:]]
+    """Delete all sealed checkpoints but the newest `limit`, the best one, and those that were the best when these were
+    saved: after a rollback they are the best again."""
+    sealed = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
+    states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in sealed[-limit:]]
     best_steps = {best_step, *(state["best_global_step"] for state in states)}
-    for checkpoint in found[:-limit]:
+    for checkpoint in sealed[:-limit]:
         if number_in(checkpoint) not in best_steps:
             shutil.rmtree(checkpoint)
 
 
 def drop_unfinished(folder: Path) -> None:
-    """Delete checkpoints that were never sealed."""
+    """Delete unsealed checkpoints."""
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / SEAL).exists():
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Delete checkpoints beyond a step: those that a resumed run will write again."""
+    """Delete checkpoints of later steps, which a resumed run writes again."""
     for checkpoint in folder.glob("checkpoint-*"):
         if number_in(checkpoint) > step:
             shutil.rmtree(checkpoint)
 
 
-def save_trained(model: Any, checkpoint: Path) -> None:
-    """Write what is trained, under the model's own names."""
+def save_trained(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Save the trained weights under the model's own names."""
     from safetensors.torch import save_file
 
     checkpoint.mkdir(parents=True, exist_ok=True)
-    tensors = {name: one.detach().cpu().contiguous() for name, one in methods.trained(model).items()}
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in methods.trained(model).items()}
     save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> None:
-    """Put a checkpoint's weights into the model by `from_pretrained`, which knows the names that transformers 5.24
-    saves some tensors under; with `trained_only` those that `save_trained` wrote."""
+def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
+    """Load a checkpoint's weights into the model: with `trained_only` those of `save_trained`, else through
+    `from_pretrained`, as transformers 5.24 saves some tensors under other names."""
     if trained_only:
         from safetensors.torch import load_file
 
         load_trained(model, load_file(checkpoint / WEIGHTS), checkpoint)
         return
-    found = loaded(model, checkpoint, model.dtype)
+    source = load_model(model, checkpoint, model.dtype)
     sharding.free(model)
-    model.load_state_dict(found.state_dict())
+    model.load_state_dict(source.state_dict())
 
 
-def loaded(model: Any, checkpoint: Path, dtype: Any) -> Any:
-    """A checkpoint's model, sharded as this one is; SetupError when its tensors are not those of the model."""
+def load_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checkpoint as a second model, sharded like this one; raises SetupError if their tensors differ."""
     import torch
 
+    model_class: Any = type(model)
     keywords = {"config": model.config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if sharding.is_shared(model):
         keywords["distributed_config"] = model.config.distributed_config
     with torch.random.fork_rng(devices=[]):
-        found, info = type(model).from_pretrained(checkpoint, **keywords)
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if wrong:
-        raise SetupError(f"{checkpoint}: does not hold the model's tensors: {wrong[0]} ({len(wrong)} such tensors)")
-    return found
+        other, info = model_class.from_pretrained(checkpoint, **keywords)
+    other_shape = (name for name, *_ in info["mismatched_keys"])
+    mismatched = sorted({*info["missing_keys"], *info["unexpected_keys"], *other_shape})
+    if mismatched:
+        name, count = mismatched[0], len(mismatched)
+        raise SetupError(f"{checkpoint}: its tensors are not those of the model: {name} ({count} such tensors)")
+    return other

@@ -1,4 +1,4 @@
-"""What a user can give from Python and no recipe can hold."""
+"""Functions that a user passes from Python, since a recipe cannot contain them."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 
 
-def _described(value: Any) -> str:
-    """A value as text that is the same in another process; a function by its code, defaults and closure."""
+def _description(value: object) -> str:
+    """Describe a value by text that is the same in another process: a function by its code, defaults and closure."""
     match value:
         case Mapping():
-            return "{" + ",".join(f"{key}:{_described(inner)}" for key, inner in value.items()) + "}"
+            return "{" + ",".join(f"{key}:{_description(inner)}" for key, inner in value.items()) + "}"
         case tuple() | list():
-            return "(" + ",".join(map(_described, value)) + ")"
+            return "(" + ",".join(map(_description, value)) + ")"
         case set() | frozenset():
-            return "{" + ",".join(sorted(map(_described, value))) + "}"
+            return "{" + ",".join(sorted(map(_description, value))) + "}"
         case functools.partial():
-            return f"partial{_described((value.func, value.args, value.keywords))}"
+            return f"partial{_description((value.func, value.args, value.keywords))}"
         case types.CodeType():
-            return f"{value.co_name}:{value.co_code.hex()}:{value.co_names}:{_described(value.co_consts)}"
+            return f"{value.co_name}:{value.co_code.hex()}:{value.co_names}:{_description(value.co_consts)}"
         case types.FunctionType():
             cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
             parts = (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
-            return f"{value.__qualname__}{_described(parts)}"
+            return f"{value.__qualname__}{_description(parts)}"
     text = repr(value)
-    # A default representation holds an address, which is another one each time: the type has to do.
+    # A default representation contains an address, which changes: only the type is used.
     return f"{type(value).__module__}.{type(value).__qualname__}" if " at 0x" in text else text
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Functions of the user's own. With `compute_loss` training runs in this process."""
+    """The user's functions; with `compute_loss` training runs in this process."""
 
     metrics: Callable[[Any, Any], Mapping[str, float]] | None = None
-    """`metrics(predictions, references)`: further metrics of the test rows. Classifiers: arrays of class ids, 0/1 rows
-    or numbers; multiple choice: of places of choices; taggers: for each row its tags (lists of lists of str); question
-    answering: answers (list of str, empty where there is none) and for each question all accepted ones (lists of str);
-    language models and encoder-decoders: generated and expected answers (lists of str). Called on all rows once, and
-    once for each resample that the interval rests on (`evaluate.bootstrap_samples`)."""
+    """`metrics(predictions, references)`: further metrics of the test rows. Both arguments are, for classifiers, arrays
+    of class ids, 0/1 rows or numbers; for multiple choice, arrays of choice numbers; for taggers, lists of tags per
+    row; for question answering, answers (empty if there is none) and lists of accepted answers; for language models and
+    encoder-decoders, generated and expected answers. Called once on all rows, and once per bootstrap sample
+    (`evaluate.bootstrap_samples`)."""
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    """`preprocess(row)`: changes each row after reading."""
+    """`preprocess(row)`: returns the changed row, after reading."""
     compute_loss: Callable[..., Any] | None = None
-    """`compute_loss(outputs, labels, num_items_in_batch)`: the loss to train with, as in `transformers.Trainer`. It
-    must be divided by `num_items_in_batch`, the number of rows (or trained tokens) of the whole global batch."""
+    """`compute_loss(outputs, labels, num_items_in_batch)`: the training loss, as in `transformers.Trainer`. It must be
+    divided by `num_items_in_batch`, the number of rows (or trained tokens) of the global batch."""
 
-    def marks(self) -> str:
-        """Tells two sets of hooks apart that give other rows or weights; empty without such hooks."""
-        given = {name: value for name, value in vars(self).items() if value is not None and name != "metrics"}
-        return "" if not given else hashlib.sha256(_described(given).encode()).hexdigest()[:16]
+    def digest(self) -> str:
+        """Hash the hooks that change rows or weights; an empty string without such hooks."""
+        relevant = {name: value for name, value in vars(self).items() if value is not None and name != "metrics"}
+        return "" if not relevant else hashlib.sha256(_description(relevant).encode()).hexdigest()[:16]
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse pairs of the user's functions and settings of which one would be ignored."""
+        """Refuse functions that would conflict with a setting."""
         train, own = recipe.train, self.compute_loss is not None
         answers = not FACTS[recipe.task].writes or recipe.evaluate.generate_rows
         pairs = {
             "compute_loss and train.class_weights are both given; weigh the classes in your loss": (
                 own and train.class_weights is not None
             ),
-            "compute_loss and train.chunked_loss are both given; your loss is given whole logits": (
+            "compute_loss and train.chunked_loss are both given; your loss gets all logits at once": (
                 own and train.chunked_loss
             ),
             "compute_loss and train.label_smoothing_factor are both given; smooth in your loss": (
@@ -76,12 +76,12 @@ class Hooks:
             f"compute_loss trains in this process; remove {recipe.train.shared_by}": own and recipe.train.shared_by,
             "metrics needs generated answers; set evaluate.generate_rows above 0": self.metrics and not answers,
         }
-        problems = [problem for problem, is_so in pairs.items() if is_so]
+        problems = [problem for problem, applies in pairs.items() if applies]
         if problems:
             raise RecipeError(problems)
 
     def check_data(self, summary: DataSummary) -> None:
-        """Refuse `metrics` where the data turn out to be raw text, which has no answers."""
+        """Refuse `metrics` for raw text, which has no answers."""
         if self.metrics is not None and summary.form.is_raw_text:
             raise RecipeError("metrics compares answers, and raw text has none; remove it, or give prompts and answers")
 

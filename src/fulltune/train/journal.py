@@ -1,4 +1,4 @@
-"""What happened in an attempt: things that happen rarely, phases, and how long a run took over all attempts."""
+"""The journal of an attempt with its phase and heartbeat, and the duration of a run over all attempts."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from fulltune.records.training import Outcome
 from fulltune.train.request import Request, attempt_folders
 
 PHASE_FILE = "phase"
-"""What the attempt was doing, for the parent of a process that was killed and could not say it."""
+"""File with the attempt's phase, for the parent of a killed process."""
 HEARTBEAT = "heartbeat"
-"""Holds the number of steps that are done; written anew by the first process at each sign of life."""
+"""File with the number of completed steps, which rank 0 rewrites at each heartbeat."""
 NEXT = "next attempt"
-"""The event with which the parent notes, in the journal of an attempt that failed, what it tries next and why."""
-PROBING = "fitting a linear probe of the untouched model"
+"""Event with which the parent records, in the journal of a failed attempt, the next one and its reason."""
+PROBING = "fitting a linear probe of the pretrained model"
 CHECKS, TRAINING = "checking, with one dry-run step at the longest length", "training"
 SCORING = "scoring the eval rows before step 1"
-"""Phases as they stand in `metrics.jsonl`."""
+"""Names of phases in `metrics.jsonl`."""
 
 
 def phase_of(folder: Path) -> Phase | None:
-    """What an attempt was doing last; None when it had hardly begun."""
+    """Return the last phase of an attempt, or None if it had hardly begun."""
     path = folder / PHASE_FILE
-    found = path.read_text(encoding="ascii") if path.exists() else ""
-    return next((phase for phase in get_args(Phase) if phase == found), None)
+    text = path.read_text(encoding="ascii") if path.exists() else ""
+    return next((phase for phase in get_args(Phase) if phase == text), None)
 
 
 def steps_of(folder: Path) -> int:
-    """Steps that an attempt had done at its last sign of life."""
+    """Return how many steps an attempt had completed at its last heartbeat."""
     path = folder / HEARTBEAT
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return int(text) if text.isdigit() else 0
 
 
 class Journal:
-    """Things that happen rarely, one JSON line each in `journal.jsonl`, and signs of life beside it; no path: none."""
+    """Writes rare events to `journal.jsonl`, a JSON line each, and the heartbeat beside it; nothing without a path."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -51,7 +51,6 @@ class Journal:
         self.phase: Phase = "loading"
 
     def at(self, phase: Phase) -> None:
-        """Note what is being done from now on."""
         if phase == self.phase:
             return
         self.phase = phase
@@ -60,19 +59,19 @@ class Journal:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """The same for a while. An error leaves it as it is: that is where it happened."""
+        """Set the phase for the duration of a block; after an error it stays, as the phase in which it happened."""
         before = self.phase
         self.at(phase)
         yield
         self.at(before)
 
     def alive(self, steps: int) -> None:
-        """A sign of life, for the parent, which ends a process that gives none."""
+        """Write a heartbeat; the parent ends a process without one."""
         if self._heartbeat is not None:
             self._heartbeat.write_text(str(steps), encoding="ascii")
 
     def at_rest(self) -> None:
-        """From here on nobody waits for signs of life."""
+        """Stop the heartbeat, and with it the parent's watch."""
         if self._heartbeat is not None:
             self._heartbeat.unlink(missing_ok=True)
 
@@ -85,13 +84,12 @@ class Journal:
 
 
 def run_seconds(folder: Path, trial: str) -> float:
-    """Seconds from the first import to the saved model, without the probe and the checks before step 1, which only some
-    runs of a comparison have; steps of earlier attempts up to the checkpoint that the last one resumed from count as
-    well."""
+    """Return the seconds from the first import to the saved model, including the steps of earlier attempts up to the
+    resumed checkpoint; without the linear probe and the checks, which only some trials of a comparison run."""
     *earlier, last = attempt_folders(folder, trial)
     begins = [event for event in _events(last) if isinstance(event, PhaseBegan)]
-    before = sum(after.seconds - one.seconds for one, after in pairwise(begins) if one.name in (PROBING, CHECKS))
-    seconds = Outcome.load(last / "outcome.json").train_seconds - before
+    excluded = sum(end.seconds - begin.seconds for begin, end in pairwise(begins) if begin.name in (PROBING, CHECKS))
+    seconds = Outcome.load(last / "outcome.json").train_seconds - excluded
     until = Request.load(last / "request.json").first_step
     for attempt in reversed(earlier):
         if not until:
@@ -102,12 +100,11 @@ def run_seconds(folder: Path, trial: str) -> float:
 
 
 def _events(attempt: Path) -> list[Event]:
-    """What can be read of them: a process that was killed, or a full disk, may have cut a line; the report names it."""
+    # A killed process or a full disk may have truncated a line; the report mentions it.
     return [event for line in lines_of(attempt / "metrics.jsonl") if (event := event_of(line)) is not None]
 
 
 def _seconds_of_steps(events: list[Event], until: int) -> float:
-    """From the start of training, or of the evaluation before it, to the last line of these steps."""
-    begins = [one.seconds for one in events if isinstance(one, PhaseBegan) and one.name in (SCORING, TRAINING)]
+    begins = [event.seconds for event in events if isinstance(event, PhaseBegan) and event.name in (SCORING, TRAINING)]
     done = [event.seconds for event in events if isinstance(event, StepLogged | Evaluated) and event.step <= until]
     return max(0.0, done[-1] - begins[0]) if begins and done else 0.0

@@ -1,4 +1,4 @@
-"""What the parent hands to a worker, as a file; where an attempt's files lie."""
+"""The request file from the parent to a worker, and the paths of an attempt's files."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ INITIAL_WEIGHTS = "initial.safetensors"
 
 
 class Request(Record):
-    """One attempt."""
+    """The request for one attempt."""
 
     run_folder: str
     recipe: Recipe
     plan: Plan
     attempt: int
     checkpoint: str | None
-    """Folder to continue from; None starts from the pretrained weights."""
+    """Checkpoint to resume from; None starts from the pretrained weights."""
     parent_pid: int | None
-    """The worker ends when this process does."""
+    """Process whose end also ends the worker."""
     probe: bool = False
     """Stop after the dry-run step and write only the outcome: no weights, no checkpoint, no model."""
     dry_run: bool = True
-    """False: an attempt with the same shapes has passed it."""
+    """False if an attempt with the same shapes has passed it."""
 
     @property
     def first_step(self) -> int:
-        """The steps up to this one are in the checkpoint."""
+        """Step of the checkpoint, or 0."""
         return 0 if self.checkpoint is None else number_in(Path(self.checkpoint))
 
     @property
@@ -44,16 +44,15 @@ class Request(Record):
         return Path(self.run_folder) / "attempts" / f"{self.plan.trial}-{self.attempt:02d}"
 
     def initial_weights(self, rank: int) -> Path:
-        """What one process keeps of the weights before step 1, as long as the attempt runs."""
+        """File of this rank's weights before step 1, which exists while the attempt runs."""
         return self._of_rank(INITIAL_WEIGHTS, rank)
 
     @property
     def all_initial_weights(self) -> list[Path]:
-        """Of all processes, those that are there."""
         return sorted(self.folder.glob(f"{Path(INITIAL_WEIGHTS).stem}*.safetensors"))
 
     def trained_weights(self, rank: int) -> Path:
-        """The same of those after training, while a point between both is chosen."""
+        """File of this rank's trained weights, while an interpolation is chosen."""
         return self._of_rank("trained.safetensors", rank)
 
     def _of_rank(self, name: str, rank: int) -> Path:
@@ -62,14 +61,14 @@ class Request(Record):
 
     @property
     def checkpoints(self) -> Path:
-        """Shared by the attempts of a trial, so that the best one can be older than the attempt."""
+        """Folder of the trial's checkpoints, which all its attempts share."""
         if self.probe:
             return self.folder / "checkpoints"
         return Path(self.run_folder) / "checkpoints" / self.plan.trial
 
     @property
     def tensorboard(self) -> Path:
-        """Of this trial, in all its attempts; `tensorboard --logdir RUN/tensorboard` shows all trials."""
+        """Folder of the trial's TensorBoard logs; `tensorboard --logdir RUN/tensorboard` shows all trials."""
         return Path(self.run_folder) / "tensorboard" / self.plan.trial
 
     @property
@@ -78,10 +77,10 @@ class Request(Record):
 
 
 def number_in(folder: Path) -> int:
-    """The step of a checkpoint's folder, the number of an attempt's."""
+    """Return the step of a checkpoint folder, or the number of an attempt folder."""
     return int(folder.name.rpartition("-")[2])
 
 
 def attempt_folders(run_folder: Path, trial: str) -> list[Path]:
-    """A trial's attempts, by number: 100 comes after 99."""
+    """Return the folders of a trial's attempts, by number."""
     return sorted((run_folder / "attempts").glob(f"{trial}-[0-9]*"), key=number_in)

@@ -24,8 +24,8 @@ def sealing(folder: Path, limit: int, journal: Journal, on_seal: Callable[[], No
     """The training's own callback; `on_seal` is called when the disk is at its fullest."""
     recipe = plans.recipe(train={"save_total_limit": limit})
     request: Any = SimpleNamespace(checkpoints=folder, all_initial_weights=[], recipe=recipe)
-    observed: Any = SimpleNamespace(disk=lambda *_: on_seal())
-    return Checkpoints(request, journal, observed)
+    usage: Any = SimpleNamespace(disk=lambda *_: on_seal())
+    return Checkpoints(request, journal, usage)
 
 
 def saves(total: int, between_evaluations: int, between_saves: int) -> list[int]:

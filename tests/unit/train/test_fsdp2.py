@@ -143,9 +143,11 @@ def test_other_models_tensors_are_refused(tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = made()
         fsdp2.save(model, fsdp2.state_of(model, trained(model)), tmp_path)
-    with pytest.raises(SetupError, match=r"does not hold the model's tensors: transformer\.h\.1.* \(12 such tensors\)"):
+    with pytest.raises(
+        SetupError, match=r"its tensors are not those of the model: transformer\.h\.1.* \(12 such tensors\)"
+    ):
         fsdp2.load_weights(made(n_layer=1), tmp_path)
-    with pytest.raises(SetupError, match=r"does not hold the model's tensors: transformer\.wpe\.weight \(1 such"):
+    with pytest.raises(SetupError, match=r"its tensors are not those of the model: transformer\.wpe\.weight \(1 such"):
         fsdp2.load_weights(made(n_positions=64), tmp_path)
 
 

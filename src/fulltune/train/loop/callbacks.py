@@ -23,8 +23,8 @@ from fulltune.train import checkpoints
 from fulltune.train.journal import TRAINING, Journal
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.observed import Observed
 from fulltune.train.request import Request
+from fulltune.train.usage import ResourceUsage
 
 MEASUREMENTS = 20
 """Measured steps per run."""
@@ -68,7 +68,7 @@ class Progress(TrainerCallback):
     sampler: GlobalBatchSampler
     recorder: Recorder
     journal: Journal
-    observed: Observed
+    usage: ResourceUsage
     begin: Callable[[], None]
     """Called once, before the first step."""
     first: tuple[float, int, float] | None = None
@@ -94,7 +94,7 @@ class Progress(TrainerCallback):
         began, first_step, first_tokens = self.first
         elapsed = max(1e-9, time.monotonic() - began)
         steps = max(1, state.global_step - first_step)
-        speed = self.observed.tokens_per_second = round((float(self.trainer.tokens_seen) - first_tokens) / elapsed, 1)
+        speed = self.usage.tokens_per_second = round((float(self.trainer.tokens_seen) - first_tokens) / elapsed, 1)
         self.recorder.write(
             StepLogged(
                 step=state.global_step,
@@ -138,7 +138,7 @@ class Checkpoints(TrainerCallback):
 
     request: Request
     journal: Journal
-    observed: Observed
+    usage: ResourceUsage
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if control.should_evaluate:
@@ -168,7 +168,7 @@ class Checkpoints(TrainerCallback):
                 return
             folder = self.request.checkpoints
             files.seal(folder / f"checkpoint-{state.global_step}")
-            self.observed.disk(folder, *self.request.all_initial_weights)  # now it is at its fullest
+            self.usage.disk(folder, *self.request.all_initial_weights)  # now it is at its fullest
             checkpoints.keep_few(folder, self.request.recipe.train.save_total_limit, state.best_global_step)
 
 

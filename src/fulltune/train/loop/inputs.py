@@ -15,8 +15,8 @@ from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
 from fulltune.train.loop.step_guard import rate_factor
-from fulltune.train.observed import Observed
 from fulltune.train.request import Request
+from fulltune.train.usage import ResourceUsage
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class AttemptInputs:
     journal: Journal
     recorder: Recorder
     stop: StopWhenAsked
-    observed: Observed
+    usage: ResourceUsage
     summary: DataSummary
 
     @property

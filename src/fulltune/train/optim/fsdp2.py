@@ -64,7 +64,7 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
     wrong = sorted(known.keys() ^ state.keys()) or [name for name, one in state.items() if one.shape != known[name]]
     if wrong:
         named = wrong[0].removeprefix(WEIGHTS)
-        raise SetupError(f"{checkpoint}: does not hold the model's tensors: {named} ({len(wrong)} such tensors)")
+        raise SetupError(f"{checkpoint}: its tensors are not those of the model: {named} ({len(wrong)} such tensors)")
     read(state, checkpoint)
 
 

@@ -55,7 +55,7 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
         trainer=trainer,
         evaluator=Evaluator(inputs, trainer, loaded.objective.target, head_is_new),
         monitor=DriftMonitor(inputs, trainer),
-        checkpoints=Checkpoints(inputs.request, inputs.journal, inputs.observed),
+        checkpoints=Checkpoints(inputs.request, inputs.journal, inputs.usage),
         checks=[],
     )
     trainer.add_parts(_parts(training))
@@ -65,15 +65,15 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
         _check(training)
         if not inputs.request.probe:
             return _trained(training)
-    if forecast := inputs.observed.forecast:
-        inputs.observed.tokens_per_second = forecast.tokens_per_second
+    if forecast := inputs.usage.forecast:
+        inputs.usage.tokens_per_second = forecast.tokens_per_second
     return {"reason": "probed", "checks": tuple(training.checks)}
 
 
 def _parts(training: Training) -> list[TrainerCallback]:
     inputs, trainer = training.inputs, training.trainer
     return [
-        Progress(trainer, trainer.sampler, inputs.recorder, inputs.journal, inputs.observed, lambda: _begin(training)),
+        Progress(trainer, trainer.sampler, inputs.recorder, inputs.journal, inputs.usage, lambda: _begin(training)),
         *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
         training.evaluator,
         training.monitor,
@@ -101,7 +101,7 @@ def _begin(training: Training) -> None:
 def _trained(training: Training) -> dict[str, Any]:
     """Save the initial weights, train, judge the curves, count changed values, load the best weights and save them."""
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
-    request, recorder, journal, observed = inputs.request, inputs.recorder, inputs.journal, inputs.observed
+    request, recorder, journal, usage = inputs.request, inputs.recorder, inputs.journal, inputs.usage
     plan, is_sharded, initial = inputs.plan, inputs.sharing is not None, None
     journal.at("saving")
     if inputs.is_main or is_sharded:
@@ -109,8 +109,8 @@ def _trained(training: Training) -> dict[str, Any]:
         initial = weights.InitialWeights(trainer.model, file, is_sharded)
     state, optimizer = _fit(training)
     journal.at_rest()
-    if plan.num_processes > 1 and observed.meter is not None:
-        observed.memory_growth_per_process = tuple(distributed.all_gather(observed.growth_bytes()))
+    if plan.num_processes > 1 and usage.meter is not None:
+        usage.memory_growth_per_process = tuple(distributed.all_gather(usage.growth_bytes()))
     training.evaluator.judge_end(state)
     journal.at("saving")
     if initial is None:  # rank 0 saves and reports
@@ -131,7 +131,7 @@ def _trained(training: Training) -> dict[str, Any]:
     )
     if not inputs.is_main:
         return {}
-    observed.disk(request.checkpoints, *request.all_initial_weights, request.model_folder)
+    usage.disk(request.checkpoints, *request.all_initial_weights, request.model_folder)
     return {
         "reason": "early stopping" if state.global_step < plan.total_steps else "all steps done",
         "steps": state.global_step,
@@ -145,7 +145,7 @@ def _trained(training: Training) -> dict[str, Any]:
 
 
 def _check(training: Training) -> None:
-    inputs, observed, checks = training.inputs, training.inputs.observed, training.checks
+    inputs, usage, checks = training.inputs, training.inputs.usage, training.checks
     _stop_before_training(inputs)
     inputs.recorder.phase(CHECKS)
     inputs.journal.at("step")
@@ -155,11 +155,11 @@ def _check(training: Training) -> None:
         return  # `_begin` runs the dry run, once the engine exists
     if passed and inputs.request.dry_run:
         checks += dry_run(inputs, training.trainer, training.evaluator.reduced)
-        observed.dry_run_growth_bytes = observed.growth_bytes()
-        if (forecast := observed.forecast) is not None:
+        usage.dry_run_growth_bytes = usage.growth_bytes()
+        if (forecast := usage.forecast) is not None:
             if warning := short_notice_warning(inputs.recipe.train.notice, forecast.stop_seconds):
                 inputs.recorder.warn(warning)
-            inputs.recorder.write(Forecast(time=forecast, peak_memory_bytes=observed.dry_run_growth_bytes))
+            inputs.recorder.write(Forecast(time=forecast, peak_memory_bytes=usage.dry_run_growth_bytes))
     refuse_failed(checks, inputs.recorder)
 
 

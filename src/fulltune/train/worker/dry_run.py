@@ -63,7 +63,7 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Sha
     if plan.num_processes > 1:
         gc.collect()  # `DistributedDataParallel` hooks into each gradient as long as it lives
     check = check_of(batch_of(trainer, [rows[i] for i in longest]), loss, began)
-    inputs.observed.dry_run_loss, inputs.observed.forecast = loss, forecast
+    inputs.usage.dry_run_loss, inputs.usage.forecast = loss, forecast
     if not plan.num_frozen_parameters:
         return [check]
     said = f"all but {without[0]} ({len(without)} such tensors)" if without else "all"

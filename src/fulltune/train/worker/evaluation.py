@@ -81,7 +81,7 @@ class Evaluator(TrainingPart):
     def untrained_loss(self) -> float | None:
         """Loss of the dry run; for a new head at least the chance loss, as one from a linear probe starts below it."""
         inputs = self.inputs
-        measured = inputs.observed.dry_run_loss
+        measured = inputs.usage.dry_run_loss
         if not self.head_is_new:
             return measured
         weights = class_weights(inputs.recipe, inputs.summary)

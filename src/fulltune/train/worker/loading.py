@@ -206,7 +206,7 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
     if inputs.in_engine:
         zero.connect(arguments)
     transformers.set_seed(plan.seed)
-    begin = partial(inputs.observed.measure, plan.device, task.FACTS.writes)
+    begin = partial(inputs.usage.measure, plan.device, task.FACTS.writes)
     shared_by = plan.num_processes if plan.placement == "fsdp2" else 1
     model, tokenizer, head = load_pretrained(recipe, task, target, begin, shared_by)
     if sharding.is_shared(model):  # each rank has drawn its shard; from here on all have the same random state
@@ -321,8 +321,8 @@ def _start_head(
     inputs.recorder.phase(PROBING)
     with inputs.journal.during("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
         probed = start_from_probe(objective, head, tokenizer, Path(inputs.request.run_folder), device)
-    if inputs.observed.meter is not None:
-        inputs.observed.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
+    if inputs.usage.meter is not None:
+        inputs.usage.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
     if probed.head is None:
         inputs.recorder.warn(f"no linear probe ({probed.failure}): the head starts at random")
     return probed

@@ -23,8 +23,8 @@ from fulltune.system.memory import is_out_of_memory, life_peak_bytes
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal, steps_of
-from fulltune.train.observed import Observed, held_to
 from fulltune.train.request import Request
+from fulltune.train.usage import ResourceUsage, memory_limit
 
 _MEANINGS: dict[type[BaseException], OutcomeStatus] = {
     Spiked: "spiked",
@@ -45,9 +45,9 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         rank = int(os.environ.get("RANK", "0"))
         path = request.folder / "journal.jsonl" if rank == 0 else None
         journal = Journal(path)
-        observed = Observed()
+        usage = ResourceUsage()
         try:
-            fields = _train(request, hooks, journal, listener, observed, cleanup)
+            fields = _train(request, hooks, journal, listener, usage, cleanup)
             ended = {"status": "done", "reason": "", **fields}
         except BaseException as error:
             status, reason = meaning_of(error, request.folder)
@@ -68,7 +68,7 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         finally:
             request.initial_weights(rank).unlink(missing_ok=True)
             request.trained_weights(rank).unlink(missing_ok=True)
-        measured = {"peak_memory_bytes": life_peak_bytes(), **observed.for_outcome()}
+        measured = {"peak_memory_bytes": life_peak_bytes(), **usage.for_outcome()}
         seconds = round(time.monotonic() - started, 3)
         outcome = Outcome(trial=request.plan.trial, attempt=request.attempt, train_seconds=seconds, **ended, **measured)
         journal.write(outcome.status, outcome.reason)
@@ -85,7 +85,7 @@ def _train(
     hooks: Hooks,
     journal: Journal,
     listener: Listener | None,
-    observed: Observed,
+    usage: ResourceUsage,
     cleanup: contextlib.ExitStack,
 ) -> dict[str, Any]:
     # Imported here, so that an error while torch and transformers load becomes an outcome as well.
@@ -102,10 +102,10 @@ def _train(
     limit, device = request.plan.memory_limit_bytes, request.plan.device
     if device == "cuda":
         journal.write("allocator", memory.allocator_in_words(os.environ))
-    with held_to(limit, device, lambda line: journal.write("warning", line)):
+    with memory_limit(limit, device, lambda line: journal.write("warning", line)):
         recorder = Recorder(request.folder / "metrics.jsonl" if journal.path is not None else None, listener)
         summary = DataSummary.of_run(Path(request.run_folder))
-        return attempt.train(AttemptInputs(request, hooks, journal, recorder, stop, observed, summary))
+        return attempt.train(AttemptInputs(request, hooks, journal, recorder, stop, usage, summary))
 
 
 def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:

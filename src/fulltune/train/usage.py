@@ -1,4 +1,4 @@
-"""What an attempt takes: measured while it goes on, for the outcome of one that failed as well, and held to a limit."""
+"""Resource usage of an attempt, and the limit of its memory."""
 
 from __future__ import annotations
 
@@ -17,64 +17,66 @@ from fulltune.text import format_bytes
 
 
 @dataclass
-class Observed:
-    """Filled in step by step."""
+class ResourceUsage:
+    """Resources that an attempt has used so far, also for the outcome of a failed one."""
 
     meter: Meter | None = None
-    """Begins before the weights are read."""
+    """Memory meter, created before the weights are loaded."""
     forecast: TimeNeed | None = None
     tokens_per_second: float = 0.0
-    """Of the training so far; in a probe as it is foreseen."""
+    """Speed of the training so far; in a measuring dry run the forecast."""
     dry_run_growth_bytes: int = 0
     dry_run_loss: float | None = None
     disk_bytes: int = 0
     memory_growth_per_process: tuple[int, ...] = ()
-    """Of each process at the end of the training."""
+    """Memory growth in bytes of each rank at the end of training."""
 
     def measure(self, device: str, writes: bool) -> None:
-        """Count memory from now on; what the first evaluation would import is imported before."""
+        """Start measuring memory, after importing what the first evaluation would import."""
         if not writes:
             for name in ("scipy.stats", "sklearn.metrics"):
                 importlib.import_module(name)
         self.meter = Meter(device)
 
     def growth_bytes(self) -> int:
-        """Most that was held so far beyond what was held before the weights; 0 before they are read."""
+        """Return the peak memory so far in bytes, beyond what was used before loading the weights."""
         return 0 if self.meter is None else self.meter.growth_bytes()
 
     def disk(self, *paths: Path) -> None:
-        """Keep the most that these files and folders took together."""
+        """Update the peak disk use with the current size of these files and folders."""
         files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
         self.disk_bytes = max(self.disk_bytes, sum(file.stat().st_size for file in files if file.is_file()))
 
     def for_outcome(self) -> dict[str, Any]:
-        """Fields of `Outcome`; sizes of memory only from when there was a meter."""
+        """Return fields of `Outcome`."""
         fields = {name: value for name, value in vars(self).items() if name != "meter"}
         if self.meter is not None:
             fields["peak_memory_bytes"] = self.meter.peak_bytes()
             growth = fields["memory_growth_bytes"] = self.meter.growth_bytes()
-            if self.memory_growth_per_process:  # the first process saves the model after that
+            if self.memory_growth_per_process:  # rank 0 saves the model after that
                 fields["memory_growth_per_process"] = (growth, *self.memory_growth_per_process[1:])
         return fields
 
 
 @contextlib.contextmanager
-def held_to(limit_bytes: int | None, device: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Inside, taking more than `train.memory_limit` fails like memory that ran out; entered when the libraries are
-    imported. DoesNotFitError when more than that is held already.
+def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], None]) -> Iterator[None]:
+    """Make allocations beyond `train.memory_limit` fail like exhausted memory; enter it after importing the libraries.
 
-    On CUDA torch's allocator keeps to a share of the card. On the CPU RLIMIT_DATA counts what was reserved, not what
-    was touched, and libraries reserve far more than they use: so it is VmData now + (limit - VmRSS now).
+    On CUDA torch's allocator is limited to a share of the card. On the CPU RLIMIT_DATA is set to VmData + (limit -
+    VmRSS): it counts reserved memory, of which libraries reserve far more than they use.
+
+    Raises:
+        DoesNotFitError: More memory than the limit is already in use.
     """
     import torch
 
-    with contextlib.ExitStack() as undo:  # also what is said about an error needs memory
+    with contextlib.ExitStack() as undo:  # reporting an error also needs memory
         if limit_bytes is not None and device == "cuda":
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
             undo.callback(torch.cuda.set_per_process_memory_fraction, 1.0)
         elif limit_bytes is not None and status_bytes("VmData"):
-            # Has torch start its pool: a thread that finds no memory for its stack later ends the process silently.
+            # Start torch's thread pool: a thread without memory for its stack would later end the process silently.
             torch.mm(torch.ones(512, 512), torch.ones(512, 512))
             before = resource.getrlimit(resource.RLIMIT_DATA)
             resource.setrlimit(resource.RLIMIT_DATA, (_data_limit(limit_bytes, before), before[1]))
@@ -85,11 +87,11 @@ def held_to(limit_bytes: int | None, device: str, warn: Callable[[str], None]) -
 
 
 def _data_limit(limit_bytes: int, before: tuple[int, int]) -> int:
-    held = status_bytes("VmRSS")
-    if limit_bytes <= held:
+    used = status_bytes("VmRSS")
+    if limit_bytes <= used:
         raise DoesNotFitError(
-            f"train.memory_limit: {format_bytes(limit_bytes)}, but Python and its libraries alone hold "
-            f"{format_bytes(held)}; set a higher limit"
+            f"train.memory_limit: {format_bytes(limit_bytes)}, but Python and its libraries alone use "
+            f"{format_bytes(used)}; set a higher limit"
         )
-    allowed = [value for value in before if value != resource.RLIM_INFINITY]
-    return min([status_bytes("VmData") + limit_bytes - held, *allowed])
+    limits = [value for value in before if value != resource.RLIM_INFINITY]
+    return min([status_bytes("VmData") + limit_bytes - used, *limits])
