@@ -153,7 +153,7 @@ def rates(
 
 def detectable(differences: list[Difference]) -> float:
     """A true difference that 80 % of the comparisons would have called, had it been there."""
-    bounds = [max(MARGIN, one.estimate - one.adjusted_low) - one.estimate for one in differences]
+    bounds = [max(MARGIN, gap.estimate - gap.adjusted_low) - gap.estimate for gap in differences]
     return float(np.quantile(bounds, 0.8))
 
 
@@ -166,9 +166,9 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
         for place, name in enumerate(("A/A", "planted", "A/A, sequential rule", "planted, sequential rule")):
             planted = effect if name.startswith("planted") else 0.0
             settings = cell, comparisons, planted, name.endswith("rule"), 1000 * place + number
-            found = records.get(f"{cell} {name}", rates, *settings)
-            counted.setdefault(name, []).append(found)
-            effect = effect or 2 * found["detectable"]
+            cell_rates = records.get(f"{cell} {name}", rates, *settings)
+            counted.setdefault(name, []).append(cell_rates)
+            effect = effect or 2 * cell_rates["detectable"]
     for name, cells_of in counted.items():
         is_same = name.startswith("A/A")
         share = float(np.mean([cell["wrong" if is_same else "right"] for cell in cells_of]))

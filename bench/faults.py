@@ -198,7 +198,7 @@ def remains(run: Path) -> dict[str, Any]:
     for process in alive:
         process.kill()
     model = run / "models" / "full" / "model.safetensors"
-    found = {
+    remaining = {
         "skipped": [event["step"] for event in events(run) if event["kind"] == "skipped"],
         "rollbacks": list(Plan.load(run / "plan" / "full.json").rollbacks),
         "weights": hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else "",
@@ -206,7 +206,7 @@ def remains(run: Path) -> dict[str, Any]:
     }
     for name in ("models", "checkpoints", "data"):
         shutil.rmtree(run / name, ignore_errors=True)
-    return found
+    return remaining
 
 
 def is_of(run: Path, process: psutil.Process) -> bool:
@@ -222,7 +222,7 @@ def is_of(run: Path, process: psutil.Process) -> bool:
 def lost(folder: Path, case: Case) -> tuple[float, float]:
     """How much better the clean run is, and the standard error of that over the test rows, in the metric's units."""
     clean = replace(case, fault=CLEAN)
-    files = [next(one.folder(folder).glob("scores/full-*.npz"), None) for one in (case, clean)]
+    files = [next(each.folder(folder).glob("scores/full-*.npz"), None) for each in (case, clean)]
     if None in files:
         return math.nan, math.nan
     scored, reference = map(Resampled.load, filter(None, files))
@@ -249,19 +249,19 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
         clean, allowed = "", 0.0
         for case in cases(kind, processes, seed, QUICK if quick else tuple(FAULTS)):
             fault = FAULTS[case.fault]
-            found = records.get(str(case), do, folder, case)
+            outcome = records.get(str(case), do, folder, case)
             loss, error = lost(folder, case)
             expected = fault.exits if isinstance(fault, Outside) else 0
-            surprises += found["exits"][0] != expected or found["exits"][-1] != 0 or found["alive"] > 0
-            print(f"  {case}: lost {loss:+.4f} ± {error:.4f}, {json.dumps(found)[:100]}", flush=True)
+            surprises += outcome["exits"][0] != expected or outcome["exits"][-1] != 0 or outcome["alive"] > 0
+            print(f"  {case}: lost {loss:+.4f} ± {error:.4f}, {json.dumps(outcome)[:100]}", flush=True)
             if case.fault == CLEAN:
-                clean = found["weights"]
+                clean = outcome["weights"]
             elif case.fault == CONTROL:
                 allowed = max(0.0, float(np.nan_to_num(loss)))
             elif isinstance(fault, Outside):
-                same.append(found["weights"] == clean and bool(clean))
+                same.append(outcome["weights"] == clean and bool(clean))
             else:
-                recovered.append(found["exits"][-1] == 0 and loss <= allowed + error + 1e-9)
+                recovered.append(outcome["exits"][-1] == 0 and loss <= allowed + error + 1e-9)
     name = f"runs that recover from a fault in the training, of {len(recovered)}"
     yield Figure(name, sum(recovered) / len(recovered), "share", at_least=1.0 if quick else 0.88)
     name = f"runs with the clean run's weights after a signal, a full disk or a damaged checkpoint, of {len(same)}"

@@ -108,13 +108,13 @@ def errors(
     records: Records, cells: Sequence[Cell], folder: Path, placement: str = "single", processes: int = 1
 ) -> list[float]:
     """The plan's relative error of each cell; positive where it is too high."""
-    found = []
+    relative = []
     for cell in cells:
         key = f"{cell.name}, {placement} x {processes}"
         record = records.get(key, measured, cell, placement, processes, folder / "cell")
-        found.append(record["planned"] / record["growth"] - 1)
-        print(f"  {key}: {record['planned'] / 1e6:,.0f} MB planned, {found[-1]:+.1%}", flush=True)
-    return found
+        relative.append(record["planned"] / record["growth"] - 1)
+        print(f"  {key}: {record['planned'] / 1e6:,.0f} MB planned, {relative[-1]:+.1%}", flush=True)
+    return relative
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:

@@ -61,8 +61,8 @@ def resumed_difference(folder: Path, family: str, places: str) -> float:
     run = fresh(folder_of(folder, family, "resumed", places))
     placed.stop_at(run, FAMILIES[family], Place(first), STOP_STEP)
     from_step = placed.continued_from(run, FAMILIES[family], Place(second))
-    found = placed.differences(unbroken(folder, family, first), placed.read(run), after=from_step)
-    return float("inf") if first == second and not found.none else found.loss
+    differences = placed.differences(unbroken(folder, family, first), placed.read(run), after=from_step)
+    return float("inf") if first == second and not differences.none else differences.loss
 
 
 def killed_is_same(folder: Path, family: str, place: str, number: int) -> bool:
@@ -108,17 +108,17 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     records = Records(folder / "measured.jsonl")
     families = ("encoder",) if quick else tuple(FAMILIES)
     curves = ("ddp:2", "fsdp2:2") if quick else tuple(filter(is_here, CURVES))
-    found = [
+    differences = [
         records.get(f"{family} {place}", curve_difference, folder, family, place)
         for family in families
         for place in curves
     ]
     name = f"largest difference of a step's loss from one process's: {', '.join(curves)}"
-    yield Figure(name, max(found), "nats", at_most=1e-4)
+    yield Figure(name, max(differences), "nats", at_most=1e-4)
     paths = ("fsdp2:2 -> ddp:2",) if quick else tuple(filter(is_here, RESUMED))
-    found = [records.get(places, resumed_difference, folder, "encoder", places) for places in paths]
+    differences = [records.get(places, resumed_difference, folder, "encoder", places) for places in paths]
     name = f"largest difference of a step's loss after resuming in another placement, {len(paths)} pairs of placements"
-    yield Figure(name, max(found), "nats", at_most=1e-5)
+    yield Figure(name, max(differences), "nats", at_most=1e-5)
     times, killed = (1, ("ddp:2",)) if quick else (10, tuple(filter(is_here, KILLED)))
     same = [
         records.get(f"{place} killed, {number}", killed_is_same, folder, "encoder", place, number)
@@ -130,9 +130,9 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     if quick:
         return
     places = ("ddp:2", "fsdp2:2")
-    found = [records.get(f"machines {place}", machines_difference, folder, place) for place in places]
+    differences = [records.get(f"machines {place}", machines_difference, folder, place) for place in places]
     name = "largest difference of a step's loss of two machines from one process's"
-    yield Figure(name, max(found), "nats", at_most=1e-4)
+    yield Figure(name, max(differences), "nats", at_most=1e-4)
     same = [
         records.get(f"{lost} lost, {number}", lost_is_same, folder, lost, number)
         for lost in ("agent", "machine")

@@ -1,4 +1,4 @@
-"""Do the tests notice? One-line faults, drawn with a fixed seed and planted in the source one at a time.
+"""Whether the tests notice one-line faults, drawn with a fixed seed and planted in the source one at a time.
 
     python bench/planted_faults.py FOLDER --count 40            # draw, plant, run the tests near each of them
     python bench/planted_faults.py FOLDER --count 40 --before REV   # and those of an older commit on the same faults
@@ -45,20 +45,10 @@ SWAPS: dict[type[ast.AST], tuple[str, str]] = {
     ast.And: (" and ", " or "),
     ast.Or: (" or ", " and "),
 }
-NOT_OURS = (
-    "selfcheck",
-    "quickstart.py",
-    "samples.py",
-    "display",
-    "cli",
-    "report/words",
-    "report/curves",
-    "report/scatter",
-)
-"""Words, drawings and what the suite runs only in part."""
-
-
-NOT_KNOWN = "did not end"
+NOT_OURS = ("selfcheck", "quickstart.py", "samples.py", "display", "cli")
+NOT_OURS += ("report/words", "report/curves", "report/scatter")
+"""Paths of words and drawings, and of what the suite runs only in part."""
+TIMED_OUT = "did not end"
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ class Fault:
 
 
 def candidates(file: Path) -> Iterator[Fault]:
-    """All faults of one file, each on one line."""
+    """All possible faults of a file, each on one line."""
     text = file.read_text(encoding="utf-8")
     lines, name = text.splitlines(), file.relative_to(ROOT).as_posix()
     for node in ast.walk(ast.parse(text)):
@@ -106,26 +96,26 @@ def _edits(node: ast.AST) -> Iterator[tuple[int, int, int, tuple[str, str]]]:
 
 
 def draw(count: int, seed: int, same_as: Path | None) -> list[Fault]:
-    """Faults in different files, as far as there are so many."""
+    """Draw faults, each in another file as far as there are enough files."""
     files = sorted((ROOT / "src").rglob("*.py"))
     files = [file for file in files if not any(word in file.as_posix() for word in NOT_OURS)]
     chance = random.Random(seed)
     chance.shuffle(files)
-    found: list[Fault] = []
-    while files and len(found) < count:
+    faults: list[Fault] = []
+    while files and len(faults) < count:
         for file in list(files):
-            possible = [one for one in candidates(file) if one not in found and _is_in(same_as, one)]
+            possible = [fault for fault in candidates(file) if fault not in faults and _is_in(same_as, fault)]
             if not possible:
                 files.remove(file)
                 continue
-            found.append(chance.choice(possible))
-            if len(found) == count:
+            faults.append(chance.choice(possible))
+            if len(faults) == count:
                 break
-    return found
+    return faults
 
 
 def _is_in(tree: Path | None, fault: Fault) -> bool:
-    """The line stands once in that tree's file, too."""
+    """Whether the line occurs exactly once in the same file of that tree."""
     if tree is None:
         return True
     file = tree / fault.file
@@ -133,7 +123,7 @@ def _is_in(tree: Path | None, fault: Fault) -> bool:
 
 
 def tests_near(tree: Path, file: str) -> list[str]:
-    """Test files that name the module, those of `unit` first; when none does, the unit tests of its room."""
+    """Test files that name the module, those of `unit` first; when none does, the unit tests of its folder."""
     parts = Path(file).with_suffix("").parts[2:]  # of src/fulltune
     parts = parts[:-1] if parts[-1] == "__init__" else parts
     room, name = ".".join(("fulltune", *parts[:-1])), parts[-1] if parts else "fulltune"
@@ -141,20 +131,20 @@ def tests_near(tree: Path, file: str) -> list[str]:
     named = re.compile(
         rf"from {room} import [^\n]*\b{name}\b|{re.escape(room)}\.{name}\b|from fulltune import [^\n]*\b{top}\b"
     )
-    found = [path for path in (tree / "tests").rglob("test_*.py") if named.search(path.read_text(encoding="utf-8"))]
+    tests = [path for path in (tree / "tests").rglob("test_*.py") if named.search(path.read_text(encoding="utf-8"))]
     near = tree / "tests" / "unit" / Path(*parts[:-1])
-    found += [path for path in near.glob("test_*.py") if path not in found and (not found or path.stem[5:] == name)]
+    tests += [path for path in near.glob("test_*.py") if path not in tests and (not tests or path.stem[5:] == name)]
     order = {"unit": 0, "contract": 1, "train": 2, "invariant": 3, "gpu": 4, "gpu_paths": 4}
-    found.sort(key=lambda path: (order[path.relative_to(tree / "tests").parts[0]], path.as_posix()))
-    return [path.relative_to(tree).as_posix() for path in found]
+    tests.sort(key=lambda path: (order[path.relative_to(tree / "tests").parts[0]], path.as_posix()))
+    return [path.relative_to(tree).as_posix() for path in tests]
 
 
 def failing(tree: Path, fault: Fault, tests: list[str], seconds: int) -> str:
-    """The first of the tests that fails with the fault; empty when none does."""
+    """The first test that fails with the fault; empty if all pass."""
     file = tree / fault.file
-    kept = file.read_text(encoding="utf-8")
+    source = file.read_text(encoding="utf-8")
     file.write_text(
-        "\n".join(fault.after if line == fault.before else line for line in kept.split("\n")), encoding="utf-8"
+        "\n".join(fault.after if line == fault.before else line for line in source.split("\n")), encoding="utf-8"
     )
     environment = os.environ | {"PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     options = ["-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-x", "-q", "--tb=no", "-rfE"]
@@ -166,9 +156,9 @@ def failing(tree: Path, fault: Fault, tests: list[str], seconds: int) -> str:
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        return NOT_KNOWN
+        return TIMED_OUT
     finally:
-        file.write_text(kept, encoding="utf-8")
+        file.write_text(source, encoding="utf-8")
     if done.returncode in (0, 4, 5):  # passed, or there is no such test
         return ""
     named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.M)
@@ -176,7 +166,7 @@ def failing(tree: Path, fault: Fault, tests: list[str], seconds: int) -> str:
 
 
 def tree_of(revision: str, folder: Path) -> Path:
-    """That commit in a folder of its own."""
+    """A clone of that commit in this folder."""
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     subprocess.run(["git", "checkout", "--quiet", revision], cwd=folder, check=True)
@@ -190,24 +180,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=13)
     parser.add_argument("--before", default=None, help="a commit whose tests are compared with today's")
     parser.add_argument("--seconds", type=int, default=300, help="for the tests near one fault")
-    asked = parser.parse_args()
-    asked.folder.mkdir(parents=True, exist_ok=True)
-    new = tree_of("HEAD", asked.folder / "now")
-    old = tree_of(asked.before, asked.folder / "before") if asked.before else None
-    counts = {NOT_KNOWN: 0, "caught": 0, "missed by both": 0, "missed": 0, "LOST": 0, "new only": 0}
-    for fault in draw(asked.count, asked.seed, old):
-        by_new, by_old = failing(new, fault, tests_near(new, fault.file), asked.seconds), ""
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    new = tree_of("HEAD", options.folder / "now")
+    old = tree_of(options.before, options.folder / "before") if options.before else None
+    counts = {TIMED_OUT: 0, "caught": 0, "missed by both": 0, "missed": 0, "LOST": 0, "new only": 0}
+    for fault in draw(options.count, options.seed, old):
+        by_new, by_old = failing(new, fault, tests_near(new, fault.file), options.seconds), ""
         if old is not None:
             same = by_new.split("::")[0] and (old / by_new.split("::")[0]).exists()
-            by_old = failing(old, fault, [by_new], asked.seconds) if same else ""
-            by_old = by_old or failing(old, fault, tests_near(old, fault.file), asked.seconds)
+            by_old = failing(old, fault, [by_new], options.seconds) if same else ""
+            by_old = by_old or failing(old, fault, tests_near(old, fault.file), options.seconds)
             if by_old and not by_new and (new / by_old.split("::")[0]).exists():
-                by_new = failing(new, fault, [by_old], asked.seconds)
-        not_known = NOT_KNOWN in (by_new, by_old)
-        kind = NOT_KNOWN if not_known else _kind(bool(by_new), None if old is None else bool(by_old))
+                by_new = failing(new, fault, [by_old], options.seconds)
+        not_known = TIMED_OUT in (by_new, by_old)
+        kind = TIMED_OUT if not_known else _kind(bool(by_new), None if old is None else bool(by_old))
         counts[kind] += 1
         line = asdict(fault) | {"kind": kind, "by": by_new, "before_by": by_old}
-        with (asked.folder / "faults.jsonl").open("a", encoding="utf-8") as out:
+        with (options.folder / "faults.jsonl").open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
         print(f"{kind:15} {fault.file}:{fault.line} {fault.after.strip()[:60]}  {by_new}", flush=True)
     print(", ".join(f"{name} {number}" for name, number in counts.items() if number))

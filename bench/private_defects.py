@@ -182,8 +182,8 @@ def _iban(country: str, form: str, is_grouped: bool) -> Plant:
     """`form`: n for a digit, a for a letter."""
 
     def piece(draw: Draw) -> str:
-        account = "".join(draw.choice(string.digits if one == "n" else string.ascii_uppercase) for one in form)
-        number = int("".join(str(int(one, 36)) for one in f"{account}{country}00"))
+        account = "".join(draw.choice(string.digits if sign == "n" else string.ascii_uppercase) for sign in form)
+        number = int("".join(str(int(sign, 36)) for sign in f"{account}{country}00"))
         whole = f"{country}{98 - number % 97:02}{account}"
         if is_grouped:
             whole = " ".join(whole[at : at + 4] for at in range(0, len(whole), 4))

@@ -55,8 +55,8 @@ def banking77(folder: Path, rows: int, scored_share: float = 1.0) -> None:
         rows: Train rows.
         scored_share: Share of the 1,000 eval and 3,080 test rows that is kept.
     """
-    found = shuffled(read_csv(source("banking77/train.csv")))
-    scored, rest = found[:1000], found[1000:]
+    questions = shuffled(read_csv(source("banking77/train.csv")))
+    scored, rest = questions[:1000], questions[1000:]
     first = list({row["category"]: row for row in reversed(rest)}.values())
     others = [row for row in rest if row not in first]
     test = read_csv(source("banking77/test.csv"))
@@ -78,18 +78,17 @@ def wnut17(folder: Path, rows: int) -> None:
 def gsm8k(folder: Path, rows: int) -> None:
     """Mathematical questions and worked answers; 60 eval and 200 test rows."""
     train, test = (source(f"gsm8k/{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in ("train", "test"))
-    found = shuffled(train)
-    parts = {"eval": found[:60], "train": found[60 : 60 + rows] if rows else found[60:], "test": test[:200]}
+    lines = shuffled(train)
+    parts = {"eval": lines[:60], "train": lines[60 : 60 + rows] if rows else lines[60:], "test": test[:200]}
     for name, part in parts.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
 
 
 def answer_lengths(folder: Path, rows: int) -> None:
     """A regression: GSM8K's questions as `text`, the natural logarithm of the words of their answer as `log_words`."""
-    found = [json.loads(line) for line in source("gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()]
-    pairs = [
-        {"text": row["question"], "log_words": f"{math.log(len(row['answer'].split())):.4f}"} for row in shuffled(found)
-    ]
+    solved = [json.loads(line) for line in source("gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    lengths = {row["question"]: math.log(len(row["answer"].split())) for row in shuffled(solved)}
+    pairs = [{"text": question, "log_words": f"{length:.4f}"} for question, length in lengths.items()]
     for name, part in (("eval", pairs[:500]), ("test", pairs[500:2000]), ("train", pairs[2000 : 2000 + rows])):
         write_csv(folder / f"{name}.csv", part)
 
@@ -115,18 +114,18 @@ def joined_sentences(path: Path, rows: int) -> None:
 
 def all_texts() -> dict[str, list[str]]:
     """Every text of each data set by its name; of the plays one for each paragraph, of tweets one for each sentence."""
-    found = dict[str, list[str]]()
+    texts = dict[str, list[str]]()
     for name in ("test", "train"):
-        found.setdefault("banking77", []).extend(row["text"] for row in read_csv(source(f"banking77/{name}.csv")))
+        texts.setdefault("banking77", []).extend(row["text"] for row in read_csv(source(f"banking77/{name}.csv")))
         for line in source(f"gsm8k/{name}.jsonl").read_text("utf-8").splitlines():
             row = json.loads(line)
-            found.setdefault("gsm8k questions", []).append(row["question"])
-            found.setdefault("gsm8k answers", []).append(row["answer"])
+            texts.setdefault("gsm8k questions", []).append(row["question"])
+            texts.setdefault("gsm8k answers", []).append(row["answer"])
     files = [file for file in sorted(source("wnut17").iterdir()) if file.suffix in (".conll", ".annotated")]
-    found["wnut17"] = [text for file in files for text in _sentences(file.read_text("utf-8").split("\n"))]
-    found["shakespeare"] = source("shakespeare/input.txt").read_text("utf-8").split("\n\n")
+    texts["wnut17"] = [text for file in files for text in _sentences(file.read_text("utf-8").split("\n"))]
+    texts["shakespeare"] = source("shakespeare/input.txt").read_text("utf-8").split("\n\n")
     sentences = source("wiki_sentences/sentences.txt").read_text("utf-8").split("\n")
-    return {**found, "wiki_sentences": [text for text in sentences if text]}
+    return {**texts, "wiki_sentences": [text for text in sentences if text]}
 
 
 def _sentences(lines: list[str]) -> Iterator[str]:

@@ -109,7 +109,7 @@ def interleaved(contestants: Mapping[str, Callable[[], Any]], repeats: int, reco
 
 def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
     """The median of the ratios within each repeat: in one repeat the machine is the same for both."""
-    return statistics.median(one / other for one, other in zip(values, others, strict=True))
+    return statistics.median(value / other for value, other in zip(values, others, strict=True))
 
 
 def seconds_and_peak(command: Sequence[str], **variables: str) -> tuple[float, int]:

@@ -3,7 +3,7 @@
     make gpu-day
     python -m bench.gpu_day [--folder runs/gpu-day] [--again memory speed ...] [--only tests ...] [--minutes 25]
 
-Each part runs in a process of its own and is kept in FOLDER/gpu_day.json once it is finished; the same command goes on
+Each part runs in a process of its own and is kept in FOLDER/gpu_day.json once it is finished; the same command resumes
 with those that are not. FOLDER/gpu_day.md is the page. Without a card every part runs on the CPU with tiny shapes, and
 each figure that needs a card is "not measured". Exits 1 when a part failed or something is not as it should be.
 """
@@ -28,7 +28,7 @@ from bench.gpu_day import day, here, page, parts  # noqa: E402  # after what it 
 NAMES = [part.name for part in parts.PARTS]
 
 
-def _looked(folder: Path) -> here.Here:
+def _look(folder: Path) -> here.Here:
     """This machine, seen by another process: this one holds nothing of the card."""
     command = [sys.executable, "-m", "bench.gpu_day", "--look", "--folder", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -41,7 +41,7 @@ def _run_part(name: str, folder: Path, seconds: float) -> None:
     """In the part's own process."""
     from bench.gpu_day import checks, memory, processes, speed
 
-    seen = here.Here.of(json.loads((folder / "here.json").read_text(encoding="utf-8")))
+    machine = here.Here.of(json.loads((folder / "here.json").read_text(encoding="utf-8")))
     work = {
         "tests": checks.tests,
         "selfcheck": checks.selfcheck,
@@ -54,7 +54,7 @@ def _run_part(name: str, folder: Path, seconds: float) -> None:
         "processes": processes.two,
     }[name]
     rows = day.Rows(folder / "parts" / f"{name}.jsonl", time.monotonic() + seconds)
-    work(seen, folder / "work" / name, rows)
+    work(machine, folder / "work" / name, rows)
 
 
 def main() -> int:
@@ -69,34 +69,36 @@ def main() -> int:
     parser.add_argument("--part", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
     parser.add_argument("--look", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    folder = given.folder.absolute()
+    options = parser.parse_args()
+    folder = options.folder.absolute()
     if folder.exists() and not folder.is_dir():
-        parser.error(f"--folder: {given.folder} is a file; name a folder")
-    if not 0 <= given.minutes < float("inf"):
-        parser.error(f"--minutes: expected a number of 0 or more, found {given.minutes:g}")
-    if given.look:
+        parser.error(f"--folder: {options.folder} is a file; name a folder")
+    if not 0 <= options.minutes < float("inf"):
+        parser.error(f"--minutes: expected a number of 0 or more, found {options.minutes:g}")
+    if options.look:
         print(json.dumps(here.look(folder).as_json()))
         return 0
-    if given.part:
-        _run_part(given.part, folder, given.seconds)
+    if options.part:
+        _run_part(options.part, folder, options.seconds)
         return 0
     # A part that is running ends with this command, however it is told to end.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command goes on"))
-    seen = _looked(folder)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command resumes"))
+    machine = _look(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "here.json").write_text(json.dumps(seen.as_json()), encoding="utf-8")
-    where = ", ".join(card.name for card in seen.cards) or "no card: stand-ins on the CPU"
-    print("\n".join(textwrap.wrap(f"gpu-day on {where}; at most {given.minutes:g} minutes", 80)))
-    for note in here.notes(seen):
+    (folder / "here.json").write_text(json.dumps(machine.as_json()), encoding="utf-8")
+    where = ", ".join(card.name for card in machine.cards) or "no card: stand-ins on the CPU"
+    print("\n".join(textwrap.wrap(f"gpu-day on {where}; at most {options.minutes:g} minutes", 80)))
+    for note in here.notes(machine):
         print("\n".join(textwrap.wrap(note, 80, initial_indent="- ", subsequent_indent="  ")))
-    decisions = parts.decide(seen)
+    decisions = parts.decide(machine)
     try:
-        found = day.run(folder, seen, decisions, given.only, given.again, given.minutes, page.markdown, _say)
+        limits = options.only, options.again, options.minutes
+        record = day.run(folder, machine, decisions, *limits, page.markdown, _say)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
-    results = [day.result_of(found, one.part.name, seen.key) for one in decisions if one.part.name in given.only]
-    print(f"the page: {given.folder / day.PAGE}")
+        sys.exit("interrupted; the same command resumes")
+    names = [decision.part.name for decision in decisions if decision.part.name in options.only]
+    results = [day.result_of(record, name, machine.key) for name in names]
+    print(f"the page: {options.folder / day.PAGE}")
     return 0 if all(result is None or day.is_good(result) for result in results) else 1
 
 

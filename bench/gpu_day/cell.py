@@ -38,10 +38,10 @@ def measured(cell: Cell, folder: Path, seconds: float, **train: Any) -> dict[str
     Returns:
         `planned_bytes`, `planned_host_bytes`; `growth_bytes` of what the plan foresees; on a GPU `allocated_bytes`,
         `reserved_bytes` and `outside_bytes`; `host_bytes`, `tokens_per_second`; or `problem`;
-        or `left_out`, where the plan says that it does not fit.
+        or `skipped`, where the plan says that it does not fit.
     """
-    given = json.dumps({"cell": asdict(cell), "train": train})
-    command = [sys.executable, "-m", "bench.gpu_day.cell", str(folder), given]
+    settings = json.dumps({"cell": asdict(cell), "train": train})
+    command = [sys.executable, "-m", "bench.gpu_day.cell", str(folder), settings]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -49,8 +49,8 @@ def measured(cell: Cell, folder: Path, seconds: float, **train: Any) -> dict[str
     answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not answers:
         print(done.stdout, done.stderr, file=sys.stderr)
-        said = done.stderr.strip().splitlines() or ["nothing was written"]
-        return {"problem": f"ended with code {done.returncode}: {said[-1]}"}
+        errors = done.stderr.strip().splitlines() or ["nothing was written"]
+        return {"problem": f"ended with code {done.returncode}: {errors[-1]}"}
     answer: dict[str, Any] = json.loads(answers[-1])
     return answer
 
@@ -111,7 +111,7 @@ def _work(folder: Path, cell: Cell, train: dict[str, Any]) -> dict[str, Any]:
     try:
         plan = pipeline.run(job, "plan").plan
     except DoesNotFitError as error:
-        return {"left_out": error.problems[0]}
+        return {"skipped": error.problems[0]}
     assert plan is not None
     assert plan.memory is not None
     planned = max(size for phase, size in plan.memory.phases.items() if phase in SEEN)
@@ -138,12 +138,12 @@ def _work(folder: Path, cell: Cell, train: dict[str, Any]) -> dict[str, Any]:
             "MASTER_PORT": "0",
         }
     outcome = worker.run(request, Hooks(), _stop_after(2) if is_zero else None)
-    found = {"planned_bytes": planned, "planned_host_bytes": plan.memory.host, "host_bytes": life_peak_bytes()}
+    answer = {"planned_bytes": planned, "planned_host_bytes": plan.memory.host, "host_bytes": life_peak_bytes()}
     if outcome.status not in (("done", "interrupted") if is_zero else ("done",)):
-        return found | {"problem": f"{outcome.status}: {outcome.reason}"}
+        return answer | {"problem": f"{outcome.status}: {outcome.reason}"}
     speed = outcome.tokens_per_second or (outcome.forecast.tokens_per_second if outcome.forecast else None)
     growth = outcome.memory_growth_bytes if is_zero else outcome.dry_run_growth_bytes
-    return found | {"growth_bytes": growth, "tokens_per_second": speed, **_on_gpu(plan.device)}
+    return answer | {"growth_bytes": growth, "tokens_per_second": speed, **_on_gpu(plan.device)}
 
 
 def _stop_after(step: int) -> Any:
@@ -169,15 +169,15 @@ def _on_gpu(device: str) -> dict[str, int]:
     return {"allocated_bytes": peaks[0], "reserved_bytes": peaks[1], "outside_bytes": outside}
 
 
-def against_plan(found: dict[str, Any]) -> dict[str, float | int | None]:
+def against_plan(answer: dict[str, Any]) -> dict[str, float | int | None]:
     """The plan's error against what was reserved and what lies outside, and against the tensors alone."""
-    if "reserved_bytes" not in found:
+    if "reserved_bytes" not in answer:
         return {"planned_error": None, "planned_tensors_error": None}
-    whole = found["reserved_bytes"] + found["outside_bytes"]
-    tensors = found["planned_bytes"] - CUDA_CONTEXT_BYTES
+    whole = answer["reserved_bytes"] + answer["outside_bytes"]
+    tensors = answer["planned_bytes"] - CUDA_CONTEXT_BYTES
     return {
-        "planned_error": found["planned_bytes"] / whole - 1,
-        "planned_tensors_error": tensors / found["allocated_bytes"] - 1,
+        "planned_error": answer["planned_bytes"] / whole - 1,
+        "planned_tensors_error": tensors / answer["allocated_bytes"] - 1,
     }
 
 

@@ -38,27 +38,27 @@ def tests(here: Here, folder: Path, rows: Rows) -> None:
     if not report.exists():
         sys.exit(f"pytest ended with code {done.returncode} and wrote no report")
     for case in ElementTree.parse(report).iter("testcase"):
-        bad = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
-        left_out = case.find("skipped")
-        said = next((str(found.get("message", "")) for found in (bad, left_out) if found is not None), "")
-        seconds = None if left_out is not None else float(case.get("time", 0))
-        ok = None if left_out is not None else bad is None
-        rows.add(str(case.get("name")), {"took_seconds": seconds}, ok, said.partition(": ")[2] or said)
+        failure = next((element for kind in ("failure", "error") if (element := case.find(kind)) is not None), None)
+        skipped = case.find("skipped")
+        message = next((str(element.get("message", "")) for element in (failure, skipped) if element is not None), "")
+        seconds = None if skipped is not None else float(case.get("time", 0))
+        ok = None if skipped is not None else failure is None
+        rows.add(str(case.get("name")), {"took_seconds": seconds}, ok, message.partition(": ")[2] or message)
 
 
 def selfcheck(here: Here, folder: Path, rows: Rows) -> None:
     """What `fulltune selfcheck` finds on the card; what it finds on the CPU is a note where there is none."""
     from fulltune import selfcheck as checking
 
-    found = checking.run().findings
-    on_card = [one for one in found if one.device != "cpu"] if here.cards else []
-    for one in on_card or found:
-        passed = None if one.status == "not here" else one.status == "pass"
-        said = f"{one.status}: {one.result}"
+    findings = checking.run().findings
+    on_card = [finding for finding in findings if finding.device != "cpu"] if here.cards else []
+    for finding in on_card or findings:
+        passed = None if finding.status == "not here" else finding.status == "pass"
+        result = f"{finding.status}: {finding.result}"
         if on_card:
-            rows.add(f"{one.check}: {one.ran}", {"took_seconds": one.seconds}, passed, said)
+            rows.add(f"{finding.check}: {finding.ran}", {"took_seconds": finding.seconds}, passed, result)
         else:
-            rows.add(f"{one.check}: {one.ran}", {"took_seconds": None}, passed, f"on the CPU {said}")
+            rows.add(f"{finding.check}: {finding.ran}", {"took_seconds": None}, passed, f"on the CPU {result}")
 
 
 def quickstart(here: Here, folder: Path, rows: Rows) -> None:

@@ -66,9 +66,9 @@ def load(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return empty_day()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found.get("results"), dict):
-            return found
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(saved, dict) and isinstance(saved.get("results"), dict):
+            return saved
     except ValueError:  # half a file, which is put aside like one of another form
         pass
     aside = path.replace(path.with_suffix(".broken"))
@@ -97,8 +97,8 @@ def to_run(day: Mapping[str, Any], decisions: Sequence[Decision], key: str, agai
     """
 
     def is_open(decision: Decision) -> bool:
-        found = result_of(day, decision.part.name, key)
-        return found is None or found["status"] != FINISHED or decision.part.name in again
+        result = result_of(day, decision.part.name, key)
+        return result is None or result["status"] != FINISHED or decision.part.name in again
 
     return [decision for decision in decisions if decision.how != "skip" and is_open(decision)]
 
@@ -130,10 +130,10 @@ def run(
     """
     day = load(folder)
     day["here"] = here.as_json() | {"key": here.key}
-    day["decisions"] = {one.part.name: {"how": one.how, "reason": one.reason} for one in decisions}
+    day["decisions"] = {decision.part.name: {"how": decision.how, "reason": decision.reason} for decision in decisions}
     open_parts = to_run(day, decisions, here.key, again)
     ends = time.monotonic() + 60 * minutes
-    for decision in (one for one in decisions if one.part.name in only):
+    for decision in (decision for decision in decisions if decision.part.name in only):
         name = decision.part.name
         known = result_of(day, name, here.key)
         if decision.how == "skip":
@@ -142,9 +142,9 @@ def run(
             say(line(name, f"{known['status']} before", known["seconds"], brief(known["rows"])))
         else:
             left = ends - time.monotonic()
-            found = _run_part(folder, decision, left, here)
-            day["results"][f"{name} | {here.key}"] = found
-            say(line(name, found["status"], found["seconds"], found["reason"] or brief(found["rows"])))
+            result = _run_part(folder, decision, left, here)
+            day["results"][f"{name} | {here.key}"] = result
+            say(line(name, result["status"], result["seconds"], result["reason"] or brief(result["rows"])))
         _write(folder, day, page)
     return day
 
@@ -187,8 +187,8 @@ def _run_part(folder: Path, decision: Decision, seconds_left: float, here: Here)
 
 def command_of(part: str, folder: Path, seconds: float) -> list[str]:
     """The part's own process."""
-    given = ["--part", part, "--folder", str(folder), "--seconds", f"{seconds:.0f}"]
-    return [sys.executable, "-m", "bench.gpu_day", *given]
+    words = ["--part", part, "--folder", str(folder), "--seconds", f"{seconds:.0f}"]
+    return [sys.executable, "-m", "bench.gpu_day", *words]
 
 
 def _awaited(child: subprocess.Popen[bytes], limit: float, log: Path) -> tuple[str, str]:
@@ -198,8 +198,8 @@ def _awaited(child: subprocess.Popen[bytes], limit: float, log: Path) -> tuple[s
         return "stopped", f"not finished within its {limit / 60:.1f} minutes; what it had measured is below"
     if code == 0:
         return FINISHED, ""
-    said = [text.strip() for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
-    return "failed", without_names(f"ended with code {code}: {said[-1] if said else 'nothing was written'}")
+    output = [text.strip() for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
+    return "failed", without_names(f"ended with code {code}: {output[-1] if output else 'nothing was written'}")
 
 
 def environment(here: Here, cards: int) -> dict[str, str]:

@@ -65,7 +65,7 @@ class Here:
     """Those of `PACKAGES` that are installed."""
     hidden: str | None = None
     """CUDA_VISIBLE_DEVICES, where it is set."""
-    said: str = ""
+    torch_warning: str = ""
     """What torch warned of when it was asked for a card."""
 
     @property
@@ -104,24 +104,24 @@ def why_no_card(here: Here) -> str:
             f"driver {here.driver} is older than torch {here.torch} needs, which was built for CUDA "
             f"{here.torch_cuda}: update it to {least} or newer, or install torch for an older CUDA"
         )
-    return f"driver {here.driver} is installed, but torch sees no card: {here.said or 'it does not say why'}"
+    return f"driver {here.driver} is installed, but torch sees no card: {here.torch_warning or 'it does not say why'}"
 
 
 def notes(here: Here) -> list[str]:
     """What a reader of the figures has to know of the cards, a sentence each."""
-    found = [why_no_card(here)] if not here.cards else []
+    sentences = [why_no_card(here)] if not here.cards else []
     for number, card in enumerate(here.cards):
         if card.is_shared:
-            found.append(
+            sentences.append(
                 f"card {number}, {card.name}: {in_gib(card.used_bytes)} are in use by another process; "
                 "what it would blur is skipped. End it (nvidia-smi shows it), then run the same command again"
             )
         if not card.bf16:
-            found.append(f"card {number}, {card.name}: {no_bf16(card)}; fp16 and fp32 alone are tried")
+            sentences.append(f"card {number}, {card.name}: {no_bf16(card)}; fp16 and fp32 alone are tried")
     if len({card.name for card in here.cards}) > 1:
         names = ", ".join(card.name for card in here.cards)
-        found.append(f"cards of different kinds ({names}): only the first is measured, and nothing over several")
-    return found
+        sentences.append(f"cards of different kinds ({names}): only the first is measured, and nothing over several")
+    return sentences
 
 
 def no_bf16(card: Card) -> str:
@@ -144,9 +144,9 @@ def look(folder: Path) -> Here:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        seen = torch.cuda.is_available()
-    said = " ".join(" ".join(str(one.message).split()) for one in caught)
-    cards = tuple(map(_card, range(torch.cuda.device_count()))) if seen else ()
+        has_cuda = torch.cuda.is_available()
+    warning_text = " ".join(" ".join(str(warning.message).split()) for warning in caught)
+    cards = tuple(map(_card, range(torch.cuda.device_count()))) if has_cuda else ()
     return Here(
         cards=cards,
         driver=f"ROCm {torch.version.hip}" if cards and torch.version.hip else _driver(),
@@ -157,25 +157,25 @@ def look(folder: Path) -> Here:
         disk_bytes=disk_free_bytes(folder.absolute()),
         packages=tuple(name for name in PACKAGES if importlib.util.find_spec(name)),
         hidden=os.environ.get("CUDA_VISIBLE_DEVICES"),
-        said=said[:300],
+        torch_warning=warning_text[:300],
     )
 
 
 def _card(index: int) -> Card:
     import torch
 
-    found = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(index)
     free, _ = torch.cuda.mem_get_info(index)
-    return Card(found.name, found.total_memory, free, (found.major, found.minor))
+    return Card(properties.name, properties.total_memory, free, (properties.major, properties.minor))
 
 
 def _driver() -> str:
     """NVIDIA's driver, whether or not torch can use it."""
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-        if said.returncode == 0 and said.stdout.strip():
-            return said.stdout.split()[0]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.split()[0]
     module = Path("/sys/module/nvidia/version")
     return module.read_text(encoding="ascii").strip() if module.exists() else ""
 

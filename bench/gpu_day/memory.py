@@ -68,23 +68,23 @@ def grid(here: Here, folder: Path, rows: Rows) -> None:
         _show(here, cell.name, measured(cell, folder / f"{number}", seconds, device=device), rows)
 
 
-def _show(here: Here, case: str, found: dict[str, Any], rows: Rows) -> None:
+def _show(here: Here, case: str, answer: dict[str, Any], rows: Rows) -> None:
     """A row of planned and measured bytes."""
-    if "left_out" in found:
-        rows.add(case, dict.fromkeys(FIGURES), None, found["left_out"])
+    if "skipped" in answer:
+        rows.add(case, dict.fromkeys(FIGURES), None, answer["skipped"])
         return
-    problem = found.get("problem", "")
+    problem = answer.get("problem", "")
     if here.cards:
-        errors = against_plan(found)
-        figures = {name: found.get(name) for name in FIGURES} | errors
+        errors = against_plan(answer)
+        figures = {name: answer.get(name) for name in FIGURES} | errors
         error = errors["planned_error"]
         ok = False if problem else error is not None and LEAST_ERROR <= error <= MOST_ERROR
         rows.add(case, figures, ok, problem)
         return
-    said = problem or (
-        f"on the CPU: {found['planned_bytes'] / 1e6:,.0f} MB planned, {found['growth_bytes'] / 1e6:,.0f} MB measured"
+    note = problem or (
+        f"on the CPU: {answer['planned_bytes'] / 1e6:,.0f} MB planned, {answer['growth_bytes'] / 1e6:,.0f} MB measured"
     )
-    rows.add(case, dict.fromkeys(FIGURES), False if problem else None, said)
+    rows.add(case, dict.fromkeys(FIGURES), False if problem else None, note)
 
 
 # ---- memory that runs out ------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def ladder(here: Here, folder: Path, rows: Rows) -> None:
     last = pipeline.run(job, "train").outcome
     assert last is not None
     attempts = attempt_folders(folder / "run", last.trial)
-    plans = [json.loads((one / "request.json").read_text(encoding="utf-8"))["plan"] for one in attempts]
+    plans = [json.loads((attempt / "request.json").read_text(encoding="utf-8"))["plan"] for attempt in attempts]
     first = Outcome.load(attempts[0] / "outcome.json")
     sizes = [plan["micro_batch_size"] for plan in plans]
     figures = {
@@ -132,15 +132,15 @@ def ladder(here: Here, folder: Path, rows: Rows) -> None:
         "rows_at_last": sizes[-1],
         "took_seconds": time.monotonic() - began,
     }
-    kept = {plan["global_batch_size"] for plan in plans} == {32}
-    good = last.status == "done" and kept and first.status == "out_of_memory"
+    same_batch = {plan["global_batch_size"] for plan in plans} == {32}
+    good = last.status == "done" and same_batch and first.status == "out_of_memory"
     if here.cards:  # a CPU's kernel limits data, and what a process holds of libraries' files is on top
         good = good and last.peak_memory_bytes <= limit
-    said = f"at first: {first.status} in {first.phase}; at last: {last.status}"
+    states = f"at first: {first.status} in {first.phase}; at last: {last.status}"
     if here.cards:
-        rows.add("bert 110 M, 32 rows of 500 tokens", figures, good, said)
+        rows.add("bert 110 M, 32 rows of 500 tokens", figures, good, states)
         return
-    note = f"on the CPU, under 1 GiB: rows at once {' to '.join(map(str, dict.fromkeys(sizes)))}; {said}"
+    note = f"on the CPU, under 1 GiB: rows at once {' to '.join(map(str, dict.fromkeys(sizes)))}; {states}"
     rows.add("bert 110 M, 32 rows of 500 tokens", dict.fromkeys(LADDER), good, note)
 
 
@@ -210,14 +210,16 @@ def large(here: Here, folder: Path, rows: Rows) -> None:
         (shape.name, way.name): survey[way.name] for shape, survey in zip(SHAPES, surveys, strict=True) for way in WAYS
     }
     shapes, ways = {shape.name: shape for shape in SHAPES}, {way.name: way for way in WAYS}
-    for shape, way in (*MEASURED, *(one for one in plans if one not in MEASURED)):
-        _one_large(here, shapes[shape], ways[way], plans[shape, way], folder, rows)
+    for shape, way in (*MEASURED, *(pair for pair in plans if pair not in MEASURED)):
+        _add_large(here, shapes[shape], ways[way], plans[shape, way], folder, rows)
     for way in (WAYS[1], WAYS[3]) if not here.cards else ():
         if "placement" in way.settings and "deepspeed" not in here.packages:
             continue
-        found = measured(SMALLEST, folder / "tiny", STAND_IN_SECONDS, device="cpu", memory_limit="4GiB", **way.settings)
-        said = found.get("problem") or f"on the CPU, held to 4 GiB: {found['growth_bytes'] / 1e6:,.0f} MB measured"
-        rows.add(f"tiny, {way.name}", dict.fromkeys(LARGE[3:]), False if "problem" in found else None, said)
+        answer = measured(
+            SMALLEST, folder / "tiny", STAND_IN_SECONDS, device="cpu", memory_limit="4GiB", **way.settings
+        )
+        note = answer.get("problem") or f"on the CPU, held to 4 GiB: {answer['growth_bytes'] / 1e6:,.0f} MB measured"
+        rows.add(f"tiny, {way.name}", dict.fromkeys(LARGE[3:]), False if "problem" in answer else None, note)
 
 
 def _survey(shape: Cell, folder: Path, hardware: str) -> dict[str, dict[str, Any]]:
@@ -235,10 +237,10 @@ def _survey(shape: Cell, folder: Path, hardware: str) -> dict[str, dict[str, Any
     (place / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     survey, _ = plan.without_data(place / "recipe.yaml", [], 64, LENGTH, hardware, None)
     weights = 2 * survey.num_parameters
-    return {one.name: one.model_dump(mode="json") | {"file_bytes": weights} for one in survey.placements}
+    return {layout.name: layout.model_dump(mode="json") | {"file_bytes": weights} for layout in survey.placements}
 
 
-def _one_large(here: Here, shape: Cell, way: Way, plan: dict[str, Any], folder: Path, rows: Rows) -> None:
+def _add_large(here: Here, shape: Cell, way: Way, plan: dict[str, Any], folder: Path, rows: Rows) -> None:
     """A row: what is planned for it, and what was measured, or why it was not."""
     case = f"{shape.name}, {way.name.removeprefix('one device, ')}"
     fits = plan["device_bytes"] <= LIMIT_BYTES
@@ -248,25 +250,25 @@ def _one_large(here: Here, shape: Cell, way: Way, plan: dict[str, Any], folder: 
         "in_24_GB": "yes" if fits else "no",
     }
     wanted = here.cards and (shape.name, way.name) in MEASURED
-    reason = _left_out(here, way, plan, rows) if wanted else ""
+    reason = _why_skipped(here, way, plan, rows) if wanted else ""
     if reason or not wanted:
         rows.add(case, figures, None, reason)
         return
     limited = {"memory_limit": LIMIT} if fits else {}
     cell = replace(shape, weights_dtype=way.weights_dtype)
-    found = measured(cell, folder / "cell", LARGE_SECONDS, device="cuda", **limited, **way.settings)
-    if "left_out" in found:
-        rows.add(case, figures, None, found["left_out"])
+    answer = measured(cell, folder / "cell", LARGE_SECONDS, device="cuda", **limited, **way.settings)
+    if "skipped" in answer:
+        rows.add(case, figures, None, answer["skipped"])
         return
-    figures |= {name: found[name] for name in LARGE if found.get(name)}
-    figures["planned_error"] = against_plan(found)["planned_error"]
-    used = found.get("reserved_bytes", 0) + found.get("outside_bytes", 0)
+    figures |= {name: answer[name] for name in LARGE if answer.get(name)}
+    figures["planned_error"] = against_plan(answer)["planned_error"]
+    used = answer.get("reserved_bytes", 0) + answer.get("outside_bytes", 0)
     note = f"held to {LIMIT}" if fits else "on the whole card"
-    ok = "problem" not in found and (not fits or used <= LIMIT_BYTES)
-    rows.add(case, figures, ok, found.get("problem") or note)
+    ok = "problem" not in answer and (not fits or used <= LIMIT_BYTES)
+    rows.add(case, figures, ok, answer.get("problem") or note)
 
 
-def _left_out(here: Here, way: Way, plan: dict[str, Any], rows: Rows) -> str:
+def _why_skipped(here: Here, way: Way, plan: dict[str, Any], rows: Rows) -> str:
     """Why a row is not measured on this card; empty: it is."""
     is_zero, file = "placement" in way.settings, int(plan["file_bytes"])
     wanted = Wanted(

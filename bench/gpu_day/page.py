@@ -27,7 +27,7 @@ def markdown(day: Mapping[str, Any]) -> str:
     results = [_result(day, part.name) for part in PARTS]
     lines = ["# fulltune gpu-day", "", _verdict(here, results), ""]
     lines += [f"- {note}." for note in notes(here)]
-    lines += [f"- Not as it should be: {said}." for said in _wrong(results)]
+    lines += [f"- Not as it should be: {problem}." for problem in _wrong(results)]
     lines += ["", "| here | |", "|---|---|", *_facts(here)]
     for part, result in zip(PARTS, results, strict=True):
         lines += ["", f"## {part.title}", "", f"{part.what} {_how(result)}"]
@@ -51,9 +51,9 @@ def _verdict(here: Here, results: Sequence[Mapping[str, Any]]) -> str:
     missing, wrong = sum(value is None for value in values), [row for row in rows if row["ok"] is False]
     where = f"on {here.cards[0].name}" if here.cards else "**without a card**: nothing here was measured on a GPU"
     done = sum(result["status"] == "done" for result in results)
-    said = f"{done} of {len(results)} parts ran {where}. "
-    said += f"{len(values) - missing} figures, {missing} not measured; {len(wrong)} not as they should be"
-    return f"{said}. {sum(result['seconds'] for result in results) / 60:.1f} minutes."
+    summary = f"{done} of {len(results)} parts ran {where}. "
+    summary += f"{len(values) - missing} figures, {missing} not measured; {len(wrong)} not as they should be"
+    return f"{summary}. {sum(result['seconds'] for result in results) / 60:.1f} minutes."
 
 
 def _wrong(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -103,9 +103,9 @@ def _unit(name: str) -> str:
 
 
 def _title(name: str) -> str:
-    kept = {"_error": " error", "_per_second": " per s", "_ratio": " ratio"}
+    suffixes = {"_error": " error", "_per_second": " per s", "_ratio": " ratio"}
     unit = _unit(name)
-    return (name.removesuffix(unit) + kept.get(unit, "")).replace("_", " ").strip()
+    return (name.removesuffix(unit) + suffixes.get(unit, "")).replace("_", " ").strip()
 
 
 def _shown(name: str, value: float | str | None) -> str:

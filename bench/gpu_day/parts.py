@@ -112,7 +112,7 @@ def _decided(part: Part, here: Here) -> Decision:
     if not here.cards:
         return Decision(part, "stand-in", why_no_card(here))
     used = here.cards[: part.cards]
-    reason = _too_few(part, here) or next((said for card in used if (said := _obstacle(part, card))), "")
+    reason = _too_few(part, here) or next((why for card in used if (why := _obstacle(part, card))), "")
     return Decision(part, "skip", reason) if reason else Decision(part, "card")
 
 

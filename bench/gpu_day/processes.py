@@ -32,8 +32,8 @@ def two(here: Here, folder: Path, rows: Rows) -> None:
 
     fresh(folder)
     passed, text = selfcheck.all_reduce("cuda" if here.cards else "cpu")
-    said = f"{'NCCL' if here.cards else 'on the CPU, gloo'}: {text}"
-    rows.add("all-reduce of two processes", {"all_reduce": text if here.cards else None}, passed, said)
+    result = f"{'NCCL' if here.cards else 'on the CPU, gloo'}: {text}"
+    rows.add("all-reduce of two processes", {"all_reduce": text if here.cards else None}, passed, result)
     precision = half_precision(here) if here.cards else "fp32"
     cell, alone = replace(LARGE if here.cards else TINY, precision=precision), {}
     for placement, processes_here in PLACES:
@@ -41,8 +41,8 @@ def two(here: Here, folder: Path, rows: Rows) -> None:
         if placement in ZERO and "deepspeed" not in here.packages:
             rows.add(case, dict.fromkeys(FIGURES), None, "deepspeed is not installed")
             continue
-        one = replace(cell, accumulation=2) if processes_here == 1 else cell
-        run = _trained(here, one, placement, processes_here, folder / placement)
+        own_cell = replace(cell, accumulation=2) if processes_here == 1 else cell
+        run = _trained(here, own_cell, placement, processes_here, folder / placement)
         if isinstance(run, str):
             rows.add(case, dict.fromkeys(FIGURES), False, run)
             continue

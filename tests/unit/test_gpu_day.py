@@ -112,7 +112,7 @@ def test_shares_add_up_to_the_25_minutes() -> None:
         ({"torch": "2.13.0+cpu", "torch_cuda": ""}, ["driver 470.57.02 is installed", "built without CUDA", "install"]),
         ({"hidden": ""}, ["CUDA_VISIBLE_DEVICES=''", "unset it"]),
         ({}, ["driver 470.57.02 is older than torch 2.13.0+cu130 needs", "CUDA 13.0", "update it to 580"]),
-        ({"driver": "580.95.05", "said": "CUDA unknown error"}, ["torch sees no card: CUDA unknown error"]),
+        ({"driver": "580.95.05", "torch_warning": "CUDA unknown error"}, ["torch sees no card: CUDA unknown error"]),
     ],
 )
 def test_why_torch_sees_no_card_and_what_to_do(changes: dict[str, str], words: list[str]) -> None:
