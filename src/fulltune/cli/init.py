@@ -242,7 +242,7 @@ def _advice(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Se
     if flags:
         return (
             f"columns {shown(flags)} hold 0 and 1 only, as labels with a column each; expected one column that lists "
-            f"those that hold, such as {json.dumps(flags[:2])}: docs/how-do-i.md shows how to write it (one label "
+            f"those that hold, such as {json.dumps(flags[:2])}: docs/guides/data.md shows how to write it (one label "
             f"alone: --column label={flags[0]}; the texts alone: --task causal-lm)"
         )
     cells = {name: [row.get(name) for row in head] for name in columns}
