@@ -83,7 +83,7 @@ def _runs(words: list[str]) -> np.ndarray:
 
 def known_files(recipe: Recipe) -> tuple[Path, ...]:
     """The files with such texts: in a folder all tables and texts; raises a `DataError` when none is."""
-    return tuple(file for setting, path in recipe.kept_out.items() for file in _files(setting, path))
+    return tuple(file for setting, path in recipe.texts_not_trained_on.items() for file in _files(setting, path))
 
 
 def _files(setting: str, path: str) -> Sequence[Path]:

@@ -138,7 +138,7 @@ def prepare(stage: Stage) -> DataSummary:
     shutil.rmtree(part, ignore_errors=True)
     try:
         with unchanged(before):
-            known = read_texts(recipe.kept_out, forbidden) if forbidden else None
+            known = read_texts(recipe.texts_not_trained_on, forbidden) if forbidden else None
             patched = {name: None if decisions is None else Patched(decisions, name) for name in files}
             sources = {name: read_rows(recipe, those, stage.preprocess, patched[name]) for name, those in files.items()}
             summary = _make(replace(stage, folder=part), sources, known, fingerprint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -41,11 +41,11 @@ class MixedFile(Block):
 # pydantic puts these names, which no setting can have, into the place of an error; the recipe's reader leaves them out.
 _Entry = Annotated[
     Annotated[str, Tag("one path")] | Annotated[MixedFile, Tag("mixed file")],
-    Discriminator(lambda given: "mixed file" if isinstance(given, (dict, MixedFile)) else "one path"),
+    Discriminator(lambda value: "mixed file" if isinstance(value, (dict, MixedFile)) else "one path"),
 ]
 _Train = Annotated[
     Annotated[str, Tag("one path")] | Annotated[tuple[_Entry, ...], Tag("several paths")],
-    Discriminator(lambda given: "several paths" if isinstance(given, (list, tuple)) else "one path"),
+    Discriminator(lambda value: "several paths" if isinstance(value, (list, tuple)) else "one path"),
 ]
 
 
@@ -62,8 +62,8 @@ class DataBlock(Block):
     test: str | None = Field(default=None, coerce_numbers_to_str=True)
     """Rows for reporting, never used for choosing. Default: split off train."""
     columns: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Column names of csv and tsv files without a header line, from left to right, such as `[text, label]`. Default:
-    the first line has the names."""
+    """Names of the columns of csv and tsv files without a header line, from left to right, such as `[text, label]`.
+    Default: the first line has the names."""
     encoding: str = "utf-8"
     """Character encoding of text files, such as `utf-8`, `cp1252` (Excel's csv in Western Europe), `latin-1`, `utf-16`
     or `shift_jis`. All files of `train`, `eval` and `test` share it."""
@@ -160,18 +160,18 @@ class DataBlock(Block):
 
     @field_validator("train", mode="before")
     @classmethod
-    def _expand_short_forms(cls, given: Any) -> Any:
+    def _expand_short_forms(cls, value: object) -> object:
         """Shorten `{path: x}` to `x`."""
-        entries = [given] if isinstance(given, dict) else given
+        entries = [value] if isinstance(value, dict) else value
         if not isinstance(entries, (list, tuple)):
             return entries
         return [one["path"] if isinstance(one, dict) and one.keys() == {"path"} else one for one in entries]
 
     @field_validator("encoding")
     @classmethod
-    def _must_be_known(cls, given: str) -> str:
-        codec_of(given)
-        return given
+    def _must_be_known(cls, encoding: str) -> str:
+        codec_of(encoding)
+        return encoding
 
     @property
     def entries(self) -> tuple[str | MixedFile, ...]:

@@ -102,13 +102,13 @@ class Recipe(Block):
         settings["compare"]["budget"] = None  # more time goes on with the same one
         return settings
 
-    def compared_kind(self, method: Any) -> MethodKind:
+    def compared_kind(self, method: ComparedMethod) -> MethodKind:
         """Return the kind of a compared method; each `full` after the first is a variant."""
         first = next((one for one in self.methods if one.kind == "full"), method)
         kind: MethodKind = method.kind
         return VARIANT if kind == "full" and method != first else kind
 
-    def with_method(self, method: Any) -> Recipe:
+    def with_method(self, method: ComparedMethod) -> Recipe:
         """Return the recipe of a run with one method, and with its changes of `train`."""
         changes = {"method": method, "methods": (), "train": self.train}
         if own := getattr(method, "train", {}):
@@ -121,7 +121,7 @@ class Recipe(Block):
         return not self.methods and self.method.is_searched
 
     @property
-    def kept_out(self) -> dict[str, str]:
+    def texts_not_trained_on(self) -> dict[str, str]:
         """Paths of texts that must not be trained on, by setting."""
         names = {"data.contamination": self.data.contamination, "preserve.probe": self.preserve.probe}
         return {setting: path for setting, path in names.items() if path is not None}
@@ -132,7 +132,7 @@ class Recipe(Block):
         return self.preserve.budget is not None and self.preserve.replay is not None
 
 
-def with_placement(recipe: Recipe, placement: Any) -> Recipe:
+def with_placement(recipe: Recipe, placement: str) -> Recipe:
     """Set the placement that the plan chose, unless the recipe or a DeepSpeed file sets it."""
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
         return recipe
@@ -158,10 +158,10 @@ def _expanded(path: str) -> str:
 
 def named_paths(recipe: Recipe) -> list[str]:
     """List the files and folders that a resolved recipe names, without models of the Hub."""
-    named: list[Any] = [one if isinstance(one, str) else one.path for one in recipe.data.entries]
-    named += [getattr(getattr(recipe, block), name) for block, names in _PATHS.items() for name in names]
-    named += [recipe.train.engine_settings, recipe.model.name]
-    return [one for one in dict.fromkeys(map(str, named)) if Path(one).is_absolute()]
+    paths = [entry if isinstance(entry, str) else entry.path for entry in recipe.data.entries]
+    paths += [str(getattr(getattr(recipe, block), name)) for block, names in _PATHS.items() for name in names]
+    paths += [str(recipe.train.engine_settings), recipe.model.name]
+    return [path for path in dict.fromkeys(paths) if Path(path).is_absolute()]
 
 
 def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
@@ -192,10 +192,10 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             if path is not None and (block, path) != ("preserve", AUTO):
                 paths[block][name] = absolute(path, f"{block}.{name}")
     paths["data"]["train"] = tuple(
-        absolute(one, "data.train")
-        if isinstance(one, str)
-        else one.model_copy(update={"path": absolute(one.path, "data.train")})
-        for one in recipe.data.entries
+        absolute(entry, "data.train")
+        if isinstance(entry, str)
+        else entry.model_copy(update={"path": absolute(entry.path, "data.train")})
+        for entry in recipe.data.entries
     )
     name = recipe.model.name
     is_here = os.path.exists(base / _expanded(name))  # noqa: PTH110  # as `_expanded`

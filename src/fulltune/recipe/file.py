@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import rules as recipe_rules
@@ -82,9 +83,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         except ValueError as error:
             problems.append(f"--set {override}: {error}")
             continue
-        kept = {name: line for name, line in lines.items() if not f"{name}.".startswith(f"{at}.")}
+        others = {name: line for name, line in lines.items() if not f"{name}.".startswith(f"{at}.")}
         blocks = {at[: dot.start()]: f"--set {override}" for dot in re.finditer(r"\.", at)}
-        lines = {**blocks, **kept, at: f"--set {override}"}
+        lines = {**blocks, **others, at: f"--set {override}"}
     try:
         recipe = check(values, path, lines)
     except RecipeError as error:
@@ -100,7 +101,7 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
     Rules of a block only run when all its settings are valid, so wrong ones are removed and the rest is checked
         again.
     """
-    problems, lost, left = list[str](), set[str](), copy.deepcopy(values)
+    problems, removed, remaining = list[str](), set[str](), copy.deepcopy(values)
     if "method" in values and values.get("methods"):  # a checked recipe always has a `method`
         problems.append(
             "method and methods are both given: 'fulltune compare' reads 'methods', the other commands 'method'; "
@@ -109,19 +110,19 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
     recipe: Recipe | None = None
     while recipe is None:
         try:
-            recipe = Recipe.model_validate(left)
+            recipe = Recipe.model_validate(remaining)
         except ValidationError as error:
-            said = [text for item in error.errors() for text in _describe(item, values)]
-            problems += [text for text in _not_about(said, lost) if text not in problems]
-            others = [item for item in error.errors() if not _takes_near_kind(item, left)]
-            gone = [(name, item["type"]) for item in others for name in _left_out(item, left)]
+            texts = [text for item in error.errors() for text in _describe(item, values)]
+            problems += [text for text in _not_about(texts, removed) if text not in problems]
+            others = [item for item in error.errors() if not _corrects_kind(item, remaining)]
+            names = [(name, item["type"]) for item in others for name in _remove(item, remaining)]
             if len(others) < error.error_count():
-                lost.add("kind")
-            elif not gone:  # something is missing
+                removed.add("kind")
+            elif not names:  # a setting is missing
                 break
-            lost |= {name for name, why in gone if why != "extra_forbidden"}
+            removed |= {name for name, kind in names if kind != "extra_forbidden"}
     if recipe is not None:
-        problems += _not_about(recipe_rules.problems_of(recipe), lost)
+        problems += _not_about(recipe_rules.problems_of(recipe), removed)
         if not problems:
             return recipe
     raise RecipeError([_placed(text, path, lines or {}) for text in problems])
@@ -134,12 +135,12 @@ def _placed(problem: str, path: Path, lines: Lines) -> str:
     return f"{f'{path}:{line}' if isinstance(line, int) else line or path}  {problem}"
 
 
-def _not_about(problems: Iterable[str], lost: set[str]) -> list[str]:
+def _not_about(problems: Iterable[str], removed: set[str]) -> list[str]:
     """Drop problems that name a removed setting: they may follow from its removal."""
-    return [one for one in problems if not lost & {*re.findall(r"\w+\b(?!\.\w)", one)}]
+    return [problem for problem in problems if not removed & {*re.findall(r"\w+\b(?!\.\w)", problem)}]
 
 
-def _takes_near_kind(item: Any, values: dict[str, Any]) -> bool:
+def _corrects_kind(item: ErrorDetails, values: dict[str, Any]) -> bool:
     """Correct a misspelt kind, so that the other settings of its block are checked."""
     if item["type"] != "union_tag_invalid":
         return False
@@ -151,7 +152,7 @@ def _takes_near_kind(item: Any, values: dict[str, Any]) -> bool:
     return bool(near)
 
 
-def _left_out(item: Any, values: dict[str, Any]) -> Iterable[str]:
+def _remove(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
     """Remove the settings of a pydantic error from the recipe and yield their names."""
     block, at = values, _in_file(item)
     if len(at) > 1 and isinstance(values.get(at[0]), dict):
@@ -166,7 +167,7 @@ def _left_out(item: Any, values: dict[str, Any]) -> Iterable[str]:
             yield str(name)
 
 
-def _describe(item: Any, values: dict[str, Any]) -> Iterable[str]:
+def _describe(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
     """Describe a pydantic error, starting with the setting's name."""
     at, given = _in_file(item), item.get("input")
     name = ".".join(map(str, at))
@@ -202,10 +203,10 @@ def _describe(item: Any, values: dict[str, Any]) -> Iterable[str]:
         case _:
             message = item["msg"][0].lower() + item["msg"][1:]
             message = re.split(", (?:unable|got)", message.removeprefix("input should be ").removeprefix("a valid "))[0]
-            expected, found = _IN_WORDS.get(message, message), "nothing" if given is None else repr(given)
+            expected, shown = _IN_WORDS.get(message, message), "nothing" if given is None else repr(given)
             is_percentage = re.fullmatch(r"\d+(\.\d+)? *%", str(given))
             instead = f"; write {float(given.rstrip(' %')) / 100:g}" if is_percentage else ""
-            yield f"{name}: expected {expected}, found {found}{instead}"
+            yield f"{name}: expected {expected}, found {shown}{instead}"
 
 
 _DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio", ".txt")
@@ -218,8 +219,8 @@ _FEW = 12
 def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
     """Suggest a replacement for an unknown setting."""
     name, block = str(at[-1]), at[:-1]
-    if block[:2] != ("data", "train") and (said := recipe_rules.answer(name)) is not None:
-        return said
+    if block[:2] != ("data", "train") and (answer := recipe_rules.answer(name)) is not None:
+        return answer
     kinds = [kind for kind, member in _KINDS.items() if name in member.model_fields]
     if kinds and block[:1] in (("method",), ("methods",)):
         return f"it belongs to kind: {' or '.join(kinds)}"
@@ -241,34 +242,34 @@ def _named(expected: str) -> list[str]:
     return re.findall(r"'([^']+)'", expected)
 
 
-def _expected(expected: str, given: Any) -> str:
-    hint = did_you_mean(str(given), _named(expected))
-    return f"expected {expected}, found {given!r}" + (f"; {hint}" if hint else "")
+def _expected(expected: str, value: object) -> str:
+    hint = did_you_mean(str(value), _named(expected))
+    return f"expected {expected}, found {value!r}" + (f"; {hint}" if hint else "")
 
 
-# ---- what stands where -----------------------------------------------------------------------------------------
+# ---- places in the file ----------------------------------------------------------------------------------------
 
 
-def _inside(annotation: Any) -> list[type[Block]]:
+def _inside(annotation: object) -> list[type[Block]]:
     """Return the blocks that a setting of this type may contain."""
     if isinstance(annotation, type) and issubclass(annotation, Block):
         return [annotation]
     return [block for inner in get_args(annotation) for block in _inside(inner)]
 
 
-_KINDS: dict[Any, type[Block]] = {
-    get_args(one.model_fields["kind"].annotation)[0]: one for one in _inside(ComparedMethod)
+_KINDS: dict[str, type[Block]] = {
+    get_args(method.model_fields["kind"].annotation)[0]: method for method in _inside(ComparedMethod)
 }
 
 
-def _in_file(item: Any) -> tuple[Any, ...]:
+def _in_file(item: ErrorDetails) -> tuple[Any, ...]:
     """Return an error's location in the file, without the kinds and union branches that pydantic inserts."""
     at = item["loc"]
-    kind_at = {"method": 1, "methods": 2}.get(at[0] if at else "")
-    kept = [part for number, part in enumerate(at) if not (number == kind_at and part in _KINDS)]
-    own = len(kept) - 1 if item["type"] == "extra_forbidden" else None  # the user's name, whatever it looks like
-    found = [part for at, part in enumerate(kept) if at == own or re.fullmatch(r"\w+", str(part))]
-    return tuple(found[:-1] if len(found) > 1 and found[-1] in ("str", "tuple", "int", "float") else found)
+    kind_at = {"method": 1, "methods": 2}.get(str(at[0]) if at else "")
+    parts = [part for number, part in enumerate(at) if not (number == kind_at and part in _KINDS)]
+    own = len(parts) - 1 if item["type"] == "extra_forbidden" else None  # the user's name, whatever it looks like
+    names = [part for number, part in enumerate(parts) if number == own or re.fullmatch(r"\w+", str(part))]
+    return tuple(names[:-1] if len(names) > 1 and names[-1] in ("str", "tuple", "int", "float") else names)
 
 
 def _fields(at: Sequence[str | int], values: Any = None) -> dict[str, Any]:
@@ -294,7 +295,7 @@ def _meaning(at: tuple[str | int, ...], values: Any) -> str:
     return "expected: " + " ".join(text.split()).split(". ")[0].rstrip(".") if text else "it is required"
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     names = {dict: "settings", list: "a list", str: "text", type(None): "nothing", bool: "true/false"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
@@ -302,8 +303,8 @@ def _kind(value: Any) -> str:
 def _lines(node: Any, before: str = "") -> Iterable[tuple[str, int]]:
     """Yield the dotted name and line of each setting, including those in lists."""
     inner = node.value if isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) else []
-    for number, one in enumerate(inner):
-        key, value = one if isinstance(one, tuple) else (None, one)
+    for number, entry in enumerate(inner):
+        key, value = entry if isinstance(entry, tuple) else (None, entry)
         name = f"{before}{number if key is None else key.value}"
         yield name, (key or value).start_mark.line + 1
         yield from _lines(value, f"{name}.")
@@ -319,7 +320,7 @@ def _substitute(value: Any, name: str, problems: list[str]) -> Any:
         return value
     missing = [variable for variable in _VARIABLE.findall(value) if variable not in os.environ]
     problems += [f"{name[1:]}: environment variable {variable} is not set" for variable in missing]
-    return _VARIABLE.sub(lambda found: os.environ.get(found[1], found[0]), value)
+    return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value)
 
 
 _SHORT = {"model": "name", "method": "kind"}

@@ -36,8 +36,8 @@ class Block(BaseModel):
 
 def refuse(problems: Mapping[str, object]) -> None:
     """Raise a `ValueError` with the messages whose value is true, one per line."""
-    if found := [text for text, is_wrong in problems.items() if is_wrong]:
-        raise ValueError("\n".join(found))
+    if texts := [text for text, is_wrong in problems.items() if is_wrong]:
+        raise ValueError("\n".join(texts))
 
 
 class ModelBlock(Block):
@@ -73,7 +73,7 @@ BUNDLED = "docstrings of Python's standard library"
 """Generic text of every installation."""
 
 
-Share = Annotated[str | float, read_by(parse_share)]
+ShareText = Annotated[str | float, read_by(parse_share)]
 """A share such as `1%` or `0.01`."""
 
 
@@ -87,7 +87,7 @@ class PreserveBlock(Block):
     probe: str | None = None
     """Text file of what the model should still be able to do, one text per line or paragraph. Default: docstrings of
     Python's standard library."""
-    budget: Share | None = None
+    budget: ShareText | None = None
     """Most drift on generic text, such as `1%`: how much less likely a token may become (language models), or 1 -
     cosine of the mean hidden states (others). Training then also replays generic text, and keeps the best weights
     between the pretrained and the trained ones that stay within the budget, confirmed on sealed texts. For `full` and

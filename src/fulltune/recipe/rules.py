@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import ComparedMethod
@@ -50,8 +51,8 @@ def _of_one_run(recipe: Recipe) -> list[str]:
 
 def form_of(recipe: Recipe) -> Form | None:
     """Return the form of the rows that the recipe sets; None if only the rows show it."""
-    given = recipe.data.problem_type
-    return FORMS[given] if given != "auto" and given in FACTS[recipe.task].types else None
+    kind = recipe.data.problem_type
+    return FORMS[kind] if kind != "auto" and kind in FACTS[recipe.task].types else None
 
 
 def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
@@ -64,19 +65,19 @@ def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
         for place, method in methods_of(recipe) if block == "method" else [(block, recipe.method)]:
             if block == "method" and field not in type(method).model_fields:
                 continue
-            found, beside = (_value(recipe, method, form, name) for name in (setting, other))
-            if _is_meant(found, values) and _is_meant(beside, other_values):
-                problems.append(f"{place}.{field}: {reason.format(task=recipe.task, value=found, other=beside)}")
+            value, other_value = (_value(recipe, method, form, name) for name in (setting, other))
+            if _matches(value, values) and _matches(other_value, other_values):
+                problems.append(f"{place}.{field}: {reason.format(task=recipe.task, value=value, other=other_value)}")
     return problems
 
 
-def _is_meant(value: Any, values: bool | str | list[str]) -> bool:
+def _matches(value: object, values: bool | str | list[str]) -> bool:
     """True if a value matches a pattern of `excluded.toml`."""
     if isinstance(values, bool):
         return (value not in (None, False, 0, ())) == values
     if isinstance(values, str):
         return str(value) != values.removeprefix("not ")
-    return any(fnmatchcase(str(value), one) for one in values)
+    return any(fnmatchcase(str(value), pattern) for pattern in values)
 
 
 def _value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str) -> Any:
@@ -105,8 +106,8 @@ def methods_of(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
 def _wrong_search(recipe: Recipe) -> Iterable[str]:
     """Yield problems of the learning-rate search."""
     if recipe.methods:
-        for place, one in methods_of(recipe):
-            if getattr(one, "is_searched", False):
+        for place, method in methods_of(recipe):
+            if getattr(method, "is_searched", False):
                 yield f"{place}.learning_rate: a comparison searches each method's rate anyway; remove it"
         return
     is_searched = recipe.is_searched
@@ -158,15 +159,15 @@ def _wrong_methods(recipe: Recipe) -> Iterable[str]:
             yield from (f"{place}.{problem}" for problem in _of_one_run(variant) if problem not in before)
 
 
-def _wrong_setting(error: Any, own: Mapping[str, Any]) -> str:
+def _wrong_setting(error: ErrorDetails, own: Mapping[str, object]) -> str:
     """Describe a wrong `train` setting of a method, after its name."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(name, list(TrainBlock.model_fields))
         return f".{name}: unknown setting{f'; {hint}' if hint else ''}"
-    said = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected").split(", unable")[0]
-    given = f"; found {own[name]!r}" if name in own and "found" not in said else ""
-    return f"{f'.{name}' if name else ''}: {said}{given}"
+    text = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected").split(", unable")[0]
+    value = f"; found {own[name]!r}" if name in own and "found" not in text else ""
+    return f"{f'.{name}' if name else ''}: {text}{value}"
 
 
 def _unknown_fields(recipe: Recipe) -> list[str]:

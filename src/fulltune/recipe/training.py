@@ -131,7 +131,9 @@ class TrainBlock(Block):
     """Smallest change of the eval metric that counts as improvement."""
     logging_steps: int | None = Field(default=None, ge=1)
     """Steps between two lines of `metrics.jsonl`. Default: about 200 lines per run."""
-    report_to: Annotated[tuple[str, ...], BeforeValidator(lambda one: (one,) if isinstance(one, str) else one)] = ()
+    report_to: Annotated[
+        tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)
+    ] = ()
     """Trackers of transformers: `tensorboard`, `wandb`, `mlflow`, `trackio` ... TensorBoard writes to
     `RUN/tensorboard`, or to the folder in `TENSORBOARD_LOGGING_DIR`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -156,11 +158,11 @@ class TrainBlock(Block):
     a JSON file, relative to the recipe's folder, or its content."""
 
     @property
-    def engine_settings(self) -> Any:
+    def engine_settings(self) -> str | dict[str, Any] | None:
         """DeepSpeed settings of the recipe's own, or their file."""
         return self.extra.get("deepspeed")
 
-    def with_engine_settings(self, settings: Any) -> TrainBlock:
+    def with_engine_settings(self, settings: str | dict[str, Any] | None) -> TrainBlock:
         """Copy the block with other DeepSpeed settings, or with none."""
         others = {name: value for name, value in self.extra.items() if name != "deepspeed"}
         return self.model_copy(update={"extra": others if settings is None else {**others, "deepspeed": settings}})
@@ -218,7 +220,7 @@ class TrainBlock(Block):
         return self
 
 
-def _wrong_placement(train: TrainBlock) -> dict[str, Any]:
+def _wrong_placement(train: TrainBlock) -> dict[str, object]:
     """Check `placement`, `offload`, `num_processes` and `num_machines` against each other."""
     place, offload, processes = train.placement, train.offload, train.num_processes
     has_own_file = train.engine_settings is not None
@@ -245,11 +247,12 @@ def _wrong_placement(train: TrainBlock) -> dict[str, Any]:
     }
 
 
-def _wrong_weights(given: str | dict[str | int, Any] | tuple[Any, ...] | None) -> dict[str, bool]:
-    if given is None or isinstance(given, str):
-        expected = "expected balanced, or a weight for each class, {rare: 5, usual: 1}"
-        return {f"class_weights: {expected}, found {given!r}": given not in (None, "balanced")}
-    weights = list(given.values()) if isinstance(given, dict) else list(given)
-    numbers = [one for one in weights if isinstance(one, (int, float)) and not isinstance(one, bool)]
-    are_good = len(numbers) == len(weights) and all(math.isfinite(one) and one >= 0 for one in numbers) and any(numbers)
+def _wrong_weights(value: str | dict[str | int, object] | tuple[object, ...] | None) -> dict[str, object]:
+    if value is None or isinstance(value, str):
+        expected = "expected balanced, or a weight for each class, such as {rare: 5, usual: 1}"
+        return {f"class_weights: {expected}, found {value!r}": value not in (None, "balanced")}
+    weights = list(value.values()) if isinstance(value, dict) else list(value)
+    numbers = [weight for weight in weights if isinstance(weight, (int, float)) and not isinstance(weight, bool)]
+    are_usable = all(math.isfinite(number) and number >= 0 for number in numbers) and any(numbers)
+    are_good = len(numbers) == len(weights) and are_usable
     return {f"class_weights: expected numbers of 0 or more, not all 0, found {weights}": not are_good}

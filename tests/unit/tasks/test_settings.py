@@ -73,7 +73,7 @@ def weighted(given: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("equal", "expected balanced, or a weight for each class, {rare: 5, usual: 1}, found 'equal'"),
+        ("equal", "expected balanced, or a weight for each class, such as {rare: 5, usual: 1}, found 'equal'"),
         ([1, -1], "expected numbers of 0 or more"),
         ([1, float("nan")], "expected numbers of 0 or more"),
         ([0, 0], "not all 0"),
