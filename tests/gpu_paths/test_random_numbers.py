@@ -71,7 +71,7 @@ def test_dry_run_puts_the_cards_back_where_the_plan_uses_them(device: str, two_h
     )
     plan: Any = SimpleNamespace(device=device, activation_checkpointing=False)
     before = states(two_h100s)
-    with dry_run._without_trace(trainer, plan):
+    with dry_run._restored(trainer, plan):
         draw(two_h100s)
     assert (states(two_h100s) == before) == (device == "cuda")
 

@@ -15,7 +15,7 @@ from fulltune.plan.time import occasions
 from fulltune.records.plan import TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.worker import dry_run
-from fulltune.train.worker.dry_run import Passes, Speed, same_buffers, speed, timed_forecast, works
+from fulltune.train.worker.dry_run import PassTime, PassTimer, fit_pass_time, same_buffers, timed_forecast, works
 from tests import plans
 
 
@@ -33,9 +33,9 @@ from tests import plans
 def test_speed_is_a_line_through_both_passes_or_through_the_origin(
     longest: tuple[float, float], typical: tuple[float, float] | None, expected: tuple[float, float]
 ) -> None:
-    found = speed(longest, typical)
+    found = fit_pass_time(longest, typical)
     assert (found.fixed, found.per_work) == pytest.approx(expected)
-    assert Speed(1.0, 0.1).seconds(3, 50) == 8.0
+    assert PassTime(1.0, 0.1).seconds(3, 50) == 8.0
 
 
 def test_work_grows_with_the_square_of_the_length_by_what_attention_adds() -> None:
@@ -109,7 +109,7 @@ class Machine:
         return self.cold[kind].get(number, seconds)
 
 
-class Scripted(Passes):
+class Scripted(PassTimer):
     """Passes whose seconds are a machine's."""
 
     def train(self, positions: Any, *, keep: bool = False) -> tuple[float, float]:
