@@ -14,9 +14,9 @@ ISSUES, AUDIT = "issues.jsonl", "audit.json"
 PROOFS, TRAINED_PROOFS = "proofs.json", "trained_proofs.json"
 """Files in the run folder's `data`."""
 LOSSES = "losses.jsonl"
-"""File in `data` with the place, the hash and the mean loss of each train and eval row."""
+"""File in `data` with place, hash and mean loss of each train and eval row."""
 HIGH_LOSS = "high loss"
-"""Check that lists the rows of highest loss; it does not claim that they are wrong."""
+"""Check that lists the rows of highest loss, right or wrong."""
 
 
 class Remedy(Record):
@@ -24,30 +24,28 @@ class Remedy(Record):
 
     action: Literal["keep", "drop", "replace", "undecided"]
     column: str | None = None
-    """Column that is replaced by `value`."""
     value: Any = None
 
 
 class RowDecision(Record):
-    """A decision about a row: one line of a patch file."""
+    """A decision about a row: a line of a patch file."""
 
     row: str
-    """Hash of the row's content (`row_id`); the second of two equal rows ends in `-2`."""
+    """Hash of the row (`row_id`), with `-2` for a second equal row."""
     remedy: Remedy
     source: str = "train"
     """Split or file that holds the row."""
     check: str = ""
-    """Name of the check that flagged the row."""
     place: str = ""
     """File and line, for readers."""
     text: str = ""
-    """Beginning of the row, secrets and personal data masked."""
+    """Beginning of the row, with secrets masked."""
     reason: str = ""
     proposed: Remedy | None = None
 
     @property
     def is_open(self) -> bool:
-        """True while nobody has decided about the row; it is then used as it is."""
+        """True while nobody has decided; the row is then used unchanged."""
         return self.remedy.action == "undecided"
 
     @property
@@ -56,75 +54,73 @@ class RowDecision(Record):
 
 
 class RowIssue(RowDecision):
-    """A row that a check flagged: one line of `data/issues.jsonl`. It is used unchanged unless the user decides
-    otherwise."""
+    """A row that a check flagged, used unchanged until the user decides: a line of `data/issues.jsonl`."""
 
     split: SplitName
     label: str | None = None
     score: float = 0.0
-    """Confidence of the check, higher is surer; rows are reviewed in this order."""
+    """Confidence of the check; higher is surer."""
 
     def decided(self, remedy: Remedy) -> RowDecision:
-        """Return the patch file's line for this row."""
+        """Return the line of a patch file."""
         return RowDecision(row=self.row, remedy=remedy, source=self.source, check=self.check, place=self.place)
 
 
 class LabelErrors(Record):
-    """Label quality, judged by cross-validated linear classifiers on frozen features.
+    """Label quality by cross-validated linear classifiers.
 
-    Recall and precision are measured on labels of the same rows that were flipped on purpose.
+    Recall and precision are measured on labels flipped on purpose.
     """
 
     judged_rows: int
     agreement: float
-    """Share of labels that are also the predicted ones."""
+    """Share of labels that are predicted."""
     suspects: int
     doubtful: int
-    """Rows for which another label is clearly likelier, but with unknown precision."""
+    """Rows with a clearly likelier label, of unknown precision."""
     planted: int
-    """Labels flipped on purpose, over all repetitions."""
+    """Labels flipped on purpose, over all rounds."""
     recall: float
     """Share of flipped labels that are suspects."""
     precision: float
     """Estimated share of suspects whose label is wrong."""
     estimated_errors: float
-    """Estimated number of wrong labels among the judged rows."""
+    """Estimated number of wrong labels."""
 
 
 class Proof(Record):
-    """Effect of one cleaning step on the metric, on the same eval rows."""
+    """Effect of a cleaning step on the same eval rows."""
 
     check: str
     action: Literal["drop", "replace"]
     rows: int
-    """Train rows that the step drops or changes."""
+    """Train rows dropped or changed."""
     before: float
     """Mean metric without the step."""
     difference: float
-    """Mean metric with the step minus without it."""
+    """Mean metric with the step minus without."""
     low: float
     high: float
-    """Simultaneous 95 % interval of the difference, over eval rows (and seeds, for trainings)."""
+    """Simultaneous 95 % interval over eval rows, and over seeds for trainings."""
     patch: str = ""
-    """Patch file of this step in the run folder (trainings only)."""
+    """Patch file of a training's step."""
 
 
 class Proofs(Record):
-    """Effects of all cleaning steps, measured by linear classifiers on frozen features or by trainings."""
+    """Effects of cleaning steps, measured by linear classifiers or trainings."""
 
     fingerprint: str
     eval_rows: int
     repetitions: int
-    """Seeds of the trainings, or resamples of the train rows for classifiers."""
+    """Seeds, or resamples for classifiers."""
     proofs: tuple[Proof, ...]
     untried: tuple[str, ...] = ()
-    """Steps that were not tried because they affect too few or too many rows."""
+    """Steps with too few or too many rows."""
     source: Literal["classifiers", "trainings"] = "classifiers"
     metric: str = "accuracy"
     greater_is_better: bool = True
 
     def verdict(self, proof: Proof) -> Literal["helps", "hurts", "no difference found"]:
-        """Read the verdict from the proof's interval."""
         if proof.low <= 0 <= proof.high:
             return "no difference found"
         return "helps" if (proof.low > 0) == self.greater_is_better else "hurts"
@@ -134,22 +130,20 @@ class Audit(Record):
     """Summary of an audit."""
 
     fingerprint: str
-    """Fingerprint of the prepared rows."""
     version: str = ""
-    """Version of the checks, with the extras that were missing."""
+    """Version of the checks and their missing extras."""
     rows: dict[SplitName, int]
-    """Audited rows of each split."""
     checks: dict[str, int]
-    """Rows that each check flagged, most first."""
+    """Flagged rows of each check, most first."""
     examples: tuple[RowIssue, ...] = ()
-    """Most confident rows of each check."""
+    """Surest rows of each check."""
     clean: tuple[str, ...] = ()
     """Checks that flagged nothing."""
     labels: LabelErrors | None = None
     languages: dict[str, dict[str, int]] = Field(default_factory=dict)
-    """Rows by column and language code, most frequent first; short texts and code are not counted."""
+    """Rows by column and language code; short texts and code are not counted."""
     not_run: dict[str, str] = Field(default_factory=dict)
-    """Reason for each check that did not run, such as a missing extra."""
+    """Reason for each check that did not run."""
     seconds: float = 0.0
 
     def examples_of(self, check: str) -> list[RowIssue]:
@@ -157,7 +151,7 @@ class Audit(Record):
 
 
 def proofs_of(folder: Path, audit: Audit) -> list[Proofs]:
-    """Load the proofs in a run folder that belong to this audit's rows."""
+    """Load a run's proofs for this audit."""
     paths = (folder / "data" / name for name in (PROOFS, TRAINED_PROOFS))
     loaded = [Proofs.load(path) for path in paths if path.exists()]
     return [proofs for proofs in loaded if proofs.fingerprint == audit.fingerprint]

@@ -30,7 +30,6 @@ class Event(Record):
     """Seconds since the attempt's process began."""
 
     def line(self) -> dict[str, Any]:
-        """Return the event as a line of `metrics.jsonl`."""
         return {"kind": self.kind, **self.model_dump(exclude={"seconds"}), "seconds": self.seconds}
 
 
@@ -38,7 +37,7 @@ Listener = Callable[[Event], None]
 
 
 def event_of(line: Mapping[str, Any]) -> Event | None:
-    """Parse a line of `metrics.jsonl`; None if its kind or fields are unknown to this version."""
+    """Parse a line of `metrics.jsonl`; None if this version does not know it."""
     kind = next((event for event in Event.__subclasses__() if event.kind == line.get("kind")), None)
     try:
         return None if kind is None else kind.model_validate(line)
@@ -54,15 +53,14 @@ class PhaseBegan(Event):
 
 
 class RowsRead(Event):
-    """Progress while rows are tokenised, audited, or read by a model outside of training."""
+    """Progress while rows are read outside of training."""
 
     kind = "rows"
     name: str
-    """What is done with the rows."""
     done: int
     total: int | None
     share: float | None = None
-    """Share of the work done, as long rows take longer; None to use `done / total`."""
+    """Share of the work done, if it is not `done / total`."""
 
 
 class DataPrepared(Event):
@@ -71,7 +69,7 @@ class DataPrepared(Event):
     kind = "data"
     summary: DataSummary
     is_reused: bool = False
-    """True if the rows were prepared by an earlier command."""
+    """True if an earlier command prepared them."""
 
 
 class Planned(Event):
@@ -89,12 +87,12 @@ class ChecksDone(Event):
 
 
 class Forecast(Event):
-    """Time and memory of the training, measured by a dry run of two steps."""
+    """Duration and memory measured by a dry run."""
 
     kind = "forecast"
     time: TimeNeed
     peak_memory_bytes: int = 0
-    """Peak beyond what was in use before the model was loaded."""
+    """Peak above the memory used before the model was loaded."""
 
 
 class StepLogged(Event):
@@ -119,18 +117,18 @@ class StepSkipped(Event):
     step: int
     reason: str
     rows: tuple[int, ...] = ()
-    """Indices into the prepared train rows, from 0; mixed-in rows follow the task's."""
+    """Indices into the prepared train rows."""
 
 
 class UpdatesMeasured(Event):
-    """Effect of one step on a sample of values of each trained tensor."""
+    """Effect of a step on a sample of values."""
 
     kind = "updates"
     step: int
     changed_share: float
     """Share of the sampled values that changed."""
     update_ratio: float
-    """Norm of the update over norm of the weights, median over tensors."""
+    """Norm of update over weights, median over tensors."""
 
 
 class Evaluated(Event):
@@ -154,14 +152,14 @@ class Steered(Event):
 
 
 class Certified(Event):
-    """A point within the budget was chosen and measured on the sealed texts."""
+    """A point within the budget was chosen and measured on sealed texts."""
 
     kind = "certified"
     result: BudgetResult
 
 
 class Designed(Event):
-    """Cost and power of a comparison before it starts."""
+    """Cost and power of a comparison."""
 
     kind = "expectation"
     expectation: Expectation
@@ -175,12 +173,11 @@ class Message(Event):
     kind = "message"
     text: str
     level: Literal["progress", "resumed", "next attempt", "warning"] = "progress"
-    """`progress` of a comparison or search; `resumed`, where a run continues; `next attempt`, why the last one failed;
-    or a `warning`."""
+    """Progress of a comparison, a resumed run, why an attempt failed, or a warning."""
 
 
 class JournalEntry(Record):
-    """A rare event for human readers: one line of an attempt's `journal.jsonl`."""
+    """A rare event for readers: a line of `journal.jsonl`."""
 
     model_config = ConfigDict(extra="ignore")
     time: str = "-"
@@ -190,7 +187,7 @@ class JournalEntry(Record):
 
 
 def without_tables(listener: Listener) -> Listener:
-    """Wrap a listener so that, of one of many runs, it hears only steps and warnings."""
+    """Pass on only steps and warnings, for one of many runs."""
 
     def listen(event: Event) -> None:
         if isinstance(event, StepLogged) or (isinstance(event, Message) and event.level != "progress"):

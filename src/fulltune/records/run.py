@@ -11,12 +11,12 @@ from fulltune.files import lines_of
 from fulltune.records.base import Record
 
 ACCESSES = "test-rows-scored.jsonl"
-"""File beside the run folders with a line for each time that test rows were scored; it outlives the runs."""
+"""File beside the run folders that records each scoring of test rows and outlives them."""
 COMPARISON = "comparison"
 
 
 class MachineUsed(Record):
-    """One of several machines that trained a model."""
+    """One of several machines of a run."""
 
     rank: int
     host: str
@@ -25,14 +25,14 @@ class MachineUsed(Record):
     memory_bytes: int
     devices: tuple[str, ...]
     ranks: tuple[int, ...] = ()
-    """Ranks of its training processes in the last attempt."""
+    """Ranks of its training processes."""
 
 
 class Environment(Record):
     """Machine, packages and duration of a run."""
 
     started: str
-    """Start time, ISO 8601 with time zone."""
+    """Start, ISO 8601 with time zone."""
     fulltune: str
     python: str
     platform: str
@@ -43,27 +43,26 @@ class Environment(Record):
     devices: tuple[str, ...]
     commit: str | None = None
     machines: tuple[MachineUsed, ...] = ()
-    """Machines of a run over several."""
     seconds: float | None = None
-    """Duration of a whole `fulltune run`, report included."""
+    """Duration of `fulltune run`."""
 
 
 class Access(Record):
-    """One scoring of test rows, by a trained model or by the verdict of a comparison."""
+    """A scoring of test rows by a model or by a comparison's verdict."""
 
     time: str
     """Time, ISO 8601 with time zone."""
     run: str
     trial: str
-    """Name of the model's trial, or `comparison`."""
+    """Trial, or `comparison`."""
     model: str
-    """Hash of the training's outcome, so that scoring a model again counts once; empty for a comparison."""
+    """Hash of the training's outcome; empty for a comparison."""
     rows: str
-    """Hash of the test rows, independent of their order."""
+    """Order-independent hash of the test rows."""
 
     @classmethod
     def of_same_rows(cls, folder: Path) -> tuple[Self, ...]:
-        """List every scoring of a run's test rows, by this run or its neighbours; empty if this run scored none."""
+        """List the scorings of a run's test rows by any run; empty if this run scored none."""
         folder, accesses = folder.resolve(), []
         for line in lines_of(folder.parent / ACCESSES):
             try:

@@ -10,16 +10,15 @@ from fulltune.records.base import Record
 
 
 class Estimate(Record):
-    """A metric on the test rows with its bootstrap interval."""
+    """A metric with its bootstrap interval."""
 
     value: float
     low: float
     high: float
     rows: int | None = None
-    """Test rows scored, fewer than all for generated answers; None if unknown or if the metric is not about rows."""
+    """Rows scored, if known; fewer than all for generated answers."""
     clusters: int | None = None
-    """Groups of dependent rows (same or similar text, prompt or passage) that the interval resamples; None for
-    `rows`."""
+    """Groups of dependent rows that are resampled; None for `rows`."""
 
     @property
     def no_interval_reason(self) -> str | None:
@@ -30,18 +29,18 @@ class Estimate(Record):
 
 
 class Calibration(Record):
-    """Agreement of probabilities with accuracy; the temperature is fitted on the eval rows."""
+    """Agreement of probabilities with accuracy."""
 
     temperature: float
     expected_calibration_error: float
     expected_calibration_error_scaled: float
-    """The error after the logits are divided by the temperature."""
+    """The error with the temperature, which is fitted on eval rows."""
     note: str = ""
-    """Why the temperature was not fitted and is 1, if so."""
+    """Why the temperature is 1, if it was not fitted."""
 
 
 class Confusion(Record):
-    """Counts of test rows by true label (row) and predicted label (column)."""
+    """Test rows by true (row) and predicted label (column)."""
 
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
@@ -68,19 +67,19 @@ class Scores(Record):
     greater_is_better: bool
     confidence: float
     differences: dict[str, Estimate] = Field(default_factory=dict)
-    """Main metric of a trained model minus that of each named row, with the interval of the paired difference."""
+    """Paired differences of the main metric from each named row."""
     num_leaks: int = 0
-    """Test rows that share their text, prompt or passage with train rows."""
+    """Test rows whose content occurs in train."""
     near_leaks: bool = False
-    """True if near duplicates count as leaks too."""
+    """True if near duplicates count too."""
     metric_without_leaks: Estimate | None = None
-    """Main metric without the leaks; None if there are none, or too few rows remain."""
+    """Main metric without leaks, if enough rows remain."""
     seconds: float = 0.0
     calibration: Calibration | None = None
     confusion: Confusion | None = None
     worst: tuple[Answer, ...] = ()
     """Wrong rows, highest loss first."""
     answers: tuple[Answer, ...] = ()
-    """Generated answers to test rows with different prompts, drawn at random."""
+    """Generated answers, drawn at random."""
     missing_metrics: str = ""
-    """Metrics that could not be computed, and the packages that they need."""
+    """Metrics that could not be computed, and why."""

@@ -1,5 +1,4 @@
-"""Outcome of an attempt at training, and measurements of `fulltune plan --measure`. Sizes are in bytes, times in
-seconds."""
+"""Outcome of an attempt, and measurements of `fulltune plan --measure`. Sizes are in bytes, times in seconds."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ OutcomeStatus = Literal[
 
 
 class Check(Record):
-    """One check before step 1."""
+    """A check before step 1."""
 
     name: str
     result: str
@@ -35,30 +34,29 @@ class Check(Record):
 
 
 class ParameterChanges(Record):
-    """Parameters that training changed, compared with the weights before step 1."""
+    """Parameters that training changed."""
 
     num_tensors_with_gradient: int
     num_tensors_changed: int
     num_values_with_gradient: int
     num_values_changed: int
     unchanged_tensors: tuple[str, ...] = ()
-    """Names of at most 20 tensors that received a gradient and did not change."""
+    """At most 20 tensors with a gradient that did not change."""
 
     @property
     def share(self) -> float:
-        """Share of the values with a gradient that changed, 0 to 1."""
+        """Share of values with a gradient that changed, 0 to 1."""
         return self.num_values_changed / max(1, self.num_values_with_gradient)
 
 
 class LostMachine(Record):
-    """A machine of a run over several machines that failed before it could report how its attempt ended."""
+    """A machine that failed before it could report the end of its attempt."""
 
     rank: int
-    """Rank of the machine."""
     host: str
     reason: str
     kind: Literal["machine", "killed", "out_of_memory", "failed", "interrupted"] = "machine"
-    """`machine` if it disappeared; otherwise how its processes ended, or `interrupted` if it was told to stop."""
+    """How its processes ended; `machine` if it disappeared."""
 
 
 class Outcome(Record):
@@ -76,57 +74,56 @@ class Outcome(Record):
     weights_reason: str | None = None
     """Why the kept weights are not those of the best evaluation."""
     tokens_by_source: tuple[int, ...] = ()
-    """Tokens trained on from the task's rows, then from each mixed-in source; empty without mixed-in rows."""
+    """Tokens trained on, of the task and each mixed-in source; empty without such sources."""
     parameter_changes: ParameterChanges | None = None
     checks: tuple[Check, ...] = ()
     train_seconds: float = 0.0
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
-    """Peak memory of the training process: on a CPU all of it, on a GPU what was reserved there."""
+    """Peak memory of the training process (on a GPU: reserved there)."""
     memory_growth_bytes: int = 0
-    """Peak above what was in use before the model was loaded; `Plan.memory` predicts it."""
+    """Peak above the memory used before the model was loaded."""
     memory_growth_per_process: tuple[int, ...] = ()
-    """Memory growth of each of several processes."""
+    """Growth of each of several processes."""
     phase: Phase | None = None
     first_bad_step: int | None = None
-    """First step whose weights are not trusted, after a spike of the loss."""
+    """First step with untrusted weights after a spike."""
     forecast: TimeNeed | None = None
     """Duration predicted after the dry-run step."""
     dry_run_growth_bytes: int = 0
-    """Memory growth up to the end of the dry-run step."""
+    """Growth up to the end of the dry run."""
     dry_run_loss: float | None = None
     """Loss of the longest micro batch before any update."""
     disk_bytes: int = 0
-    """Peak disk space of checkpoints and weights."""
+    """Peak disk space."""
     model_folder: str | None = None
-    """Folder of the finished model, relative to the run folder."""
+    """Folder of the model, relative to the run folder."""
     log_tail: tuple[str, ...] = ()
 
 
 class MeasuredSetting(Record):
-    """One setting, measured for a step in a process of its own (`fulltune plan --measure`)."""
+    """A setting measured for a step in its own process."""
 
     name: str
     kind: Literal["lever", "micro batch", "compile"]
-    """Levers add up from row to row; each other row changes one thing of the best row before."""
+    """Levers add up; other rows change one thing of the best row."""
     changes: dict[str, Any]
     """Changed fields of the plan."""
     peak_memory_bytes: int = 0
-    """Peak above what was in use before the model was loaded."""
+    """Peak above the memory used before the model was loaded."""
     tokens_per_second: float = 0.0
-    """Speed over all processes, padding not counted."""
+    """Speed over all processes, without padding."""
     train_seconds: float = 0.0
-    """Duration of all steps at this speed, without evaluations and checkpoints."""
+    """Duration of all steps at this speed."""
     loss: float | None = None
     """Loss of the longest micro batch before any update."""
     problem: str | None = None
-    """Why the setting cannot be used here, if it cannot."""
+    """Why the setting cannot be used."""
     is_best: bool = False
 
 
 class Measurements(Record):
-    """Settings that `fulltune plan --measure` tried, in order."""
+    """Measurements of `fulltune plan --measure` in order."""
 
     available_bytes: int
-    """Memory available to each process."""
     rows: tuple[MeasuredSetting, ...]
