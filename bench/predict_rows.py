@@ -75,7 +75,7 @@ def ours(model: Path, file: Path, output: Path) -> Callable[[], float]:
     predictor = predict.load(model)
     return timed(
         lambda: cli_predict.write(
-            predictor, cli_predict.asked([], file, predictor.notes), output, 128, lambda done, total: None
+            predictor, cli_predict.read_input([], file, predictor.notes), output, 128, lambda done, total: None
         )
     )
 

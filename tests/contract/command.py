@@ -54,7 +54,7 @@ class Result:
     @property
     def problems(self) -> list[str]:
         """The lines on stderr that are no progress."""
-        progress = ("run folder", "continuing", "reading the data", "planning")
+        progress = ("run folder", "resuming", "reading the data", "planning")
         return [line for line in self.err.splitlines() if line.strip() and not line.startswith(progress)]
 
 

@@ -714,9 +714,9 @@ def test_interrupt_while_reading_data_is_resumable(case: Case, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(data_stage, "prepare", interrupted)
-        refused(case.data(CSV), INTERRUPTED, "interrupted; the same command continues it")
+        refused(case.data(CSV), INTERRUPTED, "interrupted; run the same command to resume")
     monkeypatch.setattr("fulltune.audit.stage.audit", interrupted)
-    refused(case.data(CSV), INTERRUPTED, "auditing the rows", "interrupted; the same command continues it")
+    refused(case.data(CSV), INTERRUPTED, "auditing the rows", "interrupted; run the same command to resume")
 
 
 def test_sigterm_before_the_training_ends_a_command_wherever_it_is(tmp_path: Path) -> None:
@@ -730,7 +730,7 @@ def test_sigterm_before_the_training_ends_a_command_wherever_it_is(tmp_path: Pat
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == INTERRUPTED, done.stderr
-    assert done.stderr == "told to stop; the same command goes on or starts anew\n"
+    assert done.stderr == "stopped by a signal; run the same command to resume or start again\n"
 
 
 @pytest.mark.long

@@ -109,7 +109,7 @@ def test_compare_refuses_the_folder_of_a_single_run(tmp_path: Path, tiny_encoder
     assert fulltune("data", single, "--run-folder", tmp_path / "run").code == 0
     said = fulltune("compare", tmp_path / "run")
     assert said.code == 2
-    assert "is the folder of a single run, which compares nothing" in said.err
+    assert "is the folder of a single run; give a recipe" in said.err
 
 
 # ---- more time ---------------------------------------------------------------------------------------------------
@@ -188,11 +188,11 @@ def test_only_model_is_taken_without_a_verdict(unfinished: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([], "models/full: is a whole model already; what can be merged here, with --method: lora"),
+        ([], "models/full: is already a whole model; these can be merged, with --method: lora"),
         (
             ["--method", "adapter"],
-            "models/adapter: a method of kind adapter adds to what the model computes and cannot be merged; what can "
-            "be merged here, with --method: lora",
+            "models/adapter: a method of kind adapter adds modules to the model and cannot be merged; these can "
+            "be merged, with --method: lora",
         ),
     ],
 )
@@ -201,5 +201,5 @@ def test_merge_of_what_cannot_be_merged_names_what_can(
 ) -> None:
     said = fulltune("merge", decided(unfinished, "FULL", "full"), "-o", tmp_path / "merged", *arguments)
     assert said.code == 2
-    taken = [] if arguments else [f"{unfinished}: taking 'full': the verdict is FULL (another one: --method)"]
+    taken = [] if arguments else [f"{unfinished}: using 'full': the verdict is FULL (choose another with --method)"]
     assert said.problems == [*taken, f"{unfinished}/{problem}"]

@@ -112,7 +112,7 @@ def test_measuring_elsewhere_or_without_rows_is_refused(recipe: Path, options: l
     result = fulltune("plan", recipe, "--measure", *options)
 
     assert result.code == 2
-    assert result.problems == [f"--measure: runs real steps on this machine with the recipe's rows; leave out {named}"]
+    assert result.problems == [f"--measure: runs real steps on this machine with the recipe's rows; remove {named}"]
 
 
 def test_run_that_has_begun_to_train_is_not_measured(recipe: Path, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "problems"),
     [
-        (["--rows", 10], ["--rows: a plan without data needs --tokens as well"]),
+        (["--rows", 10], ["--rows: a plan without data also needs --tokens"]),
         (["--for", "8x A100"], ["--for: 'A100' comes in several sizes; write A100-40GB or A100-80GB"]),
         (
             ["--rows", -5, "--for", "RTX 4900", "--price", "much"],
@@ -200,7 +200,7 @@ def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -
                 "--for: unknown GPU 'RTX 4900'; did you mean RTX 4090, RTX 4080 or RTX 4070 Ti?",
                 "--price: 'much' is no price; write what one device costs in an hour, such as 2.5",
                 "--rows: -5, but the number of train rows must be at least 1",
-                "--rows: a plan without data needs --tokens as well",
+                "--rows: a plan without data also needs --tokens",
             ],
         ),
     ],

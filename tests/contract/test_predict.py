@@ -277,7 +277,7 @@ def test_types_of_a_parquet_file_stay_and_columns_of_others_are_text(classifier:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("there.csv", "there.csv: exists already; name another file, or replace it with --force"),
+        ("there.csv", "there.csv: already exists; name another file, or replace it with --force"),
         ("out.xlsx", "out.xlsx: cannot be written as '.xlsx'; expected .csv, .tsv, .jsonl, .ndjson, .parquet"),
         ("nowhere/out.csv", "there is no folder"),
     ],
@@ -325,7 +325,7 @@ def test_file_without_any_usable_row_is_refused_and_nothing_is_written(classifie
     file = tiny.write_csv(tmp_path / "in.csv", [{"text": " ", "id": number} for number in range(8)])
     said = fulltune("predict", classifier, "--file", file, "-o", tmp_path / "out.csv")
     assert said.code == DataError.exit_code
-    assert "in.csv: no row can be answered (8 rows)" in said.err
+    assert "in.csv: no row could be answered (8 rows)" in said.err
     assert "... and 3 more" in said.err
     assert not (tmp_path / "out.csv").exists()
 

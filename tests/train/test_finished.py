@@ -92,8 +92,8 @@ def test_run_on_a_finished_folder_shows_its_results_and_does_nothing(finished: t
     assert again.out == first.out
     said = again.err.splitlines()
     assert said[0].startswith("run folder ")
-    assert said[1].startswith("finished already, at 2")
-    assert said[1].endswith("; its results:")
+    assert said[1].startswith("already finished at 2")
+    assert said[1].endswith("; results:")
     assert len(said) == 2, again.err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 

@@ -68,7 +68,7 @@ def test_recipes_that_do_not_go_together_are_refused_at_once(tmp_path: Path) -> 
     said = compare(one, two, one)
     assert "is called 'intents' like another one" in said.err
     assert (
-        "model: several tasks share one base; all must give the same ("
-        f"{tmp_path / 'model'} in intents, {tmp_path / 'other'} in topics)"
+        "model: several tasks must share one base; found "
+        f"{tmp_path / 'model'} in intents, {tmp_path / 'other'} in topics"
     ) in said.err
-    assert "methods: 'full' and one method more must have the same names in all of these recipes" in said.err
+    assert "methods: all recipes must share 'full' and one more method by name" in said.err

@@ -57,7 +57,7 @@ def test_columns_that_are_named_tell_the_task(
         ("classify", [], None, "--task: expected one of text-classification, .*, found 'classify'"),
         ("seq2seq", ["label=x"], None, "ROLE is one of source, target; found 'label=x'"),
         (None, ["mr"], None, "--column: expected ROLE=COLUMN"),
-        (None, [], "text,,label", "--columns: expected a name of its own for each column"),
+        (None, [], "text,,label", "--columns: expected a distinct name for each column"),
     ],
 )
 def test_hints_that_cannot_be_are_refused(
@@ -87,7 +87,7 @@ def test_held_out_file_with_a_header_beside_train_without_one_is_not_used(tmp_pa
     data, recipe = _written(tmp_path / "train.tsv", REVIEWS), tmp_path / "recipe.yaml"
     _written(tmp_path / "test.tsv", "index\tsentence\n0\ta film that is long\n1\ta film of some length\n")
     _, files = write_recipe(data, recipe, None, False)
-    assert files[2] == ("test.tsv: has a header line, or other columns, unlike train",)
+    assert files[2] == ("test.tsv: has a header line or other columns than train",)
 
 
 def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
@@ -256,9 +256,9 @@ FLAGS: dict[str, str | list[object]] = {"text": "a fine film", "sports": [0, 1],
     [
         (
             FLAGS,
-            r"columns sports, tech hold 0 and 1 only, .*such as \[\"sports\", \"tech\"\].*--task causal-lm\); columns",
+            r"columns sports, tech hold only 0 and 1, .*such as \[\"sports\", \"tech\"\].*--task causal-lm\); columns",
         ),
-        ({"id": [*range(40)], "price": [1.5, 2]}, r"none of them holds texts or images"),
+        ({"id": [*range(40)], "price": [1.5, 2]}, r"no column holds texts or images"),
     ],
 )
 def test_rows_that_cannot_be_used_as_they_are_are_told_what_they_are(
@@ -270,7 +270,7 @@ def test_rows_that_cannot_be_used_as_they_are_are_told_what_they_are(
 
 def test_user_decides_about_columns_of_0_and_1(tmp_path: Path) -> None:
     data = _rows(tmp_path, **FLAGS)
-    with pytest.raises(DataError, match="hold 0 and 1 only"):
+    with pytest.raises(DataError, match="hold only 0 and 1"):
         infer(data, hints=hints_of(None, ["text=text"], None))
     assert infer(data, hints=hints_of("causal-lm", [], None)).target.problem_type == "text"
     assert infer(data, hints=hints_of(None, ["label=tech"], None)).target.labels == ("0", "1")

@@ -121,7 +121,7 @@ def test_of_several_proposals_for_a_row_leaving_it_out_wins_and_others_are_said_
     assert decided["train", "a"].remedy.value == "y"  # the costlier one first
     assert said == [
         "secret: 1 row, as proposed",
-        "1 row with another change as well: apply the patch, and run this once more",
+        "1 row with another change as well: apply the patch and run this again",
     ]
 
 

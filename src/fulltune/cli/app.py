@@ -1,6 +1,8 @@
-"""The command line: the verbs are the lines of the pipeline. Stages are imported inside the commands.
+"""The command line: one verb per stage of the pipeline.
 
-Results go to stdout, progress and errors to stderr. `--help` and a recipe error never import torch.
+Results go to stdout, progress and errors to stderr. Stages are imported inside the commands, so that `--help` and
+recipe errors never import torch.
+
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fulltune.system import signals
 from fulltune.text import counted, format_seconds
 
 EXPORT = (
-    "export: there is no such command, and none is needed: RUN/models/full is a Hugging Face folder. GGUF: 'python "
+    "export: there is no such command, because RUN/models/full is already a Hugging Face folder. GGUF: 'python "
     "llama.cpp/convert_hf_to_gguf.py RUN/models/full'; ONNX: 'optimum-cli export onnx --model RUN/models/full onnx'"
 )
 app = typer.Typer(
@@ -47,38 +49,39 @@ def init(
         Path,
         typer.Argument(
             help="A data file (csv, jsonl, parquet, CoNLL, txt ...), a folder of files named train, dev and test, or "
-            "one with a folder of images per class."
+            "a folder with a subfolder of images per class."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[str | None, typer.Option(help="Hub id, folder, GGUF file or package:NAME/PATH.")] = None,
     force: options.Force = False,
-    task: Annotated[str | None, typer.Option(help="The task, where the columns leave it open.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task, if the columns do not show it.")] = None,
     columns: Annotated[
         str | None,
         typer.Option(help="Names of all columns, for a file without a header line.", metavar="NAME,NAME"),
     ] = None,
-    encoding: Annotated[str, typer.Option(help="Of text files, such as cp1252.")] = "utf-8",
+    encoding: Annotated[str, typer.Option(help="Encoding of text files, such as cp1252.")] = "utf-8",
     column: Annotated[
         list[str] | None,
-        typer.Option(help="A column whose name is not the usual one, by its role. Repeatable.", metavar="ROLE=COLUMN"),
+        typer.Option(help="The column of a role, if its name is not usual. Repeatable.", metavar="ROLE=COLUMN"),
     ] = None,
 ) -> None:
-    """Look at a data file, find out the task, write a commented recipe.
+    """Read a data file, infer the task and write a commented recipe.
 
-    Columns with usual names are found; others are named: --column prompt=mr --column completion=ref.
+    Columns with usual names are recognised. Name others: --column prompt=mr --column completion=ref.
+
     """
     from fulltune.cli.init import hints_of, lines, write_recipe
 
-    found, files = write_recipe(data, output, model, force, hints_of(task, column or [], columns, encoding))
-    for line in lines(found, files):
+    inferred, files = write_recipe(data, output, model, force, hints_of(task, column or [], columns, encoding))
+    for line in lines(inferred, files):
         out.print(escape(line))
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)
 
 
 @app.command()
 def run(
-    target: options.Target,
+    target: options.TargetArgument,
     set_: options.Overrides = None,
     run_folder: options.RunFolder = None,
     fresh: options.Fresh = False,
@@ -89,7 +92,7 @@ def run(
     rendezvous: options.Rendezvous = None,
     wait_for_machines: options.WaitForMachines = "10m",
 ) -> None:
-    """Do all stages: data, plan, train, evaluate, report. The same command continues an unfinished run."""
+    """Run all stages: data, plan, train, evaluate, report. The same command resumes an unfinished run."""
     from fulltune import report
     from fulltune.report.format import pages
     from fulltune.report.format.blocks import Headline
@@ -109,13 +112,13 @@ def run(
     pages.show(out, parts)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
     if not any(isinstance(part, Headline) and part.kind == "worse" for part in parts):
-        asked = row_words(reached.summary).question
-        out.print(f"try it:  fulltune predict {escape(str(folder))} {asked}", soft_wrap=True)
+        question = row_words(reached.summary).question
+        out.print(f"try it:  fulltune predict {escape(str(folder))} {question}", soft_wrap=True)
 
 
 @app.command()
 def data(
-    target: options.Target,
+    target: options.TargetArgument,
     set_: options.Overrides = None,
     run_folder: options.RunFolder = None,
     fresh: options.Fresh = False,
@@ -123,16 +126,16 @@ def data(
     prove: options.Prove = False,
     trainings: options.Trainings = 0,
     check: options.StepsOf = None,
-    losses: options.Losses = False,
+    losses: options.ListLosses = False,
     review: options.Review = False,
     accept: options.Accept = None,
     patch: options.PatchFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Read, check, split and tokenise; audit the rows; show what the model will see."""
+    """Read, check, split and tokenise the rows; audit them; show what the model will see."""
     from fulltune.cli import audit as cli_audit
 
-    wanted = cli_audit.Wanted(labels=labels, losses=losses, prove=prove, trainings=trainings, checks=check or [])
+    wanted = cli_audit.AuditRequest(labels=labels, losses=losses, prove=prove, trainings=trainings, checks=check or [])
     wanted.refuse(target)
     recipe, folder = stages.open_run(target, set_, run_folder, fresh, "data")
     cli_audit.audit(recipe, folder, wanted)
@@ -144,7 +147,7 @@ def data(
 
 @app.command()
 def plan(
-    target: options.Target,
+    target: options.TargetArgument,
     set_: options.Overrides = None,
     run_folder: options.RunFolder = None,
     fresh: options.Fresh = False,
@@ -152,10 +155,10 @@ def plan(
     hardware: options.Hardware = None,
     rows: options.NumRows = None,
     tokens: options.NumTokens = None,
-    price: options.Price = None,
-    measure: options.Measure = False,
+    price: options.HourlyPrice = None,
+    measure: options.MeasureSettings = False,
 ) -> None:
-    """Settle every number, each with its reason; show memory, placements, time and ways out."""
+    """Choose every setting, each with its reason; show memory, placements, time and ways out."""
     from fulltune.cli import plan as cli_plan
     from fulltune.cli.show import plan as display_plan
     from fulltune.records.training import Measurements
@@ -171,7 +174,7 @@ def plan(
         planned = None
         try:
             planned = stages.reach(recipe, folder, "data" if hardware else "plan", details=False, measure=measure).plan
-        except DoesNotFitError:  # shown below, with what else is possible
+        except DoesNotFitError:  # shown below, with the alternatives
             if measure or not (folder / "data" / "summary.json").exists():
                 raise
         survey, planned = cli_plan.with_data(target, set_ or [], recipe, folder, checked, planned)
@@ -188,7 +191,7 @@ def plan(
 
 @app.command()
 def train(
-    target: options.Target,
+    target: options.TargetArgument,
     set_: options.Overrides = None,
     run_folder: options.RunFolder = None,
     fresh: options.Fresh = False,
@@ -197,7 +200,7 @@ def train(
     rendezvous: options.Rendezvous = None,
     wait_for_machines: options.WaitForMachines = "10m",
 ) -> None:
-    """Train, and leave the model in the folder models of the run."""
+    """Train, and save the model in the run's folder models."""
     from fulltune.train.journal import run_seconds
 
     with stages.joined(target, set_, machine_rank, rendezvous, wait_for_machines) as group:
@@ -208,7 +211,7 @@ def train(
     if as_json:
         stages.print_json(outcome.model_dump(mode="json"))
         return
-    moved = f", {outcome.parameter_changes.share:.1%} of the values moved" if outcome.parameter_changes else ""
+    moved = f", {outcome.parameter_changes.share:.1%} of the values changed" if outcome.parameter_changes else ""
     took = format_seconds(round(run_seconds(folder, outcome.trial)))
     out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{moved}")
     out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)
@@ -216,7 +219,7 @@ def train(
 
 @app.command()
 def evaluate(
-    target: options.Target,
+    target: options.TargetArgument,
     set_: options.Overrides = None,
     run_folder: options.RunFolder = None,
     fresh: options.Fresh = False,
@@ -236,15 +239,19 @@ def evaluate(
 
 @app.command()
 def compare(
-    targets: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="A recipe; several: tasks on one base.")],
+    targets: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE...", help="A recipe; several recipes are tasks on one base.")
+    ],
     set_: options.Overrides = None,
     run_folder: options.RunFolder = None,
     fresh: options.Fresh = False,
     as_json: options.Json = False,
     budget: options.CompareBudget = None,
-    lint: Annotated[bool, typer.Option("--lint", help="Only say what would make it unfair: then exit code 2.")] = False,
+    lint: Annotated[
+        bool, typer.Option("--lint", help="Only check for unfair settings; exit code 2 if there are any.")
+    ] = False,
 ) -> None:
-    """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a report."""
+    """Compare full fine-tuning with LoRA, adapters and prompt tuning: a fair comparison, a verdict, a report."""
     from fulltune.cli import compare as cli_compare
 
     if lint:
@@ -260,7 +267,7 @@ app.command()(launch)
 def report(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
 ) -> None:
-    """Write report.md and report.html again (for a comparison card.md and card.html), from its files alone."""
+    """Write a run's report.md and report.html again from its files (for a comparison card.md and card.html)."""
     from fulltune import pipeline
     from fulltune.pipeline import Run
     from fulltune.report import write_comparison
@@ -277,22 +284,22 @@ def report(
 def doctor(
     place: Annotated[
         Path,
-        typer.Argument(help="A run folder, a Trainer's trainer_state.json or checkpoints, TensorBoard's folder."),
+        typer.Argument(help="A run folder, a Trainer's trainer_state.json or checkpoints, or a TensorBoard folder."),
     ],
     as_json: options.Json = False,
 ) -> None:
-    """Say what went wrong in a training, from its log: of any Trainer."""
+    """Say what went wrong in a training, from the log of any Trainer."""
     from fulltune.doctor import diagnose, in_words, read_log
     from fulltune.report.format import pages
     from fulltune.report.format.blocks import Facts
 
     log = read_log(place)
-    found = diagnose(log)
+    diagnoses = diagnose(log)
     if as_json:
-        stages.print_json([dict(zip(("name", "evidence", "advice"), one, strict=True)) for one in found])
+        stages.print_json([dict(zip(("name", "evidence", "advice"), one, strict=True)) for one in diagnoses])
         return
     out.print(escape(in_words(log)), soft_wrap=True)
-    rows = ((name, f"{evidence}{f' → {advice}' if advice else ''}") for name, evidence, advice in found)
+    rows = ((name, f"{evidence}{f' → {advice}' if advice else ''}") for name, evidence, advice in diagnoses)
     pages.show(out, [Facts(tuple(rows))])
 
 
@@ -300,9 +307,9 @@ def doctor(
 def predict(
     run_folder: options.ModelFolder,
     text: Annotated[
-        list[str] | None, typer.Argument(help="Texts; without any, or for '-', stdin is read line by line.")
+        list[str] | None, typer.Argument(help="Texts. Without texts, or with '-', stdin is read line by line.")
     ] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="csv, jsonl, parquet ... or .txt by lines.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="csv, jsonl, parquet ... or lines of .txt.")] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write rows and answers into this csv, tsv, jsonl or parquet file."),
@@ -312,7 +319,7 @@ def predict(
     method: options.MethodName = None,
     as_json: options.Json = False,
 ) -> None:
-    """Answer with a finished model: texts, stdin or a file."""
+    """Answer texts, stdin or a file with a finished model."""
     from fulltune import predict as predicting
     from fulltune.cli import predict as cli_predict
     from fulltune.methods import folder as folders
@@ -321,9 +328,9 @@ def predict(
         raise SetupError("predict: texts and --file are both given; keep one")
     if output is not None:
         cli_predict.check_output(output, force)
-    chosen = stages.chosen_model(run_folder, method)
-    what = cli_predict.asked(text or [], file, folders.notes_of(chosen))
-    predictor = predicting.load(chosen)
+    model_folder = stages.chosen_model(run_folder, method)
+    what = cli_predict.read_input(text or [], file, folders.notes_of(model_folder))
+    predictor = predicting.load(model_folder)
     if output is None:
         cli_predict.show(predictor, what, max_new_tokens, as_json)
         return
@@ -341,19 +348,19 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     method: options.MethodName = None,
 ) -> None:
-    """Put what LoRA or a head trained into the pretrained model's own weights, as a plain Hugging Face folder."""
+    """Merge the weights of LoRA or a head into the pretrained model and write a plain Hugging Face folder."""
     from fulltune.cli import predict as cli_predict
     from fulltune.methods import folder
     from fulltune.report import write_merged_card
     from fulltune.system.run_folder import hide_progress_bars, writing
 
-    found = stages.chosen_model(run_folder, method)
-    if not folder.can_be_merged(found):
-        raise SetupError(cli_predict.no_merge(run_folder, found))
+    model_folder = stages.chosen_model(run_folder, method)
+    if not folder.can_be_merged(model_folder):
+        raise SetupError(cli_predict.no_merge(run_folder, model_folder))
     hide_progress_bars()
     with writing(output):
-        folder.merge(found, output)
-        write_merged_card(found, output, folder.notes_of(found)["task"])
+        folder.merge(model_folder, output)
+        write_merged_card(model_folder, output, folder.notes_of(model_folder)["task"])
     out.print(f"model: {escape(str(output))}", soft_wrap=True)
 
 
@@ -382,8 +389,8 @@ def selfcheck(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check what this machine decides (precision, speed, attention, memory, two processes); offline, some seconds."""
-    # What libraries print must not run into the page: some greet on stdout when it is imported.
+    """Check what this machine decides (precision, speed, attention, memory, two processes); offline, in seconds."""
+    # Some libraries print a greeting to stdout on import, which must not mix with the page.
     with err.status("starting") as status, redirect_stdout(sys.stderr):
         from fulltune import selfcheck as checking
         from fulltune.report.format import pages
@@ -407,23 +414,23 @@ def selfcheck(
 
 
 def main() -> None:
-    """Entry of the `fulltune` command: run, and turn our errors into words and exit codes."""
+    """Run the `fulltune` command and turn its errors into messages and exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
-    signals.answer(stages.end_when_told, signals.ENDING)
+    logging.getLogger("huggingface_hub").propagate = False  # the hub prints its own lines
+    signals.answer(stages.end_on_signal, signals.ENDING)
     try:
         if sys.argv[1:2] == ["export"]:
             raise SetupError(EXPORT)
         app(standalone_mode=True)
     except FulltuneError as error:
         colour = "yellow" if isinstance(error, InterruptedRun) else "red"
-        if isinstance(error, InterruptedRun):  # another signal must not change the exit code by now
+        if isinstance(error, InterruptedRun):  # another signal must no longer change the exit code
             signals.put_back(dict.fromkeys(signals.STOPPING, signal.SIG_IGN))
         for problem in stages.shown(error):
             err.print(f"[{colour}]{escape(problem)}[/{colour}]", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        err.print("[yellow]interrupted; the same command continues it[/yellow]")
+        err.print("[yellow]interrupted; run the same command to resume[/yellow]")
         sys.exit(InterruptedRun.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""`fulltune data`: the rows prepared and audited, shown, and decided about one by one, in a patch file."""
+"""`fulltune data`: prepare and audit the rows, show the findings, and record decisions in a patch file."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ from fulltune.records.data import DataSummary
 from fulltune.report.run.data_page import could_do
 from fulltune.text import counted, did_you_mean, listed
 
-KEYS = "[k]eep it  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
+KEYS = "[k]eep  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
 Issues = Sequence[RowIssue]
-"""All that was found in a row."""
+"""All issues of one row."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is to be done beside reading the texts."""
+class AuditRequest:
+    """What an audit does beside reading the texts."""
 
     labels: bool
-    """The untouched model judges labels, and finds outliers."""
+    """Let the untouched model judge labels and find outliers."""
     losses: bool
-    """The trained model's loss of each row."""
+    """List the trained model's highest losses."""
     prove: bool
-    """Classifiers with and without each cleaning step."""
+    """Fit classifiers with and without each cleaning step."""
     trainings: int
-    """Seeds of each step's trainings; 0: none."""
+    """Seeds of the trainings with and without each cleaning step; 0 for none."""
     checks: Sequence[str]
-    """Whose steps are trained; empty: all that found enough rows."""
+    """Checks whose steps are trained; empty for all with enough rows."""
 
     def refuse(self, target: Path) -> None:
-        """Raises a `RecipeError` for what cannot be done with a recipe or run folder, before anything is made."""
+        """Raise a `RecipeError` for options that do not suit the recipe or run folder, before any work."""
         from fulltune.system import hardware, run_folder
 
         if self.trainings < 0 or self.trainings == 1:
             raise RecipeError(f"--trainings: found {self.trainings}, expected 2 or more seeds of each step")
         if self.checks and not self.trainings:
-            raise RecipeError("--check: names whose steps to train, expected --trainings as well")
+            raise RecipeError("--check: selects the steps of --trainings; expected --trainings as well")
         if self.losses and not target.is_dir():
-            raise RecipeError(f"--losses: a trained model reads the rows; give a run folder in place of {target}")
+            raise RecipeError(f"--losses: needs a trained model; give a run folder instead of {target}")
         if self.losses:
             run_folder.trained_plan(run_folder.recipe_of(target), target, hardware.here())
 
 
-def audit(recipe: Recipe, folder: Path, wanted: Wanted) -> None:
-    """The data stage of a run folder, and what is wrong with its rows; with a page about both."""
+def audit(recipe: Recipe, folder: Path, wanted: AuditRequest) -> None:
+    """Run the data stage and the audit, and write the data page."""
     from fulltune.cleaning import prove_by_classifiers, prove_by_training, refuse_proofs
     from fulltune.pipeline import Run, audit_rows, list_losses
     from fulltune.report import write_data_page
@@ -81,7 +81,7 @@ def audit(recipe: Recipe, folder: Path, wanted: Wanted) -> None:
 
 
 def show(target: Path, folder: Path, as_json: bool) -> None:
-    """What the model will see, and what looks wrong."""
+    """Print what the model will see and the findings."""
     from fulltune.report.format import pages
     from fulltune.report.run.about_data import rows_for_terminal
     from fulltune.report.run.data_page import audit_for_terminal
@@ -103,14 +103,15 @@ def show(target: Path, folder: Path, as_json: bool) -> None:
 
 
 def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept: Sequence[str], as_json: bool) -> None:
-    """Take what is proposed for all rows of some checks, or ask; without a terminal write down what to decide.
+    """Accept the remedies of some checks, or ask about each row; without a terminal write the open decisions.
 
-    Decisions are kept in `patch`, else in the recipe's own patch, or in a file beside the recipe.
+    Decisions go to `patch`, else to the recipe's own patch, else to a file beside the recipe.
+
     """
     from fulltune.system.run_folder import recipe_of
 
     if not (review or accept):
-        raise RecipeError("--patch: says where decisions are kept; expected --review or --accept (applied: data.patch)")
+        raise RecipeError("--patch: names the file of decisions; expected --review or --accept (to apply: data.patch)")
     _refuse_checks(Audit.load(folder / "data" / AUDIT), accept)
     applied, issues, notes = recipe_of(folder).data.patch, load_issues(folder / "data"), list[str]()
     beside = target / "patch.jsonl" if target.is_dir() else target.with_suffix(".patch.jsonl")
@@ -136,22 +137,22 @@ def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept:
     done = f"{len(decided) - len(is_open):,} decided, {len(is_open):,} open"
     lines = [f"{counted(new, 'new decision')}; in {file}: {done}", *notes]
     if decided and applied is None:
-        # As the recipe has paths: from its own folder.
+        # Paths in a recipe are relative to its folder.
         name = file.resolve() if target.is_dir() else os.path.relpath(file, target.parent)
-        lines.append(f"apply them by the recipe's line data.patch: {name}")
+        lines.append(f"to apply them, add to the recipe data.patch: {name}")
     for line in lines:
         out.print(escape(line), soft_wrap=True)
 
 
 def _refuse_checks(audit: Audit, accept: Sequence[str]) -> None:
-    """Raises a `RecipeError` for checks that do not fit what was found."""
+    """Raise a `RecipeError` for checks that the audit does not know or did not run."""
     if HIGH_LOSS in accept:
-        raise RecipeError(f"--accept: '{HIGH_LOSS}' claims nothing about its rows; expected --review, to read them")
-    known = {*audit.clean, *audit.checks}
-    for check in (one for one in accept if one not in known):
+        raise RecipeError(f"--accept: '{HIGH_LOSS}' has no remedy; use --review to read its rows")
+    checks = {*audit.clean, *audit.checks}
+    for check in (one for one in accept if one not in checks):
         if (why := audit.not_run.get(check)) is not None:
-            raise RecipeError(f"--accept: '{check}' was not looked at: {why}")
-        hint = did_you_mean(check, known) or f"expected one of {listed(sorted(known))}"
+            raise RecipeError(f"--accept: '{check}' was not run: {why}")
+        hint = did_you_mean(check, checks) or f"expected one of {listed(sorted(checks))}"
         raise RecipeError(f"--accept: there is no check '{check}'; {hint}")
 
 
@@ -159,7 +160,7 @@ def _refuse_checks(audit: Audit, accept: Sequence[str]) -> None:
 
 
 def save(patch: Path, decided: Decisions) -> None:
-    """Write a patch file; raises a `SetupError` when it cannot be written."""
+    """Write a patch file, or raise a `SetupError`."""
     try:
         save_patch(patch, decided.values())
     except OSError as error:
@@ -168,7 +169,7 @@ def save(patch: Path, decided: Decisions) -> None:
 
 
 def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
-    """The rows to ask about, the costliest and surest first; without those that were decided already."""
+    """Return the undecided rows, the costliest and surest first."""
     order, by_row = list(ABOUT), defaultdict[tuple[str, str], list[RowIssue]](list)
     for issue in sorted(issues, key=lambda one: (order.index(one.check), -one.score)):
         if issue.key not in decided or decided[issue.key].is_open:
@@ -177,25 +178,25 @@ def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
 
 
 def _change(issues: Issues) -> Remedy | None:
-    """What is proposed to be changed."""
     return next((one.remedy for one in issues if one.remedy.action == "replace"), None)
 
 
 def to_decide(issues: Issues) -> RowDecision:
-    """The line of a patch file that is to be decided about in the file."""
+    """Return an undecided line of a patch file, to be edited there."""
     reasons = "; ".join(f"{one.check}: {one.reason}" for one in issues)
     more = {"text": issues[0].text, "reason": reasons, "proposed": _change(issues) or Remedy(action="drop")}
     return issues[0].decided(Remedy(action="undecided")).model_copy(update=more)
 
 
 def _relabel(summary: DataSummary) -> Callable[[], Remedy | None] | None:
-    """Asks for a row's label: one that there is, or a new one typed twice. None: it has none of its own in a column."""
+    """Return a function that asks for a row's label (an existing one, or a new one typed twice), or None if rows have
+    no label of their own."""
     if not summary.form.one_label or summary.task != "text-classification":
         return None
 
     def ask() -> Remedy | None:
         value = out.input("  label: ").strip()
-        is_meant = value in summary.labels or (value and out.input("  a new label; once more: ").strip() == value)
+        is_meant = value in summary.labels or (value and out.input("  new label; type it again: ").strip() == value)
         return Remedy(action="replace", column=summary.columns["label"], value=value) if is_meant else None
 
     return ask
@@ -209,10 +210,10 @@ def go_through(
     ask: Callable[[], str],
     relabel: Callable[[], Remedy | None] | None = None,
 ) -> dict[tuple[str, str], RowDecision]:
-    """Ask about each row, and save after each key."""
+    """Ask about each row and save after each key."""
     decided, waiting = dict(before), queue(issues, before)
     place, history = 0, list[int]()
-    with suppress(EOFError):  # Ctrl-D: as q
+    with suppress(EOFError):  # Ctrl-D quits
         while place < len(waiting):
             them = waiting[place]
             change = _change(them)
@@ -261,18 +262,18 @@ def _show_row(console: Console, issues: Issues, place: str, keys: str) -> None:
 def accepted(
     issues: Iterable[RowIssue], checks: Sequence[str], before: Decisions
 ) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
-    """What is proposed for all rows of some checks, taken, beside what was decided before; and what to say about it."""
-    decided, taken, more = dict(before), Counter[str](), 0
+    """Accept the remedies of all rows of some checks; return all decisions and notes on them."""
+    decided, counts, more = dict(before), Counter[str](), 0
     for them in queue(issues, before):
         wanted = [issue for issue in them if issue.check in checks]
         if not wanted:
             continue
-        # Left out by one check, a row needs no other change.
+        # A row dropped by one check needs no other change.
         first = next((issue for issue in wanted if issue.remedy.action == "drop"), wanted[0])
         more += first.remedy.action == "replace" and any(issue.remedy != first.remedy for issue in wanted)
-        taken[first.check] += 1
+        counts[first.check] += 1
         decided[first.key] = first.decided(first.remedy)
-    notes = [f"{check}: {counted(count, 'row')}, as proposed" for check, count in taken.items()]
+    notes = [f"{check}: {counted(count, 'row')}, as proposed" for check, count in counts.items()]
     if more:
-        notes.append(f"{counted(more, 'row')} with another change as well: apply the patch, and run this once more")
+        notes.append(f"{counted(more, 'row')} with another change as well: apply the patch and run this again")
     return decided, notes

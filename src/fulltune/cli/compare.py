@@ -1,4 +1,4 @@
-"""The command `fulltune compare`. What reads the libraries is imported only when the recipes are known to be right."""
+"""The command `fulltune compare`. Heavy libraries are imported only after the recipes were checked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LONGEST_NAME = 100
 def compare(
     targets: list[Path], overrides: list[str], folder: Path | None, fresh: bool, budget: str | None, as_json: bool
 ) -> None:
-    """Compare, or go on with it, and show the verdict; of several recipes also what they come to on one base."""
+    """Compare or resume, and show the verdict; for several recipes also the totals on one base."""
     began, share = time.time(), _share_of(budget, len(targets))
     if len(targets) > 1:
         if fresh:
@@ -42,11 +42,11 @@ def compare(
         _compare_many(targets, overrides, folder, share, as_json)
         return
     recipe, run = _open(targets[0], overrides, folder, fresh)
-    found, cards = _run(recipe, run, share, began)
+    comparison, cards = _run(recipe, run, share, began)
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        typer.echo(comparison.model_dump_json(indent=2))
     else:
-        _show(content.for_terminal(found), cards)
+        _show(content.for_terminal(comparison), cards)
 
 
 def _compare_many(
@@ -55,22 +55,22 @@ def _compare_many(
     if folder is not None and (folder / run_folder.IDENTITY).exists():
         what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
         raise SetupError(
-            f"{folder}: is the folder of {what}, and several recipes get a folder each inside the named one; "
-            "name another folder, or leave --run-folder out"
+            f"{folder}: is the folder of {what}; several recipes need a folder that holds one folder for each: name "
+            "another, or omit --run-folder"
         )
     recipes = _of_one_base(targets, overrides)
-    # The same for the same names, so that the same command goes on.
+    # The same names give the same folder, so that the same command resumes.
     parent = folder or Path(next(iter(recipes.values())).output) / "+".join(recipes)[:_LONGEST_NAME]
-    found = {}
+    comparisons = {}
     for name, target in zip(recipes, targets, strict=True):
         err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
         began = time.time()
         recipe, run = _open(target, overrides, parent / name, False)
-        found[name], cards = _run(recipe, run, budget, began)
+        comparisons[name], cards = _run(recipe, run, budget, began)
         if not as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
-            _show(content.for_terminal(found[name]), cards)
-    together = many_tasks(found)
+            _show(content.for_terminal(comparisons[name]), cards)
+    together = many_tasks(comparisons)
     with run_folder.writing(parent):
         files = report.write_tasks(parent, together)
     if as_json:
@@ -86,36 +86,36 @@ def _show(parts: Iterable[Headline | Section | Element], files: Sequence[Path]) 
 
 
 def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
-    """The recipes by name, with methods in common, and all on one pretrained model."""
+    """Load the recipes by name; refuse them unless they share methods and the pretrained model."""
     recipes: dict[str, Recipe] = {}
     problems = []
     for target in targets:
         if target.is_dir():
-            problems.append(f"{target}: is a folder; several tasks are compared from their recipes")
+            problems.append(f"{target}: is a folder; to compare several tasks, give their recipes")
             continue
         recipe = _recipe_of(target, overrides)
         name = recipe.name or target.stem
         if name in recipes:
-            problems.append(f"{target}: is called '{name}' like another one; give it another 'name'")
+            problems.append(f"{target}: another recipe is also called '{name}'; change its 'name'")
         recipes[name] = recipe
     models = {name: recipe.model.in_words() for name, recipe in recipes.items()}
     if len(set(models.values())) > 1:
-        said = ", ".join(f"{model} in {name}" for name, model in models.items())
-        problems.append(f"model: several tasks share one base; all must give the same ({said})")
+        by_recipe = ", ".join(f"{model} in {name}" for name, model in models.items())
+        problems.append(f"model: several tasks must share one base; found {by_recipe}")
     without_rates = {"learning_rate", "learning_rates"}
     methods = [
         {
-            one.label: (one.kind, one.model_dump_json(exclude=without_rates))
-            for one in recipe.methods
-            if one.kind != "base"
+            method.label: (method.kind, method.model_dump_json(exclude=without_rates))
+            for method in recipe.methods
+            if method.kind != "base"
         }
         for recipe in recipes.values()
     ]
     common = set.intersection(*map(set, methods)) if methods else set()
     if methods and (len(common) < 2 or not any(methods[0][name][0] == "full" for name in common)):
-        problems.append("methods: 'full' and one method more must have the same names in all of these recipes")
+        problems.append("methods: all recipes must share 'full' and one more method by name")
     problems += [
-        f"methods: '{name}' has other settings in one recipe than in another; give it another 'name'"
+        f"methods: '{name}' has different settings in different recipes; change its 'name'"
         for name in sorted(common)
         if len({one[name] for one in methods}) > 1
     ]
@@ -125,9 +125,9 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
 
 
 def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
-    """A comparison's recipe from its file; refused when it compares nothing."""
+    """Load a comparison's recipe; refuse one without methods."""
     recipe = load_recipe(target, overrides)
-    from fulltune.compare.run import recipe_for  # reads the libraries: an error of the recipe does not wait for it
+    from fulltune.compare.run import recipe_for  # imported late, so that recipe errors do not wait for libraries
 
     try:
         return recipe_for(recipe)
@@ -136,53 +136,52 @@ def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
 
 
 def _share_of(budget: str | None, count: int) -> str | None:
-    """Each comparison's part of the time."""
+    """Return each comparison's share of the time."""
     try:
         return None if budget is None else f"{max(1, round(parse_seconds(budget) / count))}s"
     except ValueError as error:
         raise RecipeError(f"--budget: {error}") from None
 
 
-def _run(recipe: Recipe, found: Path, budget: str | None, began: float) -> Compared:
-    """Compare in a run folder; `began` before the recipe was read, so that reading the libraries counts, too."""
+def _run(recipe: Recipe, folder: Path, budget: str | None, began: float) -> Compared:
+    """Run a comparison in its folder. `began` is the time before reading the recipe, so that imports count."""
     with displayed(details=False) as display:
         from fulltune.compare.run import run_comparison
         from fulltune.pipeline import Run
 
-        job = Run(recipe, found, listener=display, began=began)
+        job = Run(recipe, folder, listener=display, began=began)
         return run_comparison(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
 
 
 def _open(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
-    """The comparison's recipe and its folder."""
+    """Return the comparison's recipe and its folder."""
     recipe = run_folder.recipe_of(target) if target.is_dir() else _recipe_of(target, overrides)
-    if not recipe.methods:  # of a recipe that is refused before
+    if not recipe.methods:  # only a folder's: a file's recipe was refused before
         raise SetupError(
-            f"{target}: is the folder of a single run, which compares nothing; give a recipe with 'methods', or "
-            f"go on with the run: fulltune run {target}"
+            f"{target}: is the folder of a single run; give a recipe with 'methods', or resume the run: fulltune run "
+            f"{target}"
         )
     return recipe, open_folder(target, recipe, overrides, folder, fresh)
 
 
 UNFAIR = 2
-"""Exit code of a lint that found something unfair: the recipe is to be changed."""
+"""Exit code of `--lint` for unfair settings: the recipe should change."""
 
 
 def lint(targets: list[Path], overrides: list[str], budget: str | None, as_json: bool) -> None:
-    """Say what would make the comparisons unfair; ends with `UNFAIR` when something does."""
+    """Print what would make the comparisons unfair; exit with `UNFAIR` if anything does."""
     if budget is not None:
-        raise RecipeError("--budget: --lint reads the recipe alone; leave out one of them")
+        raise RecipeError("--budget: has no effect with --lint, which only reads the recipe; remove one of them")
     run_folder.hide_progress_bars()
     from fulltune.compare.lint import lint_recipe
 
-    found = {target: lint_recipe(_recipe_of(target, overrides)) for target in targets}
+    findings = {target: lint_recipe(_recipe_of(target, overrides)) for target in targets}
     if as_json:
-        lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target in found for one in found[target]]
-        print_json(lines)
-    for target, several in () if as_json else found.items():
-        where = f"{target}: " if len(found) > 1 else ""
-        said = [f"{one.level}: {one.where}: {one.what}; {one.to_do}" for one in several]
-        for one in said or ["nothing found that would make this comparison unfair"]:
-            out.print(f"{where}{one}", soft_wrap=True, markup=False)
-    if any(one.level == "unfair" for several in found.values() for one in several):
+        print_json([{"recipe": str(path), **f.model_dump(mode="json")} for path in findings for f in findings[path]])
+    for target, several in () if as_json else findings.items():
+        where = f"{target}: " if len(findings) > 1 else ""
+        lines = [f"{each.level}: {each.where}: {each.what}; {each.to_do}" for each in several]
+        for line in lines or ["nothing would make this comparison unfair"]:
+            out.print(f"{where}{line}", soft_wrap=True, markup=False)
+    if any(finding.level == "unfair" for several in findings.values() for finding in several):
         raise typer.Exit(UNFAIR)

@@ -1,4 +1,4 @@
-"""Look at a data file and write a commented recipe for it."""
+"""Infer the task of a data file and write a commented recipe for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL_MODELS = {
     "seq2seq": "google-t5/t5-small",
     "image-classification": "WinKawaks/vit-tiny-patch16-224",
 }
-"""Small ones to begin with; for the other tasks the encoder that the quickstart installs."""
+"""Small models to start with, by task. Other tasks use the encoder that the quickstart installs."""
 FORMS: tuple[tuple[TaskName, str], ...] = (
     ("causal-lm", "messages"),
     ("token-classification", "tags"),
@@ -46,10 +46,10 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
     ("seq2seq", "target"),
     ("causal-lm", "text"),
 )
-"""Task and the role that marks it, the clearest first: a file with `question` and `label` is a classifier's."""
+"""Tasks with the role that marks each, the clearest first: a file with `question` and `label` is for a classifier."""
 _HEAD, _FEW = 1000, 100
 _ROWS_OF_A_LABEL = 10
-"""A column whose values come back so often on average looks like a label."""
+"""A column whose values repeat this often on average looks like a label."""
 
 TEMPLATE = """\
 # Written by `fulltune init {file}`. Every setting: docs/reference/recipe.md. Run it: fulltune run {recipe}
@@ -64,57 +64,54 @@ method:
   kind: full                    # every parameter is trained
 
 evaluate:
-  metric: {metric}              # helps to choose the weights to keep, on eval rows; test rows only report
+  metric: {metric}              # chooses the checkpoint, on eval rows; test rows only report
 
 output: runs
 
 # Not set, because the plan chooses them by model and rows: method.learning_rate, train.num_train_epochs,
-# train.global_batch_size, train.precision and more. Each with its reason: fulltune plan {recipe}
+# train.global_batch_size, train.precision and more. To see each with its reason: fulltune plan {recipe}
 """
 
 
 Hints = tuple[TaskName | None, Mapping[str, Any]]
-"""What the user says of the files: the task, and settings of the block `data`: the column of a role (`text`, `label`,
-`prompt` ...), `columns` and `encoding`."""
+"""The task and settings of the block `data` from the command line: columns by role (`text`, `label`, `prompt` ...),
+`columns` and `encoding`."""
 NO_HINTS: Hints = (None, {})
 
 
 def hints_of(task: str | None, named: Sequence[str], columns: str | None, encoding: str = "utf-8") -> Hints:
-    """What the command line says, checked; `named` are columns as `ROLE=COLUMN`."""
+    """Check the command line's hints; `named` holds columns as `ROLE=COLUMN`."""
     if task is not None and task not in FACTS:
         raise SetupError(f"--task: expected one of {', '.join(FACTS)}, found '{task}'")
-    known = [role for role in USUAL_NAMES if task is None or task in READ_BY[role]]
-    given: dict[str, Any] = {"encoding": encoding}
+    roles = [role for role in USUAL_NAMES if task is None or task in READ_BY[role]]
+    settings: dict[str, Any] = {"encoding": encoding}
     for text in named:
         role, _, column = text.partition("=")
-        if role not in known or not column:
+        if role not in roles or not column:
             raise SetupError(
-                f"--column: expected ROLE=COLUMN, such as label=intent, where ROLE is one of {', '.join(known)}; "
+                f"--column: expected ROLE=COLUMN, such as label=intent, where ROLE is one of {', '.join(roles)}; "
                 f"found '{text}'"
             )
-        given[role] = column
+        settings[role] = column
     names = tuple(name.strip() for name in columns.split(",")) if columns is not None else None
     if names is not None and (not all(names) or len(set(names)) < len(names)):
-        raise SetupError(
-            f"--columns: expected a name of its own for each column, such as text,label, found '{columns}'"
-        )
+        raise SetupError(f"--columns: expected a distinct name for each column, such as text,label; found '{columns}'")
     try:
         codec_of(encoding)
     except ValueError as error:
         raise SetupError(f"--encoding: {error}") from None
-    return task, given | ({"columns": names} if names is not None else {})
+    return task, settings | ({"columns": names} if names is not None else {})
 
 
 # ---- which files -----------------------------------------------------------------------------------------------
 
 
 SplitFiles = tuple[tuple[Path, ...], dict[SplitName, Path], tuple[str, ...]]
-"""The files to train on and those of the other splits, as far as their names say, and the files that are not used, each
-with the reason."""
+"""Train files, files of the other splits as far as names tell, and unused files with reasons."""
 
 
 def split_files(path: Path) -> SplitFiles:
-    """The files to train on, choose by and report on: a folder's by their names, or a file and those beside it."""
+    """Assign the files of a folder to splits by their names, or a file and those beside it."""
     if not path.is_dir():
         return (path,), _one_each(held_out_beside(path)), ()
     splits = split_folders(path)
@@ -128,7 +125,7 @@ def split_files(path: Path) -> SplitFiles:
         raise DataError(f"{path}: no file to train on; found {', '.join(file.name for file in held_out.values())}")
     if not held_out and unnamed:
         return (path,), {}, ()
-    spare = [f"{file.name}: its name says nothing of train, eval or test" for file in unnamed if train is not unnamed]
+    spare = [f"{file.name}: its name does not mention train, eval or test" for file in unnamed if train is not unnamed]
     return tuple(train), held_out, tuple(spare)
 
 
@@ -137,8 +134,8 @@ def _one_each(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Pat
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise DataError(
-                f"{files[0].parent}: {names} are all named as {split} rows, expected one file; put them into a folder "
-                "of their own, or those that are not meant elsewhere"
+                f"{files[0].parent}: expected one file of {split} rows, found {names}; put them into a folder of their "
+                "own, or move the others away"
             )
     return {split: files[0] for split, files in splits.items()}
 
@@ -147,7 +144,7 @@ def _other_columns(file: Path, inferred: Inferred, encoding: str) -> str | None:
     if inferred.columns:
         names = names_without_header(locate([str(file)]).files[0], encoding)
         alike = names is not None and len(names) == len(inferred.columns)
-        return None if alike else f"{file.name}: has a header line, or other columns, unlike train"
+        return None if alike else f"{file.name}: has a header line or other columns than train"
     columns, _ = _head(replace(locate([str(file)]), encoding=encoding), _FEW)
     missing = [column for column in inferred.target.columns.values() if column not in columns]
     return f"{file.name}: has no column '{missing[0]}', which train has" if missing else None
@@ -165,29 +162,29 @@ class Inferred:
     where: str
     num_rows: int
     columns: tuple[str, ...] | None = None
-    """Of tables without a header line."""
+    """Column names of tables without a header line."""
     is_guess: bool = False
-    """That there is none, and these names."""
+    """True if the missing header and the names are a guess."""
     unused: str = ""
-    """Columns that play no role, in words."""
+    """Unused columns, as text."""
     notes: tuple[str, ...] = ()
-    """What reading showed."""
+    """Notes from reading the files."""
 
 
 def _head(files: DataFiles, most: int = _HEAD) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """The columns of the first rows, and these."""
+    """Return the columns and rows of the files' beginning."""
     head = [row for _, row in islice(files.rows(), most)]
     return tuple(dict.fromkeys(name for row in head for name in row)), head
 
 
 def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
-    """Task, rows and target of data files; they are read row by row."""
-    # Who names columns of the file says that it has a header.
-    given_task, given = hints
-    roles = {role: column for role, column in given.items() if role in USUAL_NAMES}
-    encoding = codec_of(given.get("encoding", "utf-8"))
-    guessed = None if given.get("columns") or roles else names_without_header(paths[0], encoding)
-    named = given.get("columns") or guessed
+    """Infer task, rows and target of data files, reading row by row."""
+    # Naming columns of a file implies that it has a header.
+    given_task, settings = hints
+    roles = {role: column for role, column in settings.items() if role in USUAL_NAMES}
+    encoding = codec_of(settings.get("encoding", "utf-8"))
+    guessed = None if settings.get("columns") or roles else names_without_header(paths[0], encoding)
+    named = settings.get("columns") or guessed
     block = DataBlock.model_validate({"train": tuple(map(str, paths)), "columns": named, **roles})
     files = replace(locate(tuple(map(str, paths)), columns=named), encoding=encoding)
     columns, head = _head(files)
@@ -202,11 +199,11 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
         if role == "text" and given_task is None and flags:
             continue
         try:
-            found = task_named(task).find_columns(columns, head[:_FEW], block, files.where)
+            columns_by_role = task_named(task).find_columns(columns, head[:_FEW], block, files.where)
         except DataError as refusal:
             refusals.append(refusal)  # another form may fit
             continue
-        if role not in found or not roles.keys() <= found.keys():
+        if role not in columns_by_role or not roles.keys() <= columns_by_role.keys():
             continue
         source = SourceRows(files.where, files.rows)
         target, counts = describe(block, task_named(task), {"train": source})
@@ -219,16 +216,17 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     raise DataError(f"{paths[0]}: no known form of data: {advice}; columns here: {shown(columns)}")
 
 
-def _forms(columns: Sequence[str], given: TaskName | None, roles: Mapping[str, str]) -> Iterator[tuple[TaskName, str]]:
-    """The forms that may be meant. `target` is also a usual name of a label: beside `source` it is a text."""
+def _forms(columns: Sequence[str], wanted: TaskName | None, roles: Mapping[str, str]) -> Iterator[tuple[TaskName, str]]:
+    """Yield possible tasks with their marking roles. `target` beside `source` is a text, else often a label."""
     is_pair = {"source", "target"} <= {name.lower() for name in columns}
     for task, role in sorted(FORMS, key=lambda form: is_pair and form[0] != "seq2seq"):
-        if given in (None, task) and all(task in READ_BY[named] for named in roles):
+        if wanted in (None, task) and all(task in READ_BY[named] for named in roles):
             yield task, role
 
 
 def _flags(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Several columns that hold 0 and 1 only: a label each, where one column was expected to list those that hold."""
+    """Return columns that hold only 0 and 1, if there are several: one-hot labels, where one column of lists is
+    expected."""
     kinds = {
         name: {label_name(cell).lower() if isinstance(cell := row.get(name), (str, int, float)) else "" for row in head}
         for name in columns
@@ -238,12 +236,12 @@ def _flags(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[st
 
 
 def _advice(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> str:
-    """How such rows are told: the longest text, with what may be a label, else with another text."""
+    """Explain how to describe such rows: the longest text with a likely label, else with another text."""
     if flags:
         return (
-            f"columns {shown(flags)} hold 0 and 1 only, as labels with a column each; expected one column that lists "
-            f"those that hold, such as {json.dumps(flags[:2])}: docs/guides/data.md shows how to write it (one label "
-            f"alone: --column label={flags[0]}; the texts alone: --task causal-lm)"
+            f"columns {shown(flags)} hold only 0 and 1, one column per label; expected one column with a list of "
+            f"labels, such as {json.dumps(flags[:2])}: docs/guides/data.md shows how to write it (for one label only: "
+            f"--column label={flags[0]}; for the texts only: --task causal-lm)"
         )
     cells = {name: [row.get(name) for row in head] for name in columns}
     sizes = {
@@ -252,17 +250,17 @@ def _advice(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Se
     }
     few = [name for name in columns if 1 < len(set(map(str, cells[name]))) <= len(head) // _ROWS_OF_A_LABEL]
     texts = sorted((name for name in columns if sizes[name] and name not in few), key=lambda name: -sizes[name])
-    known = (
+    expected = (
         "expected columns text + label (classification), tokens + tags (entities), prompt + completion or messages "
-        "(language model), question + context + answers, source + target, choices + label, image + label, or text alone"
+        "(language model), question + context + answers, source + target, choices + label, image + label, or only text"
     )
     if not texts:
-        return f"{known}; none of them holds texts or images"
+        return f"{expected}; no column holds texts or images"
     example = {"text": texts[0]} | ({"label": few[0]} if few else {})
     if not few and len(texts) > 1:
         example = {"prompt": texts[0], "completion": texts[1]}
-    said = " ".join(f"--column {role}={name}" for role, name in example.items())
-    return f"{known}; say which is which, for example {said}"
+    options = " ".join(f"--column {role}={name}" for role, name in example.items())
+    return f"{expected}; name them, for example {options}"
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------
@@ -271,18 +269,18 @@ def _advice(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Se
 def write_recipe(
     path: Path, recipe: Path, model: str | None, force: bool, hints: Hints = NO_HINTS
 ) -> tuple[Inferred, SplitFiles]:
-    """Write the recipe for a data file, or a folder of them; without a model for a small one that suits the task."""
+    """Write the recipe for a data file or folder; the default model is a small one that suits the task."""
     if recipe.exists() and not force:
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
-    paths, found, unused = split_files(path)
+    paths, files, unused = split_files(path)
     inferred = infer(*paths, hints=hints)
     target, encoding = inferred.target, hints[1].get("encoding", "utf-8")
-    # Official test rows often come without labels: a held-out file that lacks a column is not used.
-    problems = {split: _other_columns(file, inferred, codec_of(encoding)) for split, file in found.items()}
-    held_out = {split: file for split, file in found.items() if problems[split] is None}
+    # Official test rows often come without labels: a held-out file without a needed column is not used.
+    problems = {split: _other_columns(file, inferred, codec_of(encoding)) for split, file in files.items()}
+    held_out = {split: file for split, file in files.items() if problems[split] is None}
     not_used = (*unused, *filter(None, problems.values()))
-    chosen = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
-    where = "" if chosen.startswith("package:") else ", from the Hub"
+    model_name = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
+    where = "" if model_name.startswith("package:") else ", from the Hub"
     train = [_yaml(str(file.resolve())) for file in paths]
     names = ", ".join(map(_yaml, inferred.columns or ()))
     some = f": {', '.join(target.labels[:5])}{' ...' if len(target.labels) > 5 else ''}" if target.labels else ""
@@ -299,12 +297,13 @@ def write_recipe(
         *([f"columns: [{names}]   # of a file without a header line"] if names else []),
         *(f"{role}: {_yaml(column)}" for role, column in target.columns.items()),
         *([f"# columns not used: {inferred.unused}"] if inferred.unused else []),
-        f"# found: {counted(inferred.num_rows, 'row')}, {_in_words(target)}{' '.join(some.split())}",
+        f"# contents: {counted(inferred.num_rows, 'row')}, {_in_words(target)}{' '.join(some.split())}",
     ]
     text = TEMPLATE.format(
         file=path.name,
         recipe=recipe.name,
-        model=_yaml(chosen) + ("" if model else f"   # a small one to begin with{where}: any Hub id, folder or GGUF"),
+        model=_yaml(model_name)
+        + ("" if model else f"   # a small one to start with{where}: any Hub id, folder or GGUF"),
         task=inferred.task,
         data="\n  ".join(data),
         metric=target.form.metrics[0],
@@ -314,33 +313,35 @@ def write_recipe(
     return inferred, (paths, held_out, not_used)
 
 
-def lines(found: Inferred, files: SplitFiles) -> list[str]:
-    """What was found, for the terminal."""
+def lines(inferred: Inferred, files: SplitFiles) -> list[str]:
+    """Return what was inferred, as lines for the terminal."""
     _, held_out, not_used = files
-    said: list[str] = []
-    if found.is_guess:
-        said += [
-            f"{found.where}: no header line, for its first line looks like a row",
-            f"columns: {', '.join(found.columns or ())}; other names: --columns NAME,NAME",
-            "if it is a header: name a column of it, such as --column label=NAME",
+    output: list[str] = []
+    if inferred.is_guess:
+        output += [
+            f"{inferred.where}: no header line, because the first line looks like a row",
+            f"columns: {', '.join(inferred.columns or ())}; other names: --columns NAME,NAME",
+            "if the first line is a header: name one of its columns, such as --column label=NAME",
         ]
-    said.append(f"train: {found.where}: {counted(found.num_rows, 'row')}, {found.task} ({_in_words(found.target)})")
+    output.append(
+        f"train: {inferred.where}: {counted(inferred.num_rows, 'row')}, {inferred.task} ({_in_words(inferred.target)})"
+    )
     for split in ("eval", "test"):
         file = held_out.get(split)
-        said.append(f"{split}:  {file.name if file else 'rows are split off train'}")
-    said += [f"not used: {reason}" for reason in not_used]
-    said += [f"columns not used: {found.unused}"] if found.unused else []
-    said += [f"note: {note}" for note in found.notes]
-    return said
+        output.append(f"{split}:  {file.name if file else 'rows are split off train'}")
+    output += [f"not used: {reason}" for reason in not_used]
+    output += [f"columns not used: {inferred.unused}"] if inferred.unused else []
+    output += [f"note: {note}" for note in inferred.notes]
+    return output
 
 
 def _in_words(target: Target) -> str:
-    """`single label, 8 labels`."""
+    """Describe the target: `single label, 8 labels`."""
     return target.form.words + (f", {counted(len(target.labels), 'label')}" if target.labels else "")
 
 
 def _yaml(text: str) -> str:
-    """A text as YAML, in quotes only where it would otherwise be read as something else (`yes`, `1`, `a: b`)."""
+    """Return text as YAML, quoted only if it would be read as something else (`yes`, `1`, `a: b`)."""
     try:
         plain = yaml.safe_load(f"key: {text}") == {"key": text}
     except yaml.YAMLError:

@@ -16,12 +16,15 @@ from fulltune.text import counted, did_you_mean, listed
 
 For = Annotated[
     str | None,
-    typer.Option("--for", help='The machines: "4x 8x A100-80GB". Left out: what the recipe says.', metavar="MACHINES"),
+    typer.Option("--for", help='The machines: "4x 8x A100-80GB". Default: from the recipe.', metavar="MACHINES"),
 ]
 Output = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", help="Folder, or file with an ending. Default: beside the recipe.", metavar="FILE|FOLDER"
+        "--output",
+        "-o",
+        help="A folder, or a file with an extension. Default: beside the recipe.",
+        metavar="FILE|FOLDER",
     ),
 ]
 
@@ -36,7 +39,7 @@ def launch(
     output: Output = None,
     force: options.Force = False,
 ) -> None:
-    """Write the job that runs a recipe on one or several machines, for you to edit and submit."""
+    """Write a job file that runs a recipe on one or several machines, to edit and submit."""
     from fulltune import launch
 
     if on not in launch.LAUNCHERS:

@@ -1,4 +1,4 @@
-"""Options of the command line: their names and help texts, each once."""
+"""Names and help texts of the command line's options."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(value: bool) -> None:
+    if value:
         from importlib import metadata
 
         typer.echo(metadata.version("fulltune"))
@@ -15,7 +15,7 @@ def _print_version(asked: bool) -> None:
 
 
 Version = Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)]
-Target = Annotated[
+TargetArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML), or the folder of a run.", show_default=False)
 ]
 Overrides = Annotated[
@@ -29,7 +29,7 @@ JudgeLabels = Annotated[
     bool,
     typer.Option(
         "--labels/--no-labels",
-        help="Have the untouched model judge labels and find outliers, or leave out what needs it.",
+        help="Let the untouched model judge labels and find outliers, or skip these checks.",
     ),
 ]
 Prove = Annotated[
@@ -46,51 +46,47 @@ StepsOf = Annotated[
     list[str] | None,
     typer.Option("--check", help="For --trainings: only the steps of this check. Repeatable.", metavar="CHECK"),
 ]
-Losses = Annotated[
+ListLosses = Annotated[
     bool,
-    typer.Option(
-        "--losses", help="Of a RUN: read its train and eval rows with the trained model; list the highest losses."
-    ),
+    typer.Option("--losses", help="For a RUN: list the trained model's highest losses on train and eval rows."),
 ]
 Accept = Annotated[
     list[str] | None,
     typer.Option(
-        "--accept", help="Take what is proposed for all rows of a check into the patch. Repeatable.", metavar="CHECK"
+        "--accept", help="Accept the remedies for all rows of a check into the patch. Repeatable.", metavar="CHECK"
     ),
 ]
 Review = Annotated[
     bool,
-    typer.Option("--review", help="Go through the suspicious rows and decide; without a terminal write them down."),
+    typer.Option("--review", help="Decide about each suspicious row; without a terminal, write them to the patch."),
 ]
 PatchFile = Annotated[
     Path | None,
-    typer.Option(
-        "--patch", help="Where decisions are kept. Default: NAME.patch.jsonl beside the recipe, or in the RUN."
-    ),
+    typer.Option("--patch", help="File for decisions. Default: NAME.patch.jsonl beside the recipe, or in the RUN."),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start again even if an unfinished run of this recipe exists.")]
 SearchRate = Annotated[
-    bool, typer.Option("--search", help="Find the learning rate first: short for --set method.learning_rate=search.")
+    bool, typer.Option("--search", help="Search the learning rate first: short for --set method.learning_rate=search.")
 ]
 SearchBudget = Annotated[
     str | None,
-    typer.Option("--budget", help="About the most time for a search, its best run included: 20m, 2h.", metavar="TIME"),
+    typer.Option("--budget", help="Approximate time for a search with its best run: 20m, 2h.", metavar="TIME"),
 ]
 CompareBudget = Annotated[
     str | None,
-    typer.Option("--budget", help="Most time in all: 30m, 2h; with more of it later it goes on.", metavar="TIME"),
+    typer.Option("--budget", help="Most time in total: 30m, 2h. A larger budget later resumes.", metavar="TIME"),
 ]
 MethodName = Annotated[
     str | None,
-    typer.Option("--method", help="Which of the run's models; default: the method that the comparison recommends."),
+    typer.Option("--method", help="Which of the run's models. Default: the method that the comparison recommends."),
 ]
 MachineRank = Annotated[
     int | None,
-    typer.Option("--machine-rank", help="Of several machines the number of this one, from 0 (docs/guides/scale.md)."),
+    typer.Option("--machine-rank", help="Rank of this machine among several, from 0 (docs/guides/scale.md)."),
 ]
 Rendezvous = Annotated[
     str | None,
-    typer.Option("--rendezvous", help="Where several machines meet: machine 0's name.", metavar="HOST[:PORT]"),
+    typer.Option("--rendezvous", help="Where several machines meet: the name of machine 0.", metavar="HOST[:PORT]"),
 ]
 WaitForMachines = Annotated[
     str, typer.Option("--wait-for-machines", help="How long machines wait for each other.", metavar="TIME")
@@ -99,17 +95,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON ins
 ModelFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
-# ---- of `plan` --------------------------------------------------------------------------------------------------
+# ---- options of `plan` ------------------------------------------------------------------------------------------
 
 Hardware = Annotated[
     str | None,
-    typer.Option("--for", help='Hardware that is not here: "8x A100-80GB", "1x RTX 4090, 64GB host", "cpu".'),
+    typer.Option("--for", help='Plan for other hardware: "8x A100-80GB", "1x RTX 4090, 64GB host", "cpu".'),
 ]
-NumRows = Annotated[int | None, typer.Option("--rows", help="Plan without data: so many train rows ...")]
-NumTokens = Annotated[int | None, typer.Option("--tokens", help="... of so many tokens each.")]
-Price = Annotated[
-    str | None, typer.Option("--price", help="What one device costs in an hour: 2.5 or '2.5 USD'.", metavar="PRICE")
+NumRows = Annotated[int | None, typer.Option("--rows", help="Plan without data: the number of train rows ...")]
+NumTokens = Annotated[int | None, typer.Option("--tokens", help="... and of tokens in each.")]
+HourlyPrice = Annotated[
+    str | None, typer.Option("--price", help="Price of one device per hour: 2.5 or '2.5 USD'.", metavar="PRICE")
 ]
-Measure = Annotated[
-    bool, typer.Option("--measure", help="Try the settings for a step each, here; take the fastest that fit.")
+MeasureSettings = Annotated[
+    bool, typer.Option("--measure", help="Measure one step of each setting here; take the fastest that fits.")
 ]

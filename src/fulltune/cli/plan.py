@@ -1,4 +1,4 @@
-"""The command `fulltune plan`: what it needs of recipe, model, data and hardware, gathered."""
+"""The command `fulltune plan`: gathers recipe, model, data and hardware."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ USUAL_CHOICES = 4
 
 
 Checked = tuple[Fleet | None, Price | None]
-"""The hardware, None for this machine; and the price."""
+"""The hardware (None: this machine) and the price."""
 
 
 def check(hardware: str | None, rows: int | None, tokens: int | None, price: str | None) -> Checked:
-    """Parse and check the options, with all problems at once."""
+    """Parse and check the options, reporting all problems at once."""
     problems: list[str] = []
 
     def read(parse: Callable[[str], Any], text: str | None) -> Any:
@@ -53,30 +53,30 @@ def check(hardware: str | None, rows: int | None, tokens: int | None, price: str
         if value is not None and value < 1:
             problems.append(f"--{name}: {value}, but the number of {what} must be at least 1")
     if (rows is None) != (tokens is None):
-        given, other = ("rows", "tokens") if tokens is None else ("tokens", "rows")
-        problems.append(f"--{given}: a plan without data needs --{other} as well")
+        present, other = ("rows", "tokens") if tokens is None else ("tokens", "rows")
+        problems.append(f"--{present}: a plan without data also needs --{other}")
     if problems:
         raise RecipeError(problems)
     return fleet, hourly
 
 
 def check_measure(hardware: str | None, rows: int | None, tokens: int | None) -> None:
-    """Refuse options beside --measure that name other hardware or rows than those here."""
+    """Refuse options that do not go with --measure: other hardware or rows."""
     named = (("for", hardware), ("rows", rows), ("tokens", tokens))
     others = " and ".join(f"--{name}" for name, value in named if value is not None)
     if others:
-        raise RecipeError(f"--measure: runs real steps on this machine with the recipe's rows; leave out {others}")
+        raise RecipeError(f"--measure: runs real steps on this machine with the recipe's rows; remove {others}")
 
 
 def without_data(
     target: Path, overrides: list[str], rows: int | None, tokens: int | None, hardware: str | None, price: str | None
 ) -> tuple[Survey, Plan | None]:
-    """A plan from the recipe, the model's config and two numbers: nothing else is read, nothing is written."""
+    """Return survey and plan from the recipe, the model's config and two numbers. Nothing else is read or written."""
     problems: list[str] = []
     recipe, checked = None, None
     try:
         if target.is_dir():
-            raise RecipeError(f"{target}: is a run folder, whose rows are known; give the recipe to plan without data")
+            raise RecipeError(f"{target}: is a run folder with known rows; give the recipe to plan without data")
         recipe = load_recipe(target, overrides)
     except RecipeError as error:
         problems += error.problems
@@ -93,7 +93,7 @@ def without_data(
 def with_data(
     target: Path, overrides: list[str], recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
 ) -> tuple[Survey, Plan | None]:
-    """A plan and its survey from prepared rows; the survey is kept in the run folder."""
+    """Return survey and plan from prepared rows, and save the survey in the run folder."""
     survey, planned = _survey(recipe, DataSummary.of_run(folder), checked, plan, folder)
     survey = survey if target.is_dir() else _with_commands(survey, target, overrides, recipe)
     survey.save(folder / "plan" / SURVEY)
@@ -101,16 +101,16 @@ def with_data(
 
 
 def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
-    """With the commands that run the plan, and that compare methods: the user's overrides, and what the plan adds."""
+    """Add the commands that run the plan and that compare methods."""
 
-    def command(verb: str, given: list[str]) -> str:
-        return shlex.join(["fulltune", verb, str(target), *(word for one in given for word in ("--set", one))])
+    def command(verb: str, overrides: list[str]) -> str:
+        return shlex.join(["fulltune", verb, str(target), *(word for one in overrides for word in ("--set", one))])
 
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
     on_each = " --machine-rank RANK --rendezvous HOST" if survey.num_machines > 1 else ""
     run = command("run", [*overrides, *planned]) + on_each
-    # Inside an engine other methods run, but are not planned; without full there is nothing to compare with; each
-    # method of a comparison trains on one machine; a recipe that names one method cannot be given several beside it.
+    # No comparison inside an engine (other methods run there but are not planned), without full (no reference), on
+    # several machines (each method trains on one), or for a recipe with a block `method` (it excludes `methods`).
     in_engine = recipe.train.engine_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
     has_block = re.search(r"^method\s*:", target.read_text(encoding="utf-8"), re.MULTILINE) is not None
     comparison = ""
@@ -149,29 +149,29 @@ def _survey(
 
     files = [place / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
     if fleet.here and plan is not None and all(file.exists() for file in files):
-        # As this machine's plan was made from them; a plan of an earlier version lacks them.
-        shapes, kept = Shapes.load(files[0]), records.Footprint.load(files[1])
-        load = workload.Workload(spread, shapes, lambda weights_dtype: kept, summary, followed)
+        # This machine's plan was made from these files; a plan of an earlier version lacks them.
+        shapes, footprint = Shapes.load(files[0]), records.Footprint.load(files[1])
+        load = workload.Workload(spread, shapes, lambda weights_dtype: footprint, summary, followed)
     else:
         load = of_a_model(spread)
     return survey(load, fleet, price, plan, by_another_method)
 
 
 def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
-    """The recipe with that method's usual settings; None where the model or the recipe's other settings forbid it."""
+    """Return the recipe with another method at its default settings, or None if model or recipe forbid it."""
     from fulltune.pipeline import check_recipe
 
     try:
         of_several: Any = {"methods": True, "compare": {"budget"}}
         changed = Recipe.model_validate({**recipe.model_dump(exclude_unset=True, exclude=of_several), "method": kind})
         check_recipe(changed, base, runs_here=False)
-    except (ValueError, RecipeError):  # a recipe's own checks, and those against the model
+    except (ValueError, RecipeError):  # from the recipe's own checks, or those against the model
         return None
     return changed
 
 
 def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
-    """What the data stage would refuse."""
+    """Refuse what the data stage would refuse."""
     from fulltune.models.shapes import position_limit
     from fulltune.pipeline import check_recipe
 
@@ -179,13 +179,13 @@ def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: b
     limit = position_limit(base.config)
     if limit is not None and FACTS[recipe.task].reads == "text" and summary.max_length > limit:
         raise RecipeError(
-            f"--tokens: {summary.max_length}, but {recipe.model.name} reads at most {limit} tokens; give less, or set "
+            f"--tokens: {summary.max_length}, but {recipe.model.name} reads at most {limit} tokens; give fewer, or set "
             f"data.max_length: {limit}"
         )
 
 
 def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
-    """A summary of so many rows an epoch of so many tokens: what the data stage would make of them."""
+    """Return a data summary for rows of equal length, as the data stage would make it."""
     from fulltune.tasks import Target
 
     data, form = recipe.data, form_of(recipe)
@@ -221,13 +221,13 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
 
 
 def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = None) -> dict[str, Any]:
-    """The plan's fields, with the survey and what was measured beside them."""
-    found = {} if plan is None else plan.model_dump(mode="json")
+    """Return the fields of the plan, with the survey and the measurements."""
+    fields = {} if plan is None else plan.model_dump(mode="json")
     rows = {} if measured is None else {"measured": measured.model_dump(mode="json")}
-    return {**found, "survey": survey.model_dump(mode="json"), **rows}
+    return {**fields, "survey": survey.model_dump(mode="json"), **rows}
 
 
 def refusal(survey: Survey, shown: bool) -> FulltuneError:
-    """The error of a plan that does not fit, with the ways out unless they are `shown` on the screen already."""
+    """Return the error of a plan that does not fit; ways out are included unless `shown` before."""
     ways = [] if shown else in_lines(survey.ways_out)
     return DoesNotFitError([*survey.notes, *ways])

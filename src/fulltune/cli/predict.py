@@ -1,4 +1,4 @@
-"""What `fulltune predict` reads, and how it prints its answers or writes them into a file, row after row."""
+"""What `fulltune predict` reads, and how it prints answers or writes them to a file, row by row."""
 
 from __future__ import annotations
 
@@ -30,45 +30,44 @@ from fulltune.files import replacing
 from fulltune.inference.store import readable
 from fulltune.methods import folder as folders
 from fulltune.system.run_folder import writing
-from fulltune.tasks import Target
+from fulltune.tasks import Row, Target
 from fulltune.tasks.columns import BadCell, shown
 from fulltune.text import counted
 
 STDIN = "-"
 _IN_PLACE = {True: "an 'error' stands in its place", False: "an empty line stands in its place"}
 _LISTED = 5
-"""Rows without an answer that are named one by one."""
+"""Unanswered rows that are listed one by one."""
 _WRITTEN = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": ""}
-"""Endings of files that answers are written into, with what separates their cells."""
+"""Endings of output files with their delimiter."""
 _ROWS_AT_ONCE = 1000
 # A lone surrogate, which UTF-8 does not have, becomes `\\ud800`: so JSON writes it, too.
 _ENCODING: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
-Row = Mapping[str, Any]
 Columns = Mapping[str, tuple[tuple[Any, ...], str]]
-"""Columns that are added to rows, each with its path in an answer and its type as parquet writes it."""
+"""Added columns, each with its path in an answer and its type in parquet."""
 
 
-# ---- what is asked ---------------------------------------------------------------------------------------------
+# ---- input -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be answered."""
+class PredictInput:
+    """The input of `fulltune predict`."""
 
     where: str
-    """The file's name, or where texts came from: for messages."""
+    """Name of the file or source, for messages."""
     placed: Callable[[], Iterator[tuple[str, dict[str, Any]]]]
-    """Place of each row, and the row in the user's own columns; those of stdin can be read only once."""
+    """Yields each row's place and columns. Rows of stdin can be read only once."""
     columns: tuple[str, ...] = ("text",)
     total: int | None = None
-    """How many rows there are; None: nobody knows yet."""
+    """Number of rows; None if unknown."""
     table: Path | None = None
-    """The file, or folder, where the rows have columns of their own; None: they are lines of text."""
+    """The file or folder of a table; None for lines of text."""
     images_in: Path | None = None
-    """Where a table's paths of images start, as in training; None: at the current folder."""
+    """Folder from which a table's image paths start; None for the current folder."""
 
     def rows(self, notes: Row, own: Iterable[dict[str, Any]]) -> Iterator[Row]:
-        """The user's rows as the model takes them."""
+        """Yield the user's rows in the form that the model takes."""
         image = notes["columns"].get("image")
         for row in own:
             if self.table is None:
@@ -77,7 +76,7 @@ class Asked:
                 yield beside(row, self.images_in, image) if image and self.images_in else row
 
     def types(self) -> dict[str, Any]:
-        """Types of the columns of a parquet file, for one that is written; columns of other files are text."""
+        """Return the column types of a parquet input; other files hold text."""
         if self.table is None or self.table.suffix.lower() != ".parquet":
             return {}
         schema = parquet.read_schema(self.table)
@@ -85,26 +84,27 @@ class Asked:
         return {one.name: one.type for one in schema if one.name not in named}
 
 
-def asked(texts: Sequence[str], file: Path | None, notes: Row) -> Asked:
-    """What the command line names: texts, a table (read through once for what is broken), lines of a file, or stdin."""
+def read_input(texts: Sequence[str], file: Path | None, notes: Row) -> PredictInput:
+    """Return the input named by the command line: texts, a table (read once to find broken rows), lines of a file, or
+    stdin."""
     if list(texts) == [STDIN] or str(file) == STDIN or (file is None and not texts):
         if file is None and not texts and sys.stdin.isatty():
-            raise SetupError("predict: give a text, --file, or '-' for texts on stdin, one a line")
-        return Asked("stdin", lambda: _placed(_lines(None), "stdin:"))
+            raise SetupError("predict: give a text, --file, or '-' for texts on stdin, one per line")
+        return PredictInput("stdin", lambda: _placed(_lines(None), "stdin:"))
     if file is None:
-        return Asked("predict", lambda: _placed(texts, "text "), total=len(texts))
+        return PredictInput("predict", lambda: _placed(texts, "text "), total=len(texts))
     if file.suffix.lower() == ".txt":
         total = sum(1 for _ in _lines(file))
-        return Asked(str(file), lambda: _placed(_lines(file), f"{file.name}:"), total=total)
+        return PredictInput(str(file), lambda: _placed(_lines(file), f"{file.name}:"), total=total)
     return _table(file, notes)
 
 
-def _table(file: Path, notes: Row) -> Asked:
+def _table(file: Path, notes: Row) -> PredictInput:
     source = locate([str(file)])
     if named := _names_without_header(source, notes):
         source = replace(source, columns=named)
-        said = f"{file}: no header line; columns as in training: {', '.join(named)}"
-        err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
+        note = f"{file}: no header line; columns as in training: {', '.join(named)}"
+        err.print(f"[dim]{escape(note)}[/dim]", soft_wrap=True)
     problems: list[str] = []
     columns: dict[str, None] = {}
     total = 0
@@ -116,14 +116,15 @@ def _table(file: Path, notes: Row) -> Asked:
     if missing := [column for column in predict.columns_read(notes) if column not in columns]:
         raise DataError(f"{file}: no column '{missing[0]}', which the model reads (columns here: {shown(columns)})")
     images_in = source.files[0].parent if source.image_folder is None else None
-    return Asked(str(file), source.rows, tuple(columns), total, file, images_in)
+    return PredictInput(str(file), source.rows, tuple(columns), total, file, images_in)
 
 
 def _names_without_header(source: DataFiles, notes: Row) -> tuple[str, ...] | None:
-    """What the columns are called of a table that lacks its header line, as the train file did (`data.columns`).
+    """Return the column names of a table without a header line if the train file had none (`data.columns`).
 
-    A table whose first line names each column that the model reads has one. One with fewer cells lacks those that the
-    model does not read, such as the label.
+    A first line that names all columns the model reads is a header. A shorter one lacks columns that the model does not
+    read, such as the label.
+
     """
     names = tuple(notes.get("table_columns") or ())
     if not names or any(file.suffix.lower() not in SEPARATED for file in source.files):
@@ -132,12 +133,12 @@ def _names_without_header(source: DataFiles, notes: Row) -> tuple[str, ...] | No
         with csv_reader(source.files[0], delimiter_of(source.files[0])) as reader:
             first: list[str] = next(reader, [])
     except (OSError, ValueError, csv.Error):
-        return None  # the reader says what is wrong with the file
+        return None  # the reader will report what is wrong with the file
     if set(predict.columns_read(notes)) <= set(first):
         return None
     learned = [column for role, column in notes["columns"].items() if role in predict.NOT_READ]
-    asked = tuple(name for name in names if name not in learned)
-    return asked if len(first) == len(asked) else names
+    read = tuple(name for name in names if name not in learned)
+    return read if len(first) == len(read) else names
 
 
 def _placed(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -145,7 +146,7 @@ def _placed(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[str, A
 
 
 def _lines(file: Path | None) -> Iterator[str]:
-    """Lines of a text file, or of stdin, one by one; an empty line is a text like any other."""
+    """Yield lines of a text file or of stdin; an empty line is a text like any other."""
     try:
         with contextlib.nullcontext(sys.stdin) if file is None else file.open(encoding="utf-8-sig") as stream:
             for line in stream:
@@ -158,8 +159,8 @@ def _lines(file: Path | None) -> Iterator[str]:
 # ---- answers ---------------------------------------------------------------------------------------------------
 
 
-def show(predictor: predict.Predictor, what: Asked, max_new_tokens: int, as_json: bool) -> None:
-    """Print an answer for each row: a line for people, or an object of JSON with the row's place."""
+def show(predictor: predict.Predictor, what: PredictInput, max_new_tokens: int, as_json: bool) -> None:
+    """Print each answer, as a line of text or as a JSON object with the row's place."""
 
     def put(place: str, row: Row, answer: Row | None, reason: str | None) -> None:
         if as_json:
@@ -172,12 +173,13 @@ def show(predictor: predict.Predictor, what: Asked, max_new_tokens: int, as_json
 
 def write(
     predictor: predict.Predictor,
-    what: Asked,
+    what: PredictInput,
     output: Path,
     max_new_tokens: int,
     watch: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
-    """Write each row with its answer into a file, which has its name when all are there; returns the counts."""
+    """Write each row with its answer to a file and return the counts. The file gets its name when all rows are
+    written."""
     new = added(predictor.notes, what.columns)
     *_, reason_column = new
     types = what.types() if output.suffix.lower() == ".parquet" else {}
@@ -193,24 +195,24 @@ def write(
                 watch,
             )
     except KeyboardInterrupt:
-        raise InterruptedRun(f"interrupted: {output} was not written; the same command starts anew") from None
+        raise InterruptedRun(f"interrupted: {output} was not written; the same command starts again") from None
     return {"output": str(output), **counts, "columns": list(new)}
 
 
 def _answer(
     predictor: predict.Predictor,
-    what: Asked,
+    what: PredictInput,
     put: Callable[[str, Row, Row | None, str | None], None],
     instead: str,
     max_new_tokens: int,
     watch: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Hand each row's place, its own columns, and its answer or why it has none to `put`; say what is `instead`."""
+    """Pass each row's place, columns, and answer or reason to `put`; warnings say what is `instead` of answers."""
     placed, again = tee(what.placed())
-    asked = what.rows(predictor.notes, (row for _, row in again))
+    rows_to_answer = what.rows(predictor.notes, (row for _, row in again))
     rows = without = cut = 0
     first: list[str] = []
-    answers = predictor.answer_each(asked, max_new_tokens, lambda done, _: watch(rows + done, what.total))
+    answers = predictor.answer_each(rows_to_answer, max_new_tokens, lambda done, _: watch(rows + done, what.total))
     for (place, row), answered in zip(placed, answers, strict=True):
         rows += 1
         cut += answered.is_cut
@@ -226,11 +228,11 @@ def _answer(
     for line in first:
         _warn(line)
     if rows and without == rows:
-        raise DataError(f"{what.where}: no row can be answered ({counted(rows, 'row')})")
+        raise DataError(f"{what.where}: no row could be answered ({counted(rows, 'row')})")
     if without:
         _warn(f"without an answer: {without:,} of {counted(rows, 'row')}; {instead}")
     if cut:
-        _warn(f"read in part: {cut:,} of {counted(rows, 'row')}; each {predictor.cut_in_words()}")
+        _warn(f"truncated: {cut:,} of {counted(rows, 'row')}; each {predictor.cut_in_words()}")
     return {"rows": rows, "without_answer": without, "cut": cut}
 
 
@@ -239,12 +241,11 @@ def _warn(line: str) -> None:
 
 
 def _in_words(answer: Row) -> str:
-    """One line for people."""
     if "answer" in answer:
         return str(answer["answer"])
     if "entities" in answer:
-        found = [f"{entity['text']} ({entity['type']} {entity['probability']:.1%})" for entity in answer["entities"]]
-        return ", ".join(found) or "(none)"
+        entities = [f"{entity['text']} ({entity['type']} {entity['probability']:.1%})" for entity in answer["entities"]]
+        return ", ".join(entities) or "(none)"
     if "value" in answer:
         return f"{answer['value']:.4g}"
     if "labels" in answer:
@@ -256,20 +257,20 @@ def _in_words(answer: Row) -> str:
 
 
 def check_output(output: Path, replace: bool) -> None:
-    """Refuse, before anything is read, a file that cannot or must not be written."""
+    """Refuse an output file that cannot or must not be written, before reading any input."""
     if output.suffix.lower() not in _WRITTEN:
         raise SetupError(f"{output}: cannot be written as '{output.suffix}'; expected {', '.join(_WRITTEN)}")
     if not output.parent.is_dir():
-        raise SetupError(f"{output}: there is no folder {output.parent}; make it, or name another one")
+        raise SetupError(f"{output}: there is no folder {output.parent}; create it, or name another")
     if output.is_dir():
         raise SetupError(f"{output}: is a folder; name a file")
     if output.exists() and not replace:
-        raise SetupError(f"{output}: exists already; name another file, or replace it with --force")
+        raise SetupError(f"{output}: already exists; name another file, or replace it with --force")
 
 
 def added(notes: Row, own: Collection[str]) -> Columns:
-    """The columns that answers of a model become, called `predicted_...`, or `predicted2_...` where rows have these;
-    the last one says why there is no answer."""
+    """Return the columns that answers add: `predicted_...`, or `predicted2_...` if the rows have those. The last column
+    holds the reason for a missing answer."""
     target = Target.from_notes(notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
     each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()
@@ -281,7 +282,7 @@ def added(notes: Row, own: Collection[str]) -> Columns:
 
 
 def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any]:
-    """The added columns of one row; without an answer empty but for the reason."""
+    """Return the added cells of one row; without an answer only the reason is filled."""
     if answer is None:
         return {**dict.fromkeys(new), [*new][-1]: reason}
     return {name: reduce(getitem, path, {**answer, "error": None}) for name, (path, _) in new.items()}
@@ -289,15 +290,15 @@ def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any
 
 @contextlib.contextmanager
 def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
-    """Write rows into a file, which has its name when all are there, from their own columns and the added ones; `types`
-    are those of the own columns, for parquet."""
+    """Write rows with their own and the added columns to a file, which gets its name at the end. `types` are those of
+    the own columns in parquet."""
     form = output.suffix.lower()
     with writing(output), replacing(output) as part:
         if form == ".parquet":
             with _parquet(part, own, new, types) as write:
                 yield write
             return
-        with part.open("w", newline="", **_ENCODING) as stream:  # both end their lines themselves
+        with part.open("w", newline="", **_ENCODING) as stream:  # both writers end their own lines
             if _WRITTEN[form]:
                 yield _separated(stream, _WRITTEN[form], [*own, *new])
             else:
@@ -307,12 +308,12 @@ def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator
 
 
 def _separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[Row, Row], None]:
-    # A lone \r is put in quotes only where lines end with it: then a line's end is made \n.
+    # The writer quotes a lone \r only if lines end with one, so lines are written with \r\n and then end with \n.
     writer = csv.writer(SimpleNamespace(write=lambda line: stream.write(f"{line[:-2]}\n")), delimiter=delimiter)
     writer.writerow(names)
 
     def write(row: Row, answer: Row) -> None:
-        # Seven digits are more than a model's numbers hold.
+        # Seven digits exceed the precision of a model's numbers.
         rounded = {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in answer.items()}
         writer.writerow([_cell({**row, **rounded}.get(name)) for name in names])
 
@@ -320,7 +321,7 @@ def _separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[R
 
 
 def _cell(value: Any) -> Any:
-    """A value as a cell of text: lists and objects as JSON, as the readers take them."""
+    """Return a value as a text cell: lists and objects as JSON, as the readers expect."""
     if isinstance(value, (list, tuple, dict)):
         return json.dumps(value, ensure_ascii=False, default=readable)
     return value if value is None or isinstance(value, (str, int, float)) else readable(value)
@@ -353,13 +354,13 @@ def _parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterat
             flush()
 
 
-def no_merge(run: Path, found: Path) -> str:
-    """Why a model cannot be merged, and which ones of its run can."""
-    why, models = "is a whole model already", predict.models_of(run)
-    if folders.is_partial(found):
-        kind = folders.notes_of(found)["method"]["kind"]
-        why = f"a method of kind {kind} adds to what the model computes and cannot be merged"
+def no_merge(run: Path, model_folder: Path) -> str:
+    """Return why a model cannot be merged, and which models of its run can."""
+    why, models = "is already a whole model", predict.models_of(run)
+    if folders.is_partial(model_folder):
+        kind = folders.notes_of(model_folder)["method"]["kind"]
+        why = f"a method of kind {kind} adds modules to the model and cannot be merged"
     can = [name for name, path in models.items() if folders.can_be_merged(path)]
     if can:
-        return f"{found}: {why}; what can be merged here, with --method: {', '.join(can)}"
-    return f"{found}: {why}" + (f"; {run} has no other model that can be merged" if models else "")
+        return f"{model_folder}: {why}; these can be merged, with --method: {', '.join(can)}"
+    return f"{model_folder}: {why}" + (f"; {run} has no other model that can be merged" if models else "")

@@ -1,4 +1,4 @@
-"""What several verbs do: open a recipe or a run's folder, go through the pipeline up to a stage, choose a model."""
+"""Steps that several verbs share: open a recipe or run folder, run the pipeline up to a stage, choose a model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ out = Console(highlight=False, emoji=False)
 
 
 def shown(error: FulltuneError) -> Iterator[str]:
-    """An error's problems without signs that steer a terminal; of rows, without what is private in them."""
+    """Yield an error's problems without control characters and, for data errors, with private data masked."""
     from fulltune.audit.texts import masked_text
 
     for problem in error.problems:
@@ -38,13 +38,14 @@ def shown(error: FulltuneError) -> Iterator[str]:
         yield "".join(ascii(sign)[1:-1] if category(sign) in ("Cc", "Cf") and sign != "\n" else sign for sign in text)
 
 
-def end_when_told(number: int, frame: object) -> None:
-    """A signal outside the training ends the command at once, as SIGKILL would, but says that it can go on.
+def end_on_signal(number: int, frame: object) -> None:
+    """End the command at once on a signal outside training, as SIGKILL would, but say that it can resume.
 
-    The first process of a container would not be ended by the signal itself. An exception would not do: where PyTorch
+    The signal alone would not end the first process of a container. An exception would not do either: where PyTorch
     calls Python it is lost, or ends the process with SIGABRT.
+
     """
-    os.write(2, b"told to stop; the same command goes on or starts anew\n")
+    os.write(2, b"stopped by a signal; run the same command to resume or start again\n")
     os._exit(InterruptedRun.exit_code)
 
 
@@ -52,15 +53,14 @@ def end_when_told(number: int, frame: object) -> None:
 def joined(
     target: Path, overrides: list[str] | None, rank: int | None, rendezvous: str | None, wait: str
 ) -> Iterator[MachineGroup | None]:
-    """The first of several machines' part is the block, of which the others are told; theirs is done here, and their
-    command ends. None: there is one machine.
-    """
+    """On machine 0 run the block and lead the other machines; on others follow it, then exit. Yields None with one
+    machine."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
     from fulltune.system.machines import place_of
 
     recipe = run_folder.recipe_of(target) if target.is_dir() else load_recipe(target, overrides or [])
-    alone = rank is None and rendezvous is None and target.is_dir()  # refused when something is left to train
+    alone = rank is None and rendezvous is None and target.is_dir()  # refused later if something is left to train
     place = None if alone else place_of(recipe, rank, rendezvous, wait)
     if place is None:
         yield None
@@ -82,7 +82,7 @@ def joined(
 def open_run(
     target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
 ) -> tuple[Recipe, Path]:
-    """The recipe and its run folder."""
+    """Return the recipe and its run folder."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
 
@@ -95,39 +95,39 @@ def open_run(
         recipe = load_recipe(target, overrides or [])
         if recipe.methods and until not in ("data", "plan"):
             raise RecipeError(
-                f"{target}: methods: names what to compare; run 'fulltune compare {target}', or remove 'methods' and "
-                "give one 'method'"
+                f"{target}: methods: a comparison is run by 'fulltune compare {target}'; for a single run, replace "
+                "'methods' by one 'method'"
             )
     return recipe, open_folder(target, recipe, overrides or [], folder, fresh)
 
 
 def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path | None, fresh: bool) -> Path:
-    """The folder in which a recipe is run: a new one, or one to go on with, and which of them is said."""
+    """Return the folder for a recipe, new or to resume, and print which."""
     from fulltune.system import run_folder
 
-    found, resumed = target, True
+    run, resumed = target, True
     if not target.is_dir():
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides)
-        found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
+        run, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
     elif overrides or folder or fresh:
         raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
-    goes_on = resumed and not run_folder.is_complete(found)
-    err.print(f"[dim]{'continuing' if goes_on else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
-    return found
+    goes_on = resumed and not run_folder.is_complete(run)
+    err.print(f"[dim]{'resuming' if goes_on else 'run folder'} {escape(str(run))}[/dim]", soft_wrap=True)
+    return run
 
 
 def finished(recipe: Recipe, folder: Path) -> Reached | None:
-    """The results of a run that has nothing left to do."""
+    """Return the results of a finished run, or None."""
     from fulltune.system import run_folder
 
     reached = run_folder.finished(recipe, folder)
     if reached is not None:
-        err.print(f"finished already, at {run_folder.finished_at(folder):%Y-%m-%d %H:%M}; its results:")
+        err.print(f"already finished at {run_folder.finished_at(folder):%Y-%m-%d %H:%M}; results:")
     return reached
 
 
 def reach(recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **settings: Any) -> Reached:
-    """Run the pipeline; `settings` are fields of `Run`, such as when the command began, before it imported anything."""
+    """Run the pipeline. `settings` are fields of `Run`, such as the time when the command began, before its imports."""
     settings = {"began": time.time(), **settings}
     with displayed(details) as display:
         from fulltune.compare.rate_search import run_recipe
@@ -138,7 +138,7 @@ def reach(recipe: Recipe, folder: Path, until: Until, details: bool, measure: bo
 
 @contextmanager
 def displayed(details: bool) -> Iterator[Display]:
-    """What shows the progress of the block, which Ctrl-C ends in our way."""
+    """Show the progress of the block; Ctrl-C raises `InterruptedRun`."""
     from fulltune.system import run_folder
 
     run_folder.hide_progress_bars()
@@ -148,13 +148,13 @@ def displayed(details: bool) -> Iterator[Display]:
         with Display(err, details) as display:
             yield display
     except KeyboardInterrupt:
-        # Typer would turn it into exit code 130, which says nothing of continuing.
-        raise InterruptedRun("interrupted; the same command continues it") from None
+        # Typer would exit with 130, which does not say that the run can resume.
+        raise InterruptedRun("interrupted; run the same command to resume") from None
 
 
 @contextmanager
 def bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar with rows and time left, on a terminal only."""
+    """Show a bar with rows and time left, on a terminal only."""
     from fulltune.cli.show.run import Display
     from fulltune.records.events import RowsRead
 
@@ -166,16 +166,15 @@ def bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def chosen_model(run: Path, method: str | None) -> Path:
-    """The folder of a run's model; which one a comparison's verdict chose is said on stderr."""
+    """Return the folder of a run's model; print to stderr which one a comparison's verdict chose."""
     from fulltune import predict as predicting
 
     folder, reason = predicting.choose(run, method)
     if reason:
-        said = f"{run}: taking '{folder.name}': {reason} (another one: --method)"
-        err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
+        note = f"{run}: using '{folder.name}': {reason} (choose another with --method)"
+        err.print(f"[dim]{escape(note)}[/dim]", soft_wrap=True)
     return folder
 
 
 def print_json(value: Any) -> None:
-    """A record, on stdout."""
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2))

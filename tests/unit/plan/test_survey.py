@@ -321,7 +321,7 @@ def test_busy_machine_is_said_before_its_times(capsys: pytest.CaptureFixture[str
     pages.show(Console(width=80), sections(found, plan))
     said = " ".join(capsys.readouterr().out.split())
     assert said.index("busy this machine is busy (load 9 on 2 cores)") < said.index("takes ")
-    assert "(arithmetic: from a busy machine, see above)" in said
+    assert "(arithmetic: measured on a busy machine, see above)" in said
     _, idle = survey(sizes.bert(), fleet)
     assert plan is not None
     assert idle is not None

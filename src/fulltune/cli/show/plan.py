@@ -1,4 +1,4 @@
-"""A plan in blocks, for the terminal."""
+"""A plan as report elements, for the terminal."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ WIDEST_VALUE = 20
 
 
 def sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
-    """The decision, then top down: what there is, what it needs, how long it takes, what was chosen, what else."""
+    """Yield the decision, then inputs, memory, placements, time, settings, ways out and advice."""
     yield _section("plan", Facts(tuple(_decision(survey, plan))))
-    yield _section("found", Facts(tuple(_found(survey))))
+    yield _section("inputs", Facts(tuple(_inputs(survey))))
     if plan is not None:
         yield _section(f"memory of a step, micro batch {plan.micro_batch_size}", *_memory(survey, plan))
     yield _section("placements", _placements(survey), Paragraph(_legend(survey)))
@@ -33,7 +33,7 @@ def sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
     if survey.ways_out:
         yield _section("ways out", *_ways_out(survey))
     advice = tuple((one.verdict, one.method, one.rule) for one in survey.advice)
-    title = "method: where to start, not a law (sources: docs/evidence.md)"
+    title = "method: where to start (sources: docs/evidence.md)"
     yield _section(title, Table("", ("", "method", "why"), advice))
     yield _section("next", *_what_next(survey, plan))
 
@@ -43,7 +43,7 @@ def _section(title: str, *blocks: Element) -> Section:
 
 
 def gib(num_bytes: int) -> str:
-    """GiB with as many digits as say something."""
+    """Format bytes as GiB with the significant digits."""
     if not num_bytes:
         return "–"
     value = num_bytes / 2**30
@@ -59,7 +59,7 @@ def _decision(survey: Survey, plan: Plan | None) -> list[tuple[str, str]]:
     each = f" in each of {plan.num_processes} processes" if peak and plan.num_processes > 1 else ""
     rows = [("fits", f"yes: {plan.method} on {survey.hardware}, {survey.placement or plan.placement}{peak}{each}")]
     if (need := plan.time) is None:
-        return [*rows, ("takes", "the speed of this hardware is not known; the dry run before step 1 measures it")]
+        return [*rows, ("takes", "unknown: the dry run before step 1 measures the speed of this hardware")]
     rows += [("busy", plan.busy)] if plan.busy else []
     rows.append(("takes", f"{format_seconds(need.whole_seconds)} for the whole command, after the rows are prepared"))
     if survey.price is not None:
@@ -69,17 +69,17 @@ def _decision(survey: Survey, plan: Plan | None) -> list[tuple[str, str]]:
     return rows
 
 
-def _found(survey: Survey) -> list[tuple[str, str]]:
+def _inputs(survey: Survey) -> list[tuple[str, str]]:
     lengths = survey.length_percentiles
     tokens = f"median {lengths['p50']:,}, 95th percentile {lengths['p95']:,}, longest {lengths['max']:,}"
-    # In GiB as everywhere below, and of the host also in GB, as hosts and `--for` count: 1 GiB is 1.07 GB.
+    # In GiB as everywhere below; for the host also in GB, as hosts are sold and `--for` counts (1 GiB is 1.07 GB).
     host = "each host's" if survey.num_machines > 1 else "the host's"
     free = f"{gib(survey.device_free_bytes)} GiB for each process, {gib(survey.host_free_bytes)} GiB "
     free += f"({survey.host_free_bytes / 1e9:,.0f} GB) of {host} memory"
     rows = [
         ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({short_count(survey.num_parameters)})"),
-        ("rows", f"{survey.train_rows:,} to train, {survey.eval_rows:,} to choose the checkpoint"),
-        ("tokens a row", f"{tokens}; kept up to {survey.max_length:,}"),
+        ("rows", f"{survey.train_rows:,} train, {survey.eval_rows:,} eval (choose the checkpoint)"),
+        ("tokens per row", f"{tokens}; truncated at {survey.max_length:,}"),
         ("hardware", survey.hardware),
         ("free", free),
     ]
@@ -95,13 +95,15 @@ def _memory(survey: Survey, plan: Plan) -> list[Element]:
     blocks: list[Element] = [Table("", header, (row,), frozenset(range(1, len(header))))]
     blocks += [Paragraph(words.at_the_peak(kinds))] if kinds else []
     if need is not None and need.peak_phase != "step":
-        blocks.append(Paragraph(f"more than a step needs: {PHASE_NAMES[need.peak_phase]}, {format_bytes(need.peak)}"))
+        blocks.append(
+            Paragraph(f"the peak is outside the step: {PHASE_NAMES[need.peak_phase]}, {format_bytes(need.peak)}")
+        )
     facts = []
     if disk is not None:
         parts = f"{counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.one_checkpoint)}"
         parts += f" + models {format_bytes(disk.model)}"
         free = survey.disk_free_bytes
-        room = "free space not given" if free is None else f"{format_bytes(free)} free"
+        room = "free space unknown" if free is None else f"{format_bytes(free)} free"
         facts.append(("disk", f"{parts} = {format_bytes(disk.total)}; {room}"))
     if sent := words.sent(plan):
         facts.append(("traffic", sent))
@@ -110,21 +112,23 @@ def _memory(survey: Survey, plan: Plan) -> list[Element]:
 
 def _placements(survey: Survey) -> Table:
     rows: list[TableRow] = []
-    for one in survey.placements:
-        chosen = one.name == survey.placement
-        last = ("", "", (one.shortage or "").replace(" GiB", ""))
-        if one.fits:
-            speed = short_count(one.tokens_per_second) if one.tokens_per_second else "?"
-            micro = f"{one.micro_batch_size}{'*' * one.activation_checkpointing}"
-            last = (micro, speed, "chosen" if chosen else "fits")
-        rows.append((f"{'▸ ' * chosen}{one.name}", gib(one.device_bytes), gib(one.host_bytes), *last))
+    for placement in survey.placements:
+        is_chosen = placement.name == survey.placement
+        last = ("", "", (placement.shortage or "").replace(" GiB", ""))
+        if placement.fits:
+            speed = short_count(placement.tokens_per_second) if placement.tokens_per_second else "?"
+            micro = f"{placement.micro_batch_size}{'*' * placement.activation_checkpointing}"
+            last = (micro, speed, "chosen" if is_chosen else "fits")
+        rows.append(
+            (f"{'▸ ' * is_chosen}{placement.name}", gib(placement.device_bytes), gib(placement.host_bytes), *last)
+        )
     header = ("placement", "device", "host", "batch", "tokens/s", "")
     return Table("", header, tuple(rows), frozenset(range(1, len(header) - 1)))
 
 
 def _legend(survey: Survey) -> str:
     host = "each host" if survey.num_machines > 1 else "the host"
-    return f"GiB on each device, on {host}; batch: rows a pass on each device, * activations recomputed"
+    return f"GiB on each device and {host}; batch: rows per pass on each device, * with activation checkpointing"
 
 
 def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
@@ -132,9 +136,9 @@ def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
     rows = counted(plan.global_batch_size, "row")
     epochs = f"{plan.num_train_epochs:g} {'epoch' if plan.num_train_epochs == 1 else 'epochs'}"
     steps = f"{plan.total_steps:,} of {rows} ({batch}), {epochs}"
-    doubt = "from a busy machine, see above" if plan.busy else "can be off by half"
+    doubt = "measured on a busy machine, see above" if plan.busy else "can be off by half"
     placed = next((one for one in survey.placements if one.name == survey.placement), None)
-    # Over several machines more of the network would help.
+    # Shown because a faster network between machines would help.
     waits = f"; a step waits for the {NETWORK}" if placed is not None and placed.bound_by == NETWORK else ""
     parts = {"steps": need.train_seconds, "evaluations": need.eval_seconds, "checkpoints": need.save_seconds}
     training = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
@@ -148,16 +152,16 @@ def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
 
 
 def _settings(settings: Sequence[Setting]) -> list[Element]:
-    """Those that were chosen with their reasons; the recipe's own and the defaults in a line."""
+    """Return the chosen settings with reasons; the recipe's own and the defaults in one line."""
     reasoned = [one for one in settings if one.reason not in ("default", FROM_RECIPE)]
     rows = [(one.name, in_yaml(one.value), one.reason) for one in reasoned]
     long = [Paragraph(f"{name}: {value} ({why})") for name, value, why in rows if len(value) > WIDEST_VALUE]
     short = tuple(row for row in rows if len(row[1]) <= WIDEST_VALUE)
     blocks = ("method", "train", "evaluate")
     named = [one for one in settings if one.reason == FROM_RECIPE and one.name.partition(".")[0] in blocks]
-    given = [f"{one.name.split('.')[-1]} {in_yaml(one.value)}" for one in named if one.name != "method.kind"]
+    from_recipe = [f"{one.name.split('.')[-1]} {in_yaml(one.value)}" for one in named if one.name != "method.kind"]
     defaults = counted(sum(one.is_automatic and one.reason == "default" for one in settings), "default")
-    start = f"from the recipe: {', '.join(given)};" if given else "and"
+    start = f"from the recipe: {', '.join(from_recipe)};" if from_recipe else "and"
     return [
         Table("", ("chosen", "value", "why"), short),
         *long,
@@ -172,43 +176,43 @@ def _ways_out(survey: Survey) -> list[Element]:
     )
     table = Table("", ("change", "frees GiB", "enough", "costs"), rows, frozenset({1}))
     flags = [
-        Code(f"{number}  {given}", "sh") for number, way in enumerate(survey.ways_out, 1) if (given := as_flags(way))
+        Code(f"{number}  {flag}", "sh") for number, way in enumerate(survey.ways_out, 1) if (flag := as_flags(way))
     ]
-    said = Paragraph("to see the plan of one, add to the command (a --for takes the place of yours):")
-    return [table, said, *flags] if flags else [table]
+    lead = Paragraph("to plan one of them, add to the command (--for replaces yours):")
+    return [table, lead, *flags] if flags else [table]
 
 
 def _what_next(survey: Survey, plan: Plan | None) -> list[Element]:
-    """The commands that measure what the advice can only guess, and that run the plan."""
+    """Return the commands that measure what the advice can only estimate, and that run the plan."""
     if plan is None:
-        return [Paragraph("nothing fits as it is: first take one of the ways out")]
+        return [Paragraph("nothing fits as it is: choose one of the ways out first")]
     blocks: list[Element] = []
     if survey.comparison:
         blocks.append(Paragraph("to decide on your own rows: a fair comparison, each method at its best rate"))
         blocks.append(Code(survey.comparison, "sh"))
     elif survey.full_fits:
-        where = "with methods: [full, lora] in place of method in the recipe, on one machine, without ZeRO"
+        where = "with methods: [full, lora] instead of method in the recipe, on one machine, without ZeRO"
         blocks.append(Paragraph(f"to decide on your own rows: fulltune compare, {where}"))
     if survey.command:
-        machines = "; RANK counts the machines from 0, HOST is the name of 0" if survey.num_machines > 1 else ""
+        machines = "; RANK counts the machines from 0, HOST is the name of machine 0" if survey.num_machines > 1 else ""
         blocks += [Paragraph(f"to run this plan{machines}"), Code(survey.command, "sh")]
     return blocks
 
 
-def measured(found: Measurements) -> Table:
-    """Each setting's memory, speed and loss, by a step each; the loss as the difference to the first one that ran."""
-    first = next((row.loss for row in found.rows if row.loss is not None), None)
+def measured(measurements: Measurements) -> Table:
+    """Return memory, speed and loss of one step per setting; the loss as a difference to the first one."""
+    first = next((row.loss for row in measurements.rows if row.loss is not None), None)
     rows = tuple(
         (
             f"{'▸ ' * row.is_best}{row.name}{f': {row.problem}' if row.problem else ''}",
             format_bytes(row.peak_memory_bytes) if row.peak_memory_bytes else "–",
             f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "–",
-            # Of another micro batch it is the loss of other rows.
+            # Another micro batch has other rows, so its loss is not comparable.
             "–" if row.loss is None or first is None or row.kind == "micro batch" else _loss(row.loss, first),
         )
-        for row in found.rows
+        for row in measurements.rows
     )
-    caption = f"measured, one step each; {format_bytes(found.available_bytes)} can be used; ▸: taken"
+    caption = f"measured, one step each; {format_bytes(measurements.available_bytes)} available; ▸: chosen"
     return Table(caption, ("settings", "peak memory", "tokens/s", "loss"), rows, frozenset({1, 2, 3}))
 
 

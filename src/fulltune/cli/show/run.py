@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live line on a terminal, plain lines elsewhere. All on stderr."""
+"""Progress of a run on stderr: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from fulltune.report.run.about_training import check_table
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
 _MOST_ROWS = 8
-"""Of a skipped step."""
+"""Most row numbers listed for a skipped step."""
 
 
 class Display:
-    """Shows a run's events on a console, with a live line in a terminal; `details`: with tables of data and plan."""
+    """Shows a run's events on a console, with a live line in a terminal. `details` adds tables of data and plan."""
 
     def __init__(self, console: Console, details: bool = True) -> None:
         self.console, self.details = console, details
@@ -62,7 +62,7 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.progress.live.is_started:  # the end of one that never was prints an empty line
+        if self.progress.live.is_started:  # stopping an unstarted one would print an empty line
             self.progress.stop()
 
     def __call__(self, event: Event) -> None:
@@ -104,7 +104,7 @@ class Display:
             self.console.print(f"[dim]{name}[/dim]")
 
     def _live(self, name: str, done: float | None, total: float | None, facts: str) -> bool:
-        """Show it in the live line; False: there is none."""
+        """Update the live line; return False without a terminal."""
         self.progress.update(self.task, description=name, completed=done, total=total, facts=facts)
         return self.progress.live.is_started
 
@@ -141,11 +141,11 @@ class Display:
         self.console.print(f"step {event.step:>5}  epoch {event.epoch:.2f}  eval {values}")
 
     def _data(self, summary: DataSummary, is_known: bool) -> None:
-        """All of it when it is new; of a run that goes on, the numbers of rows."""
+        """Show all facts of new data; for a resumed run only the numbers of rows."""
         self.summary = summary
         if self.details and is_known:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
-            self.console.print(f"[dim]rows as before: {rows}[/dim]")
+            self.console.print(f"[dim]rows unchanged: {rows}[/dim]")
         elif self.details:
             pages.show(self.console, rows_for_terminal(summary))
 
@@ -166,10 +166,10 @@ class Display:
     def _forecast(self, event: Forecast) -> None:
         memory = f", about {format_bytes(event.peak_memory_bytes)} of memory" if event.peak_memory_bytes else ""
         self.console.print(
-            f"training, with its evaluations and checkpoints, will take about "
+            f"training with evaluations and checkpoints will take about "
             f"{format_seconds(round(event.time.total_seconds))}{memory} (from the dry run)"
         )
         if scoring := event.time.around.values():
             each = format_seconds(max(1, round(sum(scoring))))
-            said = f"scoring a model on the test rows then takes about {each}, without generated answers"
-            self.console.print(f"[dim]{said}[/dim]")
+            line = f"scoring a model on the test rows will take about {each}, without generated answers"
+            self.console.print(f"[dim]{line}[/dim]")

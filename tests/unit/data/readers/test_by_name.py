@@ -87,7 +87,7 @@ def test_folders_named_for_splits_are_taken_as_these(tmp_path: Path, has_mark: b
         (tmp_path / "dataset_dict.json").write_text("{}")
     found, files = write_recipe(tmp_path, tmp_path / "recipe.yaml", None, False)
     data = load_recipe(tmp_path / "recipe.yaml").data
-    assert (found.num_rows, files[2]) == (20, ("more: its name says nothing of train, eval or test",))
+    assert (found.num_rows, files[2]) == (20, ("more: its name does not mention train, eval or test",))
     assert data.train == (f"{tmp_path}/train",)
     assert (data.eval, data.test) == (f"{tmp_path}/validation", f"{tmp_path}/test")
     with pytest.raises(DataError, match=rf"{tmp_path}: is given for training and holds validation, test, named"):
@@ -108,12 +108,12 @@ def test_folders_of_images_are_splits_only_if_they_hold_classes(tmp_path: Path, 
 
 def test_file_that_says_nothing_beside_train_is_named(tmp_path: Path) -> None:
     found = split_files(_folder(tmp_path, "train.csv", "labels.csv", "test.csv"))
-    unused = ("labels.csv: its name says nothing of train, eval or test",)
+    unused = ("labels.csv: its name does not mention train, eval or test",)
     assert found == ((tmp_path / "train.csv",), {"test": tmp_path / "test.csv"}, unused)
 
 
 def test_two_files_for_the_same_held_out_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"dev.csv, val.csv are all named as eval rows, expected one file; put them"):
+    with pytest.raises(DataError, match=r"expected one file of eval rows, found dev.csv, val.csv; put them"):
         split_files(_folder(tmp_path, "train.csv", "dev.csv", "val.csv"))
 
 
