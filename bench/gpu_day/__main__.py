@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one run of at most 25 minutes.
+"""All measurements that need a GPU, in one run of at most 25 minutes.
 
     make gpu-day
     python -m bench.gpu_day [--folder runs/gpu-day] [--again memory speed ...] [--only tests ...] [--minutes 25]
@@ -29,7 +29,7 @@ NAMES = [part.name for part in parts.PARTS]
 
 
 def _look(folder: Path) -> here.Here:
-    """This machine, seen by another process: this one holds nothing of the card."""
+    """Look at this machine in another process, so that this one never holds memory of the card."""
     command = [sys.executable, "-m", "bench.gpu_day", "--look", "--folder", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -38,7 +38,7 @@ def _look(folder: Path) -> here.Here:
 
 
 def _run_part(name: str, folder: Path, seconds: float) -> None:
-    """In the part's own process."""
+    """Run a part in this process."""
     from bench.gpu_day import checks, memory, processes, speed
 
     machine = here.Here.of(json.loads((folder / "here.json").read_text(encoding="utf-8")))

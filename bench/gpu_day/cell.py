@@ -1,4 +1,4 @@
-"""One measurement of memory: a model of random weights takes two whole steps in a process of its own.
+"""Measure memory: a model of random weights takes two whole steps in a process of its own.
 
 `measured` starts `python -m bench.gpu_day.cell FOLDER JSON` and reads its answer. The process plans the run as a user's
 would be planned, reads the weights, and lets fulltune's worker do its checks and its dry run: two passes and a step on
@@ -23,7 +23,7 @@ from fulltune.plan.memory import CUDA_CONTEXT_BYTES
 
 ZERO = ("zero2", "zero3")
 SEEN = ("loading", "step", "evaluation")
-"""Phases of the plan that the process goes through."""
+"""Phases of the plan that the measured process passes."""
 
 
 def measured(cell: Cell, folder: Path, seconds: float, **train: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def measured(cell: Cell, folder: Path, seconds: float, **train: Any) -> dict[str
 
 
 def save_random(cell: Cell, folder: Path) -> Path:
-    """Write a model of random bf16 weights without making it: a block of numbers over and over, vectors of ones.
+    """Write a model of random bf16 weights without building it: a repeated block of numbers, and vectors of ones.
 
     8 B parameters are 16 GB on the disk, and as many as it can write in a second.
     """
@@ -97,7 +97,7 @@ def _bf16(values: Any) -> Any:
 
 
 def _work(folder: Path, cell: Cell, train: dict[str, Any]) -> dict[str, Any]:
-    """In the process of the cell."""
+    """Plan and measure a cell in this process."""
     from fulltune import api, pipeline
     from fulltune.errors import DoesNotFitError
     from fulltune.system.memory import life_peak_bytes
@@ -158,7 +158,7 @@ def _stop_after(step: int) -> Any:
 
 
 def _on_gpu(device: str) -> dict[str, int]:
-    """What the allocator gave and took, and what lies outside of it: CUDA's context, libraries, the driver."""
+    """Peak bytes that torch allocated and reserved, and bytes outside of it: CUDA's context, libraries, driver."""
     if device != "cuda":
         return {}
     import torch
@@ -170,7 +170,7 @@ def _on_gpu(device: str) -> dict[str, int]:
 
 
 def against_plan(answer: dict[str, Any]) -> dict[str, float | int | None]:
-    """The plan's error against what was reserved and what lies outside, and against the tensors alone."""
+    """The plan's relative error against reserved and outside memory together, and against the tensors alone."""
     if "reserved_bytes" not in answer:
         return {"planned_error": None, "planned_tensors_error": None}
     whole = answer["reserved_bytes"] + answer["outside_bytes"]

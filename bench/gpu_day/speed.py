@@ -37,12 +37,12 @@ RACES = {
         40,
     ),
 }
-"""Model, contestants and steps. tuned: rows of similar length together."""
+"""Model, contestants and steps; tuned contestants group rows of similar length."""
 TINY = {"tiny llama": (sized("tiny", "llama", (64, 2, 2000), (4, 48)), (OURS, "trainer-tuned", "trl"), 4)}
 
 
 def compare(here: Here, folder: Path, rows: Rows) -> None:
-    """Each race some times over, the contestants in turn, and the medians of the ratios within a repetition."""
+    """Repeat each race with the contestants in turn, and take medians of the ratios within a repetition."""
     fresh(folder)
     precision = half_precision(here) if here.cards else "fp32"
     for number, (case, (cell, names, steps)) in enumerate((RACES if here.cards else TINY).items()):
@@ -65,7 +65,7 @@ def _race(
     leave_seconds: float,
     missing: str,
 ) -> None:
-    """Repeat while there is time; rivals in the row of each repetition, and their medians in the last."""
+    """Repeat while there is time; add a row for each repetition, and a last one with the medians."""
     others = [name for name in names if name != OURS]
     ratios: dict[str, list[float]] = {name: [] for name in others}
     took = 0.0
@@ -91,7 +91,7 @@ def _race(
 
 
 def _prepared(here: Here, cell: Cell, steps: int, folder: Path) -> Path:
-    """A run folder with rows of many lengths, prepared and planned by fulltune."""
+    """Prepare and plan a run over rows of many lengths."""
     device = "cuda" if here.cards else "cpu"
     extra = {"oversubscribe": False, "chunked_loss": None}
     recipe = write_recipe(
@@ -112,7 +112,7 @@ def _prepared(here: Here, cell: Cell, steps: int, folder: Path) -> Path:
 
 
 def _contestant(name: str, run: Path, precision: str) -> float:
-    """Tokens a second of one training."""
+    """Run a contestant in a process of its own; returns its tokens per second."""
     command = [sys.executable, "-m", "bench.gpu_day.speed", name, str(run), precision]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -173,7 +173,7 @@ def _trainer(model: Any, rows: list[dict[str, Any]], arguments: dict[str, Any]) 
 
 
 def _trl(model: Any, run: Path, rows: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
-    """TRL on the same tokens; without recomputing, which fulltune does not do here either."""
+    """Train with TRL on the same tokens, without activation checkpointing, which fulltune does not use here either."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl.trainer.sft_config import SFTConfig

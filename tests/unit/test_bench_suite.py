@@ -119,3 +119,9 @@ def test_contestants_take_turns(tmp_path: Path) -> None:
     assert order == ["a", "b", "b", "a"]
     assert runs.median_ratio([2, 3, 10], [1, 1, 1]) == 3
     assert found == {"a": [1.0, 4.0], "b": [2.0, 3.0]}
+
+
+def test_evidence_page_has_the_figures_of_the_last_release() -> None:
+    page, last = results.PAGE.read_text(encoding="utf-8"), results.newest()
+    results.with_table(page, [line()])  # raises without the markers
+    assert last is None or page == results.with_table(page, results.read(last)), "run `python -m bench table`"
