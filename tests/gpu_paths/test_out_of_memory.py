@@ -110,7 +110,7 @@ def test_generic_text_that_cannot_be_read_ends_a_run_for_memory_alone(error: Bas
     trainer = SimpleNamespace(
         state=SimpleNamespace(global_step=0),
         args=SimpleNamespace(world_size=1),
-        passing=None,
+        forward_model=None,
         head=None,
         alive=None,
     )

@@ -24,6 +24,12 @@ def test_functions_are_there_and_unknown_ones_are_refused(tmp_path: Path) -> Non
         fulltune.job(_recipe(tmp_path), metric=len)
 
 
+def test_events_go_to_the_listener_and_are_printed_without_one(tmp_path: Path) -> None:
+    events: list[object] = []
+    assert fulltune.job(_recipe(tmp_path), listener=events.append).listener == events.append
+    assert callable(fulltune.job(_recipe(tmp_path)).listener)
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_predictor_takes_a_text_or_a_path(tmp_path: Path, kind: type) -> None:
     with pytest.raises(SetupError, match=f"{tmp_path}: no finished model here"):
