@@ -20,7 +20,7 @@ from fulltune.data.written import kept_rows
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.tasks import shared_by
+from fulltune.recipe.tasks import shared_content
 from fulltune.records.data import SplitName
 from fulltune.tasks import Target
 from fulltune.text import counted, first_few
@@ -119,7 +119,7 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
     dev, remarks = splits["eval"], list[str]()
     if dev.num_rows < FEW_EVAL_ROWS:
         remarks.append(f"only {counted(dev.num_rows, 'eval row')}: hardly enough to tell which weights are better")
-    remarks += _shared(splits, "groups", shared_by(target.columns), " (equal, or nearly so)" if near else "")
+    remarks += _shared(splits, "groups", shared_content(target.columns), " (equal, or nearly so)" if near else "")
     of_classes = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
     if "label" not in target.columns:
         return remarks

@@ -24,7 +24,7 @@ from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule
 from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
-from fulltune.recipe.training import PER_TENSOR
+from fulltune.recipe.training import PER_TENSOR_OPTIMIZERS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.system import run_folder as folders
@@ -84,8 +84,8 @@ def problems_of(recipe: Recipe) -> list[str]:
         problems.append(f"method.kind: '{recipe.method.kind}' is not built for Lightning, full is; use 'fulltune run'")
     if recipe.is_searched:
         problems.append("search: is done by 'fulltune run'; give a setting in its place")
-    if recipe.train.optim not in (None, *PER_TENSOR):
-        optimizers = ", ".join(PER_TENSOR)
+    if recipe.train.optim not in (None, *PER_TENSOR_OPTIMIZERS):
+        optimizers = ", ".join(PER_TENSOR_OPTIMIZERS)
         problems.append(f"train.optim: '{recipe.train.optim}' is not built for Lightning; take one of {optimizers}")
     return problems
 

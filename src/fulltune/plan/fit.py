@@ -15,7 +15,7 @@ from fulltune.plan.settings import PLACEMENT, Reasons
 from fulltune.plan.workload import Basis, Workload, basis_of
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.tasks import FACTS, greater_is_better
-from fulltune.recipe.training import SHARED_OUT, Placement
+from fulltune.recipe.training import SHARDABLE_OPTIMIZERS, Placement
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, DiskNeed, Plan, TimeNeed
 from fulltune.system import sharing
@@ -158,7 +158,7 @@ def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | No
     train = recipe.train
     if train.device == "cpu" and machine.gpus:
         return "it would use the GPUs"
-    if train.optim not in (None, *SHARED_OUT):
+    if train.optim not in (None, *SHARDABLE_OPTIMIZERS):
         return f"{train.optim} needs whole tensors"
     if train.use_liger_kernel:
         return "Liger's kernels are untested with it"

@@ -66,7 +66,7 @@ class DataBlock(Block):
     Default: the first line has the names."""
     encoding: str = "utf-8"
     """Character encoding of text files, such as `utf-8`, `cp1252` (Excel's csv in Western Europe), `latin-1`, `utf-16`
-    or `shift_jis`. All files of `train`, `eval` and `test` share it."""
+    or `shift_jis`. All files share it."""
     text: str | None = None
     """Column with the text (text-classification; causal-lm on raw text). Default for this and other columns: recognised
     by its name."""
@@ -77,11 +77,11 @@ class DataBlock(Block):
     """Column with the target: a class name, a list of class names, or a number. For multiple-choice: the number or the
     text of the right choice."""
     tokens: str | None = None
-    """Column with the words of a sentence (token-classification): a list, or words separated by spaces."""
+    """Column with the words of a sentence (token-classification): a list, or text with spaces."""
     tags: str | None = None
     """Column with one BIO tag per word (token-classification)."""
     source: str | None = None
-    """Column with the text to read (seq2seq): the document to summarise, or the sentence to translate."""
+    """Column with the text to read (seq2seq), to summarise or translate."""
     target: str | None = None
     """Column with the text to write (seq2seq)."""
     source_prefix: str | None = None
@@ -114,21 +114,20 @@ class DataBlock(Block):
     chat_template: str | None = None
     """Jinja file with a chat template, for tokenizers without one."""
     max_length: int | None = Field(default=None, ge=8)
-    """Longest row in tokens. Default: the longest row in the data, up to the model's limit and up to 512
-    (classification), 2048 (causal-lm) or 1024 (raw text). Lower it to save memory."""
+    """Longest row in tokens; lower it to save memory. Default: the longest row in the data, up to the model's limit and
+    512 (classification), 2048 (causal-lm) or 1024 (raw text)."""
     text_rows: TextRows = "auto"
-    """Rows of a .txt file: each line, each paragraph (up to a blank line), or sections of paragraphs with about 4,000
+    """Rows of a .txt file: lines, paragraphs (up to a blank line), or sections of paragraphs with about 4,000
     characters (for books). `auto`: sections if blank lines separate paragraphs, otherwise lines."""
     packing: bool | None = None
     """Put several short texts into one block of `max_length` tokens, without attention between them (causal-lm on raw
-    text). Default: on if a check shows that the model keeps them separate."""
+    text). Default: on if the model keeps them separate, which is checked."""
     stride: int | None = Field(default=None, ge=0)
     """Tokens by which the windows of a long context overlap (question-answering). Default: a third of a window."""
     undecodable_images: Literal["error", "drop"] = "error"
     """`error` lists images that cannot be decoded and stops; `drop` drops and lists them."""
     truncation_strategy: Literal["truncate", "drop", "error"] = "truncate"
-    """What to do with rows longer than `max_length`. Rows whose whole answer would be cut off are always dropped and
-    listed."""
+    """What to do with longer rows. Rows whose whole answer would be cut off are always dropped and listed."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     """Share of train that becomes eval rows if `eval` is not given, at most 2,000 rows."""
     test_fraction: float = Field(default=0.1, gt=0, lt=0.5)
@@ -149,14 +148,13 @@ class DataBlock(Block):
     contamination: str | None = Field(default=None, coerce_numbers_to_str=True)
     """File or folder of texts that must not be trained on, such as benchmarks (txt: a line or paragraph each; tables:
     every text column). Train rows with an equal text, or half of the 8-word sequences of the shorter text, are counted
-    and reported, not dropped. Ignored are case, white space, answers under 8 words and sequences in over 100 texts. Not
+    and reported, not dropped. Case, white space, answers under 8 words and sequences in over 100 texts are ignored. Not
     for images."""
     patch: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """File of decisions about single rows, written by `fulltune data --review`: which rows to drop, which texts or
-    labels to replace. A patch made for other rows is refused."""
+    """File of decisions about single rows by `fulltune data --review`: which to drop, which texts or labels to replace.
+    A patch for other rows is refused."""
     max_rows: int | None = Field(default=None, ge=10)
-    """Use at most this many rows of each file, drawn with `split_seed` and including up to three of each label, for a
-    quick try."""
+    """Most rows to use of each file, drawn with `split_seed` and with up to three of each label, for a quick try."""
 
     @field_validator("train", mode="before")
     @classmethod

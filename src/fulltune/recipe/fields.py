@@ -54,7 +54,6 @@ class Recipe(Block):
     @model_validator(mode="before")
     @classmethod
     def _expand_short_forms(cls, values: Any) -> Any:
-        """Expand `model: NAME`, `method: KIND` and a method without `kind`."""
         if not isinstance(values, dict):
             return values
         expanded = dict(values)
@@ -88,11 +87,10 @@ class Recipe(Block):
         return self
 
     def fingerprint(self) -> str:
-        """Hash the settings that shape a run; recipes with equal hashes continue each other's run."""
+        """Hash the settings that shape a run; equal recipes continue each other's run."""
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()[:16]
 
     def shaping(self) -> dict[str, Any]:
-        """Return all settings that shape a run."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         # Of the machine, not of the result; but several runs are compared in memory and time as well.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
@@ -109,7 +107,7 @@ class Recipe(Block):
         return VARIANT if kind == "full" and method != first else kind
 
     def with_method(self, method: ComparedMethod) -> Recipe:
-        """Return the recipe of a run with one method, and with its changes of `train`."""
+        """Return the recipe of a run with one of its methods."""
         changes = {"method": method, "methods": (), "train": self.train}
         if own := getattr(method, "train", {}):
             changes["train"] = TrainBlock.model_validate({**self.train.model_dump(exclude_unset=True), **own})

@@ -1,6 +1,7 @@
-"""Read a recipe file: YAML, `${NAME}`, `--set` overrides; report all problems at once with their lines.
+"""Read a recipe file: YAML, `${NAME}`, `--set` overrides. All problems are reported at once.
 
 Imports neither torch nor transformers, so that errors appear within half a second.
+
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from fulltune.text import did_you_mean, near_names
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Lines = Mapping[str, int | str]
-"""Line, or `--set` override, of each setting by its dotted name, such as `methods.0.rank`."""
+"""Line, or `--set` override, of each setting's dotted name, such as `methods.0.rank`."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -36,16 +37,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: A YAML file.
-        overrides: `block.name=value` strings, as for `--set`; values are YAML.
+        overrides: `block.name=value` strings, as for `--set`.
 
     Returns:
-        The checked recipe with absolute paths.
+        The recipe with absolute paths.
 
     Raises:
-        RecipeError: With all problems, each with file, line and what was expected.
+        RecipeError: With all problems, each with its line and what was expected.
 
     Example:
         >>> recipe = load_recipe("banking77.yaml", ["train.num_train_epochs=1"])  # doctest: +SKIP
+
     """
     path = Path(path)
     try:
@@ -96,11 +98,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Recipe:
-    """Turn plain values into a recipe, or raise a `RecipeError` with every problem.
-
-    Rules of a block only run when all its settings are valid, so wrong ones are removed and the rest is checked
-        again.
-    """
+    """Turn plain values into a recipe, or raise a `RecipeError` with every problem. Rules of a block need valid
+    settings, so wrong ones are removed and the rest is checked again."""
     problems, removed, remaining = list[str](), set[str](), copy.deepcopy(values)
     if "method" in values and values.get("methods"):  # a checked recipe always has a `method`
         problems.append(
@@ -136,12 +135,12 @@ def _placed(problem: str, path: Path, lines: Lines) -> str:
 
 
 def _not_about(problems: Iterable[str], removed: set[str]) -> list[str]:
-    """Drop problems that name a removed setting: they may follow from its removal."""
+    """Drop problems that name a removed setting, as they may follow from its removal."""
     return [problem for problem in problems if not removed & {*re.findall(r"\w+\b(?!\.\w)", problem)}]
 
 
 def _corrects_kind(item: ErrorDetails, values: dict[str, Any]) -> bool:
-    """Correct a misspelt kind, so that the other settings of its block are checked."""
+    """Correct a misspelt kind, so that its block's other settings are checked."""
     if item["type"] != "union_tag_invalid":
         return False
     near = near_names(item["ctx"]["tag"], _named(item["ctx"]["expected_tags"]))
@@ -153,7 +152,7 @@ def _corrects_kind(item: ErrorDetails, values: dict[str, Any]) -> bool:
 
 
 def _remove(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
-    """Remove the settings of a pydantic error from the recipe and yield their names."""
+    """Remove the settings of an error from the recipe and yield their names."""
     block, at = values, _in_file(item)
     if len(at) > 1 and isinstance(values.get(at[0]), dict):
         block, at = values[at[0]], at[1:]
@@ -211,13 +210,10 @@ def _describe(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
 
 _DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio", ".txt")
 _IN_WORDS = {"integer": "whole number", "string": "text"}
-"""Our words for pydantic's types."""
 _FEW = 12
-"""Most names to list in a message."""
 
 
 def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
-    """Suggest a replacement for an unknown setting."""
     name, block = str(at[-1]), at[:-1]
     if block[:2] != ("data", "train") and (answer := recipe_rules.answer(name)) is not None:
         return answer
@@ -251,7 +247,6 @@ def _expected(expected: str, value: object) -> str:
 
 
 def _inside(annotation: object) -> list[type[Block]]:
-    """Return the blocks that a setting of this type may contain."""
     if isinstance(annotation, type) and issubclass(annotation, Block):
         return [annotation]
     return [block for inner in get_args(annotation) for block in _inside(inner)]
@@ -263,7 +258,7 @@ _KINDS: dict[str, type[Block]] = {
 
 
 def _in_file(item: ErrorDetails) -> tuple[Any, ...]:
-    """Return an error's location in the file, without the kinds and union branches that pydantic inserts."""
+    """Return an error's location in the file, without parts that pydantic inserts."""
     at = item["loc"]
     kind_at = {"method": 1, "methods": 2}.get(str(at[0]) if at else "")
     parts = [part for number, part in enumerate(at) if not (number == kind_at and part in _KINDS)]
@@ -273,7 +268,7 @@ def _in_file(item: ErrorDetails) -> tuple[Any, ...]:
 
 
 def _fields(at: Sequence[str | int], values: Any = None) -> dict[str, Any]:
-    """Return the fields at a location: of one method if `values` names its kind, otherwise of all."""
+    """Return the fields at a location, of all kinds of methods unless `values` names one."""
     blocks: list[type[Block]] = [Recipe]
     for part in at:
         if isinstance(part, str):
@@ -301,7 +296,6 @@ def _kind(value: object) -> str:
 
 
 def _lines(node: Any, before: str = "") -> Iterable[tuple[str, int]]:
-    """Yield the dotted name and line of each setting, including those in lists."""
     inner = node.value if isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) else []
     for number, entry in enumerate(inner):
         key, value = entry if isinstance(entry, tuple) else (None, entry)
@@ -324,11 +318,11 @@ def _substitute(value: Any, name: str, problems: list[str]) -> Any:
 
 
 _SHORT = {"model": "name", "method": "kind"}
-"""Blocks with a short form, and the setting that it sets."""
+"""Blocks with a short form, and the setting it sets."""
 
 
 def _override(values: dict[str, Any], override: str) -> str:
-    """Apply one `block.name=value`, with a YAML value, and return its name; `ValueError` if that is impossible."""
+    """Apply one `block.name=value` and return its name; `ValueError` if that is impossible."""
     name, separator, text = (part.strip() for part in override.partition("="))
     *blocks, last = name.split(".")
     if not separator or not all((*blocks, last)):

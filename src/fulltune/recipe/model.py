@@ -1,4 +1,4 @@
-"""The base of all recipe blocks, and the blocks `model`, `preserve`, `evaluate` and `compare`."""
+"""The base of all recipe blocks, and the smaller blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 def read_by(parse: Callable[[str], float]) -> BeforeValidator:
-    """Refuse a value that `parse` cannot read; keep the value as it is written."""
+    """Refuse a value that `parse` cannot read."""
 
     def check(value: Any) -> Any:
         if value is not None:
@@ -29,7 +29,7 @@ Duration = Annotated[str, read_by(parse_seconds)]
 
 
 class Block(BaseModel):
-    """Base of all blocks: frozen, unknown keys refused. The docstring of a field is its documentation."""
+    """Base of all blocks: frozen, unknown keys refused, fields documented by their docstrings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -54,13 +54,13 @@ class ModelBlock(Block):
     """Sets every dropout probability of the model. Default: the model's own values."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
     """Attention kernel. Default: chosen by transformers, mostly `sdpa`. `flash_attention_2` (package flash-attn) needs
-    a GPU of compute capability 8.0 or newer (Ampere), `flash_attention_3` 9.0 (Hopper). Both always compute in 16 bits;
-    neither was ever run here."""
+    a GPU of compute capability 8.0 (Ampere), `flash_attention_3` 9.0 (Hopper); both compute in 16 bits. Neither was
+    ever run here."""
     trust_remote_code: bool = False
     """Run Python files that come with the model. They can do anything that your account can do: read them first."""
     allow_pickled_weights: bool = False
-    """Load `pytorch_model.bin`. PyTorch's restricted loader is used, but pickle has a history of vulnerabilities:
-    prefer safetensors."""
+    """Load `pytorch_model.bin`. PyTorch's restricted loader is used, but prefer safetensors: pickle has a history of
+    vulnerabilities."""
 
     def in_words(self) -> str:
         """Return the name with all settings that are not defaults."""
@@ -78,20 +78,19 @@ ShareText = Annotated[str | float, read_by(parse_share)]
 
 
 class PreserveBlock(Block):
-    """Measure, and with a budget limit, what the model forgets: full fine-tuning changes every weight, also those
-    behind other abilities."""
+    """Measure and limit forgetting: full fine-tuning changes every weight, also those behind other abilities."""
 
     drift: bool = True
-    """Measure the drift on generic text at each evaluation: the rise of the loss (language models), or the change of
-    hidden states (others). Costs about 1 % of training time, more for very short runs, which read at least 8 texts."""
+    """Measure the drift on generic text at each evaluation: the rise of the loss (language models) or the change of
+    hidden states. Costs about 1 % of training time, more for very short runs."""
     probe: str | None = None
     """Text file of what the model should still be able to do, one text per line or paragraph. Default: docstrings of
     Python's standard library."""
     budget: ShareText | None = None
     """Most drift on generic text, such as `1%`: how much less likely a token may become (language models), or 1 -
-    cosine of the mean hidden states (others). Training then also replays generic text, and keeps the best weights
-    between the pretrained and the trained ones that stay within the budget, confirmed on sealed texts. For `full` and
-    `lora`, in a single run."""
+    cosine of the mean hidden states. Generic text is then replayed in training, and the best weights between pretrained
+    and trained that stay within the budget are kept, confirmed on sealed texts. For `full` and `lora`, in a single
+    run."""
     replay: str | None = AUTO
     """Text file to replay under a budget. `auto`: a part of the probe's texts; `null`: replay nothing."""
 
@@ -113,13 +112,12 @@ class EvaluateBlock(Block):
     """Also score baselines that cost no training: the majority class and a linear probe, or the untouched language
     model."""
     bootstrap_samples: int = Field(default=1000, ge=100)
-    """Bootstrap resamples behind each interval. Rows with the same or nearly the same text, prompt or passage are drawn
-    together."""
+    """Bootstrap resamples behind each interval. Rows with similar text, prompt or passage are drawn together."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Confidence level of the intervals."""
     generate_rows: int = Field(default=100, ge=0)
-    """Test rows with different prompts for which answers are generated and compared (causal-lm, seq2seq), drawn with
-    `data.split_seed`. 0: none."""
+    """Test rows for which answers are generated and compared (causal-lm, seq2seq), drawn with `data.split_seed` from
+    different prompts. 0: none."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest generated answer, in tokens."""
 
@@ -128,7 +126,7 @@ class CompareBlock(Block):
     """How `fulltune compare` compares methods: on the same rows, each at its best learning rate, over several seeds."""
 
     margin: float = Field(default=0.01, gt=0, lt=1)
-    """Smallest difference of the metric that matters to you. Smaller differences count as equivalent."""
+    """Smallest difference of the metric that matters to you; smaller ones count as equivalent."""
     seeds: int | None = Field(default=None, ge=1)
     """Most seeds per method. Default: 3, or 5 below 10,000 train rows."""
     sequential: bool = True
@@ -137,6 +135,5 @@ class CompareBlock(Block):
     """Length of each trial of the rate search as a share of a whole run, at least 10 steps. Methods that continue also
     get whole runs at their two best rates, or more while that helps."""
     budget: Duration | None = None
-    """Most time for all commands on a comparison, such as `30m` or `2h`; the plan says what fits, and a later
-    `--budget` continues an undecided one. For a run with `learning_rate: search`: most time of the search, the final
-    run included."""
+    """Most time for all commands on a comparison, such as `30m` or `2h`; a later `--budget` continues an undecided one.
+    With `learning_rate: search`: most time of the search, the final run included."""

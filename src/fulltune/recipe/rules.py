@@ -1,7 +1,7 @@
-"""Rules across settings: those without effect for a task, names unknown to transformers, combinations that exclude each
-other.
+"""Rules across settings: those without effect for a task, unknown names, and combinations that exclude each other.
 
-Imports neither torch nor transformers; all problems are reported together with those of single fields.
+Imports neither torch nor transformers.
+
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from fulltune.recipe.training import OWN_OPTIMIZERS, TrainBlock
 from fulltune.text import did_you_mean
 
 NO_PACKAGES = ("all", "none", "flyte")
-"""Values of `report_to` that need no package, and a tracker whose package transformers cannot find."""
+"""Values of `report_to` whose package need not, or cannot, be found."""
 
 
 def problems_of(recipe: Recipe) -> list[str]:
-    """List the impossible settings of a recipe, each starting with its name. Settings at their defaults pass."""
+    """List the impossible settings of a recipe, each starting with its name; defaults pass."""
     return [*_of_one_run(recipe), *_wrong_search(recipe), *_wrong_methods(recipe)]
 
 
@@ -50,13 +50,13 @@ def _of_one_run(recipe: Recipe) -> list[str]:
 
 
 def form_of(recipe: Recipe) -> Form | None:
-    """Return the form of the rows that the recipe sets; None if only the rows show it."""
+    """Return the form of rows that the recipe sets, if it sets one."""
     kind = recipe.data.problem_type
     return FORMS[kind] if kind != "auto" and kind in FACTS[recipe.task].types else None
 
 
 def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
-    """List the recipe's violations of `excluded.toml` for rows of a form."""
+    """List the recipe's violations of `excluded.toml`."""
     problems = []
     for setting, values, other, other_values, reason in _table("excluded")["excluded"]:
         block, _, field = setting.partition(".")
@@ -81,7 +81,6 @@ def _matches(value: object, values: bool | str | list[str]) -> bool:
 
 
 def _value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str) -> Any:
-    """Look up a dotted name of the table in the recipe."""
     block, *fields = name.split(".")
     value: Any = getattr(recipe, block, None)
     if fields:
@@ -104,7 +103,6 @@ def methods_of(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
 
 
 def _wrong_search(recipe: Recipe) -> Iterable[str]:
-    """Yield problems of the learning-rate search."""
     if recipe.methods:
         for place, method in methods_of(recipe):
             if getattr(method, "is_searched", False):
@@ -138,7 +136,6 @@ SHARED = (
 
 
 def _wrong_methods(recipe: Recipe) -> Iterable[str]:
-    """Yield problems of the methods' own `train` settings."""
     for place, method in methods_of(recipe):
         own = getattr(method, "train", {})
         if not own:
@@ -160,7 +157,7 @@ def _wrong_methods(recipe: Recipe) -> Iterable[str]:
 
 
 def _wrong_setting(error: ErrorDetails, own: Mapping[str, object]) -> str:
-    """Describe a wrong `train` setting of a method, after its name."""
+    """Describe a method's wrong `train` setting, after its name."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(name, list(TrainBlock.model_fields))
@@ -201,7 +198,7 @@ _TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number",
 
 @cache
 def _reader(annotation: str) -> TypeAdapter[Any]:
-    """Return a parser of a field's type that also reads numbers from texts (YAML reads `1e-5` as text)."""
+    """Return a parser of a field's type that also reads numbers from texts, as YAML reads `1e-5`."""
     types = {"bool": bool, "int": int, "float": float, "str": str, "None": None}
     names = annotation.replace(" ", "").split("|")
     union: Any = Union[tuple(types.get(name, Any) for name in names)]  # noqa: UP007  # of types that only the name tells
@@ -213,8 +210,7 @@ def _expected(annotation: str) -> str:
 
 
 def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert `train.extra` to transformers' types, such as `1800.0` to 1800; null keeps a field's default if it cannot
-    be None."""
+    """Convert `train.extra` to transformers' types; null keeps the default of a field that cannot be None."""
     known = training_arguments()
     return {
         name: _reader(known[name]).validate_python(value)
@@ -224,7 +220,6 @@ def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown_names(recipe: Recipe) -> list[str]:
-    """List optimizers and trackers that transformers does not have."""
     train = recipe.train
     given = {
         ("optim", "optimizer"): [] if train.optim in (None, *OWN_OPTIMIZERS) else [train.optim],
@@ -291,7 +286,7 @@ def _table(name: str) -> dict[str, Any]:
 
 
 def pinned() -> Mapping[str, str]:
-    """Fields of `transformers.TrainingArguments` that `train.extra` may not set, and what to do instead."""
+    """Fields of `transformers.TrainingArguments` that `train.extra` refuses, and what to do instead."""
     return dict(_table("elsewhere")["pinned"])
 
 
@@ -308,7 +303,7 @@ def answer(name: object) -> str | None:
 
 
 def training_arguments() -> Mapping[str, str]:
-    """Fields of `transformers.TrainingArguments` and their types as written there."""
+    """Fields of `transformers.TrainingArguments` with their types as written."""
     return _fields("training_args.py", "TrainingArguments")
 
 
@@ -319,13 +314,11 @@ def _fields(file: str, name: str) -> Mapping[str, str]:
 
 
 def optimizers() -> list[str]:
-    """Names of transformers' optimizers."""
     body = _definition("training_args.py", "OptimizerNames").body
     return sorted(ast.literal_eval(line.value) for line in body if isinstance(line, ast.Assign))
 
 
 def trackers() -> list[str]:
-    """Names of transformers' trackers."""
     table = _definition("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK").value
     return sorted(ast.literal_eval(key) for key in table.keys)
 
@@ -337,7 +330,6 @@ def _parsed(file: str) -> list[ast.stmt]:
 
 
 def _definition(file: str, name: str) -> Any:
-    """Find a class or table in one of transformers' files."""
     for line in _parsed(file):
         if name == getattr(line, "name", None) or (
             isinstance(line, ast.Assign) and name == ast.unparse(line.targets[0])

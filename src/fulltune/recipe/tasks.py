@@ -1,7 +1,4 @@
-"""Facts of each task, known without torch: inputs, outputs, settings, metrics and classes.
-
-The table is `tasks.toml`; a task's module has its row as `FACTS`.
-"""
+"""Facts of each task, known without torch. The table is `tasks.toml`; a task's module has its row as `FACTS`."""
 
 from __future__ import annotations
 
@@ -47,7 +44,7 @@ class Form:
     metrics: tuple[str, ...]
     """Metrics that can choose a checkpoint, the default first."""
     kind: str
-    """The rows in words, for a report."""
+    """The rows in words."""
     target: str = "label"
     """Word for what the model predicts."""
     label: str = "label"
@@ -57,9 +54,9 @@ class Form:
     longest: str = "longest row"
     """Word for what `max_length` limits."""
     worst: str = "Wrong test rows with the highest loss"
-    """Title of the table of worst mistakes."""
+    """Title of the worst mistakes."""
     question: str = '"a text"'
-    """Example question after `fulltune predict RUN`."""
+    """Example question for `fulltune predict RUN`."""
     how_to_ask: str = ""
     """How to ask the language model, in a sentence."""
     majority: str = "majority class"
@@ -69,17 +66,15 @@ class Form:
     num_outputs: int | None = None
     """Logits per item; None for one per label."""
     is_number: bool = False
-    """The target is a number, learned in units of the train rows' standard deviation."""
+    """The target is a number, learned in units of its standard deviation."""
     is_calibrated: bool = False
-    """Each row has one right class or choice, so a temperature can calibrate its probability."""
+    """A temperature can calibrate the probability of a row's only right label."""
     has_classes: bool = False
-    """A linear probe can judge the rows' labels."""
+    """A linear probe can judge the labels."""
     one_label: bool = False
-    """A row has exactly one label."""
     several_labels: bool = False
-    """A row has any number of labels."""
     tags_words: bool = False
-    """Each word of a row has a label."""
+    """Each word has a label."""
     row_shares: tuple[str, ...] = ()
     """Metrics that are shares of about as many items as rows."""
     has_windows: bool = False
@@ -87,9 +82,9 @@ class Form:
     reads_any_text: bool = False
     """A language model, whose loss on any text can be measured."""
     is_raw_text: bool = False
-    """Texts without prompts and answers; short ones may share a row."""
+    """Texts without prompts; short ones may share a row."""
     writes_answers: bool = False
-    """Rows have a prompt and an answer, and only the answer is trained."""
+    """Only the answer to a prompt is trained."""
 
     @property
     def labels_rows(self) -> bool:
@@ -98,7 +93,6 @@ class Form:
 
     @property
     def words(self) -> str:
-        """The name in a sentence."""
         return self.name.replace("_", " ")
 
 
@@ -117,28 +111,28 @@ class TaskFacts:
     auto_class: str
     """Name of the model class in transformers."""
     models: str
-    """What a model without that class lacks and which to take, after "a 'bert' model"."""
+    """What a model without that class lacks, after "a 'bert' model"."""
     hub: str
-    """`pipeline_tag` of a model card on the Hub."""
+    """`pipeline_tag` on the Hub."""
     data: tuple[str, ...]
-    """Settings of `data` that this task reads and some others do not."""
+    """Settings of `data` that only some tasks read."""
     types: tuple[ProblemType, ...]
     """Problem types of its rows; a plan without rows assumes the first."""
     length_cap: int
-    """Upper bound of the default `max_length`, in tokens."""
+    """Limit of the default `max_length`, in tokens."""
     scored_by: Literal["classifiers", "tagging", "spans", "language"]
-    """Module of `fulltune.evaluate` that scores its models and baselines."""
+    """Module of `fulltune.evaluate` that scores its models."""
     other_metrics: tuple[str, ...] = ()
     """Metrics that cannot choose a checkpoint."""
     reads: Literal["text", "image"] = "text"
     writes: bool = False
-    """The model writes text; other models have a head on their features."""
+    """The model writes text; other models have a head."""
     has_classes: bool = False
     """The task has classes, which may have weights."""
     has_forms: bool = False
-    """Rows of several problem types may be trained together."""
+    """Rows of several problem types may be mixed."""
     other_models: tuple[str, ...] = ()
-    """Model types that have the class but read or write differently, and are refused."""
+    """Model types that have the class but read or write differently."""
     peft: str | None = None
     """Task type in PEFT, if it has one."""
 
@@ -149,12 +143,11 @@ class TaskFacts:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """All metrics of the task."""
         return (*self.choosing, *self.other_metrics)
 
     @property
     def choosing(self) -> tuple[str, ...]:
-        """Metrics that can choose a checkpoint, over all problem types."""
+        """Metrics that can choose a checkpoint."""
         return tuple(dict.fromkeys(name for form in self.types for name in FORMS[form].metrics))
 
 
@@ -167,15 +160,14 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
 
 
 def greater_is_better(metric: str) -> bool:
-    """True if a higher value of the metric is better."""
     return metric not in ("loss", "perplexity", "rmse")
 
 
-def shared_by(columns: Collection[str]) -> str:
-    """Name what rows of a group share, by the roles of their columns."""
+def shared_content(columns: Collection[str]) -> str:
+    """Name what rows of a group share."""
     return next((word for role, word in _SHARED.items() if role in columns), "text")
 
 
 def stands_in_train(columns: Collection[str], near: bool) -> str:
     """Describe a leaked test row, such as `text also stands in train`."""
-    return f"{shared_by(columns)} also stands in train{' (equal, or nearly so)' if near else ''}"
+    return f"{shared_content(columns)} also stands in train{' (equal, or nearly so)' if near else ''}"

@@ -14,16 +14,16 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
 Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"]
 OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
-"""fulltune's own optimizers; in transformers `adamw_8bit` means `adamw_bnb_8bit`."""
+"""fulltune's own; transformers' `adamw_8bit` means `adamw_bnb_8bit`."""
 
-SHARED_OUT = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+SHARDABLE_OPTIMIZERS = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that work on sharded tensors (FSDP2)."""
 
-PER_TENSOR = (*SHARED_OUT, "adafactor")
+PER_TENSOR_OPTIMIZERS = (*SHARDABLE_OPTIMIZERS, "adafactor")
 """Optimizers that update each tensor from its own gradient and state."""
 
 ENGINE_SETTINGS = "train.extra.deepspeed"
-"""Setting with DeepSpeed's settings, or with their file."""
+"""Setting with DeepSpeed's settings or their file."""
 
 
 class TrainBlock(Block):
@@ -37,8 +37,8 @@ class TrainBlock(Block):
     """Rows per optimizer step over all devices. Default: 32, or 16 for language models, and fewer for small data.
     Gradient accumulation follows from it."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows per device in one forward and backward pass; must divide the global batch. Lower it to save memory: the
-    result stays the same. If memory runs out it is halved automatically, even if given."""
+    """Rows per device in one forward and backward pass; must divide the global batch. Lower it to save memory, with the
+    same result. If memory runs out it is halved, even if given."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0 to its peak. Default: chosen by task."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -52,14 +52,13 @@ class TrainBlock(Block):
     weight_decay: float = Field(default=0.01, ge=0)
     """Weight decay of AdamW; norms and biases have none."""
     optim: str | None = None
-    """Optimizer: `adamw_8bit` (moments in 8 bits: 2.1 instead of 8 bytes per parameter), `adamw_bf16` (moments in
-    bf16), both fulltune's own for CPU and CUDA, or any name of transformers, such as `adamw_torch_fused` or
-    `adafactor`. Default: `adamw_torch_fused` for fp32 weights, `adamw_bf16` for bf16 weights, `adamw_8bit` if nothing
-    else fits into memory."""
+    """Optimizer: `adamw_8bit` (moments in 8 bits: 2.1 instead of 8 bytes per parameter) or `adamw_bf16`, fulltune's own
+    for CPU and CUDA, or any of transformers, such as `adafactor`. Default: `adamw_torch_fused` for fp32 weights,
+    `adamw_bf16` for bf16 weights, `adamw_8bit` if nothing else fits into memory."""
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     """How bf16 weights take updates smaller than their precision. `stochastic` (the default): rounded up or down at
-    random, right on average; `kahan`: the remainder is stored in 2 more bytes per parameter; `nearest`: most updates at
-    usual learning rates are lost."""
+    random, right on average; `kahan`: the remainder is stored in 2 more bytes per parameter; `nearest`: most are lost
+    at usual learning rates."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -69,17 +68,17 @@ class TrainBlock(Block):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Largest global norm of the gradients; larger ones are scaled down. 0: no clipping."""
     skip_suspect_steps: bool = True
-    """Skip the update of a step whose loss and gradient norm are both outliers among the last 64 steps, as corrupted
-    rows cause (docs/concepts/guards.md). Non-finite steps are always skipped."""
+    """Skip the update of a step whose loss and gradient norm are both outliers among the last 64 steps
+    (docs/concepts/guards.md). Non-finite steps are always skipped."""
     max_rollbacks: int = Field(default=3, ge=0)
     """How often the run may return to its last good checkpoint after it diverged or skipped too many steps. It
     continues with the rows in another order, from the second time on at half the learning rate. 0: it stops."""
     hang_timeout: Duration | None = "30m"
-    """Time without a sign of life after which a training process is ended and the run resumes once from its last
+    """Time without a sign of life after which a training process is ended; the run resumes once from its last
     checkpoint. `null`: no limit."""
     notice: Duration | None = None
-    """Time between SIGTERM and the end of the machine, such as `30s` on a spot instance. The run warns before step 1 if
-    finishing a step and saving takes longer."""
+    """Time between SIGTERM and the end of the machine, such as `30s` on a spot instance. The run warns if finishing a
+    step and saving takes longer."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the other classes or tokens."""
     class_weights: str | dict[str | int, Any] | tuple[Any, ...] | None = None
@@ -88,35 +87,34 @@ class TrainBlock(Block):
     seed: int = Field(default=42, ge=0)
     """Seed of dropout, of the order of rows and of a randomly initialised head."""
     precision: Precision = "auto"
-    """Type of the computations. `auto`: bf16 on GPUs of compute capability 8.0 or newer (Ampere), fp16 with loss
-    scaling from 7.0 (Volta, Turing), otherwise fp32; on a CPU bf16 if it is faster. With several GPUs the oldest
-    decides. fp16 needs a GPU."""
+    """Type of the computations. `auto`: bf16 on GPUs of compute capability 8.0 (Ampere), fp16 with loss scaling from
+    7.0 (Volta, Turing), otherwise fp32; on a CPU bf16 if it is faster. The oldest GPU decides. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass: far less memory, about a third more compute. Default: on if the run
     would not fit otherwise, or if the larger micro batch makes it faster."""
     chunked_loss: bool | None = None
-    """Compute a language model's logits and loss for a few tokens at a time, so that all logits never exist together.
-    Default: on if the model's head allows it, which is checked before step 1."""
+    """Compute a language model's logits and loss for a few tokens at a time. Default: on if the model's head allows it,
+    which is checked."""
     torch_compile: bool | None = None
-    """Compile the model's repeated blocks (`torch.compile`). Costs a minute or more before step 1, so it pays in long
+    """Compile the model's repeated blocks (`torch.compile`). Takes a minute or more before step 1, which pays in long
     runs. Default: off; `fulltune plan --measure` tries it. Never run on a GPU."""
     use_liger_kernel: bool = False
     """Use Liger's Triton kernels for norms, feed-forward layers and rotary positions (`pip install 'fulltune[liger]'`),
-    which need less memory. Needs a GPU; never run on one here."""
+    to save memory. Needs a GPU; never run on one here."""
     memory_limit: Annotated[str, read_by(parse_bytes)] | None = None
-    """Most memory per training process, such as `6GiB`: of the GPU, or without one of the host (about 0.7 GiB of it for
-    Python and libraries). The plan keeps to it, and exceeding it counts as running out of memory. Without a GPU it
-    needs Linux; mapped files do not count."""
+    """Most memory per training process, such as `6GiB`: of the GPU, or without one of the host (about 0.7 GiB for
+    Python and libraries). The plan keeps to it; exceeding it counts as running out of memory. Without a GPU it needs
+    Linux; mapped files do not count."""
     group_by_length: bool | None = None
-    """Put rows of similar length into the same batch, which needs far less padding. Default: on, unless the target
-    explains a quarter or more of the length's variance: batches would then be one-sided."""
+    """Put rows of similar length into the same batch, to save padding. Default: on, unless the target explains a
+    quarter of the length's variance, as batches would be one-sided."""
     eval_strategy: Interval = "epoch"
     """When to evaluate and save a checkpoint: after each `epoch`, or every `eval_steps` `steps`."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Steps between two evaluations, with `eval_strategy: steps`."""
     eval_on_start: bool = True
-    """Also evaluate before step 1, as the start of the curves. A run that ends up worse than this, without a lower
-    train loss, is stopped (docs/concepts/guards.md)."""
+    """Also evaluate before step 1. A run that ends up worse than this, without a lower train loss, is stopped
+    (docs/concepts/guards.md)."""
     save_steps: int | None = Field(default=None, ge=1)
     """Steps between additional checkpoints, so that an interrupted run loses less."""
     save_total_limit: int = Field(default=2, ge=1)
@@ -126,7 +124,7 @@ class TrainBlock(Block):
     0 keep the last if its accuracy or F1 is within two standard errors of the best (docs/concepts/statistics.md)."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without improvement. This saves time but usually costs quality, as the learning
-    rate has not yet fallen to 0."""
+    rate has not fallen to 0."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
     """Smallest change of the eval metric that counts as improvement."""
     logging_steps: int | None = Field(default=None, ge=1)
@@ -135,7 +133,7 @@ class TrainBlock(Block):
         tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)
     ] = ()
     """Trackers of transformers: `tensorboard`, `wandb`, `mlflow`, `trackio` ... TensorBoard writes to
-    `RUN/tensorboard`, or to the folder in `TENSORBOARD_LOGGING_DIR`."""
+    `RUN/tensorboard`, or to `TENSORBOARD_LOGGING_DIR`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. `auto`: on a GPU if there is one, otherwise on the CPU."""
     num_processes: int = Field(default=1, ge=1)
@@ -143,19 +141,18 @@ class TrainBlock(Block):
     num_machines: int = Field(default=1, ge=1)
     """Machines with equally many processes and a shared folder (docs/guides/scale.md)."""
     placement: Placement = "auto"
-    """Layout of weights, gradients and optimizer state over processes. `single`: one process; `ddp`: replicated;
-    `fsdp2`: all sharded (PyTorch); `zero2`: gradients and state sharded, `zero3`: weights too (DeepSpeed). `auto`:
-    `single` for one process, otherwise `ddp` if it fits, else `fsdp2` (docs/guides/scale.md). A run may resume with
-    another number of processes and another of `single`, `ddp` and `fsdp2`; with `zero2` and `zero3` only as it
-    began."""
+    """Layout of weights, gradients and optimizer state. `single`: one process; `ddp`: replicated; `fsdp2`: all sharded
+    (PyTorch); `zero2`: gradients and state sharded, `zero3`: weights too (DeepSpeed). `auto`: `single` for one process,
+    otherwise `ddp` if it fits, else `fsdp2`. A run may resume with another number of processes and another of `single`,
+    `ddp` and `fsdp2`, with `zero2` and `zero3` only as it began (docs/guides/scale.md)."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What to keep in host memory: `optimizer` (with zero2 or zero3), or `all` (with zero3: weights too). Has no effect
     on a CPU."""
     oversubscribe: bool = False
     """Allow more processes than CPU cores, to try a placement. It is slow."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Any other field of `transformers.TrainingArguments`; those that fulltune sets itself are refused. `deepspeed` is
-    a JSON file, relative to the recipe's folder, or its content."""
+    """Any other field of `transformers.TrainingArguments`, except those that fulltune sets itself. `deepspeed` is a
+    JSON file, relative to the recipe's folder, or its content."""
 
     @property
     def engine_settings(self) -> str | dict[str, Any] | None:
@@ -174,7 +171,7 @@ class TrainBlock(Block):
 
     @property
     def engine_by(self) -> str | None:
-        """The setting that puts the model into DeepSpeed, such as `train.placement: zero3`."""
+        """The setting that selects DeepSpeed, such as `train.placement: zero3`."""
         if self.engine_settings is not None:
             return ENGINE_SETTINGS
         return f"train.placement: {self.placement}" if self.placement in ("zero2", "zero3") else None
@@ -184,14 +181,14 @@ class TrainBlock(Block):
         return self.num_processes // self.num_machines
 
     @property
-    def shared_by(self) -> str | None:
+    def sharded_by(self) -> str | None:
         """The setting that shards the model, if any."""
         return self.engine_by or (f"train.placement: {self.placement}" if self.placement == "fsdp2" else None)
 
     @model_validator(mode="after")
     def _pairs_must_agree(self) -> TrainBlock:
         factors = {"micro_batch_size": self.micro_batch_size or 1, "num_processes": self.num_processes}
-        shared_by = " x ".join(f"{name} {value}" for name, value in factors.items() if value > 1)
+        factor_words = " x ".join(f"{name} {value}" for name, value in factors.items() if value > 1)
         has_floor = bool({"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs))
         pairs = {
             "max_steps and num_train_epochs are both given; remove one": (
@@ -209,7 +206,7 @@ class TrainBlock(Block):
             "lr_scheduler_kwargs: cosine_with_min_lr needs a floor; add for example {min_lr_rate: 0.1}": (
                 self.lr_scheduler_type == "cosine_with_min_lr" and not has_floor
             ),
-            f"global_batch_size: {self.global_batch_size} is not a multiple of {shared_by}": (
+            f"global_batch_size: {self.global_batch_size} is not a multiple of {factor_words}": (
                 self.global_batch_size and self.global_batch_size % math.prod(factors.values())
             ),
             "use_liger_kernel and torch_compile fuse the same operations; use only one of them": (
@@ -238,7 +235,7 @@ def _wrong_placement(train: TrainBlock) -> dict[str, object]:
             place in ("ddp", "fsdp2") and processes == 1
         ),
         f"optim: '{train.optim}' needs whole tensors, but placement: fsdp2 shards them; expected one of "
-        f"{', '.join(SHARED_OUT)}": place == "fsdp2" and train.optim not in (None, *SHARED_OUT),
+        f"{', '.join(SHARDABLE_OPTIMIZERS)}": place == "fsdp2" and train.optim not in (None, *SHARDABLE_OPTIMIZERS),
         both.format("placement"): has_own_file and place != "auto",
         both.format("offload"): has_own_file and offload != "none",
         f"offload: '{offload}' needs placement: {' or '.join(fits)}, found {place}": (

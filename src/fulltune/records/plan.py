@@ -195,7 +195,7 @@ class Plan(MemorySettings):
     rollbacks: tuple[int, ...] = ()
     """Steps returned to, oldest first; 0 is the start.
 
-        Each changes the order of rows. Each but the first to a checkpoint halves the learning rate.
+    Each changes the order of rows. Each but the first to a checkpoint halves the learning rate.
     """
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None

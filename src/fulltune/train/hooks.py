@@ -73,7 +73,7 @@ class Hooks:
                 own and train.label_smoothing_factor
             ),
             "compute_loss trains in this process; set train.num_processes: 1": own and train.num_processes > 1,
-            f"compute_loss trains in this process; remove {recipe.train.shared_by}": own and recipe.train.shared_by,
+            f"compute_loss trains in this process; remove {recipe.train.sharded_by}": own and recipe.train.sharded_by,
             "metrics needs generated answers; set evaluate.generate_rows above 0": self.metrics and not answers,
         }
         problems = [problem for problem, applies in pairs.items() if applies]
