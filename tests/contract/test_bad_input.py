@@ -327,7 +327,7 @@ def test_chat_template_missing_is_refused(case: Case, tmp_path: Path) -> None:
     refused(
         case.data(tiny.chat_rows(), "train.jsonl", model=model, task="causal-lm"),
         RECIPE,
-        "the tokenizer has no chat template; take an instruct model, or give data.chat_template (a Jinja file)",
+        "the tokenizer has no chat template; use an instruct model, or set data.chat_template to a Jinja file",
     )
 
 

@@ -121,7 +121,7 @@ RowExamples = list[list[Example]]
 
 
 class Task(Protocol):
-    """The functions that every task module has. Labels of tokens are padded with -100.
+    """The functions of a task module. Labels of tokens are padded with -100.
 
     A new task is a module `fulltune/tasks/<name>.py` with these functions and a row of facts in
     `fulltune/recipe/tasks.toml`. Most of them can be taken from `classes` or `written`; `text_classification` is a
@@ -137,25 +137,15 @@ class Task(Protocol):
     def find_columns(
         self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
     ) -> dict[str, str]:
-        """Choose the column for each role, by the recipe or by usual names.
+        """Choose the column for each role, by the recipe's `data` block, usual names, or the content of `sample`.
 
-        Args:
-            columns: The names of all columns.
-            sample: Some rows, to judge columns by their content.
-            data: The recipe's `data` block.
-            where: Start of error messages, such as the file's name.
-
-        Raises:
-            DataError: When a role has no column.
+        Raises `DataError`, which starts with `where`, if a role has no column.
         """
 
     def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-        """Derive problem type and labels from the train rows.
+        """Derive problem type and labels from the train rows, or raise `DataError` if nothing can be learned.
 
-        `rows` may be millions: consume the iterator to its end, once, and do not store the rows.
-
-        Raises:
-            DataError: When nothing can be learned from the rows.
+        There may be millions of rows: consume the iterator once, to its end, and do not store them.
         """
 
     def refuse(self, row: Row, target: Target) -> Refused | None:
@@ -203,8 +193,8 @@ class Task(Protocol):
             labels: The labels of `collate` [batch, ...]. For models that write, both may be limited to trained tokens:
                 `logits[trained, vocabulary]` with the `target_ids` of these tokens, `labels[trained]`.
             target: What the model predicts.
-            smoothing: Label smoothing, from 0 to 1.
-            class_weights: Weight of each class, in the order of the labels.
+            smoothing: Label smoothing.
+            class_weights: Weights in the order of the labels.
         """
 
     def count_items(self, labels: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Language models: answers to prompts or in conversations, of which only the answer is trained, or raw text."""
+"""Causal language models on prompts and conversations, whose answers alone are trained, or on raw text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,19 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import Example, Refused, Row, RowExamples, Target, Tensor, Tokenizer, chat, classes, written
+from fulltune.tasks import (
+    Example,
+    Refused,
+    Row,
+    RowExamples,
+    RowFeatures,
+    Target,
+    Tensor,
+    Tokenizer,
+    chat,
+    classes,
+    written,
+)
 from fulltune.tasks.columns import as_text, is_blank, named, normalised, not_text, parsed, required, without_text
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import usual as usual_name
@@ -23,7 +35,7 @@ from fulltune.tasks.padding import IGNORED, PART_CHARACTERS, collated, padded, t
 
 FACTS = recipe_tasks.FACTS["causal-lm"]
 BLOCK_LENGTH = 1024
-"""Bound of the default `max_length` for raw text, whose texts are cut into pieces and packed, not truncated."""
+"""Upper bound of the default `max_length` for raw text, which is split and packed instead of truncated."""
 row_labels, config_changes = labels_of_row, classes.config_changes
 metrics, score_answers = written.metrics, written.score_answers
 sums, full_row = written.sums, written.full_row
@@ -32,39 +44,37 @@ sums, full_row = written.sums, written.full_row
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """A `messages` column, or `prompt` and `completion`, or raw `text`."""
     forms = {
         "data.messages": data.messages,
         "data.prompt/completion": data.completion if data.prompt is None else data.prompt,
         "data.text": data.text,
     }
-    given = [name for name, column in forms.items() if column is not None]
-    if len(given) > 1:
-        raise DataError(f"{where}: {' and '.join(given)} are both given; keep one form")
-    form = given[0] if given else None
+    named_forms = [name for name, column in forms.items() if column is not None]
+    if len(named_forms) > 1:
+        raise DataError(f"{where}: {' and '.join(named_forms)} are both set; keep one of them")
+    form = named_forms[0] if named_forms else None
     if form in (None, "data.prompt/completion") and data.completion is None:
         refuse_preferences(columns, sample, where)
     messages = named("messages", data.messages, columns, where) if form in (None, "data.messages") else None
     if messages is not None:
         tools = named("tools", data.tools, columns, where)
         return {"messages": messages} | ({"tools": tools} if tools else {})
-    # A `text` column without anything that could be a question and its answer.
+    # Raw text: a `text` column without columns that could be a prompt and its completion.
     prompt = named("prompt", None, columns, where) if form is None and "text" in columns else None
     rest = [column for column in columns if column != prompt]
     has_pairs = "text" not in columns or (prompt is not None and named("completion", None, rest, where) is not None)
     if form == "data.text" or (form is None and not has_pairs):
         return {"text": required("text", data.text or "text", columns, where)}
-    found = columns_of_roles(("prompt", "completion"), columns, sample, data, where)
-    if data.input is not None or (data.prompt is None and found["prompt"].lower().strip() == "instruction"):
-        rest = [column for column in columns if column not in found.values()]
+    pair = columns_of_roles(("prompt", "completion"), columns, sample, data, where)
+    if data.input is not None or (data.prompt is None and pair["prompt"].lower().strip() == "instruction"):
+        rest = [column for column in columns if column not in pair.values()]
         if (about := named("input", data.input, rest, where)) is not None:
-            return {"prompt": found["prompt"], "input": about, "completion": found["completion"]}
-    return found
+            return {"prompt": pair["prompt"], "input": about, "completion": pair["completion"]}
+    return pair
 
 
 def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str) -> None:
-    """Raises a `DataError` for rows with a better and a worse text, or that say which answers are good: what tells them
-    apart would be dropped in silence."""
+    """Raise a `DataError` for preference data, whose preferences would be ignored silently."""
 
     def column_of(name: str) -> str | None:
         return usual_name((name,), columns, where)
@@ -87,12 +97,13 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Chat, raw text or pairs; for pairs, what stands between prompt and completion."""
+    """Return chat, raw text or pairs; pairs are joined by a line end if prompt or completion brings no white space."""
     glued = False
     for number, row in enumerate(rows):
         if "prompt" in columns and not glued and number < 200:
-            one, two = prompt_text(row, Target("prompt_completion", columns)), as_text(row.get(columns["completion"]))
-            glued = bool(one and two) and not one[-1].isspace() and not two[0].isspace()
+            prompt = prompt_text(row, Target("prompt_completion", columns))
+            completion = as_text(row.get(columns["completion"]))
+            glued = bool(prompt and completion) and not prompt[-1].isspace() and not completion[0].isspace()
     if "messages" in columns:
         return Target("chat", columns)
     if "text" in columns:
@@ -101,7 +112,6 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without text or answer are dropped, and what is not a conversation."""
     if "messages" not in target.columns:
         refused = without_text(row, target, *(role for role in target.columns if role != "input"))
         return refused or (not_text(row, target, "input") if "input" in target.columns else None)
@@ -109,19 +119,17 @@ def refuse(row: Row, target: Target) -> Refused | None:
         messages = chat.clean(row.get(target.columns["messages"]))
     except DataError as error:
         return Refused("no conversation", str(error))
-    said = [message for message in messages if chat.is_trained(message)]
-    if not any(not is_blank(message["content"]) or message.get("tool_calls") for message in said):
+    answers = [message for message in messages if chat.is_trained(message)]
+    if not any(not is_blank(message["content"]) or message.get("tool_calls") for message in answers):
         return Refused("no answer", "no assistant message with content or tool calls, and a weight other than 0")
     return None
 
 
 def as_question(row: Row, target: Target) -> Row:
-    """The row with some completion."""
     return {**row, target.columns["completion"]: "?"} if "completion" in target.columns else row
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
-    """A conversation needs only to ask something."""
     if "messages" not in target.columns:
         return refuse(row, target)
     try:
@@ -132,21 +140,19 @@ def refuse_question(row: Row, target: Target) -> Refused | None:
 
 
 def group_key(row: Row, target: Target) -> str:
-    """What is asked: the same question with two answers stays in one split. Of raw text, the text."""
     return normalised(prompt_text(row, target))
 
 
 def prompt_text(row: Row, target: Target) -> str:
-    """What the model is asked, as text."""
+    """Return the prompt, raw text, or the messages before the last answer, as text."""
     if "messages" not in target.columns:
-        asked = as_text(row.get(target.columns["prompt" if "prompt" in target.columns else "text"]))
+        prompt = as_text(row.get(target.columns["prompt" if "prompt" in target.columns else "text"]))
         more = as_text(row.get(target.columns["input"])) if "input" in target.columns else ""
-        return asked if is_blank(more) else f"{asked}\n\n{more}"
+        return prompt if is_blank(more) else f"{prompt}\n\n{more}"
     return "\n".join(as_text(message["content"]) for message in _question(row, target))
 
 
 def answer_text(row: Row, target: Target) -> str:
-    """What it should answer: the completion, or the last assistant message."""
     if "completion" in target.columns:
         return as_text(row.get(target.columns["completion"])).strip()
     messages = chat.clean(row[target.columns["messages"]])
@@ -155,7 +161,6 @@ def answer_text(row: Row, target: Target) -> str:
 
 
 def _question(row: Row, target: Target) -> list[dict[str, Any]]:
-    """The messages before the last assistant message that is trained."""
     messages = chat.clean(row[target.columns["messages"]])
     last = max((i for i, message in enumerate(messages) if chat.is_trained(message)), default=len(messages))
     return messages[:last]
@@ -165,10 +170,10 @@ def _question(row: Row, target: Target) -> list[dict[str, Any]]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise; `labels` repeat the ids where something is trained and hold -100 elsewhere."""
+    """Tokenise rows; `labels` are the token ids where they are trained, else -100."""
     if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
-            "the tokenizer has no chat template; take an instruct model, or give data.chat_template (a Jinja file)"
+            "the tokenizer has no chat template; use an instruct model, or set data.chat_template to a Jinja file"
         )
     if target.form.is_raw_text:
         return _encode_texts([as_text(row[target.columns["text"]]) for row in rows], tokenizer, max_length)
@@ -183,19 +188,19 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
                 encoded.append([Example({"input_ids": [], "labels": []}, 0, refused=refused)])
                 continue
         else:
-            # Tokenised apart, exactly as they are when the model answers; the end token is trained.
-            asked = prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
-            said = tokenizer(as_text(row.get(target.columns["completion"])), add_special_tokens=False, verbose=False)
-            answer = list(said["input_ids"])
+            # Prompt and answer are tokenised separately, as in generation; the end token is trained.
+            prompt = prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
+            completion = as_text(row.get(target.columns["completion"]))
+            answer = list(tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
             if tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:
                 answer.append(tokenizer.eos_token_id)
-            masked = [(asked + answer, [False] * len(asked) + [True] * len(answer))]
+            masked = [(prompt + answer, [False] * len(prompt) + [True] * len(answer))]
         encoded.append([_example(ids, trained, max_length) for ids, trained in masked])
     return encoded
 
 
 def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> list[list[Example]]:
-    """All tokens are trained, the end token too; a long text becomes several examples, none of it is lost."""
+    """Tokenise raw texts with end tokens; all tokens are trained, and a long text gives several examples."""
     end = tokenizer.eos_token_id
     encoded = []
     is_long = any(len(text) > PART_CHARACTERS for text in texts)
@@ -204,19 +209,18 @@ def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> li
         if end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-        if len(pieces) > 1 and len(pieces[-1]) == 1:  # a single token is never predicted from anything
+        if len(pieces) > 1 and len(pieces[-1]) == 1:  # a single token has nothing to be predicted from
             pieces.pop()
         encoded.append([_example(piece, [True] * len(piece), max_length) for piece in pieces])
     return encoded
 
 
-def _tools(row: Row, target: Target) -> Any:
-    """The row's tool definitions; an empty list is none."""
+def _tools(row: Row, target: Target) -> chat.Tools:
     return (parsed(row.get(target.columns["tools"])) or None) if "tools" in target.columns else None
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The prompt's tokens, with the opening special tokens of the tokenizer and without closing ones."""
+    """Tokenise a prompt with the tokenizer's opening special tokens and without closing ones."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     while ids and ids[-1] in {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}:
         ids.pop()
@@ -224,8 +228,8 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def with_trained_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
-    """The tokenizer to save with a finished model: of one that answers prompts a copy with a template that asks so."""
-    if "completion" not in target.columns:  # trained on raw text a chat model is one still
+    """Return the tokenizer to save with a finished model: after training on prompts, its template is replaced."""
+    if "completion" not in target.columns:  # a chat model trained on raw text stays one
         return tokenizer
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = _template_as_trained(target, tokenizer)
@@ -233,28 +237,28 @@ def with_trained_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
 
 
 def _template_as_trained(target: Target, tokenizer: Tokenizer) -> str | None:
-    """A chat template that asks as the model was trained, for what reads messages (pipelines, servers).
+    """Make a chat template that writes prompts as they were trained, for pipelines and servers.
 
-    Prompts were trained as they stand, without the template that the tokenizer came with, which would ask in a form
-    that the model has not seen. None: the tokenizer reads opening tokens that a template writes otherwise than its own.
+    Training used prompts without the tokenizer's own template. Returns None if the tokenizer's opening tokens cannot
+    be reproduced by a template.
     """
     opening = tokenizer.bos_token if prompt_ids("a", tokenizer)[:1] == [tokenizer.bos_token_id] else ""
-    said = "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"
-    each = f"{said}{{{{ {json.dumps(target.joint)} }}}}{{% endif %}}"
-    found = f"{'{{ bos_token }}' if opening else ''}{{% for message in messages %}}{each}{{% endfor %}}"
+    turn = "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"
+    each = f"{turn}{{{{ {json.dumps(target.joint)} }}}}{{% endif %}}"
+    template = f"{'{{ bos_token }}' if opening else ''}{{% for message in messages %}}{each}{{% endfor %}}"
     for text in _PROBES:
-        asked = text + target.joint
-        rendered = tokenizer(f"{opening}{asked}", add_special_tokens=False, verbose=False)["input_ids"]
-        if list(rendered) != prompt_ids(asked, tokenizer):
+        prompt = text + target.joint
+        rendered = tokenizer(f"{opening}{prompt}", add_special_tokens=False, verbose=False)["input_ids"]
+        if list(rendered) != prompt_ids(prompt, tokenizer):
             return None
-    return found
+    return template
 
 
 _PROBES = ("What is 6 x 7?", "Two lines\nof a prompt:", "name[Zizzi], food[French]")
 
 
 def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None) -> list[int]:
-    """The tokens after which the model shall answer, or go on; however many they are: `generate` cuts at the left."""
+    """Return the tokens of the prompt; they are not cut, because `generate` does that on the left."""
     if "messages" not in target.columns:
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
     text = chat.render(tokenizer, _question(row, target), _tools(row, target), add_generation_prompt=True)
@@ -263,7 +267,7 @@ def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: i
 
 def _example(ids: list[int], trained: list[bool], max_length: int) -> Example:
     labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained, strict=True)]
-    # The first token is never predicted, so a label on it would count a target that the loss does not have.
+    # The first token is never predicted: its label would not enter the loss.
     labels[:1] = [IGNORED] * len(labels[:1])
     cut = labels[:max_length]
     features = {"input_ids": ids[:max_length], "labels": cut}
@@ -271,13 +275,12 @@ def _example(ids: list[int], trained: list[bool], max_length: int) -> Example:
     return Example(features, trained_tokens=count, truncated=len(ids) > max_length)
 
 
-def end_token(features: Mapping[str, Any]) -> int | None:
-    """The last trained token: after it the model must stop."""
+def end_token(features: RowFeatures) -> int | None:
+    """Return the last trained token, after which generation must stop."""
     return next((label for label in reversed(features["labels"]) if label != IGNORED), None)
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
-    """Runs of trained and untrained tokens, decoded."""
+def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
     segments: list[Segment] = []
     ids, labels = features["input_ids"], features["labels"]
     start = 0
@@ -292,20 +295,19 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
-def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """`input_ids[batch, tokens]` and `labels[batch, tokens]`, with a mask or, for packed texts, `position_ids`."""
+def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad to `input_ids` and `labels`, with `attention_mask` or, for packed texts, `position_ids`: [batch, tokens]."""
     batch = collated(features, pad_token_id, ("position_ids",), label_per_token=True)
     if "position_ids" not in features[0]:
         return batch
-    # Packed texts are told apart by positions that begin again, which models look at only when there is no mask:
-    # the padding is one more text, of which nothing is trained.
+    # Without a mask, models separate packed texts where positions restart; the padding is one more, untrained text.
     width = batch["attention_mask"].shape[1]
     positions = [np.concatenate((row["position_ids"], np.arange(width - len(row["input_ids"])))) for row in features]
     return {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": padded(positions, 0)}
 
 
 def target_ids(labels: Tensor) -> Tensor:
-    """The token after each one of `labels[batch, tokens]`, -100 after the last: int64 [batch, tokens]."""
+    """Shift `labels[batch, tokens]` by one: each logit predicts the next token, the last one nothing (-100)."""
     import torch.nn.functional as F
 
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)

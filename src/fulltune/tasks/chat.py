@@ -1,7 +1,7 @@
-"""Chat messages to tokens, with a mask of what the assistant said.
+"""Tokenise chat messages, with a mask of the assistant's tokens.
 
-Two ways, chosen by the template. With `{% generation %}` marks the tokenizer tells the assistant's tokens itself.
-Without them the conversation is rendered up to before and up to after each assistant turn: the difference is the turn.
+If the template has `{% generation %}` marks, the tokenizer makes the mask. Otherwise the conversation is rendered up to
+the start and to the end of each assistant turn; the difference is the turn.
 """
 
 from __future__ import annotations
@@ -15,45 +15,48 @@ from fulltune.errors import DataError, SetupError
 from fulltune.tasks import Tokenizer
 from fulltune.tasks.columns import parsed
 
-Message = Mapping[str, Any]
-
-
-Masked = tuple[list[int], list[bool]]
-"""Token ids and, for each, whether it is trained."""
+ChatMessage = Mapping[str, Any]
+"""A message with `role`, `content` and perhaps `tool_calls` and `weight`."""
+MaskedIds = tuple[list[int], list[bool]]
+"""Token ids, and whether each is trained."""
+Tools = list[Any] | None
+"""Tool definitions for a chat template."""
 
 _ALL, _MANY_TURNS = 2**62, 20
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
 def clean(messages: Any) -> list[dict[str, Any]]:
-    """Messages in the form `{"role", "content", ...}`; ShareGPT's `from`/`value` is translated. Raises `DataError` when
-    this is not a list of messages.
+    """Return messages as `{"role", "content", ...}`, also from ShareGPT's `from` and `value`.
 
-    Keys without a value are dropped: a parquet file gives every message the keys of all messages.
+    Keys without a value are dropped: parquet gives every message the keys of all messages.
+
+    Raises:
+        DataError: When this is no list of messages.
     """
     messages = parsed(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f"expected a list of messages {{role, content}}, found {str(messages)[:60]!r}")
     cleaned = []
     for message in messages:
-        kept = {key: value for key, value in message.items() if value is not None}
-        if "from" in kept and "value" in kept:
-            role = str(kept["from"])
-            kept = {"role": _SHAREGPT_ROLES.get(role, role), "content": kept["value"]}
-        if "role" not in kept:
+        fields = {key: value for key, value in message.items() if value is not None}
+        if "from" in fields and "value" in fields:
+            role = str(fields["from"])
+            fields = {"role": _SHAREGPT_ROLES.get(role, role), "content": fields["value"]}
+        if "role" not in fields:
             raise DataError("a message has no 'role'")
-        if not isinstance(kept["role"], str):
-            raise DataError(f"a message has the role {kept['role']!r}, expected a word")
-        if kept.get("weight", 1) not in (0, 1):
-            raise DataError(f"a message of '{kept['role']}' has weight {kept['weight']!r}, expected 0 or 1")
-        if "content" not in kept and "tool_calls" not in kept:
-            raise DataError(f"a message of '{kept['role']}' has neither 'content' nor 'tool_calls'")
-        cleaned.append({"content": "", **kept, **_words_and_calls(kept)})
+        if not isinstance(fields["role"], str):
+            raise DataError(f"a message has the role {fields['role']!r}, expected a word")
+        if fields.get("weight", 1) not in (0, 1):
+            raise DataError(f"a message of '{fields['role']}' has weight {fields['weight']!r}, expected 0 or 1")
+        if "content" not in fields and "tool_calls" not in fields:
+            raise DataError(f"a message of '{fields['role']}' has neither 'content' nor 'tool_calls'")
+        cleaned.append({"content": "", **fields, **_words_and_calls(fields)})
     return cleaned
 
 
-def _words_and_calls(message: Message) -> dict[str, Any]:
-    """`content` as text and `tool_calls` as a list, where the message has them in another form."""
+def _words_and_calls(message: ChatMessage) -> dict[str, Any]:
+    """Return `content` as text and `tool_calls` as a list, if they have another form."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
@@ -74,26 +77,32 @@ def _words_and_calls(message: Message) -> dict[str, Any]:
     return changed
 
 
-def is_trained(message: Message) -> bool:
-    """The assistant says it, and not with weight 0, by which OpenAI's format leaves a message out."""
+def is_trained(message: ChatMessage) -> bool:
+    """Return True for assistant messages, except with OpenAI's `weight: 0`."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def encode(tokenizer: Tokenizer, messages: Sequence[Message], tools: Any = None, most: int = _ALL) -> list[Masked]:
-    """Tokens and mask of a conversation, or of each of its turns where a template rewrites earlier ones; turns that lie
-    beyond `most` tokens may be left untrained."""
+def encode(
+    tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools = None, most: int = _ALL
+) -> list[MaskedIds]:
+    """Tokenise a conversation with its mask; each turn separately if the template rewrites earlier turns.
+
+    Turns beyond `most` tokens may stay untrained.
+    """
     has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
     if has_marks and all(message.get("weight") != 0 for message in messages):
-        got = _applied(tokenizer, messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return [(list(got["input_ids"]), [bool(value) for value in got["assistant_masks"]])]
+        tokens = _applied(
+            tokenizer, messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return [(list(tokens["input_ids"]), [bool(value) for value in tokens["assistant_masks"]])]
     whole = render(tokenizer, messages, tools)
     turns = [position for position, message in enumerate(messages) if is_trained(message)]
     starts = [start for start, _ in _tokens(tokenizer, whole)[1]] if len(turns) > _MANY_TURNS else []
-    seen = starts[most] if most < len(starts) else len(whole)
+    end = starts[most] if most < len(starts) else len(whole)
     spans: list[tuple[int, str]] = []
     for turn in turns:
-        # Each turn costs a rendering of all before it.
-        if spans and len(spans[-1][1]) > seen and all(whole.startswith(text) for _, text in spans):
+        # Each turn renders all messages before it again.
+        if spans and len(spans[-1][1]) > end and all(whole.startswith(text) for _, text in spans):
             break
         spans.append(_span(tokenizer, messages, turn, tools))
     if all(whole.startswith(text) for _, text in spans):
@@ -101,35 +110,33 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Message], tools: Any = None,
     return [_mask(tokenizer, text, [(start, len(text))]) for start, text in spans]
 
 
-def _span(tokenizer: Tokenizer, messages: Sequence[Message], turn: int, tools: Any) -> tuple[int, str]:
-    """The text up to the end of an assistant turn, and where that turn starts in it."""
+def _span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int, tools: Tools) -> tuple[int, str]:
+    """Return where an assistant turn starts, and the text up to its end."""
     after = render(tokenizer, messages[: turn + 1], tools)
     if turn == 0:
         start = _first_opening(tokenizer, after)
         return start, after
     before = render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
     if not after.startswith(before):
-        # Some templates open the turn differently when they generate (a reasoning tag, say): what both share is read.
+        # Some templates open the turn differently for generation, for example with a reasoning tag.
         without = render(tokenizer, messages[:turn], tools)
         before = without if after.startswith(without) else os.path.commonprefix((before, after))  # noqa: RUF071  # sign by sign
     return len(before), after
 
 
 def _first_opening(tokenizer: Tokenizer, text: str) -> int:
-    """Where the words of an assistant that speaks first begin: templates cannot render the nothing before them."""
+    """Return where the content of a first message by the assistant starts: templates cannot render an empty prefix."""
     question = [{"role": "user", "content": "?"}]
-    asked = render(tokenizer, question, None)
-    opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(asked)
+    prompt = render(tokenizer, question, None)
+    opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)
     return text.find(opening) + len(opening) if opening and opening in text else 0
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Message], tools: Any, **options: Any) -> str:
-    """A conversation as text."""
+def render(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> str:
     return str(_applied(tokenizer, messages, tools, tokenize=False, **options))
 
 
-def _applied(tokenizer: Tokenizer, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
-    """Apply the template."""
+def _applied(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> Any:
     import jinja2
 
     try:
@@ -142,21 +149,20 @@ def _applied(tokenizer: Tokenizer, messages: Sequence[Message], tools: Any, **op
         raise DataError(" ".join(str(error).split())[:200]) from None
 
 
-def _mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> Masked:
-    """Tokenise a rendered conversation; a token is trained when it starts inside a span and before its last line end.
+def _mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> MaskedIds:
+    """Tokenise a rendered conversation; tokens that start inside a span, without its trailing white space, are trained.
 
-    The template writes the special tokens itself, so none are added. What follows the end token of a turn (a line
-    end, as a rule) belongs to the next turn's opening: the model never has to produce it.
+    The template writes the special tokens. White space after a turn's end token belongs to the next turn: the model
+    never has to produce it.
     """
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     ids, places = _tokens(tokenizer, text)
-    is_said = [False] * len(text)
+    in_span = [False] * len(text)
     for start, end in spans:
-        is_said[start:end] = [True] * (end - start)
-    return ids, [begin < stop and is_said[begin] for begin, stop in places]
+        in_span[start:end] = [True] * (end - start)
+    return ids, [begin < stop and in_span[begin] for begin, stop in places]
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens, and where each begins and ends."""
-    got = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return list(got["input_ids"]), got["offset_mapping"]
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(tokens["input_ids"]), tokens["offset_mapping"]

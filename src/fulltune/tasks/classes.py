@@ -59,7 +59,6 @@ def flat(matches: np.ndarray) -> np.ndarray:
 
 
 def over_all(sums: Mapping[str, tuple[RowTerms, FromSums]], predictions: Predictions) -> dict[str, float]:
-    """Compute metrics over all rows."""
     return {name: float(value(count(predictions).sum(axis=0))) for name, (count, value) in sums.items()}
 
 
@@ -67,7 +66,6 @@ def over_all(sums: Mapping[str, tuple[RowTerms, FromSums]], predictions: Predict
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """Divide the first sum by the second; 0 / 0 is 0."""
     return share(sums[..., 0], sums[..., 1])
 
 
@@ -96,7 +94,6 @@ def f1_of_present(sums: np.ndarray) -> np.ndarray:
 
 
 def mcc(sums: np.ndarray) -> np.ndarray:
-    """Compute the multi-class Matthews correlation from each class's counts."""
     parts = by_three(sums)
     right, predicted, expected = parts[..., 0].sum(axis=-1), parts[..., 1], parts[..., 2]
     rows = predicted.sum(axis=-1)
@@ -113,10 +110,7 @@ def r2(sums: np.ndarray) -> np.ndarray:
 
 
 def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
-    """Return the config's head size, label names and problem type, if the head depends on them.
-
-    Decoders that classify texts find the last token by the padding token, so that is set, too.
-    """
+    """Return head size, label names, problem type, and the padding token by which decoders find the last token."""
     form, labels = target.form, target.labels or ("value",)
     if not (target.labels or form.is_number):
         return {}
@@ -133,7 +127,6 @@ def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
 
 
 def label_words(value: Any, target: Target) -> str:
-    """Format a class id, 0/1 vector or number for people."""
     if target.form.is_number:
         return f"{float(value):g}"
     if not target.form.several_labels:
@@ -148,7 +141,6 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum `row_losses` to a scalar."""
     return row_losses(logits, labels, target, smoothing, class_weights).sum()
 
 
@@ -161,14 +153,8 @@ def row_losses(
 ) -> Tensor:
     """Compute cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
 
-    Squared errors are in standard deviations of the train rows, if known: predicting their mean costs 1.
-
-    Args:
-        logits: [batch, classes], or [batch, 1] for numbers.
-        labels: Class ids or numbers [batch], or 0/1 per label [batch, classes].
-        target: What the model predicts.
-        smoothing: Label smoothing.
-        class_weights: Weight of each class.
+    `logits` are [batch, classes] or, for numbers, [batch, 1]; `labels` are class ids or numbers [batch], or 0/1 per
+    label. Squared errors are in standard deviations of the train rows, if known: predicting their mean costs 1.
     """
     import torch.nn.functional as F
 
@@ -186,7 +172,6 @@ def row_losses(
 
 
 def count_items(labels: Tensor) -> int:
-    """Count the rows of `labels[batch, ...]`."""
     return labels.shape[0]
 
 
@@ -200,16 +185,12 @@ def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    """Compute `label_metrics` of the predicted labels, and the mean loss."""
     values = label_metrics(predictions["labels"], predict_labels(predictions["logits"], target), target)
     return values | ({"loss": float(np.mean(predictions["loss"]))} if "loss" in predictions else {})
 
 
 def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
-    """Compute metrics from class ids [rows], 0/1 matrices [rows, labels] or numbers [rows].
-
-    The values are scikit-learn's, at a hundredth of its time: a bootstrap computes them a thousand times.
-    """
+    """Compute scikit-learn's metrics, at 1 % of its time, from class ids, 0/1 matrices [rows, labels] or numbers."""
     form = target.form
     if form.is_number:
         both = true.astype(np.float64), predicted.astype(np.float64)
@@ -256,7 +237,6 @@ NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "kendall": partial(_correlation, "kendalltau"),
     "rmse": lambda true, predicted: math.sqrt(((true - predicted) ** 2).mean()),
 }
-"""Metrics of regression, as functions of targets and predictions, float64 [rows]."""
 
 
 def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
@@ -347,7 +327,6 @@ def _squares(predictions: Predictions) -> np.ndarray:
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return each metric as a pair of functions: rows to terms, sums of terms to the value."""
     loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (arrays("loss", ROWS), ratio)}
     if target.form.is_number:
         return loss | {"r2": (_squares, r2), "rmse": (_squares, lambda sums: np.sqrt(ratio(sums)))}
@@ -381,6 +360,5 @@ def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
 
 
 def full_row(target: Target, length: int) -> RowFeatures:
-    """Make a row of `length` tokens with the first class, all labels, or the number 1."""
     several = np.ones(len(target.labels), np.float32) if target.form.several_labels else 0
     return {"input_ids": np.ones(length, np.int64), "labels": 1.0 if target.form.is_number else several}

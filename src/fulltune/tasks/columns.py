@@ -1,4 +1,4 @@
-"""Find the column for a role: the one the recipe names, or one with a usual name."""
+"""Columns by role, named in the recipe or recognised by usual names; and reading of cells."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="u
 USUAL_NAMES, CHOICE_NAMES = (
     {role: tuple(names) for role, names in _TABLE[kind].items()} for kind in ("roles", "choices")
 )
-"""Role to the usual names of its column, and the same for rows with choices."""
+"""Role to usual column names, for all tasks and for multiple choice."""
 USUAL_PAIRS = [(text, pair) for text, pair in _TABLE["pairs"]]
-"""Names of two columns that are read together."""
+"""Usual names of two text columns that are read together."""
 
 
 class BadCell:
-    """A cell that could not be read, in a row whose other cells are whole: in the place of a value.
+    """Placeholder for a cell that could not be read, in a row whose other cells could.
 
     Args:
-        reason: What is wrong with it, for messages.
-        shown: What is written down in its place.
+        reason: What is wrong with the cell, for messages.
+        shown: Text that stands for the cell in files.
     """
 
     def __init__(self, reason: str, shown: str = "") -> None:
@@ -47,7 +47,7 @@ class BadCell:
 
 
 def unreadable(row: Mapping[str, object], columns: Mapping[str, str]) -> str | None:
-    """Why a row cannot be used, by its cells in the columns of all roles; None: they could be read."""
+    """Return why a row cannot be used, if a cell in a column with a role could not be read."""
     for role, column in columns.items():
         cell = row.get(column)
         if isinstance(cell, BadCell):
@@ -58,17 +58,16 @@ def unreadable(row: Mapping[str, object], columns: Mapping[str, str]) -> str | N
 
 
 def is_whole(row: Mapping[str, object]) -> bool:
-    """Every cell of a row could be read."""
     return not any(isinstance(cell, BadCell) for cell in row.values())
 
 
 MOST_NESTED = 100
-"""Lists and objects in each other; a cell with more is damaged, or made to crash what reads it."""
+"""Deepest nesting of lists and objects; a deeper cell is damaged or malicious."""
 
 
 def fault(value: object) -> str | None:
-    """What makes a value from JSON unusable: half a character, or depth; None: nothing does."""
-    waiting: list[Iterator[object]] = [iter([value])]  # one for each level: a list may hold millions
+    """Return what makes a value from JSON unusable, if anything: a lone surrogate, or too deep nesting."""
+    waiting: list[Iterator[object]] = [iter([value])]  # one per level: a list may hold millions
     while waiting:
         for part in waiting[-1]:
             if len(waiting) - 1 > MOST_NESTED:
@@ -87,31 +86,31 @@ def fault(value: object) -> str | None:
 
 
 def may_be_faulty(text: str) -> bool:
-    """Whether a value that was written so as JSON, or by Python, is worth asking for its `fault`: most are not."""
+    """Return False if the `fault` of a value with this JSON or Python text need not be computed: most are fine."""
     has_escape = "\\ud" in text or "\\uD" in text or "\\U" in text
     return has_escape or text.count("[") + text.count("{") > MOST_NESTED
 
 
 def literal(text: str) -> list[Any] | dict[str, Any] | None:
-    """A list or an object written as JSON, or as Python writes it (what pandas makes of such a column)."""
+    """Parse a list or object written as JSON, or as Python's literal, which pandas writes; else return None."""
     for parse in (json.loads, ast.literal_eval):
         try:
-            found = parse(text)
+            value = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        is_wrong = (may_be_faulty(text) and fault(found)) or (parse is not json.loads and _is_glued(text))
-        return found if isinstance(found, (list, dict)) and not is_wrong else None
+        is_wrong = (may_be_faulty(text) and fault(value)) or (parse is not json.loads and _is_glued(text))
+        return value if isinstance(value, (list, dict)) and not is_wrong else None
     return None
 
 
 def parsed(value: Any) -> Any:
-    """A list or an object, where a cell holds it as text; else the cell."""
-    found = literal(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else None
-    return value if found is None else found
+    """Parse a cell that holds a list or object as text; return other cells unchanged."""
+    parts = literal(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else None
+    return value if parts is None else parts
 
 
 def _is_glued(text: str) -> bool:
-    """Python makes one text of two without a comma between them, as numpy writes a list."""
+    """Return True if two strings follow each other without a comma, as numpy prints them: Python would join them."""
     if re.search(r"""['"]\s+['"]""", text) is None:
         return False
     kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
@@ -119,8 +118,7 @@ def _is_glued(text: str) -> bool:
 
 
 def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | None:
-    """The column with the first of these names that is there; upper case and spaces at its ends do not matter. Raises
-    `DataError` when several have it."""
+    """Return the first column with one of these names, regardless of case and outer spaces, or None."""
     for name in names:
         alike = [column for column in columns if column.lower().strip() == name]
         if name in alike or len(alike) == 1:
@@ -134,27 +132,26 @@ def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | Non
     return None
 
 
-def named(role: str, given: str | None, columns: Sequence[str], where: str, names: Sequence[str] = ()) -> str | None:
-    """The column that the recipe names for a role, or one with a usual name (by default `USUAL_NAMES`), or None. Raises
-    `DataError` when the recipe names a column that is not there."""
-    if given is not None:
-        # What looks the same is: a name from another program may stand in another normal form.
-        same = [column for column in columns if normalize("NFC", column) == normalize("NFC", given)]
+def named(role: str, name: str | None, columns: Sequence[str], where: str, names: Sequence[str] = ()) -> str | None:
+    """Return the column of a role: `name` from the recipe, which must exist, else one with a usual name, or None."""
+    if name is not None:
+        # Names from other programs may be in another Unicode normal form.
+        same = [column for column in columns if normalize("NFC", column) == normalize("NFC", name)]
         if not same:
-            hint = did_you_mean(given, columns) or f"columns here: {shown(columns)}"
-            raise DataError(f"{where}: no column '{given}' (data.{role}); {hint}")
-        return given if given in columns else same[0]
+            hint = did_you_mean(name, columns) or f"columns here: {shown(columns)}"
+            raise DataError(f"{where}: no column '{name}' (data.{role}); {hint}")
+        return name if name in columns else same[0]
     return usual(names or USUAL_NAMES[role], columns, where)
 
 
 def required(
-    role: str, given: str | None, columns: Sequence[str], where: str, besides: Collection[str | None] = ()
+    role: str, name: str | None, columns: Sequence[str], where: str, besides: Collection[str | None] = ()
 ) -> str:
-    """Like `named`, for a role that the task cannot do without; `besides` are columns that have another role."""
-    if given is None:
+    """Return the column of a required role, other than the columns `besides`. Raises `DataError` if there is none."""
+    if name is None:
         column = named(role, None, [column for column in columns if column not in besides], where)
-    elif (column := named(role, given, columns, where)) in besides:
-        raise DataError(f"{where}: column '{given}' (data.{role}) is read for something else; name that column, too")
+    elif (column := named(role, name, columns, where)) in besides:
+        raise DataError(f"{where}: column '{name}' (data.{role}) already has another role; name that column, too")
     if column is None:
         raise DataError(missing_column(role, columns, where))
     return column
@@ -163,25 +160,23 @@ def required(
 def find_columns(
     roles: Sequence[str], columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
 ) -> dict[str, str]:
-    """A column of its own for each role, where the task can do without none of them."""
-    found: dict[str, str] = {}
+    """Choose a column for each of these required roles."""
+    by_role: dict[str, str] = {}
     for role in roles:
-        found[role] = required(role, getattr(data, role), columns, where, found.values())
-    return found
+        by_role[role] = required(role, getattr(data, role), columns, where, by_role.values())
+    return by_role
 
 
 def missing_column(role: str, columns: Sequence[str], where: str) -> str:
-    """What is said of a role without a column."""
     return f"{where}: no column found for data.{role}; name it in the recipe (columns here: {shown(columns)})"
 
 
 def shown(columns: Iterable[str]) -> str:
-    """Names of columns in a message, which a broken file may have by the million, or of a million characters."""
+    """List column names in a message, cut: a broken file may have millions, or names of a million characters."""
     return first_few([name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}..." for name in columns], _SHOWN)
 
 
 def without_text(row: Row, target: Target, *roles: str) -> Refused | None:
-    """Why a row that needs text in these roles cannot be used, or None."""
     for role in roles:
         if refused := not_text(row, target, role):
             return refused
@@ -191,14 +186,14 @@ def without_text(row: Row, target: Target, *roles: str) -> Refused | None:
 
 
 def not_text(row: Row, target: Target, role: str) -> Refused | None:
-    """Why a row whose text in this role may be empty cannot be used, or None."""
+    """Return why a row with a list or an object instead of text in this role is dropped, or None."""
     is_text = not isinstance(row.get(column := target.columns[role]), (list, tuple, dict))
     return None if is_text else Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
 
 
 def second_text(read: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
-    """A column that no role has and that holds texts like those of the column that is read: several words in each,
-    few of them twice, together at least half as long."""
+    """Find a column without a role whose texts resemble those of column `read`: several words each, few duplicates, at
+    least half as long in total."""
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
     def is_like(cells: Sequence[str]) -> bool:
@@ -210,12 +205,11 @@ def second_text(read: str, roles: Mapping[str, str], columns: Iterable[str], sam
 
 
 def as_text(value: object) -> str:
-    """A cell as text; a missing one is empty."""
     return "" if value is None else str(value)
 
 
 def is_blank(text: str) -> bool:
-    """Nothing to read: white space, and signs of no width."""
+    """Return True for text of white space and zero-width characters alone."""
     return not text.strip() or not text.translate(_NO_WIDTH).strip()
 
 
@@ -223,12 +217,12 @@ _NO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 
 def normalised(text: str) -> str:
-    """Case and white space do not make a different row."""
+    """Lower the case and collapse white space, to compare rows."""
     return " ".join(text.lower().split())
 
 
 def windows(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_000_000) -> Iterator[list[T]]:
-    """Rows, whatever form they have, in their order, some at a time; one that is longer than a window stands alone."""
+    """Yield rows in lists of limited size; a row above `most_characters` has a list of its own."""
     window: list[T] = []
     size = 0
     for row in rows:
@@ -243,8 +237,7 @@ def windows(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_
 
 
 def _characters(value: Any) -> int:
-    """Characters and bytes in a cell; anything else counts as one, and so does a place in a list or an object: a row
-    may have a million empty ones."""
+    """Count characters and bytes in a cell; other values, and entries of a list or object, count as one."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""Image classification: one class per image. Losses and metrics are those of texts with a single label.
+"""Image classification: one class per image, with the losses and metrics of single-label texts.
 
-Where other tasks are given a tokenizer, this one is given an `ImageReader`.
+The functions take an `ImageReader` in place of a tokenizer.
 """
 
 from __future__ import annotations
@@ -8,16 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 
 from fulltune.errors import DataError
-from fulltune.models.pixels import CONTENT, PATH, PIXELS, content_hash, decode, where_from
+from fulltune.models.pixels import CONTENT, PATH, PIXELS, ImageReader, content_hash, decode, where_from
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import LENGTH, PLACE, Example, Refused, Row, RowExamples, Target, Tensor, classes, labels
+from fulltune.tasks import (
+    LENGTH,
+    PLACE,
+    Example,
+    Refused,
+    Row,
+    RowExamples,
+    RowFeatures,
+    Target,
+    Tensor,
+    classes,
+    labels,
+)
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import is_empty
 from fulltune.tasks.padding import stacked_labels
@@ -25,7 +36,7 @@ from fulltune.tasks.padding import stacked_labels
 FACTS = recipe_tasks.FACTS["image-classification"]
 find_columns = partial(columns_of_roles, ("image", "label"))
 UNDECODABLE = "undecodable image"
-"""The data stage lists rows that were refused for this, and leaves them out only when the recipe says so."""
+"""Check whose rows stop the data stage, unless the recipe allows dropping them."""
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, answers = classes.metrics, classes.answers
 sums, chance_loss = classes.sums, classes.chance_loss
@@ -33,12 +44,10 @@ as_question, row_labels, config_changes = classes.with_label, labels.row_labels,
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """The class names, sorted. Fractions and lists are not classes."""
     return labels.find_target(rows, columns, data.model_copy(update={"problem_type": "single_label"}), where)
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without an image or without a class are dropped."""
     image = row.get(target.columns["image"])
     if not isinstance(image, (str, bytes, Mapping, type(None))):
         return Refused("no image", f"column '{target.columns['image']}' holds {type(image).__name__}, not an image")
@@ -53,12 +62,11 @@ refuse_question = refuse
 
 
 def group_key(row: Row, target: Target) -> str:
-    """The same file twice, under any name, is one image."""
     return content_hash(*where_from(row.get(target.columns["image"])))
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int) -> RowExamples:
-    """Decode each image once, to know that it can be; the row keeps its path, or its bytes when it has no path."""
+def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_length: int) -> RowExamples:
+    """Decode each image once, as a check, and store its path, or its bytes if it has no path."""
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for row in rows:
@@ -74,18 +82,17 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int)
     return encoded
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: Any) -> Preview:
-    """Where the image is, and its class."""
+def preview(features: RowFeatures, target: Target, tokenizer: ImageReader) -> Preview:
     path, content = features[PATH], features[CONTENT]
     shown = _last_parts(path) if path else f"image of {len(content):,} bytes"
     return Preview.labelled(shown, classes.label_words(features["labels"], target))
 
 
 def display_text(row: Row, target: Target) -> str:
-    """The file and its folder, which most often is its class; the row's place when it holds the image itself."""
+    """Return file and folder of the image, or the row's place in the data file if the row holds the image."""
     value = row.get(target.columns["image"])
     path = value.get("path") if isinstance(value, Mapping) else value
-    # Bytes are predictions as words such as `<812 bytes>` beside the features.
+    # Stored rows hold words instead of bytes, such as `<812 bytes>`.
     if isinstance(path, str) and path and not path.startswith("<"):
         return _last_parts(path)
     return str(row.get(PLACE, "image"))
@@ -95,14 +102,13 @@ def _last_parts(path: str) -> str:
     return "/".join(PurePath(path).parts[-2:])
 
 
-def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """`pixel_values[batch, channels, height, width]` and `labels[batch]`; `ImageRows` has decoded the images."""
+def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
+    """Stack `pixel_values[batch, channels, height, width]` and `labels[batch]`; `ImageRows` has decoded the images."""
     import torch
 
     pixels = torch.from_numpy(np.stack([row[PIXELS] for row in features]))
     return {PIXELS: pixels, "labels": stacked_labels(features)}
 
 
-def full_row(target: Target, length: int) -> dict[str, Any]:
-    """Nothing but a class: who traces a model knows the size of its images."""
+def full_row(target: Target, length: int) -> RowFeatures:
     return {"labels": 0}

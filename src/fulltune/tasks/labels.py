@@ -1,5 +1,4 @@
-"""What a label column holds: class names, several names, or numbers; found out from the train rows. And what each class
-counts in the loss."""
+"""Label columns: whether they hold a class, several classes or numbers; and the weights of classes in the loss."""
 
 from __future__ import annotations
 
@@ -24,94 +23,89 @@ from fulltune.text import counted
 
 _MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
-"""Different values that are looked at; numbers beyond them are only counted."""
+"""Most distinct values that are stored; further numbers are only counted."""
+LabelCounts = list[tuple[Any, int, str]]
+"""Distinct values of a label column in the order of their first row, each with its count and the file and line of that
+row, which may be empty."""
 
 
-Found = list[tuple[Any, int, str]]
-"""The different values of a label column, in the order of their first row: each with how often it occurs, and with the
-file and line where it stands first, or nothing."""
+def _count(counts: LabelCounts, wrong: Callable[[Any], bool]) -> int:
+    return sum(count for value, count, _ in counts if wrong(value))
 
 
-def _count(found: Found, wrong: Callable[[Any], bool]) -> int:
-    """Rows whose value is such."""
-    return sum(count for value, count, _ in found if wrong(value))
-
-
-def _at(found: Found, value: Any) -> str:
-    """Where a value stands first, as the end of a message."""
-    place = next(place for one, _, place in found if one is value)
+def _at(counts: LabelCounts, value: Any) -> str:
+    place = next(place for other, _, place in counts if other is value)
     return f", first: {place}" if place else ""
 
 
-def label_values(rows: Iterable[Row], column: str, where: str) -> tuple[Found, int]:
-    """Read a label column, and count the rows with a label; memory grows with the number of different values only.
-    Raises `DataError` when there is no label at all, or there are too many different words."""
-    found: dict[Any, list[Any]] = {}
+def label_values(rows: Iterable[Row], column: str, where: str) -> tuple[LabelCounts, int]:
+    """Count the distinct values of a label column, and the rows with a label; refuse too many distinct words."""
+    distinct: dict[Any, list[Any]] = {}
     beyond = 0
     for row in rows:
         value = row.get(column)
         if is_empty(value) or is_infinite(value):
             continue
         key = (type(value), value) if isinstance(value, (str, int, float)) else json.dumps(value, default=str)
-        if key in found:
-            found[key][1] += 1
-        elif len(found) < MOST_DISTINCT:
-            found[key] = [value, 1, str(row.get(PLACE, ""))]
+        if key in distinct:
+            distinct[key][1] += 1
+        elif len(distinct) < MOST_DISTINCT:
+            distinct[key] = [value, 1, str(row.get(PLACE, ""))]
         elif parsed_number(value) is not None:
             beyond += 1
         else:
             raise DataError(
                 f"{where}: column '{column}' has more than {MOST_DISTINCT:,} different labels; is it the right column?"
             )
-    if not found:
+    if not distinct:
         raise DataError(f"{where}: column '{column}' holds no label in any row")
-    values = [(value, count, place) for value, count, place in found.values()]
+    values = [(value, count, place) for value, count, place in distinct.values()]
     return values, sum(count for _, count, _ in values) + beyond
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Problem type and class names, sorted; whole-number labels sort by value."""
+    """Derive problem type and class names, sorted (integers by value), from the train rows."""
     column = columns["label"]
-    found, total = label_values(rows, column, where)
-    strange = [value for value, *_ in found if isinstance(value, (dict, date, time, timedelta))]
+    counts, total = label_values(rows, column, where)
+    strange = [value for value, *_ in counts if isinstance(value, (dict, date, time, timedelta))]
     if strange:
         kind = "objects" if isinstance(strange[0], dict) else "dates or times"
         raise DataError(
-            f"{where}: column '{column}' holds {kind} ({str(strange[0])[:60]}{_at(found, strange[0])}); expected a "
+            f"{where}: column '{column}' holds {kind} ({str(strange[0])[:60]}{_at(counts, strange[0])}); expected a "
             "class name, a list of class names, or a number"
         )
-    match data.problem_type if data.problem_type != "auto" else _problem_type(found, total):
+    match data.problem_type if data.problem_type != "auto" else _problem_type(counts, total):
         case "regression":
-            return _numbers(found, columns, where)
+            return _numbers(counts, columns, where)
         case "multi_label":
-            return _several_labels(found, columns, where)
+            return _several_labels(counts, columns, where)
         case _:
-            return _classes(found, total, columns, where)
+            return _classes(counts, total, columns, where)
 
 
-def _numbers(found: Found, columns: Mapping[str, str], where: str) -> Target:
+def _numbers(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
     def is_word(value: Any) -> bool:
         return parsed_number(value) is None and not is_beyond(value)
 
-    wrong = [value for value, *_ in found if is_word(value)]
+    wrong = [value for value, *_ in counts if is_word(value)]
     if wrong:
         raise DataError(
             f"{where}: column '{columns['label']}' must hold numbers for regression; found {str(wrong[0])[:60]!r} "
-            f"({_count(found, is_word)} such rows{_at(found, wrong[0])}); repair or remove these rows"
+            f"({_count(counts, is_word)} such rows{_at(counts, wrong[0])}); repair or remove these rows"
         )
     # Numbers that are too large are dropped row by row.
-    if len({number for value, *_ in found if (number := parsed_number(value)) is not None}) == 1:
-        raise DataError(f"{where}: every row has the same target {found[0][0]!r}; there is nothing to learn")
+    if len({number for value, *_ in counts if (number := parsed_number(value)) is not None}) == 1:
+        raise DataError(f"{where}: every row has the same target {counts[0][0]!r}; there is nothing to learn")
     return Target("regression", columns)
 
 
-def _several_labels(found: Found, columns: Mapping[str, str], where: str) -> Target:
-    column, values = columns["label"], [value for value, *_ in found if not is_broken_list(value)]
+def _several_labels(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
+    column, values = columns["label"], [value for value, *_ in counts if not is_broken_list(value)]
     labels = sorted({label for value in values for label in label_list(value)})
     if not labels:
-        first = found[0][0]
+        first = counts[0][0]
         raise DataError(
-            f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{_at(found, first)}; write names "
+            f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{_at(counts, first)}; write names "
             'such as ["food", "travel"], none of them a list itself'
         )
     of_each = [label_list(value) for value in values]
@@ -120,7 +114,7 @@ def _several_labels(found: Found, columns: Mapping[str, str], where: str) -> Tar
         first = (soft or values)[0]
         raise DataError(
             f"{where}: column '{column}' holds a number for each label, soft or one-hot ({str(first)[:60]}"
-            f"{_at(found, first)}); expected names: write those of the labels that hold, such as [a, c] for [1, 0, 1]"
+            f"{_at(counts, first)}); expected names: write those of the labels that hold, such as [a, c] for [1, 0, 1]"
         )
     if len({tuple(sorted(names)) for names in of_each}) == 1:
         raise DataError(f"{where}: every row has the same labels {values[0]!r}; there is nothing to learn")
@@ -129,15 +123,15 @@ def _several_labels(found: Found, columns: Mapping[str, str], where: str) -> Tar
     return Target("multi_label", columns, tuple(labels))
 
 
-def _classes(found: Found, total: int, columns: Mapping[str, str], where: str) -> Target:
-    column, values = columns["label"], [value for value, *_ in found]
+def _classes(counts: LabelCounts, total: int, columns: Mapping[str, str], where: str) -> Target:
+    column, values = columns["label"], [value for value, *_ in counts]
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
         raise DataError(
-            f"{where}: column '{column}' holds several labels in a row ({str(several[0])[:60]}{_at(found, several[0])})"
-            "; expected one, or set data.problem_type: multi_label"
+            f"{where}: column '{column}' holds several labels in a row ({str(several[0])[:60]}"
+            f"{_at(counts, several[0])}); expected one, or set data.problem_type: multi_label"
         )
-    _refuse_mixed(found, column, where)
+    _refuse_mixed(counts, column, where)
     names = {label_name(value) for value in values}
     if len(names) == 1:
         raise DataError(
@@ -153,10 +147,10 @@ def _classes(found: Found, total: int, columns: Mapping[str, str], where: str) -
     return Target("single_label", columns, tuple(ordered))
 
 
-def _problem_type(found: Found, total: int) -> str:
-    values = [value for value, *_ in found]
+def _problem_type(counts: LabelCounts, total: int) -> str:
+    values = [value for value, *_ in counts]
     # A few broken lists do not make class names of the others: they are dropped row by row, and listed.
-    if any(isinstance(value, (list, tuple)) for value in values) or _count(found, _is_listed) > total / 2:
+    if any(isinstance(value, (list, tuple)) for value in values) or _count(counts, _is_listed) > total / 2:
         return "multi_label"
     numbers = [parsed_number(value) for value in values if not is_beyond(value)]
     if all(number is not None for number in numbers) and any(number != round(number) for number in numbers if number):
@@ -164,15 +158,15 @@ def _problem_type(found: Found, total: int) -> str:
     return "single_label"
 
 
-def _refuse_mixed(found: Found, column: str, where: str) -> None:
-    """Numbers among words are most often a broken export: `1`, `2`, `positive`."""
+def _refuse_mixed(counts: LabelCounts, column: str, where: str) -> None:
+    """Refuse numbers among words, such as `1`, `2`, `positive`: most often a broken export."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    for value, count, _ in found:
+    for value, count, _ in counts:
         (words if parsed_number(value) is None else numbers)[str(value)] += count
     if words and numbers:
-        rarer = min((words, numbers), key=lambda one: one.total())
-        first = _at(found, next(value for value, *_ in found if str(value) in rarer))
+        rarer = min((words, numbers), key=Counter.total)
+        first = _at(counts, next(value for value, *_ in counts if str(value) in rarer))
         raise DataError(
             f"{where}: column '{column}' mixes words ({_few(words)}) and numbers ({_few(numbers)}) as labels{first}; "
             "expected one kind: rename them, or remove the wrong rows"
@@ -185,20 +179,20 @@ def _few(counts: Counter[str]) -> str:
 
 
 def is_empty(value: Any) -> bool:
-    """No value: a missing cell, white space, pandas' empty cell."""
+    """Return True for a missing cell, white space, or pandas' NaN."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float) and value != value)
 
 
 def parsed_number(value: Any) -> float | None:
-    """A number that a model can be trained on: finite, and no larger than 32 bits hold."""
+    """Return a number that float32 can hold, or None."""
     number = _as_float(value)
     return number if number is not None and abs(number) <= _MOST_FLOAT32 else None
 
 
 def is_beyond(value: Any) -> bool:
-    """A number in form that is none to train on: `1e39`, `1e999`, `inf`, the word `nan`."""
+    """Return True for numbers that float32 cannot hold: `1e39`, `1e999`, `inf`, the word `nan`."""
     number = _as_float(value)
     return number is not None and not abs(number) <= _MOST_FLOAT32
 
@@ -221,12 +215,12 @@ def _is_listed(value: Any) -> bool:
 
 
 def is_infinite(value: Any) -> bool:
-    """A number without an end, as JSON's `Infinity` is read: no class, and nothing to train on."""
+    """Return True for an infinite float, as Python reads JSON's `Infinity`."""
     return isinstance(value, float) and math.isinf(value)
 
 
 def is_broken_list(value: Any) -> bool:
-    """A cell that begins or ends as a list and is none: half of it is lost; or a list in a list. `a [b]` is a name."""
+    """Return True for a cut list such as `["a", "b`, and for a list in a list; `a [b]` is a name."""
     if not isinstance(value, str) or not (value.startswith("[") or (value.endswith("]") and "[" not in value)):
         return any(isinstance(part, (list, tuple, dict)) or is_infinite(part) for part in _parts(value))
     parsed = parsed_list(value)
@@ -234,19 +228,18 @@ def is_broken_list(value: Any) -> bool:
 
 
 def _parts(value: Any) -> Sequence[Any]:
-    """What a list holds, also one that is written in a cell; nothing, where there is none."""
+    """Return the parts of a list, also of one written as text; nothing for other values."""
     parsed = parsed_list(value) if isinstance(value, str) else value
     return parsed if isinstance(parsed, (list, tuple)) else ()
 
 
 def parsed_list(value: str) -> list[Any] | None:
-    """The list that a cell holds as JSON or as Python writes it; None: it holds none."""
-    found = literal(value)
-    return found if isinstance(found, list) else None
+    """Parse a list written as JSON or Python, or return None."""
+    parsed = literal(value)
+    return parsed if isinstance(parsed, list) else None
 
 
 def label_list(value: Any) -> list[str]:
-    """The class names of a row with several."""
     if isinstance(value, str):
         parsed = parsed_list(value)
         # `a;b` and `a|b` are the usual forms of several labels in a csv cell.
@@ -257,7 +250,6 @@ def label_list(value: Any) -> list[str]:
 
 
 def row_labels(row: Row, target: Target) -> list[str]:
-    """The class names of a row, sorted; none where its target is no class."""
     if not target.form.labels_rows:
         return []
     value = row.get(target.columns["label"])
@@ -265,13 +257,13 @@ def row_labels(row: Row, target: Target) -> list[str]:
 
 
 def label_name(value: Any) -> str:
-    """A class name: `1`, `1.0` and `[1]` are the same."""
+    """Return a label as class name; `1`, `1.0` and `[1]` are the same."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     name = str(value).strip()
-    # Whole numbers that a table kept as floats, because some cell was empty: `1.0` and `1` are the same class.
+    # Tables with empty cells store integers as floats: `1.0` and `1` are the same class.
     return name.partition(".")[0] if re.fullmatch(r"-?\d+\.0", name) else name
 
 
@@ -279,37 +271,35 @@ def label_name(value: Any) -> str:
 
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
-    """Refuse what makes no sense for these labels."""
     if problems := conflicts(recipe, summary.form):
         raise RecipeError(problems)
     class_weights(recipe, summary)
 
 
 def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
-    """`train.class_weights` in the order of the labels; `balanced` makes each class count the same in total. Raises
-    `RecipeError` when they do not match the labels."""
-    given, labels, name = recipe.train.class_weights, summary.labels, "train.class_weights"
-    if given is None:
+    """Return `train.class_weights` in the order of the labels; `balanced` gives each class the same total weight."""
+    setting, labels, name = recipe.train.class_weights, summary.labels, "train.class_weights"
+    if setting is None:
         return None
     if not labels:
         raise RecipeError(f"{name}: the data have no classes ({summary.form.words}); remove it")
-    if isinstance(given, str):
+    if isinstance(setting, str):
         if summary.form.tags_words:
             raise RecipeError(
                 f"{name}: 'balanced' counts the rows of a class, and tags belong to words; give each tag its weight: "
                 f"{', '.join(labels[:3])} ..."
             )
         counts = summary.splits["train"].label_counts
-        # A class without a train row (all of them were dropped) cannot count at all.
+        # All train rows of a class may have been dropped.
         return [sum(counts.values()) / (len(labels) * counts[label]) if label in counts else 0.0 for label in labels]
-    if isinstance(given, dict):
-        by_label = {str(label): weight for label, weight in given.items()}
+    if isinstance(setting, dict):
+        by_label = {str(label): weight for label, weight in setting.items()}
         missing = [label for label in labels if label not in by_label]
         unknown = [label for label in by_label if label not in labels]
         if missing or unknown:
             wrong = f"no weight for {', '.join(missing[:5])}" if missing else f"no such label: {unknown[0]}"
             raise RecipeError(f"{name}: {wrong}; the labels are {', '.join(labels[:5])}{' ...' if labels[5:] else ''}")
         return [float(by_label[label]) for label in labels]
-    if len(given) != len(labels):
-        raise RecipeError(f"{name}: {len(given)} weights for {len(labels)} labels; give one for each")
-    return [float(weight) for weight in given]
+    if len(setting) != len(labels):
+        raise RecipeError(f"{name}: {len(setting)} weights for {len(labels)} labels; give one for each")
+    return [float(weight) for weight in setting]

@@ -1,4 +1,4 @@
-"""Multiple choice: which of a row's choices is right. The model reads the question with each choice and scores it."""
+"""Multiple choice: the model reads the question with each choice, scores each, and the highest score wins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import LENGTH, Example, Predictions, Refused, Row, RowExamples, Target, Tensor, Tokenizer, classes
+from fulltune.tasks import (
+    LENGTH,
+    Example,
+    Predictions,
+    Refused,
+    Row,
+    RowAnswer,
+    RowExamples,
+    RowFeatures,
+    Target,
+    Tensor,
+    Tokenizer,
+    classes,
+)
 from fulltune.tasks.columns import CHOICE_NAMES, as_text, missing_column, named, normalised
 from fulltune.tasks.labels import is_empty, label_name, parsed_list
 from fulltune.tasks.labels import row_labels as labels_of_row
@@ -21,14 +34,13 @@ from fulltune.tasks.padding import stacked_labels, tokenised
 
 FACTS = recipe_tasks.FACTS["multiple-choice"]
 CHOICE_LENGTHS = "choice_lengths"
-"""Feature with the tokens of each choice [choices]: `input_ids` holds them one after another."""
+"""Feature with each choice's number of tokens [choices]; `input_ids` holds the choices one after another."""
 row_labels, config_changes = labels_of_row, classes.config_changes
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, sums, chance_loss = classes.metrics, classes.sums, classes.chance_loss
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """The usual number of choices. Raises `DataError` where labels count from 1."""
     column = columns["label"]
     sizes: Counter[int] = Counter()
     one_too_high = 0
@@ -50,7 +62,6 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows with an empty choice, another number of choices or without a right one are dropped."""
     if (refused := refuse_question(row, target)) is not None:
         return refused
     texts, column = choice_texts(row, target), target.columns["label"]
@@ -66,7 +77,6 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
-    """Why nothing can be chosen, whatever the right choice is."""
     texts = choice_texts(row, target)
     if len(texts) != target.num_choices:
         return Refused("other number of choices", f"{len(texts)} choices, expected {target.num_choices}")
@@ -74,8 +84,6 @@ def refuse_question(row: Row, target: Target) -> Refused | None:
 
 
 def group_key(row: Row, target: Target) -> str:
-    """The passage, where there is one: its questions say much about each other. Else question and choices, in whatever
-    order these stand."""
     passage = as_text(row.get(target.columns["context"])) if "context" in target.columns else ""
     if passage.strip():
         return normalised(passage)
@@ -83,12 +91,12 @@ def group_key(row: Row, target: Target) -> str:
 
 
 def as_question(row: Row, target: Target) -> Row:
-    """The row itself: a label that is missing is taken for the first choice."""
+    """Return the row itself: `encode` takes a missing label as the first choice."""
     return row
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise the question with each choice; the longer of the two is cut first."""
+    """Tokenise the question with each choice; the longer of both is cut first."""
     choices = [choice_texts(row, target) for row in rows]
     questions = [question_text(row, target) for row in rows]
     texts = [[text for row in choices for text in row]]
@@ -101,15 +109,14 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
         right = right_choice(row, target.columns, choices[number])
         lengths = [len(tokens["input_ids"][i]) for i in members]
         features: dict[str, Any] = {name: [token for i in members for token in tokens[name][i]] for name in names}
-        # All choices are padded to the longest one. Only rows of `predict` have no right choice: others are refused.
+        # Choices are padded to the longest. Only rows to predict have no right choice.
         features |= {CHOICE_LENGTHS: lengths, "labels": right or 0, LENGTH: max(lengths) * len(lengths)}
         cut = any(is_cut[i] for i in members)
         encoded.append([Example(features, trained_tokens=1, truncated=cut, longest=max(lengths))])
     return encoded
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
-    """The question with each choice, as the model reads them, and the place of the right one."""
+def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
     ends = np.cumsum(features[CHOICE_LENGTHS])[:-1]
     parts = [tokenizer.decode(ids.tolist()) for ids in np.split(np.asarray(features["input_ids"]), ends)]
     text = "\n".join(f"({place}) {part}" for place, part in enumerate(parts))
@@ -117,13 +124,11 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -
 
 
 def display_text(row: Row, target: Target) -> str:
-    """A row in one line: the question and the numbered choices."""
     choices = (f"({place}) {text}" for place, text in enumerate(choice_texts(row, target)))
     return " ".join(part for part in (question_text(row, target), *choices) if part)
 
 
-def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """`input_ids[batch, choices, tokens]`, `attention_mask[batch, choices, tokens]` ... and `labels[batch]`."""
+def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
     import torch
 
     lengths = np.array([row[CHOICE_LENGTHS] for row in features])
@@ -132,7 +137,6 @@ def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[st
     for name in features[0]:
         if name not in (CHOICE_LENGTHS, LENGTH, "labels"):
             block = np.full(shown.shape, pad_token_id if name == "input_ids" else 0, np.int64)
-            # Row by row and choice by choice, as the tokens lie in the features.
             block[shown] = np.concatenate([row[name] for row in features])
             batch[name] = torch.from_numpy(block)
     return batch | {"labels": stacked_labels(features)}
@@ -140,8 +144,8 @@ def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[st
 
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
-) -> list[dict[str, Any]]:
-    """`index` and `text` of the most probable choice, its `probability`, and the `probabilities` of all."""
+) -> list[RowAnswer]:
+    """Answer with `index`, `text` and `probability` of the best choice, and all `probabilities`."""
     return [
         {
             "index": best,
@@ -153,43 +157,44 @@ def answers(
     ]
 
 
-def full_row(target: Target, length: int) -> dict[str, Any]:
-    """A row whose choices all have so many tokens."""
+def full_row(target: Target, length: int) -> RowFeatures:
     ids = np.ones(length * target.num_choices, np.int64)
     return {"input_ids": ids, "labels": 0, CHOICE_LENGTHS: np.full(target.num_choices, length)}
 
 
 _STEMS = ("choice", "ending", "option", "candidate", "answer", "sol", "alternative", "")
-"""Beginnings of numbered columns: `choice0`, `ending_1`, `optionA`; with none it is the letter alone."""
+"""Prefixes of numbered columns, such as `choice0`, `ending_1`, `optionA`, or a letter alone."""
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Columns for `label`, `choices` (or `choice0`, `choice1` ...) and, where there are, `question` and `context`.
-    Raises `DataError` for each role without a column, and when texts are left that may be the question."""
-    found: dict[str, str] = {}
+    """Choose columns for `label`, `choices` (or `choice0`, `choice1` ...) and, if there are, `question` and `context`.
+
+    Raises `DataError` if a role has no column, or if a column with another name may be the question.
+    """
+    by_role: dict[str, str] = {}
     for role in ("choices", "label", "context", "question"):
-        rest = [column for column in columns if column not in found.values()]
+        rest = [column for column in columns if column not in by_role.values()]
         column = named(role, getattr(data, role), rest, where, CHOICE_NAMES[role])
         if column is not None:
-            found[role] = column
+            by_role[role] = column
         elif role == "choices":
-            found |= {f"choice{number}": column for number, column in enumerate(_numbered(rest))}
+            by_role |= {f"choice{number}": column for number, column in enumerate(_numbered(rest))}
     missing = []
-    if not any(role.startswith("choice") for role in found):
+    if not any(role.startswith("choice") for role in by_role):
         missing.append(missing_column("choices (one with lists, or several: choice0, choice1)", columns, where))
-    if "label" not in found:
+    if "label" not in by_role:
         missing.append(missing_column("label", columns, where))
-    rest = [column for column in columns if column not in found.values()]
-    if not {"question", "context"} & set(found) and _has_sentences(rest, sample):
-        # A question under another name must not be left out in silence.
+    rest = [column for column in columns if column not in by_role.values()]
+    if not {"question", "context"} & set(by_role) and _has_sentences(rest, sample):
+        # A question under another name must not be ignored silently.
         missing.append(missing_column("question", columns, where))
     if missing:
         raise DataError(missing)
-    return found
+    return by_role
 
 
 def _numbered(columns: Sequence[str]) -> list[str]:
-    """Columns such as `ending0` to `ending3`, `option_1` to `option_4` or `A` to `E`, in their order."""
+    """Return columns such as `ending0` to `ending3`, `option_1` to `option_4` or `A` to `E`, in order."""
     for stem in _STEMS:
         places: dict[int, str] = {}
         for column in columns:
@@ -203,22 +208,21 @@ def _numbered(columns: Sequence[str]) -> list[str]:
 
 
 def _has_sentences(columns: Sequence[str], sample: Sequence[Row]) -> bool:
-    """True when a column holds words with spaces between them in most rows."""
+    """Return True if a column holds several words in most rows."""
     texts = ([cell for row in sample if isinstance(cell := row.get(column), str)] for column in columns)
     return any(sum(" " in cell.strip() for cell in cells) > len(sample) / 2 for cells in texts)
 
 
 def choice_texts(row: Row, target: Target) -> list[str]:
-    """The row's choices; empty when the column holds no list."""
     return _texts_and_names(row, target.columns)[0]
 
 
 def _texts_and_names(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Choices, and the names that ARC and CommonsenseQA give them: `{"text": [...], "label": ["A", ...]}`."""
+    """Return choices and their names, which ARC and CommonsenseQA give: `{"text": [...], "label": ["A", ...]}`."""
     if "choices" not in columns:
         roles = sorted((role for role in columns if role.startswith("choice")), key=lambda role: int(role[6:]))
         texts = [as_text(row.get(columns[role])) for role in roles]
-        while len(texts) > 1 and not texts[-1].strip():  # a row with fewer choices leaves the last cells empty
+        while len(texts) > 1 and not texts[-1].strip():  # rows with fewer choices have empty last cells
             texts.pop()
         return texts, []
     value: Any = row.get(columns["choices"])
@@ -232,7 +236,6 @@ def _texts_and_names(row: Row, columns: Mapping[str, str]) -> tuple[list[str], l
 
 
 def question_text(row: Row, target: Target) -> str:
-    """Context and question, of which both may be missing."""
     parts = (
         as_text(row.get(target.columns[role])).strip() for role in ("context", "question") if role in target.columns
     )
@@ -240,8 +243,10 @@ def question_text(row: Row, target: Target) -> str:
 
 
 def right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> int | None:
-    """The choice that the label names: by the choices' own names, else by place (from 0), letter, or text; None: none,
-    or it is the place or letter of one and the text of another."""
+    """Return the index of the choice that the label names: by the choices' names, else by index, letter or text.
+
+    None if there is no such choice, or the label is the index or letter of one and the text of another.
+    """
     value = row.get(columns["label"])
     if is_empty(value) or isinstance(value, (list, tuple, Mapping)):
         return None

@@ -1,30 +1,32 @@
-"""From texts to tokens, where texts may be far longer than what a model reads, and from rows to tensors."""
+"""Tokenising texts of any length, and padding rows to tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence, Sized
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fulltune.tasks import LENGTH, Tensor, Tokenizer
+from fulltune.tasks import LENGTH, RowFeatures, Tensor, Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 IGNORED = -100
-"""Label of a token of which nothing is trained; PyTorch's losses have the same number for it."""
+"""Label of tokens that are not trained, the `ignore_index` of PyTorch's losses."""
 TRAINED = "trained_places"
-"""Of a batch that is trained on, the places in the flattened batch whose logits are needed: int64 [trained]. Found on
-the host: to find them on a device the host would wait for it."""
+"""Key of a batch's `trained_places`, computed on the host before the batch moves: on a device the host would wait."""
 
 
 def collated(
-    features: Sequence[Mapping[str, Any]],
+    features: Sequence[RowFeatures],
     pad_token_id: int,
     left_out: Collection[str] = (),
     *,
     label_per_token: bool = False,
 ) -> dict[str, Tensor]:
-    """A batch: `input_ids[batch, tokens]`, `attention_mask[batch, tokens]`, `labels`, and the other lists of
-    numbers."""
+    """Pad features to `input_ids[batch, tokens]`, `attention_mask[batch, tokens]`, `labels` and the other lists of
+    numbers, except those in `left_out`."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
     skipped = {LENGTH, "attention_mask", *left_out, *(() if label_per_token else ("labels",))}
     batch = {
@@ -34,16 +36,16 @@ def collated(
     return batch if label_per_token else batch | {"labels": stacked_labels(features)}
 
 
-def stacked_labels(features: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Each row's class or numbers: int64 or float32 `labels[batch]`, or `labels[batch, n]`."""
+def stacked_labels(features: Sequence[RowFeatures]) -> Tensor:
+    """Stack each row's class or numbers to int64 or float32 `labels[batch]` or `labels[batch, n]`."""
     import torch
 
     values = np.array([row["labels"] for row in features])
     return torch.from_numpy(values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
 
 
-def padded(values: Sequence[Any], fill: int) -> Tensor:
-    """Rows, filled up to the longest one: int64 [rows, tokens]."""
+def padded(values: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor:
+    """Pad lists on the right to the longest: int64 [rows, tokens]."""
     import torch
 
     block = np.full((len(values), max(len(value) for value in values)), fill, np.int64)
@@ -52,21 +54,21 @@ def padded(values: Sequence[Any], fill: int) -> Tensor:
     return torch.from_numpy(block)
 
 
-def ragged(values: Sequence[Any]) -> np.ndarray:
-    """One object a row, whatever it is: numpy would take lists of one length for a second axis."""
+def ragged(values: Sequence[object]) -> np.ndarray:
+    """Make an object array [rows], even from lists of one length, which numpy would make a second axis of."""
     array = np.empty(len(values), dtype=object)
     for position, value in enumerate(values):
         array[position] = value
     return array
 
 
-def trained_places(wanted: Tensor) -> Tensor:
-    """`TRAINED` of `wanted[batch, tokens]`, -100 where nothing is trained."""
-    return (wanted.flatten() != IGNORED).nonzero()[:, 0]
+def trained_places(target_ids: Tensor) -> Tensor:
+    """Return where `target_ids[batch, tokens]`, flattened, are not -100: int64 [trained]."""
+    return (target_ids.flatten() != IGNORED).nonzero()[:, 0]
 
 
-def mask(values: Sequence[Any]) -> Tensor:
-    """1 where a row has a token, 0 where it is padded: int64 [rows, tokens]."""
+def mask(values: Sequence[Sized]) -> Tensor:
+    """Make an attention mask, 1 for tokens and 0 for padding: int64 [rows, tokens]."""
     import torch
 
     lengths = np.array([len(value) for value in values])
@@ -76,13 +78,14 @@ def mask(values: Sequence[Any]) -> Tensor:
 _CHARACTERS = 50_000
 _CHARACTERS_PER_TOKEN = 20
 PART_CHARACTERS = 1_000_000
+"""Characters in a part of a text that is tokenised in parts."""
 
 
 def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
-    """What of a text can be read in `max_length` tokens and more; the text itself, if it is not much longer.
+    """Cut a very long text at a space, well beyond `max_length` tokens, so that tokenising it is fast.
 
-    Words are tokenised apart from each other, so that those before a space stay what they are. A text whose beginning
-    gives few tokens, or that is cut at its left side, is left as it is.
+    The first tokens stay the same. The text is returned whole if its beginning gives few tokens, or if the tokenizer
+    truncates on the left.
     """
     most = max(_CHARACTERS, _CHARACTERS_PER_TOKEN * max_length)
     if len(text) <= most or getattr(tokenizer, "truncation_side", "right") != "right":
@@ -93,12 +96,15 @@ def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
 
 
 def tokenised(
-    tokenizer: Tokenizer, texts: Sequence[Sequence[Any]], max_length: int, **options: Any
-) -> tuple[Any, list[str], list[bool]]:
-    """Texts (or pairs of one from each list) as tokens, cut at `max_length` from the longer of a pair first; the names
-    of what the model reads of them, but for the attention mask; and which were cut."""
+    tokenizer: Tokenizer, texts: Sequence[Sequence[str] | Sequence[list[str]]], max_length: int, **options: bool
+) -> tuple[BatchEncoding, list[str], list[bool]]:
+    """Tokenise texts, or pairs of two lists, and cut them at `max_length`, the longer of a pair first.
+
+    Returns:
+        The tokens, the names of the model's inputs among them (without the attention mask), and which were cut.
+    """
     options |= {"return_attention_mask": False, "verbose": False}
-    tokens = tokenizer(*texts, truncation=False, **options)  # only so can truncation be counted
+    tokens = tokenizer(*texts, truncation=False, **options)  # to count which are too long
     is_cut = [len(ids) > max_length for ids in tokens["input_ids"]]
     if any(is_cut):
         tokens = tokenizer(*texts, truncation=True, max_length=max_length, **options)
@@ -106,10 +112,9 @@ def tokenised(
 
 
 def token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a whole text, with special ones; of one with millions of characters part by part.
+    """Tokenise a whole text with special tokens; in parts if it has millions of characters.
 
-    Only where this tokenizer gives the same tokens to two words apart as it does together; else at once. In a word of a
-    million letters, which no text has, a token may be another where it is cut.
+    Parts are only used with tokenizers that give two words the same tokens separately as together.
     """
     seam = _seam(tokenizer) if len(text) > PART_CHARACTERS else None
     if seam is not None and (parts := _parts(text, seam)) is not None:
@@ -121,7 +126,7 @@ def token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _parts(text: str, seam: str) -> list[str] | None:
-    """A text cut before single spaces, `seam` left out at each cut; None: there is none for long."""
+    """Cut a text before single spaces, without `seam` at each cut, or return None if spaces are too rare."""
     parts, start = list[str](), 0
     while len(text) - start > PART_CHARACTERS:
         end = start + PART_CHARACTERS
@@ -138,12 +143,11 @@ def _parts(text: str, seam: str) -> list[str] | None:
 
 
 def _plain(text: str, tokenizer: Tokenizer) -> list[int]:
-    wanted = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return list(tokenizer(text, **wanted)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
 def _seam(tokenizer: Tokenizer) -> str | None:
-    """What is left out where a text is cut before a space: nothing, or the space; None: neither gives the same."""
+    """Return what to leave out at a cut before a space: nothing, or the space; None if both change the tokens."""
     together = _plain("of the rain", tokenizer)
     for seam in ("", " "):
         if together == _plain("of", tokenizer) + _plain(" the rain"[len(seam) :], tokenizer):
@@ -152,7 +156,7 @@ def _seam(tokenizer: Tokenizer) -> str | None:
 
 
 def _specials(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens before a text, and behind it."""
+    """Return the special tokens before and after a text."""
     whole, plain = list(tokenizer("of", verbose=False)["input_ids"]), _plain("of", tokenizer)
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return whole[:start], whole[start + len(plain) :]

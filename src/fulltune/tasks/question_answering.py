@@ -62,7 +62,6 @@ NOWHERE = 0
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Return the target, after checking that some row has an answer."""
     target = Target("span", columns, stride=data.stride)
     answered = 0
     for row in rows:
@@ -77,7 +76,6 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Drop rows without question or context, and rows whose answer is not in the context."""
     if refused := without_text(row, target, "question", "context"):
         return refused
     try:
@@ -88,7 +86,6 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 def as_question(row: Row, target: Target) -> Row:
-    """Return the row without answers."""
     return {**row, target.columns["answers"]: None}
 
 
@@ -96,27 +93,21 @@ refuse_question = refuse
 
 
 def answers_of(row: Row, target: Target) -> list[AnswerSpan]:
-    """Return the accepted answers with their positions in the context; training uses the first.
-
-    Questions that SQuAD 2 marks as impossible have none, whatever their column holds.
-    """
+    """Return the accepted answers, the first for training; none if SQuAD 2 marks the question as impossible."""
     if str(row.get(IMPOSSIBLE)).lower() == "true":
         return []
     return accepted(row.get(target.columns["answers"]), context_of(row, target))
 
 
 def context_of(row: Row, target: Target) -> str:
-    """Return the passage."""
     return as_text(row.get(target.columns["context"]))
 
 
 def question_of(row: Row, target: Target) -> str:
-    """Return the question."""
     return as_text(row.get(target.columns["question"])).strip()
 
 
 def group_key(row: Row, target: Target) -> str:
-    """Return the passage: questions about one passage stay in one split."""
     return normalised(context_of(row, target))
 
 
@@ -127,15 +118,9 @@ AnswerSpan = tuple[str, int]
 
 
 def accepted(cell: Any, context: str) -> list[AnswerSpan]:
-    """Read the accepted answers to a question; none if the context does not answer it.
+    """Read answers from SQuAD's `{"text": [...], "answer_start": [...]}`, or from texts, to be located in the context.
 
-    Args:
-        cell: SQuAD's `{"text": [...], "answer_start": [...]}`, a list of such objects, or texts, whose position is
-            where they first occur in the context.
-        context: The passage.
-
-    Raises:
-        DataError: When an answer is not at its position.
+    Raises `DataError` if an answer is not where it should be.
     """
     parts = list(_parts(parsed(cell)))
     answers: list[AnswerSpan] = []
@@ -156,7 +141,6 @@ def accepted(cell: Any, context: str) -> list[AnswerSpan]:
 
 
 def _parts(cell: Any) -> Iterator[tuple[str, int | None]]:
-    """Yield each text that is not empty, with its start, if given."""
     match cell:
         case {"text": texts, **more}:
             texts, starts = _listed(texts), _listed(more.get("answer_start"))
@@ -194,13 +178,10 @@ def _listed(value: Any) -> list[Any]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise question and context together, one example per window.
+    """Tokenise question and context together, one example per window; windows overlap by the stride, if there is room.
 
-    Windows overlap by the stride, or less if a long question leaves too little room. A row is dropped if no window
-    holds the whole answer: it would teach that there is none.
-
-    Raises:
-        SetupError: When the tokenizer is slow, so that the positions of tokens in the text are unknown.
+    A row is dropped if no window holds the whole answer: it would teach that there is none. Raises `SetupError` for
+    slow tokenizers, which do not know where tokens are in the text.
     """
     if not tokenizer.is_fast:
         raise SetupError(
@@ -211,7 +192,6 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Make the windows of a question and its context."""
     question = question_of(row, target)
     question_ids = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
     # Each window must advance by some tokens, or a long context would give very many windows.
@@ -247,7 +227,6 @@ def _refused(check: str, reason: str) -> Example:
 
 
 def _example(features: RowFeatures, offsets: np.ndarray, inside: np.ndarray, answer: Sequence[AnswerSpan]) -> Example:
-    """Make a window, labelled with the answer's first and last token if it holds the whole answer."""
     if not inside.any():
         return _refused("no context", "the tokenizer makes no token of the context")
     first, last = np.flatnonzero(inside)[[0, -1]].tolist()
@@ -264,7 +243,6 @@ def _example(features: RowFeatures, offsets: np.ndarray, inside: np.ndarray, ans
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
-    """Show the window and its answer, decoded."""
     ids = list(features["input_ids"])
     start, end = features["labels"][START], features["labels"][END]
     answer = str(tokenizer.decode(ids[start : end + 1])).strip()
@@ -290,7 +268,6 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Average the cross entropies of first and last token, and sum over windows."""
     chances = log_chances(logits, labels)
     plain = -_at_answer(chances, labels).mean(dim=-1)
     if not smoothing:
@@ -300,7 +277,6 @@ def loss(
 
 
 def _at_answer(chances: Tensor, labels: Tensor) -> Tensor:
-    """Select the log probabilities of the true first and last token, [batch, 2]."""
     return chances.gather(1, labels[:, None, [START, END]])[:, 0]
 
 
@@ -332,12 +308,10 @@ def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    """Average `row_scores` over windows, or over questions once `evaluate.spans` has scored them."""
     return {name: float(np.mean(values)) for name, values in row_scores(predictions).items()}
 
 
 def row_scores(predictions: Predictions) -> dict[str, np.ndarray]:
-    """Return F1, exact match and loss of each row, [rows]."""
     if "f1" in predictions:
         return {name: predictions[name] for name in FACTS.metrics if name in predictions}
     none, truly_none = predictions["nowhere"] > predictions["chance"], predictions["true_first"] == NOWHERE
@@ -384,15 +358,12 @@ def answers(
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return the metric as a mean over questions."""
     return {metric: (mean_of(lambda predictions: row_scores(predictions)[metric]), ratio)}
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """Return the loss if all tokens of a window are equally likely."""
     return math.log(summary.max_length)
 
 
 def full_row(target: Target, length: int) -> RowFeatures:
-    """Make a window of `length` tokens whose answer is its first token."""
     return {"input_ids": np.ones(length, np.int64), "labels": np.array([0, 0, 0, length - 1, length])}

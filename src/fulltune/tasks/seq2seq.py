@@ -1,21 +1,36 @@
-"""Encoder-decoder models that read a source and write a target: summaries, translations, rewritten texts."""
+"""Encoder-decoder models that read a source and write a target, such as a summary or a translation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import LENGTH, Example, Refused, Row, RowExamples, Target, Tensor, Tokenizer, classes, written
+from fulltune.tasks import (
+    LENGTH,
+    Example,
+    Refused,
+    Row,
+    RowExamples,
+    RowFeatures,
+    Target,
+    Tensor,
+    Tokenizer,
+    classes,
+    written,
+)
 from fulltune.tasks.columns import as_text, normalised, without_text
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import IGNORED, collated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FACTS = recipe_tasks.FACTS["seq2seq"]
 find_columns = partial(columns_of_roles, ("source", "target"))
@@ -25,19 +40,16 @@ sums, full_row = written.sums, written.full_row
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """The text that is put before each source comes from the recipe; the rows decide nothing."""
     for _ in rows:
         pass
     return Target("source_target", columns, joint=data.source_prefix or "")
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without a source or without a target are dropped."""
     return without_text(row, target, "source", "target")
 
 
 def as_question(row: Row, target: Target) -> Row:
-    """The row with some target."""
     return {**row, target.columns["target"]: "?"}
 
 
@@ -45,27 +57,27 @@ refuse_question = refuse
 
 
 def group_key(row: Row, target: Target) -> str:
-    """What is read: the same source with two targets stays in one split."""
     return normalised(as_text(row.get(target.columns["source"])))
 
 
 def prompt_text(row: Row, target: Target) -> str:
-    """What the model reads, without the prefix."""
     return as_text(row.get(target.columns["source"]))
 
 
 def answer_text(row: Row, target: Target) -> str:
-    """What it should write."""
     return as_text(row.get(target.columns["target"])).strip()
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise; source and target are each cut at `max_length`. A cut source keeps its end token, as when the model
-    answers; a cut target loses it, so that the model does not learn to stop in the middle."""
-    # Without a limit: only so can truncation be counted.
+    """Tokenise rows; source and target are each cut at `max_length`.
+
+    A cut source keeps its end token, as in generation; a cut target loses it, so that the model does not learn to stop
+    too early.
+    """
+    # Truncation is off, to count what is cut.
     sources = tokenizer([target.joint + prompt_text(row, target) for row in rows], truncation=False, verbose=False)
     written = tokenizer(text_target=[as_text(row.get(target.columns["target"])) for row in rows], verbose=False)
-    # BERT-like tokenizers end with their separator.
+    # BERT-like tokenizers end texts with their separator.
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     encoded = []
     for source, ids in zip(sources["input_ids"], written["input_ids"], strict=True):
@@ -75,14 +87,13 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
         truncated = len(source) > max_length or len(labels) > max_length
         source, labels = _cut(source, max_length, tokenizer), labels[:max_length]
         features = {"input_ids": source, "labels": labels, LENGTH: len(source) + len(labels)}
-        # A target of nothing but special tokens, such as one of unknown spaces, teaches nothing.
+        # A target of special tokens alone, such as unknown spaces, teaches nothing.
         count = len(labels) if any(token not in tokenizer.all_special_ids for token in labels) else 0
         encoded.append([Example(features, count, truncated, longest=max(len(source), len(labels)))])
     return encoded
 
 
 def _cut(ids: Sequence[int], max_length: int | None, tokenizer: Tokenizer) -> list[int]:
-    """At most so many tokens; an end token stays the last one."""
     if max_length is None or len(ids) <= max_length:
         return list(ids)
     keeps_end = ids[-1] in tokenizer.all_special_ids
@@ -90,21 +101,19 @@ def _cut(ids: Sequence[int], max_length: int | None, tokenizer: Tokenizer) -> li
 
 
 def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None) -> list[int]:
-    """The source's tokens, as in training."""
     ids = tokenizer(target.joint + prompt_text(row, target), truncation=False, verbose=False)["input_ids"]
     return _cut(ids, max_length, tokenizer)
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
-    """The source, and the target that is trained."""
-    read, written = (str(tokenizer.decode(features[name])) for name in ("input_ids", "labels"))
-    return Preview(segments=(Segment(text=f"{read}\n", trained=False), Segment(text=written, trained=True)))
+def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
+    source, written = (str(tokenizer.decode(features[name])) for name in ("input_ids", "labels"))
+    return Preview(segments=(Segment(text=f"{source}\n", trained=False), Segment(text=written, trained=True)))
 
 
-def decoder_input_ids(model: Any, labels: Tensor) -> Tensor:
-    """What the decoder reads, [batch, tokens]: the label before each of `labels[batch, tokens]`, first the start token.
+def decoder_input_ids(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """Return the decoder's inputs [batch, tokens]: the start token and the labels, shifted by one.
 
-    Models make this themselves only when they are given the labels, which fulltune's own loss keeps.
+    Models make them only if they compute the loss themselves.
     """
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
@@ -117,7 +126,7 @@ def decoder_input_ids(model: Any, labels: Tensor) -> Tensor:
 
 
 def target_ids(labels: Tensor) -> Tensor:
-    """`labels[batch, target]`: each logit should give the token in its own place."""
+    """Return the labels: each logit predicts the token at its own position."""
     return labels
 
 
@@ -126,5 +135,4 @@ count_items = partial(written.count_items, target_ids)
 
 
 def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Scores as those of language models, and what BLEU is made of."""
     return written.score_answers(answers, expected) | written.bleu_counts(answers, expected)

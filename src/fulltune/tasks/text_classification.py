@@ -1,15 +1,14 @@
-"""Text classification: one label, several labels, or a number; encoders and decoders."""
+"""Text classification and regression with encoders and decoders: one label, several labels, or a number."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import Example, Refused, Row, RowExamples, Target, Tokenizer, classes, labels
+from fulltune.tasks import Example, Refused, Row, RowExamples, RowFeatures, Target, Tokenizer, classes, labels
 from fulltune.tasks.columns import USUAL_PAIRS, as_text, named, normalised, not_text, required, without_text
 from fulltune.tasks.padding import beginning, collated, tokenised
 
@@ -23,12 +22,10 @@ as_question, collate = classes.with_label, collated
 
 
 def display_text(row: Row, target: Target) -> str:
-    """The text, or both texts of a pair."""
     return " / ".join(_texts(row, target))
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Columns for `text`, `label` and, when there is one, `text_pair`."""
     label = required("label", data.label, columns, where)
     rest = [column for column in columns if column != label]
     texts = [column for column in (data.text, data.text_pair) if column is not None]
@@ -39,39 +36,38 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
         for text, pair in USUAL_PAIRS:
             if text in by_lower and pair in by_lower:
                 return {"text": by_lower[text], "text_pair": by_lower[pair], "label": label}
-    wanted = data.text
-    if wanted is None and named("text", None, rest, where) is None:
+    text_column = data.text
+    if text_column is None and named("text", None, rest, where) is None:
         sizes = {name: sum(len(row[name]) for row in sample if isinstance(row.get(name), str)) for name in rest}
         longest = max(rest, key=sizes.__getitem__, default="")
-        wanted = longest if sizes.get(longest, 0) >= 10 * max(1, len(sample)) else None
-    found = {"text": required("text", wanted, rest, where), "label": label}
+        text_column = longest if sizes.get(longest, 0) >= 10 * max(1, len(sample)) else None
+    by_role = {"text": required("text", text_column, rest, where), "label": label}
     if data.text_pair is not None:
-        found["text_pair"] = required("text_pair", data.text_pair, rest, where)
-    return found
+        by_role["text_pair"] = required("text_pair", data.text_pair, rest, where)
+    return by_role
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without text or without a target are dropped."""
     if refused := without_text(row, target, "text"):
         return refused
     if (pair := target.columns.get("text_pair")) is not None:
-        if row.get(pair) is None:  # one that is empty is a text
+        if row.get(pair) is None:  # an empty text is one
             return Refused("no text", f"column '{pair}' is missing")
         if refused := not_text(row, target, "text_pair"):
             return Refused("no text", refused.reason)
     column = target.columns["label"]
     value = row.get(column)
-    is_list = target.form.several_labels  # an empty list says that no label holds
+    is_list = target.form.several_labels  # an empty list means no label
     if value is None or (labels.is_empty(value) and not is_list):
         return Refused("no label", f"column '{column}' is empty")
-    found = f"column '{column}' holds {str(value)[:60]!r}"
+    content = f"column '{column}' holds {str(value)[:60]!r}"
     if target.form.one_label and labels.is_infinite(value):
-        return Refused("no label", f"{found}, expected a class name")
+        return Refused("no label", f"{content}, expected a class name")
     if target.form.is_number and labels.parsed_number(value) is None:
         expected = "a number of at most 32 bits (up to 3.4e38)" if labels.is_beyond(value) else "a number"
-        return Refused("no number", f"{found}, expected {expected}")
+        return Refused("no number", f"{content}, expected {expected}")
     if is_list and labels.is_broken_list(value):
-        return Refused("no list", f"{found}, expected a whole list of names")
+        return Refused("no list", f"{content}, expected a whole list of names")
     return None
 
 
@@ -79,7 +75,6 @@ refuse_question = refuse
 
 
 def group_key(row: Row, target: Target) -> str:
-    """The text, or both texts."""
     return normalised(" \0 ".join(_texts(row, target)))
 
 
@@ -88,10 +83,10 @@ def _texts(row: Row, target: Target) -> list[str]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise texts (or pairs) and turn the label into an id, a 0/1 vector [labels] or a float."""
+    """Tokenise texts or pairs, and turn labels into a class id, a 0/1 vector [labels] or a float."""
     texts = [[beginning(text, tokenizer, max_length) for text in _texts(row, target)] for row in rows]
     tokens, names, is_cut = tokenised(tokenizer, [*map(list, zip(*texts, strict=True))], max_length)
-    # Token types of a single text are 0 everywhere, which is what models assume without them.
+    # Token types of single texts are all 0, the default of models.
     is_pair = "text_pair" in target.columns
     names = [name for name in names if is_pair or any(map(any, tokens[name]))]
     ids = {name: position for position, name in enumerate(target.labels)}
@@ -109,7 +104,6 @@ def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | floa
     return ids[names[0]] if target.form.one_label else [float(name in names) for name in ids]
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
-    """The text and its label."""
+def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
     text = str(tokenizer.decode(features["input_ids"]))
     return Preview.labelled(text, classes.label_words(features["labels"], target))

@@ -71,7 +71,6 @@ def _cells(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list
 
 
 def words_and_tags(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return the words and strict BIO tags of a row that `refuse` accepts."""
     words, tags = _cells(row, columns)
     assert words is not None, "refuse() drops rows without words"
     assert tags is not None, "refuse() drops rows without tags"
@@ -79,7 +78,6 @@ def words_and_tags(row: Row, columns: Mapping[str, str]) -> tuple[list[str], lis
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Drop rows without words or tags, with other numbers of words and tags, or with tags that are not BIO."""
     names = (target.columns["tokens"], target.columns["tags"])
     words, tags = _cells(row, target.columns)
     for name, role, cell in zip(names, ("tokens", "tags"), (words, tags), strict=True):
@@ -130,16 +128,11 @@ def bracketed(sentence: Sequence[str], tags: Sequence[str]) -> str:
 
 
 def types(labels: Iterable[str]) -> list[str]:
-    """Return the entity types, in the order of their labels."""
     return list(dict.fromkeys(label[2:] for label in labels if label != "O"))
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Make the labels `O`, then `B-` and `I-` of every entity type, sorted.
-
-    Raises:
-        DataError: When tags are not BIO, with the first places, or when no row has an entity.
-    """
+    """Make the labels `O`, then `B-` and `I-` of every entity type, sorted; refuse tags that are not BIO."""
     known_tags: set[str] = set()
     wrong: list[tuple[str, int, str]] = []
     num_rows = num_wrong = 0
@@ -176,27 +169,23 @@ refuse_question, config_changes = refuse, classes.config_changes
 
 
 def as_question(row: Row, target: Target) -> Row:
-    """Give every word the tag O."""
     tokens = target.columns["tokens"]
     words = word_list(row.get(tokens))
     return {tokens: row.get(tokens) if words is None else words, target.columns["tags"]: ["O"] * len(words or ())}
 
 
 def group_key(row: Row, target: Target) -> str:
-    """Return the sentence."""
     return normalised(" ".join(word_list(row.get(target.columns["tokens"])) or []))
 
 
 def row_labels(row: Row, target: Target) -> list[str]:
-    """Return the entity types of a row."""
     return sorted(types(word_list(row.get(target.columns["tags"])) or []))
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise word by word; a word's first sub-word has its label, all other tokens -100.
 
-    Raises:
-        SetupError: When the tokenizer is slow, so that the words of tokens are unknown.
+    Raises `SetupError` for slow tokenizers, which do not know the words of tokens.
     """
     if not tokenizer.is_fast:
         raise SetupError(
@@ -239,7 +228,6 @@ def as_in_text(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[lis
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
-    """Show the decoded tokens, and the sentence with its entities in brackets."""
     ids, word_ids = np.asarray(features["input_ids"]), np.asarray(features[WORD_IDS])
     positions = seen_words(features)
     words = [str(tokenizer.decode(ids[word_ids == word].tolist())).strip() for word in positions]
@@ -259,13 +247,11 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the cross entropy of words, from `logits[batch, tokens, labels]` and `labels[batch, tokens]`."""
     # PyTorch's loss of label -100 is 0; selecting the other tokens would make the host wait for the device.
     return classes.row_losses(logits.flatten(0, 1), labels.flatten(), target, smoothing, class_weights).sum()
 
 
 def count_items(labels: Tensor) -> int:
-    """Count the words in `labels[batch, tokens]`."""
     return int((labels != IGNORED).sum())
 
 
@@ -326,7 +312,6 @@ def over_all_words(predictions: Predictions, rows: Sequence[RowFeatures], target
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Answer with `tokens`, their `tags`, and `entities` as spans of words."""
     predictions = over_all_words(predictions, [example.features for [example] in examples], target)
     row_answers: list[RowAnswer] = []
     for row, labels, chances in zip(rows, predictions["predicted"], predictions["probability"], strict=True):
@@ -347,17 +332,13 @@ def answers(
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    """Compute precision, recall, F1 and macro F1 of whole entities, and accuracy and loss of words."""
     return over_all(
         {name: part for name, part in sums(target, "").items() if name != "loss" or "nll" in predictions}, predictions
     )
 
 
 def worst(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """Yield the rows with the most wrong entities, then the highest loss.
-
-    `predictions` also has the words as `tokens` and their labels as `gold`.
-    """
+    """Yield the rows with the most wrong entities, then the highest loss; `predictions` has `tokens` and `gold`."""
     right, guessed, expected = np.moveaxis(predictions["entities"].sum(axis=1), -1, 0)
     wrong = guessed + expected - 2 * right
     for row in [row for row in np.lexsort((-predictions["nll"], -wrong)) if wrong[row]][:count]:
@@ -369,7 +350,6 @@ def worst(predictions: Predictions, texts: Sequence[str], target: Target, count:
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return each metric as a pair of functions: rows to terms, sums of terms to the value."""
     return {
         "f1": (_entities, f1),
         "precision": (_entities, lambda sums: share(sums[..., 0], sums[..., 1])),
@@ -381,7 +361,6 @@ def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
 
 
 def _entities(predictions: Predictions) -> np.ndarray:
-    """Count right, predicted and expected entities over all types, [rows, 3]."""
     return np.asarray(predictions["entities"].sum(axis=1), np.float64)
 
 
@@ -391,5 +370,4 @@ def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
 
 
 def full_row(target: Target, length: int) -> RowFeatures:
-    """Make a row of `length` tokens with the first tag."""
     return {"input_ids": np.ones(length, np.int64), "labels": np.zeros(length, np.int64)}

@@ -46,7 +46,6 @@ def loss(
 
 
 def count_items(target_ids: TargetIds, labels: Tensor) -> int:
-    """Count the trained tokens of `labels[batch, tokens]`."""
     return int((target_ids(labels) != IGNORED).sum())
 
 
@@ -69,7 +68,6 @@ def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target
 
 
 def _picked(logits: Logits, places: Tensor) -> Logits:
-    """Select `logits[trained, vocabulary]`, unless a selective head has done it already."""
     from fulltune.models.chunked_loss import ChunkedLogits
 
     return logits if isinstance(logits, ChunkedLogits) or logits.ndim == 2 else logits[places]
@@ -97,7 +95,6 @@ _PACKAGES = {"rougeL": "rouge_score", "chrf": "sacrebleu", "bleu": "sacrebleu"}
 
 
 def can_score(metric: str) -> bool:
-    """Return whether the package that a metric of answers needs is installed."""
     return metric not in _PACKAGES or importlib.util.find_spec(_PACKAGES[metric]) is not None
 
 
@@ -132,7 +129,6 @@ def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return all metrics but BLEU as functions of sums over rows."""
     return {
         "loss": (arrays("nll", "tokens"), ratio),
         "perplexity": (arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(ratio(sums), 700.0))),
@@ -142,6 +138,5 @@ def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
 
 
 def full_row(target: Target, length: int) -> RowFeatures:
-    """Make a row of `length` tokens, all trained."""
     ids = np.ones(length, np.int64)
     return {"input_ids": ids, "labels": ids}
