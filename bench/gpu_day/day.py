@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -14,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import runs
 from bench.gpu_day.here import Here
 from bench.gpu_day.parts import STAND_IN_MINUTES, Decision
+from bench.results import ROOT
 
 from fulltune.files import append_line, lines_of, write_json, write_text
 from fulltune.selfcheck import without_names
 from fulltune.text import counted
 from fulltune.train.parent import spawn
 
-ROOT = Path(__file__).resolve().parents[2]
 FILE, PAGE = "gpu_day.json", "gpu_day.md"
 FINISHED = "done"
 LEAST_SECONDS = 10
@@ -207,8 +207,7 @@ def environment(here: Here, cards: int) -> dict[str, str]:
 
     transformers' Trainer would take all cards that it sees.
     """
-    paths = os.pathsep.join((str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")))
-    variables = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    variables = runs.environment()
     if len(here.cards) > 1:
         visible = here.hidden.split(",") if here.hidden else [str(index) for index in range(len(here.cards))]
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible[:cards])

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_day.cell import against_plan, measured
-from bench.gpu_day.checks import fresh
 from bench.gpu_day.day import Rows
 from bench.gpu_day.here import Here
 from bench.gpu_day.parts import GIB, Wanted, obstacle
 from bench.random_models import TIED, Cell, model_parts, sized, write_recipe
+from bench.runs import fresh
 
 CELL_SECONDS = 75
 """Seconds that a cell may take; none starts with less left of the part."""

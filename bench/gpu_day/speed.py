@@ -17,11 +17,11 @@ from typing import Any
 
 from bench import training_speed
 from bench.gpu_day.cell import save_random
-from bench.gpu_day.checks import fresh
 from bench.gpu_day.day import ROOT, Rows
 from bench.gpu_day.here import Here
 from bench.gpu_day.parts import half_precision
 from bench.random_models import TIED, Cell, sized, write_recipe
+from bench.runs import fresh
 
 OURS = "fulltune"
 LEAST_REPEATS, MOST_REPEATS = 2, 5
@@ -129,7 +129,7 @@ def _trained(name: str, run: Path, precision: str) -> training_speed.Timed:
     if name == OURS:
         return training_speed.train_with_fulltune(run.parent / "recipe.yaml", run, rows)
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     by_token = isinstance(rows[0]["labels"], list)
@@ -155,8 +155,12 @@ def _trained(name: str, run: Path, precision: str) -> training_speed.Timed:
     }
     if name == "trainer-tuned":
         arguments |= {"train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"}
-    trainer = _trl(model, run, rows, arguments) if name == "trl" else _trainer(model, rows, arguments)
-    return training_speed.train_with(trainer, rows)
+    if name != "trl":
+        return training_speed.train_with(_trainer(model, rows, arguments), rows)
+    # Without activation checkpointing, which fulltune does not use here either.
+    arguments |= {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
+    tokenizer = AutoTokenizer.from_pretrained(run.parent / "model")
+    return training_speed.train_with(training_speed.trl(model, tokenizer, rows, arguments), rows)
 
 
 def _trainer(model: Any, rows: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
@@ -170,22 +174,6 @@ def _trainer(model: Any, rows: list[dict[str, Any]], arguments: dict[str, Any]) 
         train_dataset=Dataset.from_dict(columns),
         data_collator=training_speed.collate,
     )
-
-
-def _trl(model: Any, run: Path, rows: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
-    """Train with TRL on the same tokens, without activation checkpointing, which fulltune does not use here either."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    columns = {
-        "input_ids": [row["input_ids"] for row in rows],
-        "completion_mask": [[int(label != -100) for label in row["labels"]] for row in rows],
-    }
-    config = SFTConfig(**arguments, gradient_checkpointing=False, train_sampling_strategy="group_by_length")
-    tokenizer = AutoTokenizer.from_pretrained(run.parent / "model")
-    return SFTTrainer(model=model, args=config, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer)
 
 
 if __name__ == "__main__":
