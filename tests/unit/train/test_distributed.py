@@ -69,7 +69,7 @@ def test_attempts_are_in_the_order_of_their_numbers_beyond_99(tmp_path: Path) ->
     for number in (1, 99, 100, 101):
         (tmp_path / "attempts" / f"full-seed42-{number:02d}").mkdir(parents=True)
 
-    found = retry.outcomes(tmp_path, "full-seed42")
+    found = retry.earlier_outcomes(tmp_path, "full-seed42")
 
     assert [outcome.attempt for outcome in found] == [1, 99, 100, 101]
 

@@ -10,7 +10,7 @@ from fulltune.records.plan import Setting, TimeNeed
 from fulltune.records.training import MeasuredSetting
 from fulltune.train.parent import measure
 from fulltune.train.parent.measure import measured
-from fulltune.train.parent.next_attempt import noted
+from fulltune.train.parent.next_attempt import with_reasons
 from tests.plans import outcome, plan, recipe
 
 GIB = 2**30
@@ -139,7 +139,7 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
         "torch_compile": True,
     }
 
-    found = noted(plan(settings=settings), changes, lambda old: "derived" if " " in old.name else "measured")
+    found = with_reasons(plan(settings=settings), changes, lambda old: "derived" if " " in old.name else "measured")
 
     assert [(one.name, one.value, one.reason) for one in found] == [
         ("train.precision", "bf16", "measured"),

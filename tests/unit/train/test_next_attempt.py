@@ -9,7 +9,7 @@ import pytest
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.training import Outcome
 from fulltune.train.parent.next_attempt import (
-    MOST,
+    MAX_UNCHANGED,
     NextAttempt,
     killed_too_often,
     next_attempt,
@@ -163,11 +163,11 @@ def test_the_micro_batch_falls_as_far_as_the_shortage_says(held: int, asked: int
 def test_killed_goes_on_as_it_was_some_times_and_is_never_taken_for_memory() -> None:
     why = "the training process was killed (SIGKILL)"
     killed = outcome("killed", phase="evaluation", reason=why)
-    said = f"{why}; going on from the last whole checkpoint"
-    for kills in range(1, MOST["killed"] + 1):
+    said = f"{why}; resuming from the last sound checkpoint"
+    for kills in range(1, MAX_UNCHANGED["killed"] + 1):
         assert next_attempt(recipe(), plan(), [killed] * kills) == NextAttempt(plan(), True, said)
-    assert next_attempt(recipe(), plan(), [killed] * (MOST["killed"] + 1)) is None
-    for fact in (why, "5 times in this command", "without a sign that memory ran out", "train.micro_batch_size"):
+    assert next_attempt(recipe(), plan(), [killed] * (MAX_UNCHANGED["killed"] + 1)) is None
+    for fact in (why, "5 times in this command", "without a sign that memory", "train.micro_batch_size"):
         assert fact in killed_too_often(killed)
 
 
@@ -181,7 +181,7 @@ def test_killed_before_does_not_make_memory_of_another_attempt_worse() -> None:
 def test_hung_is_tried_once_as_it_was() -> None:
     hung = outcome("hung", reason="it gave no sign of life")
     assert next_attempt(recipe(), plan(), [hung]) == NextAttempt(
-        plan(), True, "it gave no sign of life; going on from the last whole checkpoint"
+        plan(), True, "it gave no sign of life; resuming from the last sound checkpoint"
     )
     assert next_attempt(recipe(), plan(), [hung, hung]) is None
 
@@ -216,7 +216,7 @@ def test_reason_says_what_was_short_and_what_changes() -> None:
 
     assert change is not None
     assert change.reason == (
-        "memory ran out in a training step with 1.07 GiB held when 90 MiB more were asked for (by the plan most for "
+        "memory ran out in a training step with 1.07 GiB in use when 90 MiB more were requested (by the plan most for "
         "logits: 480 MiB); micro batch 4 instead of 8, with the same global batch of 8"
     )
     assert change.plan.memory == need(change.plan)
@@ -254,7 +254,7 @@ def test_message_at_the_end_shows_every_fallback() -> None:
     lines = no_way_out(given, last, failed, ["first change", "second change"])
 
     assert lines == [
-        "memory ran out in a training step with 400 MiB held (by the plan most for optimizer: 200 MiB): MemoryError",
+        "memory ran out in a training step with 400 MiB in use (by the plan most for optimizer: 200 MiB): MemoryError",
         "tried: first change",
         "tried: second change",
         "not possible: smaller micro batch: already at its smallest value",

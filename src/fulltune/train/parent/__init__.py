@@ -1,1 +1,1 @@
-"""Attempts, as the process sees them that starts the workers."""
+"""The parent process, which starts attempts."""

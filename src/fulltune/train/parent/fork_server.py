@@ -1,8 +1,7 @@
-"""A process that has the libraries loaded and forks a worker for each attempt.
+"""A process with the libraries loaded that forks a worker for each attempt.
 
-A comparison trains dozens of short trials, and each would spend seven seconds on imports. Every attempt is still a
-process of its own, so that its memory and its faults stay its own. (multiprocessing's fork server is not used: in each
-child it imports the user's main script anew.)
+A comparison has dozens of short trials, each of which would spend seven seconds on imports. (multiprocessing's fork
+server would import the user's main script in each child.)
 
     parent ──{"request": ..., "log": ...}──▶ server ──fork──▶ worker (own group, own log)
     parent ◀── the worker's process id, and later its exit code, a line each
@@ -31,7 +30,7 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """A starter that forks workers where that is safe, on a CPU under Linux, with one process; one at a time."""
+    """Yield a starter that forks workers where that is safe, on a CPU under Linux with one process; one at a time."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start(request: Request, log: Path) -> Child:
@@ -41,15 +40,15 @@ def fork_server() -> Iterator[Starter]:
             return in_new_process(request, log)
         if not servers or servers[-1].poll() is not None:
             servers.append(_start_server(environment(request)))
-        log.touch()  # a folder that cannot be written to is the parent's to report
-        asked = json.dumps({"request": str(request.folder / "request.json"), "log": str(log)})
-        # A server that died while importing: the plain way says why in the log.
-        return _forked(servers[-1], asked) or in_new_process(request, log)
+        log.touch()  # the parent must report a folder that is not writable
+        line = json.dumps({"request": str(request.folder / "request.json"), "log": str(log)})
+        # If the server died while importing, a new process writes the reason into the log.
+        return _fork(servers[-1], line) or in_new_process(request, log)
 
     try:
         yield start
     finally:
-        for server in servers:  # a worker that nobody waited for ends with it
+        for server in servers:  # a running worker ends with it
             server.kill()
             server.wait()
 
@@ -59,25 +58,25 @@ def _start_server(variables: dict[str, str]) -> subprocess.Popen[bytes]:
         [sys.executable, "-c", "from fulltune.train.parent import fork_server as f; f.serve()", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # what libraries say while they are imported; workers have logs
-        start_new_session=True,  # Ctrl-C is the parent's to pass on
+        stderr=subprocess.DEVNULL,  # output of imports; workers have logs
+        start_new_session=True,  # the parent forwards Ctrl-C
         env=variables,
-        bufsize=0,  # what is read is one line: the next one must be seen by `select`
+        bufsize=0,  # `select` must see the next line after one is read
     )
 
 
-def _forked(server: subprocess.Popen[bytes], asked: str) -> ForkedWorker | None:
+def _fork(server: subprocess.Popen[bytes], line: str) -> ForkedWorker | None:
     assert server.stdin is not None, "a pipe"
     assert server.stdout is not None, "a pipe"
     with contextlib.suppress(BrokenPipeError):
-        server.stdin.write(asked.encode() + b"\n")
+        server.stdin.write(line.encode() + b"\n")
         if pid := server.stdout.readline():
             return ForkedWorker(server.stdout, int(pid))
     return None
 
 
 class ForkedWorker:
-    """A worker that the server forked."""
+    """A worker process that the server has forked."""
 
     args: Sequence[str] = ()
 
@@ -99,10 +98,10 @@ class ForkedWorker:
 
 
 def serve() -> None:
-    """The server: import, then fork for each line of stdin until it is closed."""
+    """Run the server: import the libraries, then fork a worker for each line of stdin until it is closed."""
     end_with(int(sys.argv[1]))
     answers = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     for name in PRELOADED:
         importlib.import_module(name)
     server = os.getpid()
@@ -112,24 +111,24 @@ def serve() -> None:
             os.close(answers)
             _be_worker(json.loads(line), server)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it may have ended
-            os.setpgid(pid, pid)  # before anybody knows its name: a group is asked to stop
+            os.setpgid(pid, pid)  # before the parent knows the pid, as signals go to its group
         os.write(answers, f"{pid}\n".encode())
         _, status = os.waitpid(pid, 0)
         os.write(answers, f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _be_worker(asked: dict[str, str], server: int) -> None:
-    """The forked process: what `python -m fulltune.train.worker.main` would be."""
+def _be_worker(request: dict[str, str], server: int) -> None:
+    """Do in the forked process what `python -m fulltune.train.worker.main` does."""
     code = 1
     try:
-        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         end_with(server)
         from fulltune.train.worker import main as worker
 
-        code = worker.main(asked["request"])
+        code = worker.main(request["request"])
     except BaseException:
         traceback.print_exc()  # the parent looks in the log for words about memory
     finally:

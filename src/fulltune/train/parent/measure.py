@@ -17,7 +17,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import MeasuredSetting, Measurements, Outcome
 from fulltune.text import format_bytes
 from fulltune.train.parent import child
-from fulltune.train.parent.next_attempt import noted
+from fulltune.train.parent.next_attempt import with_reasons
 from fulltune.train.parent.retry import PlannedTrial
 from fulltune.train.request import Request
 
@@ -130,7 +130,7 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
     ran = sum(not row.problem for row in rows)
     peak = f"{format_bytes(best.peak_memory_bytes)} of {format_bytes(available_bytes)}"
     why = f"measured: the fastest of {ran} that fit, {best.tokens_per_second:,.0f} tokens/s, {peak}"
-    settings = noted(plan, best.changes, lambda old: old.reason if old.name in _DERIVED else why)
+    settings = with_reasons(plan, best.changes, lambda old: old.reason if old.name in _DERIVED else why)
     changed = plan.model_copy(update={**best.changes, "settings": settings})
     time = None
     if plan.time is not None:

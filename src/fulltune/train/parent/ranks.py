@@ -1,5 +1,5 @@
-"""`python -m fulltune.train.parent.ranks listen|join HOST:PORT ARGUMENTS`: torchrun with a store that listens on one
-address alone and unpickles nothing, unlike its own (docs/guides/scale.md)."""
+"""`python -m fulltune.train.parent.ranks listen|join HOST:PORT ARGUMENTS` runs torchrun with a store that, unlike its
+own, listens on one address only and unpickles nothing (docs/guides/scale.md)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from collections.abc import Sequence
 from typing import Any
 
 ONE_MACHINE = ("listen", "127.0.0.1:0")
-"""A port of the loopback that is free."""
+"""Role and endpoint on one machine: a free port of the loopback."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run torchrun with its static rendezvous, in which each machine's number is given."""
+    """Run torchrun with its static rendezvous, which needs each machine's number."""
     from torch.distributed import TCPStore, run  # type: ignore[attr-defined]  # not in its stubs
 
-    for name in [name for name in os.environ if name.startswith("PET_")]:  # arguments for somebody else's torchrun
+    for name in [name for name in os.environ if name.startswith("PET_")]:  # meant for another torchrun
         del os.environ[name]
     role, endpoint, *others = arguments
     if role == "listen":
-        name, _, given = endpoint.rpartition(":")
+        name, _, port_text = endpoint.rpartition(":")
         host = name.strip("[]")
-        listening = socket.create_server((host, int(given)), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening = socket.create_server(
+            (host, int(port_text)), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
         port = listening.getsockname()[1]
         endpoint = f"{name}:{port}"
         # torchrun's own store on this port joins the server of this one instead of starting one on all interfaces.
-        shared: Any = {"wait_for_workers": False, "multi_tenant": True, "master_listen_fd": listening.detach()}
-        _kept = TCPStore(host, port, is_master=True, **shared)
+        options: Any = {"wait_for_workers": False, "multi_tenant": True, "master_listen_fd": listening.detach()}
+        _store = TCPStore(host, port, is_master=True, **options)
     run.main(["--rdzv-backend=static", f"--rdzv-endpoint={endpoint}", *others])
 
 

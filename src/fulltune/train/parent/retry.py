@@ -1,4 +1,4 @@
-"""Train one trial: start an attempt, and after one that failed the next with what `next_attempt` changes."""
+"""Trains one trial in as many attempts as it takes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from fulltune.train.request import Request, attempt_folders, number_in
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """A plan to be trained, in its run folder."""
+    """A trial with its plan, and the run folder to train it in."""
 
     recipe: Recipe
     plan: Plan
@@ -49,17 +49,17 @@ class PlannedTrial:
 def train(
     trial: PlannedTrial, start: Starter = in_new_process, dry_run: bool = True, most_rollbacks: int | None = None
 ) -> Outcome:
-    """Train one trial in as many attempts as `next_attempt` and `roll_back` allow; a changed plan takes the place of
-    the old one in the run folder. Returns the outcome of the last attempt, which is `done`."""
+    """Train one trial in as many attempts as `next_attempt` and `roll_back` allow, and return the outcome of the last,
+    `done`. A changed plan replaces the old one in the run folder."""
     recipe, plan, folder, hooks, listener = trial.recipe, trial.plan, trial.folder, trial.hooks, trial.listener
-    done = outcomes(folder, plan.trial)
+    done = earlier_outcomes(folder, plan.trial)
     model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
     if model_folder is not None and lost_weights(folder / model_folder) is None:
         _tidy(folder, plan.trial)
         return done[-1]
     if recipe.train.num_machines > 1 and start is in_new_process:
         raise RecipeError(without_the_others(recipe))
-    (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)  # of a model that is no longer there
+    (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)  # scores of a lost model
     history, tried = list[Outcome](), list[str]()
     change = NextAttempt(plan, resume=True)
     while True:
@@ -95,12 +95,12 @@ def train(
         listener(Message(text=following.reason, level="next attempt"))
         tried.append(following.reason)
         if hooks.needs_this_process:
-            gc.collect()  # the trainer of the attempt before, with its model
+            gc.collect()  # frees the last attempt's trainer and model
         change = following
 
 
 def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAttempt | None:
-    """The next attempt after one that spiked, with nothing left of what came after the checkpoint it goes back to."""
+    """Plan the attempt after a spike, and delete checkpoints after the one it resumes from."""
     most = request.recipe.train.max_rollbacks if most is None else most
     healthy = checkpoints.newest_healthy(request.checkpoints, outcome.first_bad_step or 0)
     step = 0 if healthy is None else number_in(healthy)
@@ -111,23 +111,22 @@ def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAt
 
 
 def _with_folders(request: Request, resume: bool, listener: Listener, saved: int) -> Request:
-    """Make the attempt's folders, and return the request with the checkpoint to resume from, if there is a sound one;
-    SetupError when another placement would have to read it."""
+    """Create the attempt's folders, and return the request with the newest sound checkpoint, if any."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
-    sound, passed_over = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
+    sound, damaged = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
     if sound is not None and (problem := sharing.misfit(sound, request.recipe)):
         raise SetupError(problem)
     request.folder.mkdir(parents=True)
     if resume:
-        for line in passed_over:
+        for line in damaged:
             listener(Message(text=line, level="warning"))
         if sound is not None:
             request = request.model_copy(update={"checkpoint": str(sound)})
             text = f"continuing from the checkpoint of step {request.first_step}"
             listener(Message(text=text, level="resumed"))
-        if saved > request.first_step and not passed_over:
+        if saved > request.first_step and not damaged:
             on = f"from step {request.first_step:,}" if request.first_step else "from the beginning"
-            listener(Message(text=f"no checkpoint of step {saved:,} is left: going on {on}", level="warning"))
+            listener(Message(text=f"no checkpoint of step {saved:,} is left: resuming {on}", level="warning"))
     if request.checkpoint is None:
         checkpoints.drop_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")
@@ -136,34 +135,33 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
 
 
 def _tidy(folder: Path, trial: str) -> None:
-    """Delete what only serves to resume, each checkpoint three times the model; only after the outcome was written, or
-    a run that is killed between the two would train again."""
+    """Delete what only resuming needs. Call it after the outcome is written, or a run killed in between would train
+    again."""
     checkpoints.drop_after(folder / "checkpoints" / trial, -1)
     with contextlib.suppress(OSError):  # not empty, or gone
         (folder / "checkpoints" / trial).rmdir()
     for attempt in attempt_folders(folder, trial):
-        for left in attempt.glob("*.safetensors"):  # of a process that was killed
-            left.unlink()
+        for file in attempt.glob("*.safetensors"):  # left by a killed process
+            file.unlink()
 
 
-def outcomes(folder: Path, trial: str) -> list[Outcome]:
-    """Outcomes of a trial's earlier attempts; an attempt without one was killed together with its parent."""
-    found = []
+def earlier_outcomes(folder: Path, trial: str) -> list[Outcome]:
+    """Return the outcomes of a trial's earlier attempts; one without an outcome was killed together with its parent."""
+    outcomes = []
     for attempt in attempt_folders(folder, trial):
         path, reason = attempt / "outcome.json", "killed together with its parent"
         killed = Outcome(status="killed", reason=reason, trial=trial, attempt=number_in(attempt))
-        found.append(Outcome.load(path) if path.exists() else killed)
-    return found
+        outcomes.append(Outcome.load(path) if path.exists() else killed)
+    return outcomes
 
 
 def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> FulltuneError:
-    """The error that carries a failed outcome's exit code."""
     reason, log = outcome.reason, f"log: {request.folder / 'log.txt'}"
     match outcome.status:
         case "interrupted":
-            return InterruptedRun(f"{reason}; the same command continues it")
+            return InterruptedRun(f"{reason}; run the same command to resume")
         case "lost":
-            return InterruptedRun(f"{reason}; the same command on all machines continues it")
+            return InterruptedRun(f"{reason}; run the same command on all machines to resume")
         case "out_of_memory":
             return DoesNotFitError(no_way_out(request.recipe, request.plan, outcome, tried))
         case "disk_full":
@@ -178,7 +176,7 @@ def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> Fulltune
         case "stopped_by_guard":
             return GuardStop(reason)
         case "diverged" | "spiked":
-            return Diverged([reason, *(f"tried: {one}" for one in tried)])
+            return Diverged([reason, *(f"tried: {change}" for change in tried)])
         case "refused":
             return SetupError(reason)
     return FulltuneError(f"{reason}; {log}")

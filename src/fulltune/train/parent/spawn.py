@@ -1,4 +1,4 @@
-"""How the parent starts a worker in a new process, asks it to stop and ends it."""
+"""Starts a worker in a new process, asks it to stop and ends it."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ from fulltune.train.request import Request
 
 _JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
-"""How the C library keeps freed memory on a CPU: small pieces join their neighbours at once, so a large block finds
-room where the last one was. Activation checkpointing of a 58 M Llama peaked at 1.63 GB instead of 2.13, as fast; see
-docs/concepts/memory.md. Other C libraries do not read it."""
-ALLOCATOR_OF_PARTS = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.arena_max=1"
-"""With FSDP2 whole units and what they are sent in come and go between the activations: from 4 MiB on they are given
-back when they are freed. And gloo's threads have no heaps of their own. Of a 39 M Llama the highest of two processes
-peaked at 745 MB instead of 1,020 to 1,100, in steps that took 15 and 23 % longer: FSDP2 is for what does not fit."""
+"""glibc settings on a CPU: freed small blocks are merged at once, so that large ones fit in their place. Activation
+checkpointing of a 58 M Llama peaked at 1.63 GB instead of 2.13, at the same speed (docs/concepts/memory.md)."""
+FSDP2_ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.arena_max=1"
+"""glibc settings with FSDP2: gathered units and their buffers alternate with activations, so blocks from 4 MiB on are
+returned to the system, and gloo's threads get no heaps. A 39 M Llama on two ranks peaked at 745 MB instead of 1,020 to
+1,100, in steps 15 and 23 % longer: FSDP2 is for what does not fit otherwise."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Compiled kernels that oneDNN, and PyTorch above it, keep on a CPU: one for each shape, 1,024 by default. In bf16 a
-training on texts of 57 lengths held 280 MiB of them; 64 are more than a step needs. Both have to be set."""
+"""Limits for the compiled kernels that oneDNN and PyTorch cache on a CPU, one per shape (default 1,024). In bf16, texts
+of 57 lengths filled 280 MiB; a step needs fewer than 64. Both variables are needed."""
 
 
-LAUNCHER = ranks.__name__  # what starts several processes
+LAUNCHER = ranks.__name__  # starts several processes
 _PREFIX = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
-"""How lines of several processes are told apart in a machine's log; each also has files of its own."""
+"""Prefix of each rank's lines in a machine's log; each rank also has log files of its own."""
 
 
 class Child(Protocol):
-    """A started worker."""
+    """A running worker process."""
 
     pid: int
     args: Any
@@ -52,11 +51,11 @@ class Child(Protocol):
 
 
 Starter = Callable[[Request, Path], Child]
-"""Starts the worker of a request, which writes into a log."""
+"""Starts the worker of a request, whose output goes to the log file."""
 
 
 def in_new_process(request: Request, log: Path, meeting: Place | None = None) -> Child:
-    """A process, or with torchrun several, that imports everything anew; of several machines this one's."""
+    """Start a new process, or under torchrun several; with `meeting` those of this machine."""
     with log.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
             command(request, request.folder / "request.json", meeting),
@@ -69,7 +68,7 @@ def in_new_process(request: Request, log: Path, meeting: Place | None = None) ->
 
 
 def command(request: Request, file: Path, meeting: Place | None = None) -> list[str]:
-    """The command that starts the worker, under torchrun for several processes."""
+    """Return the command line of the worker, under torchrun for several processes."""
     worker = ["-m", "fulltune.train.worker.main", str(file)]
     processes = request.plan.num_processes
     torchrun = [sys.executable, "-m", LAUNCHER]
@@ -87,14 +86,14 @@ def command(request: Request, file: Path, meeting: Place | None = None) -> list[
 
 
 def environment(request: Request) -> dict[str, str]:
-    """The worker's variables."""
-    # A file in the user's folder that has a library's name must not take its place.
+    """Return the worker's environment variables."""
+    # A file in the user's folder must not shadow a library of the same name.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
-    # Ninja, with which torch compiles, comes with an engine: beside a Python that need not be in PATH.
+    # DeepSpeed installs ninja, which torch compiles with, beside a Python that may not be in PATH.
     variables["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), str(Path(sys.executable).parent)])
     if request.plan.device != "cpu":
         return variables | memory.allocator_variables(variables, platform.system(), platform.release())
-    tunables = ALLOCATOR_OF_PARTS if request.plan.placement == "fsdp2" else ALLOCATOR
+    tunables = FSDP2_ALLOCATOR if request.plan.placement == "fsdp2" else ALLOCATOR
     variables = {"GLIBC_TUNABLES": tunables} | KERNEL_CACHES | variables
     if request.plan.num_processes > 1:
         # torchrun would give each process one thread, whatever the number of cores.
@@ -106,7 +105,7 @@ def environment(request: Request) -> dict[str, str]:
 
 
 def of_machine(meeting: Place) -> dict[str, str]:
-    """Further variables of a worker on one of several machines; gloo's own choice often is the loopback."""
+    """Return further variables for several machines; gloo's default interface is often the loopback."""
     variables = dict(_PREFIX)
     if (interface := _interface_of(meeting.address)) is not None:
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
@@ -114,28 +113,29 @@ def of_machine(meeting: Place) -> dict[str, str]:
 
 
 def on_loopback() -> dict[str, str]:
-    """What keeps the processes of one machine from listening to others; a variable for several machines gives way."""
+    """Return variables that keep the processes of one machine on its loopback."""
     name = _interface_of("127.0.0.1") or "lo"
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
 def _interface_of(address: str) -> str | None:
-    """The name of the interface that has an address; Linux only."""
+    """Return the name of the network interface with this address; Linux only."""
     if ":" in address:
-        known = (line.split() for line in memory.lines_of("/proc/net/if_inet6"))
-        return next((name for its, *_, name in known if bytes.fromhex(its) == ip_address(address).packed), None)
-    asks_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
+        packed = ip_address(address).packed
+        entries = (line.split() for line in memory.lines_of("/proc/net/if_inet6"))
+        return next((name for digits, *_, name in entries if bytes.fromhex(digits) == packed), None)
+    get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # it has none
-                found = fcntl.ioctl(probe, asks_address, name.encode().ljust(256, b"\0"))
-                if socket.inet_ntoa(found[20:24]) == address:
+                answer = fcntl.ioctl(probe, get_address, name.encode().ljust(256, b"\0"))
+                if socket.inet_ntoa(answer[20:24]) == address:
                     return name
     return None
 
 
 def ask_to_stop(child: Child) -> None:
-    """SIGTERM to the workers. torchrun itself would give them 30 seconds to save, and then kill them."""
+    """Send SIGTERM to the workers only: torchrun would kill them after 30 seconds, before they have saved."""
     launched = isinstance(child.args, Sequence) and LAUNCHER in map(str, child.args)
     workers = _children(child.pid) if launched else []
     with contextlib.suppress(ProcessLookupError):
@@ -147,7 +147,7 @@ def ask_to_stop(child: Child) -> None:
 
 
 def end(child: Child) -> None:
-    """SIGKILL to all that the child started: torchrun's workers are not in its process group."""
+    """Kill all descendants of the child; torchrun's workers are not in its process group."""
     below = _children(child.pid)
     for pid in below:
         below += _children(pid)
@@ -159,14 +159,13 @@ def end(child: Child) -> None:
 
 
 def _children(parent: int) -> list[int]:
-    """Process ids of what a process started; Linux only."""
-    # What follows the name, which may hold anything, in brackets: state, parent ...
+    # Fields after the name, which is in brackets and may contain anything: state, parent ...
     stats = ("".join(memory.lines_of(str(file))) for file in Path("/proc").glob("[0-9]*/stat"))
     return [int(stat.split()[0]) for stat in stats if stat and int(stat.rpartition(")")[2].split()[1]) == parent]
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends: nobody would read how it ends. Linux only."""
+    """Have the kernel kill this process when its parent ends; Linux only."""
     import ctypes
 
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
