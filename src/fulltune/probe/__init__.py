@@ -1,8 +1,8 @@
 """Linear classifiers on the pretrained model: the start of a new head, and a baseline without training.
 
 A random head distorts the body in the first steps (Kumar et al. 2022, arXiv 2202.10054). So the head's last layer
-starts as scikit-learn's linear classifier on the model's features, and a dense layer before it, such as a pooler's, is
-kept or replaced by whichever is best on held-out rows. Only values of the head are set; test rows are never used.
+starts as scikit-learn's classifier on the model's features; a dense layer before it, such as a pooler's, is kept or
+replaced, whichever is best on held-out rows. Test rows are never used.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ __all__ = ["SEED", "FeatureExtractor", "frozen_classifier", "load_or_fit", "pred
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetensors"
 SEED = 0
-"""Seed of missing weights while features are extracted; the same for all trials of a comparison."""
+"""Seed of weights that the checkpoint lacks, the same for all trials."""
 LOSS_TOLERANCE = 0.02
-"""Largest excess of held-out loss, as a share of the best, at which a more regularised probe is preferred."""
+"""Largest excess of held-out loss, as a share of the best, for a more regularised probe."""
 START_STRENGTH_DIVISOR = 8.0
 """Divisor of the best strength for the start of training: a head that already fits the train rows leaves no gradient
 for the body (docs/concepts/statistics.md)."""
@@ -77,11 +77,11 @@ def load_or_fit(
 
     Args:
         folder: The run folder.
-        extract: Creates the feature extractor, if it is needed.
+        extract: Creates the feature extractor.
         rows: The prepared train rows.
-        eval_rows: The eval rows, which select strength and features.
+        eval_rows: The rows that select strength and features.
         with_head: False for a pretrained head, to fit only the baseline.
-        together: True if processes shard the weights, so that all of them run the model.
+        together: True if all processes must run the model, as they shard its weights.
     """
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _fit(
     eval_rows: EncodedRows,
     with_head: bool,
 ) -> None:
-    """Fit the probe and save it in `folder`; None if another process saves it."""
+    """Fit the probe and save it, if a folder is given."""
     started = time.monotonic()
     probe, head, start, baseline = fit(extract(), rows, eval_rows, with_head)
     if folder is None:
@@ -128,13 +128,7 @@ def _save(path: Path, arrays: HeadTensors) -> None:
 
 
 def put_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False) -> None:
-    """Set a loaded model's head to the run folder's probe, before a method is applied.
-
-    Args:
-        model: The model.
-        folder: The run folder.
-        for_training: True for the more regularised start of training.
-    """
+    """Set a loaded model's head to the run folder's probe, more regularised if `for_training`."""
     import torch
     from safetensors.torch import load_file
 
@@ -149,7 +143,7 @@ def put_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False
 
 
 def frozen_classifier(folder: Path) -> LinearClassifier:
-    """Load the baseline's classifier of a run folder."""
+    """Load the baseline's classifier of a run."""
     from safetensors.numpy import load_file
 
     tensors = load_file(folder / FOLDER / FROZEN)
@@ -169,8 +163,8 @@ def fit(
     """Fit a probe.
 
     Returns:
-        The record, the head's values, the last layer's values at the start of training (empty if the same), and
-        the baseline's classifier.
+        The record, the head's values, the last layer's at the start of training if they differ, and the
+            baseline.
     """
     layers, failure = None, None
     try:
@@ -217,7 +211,6 @@ def fit(
 
 
 def _width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
-    """Return the number of features of an item."""
     hidden = getattr(model.config.get_text_config(), "hidden_size", None) or 0
     head: Any = None if layers is None else model.get_submodule(layers[0])
     return max(hidden, 0 if head is None else head.in_features) or _USUAL_HIDDEN_SIZE
@@ -225,7 +218,7 @@ def _width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
 
 @contextlib.contextmanager
 def _no_probe_without_memory(model: PreTrainedModel) -> Iterator[None]:
-    """Turn exhausted memory into `NoProbe`, as training may still fit; with sharded weights all processes must fail."""
+    """Turn exhausted memory into `NoProbe`, unless processes share the weights and must fail together."""
     try:
         yield
     except Exception as error:
@@ -309,7 +302,6 @@ def best_baseline(
 
 
 def _pooled(features: Features) -> dict[Pooling, np.ndarray]:
-    """Return each kind of embedding, [items, features], scaled to length 1."""
     embeddings: dict[Pooling, np.ndarray] = {} if features.mean is None else {"mean": features.mean}
     position = features.last if features.dense is None else features.dense
     if position is not None:
@@ -322,7 +314,7 @@ def _pooled(features: Features) -> dict[Pooling, np.ndarray]:
 def predict(
     extractor: FeatureExtractor, rows: EncodedRows, baseline: FrozenBaseline, classifier: LinearClassifier
 ) -> list[tuple[int, np.ndarray]]:
-    """Return each row's index with the baseline's outputs for its items, [items, outputs]."""
+    """Return each row's index with the baseline's outputs, [items, outputs]."""
     layers = (
         None if baseline.pooling != "head" else head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     )

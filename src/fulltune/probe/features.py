@@ -1,7 +1,5 @@
-"""Features of the pretrained model for each item: a row, a tagged word, a choice, or a token that may begin an answer.
-
-The rows are read once in batches (pairs three times); only what scikit-learn is given stays in memory.
-"""
+"""Features of the pretrained model for each item: a row, a tagged word, a choice, or a token that may begin an
+answer."""
 
 from __future__ import annotations
 
@@ -33,22 +31,21 @@ EncodedRows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Features:
-    """Features of items in the order of their rows, float32 [items, hidden]."""
+    """Features of items in row order, float32 [items, hidden]."""
 
     last: np.ndarray | None
     """Inputs of the head's last layer, if extracted."""
     dense: np.ndarray | None
     """Inputs of the head's dense layer, if it has one."""
     mean: np.ndarray | None
-    """Mean of the last hidden states over tokens, scaled to length 1; None for single tokens and for bodies that pool
-    their tokens."""
+    """Mean hidden state of length 1; None for single tokens and bodies that pool tokens."""
     labels: np.ndarray
-    """Class or number [items]; 0 or 1 per label [items, labels]; 1 for the right choice [items]; 1 where the answer
+    """Class or number [items], 0 or 1 per label [items, labels], 1 for the right choice [items], or 1 where the answer
     begins and ends [items, 2]."""
     rows: np.ndarray
     """Row of each item [items]."""
     pair: np.ndarray | None = None
-    """Features of pairs whose texts are each read alone, [items, 2 hidden + 1], if rows are such pairs."""
+    """Features of pairs whose texts are read alone, [items, 2 hidden + 1]."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class FeatureExtractor:
     """Runs prepared rows through the pretrained model."""
 
     model: PreTrainedModel
-    """The loaded model on its device, before a method is applied."""
+    """The loaded model before a method is applied."""
     task_name: TaskName
     target: Target
     pad_token_id: int
@@ -84,10 +81,8 @@ class FeatureExtractor:
         return self.within_memory(lambda size: concatenate(self.batches(rows, layers, size)))
 
     def within_memory(self, run: Callable[[int], T]) -> T:
-        """Call `run` with a batch size, and with smaller ones if memory runs out.
-
-        Processes that shard the weights must run equal batches, so there an error ends all of them.
-        """
+        """Call `run` with a batch size, and with smaller ones if memory runs out, unless processes share the
+        weights."""
         if runs_together(self.model):
             return run(self.batch_size)
         return with_smaller_batches("linear probe", self.batch_size, run)
@@ -119,7 +114,7 @@ class FeatureExtractor:
                 yield features
 
     def _pair_features(self, rows: EncodedRows) -> np.ndarray:
-        """Read both texts of each pair alone and compare them, in passes no larger than the pairs' own."""
+        """Read both texts of each pair alone, in passes no larger than the pairs' own."""
         texts = split_pairs(rows, self.separators)
         means: list[torch.Tensor] = []
         for part in (texts[: len(rows)], texts[len(rows) :]):
@@ -130,7 +125,7 @@ class FeatureExtractor:
         return _finite(pair_features(*means).cpu().numpy())
 
     def _collate(self, rows: EncodedRows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Collate rows into the model's inputs on its device, and labels on the host."""
+        """Return the inputs on the model's device, and the labels on the host."""
         batch = self.task.collate(rows, self.pad_token_id)
         labels = batch["labels"].cpu()
         return {name: tensor.to(self.model.device) for name, tensor in batch.items() if name != "labels"}, labels
@@ -148,7 +143,7 @@ def sample_rows(
 
 
 def concatenate(parts: Iterable[Features]) -> Features:
-    """Concatenate the features of batches in the order of their rows."""
+    """Concatenate features of batches in row order."""
     batches = list(parts)
     order = np.argsort(np.concatenate([batch.rows for batch in batches]), kind="stable")
     columns: dict[str, Any] = {}
@@ -166,7 +161,6 @@ def _of_items(
     kind: ProblemType,
     positions: np.ndarray,
 ) -> Features:
-    """Convert a batch's hidden states into features of items."""
     import torch
 
     hidden, last, dense = states
@@ -215,8 +209,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 
 def _mean(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Average the hidden states of real tokens, scaled to length 1; None for bodies that pool their tokens, such as
-    Funnel's."""
+    """Average the hidden states of tokens to length 1; None for bodies that pool tokens, such as Funnel's."""
     import torch.nn.functional as F
 
     mask = batch.get("attention_mask")
@@ -226,7 +219,7 @@ def _mean(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tens
 
 
 def _words(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
-    """Average the hidden states over the sub-words of each word, scaled to length 1: [words of all rows, hidden]."""
+    """Average the hidden states of each word to length 1, [words of all rows, hidden]."""
     import torch
     import torch.nn.functional as F
 
@@ -242,7 +235,7 @@ def _words(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
 
 
 def _tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Choose tokens of each window, seeded by its position, and mark where the answer begins and ends, [tokens, 2]."""
+    """Choose tokens of each window, seeded by its position, and mark where the answer begins and ends."""
     start, end, first, last = (
         labels[:, getattr(question_answering, name)] for name in ("START", "END", "FIRST", "LAST")
     )
@@ -260,10 +253,7 @@ def _tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray
 
 
 def separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> frozenset[int]:
-    """Return the ids of the tokens around the texts of a pair.
-
-    Empty if rows are no pairs, or if the tokenizer, such as a decoder's, puts nothing between two texts.
-    """
+    """Return the ids of the tokens around the texts of a pair; empty without pairs or without such tokens."""
     if "text_pair" not in target.columns:
         return frozenset()
     names = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
@@ -274,8 +264,7 @@ def separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> frozenset[
 
 
 def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str, Any]]:
-    """Return the first texts of all pairs, then the second ones, each with the special tokens of the pair. A pair
-    without a separator has an empty second text."""
+    """Return the first texts of all pairs, then the second ones, each with the pair's special tokens."""
     firsts: list[dict[str, Any]] = []
     seconds: list[dict[str, Any]] = []
     for row in rows:

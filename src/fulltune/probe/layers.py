@@ -1,7 +1,7 @@
-"""The linear layers of a new head: the last one, which outputs the logits, and a dense one before it, such as a pooler.
+"""The linear layers of a new head: the last one, and a dense one before it, such as a pooler.
 
-A pooler reads one position, from which the mean over all tokens can largely be predicted linearly, without labels. A
-classifier on that mean needs fewer rows (docs/concepts/statistics.md).
+A pooler reads one position, from which the mean over all tokens can largely be predicted without labels. A classifier
+on that mean needs fewer rows (docs/concepts/statistics.md).
 """
 
 from __future__ import annotations
@@ -24,21 +24,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ACTIVATIONS = {"tanh": 0.0, "relu": 3.0, "gelu": 3.0, "gelu_new": 3.0, "silu": 3.0, "linear": 0.0}
-"""Activations between dense and last layer, by their name in `ACT2FN`, with the input around which each is nearly
-linear."""
+"""Activations between dense and last layer (`ACT2FN`), with the input around which each is nearly linear."""
 SPREAD = 0.4
-"""Standard deviation of a replaced dense layer's outputs, within the nearly linear range of the activation."""
+"""Standard deviation of a replaced dense layer's outputs."""
 _RIDGE = tuple(10.0**power for power in range(-2, 6))
 _COMPARED = 16
-"""Items used to recognise an activation."""
 
 
 HeadLayers = tuple[str, str | None]
-"""Names of a head's last linear layer and of its only square dense layer, if there is just one."""
+"""Names of a head's last linear layer and of its only square dense layer, if any."""
 
 
 def head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> HeadLayers:
-    """Find the linear layers of a head with `num_outputs` logits per item; `NoProbe` if there are none."""
+    """Find the linear layers of a head with `num_outputs` logits; `NoProbe` if there are none."""
     from torch.nn import Linear
 
     body_of(model)
@@ -61,7 +59,7 @@ def head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> Hea
 
 
 def body_of(model: PreTrainedModel) -> torch.nn.Module:
-    """Return the model without its head; `NoProbe` if the class does not separate them."""
+    """Return the model without its head; `NoProbe` if its class does not separate them."""
     body = getattr(model, model.base_model_prefix, None)
     if body is None:
         raise NoProbe(f"{type(model).__name__} does not tell its body from its head")
@@ -69,14 +67,14 @@ def body_of(model: PreTrainedModel) -> torch.nn.Module:
 
 
 HiddenStates = tuple["torch.Tensor", "torch.Tensor | None", "torch.Tensor | None"]
-"""The body's last hidden states, the inputs of the last layer and those of the dense layer, float32 [..., hidden]."""
+"""Last hidden states, and inputs of the last and the dense layer, float32 [..., hidden]."""
 
 
 def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]) -> HiddenStates:
-    """Run a batch without labels and return the hidden states and the inputs of the head's layers.
+    """Run a batch and return hidden states and inputs of the head's layers.
 
     Raises:
-        NoProbe: If the logits are not the last layer's outputs, or the body does not run exactly once.
+        NoProbe: If the logits are not the last layer's outputs, or the body does not run once.
     """
     import torch
 
@@ -118,7 +116,7 @@ def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mappin
 
 
 def _last_token(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Select each row's last token that is not padding, as transformers' decoders do to classify."""
+    """Select each row's last token that is not padding, as transformers' decoders classify."""
     import torch
 
     ids, pad = batch.get("input_ids"), model.config.get_text_config().pad_token_id
@@ -130,7 +128,7 @@ def _last_token(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], state
 
 
 def to_numpy(parameter: torch.Tensor) -> np.ndarray:
-    """Copy a parameter's values as float32; a view would keep FSDP2 from freeing the gathered tensor."""
+    """Copy values as float32; a view would keep FSDP2 from freeing the gathered tensor."""
     return np.asarray(whole(parameter.detach()).float().cpu().clone().numpy())
 
 
@@ -138,23 +136,14 @@ def to_numpy(parameter: torch.Tensor) -> np.ndarray:
 
 
 Activation = Callable[[np.ndarray], np.ndarray]
-"""Function from the dense layer's outputs to the last layer's inputs, [items, hidden]."""
+"""Function from the dense layer's outputs to the last layer's inputs."""
 
 
 def recognise_activation(
     model: PreTrainedModel, name: str, dense_inputs: np.ndarray, last_inputs: np.ndarray
 ) -> tuple[float, Activation] | None:
-    """Recognise the function between the dense and the last layer, with the input around which it is nearly linear.
-
-    Args:
-        model: The model.
-        name: Name of the dense layer.
-        dense_inputs: Inputs of the dense layer, [items, hidden].
-        last_inputs: Inputs of the last layer, [items, hidden].
-
-    Returns:
-        None if it is none of `ACTIVATIONS`, for example because the pooler is unused.
-    """
+    """Recognise the function between the dense layer `name` and the last layer, with the input around which it is
+    nearly linear; None if it is none of `ACTIVATIONS`. Inputs are [items, hidden]."""
     norm = getattr(model.get_submodule(name.rpartition(".")[0]), "norm", None)
     parameters = dict(model.get_submodule(name).named_parameters())
     values = dense_inputs[:_COMPARED] @ to_numpy(parameters["weight"]).T
@@ -170,7 +159,7 @@ def recognise_activation(
 def dense_replacements(
     dense_inputs: np.ndarray, mean: np.ndarray | None, has_bias: bool, middle: float
 ) -> dict[str, LinearClassifier]:
-    """Fit replacements of a dense layer: a scaled identity, and a map to the mean over all tokens."""
+    """Fit replacements of a dense layer: a scaled identity, and a map to the mean over tokens."""
     shift = middle if has_bias else 0.0
     centre, scale = standardization(dense_inputs, has_bias)
     options = {"scaled": _linear(np.diag(SPREAD * scale), shift - SPREAD * scale * centre)}
@@ -180,7 +169,6 @@ def dense_replacements(
 
 
 def _activate(activation: str, norm: torch.nn.Module | None, values: np.ndarray) -> np.ndarray:
-    """Apply the activation, and the head's layer norm if it has one."""
     import torch
     from transformers.activations import ACT2FN
 
@@ -195,7 +183,6 @@ def _activate(activation: str, norm: torch.nn.Module | None, values: np.ndarray)
 
 
 def _mean_predictor(dense_inputs: np.ndarray, mean: np.ndarray, has_bias: bool, shift: float) -> LinearClassifier:
-    """Fit a ridge regression to `mean`, scaled to `SPREAD`."""
     from sklearn.linear_model import RidgeCV
 
     centre, scale = standardization(dense_inputs, has_bias)

@@ -20,20 +20,20 @@ Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result", bound=tuple[Any, ...])
 FOLDS = 5
 STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)
-"""scikit-learn's C times the number of standardised features. A ridge regression's alpha per item is `RIDGE` over
-it."""
+"""scikit-learn's C times the number of standardised features; `RIDGE` over it is a ridge regression's alpha per
+item."""
 MIDDLE, RIDGE = 16.0, 4.0
 LEAST_SPREAD = 0.1
-"""Smallest standard deviation, relative to the features' typical size, by which a feature is divided."""
+"""Smallest relative standard deviation that a feature is divided by."""
 MOST_COMPARED = 4_000
-"""Most items used to compare kinds of features; the best kind is then fitted on all items."""
+"""Most items used to compare kinds of features."""
 MOST_STEPS, TOLERANCE = 300, 3e-4
-"""The solver's limits. A third of the tolerance took twice as long without better held-out results; three times the
-tolerance gave 5 % more errors (2026-11-26)."""
+"""The solver's limits. A third of the tolerance took twice as long and gained nothing; three times it gave 5 % more
+errors (2026-11-26)."""
 _MANY_MULTIPLICATIONS = 10**9
-"""Multiplications of a fit from which several threads pay; one thread does five times as many in about a second."""
+"""Multiplications from which several threads pay, about 0.2 s in one thread."""
 _LEAST_CHANCE = 1e-4
-"""Smallest predicted probability that counts, so that one unseen class does not dominate the loss."""
+"""Smallest probability that counts, so that one unseen class does not dominate the loss."""
 
 
 class NoProbe(Exception):
@@ -48,7 +48,6 @@ class LinearClassifier:
     bias: np.ndarray
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Return outputs [items, outputs] of features [items, hidden]."""
         return features @ self.weight.T + self.bias
 
 
@@ -60,16 +59,15 @@ class Items:
     features: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
-    """Row of each item; choices or tokens of one row exclude each other."""
+    """Row of each item; choices or tokens of a row exclude each other."""
     num_outputs: int
     class_weights: Sequence[float] | None = None
 
     def select(self, mask: np.ndarray) -> Items:
-        """Select items by a boolean mask [items]."""
         return replace(self, features=self.features[mask], labels=self.labels[mask], rows=self.rows[mask])
 
     def sample(self, max_items: int) -> Items:
-        """Draw whole rows at random with at most `max_items` items in all."""
+        """Draw whole rows at random with at most `max_items` items."""
         if len(self.rows) <= max_items:
             return self
         rows = np.unique(self.rows)
@@ -80,11 +78,7 @@ class Items:
 def fits(
     items: Items, has_bias: bool = True, strengths: Sequence[float] = STRENGTHS
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit a classifier at each strength, most regularised first, each from the one before.
-
-    Raises:
-        NoProbe: If nothing can be fitted.
-    """
+    """Fit a classifier at each strength, most regularised first; `NoProbe` if none can be fitted."""
     count, width = items.features.shape
     if solver_bytes(items.kind, count, items.num_outputs, width) > MOST_SOLVER_BYTES:
         raise NoProbe(f"{items.num_outputs:,} classes of {width:,} features are too many to fit")
@@ -101,9 +95,10 @@ def fits(
 
 
 def standardization(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shift and the scale that standardise features, the shift only if `centred`.
+    """Return shift and scale of features, the shift only if `centred`.
 
-    Features that hardly vary are not magnified fully: the first training steps would upset such a classifier.
+    Features that hardly vary are not magnified fully, as the first training steps would upset such a
+        classifier.
     """
     centre = features.mean(axis=0, dtype=np.float64) if centred else np.zeros(features.shape[1])
     variance = ((features - centre) ** 2).mean(axis=0)
@@ -165,7 +160,7 @@ def _threads(multiplications: int) -> contextlib.AbstractContextManager[object]:
 
 @cache
 def _thread_pools() -> Any:
-    """Return the thread pools of the loaded libraries; cached, as finding them takes longer than a small fit."""
+    """Return the loaded thread pools, cached because finding them is slow."""
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()
@@ -174,7 +169,7 @@ def _thread_pools() -> Any:
 def _each_label(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit a classifier per label; labels that all or no rows have get a constant."""
+    """Fit a classifier per label, constant if all or no rows have the label."""
     labels = items.labels.astype(np.int64)
     varied = [label for label in range(items.num_outputs) if len(np.unique(labels[:, label])) > 1]
     if not varied:
@@ -206,7 +201,7 @@ def _ridge(
 def _within_rows(
     items: Items, features: np.ndarray, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Separate each row's right item from its others by logistic regression on their differences, without a bias."""
+    """Fit each row's right item against its others, on differences and without a bias."""
     outputs = [_differences(features, right, items.rows) for right in items.labels.reshape(len(features), -1).T]
     paths = []
     for differences in outputs:
@@ -220,7 +215,6 @@ def _within_rows(
 
 
 def _differences(features: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the features of a row's right item minus those of each wrong one, [wrong items, hidden]."""
     of_row = dict(zip(rows[right == 1].tolist(), np.flatnonzero(right == 1).tolist(), strict=True))
     wrong = np.array([i for i in np.flatnonzero(right == 0) if int(rows[i]) in of_row], np.int64)
     return features[[of_row[int(rows[i])] for i in wrong]] - features[wrong]
@@ -243,20 +237,17 @@ Criterion = Callable[[Items, LinearClassifier], float]
 def select_classifier(
     items: Items, held_out: Items | None, candidates: Candidates[Key], criterion: Criterion, tolerance: float = 0.0
 ) -> tuple[float, Key, LinearClassifier]:
-    """Select the candidate that is best on held-out rows, and fit it on all items.
+    """Select the candidate that is best on held-out rows, and fit it on all items; `NoProbe` if none can be fitted.
 
     Args:
         items: Items of the train rows.
         held_out: Items of other rows; None for cross-validation.
         candidates: Fits classifiers, each with its key.
         criterion: Lower is better.
-        tolerance: Share of the lowest criterion by which an earlier candidate may be worse.
+        tolerance: Excess over the best criterion, as a share, that an earlier candidate may have.
 
     Returns:
         Criterion, key and classifier.
-
-    Raises:
-        NoProbe: If nothing can be fitted.
     """
     if held_out is not None:
         results = [(criterion(held_out, classifier), key, classifier) for key, classifier in candidates(items)]
@@ -281,7 +272,6 @@ def select_classifier(
 
 
 def _first(results: Sequence[Result], tolerance: float) -> Result:
-    """Return the first result within the tolerance of the best criterion."""
     limit = min(result[0] for result in results) * (1 + tolerance)
     return next(result for result in results if result[0] <= limit)
 
@@ -292,7 +282,7 @@ def select_features(
     criterion: Criterion,
     tolerance: float = 0.0,
 ) -> tuple[Name, float, Any, LinearClassifier]:
-    """Select the best features at a middle strength on a sample of items, then the best classifier on them."""
+    """Select the best features on a sample of items, then the best classifier on them."""
     middle = partial(candidates, strengths=(MIDDLE,))
     name = next(iter(spaces))
     if len(spaces) > 1:
@@ -308,7 +298,7 @@ def _compare(items: Items, held_out: Items | None, candidates: Candidates[Any], 
 
 
 def loss(items: Items, classifier: LinearClassifier) -> float:
-    """Mean cross entropy in nats with class weights; for numbers, mean squared error over their variance."""
+    """Mean cross entropy in nats with class weights, or mean squared error over the variance."""
     weights = None if items.class_weights is None else np.asarray(items.class_weights)
     outputs = classifier(items.features).astype(np.float64)
     match items.kind:
@@ -328,7 +318,7 @@ def loss(items: Items, classifier: LinearClassifier) -> float:
 
 
 def error_rate(items: Items, classifier: LinearClassifier) -> float:
-    """Share of items (of rows, for choices) whose highest output is wrong; the loss if there are no classes."""
+    """Share of items (or rows of choices) with a wrong highest output; the loss without classes."""
     if items.kind in ("regression", "multi_label"):
         return loss(items, classifier)
     outputs = classifier(items.features)
@@ -340,7 +330,7 @@ def error_rate(items: Items, classifier: LinearClassifier) -> float:
 
 
 def _row_losses(outputs: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the cross entropy of each right item among the items of its row."""
+    """Cross entropy of each right item among those of its row."""
     _, row = np.unique(rows, return_inverse=True)
     highest = np.full(row.max() + 1, -np.inf)
     np.maximum.at(highest, row, outputs)
