@@ -204,7 +204,7 @@ STS: dict[str, str | list[object]] = {"a": "A man plays music", "b": "Somebody p
         (
             {"source": "A text to read", "target": "To read", "about": "What it is about"},
             {},
-            r"write data.source: source \(init: --column source=source\)",
+            r"set data.source: source \(init: --column source=source\)",
         ),
         (STS, {"text": "a"}, None),
         (STS, {"text": "a", "text_pair": "b"}, None),

@@ -18,7 +18,7 @@ from fulltune.tasks import Row
 OTHER_LANGUAGE, PACKAGE = "other language", "py3langid"
 SURE = 0.95
 """Probability from which a text is said to be in another language."""
-LEAST_BYTES = 20
+MIN_BYTES = 20
 """Bytes of letters in UTF-8 that tell a language: 20 Latin letters, 10 Cyrillic ones, 7 Chinese signs."""
 _LOOK = 400
 """Characters that are looked at, half of them at the text's beginning and half at its end."""
@@ -30,7 +30,7 @@ MAIN = 0.05
 """Share of a column's texts from which a language is one of its own: mixed data is no fault."""
 NEARLY_ALL = 0.9
 """Share of a column's texts that is in its own languages, for the rest to stand out."""
-LEAST_ROWS = 20
+MIN_ROWS = 20
 
 
 @cache
@@ -41,10 +41,10 @@ def _identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def spoken(text: str) -> tuple[str, float] | None:
+def detect_language(text: str) -> tuple[str, float] | None:
     """The code of a text's likeliest language and its probability; None: it has too few words that are of any."""
     words = _words(text)
-    return _likeliest(words, ()) if _num_bytes(words) >= LEAST_BYTES else None
+    return _likeliest(words, ()) if _num_bytes(words) >= MIN_BYTES else None
 
 
 def elsewhere(text: str, main: Collection[str]) -> tuple[str, float] | None:
@@ -56,7 +56,7 @@ def elsewhere(text: str, main: Collection[str]) -> tuple[str, float] | None:
     if " ".join(words).isupper():
         words = " ".join(words).lower().split()
     half, plain = len(words) // 2, [word for word in words if word == word.lower()]
-    if 2 * _num_bytes(" ".join(plain)) < LEAST_BYTES:
+    if 2 * _num_bytes(" ".join(plain)) < MIN_BYTES:
         return None
     parts = [plain, words[:half], words[half:]] if half else [plain]
     others = [_likeliest(" ".join(part), main) for part in parts]
@@ -89,7 +89,7 @@ def _likeliest(words: str, main: Collection[str]) -> tuple[str, float] | None:
 
 
 @dataclass
-class Heard:
+class ColumnLanguages:
     """The languages of a column's texts, row by row."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -100,7 +100,7 @@ class Heard:
 
     def add(self, text: str) -> None:
         """The next row's text."""
-        code, confidence = spoken(text) or ("", 0.0)
+        code, confidence = detect_language(text) or ("", 0.0)
         if confidence >= _KNOWN:
             self.counts[code] += 1
         self.sure.append(self.codes.setdefault(code, len(self.codes)) if confidence >= SURE else -1)
@@ -111,8 +111,8 @@ class Heard:
 
     def why_not(self) -> str | None:
         """Why no row can stand out; None: rows can."""
-        if self.counts.total() < LEAST_ROWS:
-            return f"fewer than {LEAST_ROWS} texts are long enough to tell their language"
+        if self.counts.total() < MIN_ROWS:
+            return f"fewer than {MIN_ROWS} texts are long enough to tell their language"
         if sum(self.counts[code] for code in self.own()) < NEARLY_ALL * self.counts.total():
             return f"its texts are in {len(self.counts)} languages, and no few of them are those of nearly all"
         return None
@@ -125,15 +125,15 @@ class Heard:
         return {*np.flatnonzero(np.isin(np.frombuffer(self.sure, np.int16), others)).tolist()}
 
 
-def listen(heard: dict[str, Heard], row: Row, columns: Mapping[str, str]) -> None:
+def add_languages(heard: dict[str, ColumnLanguages], row: Row, columns: Mapping[str, str]) -> None:
     """Take in the languages of a row's texts, by column; without the extra there is nothing to take in."""
     if not is_installed(PACKAGE):
         return
     for column, text in whole_texts(row, columns).items():
-        heard.setdefault(column, Heard()).add(text)
+        heard.setdefault(column, ColumnLanguages()).add(text)
 
 
-def not_told(heard: Mapping[str, Heard]) -> str | None:
+def not_told(heard: Mapping[str, ColumnLanguages]) -> str | None:
     """Why rows of some columns cannot stand out, by column; None: those of all can."""
     if not is_installed(PACKAGE):
         return "needs the extra 'languages'"

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.audit.languages import OTHER_LANGUAGE, Heard, elsewhere, listen
+from fulltune.audit.languages import OTHER_LANGUAGE, ColumnLanguages, add_languages, elsewhere
 from fulltune.audit.texts import PARTS, cells, checks_of, flaws, masked_text, whole_texts
 from fulltune.audit.texts.content import alike
 from fulltune.audit.texts.flaw import Flaw
 from fulltune.data.groups import draw, grams, jaccard, joined, signatures
-from fulltune.data.patch import Decisions, Patched, load_patch, numbered
+from fulltune.data.patch import Decisions, PatchedRows, load_patch, numbered
 from fulltune.data.sources import find_files, read_rows
 from fulltune.inference.store import row_id, texts
 from fulltune.recipe.fields import Recipe
@@ -71,7 +71,7 @@ class AuditedRows:
     def _of_files(self, recipe: Recipe) -> Iterator[dict[str, Any]]:
         """The train rows as the data stage read them."""
         block, files = recipe.data, find_files(recipe)["train"]
-        patched = Patched(load_patch(Path(block.patch)), "train") if block.patch else None
+        patched = PatchedRows(load_patch(Path(block.patch)), "train") if block.patch else None
         held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.of(split)}
         for place, row in read_rows(recipe, files, None, patched).rows(None):
             if place not in held_out and self.task.refuse(row, self.target) is None:
@@ -111,7 +111,7 @@ class AuditedRows:
 
 
 @dataclass
-class SeenRows:
+class RowScan:
     """What is known when all rows have passed by once."""
 
     issues: list[RowIssue] = field(default_factory=list)
@@ -127,13 +127,13 @@ class SeenRows:
     labels: array[int] = field(default_factory=lambda: array("q"))
     """The number of its labels in `names`; -1: it has none."""
     names: dict[tuple[str, ...], int] = field(default_factory=dict)
-    heard: dict[str, Heard] = field(default_factory=dict)
+    heard: dict[str, ColumnLanguages] = field(default_factory=dict)
     """Column to its languages; empty where they cannot be told."""
 
 
-def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
+def look(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
     """All rows, once: what is wrong with their texts, and what tells them apart."""
-    seen, checks = SeenRows(), checks_of(rows.target.columns)
+    seen, checks = RowScan(), checks_of(rows.target.columns)
     signed: list[np.ndarray] = []
     for split in SPLITS:
         before, keys = len(seen.keys), list[str]()
@@ -151,7 +151,7 @@ def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
             if (turns := rows.target.columns.get("messages")) and (found := chat_faults(chat.clean(row[turns]))):
                 reason = masked_text(first_few(found))
                 seen.issues.append(rows.issue(CHAT_FAULT, (split, row), reason, score=float(len(found))))
-            listen(seen.heard, row, rows.target.columns)
+            add_languages(seen.heard, row, rows.target.columns)
             if len(keys) == _AT_ONCE:
                 done = len(seen.keys)
                 listener(RowsRead(name="auditing", done=done, total=max(total, done)))
@@ -164,7 +164,7 @@ def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
     return seen
 
 
-def with_numbers(rows: AuditedRows, seen: SeenRows, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
+def with_numbers(rows: AuditedRows, seen: RowScan, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
     """The issues, with which one of several equal rows of a source each is about, those counted that a patch drops."""
     values, counts = np.unique(np.array(seen.ids, np.uint64), return_counts=True)
     several = {f"{one:016x}" for one in values[counts > 1].tolist()} | {row.partition("-")[0] for _, row in decided}
@@ -197,7 +197,7 @@ def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Fl
     return rows.issue(flaw.check, (split, row), f"column '{column}': {flaw.reason}", remedy)
 
 
-def in_classes_alike(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
+def in_classes_alike(rows: AuditedRows, seen: RowScan) -> list[RowIssue]:
     """Rows of a class that is perhaps meant to be a more frequent one, whose name would replace theirs."""
     of_number, counts = Counter(seen.labels), Counter[str]()
     for names, number in seen.names.items():
@@ -215,7 +215,7 @@ def in_classes_alike(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
     return issues
 
 
-def in_other_languages(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
+def in_other_languages(rows: AuditedRows, seen: RowScan) -> list[RowIssue]:
     """Rows that are surely in another language than nearly all others of their column."""
     suspects, issues = {column: one.suspects() for column, one in seen.heard.items()}, list[RowIssue]()
     own = {column: one.own() for column, one in seen.heard.items()}
@@ -236,13 +236,13 @@ _CANDIDATE = 0.7
 """The same as signatures estimate it, with an error of 3.5 points at 0.8: of 400 rows at the bound one is below."""
 _QUOTED = 80
 """Characters of the row that is scored on."""
-_MOST_COMPARED = 5000
+_MAX_COMPARED = 5000
 """Held-out rows of a group whose signatures a train row's is compared with: more than are ever split off."""
-_MOST_READ = 10
+_MAX_READ = 10
 """Of these how many are read, those first that seem nearest."""
 
 
-def repeated(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
+def repeated(rows: AuditedRows, seen: RowScan) -> list[RowIssue]:
     """Train rows that are there already, that are scored on, or that have another label elsewhere."""
     keys, wholes, labels = (np.frombuffer(one, np.int64) for one in (seen.keys, seen.wholes, seen.labels))
     train = np.arange(len(keys)) < seen.counts["train"]
@@ -299,13 +299,13 @@ def stands_before(wholes: np.ndarray, train: np.ndarray) -> np.ndarray:
     return again
 
 
-def _scored_on(seen: SeenRows, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, list[int]]:
+def _scored_on(seen: RowScan, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, list[int]]:
     """Positions of train rows to a held-out row that is equal, or to those that are themselves as near as `NEAR`."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
         groups.setdefault(int(near[position]), []).append(position)
         first.setdefault(seen.keys[position], position)
-    of_group = {group: seen.signed[others[:_MOST_COMPARED]] for group, others in groups.items()}
+    of_group = {group: seen.signed[others[:_MAX_COMPARED]] for group, others in groups.items()}
     found: dict[int, list[int]] = {}
     for position in np.flatnonzero(train & np.isin(near, near[~train])).tolist():
         if leaks[position]:
@@ -313,14 +313,14 @@ def _scored_on(seen: SeenRows, train: np.ndarray, leaks: np.ndarray, near: np.nd
             continue
         group = int(near[position])
         shared = (seen.signed[position] == of_group[group]).sum(axis=1, dtype=np.uint8)
-        nearest = np.argsort(shared, kind="stable")[::-1][:_MOST_READ]
+        nearest = np.argsort(shared, kind="stable")[::-1][:_MAX_READ]
         least = _CANDIDATE * seen.signed.shape[1]
         if candidates := [groups[group][one] for one in nearest.tolist() if shared[one] >= least]:
             found[position] = candidates
     return found
 
 
-def _held_out(rows: AuditedRows, seen: SeenRows, wanted: set[int]) -> dict[int, tuple[str, str]]:
+def _held_out(rows: AuditedRows, seen: RowScan, wanted: set[int]) -> dict[int, tuple[str, str]]:
     """Held-out rows by their positions: what each asks, and where it stands and how it begins."""
     held_out = chain(rows.of("eval"), rows.of("test")) if wanted else ()
     return {
@@ -353,7 +353,7 @@ Turn = Mapping[str, Any]
 
 _SYSTEM = ("system", "developer")
 _TOOL = ("tool", "function", "ipython", "observation")
-_LEAST_IDENTICAL = 40
+_MIN_IDENTICAL = 40
 """Characters from which two equal answers are no mere 'Yes.' or 'You are welcome.'."""
 
 
@@ -385,7 +385,7 @@ def _emptiness(turns: Sequence[Turn]) -> Iterator[str]:
         # A tool may have nothing to say, and an empty system turn keeps a template from writing its own.
         if not text and role not in (*_SYSTEM, *_TOOL) and not has_more:
             yield f"turn {number} ({role}) is empty"
-        if role == "assistant" and len(text) >= _LEAST_IDENTICAL and not turn.get("tool_calls"):
+        if role == "assistant" and len(text) >= _MIN_IDENTICAL and not turn.get("tool_calls"):
             if text in seen:
                 yield f"turns {seen[text]} and {number} of the assistant are identical"
             seen.setdefault(text, number)

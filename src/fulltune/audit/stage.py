@@ -21,7 +21,7 @@ from fulltune.audit.rows import (
     NEAR_LEAK,
     SPLITS,
     AuditedRows,
-    SeenRows,
+    RowScan,
     in_classes_alike,
     in_other_languages,
     look,
@@ -31,7 +31,7 @@ from fulltune.audit.rows import (
 )
 from fulltune.audit.texts import checks_of, missing
 from fulltune.audit.texts.flaw import is_installed
-from fulltune.audit.untouched import NEIGHBOURS, OUT_OF_MEMORY, Reader, Suspected, judge, outliers
+from fulltune.audit.untouched import NEIGHBOURS, OUT_OF_MEMORY, JudgedLabels, Reader, judge, outliers
 from fulltune.data.patch import load_patch
 from fulltune.errors import SetupError
 from fulltune.files import replacing
@@ -56,7 +56,7 @@ NOT_ASKED = "left out by --no-labels"
 VERSION = 4
 """Of the checks: raised when they find other rows, so that an audit by earlier ones is made anew."""
 _EXAMPLES = 10
-MOST_LOSSES, MOST_LOSS_SHARE = 100, 0.1
+MAX_LOSSES, MAX_LOSS_SHARE = 100, 0.1
 """Rows of a split that are listed for their loss: so many, and at most this share."""
 
 
@@ -120,7 +120,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
     return done
 
 
-def _made(rows: AuditedRows, seen: SeenRows) -> set[str]:
+def _made(rows: AuditedRows, seen: RowScan) -> set[str]:
     """Checks that need no model and are made on these rows."""
     further = {
         NEAR_LEAK: rows.has_texts,
@@ -183,7 +183,7 @@ def load_issues(folder: Path) -> list[RowIssue]:
         ) from None
 
 
-def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows, not_run: dict[str, str]) -> list[RowIssue]:
+def _outlying(rows: AuditedRows, reader: Reader, seen: RowScan, not_run: dict[str, str]) -> list[RowIssue]:
     far, usual, left_out = outliers(reader, np.array(seen.keys[: seen.counts["train"]], np.uint64), seen.counts)
     issues: list[RowIssue] = []
     for split, distances in far.items():
@@ -200,7 +200,7 @@ def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows, not_run: dict[s
     return issues
 
 
-def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: Suspected) -> list[RowIssue]:
+def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: JudgedLabels) -> list[RowIssue]:
     issues, column = list[RowIssue](), rows.target.columns.get("label")
     listed = {int(positions[at]): at for at in np.flatnonzero(found.suspects | found.doubtful)}
     for position, row in enumerate(rows.of("train")):
@@ -258,6 +258,6 @@ def _of_rows(
         several = list(them)
         total, items = np.sum([count for _, count, _ in several], axis=0)
         found.append((float(total / max(1.0, items)), int(items), several[0][2]))
-    most = min(MOST_LOSSES, int(np.ceil(MOST_LOSS_SHARE * len(found))))
+    most = min(MAX_LOSSES, int(np.ceil(MAX_LOSS_SHARE * len(found))))
     highest = {*sorted(range(len(found)), key=lambda at: -found[at][0])[:most]}
     return [(*one, at in highest) for at, one in enumerate(found)]

@@ -105,12 +105,12 @@ class Reader:
 
 PRECISION = 0.75
 """Wanted of the suspects; on rows with known errors it was about that (2026-11-28)."""
-PLANTED_SHARE, PLANTED, MOST_REPEATED = 0.05, 200, 5
+PLANTED_SHARE, PLANTED, MAX_REPEATED = 0.05, 200, 5
 """Of the rows are given a wrong label at a time, again until there are so many, or so often."""
 SURE = (0.25, 0.5)
 """Shares of the planted errors below margins below which right labels hardly lie."""
-LEAST_ROWS, LEAST_OF_A_CLASS = 100, 3
-MOST_OTHER = 0.5
+MIN_ROWS, MIN_OF_A_CLASS = 100, 3
+MAX_OTHER = 0.5
 """Share of the rows that the first round may leave out."""
 DOUBT = -0.5
 """Rows with a smaller margin are doubtful, and shown to be reviewed."""
@@ -118,7 +118,7 @@ NOT_TOLD_APART = "the untouched model's features do not tell the classes apart"
 
 
 @dataclass(frozen=True)
-class Suspected:
+class JudgedLabels:
     """What is known of each row's label, and how good that is."""
 
     margins: np.ndarray
@@ -132,20 +132,20 @@ class Suspected:
     about: LabelErrors
 
 
-def judge(reader: Reader) -> tuple[np.ndarray, Suspected]:
+def judge(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
     """Positions of the train rows that were judged, and what is known of their labels; raises `NoProbe`."""
     items, positions = reader.items("train")
-    return positions, suspected(items)
+    return positions, judge_items(items)
 
 
-def suspected(items: Items) -> Suspected:
+def judge_items(items: Items) -> JudgedLabels:
     """Judge the label of each row; raises `NoProbe` when there are too few rows, or nothing can be fitted."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
-    if len(labels) < LEAST_ROWS or np.count_nonzero(counts >= LEAST_OF_A_CLASS) < 2:
+    if len(labels) < MIN_ROWS or np.count_nonzero(counts >= MIN_OF_A_CLASS) < 2:
         raise NoProbe(
-            f"labels cannot be judged by {len(labels):,} rows: that takes at least {LEAST_ROWS}, and two classes with "
-            f"at least {LEAST_OF_A_CLASS} rows each"
+            f"labels cannot be judged by {len(labels):,} rows: that takes at least {MIN_ROWS}, and two classes with "
+            f"at least {MIN_OF_A_CLASS} rows each"
         )
     found = _in_two_rounds(items)
     margins, other = margins_of(found, labels)
@@ -166,7 +166,7 @@ def suspected(items: Items) -> Suspected:
         precision=precision,
         estimated_errors=wrong,
     )
-    return Suspected(margins, other, suspects, doubtful, about)
+    return JudgedLabels(margins, other, suspects, doubtful, about)
 
 
 def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
@@ -200,7 +200,7 @@ def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np
     others = probabilities + np.finfo(float).tiny  # one class may have all of it
     others[np.arange(len(labels)), labels] = 0.0
     found = []
-    for seed in range(min(MOST_REPEATED, -(-PLANTED // count))):
+    for seed in range(min(MAX_REPEATED, -(-PLANTED // count))):
         drawn = np.random.default_rng(seed)
         chosen = drawn.choice(good, count, replace=False)
         given = labels.copy()
@@ -214,7 +214,7 @@ def _in_two_rounds(items: Items) -> np.ndarray:
     """Probabilities of the classes, for each row from classifiers that did not see it: float64 [rows, classes]."""
     every = np.ones(len(items.labels), bool)
     other = _confidently_other(out_of_fold(items, every, 0), items.labels.astype(np.int64))
-    if other.mean() > MOST_OTHER:
+    if other.mean() > MAX_OTHER:
         raise NoProbe(NOT_TOLD_APART)
     return out_of_fold(items, ~other, 1)
 
@@ -253,8 +253,8 @@ def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
 NEIGHBOURS = 20
 SPREADS = 2.5
 """Between the quartiles: so many of them the fence lies above the upper one (Tukey 1977: 1.5, and 3 for far out)."""
-LEAST_TEXTS = 200
-MOST_FAR = 0.1
+MIN_TEXTS = 200
+MAX_FAR = 0.1
 """Share of the texts that may be far from the others: where more are, the rows are of several kinds."""
 _ROUNDS = 10
 _SAME = 1e-8
@@ -275,13 +275,13 @@ def outliers(
     """
     items, positions = reader.items("train")
     different, first, inverse = np.unique(train_keys[positions], return_index=True, return_inverse=True)
-    if len(different) < LEAST_TEXTS:
+    if len(different) < MIN_TEXTS:
         raise NoProbe(
-            f"{len(different):,} different texts or images in train are too few: expected at least {LEAST_TEXTS}"
+            f"{len(different):,} different texts or images in train are too few: expected at least {MIN_TEXTS}"
         )
     states = items.features[first]
     distances, is_far, usual, fence = far_out(states)
-    if is_far.mean() > MOST_FAR:
+    if is_far.mean() > MAX_FAR:
         raise NoProbe(f"{is_far.mean():.0%} of the train rows are far from the others: these are of several kinds")
     left_out = counts["train"] - len(positions)
     found: dict[SplitName, dict[int, float]] = {
@@ -304,7 +304,7 @@ def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
         fence = float(upper + SPREADS * (upper - lower))
         further = (distances > fence) & ~is_far
         is_far |= further
-        if not further.any() or is_far.mean() > MOST_FAR:
+        if not further.any() or is_far.mean() > MAX_FAR:
             break
     return distances, is_far, float(upper), fence
 

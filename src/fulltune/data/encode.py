@@ -1,4 +1,4 @@
-"""Check and tokenise a source once, on all cores, into an arrow file; memory does not grow with the rows' texts."""
+"""Checks and tokenises a source once, on all cores, into an arrow file; memory use does not grow with the texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fulltune.audit.texts import CHEAP, LOOKED_AT, cells, checks_of, found_by, masked_cells
-from fulltune.data.contamination import KnownTexts, holding
+from fulltune.data.contamination import ForbiddenTexts, holding
 from fulltune.data.groups import RowCounts, draw, joined, joined_by_value, marks_of, signatures
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
@@ -24,7 +24,7 @@ from fulltune.inference.store import record_batch, words, write_rows
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.system.hardware import num_cores
-from fulltune.tasks import LENGTH, Example, Refused, Target, Task, task_named
+from fulltune.tasks import LENGTH, Example, Refused, Row, Target, Task, task_named
 from fulltune.tasks.columns import unreadable, windows
 
 if TYPE_CHECKING:
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 ROWS_PER_CHUNK = 1000
 CHUNK_BYTES = 2 * 2**20
-"""Tokenising takes up to 170 times the memory of the text."""
+"""Text in one chunk, in bytes: tokenising takes up to 170 times the memory of the text."""
 ROWS_WORTH_PROCESSES = 20_000
-"""With fewer rows the processes would cost more time than they save."""
+"""Rows from which worker processes save more time than they cost."""
 
 NEW_LABEL = "label not in train"
 
-Loss = Literal["unusable", "unfit", "part"]
-"""Why something is dropped: a row holds nothing to learn from; tokenising showed that it is too long, or that nothing
-in it is trained; the same of some examples of a row that keeps others."""
+DropKind = Literal["unusable", "unfit", "part"]
+"""`unusable`: refused before tokenising. `unfit`: too long, or no trained token. `part`: some examples of a row were
+lost."""
 
 
 @dataclass(frozen=True)
@@ -55,71 +55,72 @@ class Job:
     max_length: int
     source: str = "train"
     where: str = ""
-    """The source's file, for messages."""
+    """Name of the source's file, for messages."""
     is_mixed: bool = False
-    """The rows are mixed into the train rows: one with another label is dropped, and one may say not whose it is."""
+    """True for mixed-in rows: unknown labels are dropped instead of refused, and the group column may be empty."""
     known_labels: frozenset[str] | None = None
-    """The train rows' labels: a row with another one is counted and not tokenised, for it will be refused."""
-    known: KnownTexts | None = None
+    """Labels of the train rows. Rows with others are counted but not tokenised: the source will be refused."""
+    forbidden: ForbiddenTexts | None = None
     """Texts that must not be trained on."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that is dropped, or a part of one."""
+    """A dropped row, or one of its examples."""
 
     split: str
     place: str
     check: str
     reason: str
     row: dict[str, Any]
-    """Empty for a further lost part of a row that stands before it."""
+    """The row's cells; empty for all but the first lost example of a row."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A few numbers about each example of a source, or of some of its rows, and about each row that gave one."""
+class EncodedSource:
+    """A few numbers per example and per row of a source, or of a chunk of one."""
 
     where: str
     target: Target
     num_read: int
     row_of: np.ndarray
-    """The row that each example comes from, from 0: int64 [examples]."""
+    """Index of each example's row: int64 [examples]."""
     lengths: np.ndarray
-    """Tokens: int32 [examples]."""
+    """Tokens of each example: int32 [examples]."""
     trained_tokens: np.ndarray
-    """int32 [examples]."""
+    """Trained tokens of each example: int32 [examples]."""
     truncated: np.ndarray
-    """bool [examples]."""
+    """True for each example that was cut: bool [examples]."""
     groups: np.ndarray
-    """`draw` of each row's group key: uint64 [rows]."""
-    sides: np.ndarray
-    """The group of each row that a split never separates: uint64 [rows]; as `groups`, or larger."""
+    """Hash (`draw`) of each row's group key; equal for near duplicates: uint64 [rows]."""
+    split_groups: np.ndarray
+    """The group of each row that no split separates, by `groups` and `group_values`: uint64 [rows]."""
     signatures: np.ndarray
-    """Of each row's group key: uint16 [rows, hashes]; without rows where near-duplicates are not looked for."""
-    values: np.ndarray
-    """`draw` of whose each row is: uint64 [rows]; without rows where no column says so."""
+    """MinHash of each row's group key: uint16 [rows, hashes]; no rows unless near duplicates are looked for."""
+    group_values: np.ndarray
+    """Hash of each row's `data.group` cell: uint64 [rows]; no rows without that setting."""
     times: np.ndarray
-    """When each row came, as numbers in the order of time: float64 [rows]; without rows where no column says so."""
-    holds_known: np.ndarray
-    """Whether each row holds a text that must not be trained on: bool [rows]; without rows where none is named."""
+    """Each row's `data.time` cell as a number: float64 [rows]; no rows without that setting."""
+    holds_forbidden: np.ndarray
+    """True for rows that contain a forbidden text: bool [rows]; no rows if there are no such texts."""
     labels: np.ndarray
-    """The place of each row's labels in `label_sets`: int64 [rows]."""
+    """Index of each row's labels in `label_sets`: int64 [rows]."""
     label_sets: tuple[tuple[str, ...], ...]
     tally: RowCounts
-    """What was dropped, too long, or wrong with texts; and what the columns of `data.group` and `data.time` hold."""
+    """Counts of dropped and too long rows, flaws of texts, and faults in the columns of `data.group` and
+    `data.time`."""
     longest: int
     folder: Path = Path()
-    """Where the examples of a whole source lie."""
+    """Folder with the examples of a whole source."""
 
     @property
     def num_rows(self) -> int:
-        """Rows that gave at least one example."""
+        """Rows with at least one example."""
         return len(self.groups)
 
     @property
     def num_dropped(self) -> int:
-        """Rows that gave none."""
+        """Rows without an example."""
         return self.tally.of("unusable").total() + self.tally.of("unfit").total()
 
     @property
@@ -130,14 +131,13 @@ class Encoded:
 
 _COLUMNS = (
     *("lengths", "trained_tokens", "truncated"),
-    *("groups", "signatures", "values", "times", "holds_known"),
+    *("groups", "signatures", "group_values", "times", "holds_forbidden"),
 )
-Chunk = tuple[Encoded, "pa.RecordBatch | None", list[Dropped]]
-"""What a worker makes of some rows: numbers; features, `length` and words of each example; and what is dropped."""
+Chunk = tuple[EncodedSource, "pa.RecordBatch | None", list[Dropped]]
+"""The numbers of some rows; features, `length` and words of their examples; and what was dropped."""
 
 
-def _joined(parts: Sequence[Encoded], folder: Path) -> Encoded:
-    """A whole source, whose examples lie in a folder."""
+def _joined(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
     sets: dict[tuple[str, ...], int] = {}
     labels, row_of, tally, num_rows = [], [], RowCounts(), 0
     for part in parts:
@@ -157,7 +157,7 @@ def _joined(parts: Sequence[Encoded], folder: Path) -> Encoded:
         num_read=sum(part.num_read for part in parts),
         longest=max(part.longest for part in parts),
         folder=folder,
-        sides=columns["groups"],
+        split_groups=columns["groups"],
     )
 
 
@@ -165,8 +165,8 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     """Check and tokenise some rows."""
     task, block, tally, dropped = task_named(job.task), job.block, RowCounts(), list[Dropped]()
 
-    def drop(loss: Loss, place: str, row: Mapping[str, Any], refused: Refused) -> None:
-        tally.add(loss, refused.check, place, refused.reason)
+    def drop(kind: DropKind, place: str, row: Row, refused: Refused) -> None:
+        tally.add(kind, refused.check, place, refused.reason)
         dropped.append(Dropped(job.source, place, refused.check, refused.reason, dict(row)))
 
     usable: list[PlacedRow] = []
@@ -176,26 +176,26 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         else:
             usable.append((place, row))
     examples, row_of, texts, rows = list[Example](), list[int](), list[str](), list[PlacedRow]()
-    for (place, row), of_row in zip(usable, _examples(job, task, [row for _, row in usable]), strict=True):
-        if of_row is None:
+    for (place, row), row_examples in zip(usable, _examples(job, task, [row for _, row in usable]), strict=True):
+        if row_examples is None:
             if job.is_mixed:
                 drop("unfit", place, row, Refused(NEW_LABEL, "no row of the task has its label"))
             else:
                 rows.append((place, row))
             continue
-        if any(example.truncated for example in of_row):
+        if any(example.truncated for example in row_examples):
             tally.add("too long", "", place)
-        refusals = [_refusal(example, block.truncation_strategy == "drop") for example in of_row]
-        good = [example for example, refusal in zip(of_row, refusals, strict=True) if refusal is None]
-        lost = [refusal for refusal in refusals if refusal] if of_row else [Refused("nothing to train", "no token")]
+        refusals = [_refusal(example, block.truncation_strategy == "drop") for example in row_examples]
+        good = [example for example, refusal in zip(row_examples, refusals, strict=True) if refusal is None]
+        lost = list(filter(None, refusals)) if row_examples else [Refused("nothing to train", "no token")]
         if not good:
             drop("unfit", place, row, lost[0])
             continue
-        for number, refused in enumerate(lost):  # the row is written down once, however many examples are lost
+        for number, refused in enumerate(lost):  # the row is listed once, however many examples are lost
             drop("part", place, {} if number else row, refused)
         examples += good
         row_of += [len(rows)] * len(good)
-        # The row is kept beside its first example, beside the others only its place.
+        # A row's cells are stored with its first example, only its place with the others.
         texts += [words(place, row), *[words(place, {})] * (len(good) - 1)]
         rows.append((place, row))
     features = [
@@ -208,7 +208,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     labels = [sets.setdefault(tuple(task.row_labels(row, job.target)), len(sets)) for _, row in rows]
     _count_flaws(job, (row for _, row in rows), tally)
     groups = np.array([draw(block.split_seed, key) for key in keys], np.uint64)
-    numbers = Encoded(
+    numbers = EncodedSource(
         where=job.where,
         target=job.target,
         num_read=len(chunk),
@@ -217,11 +217,11 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         trained_tokens=np.array([example.trained_tokens for example in examples], np.int32),
         truncated=np.array([example.truncated for example in examples], bool),
         groups=groups,
-        sides=groups,
+        split_groups=groups,
         signatures=signatures(keys if block.near_duplicates < 1 else []),
-        values=values,
+        group_values=values,
         times=times,
-        holds_known=holding(job.known, keys, rows, job.target),
+        holds_forbidden=holding(job.forbidden, keys, rows, job.target),
         labels=np.array(labels, np.int64),
         label_sets=tuple(sets),
         tally=tally,
@@ -230,18 +230,16 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     return numbers, record_batch(features, texts) if examples else None, dropped
 
 
-def _unusable(job: Job, task: Task, row: dict[str, Any]) -> Refused | None:
-    """Why a row holds nothing to learn from."""
+def _unusable(job: Job, task: Task, row: Row) -> Refused | None:
     if problem := unreadable(row, job.target.columns):
         return Refused("unreadable", problem)
     if (refused := task.refuse(row, job.target)) is None:
         return None
-    # Asked again, for a reason that quotes nothing private.
+    # The second call gives a reason that quotes nothing private.
     return task.refuse(masked_cells(row), job.target) or refused
 
 
-def _count_flaws(job: Job, rows: Iterable[Mapping[str, Any]], tally: RowCounts) -> None:
-    """Count rows by what the cheap checks find in their texts."""
+def _count_flaws(job: Job, rows: Iterable[Row], tally: RowCounts) -> None:
     columns = job.target.columns
     checks = checks_of(columns, CHEAP)
     for row in rows:
@@ -249,17 +247,17 @@ def _count_flaws(job: Job, rows: Iterable[Mapping[str, Any]], tally: RowCounts) 
         tally.counts.update({("flaw", check) for text, of in of_parts for check in found_by(text[:LOOKED_AT], of)})
 
 
-def _examples(job: Job, task: Task, rows: list[dict[str, Any]]) -> list[list[Example] | None]:
-    """Each row's examples; None for a row with a label that train does not have."""
-    known = job.known_labels
-    is_known = [known is None or known.issuperset(task.row_labels(row, job.target)) for row in rows]
-    wanted = [row for row, known_here in zip(rows, is_known, strict=True) if known_here]
+def _examples(job: Job, task: Task, rows: Sequence[Row]) -> list[list[Example] | None]:
+    """Tokenise rows; a row with an unknown label gives None."""
+    labels = job.known_labels
+    is_known = [labels is None or labels.issuperset(task.row_labels(row, job.target)) for row in rows]
+    wanted = [row for row, has_known_label in zip(rows, is_known, strict=True) if has_known_label]
     encoded = iter(task.encode(wanted, job.target, job.tokenizer, job.max_length) if wanted else ())
-    return [next(encoded) if known_here else None for known_here in is_known]
+    return [next(encoded) if has_known_label else None for has_known_label in is_known]
 
 
 def _refusal(example: Example, drop_truncated: bool) -> Refused | None:
-    """Why an example is dropped; one without a trained token is, whatever the strategy."""
+    """Return why an example is dropped; one without a trained token always is."""
     if example.refused is not None:
         return example.refused
     if example.trained_tokens == 0:
@@ -277,10 +275,9 @@ def encode(
     folder: Path,
     progress: Callable[[int], None],
     drop: Callable[[Dropped], None],
-) -> Encoded:
-    """Tokenise a source into `folder`. Raises `SetupError` when a worker process was killed, most often because memory
-    ran out."""
-    parts = list[Encoded]()
+) -> EncodedSource:
+    """Tokenise a source into `folder`. Raises `SetupError` when a worker was killed, most often for lack of memory."""
+    parts = list[EncodedSource]()
 
     def batches() -> Iterator[pa.RecordBatch]:
         for part, batch, dropped in _chunks(job, rows, num_rows):
@@ -295,33 +292,32 @@ def encode(
     return _joined(parts, folder)
 
 
-def with_sides(sources: Mapping[str, Encoded], near_duplicates: float) -> dict[str, Encoded]:
-    """The sources, with one group for rows of all of them whose texts are nearly the same, and one side for those that
-    hang together by such groups, or by whose they are where a column says so."""
-    if near_duplicates >= 1 and not any(len(source.values) for source in sources.values()):
+def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: float) -> dict[str, EncodedSource]:
+    """Return the sources with near duplicates in one group, and with the groups that no split may separate."""
+    if near_duplicates >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
     groups, signed, values = (
         np.concatenate([getattr(source, name) for source in sources.values()])
-        for name in ("groups", "signatures", "values")
+        for name in ("groups", "signatures", "group_values")
     )
     groups = joined(groups, signed, near_duplicates) if near_duplicates < 1 else groups
-    sides = joined_by_value(groups, values) if len(values) else groups
-    parts = zip(np.split(groups, ends), np.split(sides, ends), strict=True)
+    split_groups = joined_by_value(groups, values) if len(values) else groups
+    parts = zip(np.split(groups, ends), np.split(split_groups, ends), strict=True)
     return {
-        name: replace(source, groups=of_groups, sides=of_sides)
+        name: replace(source, groups=of_groups, split_groups=of_sides)
         for (name, source), (of_groups, of_sides) in zip(sources.items(), parts, strict=True)
     }
 
 
 def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:
-    """The source in order, chunk by chunk; read only a little ahead of the workers."""
+    """Yield the encoded chunks in order, reading only a little ahead of the workers."""
     pieces = windows(rows, ROWS_PER_CHUNK, CHUNK_BYTES)
     num_workers = num_cores()
     if num_rows < ROWS_WORTH_PROCESSES or num_workers == 1:
         yield from (encode_chunk(job, piece) for piece in pieces)
         return
-    # A forked worker has the tokenizer at once; elsewhere than on Linux forking is not safe.
+    # A forked worker shares the tokenizer; forking is safe on Linux only.
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     waiting: deque[Future[Chunk]] = deque()
     with ProcessPoolExecutor(num_workers, context, _take_job, (job,)) as pool:
@@ -346,7 +342,7 @@ _job: Job | None = None
 
 
 def _take_job(job: Job) -> None:
-    """Runs once in each worker: the tokenizer is handed over once, not with every chunk."""
+    """Keep the job in a worker process, so that the tokenizer is sent once and not with every chunk."""
     global _job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
     _job = job

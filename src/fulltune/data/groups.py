@@ -1,11 +1,10 @@
-"""Which rows hang together, so that a split must not separate them: by texts that are nearly the same, or by whose they
-are (`data.group`); and when each came (`data.time`). Groups have numbers drawn from a seed and a key, so that new rows
-move few others.
+"""Groups of rows that a split must not separate: near duplicates, and rows with the same `data.group`; and the rows'
+times.
 
-Near texts are found by MinHash (Broder 1997): a *signature* holds, for each of 128 hash functions, the smallest hash
-of its 5-grams of characters. The share of equal places in two signatures estimates the share of 5-grams that the texts
-have in common (Jaccard), with a standard error of at most 4.5 %. Only rows that agree in a whole band of places are
-compared.
+Group numbers are drawn from a seed and a key, so that new rows move few others. Near duplicates are detected by MinHash
+(Broder 1997): a *signature* holds, for each of 128 hash functions, the smallest hash of a text's character 5-grams. The
+share of equal places in two signatures estimates the share of 5-grams that the texts have in common (Jaccard), with a
+standard error of at most 4.5 %. Only rows that agree in a whole band of places are compared.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ NUM_HASHES = 128
 _SHINGLE = 5
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _CHARACTERS_AT_ONCE = 50_000
-"""Characters whose 5-grams are hashed at a time, 128 numbers each: so few that they stay in a core's cache."""
+"""Characters whose 5-grams are hashed at a time, 128 numbers each: they fit into a core's cache."""
 _PAIRS_AT_ONCE = 4_000
-"""Rows that are compared at a time, for the same reason."""
+"""Pairs of rows that are compared at a time, for the same reason."""
 _NEIGHBOURS = 16
-"""In a band that many rows share, each is compared with so many that follow it in the order of their signatures."""
+"""In a band that many rows share, each is compared with this many that follow it in the order of their signatures."""
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
-    """MinHash of each text's 5-grams: uint16 [texts, 128]. A shorter text is one gram."""
+    """Compute the MinHash of each text's 5-grams: uint16 [texts, 128]. A shorter text is one gram."""
     none = np.empty((0, NUM_HASHES), np.uint16)
     return np.concatenate([none, *map(_signatures, windows(texts, most_characters=_CHARACTERS_AT_ONCE))])
 
@@ -72,27 +71,29 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
 
 
 def jaccard(mine: set[str], theirs: set[str]) -> float:
-    """Share of the different 5-grams of two texts that both have: counted, where signatures estimate it."""
+    """Return the share of different 5-grams that two texts have in common, exactly."""
     shared = len(mine & theirs)
     return shared / (len(mine) + len(theirs) - shared)
 
 
 def grams(text: str) -> set[str]:
-    """The different 5-grams of a text's characters; of a shorter one itself, filled up."""
+    """Return the different character 5-grams of a text; a shorter text is padded."""
     text = text.ljust(_SHINGLE, "\0")
     return {text[place : place + _SHINGLE] for place in range(len(text) - _SHINGLE + 1)}
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64."""
+    """Apply the finaliser of splitmix64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
-    """The cluster of each row, by what `signatures` made of different texts: the place of its first member, int64
-    [rows]. A chain of rows connects a cluster, each with at least `threshold` as its share of the next one's places."""
+    """Cluster different texts by their signatures: index of the first member of each row's cluster, int64 [rows].
+
+    Rows in a cluster are linked by a chain, each link of which has at least `threshold` of its places in common.
+    """
     count = len(signed)
     if count < 2:
         return np.arange(count)
@@ -105,13 +106,13 @@ def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarray:
-    """Rows that agree in these places and are near: int64 [2, pairs]."""
+    """Return pairs of near rows that agree in these places: int64 [2, pairs]."""
     keys = _keys(signed[:, places])
     order = np.argsort(keys)
     agree = keys[order[1:]] == keys[order[:-1]]
-    # Few rows agree with another one, and only these are put in order.
+    # Few rows agree with another one; only these are sorted.
     several = np.sort(order[np.append(agree, False) | np.append(False, agree)])
-    # Within a band by another part of the signature, so that the most similar rows stand side by side.
+    # Within a band they are sorted by another part of the signature, so that similar rows are neighbours.
     order = several[np.lexsort((signed[several, places.stop % NUM_HASHES], keys[several]))]
     ordered, pairs = keys[order], [np.zeros((2, 0), np.int64)]
     for distance in range(1, _NEIGHBOURS + 1):
@@ -126,7 +127,7 @@ def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarr
 
 
 def _keys(band: np.ndarray) -> np.ndarray:
-    """A number of each row's places in a band, as different as these are: uint64 [rows]."""
+    """Hash each row's places in a band: uint64 [rows]."""
     words = np.ascontiguousarray(band).view(f"u{min(8, 2 * band.shape[1])}")
     keys = words[:, 0].astype(np.uint64)
     for word in words[:, 1:].T:
@@ -135,22 +136,22 @@ def _keys(band: np.ndarray) -> np.ndarray:
 
 
 def joined(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.ndarray:
-    """Group numbers in which near rows share one: uint64 [rows]; a row that is near to none keeps its own."""
+    """Return group numbers that near rows share; other rows keep their number: uint64 [rows]."""
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     of_number = clusters(signed[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))
-    # Drawn anew from the first member: the smallest of several numbers would put large clusters first.
+    # A new number is drawn from the first member: the smallest of several would put large clusters first.
     shared = np.where(sizes[of_number] > 1, mixed_numbers(numbers[of_number]), numbers)
     return np.asarray(shared[inverse], np.uint64)
 
 
 def mixed_numbers(numbers: np.ndarray) -> np.ndarray:
-    """Other numbers, uniform whatever these are, and the same ones for the same: uint64."""
+    """Map numbers to uniform ones, equal numbers to equal ones: uint64."""
     return _mixed(numbers + _BASE)
 
 
 def _components(pairs: np.ndarray, count: int) -> np.ndarray:
-    """The component of each of `count` nodes that pairs of them connect: int32 [count]."""
+    """Return the connected component of each of `count` nodes: int32 [count]."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -159,10 +160,9 @@ def _components(pairs: np.ndarray, count: int) -> np.ndarray:
 
 
 def joined_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Group numbers that rows share when a chain of equal groups and equal values leads from one to the other.
+    """Return group numbers that rows share if a chain of equal groups and equal values connects them: uint64 [rows].
 
-    The number of rows of a single value is what was drawn for that value, whatever their texts: rows that are added to
-    it, or to others, move none of them.
+    A value that stands alone keeps the number drawn for it, whatever its texts, so added rows move no others.
     """
     if not len(groups):
         return groups
@@ -170,21 +170,21 @@ def joined_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     names, of_group = np.unique(groups, return_inverse=True)
     pairs = np.stack([of_value, len(numbers) + of_group])
     labels = _components(pairs, len(numbers) + len(names))[: len(numbers)]
-    # Values are sorted by their number, so that the first one of a component is its smallest.
+    # Values are sorted, so the first one of a component is its smallest.
     _, first, component, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
-    # Drawn anew from it: the smallest of several numbers would put large components first.
+    # A new number is drawn from it: the smallest of several would put large components first.
     drawn = np.where(sizes > 1, mixed_numbers(numbers[first]), numbers[first])
     return np.asarray(drawn[component][of_value], np.uint64)
 
 
 def draw(seed: int, key: str) -> int:
-    """A pseudo-random number below 2^64."""
+    """Return a pseudo-random number below 2^64."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
 
 
 def sample(labels: Sequence[Sequence[str]], most: int, seed: int) -> list[int]:
-    """`most` rows, at random, by their positions in the old order; of each label three at least, or two or one where
-    that is too many, so that it can be trained on and scored. `labels` has those of each row."""
+    """Draw `most` row positions, sorted; at least three rows of each label if there is room. `labels` has those of each
+    row."""
     drawn = np.fromiter((draw(seed, str(position)) for position in range(len(labels))), np.uint64, len(labels))
     of_each = min(3, most // max(1, len({label for of_row in labels for label in of_row})))
     counts, wanted, others = Counter[str](), list[int](), list[int]()
@@ -194,46 +194,48 @@ def sample(labels: Sequence[Sequence[str]], most: int, seed: int) -> list[int]:
     return sorted([*wanted, *others][:most])
 
 
-# ---- what a row says beside what is learned of it: whose it is, and when it came -------------------------------------
+# ---- the columns of data.group and data.time -------------------------------------------------------------------------
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
-_KEPT = 10
+_MAX_PLACES = 10
 _EMPTY = "is empty"
 
 
 @dataclass
 class RowCounts:
-    """What was found in rows: how often, and where the first ones stand, with what is said of each."""
+    """Counts of faults and properties of rows, with the first places of each."""
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By its kind, and what it is."""
+    """Number of rows by kind and name."""
     first: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
 
-    def add(self, kind: str, what: str, place: str, said: str = "") -> None:
-        """Count a row."""
+    def add(self, kind: str, what: str, place: str, detail: str = "") -> None:
+        """Count a row at a place, with a detail for messages."""
         self.counts[kind, what] += 1
-        if self.counts[kind, what] <= _KEPT:
-            self.first.setdefault((kind, what), []).append((place, said))
+        if self.counts[kind, what] <= _MAX_PLACES:
+            self.first.setdefault((kind, what), []).append((place, detail))
 
     def take(self, other: RowCounts) -> None:
-        """Add what was found in the rows that follow."""
+        """Add the counts of the rows that follow."""
         self.counts.update(other.counts)
         for key, places in other.first.items():
             shown = self.first.setdefault(key, [])
-            shown += places[: _KEPT - len(shown)]
+            shown += places[: _MAX_PLACES - len(shown)]
 
     def of(self, kind: str) -> Counter[str]:
-        """The counts of a kind."""
+        """Return the counts of a kind by name."""
         return Counter({what: count for (of, what), count in self.counts.items() if of == kind})
 
 
 def marks_of(
     rows: Sequence[PlacedRow], group: str | None, time: str | None, seed: int, tally: RowCounts
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whose each row is, as `draw` gives it: uint64 [rows]; and when each came: float64 [rows]. Without rows where no
-    column says so. What the columns hold is counted."""
+    """Read `data.group` and `data.time`: hash of each group (uint64 [rows]) and each time (float64 [rows]).
+
+    Without such a setting there are no rows. Faults are added to `tally`.
+    """
     values, times = np.zeros(len(rows) if group else 0, np.uint64), np.zeros(len(rows) if time else 0)
     for number, (place, row) in enumerate(rows):
         if group:
@@ -252,8 +254,8 @@ def marks_of(
 
 
 def value_of(cell: object) -> str:
-    """What a cell of `data.group` says; spaces at its ends and the way a whole number is written do not matter. Raises
-    `ValueError` saying what the cell is or holds, if it is nobody's."""
+    """Return a cell of `data.group` as text, stripped, whole numbers in one form. Raises `ValueError` with what is
+    wrong."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
     if isinstance(cell, (list, tuple, dict, bytes)):
@@ -266,8 +268,8 @@ def value_of(cell: object) -> str:
 
 
 def time_of(cell: object) -> tuple[str, float]:
-    """The kind of a time, and its place in time: seconds since 1970, of a number itself. Raises `ValueError` saying
-    what the cell is or holds, if it is no time."""
+    """Return the kind of a time and its value: seconds since 1970, or the number itself. Raises `ValueError` with what
+    is wrong."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
     is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # not a number; pandas' not a time
@@ -292,7 +294,7 @@ def time_of(cell: object) -> tuple[str, float]:
 
 
 def time_in_words(kind: str, time: float) -> str:
-    """A time as it stands in the user's files; of a zone's, in UTC."""
+    """Format a time as in the user's files; times with a zone in UTC."""
     if kind == "number":
         return str(int(time)) if time.is_integer() else str(time)
     moment = _EPOCH + timedelta(seconds=time)
@@ -303,8 +305,7 @@ def time_in_words(kind: str, time: float) -> str:
 
 
 def problems_of(block: DataBlock, tally: RowCounts, num_rows: int, where: str) -> list[str]:
-    """What is wrong with the columns of `data.group` and `data.time` of a source: a line for each kind of fault, with
-    the first places."""
+    """Return a problem, with the first places, for each kind of fault in the `data.group` and `data.time` columns."""
     problems, kinds = [], []
     for (kind, what), count in tally.counts.items():
         if kind not in ("group", "time", "kind of time"):
@@ -321,15 +322,14 @@ def problems_of(block: DataBlock, tally: RowCounts, num_rows: int, where: str) -
         )
     if len(kinds) > 1:
         problems.append(
-            f"{where}: column '{block.time}' (data.time) mixes kinds of times, so that their order is not known: "
-            f"{listed(kinds)}; write all of them alike"
+            f"{where}: column '{block.time}' (data.time) mixes kinds of times that cannot be ordered: "
+            f"{listed(kinds)}; write all of them in one form"
         )
     return problems
 
 
 _REMEDIES = {
-    "group": "such a row could stand on two sides of a split: write whose each is, a value of its own for one that "
-    "stands alone",
+    "group": "such a row could end up in the wrong split: write each row's group, or a unique value if it has none",
     "time": "expected a date such as 2026-11-28, a date-time such as 2026-11-28 14:30:00+01:00, or a number such as "
-    "Unix seconds: write when each came",
+    "Unix seconds: write a time in each row",
 }

@@ -1,11 +1,11 @@
-"""How long a row may be, and short texts packed into rows of full length, so that nothing is spent on padding."""
+"""Decides how long a row may be, and packs short texts into rows of full length, so that no compute goes to padding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model says about the rows it can take."""
+    """What the model and the method require of rows."""
 
     positions: int | None = None
-    """Longest sequence in tokens."""
+    """Longest sequence in tokens; None if unlimited."""
     identity: str = ""
-    """What tells apart two models that would make other rows of the same files with the same tokenizer."""
+    """Fingerprint of whatever in the model changes the rows that the same tokenizer makes of the same files."""
     keeps_texts_apart: Callable[[], str | None] = lambda: "it was not checked"
-    """Why texts in one row would see each other, or None: asked only for raw text."""
+    """Returns why texts in one row would attend to each other, or None; called for raw text only."""
     virtual: int = 0
-    """Tokens that prompt tuning puts before each row, out of the same length."""
+    """Virtual tokens that prompt tuning puts before each row; they count as length."""
 
     @classmethod
     def of(cls, base: Base, recipe: Recipe) -> Limits:
-        """What a recipe's model says."""
+        """Return the limits of a recipe's model."""
         attention = recipe.model.attn_implementation
         return cls(
             position_limit(base.config) if FACTS[recipe.task].reads == "text" else None,
@@ -49,16 +49,17 @@ class Limits:
         )
 
 
-LEAST_LENGTH = 8
-"""Tokens that virtual ones must leave of a row."""
+MIN_LENGTH = 8
+"""Fewest tokens that virtual tokens must leave for the text."""
 
 
 def longest_row(
     recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, str]:
-    """Longest row in tokens, and why; a shorter longest row makes it smaller afterwards."""
-    known = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
-    model_limit = min(known, default=10**9)
+    """Return the most tokens of a row, and the reason for messages. Raises `RecipeError` for a length that the model
+    cannot take."""
+    bounds = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
+    model_limit = min(bounds, default=10**9)
     cap = causal_lm.BLOCK_LENGTH if target.form.is_raw_text else task.FACTS.length_cap
     if recipe.data.max_length is not None:
         length, why = recipe.data.max_length, "from the recipe"
@@ -73,20 +74,20 @@ def longest_row(
         )
     if not limits.virtual:
         return length, why
-    if length - limits.virtual < LEAST_LENGTH:
+    if length - limits.virtual < MIN_LENGTH:
         raise RecipeError(
             f"data.max_length: {limits.virtual} virtual tokens leave {max(0, length - limits.virtual)} of {length} for "
-            f"the text; expected at least {LEAST_LENGTH}: take fewer, or set a longer data.max_length"
+            f"the text; expected at least {MIN_LENGTH}: use fewer virtual tokens, or raise data.max_length"
         )
     return length - limits.virtual, f"{why}, less {limits.virtual} virtual tokens"
 
 
 def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
-    """Whether texts share rows, and what is worth knowing about it."""
+    """Decide whether several texts share a row, with notes. Raises `RecipeError` if packing is set but not possible."""
     wanted, is_raw = recipe.data.packing, target.form.is_raw_text
     if wanted is False:
         return False, []
-    others = sorted({one.form.words for one in mixed if not one.form.is_raw_text})
+    others = sorted({target.form.words for target in mixed if not target.form.is_raw_text})
     if not is_raw:
         obstacle: str | None = f"only raw text is packed, and these rows are {target.form.words}"
     elif others:
@@ -106,27 +107,27 @@ OPEN_BLOCKS = 64
 _BLOCKS_PER_BATCH = 256
 
 
-Text = tuple[np.ndarray, np.ndarray, str]
-"""Ids, labels and words."""
+TokenizedText = tuple[np.ndarray, np.ndarray, str]
+"""Ids, labels and words of a text."""
 
 
 def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:
-    """Put texts together into blocks of at most `max_length` tokens, with the first one's words; no text is cut."""
+    """Pack whole texts into blocks of at most `max_length` tokens; a block keeps the words of its first text."""
     blocks = _fill(parts, max_length)
     while full := list(islice(blocks, _BLOCKS_PER_BATCH)):
         yield record_batch(list(map(_features, full)), [block[0][2] for block in full])
 
 
-def _features(block: list[Text]) -> dict[str, Any]:
-    ids, labels = (np.concatenate([text[of] for text in block]) for of in (0, 1))
-    # Position ids that begin again are what tells transformers' models where a text ends.
+def _features(block: list[TokenizedText]) -> dict[str, np.ndarray | int]:
+    ids, labels = (np.concatenate([text[column] for text in block]) for column in (0, 1))
+    # Position ids that start again tell transformers' models where a text begins.
     positions = np.concatenate([np.arange(len(text[0]), dtype=np.int32) for text in block])
     return {"input_ids": ids, "labels": labels, "position_ids": positions, LENGTH: len(ids)}
 
 
-def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[Text]]:
-    """Best fit among the open blocks; when none fits and there are many, the fullest one is closed."""
-    opened, room = list[list[Text]](), list[int]()
+def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[TokenizedText]]:
+    """Fill the open blocks by best fit; if a text fits nowhere and there are many, close the fullest one."""
+    opened, room = list[list[TokenizedText]](), list[int]()
     for text in _texts(parts):
         at = min((at for at, free in enumerate(room) if free >= len(text[0])), key=room.__getitem__, default=None)
         if at is None:
@@ -145,7 +146,7 @@ def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[Tex
     yield from opened
 
 
-def _texts(parts: Iterable[pa.RecordBatch]) -> Iterator[Text]:
+def _texts(parts: Iterable[pa.RecordBatch]) -> Iterator[TokenizedText]:
     for part in parts:
         ids, labels = (part.column(name) for name in ("input_ids", "labels"))
         ends = ids.offsets.to_numpy()

@@ -1,4 +1,4 @@
-"""From the user's files to three tokenised splits that never mix, with an account of every row."""
+"""Turns the user's files into tokenised splits that never mix, with an account of every row."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from typing import TYPE_CHECKING
 
 from fulltune.audit.texts import masked_text
 from fulltune.data.check import (
-    STANDS_EARLIER,
+    IN_EARLIER_SPLIT,
     late_rows,
     listed_late,
     note_on_flaws,
     notes,
-    notes_on_known,
-    notes_on_sides,
+    notes_on_forbidden,
+    notes_on_splitting,
     num_shared,
     refuse_new_labels,
     refuse_secret_names,
     refuse_unusable,
     unmeasured,
 )
-from fulltune.data.contamination import KnownTexts, known_files, read_texts
-from fulltune.data.encode import Dropped, Encoded, Job, encode, with_sides
+from fulltune.data.contamination import ForbiddenTexts, forbidden_files, read_texts
+from fulltune.data.encode import Dropped, EncodedSource, Job, encode, with_split_groups
 from fulltune.data.limits import Limits, longest_row, packing
-from fulltune.data.patch import Patched, load_patch, patched_in_words, refuse_foreign
+from fulltune.data.patch import PatchedRows, load_patch, patched_in_words, refuse_foreign
 from fulltune.data.readers.files import state, unchanged
 from fulltune.data.readers.read import DataFiles, content_hash
 from fulltune.data.sources import (
@@ -77,9 +77,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 FORMAT = 9
-"""Of the prepared rows: with another number, rows of an earlier version are made anew."""
-KEPT = 5
-"""Prepared data sets that stay; a run that was linked to an older one keeps its files."""
+"""Version of the prepared rows; rows of other versions are prepared again."""
+MAX_CACHED = 5
+"""Prepared data sets that stay in the cache; runs keep the files of older ones that they use."""
 _ABANDONED_SECONDS = 24 * 3600
 _PROGRESS_SECONDS = 0.2
 _ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
@@ -87,23 +87,23 @@ _ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
 
 @dataclass(frozen=True)
 class Stage:
-    """What the data stage is given."""
+    """Inputs of the data stage."""
 
     recipe: Recipe
     folder: Path
-    """Where the rows go."""
+    """Folder that the rows are written to."""
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
     preprocess: Preprocess | None = None
     planned_for: str | None = None
-    """Fingerprint of the rows for which the run was planned: others are refused."""
+    """Fingerprint of the rows for which the run was planned; others are refused."""
     cache_folder: Path | None = None
-    """Where prepared rows are kept for other runs."""
+    """Folder of prepared rows that runs share."""
     listener: Listener = lambda event: None
 
 
 def prepare(stage: Stage) -> DataSummary:
-    """Read, check, split and tokenise; write the splits and their summary. Raises `DataError` when the rows cannot be
+    """Read, check, split and tokenise; write the splits and their summary. Raises `DataError` if the rows cannot be
     learned from; nothing of an earlier run is lost."""
     recipe, folder = stage.recipe, stage.folder
     is_image = FACTS[recipe.task].reads == "image"
@@ -111,9 +111,9 @@ def prepare(stage: Stage) -> DataSummary:
         raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
     decisions = load_patch(Path(recipe.data.patch)) if recipe.data.patch else None
     files = find_files(recipe)
-    forbidden = known_files(recipe)
-    before = {file: state(file) for file in chain(forbidden, *(those.files for those in files.values()))}
-    fingerprint = _fingerprint(stage, files, forbidden)
+    of_forbidden = forbidden_files(recipe)
+    before = {file: state(file) for file in chain(of_forbidden, *(source.files for source in files.values()))}
+    fingerprint = _fingerprint(stage, files, of_forbidden)
     if stage.planned_for and stage.planned_for != fingerprint:
         changed = "the data files or the texts of preserve.probe" if recipe.preserve.probe else "the data files"
         raise SetupError(
@@ -122,12 +122,12 @@ def prepare(stage: Stage) -> DataSummary:
         )
     for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
         shutil.rmtree(abandoned)
-    # What a user's function does cannot be hashed, so rows that went through one are always made anew.
-    is_known = stage.preprocess is None
-    if is_known and (earlier := _earlier(folder, fingerprint, stage.listener)) is not None:
+    # A user's function cannot be hashed, so its rows are always prepared again.
+    is_hashed = stage.preprocess is None
+    if is_hashed and (earlier := _earlier(folder, fingerprint, stage.listener)) is not None:
         return earlier
-    # Rows of images are only their paths, which another run may have elsewhere.
-    cached = stage.cache_folder / fingerprint if is_known and stage.cache_folder and not is_image else None
+    # Rows of images hold only paths, which may differ in another run.
+    cached = stage.cache_folder / fingerprint if is_hashed and stage.cache_folder and not is_image else None
     if cached is not None:
         with locked(cached.parent):
             if (earlier := _earlier(cached, fingerprint, stage.listener)) is not None:
@@ -138,10 +138,10 @@ def prepare(stage: Stage) -> DataSummary:
     shutil.rmtree(part, ignore_errors=True)
     try:
         with unchanged(before):
-            known = read_texts(recipe.texts_not_trained_on, forbidden) if forbidden else None
-            patched = {name: None if decisions is None else Patched(decisions, name) for name in files}
-            sources = {name: read_rows(recipe, those, stage.preprocess, patched[name]) for name, those in files.items()}
-            summary = _make(replace(stage, folder=part), sources, known, fingerprint)
+            forbidden = read_texts(recipe.texts_not_trained_on, of_forbidden) if of_forbidden else None
+            patched = {name: None if decisions is None else PatchedRows(decisions, name) for name in files}
+            sources = {name: read_rows(recipe, file, stage.preprocess, patched[name]) for name, file in files.items()}
+            summary = _prepare(replace(stage, folder=part), sources, forbidden, fingerprint)
         seal(part)
         if cached is None:
             put(part, folder)
@@ -155,14 +155,15 @@ def prepare(stage: Stage) -> DataSummary:
     return summary
 
 
-def _make(
-    stage: Stage, sources: Mapping[SourceName, SourceRows], known: KnownTexts | None, fingerprint: str
+def _prepare(
+    stage: Stage, sources: Mapping[SourceName, SourceRows], forbidden: ForbiddenTexts | None, fingerprint: str
 ) -> DataSummary:
-    """The data stage itself, into an empty folder: describe, encode, split, write."""
+    """Describe, encode, split and write the rows into an empty folder."""
     recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, task_named(stage.recipe.task)
     target, counts = describe(block, task, sources)
     if block.patch:
-        refuse_foreign(block.patch, [one.patched for one in sources.values() if one.patched], not block.max_rows)
+        patched = [source.patched for source in sources.values() if source.patched]
+        refuse_foreign(block.patch, patched, not block.max_rows)
     targets = {
         name: own_form(block, task, source) if is_mixed(name) and task.FACTS.has_forms else target
         for name, source in sources.items()
@@ -171,17 +172,17 @@ def _make(
     refuse_secret_names(target, sources["train"].where)
     packed, remarks = packing(recipe, target, stage.limits, targets.values())
 
-    job = Job(recipe.task, block, target, stage.tokenizer, limit, known=known)
-    unused = unused_columns(block, target.columns, sources["train"])  # first: to read anew forgets what a patch dropped
+    job = Job(recipe.task, block, target, stage.tokenizer, limit, forbidden=forbidden)
+    unused = unused_columns(block, target.columns, sources["train"])  # first: it reads rows, which resets `patched`
     encoded = _encode(stage, job, sources, targets, counts)
     refuse_unusable(recipe, encoded)
-    # What is mixed in does not change the splits.
+    # Mixed-in rows do not change the splits.
     own = {name: whole for name, whole in encoded.items() if not is_mixed(name)}
-    splits = assign(recipe, with_sides(own, block.near_duplicates))
+    splits = assign(recipe, with_split_groups(own, block.near_duplicates))
     if target.labels:
         refuse_new_labels(block, splits)
         remarks += unmeasured(splits["train"], splits["test"])
-    remarks += [*chain(*(one.notes for one in sources.values())), *notes_on_sides(recipe, splits)]
+    remarks += [*chain(*(source.notes for source in sources.values())), *notes_on_splitting(recipe, splits)]
     remarks += notes(splits, target, block.near_duplicates < 1)
     remarks += [f"columns not used: {shown(unused)}"] if unused else []
     remarks += note_on_flaws(encoded.values())
@@ -192,7 +193,7 @@ def _make(
     list_dropped(folder, chain(listed_late(block, splits["train"].source, late), also_held_out))
     written = write_splits(folder, task, splits, limit if packed else None, int(late.sum()))
     mixed_in = mix_in(recipe, folder, job, mixed, packed)
-    remarks += notes_on_known(known, splits["train"], mixed)
+    remarks += notes_on_forbidden(forbidden, splits["train"], mixed)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
     scale, explained = of_target(target, splits["train"], folder / "train")
@@ -217,7 +218,7 @@ def _make(
         mixed=mixed_in,
         fingerprint=fingerprint,
     )
-    summary.save(folder / SUMMARY)  # last: a folder with a summary is whole
+    summary.save(folder / SUMMARY)  # last: a folder with a summary is complete
     return summary
 
 
@@ -227,10 +228,10 @@ def _encode(
     sources: Mapping[SourceName, SourceRows],
     targets: Mapping[SourceName, Target],
     counts: Mapping[SourceName, int],
-) -> dict[SourceName, Encoded]:
-    """Tokenise each source, and write down what is dropped. Only what is trained on may hold no known text."""
-    encoded: dict[SourceName, Encoded] = {}
-    total, told, folder = sum(counts.values()), 0.0, stage.folder
+) -> dict[SourceName, EncodedSource]:
+    """Tokenise each source and list dropped rows; only trained sources are compared with forbidden texts."""
+    encoded: dict[SourceName, EncodedSource] = {}
+    total, reported, folder = sum(counts.values()), 0.0, stage.folder
     folder.mkdir(parents=True)
     make_private(folder / DROPPED)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
@@ -239,10 +240,10 @@ def _encode(
             file.write(as_line(item))
 
         def progress(done_here: int) -> None:
-            nonlocal told
+            nonlocal reported
             done = done_here + sum(whole.num_read for whole in encoded.values())
-            if time.monotonic() - told > _PROGRESS_SECONDS or done == total:
-                told = time.monotonic()
+            if time.monotonic() - reported > _PROGRESS_SECONDS or done == total:
+                reported = time.monotonic()
                 stage.listener(RowsRead(name="tokenising", done=done, total=total))
 
         for name, source in sources.items():
@@ -254,7 +255,7 @@ def _encode(
                 target=targets[name],
                 is_mixed=is_mixed(name),
                 known_labels=None if is_train else frozenset(encoded["train"].names),
-                known=job.known if is_train or is_mixed(name) else None,
+                forbidden=job.forbidden if is_train or is_mixed(name) else None,
             )
             encoded[name] = encode(here, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
             for item in source.patched.dropped if source.patched else ():
@@ -263,7 +264,7 @@ def _encode(
 
 
 def _origin(block: DataBlock, split: Split) -> str:
-    """Where a split's rows come from, in words."""
+    """Describe where a split's rows come from."""
     if split.is_file:
         return f"file {split.source.where}"
     column = block.time or block.group
@@ -272,22 +273,22 @@ def _origin(block: DataBlock, split: Split) -> str:
 
 
 def _dropped(
-    encoded: Mapping[SourceName, Encoded],
+    encoded: Mapping[SourceName, EncodedSource],
     sources: Mapping[SourceName, SourceRows],
     also_held_out: Iterable[Dropped],
     late: int,
 ) -> dict[str, int]:
-    """Number of rows, and of parts of rows, by the check that dropped them."""
+    """Count dropped rows, and parts of rows, by check."""
     by_patch = (source.patched.dropped for source in sources.values() if source.patched)
     numbers = Counter(item.check for item in chain(also_held_out, *by_patch))
     for tally in (whole.tally for whole in encoded.values()):
         numbers += tally.of("unusable") + tally.of("unfit")
         numbers += Counter({f"{check} (part of a row)": count for check, count in tally.of("part").items()})
-    return dict(numbers + Counter({STANDS_EARLIER: late}))
+    return dict(numbers + Counter({IN_EARLIER_SPLIT: late}))
 
 
 def _earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
-    """The summary of rows that are there already; None when they are others or, which is said, damaged."""
+    """Return the summary of rows prepared earlier; None if they are others or, with a warning, damaged."""
     try:
         summary = DataSummary.load(folder / SUMMARY)
     except (OSError, SetupError):
@@ -295,7 +296,7 @@ def _earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary 
     if summary.fingerprint != fingerprint:
         return None
     if damage := flaw(folder):
-        listener(Message(text=f"{folder}: {damage}; the rows are prepared anew from the data files", level="warning"))
+        listener(Message(text=f"{folder}: {damage}; preparing the rows again from the data files", level="warning"))
         return None
     return summary
 
@@ -310,29 +311,29 @@ def _packing_note(train: Split, summary: SplitSummary, limit: int) -> str:
     )
 
 
-def _fingerprint(stage: Stage, files: Mapping[SourceName, DataFiles], forbidden: tuple[Path, ...]) -> str:
-    """Changes whenever the prepared rows could."""
+def _fingerprint(stage: Stage, files: Mapping[SourceName, DataFiles], of_forbidden: tuple[Path, ...]) -> str:
+    """Hash everything that the prepared rows depend on."""
     from importlib.metadata import version
 
     block, limits = stage.recipe.data, stage.limits
     parts = (
         *(FORMAT, version("tokenizers"), stage.recipe.task, codec_of(block.encoding), content_hash(files)),
         block.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", "patch", "encoding"}),
-        *(bool(block.eval), bool(block.test), [one.weight for one in block.mixed_files]),
+        *(bool(block.eval), bool(block.test), [file.weight for file in block.mixed_files]),
         block.patch and hashlib.sha256(Path(block.patch).read_bytes()).hexdigest(),
-        content_hash({"contamination": DataFiles(forbidden, "")}),
+        content_hash({"contamination": DataFiles(of_forbidden, "")}),
         processor_identity(stage.tokenizer),
         *(limits.positions, stage.tokenizer.model_max_length, limits.identity, limits.virtual),
     )
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# ---- prepared rows kept for other runs: a folder per content, linked into each run that uses it ---------------------
+# ---- the cache of prepared rows: a folder per content, linked into each run that uses it -----------------------------
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the cache: two runs never put, link or prune at the same time."""
+    """Lock the cache, so that two runs never put, link or prune at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -340,14 +341,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def put(part: Path, folder: Path) -> None:
-    """Move a finished folder to its place; an older one there is replaced."""
+    """Move a finished folder into place, replacing an older one."""
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
 
 
 def link(cached: Path, folder: Path) -> None:
-    """Give a run the cached files: as hard links, which need no space, or as copies on another file system."""
+    """Give a run the cached files as hard links, which need no space, or as copies on another file system."""
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -355,7 +356,7 @@ def link(cached: Path, folder: Path) -> None:
         put(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    os.utime(cached)  # used now: the last one to be pruned
+    os.utime(cached)  # pruned last
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -366,10 +367,10 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def prune(folder: Path) -> None:
-    """Delete all but the last used data sets, and what killed runs left half done; nothing else that lies there."""
+    """Delete all but the last used data sets, and unfinished ones of killed runs; other files stay."""
     entries = [path for path in folder.iterdir() if _ENTRY.fullmatch(path.name)]
     parts = [path for path in entries if ".part-" in path.name]
     whole = sorted({*entries} - {*parts}, key=lambda path: path.stat().st_mtime, reverse=True)
     abandoned = [path for path in parts if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS]
-    for path in [*whole[KEPT:], *abandoned]:
+    for path in [*whole[MAX_CACHED:], *abandoned]:
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""The rows that a recipe names, read once to find columns, target and numbers of rows."""
+"""Reads the rows that a recipe names once, to find columns, target and numbers of rows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from itertools import islice
 from typing import Any
 
 from fulltune.audit.texts import masked_text
-from fulltune.data.contamination import known_files
+from fulltune.data.contamination import forbidden_files
 from fulltune.data.groups import sample
-from fulltune.data.patch import Patched
+from fulltune.data.patch import PatchedRows
 from fulltune.data.readers.files import refuse_held_out
 from fulltune.data.readers.read import DataFiles, PlacedRow, locate
 from fulltune.data.readers.text_files import SEPARATED
@@ -20,7 +20,7 @@ from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock, MixedFile, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.tasks import PLACE, Target, Task, task_named
+from fulltune.tasks import PLACE, Row, Target, Task, task_named
 from fulltune.tasks.columns import USUAL_NAMES, is_whole, second_text, shown, unreadable, windows
 from fulltune.tasks.question_answering import IMPOSSIBLE
 from fulltune.text import did_you_mean
@@ -30,49 +30,48 @@ _HEAD = 1000
 _SAMPLE = 100
 
 SourceName = str
-"""A split's name; of files that are mixed into the train rows `mixed-1`, `mixed-2` ... in the order of the recipe."""
+"""`train`, `eval` or `test`; mixed-in files are `mixed-1`, `mixed-2` ... in the order of the recipe."""
 
 
 @dataclass(frozen=True)
 class SourceRows:
-    """The rows that a recipe names for a split, or to be mixed into the train rows."""
+    """The rows of a split's files, or of a mixed-in file."""
 
     where: str
     rows: Callable[[list[str] | None], Iterator[PlacedRow]]
-    """Reads them anew; see `DataFiles.rows`."""
-    patched: Patched | None = None
-    """What a patch does to them."""
+    """Reads the rows from the beginning; see `DataFiles.rows`."""
+    patched: PatchedRows | None = None
+    """The patch and, once the rows were read, what it did."""
     notes: Mapping[str, None] = field(default_factory=dict)
-    """What reading them showed."""
+    """Notes that reading the rows produced, in order."""
 
 
 def mixed_names(recipe: Recipe) -> dict[SourceName, MixedFile]:
-    """Of each file that is mixed in the source's name."""
-    return {f"mixed-{number}": one for number, one in enumerate(recipe.data.mixed_files, start=1)}
+    """Return the mixed-in files by source name."""
+    return {f"mixed-{number}": file for number, file in enumerate(recipe.data.mixed_files, start=1)}
 
 
 def is_mixed(name: SourceName) -> bool:
-    """Whether a source is no split's."""
     return name.startswith("mixed")
 
 
 def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
-    """The files of each source that the recipe names, train first. Raises `DataError` for every path without files, and
-    what is wrong in the files of the other sources and of `data.contamination`."""
+    """Find the files of each source, train first. Raises `DataError` for all paths without files and, then, all broken
+    files."""
     block = recipe.data
     paths: dict[SourceName, Sequence[str]] = {"train": recipe.data.task_files}
     paths |= {name: (path,) for name, path in (("eval", block.eval), ("test", block.test)) if path}
-    paths |= {name: (one.path,) for name, one in mixed_names(recipe).items()}
+    paths |= {name: (file.path,) for name, file in mixed_names(recipe).items()}
     files: dict[SourceName, DataFiles] = {}
     problems: list[str] = []
-    for name, those in paths.items():
+    for name, source_paths in paths.items():
         try:
             if name not in ("eval", "test"):
-                refuse_held_out(those)
-            # A mixed file may be of another kind than the task's, with names of its own.
-            is_other = is_mixed(name) and not those[0].lower().endswith(tuple(SEPARATED))
+                refuse_held_out(source_paths)
+            # A mixed-in file may have another format than the task's, with its own column names.
+            is_other = is_mixed(name) and not source_paths[0].lower().endswith(tuple(SEPARATED))
             files[name] = replace(
-                locate(those, block.text_rows, None if is_other else block.columns),
+                locate(source_paths, block.text_rows, None if is_other else block.columns),
                 encoding=codec_of(block.encoding),
                 image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
@@ -80,20 +79,19 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
         except DataError as error:
             problems += error.problems
     try:
-        known_files(recipe)
+        forbidden_files(recipe)
     except DataError as error:
         problems += error.problems
     if problems:
-        for readable in files.values():  # may be broken, too: all problems at once
+        for readable in files.values():  # reports problems inside of these files as well
             for _ in readable.rows(problems):
                 pass
         raise DataError(problems)
     return files
 
 
-def wrong_files(recipe: Recipe, preprocess: Preprocess | None) -> Sequence[str]:
-    """What is wrong with the recipe's files, or the columns of the first train rows: for one who repairs other things,
-    too. Empty: nothing that is seen at once."""
+def wrong_files(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
+    """Return what a quick look shows to be wrong with the recipe's files, or the columns of the first train rows."""
     try:
         train = find_files(recipe)["train"]
         columns, rows = _head(SourceRows(train.where, train.rows))
@@ -101,43 +99,43 @@ def wrong_files(recipe: Recipe, preprocess: Preprocess | None) -> Sequence[str]:
             task_named(recipe.task).find_columns(_for_roles(recipe.data, columns), rows, recipe.data, train.where)
     except DataError as error:
         return [masked_text(problem) for problem in error.problems]
-    return ()
+    return []
 
 
 def read_rows(
-    recipe: Recipe, files: DataFiles, preprocess: Preprocess | None, patched: Patched | None = None
+    recipe: Recipe, files: DataFiles, preprocess: Preprocess | None, patched: PatchedRows | None = None
 ) -> SourceRows:
-    """Rows of files as the recipe wants them: at most `max_rows`, patched, each through `preprocess`."""
+    """Return the rows of files as the recipe wants them: at most `max_rows`, patched, each through `preprocess`."""
     most, wanted = recipe.data.max_rows, None
     if most and len(labels := _labels(recipe, files)) > most:
-        if (different := len({label for of_row in labels for label in of_row})) > most:
-            raise DataError(f"{files.where}: {different} labels, and data.max_rows keeps only {most} rows; raise it")
+        if (different := len({label for row_labels in labels for label in row_labels})) > most:
+            raise DataError(f"{files.where}: {different} labels, but data.max_rows allows only {most} rows; raise it")
         wanted = set(sample(labels, most, recipe.data.split_seed))
 
     def rows(problems: list[str] | None = None) -> Iterator[PlacedRow]:
-        placed = enumerate(files.rows(problems))
-        kept = (one for number, one in placed if wanted is None or number in wanted)
-        return kept if patched is None else patched.rows(kept)
+        sampled = (row for number, row in enumerate(files.rows(problems)) if wanted is None or number in wanted)
+        return sampled if patched is None else patched.rows(sampled)
 
     if preprocess is None:
         return SourceRows(files.where, rows, patched, files.notes)
     problems: list[str] = []
-    # A user's function expects whole cells; a row without them is listed as it is.
-    held = [(place, preprocess(row) if is_whole(row) else row) for place, row in rows(problems)]
+    # A user's function expects readable cells; a row without them is listed as it is.
+    preprocessed = [(place, preprocess(row) if is_whole(row) else row) for place, row in rows(problems)]
     if problems:
         raise DataError(problems)
-    return SourceRows(files.where, lambda problems: iter(held), patched, files.notes)
+    return SourceRows(files.where, lambda problems: iter(preprocessed), patched, files.notes)
 
 
 def _labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
-    """The labels of each row; none where the task has none, or where `describe` will say why they cannot be read."""
+    """Return the labels of each row; none if the task has none, or if `describe` will report why they cannot be
+    read."""
     task = task_named(recipe.task)
     try:
         target, _ = describe(recipe.data, task, {"train": SourceRows(files.where, files.rows)})
     except DataError:
         return [[] for _ in files.rows([])]
 
-    def can_use(row: dict[str, Any]) -> bool:
+    def can_use(row: Row) -> bool:
         return bool(target.labels) and not unreadable(row, target.columns) and not task.refuse(row, target)
 
     return [task.row_labels(row, target) if can_use(row) else [] for _, row in files.rows([])]
@@ -146,9 +144,11 @@ def _labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
 def describe(
     block: DataBlock, task: Task, sources: Mapping[SourceName, SourceRows]
 ) -> tuple[Target, dict[SourceName, int]]:
-    """Read everything once, and the train rows again where columns appear late or something is wrong: find their
-    columns, problem type and labels, count the rows. Raises `DataError` for every broken file; else when columns are
-    missing or nothing can be learned."""
+    """Return the target and the number of rows of each source.
+
+    Everything is read once; train rows twice if columns appear late or something is wrong. Raises `DataError` for every
+    broken file; else if columns are missing or nothing can be learned.
+    """
     problems: list[str] = []
     counts, columns = dict.fromkeys(sources, 0), {name: dict[str, None]() for name in sources}
     train, faults, read = sources["train"], Counter[str](), set[SourceName]()
@@ -162,15 +162,15 @@ def describe(
             yield place, row
         read.add(name)
 
-    def usable(roles: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    def usable(roles: Mapping[str, str]) -> Iterator[Row]:
         faults.clear()
         for place, row in rows_of("train"):
-            if fault := unreadable(row, roles):  # is listed when the rows are tokenised
+            if fault := unreadable(row, roles):  # listed when the rows are tokenised
                 faults[fault] += 1
             else:
                 yield {**row, PLACE: place}
 
-    def learned(names: tuple[str, ...]) -> tuple[dict[str, str], Target]:
+    def find_target(names: tuple[str, ...]) -> tuple[dict[str, str], Target]:
         roles = task.find_columns(_for_roles(block, names), first_rows, block, train.where)
         _refuse_second_text(block, roles, names, first_rows, train.where)
         try:
@@ -181,27 +181,27 @@ def describe(
             problem = f"{train.where}: no row can be used: {next(iter(faults))}; name another column or file"
             raise DataError(problem) from None
 
-    found = None
-    with suppress(DataError):  # what is wrong is said once all files are known to be whole, with all their columns
-        found = learned(first_names)
+    description = None
+    with suppress(DataError):  # raised below, once all files are known to be readable, with all their columns
+        description = find_target(first_names)
     for name in sources:
         for _ in rows_of(name) if name not in read else ():
             pass
     if problems:
         raise DataError(list(dict.fromkeys(problems)))
-    if found is None or len(columns["train"]) > len(first_names):
-        found = learned(tuple(columns["train"]))
-    roles, target = found
+    if description is None or len(columns["train"]) > len(first_names):
+        description = find_target(tuple(columns["train"]))
+    roles, target = description
     missing = []
-    for name, there in columns.items():
+    for name, present in columns.items():
         needed = {} if is_mixed(name) and task.FACTS.has_forms else dict(roles)
         needed |= {"group": block.group} if block.group and not is_mixed(name) else {}
         needed |= {"time": block.time} if block.time and name == "train" else {}
         missing += [
             f"{sources[name].where}: no column '{column}' (data.{role}); "
-            f"{did_you_mean(column, there) or 'columns here: ' + shown(there)}"
+            f"{did_you_mean(column, present) or 'columns here: ' + shown(present)}"
             for role, column in needed.items()
-            if column not in there
+            if column not in present
         ]
     if missing:
         raise DataError(missing)
@@ -209,8 +209,10 @@ def describe(
 
 
 def own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:
-    """What a mixed source holds: by the columns that the recipe names, if it has them, else by the usual names. Raises
-    `DataError` when no form is found."""
+    """Return the target of a mixed-in source, by the recipe's columns if it has them, else by the usual names.
+
+    Raises `DataError` if it has neither.
+    """
     columns, rows = _head(source)
     columns = _for_roles(block, columns)
     try:
@@ -222,16 +224,16 @@ def own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:
 
 
 def _for_roles(block: DataBlock, columns: Iterable[str]) -> tuple[str, ...]:
-    """The columns that a task may look at: one named `conversation` that says whose a row is holds none."""
+    """Return the columns that a task may use: the group and time columns are none unless the recipe names them."""
     named = {getattr(block, role) for role in USUAL_NAMES}
     return tuple(name for name in columns if name in named or name not in (block.group, block.time))
 
 
-def _head(source: SourceRows) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """The columns of the first thousand rows, and the first hundred whole ones of these, or fewer large ones."""
+def _head(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
+    """Return the columns of the first thousand rows, and the first hundred readable rows, or fewer large ones."""
     columns: dict[str, None] = {}
 
-    def whole() -> Iterator[dict[str, Any]]:
+    def whole() -> Iterator[Row]:
         for _, row in islice(source.rows([]), _HEAD):
             columns.update(dict.fromkeys(row))
             if is_whole(row):
@@ -245,27 +247,27 @@ def _head(source: SourceRows) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
 
 
 def unused_columns(block: DataBlock, roles: Mapping[str, str], source: SourceRows) -> list[str]:
-    """Columns that play no role; those that appear only far down are not looked for."""
+    """Return the columns without a role among those of the first thousand rows."""
     return [name for name in _head(source)[0] if name not in {*roles.values(), block.group, block.time, IMPOSSIBLE}]
 
 
 def _refuse_second_text(
-    block: DataBlock, roles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Mapping[str, Any]], where: str
+    block: DataBlock, roles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Row], where: str
 ) -> None:
-    """Raises a `DataError` for a second column with texts where the recipe names none: it may be half of the task."""
+    """Raise a `DataError` for a second text column that the recipe does not mention: it may be half of the input."""
     role = next((role for role in _READ_WITH if role in roles), "")
-    # A raw text has no other half, and who names what is read, or which answers are learned, has decided.
+    # Raw text has no second half, and a recipe that names the column, or the answers, has decided.
     if not role or _READ_WITH[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:
         return
     if (second := second_text(roles[role], roles, _for_roles(block, columns), rows)) is not None:
-        one, two = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
+        first, last = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
         beside = _READ_WITH[role]
         raise DataError(
-            f"{where}: columns '{one}' and '{two}' both hold texts, and only one is read; write data.{role}: {one}"
-            + (f", with data.{beside}: {two} to read both" if beside else "")
-            + f" (init: --column {role}={one}{f' --column {beside}={two}' if beside else ''})"
+            f"{where}: columns '{first}' and '{last}' both hold texts, but only one is read; set data.{role}: {first}"
+            + (f", and data.{beside}: {last} to read both" if beside else "")
+            + f" (init: --column {role}={first}{f' --column {beside}={last}' if beside else ''})"
         )
 
 
 _READ_WITH = {"text": "text_pair", "prompt": "input", "source": ""}
-"""Role of a column that is read to that of one that is read with it, where there is one."""
+"""Role of a column to the role of a second one that is read with it, if there can be one."""

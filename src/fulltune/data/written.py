@@ -1,4 +1,4 @@
-"""A split's rows, and those that are mixed in by weight, as they are written, counted and shown."""
+"""Writes, counts and shows the rows of splits and of mixed-in files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.audit.texts import masked_cells, masked_text
-from fulltune.data.encode import Dropped, Encoded, Job, with_sides
+from fulltune.data.encode import Dropped, EncodedSource, Job, with_split_groups
 from fulltune.data.limits import pack
 from fulltune.data.sources import SourceName, is_mixed, mixed_names
 from fulltune.data.split import HELD_OUT, SPLITS, Split
@@ -31,36 +31,36 @@ from fulltune.inference.store import (
 from fulltune.recipe.data import rows_per_epoch
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import MixedSummary, Preview, SplitName, SplitSummary
-from fulltune.tasks import PLACE, Target, Task, task_named
+from fulltune.tasks import PLACE, Target, Task, Tokenizer, task_named
 from fulltune.text import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 DROPPED = "dropped.jsonl"
-_LOOKED_AT = 200
-"""Rows among which some are chosen to be shown."""
+_MAX_PREVIEWED = 200
+"""Rows among which the previews are chosen."""
 
 
 def as_line(item: Dropped) -> str:
-    """A dropped row as it is listed."""
+    """Return a dropped row as a line of `dropped.jsonl`."""
     return json.dumps(masked_cells(json.loads(json.dumps(asdict(item), default=readable))), ensure_ascii=False) + "\n"
 
 
 def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:
-    """Write rows down that were dropped, behind those that are listed already."""
+    """Append dropped rows to `dropped.jsonl`."""
     with (folder / DROPPED).open("a", encoding="utf-8") as file:
         file.writelines(map(as_line, items))
 
 
-def kept_rows(whole: Encoded, wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Number, place and cells of the wanted rows of a source, bool [rows], in their order."""
-    if not wanted.any():  # of no row at all, nothing was written
+def stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield number, place and cells of the wanted rows of a source (bool [rows]), in order."""
+    if not wanted.any():  # a source without rows has no files
         return
-    first = np.diff(whole.row_of, prepend=-1) > 0  # a row's first example has the row's words
+    first = np.diff(source.row_of, prepend=-1) > 0  # a row's first example has the row's words
     start = 0
-    for batch in batches(whole.folder):
-        row_of, is_first = whole.row_of[start : start + len(batch)], first[start : start + len(batch)]
+    for batch in batches(source.folder):
+        row_of, is_first = source.row_of[start : start + len(batch)], first[start : start + len(batch)]
         start += len(batch)
         for place in np.flatnonzero(wanted[row_of] & is_first):
             row = json.loads(batch.column(WORDS)[int(place)].as_py())
@@ -68,7 +68,7 @@ def kept_rows(whole: Encoded, wanted: np.ndarray) -> Iterator[tuple[int, str, di
 
 
 def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.RecordBatch]:
-    """A split's examples; without what only answers need, unless they are scored in the end."""
+    """Yield a split's examples; features that only generated answers need are omitted unless `scored`."""
     import pyarrow as pa
 
     without = () if scored else getattr(task, "ONLY_FOR_TEST_ROWS", ())
@@ -82,7 +82,6 @@ def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.Reco
 
 
 def summarise(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSummary:
-    """The counts of a split."""
     whole, chosen = split.source, split.examples
     ordered = np.sort(lengths)
     labels = split.label_counts(np.bincount(whole.row_of[chosen], minlength=whole.num_rows))
@@ -104,8 +103,8 @@ def summarise(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSumm
 def write_splits(
     folder: Path, task: Task, splits: Mapping[SplitName, Split], packed_to: int | None, late: int
 ) -> dict[SplitName, SplitSummary]:
-    """Each split into a folder of its own; train rows that share a row of `packed_to` tokens, where that is given.
-    `late` rows of the train file are in no split."""
+    """Write each split into its own folder, the train rows packed to `packed_to` tokens if given. `late` counts rows of
+    the train file that no split has."""
     summaries: dict[SplitName, SplitSummary] = {}
     for name in SPLITS:
         split, whole = splits[name], splits[name].source
@@ -114,7 +113,7 @@ def write_splits(
         parts = examples(split, task, scored=name == "test")
         write_rows(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
         if name != "train":
-            clusters = np.unique(whole.sides[whole.row_of][split.examples], return_inverse=True)[1]
+            clusters = np.unique(whole.split_groups[whole.row_of][split.examples], return_inverse=True)[1]
             np.save(folder / name / CLUSTERS, clusters.astype(np.int64))
         if name == "test":
             groups = whole.groups[whole.row_of][split.examples]
@@ -126,54 +125,56 @@ def write_splits(
     return summaries
 
 
-def previews(folder: Path, task: Task, target: Target, tokenizer: Any, span: range, most: int) -> tuple[Preview, ...]:
-    """Some rows as the model sees them: the first ones without secrets or personal data, which are shown nowhere."""
-    rows, found = Rows(folder), list[Preview]()
-    for position, words in enumerate(islice(texts(folder), span.start, min(span.stop, span.start + _LOOKED_AT))):
-        if len(found) == most:
+def previews(
+    folder: Path, task: Task, target: Target, tokenizer: Tokenizer, span: range, most: int
+) -> tuple[Preview, ...]:
+    """Show the first rows as the model reads them, skipping those with secrets or personal data."""
+    rows, shown = Rows(folder), list[Preview]()
+    for position, words in enumerate(islice(texts(folder), span.start, min(span.stop, span.start + _MAX_PREVIEWED))):
+        if len(shown) == most:
             break
         row = rows[span.start + position]
         plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
         preview = task.preview(plain, target, tokenizer)
-        told = "".join(segment.text for segment in preview.segments)
-        if all(masked_text(text) == text for text in (json.dumps(words, ensure_ascii=False, default=readable), told)):
-            found.append(preview)
-    return tuple(found)
+        cells = json.dumps(words, ensure_ascii=False, default=readable)
+        if all(masked_text(text) == text for text in (cells, "".join(segment.text for segment in preview.segments))):
+            shown.append(preview)
+    return tuple(shown)
 
 
 # ---- rows that are mixed in ------------------------------------------------------------------------------------
 
 
 def without_scored(
-    recipe: Recipe, encoded: Mapping[SourceName, Encoded], splits: Mapping[SplitName, Split]
+    recipe: Recipe, encoded: Mapping[SourceName, EncodedSource], splits: Mapping[SplitName, Split]
 ) -> tuple[dict[SourceName, Split], list[Dropped]]:
-    """Each mixed source's rows that are in no held-out split, and all its others. Raises `DataError` for each source
-    of which no row is left."""
+    """Split each mixed-in source into rows that no held-out split has, and the others, which are dropped. Raises
+    `DataError` for each source that has no rows left."""
     mixed, lost, problems = dict[SourceName, Split](), list[Dropped](), list[str]()
     if not recipe.data.mixed_files:
         return mixed, lost
-    encoded, group = with_sides(encoded, recipe.data.near_duplicates), recipe.data.group
-    same = f"what it asks, its text, or its '{group}'," if group else "what it asks, or its text,"
+    encoded, group = with_split_groups(encoded, recipe.data.near_duplicates), recipe.data.group
+    same = f"its input, its text, or its '{group}'," if group else "its input, or its text,"
     for name in filter(is_mixed, encoded):
         whole = encoded[name]
         scored_in = np.full(whole.num_rows, -1)
         for number, split in enumerate(HELD_OUT):
             groups = encoded[split if splits[split].is_file else "train"].groups[splits[split].rows]
             scored_in[np.isin(whole.groups, groups)] = number
-            if group is not None:  # scored rows have no gap: a mixed row without a value is not among them
-                scored_in[np.isin(whole.values, splits[split].values)] = number
+            if group is not None:  # all scored rows have a value; mixed-in rows without one match none
+                scored_in[np.isin(whole.group_values, splits[split].group_values)] = number
         mixed[name] = Split(whole, scored_in < 0, is_file=True)
         checks = whole.tally.of("unusable") + whole.tally.of("unfit") + whole.tally.of("part")
-        for number, place, row in kept_rows(whole, scored_in >= 0):
+        for number, place, row in stored_rows(whole, scored_in >= 0):
             in_split = HELD_OUT[scored_in[number]]
-            reason = f"{same} also stands in {in_split}, which is never trained on"
+            reason = f"{same} also occurs in {in_split}, which is never trained on"
             lost.append(Dropped(name, place, f"also in {in_split}", reason, row))
             checks[lost[-1].check] += 1
         if not mixed[name].examples.any():
             reasons = ", ".join(f"{count:,} x {check}" for check, count in checks.most_common())
             problems.append(
-                f"{whole.where}: no row can be mixed in ({reasons}), expected some; give other rows, or remove it from "
-                "data.train"
+                f"{whole.where}: no row can be mixed in ({reasons}), expected at least one; use other rows, or remove "
+                "the file from data.train"
             )
     if problems:
         raise DataError(problems)
@@ -183,11 +184,10 @@ def without_scored(
 def mix_in(
     recipe: Recipe, folder: Path, job: Job, mixed: Mapping[SourceName, Split], packed: bool
 ) -> tuple[MixedSummary, ...]:
-    """Write the rows of all mixed sources, source after source, beside those of the splits. Raises `DataError` for each
-    whose weight comes to no row."""
+    """Write the rows of all mixed-in sources, in order. Raises `DataError` for each whose weight gives no row."""
     if not mixed:
         return ()
-    task, found, ends = task_named(job.task), list[MixedSummary](), [0]
+    task, summaries, ends = task_named(job.task), list[MixedSummary](), [0]
     drawn = _drawn_rows(recipe, len(Rows(folder / "train")))
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -202,7 +202,7 @@ def mix_in(
     lengths = Rows(folder / MIXED)["length"]
     for (name, split), (start, end) in zip(mixed.items(), pairwise(ends), strict=True):
         whole = split.source
-        found.append(
+        summaries.append(
             MixedSummary(
                 where=whole.where,
                 weight=mixed_names(recipe)[name].weight,
@@ -212,16 +212,16 @@ def mix_in(
                 previews=previews(folder / MIXED, task, whole.target, job.tokenizer, range(start, end), 1),
             )
         )
-    return tuple(found)
+    return tuple(summaries)
 
 
 def _drawn_rows(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
-    """Number of rows of each mixed source in an epoch, which has all of the task's train rows."""
+    """Return how many rows of each mixed-in source are drawn per epoch, which has all of the task's train rows."""
     files = mixed_names(recipe)
-    numbers = rows_per_epoch(task_rows, [one.weight for one in files.values()])
+    numbers = rows_per_epoch(task_rows, [file.weight for file in files.values()])
     none = [
-        f"data.train: {file.path}: a weight of {file.weight:g} beside {counted(task_rows, 'train row')} comes to no "
-        "row; give it more weight, or remove it"
+        f"data.train: {file.path}: a weight of {file.weight:g} with {counted(task_rows, 'train row')} gives no row; "
+        "raise the weight, or remove the file"
         for file, number in zip(files.values(), numbers, strict=True)
         if not number
     ]
@@ -234,26 +234,26 @@ def _drawn_rows(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
 
 
 def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float]:
-    """Mean and standard deviation. Raises `DataError` when they are all the same, or as good as the same for numbers of
-    32 bits, which models give."""
+    """Return mean and standard deviation of targets. Raises `DataError` if they are equal, or equal in fp32, which
+    models return."""
     mean, spread = float(numbers.mean()), float(numbers.std())
     rows = f"{where}: all {len(numbers):,} train rows have"
     if numbers.min() == numbers.max():
         raise DataError(
-            f"{rows} the same target {numbers[0]:g} in column '{column}'; there is nothing to learn: give rows with "
+            f"{rows} the same target {numbers[0]:g} in column '{column}'; there is nothing to learn: add rows with "
             "other targets (data.train), or name another column (data.label)"
         )
     apart = float(np.spacing(np.float32(abs(mean))))
     if spread < apart:
         raise DataError(
-            f"{rows} nearly the same target in column '{column}': {mean:.9g}, give or take {spread:.3g}, where numbers "
-            f"of 32 bits lie {apart:.3g} apart; subtract {mean:.3g} from all targets"
+            f"{rows} nearly the same target in column '{column}': {mean:.9g} ± {spread:.3g}, where neighbouring 32-bit "
+            f"numbers differ by {apart:.3g}; subtract {mean:.3g} from all targets"
         )
     return mean, spread
 
 
 def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
-    """Share of the variance of length that lies between classes, corrected for chance (epsilon squared, Kelley
+    """Return the share of the variance of length between classes, corrected for chance (epsilon squared, Kelley
     1935)."""
     counts, total = np.bincount(classes), float(len(lengths) * np.var(lengths))
     num_groups = int((counts > 0).sum())
@@ -265,14 +265,14 @@ def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
 
 
 def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
-    """Squared correlation of length and a numeric target; 0 when one of them is constant."""
+    """Return the squared correlation of length and a numeric target; 0 if one of them is constant."""
     if np.ptp(lengths) == 0 or np.ptp(values) == 0:
         return 0.0
     return float(np.corrcoef(lengths, values)[0, 1]) ** 2
 
 
 def of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
-    """What follows from the train rows' targets: `scale` and `length_explained` of the summary."""
+    """Return `scale` and `length_explained` of the summary, from the train rows' targets."""
     whole, chosen = train.source, train.examples
     lengths = whole.lengths[chosen]
     if target.form.is_number:

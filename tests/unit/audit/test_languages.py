@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from fulltune.audit import languages
-from fulltune.audit.languages import OTHER_LANGUAGE, SURE, Heard, elsewhere, listen, not_told, spoken
+from fulltune.audit.languages import (
+    OTHER_LANGUAGE,
+    SURE,
+    ColumnLanguages,
+    add_languages,
+    detect_language,
+    elsewhere,
+    not_told,
+)
 from fulltune.report.run.data_page import _languages
 from tests.unit.audit.test_stage import CLEAN, audited, prepared
 from tests.unit.audit.test_texts import TEXTS
@@ -23,7 +31,7 @@ SPARED: list[str] = TEXTS["no_other_language"]["texts"]
 
 def stands_out(text: str, *main: str) -> str | None:
     """The language of a text that is listed in a column of these."""
-    first = spoken(text)
+    first = detect_language(text)
     if first is None or first[0] in main or first[1] < SURE:
         return None
     found = elsewhere(text, main)
@@ -105,7 +113,7 @@ def by_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
         code, confidence = text.split()[0].rstrip("?"), 0.6 if "?" in text else 0.99
         return None if code == "-" else (code, confidence)
 
-    monkeypatch.setattr(languages, "spoken", first_look)
+    monkeypatch.setattr(languages, "detect_language", first_look)
     monkeypatch.setattr(languages, "is_installed", lambda package: True)
 
 
@@ -129,9 +137,9 @@ def by_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_in_a_language_that_hardly_any_other_is_in_stand_out(
     texts: list[str], found: set[int], why: str | None
 ) -> None:
-    heard: dict[str, Heard] = {}
+    heard: dict[str, ColumnLanguages] = {}
     for text in texts:
-        listen(heard, {"text": text}, {"text": "text"})
+        add_languages(heard, {"text": text}, {"text": "text"})
     assert heard["text"].suspects() == found
     said = not_told(heard)
     assert (said is None) == (why is None)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.audit.untouched import LEAST_TEXTS, MOST_FAR, NEIGHBOURS, SPREADS, far_out, nearest, outliers
+from fulltune.audit.untouched import MAX_FAR, MIN_TEXTS, NEIGHBOURS, SPREADS, far_out, nearest, outliers
 from fulltune.probe.linear import NoProbe
 
 HIDDEN = 32
@@ -111,12 +111,12 @@ def test_positions_are_those_of_the_rows_that_were_drawn() -> None:
 
 
 def test_what_cannot_be_told_is_said() -> None:
-    few = LEAST_TEXTS - 1
+    few = MIN_TEXTS - 1
     with pytest.raises(NoProbe, match="too few"):
         read(train=usual(few))
     with pytest.raises(NoProbe, match="too few"):
         read(np.arange(400) % few, train=usual(400))
     train = np.concatenate([usual(400), odd(60)])
-    assert MOST_FAR * len(train) < 60
+    assert MAX_FAR * len(train) < 60
     with pytest.raises(NoProbe, match="several kinds"):
         read(train=train)

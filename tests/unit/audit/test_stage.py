@@ -14,7 +14,7 @@ import pytest
 from fulltune import data
 from fulltune.audit import stage
 from fulltune.audit.stage import load_issues
-from fulltune.audit.untouched import Reader, Suspected
+from fulltune.audit.untouched import JudgedLabels, Reader
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import row_id, texts
@@ -156,7 +156,7 @@ def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
     margins = np.ones(summary.splits["train"].rows)
     margins[[2, 7, 9]] = -0.9, -0.99, -0.6
     about = LabelErrors.model_construct(suspects=2, doubtful=1, planted=20)
-    judged = Suspected(margins, np.zeros(len(margins), int), margins < -0.8, np.isin(margins, -0.6), about)
+    judged = JudgedLabels(margins, np.zeros(len(margins), int), margins < -0.8, np.isin(margins, -0.6), about)
     found, issues = audited(tmp_path, summary, lambda: (np.arange(len(margins)), judged))
     rows = list(texts(tmp_path / "data" / "train"))
     assert [one.row for one in issues["label error"]] == [row_id(rows[7]), row_id(rows[2])]
@@ -299,13 +299,13 @@ def test_patch_changes_what_is_prepared_only_by_its_content(tmp_path: Path) -> N
     ("write", "said"),
     [
         (lambda path: None, "cannot be read"),
-        (lambda path: path.write_text("no json\n"), "p.jsonl:1: is no decision"),
-        (lambda path: path.write_text('{"row": "1"}\n'), "p.jsonl:1: is no decision"),
-        (lambda path: save_patch(path, [decide(CLEAN[0], "replace", value="x")]), "p.jsonl:1: replaces something"),
-        (lambda path: save_patch(path, [decide(CLEAN[0], "replace", column="label")]), "p.jsonl:1: replaces something"),
+        (lambda path: path.write_text("no json\n"), "p.jsonl:1: not a decision"),
+        (lambda path: path.write_text('{"row": "1"}\n'), "p.jsonl:1: not a decision"),
+        (lambda path: save_patch(path, [decide(CLEAN[0], "replace", value="x")]), "p.jsonl:1: 'replace' needs"),
+        (lambda path: save_patch(path, [decide(CLEAN[0], "replace", column="label")]), "p.jsonl:1: 'replace' needs"),
         (lambda path: save_patch(path, [decide(CLEAN[0], "replace", column="lable", value="x")]), "column 'lable'"),
         (lambda path: path.write_text("no\n" * 9), "9 such lines"),
-        (lambda path: save_patch(path, [decide({"text": "of another file", "label": "x"}, "drop")]), "1 row of 1"),
+        (lambda path: save_patch(path, [decide({"text": "of another file", "label": "x"}, "drop")]), "1 row of the 1"),
     ],
 )
 def test_patch_that_does_not_fit_is_refused(tmp_path: Path, write: Callable[[Path], Any], said: str) -> None:

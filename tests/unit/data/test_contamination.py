@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fulltune import data
-from fulltune.data.contamination import MOST_TEXTS, KnownTexts, cell_texts, known_files, read_texts
+from fulltune.data.contamination import MAX_TEXTS, ForbiddenTexts, cell_texts, forbidden_files, read_texts
 from fulltune.errors import DataError
 from fulltune.inference.store import texts
 from fulltune.recipe.fields import Recipe
@@ -21,14 +21,14 @@ from tests.unit.data.stage import prepare as prepare_rows
 TEN = "one two three four five six seven eight nine ten"
 
 
-def known(folder: Path, *texts: str) -> KnownTexts:
+def known(folder: Path, *texts: str) -> ForbiddenTexts:
     path = tiny.write_jsonl(folder / "known.jsonl", [{"text": text} for text in texts])
     return read_texts({"data.contamination": str(path)}, files_of(path))
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
     block = {"train": "x", "contamination": str(path)}
-    return known_files(Recipe.model_validate({"model": "x", "task": "causal-lm", "data": block}))
+    return forbidden_files(Recipe.model_validate({"model": "x", "task": "causal-lm", "data": block}))
 
 
 def others(count: int, start: str = "w") -> str:
@@ -51,21 +51,21 @@ def others(count: int, start: str = "w") -> str:
     ],
 )
 def test_text_that_shares_a_run_of_8_words(tmp_path: Path, text: str, is_held: bool) -> None:
-    assert known(tmp_path, TEN, others(3, "x")).hold(normalised(text), is_asked=True) == is_held
+    assert known(tmp_path, TEN, others(3, "x")).occur_in(normalised(text), is_input=True) == is_held
 
 
 def test_template_of_many_texts_says_nothing(tmp_path: Path) -> None:
     template = "choose the right one of the answers that stand here below :"
-    few = known(tmp_path, *(f"{template} {others(3, f'x{number}')}" for number in range(MOST_TEXTS)))
-    many = known(tmp_path, *(f"{template} {others(3, f'x{number}')}" for number in range(MOST_TEXTS + 1)))
+    few = known(tmp_path, *(f"{template} {others(3, f'x{number}')}" for number in range(MAX_TEXTS)))
+    many = known(tmp_path, *(f"{template} {others(3, f'x{number}')}" for number in range(MAX_TEXTS + 1)))
     row = f"{template} {others(3, 'v')}"
-    assert [texts.hold(row, is_asked=True) for texts in (few, many)] == [True, False]
-    assert many.hold(f"{template} {others(3, 'x7')}", is_asked=True)
+    assert [texts.occur_in(row, is_input=True) for texts in (few, many)] == [True, False]
+    assert many.occur_in(f"{template} {others(3, 'x7')}", is_input=True)
 
 
 def test_short_texts_are_equal_as_questions_alone(tmp_path: Path) -> None:
     texts = known(tmp_path, "Where is my card?", "yes")
-    assert [texts.hold("where is my card?", is_asked) for is_asked in (True, False)] == [True, False]
+    assert [texts.occur_in("where is my card?", is_asked) for is_asked in (True, False)] == [True, False]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -84,7 +84,7 @@ def test_same_as_comparing_every_pair(tmp_path: Path, seed: int) -> None:
         return row == text or (bool(one & other) and 2 * len(one & other) >= min(len(one), len(other)))
 
     expected = [any(shares(row, text) for text in texts) for row in rows]
-    assert [made.hold(" ".join(row), is_asked=True) for row in rows] == expected
+    assert [made.occur_in(" ".join(row), is_input=True) for row in rows] == expected
     assert 0 < sum(expected) < len(rows)
 
 
@@ -114,8 +114,8 @@ def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
         "the other",
         "hello you",
     )
-    assert all(texts.hold(text, is_asked=True) for text in expected)
-    assert not any(texts.hold(text, is_asked=True) for text in ("not a text", "not this", "3", "question"))
+    assert all(texts.occur_in(text, is_input=True) for text in expected)
+    assert not any(texts.occur_in(text, is_input=True) for text in ("not a text", "not this", "3", "question"))
     assert texts.source == "11 texts of bench (data.contamination)"
 
 
@@ -191,7 +191,7 @@ def test_planted_texts_are_counted_with_places_and_kept(tmp_path: Path, encoder_
         rows[number]["text"] = f"{rows[number]['text']} {TEN}"
     summary = prepare(tmp_path, rows, encoder_tokenizer, **held_out(tmp_path))
     [note] = notes(summary)
-    assert note.startswith("4 of 60 train rows hold one of 3 texts of bench (data.contamination), or much of it: ")
+    assert note.startswith("4 of 60 train rows contain one of 3 texts of bench (data.contamination), or much of it: ")
     assert "train.jsonl:4, train.jsonl:6, train.jsonl:10 and 1 more;" in note
     assert summary.splits["train"].rows == 60
 
@@ -202,7 +202,7 @@ def test_train_rows_with_a_text_of_the_probe_are_named(tmp_path: Path, encoder_t
     probe.write_text("\n".join([TEN, rows[3]["text"], "something else"]), encoding="utf-8")
     summary = prepare_rows(tmp_path, rows, encoder_tokenizer, probe=probe, **held_out(tmp_path))
     [note] = [note for note in summary.notes if "preserve.probe" in note]
-    assert note.startswith("1 of 60 train rows hold one of 3 texts of generic.txt (preserve.probe), or much of it: ")
+    assert note.startswith("1 of 60 train rows contain one of 3 texts of generic.txt (preserve.probe), or much of it: ")
     assert "train.jsonl:4;" in note
 
 
@@ -210,11 +210,11 @@ def test_rows_that_are_held_out_do_not_count_and_none_is_said(tmp_path: Path, en
     rows = tiny.topic_rows(60)
     bench(tmp_path, "held out 2", "held out 3", "something else")
     assert notes(prepare(tmp_path, rows, encoder_tokenizer, **held_out(tmp_path))) == [
-        "none of 60 train rows holds one of 3 texts of bench (data.contamination)"
+        "none of 60 train rows contains one of 3 texts of bench (data.contamination)"
     ]
     bench(tmp_path, *(row["text"] for row in rows))
     [note] = notes(prepare(tmp_path, rows, encoder_tokenizer))
-    assert note.startswith("48 of 48 train rows hold one of 60 texts")
+    assert note.startswith("48 of 48 train rows contain one of 60 texts")
 
 
 LONG = "it is because the water of the river runs down to the sea"
@@ -255,4 +255,4 @@ def test_text_in_any_column_of_a_task_is_found(tmp_path: Path, case: str) -> Non
     trained = list(texts(tmp_path / "data" / "train"))
     planted = [row for row in trained if all(row[key] == value for key, value in changed.items())]
     assert planted
-    assert note.startswith(f"{len(planted)} of {len(trained)} train rows hold one of 4 texts of bench")
+    assert note.startswith(f"{len(planted)} of {len(trained)} train rows contain one of 4 texts of bench")

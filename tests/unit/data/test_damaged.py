@@ -215,7 +215,7 @@ def test_few_rows_of_a_file_have_every_label(tmp_path: Path, prepare: Callable[.
     made = prepare(path, max_rows=40)
     assert len(made.rows) == 40
     assert len(made.summary.labels) == len(made.summary.splits["train"].label_counts) == 12
-    with pytest.raises(DataError, match=r"a.jsonl: 12 labels, and data.max_rows keeps only 11 rows; raise it"):
+    with pytest.raises(DataError, match=r"a.jsonl: 12 labels, but data.max_rows allows only 11 rows; raise it"):
         prepare(path, max_rows=11)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fulltune.data import encode
-from fulltune.data.encode import Encoded, Job
+from fulltune.data.encode import EncodedSource, Job
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
 from fulltune.inference.store import Rows, texts
@@ -49,11 +49,11 @@ def in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "num_cores", lambda: WORKERS)
 
 
-def run(job: Job, rows: list[PlacedRow], folder: Path) -> Encoded:
+def run(job: Job, rows: list[PlacedRow], folder: Path) -> EncodedSource:
     return encode.encode(job, iter(rows), len(rows), folder, lambda done: None, lambda item: None)
 
 
-def numbers(found: Encoded) -> dict[str, Any]:
+def numbers(found: EncodedSource) -> dict[str, Any]:
     values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "folder"}
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fulltune.data.groups import RowCounts, draw, joined_by_value, marks_of, time_in_words, time_of, value_of
-from fulltune.data.split import rarest_of_side
+from fulltune.data.split import rarest_in_group
 from fulltune.errors import DataError
 from fulltune.inference.store import CLUSTERS, texts
 from fulltune.tasks.columns import BadCell
@@ -66,9 +66,9 @@ def test_side_counts_for_its_rarest_class_whatever_the_order_of_its_rows() -> No
     strata = np.array(["xyz".index(label) for label in "xxxxyyyzzx"])
     sides = drawn(list("aabbbccadd"))
     for order in (slice(None), slice(None, None, -1)):
-        by_side = dict(zip(sides[order].tolist(), rarest_of_side(strata[order], sides[order]).tolist(), strict=True))
+        by_side = dict(zip(sides[order].tolist(), rarest_in_group(strata[order], sides[order]).tolist(), strict=True))
         assert [by_side[draw(0, side)] for side in "abcd"] == ["xyz".index(label) for label in "zyyz"]
-    assert rarest_of_side(np.full(3, -1), drawn(list("aab"))).tolist() == [-1, -1, -1]
+    assert rarest_in_group(np.full(3, -1), drawn(list("aab"))).tolist() == [-1, -1, -1]
 
 
 # ---- whose a row is and when it came -----------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_no_user_and_no_text_is_on_two_sides(tmp_path: Path, encoder_tokenizer: 
         assert set(sides.values()) == {1}
     assert sum(map(len, splits.values())) == len(rows)
     assert all(20 <= len(splits[name]) <= 40 for name in ("eval", "test"))
-    assert any("by 'user': 60 values, " in note and " groups where these share texts" in note for note in summary.notes)
+    assert any("'user' stay in one split: 60 values, joined by common texts to " in note for note in summary.notes)
     assert "by 'user' (seed" in summary.sources["test"]
     users = [row["user"] for row in splits["test"]]
     clusters = np.load(tmp_path / "data" / "test" / CLUSTERS).tolist()
@@ -236,8 +236,8 @@ def test_rows_of_own_files_that_share_a_user_with_train_are_noted(tmp_path: Path
     test += [{"text": f"new {number}", "label": "b", "user": "new"} for number in range(7)]
     dev = [{"text": f"dev {number}", "label": "b", "user": "new"} for number in range(7)]
     notes = prepare(tmp_path, rows, encoder_tokenizer, group="user", test=test, eval=dev).notes
-    assert "10 of 17 test rows have a 'user' that also stands in train: their scores flatter the model" in notes
-    assert "7 of 17 test rows have a 'user' that also stands in eval, which chooses the checkpoint" in notes
+    assert "10 of 17 test rows have a 'user' that also occurs in train: scores on them are optimistic" in notes
+    assert "7 of 17 test rows have a 'user' that also occurs in eval, which chooses the checkpoint" in notes
     assert not any("eval rows have a 'user'" in note or "test rows have a text" in note for note in notes)
 
 
@@ -253,15 +253,15 @@ def test_rows_that_nearly_all_hang_together_are_refused_with_numbers(
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, rows, encoder_tokenizer, group="user")
     [problem] = caught.value.problems
-    assert f"that stay together by 'user' (data.group) and their texts, the largest of {largest}" in problem
+    assert f"that are never separated, by 'user' (data.group) and their texts, the largest of {largest}" in problem
     assert "files for eval and test" in problem
 
 
 def test_few_users_are_refused_or_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="100 rows of 2 labels in 2 groups that stay together by 'user'"):
+    with pytest.raises(DataError, match="100 rows of 2 labels in 2 groups that are never separated, by 'user'"):
         prepare(tmp_path / "2", rows_of(2), encoder_tokenizer, group="user")
     notes = prepare(tmp_path / "3", rows_of(3), encoder_tokenizer, group="user").notes
-    assert any("50 test rows where data.test_fraction asks for 15: rows that hang together" in note for note in notes)
+    assert any("50 test rows instead of the 15 of data.test_fraction: groups are never" in note for note in notes)
 
 
 def rows_of(users: int) -> list[dict[str, Any]]:

@@ -135,7 +135,7 @@ def test_prepare_near_duplicates_across_files_are_noted(tmp_path: Path, encoder_
         test=str(test),
     )
     notes = DataSummary.load(tmp_path / "data" / "summary.json").notes
-    assert any("test rows have a text that also stands in train (equal, or nearly so)" in note for note in notes)
+    assert any("test rows have a text that also occurs in train (equal, or nearly so)" in note for note in notes)
 
 
 def test_prepare_near_duplicates_of_images_are_refused(tmp_path: Path) -> None:

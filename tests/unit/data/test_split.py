@@ -10,7 +10,7 @@ import pytest
 
 from fulltune.data import split
 from fulltune.data.groups import draw, sample
-from fulltune.data.split import MOST_HELD_OUT_ROWS
+from fulltune.data.split import MAX_HELD_OUT_ROWS
 
 
 def split_off(groups: list[str], strata: list[str], fraction: float, seed: int) -> list[bool]:
@@ -80,7 +80,7 @@ def test_split_small_or_repeated_rows(groups: list[str], strata: list[str], frac
 
 def test_split_large_data_holds_out_at_most_the_cap() -> None:
     groups = [f"g{number}" for number in range(60_000)]
-    assert sum(split_off(groups, ["a"] * 60_000, 0.1, 0)) == MOST_HELD_OUT_ROWS
+    assert sum(split_off(groups, ["a"] * 60_000, 0.1, 0)) == MAX_HELD_OUT_ROWS
 
 
 def test_sample_keeps_order_and_is_repeatable() -> None:

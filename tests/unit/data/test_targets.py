@@ -27,8 +27,8 @@ def test_scale_is_found_whatever_the_size(mean: float, spread: float) -> None:
         ),
         (
             [1e9 + i % 3 for i in range(12)],
-            "rows.csv: all 12 train rows have nearly the same target in column 'price': 1e[+]09, give or take 0.816, "
-            "where numbers of 32 bits lie 64 apart; subtract 1e[+]09 from all targets",
+            "rows.csv: all 12 train rows have nearly the same target in column 'price': 1e[+]09 ± 0.816, "
+            "where neighbouring 32-bit numbers differ by 64; subtract 1e[+]09 from all targets",
         ),
     ],
 )

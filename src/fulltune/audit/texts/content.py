@@ -35,10 +35,10 @@ def no_words(text: str) -> Flaw | None:
     return Flaw("no words", f"only one letter: {quoted(seen)}" if letters else f"no letter: {quoted(seen)}")
 
 
-STRESSED, LONGEST_STRESSED = 20, 30
+STRESSED, MAX_STRESSED = 20, 30
 """So many letters of one kind people type to stress a word: fewer in a text of little else, and at most in any."""
-LEAST_WORDS = 8
-MOST_REPEATED = 0.5
+MIN_WORDS = 8
+MAX_REPEATED = 0.5
 """Share of a text that may repeat itself."""
 
 
@@ -55,14 +55,14 @@ def _same_character(text: str) -> Flaw | None:
     if found is None:
         return None
     size, letters = len(found[0]), sum(map(str.isalpha, text))
-    if size < letters and (size < STRESSED or (size < LONGEST_STRESSED and size < MOST_REPEATED * letters)):
+    if size < letters and (size < STRESSED or (size < MAX_STRESSED and size < MAX_REPEATED * letters)):
         return None
     return Flaw("repetition", f"'{found[1]}' {size // len(found[1])} times in a row")
 
 
 def _same_words(text: str) -> Flaw | None:
     rough = text.split()
-    if len(rough) < LEAST_WORDS or (len(set(rough)) > len(rough) * 0.8 and len(rough) < 100):
+    if len(rough) < MIN_WORDS or (len(set(rough)) > len(rough) * 0.8 and len(rough) < 100):
         return None
     words = RE["word"].findall(text.lower())
     line = " ".join([*words, ""])
@@ -70,7 +70,7 @@ def _same_words(text: str) -> Flaw | None:
         RE["same_words"].finditer(line), key=lambda one: len(one[0]), default=None
     )
     size = found[0].count(" ") if found else 0
-    if found is None or size < LEAST_WORDS or (size < MOST_REPEATED * len(words) and size < 100):
+    if found is None or size < MIN_WORDS or (size < MAX_REPEATED * len(words) and size < 100):
         return None
     phrase = found[1].strip()
     if not any(map(str.isalpha, phrase)):

@@ -34,7 +34,7 @@ def _hits(kind: str, text: str) -> Iterator[_Hit]:
 
 # ---- whether what looks like it is it -------------------------------------------------------------------------------
 
-_LEAST_BITS = 3.0
+_MIN_BITS = 3.0
 """Entropy per character: below it stand words, above it eight or more different characters."""
 
 
@@ -44,7 +44,7 @@ def _random(value: str) -> bool:
         return False
     value = value.rstrip(".:!?]}")
     shares = [count / len(value) for count in Counter(value).values()]
-    if len(value) < 8 or -sum(share * math.log2(share) for share in shares) < _LEAST_BITS:
+    if len(value) < 8 or -sum(share * math.log2(share) for share in shares) < _MIN_BITS:
         return False
     lower, upper, digit = (re.search(kind, value) is not None for kind in ("[a-z]", "[A-Z]", r"\d"))
     other = re.search(r"[^A-Za-z0-9_.-]", value) is not None

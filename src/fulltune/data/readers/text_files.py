@@ -288,7 +288,7 @@ def _problem(columns: list[str], expected: int) -> str | None:
 
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 _USUAL = {name for names in USUAL_NAMES.values() for name in names}
-_LONGEST_CELL = min(sys.maxsize, 2**31 - 1)
+_MAX_CELL = min(sys.maxsize, 2**31 - 1)
 """The csv module's default is 128 KiB."""
 _FEW, _ROWS = 100, 1000
 _WORDS = 5
@@ -300,7 +300,7 @@ def csv_reader(
     file: Path, delimiter: str, encoding: str = UTF_8, *, strict: bool = False, errors: str = "strict"
 ) -> Iterator[Any]:
     """A reader of the csv module, for cells of any length."""
-    csv.field_size_limit(_LONGEST_CELL)
+    csv.field_size_limit(_MAX_CELL)
     with file.open(encoding=encoding, errors=errors, newline="") as stream:
         yield csv.reader(stream, delimiter=delimiter, strict=strict)
 
