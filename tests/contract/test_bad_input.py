@@ -586,7 +586,7 @@ def test_images_that_cannot_be_decoded_are_listed_and_left_out_only_when_asked(t
         f"same/broken{number:02}.png:" for number in range(10)
     ]
     assert result.problems[10:] == [
-        "images: 11 images cannot be decoded; repair or remove what is named, or set data.undecodable_images: drop"
+        "images: 11 images cannot be decoded; repair or remove the files above, or set data.undecodable_images: drop"
     ]
     accepted(case.data(name="images", task="image-classification", data={"undecodable_images": "drop"}))
     dropped = next(tmp_path.glob("runs/[!.]*/data/dropped.jsonl")).read_text().splitlines()

@@ -194,12 +194,12 @@ STS: dict[str, str | list[object]] = {"a": "A man plays music", "b": "Somebody p
         (
             STS,
             {},
-            r"'a' and 'b' both hold texts.*data.text: a, with data.text_pair: b .*--column text=a --column text_pair=b",
+            r"'a' and 'b' both hold texts.*data.text: a, and data.text_pair: b .*--column text=a --column text_pair=b",
         ),
         (
             {"question": "Who has made it", "passage": "It was made by them", "response": "By them"},
             {},
-            r"data.prompt: question, with data.input: passage .*--column prompt=question --column input=passage\)",
+            r"data.prompt: question, and data.input: passage .*--column prompt=question --column input=passage\)",
         ),
         (
             {"source": "A text to read", "target": "To read", "about": "What it is about"},
