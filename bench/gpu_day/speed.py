@@ -17,10 +17,11 @@ from typing import Any
 
 from bench import training_speed
 from bench.gpu_day.cell import save_random
-from bench.gpu_day.day import ROOT, Rows
+from bench.gpu_day.day import Rows
 from bench.gpu_day.here import Here
 from bench.gpu_day.parts import half_precision
 from bench.random_models import TIED, Cell, sized, write_recipe
+from bench.results import ROOT
 from bench.runs import fresh
 
 OURS = "fulltune"
