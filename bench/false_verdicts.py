@@ -110,10 +110,10 @@ def sequentially(dev: Trials, test: Trials, measure: Measure, most: int) -> tupl
         looked_at = outputs([method[:count] for method, count in zip(dev, counts, strict=True)])
         drawn = bootstrap.draw(measure, [method.trials for method in looked_at], None, SAMPLES)
         step = look(looked_at, drawn, Terms(measure, MARGIN), most, rows, again=before == counts[0])
-        if not step.asked:
+        if not step.wanted_seeds:
             break
         before = counts[0]
-        counts = [step.asked.get(method.name, count) for method, count in zip(looked_at, counts, strict=True)]
+        counts = [step.wanted_seeds.get(method.name, count) for method, count in zip(looked_at, counts, strict=True)]
     final = [method[:count] for method, count in zip(test, counts, strict=True)]
     return compare_once(final, measure, step.spent), float(np.mean(counts))
 

@@ -243,9 +243,9 @@ def _search(method: Method, rate: float) -> Search:
 
 
 def _look(seeds: int, enough: bool) -> Look:
-    asked = {} if enough else {"full": seeds + 1}
+    wanted = {} if enough else {"full": seeds + 1}
     reason = "every answer is clear" if enough else "lora and adapter are open"
-    return Look(num_seeds=seeds, max_seeds=5, spent=0.01, reason=reason, asked=asked, waiting=("prompt",))
+    return Look(num_seeds=seeds, max_seeds=5, spent=0.01, reason=reason, wanted_seeds=wanted, waiting=("prompt",))
 
 
 def _opening(by: str = "ada@lab", seeds: int = 1) -> Opening:

@@ -1,4 +1,4 @@
-"""From Python: a run with the user's own functions."""
+"""Runs from Python, with the user's own functions."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ def job(
     listener: Listener | None = None,
     **functions: Any,
 ) -> Run:
-    """A recipe in its run folder, for the stage functions `prepare`, `make_plan`, `train_trial`, `score_trial` ...
+    """Open a recipe in its run folder, for the stage functions `prepare`, `make_plan`, `train_trial`, `score_trial` ...
 
     Args:
-        recipe: A recipe, or the path of one.
-        run_folder: Work in this folder; default: the newest unfinished run of this recipe, or a new one in `output`.
-        fresh: Never continue an unfinished run.
-        listener: Called with each event (`fulltune.records.events`) as it happens; default: progress is printed.
-        functions: Your own: `metrics(predictions, references) -> {name: value}`, further metrics of the test rows;
-            `preprocess(row) -> row`, applied to each row after reading; `compute_loss(outputs, labels,
-            num_items_in_batch)`, divided by `num_items_in_batch`, with which training runs in this process. What each
-            is given: `help(fulltune.train.hooks.Hooks)`.
+        recipe: A recipe, or its path.
+        run_folder: Folder to work in. Default: the newest unfinished run of this recipe, or a new one in `output`.
+        fresh: Never resume an unfinished run.
+        listener: Called with each event (`fulltune.records.events`). Default: progress is printed.
+        functions: Your own functions: `metrics(predictions, references) -> {name: value}` adds metrics on the test
+        rows; `preprocess(row) -> row` changes each row after reading; `compute_loss(outputs, labels,
+        num_items_in_batch)` returns a loss divided by `num_items_in_batch`, and training runs in this process. For
+        their arguments see `help(fulltune.train.hooks.Hooks)`.
 
     Raises:
-        FulltuneError: When the recipe or the folder is wrong.
-        TypeError: When an argument is unknown.
+        FulltuneError: The recipe or the folder is wrong.
+        TypeError: An argument is unknown.
+
     """
     if unknown := next((name for name in functions if name not in Hooks.__dataclass_fields__), None):
-        known = ["run_folder", "fresh", "listener", *Hooks.__dataclass_fields__]
-        raise TypeError(f"there is no argument '{unknown}'; {did_you_mean(unknown, known) or ', '.join(known)}")
+        names = ["run_folder", "fresh", "listener", *Hooks.__dataclass_fields__]
+        raise TypeError(f"there is no argument '{unknown}'; {did_you_mean(unknown, names) or ', '.join(names)}")
     hide_progress_bars()
     text, name = "", "run"
     if not isinstance(recipe, Recipe):
@@ -56,35 +57,37 @@ def job(
     text = text or yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     folder = None if run_folder is None else Path(run_folder)
     hooks = Hooks(**functions)
-    found, _ = find_or_make(recipe, text, recipe.name or name, folder, fresh, hooks.digest())
-    return Run(recipe, found, hooks, listener or _printing())
+    folder_path, _ = find_or_make(recipe, text, recipe.name or name, folder, fresh, hooks.digest())
+    return Run(recipe, folder_path, hooks, listener or _printing())
 
 
 def run(recipe: Recipe | str | Path, **settings: Any) -> Reached:
-    """Do all stages; `settings` are what `job` takes beside a recipe.
+    """Run all stages. `settings` are the other arguments of `job`.
 
     Returns:
         The records of every stage: `folder`, `summary`, `plan`, `outcome`, `scores` (the trained model last), `report`.
 
     Raises:
-        FulltuneError: One of its kinds; nothing that was done is lost, and the same call continues.
+        FulltuneError: One of its kinds. Nothing is lost, and the same call resumes.
 
     Example:
         >>> result = fulltune.run("banking77.yaml", metrics=my_metrics)  # doctest: +SKIP
         >>> result.scores[-1].metrics["accuracy"].value  # doctest: +SKIP
+
     """
     return run_recipe(job(recipe, **settings))
 
 
 def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
-    """Load a finished model, to answer with its `predict(rows)`.
+    """Load a finished model, to answer rows with its `predict(rows)`.
 
     Args:
-        run: A run folder, or the folder of a model that fulltune wrote.
-        method: Which of a run's models; default: the only one, or the one that the comparison recommends.
+        run: A run folder, or a model folder that fulltune wrote.
+        method: Which of a run's models. Default: the only one, or the one that the comparison recommends.
 
     Raises:
-        SetupError: When there is no such model.
+        SetupError: There is no such model.
+
     """
     from fulltune import predict
 

@@ -1,7 +1,8 @@
-"""Whether cleaning helps: classifiers or whole runs with and without each cleaning step, on the same eval rows.
+"""Compare training with and without each cleaning step on the same eval rows, by classifiers or by whole runs.
 
-The runs leave their patch and what they gave for each eval row, so that further seeds or steps take only what is not
-there; the test rows are never looked at.
+Runs leave their patch and eval outputs, so that further seeds or steps train only what is missing. Test rows are never
+read.
+
 """
 
 from __future__ import annotations
@@ -40,50 +41,51 @@ from fulltune.tasks import Predictions, Target
 from fulltune.text import counted
 
 TIMES, LEFT_OUT = 5, 0.2
-"""How often so large a part of the train rows is left out."""
+"""Repetitions of the fit, and the share of train rows dropped at random in each."""
 LEAST_EVAL_ROWS = 50
 _RESAMPLES = 1000
 Action = Literal["drop", "replace"]
 ALPHA = 0.05
-"""Intervals of all steps together are wrong in so many cases (Bonferroni)."""
+"""Chance that any interval of all steps together is wrong (Bonferroni)."""
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
-"""Of the train rows: fewer change nothing that a few trainings could show, without more it is other data."""
+"""Bounds on a step's share of the train rows: fewer change too little for a few trainings to show, more would make it
+other data."""
 
 
 _IDS, _CLUSTERS = "row_ids", "row_clusters"
-"""Beside what a run gave for its eval rows: the `row_id` of each, numbered where rows are equal, and its cluster."""
+"""Arrays beside a run's eval outputs: the `row_id` of each row, numbered among equal rows, and its cluster."""
 
 
 @dataclass(frozen=True)
 class CleaningStep:
-    """One thing that could be done with all train rows that a check found."""
+    """One change to all train rows that a check found."""
 
     check: str
     action: Action
     issues: tuple[RowIssue, ...]
 
     def __str__(self) -> str:
-        done = "left out" if self.action == "drop" else "changed as proposed"
+        done = "dropped" if self.action == "drop" else "changed as proposed"
         return f"{self.check}, {counted(len(self.issues), 'row')} {done}"
 
     @property
     def name(self) -> str:
-        """As a file's name, another one for other decisions."""
-        told = "".join(one.model_dump_json() for one in self.decisions)
-        return f"{self.check.replace(' ', '-')}-{self.action}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        """File name, which changes with the decisions."""
+        content = "".join(one.model_dump_json() for one in self.decisions)
+        return f"{self.check.replace(' ', '-')}-{self.action}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     @property
     def decisions(self) -> list[RowDecision]:
-        """As lines of a patch file."""
+        """Lines of a patch file."""
         return [one.decided(Remedy(action="drop") if self.action == "drop" else one.remedy) for one in self.issues]
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
-    """Each check's train rows dropped, and where something is proposed, replaced by it; leaks and high losses aside."""
+    """Return each check's steps: drop its train rows, or apply the remedies. Leaks and high losses have none."""
     steps = []
     for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
-        # Of a row with several faults of a kind, such as in both texts of a pair, the first is taken.
+        # A row with several issues of a check, such as in both texts of a pair, counts with its first one.
         of_row = {one.key: one for one in reversed(issues) if one.check == check and one.split == "train"}
         them = list(reversed(of_row.values()))
         changed = [one for one in them if one.remedy.action == "replace"]
@@ -93,8 +95,8 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
 
 
 def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
-    """Yield the identity of each row of a split, numbered among equal rows as issues are: rows of train's file that
-    `decided` drops are counted."""
+    """Yield the id of each row of a split, numbered among equal rows as issues are. Rows that `decided` drops are
+    counted."""
     times = Counter[str]()
     of_train = [line for (source, _), line in (decided or {}).items() if source == "train"]
     dropped = {line.row for line in of_train if line.remedy.action == "drop"}
@@ -110,7 +112,7 @@ def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
 
 
 def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> None:
-    """Train with and without each step (those of `checks`, or all), compare on eval rows, write the proofs."""
+    """Train with and without each step (of `checks`, or all), compare on eval rows and write the proofs."""
     of_data, folder, number = job.folder / "data", job.folder / FOLDER, 0
     possible = cleaning_steps(load_issues(of_data))
     steps = _worth_a_training(possible, summary, checks)
@@ -119,7 +121,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     before = load_patch(Path(job.recipe.data.patch)) if job.recipe.data.patch else {}
     outputs, patches = list[list[Predictions]](), list[str]()
     for step in (None, *steps):
-        # With other rows, such as after a patch, all is trained anew.
+        # With other rows, such as after a patch, all runs are trained again.
         stem = folder / f"{step.name if step else 'as-they-are'}-{summary.fingerprint[:8]}"
         changes: dict[str, Any] = {}
         if step is not None:
@@ -150,50 +152,50 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
 
 
 def refuse_proofs(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by_trainings: bool) -> None:
-    """Raises a `RecipeError` for proofs that these rows cannot give, or runs of this recipe."""
+    """Raise a `RecipeError` for proofs that these rows, or runs of this recipe, cannot give."""
     if by_classifiers and not summary.form.one_label:
         raise RecipeError(
-            "--prove: these rows have no single label each, and only by such can cleaning be compared in seconds; "
-            "compare it by trainings instead: --trainings 3"
+            "--prove: needs rows with one label each, the only ones that classifiers can compare in seconds; compare "
+            "by trainings instead: --trainings 3"
         )
     if by_trainings and (recipe.is_searched or recipe.methods):
         several = "search" if recipe.is_searched else "methods"
         raise RecipeError(f"--trainings: compares runs of one method and its settings; give a recipe without {several}")
     if by_trainings and summary.packed and not recipe.data.eval:
         raise RecipeError(
-            "--trainings: these texts share rows, so that those held out differ as soon as a text is left out; give "
-            "eval texts in a file of their own (data.eval)"
+            "--trainings: these texts share rows, so dropping a text would change the held-out ones; give eval texts "
+            "in a separate file (data.eval)"
         )
     if (by_classifiers or by_trainings) and (count := summary.splits["eval"].rows) < LEAST_EVAL_ROWS:
         raise RecipeError(
-            f"{'--prove' if by_classifiers else '--trainings'}: {count} eval rows tell nothing, expected "
-            f"{LEAST_EVAL_ROWS} at least; give more, in a file (data.eval) or as a larger part of the train rows "
+            f"{'--prove' if by_classifiers else '--trainings'}: {count} eval rows are too few, expected at least "
+            f"{LEAST_EVAL_ROWS}; give more, in a file (data.eval) or as a larger share of the train rows "
             "(data.eval_fraction)"
         )
 
 
 def _worth_a_training(steps: Sequence[CleaningStep], summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
-    """The steps of some checks, or of all those with rows enough; raises a `RecipeError` when there is none."""
+    """Return the steps of `checks`, or all with enough rows; raise a `RecipeError` if there is none."""
     steps = [step for step in steps if _leaves_enough(step, summary)]
     if checks:
-        known = {step.check for step in steps}
-        if unknown := [check for check in checks if check not in known]:
+        available = {step.check for step in steps}
+        if unknown := [check for check in checks if check not in available]:
             raise RecipeError(
-                f"--check: '{unknown[0]}' found no train rows that cleaning could change, or too many; expected one of "
-                f"{', '.join(sorted(known)) or 'none: nothing was found'}"
+                f"--check: '{unknown[0]}' found no train rows to clean, or too many; expected one of "
+                f"{', '.join(sorted(available)) or 'none: nothing was found'}"
             )
         return [step for step in steps if step.check in checks]
     least = LEAST_SHARE * summary.splits["train"].rows
     if not (worth := [step for step in steps if len(step.issues) >= least]):
         raise RecipeError(
-            f"--trainings: no check found {LEAST_SHARE:.1%} of the train rows, and fewer change nothing that a few "
-            "trainings could show; name one to try it all the same (--check)"
+            f"--trainings: no check found {LEAST_SHARE:.1%} of the train rows, and fewer are too few for a few "
+            "trainings to show an effect; to try one anyway, name it (--check)"
         )
     return worth
 
 
 def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
-    """At least half of the train rows stay, and some of each label: else other rows would be compared, and classes."""
+    """Return whether at least half of the train rows and some of each label remain."""
     if step.action == "replace":
         return True
     labels, counts = Counter(one.label for one in step.issues), summary.splits["train"].label_counts
@@ -202,33 +204,33 @@ def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
 
 
 def _rows_of_run(job: Run) -> Predictions:
-    """What a whole run in its folder gives for its eval rows; only that is kept of it."""
-    run, kept = job.folder, Path(f"{job.folder}.npz")
-    if not kept.exists():
+    """Train a run in its folder and return its outputs on the eval rows, which are all that is saved."""
+    run, saved = job.folder, Path(f"{job.folder}.npz")
+    if not saved.exists():
         run_folder.find_or_make(job.recipe, "", run.name, run, fresh=False)
         reached = pipeline.run(replace(job, listener=without_tables(job.listener), began=None), "train")
         assert reached.plan is not None, "asked for"
         assert reached.outcome is not None, "asked for"
         assert reached.outcome.model_folder is not None, "a run that ended well has a model"
         scoring = evaluate.scoring_of(job.recipe, reached.plan, reached.summary, run, job.base)
-        found = outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
+        predictions = outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
         rows = run / "data" / "eval"
-        save_outputs(kept, {**found, _IDS: np.array(list(ids(rows))), _CLUSTERS: np.load(rows / CLUSTERS)})
+        save_outputs(saved, {**predictions, _IDS: np.array(list(ids(rows))), _CLUSTERS: np.load(rows / CLUSTERS)})
     shutil.rmtree(run, ignore_errors=True)
-    return load_outputs(kept)
+    return load_outputs(saved)
 
 
-def _chosen(kept: Predictions, names: np.ndarray) -> Predictions:
-    """Of some of these rows, in the order of their ids."""
-    order = np.argsort(kept[_IDS])
-    chosen = order[np.searchsorted(kept[_IDS][order], names)]
-    return {name: array[chosen] for name, array in kept.items()}
+def _chosen(saved: Predictions, names: np.ndarray) -> Predictions:
+    """Return the outputs of the named rows, in the order of their ids."""
+    order = np.argsort(saved[_IDS])
+    places = order[np.searchsorted(saved[_IDS][order], names)]
+    return {name: array[places] for name, array in saved.items()}
 
 
 def _compared(
     measure: Measure, steps: Sequence[CleaningStep], patches: Sequence[str], outputs: Sequence[Sequence[Predictions]]
 ) -> tuple[list[Proof], int]:
-    """Each step against the first one, on the rows that all have; and how many these are."""
+    """Compare each step with the first run on the rows that all share; return the proofs and the number of rows."""
     common = reduce(np.intersect1d, [one[_IDS] for trials in outputs for one in trials])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give these in a file (data.eval)")
@@ -237,15 +239,15 @@ def _compared(
     spreads = seed_spreads(drawn, [False] * len(outputs))
     proofs = []
     for number, (step, patch) in enumerate(zip(steps, patches, strict=True), start=1):
-        found = difference(drawn, number, 0, spreads, 1.0, measure.span)
-        low, high = found.interval(ALPHA / len(steps))
+        gap = difference(drawn, number, 0, spreads, 1.0, measure.span)
+        low, high = gap.interval(ALPHA / len(steps))
         proofs.append(
             Proof(
                 check=step.check,
                 action=step.action,
                 rows=len(step.issues),
                 before=float(drawn.point[0].mean()),
-                difference=found.estimate,
+                difference=gap.estimate,
                 low=low,
                 high=high,
                 patch=patch,
@@ -258,11 +260,12 @@ def _compared(
 
 
 Change = tuple[CleaningStep, np.ndarray, np.ndarray]
-"""With each train row whether it is kept, bool [rows], and the label that it has then."""
+"""A step, with a mask of the train rows that stay and the labels they get."""
 
 
 def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
-    """Fit with and without each cleaning step, compare on the unchanged eval rows, and write `proofs.json`."""
+    """Fit classifiers with and without each cleaning step, compare on the unchanged eval rows, and write
+    `proofs.json`."""
     job.phase("fitting classifiers with and without each cleaning step")
     reader, folder = reader_of(job, summary), job.folder / "data"
     try:
@@ -274,14 +277,14 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
         place = {names[position]: at for at, position in enumerate(positions)}
         changes, left_out = list[Change](), list[str]()
         for step in cleaning_steps(load_issues(folder)):
-            # Classifiers have rows and labels, but not other texts.
-            kept, labels = np.ones(len(train.labels), bool), train.labels.copy()
-            for one in (one for one in step.issues if one.row in place):
+            # Classifiers can drop or relabel rows, but have no features of changed texts.
+            stays, labels = np.ones(len(train.labels), bool), train.labels.copy()
+            for issue in (issue for issue in step.issues if issue.row in place):
                 if step.action == "drop":
-                    kept[place[one.row]] = False
-                elif one.remedy.column == summary.columns.get("label"):
-                    labels[place[one.row]] = summary.labels.index(one.remedy.value)
-            changes.append((step, kept, labels))
+                    stays[place[issue.row]] = False
+                elif issue.remedy.column == summary.columns.get("label"):
+                    labels[place[issue.row]] = summary.labels.index(issue.remedy.value)
+            changes.append((step, stays, labels))
         proofs = list(_fitted(train, held_out, changes, strength, left_out))
     except NoProbe as error:
         raise SetupError(f"--prove: nothing can be compared: {error}") from None
@@ -301,30 +304,30 @@ def _fitted(
     strength: float,
     left_out: list[str],
 ) -> Iterator[Proof]:
-    """Each step's proof; one that leaves nothing to fit is put among what is left out."""
+    """Yield each step's proof; steps that leave nothing to fit are appended to `left_out`."""
     fitted = partial(_right, held_out=held_out, strength=strength)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]
     before = np.mean([fitted(train.select(part)) for part in parts], axis=0)
     samples = drawn.integers(0, len(before), (_RESAMPLES, len(before)))
     tails = ALPHA / max(1, len(changes)) / 2
-    for step, kept, labels in changes:
-        if kept.all() and (labels == train.labels).all():
+    for step, stays, labels in changes:
+        if stays.all() and (labels == train.labels).all():
             continue
         items = replace(train, labels=labels)
         try:
-            after = np.mean([fitted(items.select(part & kept)) for part in parts], axis=0)
+            after = np.mean([fitted(items.select(part & stays)) for part in parts], axis=0)
         except NoProbe:  # hardly anything is left, or a single class
             left_out.append(str(step))
             continue
         moved = after - before
         low, high = np.quantile(moved[samples].mean(axis=1), [tails, 1 - tails])
-        # No row that differs among these does not prove that none would among others.
+        # Even if no row differs here, rows elsewhere might.
         unseen = float(norm.isf(tails)) * math.sqrt(SURPRISES) / len(before)
         yield Proof(
             check=step.check,
             action=step.action,
-            rows=int((~kept).sum() if step.action == "drop" else (labels != train.labels).sum()),
+            rows=int((~stays).sum() if step.action == "drop" else (labels != train.labels).sum()),
             before=float(before.mean()),
             difference=float(moved.mean()),
             low=float(moved.mean() - math.hypot(moved.mean() - low, unseen)),
@@ -333,6 +336,6 @@ def _fitted(
 
 
 def _right(items: Items, held_out: Items, strength: float) -> np.ndarray:
-    """Whether each eval row is answered right: float64 [rows]."""
-    [(_, found)] = fits(items, strengths=(strength,))
-    return (found(held_out.features).argmax(axis=1) == held_out.labels).astype(np.float64)
+    """Return for each eval row 1.0 if it is answered correctly, else 0.0."""
+    [(_, classifier)] = fits(items, strengths=(strength,))
+    return (classifier(held_out.features).argmax(axis=1) == held_out.labels).astype(np.float64)

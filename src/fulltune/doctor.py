@@ -1,4 +1,4 @@
-"""What went wrong in a training, by its log; its curves are judged by the functions of the guards and the report."""
+"""Diagnose a training from its log, with the same functions as the guards and the report."""
 
 from __future__ import annotations
 
@@ -38,32 +38,33 @@ _GREATER_IS_BETTER = (
     *("accuracy", "f1", "mcc", "matthews", "precision", "recall", "auc", "rouge", "bleu", "meteor", "exact_match"),
     *("pearson", "spearman"),
 )
-"""Parts of the names of metrics that are better when larger; without one of these the eval loss judges."""
-Finding = tuple[str, str, str]
-"""What went wrong, or that nothing did; the evidence; what to do."""
+"""Parts of names of metrics that are better when larger. Without such a metric the eval loss is judged."""
+Diagnosis = tuple[str, str, str]
+"""A diagnosis: name, evidence and advice."""
 
 
 @dataclass(frozen=True)
 class Log:
-    """What was written down while training."""
+    """The measurements of a training."""
 
     where: Path
     curves: Curves
     steps: int
     grad_norm: tuple[Point, ...] = ()
     rate: float = 0.0
-    """At its highest; 0: not known."""
+    """Highest learning rate; 0 if unknown."""
     plan: Plan | None = None
-    """Of a run of fulltune; None: another Trainer's."""
+    """Plan of a run of fulltune; None for another Trainer."""
     outcome: Outcome | None = None
     skipped: tuple[int, ...] = ()
 
 
 def read_log(place: Path) -> Log:
-    """The log at a place.
+    """Read the log at a place.
 
     Raises:
-        SetupError: There is none, or it is of a form that is not known.
+        SetupError: There is no log, or its format is unknown.
+
     """
     if not place.exists():
         raise SetupError(f"{place}: no such file or folder; expected a run folder, {STATE}, or TensorBoard's folder")
@@ -81,8 +82,8 @@ def read_log(place: Path) -> Log:
     if events := sorted(place.rglob("events.out.tfevents.*")):
         return _of_events(place, events)
     raise SetupError(
-        f"{place}: no log that is known; expected a run folder of fulltune, transformers' {STATE} (in a checkpoint's "
-        "folder, or one with checkpoints), or a folder with TensorBoard's events"
+        f"{place}: no known log; expected a run folder of fulltune, transformers' {STATE} (in a checkpoint or a folder "
+        "of checkpoints), or a folder with TensorBoard events"
     )
 
 
@@ -91,7 +92,7 @@ def _of_run(folder: Path) -> Log:
     plan, history = view.plan, view.history
     if plan is None or not (history.train or history.evaluation):
         raise SetupError(
-            f"{folder}: this run has no logged step yet; train it, or see with 'fulltune report {folder}' why it ended"
+            f"{folder}: this run has no logged step yet; train it, or see why it ended with 'fulltune report {folder}'"
         )
     curves, norms = curves_of(view, plan), history.train.get("grad_norm", ())
     steps = max((step for step, _ in curves.train_loss), default=0)
@@ -106,16 +107,16 @@ def _of_state(path: Path) -> Log:
             for name, value in line.items():
                 if name != "step":
                     series[name][int(line["step"])] = _number(value)
-        kept = state.get("best_global_step")
+        best_step = state.get("best_global_step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise SetupError(
             f"{path}: is not the state of a Trainer: expected JSON with 'log_history', a list of lines with a 'step'"
         ) from None
-    return _log(path, series, kept if isinstance(kept, int) else None)
+    return _log(path, series, best_step if isinstance(best_step, int) else None)
 
 
 def _number(value: Any) -> float:
-    """A logged value; what is no number, such as null, is what became of one that was not finite."""
+    """Return a logged value, or NaN for non-numbers such as null, which stand for non-finite values."""
     try:
         return float(value) if abs(float(value)) < 1e100 else math.nan
     except (TypeError, ValueError):
@@ -127,10 +128,10 @@ def _of_events(folder: Path, files: list[Path]) -> Log:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
         raise SetupError(
-            f"{folder}: TensorBoard's events are read by its own package; pip install 'fulltune[tensorboard]'"
+            f"{folder}: reading TensorBoard events needs its package: pip install 'fulltune[tensorboard]'"
         ) from None
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    # Each start writes into a folder of its own: the steps of one are not another's.
+    # Each start writes into its own folder; only the newest is read, because steps repeat between starts.
     newest = max(files, key=lambda file: file.stat().st_mtime).parent
     for file in (file for file in files if file.parent == newest):
         read = EventAccumulator(str(file), size_guidance={"scalars": 0})
@@ -141,24 +142,24 @@ def _of_events(folder: Path, files: list[Path]) -> Log:
     return _log(newest, series)
 
 
-def _log(where: Path, series: Mapping[str, Mapping[int, float]], kept: int | None = None) -> Log:
-    """Series by transformers' names as a log."""
+def _log(where: Path, series: Mapping[str, Mapping[int, float]], best_step: int | None = None) -> Log:
+    """Build a log from series named as in transformers."""
     points = {name: tuple(sorted(values.items())) for name, values in series.items()}
     if "loss" not in points:
         names = ", ".join(sorted(points)[:6]) or "nothing"
-        raise SetupError(f"{where}: no train loss is in it, a series 'loss'; found {names}")
-    known = [name for name in points if name.startswith("eval_") and any(part in name for part in _GREATER_IS_BETTER)]
-    name, steps = next(iter(known), "eval_loss"), max(step for values in points.values() for step, _ in values)
+        raise SetupError(f"{where}: expected a train loss, the series 'loss'; found {names}")
+    judged = [name for name in points if name.startswith("eval_") and any(part in name for part in _GREATER_IS_BETTER)]
+    name, steps = next(iter(judged), "eval_loss"), max(step for values in points.values() for step, _ in values)
     epochs = [value for _, value in points.get("epoch", ()) if math.isfinite(value)]
     curves = Curves(
         train_loss=points["loss"],
         eval_loss=after_start(points.get("eval_loss", ())),
         metric=after_start(points.get(name, ())),
         metric_name=name.removeprefix("eval_"),
-        greater_is_better=name in known,
+        greater_is_better=name in judged,
         eval_rows=0,
         epochs_per_step=epochs[-1] / steps if epochs and steps else 0.0,
-        kept_step=kept,
+        kept_step=best_step,
         before=before_start(points.get(name, ())),
     )
     rates = [value for _, value in points.get("learning_rate", ()) if math.isfinite(value)]
@@ -166,44 +167,46 @@ def _log(where: Path, series: Mapping[str, Mapping[int, float]], kept: int | Non
 
 
 def in_words(log: Log) -> str:
-    """What was read."""
+    """Describe what was read."""
     curves = log.curves
     evaluations = len(curves.metric or curves.eval_loss)
     by = f", judged by {curves.metric_name} and loss" if curves.metric and curves.metric_name != "loss" else ""
     return f"{log.where}: {counted(log.steps, 'step')}, {counted(evaluations, 'evaluation')}{by}"
 
 
-def diagnose(log: Log) -> tuple[Finding, ...]:
-    """What the log tells, the gravest first; one finding that all is well where nothing is found."""
-    # What a guard has said of a run of fulltune goes first: it saw more than the curves. A loss that ran away is all.
-    told = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
-    found = (*_ended(log), *([] if told else [*_height(log)] or [*_shape(log)]), *_steps(log))
+def diagnose(log: Log) -> tuple[Diagnosis, ...]:
+    """Return the diagnoses, the most serious first, or a single one that nothing is wrong."""
+    # A guard's judgement goes first, because it saw more than the curves. A diverged loss explains the rest.
+    diverged_by_guard = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
+    diagnoses = (*_ended(log), *([] if diverged_by_guard else [*_height(log)] or [*_shape(log)]), *_steps(log))
     readings, evaluations = len(log.curves.train_loss), len(log.curves.eval_loss)
-    unseen = "" if evaluations >= LEAST_EVALUATIONS else "; with so few evaluations over-fitting cannot be seen"
-    sound = ("sound", f"the curves show nothing that went wrong{unseen}", "")
+    unseen = "" if evaluations >= LEAST_EVALUATIONS else "; so few evaluations cannot show over-fitting"
+    sound = ("sound", f"the curves show no problem{unseen}", "")
     if readings < LEAST_FOR_SHAPE:
         sound = ("too little to tell", f"{counted(readings, 'reading')} of the train loss", "")
-    return found or (sound,)
+    return diagnoses or (sound,)
 
 
-def _ended(log: Log) -> Iterator[Finding]:
-    """How a run of fulltune ended, where it did not end well."""
+def _ended(log: Log) -> Iterator[Diagnosis]:
+    """Yield how a run of fulltune ended, unless it ended well."""
     if log.plan is None:
         return
     if log.outcome is None:
-        said = f"{log.steps:,} of {log.plan.total_steps:,} steps, and no outcome: it is still running, or was killed"
-        yield "unfinished", said, "if it was killed, the same command continues it"
+        evidence = (
+            f"{log.steps:,} of {log.plan.total_steps:,} steps, and no outcome: it is still running, or was killed"
+        )
+        yield "unfinished", evidence, "if it was killed, run the same command to resume"
     elif (name := words.status(log.outcome.status)) != "done":
         lower = f"a lower rate: {_rate(log, rate_factor(log.plan.rollbacks) / 10)}"
-        advice = {"diverged": lower, "interrupted": "the same command continues it"}.get(name, "")
+        advice = {"diverged": lower, "interrupted": "run the same command to resume"}.get(name, "")
         yield name, without_cause(log.outcome.reason), advice
 
 
-def _height(log: Log) -> Iterator[Finding]:
-    """A loss that is not finite, or that left the place where it began."""
+def _height(log: Log) -> Iterator[Diagnosis]:
+    """Diagnose a non-finite loss, or one that rose far above its start."""
     lower = f"a lower rate: {_rate(log, 1 / 10)}"
     last = log.grad_norm[-LEAST_FOR_SHAPE:]
-    # Norms that are not finite now and then are fp16's scaler at work, which leaves such updates out.
+    # Occasional non-finite norms are normal with fp16: its loss scaler skips such updates.
     norms = log.grad_norm if sum(not math.isfinite(value) for _, value in last) * 2 > len(last) else ()
     series = {"train loss": log.curves.train_loss, "gradient norm": norms, "eval loss": log.curves.eval_loss}
     for name, points in series.items():
@@ -218,34 +221,34 @@ def _height(log: Log) -> Iterator[Finding]:
             return
 
 
-def _shape(log: Log) -> Iterator[Finding]:
-    """A model that got worse, a loss that stayed where it began, over- and under-fitting."""
-    found, losses = fit(log.curves), log.curves.losses
-    evidence = f"{found.evidence}. {found.details}".rstrip(". ")
-    if found.kind == "got worse":
-        yield found.kind, evidence, f"{found.helps}: {_rate(log, 1 / 10 if found.turn == 0 else 1 / 3)}"
+def _shape(log: Log) -> Iterator[Diagnosis]:
+    """Diagnose a model that got worse, a loss that never fell, over- and underfitting."""
+    judged, losses = fit(log.curves), log.curves.losses
+    evidence = f"{judged.evidence}. {judged.details}".rstrip(". ")
+    if judged.kind == "got worse":
+        yield judged.kind, evidence, f"{judged.helps}: {_rate(log, 1 / 10 if judged.turn == 0 else 1 / 3)}"
     elif stayed_flat(losses):
-        stayed = f"the train loss stayed at about {format_number(statistics.median(losses))} from beginning to end"
-        yield "plateau", stayed, f"a higher rate: {_rate(log, 3)}; are the labels those of these rows?"
-    elif found.kind not in ("sound", "not known"):
-        calibrate = "'fulltune run' calibrates the probabilities; where it is open, more eval rows tell of the answers"
-        yield found.kind, evidence, found.helps or calibrate
+        stayed = f"the train loss stayed at about {format_number(statistics.median(losses))} from start to end"
+        yield "plateau", stayed, f"a higher rate: {_rate(log, 3)}; do the labels belong to these rows?"
+    elif judged.kind not in ("sound", "not known"):
+        calibrate = "'fulltune run' calibrates the probabilities; if in doubt, more eval rows show how good answers are"
+        yield judged.kind, evidence, judged.helps or calibrate
 
 
-def _steps(log: Log) -> Iterator[Finding]:
-    """Steps that were skipped or taken back, and updates that rounding lost."""
+def _steps(log: Log) -> Iterator[Diagnosis]:
+    """Diagnose skipped steps, rollbacks, and updates lost to rounding."""
     rollbacks = log.plan.rollbacks if log.plan else ()
     if log.skipped or rollbacks:
         evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"
-        yield "bad steps", evidence, "the journal in the report names the rows: look at them"
+        yield "bad steps", evidence, "look at the rows that the journal in the report lists"
     moved = log.outcome.parameter_changes if log.outcome else None
     if moved is not None and moved.share < EATEN:
-        evidence = f"only {format_share(moved.share)} of the values that received a gradient moved"
+        evidence = f"only {format_share(moved.share)} of the values that received a gradient changed"
         advice = "fp32 weights, --set model.weights_dtype=fp32, or --set train.bf16_rounding=stochastic"
         yield "eaten updates", evidence, advice
 
 
 def _rate(log: Log, factor: float) -> str:
-    """The setting of another rate, or that rate alone."""
+    """Return the setting of another rate, or only the rate for another Trainer."""
     rate = f"{float(f'{factor * log.rate:.2g}'):g}" if log.rate else f"{factor:.2g} times the rate"
     return f"--set method.learning_rate={rate}" if log.plan else rate

@@ -1,6 +1,7 @@
-"""What can go wrong, each with the exit code that tells a script which kind it was.
+"""Errors by kind, each with its exit code for scripts.
 
-Imports nothing of ours, no torch, no transformers.
+Imports nothing of fulltune, no torch, no transformers.
+
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from collections.abc import Sequence
 
 
 class FulltuneError(Exception):
-    """A problem that the user can understand and act on; shown without a traceback.
+    """A problem that the user can understand and act on, shown without a traceback.
 
     Args:
-        problems: One message, or all that were found at once. Each says where, what happened, what was expected and
-            what to do.
+        problems: One message or several. Each says where, what happened, what was expected and what to do.
+
     """
 
     exit_code = 1
@@ -24,7 +25,7 @@ class FulltuneError(Exception):
 
 
 class RecipeError(FulltuneError):
-    """The recipe or an override is wrong: unknown key, wrong type, impossible pair."""
+    """The recipe or an override is wrong: unknown key, wrong type, impossible combination."""
 
     exit_code = 2
 
@@ -42,27 +43,29 @@ class DoesNotFitError(FulltuneError):
 
 
 class DataError(FulltuneError):
-    """The data were refused: missing, empty, broken or impossible to learn from."""
+    """The data was refused: missing, empty, broken or impossible to learn from."""
 
     exit_code = 4
 
 
 class GuardStop(FulltuneError):
-    """A guard stopped the run: a loss that is not finite, weights that never moved, a process that died."""
+    """A guard stopped the run: non-finite loss, weights that never changed, a process that died."""
 
     exit_code = 5
 
 
 class Diverged(GuardStop):
-    """The loss or a gradient is not finite, or the loss is back where it began, or far above it: often by the rate."""
+    """The loss or a gradient became non-finite, or the loss returned to its start or above, often because of the
+    rate."""
 
 
 class Spiked(Diverged):
-    """The training went wrong at some step; a checkpoint from before it may still be good.
+    """The training went wrong at some step; an earlier checkpoint may still be good.
 
     Args:
-        problems: As of each of these errors.
-        since: The optimizer step from which on the weights are not trusted.
+        problems: One message or several.
+        since: First optimizer step whose weights are not trusted.
+
     """
 
     def __init__(self, problems: str | list[str], since: int) -> None:
@@ -71,6 +74,6 @@ class Spiked(Diverged):
 
 
 class InterruptedRun(FulltuneError):
-    """The user or the system interrupted the run; the same command continues it."""
+    """The user or the system interrupted the run; the same command resumes it."""
 
     exit_code = 75

@@ -1,7 +1,7 @@
-"""Files that are written whole: a reader sees the old one or the new one, never half of it; folders with checksums; and
-files of JSON lines.
+"""Write files atomically (a reader sees the old or the new file), seal folders with checksums, read JSON lines.
 
-Imports nothing of ours.
+Imports nothing of fulltune.
+
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "checksums.json"
-"""The last file of a folder that is whole."""
+"""The last file of a complete folder."""
 
 
 @contextmanager
 def replacing(path: Path, private: bool = False) -> Iterator[Path]:
-    """A name to write to, `<path>.part`, that takes the place of `path` when the block ends well and is removed else.
+    """Yield `<path>.part` to write to. It replaces `path` if the block succeeds, and is removed otherwise.
 
     Args:
-        path: The file; folders above it are made.
-        private: Its owner alone may read it: it holds or quotes rows.
+        path: The file; its folders are created.
+        private: Only the owner may read it, because it holds or quotes rows.
+
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
@@ -38,13 +39,13 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
 
 
 def make_private(path: Path) -> None:
-    """Make an empty file that its owner alone may read, also once something is written into it."""
+    """Create an empty file that only its owner may read, even after it is filled."""
     path.unlink(missing_ok=True)
     path.touch(0o600)
 
 
 def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file whole; it is on the disk, not only in the system's memory, before it takes its name."""
+    """Write a file atomically, flushed to the disk before it gets its name."""
     with replacing(path, private) as part, part.open("wb") as file:
         file.write(content)
         file.flush()
@@ -52,17 +53,17 @@ def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
 
 
 def write_text(path: Path, text: str, private: bool = False) -> None:
-    """Write a text file (UTF-8) whole."""
+    """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode(), private)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def seal(folder: Path) -> None:
-    """Write the SHA-256 of each file, after all files are on the disk."""
+    """Write the SHA-256 of each file after flushing all files to the disk."""
     sums = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != SEAL:
@@ -73,7 +74,7 @@ def seal(folder: Path) -> None:
 
 
 def flaw(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, or None when it is whole."""
+    """Return what is wrong with a sealed folder, or None."""
     try:
         sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -91,10 +92,10 @@ def flaw(folder: Path) -> str | None:
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Add an entry to a file of JSON lines, in one write: processes that append at the same time do not mix."""
+    """Append an entry to a file of JSON lines in one write, so that concurrent processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
-        # Where the disk was full the last line may have no end.
+        # After a full disk the last line may have no end.
         if size := file.seek(0, os.SEEK_END):
             file.seek(size - 1)
         whole = not size or file.read(1) == b"\n"
@@ -102,13 +103,13 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def entry_of(line: str | bytes) -> dict[str, Any] | None:
-    """The entry of a JSON line; None: it was cut off, or is none."""
+    """Return the entry of a JSON line, or None if it is cut off or no object."""
     with suppress(ValueError, RecursionError):
-        return found if isinstance(found := json.loads(line), dict) else None
+        return entry if isinstance(entry := json.loads(line), dict) else None
     return None
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file of JSON lines, without one that was cut off, or is none."""
+    """Return the entries of a file of JSON lines, skipping broken lines."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
     return [entry for line in lines if (entry := entry_of(line)) is not None]

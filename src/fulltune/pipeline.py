@@ -1,4 +1,4 @@
-"""The line of a run: data, plan, train, evaluate, report. A stage writes files, and is skipped when they are there."""
+"""The pipeline of a run: data, plan, train, evaluate, report. A stage writes files and is skipped if they exist."""
 
 from __future__ import annotations
 
@@ -39,72 +39,70 @@ if TYPE_CHECKING:
     from fulltune.footprint.trace import PlannedModel
 
 Until = Literal["data", "plan", "train", "evaluate", "report"]
-"""The last stage to do."""
+"""The last stage to run."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe in its folder, with the user's own functions and who listens to progress."""
+    """A recipe with its run folder, the user's functions and a listener for progress."""
 
     recipe: Recipe
     folder: Path
     hooks: Hooks = field(default_factory=Hooks)
     listener: Listener = lambda event: None
     began: float | None = None
-    """When the command or call that does the whole line began: seconds since 1970; None: single stages are called."""
+    """Start of the command or call that runs all stages, in seconds since 1970; None for single stages."""
 
     group: MachineGroup | None = None
-    """As the first of several machines: all of them; None: there is only one."""
+    """All machines, on the first of several; None with one machine."""
 
     @property
     def plan_path(self) -> Path:
-        """Where the plan of the recipe's method lies."""
         return self.folder / "plan" / f"{self.recipe.method.label}.json"
 
     @cached_property
     def base(self) -> Base:
-        """The pretrained model: found, its config and its processor read, once for all stages."""
+        """The pretrained model's config and processor, read once for all stages."""
         return Base.of(self.recipe.model, self.recipe.task, self.recipe.data.chat_template)
 
     def model(self, summary: DataSummary) -> PlannedModel:
-        """The model as it is trained on these rows."""
+        """Return the model as it is trained on these rows."""
         from fulltune.footprint.trace import PlannedModel  # imports torch
 
         return PlannedModel(self.recipe, self.base, summary)
 
     def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
-        """The memory of a plan that is changed after it was made; the model is looked at when that is asked."""
+        """Return a function that computes the memory of a changed plan; the model is traced on the first call."""
         model = cache(lambda: self.model(summary))
         return lambda changed: plan.need_of(changed, self.recipe, model())
 
     @property
     def machine(self) -> Machine:
-        """What training can count on: this machine, or the least of several."""
+        """The machine that training can count on: this one, or the weakest of several."""
         return hardware.here() if self.group is None else self.group.weakest
 
     def phase(self, name: str) -> None:
-        """Tell the listener what begins."""
+        """Announce a phase to the listener."""
         self.listener(PhaseBegan(name=name))
 
     @property
     def start(self) -> Starter:
-        """How training processes are started."""
+        """Starts training processes."""
         return in_new_process if self.group is None else self.group.start
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
-    """Prepare, plan, train, evaluate and report; the same call continues an interrupted run."""
+    """Prepare, plan, train, evaluate and report. The same call resumes an interrupted run."""
     if until not in ("data", "plan") and job.recipe.methods:
         raise RecipeError(
-            "methods: names what to compare, and a run trains one method; use 'fulltune compare', or give one "
-            "'method' in place of 'methods'"
+            "methods: a run trains one method; use 'fulltune compare', or give one 'method' instead of 'methods'"
         )
     job = job if job.began else replace(job, began=time.time())
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         with run_folder.not_left_when_refused(job.folder):
             if job.group is not None:
                 job.group.begin(job.phase)
-        # The ways out of what does not fit are looked up in the folder.
+        # A plan that does not fit stays in the folder, from which its ways out are shown.
         with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
             summary = prepare(job, runs_here=until != "data")
             if until == "data":
@@ -118,9 +116,9 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
         try:
             outcome = train_trial(job, trial, summary)
         except (GuardStop, DoesNotFitError) as stop:
-            # The report says what was seen until then, and why there are no scores.
+            # The report shows the curves so far, and why there are no scores.
             raise type(stop)([*stop.problems, f"report: {write_report(job)}"]) from None
-        trial = Plan.load(job.plan_path)  # changed when memory ran out
+        trial = Plan.load(job.plan_path)  # changed if memory ran out
         if until == "train":
             return Reached(job.folder, summary, trial, outcome)
         scores = (*score_baselines(job, trial, summary), score_trial(job, trial, summary, outcome))
@@ -130,8 +128,8 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
-    """The data stage: read, check, split and tokenise; what only the training needs, also the model's weights, may be
-    missing elsewhere."""
+    """Run the data stage: read, check, split and tokenise. With `runs_here` false, requirements of training alone, such
+    as the model's weights, may be missing."""
     job.phase("reading the data")
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None
@@ -162,14 +160,14 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
 
 
 def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
-    """Refuse what the libraries, the model or the method forbid, before any row is read."""
+    """Refuse what the libraries, the model or the method forbid, before reading any row."""
     check_extra(recipe, runs_here=runs_here)
     check_model(recipe, base)
     methods.check(recipe, base.config)
 
 
 def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit:
-    """What is wrong with single rows; with `reads_rows` the untouched model also judges labels and finds outliers."""
+    """Audit single rows; with `reads_rows` the untouched model also judges labels and finds outliers."""
     if reads_rows and stage.by_model(summary):
         check_weights(job.base)
     job.phase("auditing the rows")
@@ -177,25 +175,25 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
 
 
 def list_losses(job: Run, summary: DataSummary) -> Audit:
-    """The loss of each train and eval row by the run's trained model; the highest ones are added to what was found."""
+    """Compute the trained model's loss on each train and eval row, and add the highest to the audit."""
     trial = run_folder.trained_plan(job.recipe, job.folder, hardware.here())
     if summary.packed:
         raise SetupError(
-            "--losses: texts share rows here, so that none has a loss of its own; train with data.packing=false"
+            "--losses: packed texts share rows, so no text has its own loss; train with data.packing=false"
         )
     job.phase("reading train and eval rows with the trained model")
-    found = evaluate.losses(_scoring(job, trial, summary))
-    return stage.list_losses(job.recipe, job.folder / "data", summary, found)
+    losses = evaluate.losses(_scoring(job, trial, summary))
+    return stage.list_losses(job.recipe, job.folder / "data", summary, losses)
 
 
 def reader_of(job: Run, summary: DataSummary) -> Reader:
-    """What reads the run's rows with the untouched model."""
+    """Return the reader that embeds the run's rows with the untouched model."""
     return Reader(job.recipe, job.base, summary, job.folder / "data", job.listener)
 
 
 def forget_old_speeds(folder: Path, path: Path) -> None:
-    """Remove a plan that nothing has begun with and whose speeds are those of a busy machine, or of another day: it is
-    made again. What `--measure` chose stays."""
+    """Remove an unused plan with speeds from a busy machine or from more than a day ago, so that it is made again.
+    Plans by `--measure` stay."""
     if not path.exists() or any((folder / name).exists() for name in ("attempts", "search", "plan/measured.json")):
         return
     if Plan.load(path).busy or time.time() - path.stat().st_mtime > 24 * 3600:
@@ -203,7 +201,8 @@ def forget_old_speeds(folder: Path, path: Path) -> None:
 
 
 def make_plan(job: Run, summary: DataSummary) -> Plan:
-    """The plan stage: settle every number, with its reason; a resumed run keeps them, but for where things lie."""
+    """Run the plan stage: choose every setting with its reason. A resumed run keeps its settings except for the
+    placement."""
     job.phase("planning")
     machine = job.machine
     before = run_folder.plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
@@ -228,7 +227,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
 
 
 def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
-    """Replace what was chosen by what is fastest here, measured; the rows of the table lie beside the plan."""
+    """Replace settings by the fastest ones measured here, and save the plan."""
     if job.recipe.train.num_machines > 1:
         raise RecipeError("--measure: tries settings on one machine; set train.num_machines=1, and fewer processes")
     available, _ = plan.available(job.recipe, hardware.here(), trial.device)
@@ -240,10 +239,10 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
 
 
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
-    """The train stage: attempts under guard, until one succeeds or nothing is left to try."""
+    """Run the train stage: attempts under guard until one succeeds or nothing is left to try."""
     if job.recipe.is_searched:
         raise RecipeError(
-            "method.learning_rate: search takes several runs, and this is one; call fulltune.run, or name the rate"
+            "method.learning_rate: search needs several runs, and this is one; call fulltune.run, or give the rate"
         )
     return train(_planned(job, trial, summary), job.start)
 
@@ -253,7 +252,7 @@ def _planned(job: Run, trial: Plan, summary: DataSummary) -> PlannedTrial:
 
 
 def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:
-    """What costs no training, on the same test rows: what the training has to beat."""
+    """Score the baselines that need no training on the test rows."""
     if not job.recipe.evaluate.baselines:
         return []
     job.phase("scoring the baselines")
@@ -261,18 +260,18 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
 
 
 def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:
-    """The trained model on the test rows."""
+    """Score the trained model on the test rows."""
     job.phase("scoring the trained model")
     return evaluate.score(_scoring(job, trial, summary, job.hooks.metrics), outcome)
 
 
 def _scoring(job: Run, trial: Plan, summary: DataSummary, metrics: UserMetrics | None = None) -> Scoring:
-    found = evaluate.scoring_of(job.recipe, trial, summary, job.folder, job.base)
-    return replace(found, user_metrics=metrics, listener=job.listener)
+    scoring = evaluate.scoring_of(job.recipe, trial, summary, job.folder, job.base)
+    return replace(scoring, user_metrics=metrics, listener=job.listener)
 
 
 def write_report(job: Run) -> Path:
-    """The report stage: from files alone."""
+    """Run the report stage, which reads only files."""
     job.phase("writing the report")
     if job.began is not None:
         run_folder.note_command(job.folder, job.began)

@@ -1,7 +1,7 @@
-"""Sizes, times, counts, shares and lists in words, some of them back from words, and names that are near others.
+"""Format sizes, times, counts, shares and lists as text, parse some of them, and suggest near names.
 
-The one place for it: every message, table, page and picture writes its numbers with these. Imports nothing of ours.
-How a file is written whole is in `files.py`.
+Every message, table, page and picture formats its numbers here. Imports nothing else of fulltune.
+
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_bytes(text: str) -> int:
-    """The bytes of `6GiB` (binary), `24 GB` (decimal), `1.5 TiB` or `512MiB`.
+    """Parse `6GiB` (binary), `24 GB` (decimal), `1.5 TiB` or `512MiB` into bytes.
 
     Raises:
-        ValueError: Naming what was expected.
+        ValueError: With the expected format.
+
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip())
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip())
+    if match is None:
         raise ValueError(f"expected a size such as 6GiB, 512MiB or 24GB, found '{text}'")
-    amount = float(found[1])
+    amount = float(match[1])
     if not amount:
         raise ValueError(f"expected more than nothing, such as 6GiB, found '{text}'")
-    return int(amount * (1024 if found[3] else 1000) ** _POWERS[found[2]])
+    return int(amount * (1024 if match[3] else 1000) ** _POWERS[match[2]])
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Bytes in binary units, with three digits: `950 bytes`, `87.1 MiB`, `1.5 GiB`."""
+    """Format bytes in binary units with three digits: `950 bytes`, `87.1 MiB`, `1.5 GiB`."""
     if num_bytes < 1024:
         return counted(round(num_bytes), "byte")
     unit, bytes_in_unit = next(
@@ -45,25 +46,27 @@ _TIME = re.compile(
 
 
 def parse_seconds(text: str) -> float:
-    """The seconds of `30m`, `2h`, `90s`, `1h30m`, `2d` or what `format_seconds` writes.
+    """Parse `30m`, `2h`, `90s`, `1h30m`, `2d` or the output of `format_seconds` into seconds.
 
     Raises:
-        ValueError: Naming what was expected.
+        ValueError: With the expected format.
+
     """
-    found = _TIME.fullmatch(text.strip())
-    if found is None or not any(found.groups()):
+    match = _TIME.fullmatch(text.strip())
+    if match is None or not any(match.groups()):
         raise ValueError(f"expected a time such as 30m, 2h or 90s, found '{text}'")
-    seconds = sum(float(part or 0) * size for part, size in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
+    seconds = sum(float(part or 0) * size for part, size in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
     if not seconds:
         raise ValueError(f"expected more than nothing, such as 30m, found '{text}'")
     return seconds
 
 
 def parse_share(value: str | float) -> float:
-    """The share that `1%`, `0.5 %` or a number such as 0.01 names.
+    """Parse `1%`, `0.5 %` or a number such as 0.01 into a share.
 
     Raises:
-        ValueError: When it is no share, 0 or less, or 1 and more.
+        ValueError: The value is no share above 0 and below 1.
+
     """
     text = str(value).strip()
     try:
@@ -78,7 +81,7 @@ def parse_share(value: str | float) -> float:
 
 
 def format_seconds(seconds: float) -> str:
-    """`<0.01 s`, `0.42 s`, `12 s`, `1 min 23 s`, `2 h 5 min`, `2 h`, `3 d 4 h`."""
+    """Format seconds: `<0.01 s`, `0.42 s`, `12 s`, `1 min 23 s`, `2 h 5 min`, `2 h`, `3 d 4 h`."""
     if not math.isfinite(seconds):
         return "not finite"
     if 0 < seconds < 0.01:
@@ -98,35 +101,29 @@ def _in_two(amount: int, size: int, large: str, small: str) -> str:
 
 
 def typed_seconds(seconds: float) -> str:
-    """A time as one types it after an option: `1h30m`, `6m`, `90s`."""
+    """Format a time as one types it after an option: `1h30m`, `6m`, `90s`."""
     return format_seconds(round(seconds)).replace("min", "m").replace(" ", "")
 
 
 def format_number(value: float) -> str:
-    """Three significant digits; thousands are grouped: `0.0123`, `1,234`, `2e-05`."""
+    """Format with three significant digits and grouped thousands: `0.0123`, `1,234`, `2e-05`."""
     if not math.isfinite(value):
         return "not finite"
     return f"{value:,.0f}" if 999.5 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """A count with its noun: `1 row`, `1,200 rows`.
-
-    Args:
-        count: How many.
-        noun: For one.
-        plural: For several, where it is not the noun with an s.
-    """
+    """Format a count with its noun: `1 row`, `1,200 rows`. `plural` is for nouns that do not just take an s."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def format_percent(share: float) -> str:
-    """One decimal: `92.1%`."""
+    """Format a share as a percentage with one decimal: `92.1%`."""
     return f"{100 * share:.1f}%" if math.isfinite(share) else "not finite"
 
 
 def format_share(share: float) -> str:
-    """Like `format_percent`, but only all is `100.0%` and only nothing is `0.0%`."""
+    """Format like `percent`, but only exactly all is `100.0%` and exactly nothing `0.0%`."""
     if 0 < share < 0.0005:
         return "<0.1%"
     return ">99.9%" if 0.9995 <= share < 1 else format_percent(share)
@@ -136,22 +133,22 @@ _SHARES = {"accuracy", "token_accuracy", "exact_match", "f1", "precision", "reca
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is a share of rows, words or tokens: shown in percent, its differences in points."""
+    """Return whether a metric is a share of rows, words or tokens: shown in percent, its differences in points."""
     return metric in _SHARES or metric.startswith("f1_")
 
 
 def format_metric(name: str, value: float) -> str:
-    """A metric's value: a percentage for accuracy and the like, else three significant digits."""
+    """Format a metric's value: shares as percentages, others with three significant digits."""
     return format_percent(value) if is_share(name) else format_number(value)
 
 
 def listed(items: Sequence[str], last: str = "and") -> str:
-    """For a sentence: `a`, `a and b`, `a, b and c`."""
+    """Join items for a sentence: `a`, `a and b`, `a, b and c`."""
     return f" {last} ".join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else "".join(items)
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, runs of them in short: `0 to 7, 12`."""
+    """Format ascending numbers with runs shortened: `0 to 7, 12`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -162,24 +159,17 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def first_few(items: Sequence[str], most: int = 3) -> str:
-    """The first ones and how many more there are: `a, b, c and 4 more`."""
+    """List the first items and the number of others: `a, b, c and 4 more`."""
     more = len(items) - most
     return ", ".join(items[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def near_names(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Known names that a misspelt one may have meant, the nearest first.
-
-    Args:
-        name: The misspelt one.
-        known: Those that it may have meant.
-        most: So many at most.
-        cutoff: How alike they must be, 0 to 1.
-    """
-    return difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+def near_names(name: str, names: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
+    """Return the names most similar to a misspelt one, nearest first; `cutoff` is the least similarity, 0 to 1."""
+    return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'model'?` for `modle`; empty where no known name is near."""
-    near = near_names(name, known, most=1)
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return `did you mean 'model'?` for `modle`, or an empty string if no name is near."""
+    near = near_names(name, names, most=1)
     return f"did you mean '{near[0]}'?" if near else ""

@@ -15,7 +15,7 @@ import torch
 
 from fulltune import selfcheck
 from fulltune.cli import app as cli
-from fulltune.selfcheck import NotHere, Outcome, without_names
+from fulltune.selfcheck import CheckOutcome, NotHere, without_names
 from tests.contract.command import fulltune
 
 CPU = "cpu"
@@ -65,12 +65,12 @@ def test_command_on_the_cpu_passes_and_writes_the_page(tmp_path: Path, monkeypat
 def test_broken_check_is_on_the_page_and_exits_2(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = Path.home() / "models" / "weights.bin"
 
-    def function(device: str) -> Outcome:
+    def function(device: str) -> CheckOutcome:
         if broken == "error":
             raise OSError(f"cannot open '{secret}' on {socket.gethostname()}")
         return (False, "off by 1")
 
-    def absent(device: str) -> Outcome:
+    def absent(device: str) -> CheckOutcome:
         raise NotHere("there is none")
 
     only(monkeypatch, ("precision", "a broken one", function), ("speed", "an absent one", absent))
@@ -130,7 +130,7 @@ def less_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_check_notices_its_fault(
     fault: Callable[[pytest.MonkeyPatch], None],
-    check: Callable[[], Outcome],
+    check: Callable[[], CheckOutcome],
     words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -110,7 +110,7 @@ def test_proof_by_too_few_eval_rows_is_refused_before_the_audit(tiny_encoder: Pa
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data)
     result = fulltune("data", str(recipe), "--run-folder", str(tmp_path / "run"), "--prove")
     assert result.code == 2
-    assert "--prove: 30 eval rows tell nothing, expected 50" in " ".join(result.err.split())
+    assert "--prove: 30 eval rows are too few, expected at least 50" in " ".join(result.err.split())
     assert "data.eval_fraction" in result.err
     assert (tmp_path / "run" / "data" / "summary.json").exists()
     assert not (tmp_path / "run" / "data" / "audit.json").exists()

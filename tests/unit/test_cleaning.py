@@ -156,7 +156,7 @@ def test_too_few_eval_rows_are_refused() -> None:
     summary = DataSummary.model_construct(
         problem_type="single_label", splits={"eval": SplitSummary.model_construct(rows=43)}
     )
-    with pytest.raises(RecipeError, match="--prove: 43 eval rows tell nothing, expected 50"):
+    with pytest.raises(RecipeError, match="--prove: 43 eval rows are too few, expected at least 50"):
         refuse_proofs(recipe, summary, True, False)
 
 

@@ -200,7 +200,7 @@ class SeedRuns:
         result = look(compared, drawn, terms, self.expectation.most_seeds, test_rows, again=again)
         self.looks.append(result)
         context.say(f"after {counted(result.num_seeds, 'seed')}: {result.reason}")
-        return result.asked
+        return result.wanted_seeds
 
     def _again(self, looks: Sequence[Look]) -> bool:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])

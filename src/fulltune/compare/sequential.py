@@ -59,7 +59,7 @@ def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> t
         of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more
     unspent = alpha - sum(of_seeds.values())
     unspent = unspent if unspent > 1e-9 * alpha else 0.0  # the parts of all looks sum to alpha, except for rounding
-    if looks and not looks[-1].asked:
+    if looks and not looks[-1].wanted_seeds:
         level = looks[-1].spent
         again = len(looks) > 1 and looks[-2].num_seeds == looks[-1].num_seeds
         if again or not time_was_up:
@@ -127,7 +127,7 @@ def look(
         max_seeds=max_seeds,
         spent=level,
         reason=reason,
-        asked=wanted,
+        wanted_seeds=wanted,
         waiting=tuple(
             method.name for method, count in zip(methods, counts, strict=True) if wanted.get(method.name, count) < now
         ),

@@ -1,4 +1,4 @@
-"""A recipe as a job for ssh, Slurm, Kubernetes or SkyPilot: a launcher's template, filled in for the user to edit."""
+"""Jobs for ssh, Slurm, Kubernetes or SkyPilot: a launcher's template, filled in from a recipe for the user to edit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SKY_NAMES = {
     "V100-PCIe-32GB": "V100-32GB",
     "RTX 6000 Ada": "RTX6000-Ada",
 }
-"""What SkyPilot calls otherwise; all others without blanks."""
+"""SkyPilot's names for GPUs, where they are not just ours without blanks."""
 
 
 LAUNCHERS = {
@@ -43,21 +43,21 @@ LAUNCHERS = {
     "kubernetes": ("trainjob.yaml", ("kubectl", "apply", "--filename")),
     "skypilot": ("sky.yaml", ("sky", "jobs", "launch", "--yes", "--detach-run")),
 }
-"""A template, whose name ends the file's, and the command that submits the file."""
+"""Template (its name ends the job file's name) and submit command of each launcher."""
 _GET_THE_FOLDER = ("kubernetes", "skypilot")
-"""Their machines have the recipe's folder, and nothing else that is here."""
+"""Launchers whose machines receive only the recipe's folder."""
 
 
 @dataclass(frozen=True)
 class LaunchedJob:
-    """A recipe with what its command needs."""
+    """A recipe with everything its command needs."""
 
     file: Path
-    """The recipe, with its whole path."""
+    """Absolute path of the recipe."""
     recipe: Recipe
     overrides: tuple[str, ...]
     hardware: Fleet | None
-    """What `--for` names."""
+    """Hardware from `--for`, if given."""
 
     @property
     def num_machines(self) -> int:
@@ -65,47 +65,48 @@ class LaunchedJob:
 
     @property
     def processes(self) -> int:
-        """Of each machine."""
+        """Processes per machine."""
         return self.recipe.train.processes_per_machine
 
     @property
     def gpus(self) -> int:
-        """Of each machine: one for each process, none on a CPU."""
+        """GPUs per machine: one per process, none on a CPU."""
         on_cpu = self.recipe.train.device == "cpu" or (self.hardware is not None and self.hardware.gpu_model is None)
         return 0 if on_cpu else self.processes
 
     @property
     def words(self) -> list[str]:
-        """The command in the recipe's folder, without what differs by machine."""
+        """The command inside the recipe's folder, without options that differ by machine."""
         verb = "compare" if self.recipe.methods else "run"
         return ["fulltune", verb, f"./{self.file.name}", *(word for one in self.overrides for word in ("--set", one))]
 
     @property
     def name(self) -> str:
-        """Of the job, of characters that all launchers take."""
+        """Name of the job, in characters that all launchers accept."""
         plain = re.sub(r"[^a-z0-9]+", "-", (self.recipe.name or self.file.stem).lower()).strip("-")[:40].strip("-")
         return plain if plain[:1].isalpha() else f"fulltune-{plain}".strip("-")
 
 
 def job_of(file: Path, overrides: Sequence[str], hardware: str | None) -> LaunchedJob:
-    """Read the recipe and what `--for` says.
+    """Load the recipe and parse `--for`.
 
     Raises:
         RecipeError: With all problems at once.
+
     """
     problems, fleet = list[str](), None
     try:
         fleet = parse(hardware) if hardware is not None else None
     except RecipeError as error:
         problems += error.problems
-    for one in overrides if fleet else ():
-        if (name := one.partition("=")[0].strip()) in ("train.num_machines", "train.num_processes"):
-            problems.append(f"--for: says how many machines and processes; remove --set {name}, or --for")
+    for override in overrides if fleet else ():
+        if (name := override.partition("=")[0].strip()) in ("train.num_machines", "train.num_processes"):
+            problems.append(f"--for: sets the number of machines and processes; remove --set {name}, or --for")
     if file.is_dir():
         problems.append(f"{file}: is a folder, expected a recipe (YAML)")
     for word in dict.fromkeys((str(file), *overrides)):
         if (shown := word.encode("utf-8", "backslashreplace").decode()) != word:
-            problems.append(f"launch: {shown} is not UTF-8, which jobs are; rename what is called so")
+            problems.append(f"launch: {shown} is not UTF-8, as job files must be; rename it")
     if problems:
         raise RecipeError(problems)
     sizes = (f"train.num_machines={fleet.num_machines}", f"train.num_processes={fleet.num_devices}") if fleet else ()
@@ -115,7 +116,7 @@ def job_of(file: Path, overrides: Sequence[str], hardware: str | None) -> Launch
 
 
 def text_of(job: LaunchedJob, launcher: str) -> str:
-    """The launcher's template, filled in."""
+    """Return the launcher's template, filled in."""
     jinja = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         undefined=StrictUndefined,
@@ -141,38 +142,39 @@ def text_of(job: LaunchedJob, launcher: str) -> str:
 
 
 def _yaml(value: str) -> str:
-    """A text in quotes, in one line."""
+    """Return quoted YAML on one line."""
     return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")
 
 
 def _yaml_block(value: str) -> str:
-    """Lines as a block where YAML can have them so, else in quotes."""
+    """Return text as a YAML block if YAML allows it, else quoted."""
     plain = value.replace("\n", "").isprintable()
     return yaml.safe_dump(value, default_style="|", width=sys.maxsize).rstrip("\n") if plain else _yaml(value)
 
 
 def _kubernetes(word: str) -> str:
-    """Kubernetes itself would replace $(NAME) in a container's words; $$ stands for a $."""
+    """Escape $(NAME), which Kubernetes would replace in a container's arguments."""
     return re.sub(r"\$(?=[$(])", "$$", word)
 
 
 def path_of(job: LaunchedJob, launcher: str, output: Path | None) -> Path:
-    """Where the file goes: beside the recipe, into a folder, or where it is named."""
+    """Return the path of the job file: beside the recipe, in a folder, or as named."""
     if output is not None and output.suffix and not output.is_dir():
         return output
     return (output or job.file.parent) / f"{job.file.stem}.{LAUNCHERS[launcher][0]}"
 
 
 def write(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]:
-    """Write the file whole, a script so that it can be run; return the command that submits it.
+    """Write the job file, executable if it is a script, and return the command that submits it.
 
     Raises:
-        SetupError: When a file of the user's is there: it is kept, the recipe and what it names in any case.
+        SetupError: The file exists, or is the recipe or one of its inputs.
+
     """
     if os.path.realpath(path) in {os.path.realpath(one) for one in (str(job.file), *named_paths(job.recipe))}:
-        raise SetupError(f"--output: {path} is a file that the job needs; name another one")
+        raise SetupError(f"--output: {path} is a file that the job needs; name another file")
     if path.exists() and not force:
-        raise SetupError(f"{path}: exists already; give --force to replace it, or another name with --output")
+        raise SetupError(f"{path}: already exists; give --force to replace it, or another name with --output")
     text = text_of(job, launcher)
     with writing(path):
         write_text(path, text)
@@ -182,8 +184,8 @@ def write(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]
 
 
 def absent(job: LaunchedJob, launcher: str) -> Iterator[str]:
-    """That machines which get only the recipe's folder lack what the recipe names outside of it."""
+    """Warn that machines which receive only the recipe's folder lack files that the recipe names elsewhere."""
     folder = Path(os.path.realpath(job.file.parent))
     outside = [path for path in named_paths(job.recipe) if not Path(path).is_relative_to(folder)]
     if outside and launcher in _GET_THE_FOLDER:
-        yield f"not in {folder}, so see that the machines have it, too: {listed(outside)}"
+        yield f"outside {folder}, so make sure that the machines have: {listed(outside)}"

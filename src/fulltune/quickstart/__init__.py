@@ -1,7 +1,8 @@
-"""Example data from the docstrings of installed Python packages: nothing is downloaded, no package is imported.
+"""Example data from the docstrings of installed Python packages. Nothing is downloaded and no package is imported.
 
-The same versions (`constraints-quickstart.txt`, and those of Python) always give the same bytes. All rows of a source
-file are in the same split.
+The same versions of packages (`constraints-quickstart.txt`) and Python give the same bytes. All rows of a source file
+are in the same split.
+
 """
 
 import ast
@@ -26,14 +27,14 @@ from fulltune.files import write_text
 _HERE = Path(__file__)
 
 TOPIC_SOURCES, CHAT_SOURCES = tomllib.loads(_HERE.with_name("sources.toml").read_text(encoding="utf-8")).values()
-"""By topic what is read."""
+"""Sources by topic."""
 _SKIPPED = "tests test testing _internal externals _vendor vendor benchmarks _lib _test utils"
 _TOPIC_WORDS, _ANSWER_WORDS = (8, 32), (4, 40)
 """Fewest and most words of a text."""
 _ROWS_PER_FILE = 60
-"""A single huge file must not make up most of a topic."""
+"""Most rows of one file, so that a huge file does not dominate a topic."""
 _TOPIC_ROWS, _CHAT_ROWS = (360, 150), (1200, 150)
-"""Most rows of train and test, of each topic and in all."""
+"""Most rows of train and test: for each topic, and in total for the chat."""
 _TEST_SHARE = 0.25
 
 _ROLE = re.compile(r":[a-zA-Z][\w:+-]*:`([^`]*)`")
@@ -43,14 +44,14 @@ _NOT_PROSE = re.compile(
     r"^\s*(>>>|\.\.|[-=~*^]{3}|@\w|:param|:return|[*-] |Args:|Arguments:|Parameters\b:?|Returns:|Examples?:?$|Usage)",
     re.MULTILINE,
 )
-"""Starts of sections, lists, code and directives, in the NumPy, Google and Sphinx styles."""
+"""Starts of sections, lists, code and directives in the NumPy, Google and Sphinx styles."""
 _NAME = re.compile(r"^[_\d]|.[A-Z_\d]")
-"""An identifier, an acronym or a number."""
+"""Matches an identifier, an acronym or a number."""
 
 
 @dataclass(frozen=True)
 class _Doc:
-    """A public docstring: the file it is in (dotted) and the object's name inside it."""
+    """A public docstring, with the dotted names of its file and of the object inside it."""
 
     topic: str
     module: str
@@ -63,7 +64,7 @@ _Row = tuple[_Doc, str]
 
 
 def write_example(output: Path, chat: bool) -> Path:
-    """Write data and recipe of the classifier, or of the chat model; return the recipe."""
+    """Write data and recipe of the classifier or the chat model, and return the recipe's path."""
     if chat:
         write_docstring_chat(output / "chat-data")
     else:
@@ -74,10 +75,11 @@ def write_example(output: Path, chat: bool) -> Path:
 
 
 def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
-    """Write `train.csv` and `test.csv`: the leading sentences of a docstring, and the topic of its source file.
+    """Write `train.csv` and `test.csv`: first sentences of a docstring, and the topic of its file.
 
     Raises:
         DataError: The installed packages have too few docstrings.
+
     """
     rows = _without_near_copies(_docs(TOPIC_SOURCES), _topic_text)
     splits = [_split([row for row in rows if row[0].topic == topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
@@ -92,10 +94,12 @@ def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
 
 
 def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `test.jsonl`: what a function does is asked, and said in its docstring's first sentence.
+    """Write `train.jsonl` and `test.jsonl`: questions on what a function does, answered by its docstring's first
+    sentence.
 
     Raises:
         DataError: The installed packages have too few docstrings.
+
     """
     splits = _split(_without_near_copies(_docs(CHAT_SOURCES), _answer), *_CHAT_ROWS)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +116,7 @@ def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
 
 
 def _docs(sources: dict[str, str]) -> Iterator[_Doc]:
-    """Every public docstring of the sources, in their order and that of sorted paths."""
+    """Yield every public docstring of the sources, in the order of the sources and of sorted paths."""
     for topic, entries in sources.items():
         for file, module in (found for entry in entries.split() for found in _source_files(entry)):
             try:
@@ -125,7 +129,7 @@ def _docs(sources: dict[str, str]) -> Iterator[_Doc]:
 
 
 def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
-    """The Python files of an entry with their dotted names, sorted, without those of tests."""
+    """Yield the Python files of an entry with their dotted names, sorted, without tests."""
     name, _, below = entry.partition("/")
     root = _package_root(name)
     if root is None or not root.exists():
@@ -138,7 +142,7 @@ def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
 
 
 def _package_root(name: str) -> Path | None:
-    """The folder or the file of a top-level module; None: it is not installed."""
+    """Return the folder or file of a top-level module, or None if it is not installed."""
     if name in sys.stdlib_module_names:
         # Some standard modules are frozen, and their import spec then names no file.
         folder = Path(sysconfig.get_path("stdlib")) / name
@@ -154,7 +158,7 @@ _Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tuple[str, _Documented]]:
-    """Public functions, classes and methods with their dotted names; what functions define inside is private."""
+    """Yield public functions, classes and methods with their dotted names; nested functions are private."""
     for node in body:
         if isinstance(node, _Documented):
             if not node.name.startswith("_"):
@@ -169,7 +173,7 @@ def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tupl
 
 
 def _paragraphs(docstring: str) -> Iterator[list[str]]:
-    """The paragraphs before a docstring's first section, without markup, each as its sentences."""
+    """Yield the paragraphs before a docstring's first section as plain sentences."""
     for block in re.split(r"\n\s*\n", docstring.strip()):
         if _NOT_PROSE.search(block):
             return
@@ -180,12 +184,12 @@ def _paragraphs(docstring: str) -> Iterator[list[str]]:
 
 
 def _is_prose(text: str, words: tuple[int, int]) -> bool:
-    """Tell prose of a fitting length from signatures, formulas, unfilled templates and tables."""
+    """Return whether text is prose of a suitable length, not a signature, formula, template or table."""
     return words[0] <= len(text.split()) <= words[1] and text.isascii() and not re.search(r"[{}|\\]|::|->|\$", text)
 
 
 def _topic_text(doc: _Doc) -> str:
-    """The leading sentences of a docstring that fit; empty: too short to tell anything."""
+    """Return the first sentences of a docstring that fit, or an empty string if they are too short."""
     text = ""
     for sentence in (sentence for paragraph in _paragraphs(doc.docstring) for sentence in paragraph):
         longer = f"{text} {sentence}".strip()
@@ -196,7 +200,7 @@ def _topic_text(doc: _Doc) -> str:
 
 
 def _answer(doc: _Doc) -> str:
-    """The first sentence of a public function's docstring; empty: it is not a clean one."""
+    """Return the first sentence of a public function's docstring, or an empty string if it is not clean."""
     if not doc.is_function or not _public_name(doc):
         return ""
     sentences = next(_paragraphs(doc.docstring), [])
@@ -208,10 +212,11 @@ def _answer(doc: _Doc) -> str:
 
 
 def _public_name(doc: _Doc) -> str:
-    """The name under which a function is imported; empty: it is not exported.
+    """Return the name under which a function is imported, or an empty string if it is not exported.
 
-    Many packages keep `package.area.function` in `package/area/_file.py`, NumPy keeps much in `numpy/lib`: public is
-    what the `__init__.py` of the package that it is imported from names.
+    Many packages define `package.area.function` in `package/area/_file.py`, and NumPy defines much in `numpy/lib`. The
+    names in the package's `__init__.py` are public.
+
     """
     parts = doc.module.split(".")
     shown = next((parts[:place] for place, part in enumerate(parts) if part.startswith("_")), parts)
@@ -232,33 +237,33 @@ def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
 
 
 def _without_near_copies(docs: Iterable[_Doc], text_of: Callable[[_Doc], str]) -> list[_Row]:
-    """The first of texts that differ only in names, or in one word of six or more."""
-    seen: set[tuple[str, ...]] = set()
-    kept: list[_Row] = []
+    """Keep the first of texts that differ only in names, or in one word of six or more."""
+    known_masks: set[tuple[str, ...]] = set()
+    rows: list[_Row] = []
     for doc, text in ((doc, text) for doc in docs if (text := text_of(doc))):
         words = _masked_words(text)
         # Texts that differ in one word share the tuple that has a gap in place of that word.
         gapped = [(*words[:i], "", *words[i + 1 :]) for i in range(len(words))] if len(words) >= 6 else []
-        if seen.isdisjoint(forms := {words, *gapped}):
-            kept.append((doc, text))
+        if known_masks.isdisjoint(forms := {words, *gapped}):
+            rows.append((doc, text))
         # A dropped text is remembered too: a chain of small changes is one family.
-        seen |= forms
-    return kept
+        known_masks |= forms
+    return rows
 
 
 def _masked_words(text: str) -> tuple[str, ...]:
-    """Lower-case words, with a sign in place of each run of identifiers, acronyms and numbers."""
+    """Return lower-case words, with a mark for each run of identifiers, acronyms and numbers."""
     words = ("#" if _NAME.search(word) else word.lower() for word in re.findall(r"\w+", text))
     return tuple(word for sign, run in groupby(words) for word in ("#" if sign == "#" else list(run)))
 
 
 def _digest(text: str) -> str:
-    """Order and splits come from this digest: stable over runs, and unrelated to what the text says."""
+    """Return the digest that decides order and split: stable over runs, and independent of the content's meaning."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _split(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row], list[_Row]]:
-    """Whole source files to test, in digest order, until it has its share; everything else to train."""
+    """Assign whole source files to test in digest order until it has its share, and the rest to train."""
     by_module: dict[str, list[_Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _digest(row[1])):
         if len(by_module[row[0].module]) < _ROWS_PER_FILE:
@@ -277,5 +282,5 @@ def _split(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row
 
 
 def _in_order(rows: Iterable[_Row]) -> list[_Row]:
-    """Rows in digest order, which mixes modules and topics."""
+    """Return rows in digest order, which mixes modules and topics."""
     return sorted(rows, key=lambda row: _digest(row[0].name + row[1]))

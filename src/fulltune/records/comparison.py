@@ -1,7 +1,8 @@
-"""What a comparison of methods and a search for a rate write to disk: trials, rates, differences, the verdict.
+"""Records of a comparison of methods and of a learning rate search: trials, rates, differences, verdict.
 
-Differences are *oriented*: full fine-tuning minus the other method in units of the metric, with the sign turned where
-smaller is better, so that a positive number means that full fine-tuning is better.
+Differences are *oriented*: full fine-tuning minus the other method in units of the metric, with the sign turned if
+smaller is better. Positive means that full fine-tuning is better.
+
 """
 
 from __future__ import annotations
@@ -19,75 +20,75 @@ from fulltune.records.scores import Estimate, Scores
 
 
 class Trial(Record):
-    """One method with a learning rate and a seed."""
+    """One training with a method, a learning rate and a seed."""
 
     name: str
-    """For example `lora-seed2`, in the rate search `lora-rate0.002-6.0pct`."""
+    """For example `lora-seed2`, or in a rate search `lora-rate0.002-6.0pct`."""
     method: str
     learning_rate: float
     seed: int
     share: float = 1.0
     """Share of a whole run's steps."""
     searches: bool = False
-    """Of the rate search: scored once, at its end, and its model is not kept."""
+    """True in a rate search: scored once at the end, and its model is not kept."""
 
 
 class TrialResult(Record):
-    """A finished trial, without its model; what has a default is not known of one that diverged."""
+    """The result of a finished trial. A diverged one keeps the defaults."""
 
     trial: Trial
     metric: float
-    """On the eval rows, of the weights that were kept; NaN where it diverged."""
+    """Eval metric of the best checkpoint; NaN if the trial diverged."""
     train_seconds: float
-    """From the first import of its process to the saved model, without the checks before step 1; see `run_seconds`."""
+    """From the first import of the process to the saved model, without the checks before step 1."""
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
     memory_growth_bytes: int = 0
     num_trainable: int = 0
     tokens: int = 0
-    """Of the texts, seen in training; without padding and virtual tokens."""
+    """Tokens of the texts seen in training, without padding and virtual tokens."""
     train_flops: float = 0.0
-    """Floating-point operations of all steps, forward and backward, traced; 0: not known."""
+    """Traced floating-point operations of all steps, forward and backward; 0 if unknown."""
     saved_bytes: int = 0
-    """Of what was saved of the model: for PEFT methods the adapter alone. Without tokenizer and notes."""
+    """Size of the saved weights, for PEFT methods of the adapter alone."""
     seconds_per_row: float | None = None
-    """To answer a test row, in batches; None: not asked."""
+    """Time to predict one test row, in batches; None if not measured."""
     problems: tuple[str, ...] = ()
-    """Why it diverged."""
+    """Reasons of a divergence."""
 
 
 class Search(Record):
-    """How a method's learning rate was found: rates with their metrics on the eval rows, NaN where a trial diverged."""
+    """A method's learning rate search: rates with their eval metrics, NaN for diverged trials."""
 
     method: str
     tried: dict[float, float] = Field(default_factory=dict)
-    """Short trials; empty: there was no search."""
+    """Metric of each short trial by rate; empty without a search."""
     share: float = 0.0
-    """Of a whole run's steps, that a short trial had."""
+    """Share of a whole run's steps in a short trial."""
     chosen: float
-    """NaN: not chosen yet."""
+    """The rate to use; NaN until it is chosen."""
     reason: str = ""
     whole: dict[float, float] = Field(default_factory=dict)
-    """Whole runs with different rates, of which the best was chosen; empty: there were none."""
+    """Metric of each whole run by rate; empty if there was only one."""
     usual: float | None = None
-    """Kept where the eval rows do not tell: the method's default, of given rates the nearest to it; None: there was one
-    rate."""
+    """Rate to keep if the eval rows are inconclusive: the default, or the nearest in the recipe's grid. None with a
+    single rate."""
     on_edge: bool = False
-    """The best rate is the lowest or the highest of those tried, and clearly ahead: a better one may lie beyond."""
+    """True if the best rate is the lowest or highest tried and clearly ahead: a better one may lie beyond."""
     time_was_up: bool = False
-    """There was no time to search, so that it is the usual rate, or to search further; with more time it is done."""
+    """True if the budget ended the search; more time continues it."""
 
 
 class Searched(Record):
-    """A search for a run's learning rate that ended."""
+    """The finished learning rate search of a run."""
 
     trial: str
-    """The run whose weights are kept, as it is called in `attempts` and `scores`."""
+    """Name of the chosen run in `attempts` and `scores`."""
     rate: Search
     metric_name: str
     eval_rows: int
     seconds: float
-    """Of the whole search, the kept run included."""
+    """Time of the whole search, including the chosen run."""
     run_seconds: float
 
 
@@ -95,30 +96,30 @@ class Searched(Record):
 
 
 class Expectation(Record):
-    """What a design costs and what it can decide; said before it starts."""
+    """The design of a comparison with its forecast cost and detectable differences."""
 
     methods: tuple[str, ...]
     num_seeds: int
-    """Of full and the best of the others, at most; with a budget those that fit into it."""
+    """Most seeds of full and the best other method, within the budget."""
     most_seeds: int
-    """The same without a budget."""
+    """Most seeds without a budget."""
     num_search_trials: int = 0
     seconds: float = 0.0
-    """Where only full and the leader get all seeds; with what was spent before."""
+    """Forecast if only full and the leader get all seeds, including time already spent."""
     detectable: tuple[float, float] | None = None
-    """Smallest difference of the metric that such a comparison usually finds where seeds differ by half a point, and by
-    two; None: not known before seeds have been run, because there are two or the metric is no share."""
+    """Smallest differences usually detected if seeds differ by half a point and by two points. None if unknown: fewer
+    than three seeds, or a metric that is no share."""
     notes: tuple[str, ...] = ()
     search_share: float = 0.06
-    """Of a run's steps in a search; 0: no search, each method is trained at its usual rate."""
+    """Share of a run's steps in a short trial; 0 for no search, with each method at its default rate."""
     budget_seconds: float | None = None
-    """That it was made for; None: no limit."""
+    """Budget of the design; None for no limit."""
     sequential: bool = True
-    """No more seeds than a clear answer needs."""
+    """True if seeds end as soon as the answer is clear."""
 
 
 class Finding(Record):
-    """Something that makes a comparison unfair, or that its reader must know."""
+    """A rule of the lint that the comparison breaks."""
 
     rule: str
     level: Literal["unfair", "worth knowing"]
@@ -129,21 +130,21 @@ class Finding(Record):
 
 
 class Look(Record):
-    """What was decided after so many seeds, from the eval rows."""
+    """A decision on the eval rows about how to continue after some seeds."""
 
     num_seeds: int
     max_seeds: int
     spent: float
-    """Part of alpha that this look may spend: at it the sealed rows are tested, when it is the one that ends it."""
+    """Part of alpha that the verdict may spend if this look ends the seeds."""
     reason: str
-    asked: dict[str, int] = Field(default_factory=dict)
-    """How many seeds which methods are to have before the next look; empty: it is enough."""
+    wanted_seeds: dict[str, int] = Field(default_factory=dict)
+    """Wanted seeds of each method before the next look; empty ends the seeds."""
     waiting: tuple[str, ...] = ()
-    """Methods that have fewer seeds, because the verdict does not hinge on them for now."""
+    """Methods with fewer seeds, because the verdict does not depend on them for now."""
 
 
 class Opening(Record):
-    """Somebody looked at the sealed test rows."""
+    """A record of somebody looking at the sealed test rows."""
 
     time: str
     """ISO 8601 with time zone."""
@@ -151,64 +152,63 @@ class Opening(Record):
     """User and host."""
     command: str
     trials: tuple[str, ...]
-    """Whose scores were made."""
+    """Names of the scored trials."""
     alpha: float
-    """Chance of a wrong answer that the verdict made then may have."""
+    """Permitted chance of a wrong answer in the verdict made then."""
     left: float
-    """Of that chance, for everything after this verdict."""
+    """Permitted chance of a wrong answer left for later verdicts."""
 
 
 # ---- the verdict -----------------------------------------------------------------------------------------------
 
 
 class Difference(Record):
-    """Full fine-tuning minus one method; positive: full is better."""
+    """Full fine-tuning minus one method; positive means that full is better."""
 
     method: str
     kind: MethodKind
     decides: bool
-    """False for methods that are shown for orientation (`base`, `head`)."""
+    """False for methods shown for orientation (`base`, `head`)."""
     cheaper: bool
     num_seeds: int
-    """Of the method."""
     estimate: float
     low: float
     high: float
-    """Interval at `Decision.confidence`, of this difference alone."""
+    """Interval of this difference alone, at `Decision.confidence`."""
     adjusted_low: float
     adjusted_high: float
-    """Interval that together with those of the other methods holds with the confidence asked (Holm, spent alpha)."""
+    """Interval that holds jointly with those of the other methods (Holm, spent alpha)."""
     adjusted_p: float
     adjusted_equivalence_p: float
-    """Of the larger of the two one-sided tests against plus and minus the margin."""
+    """The larger p-value of the two one-sided tests against plus and minus the margin."""
     equivalent: bool
-    """Inside plus or minus the margin."""
+    """True if the difference lies within the margin."""
     not_worse: bool
-    """The method loses less than the margin; it may be better."""
+    """True if the method loses less than the margin; it may be better."""
     full_better: bool
     other_better: bool
-    """Each by at least the margin, and certain."""
+    """Both are true only for a difference of at least the margin that is statistically certain."""
     seeds_known: bool
-    """False: one seed everywhere, so that the spread between seeds is not known and nothing can be decided."""
+    """False if every method has one seed: the spread between seeds is unknown and nothing can be decided."""
     detectable: float
-    """Smallest true difference that this comparison would have called with a chance of 80 %, never below the margin."""
+    """Smallest true difference that this comparison detects with a chance of 80 %, at least the margin."""
     rows_needed: int | None = None
-    """Test rows that would decide, were the difference what it seems; None: rows alone would not."""
+    """Test rows that would decide if the true difference equals the estimate; None if rows alone would not."""
     seeds_needed: int | None = None
-    """Seeds of both methods that would decide; None: seeds alone would not."""
+    """Seeds of both methods that would decide; None if seeds alone would not."""
 
     @property
     def is_open(self) -> bool:
-        """It decides, and nothing is decided about it."""
+        """True for a deciding difference about which nothing is decided."""
         return self.decides and not (self.full_better or self.other_better or self.equivalent)
 
 
 VerdictKind = Literal["FULL", "PEFT", "VARIANT", "EQUIVALENT", "UNDECIDED"]
-"""`VARIANT`: full fine-tuning with other settings is better than that with the recipe's own."""
+"""`VARIANT`: full fine-tuning with other settings beats the recipe's own."""
 
 
 class Decision(Record):
-    """The verdict on one set of rows, and everything it was made from."""
+    """The verdict on one set of rows, with everything it rests on."""
 
     verdict: VerdictKind
     recommended: str
@@ -218,21 +218,21 @@ class Decision(Record):
     margin: float
     confidence: float
     alpha: float
-    """Chance of a wrong FULL, PEFT or VARIANT: 1 - confidence, or the part of it that this look may spend."""
+    """Permitted chance of a wrong FULL, PEFT or VARIANT: 1 - confidence, or the part that this look may spend."""
     num_rows: int
     num_clusters: int
     num_draws: int
     scores: dict[str, Estimate]
-    """Of each method, with an interval of the mean over seeds and rows."""
+    """Mean over the seeds of each method, with an interval over seeds and rows."""
     values: dict[str, tuple[float, ...]]
-    """Of each method, one for each seed."""
+    """Metric of each seed, by method."""
     seed_sds: dict[str, float]
-    """Between a method's seeds, without what comes from the rows being few; not known from one seed."""
+    """Standard deviation between a method's seeds beyond the noise of the rows; missing with one seed."""
     differences: tuple[Difference, ...]
     headline: str
     """The verdict in one sentence without numbers."""
     because: tuple[str, ...]
-    """One sentence for each method that decided."""
+    """One sentence for each deciding method."""
     would_decide: tuple[str, ...] = ()
     """What would settle an UNDECIDED: more rows, more seeds, or neither."""
     notes: tuple[str, ...] = ()
@@ -251,35 +251,35 @@ class MethodRow(Record):
     method: str
     kind: MethodKind
     settings: dict[str, Any] = Field(default_factory=dict)
-    """The method's own, such as `target_modules` and `rank`."""
+    """Settings of the method's own, such as `target_modules` and `rank`."""
     search: Search | None = None
-    """How its rate was found; None: nothing is trained."""
+    """Rate search; None for untrained methods."""
     seeds: tuple[int, ...] = ()
     waited: bool = False
-    """It has fewer seeds than others because the verdict did not hinge on it."""
+    """True for fewer seeds than others, because the verdict did not depend on this method."""
     weights_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """In which the trained weights are kept."""
+    """Type of the stored trained weights."""
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     num_parameters: int = 0
-    """Of the pretrained model with the task's head."""
+    """Parameters of the pretrained model with the task's head."""
     num_trainable: int = 0
     metric: Estimate = UNKNOWN
-    """On the test rows, mean over the seeds; the interval covers rows and seeds."""
+    """Mean over the seeds on the test rows; the interval covers rows and seeds."""
     gain_share: float | None = None
-    """Of what full fine-tuning gains over the untouched model; None: not known, or it gains nothing."""
+    """Share of full fine-tuning's gain over the untouched model; None if unknown or without a gain."""
     train_seconds: float = 0.0
     train_tokens: int = 0
-    """That one whole run sees."""
+    """Tokens seen by one whole run."""
     tokens_per_second: float = 0.0
     train_flops: float = 0.0
-    """Of one whole run."""
+    """Floating-point operations of one whole run."""
     peak_memory_bytes: int = 0
     memory_growth_bytes: int = 0
     saved_bytes: int = 0
     drift: Estimate | None = None
-    """How far generic text, mean over texts and seeds."""
+    """Drift on generic text, mean over texts and seeds."""
     seconds_per_row: float | None = None
-    """To answer a test row, in batches."""
+    """Time to predict one test row, in batches."""
 
     @property
     def learning_rate(self) -> float | None:
@@ -287,14 +287,14 @@ class MethodRow(Record):
 
 
 class Comparison(Record):
-    """All of a comparison: its report is made from this alone."""
+    """A finished comparison. Its report is made from this record."""
 
     name: str
     model: str
     task: str
     train_rows: int
     mixed_rows: int = 0
-    """What each epoch has besides."""
+    """Rows mixed into each epoch beside the train rows."""
     eval_rows: int
     test_rows: int
     decision: Decision
@@ -305,15 +305,14 @@ class Comparison(Record):
     findings: tuple[Finding, ...]
     openings: tuple[Opening, ...]
     drift_unit: str
-    """`nats per token` or `1 - cosine`."""
     generic_text: str
-    """Where the generic texts come from."""
+    """Source of the generic texts."""
     num_trials: int
     seconds: float
-    """Of everything, over all commands that worked on it."""
+    """Time of all commands on this comparison."""
     cores: int
     time_was_up: bool = False
-    """Because of its budget there are fewer seeds or methods than the recipe allows."""
+    """True if the budget left fewer seeds or methods than the recipe allows."""
     device: str
     data_fingerprint: str
     command: str
@@ -322,13 +321,13 @@ class Comparison(Record):
 
     @property
     def can_resume(self) -> bool:
-        """More time would add something, and a part of the chance of a wrong answer was kept for the next verdict."""
-        kept = bool(self.openings and self.openings[-1].left)
-        return self.time_was_up and self.decision.verdict == "UNDECIDED" and kept
+        """True if more time could add something and some alpha is left for another verdict."""
+        has_alpha = bool(self.openings and self.openings[-1].left)
+        return self.time_was_up and self.decision.verdict == "UNDECIDED" and has_alpha
 
     @property
     def verdicts_on_test_rows(self) -> int:
-        """How often the test rows were used for one; the same trials again show nothing new."""
+        """Number of verdicts on the test rows; repeating the same trials does not count."""
         return len({(one.trials, one.alpha) for one in self.openings})
 
 
@@ -336,29 +335,29 @@ class Comparison(Record):
 
 
 class MethodOverTasks(Record):
-    """One method for all tasks: a whole model for each, or one base with what the method trained for each."""
+    """One method over all tasks: a whole model for each, or one base with small parts."""
 
     method: str
     kind: MethodKind
     stored_bytes: int
-    """Weights of all tasks together, on disk and, with all of them loaded, in memory; with parts the base once."""
+    """Weights of all tasks, on disk and in memory; methods with parts count the base once."""
     bytes_per_task: int
-    """That one more task adds, on average."""
+    """Average size of one more task."""
     train_seconds: float
-    """One run for each task."""
+    """Time of one run for each task."""
     scores: dict[str, Estimate]
-    """On each task's test rows."""
+    """Score on each task's test rows."""
     behind: Estimate | None = None
-    """Full fine-tuning minus this method, mean over the tasks, with an interval that holds for all methods together;
-    None: of full itself, or metrics that are no shares."""
+    """Full minus this method, mean over the tasks, with an interval that holds for all methods. None for full itself,
+    or if a metric is no share."""
 
 
 class ManyTasks(Record):
-    """What one full model for each task costs against parts side by side on one base."""
+    """Storage and scores of full models for several tasks against small parts on one base."""
 
     model: str
     base_bytes: int
     tasks: dict[str, Decision]
-    """By the name of its recipe, which is that of its comparison's folder, too."""
+    """Verdicts by recipe name, which is also the name of the comparison's folder."""
     methods: tuple[MethodOverTasks, ...]
-    """Full first; only methods that all tasks compared."""
+    """Methods that all tasks compared, full first."""

@@ -1,7 +1,8 @@
-"""`fulltune selfcheck`: what the hardware decides, run on the user's own machine and put on one page.
+"""`fulltune selfcheck`: run hardware-dependent decisions on the user's own machine and show the results on one page.
 
-The page can be given to others: it has devices, versions and findings, and no names or paths. The models are tiny and
-have random weights: nothing is read from a network.
+The page is safe to share: it holds devices, versions and results, but no names or paths. The models are tiny with
+random weights, and nothing is downloaded.
+
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ from fulltune.system.run_folder import PACKAGES, hide_progress_bars
 from fulltune.text import counted, format_bytes
 from fulltune.train.parent import ranks, spawn
 
-Outcome = tuple[bool, str]
-"""Whether a check passed, and what came out."""
+CheckOutcome = tuple[bool, str]
+"""Whether a check passed, and its result in words."""
 
 
 class NotHere(Exception):
-    """This check cannot run here; the message says why."""
+    """Raised by a check that cannot run here, with the reason."""
 
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCT_BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
-"""Largest relative error of a product: several times that of rounding once; TensorFloat-32 (5e-4) is no fp32."""
+"""Largest relative error of a product, several times one rounding; TensorFloat-32 (5e-4) does not pass as fp32."""
 BACKENDS = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -62,37 +63,37 @@ ATTENTION_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
 # ---- number formats --------------------------------------------------------------------------------------------
 
 
-def product(device: str, precision: str) -> Outcome:
-    """Error of a product against float64, relative to the size of the product."""
+def product(device: str, precision: str) -> CheckOutcome:
+    """Check the relative error of a product against float64."""
     draw = torch.Generator().manual_seed(0)
-    one, other = (torch.randn(256, 256, generator=draw) for _ in range(2))
-    here = [matrix.to(device, TYPES[precision]) for matrix in (one, other)]
-    error, bound = relative_error(here[0] @ here[1], one.double() @ other.double()), PRODUCT_BOUNDS[precision]
+    first, second = (torch.randn(256, 256, generator=draw) for _ in range(2))
+    here = [matrix.to(device, TYPES[precision]) for matrix in (first, second)]
+    error, bound = relative_error(here[0] @ here[1], first.double() @ second.double()), PRODUCT_BOUNDS[precision]
     return (error <= bound, f"relative error {error:.1e}, bound {bound:.0e}")
 
 
-def speed(device: str) -> Outcome:
-    """The measurement that `precision: auto` decides by on a CPU."""
+def speed(device: str) -> CheckOutcome:
+    """Measure the speed ratio by which `precision: auto` decides on a CPU."""
     ratio = hardware.bf16_speedup(device)
-    chosen = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
-    auto = f": precision auto is {chosen}" if device == "cpu" else ""
+    precision = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
+    auto = f": precision auto is {precision}" if device == "cpu" else ""
     return (True, f"bf16 about {ratio:.1f} times as fast as fp32{auto}")
 
 
 # ---- attention kernels -----------------------------------------------------------------------------------------
 
 
-def sdpa(device: str, backend: str | None) -> Outcome:
-    """Torch's attention with one backend, or with the one that torch chooses."""
-    chosen = contextlib.nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend])
+def sdpa(device: str, backend: str | None) -> CheckOutcome:
+    """Check torch's attention with one backend, or with the one that torch chooses."""
+    kernel = contextlib.nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend])
     # On a GPU these two are written for 16-bit types only; on a CPU flash takes fp32 as well.
     half = device == "cuda" and backend in ("flash", "cudnn")
-    with chosen:
+    with kernel:
         return compare(device, "sdpa", "bf16" if half else "fp32")
 
 
-def flash_attention_2(device: str) -> Outcome:
-    """The package flash-attn, as `model.attn_implementation: flash_attention_2` uses it."""
+def flash_attention_2(device: str) -> CheckOutcome:
+    """Check the package flash-attn as `model.attn_implementation: flash_attention_2` uses it."""
     from transformers import utils
 
     if device != "cuda":
@@ -102,10 +103,11 @@ def flash_attention_2(device: str) -> Outcome:
     return compare(device, "flash_attention_2", "bf16")
 
 
-def compare(device: str, implementation: str, precision: str) -> Outcome:
-    """Logits and gradients against eager attention in fp32, for rows of one length and for padded ones.
+def compare(device: str, implementation: str, precision: str) -> CheckOutcome:
+    """Compare logits and gradients with eager attention in fp32, for unpadded and padded rows.
 
     bf16 means fp32 weights under autocast, as in training.
+
     """
     ids = tokens(device, rows=3)
     mask = torch.ones_like(ids)
@@ -116,43 +118,43 @@ def compare(device: str, implementation: str, precision: str) -> Outcome:
     bound = ATTENTION_BOUNDS[precision]
     errors: list[float] = []
     words = []
-    for name, given in (("unpadded", None), ("padded", mask)):
-        expected = _compute(plain, ids, given)
+    for name, attention_mask in (("unpadded", None), ("padded", mask)):
+        expected = _compute(plain, ids, attention_mask)
         try:
             with autocast(model, precision):
-                found = _compute(model, ids, given)
+                results = _compute(model, ids, attention_mask)
         except RuntimeError as error:
-            # How torch says that a kernel does not exist here, or not for this call.
+            # Torch's messages for a kernel that does not exist here, or not for this call.
             if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
                 raise
             if name == "unpadded":
                 raise NotHere("torch has no such kernel here") from None
             words.append(f"{name}: no kernel")
             continue
-        errors.append(max(relative_error(one, other) for one, other in zip(found, expected, strict=True)))
+        errors.append(max(relative_error(one, other) for one, other in zip(results, expected, strict=True)))
         words.append(f"{name} off by {errors[-1]:.0e}")
     kind = "" if precision == "fp32" else f" in {precision}"
     return (max(errors) <= bound, f"{', '.join(words)}{kind}; bound {bound:.0e}")
 
 
 def _compute(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the real tokens [tokens, vocabulary], and all gradients in one vector."""
+    """Return the logits of the real tokens [tokens, vocabulary] and all gradients in one vector."""
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     model.zero_grad()
     outputs = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(~real, -100))
     outputs.loss.backward()
-    found = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-    return outputs.logits[real].detach(), torch.cat(found)
+    gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return outputs.logits[real].detach(), torch.cat(gradients)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-def planned_bytes(device: str) -> Outcome:
-    """Weights, gradients and AdamW's moments after a step: counted by the plan, and measured by torch's allocator."""
+def planned_bytes(device: str) -> CheckOutcome:
+    """Compare planned with allocated bytes of weights, gradients and AdamW's moments after a step."""
     if device != "cuda":
         raise NotHere("needs a GPU; on a CPU the dry run before step 1 measures the process")
-    # The first product also takes work space that stays.
+    # The first product also allocates a workspace that stays.
     decoder(device)(input_ids=tokens(device)).logits.sum().backward()
     gc.collect()
     before = _allocated()
@@ -174,13 +176,13 @@ def _allocated() -> int:
     return torch.cuda.memory_allocated()
 
 
-# ---- two processes that are started as a run's are ---------------------------------------------------------------
+# ---- two processes, started as in a run --------------------------------------------------------------------------
 
 SECONDS = 60.0
 
 
-def all_reduce(device: str) -> Outcome:
-    """Two processes, started as a run with `num_processes: 2` is, add up a tensor."""
+def all_reduce(device: str) -> CheckOutcome:
+    """Check that two processes, started as for `num_processes: 2`, sum a tensor."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         raise NotHere("needs two GPUs, there is one")
     launcher = [sys.executable, "-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, "--nproc-per-node=2"]
@@ -201,19 +203,19 @@ def all_reduce(device: str) -> Outcome:
         return False, f"no answer within {SECONDS:g} seconds"
     answers = [line for line in out.splitlines() if line.startswith("[")]
     if child.returncode != 0 or not answers:
-        said = [line for line in err.splitlines() if "Error" in line] or err.splitlines() or ["nothing was written"]
-        raise RuntimeError(f"ended with code {child.returncode}: {said[-1]}")
-    found, expected = json.loads(answers[-1])
-    return (found == expected, f"sum {found:g}, expected {expected:g}")
+        lines = [line for line in err.splitlines() if "Error" in line] or err.splitlines() or ["nothing was written"]
+        raise RuntimeError(f"ended with code {child.returncode}: {lines[-1]}")
+    total, expected = json.loads(answers[-1])
+    return (total == expected, f"sum {total:g}, expected {expected:g}")
 
 
 def add_up(device: str) -> tuple[float, float] | None:
-    """In each process: the sum of the ranks' numbers and what it has to be; only the first rank answers."""
+    """Return the all-reduced and the expected sum; None on other ranks than 0."""
     import torch.distributed as dist
 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Half of the parent's patience: a worker that waits for nothing ends by itself.
+    # Half of the parent's timeout, so that a worker that waits in vain ends by itself.
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=SECONDS / 2))
     rank, size = dist.get_rank(), dist.get_world_size()
     numbers = torch.full((1000,), rank + 1.0, device=device)
@@ -223,11 +225,11 @@ def add_up(device: str) -> tuple[float, float] | None:
     return answer if rank == 0 else None
 
 
-# ---- what the checks share -------------------------------------------------------------------------------------
+# ---- helpers of the checks -------------------------------------------------------------------------------------
 
 
 def decoder(device: str, *, layers: int = 2, width: int = 64, vocabulary: int = 128, **options: Any) -> Any:
-    """A Llama with heads of 32, a size that every attention kernel takes; the same weights each time."""
+    """Return a Llama with the same weights each time and head size 32, which every attention kernel supports."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -245,22 +247,22 @@ def decoder(device: str, *, layers: int = 2, width: int = 64, vocabulary: int = 
 
 
 def tokens(device: str, rows: int = 4, length: int = 24, vocabulary: int = 128) -> torch.Tensor:
-    """Token ids, the same each time."""
+    """Return the same random token ids each time."""
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
 
 
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Size of the difference over that of the exact tensor; infinite for NaN."""
-    found, exact = found.detach().cpu().double(), exact.detach().cpu().double()
-    error = float((found - exact).norm() / exact.norm())
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the norm of the difference over that of the exact tensor; infinite for NaN."""
+    value, exact = value.detach().cpu().double(), exact.detach().cpu().double()
+    error = float((value - exact).norm() / exact.norm())
     return error if math.isfinite(error) else math.inf
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 EXTRAS = ("triton", "flash-attn", "deepspeed", "bitsandbytes")
-"""Named on the page where they are installed."""
-CHECKS: tuple[tuple[str, str, Callable[[str], Outcome]], ...] = (
+"""Packages shown on the page if they are installed."""
+CHECKS: tuple[tuple[str, str, Callable[[str], CheckOutcome]], ...] = (
     *(
         ("precision", f"{kind} product of 256 x 256 against float64", partial(product, precision=kind))
         for kind in TYPES
@@ -272,25 +274,25 @@ CHECKS: tuple[tuple[str, str, Callable[[str], Outcome]], ...] = (
     ("memory", "planned bytes against measured ones, AdamW on 6 M parameters", planned_bytes),
     ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", all_reduce),
 )
-"""Of each what is checked, in a word, and what is run."""
+"""Category, description and function of each check."""
 
 
 class CheckResult(Record):
-    """One check on one device."""
+    """The result of one check on one device."""
 
     device: str
     check: str
-    """What is checked, in a word or two: `precision`, `attention` ..."""
+    """Category: `precision`, `attention` ..."""
     ran: str
-    """What was run."""
+    """Description of the check."""
     status: Literal["pass", "fail", "not here"]
     result: str
-    """What came out; for `not here` the reason."""
+    """CheckOutcome in words; for `not here` the reason."""
     seconds: float
 
 
 class Page(Record):
-    """Everything that was found. Holds no host name, user name or path."""
+    """All results, without host name, user name or paths."""
 
     date: str
     environment: dict[str, str]
@@ -299,12 +301,12 @@ class Page(Record):
 
 
 def run(listener: Callable[[str], None] = lambda line: None) -> Page:
-    """Run every check on every device, after its name was given to the listener; one that raised an error failed."""
+    """Run every check on every device, announcing each to the listener. A check that raises has failed."""
     started = time.monotonic()
     hide_progress_bars()
     findings = []
     with warnings.catch_warnings():
-        # Torch warns once for each reason why a kernel is not taken; the page says which ones are not here.
+        # Torch warns for each reason why it skips a kernel; the page shows which ones are missing.
         warnings.simplefilter("ignore")
         for device in devices():
             for name, ran, function in CHECKS:
@@ -314,7 +316,7 @@ def run(listener: Callable[[str], None] = lambda line: None) -> Page:
     return Page(date=today, environment=environment(), findings=tuple(findings), seconds=seconds)
 
 
-def _finding(name: str, ran: str, function: Callable[[str], Outcome], device: str) -> CheckResult:
+def _finding(name: str, ran: str, function: Callable[[str], CheckOutcome], device: str) -> CheckResult:
     started = time.monotonic()
     status: Literal["pass", "fail", "not here"]
     try:
@@ -322,17 +324,17 @@ def _finding(name: str, ran: str, function: Callable[[str], Outcome], device: st
         status = "pass" if passed else "fail"
     except NotHere as reason:
         status, text = "not here", without_names(str(reason))
-    except Exception as error:  # whatever breaks here is what the user wants to know
+    except Exception as error:  # any failure is a result that the user wants to see
         status, text = "fail", without_names(f"{type(error).__name__}: {error}")
     seconds = round(time.monotonic() - started, 1)
     return CheckResult(device=device, check=name, ran=ran, status=status, result=text, seconds=seconds)
 
 
 def in_blocks(page: Page) -> Section:
-    """The page for an issue, a chat, a file or the terminal."""
+    """Return the page as a section for an issue, a chat, a file or the terminal."""
     rows = tuple(
-        (one.ran, one.device, one.status.replace("fail", "FAIL"), one.result, f"{one.seconds:.1f}")
-        for one in page.findings
+        (check.ran, check.device, check.status.replace("fail", "FAIL"), check.result, f"{check.seconds:.1f}")
+        for check in page.findings
     )
     header = ("what was run", "on", "status", "result", "seconds")
     passed, failed, absent = (
@@ -344,7 +346,7 @@ def in_blocks(page: Page) -> Section:
 
 
 def without_names(text: str, most: int = 300) -> str:
-    """An error's text for a page that others read: no paths but their last part, no host name, no user name."""
+    """Shorten an error's text for others to read: paths become file names, host and user names are masked."""
     text = " ".join(text.split()).replace(str(Path.home()), "~")
     text = re.sub(r"(?<![\w/])~?(?:/[\w.+@~-]+)+/?", lambda found: found[0].rstrip("/").rpartition("/")[2], text)
     try:
@@ -358,18 +360,18 @@ def without_names(text: str, most: int = 300) -> str:
 
 
 def devices() -> tuple[str, ...]:
-    """The CPU, and what else torch can compute on; of several GPUs the first one is meant."""
+    """Return the CPU and, if available, the GPU, which stands for the first of several."""
     if not torch.cuda.is_available():
         return ("cpu",)
     return "cpu", "rocm" if torch.version.hip else "cuda"
 
 
 def environment() -> dict[str, str]:
-    """What is here, without host name, user name or paths."""
+    """Return facts on the environment, without host name, user name or paths."""
     machine = hardware.here()
 
-    found = importlib.metadata.distributions()
-    installed = {re.sub(r"[-_.]+", "-", one.name).lower(): one.version for one in found}
+    distributions = importlib.metadata.distributions()
+    installed = {re.sub(r"[-_.]+", "-", one.name).lower(): one.version for one in distributions}
     packages = [f"{name} {installed[name]}" for name in (*PACKAGES, *EXTRAS) if name in installed]
     facts = {
         "fulltune": importlib.metadata.version("fulltune"),
@@ -385,8 +387,8 @@ def environment() -> dict[str, str]:
     if not machine.gpus:
         facts["gpu"] = "torch sees none"
     variables = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-    if given := [f"{name}={os.environ[name]}" for name in variables if name in os.environ]:
-        facts["set"] = ", ".join(given)
+    if present := [f"{name}={os.environ[name]}" for name in variables if name in os.environ]:
+        facts["set"] = ", ".join(present)
     return facts
 
 

@@ -71,7 +71,7 @@ def looks_of(count: int, most: int = 0, alpha: float = 0.05, *, ends: bool = Fal
             max_seeds=most,
             spent=spent(n, most, alpha),
             reason="",
-            asked={} if ends and n == count else {"full": n + 1},
+            wanted_seeds={} if ends and n == count else {"full": n + 1},
         )
         for n in range(1, count + 1)
     ]

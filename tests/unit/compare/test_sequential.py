@@ -51,65 +51,65 @@ def test_spent_second_look_after_catching_up_is_paid_for_by_those_that_waited() 
 
 def test_look_one_seed_full_and_the_leader_go_on_and_the_rest_waits() -> None:
     found = looked([0.93, 0.85, 0.91], [1, 1, 1])
-    assert found.asked == {"full": 2, "prompt": 2}
+    assert found.wanted_seeds == {"full": 2, "prompt": 2}
     assert (
         found.reason == "of the methods beside full the best is prompt; one seed does not show the spread between seeds"
     )
 
 
 def test_look_one_seed_planned_is_enough() -> None:
-    assert not looked([0.93, 0.85], [1, 1], most=1).asked
+    assert not looked([0.93, 0.85], [1, 1], most=1).wanted_seeds
 
 
 def test_look_unclear_leader_goes_on_while_the_rest_waits() -> None:
     found = looked([0.93, 0.915, 0.55], [2, 2, 1], spread=0.005)
-    assert (found.asked, found.waiting) == ({"full": 3, "lora": 3}, ("prompt",))
+    assert (found.wanted_seeds, found.waiting) == ({"full": 3, "lora": 3}, ("prompt",))
 
 
 def test_look_equal_leader_ends_it_whatever_the_rest_does() -> None:
     found = looked([0.95, 0.9501, 0.9], [4, 4, 1], rows=20_000)
-    assert (found.asked, found.waiting) == ({}, ("prompt",))
+    assert (found.wanted_seeds, found.waiting) == ({}, ("prompt",))
 
 
 def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
     found = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002, most=3)
-    assert (found.asked, found.waiting) == ({"prompt": 3}, ())
+    assert (found.wanted_seeds, found.waiting) == ({"prompt": 3}, ())
     assert found.reason == "full beats the leader; prompt must catch up"
     assert found.spent == spent(3, 3, 0.05)
     second = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002, most=3, again=True)
-    assert not second.asked
+    assert not second.wanted_seeds
     assert second.spent == spent(3, 3, 0.05, again=True)
 
 
 def test_look_after_the_last_seeds_the_others_catch_up_where_full_is_likely_to_be_better() -> None:
     found = looked([0.95, 0.935, 0.938], [3, 3, 1], spread=0.004, most=3)
-    assert (found.asked, found.waiting) == ({"prompt": 3}, ())
+    assert (found.wanted_seeds, found.waiting) == ({"prompt": 3}, ())
     assert found.reason == "full seems to beat the leader; prompt must catch up"
-    assert looked([0.95, 0.949, 0.938], [3, 3, 1], spread=0.004, most=3).asked == {}
-    assert looked([0.95, 0.935, 0.938], [3, 3, 3], spread=0.004, most=3, again=True).asked == {}
+    assert looked([0.95, 0.949, 0.938], [3, 3, 1], spread=0.004, most=3).wanted_seeds == {}
+    assert looked([0.95, 0.935, 0.938], [3, 3, 3], spread=0.004, most=3, again=True).wanted_seeds == {}
 
 
 def test_look_one_that_did_not_catch_up_clearly_goes_on_with_the_others() -> None:
     # `prompt` was beaten clearly before, and is not at the smaller part of alpha of the second look.
     found = looked([0.95, 0.85, 0.938], [3, 3, 1], spread=0.002, again=True)
-    assert found.asked == {"full": 4, "lora": 4, "prompt": 4}
+    assert found.wanted_seeds == {"full": 4, "lora": 4, "prompt": 4}
     assert found.reason == "not clear yet: prompt"
 
 
 def test_look_full_that_beats_all_is_enough_though_some_waited() -> None:
-    assert looked([0.95, 0.85, 0.4], [4, 4, 1]).asked == {}
+    assert looked([0.95, 0.85, 0.4], [4, 4, 1]).wanted_seeds == {}
 
 
 def test_look_clear_difference_is_enough() -> None:
     found = looked([0.95, 0.85], [3, 3])
-    assert not found.asked
+    assert not found.wanted_seeds
     assert found.spent == spent(3, 5, 0.05)
 
 
 def test_look_unclear_goes_on_until_all_seeds() -> None:
-    assert looked([0.93, 0.915], [3, 3], spread=0.005).asked
+    assert looked([0.93, 0.915], [3, 3], spread=0.005).wanted_seeds
     found = looked([0.93, 0.915], [5, 5], spread=0.005)
-    assert not found.asked
+    assert not found.wanted_seeds
     assert found.reason == "all planned seeds are finished"
 
 
@@ -120,15 +120,15 @@ def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
     methods = [method("full", "full", full), method("lora", "lora", lora)]
     drawn = draw(ACCURACY, [one.trials for one in methods], None, 2000)
     found = look(methods, drawn, Terms(ACCURACY, 0.01), 5, 150)
-    assert not found.asked
+    assert not found.wanted_seeds
     assert "more seeds are unlikely to decide" in found.reason
 
 
 def test_left_is_the_part_of_the_look_that_ended_it_else_what_was_not_spent() -> None:
     one, two = looked([0.93, 0.915], [1, 1], most=3), looked([0.93, 0.915], [2, 2], spread=0.005, most=3)
-    assert two.asked
+    assert two.wanted_seeds
     assert left([one, two], 0.05)[0] == pytest.approx(spent(3, 3, 0.05))
-    assert left([one, two.model_copy(update={"asked": {}})], 0.05)[0] == two.spent
+    assert left([one, two.model_copy(update={"wanted_seeds": {}})], 0.05)[0] == two.spent
     assert left([], 0.05) == (0.05, 0.0)
     assert left([], 0.05, time_was_up=True) == (TIME_UP_SHARE * 0.05, (1 - TIME_UP_SHARE) * 0.05)
 
@@ -159,12 +159,12 @@ def test_looks_and_verdicts_of_all_commands_keep_alpha_together(most: int, enoug
 
 def passed(looks: list[Look]) -> float:
     """What could have been tested after these looks, had they ended it; the one that did has its verdict."""
-    return sum(one.spent for one in looks if one.asked)
+    return sum(one.spent for one in looks if one.wanted_seeds)
 
 
 def test_left_where_time_is_up_while_others_catch_up_after_the_last_seeds_is_that_of_the_second_look() -> None:
     two, three = (looked([0.93, 0.915], [count] * 2, spread=0.005, most=3) for count in (2, 3))
-    asked = [one.model_copy(update={"asked": {"prompt": 3}}) for one in (two, three)]
+    asked = [one.model_copy(update={"wanted_seeds": {"prompt": 3}}) for one in (two, three)]
     for now, later in (left(asked, 0.05), left(asked, 0.05, time_was_up=True)):
         assert now == pytest.approx(spent(3, 3, 0.05, again=True))
         assert later == 0.0  # full and the leader could have been tested at all that was left
@@ -172,7 +172,7 @@ def test_left_where_time_is_up_while_others_catch_up_after_the_last_seeds_is_tha
 
 def test_left_second_look_takes_no_more_than_the_first_after_the_same_seeds() -> None:
     one, two = looks_of(2, 3)
-    again = two.model_copy(update={"spent": spent(2, 3, 0.05, again=True), "asked": {}})
+    again = two.model_copy(update={"spent": spent(2, 3, 0.05, again=True), "wanted_seeds": {}})
     now, later = left([one, two, again], 0.05, time_was_up=True)
     assert now == again.spent
     assert later == pytest.approx(spent(3, 3, 0.05))

@@ -113,8 +113,8 @@ def test_what_is_not_in_the_recipes_folder_is_named_for_machines_elsewhere(
 ) -> None:
     rows = tmp_path / "elsewhere.csv"
     said = place.launch(launcher, "--set", f"data.train={rows}")
-    assert f"not in {place.work}, so see that the machines have it, too: {rows}\n" in said.out
-    assert "not in" not in place.launch(launcher, "--force").out
+    assert f"outside {place.work}, so make sure that the machines have: {rows}\n" in said.out
+    assert "outside" not in place.launch(launcher, "--force").out
 
 
 def test_name_of_the_job_is_a_text_in_yaml(place: Place) -> None:
@@ -143,7 +143,7 @@ def test_what_the_job_needs_is_never_replaced(place: Place) -> None:
         (("slurm", "--for", "2x 8x A1000"), "--for: unknown GPU 'A1000'"),
         (
             ("slurm", "--for", "8x A100-80GB", "--set", "train.num_processes=4"),
-            "--for: says how many machines and processes; remove --set train.num_processes, or --for",
+            "--for: sets the number of machines and processes; remove --set train.num_processes, or --for",
         ),
         (
             ("slurm", "--set", "train.num_machines=3"),
@@ -170,8 +170,8 @@ def test_name_that_is_not_utf_8_is_refused(place: Place) -> None:
     said = place.launch("slurm")
     assert said.code == 2
     assert said.problems == [
-        "launch: " + str(other).encode(errors="backslashreplace").decode() + " is not UTF-8, which jobs are; rename "
-        "what is called so"
+        "launch: " + str(other).encode(errors="backslashreplace").decode() + " is not UTF-8, as job files must be; "
+        "rename it"
     ]
 
 
@@ -180,7 +180,7 @@ def test_file_that_is_there_is_kept_unless_forced(place: Place, tmp_path: Path) 
     mine.write_text("mine")
     said = place.launch("slurm", "--output", mine)
     assert said.code == 2
-    assert said.problems == [f"{mine}: exists already; give --force to replace it, or another name with --output"]
+    assert said.problems == [f"{mine}: already exists; give --force to replace it, or another name with --output"]
     assert mine.read_text() == "mine"
     assert place.launch("slurm", "--output", mine, "--force").code == 0
     assert mine.read_text().startswith("#!/bin/bash\n")
