@@ -2,15 +2,15 @@
 
     python -m bench release            # every part; hours
     python -m bench release --quick    # every part with fewer rows, steps and repeats; about 20 minutes
-    python -m bench table [FILE]       # write the results into docs/evidence.md
+    python -m bench table              # keep the results for this version, and write them into docs/evidence.md
     python -m bench compare [OLD] NEW  # figures of two releases side by side; by default the last release's
 
 A part is a module of this folder (`bench/suite.py: PARTS`) whose `measure(folder, quick)` yields figures, each with a
 bar that fails the release. The runner starts each part in a process of its own and appends its figures to
 FOLDER/results.jsonl once the part has ended; the same command resumes with the parts that are not in there, and within
 a part behind the last measurement that was kept (`runs.Records`). `python -m bench.PART [--quick]` runs one alone.
-When a release is cut, its results become `bench/results/VERSION.jsonl` (one line a figure, see `bench/results.py`),
-`table` writes the page, and the next release is compared with them. Beside the suite stand two tools for a change,
+When a release is cut, `table` copies its results to `bench/releases/VERSION.jsonl` (`bench/results.py` has the schema)
+and writes the page; the next release is compared with them. Beside the suite stand two tools for a change,
 `two_versions` and `planted_faults`, and the day on a GPU, `gpu_day`. Data sets: FULLTUNE_BENCH_DATA, see
 `bench/public_data.py`. A script that has no bar does not belong here: its figures stand in the commit that made them.
 """
@@ -37,8 +37,8 @@ def main() -> int:
     measuring.add_argument(
         "--again", nargs="+", choices=PARTS, default=(), metavar="PART", help="parts to measure anew"
     )
-    writing = commands.add_parser("table", help="write results into docs/evidence.md")
-    writing.add_argument("file", type=Path, nargs="?", default=results.newest())
+    writing = commands.add_parser("table", help="keep results as this version's, and write them into docs/evidence.md")
+    writing.add_argument("file", type=Path, nargs="?", default=Path("runs/release/results.jsonl"))
     comparing = commands.add_parser("compare", help="figures of two releases side by side")
     comparing.add_argument("files", type=Path, nargs="+", metavar="FILE")
     options = parser.parse_args()
@@ -56,10 +56,9 @@ def main() -> int:
             parser.error("expected the results of two releases")
         compare(*files)
         return 0
-    if options.file is None:
-        parser.error("bench/results has no results of a release; name a file")
-    page = results.PAGE.read_text(encoding="utf-8")
-    results.PAGE.write_text(results.with_table(page, results.read(options.file)), encoding="utf-8")
+    if not options.file.exists():
+        parser.error(f"{options.file} does not exist; measure first: python -m bench release")
+    results.publish(options.file)
     return 0
 
 

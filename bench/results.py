@@ -15,13 +15,14 @@ import json
 import os
 import platform
 import subprocess
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RELEASES = ROOT / "bench" / "results"
+RELEASES = ROOT / "bench" / "releases"
 """A file of results for each release, `VERSION.jsonl`."""
 PAGE = ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- release suite: begin -->", "<!-- release suite: end -->"
@@ -134,6 +135,14 @@ def with_table(page: str, results: Sequence[Result]) -> str:
     if not begin or not end or BEGIN in after or END in after:
         raise ValueError(f"the page needs the markers {BEGIN} and {END}, once each and in this order")
     return f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}"
+
+
+def publish(file: Path, releases: Path = RELEASES, page: Path = PAGE) -> None:
+    """Keep these results as those of the version in pyproject.toml, and write their table into the page."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    page.write_text(with_table(page.read_text(encoding="utf-8"), read(file)), encoding="utf-8")
+    releases.mkdir(exist_ok=True)
+    write(releases / f"{version}.jsonl", read(file))
 
 
 # ---- two releases --------------------------------------------------------------------------------------------------

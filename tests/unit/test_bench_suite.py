@@ -92,6 +92,15 @@ def test_table_stands_between_the_markers() -> None:
         results.with_table("# Evidence\n", [line()])
 
 
+def test_published_results_are_the_last_release(tmp_path: Path) -> None:
+    page, releases = tmp_path / "page.md", tmp_path / "results"
+    page.write_text(f"{BEGIN}{END}", encoding="utf-8")
+    results.write(tmp_path / "measured.jsonl", [line()])
+    results.publish(tmp_path / "measured.jsonl", releases, page)
+    assert results.read(results.newest(releases) or tmp_path) == [line()]
+    assert "1.02 x" in page.read_text(encoding="utf-8")
+
+
 def test_two_releases_are_compared() -> None:
     old = [line(), line(name="gone")]
     worse, unknown, gone = results.differences(old, [line(figure=0.9, passed=False), line(name="other", unit="share")])
