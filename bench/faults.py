@@ -88,7 +88,7 @@ class Outside:
     """What the first command should end with."""
 
 
-CLEAN, CONTROL = "clean", "control: one update left out"
+CLEAN, CONTROL = "clean", "control: one update dropped"
 FAULTS: dict[str, Inside | Outside] = {
     CLEAN: Inside("", 0),
     CONTROL: Inside("update_left_out"),
@@ -237,7 +237,7 @@ def cases(kind: str, processes: int, seed: int, faults: tuple[str, ...]) -> Iter
         if isinstance(fault, Outside) and processes not in fault.processes:
             continue
         if isinstance(fault, Outside) and fault.small_disk and os.geteuid() != 0:
-            print(f"  {kind}, {name}: left out, because mounting a disk needs root", flush=True)
+            print(f"  {kind}, {name}: skipped, because mounting a disk needs root", flush=True)
             continue
         yield Case(kind, processes, name, seed)
 

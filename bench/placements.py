@@ -2,7 +2,7 @@
 
 Tiny random models in fp32 on the CPU, 50 steps of 8 rows in micro batches of 2, in real processes
 (`tests/invariant/placed.py`). A place is `placement:processes:offload`, such as `zero3:2:all`; those that need
-DeepSpeed are left out where it is missing. Curves are without dropout, against one process. Resumed runs were stopped
+DeepSpeed are skipped where it is missing. Curves are without dropout, against one process. Resumed runs were stopped
 by SIGTERM at about step 12 and continue in another place. With dropout one process is killed at a random step, and the
 command must finish with the unbroken run's weights. Two machines are two commands that share a rendezvous
 (`tests/invariant/two_machines.py`); one of the agents, or a whole machine, is killed.

@@ -1,6 +1,6 @@
 """Secrets, personal data and phone numbers in the forms that they have in texts, drawn at random.
 
-The forms of keys and tokens are those that their issuers publish. None is written here: each is put together from its
+The forms of keys and tokens are those that their issuers publish. None is written here: each is assembled from its
 prefix and random characters.
 """
 

@@ -64,7 +64,7 @@ def run(command: Sequence[str], **variables: str) -> str:
 
 
 def events(run_folder: Path) -> list[dict[str, Any]]:
-    """The journal of all attempts of a run; a line that was cut off is left out."""
+    """The journal of all attempts of a run, without lines that were cut off."""
     lines = []
     for path in sorted(run_folder.glob("attempts/*/metrics.jsonl")):
         lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

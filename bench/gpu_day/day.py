@@ -47,8 +47,8 @@ class Rows:
         """Write one measurement.
 
         Args:
-            case: What was measured.
-            figures: Its numbers; all rows of a part have the same names.
+            case: Name of the measurement.
+            figures: Measured values; all rows of a part have the same names.
             ok: Whether it is as expected; None: nothing was expected, or it was not measured.
             note: A sentence for the page, without names and paths.
         """
@@ -90,9 +90,9 @@ def to_run(day: Mapping[str, Any], decisions: Sequence[Decision], key: str, agai
     """Return the parts to run: those that are not finished or are wanted again, without skipped ones.
 
     Args:
-        day: What earlier runs finished.
-        decisions: How each part runs here.
-        key: Of this machine.
+        day: Results of earlier runs.
+        decisions: How each part runs on this machine.
+        key: `Here.key` of this machine.
         again: Names of parts to run again.
     """
 
@@ -116,17 +116,17 @@ def run(
     """Run the parts that are not finished, and write JSON and page after each.
 
     Args:
-        folder: The day's.
+        folder: Folder of the day.
         here: This machine.
-        decisions: How each part runs here.
-        only: Names of the parts that this command is about.
+        decisions: How each part runs on this machine.
+        only: Names of the parts to consider.
         again: Names of parts to run again.
-        minutes: Of this command, after which no part begins.
-        page: Makes the page of the day.
-        say: Called with lines for the terminal.
+        minutes: Minutes of this command after which no part starts.
+        page: Renders the page of the day.
+        say: Prints a line to the terminal.
 
     Returns:
-        The day.
+        The day's results.
     """
     day = load(folder)
     day["here"] = here.as_json() | {"key": here.key}
