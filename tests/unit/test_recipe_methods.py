@@ -12,7 +12,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint.records import FOOTPRINT, SHAPES
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
-from fulltune.recipe.methods import TAKEN
+from fulltune.recipe.methods import RESERVED_NAMES
 
 SMALL: dict[str, Any] = {"model": "some/model", "task": "causal-lm", "data": {"train": "a.jsonl"}}
 
@@ -209,4 +209,4 @@ def test_method_named_like_a_file_beside_its_plan_is_refused(name: str) -> None:
 
 
 def test_names_of_all_files_beside_plans_are_taken() -> None:
-    assert {Path(file).stem for file in (FOOTPRINT, SHAPES, cli_plan.SURVEY)} < set(TAKEN)
+    assert {Path(file).stem for file in (FOOTPRINT, SHAPES, cli_plan.SURVEY)} < set(RESERVED_NAMES)

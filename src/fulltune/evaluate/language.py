@@ -36,9 +36,9 @@ def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
             for text, want, got in zip(asked, expected, made, strict=True)
         )
     count = len(next(iter(kept.values())))
-    left_out = missing_metrics(scoring) if drawn else ""
+    missing = missing_metrics(scoring) if drawn else None
     return scoring.scores(
-        scoring.plan.trial, "trained", count, metrics=estimates, answers=answers, missing_metrics=left_out
+        scoring.plan.trial, "trained", count, metrics=estimates, answers=answers, missing_metrics=missing
     )
 
 
@@ -87,10 +87,10 @@ def drawn_rows(scoring: Scoring) -> dict[int, dict[str, Any]]:
     return {position: rows[position] for position in sorted(first[prompt] for prompt in order[:wanted])}
 
 
-def missing_metrics(scoring: Scoring) -> str:
-    """The metrics of answers for which a package is missing here."""
+def missing_metrics(scoring: Scoring) -> str | None:
+    """Name the metrics of answers whose packages are missing, and how to install them."""
     missing = [name for name in scoring.task.FACTS.other_metrics if not written.can_score(name)]
-    return f"not computed: {', '.join(missing)}; pip install 'fulltune[text-metrics]'" if missing else ""
+    return f"not computed: {', '.join(missing)}; pip install 'fulltune[text-metrics]'" if missing else None
 
 
 def _words(scoring: Scoring, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:

@@ -16,7 +16,7 @@ from fulltune.recipe.tasks import ProblemType
 from fulltune.records.probe import MOST_SOLVER_BYTES, solver_bytes
 
 Key = TypeVar("Key", bound=Hashable)
-Name = TypeVar("Name", bound=Hashable)
+SpaceName = TypeVar("SpaceName", bound=Hashable)
 Result = TypeVar("Result", bound=tuple[Any, ...])
 FOLDS = 5
 STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)
@@ -277,11 +277,11 @@ def _first(results: Sequence[Result], tolerance: float) -> Result:
 
 
 def select_features(
-    spaces: Mapping[Name, tuple[Items, Items | None]],
+    spaces: Mapping[SpaceName, tuple[Items, Items | None]],
     candidates: Callable[..., Any],
     criterion: Criterion,
     tolerance: float = 0.0,
-) -> tuple[Name, float, Any, LinearClassifier]:
+) -> tuple[SpaceName, float, Any, LinearClassifier]:
     """Select the best features on a sample of items, then the best classifier on them."""
     middle = partial(candidates, strengths=(MIDDLE,))
     name = next(iter(spaces))

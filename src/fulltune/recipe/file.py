@@ -168,7 +168,7 @@ def _remove(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
 
 def _describe(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
     """Describe a pydantic error, starting with the setting's name."""
-    at, given = _in_file(item), item.get("input")
+    at, value = _in_file(item), item.get("input")
     name = ".".join(map(str, at))
     match item["type"]:
         case "extra_forbidden":
@@ -181,7 +181,7 @@ def _describe(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
                 joint = ": " if text.startswith("expected ") else "."
                 yield f"{name}{joint}{text}" if at else text
         case "literal_error":
-            yield f"{name}: {_expected(item['ctx']['expected'], given)}"
+            yield f"{name}: {_expected(item['ctx']['expected'], value)}"
         case "union_tag_invalid":
             yield f"{name}.kind: {_expected(item['ctx']['expected_tags'], item['ctx']['tag'])}"
         case "union_tag_not_found":
@@ -191,20 +191,20 @@ def _describe(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
         case "tuple_type":
             # In a union the other branch reports it already.
             if not str(item["loc"][-1]).startswith("tuple["):
-                yield f"{name}: expected a list, found {given!r}; write [{given}]"
+                yield f"{name}: expected a list, found {value!r}; write [{value}]"
         case "string_pattern_mismatch" if item["ctx"]["pattern"] == NAME:
             allowed = "letters, digits, '.', '_' and '-', with a letter or a digit first"
-            yield f"{name}: expected {allowed}, found {given!r}"
+            yield f"{name}: expected {allowed}, found {value!r}"
         case "too_short" | "string_too_short":
             yield f"{name}: is empty; {_meaning(at, values)}"
         case "model_type" | "dict_type":
-            yield f"{name}: expected settings (a block), found {_kind(given)}"
+            yield f"{name}: expected settings (a block), found {_kind(value)}"
         case _:
             message = item["msg"][0].lower() + item["msg"][1:]
             message = re.split(", (?:unable|got)", message.removeprefix("input should be ").removeprefix("a valid "))[0]
-            expected, shown = _IN_WORDS.get(message, message), "nothing" if given is None else repr(given)
-            is_percentage = re.fullmatch(r"\d+(\.\d+)? *%", str(given))
-            instead = f"; write {float(given.rstrip(' %')) / 100:g}" if is_percentage else ""
+            expected, shown = _IN_WORDS.get(message, message), "nothing" if value is None else repr(value)
+            is_percentage = re.fullmatch(r"\d+(\.\d+)? *%", str(value))
+            instead = f"; write {float(value.rstrip(' %')) / 100:g}" if is_percentage else ""
             yield f"{name}: expected {expected}, found {shown}{instead}"
 
 
@@ -225,12 +225,14 @@ def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
         return f"did you mean '{elsewhere[0]}.{name}'?"
     if name in recipe_rules.training_arguments():
         return f"write train.extra.{name}"
-    known = sorted(_fields(block, values))
-    if hint := did_you_mean(name, known):
+    names = sorted(_fields(block, values))
+    if hint := did_you_mean(name, names):
         return hint
     if near := near_names(name.lower(), recipe_rules.answers(), cutoff=0.85):
         return recipe_rules.answers()[near[0]]
-    return f"known here: {', '.join(known)}" if len(known) <= _FEW else "docs/reference/recipe.md lists all settings"
+    return (
+        f"expected one of {', '.join(names)}" if len(names) <= _FEW else "docs/reference/recipe.md lists all settings"
+    )
 
 
 def _named(expected: str) -> list[str]:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from fulltune.recipe.model import NAME, Block, read_by, refuse
 
-TAKEN = ("footprint", "measured", "shapes", "survey")
+RESERVED_NAMES = ("footprint", "measured", "shapes", "survey")
 """Names that no method may have, as other files of the run folder's `plan` have them."""
 
 
@@ -39,7 +39,7 @@ class _Named(Block):
 
     @model_validator(mode="after")
     def _name_must_be_free(self) -> Self:
-        if self.name is not None and self.name.lower() in TAKEN:  # some file systems do not tell capitals
+        if self.name is not None and self.name.lower() in RESERVED_NAMES:  # some file systems do not tell capitals
             raise ValueError(f"name: '{self.name}' is reserved for a file of the run folder; choose another name")
         return self
 

@@ -170,13 +170,13 @@ def _wrong_setting(error: ErrorDetails, own: Mapping[str, object]) -> str:
 def _unknown_fields(recipe: Recipe) -> list[str]:
     own, problems = set(type(recipe.train).model_fields), []
     for name, value in recipe.train.extra.items():
-        known, place = training_arguments(), f"train.extra.{name}"
+        arguments, place = training_arguments(), f"train.extra.{name}"
         if name in pinned():
             problems.append(f"{place}: cannot be set here; {pinned()[name]}")
         elif name in own:
             problems.append(f"{place}: has its own setting; write train.{name}")
-        elif name not in known:
-            hint = answer(name) or did_you_mean(name, known)
+        elif name not in arguments:
+            hint = answer(name) or did_you_mean(name, arguments)
             problems.append(f"{place}: transformers.TrainingArguments has no such field{f'; {hint}' if hint else ''}")
         elif name == "accelerator_config" and isinstance(value, dict):
             fields = _fields("trainer_pt_utils.py", "AcceleratorConfig")
@@ -187,9 +187,9 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
             ]
         elif value is not None:
             try:
-                _reader(known[name]).validate_python(value)
+                _reader(arguments[name]).validate_python(value)
             except ValidationError:
-                problems.append(f"{place}: expected {_expected(known[name])}, found {value!r}")
+                problems.append(f"{place}: expected {_expected(arguments[name])}, found {value!r}")
     return problems
 
 
@@ -211,27 +211,27 @@ def _expected(annotation: str) -> str:
 
 def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Convert `train.extra` to transformers' types; null keeps the default of a field that cannot be None."""
-    known = training_arguments()
+    types = training_arguments()
     return {
-        name: _reader(known[name]).validate_python(value)
+        name: _reader(types[name]).validate_python(value)
         for name, value in extra.items()
-        if value is not None or "None" in known[name]
+        if value is not None or "None" in types[name]
     }
 
 
 def _unknown_names(recipe: Recipe) -> list[str]:
     train = recipe.train
-    given = {
+    settings = {
         ("optim", "optimizer"): [] if train.optim in (None, *OWN_OPTIMIZERS) else [train.optim],
         ("report_to", "tracker"): [name for name in train.report_to if name not in NO_PACKAGES],
     }
     return [
         f"train.{setting}: transformers has no {what} '{name}'; "
-        + (did_you_mean(name, known) or f"expected one of {', '.join(known)}")
-        for (setting, what), names in given.items()
-        if names and (known := optimizers() if what == "optimizer" else trackers())
+        + (did_you_mean(name, possible) or f"expected one of {', '.join(possible)}")
+        for (setting, what), names in settings.items()
+        if names and (possible := optimizers() if what == "optimizer" else trackers())
         for name in names
-        if name not in known
+        if name not in possible
     ]
 
 

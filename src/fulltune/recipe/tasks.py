@@ -98,7 +98,7 @@ class Form:
 
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 FORMS: Mapping[ProblemType, Form] = TypeAdapter(dict[ProblemType, Form]).validate_python(
-    {name: {"name": name, **given} for name, given in _TABLE["forms"].items()}
+    {name: {"name": name, **facts} for name, facts in _TABLE["forms"].items()}
 )
 FROM_FILE = FORMS["span"].question
 """How to ask a model whose rows have several parts."""

@@ -35,7 +35,7 @@ class Calibration(Record):
     expected_calibration_error: float
     expected_calibration_error_scaled: float
     """The error with the temperature, which is fitted on eval rows."""
-    note: str = ""
+    note: str | None = None
     """Why the temperature is 1, if it was not fitted."""
 
 
@@ -81,5 +81,5 @@ class Scores(Record):
     """Wrong rows, highest loss first."""
     answers: tuple[Answer, ...] = ()
     """Generated answers, drawn at random."""
-    missing_metrics: str = ""
+    missing_metrics: str | None = None
     """Metrics that could not be computed, and why."""

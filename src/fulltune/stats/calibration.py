@@ -44,7 +44,7 @@ def calibrate(
     fitted = fit_temperature(eval_logits, eval_labels)
     temperature = fitted or 1.0
     return Calibration(
-        note="" if fitted else ALL_RIGHT,
+        note=None if fitted else ALL_RIGHT,
         temperature=temperature,
         expected_calibration_error=expected_calibration_error(test_logits, test_labels),
         expected_calibration_error_scaled=expected_calibration_error(test_logits / temperature, test_labels),
