@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import softmax
 
 from fulltune import plan, probe
-from fulltune.inference.run import Share
+from fulltune.inference.run import RowSubset
 from fulltune.inference.store import Rows
 from fulltune.models.base import Base, opened
 from fulltune.models.load import load
@@ -97,7 +97,7 @@ class Reader:
             raise NoProbe(OUT_OF_MEMORY) from error
         if found.mean is None:
             raise NoProbe("this model gives fewer states than there are tokens")
-        positions = np.array(chosen.positions if isinstance(chosen, Share) else range(len(rows)))
+        positions = np.array(chosen.positions if isinstance(chosen, RowSubset) else range(len(rows)))
         return self.extractor.items(found.mean, found), positions
 
 

@@ -57,7 +57,7 @@ def _generated(scoring: Scoring, model: Any, tokenizer: Any, drawn: Mapping[int,
             tokenizer,
             prompts,
             scoring.recipe.evaluate.max_new_tokens,
-            Batching(batch_size, scoring.plan.precision, watch=scoring.watch("generating answers")),
+            Batching(batch_size, scoring.plan.precision, on_progress=scoring.watch("generating answers")),
         ),
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 from fulltune.audit.texts import masked_cells
 from fulltune.errors import SetupError
 from fulltune.files import append_line, replacing
-from fulltune.inference.run import Batching, GenericText, Watch, by_length, model_batch, run_rows
+from fulltune.inference.run import Batching, GenericText, ProgressCallback, by_length, model_batch, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verified
 from fulltune.inference.store import CLUSTERS, IN_TRAIN, Rows, rows_id, texts
 from fulltune.methods import folder
@@ -57,7 +57,7 @@ class Scoring:
     class_weights: Sequence[float] | None = None
     """In the order of the labels."""
 
-    def watch(self, name: str) -> Watch:
+    def watch(self, name: str) -> ProgressCallback:
         """Tells the listener how far a pass over rows is."""
         return lambda done, total, share: self.listener(RowsRead(name=name, done=done, total=total, share=share))
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers.training_args import OptimizerNames
 
 from fulltune.errors import SetupError, Spiked
-from fulltune.inference.run import Batching, Share, by_length, run_rows
+from fulltune.inference.run import Batching, RowSubset, by_length, run_rows
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.methods.head import names_of
 from fulltune.recipe.training import OWN_OPTIMIZERS
@@ -167,7 +167,7 @@ class FineTuningModule:
         trainer, plan, objective = self.trainer, self.plan, self.objective
         order, size = by_length(self.eval_rows), plan.eval_batch_size
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
-        rows, batching = Share(self.eval_rows, positions), Batching(size, plan.precision, self.head)
+        rows, batching = RowSubset(self.eval_rows, positions), Batching(size, plan.precision, self.head)
         reduced = run_rows(self.model, rows, objective.task, objective.target, objective.pad_token_id, batching)
         predictions = distributed.gather_rows(reduced, positions[:count])
         for name, value in objective.task.metrics(predictions, objective.target).items():

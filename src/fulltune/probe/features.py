@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from fulltune.inference.run import Share, Watch, autocast, lengths_of, longest_first, mean_hidden, watched
+from fulltune.inference.run import (
+    ProgressCallback,
+    RowSubset,
+    autocast,
+    lengths_of,
+    longest_first,
+    mean_hidden,
+    reported_batches,
+)
 from fulltune.models import evaluating
 from fulltune.models.sharding import runs_together
 from fulltune.probe.layers import HeadLayers, HiddenStates, read_hidden
@@ -62,7 +70,7 @@ class FeatureExtractor:
     class_weights: Sequence[float] | None = None
     separators: frozenset[int] = frozenset()
     """Ids of the tokens around the texts of a pair; empty if rows are no pairs."""
-    watch: Watch = lambda done, total, share: None
+    watch: ProgressCallback = lambda done, total, share: None
 
     @property
     def task(self) -> Task:
@@ -103,7 +111,7 @@ class FeatureExtractor:
 
         model, lengths = self.model, lengths_of(rows)
         with evaluating(model):
-            for positions in watched(longest_first(lengths), batch_size, lengths, self.watch):
+            for positions in reported_batches(longest_first(lengths), batch_size, lengths, self.watch):
                 batch_rows = [rows[i] for i in positions]
                 batch, labels = self._collate(batch_rows)
                 with torch.no_grad(), autocast(model, self.precision):
@@ -139,7 +147,7 @@ def sample_rows(
     max_rows = rows_within(kind, items_per_row(kind, words, num_choices), width, max_rows)
     if len(rows) <= max_rows:
         return rows
-    return Share(rows, np.sort(np.random.default_rng(0).choice(len(rows), max_rows, replace=False)).tolist())
+    return RowSubset(rows, np.sort(np.random.default_rng(0).choice(len(rows), max_rows, replace=False)).tolist())
 
 
 def concatenate(parts: Iterable[Features]) -> Features:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.inference.run import Share
+from fulltune.inference.run import RowSubset
 from fulltune.probe.features import sample_rows
 from fulltune.recipe.tasks import ProblemType
 from fulltune.records.probe import MOST_FEATURE_BYTES, MOST_ROWS, OTHER_TOKENS
@@ -62,6 +62,6 @@ def test_rows_looked_at(kind: ProblemType, count: int, hidden_size: int, length:
 
 def test_fewer_rows_may_be_asked_for() -> None:
     found = sample_rows(Rows(5000), "single_label", 0, 384, max_rows=2000)
-    assert isinstance(found, Share)
+    assert isinstance(found, RowSubset)
     assert len(found) == 2000
     assert np.std(numbers(found)) > 1000  # from all over the file

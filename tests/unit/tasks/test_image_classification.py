@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor
 from fulltune.data.readers.files import image_files, is_image_folder
 from fulltune.data.readers.read import beside, locate
 from fulltune.errors import DataError, SetupError
-from fulltune.inference.run import Share, by_length
+from fulltune.inference.run import RowSubset, by_length
 from fulltune.inference.store import Rows, record_batch, write_rows
 from fulltune.models import base
 from fulltune.models.base import Base
@@ -206,8 +206,8 @@ def test_lengths_are_known_without_decoding(tmp_path: Path, reader: ImageReader)
     write_rows(tmp_path, [record_batch(rows, ["{}"] * 3)])
     opened = base.opened(Rows(tmp_path), reader)
     assert by_length(opened) == [0, 1, 2]
-    assert by_length(Share(opened, [2, 0])) == [0, 1]
+    assert by_length(RowSubset(opened, [2, 0])) == [0, 1]
     assert opened["labels"].tolist() == [0, 1, 0]
-    assert Share(opened, [1, 0])["labels"].tolist() == [1, 0]
+    assert RowSubset(opened, [1, 0])["labels"].tolist() == [1, 0]
     with pytest.raises(DataError, match="no such file"):
         opened[1]

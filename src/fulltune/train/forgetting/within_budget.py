@@ -27,7 +27,7 @@ from fulltune.forgetting.budget import (
     is_within,
 )
 from fulltune.forgetting.generic_text import budget_texts, mean_drift
-from fulltune.inference.run import GenericText, Share
+from fulltune.inference.run import GenericText, RowSubset
 from fulltune.models import sharding
 from fulltune.records.events import Certified
 from fulltune.records.forgetting import BudgetResult, InterpolationPoint, limit_of
@@ -159,7 +159,7 @@ def _eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[Row]:
     rows = trainer.eval_rows
     if len(rows) <= MAX_ROWS:
         return rows
-    return Share(rows, sorted(random.Random(inputs.recipe.data.split_seed).sample(range(len(rows)), MAX_ROWS)))
+    return RowSubset(rows, sorted(random.Random(inputs.recipe.data.split_seed).sample(range(len(rows)), MAX_ROWS)))
 
 
 def _refine(

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fulltune import files
-from fulltune.inference.run import Share, batches, by_length, longest_first
+from fulltune.inference.run import RowSubset, batches, by_length, longest_first
 from fulltune.models import sharding
 from fulltune.plan.time import GENERIC_TOKENS, further_seconds, occasions
 from fulltune.records.plan import Plan, TimeNeed
@@ -37,7 +37,7 @@ _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 """Attributes that accelerate sets on a model that it prepares."""
 
 
-def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Share], object]) -> list[Check]:
+def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[RowSubset], object]) -> list[Check]:
     """Run two steps at the longest micro batch, which have the peak memory of a real step, an evaluation at the longest
     eval batch, and timed passes; then restore everything. Loss and forecast (None for a non-finite loss) go to
     `inputs.usage`."""
@@ -202,7 +202,7 @@ class PassTimer:
     model: nn.Module
     """The model as the Trainer's loop prepares it, with autocast, compiled and wrapped by DDP."""
     optimizer: torch.optim.Optimizer
-    evaluate: Callable[[Share], object]
+    evaluate: Callable[[RowSubset], object]
     """Scores eval rows as an evaluation does."""
 
     def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
@@ -239,7 +239,7 @@ class PassTimer:
     def score(self, positions: Positions) -> float:
         """Score eval rows and return the seconds."""
         began = self._now()
-        self.evaluate(Share(self.trainer.eval_rows, positions))
+        self.evaluate(RowSubset(self.trainer.eval_rows, positions))
         return self._since(began)
 
     def _now(self) -> float:
