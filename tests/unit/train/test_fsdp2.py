@@ -123,7 +123,7 @@ def test_what_is_not_trained_can_be_left_out(tmp_path: Path) -> None:
     other.transformer.ln_f.requires_grad_(True)
     fsdp2.load_weights(other, tmp_path, trained_only=True)
     assert_equal(weights_of(other), expected)
-    names = [name for name in fsdp2.kinds(tmp_path) if name.startswith("weights.")]
+    names = [name for name in fsdp2.tensor_types(tmp_path) if name.startswith("weights.")]
     assert sorted(names) == ["weights.transformer.ln_f.bias", "weights.transformer.ln_f.weight"]
 
 

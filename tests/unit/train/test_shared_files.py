@@ -30,7 +30,7 @@ def test_whole_tensors_are_read_as_parts_are(
     assert len(written) == files
     with safe_open(written[0], framework="pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers reads no file without
-    assert {name: size for name, (size, _) in fsdp2.kinds(tmp_path).items()} == {
+    assert {name: size for name, (size, _) in fsdp2.tensor_types(tmp_path).items()} == {
         name: one.shape for name, one in tensors.items()
     }
     found = {name: torch.empty(one.shape) for name, one in tensors.items()}
@@ -48,17 +48,17 @@ def test_whole_tensors_are_read_as_parts_are(
     ],
 )
 def test_files_stay_small(sizes: list[int], most: int, files: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fsdp2, "FILE_BYTES", most)
+    monkeypatch.setattr(fsdp2, "MIN_FILE_BYTES", most)
     state = {str(number): torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}
     assert list(fsdp2._files(state).values()) == files
 
 
 def test_large_states_have_no_more_files_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fsdp2, "FILE_BYTES", 1)
+    monkeypatch.setattr(fsdp2, "MIN_FILE_BYTES", 1)
     state = {str(number): torch.zeros(10, dtype=torch.uint8) for number in range(1000)}
-    assert max(fsdp2._files(state).values()) <= 2 * fsdp2.MOST_FILES
+    assert max(fsdp2._files(state).values()) <= 2 * fsdp2.MAX_FILES
 
 
 def test_plan_knows_the_size_of_the_files() -> None:
-    names = ("FILE_BYTES", "MOST_FILES", "WHOLE_FILE_BYTES")
-    assert [getattr(planned, name) for name in names] == [getattr(fsdp2, name) for name in names]
+    written = (fsdp2.MIN_FILE_BYTES, fsdp2.MAX_FILES, fsdp2.GATHERED_FILE_BYTES)
+    assert written == (planned.FILE_BYTES, planned.MOST_FILES, planned.WHOLE_FILE_BYTES)

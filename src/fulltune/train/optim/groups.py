@@ -1,13 +1,15 @@
-"""Groups of parameters: by weight decay, with `layerwise_lr_decay` by depth, and the head with a rate of its own."""
+"""Parameter groups by weight decay, by depth (`layerwise_lr_decay`), and for a head with its own learning rate."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from transformers import Trainer
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from fulltune.records.plan import Plan
 from fulltune.train.optim import optimizers
@@ -17,13 +19,13 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|word_embeddings|shared)")
 
 
 def planned_optimizer(
-    model: Any, plan: Plan, arguments: Any, head_modules: Sequence[str]
+    model: nn.Module, plan: Plan, arguments: TrainingArguments | SimpleNamespace, head_modules: Sequence[str]
 ) -> tuple[type[torch.optim.Optimizer], list[dict[str, Any]], dict[str, Any]]:
-    """The plan's optimizer: its class, the model's trained parameters in groups, and its options."""
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    """Return class, parameter groups and options of the planned optimizer."""
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(cast("TrainingArguments", arguments), cast("Any", model))
     if (own := optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)) is not None:
         kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own
-    decayed = set(Trainer.get_decay_parameter_names(cast("Any", None), model))  # reads nothing of a trainer
+    decayed = set(Trainer.get_decay_parameter_names(cast("Any", None), model))  # needs no trainer
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     begins = tuple(f"{path}." for path in head_modules)
     head = {name for name in parameters if name.startswith(begins)}
@@ -34,8 +36,8 @@ def planned_optimizer(
 def parameter_groups(
     names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float, head: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Names in groups with the plan's rates, the first one's logged: two in transformers' order, so that checkpoints
-    fit, or with `layerwise_lr_decay` one per depth from the top; the head's come last."""
+    """Group parameter names: two groups in transformers' order, so that checkpoints fit, or by depth from the top; the
+    head's groups come last. The first group's learning rate is logged."""
     body = [name for name in names if name not in head]
     if plan.layerwise_lr_decay == 1.0:
         groups = _by_decay(body, decayed, weight_decay)
@@ -53,7 +55,7 @@ def _by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: floa
 
 
 def _by_depth(names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float) -> list[dict[str, Any]]:
-    num_layers = max((int(found.group(1)) + 1 for name in names if (found := _LAYER.search(name))), default=0)
+    num_layers = max((int(match.group(1)) + 1 for name in names if (match := _LAYER.search(name))), default=0)
     groups: dict[tuple[int, bool], list[str]] = {}
     for name in names:
         groups.setdefault((num_layers + 1 - layer_depth(name, num_layers), name not in decayed), []).append(name)
@@ -68,8 +70,7 @@ def _by_depth(names: Sequence[str], decayed: Collection[str], plan: Plan, weight
 
 
 def layer_depth(name: str, num_layers: int) -> int:
-    """0 for embeddings, 1 to `num_layers` for layers from the bottom, `num_layers` + 1 for what stands above them."""
-    found = _LAYER.search(name)
-    if found:
-        return int(found.group(1)) + 1
+    """Return 0 for embeddings, 1 to `num_layers` for layers, and `num_layers` + 1 for parameters above them."""
+    if match := _LAYER.search(name):
+        return int(match.group(1)) + 1
     return 0 if _EMBEDDING.search(name) else num_layers + 1

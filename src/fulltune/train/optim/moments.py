@@ -1,12 +1,12 @@
-"""AdamW's two moments in 32, 16 or 8 bits: written from fp32 and read back, slice by slice.
+"""Stores AdamW's two moments in 32, 16 or 8 bits, slice by slice.
 
-8 bits, in groups of 128 values with one fp32 scale each (2.0625 bytes a parameter for both moments):
+With 8 bits, groups of 128 values share an fp32 scale (2.0625 bytes per parameter for both moments):
 
     m = s_m * q |q|      q in [-1, 1], in 254 steps      s_m: largest |m| of the group
     v = (s_v * r)^4      r in [0, 1], in 255 steps       s_v: largest v^(1/4) of the group
 
-With even steps small values would become 0, and 0 in v divides by epsilon (other curves: arXiv 2602.23349). Codes, and
-moments in bf16, are rounded up or down at random, or small changes would be lost; a positive v never gets code 0.
+A linear code would round small values to 0, and v = 0 divides by epsilon (other codes: arXiv 2602.23349). Codes and
+bf16 moments are rounded stochastically, or small changes would be lost; a positive v never gets code 0.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ Name = Literal["exp_avg", "exp_avg_sq"]
 State = dict[str, Tensor]
 
 GROUP = 128
-"""Values that share a scale."""
+"""Number of values that share a scale."""
 SMALL = 4096
-"""Tensors with fewer values keep fp32 moments where larger ones have 8 bits: norms and biases, 0.1 % of a model."""
+"""Tensors with fewer values keep fp32 moments instead of 8 bits: norms and biases, 0.1 % of a model."""
 _FIRST_TOP, _SECOND_TOP = 126.99, 254.99
-"""Largest code; with the noise, which is below 1, it stays below 127 and 256."""
+"""Largest codes; with noise below 1 they stay below 127 and 256."""
 _SHIFT = 128.0
-"""Second codes are 0 to 255, kept as int8: from fp32 that is five times as fast as uint8."""
+"""Offset of second codes, 0 to 255, stored as int8: converting from fp32 is five times as fast as to uint8."""
 _TINY = torch.finfo(torch.float32).tiny
-_LEAST_SCALE = 1e-30
-"""Where a whole group is 0."""
+_MIN_SCALE = 1e-30
+"""Scale of a group of zeros."""
 
 
 class Noise:
-    """Random numbers for rounding, which depend on seed, step and place alone: stretches of a table that is drawn once,
-    because drawing anew would cost more than the whole update."""
+    """Random numbers for rounding that depend only on seed, step and position. They come from a table, because drawing
+    them would take longer than the whole update."""
 
     def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
         self._seed = seed
@@ -47,11 +47,11 @@ class Noise:
         self._units = self._bits.float().div_(2**16)
 
     def bits(self, count: int, *numbers: int) -> Tensor:
-        """int32 [count], 0 to 65,535."""
+        """Return integers from 0 to 65,535: int32 [count]."""
         return self._bits.narrow(0, self._place(numbers), count)
 
     def units(self, count: int, *numbers: int) -> Tensor:
-        """fp32 [count], 0 to below 1."""
+        """Return numbers from 0 to below 1: fp32 [count]."""
         return self._units.narrow(0, self._place(numbers), count)
 
     def _place(self, numbers: tuple[int, ...]) -> int:
@@ -68,26 +68,26 @@ _64_BITS = 2**64 - 1
 
 
 def start(num_values: int, moments: Format, device: torch.device) -> State:
-    """Moments of 0: `exp_avg` and `exp_avg_sq` [values]; in 8 bits padded to whole groups, with `*_scale` [groups]."""
+    """Create `exp_avg` and `exp_avg_sq` of 0 [values]; with 8 bits padded to groups, with `*_scale` [groups]."""
     if moments == "8bit" and num_values >= SMALL:
         groups = -(-num_values // GROUP)
         return {
             "exp_avg": torch.zeros(groups * GROUP, dtype=torch.int8, device=device),
-            "exp_avg_scale": torch.full((groups,), _LEAST_SCALE, device=device),
+            "exp_avg_scale": torch.full((groups,), _MIN_SCALE, device=device),
             "exp_avg_sq": torch.full((groups * GROUP,), -int(_SHIFT), dtype=torch.int8, device=device),
-            "exp_avg_sq_scale": torch.full((groups,), _LEAST_SCALE, device=device),
+            "exp_avg_sq_scale": torch.full((groups,), _MIN_SCALE, device=device),
         }
     kind = torch.bfloat16 if moments == "bf16" else torch.float32
     return {name: torch.zeros(num_values, dtype=kind, device=device) for name in ("exp_avg", "exp_avg_sq")}
 
 
 def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: float, out: Tensor) -> Tensor:
-    """`factor` times a moment, fp32 [end - begin]: fp32 moments are multiplied in place and returned themselves, others
-    are written into out[whole groups]."""
-    kept = state[name]
-    if kept.dtype != torch.int8:
-        values = kept[begin:end]
-        return (values if kept.dtype == torch.float32 else out[: end - begin].copy_(values)).mul_(factor)
+    """Return `factor` times a moment: fp32 [end - begin]. fp32 moments are multiplied in place and returned; others are
+    written to the buffer `out`, padded to groups."""
+    moment = state[name]
+    if moment.dtype != torch.int8:
+        values = moment[begin:end]
+        return (values if moment.dtype == torch.float32 else out[: end - begin].copy_(values)).mul_(factor)
     codes, scales = _groups(state, name, begin, end)
     values = out[: len(codes)].copy_(codes)
     if name == "exp_avg":
@@ -102,8 +102,8 @@ def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: 
 def write(
     state: State, name: Name, begin: int, values: Tensor, other: Tensor, noise: Noise, numbers: tuple[int, ...]
 ) -> None:
-    """Keep a moment's fp32 values[count], in a buffer of whole groups that is overwritten, from `begin` on; `other` is
-    a buffer for the first moment, and for the second its square root."""
+    """Store a moment's fp32 values[count] from `begin` on. Their buffer, padded to groups, is overwritten; `other` is a
+    buffer for the first moment, and the square root of the second."""
     place = state[name][begin : begin + len(values)]
     if place.dtype == torch.bfloat16:
         round_at_random(values, noise.bits(len(values), *numbers))
@@ -117,7 +117,7 @@ def write(
     if name == "exp_avg":
         size = torch.abs(values, out=other[: len(values)])
         torch.amax(size.view(-1, GROUP), 1, out=scales)
-        scales.clamp_min_(_LEAST_SCALE)
+        scales.clamp_min_(_MIN_SCALE)
         # x / sqrt|x| is the signed root.
         values.mul_(size.clamp_min_(_TINY).rsqrt_())
         grouped.mul_((_FIRST_TOP * scales.rsqrt()).unsqueeze(1))
@@ -125,7 +125,7 @@ def write(
         return
     root(_padded(other, len(codes)), values)
     torch.amax(grouped, 1, out=scales)
-    scales.clamp_min_(_LEAST_SCALE)
+    scales.clamp_min_(_MIN_SCALE)
     grouped.mul_((_SECOND_TOP / scales).unsqueeze(1))
     positive = values.sign()
     values.add_(noise.units(len(values), *numbers))
@@ -134,23 +134,22 @@ def write(
 
 
 def round_at_random(values: Tensor, bits: Tensor) -> None:
-    """Make fp32 values[count] bf16 ones in place, up or down at random (bits[count]), right on average."""
+    """Round fp32 values[count] to bf16 in place, stochastically by bits[count]."""
     values.view(torch.int32).add_(bits).bitwise_and_(-(2**16))
 
 
 def root(values: Tensor, out: Tensor) -> Tensor:
-    """Square roots out[count] of values[count], 0 only of 0; on the CPU torch.sqrt takes five times as long."""
+    """Write square roots of values[count] to out[count]; on the CPU torch.sqrt takes five times as long."""
     return torch.clamp_min(values, _TINY, out=out).rsqrt_().mul_(values)
 
 
 def _groups(state: Mapping[str, Tensor], name: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """codes[groups * GROUP] and scales[groups]; `begin` is at the start of one."""
     first, last = begin // GROUP, -(-end // GROUP)
     return state[name][first * GROUP : last * GROUP], state[f"{name}_scale"][first:last]
 
 
 def _padded(values: Tensor, length: int) -> Tensor:
-    """values[count], which lie in a buffer of whole groups, with zeros up to [length]."""
+    # The values are in a buffer of whole groups: the rest is set to 0.
     longer = values if len(values) == length else values.as_strided((length,), (1,))
     longer[len(values) :] = 0.0
     return longer

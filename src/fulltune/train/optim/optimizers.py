@@ -1,8 +1,7 @@
-"""AdamW with moments in 32, 16 or 8 bits, for weights in fp32 or bf16; eager torch, on CPU and CUDA alike.
+"""AdamW with moments in 32, 16 or 8 bits (`adamw_bf16`, `adamw_8bit`), in eager torch for CPU and CUDA.
 
-`adamw_8bit` and `adamw_bf16` of a recipe, in fp32 arithmetic on slices of a fixed size. Weights in bf16 are rounded at
-random, right on average (stochastic), to nearest with what was lost kept and added the next time (kahan), or to
-nearest. Of sharded tensors each process updates its part.
+Updates are computed in fp32 on slices of a fixed size; each rank updates its shards. bf16 weights are rounded
+stochastically, to nearest, or to nearest with the rounding error added to the next update (kahan).
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from fulltune.train.optim.moments import Format, Noise
 Rounding = Literal["stochastic", "kahan", "nearest"]
 
 CPU_SLICE = 2**16
-"""Values updated at a time: 1.3 MiB of buffers stay in a core's cache; the noise is 8 MiB."""
+"""Values per slice on a CPU: 1.3 MiB of buffers fit into a core's cache; the noise is 8 MiB."""
 GPU_SLICE = 2**20
-"""Here each operation costs a launch: 20 MiB of buffers and 16 MiB of noise."""
+"""Values per slice on a GPU, with 20 MiB of buffers and 16 MiB of noise: fewer kernel launches."""
 _GROUP_KEYS = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
 _WEIGHT, _FIRST, _SECOND = range(3)
-"""What a random number is for."""
+"""Purposes of random numbers."""
 
 
 def settings(optim: str, rounding: Rounding | None, seed: int) -> dict[str, Any] | None:
-    """Arguments of `AdamW` for one of our own names; None for transformers' optimizers."""
+    """Return the arguments of `AdamW` for fulltune's optimizers, or None for transformers'."""
     formats: dict[str, Format] = {"adamw_8bit": "8bit", "adamw_bf16": "bf16"}
     return {"moments_format": formats[optim], "rounding": rounding, "seed": seed} if optim in formats else None
 
 
 class _Buffers:
-    """fp32 scratch of one device, each [values of a slice]."""
+    """fp32 scratch tensors of a device, one slice long each."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.size = CPU_SLICE if device.type == "cpu" else GPU_SLICE
@@ -47,21 +46,21 @@ class _Buffers:
 
 
 def in_fp32(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
-    """The state of one tensor in the form that torch's AdamW has: both moments fp32, in this shape, and the step."""
+    """Convert a tensor's state to that of torch's AdamW: the step, and fp32 moments of this shape."""
     count = shape.numel()
-    found = {"step": state["step"]}
+    converted = {"step": state["step"]}
     for name in ("exp_avg", "exp_avg_sq"):
         out = torch.empty(-(-count // moments.GROUP) * moments.GROUP, device=state[name].device)
         flat = {**state, name: state[name].reshape(-1)}
-        found[name] = moments.read(flat, name, 0, count, 1.0, out).reshape(shape).clone()
+        converted[name] = moments.read(flat, name, 0, count, 1.0, out).reshape(shape).clone()
     if "compensation" in state:
-        found["compensation"] = state["compensation"].reshape(shape)
-    return found
+        converted["compensation"] = state["compensation"].reshape(shape)
+    return converted
 
 
 class AdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW` with other ways to keep moments and weights, whose state dict has torch's names and can be
-    one of torch's; what is rounded at random depends on seed, step and place alone."""
+    """`torch.optim.AdamW` with compact moments and bf16 weights. Its state dict has torch's names and it loads
+    torch's; stochastic rounding depends only on seed, step and position."""
 
     def __init__(
         self,
@@ -88,7 +87,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # any loss
-        """Update every tensor that has a gradient; a closure makes them first, as Lightning's does."""
+        """Update all tensors with a gradient; a `closure`, as Lightning passes, is called first."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -98,63 +97,60 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
-        """One tensor by its gradient[values], slice by slice."""
         state = self.state[parameter]
         if not state:
             state.update(self._new_state(parameter))
         state["step"] += 1
-        held = local(parameter.detach())
-        weights, size = held.reshape(-1), self._buffers(parameter).size
+        shard = local(parameter.detach())
+        weights, size = shard.reshape(-1), self._buffers(parameter).size
         for begin in range(0, len(weights), size):
-            stretch = slice(begin, begin + size)
-            self._update_slice(parameter, weights[stretch], gradient[stretch], group, begin)
-        if not held.is_contiguous():
-            held.copy_(weights.view(held.shape))
+            part = slice(begin, begin + size)
+            self._update_slice(parameter, weights[part], gradient[part], group, begin)
+        if not shard.is_contiguous():
+            shard.copy_(weights.view(shard.shape))
 
     def _update_slice(
-        self, parameter: Tensor, kept: Tensor, gradient: Tensor, group: Mapping[str, Any], begin: int
+        self, parameter: Tensor, stored: Tensor, gradient: Tensor, group: Mapping[str, Any], begin: int
     ) -> None:
-        """Update kept[values of the slice] in place by gradient[the same], and the moments from `begin` on."""
         state, buffers = self.state[parameter], self._buffers(parameter)
-        end, step = begin + len(kept), int(state["step"])
+        end, step = begin + len(stored), int(state["step"])
         numbers = (step, self._places[parameter], begin)
         beta1, beta2 = group["betas"]
         if gradient.dtype != torch.float32:
-            gradient = buffers.gradient[: len(kept)].copy_(gradient)
+            gradient = buffers.gradient[: len(stored)].copy_(gradient)
         first = moments.read(state, "exp_avg", begin, end, beta1, buffers.first).add_(gradient, alpha=1 - beta1)
         second = moments.read(state, "exp_avg_sq", begin, end, beta2, buffers.second)
         second.addcmul_(gradient, gradient, value=1 - beta2)
-        square_root = moments.root(second, buffers.other[: len(kept)])
+        square_root = moments.root(second, buffers.other[: len(stored)])
         moments.write(state, "exp_avg_sq", begin, second, square_root, buffers.noise, (*numbers, _SECOND))
-        # lr m' / (sqrt(v') + eps), where m' and v' are divided by 1 - beta^step, with one division less.
+        # lr m' / (sqrt(v') + eps) with m' and v' divided by 1 - beta^step, rearranged to save a division.
         correction = (1 - beta2**step) ** 0.5
         rate = group["lr"] * correction / (1 - beta1**step)
-        weights = kept
+        weights = stored
         compensation = state["compensation"][begin:end] if "compensation" in state else None
-        if kept.dtype != torch.float32:
-            weights = buffers.weights[: len(kept)].copy_(kept)
+        if stored.dtype != torch.float32:
+            weights = buffers.weights[: len(stored)].copy_(stored)
             if compensation is not None:
                 weights.add_(compensation)
         if group["weight_decay"]:
             weights.mul_(1 - group["lr"] * group["weight_decay"])
         weights.addcdiv_(first, square_root.add_(group["eps"] * correction), value=-rate)
-        if kept.dtype != torch.float32:
-            self._narrow(weights, kept, compensation, buffers, numbers)
+        if stored.dtype != torch.float32:
+            self._narrow(weights, stored, compensation, buffers, numbers)
         moments.write(state, "exp_avg", begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
 
     def _narrow(
-        self, weights: Tensor, kept: Tensor, compensation: Tensor | None, buffers: _Buffers, numbers: tuple[int, ...]
+        self, weights: Tensor, stored: Tensor, compensation: Tensor | None, buffers: _Buffers, numbers: tuple[int, ...]
     ) -> None:
-        """Round fp32 weights[values] into bf16 kept[values], what is lost into compensation[values]; `weights` is
-        overwritten."""
+        """Round fp32 `weights`, which are overwritten, to bf16 `stored`, and the error to `compensation`."""
         noise = buffers.noise.bits(len(weights), *numbers, _WEIGHT)
         if self._rounding == "stochastic":
             moments.round_at_random(weights, noise)
-        kept.copy_(weights)
+        stored.copy_(weights)
         if compensation is not None:
-            lost = weights.sub_(buffers.other[: len(kept)].copy_(kept))
-            moments.round_at_random(lost, noise)
-            compensation.copy_(lost)
+            error = weights.sub_(buffers.other[: len(stored)].copy_(stored))
+            moments.round_at_random(error, noise)
+            compensation.copy_(error)
 
     def _buffers(self, parameter: Tensor) -> _Buffers:
         device = parameter.device
@@ -171,14 +167,14 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def second_moment(self, parameter: Tensor) -> Tensor | None:
-        """The running mean of squared gradients, fp32 in the shape of what is held, positive exactly where a gradient
-        was seen; None before the first update."""
+        """Return the running mean of squared gradients, in fp32 and the shape of this rank's shard, or None before the
+        first update. It is positive exactly where a gradient was not 0."""
         state = self.state.get(parameter)
         return in_fp32(state, local(parameter).shape)["exp_avg_sq"] if state else None
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over groups and state; moments in another format are converted, not cast as torch would."""
+        """Load groups and state; moments in another format are converted, not cast as torch would."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for group in self.param_groups:
             for key in group.keys() - _GROUP_KEYS:
@@ -189,27 +185,27 @@ class AdamW(torch.optim.Optimizer):
                 self.take_over(state_dict["state"][index], parameter)
 
     @torch.no_grad()
-    def take_over(self, given: Mapping[str, Any], parameter: Tensor) -> None:
-        """Go on with this state of a parameter in any format, of a sharded one with this process's part."""
-        missing = {"step", "exp_avg", "exp_avg_sq"} - set(given)
+    def take_over(self, saved: Mapping[str, Any], parameter: Tensor) -> None:
+        """Set the state of a parameter, or of this rank's shard, from a saved one in any format."""
+        missing = {"step", "exp_avg", "exp_avg_sq"} - set(saved)
         if missing:
             raise SetupError(
-                f"checkpoint: the optimizer's state has no {', '.join(sorted(missing))} (found {', '.join(given)}): it "
-                "was not written by an AdamW, and another optimizer cannot go on with it; start a new run"
+                f"checkpoint: the optimizer's state has no {', '.join(sorted(missing))} (found {', '.join(saved)}): it "
+                "was not written by an AdamW, and another optimizer cannot use it; start a new run"
             )
         source = {
             name: value.to(parameter.device).reshape(-1)
-            for name, value in given.items()
+            for name, value in saved.items()
             if isinstance(value, Tensor) and name != "step"
         }
         state = self.state[parameter] = self._new_state(parameter)
-        state["step"].fill_(float(given["step"]))
+        state["step"].fill_(float(saved["step"]))
         same_format = source["exp_avg"].dtype == state["exp_avg"].dtype
         for name in state.keys() & source.keys() if same_format else state.keys() & source.keys() & {"compensation"}:
             state[name].copy_(source[name])
         if same_format:
             return
-        buffers, step, place = self._buffers(parameter), int(given["step"]), self._places[parameter]
+        buffers, step, place = self._buffers(parameter), int(saved["step"]), self._places[parameter]
         count = local(parameter).numel()
         for begin in range(0, count, buffers.size):
             end = min(begin + buffers.size, count)

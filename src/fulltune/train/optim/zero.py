@@ -1,4 +1,4 @@
-"""A model that DeepSpeed's ZeRO shards: what its engine needs before, whole tensors after; all processes call this."""
+"""Models sharded by DeepSpeed's ZeRO: preparation, gathered tensors and fixes; all ranks must call these functions."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, TrainingArguments
 
 from fulltune.errors import SetupError
 from fulltune.train.optim import fsdp2
 
 
-def connect(arguments: Any) -> None:
-    """Let DeepSpeed know the other processes: on a CPU transformers 5.24 connects them and does not tell it."""
+def connect(arguments: TrainingArguments) -> None:
+    """Initialise DeepSpeed's process group, which transformers 5.24 does not do on a CPU."""
     import deepspeed
 
-    # Its calls of renamed functions of torch would fill the log.
+    # DeepSpeed calls renamed functions of torch, whose warnings would fill the log.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "gloo" if arguments.use_cpu else None
-    if arguments.world_size > 0:  # asking for it connects them
+    if arguments.world_size > 0:  # reading it connects the processes
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str], None]) -> None:
-    """Compile what is missing of DeepSpeed's extensions that a run needs, in the first process for all."""
+    """Compile missing DeepSpeed extensions that a run needs; rank 0 does this for all."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
@@ -33,9 +34,9 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str
     for name in names:
         builder: Any = get_accelerator().create_op_builder(name)
         if builder is None or not hasattr(builder, "jit_load") or not builder.is_compatible(verbose=False):
-            continue  # DeepSpeed does without it, or says itself what is missing
+            continue  # DeepSpeed works without it, or reports what is missing
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
-        if (lock := folder / "lock").exists():  # torch waits for it, without a word and for ever
+        if (lock := folder / "lock").exists():  # torch would wait for it silently and for ever
             phase(f"waiting for {lock}: {builder.name} is being compiled; if nothing compiles, delete this file")
         if not (folder / f"{builder.name}.so").exists():
             phase(f"compiling DeepSpeed's {builder.name}, once: about a minute")
@@ -45,37 +46,37 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str
             reason = " ".join(str(error).split())[:300]
             raise SetupError(
                 f"DeepSpeed's {builder.name} cannot be compiled: {reason}; it needs a C++ compiler (such as g++) and "
-                f"ninja; compiled parts lie in {folder}"
+                f"ninja; compiled parts are in {folder}"
             ) from error
 
 
-def give_one_type(model: Any) -> None:
-    """Have what a method added to a model that DeepSpeed's stage 3 shares out the type of the rest: its engine
-    (DeepSpeed 0.19.8) takes such a model as it is."""
-    kinds = [one.dtype for one in model.parameters() if hasattr(one, "ds_id")]
-    for one in model.parameters() if kinds else ():
-        if not hasattr(one, "ds_id"):
-            one.data = one.data.to(kinds[0])
+def unify_dtype(model: PreTrainedModel) -> None:
+    """Cast parameters that a method has added to the dtype of a model under ZeRO stage 3, which DeepSpeed 0.19.8 does
+    not do."""
+    dtypes = [parameter.dtype for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    for parameter in model.parameters() if dtypes else ():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtypes[0])
 
 
-def forget_unused_conversions(model: Any) -> None:
-    """Have tensors saved under the model's own names.
+def forget_unused_conversions(model: PreTrainedModel) -> None:
+    """Drop renamings that no tensor of the checkpoint needed.
 
-    transformers 5.24 forgets renamings that no tensor of the checkpoint needed, but not when DeepSpeed shares out
-    the weights: then it would save every `LayerNorm.weight` as `LayerNorm.gamma`. Delete this when it does.
+    transformers 5.24 does not do that under DeepSpeed, and would save every `LayerNorm.weight` as `LayerNorm.gamma`.
+    Delete this when it does.
     """
-    found = getattr(model, "_weight_conversions", None)
-    if found:
-        model._weight_conversions = [conversion for conversion in found if conversion.was_used()]
+    conversions: list[Any] | None = getattr(model, "_weight_conversions", None)
+    if conversions:
+        vars(model)["_weight_conversions"] = [conversion for conversion in conversions if conversion.was_used()]
 
 
 def is_in_engine(parameter: Any) -> bool:
-    """Whether DeepSpeed trains an fp32 copy of it."""
+    """Return whether DeepSpeed trains an fp32 copy of the parameter."""
     return bool(parameter.requires_grad) and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"))
 
 
 def whole(parameter: Any) -> torch.Tensor:
-    """A parameter or a buffer in its shape and in fp32: of half precision DeepSpeed's copy, which is trained."""
+    """Gather a parameter or a buffer in fp32: of a trained parameter DeepSpeed's fp32 copy."""
     import deepspeed
 
     if is_in_engine(parameter):
@@ -86,57 +87,56 @@ def whole(parameter: Any) -> torch.Tensor:
 
 
 def second_moment(parameter: Any) -> torch.Tensor:
-    """AdamW's running mean of squared gradients, in the parameter's shape."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return safe_get_full_optimizer_state(parameter, "exp_avg_sq")
 
 
 def link(zero: Any) -> None:
-    """DeepSpeed 0.19.8 (stages 1 and 2) looks for moments after the first group's first step, when the second group
-    has none yet: look again. Delete this when it does so itself."""
+    """Link the moments of all groups: DeepSpeed 0.19.8 (stages 1 and 2) does so after the first group's first step,
+    when the second has none. Delete this when it does."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def holds(model: Any) -> bool:
-    """Whether an engine trains the model, stage 1, 2 or 3."""
+def holds(model: PreTrainedModel) -> bool:
+    """Return whether a DeepSpeed engine trains the model."""
     return any(map(is_in_engine, model.parameters()))
 
 
-def write_whole(model: Any, folder: Path) -> None:
-    """Write the model's weights as plain safetensors in fp32, a tied one once; see `fsdp2.write_by_file`."""
-    kept = model.state_dict().keys()
+def write_whole(model: PreTrainedModel, folder: Path) -> None:
+    """Write the model's weights as plain safetensors in fp32, tied ones once; see `fsdp2.write_by_file`."""
+    saved = model.state_dict().keys()
     tensors: dict[str, Any] = dict(model.named_parameters())
-    tensors |= {name: one for name, one in model.named_buffers() if name in kept}
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
     shapes = {
         name: torch.empty(
-            getattr(one, "ds_shape", one.shape),
-            dtype=torch.float32 if one.is_floating_point() else one.dtype,
+            getattr(tensor, "ds_shape", tensor.shape),
+            dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype,
             device="meta",
         )
-        for name, one in tensors.items()
+        for name, tensor in tensors.items()
     }
     fsdp2.write_by_file(shapes, lambda name: whole(tensors[name]), folder)
 
 
 def put(parameter: Any, value: torch.Tensor) -> None:
-    """Whole values into a trained parameter, for what is written after training."""
+    """Set all values of a trained parameter, so that they are saved after training."""
     import deepspeed
 
     if not hasattr(parameter, "ds_id"):
         deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(torch.float32))
         return
-    # Its own way for whole values (DeepSpeed 0.19.8) fails where they cannot be shared out evenly.
+    # DeepSpeed 0.19.8 has a function for gathered values, which fails if they cannot be split evenly.
     size = parameter.partition_numel()
     rank = torch.distributed.get_rank(parameter.ds_process_group)
-    held = value.flatten()[rank * size : (rank + 1) * size].to(torch.float32)
-    deepspeed.utils.safe_set_local_fp32_param(parameter, torch.nn.functional.pad(held, (0, size - len(held))))
+    shard = value.flatten()[rank * size : (rank + 1) * size].to(torch.float32)
+    deepspeed.utils.safe_set_local_fp32_param(parameter, torch.nn.functional.pad(shard, (0, size - len(shard))))
 
 
 def load_weights(engine: Any, checkpoint: Path) -> None:
-    """Put a checkpoint that the engine wrote back into it."""
+    """Load a checkpoint into the engine that wrote it."""
     from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
     deepspeed_load_checkpoint(engine, str(checkpoint))

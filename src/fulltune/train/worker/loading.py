@@ -67,7 +67,7 @@ def apply_method(model: PreTrainedModel, recipe: Recipe) -> methods.Applied:
     copied = names_of(model, recipe.task, recipe.method.label) if recipe.method.kind in ("lora", "peft") else ()
     with sharding.whole_while_copied(model, copied):
         applied = methods.apply(model, recipe.method, recipe.task)
-    zero.give_one_type(model)
+    zero.unify_dtype(model)
     return applied
 
 
