@@ -71,13 +71,11 @@ class CleaningStep:
 
     @property
     def name(self) -> str:
-        """File name, which changes with the decisions."""
         content = "".join(one.model_dump_json() for one in self.decisions)
         return f"{self.check.replace(' ', '-')}-{self.action}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     @property
     def decisions(self) -> list[RowDecision]:
-        """Lines of a patch file."""
         return [one.decided(Remedy(action="drop") if self.action == "drop" else one.remedy) for one in self.issues]
 
 
@@ -175,7 +173,6 @@ def refuse_proofs(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by
 
 
 def _worth_a_training(steps: Sequence[CleaningStep], summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
-    """Return the steps of `checks`, or all with enough rows; raise a `RecipeError` if there is none."""
     steps = [step for step in steps if _leaves_enough(step, summary)]
     if checks:
         available = {step.check for step in steps}
@@ -204,7 +201,6 @@ def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
 
 
 def _rows_of_run(job: Run) -> Predictions:
-    """Train a run in its folder and return its outputs on the eval rows, which are all that is saved."""
     run, saved = job.folder, Path(f"{job.folder}.npz")
     if not saved.exists():
         run_folder.find_or_make(job.recipe, "", run.name, run, fresh=False)
@@ -221,7 +217,6 @@ def _rows_of_run(job: Run) -> Predictions:
 
 
 def _chosen(saved: Predictions, names: np.ndarray) -> Predictions:
-    """Return the outputs of the named rows, in the order of their ids."""
     order = np.argsort(saved[_IDS])
     places = order[np.searchsorted(saved[_IDS][order], names)]
     return {name: array[places] for name, array in saved.items()}
@@ -230,7 +225,6 @@ def _chosen(saved: Predictions, names: np.ndarray) -> Predictions:
 def _compared(
     measure: Measure, steps: Sequence[CleaningStep], patches: Sequence[str], outputs: Sequence[Sequence[Predictions]]
 ) -> tuple[list[Proof], int]:
-    """Compare each step with the first run on the rows that all share; return the proofs and the number of rows."""
     common = reduce(np.intersect1d, [one[_IDS] for trials in outputs for one in trials])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give these in a file (data.eval)")
@@ -336,6 +330,5 @@ def _fitted(
 
 
 def _right(items: Items, held_out: Items, strength: float) -> np.ndarray:
-    """Return for each eval row 1.0 if it is answered correctly, else 0.0."""
     [(_, classifier)] = fits(items, strengths=(strength,))
     return (classifier(held_out.features).argmax(axis=1) == held_out.labels).astype(np.float64)

@@ -143,7 +143,6 @@ def _of_events(folder: Path, files: list[Path]) -> Log:
 
 
 def _log(where: Path, series: Mapping[str, Mapping[int, float]], best_step: int | None = None) -> Log:
-    """Build a log from series named as in transformers."""
     points = {name: tuple(sorted(values.items())) for name, values in series.items()}
     if "loss" not in points:
         names = ", ".join(sorted(points)[:6]) or "nothing"
@@ -167,7 +166,6 @@ def _log(where: Path, series: Mapping[str, Mapping[int, float]], best_step: int 
 
 
 def in_words(log: Log) -> str:
-    """Describe what was read."""
     curves = log.curves
     evaluations = len(curves.metric or curves.eval_loss)
     by = f", judged by {curves.metric_name} and loss" if curves.metric and curves.metric_name != "loss" else ""
@@ -188,7 +186,6 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
 
 
 def _ended(log: Log) -> Iterator[Diagnosis]:
-    """Yield how a run of fulltune ended, unless it ended well."""
     if log.plan is None:
         return
     if log.outcome is None:
@@ -203,7 +200,6 @@ def _ended(log: Log) -> Iterator[Diagnosis]:
 
 
 def _height(log: Log) -> Iterator[Diagnosis]:
-    """Diagnose a non-finite loss, or one that rose far above its start."""
     lower = f"a lower rate: {_rate(log, 1 / 10)}"
     last = log.grad_norm[-LEAST_FOR_SHAPE:]
     # Occasional non-finite norms are normal with fp16: its loss scaler skips such updates.
@@ -222,7 +218,6 @@ def _height(log: Log) -> Iterator[Diagnosis]:
 
 
 def _shape(log: Log) -> Iterator[Diagnosis]:
-    """Diagnose a model that got worse, a loss that never fell, over- and underfitting."""
     judged, losses = fit(log.curves), log.curves.losses
     evidence = f"{judged.evidence}. {judged.details}".rstrip(". ")
     if judged.kind == "got worse":
@@ -236,7 +231,6 @@ def _shape(log: Log) -> Iterator[Diagnosis]:
 
 
 def _steps(log: Log) -> Iterator[Diagnosis]:
-    """Diagnose skipped steps, rollbacks, and updates lost to rounding."""
     rollbacks = log.plan.rollbacks if log.plan else ()
     if log.skipped or rollbacks:
         evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"
@@ -249,6 +243,5 @@ def _steps(log: Log) -> Iterator[Diagnosis]:
 
 
 def _rate(log: Log, factor: float) -> str:
-    """Return the setting of another rate, or only the rate for another Trainer."""
     rate = f"{float(f'{factor * log.rate:.2g}'):g}" if log.rate else f"{factor:.2g} times the rate"
     return f"--set method.learning_rate={rate}" if log.plan else rate

@@ -53,12 +53,10 @@ def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
 
 
 def write_text(path: Path, text: str, private: bool = False) -> None:
-    """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode(), private)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -66,7 +66,6 @@ class Run:
         return Base.of(self.recipe.model, self.recipe.task, self.recipe.data.chat_template)
 
     def model(self, summary: DataSummary) -> PlannedModel:
-        """Return the model as it is trained on these rows."""
         from fulltune.footprint.trace import PlannedModel  # imports torch
 
         return PlannedModel(self.recipe, self.base, summary)
@@ -82,12 +81,10 @@ class Run:
         return hardware.here() if self.group is None else self.group.weakest
 
     def phase(self, name: str) -> None:
-        """Announce a phase to the listener."""
         self.listener(PhaseBegan(name=name))
 
     @property
     def start(self) -> Starter:
-        """Starts training processes."""
         return in_new_process if self.group is None else self.group.start
 
 
@@ -187,7 +184,6 @@ def list_losses(job: Run, summary: DataSummary) -> Audit:
 
 
 def reader_of(job: Run, summary: DataSummary) -> Reader:
-    """Return the reader that embeds the run's rows with the untouched model."""
     return Reader(job.recipe, job.base, summary, job.folder / "data", job.listener)
 
 
@@ -252,7 +248,6 @@ def _planned(job: Run, trial: Plan, summary: DataSummary) -> PlannedTrial:
 
 
 def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:
-    """Score the baselines that need no training on the test rows."""
     if not job.recipe.evaluate.baselines:
         return []
     job.phase("scoring the baselines")
@@ -260,7 +255,6 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
 
 
 def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:
-    """Score the trained model on the test rows."""
     job.phase("scoring the trained model")
     return evaluate.score(_scoring(job, trial, summary, job.hooks.metrics), outcome)
 

@@ -27,7 +27,6 @@ from fulltune.text import counted, did_you_mean, listed
 
 KEYS = "[k]eep  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
 Issues = Sequence[RowIssue]
-"""All issues of one row."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,7 @@ class AuditRequest:
     labels: bool
     """Let the untouched model judge labels and find outliers."""
     losses: bool
-    """List the trained model's highest losses."""
     prove: bool
-    """Fit classifiers with and without each cleaning step."""
     trainings: int
     """Seeds of the trainings with and without each cleaning step; 0 for none."""
     checks: Sequence[str]
@@ -81,7 +78,6 @@ def audit(recipe: Recipe, folder: Path, wanted: AuditRequest) -> None:
 
 
 def show(target: Path, folder: Path, as_json: bool) -> None:
-    """Print what the model will see and the findings."""
     from fulltune.report.format import pages
     from fulltune.report.run.about_data import rows_for_terminal
     from fulltune.report.run.data_page import audit_for_terminal
@@ -145,7 +141,6 @@ def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept:
 
 
 def _refuse_checks(audit: Audit, accept: Sequence[str]) -> None:
-    """Raise a `RecipeError` for checks that the audit does not know or did not run."""
     if HIGH_LOSS in accept:
         raise RecipeError(f"--accept: '{HIGH_LOSS}' has no remedy; use --review to read its rows")
     checks = {*audit.clean, *audit.checks}

@@ -125,7 +125,6 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
 
 
 def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
-    """Load a comparison's recipe; refuse one without methods."""
     recipe = load_recipe(target, overrides)
     from fulltune.compare.run import recipe_for  # imported late, so that recipe errors do not wait for libraries
 
@@ -136,7 +135,6 @@ def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
 
 
 def _share_of(budget: str | None, count: int) -> str | None:
-    """Return each comparison's share of the time."""
     try:
         return None if budget is None else f"{max(1, round(parse_seconds(budget) / count))}s"
     except ValueError as error:
@@ -144,7 +142,6 @@ def _share_of(budget: str | None, count: int) -> str | None:
 
 
 def _run(recipe: Recipe, folder: Path, budget: str | None, began: float) -> Compared:
-    """Run a comparison in its folder. `began` is the time before reading the recipe, so that imports count."""
     with displayed(details=False) as display:
         from fulltune.compare.run import run_comparison
         from fulltune.pipeline import Run
@@ -154,7 +151,6 @@ def _run(recipe: Recipe, folder: Path, budget: str | None, began: float) -> Comp
 
 
 def _open(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
-    """Return the comparison's recipe and its folder."""
     recipe = run_folder.recipe_of(target) if target.is_dir() else _recipe_of(target, overrides)
     if not recipe.methods:  # only a folder's: a file's recipe was refused before
         raise SetupError(

@@ -166,13 +166,10 @@ class Inferred:
     is_guess: bool = False
     """True if the missing header and the names are a guess."""
     unused: str = ""
-    """Unused columns, as text."""
     notes: tuple[str, ...] = ()
-    """Notes from reading the files."""
 
 
 def _head(files: DataFiles, most: int = _HEAD) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """Return the columns and rows of the files' beginning."""
     head = [row for _, row in islice(files.rows(), most)]
     return tuple(dict.fromkeys(name for row in head for name in row)), head
 
@@ -236,7 +233,6 @@ def _flags(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[st
 
 
 def _advice(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> str:
-    """Explain how to describe such rows: the longest text with a likely label, else with another text."""
     if flags:
         return (
             f"columns {shown(flags)} hold only 0 and 1, one column per label; expected one column with a list of "
@@ -314,7 +310,6 @@ def write_recipe(
 
 
 def lines(inferred: Inferred, files: SplitFiles) -> list[str]:
-    """Return what was inferred, as lines for the terminal."""
     _, held_out, not_used = files
     output: list[str] = []
     if inferred.is_guess:
@@ -336,12 +331,10 @@ def lines(inferred: Inferred, files: SplitFiles) -> list[str]:
 
 
 def _in_words(target: Target) -> str:
-    """Describe the target: `single label, 8 labels`."""
     return target.form.words + (f", {counted(len(target.labels), 'label')}" if target.labels else "")
 
 
 def _yaml(text: str) -> str:
-    """Return text as YAML, quoted only if it would be read as something else (`yes`, `1`, `a: b`)."""
     try:
         plain = yaml.safe_load(f"key: {text}") == {"key": text}
     except yaml.YAMLError:

@@ -34,11 +34,9 @@ USUAL_CHOICES = 4
 
 
 Checked = tuple[Fleet | None, Price | None]
-"""The hardware (None: this machine) and the price."""
 
 
 def check(hardware: str | None, rows: int | None, tokens: int | None, price: str | None) -> Checked:
-    """Parse and check the options, reporting all problems at once."""
     problems: list[str] = []
 
     def read(parse: Callable[[str], Any], text: str | None) -> Any:
@@ -101,8 +99,6 @@ def with_data(
 
 
 def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
-    """Add the commands that run the plan and that compare methods."""
-
     def command(verb: str, overrides: list[str]) -> str:
         return shlex.join(["fulltune", verb, str(target), *(word for one in overrides for word in ("--set", one))])
 
@@ -171,7 +167,6 @@ def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
 
 
 def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
-    """Refuse what the data stage would refuse."""
     from fulltune.models.shapes import position_limit
     from fulltune.pipeline import check_recipe
 
@@ -185,7 +180,6 @@ def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: b
 
 
 def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
-    """Return a data summary for rows of equal length, as the data stage would make it."""
     from fulltune.tasks import Target
 
     data, form = recipe.data, form_of(recipe)
@@ -221,7 +215,6 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
 
 
 def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = None) -> dict[str, Any]:
-    """Return the fields of the plan, with the survey and the measurements."""
     fields = {} if plan is None else plan.model_dump(mode="json")
     rows = {} if measured is None else {"measured": measured.model_dump(mode="json")}
     return {**fields, "survey": survey.model_dump(mode="json"), **rows}

@@ -55,12 +55,10 @@ class PredictInput:
     """The input of `fulltune predict`."""
 
     where: str
-    """Name of the file or source, for messages."""
     placed: Callable[[], Iterator[tuple[str, dict[str, Any]]]]
     """Yields each row's place and columns. Rows of stdin can be read only once."""
     columns: tuple[str, ...] = ("text",)
     total: int | None = None
-    """Number of rows; None if unknown."""
     table: Path | None = None
     """The file or folder of a table; None for lines of text."""
     images_in: Path | None = None
@@ -146,7 +144,6 @@ def _placed(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[str, A
 
 
 def _lines(file: Path | None) -> Iterator[str]:
-    """Yield lines of a text file or of stdin; an empty line is a text like any other."""
     try:
         with contextlib.nullcontext(sys.stdin) if file is None else file.open(encoding="utf-8-sig") as stream:
             for line in stream:
@@ -321,7 +318,6 @@ def _separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[R
 
 
 def _cell(value: Any) -> Any:
-    """Return a value as a text cell: lists and objects as JSON, as the readers expect."""
     if isinstance(value, (list, tuple, dict)):
         return json.dumps(value, ensure_ascii=False, default=readable)
     return value if value is None or isinstance(value, (str, int, float)) else readable(value)

@@ -82,7 +82,6 @@ def joined(
 def open_run(
     target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
 ) -> tuple[Recipe, Path]:
-    """Return the recipe and its run folder."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
 
@@ -117,7 +116,6 @@ def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path
 
 
 def finished(recipe: Recipe, folder: Path) -> Reached | None:
-    """Return the results of a finished run, or None."""
     from fulltune.system import run_folder
 
     reached = run_folder.finished(recipe, folder)

@@ -68,7 +68,6 @@ class Cost:
 
 
 def num_seeds(wanted: int | None, train_rows: int) -> int:
-    """Return the largest number of seeds; a clear answer needs fewer."""
     return wanted if wanted is not None else 5 if train_rows < FEW_TRAIN_ROWS else 3
 
 
@@ -228,7 +227,6 @@ def _settled(context: Context) -> Expectation:
 
 
 def grid(context: Context, method: Any) -> tuple[float, ...]:
-    """Return the rates that a method's search begins with."""
     planned = context.setup(method.label).plan.learning_rate
     return rates.grid(planned, method.learning_rates, method.fixed_learning_rate)
 

@@ -118,7 +118,6 @@ def untouched(context: Context) -> tuple[Scores, ...]:
 def comparison_of(
     ran: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[Opening, ...]
 ) -> Comparison:
-    """Return the record from which the report is made."""
     context, summary = ran.context, ran.context.summary
     rows = rows_of(ran, decision, baselines)
     environment = run_folder.environment(context.machine)
@@ -193,7 +192,6 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
 
 
 def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
-    """Return the mean drift of a method's models on generic text, with a bootstrap interval over the texts."""
     folder = context.folder / GENERIC
     if not (folder / f"{BASE}.npz").exists():
         return None
@@ -204,7 +202,6 @@ def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
 
 
 def _notes(context: Context) -> list[str]:
-    """Return the data notes that matter to a reader of the verdict."""
     dropped = [f"rows dropped: {count:,}, {reason}" for reason, count in context.summary.dropped.items()]
     linted = rows_in_train(context.summary)
     notes = [note for note in context.summary.notes if "also stand" in note or "repeat" in note]

@@ -50,7 +50,6 @@ class MethodSetup:
     shapes: Shapes
     traced: Footprint
     plan: Plan
-    """Plan of a whole run at the method's default rate."""
 
 
 @dataclass
@@ -62,7 +61,6 @@ class Context:
     command: str
     budget_seconds: float | None = None
     start: Starter = in_new_process
-    """Starts a trial's process."""
     began: float = field(default_factory=time.monotonic)
     """Start of the time that is not yet recorded in the clock."""
     passed: set[str] = field(default_factory=set)
@@ -85,7 +83,6 @@ class Context:
 
     @cached_property
     def texts(self) -> tuple[list[str], str]:
-        """Return the generic texts on which finished models are compared, and their source."""
         return generic_texts(self.recipe.preserve.probe)
 
     @cached_property
@@ -108,7 +105,6 @@ class Context:
 
     @cached_property
     def scoring(self) -> Scoring:
-        """Return the scoring of the rows, the same for all methods."""
         reference = self.setup(self.full.label).plan
         return evaluate.scoring_of(self.recipe, reference, self.summary, self.folder, self.job.base)
 
@@ -139,7 +135,6 @@ class Context:
         return self.folder / FOLDER / "searches" / f"{method}.json"
 
     def kept_results(self) -> list[TrialResult]:
-        """Return the results of all trials so far, from all commands."""
         return [TrialResult.load(path) for path in sorted(self.result_path("").parent.glob("*.json"))]
 
     @contextlib.contextmanager
@@ -173,7 +168,6 @@ class Context:
         self.job.listener(Message(text=text))
 
     def setup(self, label: str) -> MethodSetup:
-        """Return sizes, footprint and plan of a method, traced once."""
         if label not in self._setups:
             method = next(one for one in self.methods if one.label == label)
             recipe = self._recipe_of(method)

@@ -106,7 +106,6 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
 
 
 def _findings(findings: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
-    """Return the findings, unfair ones first."""
     return tuple(
         Finding(
             rule=rule,
@@ -124,13 +123,11 @@ def _named(rows: Iterable[MethodRow]) -> str:
 
 
 def _tried(row: MethodRow) -> list[float]:
-    """Return the searched rates, including whole runs beyond the grid."""
     search = row.search
     return sorted({*search.tried, *search.whole}) if search is not None and search.tried else []
 
 
 def _of_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
-    """Check that each method's rate was searched and does not lie at the edge of its grid."""
     weak = "a method may look weak because of a wrong rate"
     full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried(row), default=0.0) for row in full), default=0.0)
@@ -166,7 +163,6 @@ def _of_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleH
 
 
 def _of_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> RuleHits:
-    """Check each method's seeds, weights and target modules."""
     for row in trained:
         count = len(set(row.seeds))
         seeds = counted(count, "seed")
@@ -219,7 +215,6 @@ def _between_methods(trained: Sequence[MethodRow]) -> RuleHits:
 
 
 def _of_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
-    """Check the eval rows, which choose rates and checkpoints."""
     scale, summary = ran.context.scale, ran.context.summary
     resolution = max(scale.tolerance(row.metric.value) for row in trained) if scale.is_share else 0.0
     if resolution > ran.context.recipe.compare.margin and any(len(_tried(row)) > 1 for row in trained):
@@ -240,7 +235,6 @@ def _of_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
 
 
 def _of_test_rows(folder: Path, in_train: str, verdicts: int) -> RuleHits:
-    """Check the test rows, which are reported."""
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, most of all for a method that memorises rows"
     if verdicts > 1:
@@ -256,7 +250,6 @@ def _of_test_rows(folder: Path, in_train: str, verdicts: int) -> RuleHits:
 
 
 def _of_weights(base: Base) -> RuleHits:
-    """Check the source of the pretrained weights."""
     if is_quantised(base.path):
         yield (
             "quantised-source",

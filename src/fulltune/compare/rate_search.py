@@ -74,7 +74,6 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> Reac
 
 
 def _search(job: Run, summary: DataSummary) -> Searched:
-    """Search the learning rate on the eval rows, within the recipe's budget."""
     if job.hooks.compute_loss is not None:
         raise RecipeError(
             "method.learning_rate: search trains in separate processes, which a loss from Python cannot reach; give "
@@ -107,7 +106,6 @@ def _search(job: Run, summary: DataSummary) -> Searched:
 
 
 def _expected(context: Context) -> Expectation:
-    """Announce and return the forecast of the search; refuse a budget below two short trials and a whole run."""
     method, limit = context.full.label, context.budget_seconds
     share = share_of_steps(context.recipe.compare.search_share, context.setup(method).plan.total_steps)
     cost = budget.costs_of(context)[0][method]
@@ -135,7 +133,6 @@ def _expected(context: Context) -> Expectation:
 
 
 def _at_its_rate(recipe: Recipe, searched: Searched) -> Recipe:
-    """Return the recipe with the searched learning rate."""
     method = {
         "method.learning_rate": searched.rate.chosen,
         "method.learning_rates": None,

@@ -31,7 +31,6 @@ class Scale:
     greater_is_better: bool
     eval_rows: int
     is_share: bool
-    """True for metrics that are shares of rows."""
 
     def oriented(self, metric: float) -> float:
         """Return the metric with its sign turned so that higher is better; NaN (diverged) becomes minus infinity."""
@@ -60,7 +59,6 @@ def grid(usual: float, rates: Sequence[float] | None, fixed: float | None) -> tu
 
 
 def rounded(rate: float) -> float:
-    """Round to two digits, as people write rates."""
     return float(f"{rate:.1e}")
 
 
@@ -86,7 +84,6 @@ def final_trial(method: str, rate: float, seed: int, *, check: bool = False) -> 
 
 
 def best_of(tried: Mapping[float, float], scale: Scale) -> list[float]:
-    """Return the rates with the best metric, lowest first."""
     best = max(scale.oriented(metric) for metric in tried.values())
     return sorted(rate for rate in tried if scale.oriented(tried[rate]) == best)
 
@@ -156,7 +153,6 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
 
 
 def _is_clear(best: float, whole: Mapping[float, float], scale: Scale) -> bool:
-    """Return whether the whole run at the best rate clearly beats all others that did not diverge."""
     return CLEARLY < scale.ahead(best, whole) < math.inf
 
 

@@ -29,7 +29,6 @@ from fulltune.train.parent.fork_server import fork_server
 NEAR_DUPLICATES = 0.8
 """Rows whose texts share at least this much of their 5-grams (Jaccard) stay on one side of a comparison's split."""
 Compared = tuple[Comparison, tuple[Path, ...]]
-"""A comparison and the paths of its report."""
 
 
 def run_comparison(job: Run, command: str, budget: str | None = None) -> Compared:

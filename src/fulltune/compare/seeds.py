@@ -24,7 +24,6 @@ from fulltune.stats.bootstrap import draw
 from fulltune.text import counted
 
 Results = dict[str, list[TrialResult]]
-"""The whole runs of each method, in the order of their seeds."""
 
 
 MOST_WHOLE_RUNS = 4
@@ -95,21 +94,17 @@ class SeedRuns:
     results: Results = field(default_factory=dict)
     looks: list[Look] = field(default_factory=list)
     time_was_up: bool = False
-    """True if the budget ended the runs."""
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Names of the methods that were not trained."""
         return tuple(one.label for one in self.context.trained_methods if one.label not in self.results)
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """Names of the methods with fewer seeds, which wait for an answer about full and the leader."""
         return self.looks[-1].waiting if self.looks else ()
 
     @property
     def lacks_time(self) -> bool:
-        """True if more time would add seeds, methods or rate searches."""
         return self.time_was_up or bool(self.left_out) or any(one.time_was_up for one in self.searches.values())
 
     def run(self) -> SeedRuns:

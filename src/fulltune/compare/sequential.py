@@ -185,7 +185,6 @@ def _chances(
 def _chances_at(
     estimate: float, scatter: float, half: float, half_one_sided: float, margin: float
 ) -> tuple[float, float, float]:
-    """Return the chances for a known half width of the interval: full better, equal, rival better."""
     needed, room = max(margin, half), margin - half_one_sided
     normal = NormalDist(estimate, max(scatter, 1e-12))
     equal = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0

@@ -23,7 +23,6 @@ from fulltune.train.parent import retry
 
 
 def is_done(context: Context, trial: Trial) -> bool:
-    """Return whether this trial, with this rate, has a result."""
     path = context.result_path(trial.name)
     return path.exists() and TrialResult.load(path).trial == trial
 

@@ -18,7 +18,6 @@ from fulltune.tasks import Predictions
 from fulltune.text import listed
 
 _FEW_SEEDS = 3
-"""With fewer seeds the spread between seeds is hardly known."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,8 @@ class Terms:
 
     measure: Measure
     margin: float
-    """Largest difference of the metric that does not matter."""
     confidence: float = 0.95
     alpha: float = 0.05
-    """Chance of a wrong answer."""
 
 
 def decide(methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms) -> Decision:
@@ -144,7 +141,6 @@ def _within(interval: tuple[float, float], bounds: tuple[float, float] | None) -
 
 
 def _verdict(differences: Sequence[Difference], full: str, methods: Sequence[MethodOutputs]) -> tuple[VerdictKind, str]:
-    """Return the verdict and the method to take."""
     cost = {method.name: method.cost for method in methods}
     rivals = [one for one in differences if one.decides]
     if better := [one for one in rivals if one.other_better]:

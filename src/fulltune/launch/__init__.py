@@ -53,11 +53,9 @@ class LaunchedJob:
     """A recipe with everything its command needs."""
 
     file: Path
-    """Absolute path of the recipe."""
     recipe: Recipe
     overrides: tuple[str, ...]
     hardware: Fleet | None
-    """Hardware from `--for`, if given."""
 
     @property
     def num_machines(self) -> int:
@@ -65,7 +63,6 @@ class LaunchedJob:
 
     @property
     def processes(self) -> int:
-        """Processes per machine."""
         return self.recipe.train.processes_per_machine
 
     @property
@@ -142,12 +139,10 @@ def text_of(job: LaunchedJob, launcher: str) -> str:
 
 
 def _yaml(value: str) -> str:
-    """Return quoted YAML on one line."""
     return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")
 
 
 def _yaml_block(value: str) -> str:
-    """Return text as a YAML block if YAML allows it, else quoted."""
     plain = value.replace("\n", "").isprintable()
     return yaml.safe_dump(value, default_style="|", width=sys.maxsize).rstrip("\n") if plain else _yaml(value)
 

@@ -27,7 +27,6 @@ from fulltune.files import write_text
 _HERE = Path(__file__)
 
 TOPIC_SOURCES, CHAT_SOURCES = tomllib.loads(_HERE.with_name("sources.toml").read_text(encoding="utf-8")).values()
-"""Sources by topic."""
 _SKIPPED = "tests test testing _internal externals _vendor vendor benchmarks _lib _test utils"
 _TOPIC_WORDS, _ANSWER_WORDS = (8, 32), (4, 40)
 """Fewest and most words of a text."""
@@ -116,7 +115,6 @@ def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
 
 
 def _docs(sources: dict[str, str]) -> Iterator[_Doc]:
-    """Yield every public docstring of the sources, in the order of the sources and of sorted paths."""
     for topic, entries in sources.items():
         for file, module in (found for entry in entries.split() for found in _source_files(entry)):
             try:
@@ -129,7 +127,6 @@ def _docs(sources: dict[str, str]) -> Iterator[_Doc]:
 
 
 def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
-    """Yield the Python files of an entry with their dotted names, sorted, without tests."""
     name, _, below = entry.partition("/")
     root = _package_root(name)
     if root is None or not root.exists():
@@ -142,7 +139,6 @@ def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
 
 
 def _package_root(name: str) -> Path | None:
-    """Return the folder or file of a top-level module, or None if it is not installed."""
     if name in sys.stdlib_module_names:
         # Some standard modules are frozen, and their import spec then names no file.
         folder = Path(sysconfig.get_path("stdlib")) / name
@@ -158,7 +154,6 @@ _Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tuple[str, _Documented]]:
-    """Yield public functions, classes and methods with their dotted names; nested functions are private."""
     for node in body:
         if isinstance(node, _Documented):
             if not node.name.startswith("_"):
@@ -173,7 +168,6 @@ def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tupl
 
 
 def _paragraphs(docstring: str) -> Iterator[list[str]]:
-    """Yield the paragraphs before a docstring's first section as plain sentences."""
     for block in re.split(r"\n\s*\n", docstring.strip()):
         if _NOT_PROSE.search(block):
             return
@@ -184,12 +178,10 @@ def _paragraphs(docstring: str) -> Iterator[list[str]]:
 
 
 def _is_prose(text: str, words: tuple[int, int]) -> bool:
-    """Return whether text is prose of a suitable length, not a signature, formula, template or table."""
     return words[0] <= len(text.split()) <= words[1] and text.isascii() and not re.search(r"[{}|\\]|::|->|\$", text)
 
 
 def _topic_text(doc: _Doc) -> str:
-    """Return the first sentences of a docstring that fit, or an empty string if they are too short."""
     text = ""
     for sentence in (sentence for paragraph in _paragraphs(doc.docstring) for sentence in paragraph):
         longer = f"{text} {sentence}".strip()
@@ -200,7 +192,6 @@ def _topic_text(doc: _Doc) -> str:
 
 
 def _answer(doc: _Doc) -> str:
-    """Return the first sentence of a public function's docstring, or an empty string if it is not clean."""
     if not doc.is_function or not _public_name(doc):
         return ""
     sentences = next(_paragraphs(doc.docstring), [])
@@ -252,7 +243,6 @@ def _without_near_copies(docs: Iterable[_Doc], text_of: Callable[[_Doc], str]) -
 
 
 def _masked_words(text: str) -> tuple[str, ...]:
-    """Return lower-case words, with a mark for each run of identifiers, acronyms and numbers."""
     words = ("#" if _NAME.search(word) else word.lower() for word in re.findall(r"\w+", text))
     return tuple(word for sign, run in groupby(words) for word in ("#" if sign == "#" else list(run)))
 
@@ -282,5 +272,4 @@ def _split(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row
 
 
 def _in_order(rows: Iterable[_Row]) -> list[_Row]:
-    """Return rows in digest order, which mixes modules and topics."""
     return sorted(rows, key=lambda row: _digest(row[0].name + row[1]))

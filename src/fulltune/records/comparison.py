@@ -52,9 +52,7 @@ class TrialResult(Record):
     saved_bytes: int = 0
     """Size of the saved weights, for PEFT methods of the adapter alone."""
     seconds_per_row: float | None = None
-    """Time to predict one test row, in batches; None if not measured."""
     problems: tuple[str, ...] = ()
-    """Reasons of a divergence."""
 
 
 class Search(Record):
@@ -124,7 +122,6 @@ class Finding(Record):
     rule: str
     level: Literal["unfair", "worth knowing"]
     where: str
-    """The method, or the part of the design."""
     what: str
     to_do: str
 
@@ -147,12 +144,9 @@ class Opening(Record):
     """A record of somebody looking at the sealed test rows."""
 
     time: str
-    """ISO 8601 with time zone."""
     by: str
-    """User and host."""
     command: str
     trials: tuple[str, ...]
-    """Names of the scored trials."""
     alpha: float
     """Permitted chance of a wrong answer in the verdict made then."""
     left: float
@@ -168,7 +162,6 @@ class Difference(Record):
     method: str
     kind: MethodKind
     decides: bool
-    """False for methods shown for orientation (`base`, `head`)."""
     cheaper: bool
     num_seeds: int
     estimate: float
@@ -223,7 +216,6 @@ class Decision(Record):
     num_clusters: int
     num_draws: int
     scores: dict[str, Estimate]
-    """Mean over the seeds of each method, with an interval over seeds and rows."""
     values: dict[str, tuple[float, ...]]
     """Metric of each seed, by method."""
     seed_sds: dict[str, float]
@@ -232,9 +224,7 @@ class Decision(Record):
     headline: str
     """The verdict in one sentence without numbers."""
     because: tuple[str, ...]
-    """One sentence for each deciding method."""
     would_decide: tuple[str, ...] = ()
-    """What would settle an UNDECIDED: more rows, more seeds, or neither."""
     notes: tuple[str, ...] = ()
 
     def difference(self, method: str) -> Difference:
@@ -269,7 +259,6 @@ class MethodRow(Record):
     """Share of full fine-tuning's gain over the untouched model; None if unknown or without a gain."""
     train_seconds: float = 0.0
     train_tokens: int = 0
-    """Tokens seen by one whole run."""
     tokens_per_second: float = 0.0
     train_flops: float = 0.0
     """Floating-point operations of one whole run."""
@@ -277,9 +266,7 @@ class MethodRow(Record):
     memory_growth_bytes: int = 0
     saved_bytes: int = 0
     drift: Estimate | None = None
-    """Drift on generic text, mean over texts and seeds."""
     seconds_per_row: float | None = None
-    """Time to predict one test row, in batches."""
 
     @property
     def learning_rate(self) -> float | None:
@@ -342,11 +329,9 @@ class MethodOverTasks(Record):
     stored_bytes: int
     """Weights of all tasks, on disk and in memory; methods with parts count the base once."""
     bytes_per_task: int
-    """Average size of one more task."""
     train_seconds: float
     """Time of one run for each task."""
     scores: dict[str, Estimate]
-    """Score on each task's test rows."""
     behind: Estimate | None = None
     """Full minus this method, mean over the tasks, with an interval that holds for all methods. None for full itself,
     or if a metric is no share."""

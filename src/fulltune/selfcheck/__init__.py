@@ -261,7 +261,6 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 EXTRAS = ("triton", "flash-attn", "deepspeed", "bitsandbytes")
-"""Packages shown on the page if they are installed."""
 CHECKS: tuple[tuple[str, str, Callable[[str], CheckOutcome]], ...] = (
     *(
         ("precision", f"{kind} product of 256 x 256 against float64", partial(product, precision=kind))
@@ -284,7 +283,6 @@ class CheckResult(Record):
     check: str
     """Category: `precision`, `attention` ..."""
     ran: str
-    """Description of the check."""
     status: Literal["pass", "fail", "not here"]
     result: str
     """CheckOutcome in words; for `not here` the reason."""
@@ -367,7 +365,6 @@ def devices() -> tuple[str, ...]:
 
 
 def environment() -> dict[str, str]:
-    """Return facts on the environment, without host name, user name or paths."""
     machine = hardware.here()
 
     distributions = importlib.metadata.distributions()

@@ -152,7 +152,6 @@ def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
 
 
 def _settings(settings: Sequence[Setting]) -> list[Element]:
-    """Return the chosen settings with reasons; the recipe's own and the defaults in one line."""
     reasoned = [one for one in settings if one.reason not in ("default", FROM_RECIPE)]
     rows = [(one.name, in_yaml(one.value), one.reason) for one in reasoned]
     long = [Paragraph(f"{name}: {value} ({why})") for name, value, why in rows if len(value) > WIDEST_VALUE]
@@ -183,7 +182,6 @@ def _ways_out(survey: Survey) -> list[Element]:
 
 
 def _what_next(survey: Survey, plan: Plan | None) -> list[Element]:
-    """Return the commands that measure what the advice can only estimate, and that run the plan."""
     if plan is None:
         return [Paragraph("nothing fits as it is: choose one of the ways out first")]
     blocks: list[Element] = []

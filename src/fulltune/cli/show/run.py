@@ -104,7 +104,6 @@ class Display:
             self.console.print(f"[dim]{name}[/dim]")
 
     def _live(self, name: str, done: float | None, total: float | None, facts: str) -> bool:
-        """Update the live line; return False without a terminal."""
         self.progress.update(self.task, description=name, completed=done, total=total, facts=facts)
         return self.progress.live.is_started
 
@@ -141,7 +140,6 @@ class Display:
         self.console.print(f"step {event.step:>5}  epoch {event.epoch:.2f}  eval {values}")
 
     def _data(self, summary: DataSummary, is_known: bool) -> None:
-        """Show all facts of new data; for a resumed run only the numbers of rows."""
         self.summary = summary
         if self.details and is_known:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())

@@ -32,7 +32,6 @@ _MADE_FROM = Paragraph("This report is made from proof.json beside it, which hol
 
 
 def build(comparison: Comparison, picture: str = "") -> Report:
-    """Build the report of a comparison."""
     sections = (
         _why(comparison),
         Section("field", "The methods", _methods(comparison)),
@@ -71,7 +70,6 @@ def label(decision: Decision) -> str:
 
 
 def _headline(comparison: Comparison) -> Headline:
-    """Return the verdict, preceded by a warning if an untrained baseline comes close."""
     decision, write = comparison.decision, Writer.of(comparison.decision)
     rivals = sum(one.decides for one in decision.differences)
     together = f" for the {rivals} methods together" if rivals > 1 else ""
@@ -130,7 +128,6 @@ def _key_figures(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _why(comparison: Comparison) -> Section | None:
-    """Return the section on what decided the verdict and what would decide the rest."""
     decision, to_do = comparison.decision, list(comparison.decision.would_decide)
     if comparison.can_resume:
         limit = comparison.expectation.budget_seconds
@@ -224,7 +221,6 @@ def _full_of(comparison: Comparison) -> MethodRow | None:
 
 
 def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
-    """Return plots of quality against training time and, if known, operations."""
     full, write, drawn = _full_of(comparison), Writer.of(comparison.decision), list[CostPlot]()
     for cost, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
         if (whole := getattr(full, field, 0.0)) <= 0:
@@ -280,7 +276,6 @@ def marks(comparison: Comparison) -> list[str]:
 
 
 def how(comparison: Comparison) -> Section:
-    """Return the section on rows, time, detectable differences, rates, baselines and versions."""
     blocks: list[Element] = [Facts(tuple(facts(comparison))), _searches(comparison)]
     if comparison.baselines:
         write = Writer.of(comparison.decision)
@@ -299,7 +294,6 @@ def how(comparison: Comparison) -> Section:
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return names and values on rows, time, seeds and drift."""
     expected, openings = comparison.expectation, comparison.openings
     cores, full = counted(comparison.cores, "core"), _full_of(comparison)
     took = f"{format_seconds(comparison.seconds)} in all"

@@ -71,14 +71,12 @@ def _behind(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
 
 
 def write_tasks(folder: Path, record: ManyTasks) -> tuple[Path, ...]:
-    """Write `tasks.md` and `tasks.json` into a folder and return their paths."""
     record.save(folder / RECORD)
     words.write_sanitized(folder / PAGE, section_in_markdown(on_one_base(record)))
     return folder / PAGE, folder / RECORD
 
 
 def on_one_base(record: ManyTasks) -> Section:
-    """Return the section on all tasks together: sentences and tables of methods, tasks and scores."""
     write, totals, scores, tasks = (
         Writer("accuracy", _MARGIN),
         list[TableRow](),

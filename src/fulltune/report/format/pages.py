@@ -52,7 +52,6 @@ TEMPLATES = jinja2.Environment(
 
 
 def page(report: Report, template: str = "report.html.j2") -> str:
-    """Return the whole report as HTML."""
     return TEMPLATES.get_template(template).render(report=report)
 
 
@@ -69,7 +68,6 @@ _TEXT_LIMIT = 600
 
 
 def markdown(report: Report) -> str:
-    """Return the whole report as Markdown."""
     lines = [f"# {escaped(report.title)}", "", escaped(report.subtitle), ""]
     lines += [f"**{escaped(report.headline.label)}.** {escaped(report.headline.sentence)}", ""]
     if report.headline.note:
@@ -83,7 +81,6 @@ def markdown(report: Report) -> str:
 
 
 def section_in_markdown(section: Section, level: str = "#") -> str:
-    """Return one section as Markdown, for a page of its own or inside a report."""
     lines = [f"{level} {section.title}", "", *(line for block in section.blocks for line in _block(block))]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -110,7 +107,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozen
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """Return a code block whose fence is longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
@@ -221,7 +217,6 @@ def _lines(part: Headline | Element, width: int) -> Iterator[RenderableType]:
 
 
 def _grid(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
-    """Return names beside texts, with the lines of each text aligned."""
     grid = Grid.grid(padding=(0, gap, 0, 0))
     grid.add_column(max_width=_TEXT_WIDTH, style="dim")
     grid.add_column(overflow="fold")
@@ -268,7 +263,6 @@ def _shown_cell(cell: Cell | str) -> str:
 
 
 def _preview(segments: Iterable[Segment], label: str | None) -> Text:
-    """Return a row on one line, with trained text in green ⟦brackets⟧."""
     line = Text("  ")
     for segment in segments:
         text = one_line(segment.text)

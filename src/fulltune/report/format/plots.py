@@ -110,7 +110,6 @@ def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Ax
 
 
 def _style_axes(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
-    """Draw thin grid lines instead of a frame, and format the metric's values as the report does."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_frame_on(False)
@@ -128,7 +127,6 @@ def _style_axes(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Add a legend below the plot and enlarge the figure for its lines."""
     handles, names = axes.get_legend_handles_labels()
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + math.ceil(len(names) / 3) * LINE_HEIGHT / 72)
@@ -141,7 +139,6 @@ def _say_nothing_finite(axes: Axes) -> None:
 
 
 def _drawn(figure: Figure, title: str, description: str) -> blocks.Figure:
-    """Return the figure as an `<svg>` element for the page."""
     for artist in figure.findobj():
         artist.set_clip_on(False)  # nothing lies outside, and clipping would need urls
     buffer = io.StringIO()
@@ -225,7 +222,6 @@ def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) 
 
 
 def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None) -> str:
-    """Describe first and last value, the step of the saved weights and non-finite values."""
     finite = [(step, format_metric(metric, value)) for step, value in points if math.isfinite(value)]
     if not finite:
         return "no finite value was logged."
@@ -274,7 +270,6 @@ def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -
 
 
 def cost_plot(plot: CostPlot) -> blocks.Figure:
-    """Draw quality against cost relative to full fine-tuning."""
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
         _draw_costs(axes, plot)
         _legend(figure, axes)

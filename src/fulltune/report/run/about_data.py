@@ -69,7 +69,6 @@ _CELL_LIMIT = 300
 
 
 def data(view: RunView) -> Section | None:
-    """Return the section on the rows that the model learned from and was judged on."""
     summary = view.summary
     if summary is None:
         return None
@@ -104,7 +103,6 @@ def _longest(summary: DataSummary) -> list[tuple[str, str]]:
 
 
 def splits(summary: DataSummary) -> Table:
-    """Return the table of rows per split, with their source."""
     lengths = _lengths(summary, next(iter(summary.splits.values())))
     row = row_words(summary).row
     header = ("split", f"{row}s", *lengths, "dropped", "source")
@@ -199,7 +197,6 @@ def _previews(summary: DataSummary) -> list[Element]:
 
 
 def _beginning(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-    """Return the first `_TEXT_LIMIT` characters of the segments, and how many more follow."""
     shown: list[Segment] = []
     left = _TEXT_LIMIT
     for segment in segments:

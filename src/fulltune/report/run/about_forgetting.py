@@ -24,7 +24,6 @@ from fulltune.text import counted, format_metric, format_number, format_percent
 
 
 def section(view: RunView) -> Section | None:
-    """Return the section on drift while training and on the budget, if there was one."""
     plan, result = view.plan, view.budget
     points, errors = (view.history.evaluation.get(name, ()) for name in ("drift", "drift_error"))
     if not points or plan is None or view.summary is None:
@@ -114,7 +113,6 @@ def verdict(result: BudgetResult) -> str:
 
 
 def _likelier(rise: float) -> str:
-    """Convert a rise of the loss into a change of a token's probability, in words."""
     return f"{words.as_share(abs(math.expm1(-rise)), False)} {'more' if rise < 0 else 'less'} likely"
 
 

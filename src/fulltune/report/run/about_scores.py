@@ -41,7 +41,6 @@ _LABEL_LIMIT = 60
 
 
 def results(view: RunView) -> Section | None:
-    """Return the section with every score, and a plot of the main metric."""
     if not view.scores:
         return None
     leading = view.trained or view.scores[-1]
@@ -146,7 +145,6 @@ def about_answers(row: Scores) -> str:
 
 
 def answers(view: RunView) -> Section | None:
-    """Return the section with generated answers to the same test rows before and after training."""
     before = next((row.answers for row in view.scores if row.kind == "untouched" and row.answers), ())
     after = view.trained.answers if view.trained else ()
     exchanges = _pair_answers(before, after)
@@ -178,7 +176,6 @@ def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Ex
 
 
 def confusion(view: RunView) -> Section | None:
-    """Return the section on how well each label is predicted and which labels are confused."""
     counts = view.trained.confusion if view.trained else None
     return Section("confusion", "Confusion", (label_table(counts), _confusion_table(counts))) if counts else None
 
@@ -202,7 +199,6 @@ def label_table(confusion: Confusion) -> Table:
 
 
 def _confusion_table(confusion: Confusion) -> Table | Paragraph:
-    """Return all counts as a heat table; with many labels only the most confused pairs."""
     labels = [untrusted(label, _LABEL_LIMIT) for label in confusion.labels]
     totals = [max(1, sum(counts)) for counts in confusion.counts]
     if len(labels) <= _LARGEST_HEAT_TABLE:
@@ -232,7 +228,6 @@ def _confusion_table(confusion: Confusion) -> Table | Paragraph:
 
 
 def mistakes(view: RunView) -> Section | None:
-    """Return the section with the most confident wrong answers."""
     worst = view.trained.worst if view.trained else ()
     if not worst:
         return None
@@ -254,7 +249,6 @@ def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
 
 
 def calibration(view: RunView) -> Section | None:
-    """Return the section on how far the probabilities can be trusted."""
     return unless_empty("Calibration", calibration_of(view.trained) if view.trained else [])
 
 

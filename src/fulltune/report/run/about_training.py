@@ -48,7 +48,6 @@ _OPEN = 10
 
 
 def curves(view: RunView) -> Section | None:
-    """Return the section with one plot per series measured while training."""
     history, plan = view.history, view.plan
     # Interpolated weights belong to no step.
     kept_step = view.outcome.best_step if view.outcome and not (view.budget and view.budget.weights_reason) else None
@@ -80,14 +79,12 @@ def curves(view: RunView) -> Section | None:
 
 
 def fit_of(view: RunView) -> Fit:
-    """Judge from the curves whether the run over- or underfitted."""
     if view.plan is None or view.outcome is None or view.summary is None or "eval" not in view.summary.splits:
         return Fit("not known")
     return fit(curves_of(view, view.plan))
 
 
 def curves_of(view: RunView, plan: Plan) -> Curves:
-    """Return the run's curves, even of an unfinished run."""
     history, summary = view.history, view.summary
     return Curves(
         train_loss=history.train.get("loss", ()),
@@ -104,7 +101,6 @@ def curves_of(view: RunView, plan: Plan) -> Curves:
 
 
 def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Element]:
-    """Return a folded table of all eval metrics, because only the main ones are drawn."""
     series = {name: points for name, points in series.items() if name not in OF_GENERIC_TEXT}
     if plan is None or set(series) <= {plan.metric, "loss"}:
         return []
@@ -120,7 +116,6 @@ def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> lis
 
 
 def training(view: RunView) -> Section | None:
-    """Return the section on how every attempt ended, what it cost, what it changed, and what happened."""
     blocks: list[Element] = [_attempts(view)] if view.attempts else []
     journal = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
     # In full, because advice is at their end and a table cell would be cut.
@@ -192,13 +187,11 @@ def _facts(view: RunView, outcome: Outcome) -> list[Element]:
 
 
 def check_table(checks: Sequence[Check]) -> Table:
-    """Return the table of checks before an attempt's first step."""
     rows = tuple((check.name, "passed" if check.passed else "FAILED", check.result) for check in checks)
     return Table("Checks before step 1", ("check", "verdict", "details"), rows)
 
 
 def settings(view: RunView) -> Section | None:
-    """Return the section with every setting, its value, source and reason."""
     blocks: list[Element] = []
     if view.plan and view.plan.settings:
         rows = tuple(
@@ -217,7 +210,6 @@ def settings(view: RunView) -> Section | None:
 
 
 def environment(view: RunView) -> Section | None:
-    """Return the section on the machine, versions and packages of the run."""
     env = view.environment
     if env is None:
         return None

@@ -34,7 +34,6 @@ _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", 
 
 
 def build(view: RunView) -> Report:
-    """Build the report of a run."""
     headline, steps = conclude(view)
     sections = (
         _missing(view),
@@ -147,7 +146,6 @@ def _how_to_go_on(status: str | None) -> str:
 
 
 def search(view: RunView) -> Section | None:
-    """Return the section on the rate search, if there was one."""
     searched = view.searched
     if searched is None:
         return None

@@ -87,7 +87,6 @@ def _found(audit: Audit) -> Section:
 
 
 def _languages(column: str, counts: Mapping[str, int], rows: int) -> str:
-    """List the languages of a column's texts with their shares, the most frequent by name."""
     most, others = list(counts.items())[:_MOST_LANGUAGES], list(counts.values())[_MOST_LANGUAGES:]
     shares = [f"{code} {format_share(count / rows)}" for code, count in most]
     shares += [f"{counted(len(others), 'other')} {format_share(sum(others) / rows)}"] if others else []
@@ -130,7 +129,6 @@ def _cleaning(all_proofs: Sequence[Proofs]) -> Section | None:
 
 
 def _proved(proofs: Proofs) -> list[Element]:
-    """Return the result of each cleaning step and how it was measured."""
     if not proofs.proofs:
         return [Paragraph(f"No step could be compared by {proofs.source}.")]
     write, rows = words.Writer(proofs.metric, _MARGIN), list[TableRow]()

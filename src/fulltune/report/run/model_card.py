@@ -24,12 +24,10 @@ from fulltune.text import counted, format_number
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors")
 _LOADING = "## How to load\n"
-"""Heading of the last section."""
 _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged model\n\n"
 
 
 def model_card(view: RunView, model_folder: Path) -> str:
-    """Return the card's text."""
     plan, scores = view.plan, view.trained
     trained = "all parameters fine-tuned"
     if plan and plan.num_frozen_parameters:
@@ -54,7 +52,6 @@ def merged_card(text: str, name: str, task: str) -> str:
 
 
 def _front_matter(view: RunView, scores: Scores | None) -> str:
-    """Return the metadata for the Hub: base model, task and test metrics."""
     from huggingface_hub import EvalResult, ModelCardData
 
     facts = FACTS.get(view.task)
@@ -87,7 +84,6 @@ def _front_matter(view: RunView, scores: Scores | None) -> str:
 
 
 def _place(source: str) -> str:
-    """Return a source of rows without folder names."""
     return re.sub(r"\S*[\\/](?=\S)", "", source)
 
 

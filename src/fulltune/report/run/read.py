@@ -40,24 +40,19 @@ class History:
     """Values measured during training, by series name and in order of steps."""
 
     train: MetricSeries = field(default_factory=dict)
-    """`loss`, `learning_rate` and `grad_norm`, if logged."""
     evaluation: MetricSeries = field(default_factory=dict)
-    """One series per metric on the eval rows."""
     restarts: tuple[int, ...] = ()
     """First logged step of every attempt after the first."""
     skipped: tuple[int, ...] = ()
     """Steps whose update was skipped, unless a later attempt repeated them."""
     updates: UpdatesMeasured | None = None
-    """The last measurement of an update's size."""
 
 
 def after_start(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Return the points without the evaluation before step 1."""
     return tuple(point for point in points if point[0] > 0)
 
 
 def before_start(points: Sequence[Point]) -> float | None:
-    """Return the value of the evaluation before step 1."""
     return next((value for step, value in points if step == 0), None)
 
 
@@ -145,9 +140,7 @@ class RunView:
     missing: tuple[tuple[str, str], ...] = ()
     """Parts of the report that cannot be shown, with reasons."""
     searched: Searched | None = None
-    """Result of the learning rate search, if there was one."""
     budget: BudgetResult | None = None
-    """Result of the budget for forgetting, if there was one."""
     accesses: tuple[Access, ...] = ()
     """Every scoring of these test rows, also by neighbouring runs."""
 
@@ -166,7 +159,6 @@ class RunView:
 
     @cached_property
     def history(self) -> History:
-        """Metrics as one curve over all attempts."""
         return merge(self.attempts)
 
     @property
@@ -179,7 +171,6 @@ class RunView:
 
 
 def trained_row(scores: Sequence[Scores]) -> Scores | None:
-    """Return the scores of the trained model, if there are any."""
     return next((row for row in scores if row.kind == "trained"), None)
 
 
@@ -237,7 +228,6 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
 
 
 def _what_is_missing(view: RunView) -> Iterator[tuple[str, str]]:
-    """Yield the parts that cannot be shown, with the reason as far as the files tell."""
     outcome, row = view.outcome, f"the test scores of {view.trial or 'a trained model'}"
     for present, what, why in (
         (view.recipe_text is not None, "the recipe", "recipe.yaml is not in the run folder."),
@@ -286,7 +276,6 @@ class _Files:
         """Line numbers that are not JSON, by file; usually the last line of a killed process."""
 
     def record(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
-        """Return a record, or None if it is missing or unreadable."""
         return next(iter(self.records(kind, [path] if path.is_file() else [])), None)
 
     def records(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
@@ -301,7 +290,6 @@ class _Files:
         return records
 
     def lines(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Yield the objects of a jsonl file."""
         if not path.is_file():
             return
         # A process killed while writing can cut a character in two: replace it rather than fail.
@@ -321,7 +309,6 @@ class _Files:
             return ()
 
     def attempts(self) -> Iterator[AttemptFiles]:
-        """Yield the attempts of each trial, in order."""
         named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in self.folder.glob("attempts/*"))
         numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
         for trial, _, path in sorted(numbered):
@@ -350,7 +337,6 @@ def _may_be_a_plan(path: Path) -> bool:
 
 
 def _from_recipe(text: str | None, key: str) -> Any:
-    """Return a top-level value of the recipe for the title, or None if unreadable."""
     import yaml
 
     try:

@@ -233,7 +233,6 @@ def _more_rows(run: RunFacts) -> Iterator[str]:
 
 
 def _other_settings(run: RunFacts) -> Iterator[str]:
-    """Yield another learning rate, another length, or weights for labels."""
     weights_may_help = run.predicts_majority and "train.class_weights" not in run.recipe_settings
     if weights_may_help:
         yield f"{run.blind}, the most frequent one. Give rare labels more weight: --set train.class_weights=balanced"
@@ -261,7 +260,6 @@ def _other_settings(run: RunFacts) -> Iterator[str]:
 
 
 def _reasons_to_go_on(run: RunFacts) -> list[str]:
-    """Return reasons for a longer run; none if it stopped early or was better before its end."""
     curves, steps = run.curves, run.outcome.steps
     was_better = curves.metric and curves.best[1] != curves.metric[-1][1] and not run.outcome.weights_reason
     if steps < run.plan.total_steps or was_better:
