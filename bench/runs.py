@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.results import ROOT, Figure
+from bench.results import ROOT, Figure, number
 
 Measure = Callable[[Path, bool], Iterator[Figure]]
 """A part of the suite: from its folder, and whether it shall be quick, to figures."""
@@ -36,7 +36,7 @@ def script(measure: Measure, description: str | None) -> None:
         figures = []
         for figure in measure(folder.resolve(), options.quick):
             mark = "passed" if figure.passed else "MISSED"
-            print(f"{mark}: {figure.name}: {figure.value:.6g} {figure.unit} ({figure.bar})", flush=True)
+            print(f"{mark}: {figure.name}: {number(figure.value, figure.unit)} ({figure.bar})", flush=True)
             figures.append(figure)
     if options.figures:
         lines = "".join(json.dumps(vars(figure)) + "\n" for figure in figures)
