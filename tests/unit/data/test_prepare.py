@@ -98,6 +98,14 @@ def test_prepare_truncation_is_counted_and_lost_answers_are_left_out(tmp_path: P
     assert max(split.length_percentiles["max"] for split in summary.splits.values()) == 32
 
 
+def test_previews_show_the_first_train_rows_with_their_own_labels(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = [{"text": f"row {number}", "label": f"l{number % 3}"} for number in range(40)]
+    summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
+    first = list(texts(tmp_path / "data" / "train"))[:5]
+    assert [preview.label for preview in summary.previews] == [row["label"] for row in first]
+    assert len({row["label"] for row in first}) > 1
+
+
 def test_rows_that_a_patch_drops_behind_the_first_thousand_are_counted(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [{"text": f"row {number}", "label": "ab"[number % 2]} for number in range(1500)]
     dropped = [RowDecision(row=row_id(rows[number]), remedy=Remedy(action="drop")) for number in (10, 1400)]
