@@ -131,7 +131,7 @@ def test_record_has_each_method_with_what_it_cost(finished: tuple[Path, Comparis
     assert rows["lora"].saved_bytes == saved
     assert 0 < rows["lora"].num_trainable < rows["full"].num_trainable
     assert rows["lora"].train_flops > 0
-    assert rows["full"].moved is not None
+    assert rows["full"].drift is not None
     assert found.decision.verdict in ("FULL", "PEFT", "EQUIVALENT", "UNDECIDED")
     assert {one.rule for one in found.findings} >= {"rate-not-searched", "few-seeds"}
     assert json.loads((folder / "proof.json").read_text(encoding="utf-8"))["decision"]["verdict"] in (
@@ -195,9 +195,9 @@ def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Compariso
     ("methods", "problem"),
     [
         ([], "methods: nothing to compare"),
-        (["base", "full"], "methods: names nothing to compare full fine-tuning with"),
-        (["base", "full", "head"], "methods: names nothing to compare full fine-tuning with"),
-        (["base", "lora"], "methods: a comparison has 'full', because"),
+        (["base", "full"], "methods: nothing to compare full fine-tuning with"),
+        (["base", "full", "head"], "methods: nothing to compare full fine-tuning with"),
+        (["base", "lora"], "methods: expected a 'full', which the others are compared with"),
     ],
 )
 def test_recipe_without_a_comparison_is_refused(tmp_path: Path, methods: list[Any], problem: str) -> None:

@@ -50,7 +50,7 @@ def test_wrong_labels_are_found_and_said_with_how_far_to_trust_it(audited: Path)
     assert len(places) == 10
     assert len([place for place in places if place < 50]) >= 8
     out = " ".join((audited / "out.txt").read_text(encoding="utf-8").split())
-    assert "were given a wrong label on purpose" in out
+    assert "got a wrong label on purpose" in out
     assert "personal data" in out
     assert "jane.miller" not in out
 
@@ -58,7 +58,7 @@ def test_wrong_labels_are_found_and_said_with_how_far_to_trust_it(audited: Path)
 def test_page_has_every_part_and_masks_what_is_private(audited: Path) -> None:
     page = (audited / "run" / "data.html").read_text(encoding="utf-8")
     text = (audited / "run" / "data.md").read_text(encoding="utf-8")
-    for part in ("What was found", "Would cleaning help?", "Label error", "Personal data", "Markup", "What to do next"):
+    for part in ("Findings", "Would cleaning help?", "Label error", "Personal data", "Markup", "What to do next"):
         assert part in page
         assert part in text
     assert "&lt;b&gt;now" in page
@@ -175,7 +175,7 @@ def test_rows_of_the_highest_loss_are_listed_by_the_trained_model(tmp_path: Path
     assert result.code == 0, result.err
     assert (run / "data" / "issues.jsonl").read_bytes() == again
     result = fulltune("data", str(run), "--accept", "high loss")
-    assert "claims nothing" in result.err
+    assert "'high loss' has no remedy" in result.err
 
 
 def private_texts() -> dict[str, tuple[str, str]]:

@@ -68,7 +68,7 @@ def at(drift: float, error: float = 0.0) -> Drift:
     ],
 )
 def test_weight_rises_where_the_budget_is_spent(drift: float, error: float, rate: float, expected: float) -> None:
-    found = budget.next_weight(20.0, at(drift, error), 0.01, rate, budget.LANGUAGE)
+    found = budget.next_weight(20.0, at(drift, error), 0.01, rate, budget.LANGUAGE_WEIGHTS)
     assert found == pytest.approx(20 * expected, rel=1e-6)
 
 
@@ -246,7 +246,7 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
         runs.run(tmp_path / "held", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)
     found = preserved(tmp_path / "held")
     assert found.is_language_model
-    assert "(guessing: " in (found.weak_texts_reason or "")  # a model of random weights
+    assert "(chance: " in (found.weak_texts_reason or "")  # a model of random weights
     assert found.sealed is not None
     assert found.sealed.texts >= 200
     with mock.patch("fulltune.train.worker.attempt.keep_within", return_value=None):

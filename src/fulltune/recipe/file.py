@@ -18,7 +18,6 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import rules as recipe_rules
@@ -139,7 +138,7 @@ def _not_about(problems: Iterable[str], removed: set[str]) -> list[str]:
     return [problem for problem in problems if not removed & {*re.findall(r"\w+\b(?!\.\w)", problem)}]
 
 
-def _corrects_kind(item: ErrorDetails, values: dict[str, Any]) -> bool:
+def _corrects_kind(item: Mapping[str, Any], values: dict[str, Any]) -> bool:
     """Correct a misspelt kind, so that its block's other settings are checked."""
     if item["type"] != "union_tag_invalid":
         return False
@@ -151,7 +150,7 @@ def _corrects_kind(item: ErrorDetails, values: dict[str, Any]) -> bool:
     return bool(near)
 
 
-def _remove(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
+def _remove(item: Mapping[str, Any], values: dict[str, Any]) -> Iterable[str]:
     """Remove the settings of an error from the recipe and yield their names."""
     block, at = values, _in_file(item)
     if len(at) > 1 and isinstance(values.get(at[0]), dict):
@@ -166,7 +165,7 @@ def _remove(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
             yield str(name)
 
 
-def _describe(item: ErrorDetails, values: dict[str, Any]) -> Iterable[str]:
+def _describe(item: Mapping[str, Any], values: dict[str, Any]) -> Iterable[str]:
     """Describe a pydantic error, starting with the setting's name."""
     at, value = _in_file(item), item.get("input")
     name = ".".join(map(str, at))
@@ -259,7 +258,7 @@ _KINDS: dict[str, type[Block]] = {
 }
 
 
-def _in_file(item: ErrorDetails) -> tuple[Any, ...]:
+def _in_file(item: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return an error's location in the file, without parts that pydantic inserts."""
     at = item["loc"]
     kind_at = {"method": 1, "methods": 2}.get(str(at[0]) if at else "")

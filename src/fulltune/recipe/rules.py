@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import ComparedMethod
@@ -156,7 +155,7 @@ def _wrong_methods(recipe: Recipe) -> Iterable[str]:
             yield from (f"{place}.{problem}" for problem in _of_one_run(variant) if problem not in before)
 
 
-def _wrong_setting(error: ErrorDetails, own: Mapping[str, object]) -> str:
+def _wrong_setting(error: Mapping[str, Any], own: Mapping[str, object]) -> str:
     """Describe a method's wrong `train` setting, after its name."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
