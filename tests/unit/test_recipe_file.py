@@ -187,7 +187,7 @@ def test_fingerprint_ignores_what_does_not_shape_the_result() -> None:
         ("train.epochs=3", "train.epochs: unknown setting; write train.num_train_epochs"),
         ("num_epochs=3", "num_epochs: unknown setting; write train.num_train_epochs"),
         ("train.bf16=true", "train.bf16: unknown setting; write train.precision: bf16"),
-        ("output_dir=a", "output_dir: unknown setting; write output, the folder in which each run gets its own"),
+        ("output_dir=a", "output_dir: unknown setting; write output, the folder for run folders"),
         ("lora_r=8", "lora_r: unknown setting; write method: {kind: lora, rank: NUMBER}"),
         ("packing=true", "packing: unknown setting; did you mean 'data.packing'?"),
         ("method.rank=8", "method.rank: unknown setting; it belongs to kind: lora"),
