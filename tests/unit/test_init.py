@@ -124,7 +124,7 @@ def test_first_line_that_is_a_row_is_recognised(
 
 def test_columns_given_are_refused_for_files_that_have_names(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.jsonl", '{"text": "a"}\n')
-    with pytest.raises(DataError, match=r"rows.jsonl: data.columns names the columns of csv and tsv files"):
+    with pytest.raises(DataError, match=r"rows.jsonl: data.columns is for csv and tsv files"):
         locate([str(data)], columns=("text",))
     assert read([str(data)]).columns == ("text",)
 
@@ -291,7 +291,7 @@ def test_encoding_that_is_named_is_written_and_read(tmp_path: Path) -> None:
     data.write_bytes(
         "".join(["Text;Label\n", *(f"schöner Film {i};{'gut' * (i % 2)}x\n" for i in range(20))]).encode("cp1252")
     )
-    with pytest.raises(DataError, match=r"rows.csv:2: not UTF-8; .*--encoding\), such as cp1252"):
+    with pytest.raises(DataError, match=r"rows.csv:2: not UTF-8; .*--encoding\) to its encoding, such as cp1252"):
         write_recipe(data, recipe, None, False)
     found, _ = write_recipe(data, recipe, None, False, hints_of(None, [], None, "cp1252"))
     assert (found.num_rows, found.target.labels) == (20, ("gutx", "x"))

@@ -26,15 +26,15 @@ from fulltune.tasks import Target
 from fulltune.text import counted, first_few
 
 MAX_DROPPED = 0.05
-"""Share of a file's rows that may be unusable; a larger share suggests a wrong column or a broken export."""
+"""Share of a file's rows that may be unusable; more suggests a wrong column or broken export."""
 UNDECODABLE_IMAGE = "undecodable image"
 FEW_EVAL_ROWS = 50
 _FEW_OF_A_CLASS = 5
-"""With fewer rows of a class, one right answer more or less moves its recall by more than 20 points."""
+"""With fewer rows, one answer moves a class's recall by over 20 points."""
 
 
 def refuse_secret_names(target: Target, where: str) -> None:
-    """Refuse labels and columns whose names contain secrets: whoever reads the finished model sees these names."""
+    """Refuse labels and columns with secrets in their names, which readers of the finished model see."""
     names = [("column", name) for name in target.columns.values()] + [("label", name) for name in target.labels]
     secret = [f"{kind} {masked(name)}" for kind, name in names if RE["never_a_name"].search(masked_text(name))]
     if secret:
@@ -45,7 +45,7 @@ def refuse_secret_names(target: Target, where: str) -> None:
 
 
 def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource]) -> None:
-    """Raises a `DataError` for too many unusable rows, too long ones where that is an error, and broken images."""
+    """Raise `DataError` for too many unusable rows, forbidden lengths, and broken images."""
     strategy = recipe.data.truncation_strategy
     # Rows that the recipe tells to drop, and mixed-in rows that do not fit, say nothing against the file.
     allowed = {UNDECODABLE_IMAGE, NEW_LABEL, *(("too long", "answer cut off") if strategy == "drop" else ())}
@@ -73,7 +73,6 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
 
 
 def _too_many(source: EncodedSource, kind: DropKind, allowed: Collection[str], num_rows: int) -> list[str]:
-    """Return a problem if more than one row in twenty would be dropped: that would ruin a run in silence."""
     counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed})
     total = counts.total()
     # One row is never many: an eval file of ten rows may have a bad one as well as a train file of thousands.
@@ -94,7 +93,7 @@ def _too_many(source: EncodedSource, kind: DropKind, allowed: Collection[str], n
 
 
 def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> None:
-    """Raises a `DataError` for classes that train lacks: they cannot be learned, so every such row scores as wrong."""
+    """Raise `DataError` for classes that train lacks: they cannot be learned."""
     train = splits["train"].label_counts()
     columns = {"time": block.time, "group": block.group}
     by = "".join(f" by '{column}' (data.{role})" for role, column in columns.items() if column)
@@ -114,7 +113,7 @@ def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> No
 
 
 def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
-    """Note few eval rows, groups that several splits share, and classes with similar names or without usable rows."""
+    """Note few eval rows, groups in several splits, and classes with similar names or no usable rows."""
     dev, remarks = splits["eval"], list[str]()
     if dev.num_rows < FEW_EVAL_ROWS:
         remarks.append(f"only {counted(dev.num_rows, 'eval row')}: too few to tell reliably which weights are better")
@@ -135,7 +134,6 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
 def _shared(
     splits: Mapping[SplitName, Split], of: Literal["groups", "group_values"], what: str, nearly: str = ""
 ) -> list[str]:
-    """Note held-out rows whose group, or value of `data.group`, also occurs in another split."""
     overlaps: tuple[tuple[SplitName, SplitName], ...] = (("eval", "train"), ("test", "train"), ("test", "eval"))
     return [
         f"{count:,} of {splits[name].num_rows:,} {name} rows have a {what} that also occurs in {other}{nearly}"
@@ -152,7 +150,7 @@ def note_on_flaws(sources: Iterable[EncodedSource]) -> list[str]:
 
 
 def num_shared(split: Split, other: Split, of: Literal["groups", "group_values"] = "groups") -> int:
-    """Count rows of a split whose group, or value of `data.group`, also occurs in the other one."""
+    """Count rows whose group (or `data.group`) also occurs in the other split."""
     return int(np.isin(getattr(split, of), getattr(other, of)).sum())
 
 
@@ -174,13 +172,11 @@ IN_EARLIER_SPLIT = "also in an earlier split"
 
 
 def late_rows(splits: Mapping[SplitName, Split]) -> np.ndarray:
-    """Return the rows of the train file that no split has, because their group begins in an earlier one: bool
-    [rows]."""
+    """Mark rows of the train file in no split, whose group begins in an earlier one: bool [rows]."""
     return ~np.logical_or.reduce([split.rows for split in splits.values() if split.source is splits["train"].source])
 
 
 def listed_late(block: DataBlock, train: EncodedSource, late: np.ndarray) -> Iterator[Dropped]:
-    """Yield the rows of `late_rows` as they are listed."""
     same = f"its text, or its '{block.group}'," if block.group else "its text"
     reason = f"{same} also occurs before the time at which this split by '{block.time}' begins"
     for _, place, row in stored_rows(train, late):
@@ -188,7 +184,7 @@ def listed_late(block: DataBlock, train: EncodedSource, late: np.ndarray) -> Ite
 
 
 def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> list[str]:
-    """Note how `data.time` and `data.group` split the rows, and which values of `data.group` split files share."""
+    """Note how `data.time` and `data.group` split the rows, and which values split files share."""
     block, train, remarks = recipe.data, splits["train"].source, list[str]()
     own = {name: splits[name] for name in SPLITS if splits[name].source is train}
     if block.time is not None:
@@ -235,7 +231,7 @@ def _split_by_time(block: DataBlock, own: Mapping[SplitName, Split], late: int) 
 
 
 def notes_on_forbidden(texts: ForbiddenTexts | None, train: Split, mixed: Mapping[SourceName, Split]) -> list[str]:
-    """Note how many trained rows contain a text that must not be trained on."""
+    """Note how many trained rows contain a forbidden text."""
     if texts is None:
         return []
     remarks = []

@@ -1,8 +1,5 @@
-"""Finds rows that contain texts that must not be trained on, such as benchmarks.
-
-Texts are compared by runs of 8 words, like the n-grams by which training data of language models is checked. Only
-hashes of these texts stay in memory.
-"""
+"""Finds rows that contain forbidden texts, such as benchmarks, by common runs of 8 words; only hashes stay in
+memory."""
 
 from __future__ import annotations
 
@@ -26,13 +23,13 @@ from fulltune.text import counted
 
 NUM_WORDS = 8
 MAX_TEXTS = 100
-"""A run of words in more of the texts is part of a template, such as a benchmark's instruction, and is ignored."""
+"""A run of words in more texts is a template's and is ignored."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _word = lru_cache(maxsize=50_000)(partial(draw, 0))
 _NOT_COMPARED = ("label", "tags", "tools", "context")
-"""Prefixes of column roles that are not compared: no text of the row itself, or a passage of many questions."""
+"""Prefixes of roles that are not compared: labels, and passages of many questions."""
 _ANSWERS = ("completion", "target", "answers", "choice", "messages")
-"""Prefixes of column roles whose short cells (`yes`) are equal by chance."""
+"""Prefixes of roles whose short cells (`yes`) are equal by chance."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,9 @@ class ForbiddenTexts:
     """Index of each run's text: int32 [runs]."""
 
     def occur_in(self, text: str, is_input: bool) -> bool:
-        """Return whether a normalised text of a row is one of these, or shares half of the different runs of one.
+        """Return whether a text is one of these, or shares half of the different runs of the one with fewer.
 
-        Half is counted on the text with fewer runs. Short texts count in inputs only: short answers are often equal.
+        Short texts count in inputs only: short answers are often equal.
         """
         words = text.split()
         if ((is_input and words) or len(words) >= NUM_WORDS) and draw(0, text) in self.whole:
@@ -68,7 +65,6 @@ class ForbiddenTexts:
 
 
 def _runs(words: list[str]) -> np.ndarray:
-    """Hash each different run of 8 words: sorted uint64."""
     count = len(words) - NUM_WORDS + 1
     if count < 1:
         return np.empty(0, np.uint64)
@@ -83,7 +79,7 @@ def _runs(words: list[str]) -> np.ndarray:
 
 
 def forbidden_files(recipe: Recipe) -> tuple[Path, ...]:
-    """Return the files with such texts: of a folder all tables and texts. Raises a `DataError` if there are none."""
+    """Find the files of forbidden texts. Raises `DataError` for a setting without files."""
     return tuple(file for setting, path in recipe.texts_not_trained_on.items() for file in _files(setting, path))
 
 
@@ -110,7 +106,7 @@ def _files(setting: str, path: str) -> Sequence[Path]:
 
 
 def read_texts(names: Mapping[str, str], files: Iterable[Path]) -> ForbiddenTexts:
-    """Hash the texts of all files. Raises a `DataError` for each broken file, or if there is no text."""
+    """Hash the texts of all files. Raises `DataError` for broken files or without texts."""
     whole: set[int] = set()
     runs, num_runs, problems = [np.empty(0, np.uint64)], list[int](), list[str]()
     for file in files:
@@ -141,7 +137,7 @@ def read_texts(names: Mapping[str, str], files: Iterable[Path]) -> ForbiddenText
 
 
 def cell_texts(cell: object) -> Iterator[str]:
-    """Yield all texts in a cell, also in nested lists and objects; a list of single words is one text."""
+    """Yield all texts in a cell, nested ones too; a list of single words is one text."""
     parts = cell.values() if isinstance(cell, Mapping) else cell if isinstance(cell, (list, tuple)) else ()
     if isinstance(cell, str):
         yield cell
@@ -162,8 +158,7 @@ def _is_word(part: object) -> bool:
 def holding(
     forbidden: ForbiddenTexts | None, keys: Sequence[str], rows: Sequence[PlacedRow], target: Target
 ) -> np.ndarray:
-    """Return whether each row contains a forbidden text: bool [rows], or no rows if there are no such texts. `keys` are
-    the rows' group keys."""
+    """Mark rows with a forbidden text: bool [rows], or no rows without such texts. `keys` are group keys."""
     if forbidden is None:
         return np.zeros(0, bool)
     columns = {role: column for role, column in target.columns.items() if not role.startswith(_NOT_COMPARED)}

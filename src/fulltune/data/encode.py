@@ -1,4 +1,4 @@
-"""Checks and tokenises a source once, on all cores, into an arrow file; memory use does not grow with the texts."""
+"""Checks and tokenises a source once, on all cores, into an arrow file in constant memory."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 ROWS_PER_CHUNK = 1000
 CHUNK_BYTES = 2 * 2**20
-"""Text in one chunk, in bytes: tokenising takes up to 170 times the memory of the text."""
+"""Text in one chunk; tokenising takes up to 170 times its memory."""
 ROWS_WORTH_PROCESSES = 20_000
-"""Rows from which worker processes save more time than they cost."""
+"""Rows from which worker processes save time."""
 
 NEW_LABEL = "label not in train"
 
@@ -57,9 +57,9 @@ class Job:
     where: str = ""
     """Name of the source's file, for messages."""
     is_mixed: bool = False
-    """True for mixed-in rows: unknown labels are dropped instead of refused, and the group column may be empty."""
+    """Mixed-in rows: unknown labels are dropped instead of refused, and `data.group` may be empty."""
     known_labels: frozenset[str] | None = None
-    """Labels of the train rows. Rows with others are counted but not tokenised: the source will be refused."""
+    """Labels of the train rows; rows with others are not tokenised, as they will be refused."""
     forbidden: ForbiddenTexts | None = None
     """Texts that must not be trained on."""
 
@@ -78,7 +78,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """A few numbers per example and per row of a source, or of a chunk of one."""
+    """A few numbers per example and per row of a source or chunk."""
 
     where: str
     target: Target
@@ -96,19 +96,18 @@ class EncodedSource:
     split_groups: np.ndarray
     """The group of each row that no split separates, by `groups` and `group_values`: uint64 [rows]."""
     signatures: np.ndarray
-    """MinHash of each row's group key: uint16 [rows, hashes]; no rows unless near duplicates are looked for."""
+    """MinHash of each row's group key: uint16 [rows, hashes]; empty without near duplicates."""
     group_values: np.ndarray
-    """Hash of each row's `data.group` cell: uint64 [rows]; no rows without that setting."""
+    """Hash of each row's `data.group` cell: uint64 [rows]; empty if not set."""
     times: np.ndarray
-    """Each row's `data.time` cell as a number: float64 [rows]; no rows without that setting."""
+    """Each row's `data.time` cell as a number: float64 [rows]; empty if not set."""
     holds_forbidden: np.ndarray
-    """True for rows that contain a forbidden text: bool [rows]; no rows if there are no such texts."""
+    """True for rows with a forbidden text: bool [rows]; empty if there are none."""
     labels: np.ndarray
     """Index of each row's labels in `label_sets`: int64 [rows]."""
     label_sets: tuple[tuple[str, ...], ...]
     tally: RowCounts
-    """Counts of dropped and too long rows, flaws of texts, and faults in the columns of `data.group` and
-    `data.time`."""
+    """Counts of dropped and too long rows, flaws, and faults of `data.group` and `data.time`."""
     longest: int
     folder: Path = Path()
     """Folder with the examples of a whole source."""
@@ -134,7 +133,7 @@ _COLUMNS = (
     *("groups", "signatures", "group_values", "times", "holds_forbidden"),
 )
 Chunk = tuple[EncodedSource, "pa.RecordBatch | None", list[Dropped]]
-"""The numbers of some rows; features, `length` and words of their examples; and what was dropped."""
+"""Numbers of some rows; features, `length` and words of their examples; dropped rows."""
 
 
 def _joined(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
@@ -257,7 +256,6 @@ def _examples(job: Job, task: Task, rows: Sequence[Row]) -> list[list[Example] |
 
 
 def _refusal(example: Example, drop_truncated: bool) -> Refused | None:
-    """Return why an example is dropped; one without a trained token always is."""
     if example.refused is not None:
         return example.refused
     if example.trained_tokens == 0:
@@ -276,7 +274,7 @@ def encode(
     progress: Callable[[int], None],
     drop: Callable[[Dropped], None],
 ) -> EncodedSource:
-    """Tokenise a source into `folder`. Raises `SetupError` when a worker was killed, most often for lack of memory."""
+    """Tokenise a source into `folder`. Raises `SetupError` if a worker was killed."""
     parts = list[EncodedSource]()
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -293,7 +291,7 @@ def encode(
 
 
 def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: float) -> dict[str, EncodedSource]:
-    """Return the sources with near duplicates in one group, and with the groups that no split may separate."""
+    """Return the sources with near duplicates in one group, and with inseparable groups."""
     if near_duplicates >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
@@ -311,7 +309,6 @@ def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: flo
 
 
 def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:
-    """Yield the encoded chunks in order, reading only a little ahead of the workers."""
     pieces = windows(rows, ROWS_PER_CHUNK, CHUNK_BYTES)
     num_workers = num_cores()
     if num_rows < ROWS_WORTH_PROCESSES or num_workers == 1:
@@ -342,7 +339,7 @@ _job: Job | None = None
 
 
 def _take_job(job: Job) -> None:
-    """Keep the job in a worker process, so that the tokenizer is sent once and not with every chunk."""
+    """Keep the job in a worker, so that the tokenizer is sent only once."""
     global _job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
     _job = job

@@ -1,10 +1,10 @@
-"""Groups of rows that a split must not separate: near duplicates, and rows with the same `data.group`; and the rows'
-times.
+"""Groups rows that a split must not separate: near duplicates, and rows with the same `data.group`; and reads
+`data.time`.
 
 Group numbers are drawn from a seed and a key, so that new rows move few others. Near duplicates are detected by MinHash
-(Broder 1997): a *signature* holds, for each of 128 hash functions, the smallest hash of a text's character 5-grams. The
-share of equal places in two signatures estimates the share of 5-grams that the texts have in common (Jaccard), with a
-standard error of at most 4.5 %. Only rows that agree in a whole band of places are compared.
+(Broder 1997): a signature holds, for each of 128 hash functions, the smallest hash of a text's character 5-grams. The
+share of equal places estimates the Jaccard similarity of two texts with a standard error of at most 4.5 %. Only rows
+that agree in a band of places are compared.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ NUM_HASHES = 128
 _SHINGLE = 5
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _CHARACTERS_AT_ONCE = 50_000
-"""Characters whose 5-grams are hashed at a time, 128 numbers each: they fit into a core's cache."""
+"""Characters hashed at a time, 128 numbers each: they fit into a core's cache."""
 _PAIRS_AT_ONCE = 4_000
 """Pairs of rows that are compared at a time, for the same reason."""
 _NEIGHBOURS = 16
-"""In a band that many rows share, each is compared with this many that follow it in the order of their signatures."""
+"""In a band of many rows, each is compared with this many of the next ones in signature order."""
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
-    """Compute the MinHash of each text's 5-grams: uint16 [texts, 128]. A shorter text is one gram."""
+    """Compute MinHash signatures of 5-grams: uint16 [texts, 128]."""
     none = np.empty((0, NUM_HASHES), np.uint16)
     return np.concatenate([none, *map(_signatures, windows(texts, most_characters=_CHARACTERS_AT_ONCE))])
 
@@ -71,7 +71,7 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
 
 
 def jaccard(mine: set[str], theirs: set[str]) -> float:
-    """Return the share of different 5-grams that two texts have in common, exactly."""
+    """Compute the share of different 5-grams in common, exactly."""
     shared = len(mine & theirs)
     return shared / (len(mine) + len(theirs) - shared)
 
@@ -90,9 +90,9 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
-    """Cluster different texts by their signatures: index of the first member of each row's cluster, int64 [rows].
+    """Return the first member of each row's cluster: int64 [rows].
 
-    Rows in a cluster are linked by a chain, each link of which has at least `threshold` of its places in common.
+    A chain of rows, each with a share of `threshold` of the next one's places, forms a cluster.
     """
     count = len(signed)
     if count < 2:
@@ -106,7 +106,6 @@ def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarray:
-    """Return pairs of near rows that agree in these places: int64 [2, pairs]."""
     keys = _keys(signed[:, places])
     order = np.argsort(keys)
     agree = keys[order[1:]] == keys[order[:-1]]
@@ -127,7 +126,6 @@ def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarr
 
 
 def _keys(band: np.ndarray) -> np.ndarray:
-    """Hash each row's places in a band: uint64 [rows]."""
     words = np.ascontiguousarray(band).view(f"u{min(8, 2 * band.shape[1])}")
     keys = words[:, 0].astype(np.uint64)
     for word in words[:, 1:].T:
@@ -136,7 +134,7 @@ def _keys(band: np.ndarray) -> np.ndarray:
 
 
 def joined(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.ndarray:
-    """Return group numbers that near rows share; other rows keep their number: uint64 [rows]."""
+    """Return group numbers that near rows share, others keep: uint64 [rows]."""
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     of_number = clusters(signed[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))
@@ -160,9 +158,9 @@ def _components(pairs: np.ndarray, count: int) -> np.ndarray:
 
 
 def joined_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return group numbers that rows share if a chain of equal groups and equal values connects them: uint64 [rows].
+    """Return numbers shared by rows that a chain of equal groups and equal values connects: uint64 [rows].
 
-    A value that stands alone keeps the number drawn for it, whatever its texts, so added rows move no others.
+    A value that stands alone keeps its drawn number, so added rows move no others.
     """
     if not len(groups):
         return groups
@@ -183,8 +181,7 @@ def draw(seed: int, key: str) -> int:
 
 
 def sample(labels: Sequence[Sequence[str]], most: int, seed: int) -> list[int]:
-    """Draw `most` row positions, sorted; at least three rows of each label if there is room. `labels` has those of each
-    row."""
+    """Draw `most` positions, sorted, with at least three of each label if possible; `labels` has those of each row."""
     drawn = np.fromiter((draw(seed, str(position)) for position in range(len(labels))), np.uint64, len(labels))
     of_each = min(3, most // max(1, len({label for of_row in labels for label in of_row})))
     counts, wanted, others = Counter[str](), list[int](), list[int]()
@@ -232,10 +229,7 @@ class RowCounts:
 def marks_of(
     rows: Sequence[PlacedRow], group: str | None, time: str | None, seed: int, tally: RowCounts
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read `data.group` and `data.time`: hash of each group (uint64 [rows]) and each time (float64 [rows]).
-
-    Without such a setting there are no rows. Faults are added to `tally`.
-    """
+    """Read each row's group hash (uint64 [rows]) and time (float64 [rows]), empty if not set; `tally` counts faults."""
     values, times = np.zeros(len(rows) if group else 0, np.uint64), np.zeros(len(rows) if time else 0)
     for number, (place, row) in enumerate(rows):
         if group:
@@ -254,8 +248,7 @@ def marks_of(
 
 
 def value_of(cell: object) -> str:
-    """Return a cell of `data.group` as text, stripped, whole numbers in one form. Raises `ValueError` with what is
-    wrong."""
+    """Format a `data.group` cell, stripped. Raises `ValueError` with what is wrong."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
     if isinstance(cell, (list, tuple, dict, bytes)):
@@ -268,8 +261,7 @@ def value_of(cell: object) -> str:
 
 
 def time_of(cell: object) -> tuple[str, float]:
-    """Return the kind of a time and its value: seconds since 1970, or the number itself. Raises `ValueError` with what
-    is wrong."""
+    """Return a time's kind, and seconds since 1970 or the number itself. Raises `ValueError` with what is wrong."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
     is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # not a number; pandas' not a time
@@ -294,7 +286,6 @@ def time_of(cell: object) -> tuple[str, float]:
 
 
 def time_in_words(kind: str, time: float) -> str:
-    """Format a time as in the user's files; times with a zone in UTC."""
     if kind == "number":
         return str(int(time)) if time.is_integer() else str(time)
     moment = _EPOCH + timedelta(seconds=time)
@@ -305,7 +296,7 @@ def time_in_words(kind: str, time: float) -> str:
 
 
 def problems_of(block: DataBlock, tally: RowCounts, num_rows: int, where: str) -> list[str]:
-    """Return a problem, with the first places, for each kind of fault in the `data.group` and `data.time` columns."""
+    """Describe each kind of fault in the `data.group` and `data.time` columns."""
     problems, kinds = [], []
     for (kind, what), count in tally.counts.items():
         if kind not in ("group", "time", "kind of time"):

@@ -1,4 +1,4 @@
-"""Decides how long a row may be, and packs short texts into rows of full length, so that no compute goes to padding."""
+"""Limits the length of rows, and packs short texts into rows of full length to avoid padding."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Limits:
     positions: int | None = None
     """Longest sequence in tokens; None if unlimited."""
     identity: str = ""
-    """Fingerprint of whatever in the model changes the rows that the same tokenizer makes of the same files."""
+    """Fingerprint of whatever in the model changes prepared rows."""
     keeps_texts_apart: Callable[[], str | None] = lambda: "it was not checked"
-    """Returns why texts in one row would attend to each other, or None; called for raw text only."""
+    """Returns why packed texts would attend to each other, or None."""
     virtual: int = 0
     """Virtual tokens that prompt tuning puts before each row; they count as length."""
 
@@ -56,8 +56,7 @@ MIN_LENGTH = 8
 def longest_row(
     recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, str]:
-    """Return the most tokens of a row, and the reason for messages. Raises `RecipeError` for a length that the model
-    cannot take."""
+    """Return the most tokens of a row, and the reason. Raises `RecipeError` for impossible settings."""
     bounds = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
     model_limit = min(bounds, default=10**9)
     cap = causal_lm.BLOCK_LENGTH if target.form.is_raw_text else task.FACTS.length_cap
@@ -83,7 +82,7 @@ def longest_row(
 
 
 def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
-    """Decide whether several texts share a row, with notes. Raises `RecipeError` if packing is set but not possible."""
+    """Decide whether texts share rows, with notes. Raises `RecipeError` for impossible settings."""
     wanted, is_raw = recipe.data.packing, target.form.is_raw_text
     if wanted is False:
         return False, []
@@ -103,7 +102,7 @@ def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Ta
 
 
 OPEN_BLOCKS = 64
-"""Blocks that are filled at the same time: a text goes where it leaves the smallest gap (best fit)."""
+"""Blocks filled at the same time, by best fit."""
 _BLOCKS_PER_BATCH = 256
 
 
@@ -112,7 +111,7 @@ TokenizedText = tuple[np.ndarray, np.ndarray, str]
 
 
 def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:
-    """Pack whole texts into blocks of at most `max_length` tokens; a block keeps the words of its first text."""
+    """Pack whole texts into blocks of at most `max_length` tokens."""
     blocks = _fill(parts, max_length)
     while full := list(islice(blocks, _BLOCKS_PER_BATCH)):
         yield record_batch(list(map(_features, full)), [block[0][2] for block in full])
@@ -126,7 +125,6 @@ def _features(block: list[TokenizedText]) -> dict[str, np.ndarray | int]:
 
 
 def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[TokenizedText]]:
-    """Fill the open blocks by best fit; if a text fits nowhere and there are many, close the fullest one."""
     opened, room = list[list[TokenizedText]](), list[int]()
     for text in _texts(parts):
         at = min((at for at, free in enumerate(room) if free >= len(text[0])), key=room.__getitem__, default=None)

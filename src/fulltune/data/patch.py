@@ -1,8 +1,7 @@
-"""Patch files: decisions about single rows, applied each time the data is read.
+"""Patch files hold decisions about single rows, which are applied each time the data is read.
 
 Each line is a JSON object. Its `row` is a hash of all columns (`inference.store.row_id`), so a decision follows its row
-wherever it moves and never applies to another one. The second of several equal rows has `-2` appended, and so on. Equal
-rows in the file of another split are counted separately.
+wherever it moves. The second of several equal rows of a source has `-2` appended, and so on.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ Decisions = Mapping[tuple[str, str], RowDecision]
 
 
 def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str], RowDecision]:
-    """Return the decisions of a patch file, the last one about each row. Raises a `DataError` with the first bad
-    lines."""
+    """Return the last decision about each row. Raises `DataError` with the first bad lines."""
     expected = "expected a patch file, as 'fulltune data RECIPE --review' writes it"
     try:
         # splitlines would also split at characters that a text may contain.
@@ -72,7 +70,7 @@ def save_patch(path: Path, decisions: Iterable[RowDecision]) -> None:
 
 @dataclass
 class PatchedRows:
-    """The rows of a source after a patch; what the patch did is known once they were read to the end."""
+    """The rows of a source after a patch, and what it did once they were read."""
 
     decisions: Decisions
     source: str
@@ -118,19 +116,18 @@ class PatchedRows:
 
 
 def numbered(row: str, number: int) -> str:
-    """Return the identity of a row: its hash, and from the second of several equal rows on its number."""
+    """Return a row's identity: its hash and, from the second equal row on, its number."""
     return row if number == 1 else f"{row}-{number}"
 
 
 def patched_in_words(path: str | None, sources: Iterable[PatchedRows | None]) -> list[str]:
-    """Note what a patch did, once the rows were read."""
     patched = [source for source in sources if source is not None]
     done = Counter(source.decisions[key].remedy.action for source in patched for key in source.matched)
     return [f"{path}: {counted(done['drop'], 'row')} dropped, {done['replace']:,} changed (data.patch)"] if path else []
 
 
 def refuse_foreign(path: str, sources: Sequence[PatchedRows], is_whole: bool) -> None:
-    """Raise a `DataError` for decisions about columns, or (if all rows were read) rows, that do not exist."""
+    """Raise `DataError` for columns or, if all rows were read, rows that do not exist."""
     decisions = sources[0].decisions
     matched = set[tuple[str, str]]().union(*(source.matched for source in sources))
     problems = [f"data.patch: {path}: {problem}" for source in sources for problem in source.problems][:_SHOWN]

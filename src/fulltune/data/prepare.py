@@ -77,9 +77,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 FORMAT = 9
-"""Version of the prepared rows; rows of other versions are prepared again."""
+"""Version of the prepared rows; others are prepared again."""
 MAX_CACHED = 5
-"""Prepared data sets that stay in the cache; runs keep the files of older ones that they use."""
+"""Prepared data sets that stay in the cache; runs keep their own links."""
 _ABANDONED_SECONDS = 24 * 3600
 _PROGRESS_SECONDS = 0.2
 _ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
@@ -103,8 +103,8 @@ class Stage:
 
 
 def prepare(stage: Stage) -> DataSummary:
-    """Read, check, split and tokenise; write the splits and their summary. Raises `DataError` if the rows cannot be
-    learned from; nothing of an earlier run is lost."""
+    """Read, check, split and tokenise rows, and write the splits. Raises `DataError` if nothing can be learned; earlier
+    rows stay."""
     recipe, folder = stage.recipe, stage.folder
     is_image = FACTS[recipe.task].reads == "image"
     if is_image and recipe.data.near_duplicates < 1:
@@ -158,7 +158,6 @@ def prepare(stage: Stage) -> DataSummary:
 def _prepare(
     stage: Stage, sources: Mapping[SourceName, SourceRows], forbidden: ForbiddenTexts | None, fingerprint: str
 ) -> DataSummary:
-    """Describe, encode, split and write the rows into an empty folder."""
     recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, task_named(stage.recipe.task)
     target, counts = describe(block, task, sources)
     if block.patch:
@@ -229,7 +228,6 @@ def _encode(
     targets: Mapping[SourceName, Target],
     counts: Mapping[SourceName, int],
 ) -> dict[SourceName, EncodedSource]:
-    """Tokenise each source and list dropped rows; only trained sources are compared with forbidden texts."""
     encoded: dict[SourceName, EncodedSource] = {}
     total, reported, folder = sum(counts.values()), 0.0, stage.folder
     folder.mkdir(parents=True)
@@ -264,7 +262,6 @@ def _encode(
 
 
 def _origin(block: DataBlock, split: Split) -> str:
-    """Describe where a split's rows come from."""
     if split.is_file:
         return f"file {split.source.where}"
     column = block.time or block.group
@@ -278,7 +275,6 @@ def _dropped(
     also_held_out: Iterable[Dropped],
     late: int,
 ) -> dict[str, int]:
-    """Count dropped rows, and parts of rows, by check."""
     by_patch = (source.patched.dropped for source in sources.values() if source.patched)
     numbers = Counter(item.check for item in chain(also_held_out, *by_patch))
     for tally in (whole.tally for whole in encoded.values()):
@@ -288,7 +284,7 @@ def _dropped(
 
 
 def _earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
-    """Return the summary of rows prepared earlier; None if they are others or, with a warning, damaged."""
+    """Return the summary of earlier rows, or None if they differ or (with a warning) are damaged."""
     try:
         summary = DataSummary.load(folder / SUMMARY)
     except (OSError, SetupError):
@@ -333,7 +329,7 @@ def _fingerprint(stage: Stage, files: Mapping[SourceName, DataFiles], of_forbidd
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the cache, so that two runs never put, link or prune at the same time."""
+    """Lock the cache against other runs."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -341,14 +337,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def put(part: Path, folder: Path) -> None:
-    """Move a finished folder into place, replacing an older one."""
+    """Move a finished folder into place."""
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
 
 
 def link(cached: Path, folder: Path) -> None:
-    """Give a run the cached files as hard links, which need no space, or as copies on another file system."""
+    """Give a run the cached files as hard links, or as copies on another file system."""
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -367,7 +363,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def prune(folder: Path) -> None:
-    """Delete all but the last used data sets, and unfinished ones of killed runs; other files stay."""
+    """Delete all but the last used data sets, and abandoned unfinished ones."""
     entries = [path for path in folder.iterdir() if _ENTRY.fullmatch(path.name)]
     parts = [path for path in entries if ".part-" in path.name]
     whole = sorted({*entries} - {*parts}, key=lambda path: path.stat().st_mtime, reverse=True)

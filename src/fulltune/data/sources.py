@@ -1,4 +1,4 @@
-"""Reads the rows that a recipe names once, to find columns, target and numbers of rows."""
+"""Reads a recipe's rows once, to find columns, target and numbers of rows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ class SourceRows:
 
 
 def mixed_names(recipe: Recipe) -> dict[SourceName, MixedFile]:
-    """Return the mixed-in files by source name."""
     return {f"mixed-{number}": file for number, file in enumerate(recipe.data.mixed_files, start=1)}
 
 
@@ -56,8 +55,7 @@ def is_mixed(name: SourceName) -> bool:
 
 
 def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
-    """Find the files of each source, train first. Raises `DataError` for all paths without files and, then, all broken
-    files."""
+    """Find the files of each source, train first. Raises `DataError` with all problems at once."""
     block = recipe.data
     paths: dict[SourceName, Sequence[str]] = {"train": recipe.data.task_files}
     paths |= {name: (path,) for name, path in (("eval", block.eval), ("test", block.test)) if path}
@@ -91,7 +89,7 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
 
 
 def wrong_files(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
-    """Return what a quick look shows to be wrong with the recipe's files, or the columns of the first train rows."""
+    """List problems of the recipe's files and first train rows that show at once."""
     try:
         train = find_files(recipe)["train"]
         columns, rows = _head(SourceRows(train.where, train.rows))
@@ -105,7 +103,7 @@ def wrong_files(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
 def read_rows(
     recipe: Recipe, files: DataFiles, preprocess: Preprocess | None, patched: PatchedRows | None = None
 ) -> SourceRows:
-    """Return the rows of files as the recipe wants them: at most `max_rows`, patched, each through `preprocess`."""
+    """Return rows as the recipe wants them: at most `max_rows`, patched, preprocessed."""
     most, wanted = recipe.data.max_rows, None
     if most and len(labels := _labels(recipe, files)) > most:
         if (different := len({label for row_labels in labels for label in row_labels})) > most:
@@ -127,8 +125,7 @@ def read_rows(
 
 
 def _labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
-    """Return the labels of each row; none if the task has none, or if `describe` will report why they cannot be
-    read."""
+    """Return each row's labels, none if `describe` will report why."""
     task = task_named(recipe.task)
     try:
         target, _ = describe(recipe.data, task, {"train": SourceRows(files.where, files.rows)})
@@ -144,10 +141,10 @@ def _labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
 def describe(
     block: DataBlock, task: Task, sources: Mapping[SourceName, SourceRows]
 ) -> tuple[Target, dict[SourceName, int]]:
-    """Return the target and the number of rows of each source.
+    """Return the target and each source's number of rows, reading everything once.
 
-    Everything is read once; train rows twice if columns appear late or something is wrong. Raises `DataError` for every
-    broken file; else if columns are missing or nothing can be learned.
+    Train rows are read twice if columns appear late. Raises `DataError` for every broken file, missing columns, or if
+    nothing can be learned.
     """
     problems: list[str] = []
     counts, columns = dict.fromkeys(sources, 0), {name: dict[str, None]() for name in sources}
@@ -209,10 +206,8 @@ def describe(
 
 
 def own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:
-    """Return the target of a mixed-in source, by the recipe's columns if it has them, else by the usual names.
-
-    Raises `DataError` if it has neither.
-    """
+    """Return a mixed-in source's target, by the recipe's columns or the usual names. Raises `DataError` without
+    either."""
     columns, rows = _head(source)
     columns = _for_roles(block, columns)
     try:
@@ -224,13 +219,12 @@ def own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:
 
 
 def _for_roles(block: DataBlock, columns: Iterable[str]) -> tuple[str, ...]:
-    """Return the columns that a task may use: the group and time columns are none unless the recipe names them."""
     named = {getattr(block, role) for role in USUAL_NAMES}
     return tuple(name for name in columns if name in named or name not in (block.group, block.time))
 
 
 def _head(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
-    """Return the columns of the first thousand rows, and the first hundred readable rows, or fewer large ones."""
+    """Return the columns of the first thousand rows, and up to a hundred readable rows."""
     columns: dict[str, None] = {}
 
     def whole() -> Iterator[Row]:
@@ -247,14 +241,14 @@ def _head(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
 
 
 def unused_columns(block: DataBlock, roles: Mapping[str, str], source: SourceRows) -> list[str]:
-    """Return the columns without a role among those of the first thousand rows."""
+    """List columns without a role among the first thousand rows."""
     return [name for name in _head(source)[0] if name not in {*roles.values(), block.group, block.time, IMPOSSIBLE}]
 
 
 def _refuse_second_text(
     block: DataBlock, roles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Row], where: str
 ) -> None:
-    """Raise a `DataError` for a second text column that the recipe does not mention: it may be half of the input."""
+    """Refuse a second text column that the recipe does not mention: it may be half of the input."""
     role = next((role for role in _READ_WITH if role in roles), "")
     # Raw text has no second half, and a recipe that names the column, or the answers, has decided.
     if not role or _READ_WITH[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:
@@ -270,4 +264,4 @@ def _refuse_second_text(
 
 
 _READ_WITH = {"text": "text_pair", "prompt": "input", "source": ""}
-"""Role of a column to the role of a second one that is read with it, if there can be one."""
+"""Role of a column to that of one read with it, if any."""

@@ -1,4 +1,4 @@
-"""Assigns rows to splits; eval and test rows are taken from train without separating duplicates."""
+"""Assigns rows to splits; eval and test are taken from train without separating duplicates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_HELD_OUT_ROWS = 2_000
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a split, from its own file or the train file, or of a mixed-in source."""
+    """Rows of a split, or of a mixed-in source."""
 
     source: EncodedSource
     rows: np.ndarray
@@ -42,7 +42,7 @@ class Split:
 
     @property
     def group_values(self) -> np.ndarray:
-        """Hash of each row's `data.group` cell: uint64 [split rows]; no rows without that setting."""
+        """Hash of each row's `data.group` cell: uint64 [split rows]; empty if not set."""
         return self.source.group_values[self.rows] if len(self.source.group_values) else self.source.group_values
 
     @property
@@ -51,8 +51,7 @@ class Split:
         return self.source.groups[self.rows]
 
     def label_counts(self, times: np.ndarray | None = None) -> Counter[str]:
-        """Count the rows of the split with each label, or the sum of `times` (one number for each row of the
-        source)."""
+        """Count the split's rows with each label, or sum `times`, one number per source row."""
         sets, counts = self.source.label_sets, Counter[str]()
         numbers = np.bincount(self.source.labels, self.rows if times is None else times, len(sets))
         for names, count in zip(sets, numbers, strict=True):
@@ -61,8 +60,7 @@ class Split:
 
 
 def assign(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[SplitName, Split]:
-    """Return the rows of each split. Raises `DataError` for a split of fewer than 2 rows, or if one group holds nearly
-    all rows."""
+    """Return each split's rows. Raises `DataError` for splits of fewer than 2 rows, or one huge group."""
     block, train = recipe.data, encoded["train"]
     splits = {
         name: Split(encoded[name], np.ones(encoded[name].num_rows, bool), True) for name in HELD_OUT if name in encoded
@@ -87,14 +85,12 @@ def assign(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[SplitNa
 
 
 def held_out_rows(rows: int, fraction: float) -> int:
-    """Return the number of rows that a fraction of `rows` gives, at most 2,000."""
     return min(MAX_HELD_OUT_ROWS, round(fraction * rows))
 
 
 def _drawn(
     train: EncodedSource, strata: np.ndarray, fractions: Mapping[SplitName, float]
 ) -> dict[SplitName, np.ndarray]:
-    """Draw the rows of each split from train, and return the rest as train: bool [rows]."""
     rows_of, left = dict[SplitName, np.ndarray](), np.ones(train.num_rows, bool)
     for name, fraction in fractions.items():
         rest = np.flatnonzero(left)
@@ -108,10 +104,9 @@ def _drawn(
 
 
 def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose rows to hold out: bool [rows].
+    """Choose whole groups to hold out, of each stratum about the same share: bool [rows].
 
-    Whole groups are chosen, so duplicates are never separated. Each stratum (class) gives about the same share, and at
-    least one group if it has two or more, so that each class can be measured.
+    A stratum (class) of two or more groups gives at least one, so that each class can be measured.
     """
     fraction = min(fraction, MAX_HELD_OUT_ROWS / max(1, len(groups)))
     if not len(groups):
@@ -130,7 +125,7 @@ def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.nda
 
 
 def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
-    """Choose groups of about `wanted` rows in total, never all; a group that is too large for the rest is skipped."""
+    """Choose groups of about `wanted` rows, never all, skipping those too large for the rest."""
     chosen: list[int] = []
     taken = 0
     for position, size in enumerate(sizes):
@@ -145,7 +140,7 @@ def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
 
 
 def _strata(whole: EncodedSource, by_group: bool) -> np.ndarray:
-    """Return the class of each row (int64 [rows], -1 without one): the rarest of its labels, or of its split group."""
+    """Return each row's class, the rarest of its labels or its group: int64 [rows], -1 without one."""
     counts = Split(whole, np.ones(whole.num_rows, bool), is_file=True).label_counts()
     places = {name: place for place, name in enumerate(whole.names)}
     rarest = [places[min(names, key=lambda name: (counts[name], name))] if names else -1 for names in whole.label_sets]
@@ -154,7 +149,7 @@ def _strata(whole: EncodedSource, by_group: bool) -> np.ndarray:
 
 
 def rarest_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
-    """Return the rarest class within each row's group, the smallest number among equally rare ones: int64 [rows]."""
+    """Return the rarest class in each row's group: int64 [rows]."""
     _, side = np.unique(split_groups, return_inverse=True)
     kinds, kind, counts = np.unique(strata, return_inverse=True, return_counts=True)
     smallest = np.full(len(strata), np.iinfo(np.int64).max)
@@ -165,7 +160,7 @@ def rarest_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
 def split_by_time(
     times: np.ndarray, split_groups: np.ndarray, wanted: Mapping[SplitName, int]
 ) -> dict[SplitName, np.ndarray]:
-    """Split at points in time, the newest rows first in `wanted`; no time and no group is separated: bool [rows]."""
+    """Split at points in time, newest rows first in `wanted`, separating no group: bool [rows]."""
     numbers, group = np.unique(split_groups, return_inverse=True)
     starts = np.full(len(numbers), np.inf)
     np.minimum.at(starts, group, times)
@@ -180,7 +175,7 @@ def split_by_time(
 
 
 def _boundary(oldest: np.ndarray, wanted: int) -> float:
-    """Return the time from which about `wanted` rows are in groups that begin then, or infinity if there is none."""
+    """Return the time from which about `wanted` rows are in groups that begin then, or infinity."""
     starts, counts = np.unique(oldest, return_counts=True)
     if len(starts) < 2:
         return np.inf
@@ -217,5 +212,4 @@ def _refuse_small(recipe: Recipe, splits: Mapping[SplitName, Split], wanted: int
 
 
 def largest_group(numbers: np.ndarray) -> int:
-    """Return the number of rows in the largest group, 0 without rows."""
     return int(np.unique(numbers, return_counts=True)[1].max(initial=0))

@@ -43,18 +43,16 @@ _MAX_PREVIEWED = 200
 
 
 def as_line(item: Dropped) -> str:
-    """Return a dropped row as a line of `dropped.jsonl`."""
     return json.dumps(masked_cells(json.loads(json.dumps(asdict(item), default=readable))), ensure_ascii=False) + "\n"
 
 
 def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:
-    """Append dropped rows to `dropped.jsonl`."""
     with (folder / DROPPED).open("a", encoding="utf-8") as file:
         file.writelines(map(as_line, items))
 
 
 def stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yield number, place and cells of the wanted rows of a source (bool [rows]), in order."""
+    """Yield number, place and cells of the wanted rows of a source, in order."""
     if not wanted.any():  # a source without rows has no files
         return
     first = np.diff(source.row_of, prepend=-1) > 0  # a row's first example has the row's words
@@ -68,7 +66,7 @@ def stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int
 
 
 def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.RecordBatch]:
-    """Yield a split's examples; features that only generated answers need are omitted unless `scored`."""
+    """Yield a split's examples, without features for generated answers unless `scored`."""
     import pyarrow as pa
 
     without = () if scored else getattr(task, "ONLY_FOR_TEST_ROWS", ())
@@ -103,8 +101,7 @@ def summarise(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSumm
 def write_splits(
     folder: Path, task: Task, splits: Mapping[SplitName, Split], packed_to: int | None, late: int
 ) -> dict[SplitName, SplitSummary]:
-    """Write each split into its own folder, the train rows packed to `packed_to` tokens if given. `late` counts rows of
-    the train file that no split has."""
+    """Write each split, the train rows packed to `packed_to` tokens if given; `late` train rows are in no split."""
     summaries: dict[SplitName, SplitSummary] = {}
     for name in SPLITS:
         split, whole = splits[name], splits[name].source
@@ -128,7 +125,7 @@ def write_splits(
 def previews(
     folder: Path, task: Task, target: Target, tokenizer: Tokenizer, span: range, most: int
 ) -> tuple[Preview, ...]:
-    """Show the first rows as the model reads them, skipping those with secrets or personal data."""
+    """Show the first rows as the model reads them, without secrets or personal data."""
     rows, shown = Rows(folder), list[Preview]()
     for position, words in enumerate(islice(texts(folder), span.start, min(span.stop, span.start + _MAX_PREVIEWED))):
         if len(shown) == most:
@@ -148,8 +145,8 @@ def previews(
 def without_scored(
     recipe: Recipe, encoded: Mapping[SourceName, EncodedSource], splits: Mapping[SplitName, Split]
 ) -> tuple[dict[SourceName, Split], list[Dropped]]:
-    """Split each mixed-in source into rows that no held-out split has, and the others, which are dropped. Raises
-    `DataError` for each source that has no rows left."""
+    """Split mixed-in sources into rows that no held-out split has, and dropped ones. Raises `DataError` if none
+    remain."""
     mixed, lost, problems = dict[SourceName, Split](), list[Dropped](), list[str]()
     if not recipe.data.mixed_files:
         return mixed, lost
@@ -184,7 +181,7 @@ def without_scored(
 def mix_in(
     recipe: Recipe, folder: Path, job: Job, mixed: Mapping[SourceName, Split], packed: bool
 ) -> tuple[MixedSummary, ...]:
-    """Write the rows of all mixed-in sources, in order. Raises `DataError` for each whose weight gives no row."""
+    """Write the rows of all mixed-in sources. Raises `DataError` for each weight that gives no row."""
     if not mixed:
         return ()
     task, summaries, ends = task_named(job.task), list[MixedSummary](), [0]
@@ -216,7 +213,6 @@ def mix_in(
 
 
 def _drawn_rows(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
-    """Return how many rows of each mixed-in source are drawn per epoch, which has all of the task's train rows."""
     files = mixed_names(recipe)
     numbers = rows_per_epoch(task_rows, [file.weight for file in files.values()])
     none = [
@@ -234,8 +230,7 @@ def _drawn_rows(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
 
 
 def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float]:
-    """Return mean and standard deviation of targets. Raises `DataError` if they are equal, or equal in fp32, which
-    models return."""
+    """Return mean and standard deviation. Raises `DataError` if targets are equal in fp32."""
     mean, spread = float(numbers.mean()), float(numbers.std())
     rows = f"{where}: all {len(numbers):,} train rows have"
     if numbers.min() == numbers.max():
@@ -253,8 +248,7 @@ def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float
 
 
 def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
-    """Return the share of the variance of length between classes, corrected for chance (epsilon squared, Kelley
-    1935)."""
+    """Compute the share of length variance between classes, corrected for chance (epsilon squared, Kelley 1935)."""
     counts, total = np.bincount(classes), float(len(lengths) * np.var(lengths))
     num_groups = int((counts > 0).sum())
     if total == 0 or len(lengths) <= num_groups:
@@ -265,14 +259,14 @@ def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
 
 
 def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
-    """Return the squared correlation of length and a numeric target; 0 if one of them is constant."""
+    """Compute the squared correlation of length and a target, 0 if one is constant."""
     if np.ptp(lengths) == 0 or np.ptp(values) == 0:
         return 0.0
     return float(np.corrcoef(lengths, values)[0, 1]) ** 2
 
 
 def of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
-    """Return `scale` and `length_explained` of the summary, from the train rows' targets."""
+    """Compute `scale` and `length_explained` of the summary."""
     whole, chosen = train.source, train.examples
     lengths = whole.lengths[chosen]
     if target.form.is_number:

@@ -102,10 +102,10 @@ def test_half_a_character_in_an_unused_column_or_name_costs_no_row(
 def test_deep_json_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
-    assert refusal(path).startswith(f"{path}:2: not valid JSON: its lists or objects are nested too deep")
+    assert refusal(path).startswith(f"{path}:2: not valid JSON: its lists or objects are nested too deeply")
     path = path.rename(tmp_path / "a.json")
     path.write_text("[" * 100_000 + "]" * 100_000)
-    assert refusal(path).startswith(f"{path}:1: not valid JSON: its lists or objects are nested too deep")
+    assert refusal(path).startswith(f"{path}:1: not valid JSON: its lists or objects are nested too deeply")
 
 
 def test_place_in_a_json_list_is_told_from_a_line(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_image_names_that_are_not_utf8_are_listed_and_folders_refused(tmp_path: 
     assert "not UTF-8" in row["image"].reason
     assert content_hash({"train": locate([str(tmp_path / "i")])})
     (tmp_path / "i" / "same").rename(tmp_path / "i" / "k\udce4fer")
-    with pytest.raises(DataError, match=r"i/k\\xe4fer: the folder's name is not UTF-8"):
+    with pytest.raises(DataError, match=r"i/k\\xe4fer: the folder name is not UTF-8"):
         image_files(tmp_path / "i")
 
 

@@ -1,4 +1,4 @@
-"""Read parquet, arrow and feather files, batch by batch, so that a large file never lies in memory as a whole."""
+"""Reads parquet, arrow and feather files in batches, never as a whole."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 1000
 _BYTES_AT_ONCE = 64 * 2**20
-"""Of rows that hold images or books, fewer are read at once."""
+"""Most bytes read at once: fewer rows if they hold images or books."""
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Pairs of row number, from 1, and row. Raises `DataError` for a file that is damaged, cut, or has two columns of
-    one name.
+    """Yield row numbers, from 1, and rows. Raises `DataError` for a damaged file or repeated columns.
 
-    A value that Python cannot hold (a time beyond the year 9999, a text that is not UTF-8) becomes a `BadCell`. Whole
-    numbers that stand for class names, as `datasets` writes them, become these names.
+    Values without a Python equivalent become a `BadCell`, class numbers of `datasets` their names.
     """
     import pyarrow as pa
 
@@ -35,7 +33,7 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             titles, classes = batch.schema.names, class_names(batch.schema.metadata)
             if repeated := [title for title, count in Counter(titles).items() if count > 1]:
                 raise DataError(
-                    f"{file}: column '{repeated[0]}' stands twice, expected each name once; rename or remove one"
+                    f"{file}: column '{repeated[0]}' appears twice, expected each name once; rename or remove one"
                 )
             at_once = _rows_at_once(len(batch), batch.nbytes)
             for start in range(0, len(batch), at_once):
@@ -47,13 +45,12 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except (PermissionError, FileNotFoundError):
         raise
     except UnicodeDecodeError:
-        raise DataError(f"{file}: a column's name is not UTF-8, expected one that is; rename the column") from None
+        raise DataError(f"{file}: a column name is not UTF-8; rename the column") from None
     except (pa.ArrowException, OSError, EOFError) as error:
         after = f", after row {number - 1}" if number > 1 else ""
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{file}: not a valid {file.suffix[1:]} file: {text[:200]}{after}; expected a whole one: copy or write it "
-            "again"
+            f"{file}: not a valid {file.suffix[1:]} file: {text[:200]}{after}; copy it or write it again"
         ) from None
 
 
@@ -76,7 +73,6 @@ def _rows_at_once(num_rows: int, num_bytes: int) -> int:
 
 
 def _arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
-    """Batch by batch: a compressed one is unpacked when it is read."""
     import pyarrow as pa
 
     try:
@@ -90,7 +86,7 @@ def _arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     for batch in pa.ipc.open_stream(stream):
         num_rows += len(batch)
         yield batch
-    # One that was cut between two batches reads like a whole one, but for its mark.
+    # Only the end mark shows that a file was cut between two batches.
     end = stream.tell()
     stream.seek(max(0, end - len(_END_OF_STREAM)))
     if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
@@ -98,23 +94,22 @@ def _arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
 
 
 _NO_VALUE = (ValueError, OverflowError, LookupError)
-"""What pyarrow raises where Python has no such value: a far time, an unknown time zone, a text that is not UTF-8."""
+"""Errors of pyarrow for values without a Python equivalent, such as far times and text that is not UTF-8."""
 
 
-def _values(column: pa.Array, classes: Sequence[str] | None) -> list[Any]:
-    """A column's cells as Python's values."""
+def _values(column: pa.Array, classes: Sequence[str] | None) -> list[object]:
     import pyarrow as pa
 
     try:
         column.validate(full=True)
     except pa.ArrowInvalid as error:
-        if "UTF8" not in str(error):  # that is wrong with single cells; other damage is the file's
+        if "UTF8" not in str(error):  # invalid text affects single cells, other damage the file
             raise
     values = map(_value, column)
     return list(values) if classes is None else [_class_name(value, classes) for value in values]
 
 
-def _value(cell: pa.Scalar) -> Any:
+def _value(cell: pa.Scalar) -> object:
     try:
         return cell.as_py()
     except UnicodeDecodeError:
@@ -127,7 +122,7 @@ def _value(cell: pa.Scalar) -> Any:
 
 
 def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Column to class names, for columns of type `ClassLabel`, or lists of it."""
+    """Return the class names of columns of type `ClassLabel`, or lists of it."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -140,11 +135,11 @@ def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
     return classes
 
 
-def _class_name(value: Any, names: Sequence[str]) -> Any:
+def _class_name(value: object, names: Sequence[str]) -> object:
     if isinstance(value, list):
         return [_class_name(part, names) for part in value]
     if not isinstance(value, int):
         return value
-    if value == -1:  # `datasets` marks rows without a class so
+    if value == -1:  # in `datasets`, a row without a class
         return None
     return names[value] if 0 <= value < len(names) else BadCell(f"class {value} of {len(names)} in the file's metadata")

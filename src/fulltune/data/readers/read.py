@@ -1,7 +1,4 @@
-"""Read the user's files row by row: csv, tsv, jsonl, json, parquet, arrow, CoNLL, text, or a folder of these.
-
-Every error names the file and, where there is one, the line.
-"""
+"""Reads csv, tsv, jsonl, json, parquet, arrow, CoNLL and text row by row; errors name file and line."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ from fulltune.tasks.columns import USUAL_NAMES, BadCell
 from fulltune.text import counted
 
 PlacedRow = tuple[str, dict[str, Any]]
-_SHOWN = 5
-"""Broken lines of a file that are named one by one."""
+_MAX_SHOWN = 5
+"""Most broken lines of a file that messages list."""
 _PACKED = {
     b"\x1f\x8b": "packed (gzip)",
     b"BZh": "packed (bzip2)",
@@ -34,40 +31,37 @@ _PACKED = {
     b"SQLite format 3\0": "an SQLite database",
     b"%PDF-": "a PDF document",
 }
-"""How files of other kinds begin that hold more than text, whatever their names are."""
+"""First bytes of other kinds of files, whatever their names are."""
 _PAGES = (b"<!doctype html", b"<html", b"<?xml")
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_SAVE = (
-    "save the file as UTF-8, or name its encoding in data.encoding (init: --encoding), such as cp1252, in which Excel "
-    "writes"
-)
+_SAVE = "save it as UTF-8, or set data.encoding (init: --encoding) to its encoding, such as cp1252, which Excel writes"
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of one split, read anew, row by row, each time it is asked."""
+    """The files of one source, read anew for each iteration."""
 
     files: tuple[Path, ...]
     where: str
-    """The file's name, or the first of several: for messages."""
+    """Name of the first file, for messages."""
     text_rows: TextRows = "auto"
     image_folder: Path | None = None
     image_paths: bool = False
-    """Paths of images start at the table's folder."""
+    """True if image paths are relative to the table's folder."""
     image_column: str | None = None
     columns: tuple[str, ...] | None = None
-    """Names of a table's columns, where its first line does not give them."""
+    """Column names of tables without a header line."""
     encoding: str = UTF_8
     notes: dict[str, None] = field(default_factory=dict, compare=False)
-    """What reading them showed, in the order in which it did."""
+    """Notes that reading the files produced, in order."""
 
     def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
-        """Rows with the place each came from, for example `train.csv:17`. Raises `DataError` for an empty or broken
-        file; with `problems`, these take what is wrong and the next one is read."""
+        """Yield rows with places such as `train.csv:17`. Raises `DataError` for a broken file, or appends to `problems`
+        and reads on."""
         if self.image_folder is not None:
             for path in self.files:
                 name = printable(path.name)
-                image = str(path) if is_utf8(path.name) else BadCell("a file whose name is not UTF-8; rename it", name)
+                image = str(path) if is_utf8(path.name) else BadCell("a file name that is not UTF-8; rename it", name)
                 yield f"{path.parent.name}/{name}", {"image": image, "label": path.parent.name}
             return
         names = Counter(file.name for file in self.files)
@@ -83,19 +77,19 @@ class DataFiles:
                         else:
                             yield f"{name}:{line}", self._whole(row, file.parent)
                 if is_empty:
-                    broken = [f"{file}: no rows, expected some; add rows, or name another file"]
+                    broken = [f"{file}: no rows; add rows, or name another file"]
             except UnicodeError:
                 broken = [f"{file}:{_undecodable(file, self.encoding)}"]
             except DataError as error:
                 broken = list(error.problems)
-            if more := broken[_SHOWN:]:
-                broken[_SHOWN:] = [f"{file}: {counted(len(more), 'more broken line')}; repair them, too"]
+            if more := broken[_MAX_SHOWN:]:
+                broken[_MAX_SHOWN:] = [f"{file}: {counted(len(more), 'more broken line')}; repair them, too"]
             if problems is not None:
                 problems += broken
             elif broken:
                 raise DataError(broken)
 
-    def _parsed(self, file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    def _parsed(self, file: Path) -> Iterator[tuple[int, text_files.RowOrProblem]]:
         suffix = file.suffix.lower()
         _refuse_other_kind(file)
         if suffix in (".parquet", ".arrow", ".feather"):
@@ -116,7 +110,7 @@ class DataFiles:
                 yield from text_files.sentences(file, self.encoding)
 
     def _whole(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Paths of images with their folder; bytes as text, as some programs write it: not of images, nor others."""
+        """Resolve image paths, and decode bytes, which some programs write for text."""
         if self.image_paths:
             row = beside(row, folder, self.image_column)
         if not any(isinstance(value, bytes) for value in row.values()):
@@ -126,8 +120,7 @@ class DataFiles:
 
 
 def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None) -> DataFiles:
-    """Find the files behind paths, with names of columns for tables without a header line; nothing is read yet. Raises
-    `DataError` for each path that is missing, empty or of an unknown kind."""
+    """Find the files of paths; nothing is read yet. Raises `DataError` with all problems at once."""
     if len(paths) == 1:
         folder = Path(paths[0])
         with reading(folder):
@@ -141,8 +134,7 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[st
         except DataError as error:
             problems += error.problems
     problems += [
-        f"{file}: data.columns names the columns of csv and tsv files without a header line, and this one is another "
-        "kind of file; remove data.columns"
+        f"{file}: data.columns is for csv and tsv files without a header line only; remove data.columns"
         for file in files
         if columns and file.suffix.lower() not in SEPARATED
     ]
@@ -153,13 +145,12 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[st
 
 
 def _image_columns(row: Mapping[str, Any], column: str | None) -> list[str]:
-    """The columns that can hold a table's images: the one that the recipe names, or each with a usual name."""
     names = (column,) if column is not None else USUAL_NAMES["image"]
     return [name for name in row if name == column or name.lower().strip() in names]
 
 
 def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str, Any]:
-    """A table's row whose image paths, relative to its folder, are whole: of this column, or of each with a usual name.
+    """Resolve a row's image paths, in one column or those with a usual name, relative to a folder.
 
     A cell is a path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` writes it.
     """
@@ -176,11 +167,7 @@ def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str
 
 
 def content_hash(sources: Mapping[str, DataFiles]) -> str:
-    """SHA-256 over names and bytes of the files of each source: the same content gives the same data stage.
-
-    Of an image folder, places, sizes and times of change stand for the bytes: reading a hundred thousand images would
-    take longer than all other preparations.
-    """
+    """Hash names and bytes of all files with SHA-256; of image folders paths, sizes and times, to save hours."""
     digest = hashlib.sha256()
     for name, source in sources.items():
         digest.update(f"{name}:{len(source.files)}".encode())
@@ -197,8 +184,7 @@ def content_hash(sources: Mapping[str, DataFiles]) -> str:
 
 
 def _undecodable(file: Path, encoding: str) -> str:
-    """The first line that is in another encoding, and what to do: a decoding error counts from the start of its block,
-    not of the file."""
+    """Find the first line in another encoding; a decoding error counts from its block's start."""
     with file.open("rb") as stream:
         lines = enumerate(stream, start=1)
         line = next((number for number, content in lines if isinstance(_decoded(content, encoding), bytes)), 1)
@@ -206,32 +192,30 @@ def _undecodable(file: Path, encoding: str) -> str:
 
 
 def _refuse_other_kind(file: Path) -> None:
-    """Of another kind than any that a name of ours says."""
     with file.open("rb") as stream:
         start = stream.read(1000)
     text = start.lstrip(b" \r\n").lower()
     kind = None
     if text.startswith(_POINTER):
-        kind = "a pointer of Git LFS ('git lfs pull' gives the file itself)"
+        kind = "a Git LFS pointer ('git lfs pull' downloads the file itself)"
     elif text.startswith(_PAGES) and file.suffix.lower() != ".txt":
-        kind = "a web page (HTML) or XML, as a login or an error is answered with"
+        kind = "a web page (HTML) or XML, such as a login or error page"
     elif 0 in start or isinstance(_decoded(start[: start.rfind(b"\n") + 1] or start), bytes):
         kind = next((kind for sign, kind in _PACKED.items() if start.startswith(sign)), None)
     if kind:
-        to_do = "unpack it, download what it stands for, or save its rows as csv in UTF-8, and name that"
+        to_do = "unpack it, download the real file, or save its rows as csv in UTF-8, and name that"
         raise DataError(f"{file}: is {kind}, expected rows; {to_do}")
 
 
 def _refuse_binary(file: Path) -> None:
-    """No text in UTF-8 holds NUL bytes."""
     with file.open("rb") as stream:
         line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
     if line is not None:
-        raise DataError(f"{file}:{line}: NUL bytes, as UTF-16 has them, expected text in UTF-8; {_SAVE}")
+        raise DataError(f"{file}:{line}: NUL bytes, as in UTF-16, expected text in UTF-8; {_SAVE}")
 
 
-def _decoded(value: Any, encoding: str = "utf-8") -> Any:
-    """Bytes in this encoding as text; anything else as it is."""
+def _decoded(value: object, encoding: str = "utf-8") -> object:
+    """Decode bytes; return anything else as it is."""
     try:
         return value.decode(encoding) if isinstance(value, bytes) else value
     except UnicodeError:

@@ -1,6 +1,6 @@
-"""Rows of text formats: separated values, JSON lines, JSON, plain text, CoNLL; and what the first line of a table says.
+"""Reads separated values, JSON, plain text and CoNLL, and guesses what a table's first line is.
 
-Each reader yields pairs of line (or row number) and row; in place of a broken row, what is wrong with it.
+Each reader yields line (or row number) and row, or what is wrong with it.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from fulltune.recipe.data import UTF_8, TextRows
 from fulltune.tasks.columns import USUAL_NAMES, BadCell, fault, may_be_faulty
 from fulltune.text import counted
 
-_UNCLOSED = "a double quote is opened in this row and never closed, expected one at the cell's end; close it"
-_DOUBLED = "write a double quote inside of a quoted text twice"
-_AGAIN = "the header line stands again (were two files put one behind the other?), expected a row; remove the line"
-_NAMES_AGAIN = "holds the names of data.columns, expected a row; remove this line, or data.columns where it is a header"
-_JOINED = "lines of this row look like rows: if they are, remove the double quotes that open and close its cell"
-_KNOWN = 10_000
-"""Cells of ordinary rows by which such lines are told from those of a text."""
-_MARK = "a byte order mark stands before a double quote, as in files that were put one behind the other; remove it"
+RowOrProblem = dict[str, Any] | str
+_UNCLOSED = "a double quote in this row is never closed; close it at the end of the cell"
+_DOUBLED = "double each double quote inside a quoted text"
+_AGAIN = "repeats the header line (were two files concatenated?), expected a row; remove the line"
+_NAMES_AGAIN = "holds the names of data.columns, expected a row; remove this line, or data.columns if it is a header"
+_JOINED = "lines of this row look like rows: if they are, remove the double quotes around the cell"
+_MAX_VALUES = 10_000
+"""Cells of ordinary rows by which rows inside of stray quotes are detected."""
+_MARK = "a byte order mark before a double quote, as in concatenated files; remove it"
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
 def separated(
     file: Path, columns: Sequence[str] | None, encoding: str, notes: dict[str, None]
-) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Rows of a csv or tsv file, with names of its columns where the first line does not give them; what makes none of
-    them wrong is noted. Raises `DataError` when the first line is no header."""
+) -> Iterator[tuple[int, RowOrProblem]]:
+    """Read rows of a csv or tsv file, noting suspicious lines. Raises `DataError` without a header."""
     delimiter, line = delimiter_of(file, encoding), 1
     remedy = f"put a text with {_NAMES[delimiter]} or line ends in double quotes"
-    known, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
+    values, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
     with csv_reader(file, delimiter, encoding, strict=True) as reader:
         try:
             header, source = (columns, "data.columns") if columns else (next(reader, []), "the header")
             _check_header(file, header, delimiter)
             line = reader.line_num + 1
             for cells in reader:
-                # Behind the mark a quote opens nothing: it would be a part of the text, and what it holds be split.
+                # After the mark a quote would not open a cell, so the cell's text would be split.
                 if cells and cells[0].startswith('\ufeff"'):
                     yield line, _MARK
                 elif cells and len(cells) != len(header):
@@ -57,32 +57,32 @@ def separated(
                     yield line, dict(zip(header, cells, strict=True))
                     if reader.line_num > line:
                         lines = delimiter.join(cells).replace("\r\n", "\n").split("\n")
-                        rows = [[*map(_kind, one.split(delimiter))] for one in lines if one.strip()]
+                        rows = [[*map(_kind, text.split(delimiter))] for text in lines if text.strip()]
                         joined += [(line, rows)] if {len(row) for row in rows} == {len(header)} != {1} else []
-                    elif len(known) < _KNOWN:
-                        known.update(enumerate(map(_kind, cells)))
+                    elif len(values) < _MAX_VALUES:
+                        values.update(enumerate(map(_kind, cells)))
                 line = reader.line_num + 1
         except csv.Error as error:
             yield line, _UNCLOSED if "unexpected end of data" in str(error) else f"not valid csv: {error}; {_DOUBLED}"
     for line, rows in joined:
-        if sum(not known.isdisjoint(enumerate(row)) for row in rows) > 1:
+        if sum(not values.isdisjoint(enumerate(row)) for row in rows) > 1:
             notes[f"{file.name}:{line}: {len(rows):,} {_JOINED}"] = None
 
 
 def _kind(cell: str) -> str:
-    """What the cells of a column have in common: the name of a class, or being a number."""
+    """Return a cell, or the same text for all numbers."""
     return "0" if is_number(cell) else cell
 
 
 def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
     if header and (header[0].startswith("# ") or (len(header) == 1 and header[0].startswith("#"))):
         raise DataError(
-            f"{file}:1: begins with a comment ({header[0][:40]!r}), expected a header line with column names; remove "
-            "the lines that begin with #"
+            f"{file}:1: starts with a comment ({header[0][:40]!r}), expected a header line with column names; remove "
+            "the lines that start with #"
         )
     if not header:
-        raise DataError(f"{file}:1: no header line, expected one with column names; write one")
-    # One column whose name holds another delimiter is a file that was written with that one.
+        raise DataError(f"{file}:1: no header line; add one with column names")
+    # A single column whose name contains another delimiter shows that the file uses that one.
     other = next((sign for sign in _NAMES if sign != delimiter and sign in header[0]), None)
     if len(header) == 1 and other is not None:
         raise DataError(
@@ -91,18 +91,16 @@ def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
         )
     repeated = _repeated(header)
     if repeated:
-        raise DataError(
-            f"{file}:1: column '{repeated[0][:60]}' stands twice in the header, expected each name once; rename one"
-        )
+        raise DataError(f"{file}:1: column '{repeated[0][:60]}' appears twice in the header; rename one")
 
 
 def _repeated(names: Sequence[str]) -> list[str]:
-    """Those that stand twice, sorted; there may be a million names."""
+    """Return the names that occur more than once, sorted."""
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
-def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Rows of a file with an object on each line."""
+def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
+    """Read rows of a file with one object on each line."""
     expected = "expected an object {...} on each line; repair or remove it"
     with file.open(encoding=encoding) as stream:
         for line, text in enumerate(stream, start=1):
@@ -116,17 +114,14 @@ def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[st
             yield line, _row(row, may_be_faulty(text), f"found {type(row).__name__}, {expected}")
 
 
-def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Rows of a file with a list of objects, or with an object that holds one list. Raises `DataError` when it is not
-    JSON, or another value."""
+def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
+    """Read rows of a list of objects, alone or in an object. Raises `DataError` for anything else."""
     text = file.read_text(encoding=encoding)
     try:
         value = _from_json(text)
     except ValueError as error:
         is_lines = "Extra data" in str(error)
-        to_do = (
-            "a file with one object a line is named .jsonl: rename it" if is_lines else "repair it, or write it again"
-        )
+        to_do = "rename it to .jsonl, as it has one object per line" if is_lines else "repair it, or write it again"
         line = getattr(error, "lineno", 1)
         raise DataError(f"{file}:{line}: not valid JSON: {_json_problem(error)}; {to_do}") from None
     if isinstance(value, dict):
@@ -140,8 +135,8 @@ def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str
         yield number, _row(row, is_doubtful, f"found {type(row).__name__} in the list, {expected}")
 
 
-def _questions(articles: list[Any]) -> list[Any]:
-    """Each question with its passage, of a file as SQuAD publishes it; any other list as it is."""
+def _questions(articles: list[Any]) -> list[object]:
+    """Return SQuAD's questions with their passages, any other list as it is."""
     try:
         passages = [passage for article in articles for passage in article["paragraphs"]]
         return [{"context": passage["context"], **question} for passage in passages for question in passage["qas"]]
@@ -149,20 +144,20 @@ def _questions(articles: list[Any]) -> list[Any]:
         return articles
 
 
-def _from_json(text: str) -> Any:
-    """Like `json.loads`; what no row can hold is a `ValueError` as well."""
+def _from_json(text: str) -> object:
+    """Parse JSON; raises `ValueError` also for values that no row can hold."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
-        raise ValueError("its lists or objects are nested too deep") from None
+        raise ValueError("its lists or objects are nested too deeply") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values of a name, JSON's readers silently take the last one."""
+    """Refuse repeated names: JSON parsers silently keep the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
         repeated = _repeated([name for name, _ in pairs])
-        raise ValueError(f"{repeated[0][:60]!r} stands twice in an object")
+        raise ValueError(f"{repeated[0][:60]!r} appears twice in an object")
     return values
 
 
@@ -171,9 +166,8 @@ def _json_problem(error: ValueError) -> str:
     return f"{getattr(error, 'msg', error)}{place}"
 
 
-def _row(row: Any, is_doubtful: bool, refusal: str) -> dict[str, Any] | str:
-    """A row whose cells that cannot be used are marked as such, and whose names can be written; the refusal of another
-    value."""
+def _row(row: object, is_doubtful: bool, refusal: str) -> RowOrProblem:
+    """Return a row with unusable cells as `BadCell`, or `refusal` for another value."""
     if not isinstance(row, dict):
         return refusal
     if not is_doubtful:
@@ -191,15 +185,12 @@ def _writable(text: str) -> str:
 # ---- plain text as lines, paragraphs or sections, and CoNLL with a word a line ---------------------------------------
 
 SECTION_CHARACTERS = 4_000
-"""About a thousand tokens: long enough to be read as a whole, short enough that a book can be split."""
-_LINES_LOOKED_AT = 10_000
+"""Characters of a section, about a thousand tokens."""
+_MAX_LINES_READ = 10_000
 
 
 def text_file(file: Path, text_rows: TextRows, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Pairs of the line where a text begins and `{"text": ...}`.
-
-    `auto` takes sections where blank lines separate paragraphs (a book, a play), else every line is a row.
-    """
+    """Yield lines and texts; `auto` takes sections if blank lines separate paragraphs, otherwise lines."""
     if text_rows == "auto":
         text_rows = "section" if has_blank_lines(file, encoding) else "line"
     with file.open(encoding=encoding) as stream:
@@ -210,23 +201,23 @@ def text_file(file: Path, text_rows: TextRows, encoding: str = UTF_8) -> Iterato
 
 
 def has_blank_lines(file: Path, encoding: str = UTF_8) -> bool:
-    """Whether blank lines stand between texts."""
+    """Return whether there are blank lines between texts."""
     with file.open(encoding=encoding) as stream:
-        marks = "".join("x" if line.strip() else " " for line in islice(stream, _LINES_LOOKED_AT))
+        marks = "".join("x" if line.strip() else " " for line in islice(stream, _MAX_LINES_READ))
     return " " in marks.strip()
 
 
 def _paragraphs(lines: Iterator[tuple[int, str]], text_rows: TextRows) -> Iterator[tuple[int, str]]:
-    """Runs of lines that are not blank, or sections of several, with the line each begins on."""
-    start, size, held = 1, 0, list[str]()
+    """Yield paragraphs, or sections of several, with their first line."""
+    start, size, section = 1, 0, list[str]()
     for number, paragraph in _runs(lines):
-        if held and (text_rows == "paragraph" or size + len(paragraph) > SECTION_CHARACTERS):
-            yield start, "\n\n".join(held)
-            size, held = 0, []
-        start = start if held else number
-        held.append(paragraph)
+        if section and (text_rows == "paragraph" or size + len(paragraph) > SECTION_CHARACTERS):
+            yield start, "\n\n".join(section)
+            size, section = 0, []
+        start = start if section else number
+        section.append(paragraph)
         size += len(paragraph)
-    yield start, "\n\n".join(held)
+    yield start, "\n\n".join(section)
 
 
 def _runs(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
@@ -239,12 +230,11 @@ def _runs(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 _SPACES = re.compile(r"[ \t]+")  # not \s: a no-break space can be a word
 
 
-def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Sentences of a file.
+def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
+    """Read CoNLL sentences, or what is wrong with a line: first column word, last column tag.
 
-    The first column is the word, the last one the tag; those between are not read. Columns are separated by tabs when
-    the first line holds a tab, else by spaces. A blank line or a line `-DOCSTART-` ends a sentence. In place of a
-    broken line stands what is wrong with it.
+    Columns are separated by tabs if the first line has one, else by spaces. A blank line or `-DOCSTART-` ends a
+    sentence.
     """
     sentence: dict[str, Any] = {"tokens": [], "tags": []}
     separator, expected, first = _SPACES, 0, 0
@@ -258,7 +248,7 @@ def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str
                 continue
             if not expected and "\t" in content:
                 separator = re.compile("\t")
-            # Spaces at the ends separate nothing; a tab at an end has an empty cell beside it.
+            # Spaces at the ends separate nothing; a tab at an end has an empty cell next to it.
             columns = separator.split(content.strip(" ") if separator is _SPACES else content)
             expected = expected or len(columns)
             if problem := _problem(columns, expected):
@@ -271,7 +261,6 @@ def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str
 
 
 def _problem(columns: list[str], expected: int) -> str | None:
-    """What is wrong with a line."""
     if len(columns) != expected:
         return (
             f"{counted(len(columns), 'column')}, expected {expected} as in the first line; write a word and its tag on "
@@ -280,7 +269,7 @@ def _problem(columns: list[str], expected: int) -> str | None:
     if len(columns) < 2:
         return "1 column, expected a word and its tag; write both on each line"
     if not columns[-1].strip():
-        return f"the word '{columns[0]}' has no tag, expected one; write O where there is no entity"
+        return f"the word '{columns[0]}' has no tag; write O for words outside entities"
     return None
 
 
@@ -289,27 +278,26 @@ def _problem(columns: list[str], expected: int) -> str | None:
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 _USUAL = {name for names in USUAL_NAMES.values() for name in names}
 _MAX_CELL = min(sys.maxsize, 2**31 - 1)
-"""The csv module's default is 128 KiB."""
+"""Most characters of a cell; the csv module's default is 128 Ki."""
 _FEW, _ROWS = 100, 1000
-_WORDS = 5
-"""A cell of so many words, above others like it, is a text and no name."""
+_MIN_WORDS = 5
+"""Words from which a cell is a text and no column name."""
 
 
 @contextlib.contextmanager
 def csv_reader(
     file: Path, delimiter: str, encoding: str = UTF_8, *, strict: bool = False, errors: str = "strict"
 ) -> Iterator[Any]:
-    """A reader of the csv module, for cells of any length."""
+    """Open a csv reader for cells of any length."""
     csv.field_size_limit(_MAX_CELL)
     with file.open(encoding=encoding, errors=errors, newline="") as stream:
         yield csv.reader(stream, delimiter=delimiter, strict=strict)
 
 
 def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
-    """What stands between the cells of a csv or tsv file.
+    """Return a table's delimiter.
 
-    In a csv it may be semicolons, which spreadsheets write where the comma is the decimal sign: then the first line has
-    one cell by commas and several by semicolons, and so many have most of the next ones: a few may be broken.
+    In a csv it is a semicolon if the first line has one cell by commas and, by semicolons, as many as most lines.
     """
     usual = SEPARATED[file.suffix.lower()]
     if usual == "\t":
@@ -326,7 +314,7 @@ def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
 
 
 def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] | None:
-    """Names for the columns of a table whose first line looks like a row; None: it has a header, or is no table."""
+    """Return column names if a table's first line looks like a row, otherwise None."""
     if file.suffix.lower() not in SEPARATED:
         return None
     try:
@@ -346,16 +334,15 @@ def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] |
 
 
 def _is_value(name: str, values: Sequence[str]) -> bool:
-    """Whether what stands in the first line is one more value of its column."""
+    """Return whether a cell of the first line looks like its column's values."""
     if is_number(name):
         return all(map(is_number, values))
-    if len(name.split()) >= _WORDS:
-        return sorted(len(value.split()) for value in values)[len(values) // 2] >= _WORDS
+    if len(name.split()) >= _MIN_WORDS:
+        return sorted(len(value.split()) for value in values)[len(values) // 2] >= _MIN_WORDS
     return bool(name) and name in values
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell is a number."""
     try:
         float(text)
     except ValueError:
@@ -364,7 +351,7 @@ def is_number(text: str) -> bool:
 
 
 def _names(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """The longest one is `text`; of the others, the one with the fewest different values is `label`."""
+    """Name the longest column `text`, and the one with the fewest different values `label`."""
     text = max(range(len(columns)), key=lambda place: sum(map(len, columns[place])))
     kinds = {place: len(set(values)) for place, values in enumerate(columns) if place != text and all(values)}
     label = min((place for place, count in kinds.items() if count > 1), key=kinds.__getitem__, default=None)

@@ -57,7 +57,7 @@ def test_word_may_be_a_space_that_is_no_separator(tmp_path: Path) -> None:
         ("a\tO\nb O\n", 2, "1 column, expected 2 as in the first line"),
         ("a\tX\tO\n\n# text = b\n", 3, "1 column, expected 3 as in the first line; write a word"),
         ("a\nb\n", 1, "1 column, expected a word and its tag"),
-        ("a\tO\nb\t\n", 2, "the word 'b' has no tag, expected one; write O where there is no entity"),
+        ("a\tO\nb\t\n", 2, "the word 'b' has no tag; write O for words outside entities"),
     ],
 )
 def test_broken_line_is_refused_by_its_number(tmp_path: Path, text: str, line: int, problem: str) -> None:

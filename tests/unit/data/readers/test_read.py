@@ -150,7 +150,7 @@ def test_texts_of_several_lines_are_no_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: bytes) -> None:
     one = b"text,label\nrain,a\nsoup,b\n"
-    assert _refusal(tmp_path / "a.csv", one + mark + one).startswith(":4: the header line stands again")
+    assert _refusal(tmp_path / "a.csv", one + mark + one).startswith(":4: repeats the header line")
 
 
 def test_header_among_rows_whose_columns_are_named_is_refused_by_its_line(tmp_path: Path) -> None:
@@ -163,16 +163,16 @@ def test_header_among_rows_whose_columns_are_named_is_refused_by_its_line(tmp_pa
     ("content", "expected"),
     [
         (b"SQLite format 3\0" + bytes(500), ": is an SQLite database, "),
-        ("text,label\nrain,a\n".encode("utf-32"), ":1: NUL bytes, as UTF-16 has them"),
+        ("text,label\nrain,a\n".encode("utf-32"), ":1: NUL bytes, as in UTF-16"),
         (b"\n<!DOCTYPE html>\n<html><body>Log in</body></html>\n", ": is a web page (HTML)"),
         (b'<!doctype html><html><meta content="width=1, scale=1">', ": is a web page (HTML)"),
         (b"<HTML>\n<body>404, not found</body></html>\n", ": is a web page (HTML)"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n",
-            ": is a pointer of Git LFS ('git lfs pull'",
+            ": is a Git LFS pointer ('git lfs pull'",
         ),
-        (b"# of monday, by me\ntext,label\nrain,a\n", ":1: begins with a comment"),
-        (b"#by me\ntext,label\nrain,a\n", ":1: begins with a comment"),
+        (b"# of monday, by me\ntext,label\nrain,a\n", ":1: starts with a comment"),
+        (b"#by me\ntext,label\nrain,a\n", ":1: starts with a comment"),
     ],
 )
 def test_other_kinds_of_files_are_named(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -225,7 +225,7 @@ def test_file_that_is_gone_is_named(tmp_path: Path) -> None:
 
 def test_columns_of_parquet_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet")
-    assert _refusal(path, path.read_bytes().replace(b"label", b"lab\xe9l")).startswith(": a column's name is not UTF-8")
+    assert _refusal(path, path.read_bytes().replace(b"label", b"lab\xe9l")).startswith(": a column name is not UTF-8")
 
 
 def test_a_column_in_another_normal_form_is_found() -> None:

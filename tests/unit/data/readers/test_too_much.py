@@ -51,10 +51,10 @@ def test_text_that_begins_as_a_packed_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (lambda path: os.mkfifo(path), "is a folder, a pipe, a socket or a device"),
-        (lambda path: path.symlink_to("/dev/zero"), "is a folder, a pipe, a socket or a device"),
-        (lambda path: path.mkdir(), "is a folder, a pipe, a socket or a device"),
-        (lambda path: path.symlink_to("nowhere.csv"), "is a link that leads nowhere"),
+        (lambda path: os.mkfifo(path), "is a folder, pipe, socket or device"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a folder, pipe, socket or device"),
+        (lambda path: path.mkdir(), "is a folder, pipe, socket or device"),
+        (lambda path: path.symlink_to("nowhere.csv"), "is a broken link"),
         (lambda path: path.symlink_to(path.name), r"cannot be read \(Too many levels"),
     ],
 )
@@ -137,7 +137,7 @@ def test_packed_rows_beside_others_are_not_left_out(tmp_path: Path) -> None:
     (tmp_path / "all.zip").write_bytes(PACKED["zip"])  # says nothing of rows
     assert len(read.locate([str(tmp_path)]).files) == 1
     (tmp_path / "more.csv.gz").write_bytes(PACKED["gzip"])
-    with pytest.raises(DataError, match=r"more\.csv\.gz: is packed"):
+    with pytest.raises(DataError, match=r"more\.csv\.gz: is an archive"):
         read.locate([str(tmp_path)])
 
 
