@@ -198,7 +198,7 @@ def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -
             ["--rows", -5, "--for", "RTX 4900", "--price", "much"],
             [
                 "--for: unknown GPU 'RTX 4900'; did you mean RTX 4090, RTX 4080 or RTX 4070 Ti?",
-                "--price: 'much' is no price; write what one device costs in an hour, such as 2.5",
+                "--price: 'much' is not a price; write the cost of one device per hour, such as 2.5",
                 "--rows: -5, but the number of train rows must be at least 1",
                 "--rows: a plan without data also needs --tokens",
             ],

@@ -114,7 +114,7 @@ def test_pieces_on_a_card_have_their_share_of_the_heads_gradient_beside_them() -
     )
     whole: Any = {"logits": 1, "gradients": 0}
     pieces = {
-        device: memory.in_pieces(whole, SHAPES, settings.changed(device=device), 1, 0)["logits"]
+        device: memory.with_chunked_loss(whole, SHAPES, settings.changed(device=device), 1, 0)["logits"]
         for device in ("cuda", "cpu")
     }
     assert pieces["cuda"] == pieces["cpu"] + 2 * head

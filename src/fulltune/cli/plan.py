@@ -15,7 +15,7 @@ from fulltune.plan import device_and_precision, gpus, time, workload
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.settings import PLACEMENT, in_yaml, with_settings
 from fulltune.plan.survey import survey
-from fulltune.plan.time import Price
+from fulltune.plan.time import DevicePrice
 from fulltune.plan.ways_out import in_lines
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -33,7 +33,7 @@ SURVEY = "survey.json"
 USUAL_CHOICES = 4
 
 
-Checked = tuple[Fleet | None, Price | None]
+Checked = tuple[Fleet | None, DevicePrice | None]
 
 
 def check(hardware: str | None, rows: int | None, tokens: int | None, price: str | None) -> Checked:

@@ -1,4 +1,4 @@
-"""Memory and disk: what one process may use, and what given settings need."""
+"""Memory and disk that a process may use, and that settings need."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ LIBRARIES_BYTES = 700 * 2**20
 
 
 def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
-    """Returns the bytes that one process may use on its device, without the libraries' share, and a description such as
-    `12 GiB of GPU memory`.
+    """Bytes that one process may use on its device, without the libraries' share, and a description such as `12 GiB of
+    GPU memory`.
 
     Raises:
-        RecipeError: If `train.memory_limit` is smaller than the libraries alone.
+        RecipeError: If `train.memory_limit` is smaller than the libraries.
     """
     processes, limit = recipe.train.processes_per_machine, recipe.train.memory_limit
     libraries = 0 if device == "cuda" else LIBRARIES_BYTES
@@ -66,7 +66,7 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing | None) -> MemoryNeed:
-    """The memory that one process needs on its device; without `shared`, every process holds the whole state."""
+    """The memory of one process on its device; without `shared`, each holds the whole state."""
     if shared is not None and shared.engine == "fsdp2":
         return fsdp2.need(shapes, footprint, settings)
     if shared is not None:
@@ -106,14 +106,14 @@ def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shar
 
 
 def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """A cautious estimate for a precision or weight type that was not traced."""
+    """A cautious estimate for types that were not traced."""
     state = memory.state_of(shapes.num_parameters, settings)
     kinds = state | passing(footprint, settings)
     # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
     cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
     kinds["buffers"] = memory.CUDA_CONTEXT_BYTES
     if settings.device == "cpu":
-        kinds["buffers"] = memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * kinds["activations"])
+        kinds["buffers"] = memory.FIRST_CALLS_BYTES + round(memory.GAP_SHARE * kinds["activations"])
         kinds["buffers"] += round(memory.STATE_SHARE * (state["weights"] + state["optimizer"]))
     kinds["buffers"] += state["gradients"] if settings.num_processes > 1 else 0
     kinds["buffers"] += 2 * shapes.num_parameters if cast else 0
@@ -128,28 +128,28 @@ def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySetti
 # ---- what ZeRO shards --------------------------------------------------------------------------------------------
 
 IN_ENGINE = (2, 4, 12)
-"""ZeRO's bytes per parameter, by its own estimators: bf16 weights, fp32 gradients, fp32 weights with both moments."""
+"""ZeRO's bytes per parameter: bf16 weights, fp32 gradients, fp32 weights with both moments."""
 LIVE_VALUES = 10**9
-"""DeepSpeed's default for the number of gathered weights in memory at a time."""
+"""DeepSpeed's default for gathered weights in memory."""
 HOST_BUFFERS = 1.22
-"""Factor for pinned host buffers: 176 GB were measured for 18 bytes of each of 8.03 B parameters."""
+"""Factor for pinned host buffers: 176 GB for 18 bytes of each of 8.03 B parameters (measured)."""
 
 
 def engine_state(num_parameters: int, num_trainable: int | None = None) -> dict[MemoryKind, int]:
-    """Bytes of ZeRO's whole state over all processes; by default all parameters are trained."""
+    """Bytes of ZeRO's whole state over all processes."""
     weights, gradients, optimizer = IN_ENGINE
     trained = num_parameters if num_trainable is None else num_trainable
     return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}
 
 
 def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, num_trainable: int | None = None) -> int:
-    """Host memory in bytes that all processes together need for offloaded state."""
+    """Host memory of all processes for offloaded state."""
     each = shared.parts_at("host", engine_state(num_parameters, num_trainable), num_devices)
     return round(HOST_BUFFERS * num_devices * sum(each.values()))
 
 
 def passing(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Peak bytes of a micro batch's activations and logits, in a traced precision."""
+    """Peak bytes of a micro batch's activations and logits."""
     variant = footprint.variant(footprint.traced(settings.precision), settings.activation_checkpointing)
     return _highest(variant.first, footprint, settings.micro_batch_size, settings)
 
@@ -169,17 +169,16 @@ def _highest(
 # ---- the disk ----------------------------------------------------------------------------------------------------
 
 ENGINE_BYTES = 16
-"""Bytes per parameter in ZeRO's checkpoints: fp32 weights and moments (12), and the weights that passes use (4)."""
+"""Bytes per parameter in ZeRO's checkpoints: 12 for fp32 weights and moments, 4 for the weights that passes use."""
 MOMENTS_BYTES = 8
 """Bytes of a parameter's two moments in fp32."""
 SMALL_FILES_BYTES = 16 * 2**20
-"""Room for the files beside the tensors of a checkpoint or model: a tokenizer is 1 MB (30,000 words) to 17 MB (128,000
-words)."""
+"""Room for the other files of a checkpoint: a tokenizer is 1 MB (30,000 words) to 17 MB (128,000)."""
 
 
 def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
-    """Disk space of the run at its fullest: all checkpoints (the kept ones, the best, the one being written), the
-    finished model, and the initial weights, which stay until it is saved; only trained parameters are written."""
+    """Disk space of the run at its fullest: all checkpoints, the finished model, and the initial weights, which stay
+    until it is saved."""
     state = memory.state_of(num_parameters, settings)
     weights = memory.num_trainable(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
     checkpoint = weights + state["optimizer"]

@@ -1,4 +1,4 @@
-"""Changes to a finished plan: after measuring, after running out of memory, or to resume on other hardware."""
+"""Change a finished plan: after measuring, after running out of memory, or to resume elsewhere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PLACING = (
     *("sent_bytes_per_micro_batch", "sent_bytes_per_update"),
     *("disk", "time", "loader_workers", "fast_bf16"),
 )
-"""Fields of a plan that follow from the placement and change no result."""
+"""Fields of a plan that follow from the placement and do not change the result."""
 
 
 def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
@@ -41,10 +41,10 @@ def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
 
 
 def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
-    """The recipe for resuming a run elsewhere: global batch, precision and optimizer are fixed as in its plan.
+    """The recipe for resuming a run elsewhere, with the global batch, precision and optimizer of its plan.
 
     Raises:
-        RecipeError: If the processes cannot divide the global batch, or the placement cannot run the optimizer.
+        RecipeError: If the processes cannot divide the batch, or cannot run the optimizer.
     """
     train, rows = recipe.train, plan.global_batch_size
     problems = []
@@ -68,7 +68,7 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def placed_anew(plan: Plan, anew: Plan) -> Plan:
-    """The plan of a started run with the placement of a new plan; everything that shapes the result stays."""
+    """The plan of a started run with the placement of a new plan."""
     names = {SETTING_OF.get(name, f"train.{name}") for name in _PLACING} | {"train.oversubscribe"}
     settings = {setting.name: setting for setting in plan.settings}
     settings |= {setting.name: setting for setting in anew.settings if setting.name in names}
@@ -83,7 +83,7 @@ def need_of(changed: Plan, recipe: Recipe, model: PlannedModel) -> MemoryNeed:
 
 
 def on_disk(recipe: Recipe, plan: Plan, free_bytes: int, place: str) -> Plan:
-    """The plan with state and disk need recomputed from its settings; raises `DoesNotFitError` if the disk is full."""
+    """The plan with its state and disk need recomputed; raises `DoesNotFitError` if the disk is full."""
     recipe = with_placement(recipe, plan.placement)
     disk = ways_out.refuse_full_disk(recipe, plan.num_parameters, plan, free_bytes, place)
     return plan.model_copy(update={"disk": disk, "state": memory.state_of(plan.num_parameters, plan)})

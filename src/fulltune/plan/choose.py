@@ -1,4 +1,4 @@
-"""Choose the settings that cost memory: the fastest that fit, preferring those that do not change the result."""
+"""Choose the fastest settings that fit in memory, preferring those that keep the result."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.text import format_bytes
 
 COMFORTABLE = 0.9
-"""Share of the memory that a plan prefers to stay within; the rest is headroom for what arithmetic does not know."""
+"""Share of the memory that a plan prefers to use; the rest is headroom."""
 SAME_SPEED = 0.03
-"""Relative difference of two speeds below which they count as equal."""
+"""Relative difference below which two speeds count as equal."""
 PHASE_NAMES = {
     "loading": "loading the model",
     "step": "a step",
@@ -51,9 +51,9 @@ def choose(basis: Basis) -> Option:
 
 
 def fastest(basis: Basis) -> Option | None:
-    """The fastest settings that fit without changing the result, with headroom if possible; None if none fit.
+    """The fastest settings that fit and keep the result, with headroom if possible.
 
-    Among equally fast settings, no checkpointing comes before checkpointing, and a larger micro batch before a smaller.
+    Of equally fast settings, those without checkpointing come first, then larger micro batches.
     """
     for share in (COMFORTABLE, 1.0):
         limit = share * basis.available_bytes
@@ -66,9 +66,9 @@ def fastest(basis: Basis) -> Option | None:
 
 
 def smallest(basis: Basis, same_numbers: bool = False) -> Option:
-    """The settings with the lowest memory; with `same_numbers`, only those that do not change the result.
+    """The settings with the lowest memory; with `same_numbers`, without changing the result.
 
-    The smallest micro batch is not always lowest: with accumulation the gradients of earlier passes stay allocated.
+    This is not always the smallest micro batch, as accumulated gradients stay allocated.
     """
     options = [
         _with_eval_batch(basis, settings, 0)
@@ -79,7 +79,7 @@ def smallest(basis: Basis, same_numbers: bool = False) -> Option:
 
 
 def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
-    """Every micro batch size that the recipe allows, without and with each lever that does not change the result."""
+    """Every allowed micro batch, without and with each lever that keeps the result."""
     rows, size = basis.rows_per_process, basis.recipe.train.micro_batch_size
     sizes = [size] if size is not None else [divisor for divisor in range(rows, 0, -1) if rows % divisor == 0]
     return [
@@ -90,7 +90,7 @@ def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
 
 
 def _with_levers(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
-    """The settings with every combination of the levers that a plan may use by itself."""
+    """The settings with every combination of the levers that a plan may use."""
     combinations = [start]
     for lever in LEVERS:
         if lever.searched and lever.same_result == same_result and not lever.refusal(recipe, start):
@@ -111,7 +111,7 @@ def _with_eval_batch(basis: Basis, settings: MemorySettings, most_bytes: float) 
 
 
 def _why_recomputed(basis: Basis, chosen: Option, tried: Sequence[Option], most_bytes: float) -> str:
-    """The reason for or against activation checkpointing, with the speed or memory of the other choice."""
+    """The reason for or against activation checkpointing."""
     if not chosen.settings.can_recompute:
         return "this model does not support it"
     if not chosen.settings.activation_checkpointing:
@@ -151,7 +151,6 @@ def note(basis: Basis, chosen: Option, own_loss: bool, reasons: Reasons) -> None
 
 
 def _does_not_fit(basis: Basis) -> DoesNotFitError:
-    """The error with the memory that is missing and the ways out."""
     recipe, least = basis.recipe, smallest(basis)
     settings, need = least.settings, least.memory
     words = [f"micro batch {settings.micro_batch_size}", settings.optim]

@@ -12,17 +12,17 @@ from fulltune.recipe.tasks import FACTS
 
 DefaultWithReason = tuple[float, str]
 ADAPTER_TIMES = 20.0
-"""An adapter's best learning rate as a multiple of full fine-tuning's (Houlsby et al. 2019: 1e-3, up to 3e-3; MiniLM-L6
-was best at 1e-2, where full takes 2e-4)."""
+"""An adapter's best learning rate relative to full fine-tuning's (Houlsby et al. 2019: 1e-3, up to 3e-3; MiniLM-L6:
+1e-2 to 2e-4)."""
 LORA_TIMES, MAX_LORA = 10.0, 8e-4
-"""LoRA's best learning rate as a multiple of full fine-tuning's (Schulman et al. 2025), and its cap: at 2e-3 MiniLM-L6
-loses the advantage of a probe's head, and in long runs learned nothing (docs/concepts/statistics.md)."""
+"""LoRA's best learning rate relative to full fine-tuning's (Schulman et al. 2025), and its cap, as MiniLM-L6 loses its
+probe's head at 2e-3 (docs/concepts/statistics.md)."""
 
 RATES = {
     "decoders": ((50, 2e-4), (1_000, 5e-5), (5_000, 2e-5), (15_000, 1e-5), (float("inf"), 5e-6)),
     "encoders": ((50, 2e-4), (200, 5e-5), (500, 2e-5), (float("inf"), 1e-5)),
 }
-"""For each kind of model, pairs of a maximum size in millions of parameters and its peak learning rate."""
+"""Peak learning rates by kind of model and maximum size in millions of parameters."""
 
 
 def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
@@ -69,8 +69,8 @@ MAX_LENGTH_EXPLAINED = 0.25
 def group_by_length(length_explained: float) -> tuple[bool, str]:
     """Decides whether to batch rows of similar length: not if such rows mostly share a class.
 
-    With planted labels that follow the length, F1 was 0.75 with grouping and 1.0 without (2026-11-24); Banking77, where
-    the class explains 13 % of the length, loses nothing.
+    With labels that follow the length, F1 was 0.75 with grouping and 1.0 without; Banking77, where the class explains
+    13 % of the length, loses nothing (2026-11-24).
     """
     share = f"the target explains {length_explained:.0%} of the variance in length"
     if length_explained >= MAX_LENGTH_EXPLAINED:

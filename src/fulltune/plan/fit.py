@@ -1,4 +1,4 @@
-"""Make the plan: choose every value that the recipe leaves open, with its reason, and check that the run fits."""
+"""Make the plan: choose every open value with its reason, and check that the run fits."""
 
 from __future__ import annotations
 
@@ -24,16 +24,13 @@ from fulltune.text import format_bytes, parse_bytes
 
 
 def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_seconds: float | None = None) -> Plan:
-    """Make the plan of a trial.
+    """Make the plan of a trial, with a reason for each of its settings.
 
     Args:
         workload: The checked recipe, the model and its rows.
         fleet: The hardware to plan for.
         own_loss: True if the user gave `compute_loss`, which needs all logits at once.
-        started_seconds: Seconds that the command has already run; by default the usual start-up time is assumed.
-
-    Returns:
-        The plan, with a reason for each of its `settings`; `time` is None if the hardware's speed is unknown.
+        started_seconds: Seconds that the command has run; by default a usual start-up time.
 
     Raises:
         RecipeError: If settings contradict each other or the machine.
@@ -101,7 +98,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
 
 
 def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
-    """The fastest settings that fit in memory, with their disk need, which must fit too."""
+    """The fastest settings that fit in memory and on disk, with their disk need."""
     recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
     budget.refuse_offload(recipe, shapes, fleet.machine)
     chosen = choose.choose(basis)
@@ -117,13 +114,10 @@ def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Opt
 
 
 def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
-    """The recipe with its placement settled, and the reason if the recipe left it open.
+    """The recipe with its placement, and the reason if the recipe left it open.
 
-    Several processes use ddp if it fits, since it sends least, else fsdp2. Both compute the same numbers, so 8-bit
-    moments come after them. ZeRO is never chosen here: it computes in other types and needs installing.
-
-    Raises:
-        RecipeError: If settings contradict each other or the machine.
+    Several processes use ddp if it fits, since it sends least, else fsdp2; both compute the same numbers. ZeRO is never
+    chosen here: it computes in other types and needs installing.
     """
     recipe = workload.recipe
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
@@ -132,7 +126,7 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
         return with_placement(recipe, "single"), "one process"
 
     def peaks(placement: Placement) -> tuple[int, int, int]:
-        """Bytes free in each process, and the lowest need without and with levers that change the result."""
+        """Bytes free in each process, and the lowest need without and with a changed result."""
         own = with_placement(recipe, placement)
         basis = basis_of(replace(workload, recipe=own), fleet, own_loss=own_loss)
         exact, other = (choose.smallest(basis, same_numbers=same).memory.peak for same in (True, False))
@@ -171,10 +165,10 @@ def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | No
 
 DISK_BYTES_PER_SECOND = 10**9
 START_SECONDS, LOADS = 20.0, 3
-"""Start-up of two processes that import torch and transformers (measured: 12 to 25 s on two cores), and how often the
-model is read: to train, for the baselines, and to score the result."""
+"""Start-up of two processes with torch (measured: 12 to 25 s on two cores), and how often the model is read: to train,
+for the baselines, to score."""
 CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
-"""Seconds of the checks and of each line of scores, whatever the rows, on a free core; number of baseline lines."""
+"""Seconds of the checks and of each line of scores on a free core; number of baseline lines."""
 LONGEST_PASSES = 2
 """Passes of the longest micro batch in a dry run."""
 
@@ -209,7 +203,7 @@ def _rows(summary: DataSummary, split: str) -> int:
 def _around(
     plan: Plan, basis: Basis, summary: DataSummary, training: float, flops: float, started_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
-    """Yields the stages before and after training with their seconds, given the training's and a device's FLOP/s."""
+    """Yields the stages before and after training with their seconds."""
     work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
     # Least time of a forward pass, to call the layers; on a GPU, to launch their kernels.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers

@@ -1,4 +1,4 @@
-"""GPUs by name, and what stands behind `--for "8x A100-80GB, 1TB host"`: hardware that is not here."""
+"""GPUs by name, and hardware to plan for, such as `--for "8x A100-80GB, 1TB host"`."""
 
 from __future__ import annotations
 
@@ -17,35 +17,34 @@ from fulltune.text import listed, near_names, parse_bytes
 
 GB, GIB = 10**9, 2**30
 CPU_FLOPS_PER_CORE = 50 * GB
-"""fp32, of a core with AVX2: what a CPU that is not here is taken for."""
+"""fp32 FLOP/s of a core with AVX2, assumed for the CPU of other hardware."""
 DEVICE_RESERVE = 2**29
-"""What the driver takes of a GPU: torch sees 79.2 of an A100's 80 GiB, 23.6 of an RTX 4090's 24."""
+"""Memory that the driver takes: torch sees 79.2 of an A100's 80 GiB, 23.6 of an RTX 4090's 24."""
 USUAL_NETWORK = 12.5
-"""GB/s between machines where nothing is said, 100 Gb/s: what an a2-highgpu-8g or a g5.48xlarge has. A p4d.24xlarge has
-400 Gb/s, a DGX A100 1,600, a DGX H100 3,200."""
+"""Default GB/s between machines, 100 Gb/s as on an a2-highgpu-8g; a p4d.24xlarge has 400 Gb/s, a DGX H100 3,200."""
 NETWORK_ASSUMED = f"{8 * USUAL_NETWORK:.0f} Gb/s from each machine to the others"
 
 
 @dataclass(frozen=True)
 class GpuModel:
-    """A kind of GPU; rates are those of one direction."""
+    """A kind of GPU; rates are for one direction."""
 
     name: str
     capability: tuple[int, int]
-    """CUDA's compute capability; of AMD's, as torch gives it, the numbers of its architecture."""
+    """CUDA compute capability; for AMD, the architecture as torch reports it."""
     memory_gib: float
     tflops: float
-    """Dense 16-bit matrix products, 1e12 operations a second."""
+    """Dense 16-bit matrix products in 1e12 operations per second."""
     memory_gb_per_second: float
     link_gb_per_second: float
-    """To the host."""
+    """Bandwidth to the host."""
     nvlink_gb_per_second: float
-    """To the other GPUs of the machine; 0: over the link to the host."""
+    """Bandwidth to the machine's other GPUs; 0 without a link of their own."""
     usual_host_gb: int
-    """Memory of the host that machines with it usually have for each GPU."""
+    """Usual host memory for each GPU."""
     aliases: tuple[str, ...]
     flags: tuple[str, ...]
-    """`desktop`, or `ecc` for GDDR memory that is checked."""
+    """`desktop`, or `ecc` for GDDR memory with error correction."""
 
     @property
     def memory_bytes(self) -> int:
@@ -53,43 +52,39 @@ class GpuModel:
 
     @property
     def card(self) -> Gpu:
-        """One of them, all of whose memory is free but for what the driver takes."""
+        """A GPU of this kind with free memory."""
         size = self.memory_bytes
         return Gpu(name=self.name, memory_bytes=size, capability=self.capability, free_bytes=size - DEVICE_RESERVE)
 
     @property
     def host_memory_gb_per_second(self) -> float:
-        """Usual bandwidth of the host's memory: two channels of DDR5, or a server's eight and more."""
+        """Usual bandwidth of host memory."""
         return 60.0 if "desktop" in self.flags else 200.0
 
 
-def _cell(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 GPUS = tuple(
-    GpuModel(*map(_cell, row))
+    GpuModel(*[tuple(cell) if isinstance(cell, list) else cell for cell in row])
     for row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["gpus"]
 )
 
 
 @dataclass(frozen=True)
 class NamedHardware:
-    """Hardware as `--for` names it; None: it was not said."""
+    """Hardware as named by `--for`; None for what it omits."""
 
     gpu: GpuModel | None
-    """None: a CPU."""
+    """None for a CPU."""
     count: int = 1
-    """GPUs of a machine."""
+    """GPUs per machine."""
     machines: int = 1
     host_bytes: int | None = None
     disk_bytes: int | None = None
     cores: int | None = None
     network: float | None = None
-    """Gb/s."""
+    """Bandwidth between machines in Gb/s."""
 
     def __str__(self) -> str:
-        """What `--for` has to say for it."""
+        """The value of `--for`."""
         machines = f"{self.machines}x " if self.machines > 1 else ""
         words = [machines + (f"{self.count}x {self.gpu.name}" if self.gpu else "cpu")]
         words += [f"{self.cores} cores"] if self.cores else []
@@ -100,31 +95,31 @@ class NamedHardware:
 
 
 class Fleet(Record):
-    """Hardware to plan for: this machine's, or some that is not here; several machines are alike."""
+    """Hardware to plan for: one or several equal machines."""
 
     name: str
-    """For people: `8x A100-80GB, 1024GB host`, or `4 machines, each 8x A100-80GB, 1024GB host`."""
+    """Description such as `4 machines, each 8x A100-80GB, 1024GB host`."""
     machine: Machine
-    """One of them."""
+    """One of the machines."""
     num_machines: int = 1
     network_gb_per_second: float = USUAL_NETWORK
-    """From each machine to the others, one direction."""
+    """Bandwidth from each machine to the others, one direction."""
     gpu_model: GpuModel | None = None
-    """None on a CPU, or for a GPU that the table does not know: then no speed is foreseen."""
+    """Kind of GPU; None on a CPU, or for an unknown GPU, whose speed cannot be forecast."""
     disk_bytes: int | None = None
-    """Free where the run folder lies, which all machines see; None: not known, so that it cannot be too little."""
+    """Free space on the disk of the run folder, if known."""
     disk_at: str = ""
-    """The folder on whose disk that is; empty: the recipe's output."""
+    """Folder whose disk was measured; by default the recipe's output."""
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
-    """What was not said and is a usual value."""
+    """Usual values for what `--for` omits, in words."""
     asked: NamedHardware = NamedHardware(None)
-    """As `--for` names it."""
+    """The hardware as named by `--for`."""
     here: bool = False
 
     @property
     def num_devices(self) -> int:
-        """GPUs of all machines; a CPU counts as one."""
+        """GPUs of all machines, or one device for each machine without GPUs."""
         return self.num_machines * max(1, len(self.machine.gpus))
 
 
@@ -132,7 +127,7 @@ class Fleet(Record):
 
 
 def _key(name: str) -> str:
-    """What two spellings of a GPU have in common: `NVIDIA GeForce RTX 4090` and `rtx-4090` are `4090`."""
+    """Normalise a GPU's name: `NVIDIA GeForce RTX 4090` gives `4090`."""
     vendors = r"nvidia|geforce|tesla|quadro|amd|instinct|radeon|rtx|gtx|generation|gpu"
     return re.sub(r"gi?b|[^a-z0-9]", "", re.sub(vendors, "", name.lower()))
 
@@ -141,7 +136,7 @@ _BY_KEY = {_key(name): model for model in GPUS for name in (model.name, *model.a
 
 
 def _named(name: str) -> list[GpuModel]:
-    """The GPU of that name; else those whose names are this one and a size."""
+    """The GPU of that name, or else those with the name and a size."""
     key = _key(name)
     if key in _BY_KEY:
         return [_BY_KEY[key]]
@@ -149,16 +144,12 @@ def _named(name: str) -> list[GpuModel]:
 
 
 def gpu_model_of(name: str, memory_bytes: int = 2**60) -> GpuModel | None:
-    """The kind of GPU that a driver reports by this name, or None; its memory tells sizes apart."""
+    """The known GPU with the driver's name and the nearest memory size."""
     return min(_named(name), key=lambda model: abs(model.memory_bytes - memory_bytes), default=None)
 
 
 def find(name: str) -> GpuModel:
-    """A GPU by the name that a person gave.
-
-    Raises:
-        RecipeError: When no GPU, or more than one, has this name; near names are listed.
-    """
+    """The GPU with a name as users write it; raises `RecipeError` with near names."""
     models = _named(name)
     if len(models) == 1:
         return models[0]
@@ -181,15 +172,15 @@ _DETAILS: dict[str, tuple[str, Callable[[str], float]]] = {
     "cores": (r"(\d+)\s*cores?", int),
     "network": (r"(\d+(?:\.\d+)?)\s*Gb(?:/s|ps)?\s*network", float),
 }
-"""Field to how it is written, and what its number is."""
+"""Pattern and number parser of each detail of `--for`."""
 
 
 def parse(text: str) -> Fleet:
-    """Hardware as a person writes it: `8x A100-80GB`, `1x RTX 4090, 64GB host, 2TB disk`, `cpu, 16 cores, 64GB host`,
-    `4x 8x A100-80GB, 400Gb network` for four machines of eight GPUs.
+    """Parse the value of `--for`, such as `1x RTX 4090, 64GB host, 2TB disk`, `cpu, 16 cores`, or `4x 8x A100-80GB,
+    400Gb network` for four machines of eight GPUs.
 
     Raises:
-        RecipeError: Naming every part that cannot be read.
+        RecipeError: If parts cannot be read, naming each.
     """
     first, *parts = (part.strip() for part in text.split(","))
     problems, details = list[str](), dict[str, Any]()
@@ -210,18 +201,18 @@ def parse(text: str) -> Fleet:
     except RecipeError as error:
         problems = [*error.problems, *problems]
     if 0 in (machines, count, *details.values()):
-        problems.append(f"--for: '{text}': numbers must be more than 0; leave out what is not known")
+        problems.append(f"--for: '{text}': numbers must be greater than 0; omit what you do not know")
     if gpu is None:
         machines, count = machines * count, 1
     if machines == 1 and "network" in details:
-        problems.append("--for: a network is between machines, but one is named; write how many: '4x 8x A100-80GB'")
+        problems.append("--for: a network needs several machines, but only one is named; write '4x 8x A100-80GB'")
     if problems:
         raise RecipeError(problems)
     return fleet_of(NamedHardware(gpu, count, machines, **details))
 
 
 def fleet_of(asked: NamedHardware) -> Fleet:
-    """Hardware that is not here, with usual values for what was not said."""
+    """The hardware of `--for`, with usual values for what it omits."""
     gpu, count, host, cores = asked.gpu, asked.count, asked.host_bytes, asked.cores or 8 * asked.count
     each_has, assumed = " in each machine" if asked.machines > 1 else "", list[str]()
     if host is None:
@@ -237,17 +228,17 @@ def fleet_of(asked: NamedHardware) -> Fleet:
         cpu="not here",
         num_cores=cores,
         memory_bytes=host,
-        # The system and other programs take the rest.
+        # The system and other programs use the rest.
         memory_available_bytes=host - max(2 * GB, host // 20) if host > 4 * GB else host // 2,
         cpu_bf16_speedup=1.0,
         gpus=(gpu.card,) * count if gpu else (),
         cpu_flops=0.0 if gpu else float(cores * CPU_FLOPS_PER_CORE),
     )
-    known = replace(asked, host_bytes=host, cores=asked.cores if gpu else cores)
-    name = str(known)
+    complete = replace(asked, host_bytes=host, cores=asked.cores if gpu else cores)
+    name = str(complete)
     if asked.machines > 1:
-        name = f"{asked.machines} machines, each {replace(known, machines=1, disk_bytes=None)}"
-        name += f"; {asked.disk_bytes / GB:.6g}GB disk that all see" if asked.disk_bytes else ""
+        name = f"{asked.machines} machines, each {replace(complete, machines=1, disk_bytes=None)}"
+        name += f"; {asked.disk_bytes / GB:.6g}GB shared disk" if asked.disk_bytes else ""
     return Fleet(
         name=name,
         machine=machine,
@@ -262,8 +253,7 @@ def fleet_of(asked: NamedHardware) -> Fleet:
 
 
 def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at: str = "") -> Fleet:
-    """This machine (of several that are known the least of each: `hardware.weakest`), and as many like it as there are;
-    `disk_at` is the run folder, or where it would lie."""
+    """The hardware of this command: `num_machines` times this machine, or the weakest of several."""
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     gpus = "".join(f"{count}x {name}, " for name, count in Counter(gpu.name for gpu in machine.gpus).items())
     named = f"{num_machines} machines like this one, each" if num_machines > 1 else "this machine:"

@@ -1,7 +1,7 @@
 """The table of levers: settings that save memory, with what each needs, changes and costs.
 
-The plan's search (`choose`), the ways out (`ways_out`), the retry after running out of memory
-(`train.parent.next_attempt`) with its message, and `plan --measure` (`train.parent.measure`) all read it.
+The search (`choose`), the ways out, the retry after running out of memory (`train.parent.next_attempt`) and `plan
+--measure` read it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fulltune.records.plan import MemorySettings, Phase
 from fulltune.system import sharing
 
 Changes = dict[str, Any]
-"""New values by field of the memory settings, or of a plan, which has the same fields."""
+"""New values by field of the memory settings or the plan."""
 SETTING_OF = {
     "precision": "train.precision",
     "weights_dtype": "model.weights_dtype",
@@ -45,34 +45,34 @@ class Lever:
     name: str
     setting: str
     costs: str
-    """The price of the memory, in words for the user."""
+    """Price of the saved memory, in words."""
     changes: Changes = field(default_factory=dict)
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
-    """Computes the possible changes, the mildest first, where fixed `changes` do not do."""
+    """Computes the possible changes, the mildest first, in place of fixed `changes`."""
     unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
-    """Returns a reason why the lever cannot be used, if there is one of its own."""
+    """Returns the lever's own reason against it, if there is one."""
     done: str = ""
-    """Message after it was used: a template with the changed fields and `now`, the plan before."""
+    """Message after it was used, a template with the changed fields and `now`, the plan before."""
     same_result: bool = True
     searched: bool = False
-    """True if a plan may use it by itself."""
+    """A plan may use it by itself."""
     way_out: bool = False
-    """True if it is proposed when nothing fits."""
+    """It is proposed when nothing fits."""
     fallback: tuple[Phase, ...] = ()
     """Phases in which running out of memory tries it."""
     measured: str = ""
-    """Name in the table of `plan --measure`, for levers that it measures."""
+    """Name in the table of `plan --measure`."""
     also: str = ""
     """A second setting that it changes."""
     respects_recipe: bool = True
-    """False for batch sizes, which may replace the recipe's because they change no result."""
+    """False for batch sizes, which may replace the recipe's as they change no result."""
 
     def apply(self, recipe: Recipe, now: MemorySettings) -> list[Changes]:
         """The possible changes, the mildest first."""
         return [dict(self.changes)] if self.options is None else self.options(recipe, now)
 
     def settings(self, recipe: Recipe, changes: Changes) -> dict[str, Any]:
-        """The recipe settings for some changes: the lever's own, and any that the recipe sets to another value."""
+        """The recipe settings for some changes: the lever's own, and those that the recipe sets otherwise."""
         named = {SETTING_OF[name]: value for name, value in changes.items() if "." in SETTING_OF[name]}
         return {
             name: value
@@ -81,7 +81,7 @@ class Lever:
         }
 
     def obstacle(self, recipe: Recipe, now: MemorySettings) -> str | None:
-        """The reason why the lever cannot be used at all, whatever the recipe sets."""
+        """The reason why the lever cannot be used at all."""
         own = [name for name in self.changes if SETTING_OF[name] == self.setting]
         if own and all(getattr(now, name) == self.changes[name] for name in own):
             return "already on"
@@ -90,7 +90,7 @@ class Lever:
         return None if self.apply(recipe, now) else "already at its smallest value"
 
     def refusal(self, recipe: Recipe, now: MemorySettings) -> str | None:
-        """The reason why the lever may not be used without asking the user."""
+        """The reason why the lever may not be used without asking."""
         if problem := self.obstacle(recipe, now):
             return problem
         if self.respects_recipe and (value := given(recipe, self.setting)) is not None:
@@ -104,7 +104,7 @@ def plain_optim(weights_dtype: str, rounding: str | None) -> str:
 
 
 def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str | None:
-    """The reason why the loss cannot be chunked, if there is one."""
+    """The reason why the loss cannot be chunked."""
     if not FACTS[recipe.task].writes:
         return f"{recipe.task} has no logits per token"
     if own_loss:
@@ -118,7 +118,7 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    """Micro batches of half the size (or the largest divisor), half of that and so on, as DeepSpeed allows."""
+    """Micro batches of half the size (or the largest divisor), and so on, as DeepSpeed allows."""
     size, smaller = now.micro_batch_size, []
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)
@@ -267,7 +267,7 @@ LEVERS = (
 
 
 def what_helps(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
-    """Settings with values, as `name: value`, that would save memory in a phase, the mildest first."""
+    """Settings such as `name: value` that would save memory in a phase, the mildest first."""
     settings: dict[str, str] = {}
     for lever in LEVERS:
         if lever.way_out and phase in (lever.fallback or ANYWHERE) and not lever.obstacle(recipe, now):

@@ -1,4 +1,4 @@
-"""Bytes of a training run, by arithmetic: see docs/concepts/memory.md."""
+"""Compute the memory of a training run: see docs/concepts/memory.md."""
 
 from __future__ import annotations
 
@@ -12,45 +12,44 @@ from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
 FIRST_CALLS_BYTES = 50 * 2**20
 """Code and tables that the first step loads: the model's module, kernels, the row files."""
-HELD_SHARE = 0.24
-"""Of the small blocks: gaps between living ones that the C library can neither give back nor use."""
+GAP_SHARE = 0.24
+"""Gaps between small blocks, as a share of them, that the C library cannot reuse."""
 STATE_SHARE = 0.08
-"""The same of weights and optimizer state: their blocks come while activations and gradients lie between them."""
+"""Gaps around weights and optimizer state, as a share of them."""
 SMALL_BYTES = 32 * 2**20
-"""Smaller blocks lie on the C library's heap, which does not shrink; larger ones are given back when they are freed."""
+"""Size below which freed blocks stay on the C library's heap."""
 SMALL_OF_PARTS_BYTES = 4 * 2**20
-"""The same with FSDP2: see `train.parent.spawn`."""
+"""`SMALL_BYTES` with FSDP2: see `train.parent.spawn`."""
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
-"""Context, cuBLAS workspaces and the allocator's rounding on a GPU. Taken from the literature; never measured here."""
+"""Context, cuBLAS workspaces and the allocator's rounding on a GPU (from the literature)."""
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
-"""Tokens whose logits a chunked loss holds at a time: see `fulltune.models.chunked_loss`."""
+"""Tokens in a chunk of a chunked loss."""
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """What one process needs on its device, beyond what the libraries themselves take; the footprint holds the
-    precision and checkpointing of the settings."""
+    """Memory of one process that holds the whole state, in a traced precision."""
     state, on_cpu = state_of(shapes.num_parameters, settings), settings.device == "cpu"
     moments = _moments(shapes, footprint, settings, state)
-    kinds = max(moments, key=lambda one: sum(one.values())).copy()
+    kinds = max(moments, key=lambda alive: sum(alive.values())).copy()
     beyond, heap = _beyond_tensors(moments, shapes, footprint, settings)
-    kept = state["weights"] + state["optimizer"]
-    around = round(STATE_SHARE * kept) if on_cpu else 0
+    lasting = state["weights"] + state["optimizer"]
+    around = round(STATE_SHARE * lasting) if on_cpu else 0
     kinds["buffers"] += beyond + around
     if settings.num_processes > 1:  # DistributedDataParallel sends gradients from buckets of its own
         kinds["buffers"] += state["gradients"]
     passing = scoring(shapes, footprint, settings)
     base = FIRST_CALLS_BYTES if on_cpu else CUDA_CONTEXT_BYTES
-    # Weights of another type than the file's are made beside it; for a GPU both are in the host's memory.
+    # Weights are converted beside those of the file; for a GPU this happens in host memory.
     read = 4 * shapes.num_parameters if settings.weights_dtype == "bf16" and on_cpu else 0
     phases: dict[Phase, int] = {
         "loading": state["weights"] + read + base,
         "step": sum(kinds.values()),
-        # The untouched model has no optimizer's state yet, and a linear probe of it holds its features.
-        "evaluation": max(kept + around, state["weights"] + settings.probe_bytes) + sum(passing.values()) + base,
-        # Tensors are written from where they lie (safetensors 0.8, torch.save); one is compared with what it was.
-        "saving": kept + base + around + heap + (4 * footprint.largest_tensor if on_cpu else 0),
-        # A second model reads the checkpoint's weights and is gone when the optimizer's state is read.
+        # The pretrained model is scored without optimizer state, but with the features of a linear probe.
+        "evaluation": max(lasting + around, state["weights"] + settings.probe_bytes) + sum(passing.values()) + base,
+        # Tensors are written without a copy (safetensors 0.8, torch.save); one is compared with its initial values.
+        "saving": lasting + base + around + heap + (4 * footprint.largest_tensor if on_cpu else 0),
+        # A second model reads the checkpoint's weights and is freed before the optimizer's state is read.
         "resuming": state["weights"] + max(state["weights"] + read if on_cpu else 0, state["optimizer"]) + base,
     }
     if settings.num_trainable is not None:  # a checkpoint holds only what is trained
@@ -59,15 +58,15 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
 
 
 def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """What a forward pass of an eval batch holds at its highest."""
+    """Peak memory by kind of a forward pass over an eval batch."""
     rows, length = settings.eval_batch_size * footprint.sequences_per_row, settings.longest_tokens
     moments = footprint.evaluation[settings.precision]
-    held = [in_pieces(one.bytes(rows, length), shapes, settings, rows * length, None) for one in moments]
-    return max(held, key=lambda one: sum(one.values()))
+    alive = [with_chunked_loss(one.bytes(rows, length), shapes, settings, rows * length, None) for one in moments]
+    return max(alive, key=lambda kinds: sum(kinds.values()))
 
 
 def train_sequences(footprint: Footprint, settings: MemorySettings) -> int:
-    """Texts of a micro batch that go through the model together."""
+    """Sequences of a micro batch."""
     return settings.micro_batch_size * footprint.sequences_per_row
 
 
@@ -80,10 +79,9 @@ def tokens_of_loss(footprint: Footprint, settings: MemorySettings) -> int:
 def _beyond_tensors(
     moments: Sequence[Mapping[MemoryKind, int]], shapes: Shapes, footprint: Footprint, settings: MemorySettings
 ) -> tuple[int, int]:
-    """What the process holds at its peak beyond the tensors of the highest moment, and what its heap keeps after that.
+    """Peak bytes beyond the tensors of the highest moment, and freed bytes that stay on the heap.
 
-    On a CPU small blocks leave their room on the heap when they are freed, and the large ones of another moment come on
-    top: the peak is the highest sum of small blocks and the highest sum of large ones, whenever they were.
+    On a CPU the heap keeps the room of freed small blocks, and large blocks of other moments come on top.
     """
     if settings.device == "cuda":
         return CUDA_CONTEXT_BYTES, 0
@@ -97,24 +95,24 @@ def _beyond_tensors(
         logits = kinds["logits"] if logits_are_large else 0
         gradients = kinds["gradients"] - round(small_share * min(kinds["gradients"], size * trained))
         small = sum(kinds.values()) - kinds["weights"] - kinds["optimizer"] - logits - gradients
-        parts.append(((1 + HELD_SHARE) * small, logits, gradients))
-    heap, held = resident(parts, footprint.largest_tensor * size)
+        parts.append(((1 + GAP_SHARE) * small, logits, gradients))
+    heap, peak = resident(parts, footprint.largest_tensor * size)
     highest = max(sum(kinds.values()) for kinds in moments)
     state = moments[0]["weights"] + moments[0]["optimizer"]
-    return FIRST_CALLS_BYTES + max(0, state + round(held) - highest), round(heap / (1 + HELD_SHARE))
+    return FIRST_CALLS_BYTES + max(0, state + round(peak) - highest), round(heap / (1 + GAP_SHARE))
 
 
 def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
-    """What a process on a CPU holds of tensors that come and go, at its highest: what its heap keeps, and all of it.
+    """Peak bytes of temporary tensors on a CPU: the heap, and the total.
 
     Args:
-        moments: Bytes of small blocks with their gaps, of large ones, and of large ones that find room on the heap.
-        block_bytes: Of the largest block of the last kind.
+        moments: Bytes of small blocks with their gaps, of large blocks, and of large blocks that may reuse the heap.
+        block_bytes: Size of the largest block that may reuse the heap.
     """
     heap = max(small for small, _, _ in moments)
 
     def reused(free: float, large: int) -> int:
-        """Large blocks that find room on the heap: one for each stretch of twice its size that is free there."""
+        """Bytes of large blocks that reuse the heap: one per free stretch of twice its size."""
         return block_bytes * min(large // block_bytes, int(free / 2 / block_bytes))
 
     return heap, max(heap - reused(heap - small, fits) + large + fits for small, large, fits in moments)
@@ -123,32 +121,30 @@ def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tup
 def _moments(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: dict[MemoryKind, int]
 ) -> list[dict[MemoryKind, int]]:
-    """Bytes by kind at each moment of a step that may be the highest."""
+    """Bytes by kind at each moment of a step that may be the peak."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
     rows, length = train_sequences(footprint, settings), settings.longest_tokens
-    found = []
-    for moments, already in ((variant.first, 0), (variant.later, state["gradients"])):
-        if not already or settings.gradient_accumulation_steps > 1 or settings.generic_first:
-            found += [
-                state | in_pieces(one.bytes(rows, length), shapes, settings, rows * length, already) for one in moments
-            ]
-    return [
-        *found,
-        state | {"activations": 0, "logits": 0, "buffers": scratch(footprint.largest_tensor, settings)},
-    ]  # the update
+    update: dict[MemoryKind, int] = {"activations": 0, "logits": 0}
+    update["buffers"] = scratch(footprint.largest_tensor, settings)
+    moments = []
+    for traced, before in ((variant.first, 0), (variant.later, state["gradients"])):
+        if not before or settings.gradient_accumulation_steps > 1 or settings.generic_first:
+            alive = (one.bytes(rows, length) for one in traced)
+            moments += [state | with_chunked_loss(kinds, shapes, settings, rows * length, before) for kinds in alive]
+    return [*moments, state | update]
 
 
-def in_pieces(
+def with_chunked_loss(
     kinds: dict[MemoryKind, int], shapes: Shapes, settings: MemorySettings, tokens: int, gradients_before: int | None
 ) -> dict[MemoryKind, int]:
-    """With a chunked loss: the logits of a piece with what is made of them, and the head's whole gradient.
+    """Bytes by kind with a chunk's logits and the head's whole gradient, if the loss is chunked.
 
     Args:
-        kinds: With whole logits.
+        kinds: Bytes by kind with all logits.
         shapes: The model's sizes.
         settings: The settings.
-        tokens: That have logits.
-        gradients_before: Bytes of those that are there already; None: a forward pass alone, which makes none.
+        tokens: Number of tokens with logits.
+        gradients_before: Bytes of earlier gradients; None without a backward pass.
     """
     if not settings.chunked_loss:
         return kinds
@@ -158,23 +154,23 @@ def in_pieces(
     logits, gradients = 0, kinds["gradients"]
     if kinds["logits"]:
         logits = min(tokens, CHUNK_TOKENS[settings.device]) * shapes.vocab_size * (4 + halves)
-        if settings.weights_dtype == "fp32":  # the head in the type of the computations, beside autocast's copy
+        if settings.weights_dtype == "fp32":  # the head's copy in 16 bits, beside autocast's
             logits += halves * head
-        if has_gradient and settings.device == "cuda":  # a piece's share of its gradient; on a CPU in small blocks
+        if has_gradient and settings.device == "cuda":  # a chunk's share of the head's gradient; small blocks on a CPU
             logits += halves * head
         gradients = max(gradients, (gradients_before or 0) + 4 * head * has_gradient)
-    # A tied embedding's gradient is added to the head's in place; that of whole logits is not.
+    # A tied embedding's gradient is added to the head's in place, unlike with all logits.
     most = BYTES[settings.weights_dtype] * num_trainable(shapes.num_parameters, settings) + 4 * head * has_gradient
     return {**kinds, "logits": logits, "gradients": min(gradients, most)}
 
 
 def scratch(values: int, settings: MemorySettings) -> int:
-    """What the optimizer holds while it updates a tensor of so many values."""
+    """Bytes that the optimizer allocates to update a tensor."""
     match settings.optim:
         case "adamw_torch_fused" | "sgd":
             return 0
         case "adamw_8bit" | "adamw_bf16":
-            return 20 * 2**20  # slices of a fixed size
+            return 20 * 2**20  # works in slices of a fixed size
         case "adafactor":
             return 3 * 4 * values
         case _:
@@ -192,7 +188,7 @@ _MOMENTS = {
     "adafactor": 0.02,
     "sgd": 0.0,
 }
-"""Optimizer to bytes per parameter, whatever the weights' type."""
+"""Bytes of state per parameter by optimizer, whatever the weights' type."""
 _AS_WEIGHTS = {
     "adamw_torch": 2,
     "adamw_torch_fused": 2,
@@ -201,39 +197,36 @@ _AS_WEIGHTS = {
     "stable_adamw": 2,
     "ademamix": 3,
 }
-"""Optimizer to values per parameter of the weights' own type."""
+"""Values of state per parameter by optimizer, in the weights' type."""
 
 
 def has_known_state(optim: str) -> bool:
-    """True if the size of the optimizer's state is known; others are planned as AdamW."""
+    """True if the size of the optimizer's state is known."""
     return optim in _MOMENTS or optim in _AS_WEIGHTS
 
 
 def num_trainable(num_parameters: int, settings: MemorySettings) -> int:
-    """Of a model with so many parameters, those that are trained."""
+    """The number of trained parameters."""
     return num_parameters if settings.num_trainable is None else settings.num_trainable
 
 
 def trained_dtype(settings: MemorySettings) -> str:
-    """Type of the trained weights: what a method adds is float32 whatever the model's weights are.
-
-    A new head is of their type, as are the parts that a PEFT method trains in place; counted as float32 as well.
-    """
+    """Type of the trained weights: fp32 for those that a method adds."""
     return settings.weights_dtype if settings.num_trainable is None else "fp32"
 
 
 def state_of(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """What exists between steps of a model with so many parameters: gradients and optimizer state of trained ones."""
-    held = num_parameters if settings.num_all_parameters is None else settings.num_all_parameters
+    """Bytes of all weights, and of the gradients and optimizer state of the trained ones."""
+    total = num_parameters if settings.num_all_parameters is None else settings.num_all_parameters
     trained = num_trainable(num_parameters, settings)
     state = state_bytes(trained, trained_dtype(settings), settings.optim, settings.bf16_rounding)
-    return state | {"weights": state["weights"] + (held - trained) * BYTES[settings.weights_dtype]}
+    return state | {"weights": state["weights"] + (total - trained) * BYTES[settings.weights_dtype]}
 
 
 def state_bytes(
     num_parameters: int, weights_dtype: str, optim: str = "adamw_torch_fused", bf16_rounding: str | None = None
 ) -> dict[MemoryKind, int]:
-    """Bytes that exist between steps, gradients included; these have the weights' type."""
+    """Bytes of trained weights, of gradients in their type, and of optimizer state."""
     size = BYTES[weights_dtype]
     per_value = _MOMENTS.get(optim)
     if per_value is None:

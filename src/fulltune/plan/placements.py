@@ -1,4 +1,4 @@
-"""The table of placements for some hardware, each with its memory and speed (docs/guides/scale.md)."""
+"""The table of placements for some hardware (docs/guides/scale.md)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DEFAULTS = {
 
 
 def table(basis: Basis) -> tuple[PlacementOption, ...]:
-    """Every sensible placement on this hardware, with its memory and expected speed."""
+    """Every sensible placement on this hardware, with its memory and speed."""
     return tuple(_best(basis, settings) for settings in _layouts(basis))
 
 
@@ -61,7 +61,7 @@ def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
 
 
 def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
-    """The fastest micro batch and checkpointing that fit, or else the smallest."""
+    """The fastest micro batch and checkpointing that fit, else the smallest."""
     recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
         weights_dtype=settings["model.weights_dtype"],
@@ -76,7 +76,6 @@ def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
 
 
 def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
-    """A row of the table, for settings and their memory."""
     kinds, shared = dict(memory.kinds), basis.shared
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
@@ -98,7 +97,6 @@ def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dic
 
 
 def name_of(shared: Sharing | None, settings: MemorySettings) -> str:
-    """The name of a placement in the table."""
     small = settings.optim == "adamw_8bit"
     if shared is None:
         each = f"{settings.num_processes} copies" if settings.num_processes > 1 else "one device"
@@ -123,7 +121,7 @@ def _changes(basis: Basis, settings: dict[str, Any], shared: Sharing | None) -> 
 
 
 def _shortage(basis: Basis, on_device: int, host: int) -> str | None:
-    """The missing memory in words, such as `device +3 GiB`, or None if it fits."""
+    """The missing memory, such as `device +3 GiB`."""
     missing = {"device": on_device - basis.available_bytes}
     if host:
         missing["host"] = host - basis.fleet.machine.memory_available_bytes

@@ -1,4 +1,4 @@
-"""Choose each setting with its reason: the recipe's value, or a default for the model, the data and the machine."""
+"""Choose each setting with its reason: the recipe's value or a default."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fulltune.system.hardware import BF16_FROM, TENSOR_CORES_FROM, Gpu, Machine
 from fulltune.text import counted, format_bytes
 
 MIN_BF16_SPEEDUP = 1.2
-"""Least speed of bf16 relative to fp32 that is worth its rounding on a CPU."""
+"""Speed of bf16 relative to fp32 that is worth its rounding on a CPU."""
 MAX_WORKERS = 8
 """Most processes that decode images for one GPU."""
 MIN_SHARED_BYTES = 2**30
-"""Shared memory needed per GPU: 32 images of 224 x 224 pixels are 19 MB, and each worker queues two such batches."""
+"""Shared memory per GPU: 32 images of 224 x 224 pixels are 19 MB, and each worker queues two such batches."""
 
 
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
@@ -54,7 +54,6 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
 
 
 def _refuse_too_many(recipe: Recipe, machine: Machine, device: str) -> None:
-    """Raise `RecipeError` for more processes than a machine has GPUs, or cores."""
     train = recipe.train
     room, unit = (len(machine.gpus), "GPU") if device == "cuda" else (machine.num_cores, "CPU core")
     if train.processes_per_machine <= room or (device == "cpu" and train.oversubscribe):
@@ -107,11 +106,11 @@ KERNELS = {
     # As in transformers 5.24; uses Hopper's instructions, which later cards lack.
     "model.attn_implementation: flash_attention_3": ("8.0 to 9.x (Ampere to Hopper)", (8, 0), (9, 9)),
 }
-"""Compute capability that a setting's kernels need: in words, lowest, highest."""
+"""Compute capability that kernels need: in words, lowest, highest."""
 
 
 def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
-    """Raise `RecipeError` for settings whose kernels cannot run on the device or in the precision."""
+    """Raise `RecipeError` for kernels that cannot run on the device or in the precision."""
     names = [f"train.{name}" for name in ("torch_compile", "use_liger_kernel") if getattr(recipe.train, name)]
     for setting in (*names, f"model.attn_implementation: {recipe.model.attn_implementation}"):
         needed, lowest, highest = KERNELS.get(setting, ("", (0, 0), (99, 0)))
@@ -127,7 +126,7 @@ def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str
 
 
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
-    """The GPU with the lowest compute capability among those that the recipe uses."""
+    """The GPU with the lowest compute capability of those that the recipe uses."""
     return min(machine.gpus[: recipe.train.processes_per_machine], key=lambda gpu: gpu.capability)
 
 
@@ -155,10 +154,10 @@ def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
 
 
 def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
-    """Number of data-loader workers for each training process: 0 except for images on a GPU.
+    """Number of data-loader workers of each process: 0 except for images on a GPU.
 
     Collating texts takes 5 % of a step at most; decoding images takes five times a ViT-base's step on an A100
-    (measured). On a CPU training needs all cores.
+    (measured).
     """
     name = "dataloader_num_workers"
     if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:
@@ -204,7 +203,7 @@ class Steps:
 
 
 def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reasons) -> Steps:
-    """The length of training and its intervals; mixed-in rows lengthen an epoch but not the default number of them."""
+    """The length of training and its intervals; mixed-in rows lengthen an epoch."""
     train, per_epoch = recipe.train, math.ceil(summary.rows_per_epoch / global_batch)
     if train.max_steps is not None:
         reasons.add("train.max_steps", train.max_steps)
@@ -218,7 +217,7 @@ def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reas
 
 
 def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
-    """The learning rate; a new head's own rate is recorded in the reasons."""
+    """The learning rate; a new head's own rate is recorded too."""
     method = recipe.method
     rate, why = defaults.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
     why = f"middle of the searched rates: {why}" if method.is_searched else why
@@ -229,11 +228,7 @@ def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
 
 
 def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["probe", "random"] | None:
-    """How a new head is initialised; None if the task has no head of its own, or the checkpoint brings it.
-
-    Raises:
-        RecipeError: If the recipe sets `head_init` for a head that the checkpoint brings.
-    """
+    """The start of a new head; None if the task has none, or the checkpoint brings it."""
     wanted, name = recipe.method.head_init, "method.head_init"
     if not FACTS[recipe.task].head_is_new:
         return None
@@ -264,7 +259,7 @@ def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -
 
 
 def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
-    """Reasons why the plan's memory may be inexact, in the form of settings."""
+    """Reasons why the plan's memory may be inexact."""
     rows = [("memory.inputs", "assumed", footprint.assumed)] if footprint.assumed else []
     if footprint.rough:
         why = f"this model cannot be traced ({footprint.rough}), so a rule of thumb is used; the dry run measures it"
@@ -276,11 +271,11 @@ def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
 
 
 _NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
-"""Fields that are not listed: files are in the data's own record, `method.train` is in a trial's `train` block."""
+"""Fields that are shown elsewhere: in the data's record, or in a trial's `train` block."""
 
 
 def everything_else(recipe: Recipe, reasons: Reasons) -> None:
-    """Record all remaining fields, so that the report lists every setting."""
+    """Record all remaining fields for the report."""
     named = {setting.name for setting in reasons.settings}
     for block in ("model", "data", "method", "train", "preserve", "evaluate"):
         values = getattr(recipe, block)

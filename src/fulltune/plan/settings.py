@@ -1,4 +1,4 @@
-"""Read, change and write a recipe's settings by dotted name, such as `train.optim`, and record reasons for values."""
+"""Read, change and write a recipe's settings by dotted name, such as `train.optim`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fulltune.records.plan import Setting
 FROM_RECIPE = "from the recipe"
 PLACEMENT, OFFLOAD = "train.placement", "train.offload"
 WHERE = (PLACEMENT, OFFLOAD, ENGINE_SETTINGS)
-"""Settings that determine where weights, gradients and optimizer state are stored."""
+"""Settings that place weights, gradients and optimizer state."""
 
 
 def given(recipe: Recipe, name: str) -> Any:
@@ -26,7 +26,7 @@ def given(recipe: Recipe, name: str) -> Any:
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """A copy of the recipe with new values for some settings."""
+    """A copy of the recipe with new values."""
     for name, value in settings.items():
         block, _, field = name.partition(".")
         values = getattr(recipe, block)
@@ -37,7 +37,7 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
 
 
 def in_yaml(value: Any) -> str:
-    """A setting's value in the form of a recipe or `--set`."""
+    """A value in the form of a recipe or `--set`."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {in_yaml(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, bool):
@@ -46,13 +46,13 @@ def in_yaml(value: Any) -> str:
 
 
 class Reasons:
-    """Collects the settings of a plan with their values and reasons."""
+    """The settings of a plan with their values and reasons."""
 
     def __init__(self) -> None:
         self.settings: list[Setting] = []
 
     def add(self, name: str, given: Any, chosen: Any = None, reason: str = "", doubt: str = "") -> Any:
-        """Record and return the recipe's value, or else the chosen one; `doubt` is appended to the reason of either."""
+        """Record and return the recipe's value, else the chosen one; `doubt` is appended to either reason."""
         value, why = (given, FROM_RECIPE) if given is not None else (chosen, reason)
         self.settings.append(Setting(name=name, value=value, reason=why + doubt, is_automatic=given is None))
         return value

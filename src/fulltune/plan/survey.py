@@ -1,4 +1,4 @@
-"""Everything that `fulltune plan` shows beside the plan: placements, money, ways out, advice."""
+"""What `fulltune plan` shows: placements, cost, ways out and advice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fulltune.plan import budget, choose, gpus, placements, resolve, ways_out
 from fulltune.plan.fit import fit, with_time
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.settings import given, with_settings
-from fulltune.plan.time import Price
+from fulltune.plan.time import DevicePrice
 from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, Workload, basis_of
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.training import ENGINE_SETTINGS
@@ -21,80 +21,79 @@ from fulltune.records.plan import Advice, PlacementOption, Plan, Survey, WayOut
 from fulltune.system import sharing
 
 MUCH_FASTER = 1.25
-"""From here on a placement with an engine (ZeRO), to be installed and of other types, is taken instead of
-one that fits without it; below it stands in the table."""
+"""Speed-up from which ZeRO, which needs installing, replaces a placement that fits."""
 FEW_ROWS, MANY_ROWS = 10_000, 100_000
 SMALL_ENCODER, LARGE = 500_000_000, 10**10
 MORE, HOSTS = (2, 4, 8), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
-"""GPUs of a machine, and machines, and GB of a host, that are proposed where fewer are too small."""
-Other = Callable[[str], Workload | None]
-"""From a method's kind to the same workload by it, with its usual settings; None where it cannot be."""
-Planned = tuple[Plan, dict[str, Any]]
-"""A plan, and the settings that it has and the recipe has not."""
+"""Numbers of GPUs and machines, and GB of host memory, to propose when fewer are too small."""
+WithMethod = Callable[[str], Workload | None]
+"""Returns the workload with another kind of method, if possible."""
+PlannedSettings = tuple[Plan, dict[str, Any]]
+"""A plan, and its settings that the recipe does not have."""
 
 
 def survey(
     workload: Workload,
     fleet: Fleet,
-    price: Price | None = None,
+    price: DevicePrice | None = None,
     planned: Plan | None = None,
-    other: Other = lambda kind: None,
+    other: WithMethod = lambda kind: None,
 ) -> tuple[Survey, Plan | None]:
-    """Look at everything that could be done on this hardware.
+    """Survey the possibilities on some hardware.
 
     Args:
         workload: Recipe (see `spread_over`), model and data.
         fleet: The hardware.
-        price: Of a device.
-        planned: The plan, when it is made already.
-        other: Gives the workload of another method, for the advice: asked only where the plan does not tell.
+        price: Price of a device.
+        planned: The plan, if it is already made.
+        other: Returns the workload with another method, for the advice.
 
     Returns:
-        The survey, and a plan for the recipe's own placement, else for the best other one; None when nothing fits.
+        The survey, and a plan for the recipe's placement or the best other one, if any fits.
     """
     basis, kind = basis_of(workload, fleet), workload.recipe.method.kind
     table = placements.table(basis)
-    found = _planned(workload, fleet, table) if planned is None else (planned, {})
-    fits = not isinstance(found, DoesNotFitError)
+    outcome = _planned(workload, fleet, table) if planned is None else (planned, {})
+    fits = not isinstance(outcome, DoesNotFitError)
     full_fits = fits if kind == "full" else _anywhere(other("full"), fleet, by_asking=True) is not None
     by_lora = other("lora") if kind != "lora" and not full_fits else None
     lora = _anywhere(by_lora, fleet, by_asking=True)
     lora_fits = fits if kind == "lora" else None if by_lora is None else lora is not None
-    seen = _seen(workload, basis, table, full_fits, lora_fits)
-    if isinstance(found, DoesNotFitError):
-        problem, ways = _ways_out(workload, basis, table, found.problems[0], lora)
+    facts = _facts(workload, basis, table, full_fits, lora_fits)
+    if isinstance(outcome, DoesNotFitError):
+        problem, ways = _ways_out(workload, basis, table, outcome.problems[0], lora)
         notes = (f"{one.name}: {one.value}: {one.reason}" for one in resolve.caveats(basis.footprint))
-        return seen.model_copy(update={"ways_out": ways, "notes": (problem, *notes)}), None
-    plan, settings = found
-    if plan.time is None:  # it was changed when memory ran out
+        return facts.model_copy(update={"ways_out": ways, "notes": (problem, *notes)}), None
+    plan, settings = outcome
+    if plan.time is None:  # the plan was changed when memory ran out
         plan = with_time(plan, basis, workload.summary)
     if plan.memory is not None:
-        placed = replace(basis, shared=_shared(workload.recipe, found))
+        placed = replace(basis, shared=_shared(workload.recipe, outcome))
         chosen = placements.row(placed, plan, plan.memory, settings)
         rows = tuple(chosen if one.name == chosen.name else one for one in table)
         rows = rows if chosen in rows else (chosen, *rows)
-        seen = seen.model_copy(update={"placement": chosen.name, "placements": rows})
+        facts = facts.model_copy(update={"placement": chosen.name, "placements": rows})
     update: dict[str, Any] = {
         "fits": True,
         "device_free_bytes": plan.available_bytes or basis.available_bytes,
         "settings": {name: given(workload.recipe, name) for name in workload.spread} | settings,
     }
     if price and plan.time:
-        hours = seen.num_devices * plan.time.whole_seconds / 3600
+        hours = facts.num_devices * plan.time.whole_seconds / 3600
         update |= {"price": price[0] * hours, "currency": price[1]}
-    return seen.model_copy(update=update), plan
+    return facts.model_copy(update=update), plan
 
 
-def _shared(recipe: Recipe, planned: Planned) -> sharing.Sharing | None:
-    """What a plan shares out."""
+def _shared(recipe: Recipe, planned: PlannedSettings) -> sharing.Sharing | None:
+    """The sharding of a plan's placement."""
     plan, settings = planned
     return sharing.of(with_placement(with_settings(recipe, settings), plan.placement))
 
 
-def _seen(
+def _facts(
     workload: Workload, basis: Basis, table: tuple[PlacementOption, ...], full_fits: bool, lora_fits: bool | None
 ) -> Survey:
-    """What is known whether or not there is a plan."""
+    """The part of the survey that does not depend on a plan."""
     summary, shapes, fleet, train = workload.summary, workload.shapes, basis.fleet, workload.recipe.train
     splits = summary.splits
     return Survey(
@@ -122,11 +121,8 @@ def _seen(
 # ---- the plan ----------------------------------------------------------------------------------------------------
 
 
-def _planned(workload: Workload, fleet: Fleet, table: Sequence[PlacementOption]) -> Planned | DoesNotFitError:
-    """The recipe as it is; on hardware that is not here also with the best other placement that fulltune can run.
-
-    On this machine the plan is what `fulltune run` would do: other placements are ways out.
-    """
+def _planned(workload: Workload, fleet: Fleet, table: Sequence[PlacementOption]) -> PlannedSettings | DoesNotFitError:
+    """The plan of the recipe; with `--for`, possibly with a better placement."""
     try:
         own = _fitted(workload, workload.recipe, fleet)
     except DoesNotFitError as error:
@@ -135,7 +131,7 @@ def _planned(workload: Workload, fleet: Fleet, table: Sequence[PlacementOption])
         return own, {}
     exact = [one for one in table if not (_computes_otherwise(one) or one.host_bytes)]
     if workload.recipe.train.optim is None and own.optim == "adamw_8bit":
-        # Sharing out the state of several devices leaves the arithmetic as it is; 8-bit moments do not.
+        # Sharding the state keeps the arithmetic; 8-bit moments do not.
         return _otherwise(workload, fleet, exact) or (own, {})
     speed = own.time.tokens_per_second if own.time else math.inf
     faster = [one for one in exact if (one.tokens_per_second or 0.0) > MUCH_FASTER * speed]
@@ -143,30 +139,31 @@ def _planned(workload: Workload, fleet: Fleet, table: Sequence[PlacementOption])
 
 
 def ranked(table: Sequence[PlacementOption]) -> list[PlacementOption]:
-    """Those that fit and need nothing that only a person can say: first the ones that compute as AdamW in fp32 does,
-    then the faster ones."""
+    """The placements that fit: first those that compute like AdamW in fp32, then the faster."""
     fitting = (one for one in table if one.fits)
-    return sorted(fitting, key=lambda one: (_computes_otherwise(one), -(one.tokens_per_second or 0.0)))
+    return sorted(fitting, key=lambda option: (_computes_otherwise(option), -(option.tokens_per_second or 0.0)))
 
 
-def _computes_otherwise(one: PlacementOption) -> bool:
-    """Whether its numbers are not those of AdamW in fp32."""
-    return one.settings.get("model.weights_dtype") == "bf16" or one.settings.get("train.optim") == "adamw_8bit"
+def _computes_otherwise(option: PlacementOption) -> bool:
+    """True if results differ from those of AdamW in fp32."""
+    return option.settings.get("model.weights_dtype") == "bf16" or option.settings.get("train.optim") == "adamw_8bit"
 
 
-def _otherwise(workload: Workload, fleet: Fleet, table: Sequence[PlacementOption], why: str = "") -> Planned | None:
-    """With the best of these placements, and why it is not the recipe's own."""
-    for one in ranked(table):
-        given_otherwise = (given(workload.recipe, name) not in (None, value) for name, value in one.settings.items())
-        if not one.settings or any(given_otherwise):  # what is given is kept, and is then a way out
+def _otherwise(
+    workload: Workload, fleet: Fleet, table: Sequence[PlacementOption], why: str = ""
+) -> PlannedSettings | None:
+    """The plan with the best of these placements that fits."""
+    for option in ranked(table):
+        conflicts = (given(workload.recipe, name) not in (None, value) for name, value in option.settings.items())
+        if not option.settings or any(conflicts):  # the recipe's settings stay; this placement can be a way out
             continue
         try:
-            plan = _fitted(workload, with_settings(workload.recipe, one.settings), fleet)
-        except DoesNotFitError:  # of the ways that fit by the table, the next one
+            plan = _fitted(workload, with_settings(workload.recipe, option.settings), fleet)
+        except DoesNotFitError:
             continue
-        names = {"train.extra" if name == ENGINE_SETTINGS else name for name in one.settings}
-        installs = f"; {sharing.INSTALL}" if one.name.startswith("ZeRO") else ""
-        return _explained(plan, names, f"placement: {one.name}{why}{installs}"), one.settings
+        names = {"train.extra" if name == ENGINE_SETTINGS else name for name in option.settings}
+        installs = f"; {sharing.INSTALL}" if option.name.startswith("ZeRO") else ""
+        return _explained(plan, names, f"placement: {option.name}{why}{installs}"), option.settings
     return None
 
 
@@ -175,22 +172,22 @@ def _fitted(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
 
 
 def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
-    """The plan with another reason for some settings, which the recipe did not give."""
+    """The plan with a new reason for some settings."""
     settings = (
-        one.model_copy(update={"is_automatic": True, "reason": reason}) if one.name in names else one
-        for one in plan.settings
+        setting.model_copy(update={"is_automatic": True, "reason": reason}) if setting.name in names else setting
+        for setting in plan.settings
     )
     return plan.model_copy(update={"settings": tuple(settings)})
 
 
-def _anywhere(workload: Workload | None, fleet: Fleet, by_asking: bool = False) -> Planned | None:
-    """The plan with the recipe's placement or one that is taken without asking, or with any; None when none fits."""
+def _anywhere(workload: Workload | None, fleet: Fleet, by_asking: bool = False) -> PlannedSettings | None:
+    """The plan with the recipe's or an automatic placement; with `by_asking`, else with any."""
     if workload is None:
         return None
     table = placements.table(basis_of(workload, fleet))
-    found = _planned(workload, fleet, table)
-    if not isinstance(found, DoesNotFitError):
-        return found
+    outcome = _planned(workload, fleet, table)
+    if not isinstance(outcome, DoesNotFitError):
+        return outcome
     return _otherwise(workload, fleet, table) if by_asking else None
 
 
@@ -198,19 +195,19 @@ def _anywhere(workload: Workload | None, fleet: Fleet, by_asking: bool = False) 
 
 
 def _ways_out(
-    workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: Planned | None
+    workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[WayOut, ...]]:
-    """What is short, with the ways out: of the disk, when a larger one would do, else of memory; LoRA where it fits."""
+    """The problem with its ways out: of disk space if only that is short, else of memory; with LoRA if it fits."""
     fleet = basis.fleet
-    found = _planned(workload, fleet.model_copy(update={"disk_bytes": None}), table)
+    outcome = _planned(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"
-    if isinstance(found, DoesNotFitError) or fleet.disk_bytes is None:
+    if isinstance(outcome, DoesNotFitError) or fleet.disk_bytes is None:
         least = choose.smallest(basis)
         now = least.memory.peak
         ways = [*_larger(workload, fleet, now), *ways_out.of_memory(basis, least.settings, table)]
         ways = [_tried(workload, fleet, way) for way in ways[: ways_out.MAX_WAYS]]
     else:
-        plan, settings = found
+        plan, settings = outcome
         recipe, where = with_settings(workload.recipe, settings), "disk"
         needed = budget.disk_need(recipe, plan.num_parameters, plan)
         now = needed.total
@@ -224,35 +221,35 @@ def _ways_out(
         frees, changed = max(0, now - need_of_lora), {"method": "lora", **settings}
         if workload.recipe.methods:
             changed["methods"] = []
-        if workload.recipe.compare.budget is not None:  # refused where nothing is compared or searched
+        if workload.recipe.compare.budget is not None:  # only comparisons and searches have one
             changed["compare.budget"] = None
         ways.append(ways_out.way(changed, frees, True, costs, "method: lora", where))
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))
 
 
 def _larger(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut]:
-    """The next larger number of devices or machines, and the next larger host, on which something fits."""
+    """Yields the smallest increase of devices or machines, and of host memory, that is enough."""
     asked = fleet.asked
     if asked.gpu is None or fleet.here:
         return
     alone = asked.machines == 1
     devices = [replace(asked, count=count) for count in MORE if alone and count > asked.count]
-    whole = replace(asked, count=max(MORE[-1], asked.count)) if alone else asked
-    devices += [replace(whole, machines=count) for count in MORE if count > asked.machines]
+    full = replace(asked, count=max(MORE[-1], asked.count)) if alone else asked
+    devices += [replace(full, machines=count) for count in MORE if count > asked.machines]
     sizes = [size * gpus.GB for size in HOSTS if size * gpus.GB > fleet.machine.memory_bytes]
     hosts = [replace(asked, host_bytes=size) for size in sizes]
-    for larger, costs in ((devices, "more devices"), (hosts, "more memory of the host")):
-        for one in larger:
-            if found := _on(workload, gpus.fleet_of(one)):
-                plan = found[0]
+    for larger, costs in ((devices, "more devices"), (hosts, "more host memory")):
+        for hardware in larger:
+            if planned := _on(workload, gpus.fleet_of(hardware)):
+                plan = planned[0]
                 frees = max(0, now_bytes - (plan.memory.peak if plan.memory else 0))
-                words = f"{one}, {placements.name_of(_shared(workload.recipe, found), plan)}"
-                yield ways_out.way({}, frees, True, costs, words).model_copy(update={"hardware": str(one)})
+                words = f"{hardware}, {placements.name_of(_shared(workload.recipe, planned), plan)}"
+                yield ways_out.way({}, frees, True, costs, words).model_copy(update={"hardware": str(hardware)})
                 break
 
 
-def _on(workload: Workload, fleet: Fleet) -> Planned | None:
-    """The plan on all devices of other hardware; None when nothing fits, or they cannot share a batch."""
+def _on(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
+    """The plan on all devices of other hardware, if it fits."""
     recipe, numbers = workload.recipe, {NUM_PROCESSES: fleet.num_devices, NUM_MACHINES: fleet.num_machines}
     left_open = {name for name in SPREAD if name in workload.spread or given(recipe, name) is None}
     recipe = with_settings(recipe, {name: numbers[name] for name in left_open})
@@ -264,12 +261,12 @@ def _on(workload: Workload, fleet: Fleet) -> Planned | None:
 
 
 def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
-    """The way out as the plan finds it when it is followed: memory is not all that can be short."""
+    """The way out, no longer `enough` if planning with it fails."""
     if not way.enough or not way.settings or "data.max_length" in way.settings:
         return way
     if _anywhere(replace(workload, recipe=with_settings(workload.recipe, way.settings)), fleet) is not None:
         return way
-    return way.model_copy(update={"enough": False, "costs": f"{way.costs}; other things are short as well"})
+    return way.model_copy(update={"enough": False, "costs": f"{way.costs}; more than memory is short"})
 
 
 # ---- advice ------------------------------------------------------------------------------------------------------
@@ -278,23 +275,22 @@ def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
 def advise(
     train_rows: int, shapes: Shapes, full_fits: bool, lora_fits: bool | None, device_bytes: int
 ) -> tuple[Advice, ...]:
-    """Take, try or leave each method, the best first, by rules whose sources stand in docs/evidence.md: where to start,
-    for a measurement on one's own rows decides."""
+    """A verdict for each method, the best first, by rules with sources in docs/evidence.md."""
     few, small = train_rows < FEW_ROWS, not shapes.is_decoder and shapes.num_parameters < SMALL_ENCODER
     size, where = 2 * shapes.num_parameters / 2**30, " on one device" if full_fits else " either"
     unsure = "" if lora_fits else ", if the activations fit as well"
     rules: dict[str, tuple[tuple[bool, str, str], ...]] = {
         "full fine-tuning": (
             (not full_fits, "leave", "it does not fit here"),
-            (small and few, "try", "a small encoder: full is cheap, but with few rows take several seeds"),
+            (small and few, "try", "a small encoder: full is cheap, but few rows need several seeds"),
             (small, "take", "a small encoder: full is cheap"),
             (train_rows >= MANY_ROWS, "take", "100,000 rows or more, and it fits"),
             (few, "try", "few rows: train longer than usual, at a low rate, with three seeds or more"),
-            (True, "try", "between 10,000 and 100,000 rows full and LoRA come out close"),
+            (True, "try", "between 10,000 and 100,000 rows full and LoRA give similar results"),
         ),
         "LoRA": (
             (
-                2 * shapes.num_parameters > device_bytes,  # only full fine-tuning can be shared out
+                2 * shapes.num_parameters > device_bytes,  # only full fine-tuning can be sharded
                 "leave",
                 f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit{where}",
             ),
@@ -302,19 +298,19 @@ def advise(
             (
                 not full_fits,
                 "take",
-                f"it trains where full does not fit{unsure}: {size:,.1f} GiB of weights stay as they are",
+                f"it fits where full does not{unsure}: {size:,.1f} GiB of weights stay frozen",
             ),
             (shapes.is_decoder and few, "take", "few rows (below 10,000)"),
-            (True, "try", "the cheaper method (all layers, rate tuned): two thirds of the operations, far less state"),
+            (True, "try", "cheaper (all layers, rate tuned): two thirds of the operations, far less state"),
         ),
-        "adapters": ((True, "leave", "worth it with five tasks or more: one model and a small file for each"),),
+        "adapters": ((True, "leave", "worth it from five tasks on: one model, and a small file for each task"),),
         "prompt tuning": (
             (shapes.num_parameters >= LARGE, "try", "on a par with full at about 11 B parameters"),
             (True, "leave", "far behind full below 1 B parameters, on a par at about 11 B"),
         ),
     }
-    found = []
+    advice = []
     for method, lines in rules.items():
         verdict, rule = next((verdict, rule) for holds, verdict, rule in lines if holds)
-        found.append(Advice.model_validate({"method": method, "verdict": verdict, "rule": rule}))
-    return tuple(sorted(found, key=lambda one: ("take", "try", "leave").index(one.verdict)))
+        advice.append(Advice.model_validate({"method": method, "verdict": verdict, "rule": rule}))
+    return tuple(sorted(advice, key=lambda each: ("take", "try", "leave").index(each.verdict)))

@@ -1,4 +1,4 @@
-"""How long a run takes and what it costs, by arithmetic: see docs/concepts/memory.md, "Time"."""
+"""Compute how long a run takes and what it costs (docs/concepts/memory.md, "Time")."""
 
 from __future__ import annotations
 
@@ -20,53 +20,50 @@ from fulltune.system.sharing import Sharing
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))
-"""Least hidden size, share of the data sheet's rate."""
+"""Share of the data sheet's FLOP/s reached from a hidden size on."""
 GPU_FP32_SHARE = 1 / 8
-"""fp32 on a GPU without TF32, against 16-bit: 1/16 on an A100, 1/8 on a V100, 1/2 on an RTX 4090. Without tensor cores
-both are the same."""
+"""Speed of fp32 without TF32 relative to 16-bit: 1/16 on an A100, 1/8 on a V100, 1/2 on an RTX 4090."""
 LINK_SHARE = 0.8
 NETWORK = "network between machines"
 LAUNCH_SECONDS, LOOP_SECONDS = 0.002, 0.005
 UPDATE_BYTES, HOST_UPDATE_BYTES = 36, 28
 HOST_SHARE = 0.65
-"""Of the host's bandwidth that a CPU optimizer reaches: 39 of 60 GB/s."""
+"""Share of the host's bandwidth that a CPU optimizer reaches: 39 of 60 GB/s."""
 PADDING_GROUPED = 1.07
-"""Measured with rows of similar length together: 6.6 % (2026-11-24)."""
+"""Tokens with padding per token when grouped by length (measured: 6.6 % more, 2026-11-24)."""
 GENERIC_TOKENS = 48
-"""Of a generic text that is read at an evaluation, on average of the bundled ones, cut at 64."""
+"""Mean tokens of a bundled generic text, cut at 64."""
 PROBE_PARTS = 3.5
-"""Times the features of a linear probe, at most: beside them lie their scaled copies, in 64 bits for a while, and what
-the dense layer before the last one may become."""
+"""Peak memory of fitting a linear probe relative to its features."""
 PROBE_SECONDS, PROBE_PASSES, PROBE_FLOPS = 2.0, 150, 2e10
-"""scikit-learn's import; passes over all features in all fits, and operations a second of one core: 9,003 rows of 77
-classes took 8.5 s after the import (2026-11-26)."""
+"""scikit-learn's import, passes in all fits, and FLOP/s of a core: 9,003 rows of 77 classes took 8.5 s (2026-11-26)."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a row costs, on average over the train rows."""
+    """Floating-point operations of an average train row."""
 
     footprint: Footprint
     tokens_per_row: float
-    """Padding included; an image is one."""
+    """Mean tokens of a row with padding; an image is one."""
     backward: float = 2.0
-    """Of a backward pass, in forward passes."""
+    """Cost of a backward pass in forward passes."""
 
     def forward_flops(self, rows: float) -> float:
-        """Of so many rows in one forward pass."""
+        """Operations of a forward pass over some rows."""
         return self.flops_of(rows * self.tokens_per_row, self.tokens_per_row)
 
     def flops_of(self, tokens: float, length: float) -> float:
-        """Of so many tokens in rows of this length in one forward pass."""
+        """Operations of a forward pass over `tokens` in rows of `length`."""
         return tokens * (self.footprint.flops_per_token + self.footprint.attention_flops_per_pair * length)
 
     def step_flops(self, rows: float, recomputed: bool) -> float:
-        """Of so many rows forward and backward."""
+        """Operations of a forward and backward pass over some rows."""
         return (1 + self.backward + recomputed) * self.forward_flops(rows)
 
 
 def backward_of(method: str, shapes: Shapes) -> float:
-    """Of a method's backward pass, in forward passes: 1 for the gradients of what flows, 1 for those of all weights."""
+    """Cost of a method's backward pass in forward passes: 1 for activations, 1 for all weights."""
     if shapes.num_trainable is None:
         return 2.0
     share = shapes.num_trainable / (shapes.num_all_parameters or shapes.num_parameters)
@@ -74,8 +71,7 @@ def backward_of(method: str, shapes: Shapes) -> float:
 
 
 def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: int = 0, backward: float = 2.0) -> Work:
-    """The work per row of prepared data; `grouped`: rows of similar length share a batch; `virtual`: tokens that a
-    prompt puts before each text; `backward`: see `backward_of`."""
+    """The work per row; `virtual` tokens come before each text in prompt tuning."""
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(footprint, 1.0, backward)
     longest, mean = summary.max_length, summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
@@ -88,7 +84,7 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
 
 
 def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None:
-    """Operations a second of one device in training; None when nothing is known of it."""
+    """FLOP/s of one device in training, if known."""
     if fleet.machine.gpus:
         if fleet.gpu_model is None:
             return None
@@ -104,16 +100,7 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 def step_seconds(
     fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, shared: Sharing | None
 ) -> dict[str, float]:
-    """Seconds of each part of an optimizer step; empty when the hardware's speed is not known.
-
-    Args:
-        fleet: The hardware.
-        shapes: The model's sizes.
-        work: What a row costs.
-        rows: Of a global batch.
-        settings: Micro batch, precision and the like.
-        shared: What ZeRO or FSDP2 shard; None: each device holds everything.
-    """
+    """Seconds of each part of a step with `rows` rows; empty if the hardware's speed is unknown."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
         return {}
@@ -150,19 +137,17 @@ def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, sha
         return UPDATE_BYTES * trained / host
     if shared is not None and shared.offload_optimizer:
         return HOST_UPDATE_BYTES * trained / settings.num_machines / (host * HOST_SHARE)
-    held = trained / settings.num_processes if shared is not None else trained
-    return UPDATE_BYTES * held / (fleet.gpu_model.memory_gb_per_second * 1e9)
+    updated = trained / settings.num_processes if shared is not None else trained
+    return UPDATE_BYTES * updated / (fleet.gpu_model.memory_gb_per_second * 1e9)
 
 
 def together(seconds: Mapping[str, float]) -> float:
-    """Of a whole step: the longest of the parts that overlap, and those that follow."""
+    """Seconds of a step: the longest of the overlapping parts plus the optimizer."""
     return max(seconds[name] for name in seconds if name != "optimizer") + seconds["optimizer"]
 
 
 def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) -> tuple[int, int]:
-    """Bytes that each process sends for each micro batch, and once in an optimizer step, by rings, which pass
-    (N - 1) / N of a tensor for each gather and reduction of N processes (docs/guides/scale.md, "Traffic"). Without
-    `shared` each process holds everything."""
+    """Bytes that each process sends per micro batch, and once per step, by rings (docs/guides/scale.md, "Traffic")."""
     processes, trained = settings.num_processes, memory.num_trainable(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
     each_pass, each_step = 0, 0
@@ -180,30 +165,27 @@ def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) ->
 
 
 def further_seconds(training: float) -> float:
-    """What further timed passes of a dry run may take: a twentieth of the training, at least half a second, at most
-    20."""
+    """Seconds for more timed passes of a dry run."""
     return min(20.0, max(0.5, 0.05 * training))
 
 
 def probe_passes(summary: DataSummary) -> int:
-    """Of each row through the untouched model, at most: a pair's texts are read together, and apart where the tokenizer
-    tells them apart."""
+    """Most passes of a row through the pretrained model for a probe: pairs are read together and apart."""
     return 2 if "text_pair" in summary.columns else 1
 
 
 def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
-    """Of a new head's linear probe on features of the model's hidden size: rows that go through the model to fit and
-    judge it, bytes in the host's memory, and seconds without the passes through the model."""
+    """Rows through the model, bytes of host memory, and other seconds of a new head's linear probe."""
     form, train, passes = summary.form, summary.splits["train"], probe_passes(summary)
     words = max(1.0, train.trained_tokens / max(1, train.rows))
     per_row = probe.items_per_row(form.name, words, summary.num_choices)
-    kept = round(width * probe.PAIRS) if passes == 2 else width
-    rows = min(train.rows, probe.rows_within(form.name, per_row, kept))
+    features = round(width * probe.PAIRS) if passes == 2 else width
+    rows = min(train.rows, probe.rows_within(form.name, per_row, features))
     items = round(rows * per_row)
     outputs = form.num_outputs or len(summary.labels)
     held_out = summary.splits["eval"].rows if "eval" in summary.splits else 0
     rows += min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0
-    num_bytes = round(PROBE_PARTS * 4 * (2 if form.tags_words else 3) * kept * items)
+    num_bytes = round(PROBE_PARTS * 4 * (2 if form.tags_words else 3) * features * items)
     solver = probe.solver_bytes(form.name, items, outputs, width)
     if solver > probe.MOST_SOLVER_BYTES:  # nothing is fitted
         return passes * rows, num_bytes, PROBE_SECONDS
@@ -211,23 +193,18 @@ def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
 
 
 def occasions(total_steps: int, *intervals: int, after: int = -1) -> int:
-    """How often something comes that comes at each interval and after the last step, an evaluation or a checkpoint; of
-    a run that is resumed, `after` the steps that are done."""
+    """Number of evaluations or checkpoints after step `after`, at every interval and at the end."""
     at = {step for every in intervals if every for step in range(every, total_steps + 1, every)}
     return sum(step > after for step in at | {total_steps})
 
 
-Price = tuple[float, str]
-"""Of a device for an hour, and its currency."""
+DevicePrice = tuple[float, str]
+"""Price of a device per hour, and its currency."""
 
 
-def parse_price(text: str) -> Price:
-    """`2.5` or `2.5 USD`, of one device for an hour.
-
-    Raises:
-        RecipeError: When it is no number, or below 0.
-    """
-    found = re.fullmatch(r"\s*([^\d\s.+-]{0,3})\s*(\d+(?:\.\d+)?)\s*([^\d\s.+-]*)\s*", text)
-    if found is None:
-        raise RecipeError(f"--price: '{text}' is no price; write what one device costs in an hour, such as 2.5")
-    return float(found[2]), found[1] or found[3]
+def parse_price(text: str) -> DevicePrice:
+    """Parse a price per device and hour, such as `2.5 USD`; raises `RecipeError`."""
+    match = re.fullmatch(r"\s*([^\d\s.+-]{0,3})\s*(\d+(?:\.\d+)?)\s*([^\d\s.+-]*)\s*", text)
+    if match is None:
+        raise RecipeError(f"--price: '{text}' is not a price; write the cost of one device per hour, such as 2.5")
+    return float(match[2]), match[1] or match[3]

@@ -16,13 +16,13 @@ from fulltune.records.plan import GenericTexts, Setting
 from fulltune.text import format_percent
 
 SHARE, SHARE_STEERED = 0.01, 0.05
-"""Shares of the training's passes spent on generic texts, without and with a budget."""
+"""Shares of training spent on generic texts, without and with a budget."""
 MIN_TEXTS, MAX_TEXTS = 8, 64
 """Bounds on the texts read at each evaluation."""
 STEERED = 20
-"""Number of measurements that set the weight of the replayed texts."""
+"""Number of measurements that set the replay weight."""
 REPLAYED, MIN_REPLAYED = 0.125, 4
-"""Replayed tokens as a share of a step's, and the fewest texts, as fewer give a noisy gradient."""
+"""Replayed share of a step's tokens, and the fewest texts, as fewer give a noisy gradient."""
 
 
 def settle(
@@ -59,7 +59,7 @@ def settle(
 
 
 def _watched(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons) -> int:
-    """Number of texts per evaluation: as many as cost `SHARE` of the training, within bounds; 0 if drift is off."""
+    """Number of texts per evaluation, for `SHARE` of the training; 0 if drift is off."""
     name, against = "preserve.drift", "images have no generic text" if FACTS[recipe.task].reads != "text" else ""
     against = "only the head is trained" if recipe.method.kind == "head" and not against else against
     if not recipe.preserve.drift or against:

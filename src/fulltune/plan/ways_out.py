@@ -1,4 +1,4 @@
-"""Ways out when nothing fits: changes with the bytes that each frees, the least harmful first."""
+"""Ways out when nothing fits: changes with the bytes that each frees."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fulltune.text import format_bytes, listed
 
 MAX_WAYS = 3
 MIN_SHARE = 0.1
-"""Share of the missing bytes below which a change that is not enough is omitted."""
+"""Share of the missing bytes below which an insufficient change is omitted."""
 
 
 def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()) -> tuple[WayOut, ...]:
     """At most three ways to fit a process in memory: first those that are enough, by harm, then those that free most.
 
     Args:
-        basis: The recipe, the arithmetic, and the memory of one process.
-        smallest: The smallest settings that the recipe allows, which do not fit.
-        placements: Other placements; those that fit are ways out too.
+        basis: The arithmetic and its memory.
+        smallest: The smallest settings, which do not fit.
+        placements: Other placements, which are ways out if they fit.
     """
     recipe, now = basis.recipe, basis.need(smallest).peak
     ways, mild = [], 0
@@ -66,14 +66,14 @@ def way(
     change: str = "",
     where: Literal["device", "disk"] = "device",
 ) -> WayOut:
-    """Make a way out, described by `change` or else by its settings."""
+    """A way out, described by `change` or by its settings."""
     first, *others = [f"{name}: {in_yaml(value)}" for name, value in settings.items()] or [""]
     words = change or (f"{first} with {listed(others)}" if others else first)
     return WayOut(change=words, frees_bytes=frees_bytes, where=where, enough=enough, costs=costs, settings=settings)
 
 
 def _possible(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, MemorySettings, dict[str, Any]]]:
-    """Yields each usable lever, the mildest first, with the settings after it and the recipe's changes."""
+    """Yields each usable lever with the settings after it and the recipe's changes, the mildest first."""
     for lever in LEVERS:
         if lever.way_out and not lever.obstacle(recipe, now):
             changes = lever.apply(recipe, now)[-1]
@@ -81,7 +81,7 @@ def _possible(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, Memo
 
 
 def _together(basis: Basis, now: MemorySettings) -> list[WayOut]:
-    """One way out with as few changes as are enough together, or none if all of them are not."""
+    """One way out with the fewest changes that are enough together, if any."""
     needed = basis.need(now).peak
     costs: list[str] = []
     named: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def _together(basis: Basis, now: MemorySettings) -> list[WayOut]:
 
 
 def _smaller_model(basis: Basis, settings: MemorySettings) -> WayOut:
-    """A rough size for a smaller model, with memory in proportion to the parameters."""
+    """A rough size for a model that would fit."""
     need = basis.need(settings)
     parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
@@ -106,7 +106,7 @@ def _smaller_model(basis: Basis, settings: MemorySettings) -> WayOut:
 
 
 def in_lines(ways: Sequence[WayOut]) -> list[str]:
-    """Lines for the message of an error, one per way out."""
+    """One line per way out, for an error message."""
     lines = []
     for way in ways:
         named = way.hardware or any(name not in way.change for name in way.settings)
@@ -119,7 +119,7 @@ def in_lines(ways: Sequence[WayOut]) -> list[str]:
 
 
 def as_flags(way: WayOut) -> str:
-    """Command-line flags for the way out, quoted for a shell; empty if no setting does it."""
+    """Command-line flags for the way out, quoted for a shell."""
     words = ["--for", way.hardware] if way.hardware else []
     for name, value in way.settings.items():
         words += ["--set", f"{name}={in_yaml(value)}"]
@@ -132,18 +132,7 @@ def as_flags(way: WayOut) -> str:
 def refuse_full_disk(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int | None, place: str
 ) -> DiskNeed:
-    """The run's disk need, checked before step 1.
-
-    Args:
-        recipe: The recipe.
-        num_parameters: Parameters of the model.
-        settings: Settings of the plan.
-        free_bytes: Free disk space, if known.
-        place: The folder whose disk was measured; by default the recipe's output.
-
-    Raises:
-        DoesNotFitError: If the disk is too small, with ways out.
-    """
+    """The run's disk need; raises `DoesNotFitError` with ways out if the disk of `place` is too small."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     if free_bytes is not None and needed.total > free_bytes:
         lines = in_lines(of_disk(recipe, num_parameters, settings, free_bytes, place))

@@ -1,4 +1,4 @@
-"""The workload of a plan, and the basis on which its settings are compared."""
+"""The workload of a plan, and the basis for comparing its settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Workload:
     recipe: Recipe
     shapes: Shapes
     footprint: Callable[[str], Footprint]
-    """Returns the model's footprint for a weight type; each type is traced once, in a few seconds."""
+    """Returns the model's footprint for a weight type; tracing takes seconds."""
     summary: DataSummary
     spread: tuple[str, ...] = ()
     """Names of the settings that `spread_over` added."""
@@ -36,7 +36,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Basis:
-    """Computes the memory and speed of settings, for a workload on given hardware."""
+    """The memory and speed of settings for a workload on some hardware."""
 
     recipe: Recipe
     shapes: Shapes
@@ -47,16 +47,16 @@ class Basis:
     global_batch_size: int
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
-    """Initialisation of a new head; None if there is no new head."""
+    """Start of a new head; None if there is none."""
     group_by_length: bool
     start: MemorySettings
     """Settings without any lever: a micro batch of one row, no checkpointing."""
     shared: sharing.Sharing | None
-    """The sharding of state over processes; None if each holds all of it."""
+    """Sharding of the state, if it is sharded."""
     available_bytes: int
     """Bytes that one process may use on its device."""
     where: str
-    """`available_bytes` in words, such as `12 GiB of GPU memory`."""
+    """`available_bytes` in words."""
     work: time.Work
 
     @property
@@ -70,7 +70,7 @@ class Basis:
         return budget.need(self.shapes, self.footprint, full, self.shared)
 
     def seconds(self, settings: MemorySettings) -> dict[str, float]:
-        """Seconds of each part of a step; empty if the hardware's speed is unknown."""
+        """Seconds of each part of a step; empty if the speed is unknown."""
         return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.shared)
 
     def speed(self, settings: MemorySettings) -> float | None:
@@ -80,7 +80,7 @@ class Basis:
 
 
 def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Choose everything that does not depend on memory; with `own_loss`, the user's loss needs all logits at once.
+    """Choose everything that does not depend on memory; `own_loss` needs all logits at once.
 
     Raises:
         RecipeError: If settings contradict each other or the machine.
@@ -151,7 +151,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
 
 
 def is_loss_chunked(recipe: Recipe, plain_logits: bool) -> bool:
-    """True if the loss is chunked: by default wherever that is possible."""
+    """True if the loss is chunked, by default wherever possible."""
     wanted = recipe.train.chunked_loss
     return whole_logits(recipe, plain_logits) is None if wanted is None else wanted
 
@@ -160,8 +160,7 @@ SPREAD = (NUM_PROCESSES, NUM_MACHINES) = ("train.num_processes", "train.num_mach
 
 
 def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with a process for each device of the `--for` hardware, unless it sets numbers itself, and the names
-    of the settings that were added.
+    """The recipe with a process for each device of the `--for` hardware, and the names of the added settings.
 
     Raises:
         RecipeError: If the devices cannot divide the recipe's batch, or it names other machines.
@@ -187,7 +186,6 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
 
 
 def _refuse_other_machines(recipe: Recipe, fleet: Fleet) -> None:
-    """Raise `RecipeError` if the recipe's machines are not those of `--for`."""
     wanted, named = given(recipe, NUM_MACHINES), counted(fleet.num_machines, "machine")
     if wanted not in (None, fleet.num_machines):
         raise RecipeError(

@@ -139,7 +139,7 @@ def test_what_the_job_needs_is_never_replaced(place: Place) -> None:
     ("arguments", "words"),
     [
         (("slrum",), "--on slrum: expected ssh, slurm, kubernetes or skypilot; did you mean 'slurm'?"),
-        (("slurm", "--for", "0x 8x A100-80GB"), "--for: '0x 8x A100-80GB': numbers must be more than 0"),
+        (("slurm", "--for", "0x 8x A100-80GB"), "--for: '0x 8x A100-80GB': numbers must be greater than 0"),
         (("slurm", "--for", "2x 8x A1000"), "--for: unknown GPU 'A1000'"),
         (
             ("slurm", "--for", "8x A100-80GB", "--set", "train.num_processes=4"),

@@ -96,7 +96,7 @@ UNREAD = "cannot be read; write for example '64GB host', '2TB disk', '16 cores' 
         ("4060 Ti", ("--for: '4060 Ti' comes in several sizes; write RTX 4060 Ti 8GB or RTX 4060 Ti 16GB",)),
         ("2x H1000", ("--for: unknown GPU 'H1000'; did you mean H100-80GB, A100-80GB or A100-40GB?",)),
         ("abacus", (f"--for: unknown GPU 'abacus'; known are {KNOWN}, or cpu",)),
-        ("0x H100", ("--for: '0x H100': numbers must be more than 0; leave out what is not known",)),
+        ("0x H100", ("--for: '0x H100': numbers must be greater than 0; omit what you do not know",)),
         ("", (f"--for: unknown GPU ''; known are {KNOWN}, or cpu",)),
         (
             "RTX 4900, 3 bananas, 0GB host",

@@ -43,11 +43,11 @@ def planned(hardware: str, task: workload.Workload | None = None) -> tuple[Surve
     ("words", "problem"),
     [
         ("4x 4x 8x A100, 64GB host", "unknown GPU '8x A100'"),
-        ("0x 8x A100-80GB", "'0x 8x A100-80GB': numbers must be more than 0"),
-        ("4x 0x A100-80GB", "numbers must be more than 0"),
-        ("8x L4, 400Gb network", "a network is between machines, but one is named"),
+        ("0x 8x A100-80GB", "'0x 8x A100-80GB': numbers must be greater than 0"),
+        ("4x 0x A100-80GB", "numbers must be greater than 0"),
+        ("8x L4, 400Gb network", "a network needs several machines, but only one is named"),
         ("2x 8x L4, 400GB network", "'400GB network' cannot be read; write for example"),
-        ("2x 8x L4, 0Gb network", "numbers must be more than 0"),
+        ("2x 8x L4, 0Gb network", "numbers must be greater than 0"),
         ("2x 8x L4, fast network", "'fast network' cannot be read; write for example"),
     ],
 )
@@ -73,7 +73,7 @@ def test_network_in_words(words: str, gigabytes: float) -> None:
     assert any("100 Gb/s from each machine" in one for one in fleet.assumed) == (not words)
     assert gpus.parse(str(fleet.asked)) == fleet
     assert fleet.name.startswith("4 machines, each 8x A100-80GB, 1024GB host")
-    assert gpus.parse(f"4x 8x A100-80GB, 2TB disk{words}").name == f"{fleet.name}; 2000GB disk that all see"
+    assert gpus.parse(f"4x 8x A100-80GB, 2TB disk{words}").name == f"{fleet.name}; 2000GB shared disk"
 
 
 # ---- what one machine has ---------------------------------------------------------------------------------------

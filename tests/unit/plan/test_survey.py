@@ -22,7 +22,7 @@ ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 
 
 def planned(
-    hardware: str, task: workload.Workload | None = None, price: time.Price | None = None
+    hardware: str, task: workload.Workload | None = None, price: time.DevicePrice | None = None
 ) -> tuple[Survey, Plan | None]:
     task, fleet = task or sizes.llama(), gpus.parse(hardware)
     recipe, spread = workload.spread_over(task.recipe, fleet)

@@ -74,7 +74,7 @@ def test_price_is_read(text: str, rate: float, currency: str) -> None:
 
 @pytest.mark.parametrize("text", ["cheap", "", "1,5", "nan", "-2"])
 def test_price_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match=f"--price: '{text}' is no price; write what one device costs in an hour"):
+    with pytest.raises(RecipeError, match=f"--price: '{text}' is not a price; write the cost of one device per hour"):
         time.parse_price(text)
 
 
