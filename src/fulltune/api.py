@@ -12,7 +12,7 @@ from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.records.events import Listener
-from fulltune.system.run_folder import Reached, find_or_make, hide_progress_bars
+from fulltune.system.run_folder import RunResult, find_or_make, hide_progress_bars
 from fulltune.text import did_you_mean
 from fulltune.train.hooks import Hooks
 
@@ -61,7 +61,7 @@ def job(
     return Run(recipe, folder_path, hooks, listener or _printing())
 
 
-def run(recipe: Recipe | str | Path, **settings: Any) -> Reached:
+def run(recipe: Recipe | str | Path, **settings: Any) -> RunResult:
     """Run all stages. `settings` are the other arguments of `job`.
 
     Returns:

@@ -26,7 +26,7 @@ from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.system import hardware, run_folder
 from fulltune.system.hardware import Machine
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from fulltune.tasks.labels import check_settings_for
 from fulltune.train.hooks import Hooks
 from fulltune.train.loop.arguments import check_extra
@@ -88,7 +88,7 @@ class Run:
         return in_new_process if self.group is None else self.group.start
 
 
-def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
+def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
     """Prepare, plan, train, evaluate and report. The same call resumes an interrupted run."""
     if until not in ("data", "plan") and job.recipe.methods:
         raise RecipeError(
@@ -103,13 +103,13 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
         with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
             summary = prepare(job, runs_here=until != "data")
             if until == "data":
-                return Reached(job.folder, summary)
+                return RunResult(job.folder, summary)
             forget_old_speeds(job.folder, job.plan_path)
             trial = make_plan(job, summary)
         if measure:
             trial = measure_plan(job, trial, summary)
         if until == "plan":
-            return Reached(job.folder, summary, trial)
+            return RunResult(job.folder, summary, trial)
         try:
             outcome = train_trial(job, trial, summary)
         except (GuardStop, DoesNotFitError) as stop:
@@ -117,11 +117,11 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
             raise type(stop)([*stop.problems, f"report: {write_report(job)}"]) from None
         trial = Plan.load(job.plan_path)  # changed if memory ran out
         if until == "train":
-            return Reached(job.folder, summary, trial, outcome)
+            return RunResult(job.folder, summary, trial, outcome)
         scores = (*score_baselines(job, trial, summary), score_trial(job, trial, summary, outcome))
         if until == "evaluate":
-            return Reached(job.folder, summary, trial, outcome, scores)
-        return Reached(job.folder, summary, trial, outcome, scores, write_report(job))
+            return RunResult(job.folder, summary, trial, outcome, scores)
+        return RunResult(job.folder, summary, trial, outcome, scores, write_report(job))
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:

@@ -609,7 +609,7 @@ def test_run_folder_with_other_files_is_refused(case: Case) -> None:
     refused(
         fulltune("data", case.recipe(), "--run-folder", case.folder),
         RECIPE,
-        f"{case.folder}: is not empty and not a run folder of fulltune; name another folder",
+        f"{case.folder}: is not empty and not a run folder; name another folder",
     )
 
 
@@ -622,7 +622,7 @@ def test_run_folder_of_another_recipe_is_refused(case: Case) -> None:
     refused(
         fulltune("data", path, "--run-folder", run, "--set", "train.seed=1"),
         RECIPE,
-        f"{run}: belongs to a run with other settings (train.seed); name another folder, or leave --run-folder out to "
+        f"{run}: belongs to a run with other settings (train.seed); name another folder, or omit --run-folder to "
         "start a new run",
     )
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before

@@ -128,7 +128,7 @@ def written(folder: Path, stage: int, processes: int) -> Path:
     return parts.parent
 
 
-WROTE = "expected ZeRO's stage {} on 2, which wrote it"
+WROTE = "was written by ZeRO stage {} on 2 processes, but is resumed with "
 ZERO3 = {"placement": "zero3", "num_processes": 2}
 
 
@@ -139,16 +139,16 @@ ZERO3 = {"placement": "zero3", "num_processes": 2}
         (2, {"placement": "zero2", "num_processes": 2, "optim": "adagrad"}, None),
         (2, {"extra": {"deepspeed": {"zero_optimization": {"stage": 0}}}, "num_processes": 2}, None),
         (3, {**ZERO3, "offload": "all"}, None),
-        (2, {"num_processes": 2}, "goes on with train.placement: auto on 2 processes, " + WROTE.format("1 or 2")),
-        (2, ZERO3, "goes on with train.placement: zero3 on 2 processes, " + WROTE.format("1 or 2")),
-        (3, {**ZERO3, "num_processes": 1}, "goes on with train.placement: zero3 on 1 processes, " + WROTE.format("3")),
+        (2, {"num_processes": 2}, WROTE.format("1 or 2") + "train.placement: auto on 2 processes"),
+        (2, ZERO3, WROTE.format("1 or 2") + "train.placement: zero3 on 2 processes"),
+        (3, {**ZERO3, "num_processes": 1}, WROTE.format("3") + "train.placement: zero3 on 1 processes"),
     ],
 )
 def test_checkpoint_of_deepspeed_needs_the_same_stage_and_processes(
     tmp_path: Path, stage: int, train: dict[str, Any], problem: str | None
 ) -> None:
     checkpoint = written(tmp_path, stage, 2)
-    back = "set what it was written with, or start a new run (--fresh)"
+    back = "set the same again, or start a new run (--fresh)"
     expected = None if problem is None else f"{checkpoint}: {problem}; {back}"
     assert sharing.misfit(checkpoint, recipe(**train)) == expected
 
@@ -183,7 +183,7 @@ def test_checkpoint_of_another_placement_is_refused_before_an_attempt(tmp_path: 
         plan = pipeline.make_plan(first, summary)
     checkpoint = written(first.folder / "checkpoints" / plan.trial, 3, 2)
     files.seal(checkpoint)
-    with pytest.raises(SetupError, match="which wrote it"):
+    with pytest.raises(SetupError, match="but is resumed with"):
         pipeline.train_trial(first, plan, summary)
     assert not (first.folder / "attempts").exists()
     shutil.rmtree(first.folder)

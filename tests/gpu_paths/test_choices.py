@@ -89,7 +89,7 @@ def test_run_that_was_planned_for_a_card_does_not_go_on_without_one(tmp_path: Pa
     card = Gpu(name="NVIDIA H100", memory_bytes=8, capability=(9, 0))
     for device in ("cuda", "cpu"):
         plans.plan(device=device).save(folder / f"{device}.json")
-    with pytest.raises(SetupError, match="planned for a GPU, and there is none here"):
+    with pytest.raises(SetupError, match="planned for a GPU, but there is none here"):
         plan_to_continue(folder / "cuda.json", without)
     with_card = without.model_copy(update={"gpus": (card,)})
     assert plan_to_continue(folder / "cuda.json", with_card) == Plan.load(folder / "cuda.json")

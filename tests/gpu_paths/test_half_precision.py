@@ -14,7 +14,7 @@ import transformers
 from accelerate import Accelerator
 from transformers import BertForSequenceClassification
 
-from fulltune.footprint.watch import _micro_batch
+from fulltune.footprint.allocations import _micro_batch
 from fulltune.inference.run import _in_float32, autocast
 from fulltune.inference.selective_head import _as_computed, _few_roundings, as_its_attention_can
 from fulltune.models import sharding
@@ -136,7 +136,7 @@ def test_traced_pass_computes_as_the_trainer_does(weights: str, found: torch.dty
     watch: Any = SimpleNamespace(place="")
     with formats() as types:
         _micro_batch(case, model, {"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}, watch, False)
-    assert types["footprint/watch.py: _micro_batch"] == {found}
+    assert types["footprint/allocations.py: _micro_batch"] == {found}
 
 
 @on_the_cpu

@@ -30,11 +30,11 @@ from torch.distributed.tensor import _sharding_prop
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.distributed.utils import TransformersDeviceMesh
 
-from fulltune.footprint import watch
+from fulltune.footprint import allocations
+from fulltune.footprint.allocations import TraceCase, batch_of, build
 from fulltune.footprint.formulas import traced
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import prepare
-from fulltune.footprint.watch import Case, batch_of, build
 from fulltune.inference.run import autocast, logits_of
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import chunked_loss, sharding
@@ -83,13 +83,13 @@ class Cell:
         return json.dumps([self.kind, self.config, self.task, self.precision, self.weights_dtype])
 
     @property
-    def case(self) -> Case:
+    def case(self) -> TraceCase:
         """As the plan traces it for a GPU."""
         config = transformers.AutoConfig.for_model(self.kind, **self.config)
         task = task_named(self.task)
         prepared = partial(prepare, FullMethod(kind="full"), self.task, False)
         types = {"precision": self.precision, "weights_dtype": self.weights_dtype}
-        return Case(config, task, TARGETS[self.task], prepared, count_of(config, task), **types)
+        return TraceCase(config, task, TARGETS[self.task], prepared, count_of(config, task), **types)
 
 
 def count_of(config: Any, task: Task) -> int:
@@ -140,7 +140,7 @@ def tracked(cell: Cell) -> dict[str, int]:
         model = build(case, case.config)
     batch = _collated(case, model, cell)
     with FakeTensorMode() as mode:
-        watch.onto_cpu(model)
+        allocations.onto_cpu(model)
         model = share_out(model)
         if cell.recomputed:
             model.activation_checkpointing_enable()
@@ -170,7 +170,7 @@ def tracked(cell: Cell) -> dict[str, int]:
     return {str(getattr(kind, "value", kind)): size for kind, size in found.items() if size}
 
 
-def _sharing(cell: Cell, case: Case) -> Callable[[Any], Any]:
+def _sharing(cell: Cell, case: TraceCase) -> Callable[[Any], Any]:
     """By the class and the plan that a run loads with; also over one process, which a run does not do."""
     # Outside of the mode: a mesh looks at the values of its ranks.
     mesh = init_device_mesh("cpu", (1, 1, cell.ranks, 1), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
@@ -179,7 +179,7 @@ def _sharing(cell: Cell, case: Case) -> Callable[[Any], Any]:
     return lambda model: shared.maybe_distribute_model(model, given, TransformersDeviceMesh(mesh, mesh))
 
 
-def _collated(case: Case, model: Any, cell: Cell) -> dict[str, Any]:
+def _collated(case: TraceCase, model: Any, cell: Cell) -> dict[str, Any]:
     """A batch on the host, with the places of trained tokens and their labels, as `FullTrainer` finds them."""
     batch = batch_of(case, cell.rows, cell.length)
     if case.task.FACTS is seq2seq.FACTS:
@@ -191,7 +191,7 @@ def _collated(case: Case, model: Any, cell: Cell) -> dict[str, Any]:
     return batch
 
 
-def _micro_batch(cell: Cell, case: Case, model: Any, batch: dict[str, Any]) -> None:
+def _micro_batch(cell: Cell, case: TraceCase, model: Any, batch: dict[str, Any]) -> None:
     """As `FullTrainer` does it."""
     inputs = dict(batch)
     labels, trained, selecting = inputs.pop("labels"), inputs.pop(TRAINED, None), contextlib.nullcontext()

@@ -220,7 +220,7 @@ def test_run_goes_on_as_it_was_begun_and_is_refused_elsewhere(tmp_path: Path, al
     running = start(tmp_path, placed_in(tmp_path, alone, "zero3", 2))
     log = finish(tmp_path, running)
     assert running.returncode == 2, log
-    assert "which wrote it" in log
+    assert "but is resumed with" in log
     running = start(tmp_path, placed_in(tmp_path, alone, "zero2", 2))
     log = finish(tmp_path, running)
 

@@ -26,4 +26,4 @@ def _planned_by_rule_of_thumb(request: pytest.FixtureRequest) -> Iterator[None]:
 def really_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one test among others."""
     monkeypatch.setattr(trace, "traced", _TRACED)
-    monkeypatch.setattr(trace, "_FOUND", {})
+    monkeypatch.setattr(trace, "_TRACED", {})

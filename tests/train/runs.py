@@ -20,7 +20,7 @@ from fulltune.records.events import Event, Listener, StepLogged
 from fulltune.records.training import Outcome
 from fulltune.report.run.read import read_run
 from fulltune.report.run.verdict import judge
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child
 from fulltune.train.request import Request
@@ -51,7 +51,7 @@ def without_tracing() -> Iterator[None]:
     def untraced(*given: Any, **named: Any) -> Any:
         raise ValueError("left out by a test")
 
-    with mock.patch.object(trace, "traced", untraced), mock.patch.object(trace, "_FOUND", {}):
+    with mock.patch.object(trace, "traced", untraced), mock.patch.object(trace, "_TRACED", {}):
         yield
 
 
@@ -73,7 +73,7 @@ def run(
     until: pipeline.Until = "train",
     options: Mapping[str, Any] | None = None,
     **blocks: Any,
-) -> Reached:
+) -> RunResult:
     """Do such a run up to a stage."""
     with in_this_process():
         return pipeline.run(job(folder, model, rows, options=options, **blocks), until)
@@ -92,7 +92,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def assert_report_is_whole(reached: Reached) -> None:
+def assert_report_is_whole(reached: RunResult) -> None:
     """A good run's report lacks nothing, and its trained model has a difference to each row that needs no training."""
     assert read_run(reached.folder).missing == ()
     assert "What is missing" not in (reached.folder / "report.md").read_text(encoding="utf-8")

@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 
+from fulltune.footprint import allocations as tracing
 from fulltune.footprint import formulas as traced_whole
-from fulltune.footprint import watch as tracing
-from fulltune.footprint.records import Footprint, Moment
+from fulltune.footprint.allocations import TraceCase
+from fulltune.footprint.records import Footprint, LiveMemory
 from fulltune.footprint.trace import trace
-from fulltune.footprint.watch import Case
 from fulltune.models import dropout
 from fulltune.models.base import Base
 from fulltune.recipe.model import ModelBlock
@@ -58,18 +58,18 @@ def count(config: Any, task: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def case_of(config: Any, task: str, **options: Any) -> Case:
+def case_of(config: Any, task: str, **options: Any) -> TraceCase:
     """Of a model as a CPU trains it."""
     pixels = (3, 16, 16) if task == "image-classification" else None
     usual = {"prepare": dropout.install, "num_parameters": count(config, task), "pixels": pixels}
-    return Case(config, task_named(task), TARGETS[task], **{**usual, **options})
+    return TraceCase(config, task_named(task), TARGETS[task], **{**usual, **options})
 
 
 def traced(config: Any, task: str, **options: Any) -> Footprint:
     return trace(case_of(config, task, **options))
 
 
-def highest(moments: tuple[Moment, ...], rows: int, length: int) -> int:
+def highest(moments: tuple[LiveMemory, ...], rows: int, length: int) -> int:
     return max(sum(moment.bytes(rows, length).values()) for moment in moments)
 
 
@@ -111,10 +111,10 @@ def test_what_the_forward_pass_keeps_is_what_a_real_one_saves(kind: str, task: s
     assert alive == pytest.approx(_saved_bytes(case), rel=0.03)
 
 
-def _saved_bytes(case: Case) -> int:
+def _saved_bytes(case: TraceCase) -> int:
     """Bytes of all storages that autograd keeps of a real forward pass, without the weights."""
     torch.manual_seed(0)
-    model = tracing.build(case, tracing.cut(case, {})).train()
+    model = tracing.build(case, tracing.with_depths(case, {})).train()
     batch = tracing.batch_of(case, 4, 32)
     labels = batch.pop("labels")
     if "attention_mask" in batch:

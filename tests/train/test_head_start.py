@@ -17,7 +17,7 @@ from fulltune import probe
 from fulltune.evaluate import LINEAR_PROBE
 from fulltune.records.probe import Probe
 from fulltune.records.scores import Scores
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from tests import tiny
 from tests.train import runs
 
@@ -63,7 +63,7 @@ TASKS: dict[str, tuple[Callable[[int], dict[str, Any]], str, dict[str, Any]]] = 
 ROWS = [single_label(number) for number in range(64)]
 
 
-def row(reached: Reached, name: str) -> Scores:
+def row(reached: RunResult, name: str) -> Scores:
     [found] = [scores for scores in reached.scores if name in (scores.name, scores.kind)]
     return found
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fulltune import predict
 from fulltune.inference.store import texts
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from tests import tiny
 from tests.train import runs
 
@@ -36,7 +36,7 @@ def labelled(count: int, label: Callable[[int], Any], name: str = "label") -> li
     return rows
 
 
-def gain(reached: Reached, metric: str) -> float:
+def gain(reached: RunResult, metric: str) -> float:
     """How much the trained model is above the best baseline."""
     *baselines, trained = reached.scores
     assert trained.kind == "trained"
@@ -44,7 +44,7 @@ def gain(reached: Reached, metric: str) -> float:
     return trained.metrics[metric].value - max(scores.metrics[metric].value for scores in baselines)
 
 
-def assert_files_are_whole(reached: Reached) -> Path:
+def assert_files_are_whole(reached: RunResult) -> Path:
     folder = reached.folder / "models" / "full"
     written = {path.name for path in folder.iterdir()}
     assert written >= {"config.json", "model.safetensors", "tokenizer.json", "fulltune.json", "README.md"}

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from fulltune import api, pipeline, predict
 from fulltune.errors import DataError
 from fulltune.evaluate import LINEAR_PROBE
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs
@@ -25,7 +25,7 @@ from tests.train import runs
 TRAIN: dict[str, Any] = {"num_train_epochs": 10}
 
 
-def go(folder: Path, rows: Path, /, until: pipeline.Until = "report", **blocks: Any) -> Reached:
+def go(folder: Path, rows: Path, /, until: pipeline.Until = "report", **blocks: Any) -> RunResult:
     model = folder / "model"
     if not model.exists():
         tiny.save_image_model(model)

@@ -19,7 +19,7 @@ from fulltune.errors import RecipeError, SetupError
 from fulltune.inference.run import model_batch
 from fulltune.methods import folder as folders
 from fulltune.recipe.methods import LoraMethod
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from fulltune.tasks import task_named
 from fulltune.train.worker.weights import InitialWeights
 from tests import tiny
@@ -72,7 +72,7 @@ class Done:
     """A run, and the model as it was in memory at its end."""
 
     folder: Path
-    reached: Reached
+    reached: RunResult
     model: Any
     before: Mapping[str, torch.Tensor]
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune import predict
 from fulltune.errors import GuardStop
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from tests import tiny
 from tests.cases import others_long
 from tests.train import runs
@@ -35,7 +35,7 @@ def rows_in(scale: tuple[float, float], count: int = 240) -> list[dict[str, Any]
     return labelled(count, lambda word: mean + spread * SIGNAL[word], "score")
 
 
-def go(folder: Path, model: Path, scale: tuple[float, float], until: Any = "evaluate", /, **blocks: Any) -> Reached:
+def go(folder: Path, model: Path, scale: tuple[float, float], until: Any = "evaluate", /, **blocks: Any) -> RunResult:
     return runs.run(folder, model, rows_in(scale), until=until, **{**RUN, **blocks})
 
 
@@ -61,7 +61,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def large(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reached:
+def large(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A run on targets around a million."""
     return go(tmp_path_factory.mktemp("large"), encoder, SCALES["large"])
 
@@ -70,7 +70,7 @@ def large(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reached:
 
 
 @pytest.mark.parametrize("name", others_long(("large", "far"), "large"))
-def test_targets_of_any_size_are_learned_alike(name: str, encoder: Path, large: Reached, tmp_path: Path) -> None:
+def test_targets_of_any_size_are_learned_alike(name: str, encoder: Path, large: RunResult, tmp_path: Path) -> None:
     mean, spread = SCALES[name]
     reached = go(tmp_path, encoder, SCALES[name])
 
@@ -89,7 +89,7 @@ def test_targets_of_any_size_are_learned_alike(name: str, encoder: Path, large: 
     np.testing.assert_allclose(given, [row["score"] for row in rows], atol=spread)
 
 
-def test_losses_of_training_evaluation_and_test_rows_have_one_unit(large: Reached, encoder: Path) -> None:
+def test_losses_of_training_evaluation_and_test_rows_have_one_unit(large: RunResult, encoder: Path) -> None:
     folder = large.folder.parent
     losses = [event["loss"] for event in runs.events(folder, "train")]
     evaluated = [event["metrics"]["loss"] for event in runs.events(folder, "eval")]
@@ -115,7 +115,7 @@ def test_head_without_a_bias_learns_their_size(tmp_path: Path) -> None:
 # ---- going on ----------------------------------------------------------------------------------------------------
 
 
-def test_finished_model_goes_on_with_what_it_knows(large: Reached, tmp_path: Path) -> None:
+def test_finished_model_goes_on_with_what_it_knows(large: RunResult, tmp_path: Path) -> None:
     model = large.folder / "models" / "full"
     method = {"kind": "full", "learning_rate": 1e-9}
     reached = go(tmp_path, model, SCALES["large"], method=method, train={"max_steps": 1, "warmup_steps": 0})
@@ -129,7 +129,7 @@ def test_finished_model_goes_on_with_what_it_knows(large: Reached, tmp_path: Pat
 
 @pytest.mark.parametrize("method", [{"kind": "full", "learning_rate": 1e-3}, {"kind": "lora", "learning_rate": 1e-2}])
 def test_run_interrupted_and_continued_equals_an_unbroken_one(
-    method: dict[str, Any], large: Reached, tmp_path: Path
+    method: dict[str, Any], large: RunResult, tmp_path: Path
 ) -> None:
     """From a model with a head, whose units are changed at each beginning."""
     model = large.folder / "models" / "full"

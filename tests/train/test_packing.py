@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fulltune.errors import RecipeError
 from fulltune.inference.store import Rows
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from fulltune.tasks import causal_lm
 from tests import tiny
 from tests.contract.command import fulltune
@@ -25,7 +25,7 @@ TEXTS = [
 ]
 
 
-def go(folder: Path, model: Path, until: Any = "data", **blocks: Any) -> Reached:
+def go(folder: Path, model: Path, until: Any = "data", **blocks: Any) -> RunResult:
     data = {"max_length": 64, **blocks.pop("data", {})}
     return runs.run(folder, model, TEXTS, until=until, task="causal-lm", data=data, **blocks)
 

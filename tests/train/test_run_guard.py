@@ -23,7 +23,7 @@ from fulltune.errors import Diverged, GuardStop, InterruptedRun
 from fulltune.records.events import Event, Message, StepLogged, StepSkipped
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from fulltune.train import checkpoints
 from fulltune.train.loop.guarded_step import explain
 from fulltune.train.loop.step_guard import rate_factor
@@ -82,7 +82,7 @@ def run(
     steps: Container[int] | Callable[[int], bool] = (),
     listener: Any = lambda event: None,
     **blocks: Any,
-) -> Reached:
+) -> RunResult:
     """A run with this fault at these steps."""
     train = {**BLOCKS["train"], **blocks.pop("train", {})}
     job = runs.job(folder, model, ROWS, options={"listener": listener}, **{**BLOCKS, **blocks, "train": train})
@@ -97,7 +97,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Reached:
+def clean(tmp_path_factory: pytest.TempPathFactory, model: Path) -> RunResult:
     return run(tmp_path_factory.mktemp("clean"), model)
 
 
@@ -105,7 +105,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Reached:
     ("fault", "micro"), [(faults.nan_gradient, 8), (faults.infinite_gradient, 2), (faults.infinite_logits, 8)]
 )
 def test_step_that_is_not_finite_is_left_out_and_the_run_goes_on(
-    fault: faults.Fault, micro: int, model: Path, clean: Reached, tmp_path: Path
+    fault: faults.Fault, micro: int, model: Path, clean: RunResult, tmp_path: Path
 ) -> None:
     seen: list[Event] = []
     found = run(tmp_path, model, fault, [30], seen.append, train={"micro_batch_size": micro})
@@ -194,7 +194,7 @@ def test_without_rollbacks_the_run_stops(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: Reached, tmp_path: Path) -> None:
+def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: RunResult, tmp_path: Path) -> None:
     def stop_at(step: int) -> Callable[[Event], None]:
         asked: list[int] = []
 

@@ -18,7 +18,7 @@ from fulltune.records.events import Event, Message, StepLogged
 from fulltune.records.plan import Plan
 from fulltune.records.run import Access
 from fulltune.report.run.read import read_run
-from fulltune.system.run_folder import Reached, recipe_of
+from fulltune.system.run_folder import RunResult, recipe_of
 from tests import tiny
 from tests.train.runs import final_weights, in_this_process, job
 
@@ -39,18 +39,18 @@ def search_job(folder: Path, model: Path, /, options: Mapping[str, Any] | None =
     return job(folder, model, ROWS, options=options, train=train, data=data, **{**usual, **blocks})
 
 
-def search(folder: Path, model: Path, /, options: Mapping[str, Any] | None = None, **blocks: Any) -> Reached:
+def search(folder: Path, model: Path, /, options: Mapping[str, Any] | None = None, **blocks: Any) -> RunResult:
     with in_this_process():
         return run_recipe(search_job(folder, model, options, **blocks))
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Reached:
+def searched(tmp_path_factory: pytest.TempPathFactory, model: Path) -> RunResult:
     return search(tmp_path_factory.mktemp("searched"), model)
 
 
 def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
-    searched: Reached, tmp_path: Path, model: Path
+    searched: RunResult, tmp_path: Path, model: Path
 ) -> None:
     record = Searched.load(searched.folder / "search.json")
     assert record.rate.chosen == GOOD
@@ -74,7 +74,7 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
     assert given <= before | {"method.learning_rates"}, "what only makes it a trial is nobody's setting"
 
 
-def test_folder_of_a_searched_run_is_a_run_folder(searched: Reached) -> None:
+def test_folder_of_a_searched_run_is_a_run_folder(searched: RunResult) -> None:
     before = (searched.folder / "report.md").read_text(encoding="utf-8")
     report.write(searched.folder)
     assert (searched.folder / "report.md").read_text(encoding="utf-8") == before

@@ -10,7 +10,7 @@ import fulltune
 from fulltune.errors import SetupError
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.scores import Estimate, Scores
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from tests import tiny
 
 
@@ -63,9 +63,9 @@ def test_results_print_short() -> None:
         confidence=0.95,
     )
     assert "metrics={'accuracy': Estimate(value=0.51234, low=0.4, high=0.6)}" in repr(scores)
-    reached = Reached(Path("runs/one"), summary, scores=(scores,), report=Path("runs/one/report.html"))
+    reached = RunResult(Path("runs/one"), summary, scores=(scores,), report=Path("runs/one/report.html"))
     assert str(reached).splitlines() == [
-        "Reached: runs/one",
+        "RunResult: runs/one",
         "  full-seed42: accuracy 0.5123 [0.4, 0.6]",
         "  report: runs/one/report.html",
     ]

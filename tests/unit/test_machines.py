@@ -23,14 +23,14 @@ from fulltune.records.training import LostMachine, Outcome
 from fulltune.system import machines
 from fulltune.system.hardware import Machine
 from fulltune.system.machines import (
-    EndedPart,
-    HeardFrom,
+    AttemptEnd,
+    Heartbeat,
+    MachineAddress,
     Member,
-    Place,
+    Peer,
     SharedAttempt,
-    SignOfLife,
     differences,
-    place_of,
+    machine_address,
 )
 from fulltune.train.parent import child, spawn
 from fulltune.train.parent import machines as group_of
@@ -46,7 +46,7 @@ def several(output: Path, machines: int = 2) -> Recipe:
 
 
 def member(recipe: Recipe, rank: int, **changes: Any) -> Member:
-    found = machines.member(recipe, Place(rank, "127.0.0.1", 29500, 1.0), MACHINE)
+    found = machines.member(recipe, MachineAddress(rank, "127.0.0.1", 29500, 1.0), MACHINE)
     return found.model_copy(update={"host": f"host{rank}", **changes})
 
 
@@ -68,23 +68,23 @@ def silent(phase: str) -> None:
     ],
 )
 def test_rendezvous_is_read_as_torchrun_reads_it(given: str, host: str, port: int, rendezvous: str) -> None:
-    place = place_of(several(Path("/o")), 1, given, "90s")
-    assert place == Place(1, host, port, 90.0)
+    place = machine_address(several(Path("/o")), 1, given, "90s")
+    assert place == MachineAddress(1, host, port, 90.0)
     assert place.rendezvous == rendezvous
 
 
 @pytest.mark.parametrize(
     ("rank", "rendezvous", "wait", "expected"),
     [
-        (None, None, "1m", ["train.num_machines: 2, and this command would train on one machine"]),
-        (None, "a", "1m", ["--machine-rank: it is missing, and train.num_machines is 2"]),
+        (None, None, "1m", ["train.num_machines: 2, but this command would train on one machine"]),
+        (None, "a", "1m", ["--machine-rank: missing, expected this machine's number"]),
         (
             2,
             "a:0",
             "soon",
             ["--machine-rank: found 2", "--rendezvous: found 'a:0'", "--wait-for-machines: expected a time"],
         ),
-        (0, None, "1m", ["--rendezvous: it is missing"]),
+        (0, None, "1m", ["--rendezvous: missing"]),
         (0, "a b", "1m", ["found 'a b'"]),
         (0, "$(x)", "1m", ["found '$(x)'"]),
     ],
@@ -93,14 +93,14 @@ def test_a_place_that_is_none_is_refused(
     rank: int | None, rendezvous: str | None, wait: str, expected: list[str]
 ) -> None:
     with pytest.raises(RecipeError) as refused:
-        place_of(several(Path("/o")), rank, rendezvous, wait)
+        machine_address(several(Path("/o")), rank, rendezvous, wait)
     assert len(refused.value.problems) == len(expected)
     assert all(one in problem for one, problem in zip(expected, refused.value.problems, strict=True))
 
 
 def test_address_is_that_of_the_way_to_machine_0() -> None:
     assert machines.own_address("127.0.0.1", 9) == "127.0.0.1"
-    with pytest.raises(SetupError, match=r"no-such-host\.invalid is not known"):
+    with pytest.raises(SetupError, match=r"no-such-host\.invalid is unknown"):
         machines.own_address("no-such-host.invalid", 9)
 
 
@@ -148,8 +148,8 @@ def test_of_a_large_file_both_ends_are_compared(tmp_path: Path, monkeypatch: pyt
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Signs of life every few milliseconds, and little patience."""
     for module, name, value in (
-        (machines, "BEAT_SECONDS", 0.02),
-        (machines, "GONE_SECONDS", 0.5),
+        (machines, "HEARTBEAT_SECONDS", 0.02),
+        (machines, "LOST_SECONDS", 0.5),
         (machines, "POLL_SECONDS", 0.01),
         (group_of, "POLL_SECONDS", 0.01),
         (machines, "LINGER_SECONDS", 0.2),
@@ -160,37 +160,37 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def place() -> Place:
-    return Place(0, "127.0.0.1", 29500, 1.0)
+def place() -> MachineAddress:
+    return MachineAddress(0, "127.0.0.1", 29500, 1.0)
 
 
 @pytest.mark.usefixtures("quick")
 def test_what_an_earlier_job_left_is_no_sign_of_life(tmp_path: Path) -> None:
     path, recipe = tmp_path / "machine-0.json", several(tmp_path)
-    SignOfLife(path, leader(recipe, "old")).end()
-    watched = HeardFrom(path)
-    assert watched.look() is not None
+    Heartbeat(path, leader(recipe, "old")).end()
+    watched = Peer(path)
+    assert watched.read() is not None
     assert not watched.is_alive
-    with machines.telling(path, leader(recipe, "new")):
+    with machines.heartbeat(path, leader(recipe, "new")):
         deadline = time.monotonic() + 10
         while not watched.is_alive and time.monotonic() < deadline:
-            told = watched.look()
+            told = watched.read()
     assert told is not None
     assert (told.token, watched.is_alive) == ("new", True)
 
 
 @pytest.fixture
-def answering(place: Place, tmp_path: Path) -> Iterator[dict[str, Any]]:
+def answering(place: MachineAddress, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """Machine 1, which answers machine 0 with its token; `changes` are told too."""
     recipe, changes, over = several(tmp_path), {}, threading.Event()
-    sign: list[SignOfLife] = []
+    sign: list[Heartbeat] = []
 
     def answer() -> None:
-        heard = HeardFrom(place.file_of(recipe, 0))
+        heard = Peer(place.file_of(recipe, 0))
         while not over.wait(0.01):
-            told = heard.look()
+            told = heard.read()
             if told is not None and not sign:
-                sign.append(SignOfLife(place.file_of(recipe, 1), member(recipe, 1, token=told.token, **changes)))
+                sign.append(Heartbeat(place.file_of(recipe, 1), member(recipe, 1, token=told.token, **changes)))
 
     thread = threading.Thread(target=answer)
     thread.start()
@@ -202,7 +202,7 @@ def answering(place: Place, tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def led(place: Place, recipe: Recipe) -> Iterator[MachineGroup]:
+def led(place: MachineAddress, recipe: Recipe) -> Iterator[MachineGroup]:
     """What machine 0's command does around a run."""
     with leading(place, recipe, silent) as group:
         group.begin(silent)
@@ -210,7 +210,7 @@ def led(place: Place, recipe: Recipe) -> Iterator[MachineGroup]:
 
 
 @pytest.mark.usefixtures("quick", "answering")
-def test_machines_find_each_other_and_are_told_how_it_ended(place: Place, tmp_path: Path) -> None:
+def test_machines_find_each_other_and_are_told_how_it_ended(place: MachineAddress, tmp_path: Path) -> None:
     recipe = several(tmp_path)
     with led(place, recipe) as group:
         assert [one.host for one in group.members][1:] == ["host1"]
@@ -220,7 +220,9 @@ def test_machines_find_each_other_and_are_told_how_it_ended(place: Place, tmp_pa
 
 
 @pytest.mark.usefixtures("quick")
-def test_machines_that_differ_are_refused_and_told_so(place: Place, answering: dict[str, Any], tmp_path: Path) -> None:
+def test_machines_that_differ_are_refused_and_told_so(
+    place: MachineAddress, answering: dict[str, Any], tmp_path: Path
+) -> None:
     recipe = several(tmp_path)
     answering["facts"] = {**member(recipe, 1).facts, "versions": {}}
     with (
@@ -234,7 +236,7 @@ def test_machines_that_differ_are_refused_and_told_so(place: Place, answering: d
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_machine_that_does_not_come_is_named(place: Place, tmp_path: Path) -> None:
+def test_a_machine_that_does_not_come_is_named(place: MachineAddress, tmp_path: Path) -> None:
     recipe = several(tmp_path, machines=3)
     with (
         pytest.raises(SetupError, match=r"machines 1 and 2 \(3 in all\) not heard of for 0 s.*storage that all"),
@@ -243,17 +245,17 @@ def test_a_machine_that_does_not_come_is_named(place: Place, tmp_path: Path) -> 
         raise AssertionError("it began")
 
 
-def follow_one(place: Place, recipe: Recipe) -> None:
+def follow_one(place: MachineAddress, recipe: Recipe) -> None:
     group_of.follow(replace(place, rank=1), recipe, silent)
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("code", "problem"), [(0, ""), (3, "does not fit"), (75, "interrupted")])
-def test_others_end_as_machine_0_does(code: int, problem: str, place: Place, tmp_path: Path) -> None:
+def test_others_end_as_machine_0_does(code: int, problem: str, place: MachineAddress, tmp_path: Path) -> None:
     recipe = several(tmp_path)
     path = place.file_of(recipe, 0)
     path.parent.mkdir(parents=True)
-    sign = SignOfLife(path, leader(recipe, exit_code=code, problems=(problem,)))
+    sign = Heartbeat(path, leader(recipe, exit_code=code, problems=(problem,)))
     refused = pytest.raises(FulltuneError, match=rf"machine 0 \(host0\): {problem}")
     with refused if code else nullcontext() as ended:
         follow_one(place, recipe)
@@ -262,9 +264,9 @@ def test_others_end_as_machine_0_does(code: int, problem: str, place: Place, tmp
 
 
 @pytest.mark.usefixtures("quick")
-def test_others_do_not_wait_for_ever_for_a_machine_0_that_is_gone(place: Place, tmp_path: Path) -> None:
+def test_others_do_not_wait_for_ever_for_a_machine_0_that_is_gone(place: MachineAddress, tmp_path: Path) -> None:
     recipe = several(tmp_path)
-    sign = SignOfLife(place.file_of(recipe, 0), leader(recipe))
+    sign = Heartbeat(place.file_of(recipe, 0), leader(recipe))
     threading.Timer(0.3, sign.end).start()
     with pytest.raises(InterruptedRun, match=r"machine 0 \(host0\) gave no sign of life and did not come back in 0 s"):
         follow_one(replace(place, wait_seconds=0.2), recipe)
@@ -276,7 +278,7 @@ def test_others_do_not_wait_for_ever_for_a_machine_0_that_is_gone(place: Place, 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_others_are_told_of_a_stop_outside_of_an_attempt(rank: int, place: Place, tmp_path: Path) -> None:
+def test_the_others_are_told_of_a_stop_outside_of_an_attempt(rank: int, place: MachineAddress, tmp_path: Path) -> None:
     recipe, seen = several(tmp_path), list[int | None]()
 
     def end(*_: object) -> None:
@@ -297,19 +299,19 @@ def test_the_others_are_told_of_a_stop_outside_of_an_attempt(rank: int, place: P
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
 def test_a_signal_that_the_caller_leaves_to_the_system_is_not_taken(
-    handler: signal.Handlers, place: Place, tmp_path: Path
+    handler: signal.Handlers, place: MachineAddress, tmp_path: Path
 ) -> None:
     recipe = several(tmp_path)
     before = signal.signal(signal.SIGTERM, handler)
     try:
-        with machines.telling(place.file_of(recipe, 0), leader(recipe)):
+        with machines.heartbeat(place.file_of(recipe, 0), leader(recipe)):
             assert signal.getsignal(signal.SIGTERM) == handler
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.usefixtures("quick")
-def test_one_command_is_one_machine(place: Place, tmp_path: Path) -> None:
+def test_one_command_is_one_machine(place: MachineAddress, tmp_path: Path) -> None:
     recipe = several(tmp_path)
     refused = pytest.raises(SetupError, match="another command is running as this machine")
     with leading(place, recipe, silent), refused, leading(place, recipe, silent):
@@ -318,33 +320,33 @@ def test_one_command_is_one_machine(place: Place, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_others_take_part_only_in_attempts_that_count_on_them(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: MachineAddress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, begun = several(tmp_path), list[str]()
     request = request_of(tmp_path, recipe)
     request.save(request.folder / "request.json")
     path = str(request.folder / "request.json")
 
-    def start(request: Request, log: Path, meeting: Place) -> Ran:
+    def start(request: Request, log: Path, meeting: MachineAddress) -> Ran:
         begun.append(meeting.attempt)
         return Ran(3)
 
     monkeypatch.setattr(spawn, "in_new_process", start)
-    with machines.telling(place.file_of(recipe, 0), leader(recipe)) as sign:
+    with machines.heartbeat(place.file_of(recipe, 0), leader(recipe)) as sign:
 
         def lead() -> None:
-            one = HeardFrom(place.file_of(recipe, 1))
+            one = Peer(place.file_of(recipe, 1))
             for number, instances in enumerate(("another", "mine")):
-                while one.look() is None or one.told is None or one.told.token != "t":
+                while one.read() is None or one.member is None or one.member.token != "t":
                     time.sleep(0.01)
-                own = one.told.instance if instances == "mine" else instances
-                sign.tell(attempt=SharedAttempt(name=f"a{number}", request=path, instances=(own,)))
+                own = one.member.instance if instances == "mine" else instances
+                sign.write(attempt=SharedAttempt(name=f"a{number}", request=path, instances=(own,)))
                 time.sleep(0.3)
-            while one.look() is None or one.told is None or one.told.last_part is None:
+            while one.read() is None or one.member is None or one.member.last_part is None:
                 time.sleep(0.01)
-            failed = LostMachine(rank=1, host=one.told.host, reason="torchrun ended with code 3", kind="failed")
-            assert one.told.last_part == EndedPart(attempt="a1", lost=failed)
-            sign.tell(attempt=None, exit_code=0)
+            failed = LostMachine(rank=1, host=one.member.host, reason="torchrun ended with code 3", kind="failed")
+            assert one.member.last_part == AttemptEnd(attempt="a1", lost=failed)
+            sign.write(attempt=None, exit_code=0)
 
         thread = threading.Thread(target=lead)
         thread.start()
@@ -365,7 +367,7 @@ def request_of(folder: Path, recipe: Recipe) -> Request:
     return found
 
 
-FAILED = EndedPart(
+FAILED = AttemptEnd(
     attempt="a", lost=LostMachine(rank=1, host="host1", kind="failed", reason="torchrun ended with code 1")
 )
 
@@ -387,7 +389,7 @@ class Ran:
     ("code", "changes", "ends_with", "expected"),
     [
         (1, {"last_part": FAILED}, 1, ("failed",)),
-        (0, {"last_part": EndedPart(attempt="a", lost=None)}, 0, ()),
+        (0, {"last_part": AttemptEnd(attempt="a", lost=None)}, 0, ()),
         (None, {"last_part": FAILED}, 1, ("failed",)),
         (None, {"exit_code": 75}, 1, ("interrupted",)),
         (None, {"exit_code": 2}, 1, ("machine",)),
@@ -401,7 +403,7 @@ def test_what_became_of_another_machine(
     changes: dict[str, Any],
     ends_with: int,
     expected: tuple[str, ...],
-    place: Place,
+    place: MachineAddress,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -410,20 +412,20 @@ def test_what_became_of_another_machine(
     gives_none = changes.pop("silent", False)
     with leading(place, recipe, silent) as group:
         told = member(recipe, 1, token=group.members[0].token, instance="i")
-        sign = SignOfLife(place.file_of(recipe, 1), told)
+        sign = Heartbeat(place.file_of(recipe, 1), told)
         group.begin(silent)
         attempt = group_of._OnAllMachines(ran, group._sign, "a", {group._others[1]: "i"})
         if gives_none:
             sign.end()
         else:
-            sign.tell(**changes)
+            sign.write(**changes)
         assert attempt.wait() == ends_with
         sign.end()
     assert tuple(one.kind for one in attempt.lost) == expected
 
 
 @pytest.mark.usefixtures("quick", "answering")
-def test_an_attempt_goes_on_until_the_others_have_ended(place: Place, tmp_path: Path) -> None:
+def test_an_attempt_goes_on_until_the_others_have_ended(place: MachineAddress, tmp_path: Path) -> None:
     recipe = several(tmp_path)
     with led(place, recipe) as group:
         attempt = group_of._OnAllMachines(Ran(0), group._sign, "a", {group._others[1]: group.members[1].instance})
@@ -432,7 +434,7 @@ def test_an_attempt_goes_on_until_the_others_have_ended(place: Place, tmp_path: 
 
 @pytest.mark.usefixtures("quick")
 def test_a_machine_that_came_back_otherwise_is_refused(
-    place: Place, answering: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: MachineAddress, answering: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = several(tmp_path)
     monkeypatch.setattr(spawn, "in_new_process", lambda *given: pytest.fail("it began"))
@@ -447,7 +449,7 @@ def test_a_port_that_is_taken_is_refused() -> None:
         taken.bind(("", 0))
         taken.listen()
         with pytest.raises(SetupError, match=r"port \d+ of this machine cannot be taken"):
-            group_of._refuse_taken(Place(0, "127.0.0.1", taken.getsockname()[1], 1.0))
+            group_of._refuse_taken(MachineAddress(0, "127.0.0.1", taken.getsockname()[1], 1.0))
 
 
 CLOSED = "Connection closed by peer"
@@ -493,14 +495,14 @@ def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:
     recipe = plans.recipe(output=str(tmp_path), train={"num_machines": 2, "num_processes": 16})
     plan = plans.plan().model_copy(update={"num_processes": 16})
     request = Request(run_folder=str(tmp_path), recipe=recipe, plan=plan, attempt=1, checkpoint=None, parent_pid=None)
-    meeting = group_of.meeting(Place(0, "127.0.0.1", 70, 600.0), "token-1", "127.0.0.1")
+    meeting = group_of.meeting(MachineAddress(0, "127.0.0.1", 70, 600.0), "token-1", "127.0.0.1")
     command = spawn.command(request, tmp_path / "request.json", meeting)
     expected = {"--nnodes=2", "--nproc-per-node=8", "--node-rank=0", "--rdzv-id=token-1", "--rdzv-conf=timeout=600"}
     assert expected <= set(command)
     assert " listen 127.0.0.1:70 " in " ".join(command)
-    other = group_of.meeting(Place(1, "node0", 70, 600.0), "token-1", "10.0.0.2")
+    other = group_of.meeting(MachineAddress(1, "node0", 70, 600.0), "token-1", "10.0.0.2")
     assert " join node0:70 --node-rank=1 " in " ".join(spawn.command(request, tmp_path / "request.json", other))
-    first = group_of.meeting(Place(0, "node0", 70, 600.0), "token-1", "fd00::1")
+    first = group_of.meeting(MachineAddress(0, "node0", 70, 600.0), "token-1", "fd00::1")
     assert first.rendezvous == "[fd00::1]:70", "where the others reach it, not on all interfaces"
     variables = spawn.of_machine(meeting)
     assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[variables["GLOO_SOCKET_IFNAME"]]}

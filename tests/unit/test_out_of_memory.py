@@ -159,8 +159,8 @@ def test_with_smaller_batches_halves_until_it_fits(caplog: pytest.LogCaptureFixt
 
     assert sizes == [13, 6, 3]
     assert [record.getMessage() for record in caplog.records] == [
-        "scoring: memory ran out; going on with 6 rows in a batch",
-        "scoring: memory ran out; going on with 3 rows in a batch",
+        "scoring: memory ran out; continuing with batches of 6 rows",
+        "scoring: memory ran out; continuing with batches of 3 rows",
     ]
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fulltune.cli.show.run import Display
     from fulltune.pipeline import Until
     from fulltune.recipe.fields import Recipe
-    from fulltune.system.run_folder import Reached
+    from fulltune.system.run_folder import RunResult
     from fulltune.train.parent.machines import MachineGroup
 
 # No emoji: `a.csv:100:` would lose its line.
@@ -57,11 +57,11 @@ def joined(
     machine."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
-    from fulltune.system.machines import place_of
+    from fulltune.system.machines import machine_address
 
     recipe = run_folder.recipe_of(target) if target.is_dir() else load_recipe(target, overrides or [])
     alone = rank is None and rendezvous is None and target.is_dir()  # refused later if something is left to train
-    place = None if alone else place_of(recipe, rank, rendezvous, wait)
+    place = None if alone else machine_address(recipe, rank, rendezvous, wait)
     if place is None:
         yield None
         return
@@ -115,7 +115,7 @@ def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path
     return run
 
 
-def finished(recipe: Recipe, folder: Path) -> Reached | None:
+def finished(recipe: Recipe, folder: Path) -> RunResult | None:
     from fulltune.system import run_folder
 
     reached = run_folder.finished(recipe, folder)
@@ -124,7 +124,9 @@ def finished(recipe: Recipe, folder: Path) -> Reached | None:
     return reached
 
 
-def reach(recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **settings: Any) -> Reached:
+def reach(
+    recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **settings: Any
+) -> RunResult:
     """Run the pipeline. `settings` are fields of `Run`, such as the time when the command began, before its imports."""
     settings = {"began": time.time(), **settings}
     with displayed(details) as display:

@@ -26,7 +26,7 @@ from fulltune.records.events import Message
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.training import Outcome
 from fulltune.system import run_folder
-from fulltune.system.run_folder import Reached
+from fulltune.system.run_folder import RunResult
 from fulltune.text import counted, format_seconds, parse_seconds, typed_seconds
 from fulltune.train.parent.fork_server import fork_server
 
@@ -36,7 +36,7 @@ FOLDER = "search"
 _RUNS = f"2 to {MOST_WHOLE_RUNS_ALONE} whole runs"
 
 
-def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> Reached:
+def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
     """Run the stages up to `until`, with a search for the learning rate before training if the recipe asks for one. The
     same call resumes it."""
     if not job.recipe.is_searched:

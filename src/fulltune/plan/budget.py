@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.footprint.records import BYTES, Footprint, Moment
+from fulltune.footprint.records import BYTES, Footprint, LiveMemory
 from fulltune.models.shapes import Shapes
 from fulltune.plan import fsdp2, memory
 from fulltune.recipe.fields import Recipe
@@ -155,7 +155,7 @@ def passing(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, 
 
 
 def _highest(
-    moments: Sequence[Moment], footprint: Footprint, batch_size: int, settings: MemorySettings
+    moments: Sequence[LiveMemory], footprint: Footprint, batch_size: int, settings: MemorySettings
 ) -> dict[MemoryKind, int]:
     rows = batch_size * footprint.sequences_per_row
     part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * settings.longest_tokens)) if settings.chunked_loss else 1.0

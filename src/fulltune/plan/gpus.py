@@ -62,8 +62,12 @@ class GpuModel:
         return 60.0 if "desktop" in self.flags else 200.0
 
 
+def _cell(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 GPUS = tuple(
-    GpuModel(*[tuple(cell) if isinstance(cell, list) else cell for cell in row])
+    GpuModel(*map(_cell, row))
     for row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["gpus"]
 )
 

@@ -105,7 +105,7 @@ def name_of(shared: Sharing | None, settings: MemorySettings) -> str:
         return f"{each}, {plain if settings.weights_dtype == 'fp32' else narrow}"
     if shared.engine == "fsdp2":
         return "FSDP2, 8-bit AdamW" if small else "FSDP2"
-    weights, optimizer = shared.place("weights"), shared.place("optimizer")
+    weights, optimizer = shared.tier("weights"), shared.tier("optimizer")
     where = f", all on {weights}" if weights != "device" else f", optimizer on {optimizer}"
     return f"ZeRO-{shared.stage}" + (where if optimizer != "device" else "")
 

@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, disk, GPUs, and the number formats it computes fast."""
+"""Measure this machine: cores, memory, disk, GPUs, and the speed of its number formats."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from fulltune.system import memory
 from fulltune.text import counted, listed
 
 BUSY = 1.5
-"""Tasks that want each core, on average of a minute: this command's own are one, and a little more where it reads rows
-in all processes. From here on others have a large part of what is measured."""
+"""Load per core from which speeds cannot be trusted; this command alone causes 1, and slightly more while it reads
+rows."""
 
 ALIKE = 0.9
-"""Machines whose memory is that close are alike: what the system takes differs a little everywhere."""
+"""Ratio of two memory sizes from which machines count as equal."""
 BF16_FROM, TENSOR_CORES_FROM = (8, 0), (7, 0)
-"""Compute capabilities (Ampere, Volta). Without tensor cores fp16 is no faster than fp32: torch adds up its products in
-fp32 (cuBLAS's COMPUTE_32F), also on a P100, whose plain fp16 would be fast, and on 6.1, where that has 1/64 of the
-rate."""
+"""Compute capabilities (Ampere, Volta). Without tensor cores fp16 is no faster than fp32, as torch sums products in
+fp32 (cuBLAS's COMPUTE_32F)."""
 
 
 _REPEATS = 8
-"""How often a speed is measured; the best one counts."""
+"""Measurements of a speed, of which the best counts."""
 
 
 class Gpu(Record):
@@ -39,18 +38,18 @@ class Gpu(Record):
     name: str
     memory_bytes: int
     capability: tuple[int, int]
-    """CUDA's compute capability; of AMD's, as torch gives it, the numbers of its architecture."""
+    """CUDA compute capability; for AMD, the architecture as torch reports it."""
     free_bytes: int | None = None
-    """What other programs leave of it, a snapshot; None: of a card that is not here."""
+    """Memory that other programs leave free, if measured."""
 
     @property
     def bf16(self) -> bool:
-        """It computes in bf16; cards before Ampere emulate that slowly."""
+        """True if it computes in bf16; cards before Ampere only emulate it, slowly."""
         return self.capability >= BF16_FROM
 
     @property
     def label(self) -> str:
-        """`Tesla T4 (compute capability 7.5)`."""
+        """Name and capability, such as `Tesla T4 (compute capability 7.5)`."""
         return "{} (compute capability {}.{})".format(self.name, *self.capability)
 
     @property
@@ -59,41 +58,41 @@ class Gpu(Record):
 
 
 class Machine(Record):
-    """What is here. Free memory is a snapshot."""
+    """The hardware of a machine, with a snapshot of free memory."""
 
     cpu: str
     num_cores: int
     memory_bytes: int
     memory_available_bytes: int
     cpu_bf16_speedup: float
-    """How many times as fast as in fp32 the CPU trains in bf16, measured; without bf16 instructions far below 1."""
+    """Measured speed of training in bf16 relative to fp32 on the CPU; far below 1 without bf16 instructions."""
     gpus: tuple[Gpu, ...] = ()
-    """In torch's order: a process of a training takes the one of its number."""
+    """GPUs in torch's order; each process uses the one of its number."""
     cpu_flops: float = 0.0
-    """Floating-point operations a second of matrix products in fp32, measured; 0: not known."""
+    """Measured FLOP/s of fp32 matrix products; 0 if unknown."""
     memory_bytes_per_second: float = 0.0
-    """Read and written by a copy in the host's memory, measured; 0: not known."""
+    """Measured bytes read and written by a copy in host memory; 0 if unknown."""
     shared_memory_bytes: int | None = None
-    """Free in /dev/shm, through which processes hand over tensors; None: not known."""
+    """Free bytes in /dev/shm, through which processes pass tensors."""
     load_average: float = 0.0
-    """Tasks that wanted a core while the speeds were measured, on average of a minute."""
+    """Mean number of running tasks in the minute of the measurement."""
     differs: str = ""
-    """The least of several machines that are not alike: in what, such as `16 to 64 cores`."""
+    """Differences of several machines that this one stands for, such as `16 to 64 cores`."""
 
     @property
     def busy(self) -> str:
-        """That others work here as well, and what that does to speeds; empty: nearly none do."""
+        """A warning if other programs slow this machine down."""
         if self.load_average < BUSY * self.num_cores:
             return ""
         cores = counted(self.num_cores, "core")
         return (
-            f"this machine is busy (load {self.load_average:.0f} on {cores}): idle it may be several times faster, and "
-            "another precision may be chosen; where cores stay shared, one thread may be faster (OMP_NUM_THREADS=1)"
+            f"this machine is busy (load {self.load_average:.0f} on {cores}): when idle, it may be several times "
+            "faster and choose another precision; if cores stay shared, one thread may be faster (OMP_NUM_THREADS=1)"
         )
 
 
 def here() -> Machine:
-    """Look at this machine. Imports torch only to ask for GPUs."""
+    """Measure this machine; torch is imported only to list GPUs."""
     total, available = memory_bytes()
     flops, copied, load = cpu_rates()
     return Machine(
@@ -111,7 +110,7 @@ def here() -> Machine:
 
 
 def weakest(machines: Sequence[Machine]) -> Machine:
-    """What each of several machines has at least, which a plan for all of them may take."""
+    """A machine with the lowest values of several, for a plan that fits all."""
     shared = [one.shared_memory_bytes for one in machines if one.shared_memory_bytes is not None]
     return Machine(
         cpu=" / ".join(dict.fromkeys(one.cpu for one in machines)),
@@ -119,7 +118,7 @@ def weakest(machines: Sequence[Machine]) -> Machine:
         memory_bytes=min(one.memory_bytes for one in machines),
         memory_available_bytes=min(one.memory_available_bytes for one in machines),
         cpu_bf16_speedup=min(one.cpu_bf16_speedup for one in machines),
-        # As many as the poorest has: a training process of each machine takes the one of its number there.
+        # As many as the machine with the fewest, as each process takes the GPU of its number.
         gpus=tuple(_least(gpus) for gpus in zip(*(one.gpus for one in machines), strict=False)),
         cpu_flops=min(one.cpu_flops for one in machines),
         memory_bytes_per_second=min(one.memory_bytes_per_second for one in machines),
@@ -130,14 +129,14 @@ def weakest(machines: Sequence[Machine]) -> Machine:
 
 
 def _least(gpus: Sequence[Gpu]) -> Gpu:
-    """Of those of one number: the oldest one's name, the least memory."""
+    """The weakest GPU: the oldest one's name, the least memory."""
     oldest = min(gpus, key=lambda gpu: (gpu.capability, gpu.memory_bytes))
     free = min((gpu.available_bytes for gpu in gpus if gpu.free_bytes is not None), default=None)
     return oldest.model_copy(update={"memory_bytes": min(gpu.memory_bytes for gpu in gpus), "free_bytes": free})
 
 
 def _differences(machines: Sequence[Machine]) -> str:
-    """What a plan for the least of them should say; empty: they are alike."""
+    """The differences of the machines in words."""
     kinds = {tuple(sorted(gpu.name for gpu in one.gpus)) for one in machines}
     names = sorted({name for kind in kinds for name in kind})
     spans = (
@@ -151,27 +150,25 @@ def _differences(machines: Sequence[Machine]) -> str:
 
 
 def _span(values: Sequence[float], words: str, digits: int = 0, alike: float = 1.0) -> str:
-    """`16 to 64 cores`; empty where the least is that close to the most."""
+    """A range such as `16 to 64 cores`; empty if the values are close."""
     least, most = min(values), max(values)
     return f"{least:,.{digits}f} to {most:,.{digits}f} {words}" if least < alike * most else ""
 
 
 @cache
 def bf16_speedup(device: str) -> float:
-    """Seconds of a forward and backward pass in fp32, divided by those under bf16 autocast; under a second on a CPU,
-    and measured once."""
+    """Speed of a forward and backward pass under bf16 autocast relative to fp32, measured once in under a second."""
     if device != "cpu":
         return _bf16_speedup(device, rows=4096, width=2048)
     small = _bf16_speedup(device, rows=64, width=128)
-    # Without bf16 instructions a larger product takes seconds, and the answer is clear already.
+    # Without bf16 instructions a larger product takes seconds, though the answer is already clear.
     return small if small < 0.5 else _bf16_speedup(device, rows=256, width=512)
 
 
 @cache
 def cpu_rates() -> tuple[float, float, float]:
-    """Operations a second of matrix products in fp32, bytes a second of a copy in memory (reading and writing), and the
-    load that slowed both; measured once."""
-    # The load is of the whole computer, of which a container or a CPU set may have a part.
+    """FLOP/s of fp32 matrix products, bytes per second of a copy in memory, and the load during both, measured once."""
+    # The load is of the whole computer, of which a container or CPU set may have only a part.
     load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     return (*_measure_cpu_rates(), load)
 
@@ -189,11 +186,11 @@ def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -
 
 
 def _bf16_speedup(device: str, rows: int, width: int) -> float:
-    """The two linear layers of a transformer's block, weights in fp32 as in training."""
+    """The speed-up of a transformer block's two linear layers with fp32 weights."""
     import torch
     from torch.nn import functional as F
 
-    # A generator of its own: a run's random numbers must not depend on whether this was measured.
+    # A separate generator, so that a run's random numbers do not depend on this measurement.
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(rows, width, generator=draw).to(device)
     up = torch.randn(4 * width, width, generator=draw).to(device).requires_grad_()
@@ -205,7 +202,7 @@ def _bf16_speedup(device: str, rows: int, width: int) -> float:
         loss = outputs.float().square().mean()
         torch.autograd.grad(loss, (up, down))[0].sum().item()  # waits for a GPU
 
-    # In turns: what else the machine does slows both.
+    # In turns, so that other programs slow both.
     times = [[timeit.timeit(partial(step, bf16), number=1) for bf16 in (False, True)] for _ in range(_REPEATS)]
     fp32, bf16 = map(min, zip(*times, strict=True))
     return fp32 / bf16
@@ -223,13 +220,13 @@ def _gpus() -> tuple[Gpu, ...]:
 
     if not torch.cuda.is_available():
         return ()
-    found = [
+    devices = [
         (torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)[0])
         for index in range(torch.cuda.device_count())
     ]
     return tuple(
         Gpu(name=gpu.name, memory_bytes=gpu.total_memory, capability=(gpu.major, gpu.minor), free_bytes=free)
-        for gpu, free in found
+        for gpu, free in devices
     )
 
 
@@ -249,7 +246,7 @@ def num_cores() -> int:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """All memory that this process may use, and what of it is free; outside of Linux, where nobody says, all."""
+    """Total and free memory for this process; outside Linux all counts as free."""
     sizes = memory.sizes_of("/proc/meminfo")
     total = sizes.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux
     available = sizes.get("MemAvailable", total)
@@ -263,15 +260,15 @@ def memory_bytes() -> tuple[int, int]:
     return min(total, own), min(available, own)
 
 
-_SAID = ("No space left", "PytorchStreamWriter failed", "enforce fail at inline_container")
-"""What safetensors and torch say when a file could not be written to its end."""
-_MAY_SAY = ("iostream error", "requested and")
-"""What C++ and numpy say then, and elsewhere: the disk is asked, which has less than a MiB."""
+_DISK_FULL = ("No space left", "PytorchStreamWriter failed", "enforce fail at inline_container")
+"""Errors of safetensors and torch on a full disk."""
+_MAYBE_DISK_FULL = ("iostream error", "requested and")
+"""Errors of C++ and numpy on a full disk and elsewhere; less than a free MiB decides."""
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether an exception means that what it wrote found no room on the disk of this folder."""
+    """True if an exception means that the disk of this folder is full."""
     text = "" if isinstance(error, FulltuneError) else str(error)
     no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    may_be = any(words in text for words in _MAY_SAY) and disk_free_bytes(folder) < 2**20
-    return no_room or may_be or any(words in text for words in _SAID)
+    may_be = any(words in text for words in _MAYBE_DISK_FULL) and disk_free_bytes(folder) < 2**20
+    return no_room or may_be or any(words in text for words in _DISK_FULL)

@@ -1,5 +1,5 @@
-"""Several machines that train one model: each writes a file in a folder that all of them see, anew every two seconds as
-a heartbeat, and reads those of the others; machine 0's says what is to be done."""
+"""Several machines that train one model: each writes a heartbeat file in a shared folder every two seconds and reads
+the others'; machine 0's names the attempt to take part in."""
 
 from __future__ import annotations
 
@@ -34,71 +34,71 @@ from fulltune.text import first_few, format_bytes, parse_seconds
 _log = logging.getLogger(__name__)
 
 FOLDER = ".fulltune-machines"
-"""In the recipe's `output`; a job has a folder in it by its rendezvous."""
+"""Folder in the recipe's `output`, with a folder for each rendezvous."""
 DEFAULT_PORT = 29500
-"""torchrun's."""
-BEAT_SECONDS = 2.0
-GONE_SECONDS = 60.0
-"""Without a sign of life for so long a machine is taken for lost: file servers may show a change half a minute late."""
+"""torchrun's default port."""
+HEARTBEAT_SECONDS = 2.0
+LOST_SECONDS = 60.0
+"""Time without a heartbeat after which a machine counts as lost; file servers may be half a minute late."""
 POLL_SECONDS = 0.2
 LINGER_SECONDS = 10.0
-"""A command that ends before all machines have answered: how long it stays to tell them."""
-GO_ON = "the same command on all machines continues the run"
+"""How long an ending command waits for the other machines to notice."""
+GO_ON = "run the same command on all machines to resume"
 _END_BYTES = 32 * 2**20
-"""Of larger files the size and both ends are compared."""
-_MOST_READ = 1000
-"""Of a folder with more files, such as images, names and sizes are compared."""
+"""Bytes compared at both ends of a file."""
+_MAX_READ = 1000
+"""Files of a folder above which only names and sizes are compared."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which of the machines this one is, and where all of them meet."""
+class MachineAddress:
+    """This machine's rank, and the rendezvous of all machines."""
 
     rank: int
     host: str
     port: int
     wait_seconds: float
     attempt: str = ""
-    """That this machine takes part in; empty: none yet."""
+    """The attempt that this machine takes part in."""
     address: str = ""
-    """Under which the others reach it in that attempt."""
+    """This machine's address in that attempt."""
 
     @property
     def rendezvous(self) -> str:
-        """As torchrun reads it."""
+        """The rendezvous in torchrun's form."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def file_of(self, recipe: Recipe, rank: int) -> Path:
-        """A machine's file. Not named by the recipe's settings: that these agree is found out there."""
+        """The heartbeat file of a machine."""
         return Path(recipe.output) / FOLDER / f"{self.host}-{self.port}".replace(":", "-") / f"machine-{rank}.json"
 
 
-def place_of(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> Place | None:
-    """What the command line says of this machine; None: there is only one."""
+def machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> MachineAddress | None:
+    """Parse this machine's command-line options; None for a recipe of one machine."""
     machines = recipe.train.num_machines
     if machines == 1:
         if rank is None and rendezvous is None:
             return None
         raise RecipeError(
-            "--machine-rank, --rendezvous: are for several machines, and train.num_machines is 1; leave them out, or "
-            "set train.num_machines"
+            "--machine-rank, --rendezvous: need several machines, but train.num_machines is 1; remove them, or set "
+            "train.num_machines"
         )
     if rank is None and rendezvous is None:
-        raise RecipeError(without_the_others(recipe))
+        raise RecipeError(missing_machines(recipe))
     problems, seconds = [], 0.0
     if rank is None or not 0 <= rank < machines:
-        found = "it is missing" if rank is None else f"found {rank}"
+        problem = "missing" if rank is None else f"found {rank}"
         problems.append(
-            f"--machine-rank: {found}, and train.num_machines is {machines}; give each machine its number, 0 to "
-            f"{machines - 1} ('fulltune launch' writes the commands)"
+            f"--machine-rank: {problem}, expected this machine's number, 0 to {machines - 1}, as train.num_machines is "
+            f"{machines} ('fulltune launch' writes the commands)"
         )
     parts = re.fullmatch(r"(?:\[([\da-fA-F:.]+)\]|([\w.-]+))(?::(\d+))?", rendezvous or "")
     port = 0 if parts is None else int(parts[3] or DEFAULT_PORT)
     if not 0 < port < 65536:
-        found = f"found '{rendezvous}'" if rendezvous else "it is missing"
+        problem = f"found '{rendezvous}'" if rendezvous else "missing"
         problems.append(
-            f"--rendezvous: {found}, expected HOST, HOST:PORT or [IPV6]:PORT with a port from 1 to 65535; give machine "
-            "0's name and a free port of it, such as node0:29500"
+            f"--rendezvous: {problem}, expected HOST, HOST:PORT or [IPV6]:PORT with a port from 1 to 65535; name "
+            "machine 0 and one of its free ports, such as node0:29500"
         )
     try:
         seconds = parse_seconds(wait)
@@ -106,80 +106,78 @@ def place_of(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str
         problems.append(f"--wait-for-machines: {error}")
     if problems or rank is None or parts is None:
         raise RecipeError(problems)
-    return Place(rank, parts[1] or parts[2], port, seconds)
+    return MachineAddress(rank, parts[1] or parts[2], port, seconds)
 
 
-def without_the_others(recipe: Recipe) -> str:
-    """Why a command that was given no place among the machines of a recipe cannot train."""
+def missing_machines(recipe: Recipe) -> str:
+    """The error of a command without a rank for a recipe of several machines."""
     return (
-        f"train.num_machines: {recipe.train.num_machines}, and this command would train on one machine; start it on "
+        f"train.num_machines: {recipe.train.num_machines}, but this command would train on one machine; start it on "
         "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set train.num_machines=1"
     )
 
 
 def own_address(host: str, port: int) -> str:
-    """This machine's address as the host sees it, of the interface that leads there: many machines take their own name
-    for the loopback."""
+    """This machine's address on the interface to the host, as many machines resolve their own name to the loopback."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # of a datagram socket: nothing is sent
+            probe.connect(address)  # a datagram socket sends nothing here
             return str(probe.getsockname()[0])
     except OSError as error:
         raise SetupError(
-            f"--rendezvous: {host} is not known on {socket.gethostname()}, or there is no way to it "
-            f"({error.strerror}); give a name or an address of machine 0 that all machines know"
+            f"--rendezvous: {host} is unknown to {socket.gethostname()} or cannot be reached ({error.strerror}); give "
+            "a name or an address of machine 0 that all machines know"
         ) from None
 
 
-# ---- what they write -------------------------------------------------------------------------------------------
+# ---- the file of a machine -------------------------------------------------------------------------------------
 
 
 class SharedAttempt(Record):
-    """An attempt that machine 0 has all machines take part in."""
+    """An attempt that machine 0 starts on all machines."""
 
     name: str
     request: str
-    """Path of its file."""
+    """Path of the request's file."""
     instances: tuple[str, ...]
-    """The other machines' commands in it: one that came later waits for the next attempt."""
+    """Commands of the other machines that take part; one that starts later waits."""
 
 
-class EndedPart(Record):
-    """How another machine's part of an attempt ended."""
+class AttemptEnd(Record):
+    """How an attempt ended on another machine."""
 
     attempt: str
-    """Its name."""
     lost: LostMachine | None
-    """None: without a failure."""
+    """The failure, if there was one."""
 
 
 class Member(Record):
-    """What a machine says of itself."""
+    """The content of a machine's heartbeat file."""
 
     rank: int
     token: str
-    """Machine 0's command; another machine repeats it: it has read that file, and can write beside it."""
+    """Identifies machine 0's command; the other machines repeat it once they have read it."""
     beat: int = 0
     instance: str
-    """This command: a machine that was restarted is another one for the attempt at hand."""
+    """Identifies this command, as a restarted machine cannot rejoin an attempt."""
     host: str
     address: str
-    """Under which the others reach it."""
+    """Address that the other machines connect to."""
     facts: dict[str, dict[str, str]]
-    """What all machines must have in common, by kind and name."""
+    """Values that all machines must share, by kind and name."""
     machine: Machine
     exit_code: int | None = None
-    """Of its command; None: it goes on."""
+    """Exit code of a command that has ended."""
     problems: tuple[str, ...] = ()
-    """Why it ended."""
+    """Errors of a command that has ended."""
     attempt: SharedAttempt | None = None
-    """That is going on; only machine 0 says it."""
-    last_part: EndedPart | None = None
-    """Its part of the last attempt that it took part in; only the other machines say it."""
+    """The current attempt, written by machine 0."""
+    last_part: AttemptEnd | None = None
+    """The end of the last attempt on this machine, written by the others."""
 
     def is_awaited(self, attempt: SharedAttempt | None) -> bool:
-        """Whether an attempt counts on this machine's command, whose part of it has not ended."""
+        """True if this machine takes part in the attempt and has not ended it."""
         if attempt is None or self.instance not in attempt.instances:
             return False
         return self.last_part is None or self.last_part.attempt != attempt.name
@@ -189,8 +187,8 @@ class Member(Record):
         return f"machine {self.rank} ({self.host})"
 
 
-def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> Member:
-    """This machine, as the others are told of it."""
+def member(recipe: Recipe, place: MachineAddress, machine: Machine, token: str = "") -> Member:
+    """This machine's record for the others."""
     settings = flat(recipe.model_dump(mode="json"))
     return Member(
         rank=place.rank,
@@ -200,7 +198,7 @@ def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> M
         address=own_address(place.host, place.port),
         facts={
             "versions": _versions(recipe),
-            "settings": {name: json.dumps(one, ensure_ascii=False) for name, one in settings.items()},
+            "settings": {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()},
             "files": {path: _content(Path(path)) for path in named_paths(recipe)},
             "devices": {} if recipe.train.device == "cpu" else {"GPUs": "some" if machine.gpus else "none"},
         },
@@ -219,117 +217,117 @@ def _versions(recipe: Recipe) -> dict[str, str]:
 
 
 def _content(path: Path) -> str:
-    """Size and hash of a file, or of a folder's files; of each both ends are read, of many none."""
+    """Size and hash of a file or of a folder's files."""
     if not path.exists():
         return "missing"
-    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-    found, total = hashlib.blake2b(digest_size=8), 0
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digest, total = hashlib.blake2b(digest_size=8), 0
     for file in files:
         size = file.stat().st_size
-        found.update(f"{file.relative_to(path)} {size}\n".encode())
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
         total += size
-        if len(files) <= _MOST_READ:
+        if len(files) <= _MAX_READ:
             with file.open("rb") as opened:
-                found.update(opened.read(_END_BYTES))
+                digest.update(opened.read(_END_BYTES))
                 opened.seek(max(opened.tell(), size - _END_BYTES))
-                found.update(opened.read())
-    return f"{format_bytes(total)}, {found.hexdigest()}"
+                digest.update(opened.read())
+    return f"{format_bytes(total)}, {digest.hexdigest()}"
 
 
 _COMPARED = (
     ("versions", "has other versions", " ", "install the same ones on all machines"),
     ("settings", "reads another recipe", " is ", "give all machines the same recipe and the same --set"),
-    ("files", "sees other files", ": ", "give all machines the same files, in a folder that they share"),
-    ("devices", "has other devices", ": ", "see what nvidia-smi says there, or set train.device: cpu"),
+    ("files", "sees other files", ": ", "give all machines the same files, in a shared folder"),
+    ("devices", "has other devices", ": ", "run nvidia-smi there, or set train.device: cpu"),
 )
 
 
 def differences(first: Member, others: Sequence[Member]) -> list[str]:
-    """What the machines must have in common and do not, a line for each machine and kind: a pure function."""
+    """Facts that the machines do not have in common, a line for each machine and kind."""
     lines = []
     for other in others:
-        for kind, what, joint, remedy in _COMPARED:
-            mine, its = first.facts[kind], other.facts[kind]
-            found = [
-                f"{name}{joint}{its.get(name, 'none')} (machine 0: {mine.get(name, 'none')})"
-                for name in sorted({*mine, *its})
-                if its.get(name) != mine.get(name)
+        for kind, problem, joint, remedy in _COMPARED:
+            expected, actual = first.facts[kind], other.facts[kind]
+            facts = [
+                f"{name}{joint}{actual.get(name, 'none')} (machine 0: {expected.get(name, 'none')})"
+                for name in sorted({*expected, *actual})
+                if actual.get(name) != expected.get(name)
             ]
-            is_of_recipe = kind == "files" and other.facts["settings"] != first.facts["settings"]
-            if found and not is_of_recipe:
-                lines.append(f"{other.label} {what}: {first_few(found)}; {remedy}")
+            follows_from_recipe = kind == "files" and other.facts["settings"] != first.facts["settings"]
+            if facts and not follows_from_recipe:
+                lines.append(f"{other.label} {problem}: {first_few(facts)}; {remedy}")
     return lines
 
 
-# ---- signs of life ---------------------------------------------------------------------------------------------
+# ---- heartbeats ------------------------------------------------------------------------------------------------
 
 
-class SignOfLife:
-    """This machine's file, written anew every two seconds until `end`."""
+class Heartbeat:
+    """Writes this machine's file every two seconds until `end`."""
 
     def __init__(self, path: Path, record: Member) -> None:
         self.path, self.record = path, record
-        # A signal may have it written anew while it is written.
+        # Reentrant, as a signal handler may write during a write.
         self._lock, self._ends = threading.RLock(), threading.Event()
-        self.tell()
+        self.write()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
-    def tell(self, **changes: Any) -> None:
-        """Write it at once, with these changes."""
+    def write(self, **changes: Any) -> None:
+        """Write the file now, with these changes."""
         with self._lock:
             self.record = self.record.model_copy(update={**changes, "beat": self.record.beat + 1})
             self.record.save(self.path)
 
-    def tell_end(self, error: BaseException | None) -> None:
+    def write_end(self, error: BaseException | None) -> None:
         """Write how this machine's command ended."""
         match error:
             case None:
-                self.tell(exit_code=0)
+                self.write(exit_code=0)
             case FulltuneError():
-                self.tell(exit_code=error.exit_code, problems=error.problems)
+                self.write(exit_code=error.exit_code, problems=error.problems)
             case _:
-                self.tell(exit_code=1, problems=(f"ended with {type(error).__name__}: {error}",))
+                self.write(exit_code=1, problems=(f"ended with {type(error).__name__}: {error}",))
 
     def end(self) -> None:
-        """Nothing more is written."""
+        """Stop writing."""
         self._ends.set()
         self._thread.join()
 
     def _beat(self) -> None:
-        while not self._ends.wait(BEAT_SECONDS):
-            # A file server that is away for a moment; while it is, the others see no sign of life.
+        while not self._ends.wait(HEARTBEAT_SECONDS):
+            # The file server may be away for a moment, in which the others see no heartbeat.
             with contextlib.suppress(OSError):
-                self.tell()
+                self.write()
 
 
-class HeardFrom:
-    """Another machine's file, which may not be there yet, and for how long it has not changed, by this clock."""
+class Peer:
+    """Reads another machine's file, and measures how long it has not changed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.told: Member | None = None
+        self.member: Member | None = None
         self.is_alive = False
-        """It has changed while we looked: what lies there from an earlier job does not."""
+        """True once the file changed while being watched, unlike an earlier job's."""
         self._since, self._looked = time.monotonic(), -math.inf
 
-    def look(self) -> Member | None:
-        """What it says; read anew twice for each sign of life."""
-        if time.monotonic() - self._looked < BEAT_SECONDS / 2:
-            return self.told
-        told = self.told
-        # Not there, just replaced on a file server, or of another version.
+    def read(self) -> Member | None:
+        """The newest record, read at most twice per heartbeat."""
+        if time.monotonic() - self._looked < HEARTBEAT_SECONDS / 2:
+            return self.member
+        member = self.member
+        # Missing, being replaced on a file server, or of another version.
         with contextlib.suppress(OSError, SetupError):
-            told = Member.load(self.path)
-        if told != self.told:
-            self.is_alive, self.told, self._since = self._looked > -math.inf, told, time.monotonic()
+            member = Member.load(self.path)
+        if member != self.member:
+            self.is_alive, self.member, self._since = self._looked > -math.inf, member, time.monotonic()
         self._looked = time.monotonic()
-        return self.told
+        return self.member
 
     def answers(self, token: str) -> bool:
-        """It repeats the token of machine 0's command."""
-        told = self.look()
-        return told is not None and told.token == token
+        """True if it repeats the token of machine 0's command."""
+        member = self.read()
+        return member is not None and member.token == token
 
     @property
     def silent_seconds(self) -> float:
@@ -337,30 +335,29 @@ class HeardFrom:
 
 
 @contextlib.contextmanager
-def telling(path: Path, record: Member, others_know: Callable[[], bool] = lambda: True) -> Iterator[SignOfLife]:
-    """A sign of life for as long as the block runs, which says at last how the block, or a signal, ended the command;
-    it stays a little until the others know."""
+def heartbeat(path: Path, record: Member, others_know: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
+    """Write heartbeats during the block, and how the block or a signal ended it; then wait until the others know."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SetupError(
-                f"{path}: another command is running as this machine of this rendezvous; end it, or give this job "
-                "another port in --rendezvous, and each machine a --machine-rank of its own"
+                f"{path}: another command is running as this machine at this rendezvous; end it, or use another port "
+                "in --rendezvous, and a different --machine-rank on each machine"
             ) from None
         except OSError:
-            _log.warning("%s: locks are not supported here; see that no two jobs have the same --rendezvous", path)
-        sign = SignOfLife(path, record)
+            _log.warning("%s: locks are not supported here; make sure that no two jobs share a --rendezvous", path)
+        sign = Heartbeat(path, record)
         ended: BaseException | None = None
         interrupted = InterruptedRun(f"interrupted; {GO_ON}")
 
         def tell_and_end(number: int, frame: Any) -> None:
-            sign.tell_end(interrupted)
+            sign.write_end(interrupted)
             before[number](number, frame)
 
         try:
-            # From Python a signal may be ignored, or end the process at once: that stays the caller's own way.
+            # Signals that the caller ignores, or that end the process at once, stay that way.
             handled = [number for number in signals.ENDING if callable(signal.getsignal(number))]
             with signals.answered(tell_and_end, handled) as before:
                 yield sign
@@ -371,8 +368,8 @@ def telling(path: Path, record: Member, others_know: Callable[[], bool] = lambda
             ended = error
             raise
         finally:
-            with contextlib.suppress(OSError):  # a full disk: what is raised already says more
-                sign.tell_end(ended)
+            with contextlib.suppress(OSError):  # on a full disk, the error that is raised already says more
+                sign.write_end(ended)
                 until = time.monotonic() + LINGER_SECONDS
                 while time.monotonic() < until and not others_know():
                     time.sleep(POLL_SECONDS)

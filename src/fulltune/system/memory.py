@@ -1,4 +1,4 @@
-"""Memory: what Linux says of it, how much this process holds, that it ran out, and how torch keeps a GPU's."""
+"""Memory of the machine and this process, errors of running out of it, and torch's GPU allocator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fulltune.errors import DoesNotFitError
 
 
 def lines_of(path: str) -> list[str]:
-    """A file's lines; none where it is not there or may not be read."""
+    """A file's lines, or none if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -26,27 +26,27 @@ def lines_of(path: str) -> list[str]:
 
 
 def sizes_of(path: str) -> dict[str, int]:
-    """Lines such as `VmRSS:  123 kB`, in bytes by name."""
+    """Sizes in bytes by name, from lines such as `VmRSS:  123 kB`."""
     parts = (line.split() for line in lines_of(path))
     return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in (part for part in parts if part[2:] == ["kB"])}
 
 
 def limit_bytes() -> int | None:
-    """Most that a process of this user may take (`ulimit -d`, `ulimit -v`); None without such a limit."""
+    """The user's memory limit for a process (`ulimit -d`, `ulimit -v`), if set."""
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
     limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
     return min(limits, default=None)
 
 
 class Meter:
-    """Measures growth from the moment it is made."""
+    """Measures the growth of memory since `begin`."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
         self.begin()
 
     def begin(self) -> None:
-        """Take what is held now as the ground, and forget the peak until now."""
+        """Start measuring from the memory in use now."""
         self.forget_peak()
         self.base_bytes = self.held_bytes()
 
@@ -58,7 +58,7 @@ class Meter:
         return status_bytes("VmRSS") or life_peak_bytes()
 
     def peak_bytes(self) -> int:
-        """Most that was held since `begin`."""
+        """Peak memory since `begin`."""
         if self.on_gpu:
             import torch
 
@@ -66,11 +66,11 @@ class Meter:
         return status_bytes("VmHWM") or life_peak_bytes()
 
     def growth_bytes(self) -> int:
-        """Most that was held since `begin`, beyond what was held then."""
+        """Peak memory since `begin`, beyond that in use then."""
         return max(0, self.peak_bytes() - self.base_bytes)
 
     def forget_peak(self) -> None:
-        """As if no more had been held than is held now."""
+        """Reset the peak to the memory in use now."""
         if self.on_gpu:
             import torch
 
@@ -82,12 +82,12 @@ class Meter:
 
 
 def status_bytes(key: str) -> int:
-    """A size of /proc/self/status; 0 where there is none."""
+    """A size from /proc/self/status, or 0."""
     return sizes_of("/proc/self/status").get(key, 0)
 
 
 def life_peak_bytes() -> int:
-    """Most that this process has held since it began."""
+    """Peak memory of this process since its start."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
@@ -117,7 +117,7 @@ _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?|malloc of
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out. numpy's and pyarrow's are kinds of MemoryError."""
+    """True if an exception means that memory ran out; numpy's and pyarrow's are MemoryErrors."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -132,27 +132,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_last_words(lines: Sequence[str], limited: bool) -> bool:
-    """Whether the log of a process that ended without an outcome says that memory ran out."""
+    """True if the log of a process that died says that memory ran out."""
     text = "\n".join(lines)
     return _LAST_WORDS.search(text) is not None or (limited and _NO_THREAD.search(text) is not None)
 
 
 def memory_is_limited() -> bool:
-    """Whether this process may not take all memory there is (`ulimit -d`, `ulimit -v`)."""
+    """True if the user's processes have a memory limit."""
     return limit_bytes() is not None
 
 
 def asked_bytes(text: str) -> int:
-    """What could not be had, as far as an error's text says; else 0."""
-    found = _ASKED.search(text)
-    if found is None:
+    """Bytes that an allocation asked for, from an error's text, or 0."""
+    match = _ASKED.search(text)
+    if match is None:
         return 0
-    return int(found[3]) if found[3] else int(float(found[1]) * 1024 ** _UNITS.index(found[2] or "bytes"))
+    return int(match[3]) if match[3] else int(float(match[1]) * 1024 ** _UNITS.index(match[2] or "bytes"))
 
 
 def kernel_kills() -> int:
-    """Processes that the kernel has killed because memory ran out, in this container, else on this machine, until
-    now."""
+    """Number of processes that the kernel killed for lack of memory, in this container or on this machine."""
     groups = dict(line.split(":", 2)[1:] for line in lines_of("/proc/self/cgroup"))
     for file in (
         f"/sys/fs/cgroup{groups.get('', '/')}/memory.events",
@@ -169,7 +168,7 @@ def kernel_kills() -> int:
 
 
 def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) -> T:
-    """Call `run` with the batch size, and with half of it each time memory runs out; the result stays the same."""
+    """Call `run` with the batch size, halved each time memory runs out."""
     while True:
         try:
             return run(batch_size)
@@ -182,11 +181,11 @@ def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) ->
         torch = sys.modules.get("torch")
         if torch is not None:
             torch.cuda.empty_cache()  # does nothing where no card is in use
-        _log.warning("%s: memory ran out; going on with %d rows in a batch", what, batch_size)
+        _log.warning("%s: memory ran out; continuing with batches of %d rows", what, batch_size)
 
 
 def does_not_fit(what: str, error: BaseException, ways_out: str) -> DoesNotFitError:
-    """What a person reads when no batch is small enough."""
+    """The error when no batch is small enough."""
     return DoesNotFitError(f"{what}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {ways_out}")
 
 
@@ -195,11 +194,9 @@ EXPANDABLE = "expandable_segments:True"
 
 
 def allocator_variables(variables: Mapping[str, str], system: str, release: str) -> dict[str, str]:
-    """Environment variables that let torch's GPU memory segments grow, which avoids fragmentation by rows of many
-    lengths.
+    """Environment variables for expandable GPU memory segments, which avoid fragmentation by rows of many lengths.
 
-    Empty where the user has set one of them, on Windows, where torch does not support it, and on WSL (pytorch issue
-    192330).
+    Empty if the user has set one, outside Linux, and on WSL (pytorch issue 192330).
     """
     if system != "Linux" or "microsoft" in release.lower() or any(name in variables for name in ALLOCATOR_NAMES):
         return {}
@@ -208,5 +205,5 @@ def allocator_variables(variables: Mapping[str, str], system: str, release: str)
 
 
 def allocator_in_words(variables: Mapping[str, str]) -> str:
-    """What torch reads in them, for the journal."""
+    """The allocator's settings for the journal."""
     return ", ".join(f"{name}={variables[name]}" for name in ALLOCATOR_NAMES if name in variables) or "torch's default"

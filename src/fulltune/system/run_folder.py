@@ -1,4 +1,4 @@
-"""Where a run's files lie, which folder a recipe continues, and the lock that keeps two commands apart."""
+"""A run's files, the folder that a recipe resumes, and the lock on a folder."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from fulltune.system.hardware import Machine, is_disk_full
 from fulltune.text import first_few
 
 IDENTITY = "recipe.json"
-"""The checked recipe with its fingerprint: what a folder belongs to."""
+"""The checked recipe with its fingerprint, which identify a folder."""
 REPORT = "report.html"
 ENVIRONMENT = "environment.json"
 CARD = "card.html"
 """The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
-"""The record of a finished comparison: where it is written first, and beside its report."""
+"""Files with the record of a finished comparison: the first written, and a copy beside its report."""
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "scikit-learn", "numpy")
 
 
 @dataclass(frozen=True, repr=False)
-class Reached:
-    """What a run's stages gave, as far as they were asked to go."""
+class RunResult:
+    """The results of a run's stages."""
 
     folder: Path
     summary: DataSummary
@@ -56,17 +56,17 @@ class Reached:
     report: Path | None = None
 
     def __repr__(self) -> str:
-        lines = [f"Reached: {self.folder}"]
+        lines = [f"RunResult: {self.folder}"]
         for entry in self.scores:
-            if (found := entry.metrics.get(entry.main_metric)) is not None:
+            if (score := entry.metrics.get(entry.main_metric)) is not None:
                 lines.append(
-                    f"  {entry.name}: {entry.main_metric} {found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
+                    f"  {entry.name}: {entry.main_metric} {score.value:.4g} [{score.low:.4g}, {score.high:.4g}]"
                 )
         return "\n".join([*lines, *([f"  report: {self.report}"] if self.report else [])])
 
 
-def finished(recipe: Recipe, folder: Path) -> Reached | None:
-    """What a finished run left, from its files alone; None: something is left to do."""
+def finished(recipe: Recipe, folder: Path) -> RunResult | None:
+    """The results of a finished run, from its files alone; None if the run is not finished."""
     plan_path, summary_path = folder / "plan" / f"{recipe.method.label}.json", folder / "data" / "summary.json"
     if not (is_complete(folder) and plan_path.exists() and summary_path.exists()):
         return None
@@ -74,26 +74,26 @@ def finished(recipe: Recipe, folder: Path) -> Reached | None:
     lost = lost_weights(folder / plan.model_folder)
     if lost is not None:
         raise SetupError(
-            f"{lost}: is missing, though this run finished at {finished_at(folder):%Y-%m-%d %H:%M}; put it back, or "
-            "train it again as a new run: 'fulltune run RECIPE --fresh'"
+            f"{lost}: is missing, although this run finished at {finished_at(folder):%Y-%m-%d %H:%M}; restore it, or "
+            "train again as a new run: 'fulltune run RECIPE --fresh'"
         )
-    files = sorted((folder / "scores").glob("*.json"), key=lambda file: file.stat().st_mtime)  # as they were made
-    scores = tuple(sorted(map(Scores.load, files), key=lambda one: one.kind == "trained"))
-    return Reached(folder, DataSummary.of_run(folder), plan, None, scores, folder / REPORT)
+    files = sorted((folder / "scores").glob("*.json"), key=lambda file: file.stat().st_mtime)
+    scores = tuple(sorted(map(Scores.load, files), key=lambda entry: entry.kind == "trained"))
+    return RunResult(folder, DataSummary.of_run(folder), plan, None, scores, folder / REPORT)
 
 
 def plan_to_continue(path: Path, machine: Machine) -> Plan:
-    """The plan that a run goes on with, even when memory or cores are others now."""
+    """The plan of a started run, even if memory or cores have changed."""
     plan = Plan.load(path)
     if plan.device == "cuda" and not machine.gpus:
-        raise SetupError(f"{path.parents[1]}: was planned for a GPU, and there is none here; start a new run (--fresh)")
+        raise SetupError(f"{path.parents[1]}: was planned for a GPU, but there is none here; start a new run (--fresh)")
     return plan
 
 
 def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
-    """The plan of a run whose model is there."""
+    """The plan of a run with a trained model."""
     if recipe.methods:
-        raise SetupError(f"{folder}: is the folder of a comparison; expected one of a run, with one trained model")
+        raise SetupError(f"{folder}: is the folder of a comparison, expected one of a run with a trained model")
     path = folder / "plan" / f"{recipe.method.label}.json"
     if not path.exists() or lost_weights(folder / Plan.load(path).model_folder) is not None:
         raise SetupError(f"{folder}: has no trained model; train it first: fulltune run {folder}")
@@ -101,11 +101,11 @@ def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
 
 
 def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
-    """Write a plan last, after the settings of an engine that it comes to, where the recipe trains in one."""
+    """Write DeepSpeed's settings, if used, and then the plan."""
     settings = (folder / plan.file).with_suffix(sharing.SETTINGS_FILE)
     if recipe.train.engine_by:
         write_json(settings, sharing.completed(recipe, plan))
-    else:  # the run may have begun with it
+    else:  # perhaps left by an earlier placement
         settings.unlink(missing_ok=True)
     plan.save(folder / plan.file)
 
@@ -113,18 +113,20 @@ def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
 def find_or_make(
     recipe: Recipe, recipe_text: str, name: str, given: Path | None, fresh: bool, marks: str = ""
 ) -> tuple[Path, bool]:
-    """The folder of this recipe's run (the one that is given, else the newest incomplete one unless `fresh`, else a new
-    one), and whether it continues an earlier run; `marks` tells apart functions of the user's own.
+    """The folder of a recipe's run, and whether it resumes an earlier run.
+
+    It is the given folder, else the newest unfinished one unless `fresh`, else a new one; `marks` identify the user's
+    functions.
 
     Raises:
-        SetupError: When the folder belongs to another recipe or cannot be written.
+        SetupError: If the folder belongs to another recipe or cannot be written.
     """
     fingerprint = recipe.fingerprint() + marks
     if given is not None:
         return given, _adopt(given, recipe, recipe_text, fingerprint)
     output = Path(recipe.output)
-    if not fresh and (found := unfinished(output, fingerprint)):
-        return found[-1], True
+    if not fresh and (folders := unfinished(output, fingerprint)):
+        return folders[-1], True
     stem = f"{name}-{datetime.now():%Y-%m-%d-%H%M}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     folder = next(output / free for free in names if not (output / free).exists())
@@ -133,14 +135,13 @@ def find_or_make(
 
 def unfinished(output: Path, fingerprint: str) -> list[Path]:
     """Folders of unfinished runs with this fingerprint, the newest last."""
-    found = [path for path in output.glob(f"*/{IDENTITY}") if _fingerprint(path) == fingerprint]
-    found.sort(key=lambda path: path.stat().st_mtime)
-    return [path.parent for path in found if not is_complete(path.parent)]
+    files = [path for path in output.glob(f"*/{IDENTITY}") if _fingerprint(path) == fingerprint]
+    files.sort(key=lambda path: path.stat().st_mtime)
+    return [path.parent for path in files if not is_complete(path.parent)]
 
 
 def is_complete(folder: Path) -> bool:
-    """True when the report was written with the trained model's scores in it, or that of a comparison, unless its
-    time was up."""
+    """True if a report was written after the trained model's scores, or for a comparison that cannot be resumed."""
     if (folder / CARD).exists():
         return not _can_resume(folder)
     scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
@@ -149,86 +150,85 @@ def is_complete(folder: Path) -> bool:
 
 
 def finished_at(folder: Path) -> datetime:
-    """When the trained model of a finished run was scored."""
+    """Time when a run's trained model was scored."""
     return datetime.fromtimestamp(max(path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")))
 
 
 def note_command(folder: Path, began: float) -> None:
-    """Keep what a whole command took until its report. One that failed, or found a plan or more of it made, is none."""
-    made = [path for one in ("plan", "attempts/*", "scores") for path in folder.glob(f"{one}/*.json")]
+    """Record the duration of a command that made the whole run, from plan to report."""
+    files = [path for part in ("plan", "attempts/*", "scores") for path in folder.glob(f"{part}/*.json")]
     is_scored = any(folder.glob("scores/*-seed*.json"))
-    if is_scored and all(path.stat().st_mtime >= began for path in made):
+    if is_scored and all(path.stat().st_mtime >= began for path in files):
         change_environment(folder, seconds=round(time.time() - began, 3))
 
 
 def change_environment(folder: Path, **changes: Any) -> None:
-    """Keep something in the record of where a run was made."""
+    """Change fields of the run's environment record."""
     path = folder / ENVIRONMENT
     Environment.load(path).model_copy(update=changes).save(path)
 
 
 def lost_weights(model_folder: Path) -> Path | None:
-    """A file of weights that a model's folder lacks; None when all are there."""
+    """The first missing file of a model's weights, if any."""
     index = model_folder / "model.safetensors.index.json"
     if index.exists():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return next((model_folder / name for name in sorted(names) if not (model_folder / name).is_file()), None)
     is_adapter = (model_folder / "adapter_config.json").exists()
-    found = model_folder / ("adapter_model.safetensors" if is_adapter else "model.safetensors")
-    return None if found.is_file() else found
+    file = model_folder / ("adapter_model.safetensors" if is_adapter else "model.safetensors")
+    return None if file.is_file() else file
 
 
 def _can_resume(folder: Path) -> bool:
-    """A comparison that ended undecided because its time was up, which more time continues."""
+    """True for a comparison that ran out of time undecided."""
     try:
-        found = comparison_of(folder)
-    except SetupError:  # of another version: its report stays as it is
+        comparison = comparison_of(folder)
+    except SetupError:  # written by another version
         return False
-    return found is not None and found.can_resume
+    return comparison is not None and comparison.can_resume
 
 
 def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
-    """Make the folder this recipe's, or check that it is; True when it was already."""
+    """Make the folder this recipe's, or check that it is; True if it was already."""
     identity = folder / IDENTITY
     if identity.exists():
         if _fingerprint(identity) != fingerprint:
             raise SetupError(
                 f"{folder}: belongs to a run with other settings{_differing(folder, recipe)}; name another folder, or "
-                "leave --run-folder out to start a new run"
+                "omit --run-folder to start a new run"
             )
         return True
     if folder.is_file():
         raise SetupError(f"{folder}: is a file, expected a folder for the run")
     if folder.exists() and any(folder.iterdir()):
-        raise SetupError(f"{folder}: is not empty and not a run folder of fulltune; name another folder")
+        raise SetupError(f"{folder}: is not empty and not a run folder; name another folder")
     with writing(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError:
-            raise SetupError(f"{folder}: cannot be made here; choose another place") from None
+            raise SetupError(f"{folder}: cannot be created here; choose another place") from None
         write_json(identity, {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")})
         write_text(folder / "recipe.yaml", recipe_text)
     return False
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings by their dotted names; a dict without any has none."""
-    found: dict[str, Any] = {}
+    """Settings by dotted name, without empty blocks."""
+    settings: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
-    return found
+        settings |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+    return settings
 
 
 def _differing(folder: Path, recipe: Recipe) -> str:
-    """In which settings a folder's recipe is another one, in brackets; empty: in none of them."""
+    """The settings in which a folder's recipe differs, in brackets."""
     before, now = flat(recipe_of(folder).shaping()), flat(recipe.shaping())
-    found = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
-    return f" ({first_few(found)})" if found else ""
+    names = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
+    return f" ({first_few(names)})" if names else ""
 
 
 def _fingerprint(identity: Path) -> str | None:
-    """Made anew of its recipe: a setting that an earlier version did not have has its default, and the hash of then
-    would be another one. What follows the hash are the marks of the user's own functions."""
+    """The stored recipe's fingerprint by this version, with the marks of the user's functions."""
     try:
         stored = str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
         fingerprint = recipe_of(identity.parent).fingerprint()
@@ -238,7 +238,7 @@ def _fingerprint(identity: Path) -> str | None:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The checked recipe of a run folder; `SetupError` when this is none."""
+    """The checked recipe of a run folder; raises `SetupError` for another folder."""
     identity = folder / IDENTITY
     if not identity.exists():
         raise SetupError(f"{folder}: is not a run folder of fulltune ({IDENTITY} is missing)")
@@ -251,35 +251,35 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def is_comparison(folder: Path) -> bool:
-    """True for the folder of a comparison, finished or not: its recipe names several methods."""
+    """True for the folder of a comparison, finished or not."""
     return (folder / IDENTITY).exists() and bool(recipe_of(folder).methods)
 
 
 def comparison_of(folder: Path) -> Comparison | None:
-    """What a finished comparison found; None: there is none in this folder."""
+    """The record of a finished comparison, if there is one."""
     record = next((folder / name for name in COMPARISONS if (folder / name).exists()), None)
     return None if record is None else Comparison.load(record)
 
 
 def refuse_comparison(folder: Path) -> None:
-    """A comparison's trials, models and sealed test rows are not to be touched by the commands of a single run."""
+    """Raise `SetupError` if a command for single runs gets a comparison's folder."""
     if is_comparison(folder):
         raise SetupError(
-            f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' goes on with "
-            f"it, 'fulltune report {folder}' writes its report again, 'fulltune predict {folder} --method METHOD' uses "
-            "its models"
+            f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' resumes it, "
+            f"'fulltune report {folder}' writes its report again, 'fulltune predict {folder} --method METHOD' uses its "
+            "models"
         )
 
 
 def refuse_with_functions(folder: Path, recipe: Recipe) -> None:
-    """The command line cannot continue a run that was started from Python with functions of the user's own."""
+    """Raise `SetupError` for a run that was started from Python with functions, which the command line lacks."""
     if _fingerprint(folder / IDENTITY) != recipe.fingerprint() and not is_complete(folder):
-        raise SetupError(f"{folder}: was started from Python with functions of its own; continue it from there")
+        raise SetupError(f"{folder}: was started from Python with functions of its own; resume it from there")
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into an error that says what to do; of other files it names the file."""
+    """Turn errors of writing to the folder into errors with advice."""
     try:
         yield
     except Exception as error:
@@ -303,7 +303,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _is_about(error: OSError, folder: Path) -> bool:
-    """The folder, what lies in it or beside it (prepared data), or a folder it would lie in; unknown counts."""
+    """True if the error's file is in the folder, beside it or above it, or unknown."""
     if not isinstance(error.filename, str):
         return True
     file, folder = Path.cwd() / error.filename, Path.cwd() / folder
@@ -312,7 +312,7 @@ def _is_about(error: OSError, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this command; `SetupError` when another one works in it."""
+    """Lock the run folder during the block; raises `SetupError` if another command holds it."""
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -322,14 +322,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def not_left_when_refused(folder: Path, *kept_for: type[FulltuneError]) -> Iterator[None]:
-    """Remove what a run wrote into its folder when it is refused before anything was done, but for some kinds of
-    errors: a recipe that is repaired starts anew."""
+def not_left_when_refused(folder: Path, *except_for: type[FulltuneError]) -> Iterator[None]:
+    """Remove a new run's files if it is refused before any work, unless by an `except_for` error."""
     began = (folder / "data" / "summary.json").exists()
     try:
         yield
     except FulltuneError as error:
-        if not began and not isinstance(error, (InterruptedRun, *kept_for)):
+        if not began and not isinstance(error, (InterruptedRun, *except_for)):
             for own in ("data", "plan"):
                 shutil.rmtree(folder / own, ignore_errors=True)
             for name in (IDENTITY, "recipe.yaml", ENVIRONMENT, ".lock"):
@@ -340,7 +339,7 @@ def not_left_when_refused(folder: Path, *kept_for: type[FulltuneError]) -> Itera
 
 
 def environment(machine: Machine) -> Environment:
-    """Versions, devices and, when the recipe lies in a git checkout, its commit."""
+    """Versions, devices and, in a git checkout, the commit."""
     return Environment(
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         fulltune=metadata.version("fulltune"),
@@ -357,16 +356,16 @@ def environment(machine: Machine) -> Environment:
 
 def _commit() -> str | None:
     try:
-        found = subprocess.run(
+        result = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def hide_progress_bars() -> None:
-    """Our display replaces the libraries' own."""
+    """Hide the libraries' own progress bars."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")

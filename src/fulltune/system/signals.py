@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: Ctrl-C, SIGTERM, and SIGHUP, which comes when its terminal is closed."""
+"""Signals that ask a command to stop: Ctrl-C, SIGTERM, and SIGHUP of a closed terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TERMINALS = [number for number in (1, 2) if os.isatty(number)]
 
 
 def answer(handler: Callable[[int, Any], object], numbers: Sequence[int] = STOPPING) -> dict[int, Any]:
-    """Have these signals call `handler`, but for a SIGHUP that is ignored (`nohup`); gives what each called before."""
+    """Have these signals call `handler`, except an ignored SIGHUP (`nohup`); returns the previous handlers."""
 
     def hung_up(number: int, frame: Any) -> None:
         for terminal in _TERMINALS:
@@ -27,15 +27,15 @@ def answer(handler: Callable[[int, Any], object], numbers: Sequence[int] = STOPP
 
 
 def put_back(handlers: Mapping[int, Any]) -> None:
-    """Have signals call these."""
+    """Restore handlers."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def answered(handler: Callable[[int, Any], object], numbers: Sequence[int] = STOPPING) -> Iterator[dict[int, Any]]:
-    """Have these signals call `handler` inside the block, which is given what each called before; outside of the main
-    thread, where Python allows no handlers, nothing changes."""
+    """Have these signals call `handler` in the block, which gets the previous handlers; does nothing outside the main
+    thread."""
     try:
         before = answer(handler, numbers)
     except ValueError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fulltune.footprint.records import Footprint, Moment, Variant
+from fulltune.footprint.records import Footprint, LiveMemory, Variant
 from fulltune.models.shapes import Shapes
 from fulltune.models.sharding import Units
 from fulltune.plan.workload import Workload
@@ -45,10 +45,10 @@ def moment(
     pair: float = 0,
     logits: float = 0,
     buffers: float = 0,
-) -> Moment:
+) -> LiveMemory:
     """A constant number of bytes of gradients and buffers, of logits and activations for each token, of these also for
     each pair of tokens."""
-    return Moment(
+    return LiveMemory(
         place=place,
         coefficients={
             "gradients": (gradients, 0, 0, 0, 0, 0),
@@ -62,7 +62,7 @@ def moment(
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-def variants(kept: Moment, recomputed: Moment, precisions: Sequence[str] = PRECISIONS) -> tuple[Variant, ...]:
+def variants(kept: LiveMemory, recomputed: LiveMemory, precisions: Sequence[str] = PRECISIONS) -> tuple[Variant, ...]:
     """Both ways to compute in each precision, of one moment each."""
     return tuple(
         Variant(precision=precision, activation_checkpointing=again, first=(one,), later=(one,))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.footprint.records import Footprint, Moment, Variant
+from fulltune.footprint.records import Footprint, LiveMemory, Variant
 from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
 from fulltune.plan.memory import need, state_bytes
@@ -177,7 +177,7 @@ def test_bf16_weights_are_made_beside_the_file() -> None:
 
 
 def test_moment_is_a_sum_of_six_terms() -> None:
-    one = Moment(
+    one = LiveMemory(
         place="x",
         coefficients={"gradients": ZERO, "activations": (1, 2, 3, 4, 5, 6), "logits": ZERO, "buffers": ZERO},
     )

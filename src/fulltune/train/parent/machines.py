@@ -21,12 +21,12 @@ from fulltune.system.hardware import Machine
 from fulltune.system.machines import (
     GO_ON,
     POLL_SECONDS,
-    EndedPart,
-    HeardFrom,
+    AttemptEnd,
+    Heartbeat,
+    MachineAddress,
     Member,
-    Place,
+    Peer,
     SharedAttempt,
-    SignOfLife,
 )
 from fulltune.system.memory import kernel_kills
 from fulltune.system.run_folder import change_environment
@@ -41,23 +41,23 @@ _LOOKING = "looking at this machine and the recipe's files"
 
 
 @contextlib.contextmanager
-def leading(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> Iterator[MachineGroup]:
+def leading(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> Iterator[MachineGroup]:
     """Machine 0's sign of life for the block; how the block ends is the others' end, too."""
     phase(_LOOKING)
     own = machines.member(recipe, place, hardware.here(), uuid.uuid4().hex)
-    others = {rank: HeardFrom(place.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
+    others = {rank: Peer(place.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
 
     def all_know() -> bool:
         return all(heard.answers(own.token) for heard in others.values())
 
-    with machines.telling(place.file_of(recipe, 0), own, all_know) as sign:
+    with machines.heartbeat(place.file_of(recipe, 0), own, all_know) as sign:
         yield MachineGroup(place, sign, others)
 
 
 class MachineGroup:
     """All machines of a job, seen from machine 0."""
 
-    def __init__(self, place: Place, sign: SignOfLife, others: Mapping[int, HeardFrom]) -> None:
+    def __init__(self, place: MachineAddress, sign: Heartbeat, others: Mapping[int, Peer]) -> None:
         self._place, self._sign, self._others = place, sign, others
         self._has_begun = False
 
@@ -71,7 +71,7 @@ class MachineGroup:
     @property
     def members(self) -> list[Member]:
         """All machines, by rank, once they have answered."""
-        return [self._sign.record, *(one.told for one in self._others.values() if one.told is not None)]
+        return [self._sign.record, *(one.member for one in self._others.values() if one.member is not None)]
 
     @property
     def weakest(self) -> Machine:
@@ -113,7 +113,7 @@ class MachineGroup:
         child = spawn.in_new_process(request, log, meeting(place, begun, address))
         path = str((request.folder / "request.json").resolve())
         attempt = SharedAttempt(name=begun, request=path, instances=tuple(one.instance for one in others))
-        self._sign.tell(attempt=attempt)
+        self._sign.write(attempt=attempt)
         each = request.recipe.train.processes_per_machine
         used = tuple(
             MachineUsed(
@@ -130,13 +130,13 @@ class MachineGroup:
         change_environment(Path(request.run_folder), machines=used)
         return _OnAllMachines(child, self._sign, begun, {self._others[one.rank]: one.instance for one in others})
 
-    def _is_here(self, heard: HeardFrom) -> bool:
+    def _is_here(self, heard: Peer) -> bool:
         """It has answered this command."""
-        is_silent = heard.silent_seconds > 4 * machines.BEAT_SECONDS
-        if not heard.answers(self._sign.record.token) or is_silent or heard.told is None:
+        is_silent = heard.silent_seconds > 4 * machines.HEARTBEAT_SECONDS
+        if not heard.answers(self._sign.record.token) or is_silent or heard.member is None:
             return False
-        if heard.told.exit_code is not None:
-            raise ended_as(heard.told)
+        if heard.member.exit_code is not None:
+            raise ended_as(heard.member)
         return True
 
     def _not_here(self, missing: Sequence[int]) -> FulltuneError:
@@ -166,7 +166,7 @@ def ended_as(told: Member) -> FulltuneError:
     return error
 
 
-def _refuse_taken(place: Place) -> None:
+def _refuse_taken(place: MachineAddress) -> None:
     """Refuse a port that torchrun could not listen on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -182,7 +182,7 @@ def _refuse_taken(place: Place) -> None:
 class _OnAllMachines:
     """A started attempt: it ends here soon after it has ended elsewhere, and tells what became of the other parts."""
 
-    def __init__(self, child: Any, sign: SignOfLife, attempt: str, others: Mapping[HeardFrom, str]) -> None:
+    def __init__(self, child: Any, sign: Heartbeat, attempt: str, others: Mapping[Peer, str]) -> None:
         self._child, self._sign, self._attempt = child, sign, attempt
         self._running = dict(others)
         self._over_at = 0.0
@@ -207,7 +207,7 @@ class _OnAllMachines:
                 self._was_ended = True
             return None
         if code and self._sign.record.attempt is not None:
-            self._sign.tell(attempt=None)  # it is to end on all machines
+            self._sign.write(attempt=None)  # it is to end on all machines
         if self._running:
             return None
         return 1 if self._was_ended else code
@@ -218,9 +218,9 @@ class _OnAllMachines:
         return code
 
 
-def _part_of(heard: HeardFrom, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
+def _part_of(heard: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
     """Whether a machine's part of an attempt is over, and what was lost with it."""
-    told = heard.look()
+    told = heard.read()
     assert told is not None  # it has answered
     lost = partial(LostMachine, rank=told.rank, host=told.host)
     if told.instance != instance:
@@ -230,12 +230,12 @@ def _part_of(heard: HeardFrom, attempt: str, instance: str) -> tuple[bool, LostM
     if told.exit_code is not None:
         kind: Any = "interrupted" if told.exit_code == InterruptedRun.exit_code else "machine"
         return True, lost(kind=kind, reason=f"ended with code {told.exit_code}")
-    if heard.silent_seconds > machines.GONE_SECONDS:
+    if heard.silent_seconds > machines.LOST_SECONDS:
         return True, lost(reason=f"gave no sign of life for {format_seconds(round(heard.silent_seconds))}")
     return False, None
 
 
-def meeting(place: Place, attempt: str, address: str) -> Place:
+def meeting(place: MachineAddress, attempt: str, address: str) -> MachineAddress:
     """Where this machine's torchrun finds the others', and they find it: machine 0 listens on its address alone."""
     return replace(place, host=place.host if place.rank else address, attempt=attempt, address=address)
 
@@ -243,12 +243,12 @@ def meeting(place: Place, attempt: str, address: str) -> Place:
 # ---- the other machines ------------------------------------------------------------------------------------------
 
 
-def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
+def follow(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> None:
     """Take part in each attempt that machine 0 starts, until its command ends."""
     phase(_LOOKING)
     own = machines.member(recipe, place, hardware.here())
-    with machines.telling(place.file_of(recipe, place.rank), own) as sign:
-        leader = HeardFrom(place.file_of(recipe, 0))
+    with machines.heartbeat(place.file_of(recipe, place.rank), own) as sign:
+        leader = Peer(place.file_of(recipe, 0))
         phase(f"waiting for machine 0 ({place.rendezvous})")
         while (told := _next(leader, place, sign, phase)).exit_code is None:
             assert told.attempt is not None  # it was waited for
@@ -258,15 +258,15 @@ def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
         phase("machine 0 has finished")
 
 
-def _next(leader: HeardFrom, place: Place, sign: SignOfLife, phase: Callable[[str], None]) -> Member:
+def _next(leader: Peer, place: MachineAddress, sign: Heartbeat, phase: Callable[[str], None]) -> Member:
     """What machine 0 says once there is an attempt that counts on this machine, or its command has ended."""
     until = time.monotonic() + place.wait_seconds
     while True:
-        told, own = leader.look(), sign.record
-        if told is not None and leader.is_alive and leader.silent_seconds < machines.GONE_SECONDS:
+        told, own = leader.read(), sign.record
+        if told is not None and leader.is_alive and leader.silent_seconds < machines.LOST_SECONDS:
             until = time.monotonic() + place.wait_seconds
             if told.token != own.token:
-                sign.tell(token=told.token)
+                sign.write(token=told.token)
                 phase(f"found machine 0 ({told.host}); waiting for an attempt")
             if told.exit_code is not None or own.is_awaited(told.attempt):
                 return told
@@ -275,22 +275,22 @@ def _next(leader: HeardFrom, place: Place, sign: SignOfLife, phase: Callable[[st
         time.sleep(POLL_SECONDS)
 
 
-def _not_heard_of(leader: HeardFrom, place: Place, sign: SignOfLife) -> FulltuneError:
+def _not_heard_of(leader: Peer, place: MachineAddress, sign: Heartbeat) -> FulltuneError:
     waited = format_seconds(round(place.wait_seconds))
-    if sign.record.token and leader.told is not None:
-        return InterruptedRun(f"{leader.told.label} gave no sign of life and did not come back in {waited}; {GO_ON}")
+    if sign.record.token and leader.member is not None:
+        return InterruptedRun(f"{leader.member.label} gave no sign of life and did not come back in {waited}; {GO_ON}")
     return SetupError(
-        f"machine 0 was not heard of for {waited}: it writes {leader.path} every {machines.BEAT_SECONDS:g} s. "
+        f"machine 0 was not heard of for {waited}: it writes {leader.path} every {machines.HEARTBEAT_SECONDS:g} s. "
         "Either the command was not started there (--machine-rank 0, the same --rendezvous and version of "
         "fulltune), or that file is not the same one here: 'output' must lie on storage that all machines share"
     )
 
 
 def _take_part(
-    attempt: SharedAttempt, leader: HeardFrom, place: Place, sign: SignOfLife, phase: Callable[[str], None]
+    attempt: SharedAttempt, leader: Peer, place: MachineAddress, sign: Heartbeat, phase: Callable[[str], None]
 ) -> None:
     """This machine's part of an attempt, which ends soon after the attempt has ended elsewhere."""
-    path, until = Path(attempt.request), time.monotonic() + machines.GONE_SECONDS
+    path, until = Path(attempt.request), time.monotonic() + machines.LOST_SECONDS
     while not path.exists():
         if time.monotonic() > until:
             raise SetupError(
@@ -305,9 +305,9 @@ def _take_part(
     child = spawn.in_new_process(request, log, meeting(place, attempt.name, sign.record.address))
     with forwarding_signals(child) as asked:
         while (code := child.poll()) is None:
-            now = leader.look()
+            now = leader.read()
             is_same = now is not None and now.exit_code is None and now.attempt == attempt
-            is_gone = leader.silent_seconds > machines.GONE_SECONDS
+            is_gone = leader.silent_seconds > machines.LOST_SECONDS
             if not is_same or is_gone or (path.parent / "outcome.json").exists():
                 over_at = over_at or time.monotonic()
             if over_at and time.monotonic() - over_at > GRACE_SECONDS:
@@ -321,7 +321,7 @@ def _take_part(
         part = lost(kind="out_of_memory", reason="the kernel killed a process")
     elif code:
         part = lost(kind="killed" if code < 0 else "failed", reason=f"torchrun ended with code {code}")
-    sign.tell(last_part=EndedPart(attempt=attempt.name, lost=part))
+    sign.write(last_part=AttemptEnd(attempt=attempt.name, lost=part))
     if asked:
         raise InterruptedRun(f"interrupted; {GO_ON}")
     phase("waiting for machine 0")

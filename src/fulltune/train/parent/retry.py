@@ -15,7 +15,7 @@ from fulltune.records.events import Listener, Message, PhaseBegan
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system import sharing
-from fulltune.system.machines import without_the_others
+from fulltune.system.machines import missing_machines
 from fulltune.system.run_folder import lost_weights, save_plan
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
@@ -58,7 +58,7 @@ def train(
         _tidy(folder, plan.trial)
         return done[-1]
     if recipe.train.num_machines > 1 and start is in_new_process:
-        raise RecipeError(without_the_others(recipe))
+        raise RecipeError(missing_machines(recipe))
     (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)  # scores of a lost model
     history, tried = list[Outcome](), list[str]()
     change = NextAttempt(plan, resume=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fulltune.system import hardware, memory
-from fulltune.system.machines import Place
+from fulltune.system.machines import MachineAddress
 from fulltune.train.parent import ranks
 from fulltune.train.request import Request
 
@@ -54,7 +54,7 @@ Starter = Callable[[Request, Path], Child]
 """Starts the worker of a request, whose output goes to the log file."""
 
 
-def in_new_process(request: Request, log: Path, meeting: Place | None = None) -> Child:
+def in_new_process(request: Request, log: Path, meeting: MachineAddress | None = None) -> Child:
     """Start a new process, or under torchrun several; with `meeting` those of this machine."""
     with log.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
@@ -67,7 +67,7 @@ def in_new_process(request: Request, log: Path, meeting: Place | None = None) ->
         )
 
 
-def command(request: Request, file: Path, meeting: Place | None = None) -> list[str]:
+def command(request: Request, file: Path, meeting: MachineAddress | None = None) -> list[str]:
     """Return the command line of the worker, under torchrun for several processes."""
     worker = ["-m", "fulltune.train.worker.main", str(file)]
     processes = request.plan.num_processes
@@ -104,7 +104,7 @@ def environment(request: Request) -> dict[str, str]:
     return variables
 
 
-def of_machine(meeting: Place) -> dict[str, str]:
+def of_machine(meeting: MachineAddress) -> dict[str, str]:
     """Return further variables for several machines; gloo's default interface is often the loopback."""
     variables = dict(_PREFIX)
     if (interface := _interface_of(meeting.address)) is not None:

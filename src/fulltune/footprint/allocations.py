@@ -1,4 +1,4 @@
-"""Run a model on tensors without values and note what is alive after each allocation."""
+"""Run a model on tensors without values and log what is alive after each allocation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fulltune.footprint.records import KINDS
 from fulltune.inference.run import autocast, logits_of
@@ -36,42 +38,39 @@ _INDEXING = (
     _aten._index_put_impl_.default,
 )
 
-# ---- a model as a case to trace: copies with few layers, and batches as its task makes them ----------------------
+# ---- the model to trace: copies with few layers, and batches of its task -----------------------------------------
 
 
 @dataclass(frozen=True)
-class Case:
-    """A model and how it is trained."""
+class TraceCase:
+    """A model to trace, and how it is trained."""
 
-    config: Any
-    """With the task's changes and the wanted dropout; it is not changed."""
+    config: PretrainedConfig
+    """Config with the task's changes and the dropout; tracing does not change it."""
     task: Task
-    """Makes batches and the loss."""
     target: Target
-    prepare: Callable[[Any], Any]
-    """What training does to a model before it starts. Two that do the same have the same `repr`."""
+    prepare: Callable[[PreTrainedModel], object]
+    """Changes the model as training does before it starts; equal functions have the same `repr`."""
     num_parameters: int
-    """Of the whole model with what the method adds, each shared tensor once."""
+    """Parameters of the model and its method, tied ones once."""
     all_trained: bool = True
-    """All of them are; else those that `prepare` leaves with `requires_grad`."""
+    """False if only those with `requires_grad` after `prepare` are trained."""
     precision: str = "fp32"
-    """Type of the computations."""
     checkpointing: tuple[bool, ...] = (False, True)
-    """Whether activations are kept, recomputed, or both ways."""
+    """Values of activation checkpointing to trace."""
     weights_dtype: str = "fp32"
     attn_implementation: str | None = None
     packed: bool = False
-    """Several texts share a row."""
     pixels: tuple[int, int, int] | None = None
-    """Channels, height and width of the images; None for texts."""
+    """Channels, height and width of images."""
 
 
-def build(case: Case, config: Any) -> Any:
-    """The model with random weights, as the trainer has it."""
-    given: dict[str, Any] = {"dtype": torch_dtype(case.weights_dtype)}
+def build(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with random weights, prepared for training."""
+    options: dict[str, Any] = {"dtype": torch_dtype(case.weights_dtype)}
     if case.attn_implementation:
-        given["attn_implementation"] = case.attn_implementation
-    model = getattr(transformers, case.task.FACTS.auto_class).from_config(config, **given)
+        options["attn_implementation"] = case.attn_implementation
+    model: PreTrainedModel = getattr(transformers, case.task.FACTS.auto_class).from_config(config, **options)
     case.prepare(model)
     return model
 
@@ -79,31 +78,31 @@ def build(case: Case, config: Any) -> Any:
 _DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"), ("num_hidden_layers",))
 
 
-def layered(case: Case, config: Any) -> Any:
-    """The part of the config that says how many layers there are."""
+def layered(case: TraceCase, config: PretrainedConfig) -> PretrainedConfig:
+    """The part of the config that names the number of layers."""
     if not has_tokens(case):
         return getattr(config, "vision_config", config)
     return config if config.is_encoder_decoder else config.get_text_config()
 
 
-def depths_of(case: Case) -> dict[str, int]:
-    """Attribute of the config to its number of layers; empty where it names none."""
+def depths_of(case: TraceCase) -> dict[str, int]:
+    """Numbers of layers by attribute of the config; empty if it names none."""
     config = layered(case, case.config)
-    known = _DEPTHS[:-1] if config.is_encoder_decoder else _DEPTHS[-1:]
-    names = next((one for one in known if all(isinstance(getattr(config, name, None), int) for name in one)), ())
+    usual = _DEPTHS[:-1] if config.is_encoder_decoder else _DEPTHS[-1:]
+    names = next((some for some in usual if all(isinstance(getattr(config, name, None), int) for name in some)), ())
     return {name: getattr(config, name) for name in names}
 
 
-def layer_kinds(case: Case) -> tuple[str, ...]:
-    """What each layer is, in a model of several kinds of layers; empty in a plain one."""
+def layer_kinds(case: TraceCase) -> tuple[str, ...]:
+    """The kind of each layer, if there are several kinds."""
     config = layered(case, case.config)
     kinds = tuple(getattr(config, "layer_types", None) or ())
-    known = not config.is_encoder_decoder and len(kinds) == getattr(config, "num_hidden_layers", None)
-    return kinds if known and len(set(kinds)) > 1 else ()
+    is_complete = not config.is_encoder_decoder and len(kinds) == getattr(config, "num_hidden_layers", None)
+    return kinds if is_complete and len(set(kinds)) > 1 else ()
 
 
-def cut(case: Case, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> Any:
-    """A copy of the config with so many layers, of these kinds if any are given."""
+def with_depths(case: TraceCase, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> PretrainedConfig:
+    """A copy of the config with other numbers of layers, and other kinds of them."""
     config = copy.deepcopy(case.config)
     config.use_cache = False
     part = layered(case, config)
@@ -117,8 +116,8 @@ def cut(case: Case, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> Any
     return config
 
 
-def batch_of(case: Case, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """A real batch of full rows, collated by the task."""
+def batch_of(case: TraceCase, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch of full rows, collated by the task."""
     row = dict(case.task.full_row(case.target, length))
     if case.packed:
         row["position_ids"] = np.arange(length)
@@ -127,13 +126,13 @@ def batch_of(case: Case, rows: int, length: int) -> dict[str, torch.Tensor]:
     return case.task.collate([row] * rows, 0)
 
 
-def has_tokens(case: Case) -> bool:
-    """Whether the model reads texts, not images."""
+def has_tokens(case: TraceCase) -> bool:
+    """True if the model reads text, not images."""
     return case.task.FACTS.reads == "text"
 
 
-def of_tensors(case: Case, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """What a footprint says of the trained tensors, from their shapes."""
+def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """The fields of a footprint that follow from the shapes of trained tensors."""
     return {
         "weights_dtype": case.weights_dtype,
         "largest_tensor": max(map(math.prod, shapes)),
@@ -142,40 +141,40 @@ def of_tensors(case: Case, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-# ---- what happens while it runs ----------------------------------------------------------------------------------
+# ---- allocations while it runs -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What was traced of a model at several points: arrays [points, moments, kinds] and [points]."""
+class ModelTrace:
+    """Traces of a model at several points: arrays [points, moments, kinds] and [points]."""
 
     keys: tuple[tuple[str, int], ...]
-    """Of each moment the place, and the number of the allocation there."""
+    """Place of each moment, and its allocation's number there."""
     alive: np.ndarray
-    """Bytes after it."""
+    """Bytes after the allocation."""
     flops: np.ndarray
     shapes: tuple[tuple[int, ...], ...]
-    """Of the model's parameters."""
+    """Shapes of all parameters."""
     trained: tuple[tuple[int, ...], ...]
-    """Of those that are trained."""
+    """Shapes of the trained parameters."""
 
 
-class Watch(TorchDispatchMode):
-    """Notes storages that come and go, each with the place set then; a last axis of `vocab_size` means logits."""
+class AllocationLog(TorchDispatchMode):
+    """Logs allocated and freed storages with the current `place`; a last axis of `vocab_size` marks logits."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
 
     def __exit__(self, *failure: Any) -> None:
-        self._open = False  # what dies from now on is the model itself
+        self._open = False  # from now on the model itself is freed
         super().__exit__(*failure)
 
     def begin(self, parameters: list[torch.Tensor], num_trainable: int) -> None:
-        """Forget what was seen before; the parameters are there already."""
+        """Start a new log, with the parameters already allocated."""
         self.num_trainable, self.place, self.flops = num_trainable, "", 0.0
-        self._changes: list[tuple[str, int, int]] = []  # where, which block, its bytes: negative where it went
-        self._kinds: dict[int, str] = {}  # of a block; the others are activations
+        self._changes: list[tuple[str, int, int]] = []  # place, block, bytes (negative when freed)
+        self._kinds: dict[int, str] = {}  # by block; the others are activations
         self._blocks: dict[int, tuple[int, Any]] = {}
         self._parameters = {tuple(parameter.shape) for parameter in parameters}
         self._trained = {tuple(parameter.shape) for parameter in parameters if parameter.requires_grad}
@@ -185,17 +184,17 @@ class Watch(TorchDispatchMode):
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
-        """What is alive after each allocation, by kind; of layers between the first and the last nothing is kept."""
-        alive, counts, made = np.zeros(len(KINDS)), Counter[str](), {}
+        """Bytes by kind after each allocation, without those in layers between the first and the last."""
+        alive, counts, after = np.zeros(len(KINDS)), Counter[str](), {}
         for place, block, size in self._changes:
             alive[KINDS.index(self._kinds.get(block, "activations"))] += size
             if size > 0 and not place.endswith(":middle"):
-                made[place, counts[place]] = alive.copy()
+                after[place, counts[place]] = alive.copy()
                 counts[place] += 1
-        return made
+        return after
 
-    def call_gradients(self, parameters: list[torch.Tensor]) -> None:
-        """Name the blocks that the parameters' gradients lie in."""
+    def label_gradients(self, parameters: list[torch.Tensor]) -> None:
+        """Mark the blocks of the parameters' gradients."""
         for parameter in parameters:
             if parameter.grad is not None:
                 self._kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"
@@ -208,12 +207,12 @@ class Watch(TorchDispatchMode):
         self._count += 1
         block, size = self._count, storage.nbytes()
 
-        def gone(_: Any) -> None:
+        def free(_: object) -> None:
             if self._open:
                 del self._blocks[key]
                 self._changes.append((self.place, block, -size))
 
-        self._blocks[key] = (block, weakref.ref(storage, gone))
+        self._blocks[key] = (block, weakref.ref(storage, free))
         self._changes.append((self.place, block, size))
         if func is _aten._to_copy.default and tuple(tensor.shape) in self._parameters:
             self._kinds[block] = "buffers"
@@ -224,7 +223,7 @@ class Watch(TorchDispatchMode):
             self._kinds[block] = "logits"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _DEVICE:  # two of three calls, which make nothing
+        if func is _DEVICE:  # two of three calls, without an allocation
             return args[0].fake_device
         kwargs = kwargs or {}
         if func in _INDEXING:
@@ -232,7 +231,7 @@ class Watch(TorchDispatchMode):
         if func is _aten.nonzero.default:
             out = args[0].new_empty((self.num_trainable, args[0].dim()), dtype=torch.int64)
         elif func is _aten.rand.default and not args[0]:
-            out = torch.tensor(1.0)  # whether to leave out a layer (LayerDrop): the only draw whose value is asked for
+            out = torch.tensor(1.0)  # LayerDrop, the only random draw whose value is read: keep the layer
         else:
             out = func(*args, **kwargs)
         if func is _aten._scaled_dot_product_flash_attention_for_cpu.default:
@@ -246,7 +245,7 @@ class Watch(TorchDispatchMode):
 
 
 def _numbered(indices: Any, count: int) -> Any:
-    """Masks as lists of places, as indexing makes of them."""
+    """The indices with masks turned into positions, as indexing does."""
     return [
         place
         for index in indices
@@ -258,25 +257,25 @@ def _numbered(indices: Any, count: int) -> Any:
     ]
 
 
-def watch_layers(watch: Watch, stacks: list[Any]) -> None:
-    """Have the watch's place follow the layers: `forward 0:first`, `backward 1:last`, `backward 0:below` ..."""
+def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
+    """Have the log's place follow the layers: `forward 0:first`, `backward 1:last`, `backward 0:below` ..."""
 
-    def pass_by(hidden: Any, forward: str, backward: str) -> None:
-        if watch.place.startswith("backward"):
+    def pass_by(hidden: object, forward: str, backward: str) -> None:
+        if log.place.startswith("backward"):
             return  # recomputed
 
-        def back(_: Any) -> None:
-            watch.place = backward
+        def back(_: torch.Tensor) -> None:
+            log.place = backward
 
         if backward and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
             hidden.register_hook(back)
-        watch.place = forward
+        log.place = forward
 
-    def enter(name: str, _: Any, args: Any, kwargs: Any) -> None:
+    def enter(name: str, _: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         below = f"backward {name.replace('first', 'below')}" if name.endswith("first") else ""
         pass_by(args[0] if args else kwargs.get("hidden_states"), f"forward {name}", below)
 
-    def leave(name: str, _: Any, __: Any, out: Any) -> None:
+    def leave(name: str, _: nn.Module, __: object, out: Any) -> None:
         pass_by(out if isinstance(out, torch.Tensor) else out[0], f"forward after {name}", f"backward {name}")
 
     for stack, layers in enumerate(stacks):
@@ -286,83 +285,86 @@ def watch_layers(watch: Watch, stacks: list[Any]) -> None:
             module.register_forward_hook(partial(leave, name))
 
 
-def stacks_of(model: Any, depths: set[int]) -> list[Any]:
-    """The lists of layers, outermost only."""
-    found: list[tuple[str, Any]] = []
+def stacks_of(model: PreTrainedModel, depths: set[int]) -> list[nn.ModuleList]:
+    """The outermost lists of layers."""
+    stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        is_stack = isinstance(module, torch.nn.ModuleList) and len(module) in depths
-        if is_stack and not any(name.startswith(f"{outer}.") for outer, _ in found):
-            found.append((name, module))
-    return [module for _, module in found]
+        is_stack = isinstance(module, nn.ModuleList) and len(module) in depths
+        if is_stack and not any(name.startswith(f"{outer}.") for outer in stacks):
+            stacks[name] = module
+    return list(stacks.values())
 
 
 # ---- a whole step ----------------------------------------------------------------------------------------------
 
 
 def run(
-    case: Case,
+    case: TraceCase,
     depths: Mapping[str, int],
     points: Sequence[tuple[int, int]],
     *,
     recomputed: bool,
     training: bool,
     kinds: Sequence[str] = (),
-) -> Whole:
-    """Micro batches of so many rows and tokens each, forward and in training backward, by a copy with these layers."""
-    config = cut(case, depths, kinds)
+) -> ModelTrace:
+    """Trace micro batches, forward and in training backward, in a copy with `depths` layers."""
+    config = with_depths(case, depths, kinds)
     batches = [batch_of(case, *point) for point in points]
     counts = [case.task.count_items(batch["labels"]) for batch in batches]
     timelines, flops = [], []
-    with torch.device("meta"):  # outside of the mode: numbers that a class computes for itself have values here
+    with torch.device("meta"):  # outside the fake mode, where a class's own constants have values
         model = build(case, config)
     with FakeTensorMode() as mode:
         onto_cpu(model)
         if recomputed:
             model.activation_checkpointing_enable()
         model.train(training)
-        watch = Watch(getattr(config.get_text_config(), "vocab_size", 0) or 0)
-        watch_layers(watch, stacks_of(model, set(depths.values())))
+        log = AllocationLog(getattr(config.get_text_config(), "vocab_size", 0) or 0)
+        track_layers(log, stacks_of(model, set(depths.values())))
         for batch, count in zip(batches, counts, strict=True):
-            unvalued = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
-            watch.begin(list(model.parameters()), count)
-            with watch, torch.set_grad_enabled(training):
-                _micro_batch(case, model, unvalued, watch, training)
+            fake: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+            log.begin(list(model.parameters()), count)
+            with log, torch.set_grad_enabled(training):
+                _micro_batch(case, model, fake, log, training)
             model.zero_grad(set_to_none=True)
-            timelines.append(watch.timeline())
-            flops.append(watch.flops)
+            timelines.append(log.timeline())
+            flops.append(log.flops)
         trained, frozen = (
-            tuple(tuple(one.shape) for one in model.parameters() if one.requires_grad is wanted)
+            tuple(tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad is wanted)
             for wanted in (True, False)
         )
     keys = tuple(timelines[0])
     if any(tuple(timeline) != keys for timeline in timelines):
-        raise ValueError("what it does depends on the number of rows or tokens")
+        raise ValueError("the operations depend on the number of rows or tokens")
     alive = np.array([[timeline[key] for key in keys] for timeline in timelines])
-    return Whole(keys, alive, np.array(flops), trained + frozen, trained)
+    return ModelTrace(keys, alive, np.array(flops), trained + frozen, trained)
 
 
-def onto_cpu(model: Any) -> None:
-    """Have all tensors of a model on `meta` say that they are on the CPU; shared ones stay shared."""
-    made: dict[int, torch.Tensor] = {}
+def onto_cpu(model: nn.Module) -> None:
+    """Move all tensors of a model from `meta` to a fake CPU; tied ones stay tied."""
+    copies: dict[int, torch.Tensor] = {}
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
+        if id(tensor) not in copies:
             like = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            made[id(tensor)] = torch.nn.Parameter(like, tensor.requires_grad) if is_parameter else like
-        return made[id(tensor)]
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(like, tensor.requires_grad) if is_parameter else like
+        return copies[id(tensor)]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers, vars(module)):
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for tensors in holders:
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
                     tensors[name] = moved(tensor)
 
 
-def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, training: bool) -> None:
-    """As `FullTrainer` does it, the loss included."""
+def _micro_batch(
+    case: TraceCase, model: PreTrainedModel, batch: dict[str, torch.Tensor], log: AllocationLog, training: bool
+) -> None:
+    """Run a micro batch with its loss, as `FullTrainer` does."""
     head = _head(case.task, model)
-    watch.place = "forward before layers"
+    log.place = "forward before layers"
     labels = batch.pop("labels")
     inputs = {name: tensor.clone() for name, tensor in batch.items()}
     if case.task.FACTS is seq2seq.FACTS:
@@ -370,15 +372,15 @@ def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, tr
     selecting = contextlib.nullcontext() if head is None else head.only(labels)
     with autocast(model, "fp32" if case.weights_dtype == "bf16" else case.precision), selecting:
         logits = logits_of(model(**inputs)).float()
-    watch.place = "forward loss"
+    log.place = "forward loss"
     loss = case.task.loss(logits, labels, case.target)
     del logits
     if training:
-        watch.place = "backward head"
+        log.place = "backward head"
         loss.backward()
-        watch.call_gradients(list(model.parameters()))
+        log.label_gradients(list(model.parameters()))
 
 
-def _head(task: Task, model: Any) -> SelectiveHead | None:
+def _head(task: Task, model: PreTrainedModel) -> SelectiveHead | None:
     wanted, head = getattr(task, "target_ids", None), model.get_output_embeddings()
     return None if wanted is None or head is None else SelectiveHead(head, wanted, model)
