@@ -38,7 +38,7 @@ class TrainBlock(Block):
     Gradient accumulation follows from it."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Rows per device in one forward and backward pass; must divide the global batch. Lower it to save memory, with the
-    same result. If memory runs out it is halved, even if given."""
+    same result. Default: the fastest that fits into memory. If memory runs out it is halved, even if given."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0 to its peak. Default: chosen by task."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -82,8 +82,8 @@ class TrainBlock(Block):
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the other classes or tokens."""
     class_weights: str | dict[str | int, Any] | tuple[Any, ...] | None = None
-    """Weight of each class in the training loss (classification): `balanced`, a mapping such as `{rare: 5, usual: 1}`,
-    or a list in the order of the labels."""
+    """Weight of each class in the training loss (classification): `balanced` (all classes count equally in total), a
+    mapping such as `{rare: 5, usual: 1}`, or a list in the order of the labels."""
     seed: int = Field(default=42, ge=0)
     """Seed of dropout, of the order of rows and of a randomly initialised head."""
     precision: Precision = "auto"
@@ -91,10 +91,10 @@ class TrainBlock(Block):
     7.0 (Volta, Turing), otherwise fp32; on a CPU bf16 if it is faster. The oldest GPU decides. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass: far less memory, about a third more compute. Default: on if the run
-    would not fit otherwise, or if the larger micro batch makes it faster."""
+    would not fit otherwise, or if the larger micro batch makes it faster. `false` keeps it off."""
     chunked_loss: bool | None = None
     """Compute a language model's logits and loss for a few tokens at a time. Default: on if the model's head allows it,
-    which is checked."""
+    which is checked. `false` keeps it off."""
     torch_compile: bool | None = None
     """Compile the model's repeated blocks (`torch.compile`). Takes a minute or more before step 1, which pays in long
     runs. Default: off; `fulltune plan --measure` tries it. Never run on a GPU."""
@@ -123,8 +123,8 @@ class TrainBlock(Block):
     """Keep the weights of the best checkpoint instead of the last. Classifiers and taggers whose learning rate fell to
     0 keep the last if its accuracy or F1 is within two standard errors of the best (docs/concepts/statistics.md)."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Stop after this many evaluations without improvement. This saves time but usually costs quality, as the learning
-    rate has not fallen to 0."""
+    """Stop after this many evaluations without improvement. Default: off. It saves time but usually costs quality, as
+    the learning rate has not fallen to 0."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
     """Smallest change of the eval metric that counts as improvement."""
     logging_steps: int | None = Field(default=None, ge=1)
