@@ -60,7 +60,7 @@ def test_products_have_the_precisions_type(precision: str, found: torch.dtype) -
 @pytest.mark.parametrize("shared", [True, False])
 def test_copies_of_weights_that_are_shared_out_are_not_kept(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would be whole: neither by the Trainer's autocast nor by that of other passes."""
-    monkeypatch.setattr(sharding, "is_shared", lambda model: shared)
+    monkeypatch.setattr(sharding, "is_sharded", lambda model: shared)
     forget_what_was_found()
     with autocast(weighted(), "bf16"):
         assert torch.is_autocast_cache_enabled() != shared

@@ -175,7 +175,7 @@ def _sharing(cell: Cell, case: TraceCase) -> Callable[[Any], Any]:
     # Outside of the mode: a mesh looks at the values of its ranks.
     mesh = init_device_mesh("cpu", (1, 1, cell.ranks, 1), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
     auto_class = getattr(transformers, case.task.FACTS.auto_class)
-    shared, given = sharding.shared_over(auto_class, case.config, max(2, cell.ranks))
+    shared, given = sharding.sharded_class(auto_class, case.config, max(2, cell.ranks))
     return lambda model: shared.maybe_distribute_model(model, given, TransformersDeviceMesh(mesh, mesh))
 
 

@@ -52,7 +52,7 @@ def test_blocks_of_each_family_are_found_and_shared_out(
         model = auto_class.from_config(config)
 
     assert list(sharding.blocks_of(model)) == expected
-    _, given = sharding.shared_over(auto_class, config, 2)
+    _, given = sharding.sharded_class(auto_class, config, 2)
 
     assert given.fsdp_size == 2
     _, _, plan = model._resolve_parallel_plans(given)
@@ -82,7 +82,7 @@ def test_tensor_with_several_names_is_shared_out_as_one(
     config = getattr(transformers, name)(**size)
     with torch.device("meta"), init.no_tie_weights():  # as `from_pretrained` makes it
         model = auto_class.from_config(config)
-    shared, given = sharding.shared_over(auto_class, config, 2)
+    shared, given = sharding.sharded_class(auto_class, config, 2)
     _, _, plan = model._resolve_parallel_plans(given)
     seen: list[dict[str, str]] = []
 
@@ -128,14 +128,14 @@ def test_running_statistics_are_refused() -> None:
 def test_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "OLDEST", (99, 1))
     with pytest.raises(SetupError, match=r"fsdp2 needs transformers 99\.1 or newer, found 5\."):
-        sharding.shared_over(CLASSES, transformers.BertConfig(**_TWO), 2)
+        sharding.sharded_class(CLASSES, transformers.BertConfig(**_TWO), 2)
 
 
 def test_model_that_is_not_shared_out_is_left_alone() -> None:
     model = torch.nn.Linear(3, 2)
-    sharding.free(model)
+    sharding.reshard(model)
     values = torch.ones(2, 3)
-    assert not sharding.is_shared(model)
+    assert not sharding.is_sharded(model)
     assert sharding.whole(model.weight) is sharding.local(model.weight) is model.weight
     assert sharding.like(values, model.weight) is values
 
@@ -174,16 +174,16 @@ def test_what_deepspeed_shares_out_is_read_block_by_block(monkeypatch: pytest.Mo
     fake: Any = ModuleType("deepspeed")
     fake.zero = SimpleNamespace(GatheredParameters=_Gathered)
     monkeypatch.setitem(sys.modules, "deepspeed", fake)
-    assert not sharding.runs_together(model)
+    assert not sharding.needs_all_ranks(model)
     for parameter in everything:
         parameter.ds_id = id(parameter)
-    assert sharding.runs_together(model)
+    assert sharding.needs_all_ranks(model)
 
     def seen_whole(module: Any, _: Any) -> None:
         missing = [name for name, one in module.named_parameters(recurse=False) if id(one) not in _Gathered.whole]
         assert not missing, (type(module), missing)
 
-    with torch.no_grad(), sharding.read_by_block(model):
+    with torch.no_grad(), sharding.gathered_by_block(model):
         hooks = [module.register_forward_pre_hook(seen_whole) for module in model.modules()]
         model(input_ids=torch.tensor([[1, 2, 3]]))
         assert _Gathered.most == len(everything) - sum(own) + max(own)

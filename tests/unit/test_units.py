@@ -35,7 +35,7 @@ def test_old_classes_are_shared_out_by_their_blocks() -> None:
     assert units.freed == numel(layers)
     assert units.root == numel(model) - numel(layers)
     assert (units.kept, units.apart) == (0, 0)
-    _, given = sharding.shared_over(transformers.AutoModelForSequenceClassification, model.config, 2)
+    _, given = sharding.sharded_class(transformers.AutoModelForSequenceClassification, model.config, 2)
     assert "bert.encoder.layer.*" in given.fsdp_plan
 
 

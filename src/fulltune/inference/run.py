@@ -160,7 +160,7 @@ def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractConte
     if precision == "fp32":
         return contextlib.nullcontext()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(model.device.type, dtype=dtype, cache_enabled=not sharding.runs_together(model))
+    return torch.autocast(model.device.type, dtype=dtype, cache_enabled=not sharding.needs_all_ranks(model))
 
 
 @contextlib.contextmanager
@@ -315,7 +315,7 @@ class GenericText:
             inner.get_encoder() if inner.config.is_encoder_decoder else getattr(inner, inner.base_model_prefix, inner)
         )
         inputs = {"input_ids": ids, "attention_mask": attention_mask}
-        outputs = _through_model(model, inner, body, inputs) if sharding.runs_together(model) else body(**inputs)
+        outputs = _through_model(model, inner, body, inputs) if sharding.needs_all_ranks(model) else body(**inputs)
         hidden = outputs.last_hidden_state.float()
         hidden = hidden[:, hidden.shape[1] - ids.shape[1] :]  # without virtual tokens in front
         return (hidden * attention_mask.unsqueeze(-1)).sum(dim=1) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulltune.errors import RecipeError
-from fulltune.models.sharding import changed_for_all, whole
+from fulltune.models.sharding import gathered_to_modify, whole
 from fulltune.recipe.methods import PROMPT_MODULE, AdapterMethod, LoraMethod, PeftMethod, PromptMethod
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system.memory import is_out_of_memory
@@ -261,7 +261,7 @@ def _embeddings(module: Any) -> Any:
 
 def _first(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
     """Vectors of tokens drawn from the vocabulary, or random numbers of their spread: float32 [tokens, size]."""
-    with changed_for_all([embeddings.weight]):
+    with gathered_to_modify([embeddings.weight]):
         weight, size = whole(embeddings.weight.detach()), method.num_virtual_tokens
         if method.init == "vocabulary":
             return weight[torch.randint(0, len(weight), (size,), device=weight.device)].float()

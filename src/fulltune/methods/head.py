@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
-from fulltune.models.sharding import changed_for_all
+from fulltune.models.sharding import gathered_to_modify
 from fulltune.recipe.methods import PROMPT_MODULE
 from fulltune.recipe.tasks import FACTS, TaskName
 
@@ -71,7 +71,7 @@ def rescale(layer: nn.Linear, shift: float, factor: float) -> None:
     import torch
 
     parameters = dict(layer.named_parameters())
-    with torch.no_grad(), changed_for_all(list(parameters.values())):
+    with torch.no_grad(), gathered_to_modify(list(parameters.values())):
         for name, values in rescaled(parameters, shift, factor).items():
             parameters[name].copy_(values)
 

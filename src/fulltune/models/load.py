@@ -83,7 +83,7 @@ def load(
         # Else the model's code would be imported, and take memory, while the weights are read.
         importlib.import_module(module.replace(".configuration_", ".modeling_"))
     if shared_by > 1:
-        shared, keywords["distributed_config"] = sharding.shared_over(base.model_class, config, shared_by)
+        shared, keywords["distributed_config"] = sharding.sharded_class(base.model_class, config, shared_by)
         loader = shared.from_pretrained
     before_weights()
     with _quiet():
@@ -207,7 +207,7 @@ def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has
             "which label; take a checkpoint without a head"
         )
     parameters = {name: model.get_parameter(name) for name in rows}
-    with torch.no_grad(), sharding.changed_for_all(list(parameters.values())):
+    with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
         if head.order is None:
             _draw(model, parameters)
         else:
@@ -260,9 +260,9 @@ def draw(model: PreTrainedModel, head: Head) -> None:
     """Draw what the checkpoint lacks."""
     import torch
 
-    sharding.free(model)
+    sharding.reshard(model)
     parameters = {name: model.get_parameter(name) for name in head.drawn}
-    with torch.no_grad(), sharding.changed_for_all(list(parameters.values())):
+    with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
         _draw(model, parameters)
 
 

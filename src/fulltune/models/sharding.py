@@ -1,4 +1,4 @@
-"""Weights that the processes of a training shard with PyTorch's FSDP2, by transformers' `DistributedConfig`."""
+"""Sharding of weights over processes with PyTorch's FSDP2, through transformers' `DistributedConfig`."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from fulltune.records.base import Record
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _FREED = "free_full_weight"
-"""transformers' word: whole during the block's own pass alone."""
+"""transformers' name of the style that gathers a block only during its own pass."""
 OLDEST = (5, 24)
-"""Version of transformers whose own FSDP2 does all that a run needs."""
+"""Oldest version of transformers whose FSDP2 support is complete enough."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
-"""Of a layer, in the path of a module."""
+"""Layer number in the path of a module."""
 
 
 class Units(Record):
-    """Parameters that FSDP2 puts together at a time; one with several names lies in the root, once."""
+    """Numbers of parameters in the units that FSDP2 gathers one at a time. Tied parameters count once, in the root."""
 
     root: int
-    """Outside of all units: whole from the forward to the end of the backward pass."""
+    """Parameters outside of all units, gathered from the forward pass to the end of the backward pass."""
     kept: int
-    """Of units that stay whole from their forward to their own backward pass: a language model's head."""
+    """Parameters of units gathered from their forward to their backward pass, such as a language model's head."""
     freed: int
-    """Of all units that are whole in their own passes alone."""
+    """Parameters of all units that are gathered only during their own passes."""
     block: int
-    """Of the largest repeated block, which is freed."""
+    """Parameters of the largest repeated block."""
     apart: int
-    """Of the largest other unit that is freed: the embeddings of newer classes; 0: there is none."""
+    """Parameters of the largest other freed unit, such as the embeddings of newer classes; 0 without one."""
 
     @property
     def gathered(self) -> int:
-        """Put together in a forward and a backward pass."""
+        """Parameters gathered in a forward and a backward pass."""
         return self.root + self.kept + 2 * self.freed
 
     @property
     def reduced(self) -> int:
-        """Of which gradients are sent."""
+        """Parameters whose gradients are reduced."""
         return self.root + self.kept + self.freed
 
 
-def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -> tuple[Any, Any]:
-    """The class to load from, and how it is to be shared out over so many processes: transformers'
-    `DistributedConfig`."""
+def sharded_class(auto_class: Any, config: PretrainedConfig, num_processes: int) -> tuple[Any, Any]:
+    """Return the class to load a sharded model with, and its `DistributedConfig`."""
     import torch
     import transformers
     from transformers.distributed.configuration_utils import DistributedConfig
@@ -62,33 +62,32 @@ def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -
         )
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = auto_class.from_config(copy.deepcopy(config))
-    # transformers 5.24 gives every model a plan of `embed_tokens`, `layers.*` and `norm`, whether it has modules of
-    # these names or not: without its blocks BERT, GPT-2 or T5 would be put together as a whole in each pass.
+    # transformers 5.24 gives every model a plan of `embed_tokens`, `layers.*` and `norm`, even without such modules:
+    # BERT, GPT-2 or T5 would be gathered as a whole in each pass.
     own = model.fsdp_plan or {}
     lacking = {rule: style for rule, style in blocks_of(model).items() if rule not in own}
     return tied_first(type(model)), DistributedConfig(fsdp_size=num_processes, fsdp_plan=lacking or None)
 
 
 def tied_first(model_class: Any) -> Any:
-    """A class of the same name whose models are shared out with a tensor that has several names as one.
+    """Make a subclass that ties weights before sharding.
 
-    transformers 5.24 ties names after it has shared the model out: FSDP2 then takes the tensor for several and, where
-    the processes' parts are not equally large (GPT-2's 50,257 tokens over two), puts some together from a copy that is
-    never trained. Delete this when it ties them first.
+    transformers 5.24 ties them afterwards: FSDP2 then sees several tensors and, if shards differ in size (50,257 tokens
+    of GPT-2 on two ranks), gathers some from a copy that is never trained. Delete this when transformers ties first.
     """
 
     def maybe_distribute_model(cls: Any, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
         if mesh_manager is not None:
             model.tie_weights()
-            model.fsdp_plan = without_shared(model, model.fsdp_plan)
+            model.fsdp_plan = without_tied(model, model.fsdp_plan)
         return model_class.maybe_distribute_model(model, distributed_config, mesh_manager)
 
     of_class = {"maybe_distribute_model": classmethod(maybe_distribute_model), "__module__": model_class.__module__}
     return type(model_class.__name__, (model_class,), of_class)
 
 
-def without_shared(model: Any, plan: Mapping[str, str]) -> dict[str, str]:
-    """A plan without the modules that share a tensor with another one: it is gathered with the rest, once."""
+def without_tied(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    """Remove modules with tied tensors from a plan, so that these are gathered once, with the root."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -100,26 +99,26 @@ def without_shared(model: Any, plan: Mapping[str, str]) -> dict[str, str]:
     return {path: style for path, style in plan.items() if not has_parted(path)}
 
 
-def blocks_of(model: Any) -> dict[str, str]:
-    """A plan of a model's repeated blocks, such as `bert.encoder.layer.*`: the outermost lists of modules."""
+def blocks_of(model: nn.Module) -> dict[str, str]:
+    """Make a plan that shards each repeated block, such as `bert.encoder.layer.*`."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    if any(isinstance(one, _BatchNorm) for one in model.modules()):
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise SetupError(
-            f"train.placement: fsdp2: {type(model).__name__} has running statistics (batch normalization), which are "
-            "not shared out; take ddp"
+            f"train.placement: fsdp2: {type(model).__name__} has running statistics (batch normalization), which "
+            "cannot be sharded; use ddp"
         )
     paths = lists_of_blocks(model)
     if not paths:
         raise SetupError(
             f"train.placement: fsdp2: {type(model).__name__} has no repeated blocks (no torch.nn.ModuleList with "
-            "weights) to share out one by one; take ddp, or zero3"
+            "weights) to shard; use ddp or zero3"
         )
     return {f"{path}.*": _FREED for path in paths}
 
 
-def lists_of_blocks(model: Any) -> list[str]:
-    """Paths of the outermost lists of modules with weights, such as `bert.encoder.layer`."""
+def lists_of_blocks(model: nn.Module) -> list[str]:
+    """Return the paths of the outermost module lists with weights, such as `bert.encoder.layer`."""
     import torch
 
     paths: list[str] = []
@@ -130,20 +129,20 @@ def lists_of_blocks(model: Any) -> list[str]:
     return paths
 
 
-def units_of(model: Any) -> Units:
-    """The units of a model, by transformers' own plan and `blocks_of`."""
+def units_of(model: PreTrainedModel) -> Units:
     blocks = blocks_of(model)
-    rules = without_shared(model, (model.fsdp_plan or {}) | blocks)
-    found = {path: rules.get(_NUMBER.sub(".*", path)) for path, _ in model.named_modules()}
-    styles = {path: style for path, style in found.items() if style is not None}
-    # Inner modules before those around them, those that are freed first: as transformers 5.24 shares them out.
+    rules = without_tied(model, (model.fsdp_plan or {}) | blocks)
+    styles = {
+        path: style for path, _ in model.named_modules() if (style := rules.get(_NUMBER.sub(".*", path))) is not None
+    }
+    # transformers 5.24 shards inner modules before outer ones, and freed ones first.
     order = sorted(styles, key=lambda name: (styles[name] != _FREED, -name.count(".")))
-    seen: set[int] = set()
+    counted: set[int] = set()
     sizes: dict[str, int] = {}
     for name in [*order, ""]:
-        own = {id(one): one.numel() for one in model.get_submodule(name).parameters() if id(one) not in seen}
+        own = {id(one): one.numel() for one in model.get_submodule(name).parameters() if id(one) not in counted}
         sizes[name] = sum(own.values())
-        seen |= own.keys()
+        counted |= own.keys()
     freed = [name for name in order if styles[name] == _FREED]
     repeated = tuple(path.removesuffix("*") for path in blocks)
     return Units(
@@ -155,18 +154,18 @@ def units_of(model: Any) -> Units:
     )
 
 
-def is_shared(model: Any) -> bool:
-    """Whether its weights are shared out."""
+def is_sharded(model: nn.Module) -> bool:
+    """Return True if FSDP2 shards the model's weights."""
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
-def runs_together(model: Any) -> bool:
-    """Whether no process can run it alone: FSDP2 or DeepSpeed's stage 3 has shared out its weights."""
-    return is_shared(model) or any(hasattr(one, "ds_id") for one in model.parameters())
+def needs_all_ranks(model: nn.Module) -> bool:
+    """Return True if FSDP2 or DeepSpeed's stage 3 shards the weights, so that no rank can run the model alone."""
+    return is_sharded(model) or any(hasattr(one, "ds_id") for one in model.parameters())
 
 
-def changed_for_all(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Inside, whole tensors where ZeRO's stage 3 has shared them out; the first process changes them for all."""
+def gathered_to_modify(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Gather tensors that ZeRO's stage 3 shards inside the context; changes of the first rank go to all."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return contextlib.nullcontext()
     import deepspeed
@@ -175,10 +174,12 @@ def changed_for_all(parameters: list[Any]) -> contextlib.AbstractContextManager[
 
 
 @contextlib.contextmanager
-def read_by_block(model: Any) -> Iterator[None]:
-    """Inside, processes can run a model together whose weights DeepSpeed's stage 3 has shared out before its engine
-    exists: each repeated block is put together for its own pass, what lies outside of all blocks until the end."""
-    if is_shared(model) or not runs_together(model):
+def gathered_by_block(model: nn.Module) -> Iterator[None]:
+    """Make a model that DeepSpeed's stage 3 shards usable before its engine exists, inside the context.
+
+    Each repeated block is gathered for its own pass; other weights stay gathered.
+    """
+    if is_sharded(model) or not needs_all_ranks(model):
         yield
         return
     import deepspeed
@@ -190,7 +191,7 @@ def read_by_block(model: Any) -> Iterator[None]:
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(deepspeed.zero.GatheredParameters(list(outside.values())))
-        for block in (one for path in paths for one in model.get_submodule(path)):
+        for block in [block for path in paths for block in model.get_submodule(path).children()]:
             own = deepspeed.zero.GatheredParameters([one for one in block.parameters() if id(one) not in outside])
             before = block.register_forward_pre_hook(lambda *_, own=own: own.__enter__())
             after = block.register_forward_hook(lambda *_, own=own: own.__exit__(None, None, None), always_call=True)
@@ -199,10 +200,9 @@ def read_by_block(model: Any) -> Iterator[None]:
         yield
 
 
-def free(model: Any) -> None:
-    """Have each process hold its own part alone: after a pass without gradients the last modules are still whole, and
-    what is then read or changed is not what is trained."""
-    if not is_shared(model):
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights: after a pass without gradients, the last modules still hold copies of trained shards."""
+    if not is_sharded(model):
         return
     from torch.distributed.fsdp import FSDPModule
 
@@ -212,55 +212,56 @@ def free(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def whole_while_copied(model: Any, modules: Sequence[str]) -> Iterator[None]:
-    """Inside, these modules hold whole parameters: a method copies them, and trains copies that all processes hold. The
-    Trainer averages the gradients of such tensors over the processes."""
+def gathered_while_copied(model: nn.Module, modules: Sequence[str]) -> Iterator[None]:
+    """Gather the parameters of some modules inside the context, in which a method copies them.
+
+    The copies are replicated; the Trainer averages their gradients over the ranks.
+    """
     from torch.nn import Parameter
 
-    free(model)
-    kept = [
+    reshard(model)
+    sharded = [
         (module, name, parameter)
-        for path in (modules if is_shared(model) else ())
+        for path in (modules if is_sharded(model) else ())
         for module in model.get_submodule(path).modules()
         for name, parameter in list(module.named_parameters(recurse=False))
     ]
-    for module, name, parameter in kept:
+    for module, name, parameter in sharded:
         setattr(module, name, Parameter(whole(parameter.detach())))
     try:
         yield
     finally:
-        for module, name, parameter in kept:
+        for module, name, parameter in sharded:
             setattr(module, name, parameter.requires_grad_(False))  # the copies are trained
 
 
 def whole(values: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, in its shape; of one that is shared out all processes have to ask."""
+    """Gather a tensor; all ranks must call this if it is sharded."""
     return values.full_tensor() if hasattr(values, "full_tensor") else values
 
 
 def local(values: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
     return values.to_local() if hasattr(values, "to_local") else values
 
 
-def part(held: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor that is placed as the parameter is."""
+def part(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Make a sharded tensor like the parameter from this rank's shard."""
     if not hasattr(parameter, "placements"):
-        return held
+        return shard
     from torch.distributed.tensor import DTensor
 
     placed: Any = parameter
     return DTensor.from_local(
-        held, placed.device_mesh, placed.placements, run_check=False, shape=placed.shape, stride=placed.stride()
+        shard, placed.device_mesh, placed.placements, run_check=False, shape=placed.shape, stride=placed.stride()
     )
 
 
 def like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Whole values as the parameter is placed: the same tensor, or this process's part of it."""
+    """Shard a whole tensor like the parameter, if that is sharded."""
     if not hasattr(parameter, "placements"):
         return values
     from torch.distributed.tensor import distribute_tensor
 
     placed: Any = parameter
-    # All processes have the values: nothing is sent.
+    # All ranks have the values, so nothing is sent.
     return distribute_tensor(values.to(placed.device), placed.device_mesh, placed.placements, src_data_rank=None)

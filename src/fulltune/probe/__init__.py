@@ -19,7 +19,7 @@ import numpy as np
 
 from fulltune.files import replacing
 from fulltune.methods.head import names_of
-from fulltune.models.sharding import changed_for_all, free, like, runs_together
+from fulltune.models.sharding import gathered_to_modify, like, needs_all_ranks, reshard
 from fulltune.probe.features import EncodedRows, FeatureExtractor, Features, sample_rows, separators
 from fulltune.probe.layers import HeadLayers, dense_replacements, head_layers, recognise_activation, to_numpy
 from fulltune.probe.linear import (
@@ -135,9 +135,9 @@ def put_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False
     values = load_file(folder / FOLDER / HEAD)
     if for_training:
         values |= load_file(folder / FOLDER / START)
-    free(model)
+    reshard(model)
     parameters = {name: model.get_parameter(name) for name in values}
-    with torch.no_grad(), changed_for_all(list(parameters.values())):
+    with torch.no_grad(), gathered_to_modify(list(parameters.values())):
         for name, parameter in parameters.items():
             parameter.copy_(like(values[name], parameter))
 
@@ -222,7 +222,7 @@ def _no_probe_without_memory(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if runs_together(model) or not is_out_of_memory(error):
+        if needs_all_ranks(model) or not is_out_of_memory(error):
             raise
         raise NoProbe("memory ran out while it was fitted") from error
 

@@ -19,7 +19,7 @@ from fulltune.inference.run import (
     reported_batches,
 )
 from fulltune.models import evaluating
-from fulltune.models.sharding import runs_together
+from fulltune.models.sharding import needs_all_ranks
 from fulltune.probe.layers import HeadLayers, HiddenStates, read_hidden
 from fulltune.probe.linear import Items, NoProbe
 from fulltune.recipe.tasks import ProblemType, TaskName
@@ -91,7 +91,7 @@ class FeatureExtractor:
     def within_memory(self, run: Callable[[int], T]) -> T:
         """Call `run` with a batch size, and with smaller ones if memory runs out, unless processes share the
         weights."""
-        if runs_together(self.model):
+        if needs_all_ranks(self.model):
             return run(self.batch_size)
         return with_smaller_batches("linear probe", self.batch_size, run)
 

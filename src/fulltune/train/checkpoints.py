@@ -120,7 +120,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = 
         load_trained(model, load_file(checkpoint / WEIGHTS), checkpoint)
         return
     source = load_model(model, checkpoint, model.dtype)
-    sharding.free(model)
+    sharding.reshard(model)
     model.load_state_dict(source.state_dict())
 
 
@@ -130,7 +130,7 @@ def load_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> 
 
     model_class: Any = type(model)
     keywords = {"config": model.config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    if sharding.is_shared(model):
+    if sharding.is_sharded(model):
         keywords["distributed_config"] = model.config.distributed_config
     with torch.random.fork_rng(devices=[]):
         other, info = model_class.from_pretrained(checkpoint, **keywords)

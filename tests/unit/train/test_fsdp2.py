@@ -45,7 +45,7 @@ def share_out(model: Any) -> Any:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model._is_distributed_loading_by_transformers = True
-    assert sharding.is_shared(model)
+    assert sharding.is_sharded(model)
     return model
 
 

@@ -43,7 +43,7 @@ class WeightInterpolation:
     """Sets a model's trained weights anywhere between those before step 1 and those after training."""
 
     def __init__(self, model: PreTrainedModel, before: Path, after: Path) -> None:
-        sharding.free(model)
+        sharding.reshard(model)
         self.model, self.trained, self.before, self.after = model, methods.trained(model), before, after
         tensors = {name: sharding.local(parameter.detach()).cpu() for name, parameter in self.trained.items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, after)
@@ -54,7 +54,7 @@ class WeightInterpolation:
 
     def put(self, share: float) -> None:
         """Set the weights at this share. Of LoRA's matrices only B is scaled, and with it their product."""
-        sharding.free(self.model)
+        sharding.reshard(self.model)
         with safe_open(self.before, "pt") as before, safe_open(self.after, "pt") as after, torch.no_grad():
             for name, parameter in self.trained.items():
                 begin, end = before.get_tensor(name), after.get_tensor(name)

@@ -123,7 +123,7 @@ class FullTrainer(Guarded, Trainer):
     @property
     def is_shared(self) -> bool:
         """True if FSDP2 shards the model."""
-        return sharding.is_shared(self.model)
+        return sharding.is_sharded(self.model)
 
     @property
     def forward_model(self) -> nn.Module:
@@ -327,7 +327,7 @@ class FullTrainer(Guarded, Trainer):
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
         """Yield the run's optimizer with rate and decay 0, so that a step changes no weight; not for DeepSpeed."""
-        sharding.free(self.model)
+        sharding.reshard(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self.create_optimizer()
         self.optimizer = present

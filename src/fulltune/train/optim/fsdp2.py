@@ -126,7 +126,7 @@ def whole_state(
     model: PreTrainedModel, whole: Callable[[Any], torch.Tensor] = sharding.whole
 ) -> dict[str, torch.Tensor]:
     """Gather a sharded model's tensors on the host of rank 0, tied ones once; other ranks return nothing."""
-    sharding.free(model)
+    sharding.reshard(model)
     state: dict[str, torch.Tensor] = {}
     first_name: dict[int, str] = {}
     for name, values in model.state_dict(keep_vars=True).items():
@@ -142,7 +142,7 @@ def whole_state(
 
 def _weights(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
     """Return parameters (tied ones once) and saved buffers by their names in the files."""
-    sharding.free(model)
+    sharding.reshard(model)
     tensors: dict[str, torch.Tensor] = dict(methods.trained(model) if trained_only else model.named_parameters())
     if not trained_only:
         saved = model.state_dict().keys()
@@ -155,7 +155,7 @@ def _weights(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tens
 
 def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return a sharded model's optimizer state by name and kind, each tensor sharded as its parameter."""
-    sharding.free(model)
+    sharding.reshard(model)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         state: dict[str, torch.Tensor] = optimizer.state.get(parameter, {})
@@ -170,7 +170,7 @@ def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 
 def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Load a checkpoint's state, sharded or not, into a new optimizer; the schedule sets the learning rates."""
-    sharding.free(model)
+    sharding.reshard(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     if is_in(checkpoint):
@@ -178,7 +178,7 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, che
     else:
         saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)["state"]
         state = {ordered[index]: values for index, values in saved.items()}
-    if sharding.is_shared(model):
+    if sharding.is_sharded(model):
         parameters = dict(model.named_parameters())
         state = {name: _placed(values, parameters[name]) for name, values in state.items()}
         if isinstance(optimizer, AdamW):

@@ -82,7 +82,7 @@ def _restored(trainer: FullTrainer, plan: Plan) -> Iterator[tuple[nn.Module, tor
         model.activation_checkpointing_enable()
     with same_buffers(model), same_randomness(on_gpu=plan.device == "cuda"):
         # As in the Trainer, sharded weights are not wrapped again.
-        is_whole = not sharding.is_shared(model)
+        is_whole = not sharding.is_sharded(model)
         prepared = accelerator.prepare_model(model, device_placement=is_whole, evaluation_mode=not is_whole)
         try:
             with trainer.rehearsal() as optimizer:

@@ -65,7 +65,7 @@ def load_pretrained(
 def apply_method(model: PreTrainedModel, recipe: Recipe) -> methods.Applied:
     """Add and freeze parameters as the recipe's method requires."""
     copied = names_of(model, recipe.task, recipe.method.label) if recipe.method.kind in ("lora", "peft") else ()
-    with sharding.whole_while_copied(model, copied):
+    with sharding.gathered_while_copied(model, copied):
         applied = methods.apply(model, recipe.method, recipe.task)
     zero.unify_dtype(model)
     return applied
@@ -116,7 +116,7 @@ class ScaledHead:
         """Rescale the layer, so that the trained model predicts in the user's units."""
         parameters = dict(self.layer.named_parameters())
         if not any(map(zero.is_in_engine, parameters.values())):
-            sharding.free(model)
+            sharding.reshard(model)
             rescale(self.layer, self.shift, self.factor)
             return
         tensors = {name: zero.whole(parameter) for name, parameter in parameters.items()}
@@ -146,7 +146,7 @@ def scale_head(
     mean, spread = scale
     # Without a bias the numbers can only be divided.
     shift, factor = (mean, spread) if layer.bias is not None else (0.0, math.hypot(mean, spread))
-    sharding.free(model)
+    sharding.reshard(model)
     if gives_numbers:
         rescale(layer, -shift / factor, 1 / factor)
     minus = f"(number - {shift:.6g})" if shift else "number"
@@ -209,11 +209,11 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
     begin = partial(inputs.usage.measure, plan.device, task.FACTS.writes)
     shared_by = plan.num_processes if plan.placement == "fsdp2" else 1
     model, tokenizer, head = load_pretrained(recipe, task, target, begin, shared_by)
-    if sharding.is_shared(model):  # each rank has drawn its shard; from here on all have the same random state
+    if sharding.is_sharded(model):  # each rank has drawn its shard; from here on all have the same random state
         transformers.set_seed(plan.seed)
         if head is not None and head.order is None:
             draw(model, head)
-    in_zero = sharding.runs_together(model) and not sharding.is_shared(model)
+    in_zero = sharding.needs_all_ranks(model) and not sharding.is_sharded(model)
     base_digest = None if in_zero else checkpoints.weights_digest(model)
     head_start, objective = None, Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and not inputs.request.probe and head is not None and head.order is None:
@@ -221,7 +221,7 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
     applied = apply_method(model, recipe)
     model = applied.model
     make_faster(model, recipe, plan, summary)
-    if not inputs.in_engine and not sharding.runs_together(model):
+    if not inputs.in_engine and not sharding.needs_all_ranks(model):
         model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped method
     rows = rows_with_mixed(inputs.data, summary, tokenizer)
     scaled, scale_note = None, None
@@ -333,11 +333,11 @@ def start_from_probe(
 ) -> Probe:
     """Start a new head from the run folder's linear probe, which is fitted if missing; at random if that fails."""
     model, recipe, plan, target = objective.model, objective.recipe, objective.plan, objective.target
-    together, reading = sharding.runs_together(model), contextlib.ExitStack()
+    together, reading = sharding.needs_all_ranks(model), contextlib.ExitStack()
 
     def extractor() -> probe.FeatureExtractor:
         draw_again(model, head, probe.SEED)
-        reading.enter_context(sharding.read_by_block(model))
+        reading.enter_context(sharding.gathered_by_block(model))
         return probe.FeatureExtractor(
             model if together else model.to(device),  # type: ignore[arg-type]  # a wrapped method
             recipe.task,

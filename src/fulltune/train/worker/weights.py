@@ -53,19 +53,19 @@ class InitialWeights:
     """The trainable weights before step 1, on disk; if sharded, each rank writes and compares its shard."""
 
     def __init__(self, model: PreTrainedModel, path: Path, is_sharded: bool = False) -> None:
-        sharding.free(model)
+        sharding.reshard(model)
         self.path, self._is_sharded = path, is_sharded
         tensors = {}
         for number, (name, parameter) in enumerate(methods.trained(model).items()):
             values = on_cpu(parameter)
-            if self._counts(number, parameter) or sharding.is_shared(model):
+            if self._counts(number, parameter) or sharding.is_sharded(model):
                 tensors[name] = values.contiguous()
         save_file(tensors, path)
 
     def moved(self, model: PreTrainedModel, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
         """Count over all ranks the values that received a gradient (their second moment is positive, so embeddings of
         unused tokens are not counted) and those that changed."""
-        sharding.free(model)
+        sharding.reshard(model)
         inner = optimizer
         while inner is not None:
             zero.link(inner)
@@ -182,7 +182,7 @@ def save_model(
 
 def _gather_trained(model: PreTrainedModel) -> None:
     """Gather the few trained parameters on each rank; the model cannot be trained afterwards."""
-    sharding.free(model)
+    sharding.reshard(model)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if zero.is_in_engine(parameter):
@@ -194,7 +194,7 @@ def _gather_trained(model: PreTrainedModel) -> None:
 def _save_full(model: PreTrainedModel, folder: Path, is_first: bool) -> None:
     """Save like `save_pretrained`; sharded weights file by file, so that no rank holds all of them."""
     in_engine = zero.holds(model)
-    is_shared = in_engine or sharding.is_shared(model)
+    is_shared = in_engine or sharding.is_sharded(model)
     # `save_pretrained` converts tensors that have other names in files.
     at_once = is_shared and getattr(model, "_weight_conversions", None)
     state = fsdp2.whole_state(model, zero.whole if in_engine else sharding.whole) if at_once else {}
