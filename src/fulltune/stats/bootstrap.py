@@ -1,7 +1,7 @@
-"""The bootstrap: metrics on thousands of resamples of clusters of rows with replacement (docs/concepts/statistics.md).
+"""The bootstrap: metrics on thousands of resamples of clusters of rows (docs/concepts/statistics.md).
 
-`resample` computes any function of the rows anew for each resample, `draw` most metrics from sums over clusters. Their
-streams of random numbers differ, so that stored scores can still be compared with new ones.
+`resample` recomputes any metric on each resample; `draw` computes most metrics from sums over clusters. Their random
+streams differ, so that stored scores stay comparable with new ones.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fulltune.tasks.classes import NUMBER_METRICS, predict_labels
 
 SAMPLES = 10_000
 SAMPLES_ANEW = 1_000
-"""For a metric that has to be computed anew for each draw."""
+"""Resamples for a metric that must be recomputed on each."""
 _MOST_PRODUCTS = 2e10
-"""Multiplications that a bootstrap may take; a metric of many counts (F1 of 150 classes) gets fewer draws."""
+"""Maximum multiplications of one bootstrap; a metric with many counts (F1 of 150 classes) gets fewer resamples."""
 _FEWEST = 1_000
 _WEIGHTS_AT_ONCE = 3_000_000
 _SEED = 0
@@ -36,48 +36,48 @@ _BOUNDS = {
     **dict.fromkeys(("mcc", "spearman", "kendall"), (-1.0, 1.0)),
     **dict.fromkeys(("chrf", "bleu"), (0.0, 100.0)),
 }
-"""Of metrics that may leave 0 to 1."""
+"""Bounds of metrics that may leave 0 to 1; None: unbounded on one side."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric, ready to be resampled."""
+    """A metric with all that is needed to resample it."""
 
     name: str
     greater_is_better: bool
     whole: Callable[[Predictions], float]
-    """The metric by the task itself."""
+    """Computes the metric as the task does."""
     counts: RowTerms | None
-    """None: the metric is no function of sums, and has to be computed anew for each resample."""
+    """Terms of each row, for a metric that is a function of sums; None for others."""
     value: FromSums | None
 
-    def alone(self, kept: Predictions) -> dict[str, float]:
-        """It by its name, as the only one of several metrics."""
-        return {self.name: self.whole(kept)}
+    def alone(self, outputs: Predictions) -> dict[str, float]:
+        """Return the metric by its name."""
+        return {self.name: self.whole(outputs)}
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """Least and most; None: without a bound on one side."""
+        """Minimum and maximum of the metric, or None if it is unbounded on one side."""
         return bounds_of(self.name)
 
     @property
     def span(self) -> float | None:
-        """How much the metric can differ at most; None: without bound."""
+        """Largest possible difference of the metric, or None if it is unbounded."""
         return None if self.bounds is None else self.bounds[1] - self.bounds[0]
 
     @property
     def sign(self) -> float:
-        """Turns a difference so that positive is better."""
+        """Return -1 if smaller is better, so that a positive difference is an improvement."""
         return 1.0 if self.greater_is_better else -1.0
 
 
 def bounds_of(metric: str) -> tuple[float, float] | None:
-    """The least and the most that a metric can be; None: without a bound on one side."""
+    """Return a metric's minimum and maximum, or None if it is unbounded on one side."""
     return _BOUNDS.get(metric, (0.0, 1.0))
 
 
 def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
-    """How a metric of a task is resampled; `SetupError` when the task has no such metric."""
+    """Return a task's metric, ready to be resampled; raise `SetupError` if the task does not have it."""
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
@@ -86,19 +86,19 @@ def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
 
 
 def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
-    """The metric by the task; of numbers without the others, since Kendall's takes long."""
+    """Return a function that computes this metric only: of a regression's metrics, Kendall's tau is slow."""
     if target.form.is_number and metric in NUMBER_METRICS:
-        return lambda kept: NUMBER_METRICS[metric](
-            kept["labels"].astype(np.float64), predict_labels(kept["logits"], target).astype(np.float64)
+        return lambda outputs: NUMBER_METRICS[metric](
+            outputs["labels"].astype(np.float64), predict_labels(outputs["logits"], target).astype(np.float64)
         )
-    return lambda kept: task_named(task_name).metrics(kept, target)[metric]
+    return lambda outputs: task_named(task_name).metrics(outputs, target)[metric]
 
 
 # ---- draws ---------------------------------------------------------------------------------------------------
 
 
 def _times(random: np.random.Generator, num_clusters: int, size: int) -> np.ndarray:
-    """How often each cluster was drawn, int64 [size, clusters]."""
+    """Count how often each cluster was drawn, int64 [size, clusters]."""
     chosen = random.integers(0, num_clusters, (size, num_clusters), np.int32)
     offsets = np.arange(size, dtype=np.int64)[:, None] * num_clusters
     counts = np.bincount((chosen + offsets).ravel(), minlength=size * num_clusters)
@@ -106,7 +106,7 @@ def _times(random: np.random.Generator, num_clusters: int, size: int) -> np.ndar
 
 
 def _numbered(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
-    """Clusters numbered from 0, [rows], and how many there are; None: each row is one."""
+    """Number the clusters from 0, [rows], and count them; without clusters, each row is one."""
     of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     return of_row, int(of_row.max(initial=-1)) + 1
 
@@ -116,22 +116,26 @@ def _numbered(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, i
 
 @dataclass(frozen=True)
 class Resampled:
-    """A metric on all rows, and on resamples of them."""
+    """A metric on all rows and on resamples of them."""
 
     value: float
     draws: np.ndarray
-    """float64 [samples]. The same seed and the same clusters draw the same rows, whoever is scored on them."""
+    """The metric on each resample, float64 [samples]. The same seed and clusters give the same resamples for every
+    model."""
     num_rows: int
     num_clusters: int
-    """What was drawn: rows that depend on each other come together."""
+    """Number of clusters; dependent rows are drawn together."""
     num_seen: int = 0
-    """So many rows stand in train as well."""
+    """Number of rows that also occur in train."""
     unseen: Resampled | None = None
-    """The same without those; None: there are none, or hardly any others."""
+    """The metric without rows that occur in train, or None if there are none or hardly any others."""
 
     def estimate(self, confidence: float, bounds: tuple[float, float] | None = None) -> Estimate:
-        """The value with its percentile interval at this level, for example 0.95; where all rows are the same, as far
-        towards the metric's bounds as so many rows leave possible."""
+        """Return the value with its percentile interval at level `confidence`, such as 0.95.
+
+        If all rows score the same, the interval reaches as far towards the metric's bounds as this number of rows
+        allows.
+        """
         tail = (1 - confidence) / 2
         low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))
         if bounds is not None and bounds[0] <= low == high == self.value <= bounds[1]:
@@ -153,31 +157,34 @@ class Resampled:
 
 
 def resample(
-    kept: Predictions,
+    outputs: Predictions,
     metrics: Callable[[Predictions], Mapping[str, float]],
     *,
     samples: int,
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Every metric of arrays whose first axis is the row, on all rows and computed anew on each resample of clusters
-    (default: of rows); the same seed draws the same rows for every model, so that draws can be subtracted."""
-    value, num_rows = dict(metrics(kept)), len(next(iter(kept.values())))
+    """Compute metrics on all rows and on each resample of clusters (default: of rows).
+
+    The same seed draws the same rows for every model, so that resamples of two models can be subtracted.
+    """
+    value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"{num_rows} rows with the clusters of {len(clusters)}")
     of_row, num_clusters = _numbered(clusters, num_rows)
     random, drawn = np.random.default_rng(seed), []
     for _ in range(samples):
         chosen = np.repeat(np.arange(num_rows), _times(random, num_clusters, 1)[0][of_row])
-        drawn.append(metrics({name: array[chosen] for name, array in kept.items()}))
+        drawn.append(metrics({name: array[chosen] for name, array in outputs.items()}))
     return {
-        name: Resampled(value[name], np.array([one[name] for one in drawn], np.float64), num_rows, num_clusters)
+        name: Resampled(value[name], np.array([values[name] for values in drawn], np.float64), num_rows, num_clusters)
         for name in value
     }
 
 
 def gain(measure: Measure, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
-    """How much better a metric that is a function of sums is now, and the standard error of this paired difference."""
+    """Return the improvement of a metric that is a function of sums, and the standard error of this paired
+    difference."""
     assert measure.value is not None
     both = np.stack([before, now], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
@@ -190,12 +197,12 @@ def gain(measure: Measure, before: np.ndarray, now: np.ndarray) -> tuple[float, 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The metric of each method's trials on all rows and on resamples of them."""
+    """The metric of each method's trials, on all rows and on the same resamples."""
 
     point: tuple[np.ndarray, ...]
-    """For each method [seeds]."""
+    """Values on all rows, [seeds] for each method."""
     draws: tuple[np.ndarray, ...]
-    """For each method [draws, seeds]; a draw is the same rows for all trials."""
+    """Values on the resamples, [draws, seeds] for each method."""
     num_clusters: int
     num_rows: int
 
@@ -210,39 +217,41 @@ def draw(
     clusters: np.ndarray | None,
     samples: int = SAMPLES,
 ) -> Drawn:
-    """The metric of each method's trials on the same resamples of clusters (default: of rows), which are the same in
-    every call; of metrics that are costly fewer than `samples`."""
-    trials = [kept for method in methods for kept in method]
-    rows = {len(next(iter(kept.values()))) for kept in trials}
+    """Compute each trial's metric on the same resamples of clusters (default: of rows), identical in every call. Costly
+    metrics get fewer than `samples`."""
+    trials = [outputs for method in methods for outputs in method]
+    rows = {len(next(iter(outputs.values()))) for outputs in trials}
     if len(rows) > 1 or (clusters is not None and rows != {len(clusters)}):
         raise ValueError(f"trials of {sorted(rows)} rows cannot be compared row by row")
     num_rows = rows.pop()
     of_row, num_clusters = _numbered(clusters, num_rows)
     if measure.counts is not None and measure.value is not None:
-        sums = np.stack([_cluster_sums(measure.counts, kept, of_row) for kept in trials], axis=1)
+        sums = np.stack([_cluster_sums(measure.counts, outputs, of_row) for outputs in trials], axis=1)
         point, drawn = measure.value(sums.sum(axis=0)), _by_sums(sums, measure.value, samples)
     else:
         samples = min(samples, SAMPLES_ANEW)
-        anew = [resample(kept, measure.alone, samples=samples, clusters=clusters)[measure.name] for kept in trials]
+        anew = [
+            resample(outputs, measure.alone, samples=samples, clusters=clusters)[measure.name] for outputs in trials
+        ]
         # A metric that a resample leaves undefined counts as 0.
         point, drawn = (
-            np.array([one.value for one in anew]),
-            np.nan_to_num(np.stack([one.draws for one in anew], axis=1)),
+            np.array([model.value for model in anew]),
+            np.nan_to_num(np.stack([model.draws for model in anew], axis=1)),
         )
     ends = np.cumsum([len(method) for method in methods])[:-1]
     return Drawn(tuple(np.split(point, ends)), tuple(np.split(drawn, ends, axis=1)), num_clusters, num_rows)
 
 
-def _cluster_sums(count: RowTerms, kept: Predictions, of_row: np.ndarray) -> np.ndarray:
-    """What the rows of each cluster contribute, float64 [clusters, k]."""
-    counts = count(kept)
+def _cluster_sums(count: RowTerms, outputs: Predictions, of_row: np.ndarray) -> np.ndarray:
+    """Sum the terms of each cluster's rows, float64 [clusters, k]."""
+    counts = count(outputs)
     sums = np.zeros((int(of_row.max()) + 1, counts.shape[1]))
     np.add.at(sums, of_row, counts)
     return sums
 
 
 def _by_sums(sums: np.ndarray, value: FromSums, samples: int) -> np.ndarray:
-    """The metric on resamples, [draws, trials], from sums [clusters, trials, k]."""
+    """Compute the metric on resamples, [draws, trials], from sums [clusters, trials, k]."""
     num_clusters, *of_trials = sums.shape
     samples = min(samples, max(_FEWEST, int(_MOST_PRODUCTS / sums.size)))
     at_once, parts = max(1, _WEIGHTS_AT_ONCE // num_clusters), []

@@ -12,7 +12,7 @@ BINS = 15
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean gap between confidence and accuracy, over 15 bins with the same number of rows each."""
+    """Return the mean gap between confidence and accuracy over 15 bins of equally many rows."""
     probabilities = softmax(logits, axis=-1)
     confidence = probabilities.max(axis=-1)
     right = probabilities.argmax(axis=-1) == labels
@@ -24,8 +24,7 @@ ALL_RIGHT = "every eval row is answered rightly, so that nothing tells how sure 
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """The temperature, 0.05 to 20, that makes the labels most likely; None where every row is right, and the least
-    always wins."""
+    """Return the most likely temperature, 0.05 to 20, or None if every row is right and the lowest would win."""
     if (logits.argmax(axis=-1) == labels).all():
         return None
 
@@ -33,14 +32,14 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
         scaled = log_softmax(logits / np.exp(log_temperature), axis=-1)
         return float(-scaled[np.arange(len(labels)), labels].mean())
 
-    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
-    return float(np.exp(found.x))
+    best = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
+    return float(np.exp(best.x))
 
 
 def calibrate(
     eval_logits: np.ndarray, eval_labels: np.ndarray, test_logits: np.ndarray, test_labels: np.ndarray
 ) -> Calibration:
-    """Fit on the eval rows, where they allow it, and measure on the test rows; logits[rows, classes], labels[rows]."""
+    """Fit the temperature on eval rows and measure calibration on test rows; logits [rows, classes], labels [rows]."""
     fitted = fit_temperature(eval_logits, eval_labels)
     temperature = fitted or 1.0
     return Calibration(

@@ -1,6 +1,6 @@
-"""Judge curves of losses and metrics: does training diverge, get worse, over- or underfit? (docs/concepts/guards.md).
+"""Judge curves of losses and metrics: divergence, over- and underfitting (docs/concepts/guards.md).
 
-All thresholds of these stand here.
+All thresholds for this are defined here.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ class GuardDecision:
     action: Literal["go on", "warn", "stop"]
     reason: str = ""
     readings: int = 0
-    """Of a loss that diverged: so many of the first readings were still good."""
+    """For a diverged loss: the number of first readings that were still good."""
 
 
 GO_ON = GuardDecision("go on")
 BEYOND_CHANCE = 2.0
-"""Standard errors above which a difference is taken to be more than chance."""
+"""Standard errors above which a difference counts as real."""
 
 
 def error_of_share(share: float, count: int) -> float:
-    """The standard error of a share of so many rows, with one success and one failure more (Laplace)."""
+    """Return the standard error of a share of `count` rows, with Laplace's correction."""
     more = (share * count + 1) / (count + 2)
     return math.sqrt(max(0.0, more * (1 - more)) / (count + 2))
 
 
 LOSS_WINDOW = 10
-"""Logged losses that are taken together: single ones jump."""
+"""Logged losses averaged together, because single ones jump."""
 _FELL_WELL = 0.75
-"""The mean of the lowest window over that of the first one, below which the loss had fallen well."""
+"""Ratio of the lowest window's mean to the first one's below which the loss had fallen well."""
 _SURE = 4.0
 """Standard errors of a window's mean."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
 _ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
 _LEAST_AT_END = 4
-"""Logged losses below which the end of a run is not judged."""
+"""Minimum number of logged losses for judging the end of a run."""
 
 
 def diverged(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop a loss that does not come down again by itself, by all logged losses and the dry run's."""
+    """Stop a loss that will not recover, judged by all logged losses and the dry run's."""
     fell = fell_and_rose(losses, learning_rate, untrained)
     return fell if fell.action == "stop" else ran_away(losses, learning_rate, untrained)
 
 
 def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop when the loss had fallen well, more than batches differ by chance, and the median of its last
-    `2 * LOSS_WINDOW` readings is back where it began, and where guessing is."""
+    """Stop if the loss had clearly fallen and the median of its last `2 * LOSS_WINDOW` readings is back at the start
+    and at chance level."""
     first, now = statistics.fmean(losses[:LOSS_WINDOW] or [0.0]), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if len(losses) < 4 * LOSS_WINDOW or first <= 0 or now < max(first, untrained or 0.0):
         return GO_ON
@@ -77,8 +77,8 @@ def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: floa
 
 
 def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop when of the last `2 * LOSS_WINDOW` losses the median is above three times the beginning and at least 1 above
-    it, and not one is below one and a half times the beginning."""
+    """Stop if the median of the last `2 * LOSS_WINDOW` losses exceeds three times the start and the start by 1, and
+    none of them is below 1.5 times the start."""
     begin, last = _beginning(losses, untrained), losses[-2 * LOSS_WINDOW :]
     if len(losses) <= 2 * LOSS_WINDOW or not _is_far(begin, last):
         return GO_ON
@@ -88,8 +88,8 @@ def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | N
 def ended_high(
     losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a finished run by the later half of its losses, at most `2 * LOSS_WINDOW`: stop when they are surely far
-    above the beginning, warn when they are a little."""
+    """Judge a finished run by the later half of its losses, at most `2 * LOSS_WINDOW`: stop if they are far above the
+    start, warn if slightly."""
     if len(losses) < _LEAST_AT_END:
         return GO_ON
     begin, last = _beginning(losses, untrained), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
@@ -109,14 +109,14 @@ def ended_high(
 
 
 MOST_BEHIND = 2
-"""Evaluations in a row."""
+"""Consecutive worse evaluations before a run stops."""
 
 
 def made_worse(
     behind: int, what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Stop a run when `behind` evaluations in a row were worse than the one before step 1 and the train loss has not
-    fallen; over-fitting, whose loss falls, is for early stopping."""
+    """Stop a run after `behind` consecutive evaluations worse than before step 1 if the train loss has not fallen
+    either. Overfitting, where it falls, is left to early stopping."""
     begin, now = _beginning(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if behind < MOST_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
@@ -130,14 +130,14 @@ def made_worse(
 def ended_worse(
     what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a finished run whose kept evaluation is worse than the one before step 1 by more than two standard errors:
-    stop where the train loss has not fallen either, else warn."""
+    """Judge a finished run whose kept evaluation is more than two standard errors worse than before step 1: stop if the
+    train loss has not fallen either, else warn."""
     begin, last = _beginning(losses, untrained), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
-    now, said = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
+    now, worse = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
     if len(losses) < _LEAST_AT_END or now < begin:
-        return GuardDecision("warn", f"{said}. A lower learning rate (here {learning_rate:g}), or fewer epochs")
+        return GuardDecision("warn", f"{worse}. A lower learning rate (here {learning_rate:g}), or fewer epochs")
     fallen = f"the train loss has not fallen ({begin:.3g} at the beginning, {now:.3g} at the end)"
-    return GuardDecision("stop", f"{said}, and {fallen}. {_cause(learning_rate)}")
+    return GuardDecision("stop", f"{worse}, and {fallen}. {_cause(learning_rate)}")
 
 
 def _beginning(losses: Sequence[float], untrained: float | None) -> float:
@@ -157,7 +157,7 @@ def _far(begin: float, last: Sequence[float], learning_rate: float) -> str:
 
 
 def without_cause(reason: str) -> str:
-    """What was seen, without what usually causes it and what to do."""
+    """Return the observation without its usual cause and the advice."""
     return reason.partition(". Usual cause")[0]
 
 
@@ -166,7 +166,7 @@ def _cause(learning_rate: float, share: str = "tenth") -> str:
 
 
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
-    """True when the last `patience` evaluations brought nothing better than the best one before them."""
+    """Return whether the last `patience` evaluations brought no improvement over the best before them."""
     best, since = None, 0
     for value in values:
         gain = 0.0 if best is None else (value - best if greater_is_better else best - value)
@@ -183,34 +183,34 @@ Kind = Literal["over-fitted", "over-confident", "under-fitted", "got worse", "so
 
 LEAST_EVALUATIONS = 3
 ROSE = 1.1
-"""The last eval loss over the least one: smaller rises come and go with the order of the rows."""
+"""Ratio of the last to the lowest eval loss that counts as a rise; smaller ones come and go with the order of rows."""
 HARDLY_FELL = 0.97
-"""The last train loss over an earlier one, from which on hardly anything was learned."""
+"""Ratio of the last to an earlier train loss above which hardly anything was learned."""
 CEILING = 0.995
-"""A share from which on next to nothing is left to gain."""
+"""Share of right answers above which nothing is left to gain."""
 ASSUMED_ROWS = 1000
-"""Of eval rows, where nobody says how many there are."""
+"""Number of eval rows if unknown."""
 CHANGED = 0.02
-"""The same of other metrics, as a share of the best value."""
+"""Relative change of a metric that is no share that counts as a change."""
 NO_GAP = 0.9
-"""Train loss over eval loss above which the train rows are known no better than the eval rows."""
+"""Ratio of train to eval loss above which train rows are fitted no better than eval rows."""
 STILL_BETTER = 0.99
-"""The last eval loss over the one of half the run, below which it was still falling."""
+"""Ratio of the last eval loss to the one at half the run below which it was still falling."""
 _STILL_FALLING = 0.05
-"""Share of the train loss by which the last quarter lies below the one before."""
+"""Relative fall of the train loss from the last quarter but one to the last that counts as falling."""
 _LEARNED = 0.05
-"""Share of the first train loss below which the train rows are known: there is nothing left to fall."""
+"""Share of the first train loss below which the train rows are learned."""
 _FLAT = 0.03
-"""Share of its beginning by which a loss has to fall to have learned something."""
+"""Relative change below which a loss counts as flat."""
 EATEN = 0.5
-"""Share of the values with a gradient that have to change: else rounding loses updates."""
+"""Share of values with a gradient that must change; below it, rounding loses updates."""
 LEAST_FOR_SHAPE = 8
-"""Logged train losses below which nothing is said of the curve's shape."""
+"""Minimum number of logged train losses for judging a curve's shape."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What was measured while training, in order of steps."""
+    """The curves of a training, in order of steps."""
 
     train_loss: tuple[Point, ...] = ()
     eval_loss: tuple[Point, ...] = ()
@@ -218,44 +218,44 @@ class Curves:
     metric_name: str = "accuracy"
     greater_is_better: bool = True
     eval_rows: int = 0
-    """0: not known."""
+    """Number of eval rows; 0 if unknown."""
     epochs_per_step: float = 0.0
     kept_step: int | None = None
-    """Whose weights the model has."""
+    """Step of the kept weights."""
     before: float | None = None
     """The metric before step 1."""
     is_mixed: bool = False
-    """The train loss is also of rows that are mixed in, and so of another level than the eval loss."""
+    """True if the train loss includes mixed-in rows, so that it is not comparable with the eval loss."""
 
     @property
     def on_eval(self) -> str:
-        """`accuracy on the eval rows`."""
+        """Name of the metric with its rows: `accuracy on the eval rows`."""
         return f"{self.metric_name.replace('_', ' ')} on the eval rows"
 
     @property
     def best(self) -> Point:
-        """The first of the best evaluations; NaN at step 0 where none is finite."""
+        """The first of the best evaluations; NaN at step 0 if none is finite."""
         sign = 1 if self.greater_is_better else -1
         finite = [point for point in self.metric if math.isfinite(point[1])]
         return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))
 
     @property
     def losses(self) -> list[float]:
-        """The train losses that are finite."""
+        """Finite train losses."""
         return [value for _, value in self.train_loss if math.isfinite(value)]
 
     @property
     def is_at_ceiling(self) -> bool:
-        """All eval rows, or nearly all, were answered right at the end: more training can do no better on them."""
+        """True if nearly all eval rows were right at the end."""
         return is_share(self.metric_name) and bool(self.metric) and self.metric[-1][1] >= CEILING
 
     @property
     def is_loss(self) -> bool:
-        """The metric says the same as the loss."""
+        """True if the metric is the loss or the perplexity."""
         return self.metric_name in ("loss", "perplexity")
 
     def chance(self, *values: float) -> float:
-        """Differences between values of the metric that chance makes on these eval rows."""
+        """Return how much values of the metric may differ by chance on these eval rows."""
         if not is_share(self.metric_name):
             return (ROSE - 1 if self.is_loss else CHANGED) * abs(values[0])
         rows = self.eval_rows or ASSUMED_ROWS
@@ -269,13 +269,13 @@ class Fit:
     kind: Kind
     evidence: str = ""
     turn: int | None = None
-    """The step after which the eval rows were answered worse."""
+    """Step after which the eval metric got worse."""
     details: str = ""
     helps: str = ""
 
     @property
     def sentence(self) -> str:
-        """Kind and evidence; empty: there is none."""
+        """Kind and evidence, or empty without evidence."""
         return self.evidence and f"{self.kind.capitalize()}: {self.evidence}."
 
 
@@ -285,7 +285,7 @@ _LOWER = "a lower rate"
 
 
 def fit(curves: Curves) -> Fit:
-    """What the curves of a run say about over- and under-fitting; over-confident: only the eval loss rises."""
+    """Judge over- and underfitting from a run's curves; over-confident if only the eval loss rises."""
     if worse := _worse_than_before(curves):
         return Fit("got worse", worse, 0, helps=_LOWER)
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
@@ -300,28 +300,30 @@ def fit(curves: Curves) -> Fit:
         f"Towards the end the loss was {format_number(trained[end])} on train rows{mixed}, with dropout, and "
         f"{format_number(last)} on eval rows."
     )
-    said, fell = _since_best(curves)
+    since_best, fell = _since_best(curves)
     rose = turn < end and last >= ROSE * least > 0
     if not (rose or fell):
         return _without_a_turn(curves, evaluations, trained, gap)
     at = curves.best[0] if fell else turn
-    what = said if fell else f"the eval loss was least at {_place(curves, turn)}, {format_number(least)}, and rose"
+    what = (
+        since_best if fell else f"the eval loss was least at {_place(curves, turn)}, {format_number(least)}, and rose"
+    )
     details = f"{gap}{_kept(curves, at)}"
     half = list(trained.values())[(len(trained) - 1) // 2]
     if trained[end] >= HARDLY_FELL * max(trained[turn], half):
         return Fit("got worse", f"{what}, and the train loss did not fall meanwhile, either", at, details, _LOWER)
     what = f"{what}, while the train loss still fell"
-    if fell or not said:
+    if fell or not since_best:
         return Fit("over-fitted", what, at, details, _FEWER)
     chance = curves.chance(curves.best[1])
     most = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
     rows = f"{curves.eval_rows:,}" if curves.eval_rows else f"{ASSUMED_ROWS:,} (assumed)"
-    what = f"{what}; {said}, where of {rows} rows a difference of up to {most} may be chance"
+    what = f"{what}; {since_best}, where of {rows} rows a difference of up to {most} may be chance"
     return Fit("over-confident", what, at, details)
 
 
 def _without_a_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
-    """Of a run that never got worse: whether it ended too early."""
+    """Judge a run that never got worse: did it end too early?"""
     if curves.is_mixed:
         return Fit(
             "not known", "no sign of over-fitting; the train loss is also of the rows that are mixed in", None, gap
@@ -339,12 +341,11 @@ def _without_a_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[
 
 
 def _place(curves: Curves, step: int) -> str:
-    """`step 300 (epoch 2)`."""
     return f"step {step:,} (epoch {format_number(step * curves.epochs_per_step)})"
 
 
 def _kept(curves: Curves, turn: int) -> str:
-    """Whether the weights that the model has are from before it got worse."""
+    """Describe whether the kept weights are from before it got worse."""
     if curves.kept_step is None:
         return ""
     side = "from then" if curves.kept_step == turn else "from before" if curves.kept_step < turn else "from after that"
@@ -352,16 +353,16 @@ def _kept(curves: Curves, turn: int) -> str:
 
 
 def _train_loss(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
-    """The mean train loss of the steps up to each evaluation, since the one before."""
-    found: dict[int, float] = {}
+    """Average the train loss between evaluations, by the step of each evaluation."""
+    means: dict[int, float] = {}
     for before, end in zip([0, *steps], steps, strict=False):
         if values := [value for step, value in train if before < step <= end and math.isfinite(value)]:
-            found[end] = statistics.fmean(values)
-    return found
+            means[end] = statistics.fmean(values)
+    return means
 
 
 def _worse_than_before(curves: Curves) -> str:
-    """That every evaluation is worse than the one before step 1 by more than chance, in words; empty: one is not."""
+    """Explain that every evaluation is worse than before step 1 by more than chance; empty if not."""
     before, best, sign = curves.before, curves.best[1], 1 if curves.greater_is_better else -1
     if before is None or not math.isfinite(before + best) or sign * (before - best) <= curves.chance(before, best):
         return ""
@@ -370,19 +371,19 @@ def _worse_than_before(curves: Curves) -> str:
 
 
 def _since_best(curves: Curves) -> tuple[str, bool]:
-    """The metric's best and last evaluation in words, and whether it fell by more than chance; empty: it has none."""
+    """Describe the metric's best and last evaluation, and return whether it fell by more than chance."""
     finite = [value for _, value in curves.metric if math.isfinite(value)]
     if curves.is_loss or not finite:
         return "", False
     step, best = curves.best
     lost = abs(best - finite[-1])
     before, after = (format_metric(curves.metric_name, value) for value in (best, finite[-1]))
-    said = f"{curves.on_eval} was best at {_place(curves, step)}, {before}, and {after} at the end"
-    return said, len(finite) >= LEAST_EVALUATIONS and lost > curves.chance(best)
+    words = f"{curves.on_eval} was best at {_place(curves, step)}, {before}, and {after} at the end"
+    return words, len(finite) >= LEAST_EVALUATIONS and lost > curves.chance(best)
 
 
 def stayed_flat(losses: Sequence[float]) -> bool:
-    """The median of the last quarter of the losses lies where that of the first one does."""
+    """Return whether the median of the last quarter of the losses equals that of the first."""
     size = len(losses) // 4
     if len(losses) < LEAST_FOR_SHAPE:
         return False
@@ -391,7 +392,8 @@ def stayed_flat(losses: Sequence[float]) -> bool:
 
 
 def still_falling(losses: Sequence[float]) -> float | None:
-    """The mean of the last quarter of the losses, where it lies below the one before and much was left to learn."""
+    """Return the mean of the last quarter of the losses if it is below the quarter before and much was left to
+    learn."""
     size = len(losses) // 4
     if not size:
         return None

@@ -1,8 +1,8 @@
-"""Intervals of the difference of two methods, over rows and seeds, by pure functions (docs/concepts/statistics.md).
+"""Intervals of the difference of two methods over rows and seeds (docs/concepts/statistics.md).
 
-A draw is the difference on resampled rows plus a normal number whose spread is drawn from what k seeds tell about the
-spread between seeds (chi squared, with the degrees of freedom of Welch and Satterthwaite): Student's t where seeds are
-all that matters, the usual bootstrap where they do not. Seeds of two methods count as independent.
+A draw is the difference on resampled rows plus normal noise for the seeds, whose variance is drawn from a scaled
+chi-squared distribution with the degrees of freedom of Welch and Satterthwaite. With seed noise alone this gives
+Student's t, without it the usual bootstrap. Seeds of two methods count as independent.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fulltune.records.scores import Estimate
 from fulltune.stats.bootstrap import Drawn, Resampled
 
 SURPRISES = 2.0
-"""Rows that disagree beyond those seen: 0 of 20 rows that differ do not prove that two models are equal. With none
-seen, the interval is about 3 / rows, the rule of three."""
+"""Disagreeing rows assumed beyond those observed: 0 of 20 differing rows do not prove two models equal. With none
+observed, the interval is about 3 / rows (rule of three)."""
 _LEAST_CLUSTERS = 2
-"""One tells nothing of others: all its resamples are the same."""
+"""With one cluster all resamples are the same."""
 
 
 # ---- spread between seeds --------------------------------------------------------------------------------------
@@ -30,21 +30,21 @@ _LEAST_CLUSTERS = 2
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """What is known of one method's spread between seeds."""
+    """The estimated variance of one method's metric between seeds."""
 
     num_seeds: int
     variance: float
-    """Of the metric between seeds, on these rows."""
+    """Variance of the metric between seeds on these rows."""
     by_rows: float
-    """Part of it that the rows alone make of equal models."""
+    """Part of the variance that the rows alone cause between equal models."""
     degrees: float
-    """Of freedom; inf: the variance is assumed, or there is none."""
+    """Degrees of freedom; inf if the variance is assumed or zero."""
     borrowed: bool = False
-    """Taken from another method, because this one has a single seed."""
+    """True if taken from another method because this one has a single seed."""
 
     @property
     def is_none(self) -> bool:
-        """The method is not trained: no number of seeds changes anything."""
+        """True for an untrained method, which does not depend on a seed."""
         return self.variance == 0 and math.isinf(self.degrees)
 
     @property
@@ -53,25 +53,27 @@ class SeedSpread:
 
 
 NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
-"""Of a method that is not trained."""
+"""The spread of an untrained method."""
 
 
 def seed_spreads(drawn: Drawn, fixed: Sequence[bool]) -> list[SeedSpread | None]:
-    """The spread of each method, none of a fixed one (not trained); a method with one seed borrows the largest of the
-    others, and without any it is None."""
-    found = [
+    """Return the variance between seeds of each method; zero for untrained (`fixed`) ones.
+
+    A method with one seed borrows the largest variance of the others; without any it is None.
+    """
+    spreads = [
         NO_SPREAD if is_fixed else _spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True)
     ]
-    known = [spread for spread in found if spread is not None and not spread.is_none]
+    known = [spread for spread in spreads if spread is not None and not spread.is_none]
     if not known:
-        return found
+        return spreads
     widest = replace(max(known, key=lambda spread: spread.variance), num_seeds=1, borrowed=True)
-    return [widest if spread is None else spread for spread in found]
+    return [widest if spread is None else spread for spread in spreads]
 
 
 def _spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread | None:
-    """Of a method with `point[seeds]` and `draws[draws, seeds]`; None: one seed tells nothing."""
+    """Estimate the variance from `point[seeds]` and `draws[draws, seeds]`; None for a single seed."""
     seeds = len(point)
     if seeds == 1:
         return None
@@ -90,56 +92,58 @@ def _unbiased(num_clusters: int) -> float:
 
 @dataclass(frozen=True)
 class Uncertain:
-    """A number with its distribution: a mixture of normal ones, a draw of rows each."""
+    """A number with its distribution: a mixture of normal distributions, one per resample."""
 
     estimate: float
     centres: np.ndarray
-    """[draws]"""
+    """Mean of each component, [draws]."""
     spreads: np.ndarray
-    """Standard deviation around each, [draws]."""
+    """Standard deviation of each component, [draws]."""
     row_variance: float
-    """Its part that comes from the rows, noise of single seeds included."""
+    """Variance due to the rows, including the noise of single seeds."""
     seeds: tuple[SeedSpread, ...]
-    """Of each method."""
+    """Spread of each method involved."""
     seeds_known: bool = True
 
     def below(self, value: float) -> float:
-        """Chance that the true number is below `value`."""
+        """Return the probability that the true number is below `value`."""
         return float(ndtr((value - self.centres) / self.spreads).mean())
 
     def quantile(self, share: float) -> float:
-        """The number that the true one is below with this chance."""
+        """Return the quantile at `share`."""
         low, high = float((self.centres - 40 * self.spreads).min()), float((self.centres + 40 * self.spreads).max())
         return float(brentq(lambda value: self.below(value) - share, low, high, xtol=1e-8, maxiter=500))
 
     def interval(self, alpha: float) -> tuple[float, float]:
-        """Two-sided, wrong in `alpha` of cases."""
+        """Return the two-sided interval at level 1 - `alpha`."""
         return self.quantile(alpha / 2), self.quantile(1 - alpha / 2)
 
     def p_value(self, value: float = 0.0) -> float:
-        """Two-sided, of the true number being `value`."""
+        """Return the two-sided p-value of the true number being `value`."""
         below = self.below(value)
         return min(1.0, 2 * min(below, 1 - below))
 
     def equivalence_p(self, margin: float) -> float:
-        """The larger of the two one-sided tests (TOST)."""
+        """Return the larger p-value of the two one-sided tests for equivalence (TOST)."""
         return max(self.below(-margin), 1 - self.below(margin))
 
 
 def mean_of_method(drawn: Drawn, method: int, spreads: Sequence[SeedSpread | None], span: float | None) -> Uncertain:
-    """A method's metric, the mean of its seeds."""
+    """Return a method's metric, averaged over its seeds."""
     centres = drawn.draws[method].mean(axis=1)
     return _uncertain(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
 
 
 def difference(
-    drawn: Drawn, one: int, other: int, spreads: Sequence[SeedSpread | None], sign: float, span: float | None
+    drawn: Drawn, first: int, second: int, spreads: Sequence[SeedSpread | None], sign: float, span: float | None
 ) -> Uncertain:
-    """One method minus another, each the mean of its seeds; `sign` is -1 where smaller is better, and `span` the most
-    that the metric can differ by."""
-    centres = sign * (drawn.draws[one].mean(axis=1) - drawn.draws[other].mean(axis=1))
-    estimate = sign * float(drawn.point[one].mean() - drawn.point[other].mean())
-    return _uncertain(estimate, centres, [spreads[one], spreads[other]], drawn.num_clusters, span)
+    """Return one method's mean over its seeds minus another's.
+
+    `sign` is -1 if smaller is better; `span` is the largest possible difference of the metric.
+    """
+    centres = sign * (drawn.draws[first].mean(axis=1) - drawn.draws[second].mean(axis=1))
+    estimate = sign * float(drawn.point[first].mean() - drawn.point[second].mean())
+    return _uncertain(estimate, centres, [spreads[first], spreads[second]], drawn.num_clusters, span)
 
 
 def _uncertain(
@@ -151,8 +155,8 @@ def _uncertain(
     stretch = np.sqrt(_unbiased(num_clusters) / _chi_squared(chance, max(1, num_clusters - 1), len(centres)))
     centres = estimate + (centres - estimate) * stretch
     surprise = SURPRISES * (0.0 if span is None else span / num_clusters) ** 2
-    found = variance_of_mean(known) / _chi_squared(chance, degrees_of_mean(known), len(centres))
-    beyond = np.maximum(0.0, found - variance_of_mean(known, by_rows=True))
+    between_seeds = variance_of_mean(known) / _chi_squared(chance, degrees_of_mean(known), len(centres))
+    beyond = np.maximum(0.0, between_seeds - variance_of_mean(known, by_rows=True))
     return Uncertain(
         estimate=estimate,
         centres=centres,
@@ -164,30 +168,32 @@ def _uncertain(
     )
 
 
-def paired(one: Resampled, other: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """A metric of one model minus another's on the same resamples, with the interval over the rows; None when they are
-    not of the same rows, of fewer than two clusters, or have no finite value in common."""
-    sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (one, other)]
-    if sizes[0] != sizes[1] or one.num_clusters < _LEAST_CLUSTERS:
+def paired(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
+    """Return one model's metric minus another's on the same resamples, with the interval over rows.
+
+    None if the rows differ, if there are fewer than two clusters, or without a finite value in common.
+    """
+    sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
+    if sizes[0] != sizes[1] or first.num_clusters < _LEAST_CLUSTERS:
         return None
-    finite = np.isfinite(one.draws) & np.isfinite(other.draws)
-    if not finite.any() or not np.isfinite([one.value, other.value]).all():
+    finite = np.isfinite(first.draws) & np.isfinite(second.draws)
+    if not finite.any() or not np.isfinite([first.value, second.value]).all():
         return None
-    centres = one.draws[finite] - other.draws[finite]
-    found = _uncertain(one.value - other.value, centres, [NO_SPREAD, NO_SPREAD], one.num_clusters, span)
-    low, high = found.interval(1 - confidence)
+    centres = first.draws[finite] - second.draws[finite]
+    gap = _uncertain(first.value - second.value, centres, [NO_SPREAD, NO_SPREAD], first.num_clusters, span)
+    low, high = gap.interval(1 - confidence)
     most = math.inf if span is None else span
-    return Estimate(value=found.estimate, low=max(low, -most), high=min(high, most))
+    return Estimate(value=gap.estimate, low=max(low, -most), high=min(high, most))
 
 
 def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
-    """Variance between seeds of the methods' means, or the part of it that comes from the rows."""
+    """Return the variance between seeds of the methods' means, or the part of it caused by the rows."""
     return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in spreads)
 
 
 def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
-    """Degrees of freedom of that variance (Welch and Satterthwaite); a borrowed one is not better known by being used
-    twice."""
+    """Return that variance's degrees of freedom (Welch and Satterthwaite). A borrowed variance does not gain any by
+    being used twice."""
     if any(spread.borrowed for spread in spreads):
         return min(spread.degrees for spread in spreads)
     # Below what the rows alone make, a variance that was found says nothing but that the seeds' part is small.
@@ -198,7 +204,7 @@ def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
 
 
 def _chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.ndarray:
-    """Over its degrees of freedom."""
+    """Draw chi-squared numbers divided by their degrees of freedom."""
     if math.isinf(degrees):
         return np.ones(count)
     return np.maximum(chance.chisquare(degrees, count) / degrees, 1e-12)
@@ -208,11 +214,13 @@ def _chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[tuple[float, float]]:
-    """Several tests that together are wrong in no more than `alpha` of cases (Holm 1979): of each, in the order given,
-    the adjusted p-value and the level at which it is made, so that its interval says the same."""
-    found, highest = {}, 0.0
+    """Adjust p-values so that several tests together are wrong in at most `alpha` of cases (Holm 1979).
+
+    Returns, in the given order, each adjusted p-value and the level for its interval to agree with it.
+    """
+    adjusted, highest = {}, 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
         left = len(p_values) - rank
         highest = max(highest, min(1.0, left * p_values[place]))
-        found[place] = (highest, alpha / left)
-    return [found[place] for place in range(len(p_values))]
+        adjusted[place] = (highest, alpha / left)
+    return [adjusted[place] for place in range(len(p_values))]

@@ -1,4 +1,4 @@
-"""What a comparison can find, and what would decide it (rows, seeds), by pure functions of a few variances."""
+"""What a comparison can detect, and how many rows or seeds would decide it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ POWER = 0.8
 MOST_ROWS_FACTOR = 100
 MOST_SEEDS = 30
 _DISCORDANCE = 0.1
-"""Share of the rows on which two runs disagree, before any is known."""
+"""Assumed share of rows on which two runs disagree."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How sure a comparison is, in a few numbers: what is left of `Uncertain` when rows or seeds are changed."""
+    """The variances of an `Uncertain` difference, from which other numbers of rows or seeds follow."""
 
     shared: float
-    """Variance from the rows that all seeds of a method share."""
+    """Variance from the rows, shared by all seeds of a method."""
     seeds: tuple[SeedSpread, ...]
 
     @classmethod
@@ -34,23 +34,23 @@ class Precision:
         return cls(max(0.0, uncertain.row_variance - variance_of_mean(uncertain.seeds, by_rows=True)), uncertain.seeds)
 
     def with_rows(self, factor: float) -> Precision:
-        """With so many times the rows."""
+        """Return the precision with `factor` times the rows."""
 
-        def changed(one: SeedSpread) -> SeedSpread:
-            by_rows = one.by_rows / factor
-            return replace(one, variance=one.beyond_rows + by_rows, by_rows=by_rows)
+        def changed(spread: SeedSpread) -> SeedSpread:
+            by_rows = spread.by_rows / factor
+            return replace(spread, variance=spread.beyond_rows + by_rows, by_rows=by_rows)
 
         return Precision(self.shared / factor, tuple(changed(one) for one in self.seeds))
 
     def with_seeds(self, counts: Sequence[int]) -> Precision:
-        """With so many seeds of each method; one that has a single seed goes by the other's spread."""
+        """Return the precision with `counts` seeds per method; a single seed borrows the other's spread."""
         most = max(counts)
 
-        def changed(one: SeedSpread, count: int) -> SeedSpread:
-            if one.is_none:
-                return one
+        def changed(spread: SeedSpread, count: int) -> SeedSpread:
+            if spread.is_none:
+                return spread
             degrees = max(1, (count if count > 1 else most) - 1)
-            return replace(one, num_seeds=count, degrees=degrees, borrowed=count == 1)
+            return replace(spread, num_seeds=count, degrees=degrees, borrowed=count == 1)
 
         return Precision(self.shared, tuple(map(changed, self.seeds, counts)))
 
@@ -64,21 +64,21 @@ class Precision:
 
     @property
     def seed_variance(self) -> float:
-        """What only more seeds make smaller."""
+        """Variance that only more seeds reduce."""
         return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
 
-    def half_width(self, alpha: float, seen: float = 1.0) -> float:
-        """Half the two-sided interval that `Uncertain` would have, were the rows' part normal and the variance between
-        seeds found `seen` times the true one."""
+    def half_width(self, alpha: float, ratio: float = 1.0) -> float:
+        """Return half the width of the two-sided interval, for normal noise of rows and an estimated variance between
+        seeds that is `ratio` times the true one."""
         shares, inverse = _inverse_chi_squared(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
         # What will be found lies around the true variance, which cannot be less than what the rows alone make.
-        found = seen * max(variance_of_mean(self.seeds), by_rows)
-        beyond = np.maximum(0.0, found * inverse - by_rows)
+        estimated = ratio * max(variance_of_mean(self.seeds), by_rows)
+        beyond = np.maximum(0.0, estimated * inverse - by_rows)
         return _quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
 
     def luck(self, *, same_seeds: bool) -> list[float]:
-        """Variances between seeds that other rows may show, over the one here, each equally likely."""
+        """Return equally likely ratios of estimated to true variance between seeds, on other rows."""
         total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
         if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
             return [1.0]
@@ -91,8 +91,8 @@ class Precision:
         return [float(chndtrix(share, self.degrees, apart)) * scale / most for share in shares]
 
     def detectable(self, margin: float, alpha: float) -> float:
-        """Smallest true difference that is called with a chance of 80 %, of which the luck of few seeds is a part."""
-        bounds = np.array([max(margin, self.half_width(alpha, seen)) for seen in self.luck(same_seeds=False)])
+        """Return the smallest true difference detected with a power of 80 %."""
+        bounds = np.array([max(margin, self.half_width(alpha, ratio)) for ratio in self.luck(same_seeds=False)])
         error = math.sqrt(self.row_variance + self.seed_variance)
         if not error:
             return float(np.quantile(bounds, POWER))
@@ -105,7 +105,7 @@ _LUCK = 20
 
 @functools.lru_cache(256)
 def _inverse_chi_squared(degrees: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes of degrees over chi squared with their shares; fine where it is large."""
+    """Return quadrature nodes of degrees / chi squared with their weights."""
     if math.isinf(degrees):
         return np.ones(1), np.ones(1)
     edges = np.concatenate([[0.0], np.geomspace(1e-7, 1.0, 160)])
@@ -114,7 +114,7 @@ def _inverse_chi_squared(degrees: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float:
-    """Where a mixture of normal numbers around 0 leaves alpha / 2 on each side."""
+    """Return the point beyond which a mixture of centred normals leaves alpha / 2 on each side."""
     if not deviations.any():
         return 0.0
 
@@ -126,18 +126,18 @@ def _quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float
 
 
 def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
-    """The difference of two methods that is called with a chance of 80 %, before anything was trained."""
+    """Return the difference detected with a power of 80 %, before anything is trained."""
     # All of the rows on which runs disagree are taken for noise of single runs; it averages out over seeds.
     by_rows = _DISCORDANCE / num_rows / 2
-    one = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
-    return Precision(0.0, (one, one)).detectable(margin, alpha)
+    spread = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
+    return Precision(0.0, (spread, spread)).detectable(margin, alpha)
 
 
 def needed(
     uncertain: Uncertain, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """How many test rows, or seeds of both methods, would decide if the true difference equals the estimate: more than
-    there are, or None."""
+    """Return how many test rows, or seeds of both methods, would decide if the estimate were true; None beyond the
+    limits."""
     now, size = Precision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: Precision) -> bool:

@@ -71,7 +71,7 @@ def test_temperature_is_not_fitted_where_every_eval_row_is_right() -> None:
     assert found.expected_calibration_error == found.expected_calibration_error_scaled
     assert found.note.startswith("every eval row is answered rightly")
     labels[0] = 1
-    assert calibrate(logits, labels, logits, labels).note == ""
+    assert calibrate(logits, labels, logits, labels).note is None
 
 
 def test_calibration_error_of_sure_and_wrong_is_one() -> None:
