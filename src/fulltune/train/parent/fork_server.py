@@ -1,7 +1,6 @@
 """A process with the libraries loaded that forks a worker for each attempt.
 
-A comparison has dozens of short trials, each of which would spend seven seconds on imports. (multiprocessing's fork
-server would import the user's main script in each child.)
+It saves each short trial seven seconds of imports; multiprocessing's server would import the user's main script.
 
     parent ──{"request": ..., "log": ...}──▶ server ──fork──▶ worker (own group, own log)
     parent ◀── the worker's process id, and later its exit code, a line each
@@ -30,7 +29,7 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """Yield a starter that forks workers where that is safe, on a CPU under Linux with one process; one at a time."""
+    """Yield a starter that forks one worker at a time where that is safe."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start(request: Request, log: Path) -> Child:
@@ -76,7 +75,7 @@ def _fork(server: subprocess.Popen[bytes], line: str) -> ForkedWorker | None:
 
 
 class ForkedWorker:
-    """A worker process that the server has forked."""
+    """A worker that the server has forked."""
 
     args: Sequence[str] = ()
 
@@ -98,7 +97,7 @@ class ForkedWorker:
 
 
 def serve() -> None:
-    """Run the server: import the libraries, then fork a worker for each line of stdin until it is closed."""
+    """Import the libraries, then fork a worker for each line of stdin."""
     end_with(int(sys.argv[1]))
     answers = os.dup(1)
     os.dup2(2, 1)  # output of libraries must not mix with the answers
@@ -118,7 +117,6 @@ def serve() -> None:
 
 
 def _be_worker(request: dict[str, str], server: int) -> None:
-    """Do in the forked process what `python -m fulltune.train.worker.main` does."""
     code = 1
     try:
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

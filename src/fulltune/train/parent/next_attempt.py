@@ -1,4 +1,4 @@
-"""Plans the attempt after a failed one, as pure functions: with less memory, or from an earlier checkpoint."""
+"""Plans the attempt after a failed one, as pure functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fulltune.text import format_bytes
 from fulltune.train.loop.step_guard import rate_factor
 
 MAX_UNCHANGED: dict[OutcomeStatus, int] = {"hung": 1, "killed": 4, "lost": 20}
-"""How often a command resumes unchanged, by status. Preemptible machines are lost more often than processes killed."""
+"""Most unchanged resumes of a command by status; preemptible machines are often lost."""
 _MARK = "; memory ran out"
 _WHERE: dict[Phase | None, str] = {
     None: "",
@@ -27,7 +27,7 @@ _WHERE: dict[Phase | None, str] = {
 }
 _MIN_REPORTED_BYTES = 2**20
 _MIN_GROWTH_BYTES = 64 * 2**20
-"""Smaller growth is noise of the libraries, and does not tell what would fit."""
+"""Smaller growth is noise of the libraries."""
 _NO_SECOND_ATTEMPT = "with functions of your own, training runs in this process, which allows no second attempt"
 
 
@@ -37,7 +37,7 @@ Need = Callable[[Plan], MemoryNeed | None]
 
 @dataclass(frozen=True)
 class NextAttempt:
-    """Plan of the next attempt, whether it resumes from the last sound checkpoint, and the reason."""
+    """Plan of the next attempt, and whether it resumes."""
 
     plan: Plan
     resume: bool
@@ -45,11 +45,11 @@ class NextAttempt:
 
 
 def unknown(plan: Plan) -> None:
-    """Implement `Need` for unknown memory."""
+    """Return no need, as a `Need` for unknown memory."""
 
 
 def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: Need = unknown) -> NextAttempt | None:
-    """Plan the attempt after the last outcome of this command's attempts, or return None if nothing helps."""
+    """Plan the attempt after the last of this command's, or return None if nothing helps."""
     last = history[-1]
     if sum(outcome.status == last.status for outcome in history) <= MAX_UNCHANGED.get(last.status, 0):
         there = " when all machines are back" if last.status == "lost" else ""
@@ -91,7 +91,7 @@ def _changed(plan: Plan, last: Outcome, changes: Changes, need: Need) -> Plan:
 
 
 def short_of(outcome: Outcome, plan: Plan) -> str:
-    """Describe where memory ran out, how much was in use and requested, and which tensors used most."""
+    """Describe where memory ran out, with bytes in use and requested."""
     parts = [f"memory ran out{_WHERE[outcome.phase]}"]
     if outcome.memory_growth_bytes >= _MIN_REPORTED_BYTES:
         parts.append(f"with {format_bytes(outcome.memory_growth_bytes)} in use")
@@ -105,8 +105,7 @@ def short_of(outcome: Outcome, plan: Plan) -> str:
 
 
 def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
-    """Return the plan's settings with new values and reasons, which `reason` makes from the old setting; unchanged
-    settings without an entry get none."""
+    """Return the plan's settings with new values and reasons."""
     present = {setting.name: setting for setting in plan.settings}
     for field, value in changes.items():
         name, before = SETTING_OF[field], getattr(plan, field)
@@ -118,7 +117,7 @@ def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str])
 
 
 def killed_too_often(last: Outcome) -> str:
-    """Explain to the user that something keeps killing the training."""
+    """Tell the user that something keeps killing the training."""
     return (
         f"{last.reason}. This happened {MAX_UNCHANGED['killed'] + 1} times in this command, without a sign that memory "
         "ran out. A person, a scheduler or a memory watcher (earlyoom, systemd-oomd) may have done it. Prevent that, "
@@ -127,7 +126,7 @@ def killed_too_often(last: Outcome) -> str:
 
 
 def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
-    """Explain to the user that memory ran out and nothing is left to change, with all that was tried."""
+    """Tell the user that memory ran out and no setting is left to change."""
     lines = [f"{short_of(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
     for name, changes, text in fallbacks(recipe, plan, last.phase, lambda changes: True):
@@ -140,7 +139,7 @@ def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) 
 
 
 def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
-    """Plan the attempt after a spike, from an earlier checkpoint; None if that cannot help or was done too often."""
+    """Plan the attempt after a spike, or return None if that cannot help."""
     since = outcome.first_bad_step
     # Since step 1: no healthy checkpoint exists, and starting over would spike again.
     if outcome.status != "spiked" or since is None or since <= 1 or len(plan.rollbacks) >= most:
@@ -162,8 +161,8 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
 def fallbacks(
     recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]
 ) -> Iterator[tuple[str, Changes | None, str]]:
-    """Yield what saves memory in a phase (None: a step), mildest first: a name, the changes and their description, or
-    None and why they are not possible. Settings of the recipe are never changed."""
+    """Yield name, changes and description of what saves memory in a phase (default: a step), mildest first; impossible
+    changes are None. The recipe's own settings never change."""
     for lever in LEVERS:
         if (phase or "step") not in lever.fallback:
             continue

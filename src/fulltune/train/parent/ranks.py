@@ -1,5 +1,5 @@
-"""`python -m fulltune.train.parent.ranks listen|join HOST:PORT ARGUMENTS` runs torchrun with a store that, unlike its
-own, listens on one address only and unpickles nothing (docs/guides/scale.md)."""
+"""`python -m fulltune.train.parent.ranks listen|join HOST:PORT ...` runs torchrun with a store that listens on one
+address only and unpickles nothing (docs/guides/scale.md)."""
 
 from __future__ import annotations
 

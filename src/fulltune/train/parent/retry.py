@@ -36,7 +36,7 @@ from fulltune.train.request import Request, attempt_folders, number_in
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """A trial with its plan, and the run folder to train it in."""
+    """A trial with its plan and run folder."""
 
     recipe: Recipe
     plan: Plan
@@ -49,8 +49,7 @@ class PlannedTrial:
 def train(
     trial: PlannedTrial, start: Starter = in_new_process, dry_run: bool = True, most_rollbacks: int | None = None
 ) -> Outcome:
-    """Train one trial in as many attempts as `next_attempt` and `roll_back` allow, and return the outcome of the last,
-    `done`. A changed plan replaces the old one in the run folder."""
+    """Train a trial in as many attempts as are allowed, save changed plans, and return the final outcome."""
     recipe, plan, folder, hooks, listener = trial.recipe, trial.plan, trial.folder, trial.hooks, trial.listener
     done = earlier_outcomes(folder, plan.trial)
     model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
@@ -100,7 +99,6 @@ def train(
 
 
 def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAttempt | None:
-    """Plan the attempt after a spike, and delete checkpoints after the one it resumes from."""
     most = request.recipe.train.max_rollbacks if most is None else most
     healthy = checkpoints.newest_healthy(request.checkpoints, outcome.first_bad_step or 0)
     step = 0 if healthy is None else number_in(healthy)
@@ -111,7 +109,7 @@ def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAt
 
 
 def _with_folders(request: Request, resume: bool, listener: Listener, saved: int) -> Request:
-    """Create the attempt's folders, and return the request with the newest sound checkpoint, if any."""
+    """Create the attempt's folders, and add the newest sound checkpoint to its request."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, damaged = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
     if sound is not None and (problem := sharing.misfit(sound, request.recipe)):
@@ -135,8 +133,7 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
 
 
 def _tidy(folder: Path, trial: str) -> None:
-    """Delete what only resuming needs. Call it after the outcome is written, or a run killed in between would train
-    again."""
+    """Delete what only resuming needs, after the outcome is saved: a run killed in between would train again."""
     checkpoints.drop_after(folder / "checkpoints" / trial, -1)
     with contextlib.suppress(OSError):  # not empty, or gone
         (folder / "checkpoints" / trial).rmdir()
@@ -146,7 +143,7 @@ def _tidy(folder: Path, trial: str) -> None:
 
 
 def earlier_outcomes(folder: Path, trial: str) -> list[Outcome]:
-    """Return the outcomes of a trial's earlier attempts; one without an outcome was killed together with its parent."""
+    """Return the outcomes of a trial's earlier attempts."""
     outcomes = []
     for attempt in attempt_folders(folder, trial):
         path, reason = attempt / "outcome.json", "killed together with its parent"

@@ -22,21 +22,20 @@ from fulltune.train.request import Request
 
 _JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
-"""glibc settings on a CPU: freed small blocks are merged at once, so that large ones fit in their place. Activation
-checkpointing of a 58 M Llama peaked at 1.63 GB instead of 2.13, at the same speed (docs/concepts/memory.md)."""
+"""glibc settings on a CPU that merge freed small blocks at once: a 58 M Llama with activation checkpointing peaked at
+1.63 GB instead of 2.13 (docs/concepts/memory.md)."""
 FSDP2_ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.arena_max=1"
-"""glibc settings with FSDP2: gathered units and their buffers alternate with activations, so blocks from 4 MiB on are
-returned to the system, and gloo's threads get no heaps. A 39 M Llama on two ranks peaked at 745 MB instead of 1,020 to
-1,100, in steps 15 and 23 % longer: FSDP2 is for what does not fit otherwise."""
+"""glibc settings with FSDP2 that return blocks from 4 MiB on and give threads no heaps: a 39 M Llama on two ranks
+peaked at 745 MB instead of 1,020 to 1,100, in steps 15 and 23 % longer."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Limits for the compiled kernels that oneDNN and PyTorch cache on a CPU, one per shape (default 1,024). In bf16, texts
-of 57 lengths filled 280 MiB; a step needs fewer than 64. Both variables are needed."""
+"""Limits of the kernels that oneDNN and PyTorch cache per shape (default 1,024: 280 MiB for 57 lengths in bf16); a step
+needs fewer than 64. Both variables are needed."""
 
 
 LAUNCHER = ranks.__name__  # starts several processes
 _PREFIX = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
-"""Prefix of each rank's lines in a machine's log; each rank also has log files of its own."""
+"""Prefix of each rank's lines in a machine's log."""
 
 
 class Child(Protocol):
@@ -51,11 +50,11 @@ class Child(Protocol):
 
 
 Starter = Callable[[Request, Path], Child]
-"""Starts the worker of a request, whose output goes to the log file."""
+"""Starts a request's worker, which writes to a log file."""
 
 
 def in_new_process(request: Request, log: Path, meeting: MachineAddress | None = None) -> Child:
-    """Start a new process, or under torchrun several; with `meeting` those of this machine."""
+    """Start this machine's worker processes, several under torchrun."""
     with log.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
             command(request, request.folder / "request.json", meeting),
@@ -68,7 +67,6 @@ def in_new_process(request: Request, log: Path, meeting: MachineAddress | None =
 
 
 def command(request: Request, file: Path, meeting: MachineAddress | None = None) -> list[str]:
-    """Return the command line of the worker, under torchrun for several processes."""
     worker = ["-m", "fulltune.train.worker.main", str(file)]
     processes = request.plan.num_processes
     torchrun = [sys.executable, "-m", LAUNCHER]
@@ -86,7 +84,6 @@ def command(request: Request, file: Path, meeting: MachineAddress | None = None)
 
 
 def environment(request: Request) -> dict[str, str]:
-    """Return the worker's environment variables."""
     # A file in the user's folder must not shadow a library of the same name.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
     # DeepSpeed installs ninja, which torch compiles with, beside a Python that may not be in PATH.
@@ -105,7 +102,7 @@ def environment(request: Request) -> dict[str, str]:
 
 
 def of_machine(meeting: MachineAddress) -> dict[str, str]:
-    """Return further variables for several machines; gloo's default interface is often the loopback."""
+    """Return variables for several machines; gloo's default is often the loopback."""
     variables = dict(_PREFIX)
     if (interface := _interface_of(meeting.address)) is not None:
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
@@ -113,13 +110,12 @@ def of_machine(meeting: MachineAddress) -> dict[str, str]:
 
 
 def on_loopback() -> dict[str, str]:
-    """Return variables that keep the processes of one machine on its loopback."""
+    """Return variables that keep one machine's processes on its loopback."""
     name = _interface_of("127.0.0.1") or "lo"
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
 def _interface_of(address: str) -> str | None:
-    """Return the name of the network interface with this address; Linux only."""
     if ":" in address:
         packed = ip_address(address).packed
         entries = (line.split() for line in memory.lines_of("/proc/net/if_inet6"))
@@ -135,7 +131,7 @@ def _interface_of(address: str) -> str | None:
 
 
 def ask_to_stop(child: Child) -> None:
-    """Send SIGTERM to the workers only: torchrun would kill them after 30 seconds, before they have saved."""
+    """Send SIGTERM to the workers only: torchrun would kill them after 30 seconds."""
     launched = isinstance(child.args, Sequence) and LAUNCHER in map(str, child.args)
     workers = _children(child.pid) if launched else []
     with contextlib.suppress(ProcessLookupError):
@@ -147,7 +143,7 @@ def ask_to_stop(child: Child) -> None:
 
 
 def end(child: Child) -> None:
-    """Kill all descendants of the child; torchrun's workers are not in its process group."""
+    """Kill all descendants; torchrun's workers have other process groups."""
     below = _children(child.pid)
     for pid in below:
         below += _children(pid)
@@ -165,7 +161,7 @@ def _children(parent: int) -> list[int]:
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; Linux only."""
+    """Have the kernel (Linux) kill this process when its parent ends."""
     import ctypes
 
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
