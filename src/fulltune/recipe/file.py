@@ -203,7 +203,7 @@ def _describe(item: Mapping[str, Any], values: dict[str, Any]) -> Iterable[str]:
             message = re.split(", (?:unable|got)", message.removeprefix("input should be ").removeprefix("a valid "))[0]
             expected, shown = _IN_WORDS.get(message, message), "nothing" if value is None else repr(value)
             is_percentage = re.fullmatch(r"\d+(\.\d+)? *%", str(value))
-            instead = f"; write {float(value.rstrip(' %')) / 100:g}" if is_percentage else ""
+            instead = f"; write {float(str(value).rstrip(' %')) / 100:g}" if is_percentage else ""
             yield f"{name}: expected {expected}, found {shown}{instead}"
 
 
