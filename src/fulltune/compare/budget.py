@@ -257,7 +257,7 @@ def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
         if context.scores_runs:
             scoring = rest * SCORING_SECONDS + slower * scored * row_seconds
         if context.scores_runs and method is context.full:  # baselines embed the train rows as well, some repeatedly
-            baselines = planned.time.around.get(BASELINES, 0.0) if planned.time else 0.0
+            baselines = planned.time.overhead_seconds.get(BASELINES, 0.0) if planned.time else 0.0
             end = rest * VERDICT_SECONDS + slower * max(baselines, rows * row_seconds)
         costs[label] = Cost(
             run=slower * planned.time.total_seconds if planned.time else 0.0,

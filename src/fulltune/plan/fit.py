@@ -191,7 +191,7 @@ def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: f
         tokens=round(plan.total_steps * tokens),
         tokens_per_second=tokens / step,
         source="arithmetic",
-        around=dict(_around(plan, basis, summary, training, flops, started_seconds)),
+        overhead_seconds=dict(_overhead(plan, basis, summary, training, flops, started_seconds)),
     )
     return plan.model_copy(update={"time": need, "busy": fleet.machine.busy if plan.device == "cpu" else ""})
 
@@ -200,7 +200,7 @@ def _rows(summary: DataSummary, split: str) -> int:
     return summary.splits[split].rows if split in summary.splits else 0
 
 
-def _around(
+def _overhead(
     plan: Plan, basis: Basis, summary: DataSummary, training: float, flops: float, started_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
     """Yields the stages before and after training with their seconds."""

@@ -80,7 +80,7 @@ class TimeNeed(Record):
     """`arithmetic`, or `dry-run step`."""
     stop_seconds: float = 0.0
     """Longest time from a stop signal to a saved checkpoint; 0 if unknown."""
-    around: dict[str, float] = Field(default_factory=dict)
+    overhead_seconds: dict[str, float] = Field(default_factory=dict)
     """Time of other phases, keyed by the constants above, in order."""
 
     @property
@@ -91,7 +91,7 @@ class TimeNeed(Record):
     @property
     def whole_seconds(self) -> float:
         """Training time plus the known time around it."""
-        return self.total_seconds + sum(self.around.values())
+        return self.total_seconds + sum(self.overhead_seconds.values())
 
 
 class GenericTexts(Record):

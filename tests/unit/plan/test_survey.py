@@ -139,7 +139,7 @@ def test_whole_command_is_foreseen_part_by_part() -> None:
     found, plan = planned("8x A100-80GB", task, (1.0, ""))
     assert plan is not None
     assert plan.time is not None
-    parts = plan.time.around
+    parts = plan.time.overhead_seconds
     assert list(parts) == ["starting", "checks and dry run", "scoring the baselines", "scoring the trained model"]
     assert all(seconds > 0 for seconds in parts.values())
     assert plan.time.whole_seconds == pytest.approx(plan.time.total_seconds + sum(parts.values()))
@@ -147,7 +147,7 @@ def test_whole_command_is_foreseen_part_by_part() -> None:
     _, silent = planned("8x A100-80GB", sizes.llama(evaluate={"generate_rows": 0, "baselines": False}))
     assert silent is not None
     assert silent.time is not None
-    fewer = silent.time.around
+    fewer = silent.time.overhead_seconds
     assert "scoring the baselines" not in fewer
     assert fewer["scoring the trained model"] < parts["scoring the trained model"]
 
@@ -163,7 +163,7 @@ def _scored(hardware: str, task: workload.Workload) -> dict[str, float]:
     _, plan = planned(hardware, task)
     assert plan is not None
     assert plan.time is not None
-    return {name: seconds for name, seconds in plan.time.around.items() if name.startswith("scoring")}
+    return {name: seconds for name, seconds in plan.time.overhead_seconds.items() if name.startswith("scoring")}
 
 
 def test_scoring_takes_what_the_hardware_takes_for_the_scored_rows() -> None:

@@ -100,7 +100,7 @@ def test_a_resumed_attempt_is_not_held_against_the_time_of_the_whole_run(tmp_pat
 def test_whole_command_stands_beside_what_the_plan_says_of_it(tmp_path: Path) -> None:
     parts = {STARTING: 10.0}
     environment().model_copy(update={"seconds": 200.0}).save(tmp_path / "environment.json")
-    made = planned(time=time(150.0).model_copy(update={"around": parts}))
+    made = planned(time=time(150.0).model_copy(update={"overhead_seconds": parts}))
     found = comparison(section(tmp_path, made))
     assert found["the whole command"] == ("2 min 40 s", "-", "3 min 20 s", "-20%", "-")
     resumed = [{"time": "t", "event": "resume", "detail": "from checkpoint-100"}]

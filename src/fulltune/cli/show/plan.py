@@ -142,7 +142,7 @@ def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
     waits = f"; a step waits for the {NETWORK}" if placed is not None and placed.bound_by == NETWORK else ""
     parts = {"steps": need.train_seconds, "evaluations": need.eval_seconds, "checkpoints": need.save_seconds}
     training = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
-    besides = (f"{name} {format_seconds(seconds)}" for name, seconds in need.around.items())
+    besides = (f"{name} {format_seconds(seconds)}" for name, seconds in need.overhead_seconds.items())
     return [
         ("steps", f"{steps}, {short_count(need.tokens)} tokens"),
         ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: {doubt}){waits}"),

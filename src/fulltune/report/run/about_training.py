@@ -285,7 +285,7 @@ def _comparison(view: RunView, plan: Plan) -> list[Element]:
         trained = phases.get("saving the model", 0.0) - phases["training"] if "training" in phases else 0.0
         rows.append(_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
     seconds = view.environment.seconds if view.environment else None
-    if time is not None and time.around and seconds and not view.searched:  # which takes several runs
+    if time is not None and time.overhead_seconds and seconds and not view.searched:  # which takes several runs
         rows.append(_row("the whole command", time.whole_seconds, 0, seconds, format_seconds))
     if plan.disk or outcome.disk_bytes:
         rows.append(_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes))

@@ -275,10 +275,10 @@ def timed_forecast(
     tokens = plan.num_processes * (float(shapes.prod(axis=1).sum()) * scale + texts * GENERIC_TOKENS)
     evaluation, evaluations = _evaluation(passes, pass_time, quadratic, budget)
     save = _save_seconds(passes) if inputs.is_main and not inputs.request.probe else 0.0
-    splits, around = inputs.summary.splits, dict[str, float]()
+    splits, overhead = inputs.summary.splits, dict[str, float]()
     if evaluations and splits["eval"].tokens and splits["test"].tokens:
         scoring = round(evaluation * splits["test"].tokens / splits["eval"].tokens, 3)
-        around = {"scoring one model on the test rows": scoring}
+        overhead = {"scoring one model on the test rows": scoring}
     to_stop = save + (evaluation if evaluations else 0.0)
     # Also at each evaluation.
     saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps, after=first_step)
@@ -290,7 +290,7 @@ def timed_forecast(
         tokens_per_second=round(tokens / train, 1) if train else 0.0,
         source="dry-run step",
         stop_seconds=round(train / steps + to_stop, 3) if steps else 0.0,
-        around=around,
+        overhead_seconds=overhead,
     )
 
 
