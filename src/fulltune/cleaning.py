@@ -1,7 +1,6 @@
-"""Compare training with and without each cleaning step on the same eval rows, by classifiers or by whole runs.
+"""Compare training with and without each cleaning step on the same eval rows, by classifiers or whole runs.
 
-Runs leave their patch and eval outputs, so that further seeds or steps train only what is missing. Test rows are never
-read.
+Finished runs leave patch and eval outputs, so that only missing ones train later. Test rows are never read.
 
 """
 
@@ -41,20 +40,19 @@ from fulltune.tasks import Predictions, Target
 from fulltune.text import counted
 
 TIMES, LEFT_OUT = 5, 0.2
-"""Repetitions of the fit, and the share of train rows dropped at random in each."""
+"""Repetitions of the fit, and the share of train rows dropped in each."""
 LEAST_EVAL_ROWS = 50
 _RESAMPLES = 1000
 Action = Literal["drop", "replace"]
 ALPHA = 0.05
-"""Chance that any interval of all steps together is wrong (Bonferroni)."""
+"""Chance that any of the steps' intervals is wrong (Bonferroni)."""
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
-"""Bounds on a step's share of the train rows: fewer change too little for a few trainings to show, more would make it
-other data."""
+"""Bounds on a step's share of the train rows: fewer show no effect, more would be other data."""
 
 
 _IDS, _CLUSTERS = "row_ids", "row_clusters"
-"""Arrays beside a run's eval outputs: the `row_id` of each row, numbered among equal rows, and its cluster."""
+"""Arrays beside a run's eval outputs: each row's numbered `row_id` and its cluster."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,7 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
 
 
 def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
-    """Yield the id of each row of a split, numbered among equal rows as issues are. Rows that `decided` drops are
-    counted."""
+    """Yield each row's id, numbered among equal rows as in issues; rows that `decided` drops count."""
     times = Counter[str]()
     of_train = [line for (source, _), line in (decided or {}).items() if source == "train"]
     dropped = {line.row for line in of_train if line.remedy.action == "drop"}
@@ -110,7 +107,7 @@ def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
 
 
 def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> None:
-    """Train with and without each step (of `checks`, or all), compare on eval rows and write the proofs."""
+    """Train with and without each step of `checks` (or all), compare on eval rows and write the proofs."""
     of_data, folder, number = job.folder / "data", job.folder / FOLDER, 0
     possible = cleaning_steps(load_issues(of_data))
     steps = _worth_a_training(possible, summary, checks)
@@ -150,7 +147,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
 
 
 def refuse_proofs(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by_trainings: bool) -> None:
-    """Raise a `RecipeError` for proofs that these rows, or runs of this recipe, cannot give."""
+    """Raise a `RecipeError` for proofs that these rows or this recipe cannot give."""
     if by_classifiers and not summary.form.one_label:
         raise RecipeError(
             "--prove: needs rows with one label each, the only ones that classifiers can compare in seconds; compare "
@@ -254,12 +251,11 @@ def _compared(
 
 
 Change = tuple[CleaningStep, np.ndarray, np.ndarray]
-"""A step, with a mask of the train rows that stay and the labels they get."""
+"""A step, with the mask of rows that stay and their new labels."""
 
 
 def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
-    """Fit classifiers with and without each cleaning step, compare on the unchanged eval rows, and write
-    `proofs.json`."""
+    """Fit classifiers with and without each step, compare on eval rows and write `proofs.json`."""
     job.phase("fitting classifiers with and without each cleaning step")
     reader, folder = reader_of(job, summary), job.folder / "data"
     try:
@@ -298,7 +294,7 @@ def _fitted(
     strength: float,
     left_out: list[str],
 ) -> Iterator[Proof]:
-    """Yield each step's proof; steps that leave nothing to fit are appended to `left_out`."""
+    """Yield each step's proof; steps that leave nothing to fit go to `left_out`."""
     fitted = partial(_right, held_out=held_out, strength=strength)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]

@@ -38,7 +38,7 @@ _GREATER_IS_BETTER = (
     *("accuracy", "f1", "mcc", "matthews", "precision", "recall", "auc", "rouge", "bleu", "meteor", "exact_match"),
     *("pearson", "spearman"),
 )
-"""Parts of names of metrics that are better when larger. Without such a metric the eval loss is judged."""
+"""Parts of names of metrics that are better when larger; without one, the eval loss is judged."""
 Diagnosis = tuple[str, str, str]
 """A diagnosis: name, evidence and advice."""
 
@@ -116,7 +116,7 @@ def _of_state(path: Path) -> Log:
 
 
 def _number(value: Any) -> float:
-    """Return a logged value, or NaN for non-numbers such as null, which stand for non-finite values."""
+    """Return a logged value, or NaN for non-numbers such as null."""
     try:
         return float(value) if abs(float(value)) < 1e100 else math.nan
     except (TypeError, ValueError):
@@ -173,7 +173,7 @@ def in_words(log: Log) -> str:
 
 
 def diagnose(log: Log) -> tuple[Diagnosis, ...]:
-    """Return the diagnoses, the most serious first, or a single one that nothing is wrong."""
+    """Return the diagnoses, the most serious first."""
     # A guard's judgement goes first, because it saw more than the curves. A diverged loss explains the rest.
     diverged_by_guard = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
     diagnoses = (*_ended(log), *([] if diverged_by_guard else [*_height(log)] or [*_shape(log)]), *_steps(log))

@@ -1,8 +1,4 @@
-"""Errors by kind, each with its exit code for scripts.
-
-Imports nothing of fulltune, no torch, no transformers.
-
-"""
+"""Errors by kind, each with its exit code. Imports nothing of fulltune, torch or transformers."""
 
 from __future__ import annotations
 
@@ -55,18 +51,11 @@ class GuardStop(FulltuneError):
 
 
 class Diverged(GuardStop):
-    """The loss or a gradient became non-finite, or the loss returned to its start or above, often because of the
-    rate."""
+    """The loss or a gradient became non-finite, or the loss returned to its start or above."""
 
 
 class Spiked(Diverged):
-    """The training went wrong at some step; an earlier checkpoint may still be good.
-
-    Args:
-        problems: One message or several.
-        since: First optimizer step whose weights are not trusted.
-
-    """
+    """The training went wrong at step `since`; an earlier checkpoint may still be good."""
 
     def __init__(self, problems: str | list[str], since: int) -> None:
         super().__init__(problems)

@@ -1,8 +1,4 @@
-"""Write files atomically (a reader sees the old or the new file), seal folders with checksums, read JSON lines.
-
-Imports nothing of fulltune.
-
-"""
+"""Write files atomically, seal folders with checksums, and read JSON lines. Imports nothing of fulltune."""
 
 from __future__ import annotations
 
@@ -20,13 +16,8 @@ SEAL = "checksums.json"
 
 @contextmanager
 def replacing(path: Path, private: bool = False) -> Iterator[Path]:
-    """Yield `<path>.part` to write to. It replaces `path` if the block succeeds, and is removed otherwise.
-
-    Args:
-        path: The file; its folders are created.
-        private: Only the owner may read it, because it holds or quotes rows.
-
-    """
+    """Yield `<path>.part`, which replaces `path` if the block succeeds. A `private` file is readable by its owner
+    only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
@@ -39,13 +30,13 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
 
 
 def make_private(path: Path) -> None:
-    """Create an empty file that only its owner may read, even after it is filled."""
+    """Create an empty file that only its owner may read."""
     path.unlink(missing_ok=True)
     path.touch(0o600)
 
 
 def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file atomically, flushed to the disk before it gets its name."""
+    """Write a file atomically, flushed to the disk before it is named."""
     with replacing(path, private) as part, part.open("wb") as file:
         file.write(content)
         file.flush()
@@ -61,7 +52,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the SHA-256 of each file after flushing all files to the disk."""
+    """Write the SHA-256 of each file after flushing all to the disk."""
     sums = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != SEAL:
@@ -90,7 +81,7 @@ def flaw(folder: Path) -> str | None:
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append an entry to a file of JSON lines in one write, so that concurrent processes do not mix."""
+    """Append a JSON line in one write, so that concurrent processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
         # After a full disk the last line may have no end.
@@ -101,13 +92,13 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def entry_of(line: str | bytes) -> dict[str, Any] | None:
-    """Return the entry of a JSON line, or None if it is cut off or no object."""
+    """Return the entry of a JSON line, or None if it is broken."""
     with suppress(ValueError, RecursionError):
         return entry if isinstance(entry := json.loads(line), dict) else None
     return None
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a file of JSON lines, skipping broken lines."""
+    """Return the entries of a file of JSON lines, without broken ones."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
     return [entry for line in lines if (entry := entry_of(line)) is not None]

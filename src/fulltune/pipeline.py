@@ -1,4 +1,4 @@
-"""The pipeline of a run: data, plan, train, evaluate, report. A stage writes files and is skipped if they exist."""
+"""The pipeline of a run: data, plan, train, evaluate, report. A stage is skipped if its files exist."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Run:
     hooks: Hooks = field(default_factory=Hooks)
     listener: Listener = lambda event: None
     began: float | None = None
-    """Start of the command or call that runs all stages, in seconds since 1970; None for single stages."""
+    """Start of the whole command in seconds since 1970; None for single stages."""
 
     group: MachineGroup | None = None
     """All machines, on the first of several; None with one machine."""
@@ -62,7 +62,7 @@ class Run:
 
     @cached_property
     def base(self) -> Base:
-        """The pretrained model's config and processor, read once for all stages."""
+        """The pretrained model's config and processor, read once."""
         return Base.of(self.recipe.model, self.recipe.task, self.recipe.data.chat_template)
 
     def model(self, summary: DataSummary) -> PlannedModel:
@@ -71,13 +71,13 @@ class Run:
         return PlannedModel(self.recipe, self.base, summary)
 
     def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
-        """Return a function that computes the memory of a changed plan; the model is traced on the first call."""
+        """Return a function that computes a changed plan's memory; the first call traces the model."""
         model = cache(lambda: self.model(summary))
         return lambda changed: plan.need_of(changed, self.recipe, model())
 
     @property
     def machine(self) -> Machine:
-        """The machine that training can count on: this one, or the weakest of several."""
+        """The machine that training can count on, the weakest of several."""
         return hardware.here() if self.group is None else self.group.weakest
 
     def phase(self, name: str) -> None:
@@ -125,8 +125,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
-    """Run the data stage: read, check, split and tokenise. With `runs_here` false, requirements of training alone, such
-    as the model's weights, may be missing."""
+    """Run the data stage. With `runs_here` false, requirements of training alone may be missing."""
     job.phase("reading the data")
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None
@@ -157,7 +156,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
 
 
 def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
-    """Refuse what the libraries, the model or the method forbid, before reading any row."""
+    """Refuse what the libraries, the model or the method forbid, before reading rows."""
     check_extra(recipe, runs_here=runs_here)
     check_model(recipe, base)
     methods.check(recipe, base.config)
@@ -172,7 +171,7 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
 
 
 def list_losses(job: Run, summary: DataSummary) -> Audit:
-    """Compute the trained model's loss on each train and eval row, and add the highest to the audit."""
+    """Add the trained model's highest losses on train and eval rows to the audit."""
     trial = run_folder.trained_plan(job.recipe, job.folder, hardware.here())
     if summary.packed:
         raise SetupError(
@@ -188,8 +187,7 @@ def reader_of(job: Run, summary: DataSummary) -> Reader:
 
 
 def forget_old_speeds(folder: Path, path: Path) -> None:
-    """Remove an unused plan with speeds from a busy machine or from more than a day ago, so that it is made again.
-    Plans by `--measure` stay."""
+    """Remove an unused plan with old or busy-machine speeds, so that it is made again; plans by `--measure` stay."""
     if not path.exists() or any((folder / name).exists() for name in ("attempts", "search", "plan/measured.json")):
         return
     if Plan.load(path).busy or time.time() - path.stat().st_mtime > 24 * 3600:
@@ -197,8 +195,7 @@ def forget_old_speeds(folder: Path, path: Path) -> None:
 
 
 def make_plan(job: Run, summary: DataSummary) -> Plan:
-    """Run the plan stage: choose every setting with its reason. A resumed run keeps its settings except for the
-    placement."""
+    """Run the plan stage: choose every setting with its reason. A resumed run changes only its placement."""
     job.phase("planning")
     machine = job.machine
     before = run_folder.plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None

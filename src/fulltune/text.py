@@ -1,6 +1,6 @@
-"""Format sizes, times, counts, shares and lists as text, parse some of them, and suggest near names.
+"""Format and parse sizes, times, counts, shares and lists, and suggest near names.
 
-Every message, table, page and picture formats its numbers here. Imports nothing else of fulltune.
+Every message, page and picture formats its numbers here. Imports nothing else of fulltune.
 
 """
 
@@ -81,7 +81,7 @@ def parse_share(value: str | float) -> float:
 
 
 def format_seconds(seconds: float) -> str:
-    """Format seconds: `<0.01 s`, `0.42 s`, `12 s`, `1 min 23 s`, `2 h 5 min`, `2 h`, `3 d 4 h`."""
+    """Format seconds: `0.42 s`, `12 s`, `1 min 23 s`, `2 h 5 min`, `3 d 4 h`."""
     if not math.isfinite(seconds):
         return "not finite"
     if 0 < seconds < 0.01:
@@ -113,7 +113,7 @@ def format_number(value: float) -> str:
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """Format a count with its noun: `1 row`, `1,200 rows`. `plural` is for nouns that do not just take an s."""
+    """Format a count with its noun: `1 row`, `1,200 rows`."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
@@ -123,7 +123,7 @@ def format_percent(share: float) -> str:
 
 
 def format_share(share: float) -> str:
-    """Format like `percent`, but only exactly all is `100.0%` and exactly nothing `0.0%`."""
+    """Format a percentage where only exactly all is `100.0%` and exactly nothing `0.0%`."""
     if 0 < share < 0.0005:
         return "<0.1%"
     return ">99.9%" if 0.9995 <= share < 1 else format_percent(share)
@@ -133,7 +133,7 @@ _SHARES = {"accuracy", "token_accuracy", "exact_match", "f1", "precision", "reca
 
 
 def is_share(metric: str) -> bool:
-    """Return whether a metric is a share of rows, words or tokens: shown in percent, its differences in points."""
+    """Return whether a metric is a share, shown in percent with differences in points."""
     return metric in _SHARES or metric.startswith("f1_")
 
 
@@ -165,11 +165,11 @@ def first_few(items: Sequence[str], most: int = 3) -> str:
 
 
 def near_names(name: str, names: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Return the names most similar to a misspelt one, nearest first; `cutoff` is the least similarity, 0 to 1."""
+    """Return the most similar names, nearest first; `cutoff` is the least similarity, 0 to 1."""
     return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return `did you mean 'model'?` for `modle`, or an empty string if no name is near."""
+    """Return `did you mean 'model'?` for `modle`, or an empty string."""
     near = near_names(name, names, most=1)
     return f"did you mean '{near[0]}'?" if near else ""

@@ -1,7 +1,6 @@
-"""The command line: one verb per stage of the pipeline.
+"""The command line. Results go to stdout, progress and errors to stderr.
 
-Results go to stdout, progress and errors to stderr. Stages are imported inside the commands, so that `--help` and
-recipe errors never import torch.
+Stages are imported inside the commands, so that `--help` and recipe errors never import torch.
 
 """
 

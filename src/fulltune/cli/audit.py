@@ -43,7 +43,7 @@ class AuditRequest:
     """Checks whose steps are trained; empty for all with enough rows."""
 
     def refuse(self, target: Path) -> None:
-        """Raise a `RecipeError` for options that do not suit the recipe or run folder, before any work."""
+        """Raise a `RecipeError` for options that do not suit the recipe or run folder."""
         from fulltune.system import hardware, run_folder
 
         if self.trainings < 0 or self.trainings == 1:
@@ -99,9 +99,9 @@ def show(target: Path, folder: Path, as_json: bool) -> None:
 
 
 def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept: Sequence[str], as_json: bool) -> None:
-    """Accept the remedies of some checks, or ask about each row; without a terminal write the open decisions.
+    """Accept the remedies of some checks, or ask about each row; without a terminal write open decisions.
 
-    Decisions go to `patch`, else to the recipe's own patch, else to a file beside the recipe.
+    They go to `patch`, else to the recipe's patch, else beside the recipe.
 
     """
     from fulltune.system.run_folder import recipe_of
@@ -184,8 +184,7 @@ def to_decide(issues: Issues) -> RowDecision:
 
 
 def _relabel(summary: DataSummary) -> Callable[[], Remedy | None] | None:
-    """Return a function that asks for a row's label (an existing one, or a new one typed twice), or None if rows have
-    no label of their own."""
+    """Return a function that asks for a row's label (a new one twice), or None if rows have no own label."""
     if not summary.form.one_label or summary.task != "text-classification":
         return None
 
@@ -257,7 +256,7 @@ def _show_row(console: Console, issues: Issues, place: str, keys: str) -> None:
 def accepted(
     issues: Iterable[RowIssue], checks: Sequence[str], before: Decisions
 ) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
-    """Accept the remedies of all rows of some checks; return all decisions and notes on them."""
+    """Accept the remedies of some checks; return all decisions and notes."""
     decided, counts, more = dict(before), Counter[str](), 0
     for them in queue(issues, before):
         wanted = [issue for issue in them if issue.check in checks]

@@ -34,7 +34,7 @@ _LONGEST_NAME = 100
 def compare(
     targets: list[Path], overrides: list[str], folder: Path | None, fresh: bool, budget: str | None, as_json: bool
 ) -> None:
-    """Compare or resume, and show the verdict; for several recipes also the totals on one base."""
+    """Compare or resume, and show the verdict; several recipes also get totals on one base."""
     began, share = time.time(), _share_of(budget, len(targets))
     if len(targets) > 1:
         if fresh:

@@ -46,7 +46,7 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
     ("seq2seq", "target"),
     ("causal-lm", "text"),
 )
-"""Tasks with the role that marks each, the clearest first: a file with `question` and `label` is for a classifier."""
+"""Tasks with their marking roles, the clearest first."""
 _HEAD, _FEW = 1000, 100
 _ROWS_OF_A_LABEL = 10
 """A column whose values repeat this often on average looks like a label."""
@@ -74,8 +74,7 @@ output: runs
 
 
 Hints = tuple[TaskName | None, Mapping[str, Any]]
-"""The task and settings of the block `data` from the command line: columns by role (`text`, `label`, `prompt` ...),
-`columns` and `encoding`."""
+"""Task and settings of the block `data` from the command line."""
 NO_HINTS: Hints = (None, {})
 
 
@@ -107,11 +106,11 @@ def hints_of(task: str | None, named: Sequence[str], columns: str | None, encodi
 
 
 SplitFiles = tuple[tuple[Path, ...], dict[SplitName, Path], tuple[str, ...]]
-"""Train files, files of the other splits as far as names tell, and unused files with reasons."""
+"""Train files, files of other splits, and unused files with reasons."""
 
 
 def split_files(path: Path) -> SplitFiles:
-    """Assign the files of a folder to splits by their names, or a file and those beside it."""
+    """Assign a folder's files to splits by name, or a file and those beside it."""
     if not path.is_dir():
         return (path,), _one_each(held_out_beside(path)), ()
     splits = split_folders(path)
@@ -214,7 +213,7 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
 
 
 def _forms(columns: Sequence[str], wanted: TaskName | None, roles: Mapping[str, str]) -> Iterator[tuple[TaskName, str]]:
-    """Yield possible tasks with their marking roles. `target` beside `source` is a text, else often a label."""
+    """Yield possible tasks with marking roles. `target` beside `source` is a text, else often a label."""
     is_pair = {"source", "target"} <= {name.lower() for name in columns}
     for task, role in sorted(FORMS, key=lambda form: is_pair and form[0] != "seq2seq"):
         if wanted in (None, task) and all(task in READ_BY[named] for named in roles):
@@ -222,8 +221,7 @@ def _forms(columns: Sequence[str], wanted: TaskName | None, roles: Mapping[str, 
 
 
 def _flags(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return columns that hold only 0 and 1, if there are several: one-hot labels, where one column of lists is
-    expected."""
+    """Return columns of only 0 and 1, if several: one-hot labels, where one column of lists is expected."""
     kinds = {
         name: {label_name(cell).lower() if isinstance(cell := row.get(name), (str, int, float)) else "" for row in head}
         for name in columns
@@ -265,7 +263,7 @@ def _advice(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Se
 def write_recipe(
     path: Path, recipe: Path, model: str | None, force: bool, hints: Hints = NO_HINTS
 ) -> tuple[Inferred, SplitFiles]:
-    """Write the recipe for a data file or folder; the default model is a small one that suits the task."""
+    """Write the recipe for a data file or folder, by default with a small model."""
     if recipe.exists() and not force:
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
     paths, files, unused = split_files(path)

@@ -69,7 +69,7 @@ def check_measure(hardware: str | None, rows: int | None, tokens: int | None) ->
 def without_data(
     target: Path, overrides: list[str], rows: int | None, tokens: int | None, hardware: str | None, price: str | None
 ) -> tuple[Survey, Plan | None]:
-    """Return survey and plan from the recipe, the model's config and two numbers. Nothing else is read or written."""
+    """Return survey and plan from recipe, model config and two numbers. Nothing else is read or written."""
     problems: list[str] = []
     recipe, checked = None, None
     try:
@@ -91,7 +91,7 @@ def without_data(
 def with_data(
     target: Path, overrides: list[str], recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
 ) -> tuple[Survey, Plan | None]:
-    """Return survey and plan from prepared rows, and save the survey in the run folder."""
+    """Return survey and plan from prepared rows, and save the survey."""
     survey, planned = _survey(recipe, DataSummary.of_run(folder), checked, plan, folder)
     survey = survey if target.is_dir() else _with_commands(survey, target, overrides, recipe)
     survey.save(folder / "plan" / SURVEY)
@@ -154,7 +154,7 @@ def _survey(
 
 
 def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
-    """Return the recipe with another method at its default settings, or None if model or recipe forbid it."""
+    """Return the recipe with another method's defaults, or None if impossible."""
     from fulltune.pipeline import check_recipe
 
     try:
@@ -221,6 +221,6 @@ def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = N
 
 
 def refusal(survey: Survey, shown: bool) -> FulltuneError:
-    """Return the error of a plan that does not fit; ways out are included unless `shown` before."""
+    """Return the error of a plan that does not fit, with ways out unless `shown`."""
     ways = [] if shown else in_lines(survey.ways_out)
     return DoesNotFitError([*survey.notes, *ways])

@@ -44,7 +44,7 @@ _ROWS_AT_ONCE = 1000
 # A lone surrogate, which UTF-8 does not have, becomes `\\ud800`: so JSON writes it, too.
 _ENCODING: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
 Columns = Mapping[str, tuple[tuple[Any, ...], str]]
-"""Added columns, each with its path in an answer and its type in parquet."""
+"""Added columns, with their path in an answer and type in parquet."""
 
 
 # ---- input -----------------------------------------------------------------------------------------------------
@@ -83,8 +83,7 @@ class PredictInput:
 
 
 def read_input(texts: Sequence[str], file: Path | None, notes: Row) -> PredictInput:
-    """Return the input named by the command line: texts, a table (read once to find broken rows), lines of a file, or
-    stdin."""
+    """Return the input: texts, a table (read once to find broken rows), lines of a file, or stdin."""
     if list(texts) == [STDIN] or str(file) == STDIN or (file is None and not texts):
         if file is None and not texts and sys.stdin.isatty():
             raise SetupError("predict: give a text, --file, or '-' for texts on stdin, one per line")
@@ -118,10 +117,9 @@ def _table(file: Path, notes: Row) -> PredictInput:
 
 
 def _names_without_header(source: DataFiles, notes: Row) -> tuple[str, ...] | None:
-    """Return the column names of a table without a header line if the train file had none (`data.columns`).
+    """Return the columns of a table without a header line if the train file had none (`data.columns`).
 
-    A first line that names all columns the model reads is a header. A shorter one lacks columns that the model does not
-    read, such as the label.
+    A first line with all columns the model reads is a header. A shorter line lacks unread columns, such as the label.
 
     """
     names = tuple(notes.get("table_columns") or ())
@@ -157,7 +155,7 @@ def _lines(file: Path | None) -> Iterator[str]:
 
 
 def show(predictor: predict.Predictor, what: PredictInput, max_new_tokens: int, as_json: bool) -> None:
-    """Print each answer, as a line of text or as a JSON object with the row's place."""
+    """Print each answer as text, or as JSON with the row's place."""
 
     def put(place: str, row: Row, answer: Row | None, reason: str | None) -> None:
         if as_json:
@@ -175,8 +173,7 @@ def write(
     max_new_tokens: int,
     watch: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
-    """Write each row with its answer to a file and return the counts. The file gets its name when all rows are
-    written."""
+    """Write rows with answers to a file, named when complete; return the counts."""
     new = added(predictor.notes, what.columns)
     *_, reason_column = new
     types = what.types() if output.suffix.lower() == ".parquet" else {}
@@ -254,7 +251,7 @@ def _in_words(answer: Row) -> str:
 
 
 def check_output(output: Path, replace: bool) -> None:
-    """Refuse an output file that cannot or must not be written, before reading any input."""
+    """Refuse an output file that cannot or must not be written."""
     if output.suffix.lower() not in _WRITTEN:
         raise SetupError(f"{output}: cannot be written as '{output.suffix}'; expected {', '.join(_WRITTEN)}")
     if not output.parent.is_dir():
@@ -266,8 +263,8 @@ def check_output(output: Path, replace: bool) -> None:
 
 
 def added(notes: Row, own: Collection[str]) -> Columns:
-    """Return the columns that answers add: `predicted_...`, or `predicted2_...` if the rows have those. The last column
-    holds the reason for a missing answer."""
+    """Return the columns that answers add: `predicted_...`, or `predicted2_...` if taken. The last holds the reason for
+    a missing answer."""
     target = Target.from_notes(notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
     each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()
@@ -279,7 +276,7 @@ def added(notes: Row, own: Collection[str]) -> Columns:
 
 
 def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any]:
-    """Return the added cells of one row; without an answer only the reason is filled."""
+    """Return a row's added cells; without an answer only the reason."""
     if answer is None:
         return {**dict.fromkeys(new), [*new][-1]: reason}
     return {name: reduce(getitem, path, {**answer, "error": None}) for name, (path, _) in new.items()}
@@ -287,8 +284,7 @@ def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any
 
 @contextlib.contextmanager
 def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
-    """Write rows with their own and the added columns to a file, which gets its name at the end. `types` are those of
-    the own columns in parquet."""
+    """Write rows to a file, named when complete. `types` are those of the rows' own columns in parquet."""
     form = output.suffix.lower()
     with writing(output), replacing(output) as part:
         if form == ".parquet":

@@ -1,4 +1,4 @@
-"""Steps that several verbs share: open a recipe or run folder, run the pipeline up to a stage, choose a model."""
+"""Steps that several verbs share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ out = Console(highlight=False, emoji=False)
 
 
 def shown(error: FulltuneError) -> Iterator[str]:
-    """Yield an error's problems without control characters and, for data errors, with private data masked."""
+    """Yield an error's problems without control characters, data errors with private data masked."""
     from fulltune.audit.texts import masked_text
 
     for problem in error.problems:
@@ -127,7 +127,7 @@ def finished(recipe: Recipe, folder: Path) -> RunResult | None:
 def reach(
     recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **settings: Any
 ) -> RunResult:
-    """Run the pipeline. `settings` are fields of `Run`, such as the time when the command began, before its imports."""
+    """Run the pipeline. `settings` are fields of `Run`."""
     settings = {"began": time.time(), **settings}
     with displayed(details) as display:
         from fulltune.compare.rate_search import run_recipe

@@ -1,1 +1,1 @@
-"""Full fine-tuning against its cheaper rivals on the same rows: fair, counted and with a verdict."""
+"""Compare full fine-tuning with cheaper methods on the same rows."""

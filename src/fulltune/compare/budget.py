@@ -1,4 +1,4 @@
-"""Choose a comparison's seeds and rate searches for a time budget, from forecasts corrected by finished trials."""
+"""Choose seeds and rate searches for a time budget, from forecasts corrected by finished trials."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from fulltune.text import is_share, typed_seconds
 
 EXPECTATION = f"{FOLDER}/expectation.json"
 FEW_TRAIN_ROWS = 10_000
-"""Below this number of train rows a comparison plans five seeds instead of three: with few rows, seeds differ more
-(Bouthillier et al. 2021; Mosbach et al. 2020)."""
+"""Below this number of train rows five seeds are planned, else three: with few rows, seeds differ more (Bouthillier et
+al. 2021; Mosbach et al. 2020)."""
 LEAST_SEEDS = 2
 """One seed gives no spread between seeds, and so no interval."""
 GOOD_SEEDS = 3
-"""Two seeds say little about their spread, so a tight budget gives up methods before the third seed."""
+"""Two seeds say little about their spread, so a tight budget drops methods before the third seed."""
 RESERVE = 0.2
-"""Share of the remaining time that is left unplanned, because forecasts err."""
+"""Share of the remaining time left unplanned, because forecasts err."""
 FORECAST_AGAIN = 1.15
-"""Factor on a suggested budget: the next forecast may be longer, because a machine's speed varies."""
+"""Factor on a suggested budget, because a machine's speed varies."""
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
 """Standard deviations between seeds for which the detectable difference is forecast."""
 START_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 10.0
-"""Seconds beside steps and rows, for small models on a slow CPU: starting a trial's process and loading its model;
-scoring; resampling for the verdict. Finished trials correct them."""
+"""Seconds beside steps and rows, for small models on a slow CPU: loading, scoring and resampling. Finished trials
+correct them."""
 _FIRST_SECONDS = 13.0
-"""Extra seconds of the first trial, which imports libraries and checks its first steps."""
+"""Extra seconds of the first trial for imports and checks."""
 _PASSES_PER_STEP = 3
 """Forward passes that take as long as one training step."""
 
@@ -55,9 +55,9 @@ class Cost:
     decides: bool = True
     """False for methods shown for orientation only, which get one run."""
     start: float = 0.0
-    """Seconds to start and end one trial's process: loading and saving."""
+    """Seconds to start and end one trial's process."""
     scoring: float = 0.0
-    """Seconds to score the eval, test and generic rows after a whole run of a comparison."""
+    """Seconds to score a whole run's eval, test and generic rows."""
     done: int = 0
     """Finished whole runs at the current rate."""
     searched: bool = False
@@ -72,11 +72,8 @@ def num_seeds(wanted: int | None, train_rows: int) -> int:
 
 
 def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
-    """Return the forecast seconds of a design's unfinished trials.
-
-    A sequential design counts all seeds only for full (listed first) and the most expensive other method: which one
-    will lead is unknown.
-    """
+    """Return the forecast seconds of unfinished trials. A sequential design counts all seeds only for full (listed
+    first) and the most expensive rival, as nobody knows which will lead."""
     full, *rivals = (method for method in design.methods if costs[method].decides)
     leader = max(rivals, key=lambda method: costs[method].run, default=full)
     going_on = (full, leader) if design.sequential and design.num_seeds > 1 else design.methods
@@ -93,8 +90,8 @@ def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
 
 
 def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectation]:
-    """Yield designs in order of preference: the whole one, then fewer seeds (down to three), fewer rivals, two seeds,
-    no rate search."""
+    """Yield designs by preference: the whole one, fewer seeds (down to three), fewer rivals, two seeds, no rate
+    search."""
     everyone, deciding = whole.methods, tuple(method for method in whole.methods if costs[method].decides)
     good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
     smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
@@ -107,10 +104,8 @@ def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectati
 
 
 def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spent: float = 0.0) -> Expectation:
-    """Return the first design that fits into the budget less a reserve.
-
-    `end` is the seconds of baselines, resampling and report, `spent` those of earlier commands.
-    """
+    """Return the first design that fits into the budget less a reserve, `end` seconds after the last trial and `spent`
+    seconds of earlier commands."""
     ordered = list(designs(costs, whole))
     most = math.inf if whole.budget_seconds is None else (1 - RESERVE) * (whole.budget_seconds - spent)
     design = next((each for each in ordered if end + seconds(costs, each) <= most), None)
@@ -164,13 +159,13 @@ def _too_short(least: Expectation, need: float, spent: float) -> str:
 
 
 def round_up(time: float) -> float:
-    """Round up to a time that people type: 10 s, half minutes from two minutes on, 5 minutes from an hour on."""
+    """Round up to a time that people type: to 10 s, half minutes, minutes or 5 minutes."""
     step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
     return float(math.ceil(time / step) * step)
 
 
 def why_finished(comparison: Comparison, budget_seconds: float | None) -> str | None:
-    """Return why a comparison with a verdict cannot resume with this budget (None: no limit), or None if it can."""
+    """Return why a comparison with a verdict cannot resume with this budget, or None if it can."""
     before = comparison.expectation.budget_seconds or 0.0
     if not comparison.time_was_up or comparison.decision.verdict != "UNDECIDED":
         why = f"finished: the verdict is {comparison.decision.verdict}; more time adds nothing"
@@ -188,7 +183,7 @@ def why_finished(comparison: Comparison, budget_seconds: float | None) -> str | 
 
 
 def expect(context: Context) -> Expectation:
-    """Return the design with its forecast, stored once per budget so that resuming does not change it."""
+    """Return the design with its forecast, stored once per budget."""
     path = context.folder / EXPECTATION
     design = Expectation.load(path) if path.exists() else None
     if design is None or design.budget_seconds != context.budget_seconds:
@@ -232,15 +227,14 @@ def grid(context: Context, method: Any) -> tuple[float, ...]:
 
 
 def usual(context: Context, method: Any) -> float:
-    """Return the rate of the grid nearest to the planned one: the default if the trials are inconclusive or time is
-    short."""
+    """Return the rate of the grid nearest to the planned one, used without conclusive trials."""
     planned = context.setup(method.label).plan.learning_rate
     return rates.nearest(grid(context, method), rates.rounded(planned))
 
 
 def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
-    """Return the costs of the trained methods, full first, and the seconds after the last trial (0 without scores).
-    Planned times are corrected by those of finished trials."""
+    """Return the costs of trained methods, full first, and the seconds after the last trial, both corrected by finished
+    trials."""
     steps, rest = pace(context)
     results, costs, splits = context.kept_results(), dict[str, Cost](), context.summary.splits
     scored, rows = sum(splits[split].rows for split in ("eval", "test")), sum(one.rows for one in splits.values())
@@ -277,10 +271,8 @@ def _runs_at_its_rates(search: Search, trials: Sequence[Trial]) -> int:
 
 
 def pace(context: Context) -> tuple[dict[str, float], float]:
-    """Return how many times longer than planned steps take, by method, and likewise everything beside steps.
-
-    The empty name stands for methods without trials and holds the mean of all others.
-    """
+    """Return how many times longer than planned steps take, by method, and everything else. The empty name holds the
+    mean over methods."""
     took: defaultdict[str, float] = defaultdict(float)
     for entry in lines_of(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]
@@ -302,7 +294,7 @@ def pace(context: Context) -> tuple[dict[str, float], float]:
 
 
 def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bool:
-    """Return whether unfinished trials, `keep` seconds and the verdict fit into the remaining time less a reserve."""
+    """Return whether unfinished trials, `keep` seconds and the verdict fit into the remaining time."""
     unfinished = [] if context.budget_seconds is None else [one for one in trials if not is_done(context, one)]
     if not unfinished:
         return True
@@ -311,8 +303,7 @@ def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bo
 
 
 def to_come(context: Context, counts: Mapping[str, int], seeds: int) -> float:
-    """Return the forecast seconds until full and the most expensive leading rival have `seeds` runs; `counts` are
-    finished."""
+    """Return the forecast seconds until full and the most expensive leading rival have `seeds` runs."""
     costs = {method: cost for method, cost in costs_of(context)[0].items() if cost.decides and method in counts}
 
     def rest(method: str) -> float:

@@ -32,8 +32,7 @@ from fulltune.text import format_metric
 
 _TEXT_SAMPLES = 2000
 middle = statistics.median
-"""Costs of runs are medians: the first run of a command loads cold files and libraries, which is no cost of the
-method."""
+"""Medians, because the first run of a command loads cold files and libraries."""
 
 
 def judge(ran: SeedRuns) -> Comparison:
@@ -70,7 +69,7 @@ def _decided(context: Context, compared: Sequence[MethodOutputs], clusters: np.n
 def without_leaks(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
-    """Return notes with the verdict on the test rows that do not occur in train; empty without such leaks."""
+    """Return notes with the verdict on the test rows that are not in train; empty without leaks."""
     leaked = np.load(context.folder / "data" / "test" / IN_TRAIN)
     if not leaked.any():
         return []
@@ -90,7 +89,7 @@ def without_leaks(
 
 
 def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later: float) -> tuple[Opening, ...]:
-    """Record this opening of the sealed test rows and return all openings so far."""
+    """Record this opening of the sealed test rows and return all openings."""
     opening = Opening(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         by=f"{getpass.getuser()}@{platform.node()}",
@@ -104,8 +103,7 @@ def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later:
 
 
 def untouched(context: Context) -> tuple[Scores, ...]:
-    """Return the scores that need no training: the untouched language model or the most frequent answer first, then the
-    other baselines."""
+    """Return the scores that need no training, the untouched model or the most frequent answer first."""
     folder, writes = context.folder, FACTS[context.recipe.task].writes
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
@@ -152,7 +150,7 @@ def comparison_of(
 
 
 def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
-    """Return a row for each method, the untouched model (or the first baseline) first."""
+    """Return a row per method, the untouched model or first baseline first."""
     context, scores = ran.context, decision.scores
     num_parameters = context.setup(context.full.label).plan.num_parameters
     base = scores.get(BASE) or (baselines[0].metrics.get(context.measure.name) if baselines else None)
@@ -209,7 +207,7 @@ def _notes(context: Context) -> list[str]:
 
 
 def write_model_cards(ran: SeedRuns) -> None:
-    """Write a README.md beside each method's weights, with the test score of the saved seed."""
+    """Write a model card beside each method's weights, with the test score of the saved seed."""
     context, scoring = ran.context, ran.context.scoring
     for method, runs in ran.results.items():
         folder = context.folder / "models" / method

@@ -1,4 +1,4 @@
-"""The state that the parts of a comparison share: recipe, rows, time, and each method's sizes, plan and files."""
+"""Shared state of a comparison: recipe, rows, time, and each method's sizes, plan and files."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class Context:
     budget_seconds: float | None = None
     start: Starter = in_new_process
     began: float = field(default_factory=time.monotonic)
-    """Start of the time that is not yet recorded in the clock."""
+    """Start of the time not yet recorded in the clock."""
     passed: set[str] = field(default_factory=set)
-    """Methods with a trial that passed the dry run. Their other trials have the same shapes and skip it."""
+    """Methods with a trial that passed the dry run, which their other trials skip."""
     alpha_left: float | None = None
-    """Alpha left by the verdict before more time was given; None without one."""
+    """Alpha left by the previous verdict, if any."""
     _setups: dict[str, MethodSetup] = field(default_factory=dict)
 
     @property
@@ -87,7 +87,7 @@ class Context:
 
     @cached_property
     def most_tokens(self) -> int:
-        """Return the most tokens of a generic text, the same for all methods."""
+        """Return the most tokens of a generic text for all methods."""
         limit = self.setup(self.full.label).shapes.position_limit or MOST_TOKENS
         return min(MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
 
@@ -115,12 +115,12 @@ class Context:
 
     @property
     def scores_runs(self) -> bool:
-        """True if whole runs are scored for a verdict. After a rate search the evaluate stage scores the chosen run."""
+        """True if whole runs are scored for a verdict; after a rate search the evaluate stage does that."""
         return bool(self.recipe.methods)
 
     @property
     def full(self) -> Any:
-        """Return the reference method: the first full fine-tuning, else the only method."""
+        """Return the reference method: the first full fine-tuning, else the only one."""
         return next((one for one in self.methods if one.kind == "full"), self.methods[0])
 
     @property
@@ -152,7 +152,7 @@ class Context:
 
     @property
     def seconds_spent(self) -> float:
-        """Seconds of all commands on this folder. The last part of a killed command is missing."""
+        """Seconds of all commands on this folder, without the last part of a killed one."""
         return sum(entry["seconds"] for entry in lines_of(self.folder / CLOCK))
 
     @property
@@ -185,7 +185,7 @@ class Context:
         return plan.fit(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
-        """Return the recipe of one trial, with its rate, its seed and, in a search, fewer steps."""
+        """Return a trial's recipe, with its rate, seed and, in a search, fewer steps."""
         setup = self.setup(trial.method)
         method = setup.method.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
         changes: dict[str, Any] = {"train.seed": trial.seed}

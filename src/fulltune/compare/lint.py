@@ -1,4 +1,4 @@
-"""Rules for a fair comparison of methods, checked on a recipe alone and on a finished comparison."""
+"""Rules for a fair comparison, checked on a recipe and on a finished comparison."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEWEST_RATES = 3
 MOST_TEST_IN_EVAL = 0.1
 """Largest share of test rows that may also be in eval."""
 _MOST_TOKENS_APART = 0.02
-"""Tolerated relative difference in training tokens: a prompt's virtual tokens shorten the rows."""
+"""Tolerated difference in training tokens: a prompt's virtual tokens shorten the rows."""
 _ATTENTION = {
     *("q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv", "qkv_proj", "in_proj"),
     *("query", "key", "value", "query_key_value", "c_attn", "wq", "wk", "wv", "wo", "to_q", "to_k", "to_v"),
@@ -80,7 +80,7 @@ def lint_comparison(ran: SeedRuns, comparison: Comparison) -> tuple[Finding, ...
 
 
 def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
-    """Return the findings about a recipe's comparison that need neither rows nor a budget."""
+    """Return the findings that need only the recipe."""
     base = Base.of(recipe.model, recipe.task)
     shapes = shapes_of(base, {})
     seeds = recipe.compare.seeds or budget.num_seeds(None, budget.FEW_TRAIN_ROWS)
@@ -260,11 +260,11 @@ def _of_weights(base: Base) -> RuleHits:
 
 
 def rows_in_train(summary: DataSummary) -> str:
-    """Return the data stage's note on test rows that are also in train, or an empty string."""
+    """Return the data stage's note on test rows in train, or an empty string."""
     return next((one for one in summary.notes if " test rows have " in one and "stands in train" in one), "")
 
 
 def opened_by_others(folder: Path) -> tuple[str, ...]:
-    """Return the names of neighbouring comparisons whose verdict used the same test rows."""
+    """Return the names of other comparisons whose verdict used the same test rows."""
     noted = Access.of_same_rows(folder)
     return tuple(sorted({one.run for one in noted if one.trial == COMPARISON} - {folder.resolve().name}))

@@ -1,6 +1,6 @@
-"""A run that first searches its learning rate, as a comparison does, for one method and one seed.
+"""A run that first searches its learning rate as a comparison does, for one method and seed.
 
-plan → search (on eval rows, in a folder of its own) → the best run is moved into the run → evaluate → report
+plan → search (on eval rows, in a subfolder) → the best run is moved into the run → evaluate → report
 
 """
 
@@ -32,13 +32,12 @@ from fulltune.train.parent.fork_server import fork_server
 
 RECORD = "search.json"
 FOLDER = "search"
-"""Subfolder of the run folder with the trials, until the best one moves into the run."""
+"""Subfolder with the trials, until the best one moves into the run."""
 _RUNS = f"2 to {MOST_WHOLE_RUNS_ALONE} whole runs"
 
 
 def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
-    """Run the stages up to `until`, with a search for the learning rate before training if the recipe asks for one. The
-    same call resumes it."""
+    """Run the stages up to `until`, after a rate search if the recipe asks for one. The same call resumes."""
     if not job.recipe.is_searched:
         return pipeline.run(job, until, measure)
     if measure or (job.folder / "plan" / "measured.json").exists():
@@ -142,7 +141,7 @@ def _at_its_rate(recipe: Recipe, searched: Searched) -> Recipe:
 
 
 def move_into_run(job: Run, searched: Searched) -> None:
-    """Move the chosen run into the run folder, with the plan last so that an interrupted move can resume."""
+    """Move the chosen run into the run folder, its plan last so that an interrupted move can resume."""
     run, trial, method = job.folder, job.folder / FOLDER, job.recipe.method.label
     (run / "attempts").mkdir(exist_ok=True)
     for attempt in sorted((trial / "attempts").glob(f"{searched.trial}-*")):
@@ -163,7 +162,7 @@ def move_into_run(job: Run, searched: Searched) -> None:
 
 
 def _settings(trial: Plan, planned: Plan, searched: Searched) -> list[Setting]:
-    """Return the trial's settings, without the values that only made it a trial."""
+    """Return the trial's settings, with planned values for those that only made it a trial."""
     before = {setting.name: setting for setting in planned.settings}
     settings = []
     for setting in trial.settings:

@@ -1,8 +1,7 @@
-"""The search for a method's learning rate by successive halving on eval rows, as pure functions
-(docs/guides/compare.md).
+"""Search a method's learning rate by successive halving on eval rows, as pure functions (docs/guides/compare.md).
 
-`tried` and `whole` map rates to eval metrics of short trials and of whole runs; `may_extend` is false for a grid from
-the recipe.
+`tried` and `whole` map rates to eval metrics of short trials and whole runs; `may_extend` is false for the recipe's
+grid.
 
 """
 
@@ -19,25 +18,25 @@ STEP = math.sqrt(10)
 """Factor between neighbouring rates of a grid."""
 MOST_EXTENSIONS = 2
 LEAST_STEPS = 10
-"""Fewest steps of a short trial; with fewer, all rates look alike."""
+"""Fewest steps of a short trial, below which all rates look alike."""
 CLEARLY = 2
-"""Standard errors by which one whole run must be ahead to be clearly better, with one seed each."""
+"""Standard errors by which one whole run is clearly better, with one seed each."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How the eval rows measure a trial: direction, number of rows and kind of metric."""
+    """Direction, number of rows and kind of the eval metric."""
 
     greater_is_better: bool
     eval_rows: int
     is_share: bool
 
     def oriented(self, metric: float) -> float:
-        """Return the metric with its sign turned so that higher is better; NaN (diverged) becomes minus infinity."""
+        """Return the metric oriented so that higher is better; NaN (diverged) is worst."""
         return -math.inf if math.isnan(metric) else metric if self.greater_is_better else -metric
 
     def tolerance(self, metric: float) -> float:
-        """Return the difference below which trials count as equal: a standard error for shares, else 1 %."""
+        """Return the difference below which trials are equal: a standard error for shares, else 1 %."""
         if math.isnan(metric):
             return 0.0
         if not self.is_share:
@@ -45,7 +44,7 @@ class Scale:
         return error_of_share(metric, self.eval_rows)
 
     def ahead(self, rate: float, tried: Mapping[float, float]) -> float:
-        """Return by how many tolerances the trial at `rate` leads all others; infinity if the others diverged."""
+        """Return the lead of the trial at `rate` in tolerances; infinite if the others diverged."""
         others = max((self.oriented(metric) for other, metric in tried.items() if other != rate), default=math.inf)
         apart, least = self.oriented(tried[rate]) - others, self.tolerance(tried[rate])
         return apart / least if least else math.inf if apart > 0 else 0.0
@@ -63,12 +62,12 @@ def rounded(rate: float) -> float:
 
 
 def nearest(rates: Iterable[float], near: float) -> float:
-    """Return the rate closest to `near` on a log scale; of equally close ones the lower."""
+    """Return the rate closest to `near` on a log scale, the lower of equals."""
     return min(sorted(rates), key=lambda rate: round(abs(math.log(rate / near)) / math.log(STEP), 1))
 
 
 def share_of_steps(search_share: float, total_steps: int) -> float:
-    """Return the share of a run's steps for a short trial, at least `LEAST_STEPS` steps."""
+    """Return a short trial's share of the steps, at least `LEAST_STEPS`."""
     return min(1.0, max(search_share, LEAST_STEPS / max(1, total_steps)))
 
 
@@ -78,7 +77,7 @@ def search_trial(method: str, rate: float, share: float, seed: int) -> Trial:
 
 
 def final_trial(method: str, rate: float, seed: int, *, check: bool = False) -> Trial:
-    """Return a whole run; `check` marks one at a rate that the search did not choose."""
+    """Return a whole run; `check` marks a rate that the search did not choose."""
     name = f"{method}-rate{rate:g}-seed{seed}" if check else f"{method}-seed{seed}"
     return Trial(name=name, method=method, learning_rate=rate, seed=seed)
 
@@ -89,7 +88,7 @@ def best_of(tried: Mapping[float, float], scale: Scale) -> list[float]:
 
 
 def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> float:
-    """Return the default rate, unless it was not tried or the best one leads by more than the tolerance."""
+    """Return the default rate unless it is untried or the best one leads by more than the tolerance."""
     best, *_ = best_of(tried, scale)
     if usual is None or usual not in tried:
         return best
@@ -98,7 +97,7 @@ def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> f
 
 
 def _why(tried: Mapping[float, float], rate: float, scale: Scale, what: str) -> str:
-    """Explain the choice; `what` names the trials, such as `whole runs`."""
+    """Explain the choice; `what` names the trials."""
     if rate in best_of(tried, scale)[:1]:
         return f"the best of {len(tried)} {what}"
     least = "the eval rows can tell" if scale.is_share else "1 %"
@@ -106,8 +105,7 @@ def _why(tried: Mapping[float, float], rate: float, scale: Scale, what: str) -> 
 
 
 def beyond(tried: Mapping[float, float], scale: Scale) -> float | None:
-    """Return the next rate beyond the grid if the best one is at its edge and clearly better than its neighbour, else
-    None."""
+    """Return the next rate beyond the grid if the best is at its edge and clearly better, else None."""
     rates, best = sorted(tried), best_of(tried, scale)[0]
     if math.isnan(tried[best]):  # nothing learned anything: it can only be too fast
         return rounded(rates[0] / STEP)
@@ -122,7 +120,7 @@ def beyond(tried: Mapping[float, float], scale: Scale) -> float | None:
 
 
 def finished(method: str, tried: Mapping[float, float], share: float, scale: Scale, usual: float) -> Search:
-    """Return the result of the short trials: the best rate if it clearly beats the default, else the default."""
+    """Return the result of the short trials: the best rate if it clearly beats the default."""
     rate = choice(tried, scale, usual)
     on_edge = rate in (min(tried), max(tried)) and scale.ahead(rate, tried) > 1
     how = _why(tried, rate, scale, f"short runs of {share:.0%} of the steps")
@@ -131,7 +129,7 @@ def finished(method: str, tried: Mapping[float, float], share: float, scale: Sca
 
 
 def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, most: int) -> float | None:
-    """Return the rate of the next whole run: the default, the best, then outwards while clearly better. None ends the
+    """Return the next whole run's rate: the default, the best, then outwards while clearly better. None ends the
     search."""
     short = search.tried
     if len(short) < 2 or search.whole or len(whole) >= most:
@@ -157,7 +155,7 @@ def _is_clear(best: float, whole: Mapping[float, float], scale: Scale) -> bool:
 
 
 def after_whole(search: Search, whole: Mapping[float, float], scale: Scale) -> Search:
-    """Return the search's result after whole runs: the lowest of the best rates if it clearly beats the default."""
+    """Return the result after whole runs: the lowest of the best rates if it clearly beats the default."""
     rate = choice(whole, scale, search.usual)
     rates = {*search.tried, *whole}
     on_edge = rate in (min(rates), max(rates)) and _is_clear(rate, whole, scale)
@@ -167,7 +165,7 @@ def after_whole(search: Search, whole: Mapping[float, float], scale: Scale) -> S
 
 
 def after_divergence(search: Search) -> float | None:
-    """Return the lower rate to use after a whole run diverged, or None if the rate was the last one or the recipe's."""
+    """Return the lower rate after a divergence, or None if there is none."""
     if not search.tried:
         return None
     lower, lowest = rounded(search.chosen / STEP), min(search.tried)
@@ -176,8 +174,7 @@ def after_divergence(search: Search) -> float | None:
 
 
 def replaced(search: Search, lower: float, reason: str) -> Search:
-    """Return the search with a lower rate because the previous one diverged; that one's short trial no longer
-    counts."""
+    """Return the search with a lower rate after a divergence, which voids the short trial."""
     tried = {rate: math.nan if rate == search.chosen else metric for rate, metric in search.tried.items()}
     changes = {"tried": tried, "chosen": lower, "reason": reason, "on_edge": lower <= min(tried)}
     return search.model_copy(update=changes)

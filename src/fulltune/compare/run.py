@@ -1,4 +1,4 @@
-"""Run a comparison from data to report; every part is saved as it finishes, so the same command resumes it.
+"""Run a comparison. Every part is saved as it finishes, so the same command resumes.
 
 data → rates (halving, on eval rows) → seeds (looks at eval rows) → test rows, once → verdict → report
 
@@ -27,12 +27,12 @@ from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server
 
 NEAR_DUPLICATES = 0.8
-"""Rows whose texts share at least this much of their 5-grams (Jaccard) stay on one side of a comparison's split."""
+"""Share of 5-grams (Jaccard) from which rows stay on one side of the split."""
 Compared = tuple[Comparison, tuple[Path, ...]]
 
 
 def run_comparison(job: Run, command: str, budget: str | None = None) -> Compared:
-    """Compare the recipe's methods, or resume. `budget` is the most time over all commands, such as `30m`."""
+    """Compare the recipe's methods, or resume. `budget` limits the time of all commands, such as `30m`."""
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
@@ -60,7 +60,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
 
 
 def recipe_for(recipe: Recipe) -> Recipe:
-    """Return the recipe with near duplicates kept on one side of the split; refuse one without methods."""
+    """Return the recipe with near duplicates on one side of the split; refuse one without methods."""
     if not recipe.methods:
         raise RecipeError("methods: nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'")
     if "near_duplicates" in recipe.data.model_fields_set or FACTS[recipe.task].reads == "image":

@@ -1,4 +1,4 @@
-"""The trials of a comparison: a rate search for each method, then whole runs seed by seed until the answer is clear."""
+"""Trials of a comparison: a rate search per method, then whole runs seed by seed until the answer is clear."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ Results = dict[str, list[TrialResult]]
 
 MOST_WHOLE_RUNS = 4
 MOST_WHOLE_RUNS_ALONE = 3
-"""Most whole runs at different rates: for a method of a comparison, and for a run whose rate is searched."""
+"""Most whole runs at different rates, in a comparison and in a rate search."""
 
 
 def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """Search the rate of each trained method. Without time, full and the first rival take the default rate and others
-    are dropped."""
+    """Search each method's rate. Without time, full and the first rival take the default; others are dropped."""
     planned = [one for one in context.trained_methods if one.label in expectation.methods]
     pair = [one.label for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     keep = budget.to_come(
@@ -50,7 +49,7 @@ def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
 
 
 def search(context: Context, method: Any, share: float, keep: float = 0.0) -> Search:
-    """Return a method's rate search, run only once, leaving `keep` seconds for whole runs."""
+    """Return a method's rate search, leaving `keep` seconds for whole runs."""
     path = context.search_path(method.label)
     if path.exists() and not (result := Search.load(path)).time_was_up:
         return result
@@ -86,7 +85,7 @@ def _searched(context: Context, method: Any, search_share: float, keep: float) -
 
 @dataclass
 class SeedRuns:
-    """Whole runs of a comparison's methods. `searches` follows the rates, and loses a method without time for a run."""
+    """Whole runs of a comparison. `searches` follows the rates and loses methods without time for a run."""
 
     context: Context
     searches: dict[str, Search]
@@ -125,7 +124,7 @@ class SeedRuns:
         return self
 
     def best_rate(self, method: str) -> TrialResult:
-        """Train one seed of one method at its best rate, and save the model as `models/<method>`."""
+        """Train one seed at the best rate and save the model as `models/<method>`."""
         self.results[method] = []
         while (result := run_trial(self.context, self._next_trial(method))).problems:
             self._after_divergence(result)
@@ -134,7 +133,7 @@ class SeedRuns:
         return self.results[method][0]
 
     def _train(self, wanted: Mapping[str, int]) -> bool:
-        """Train whole runs until each method has the wanted number of seeds; return False if the time is up first."""
+        """Train until each method has the wanted seeds; false if the time is up first."""
         while lacking := {name: len(runs) for name, runs in self.results.items() if len(runs) < wanted.get(name, 0)}:
             methods = [name for name, count in lacking.items() if count == min(lacking.values())]
             method = methods[0]
@@ -167,12 +166,12 @@ class SeedRuns:
         return rates.final_trial(method, self.searches[method].chosen, seed)
 
     def _keep(self, seeds: int | None = None) -> float:
-        """Return the seconds reserved for the planned number of seeds (or for `seeds`)."""
+        """Return the seconds reserved for the planned (or given) number of seeds."""
         counts = {method: len(runs) for method, runs in self.results.items()}
         return budget.to_come(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _no_time(self) -> str | None:
-        """Return a method without a run that does not fit beside two seeds of full and of the first rival, if any."""
+        """Return a method without a run that does not fit beside two seeds of full and the first rival."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._keep(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
@@ -182,8 +181,7 @@ class SeedRuns:
         )
 
     def _look(self) -> dict[str, int]:
-        """Look at the eval rows and return how many seeds each method needs before the next look; empty ends the
-        runs."""
+        """Look at the eval rows and return the wanted seeds of each method; empty ends the runs."""
         context, again = self.context, self._again(self.looks)
         full = self.results[context.full.label]
         behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
@@ -201,7 +199,7 @@ class SeedRuns:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
     def _before_full(self) -> dict[str, int]:
-        """Before full wins, choose all rivals' rates as full's was; return the seeds of those that must catch up."""
+        """Before full wins, give all rivals full's rate search; return the seeds of those that must catch up."""
         context, scale = self.context, self.context.scale
         kinds = ("full", *RIVALS)
         decisive = {method: runs for method, runs in self.results.items() if self._kind(method) in kinds}
@@ -219,7 +217,7 @@ class SeedRuns:
         return {} if self._again(self.looks[:-1]) else dict.fromkeys(better, len(full))
 
     def _after_divergence(self, result: TrialResult) -> None:
-        """Lower the rate for all seeds of a method after one diverged; raise Diverged if no lower rate is left."""
+        """Lower a method's rate after one seed diverged; raise Diverged if none is left."""
         context, trial, search = self.context, result.trial, self.searches[result.trial.method]
         lower = rates.after_divergence(search)
         if lower is None:
@@ -236,7 +234,7 @@ class SeedRuns:
         self.results[trial.method].clear()
 
     def check_rate(self, method: str, keep: float = 0.0) -> bool:
-        """Try whole runs at other rates while `keep` seconds remain, and take the best; true if the rate changed."""
+        """Try whole runs at other rates while `keep` seconds remain; true if the rate changed."""
         context, search, first = self.context, self.searches[method], self.results[method][0]
         may_extend = context.setup(method).method.learning_rates is None
         most = MOST_WHOLE_RUNS if context.recipe.methods else MOST_WHOLE_RUNS_ALONE
@@ -268,7 +266,7 @@ class SeedRuns:
 
 
 def method_outputs(context: Context, results: Results, place: str, waited: Collection[str]) -> list[MethodOutputs]:
-    """Return each method's outputs on a split. Methods that waited are tested at a part of alpha."""
+    """Return each method's outputs on a split; methods that waited get a part of alpha."""
     folder, setups = context.folder / place, {method: context.setup(method) for method in results}
     return [
         MethodOutputs(

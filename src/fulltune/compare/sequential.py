@@ -1,7 +1,6 @@
-"""After each seed, decide on the eval rows whether the answer is clear and which methods need another seed.
+"""After each seed, decide on the eval rows whether the answer is clear and who needs another seed.
 
-Full and the best other method, the *leader*, get seeds; the rest waits. Formulas and sources:
-docs/concepts/statistics.md.
+Full and the best other method, the *leader*, get seeds; the rest waits. Sources: docs/concepts/statistics.md.
 
 """
 
@@ -22,27 +21,26 @@ from fulltune.stats.precision import Precision
 
 SAMPLES = 2_000
 _LATE = 4.0
-"""Power of the alpha spending function: higher values keep more for the last look."""
+"""Power of the alpha spending function; higher keeps more for the last look."""
 _SURE = 0.95
-"""Chance of a clear answer on the sealed rows at which training stops."""
+"""Chance of a clear answer on the sealed rows at which seeds end."""
 _LIKELY = 0.5
-"""After the last seeds, the other methods catch up if full beats the leader with at least this chance."""
+"""After the last seeds, others catch up if full beats the leader with this chance."""
 _CLEAR = "clear: the test rows would very likely agree"
 _HOPELESS = 0.2
-"""Below this chance of a clear answer with all seeds, more seeds are a waste. (Equal methods have about a tenth: the
-chance that the eval rows and the test rows are both unlucky.)"""
+"""Below this chance of a clear answer with all seeds, more are a waste. Equal methods have about a tenth."""
 WAITING_SHARE = 0.25
-"""Part of a look's alpha at which methods with fewer seeds are tested. The rest is for a second look after they caught
-up; full and the leader have the same seeds, and so the same test, in both."""
+"""Part of a look's alpha for methods with fewer seeds. The rest is for a second look after they caught up; full and the
+leader have the same test in both."""
 
 
 TIME_UP_SHARE = 0.5
-"""Part of the unspent alpha that a verdict may spend when the time is up. The rest is for later looks and verdicts on
-the same sealed rows, so that all together keep alpha (Bonferroni)."""
+"""Part of the unspent alpha for a verdict when the time is up. The rest is for later looks and verdicts, so that all
+together keep alpha (Bonferroni)."""
 
 
 def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
-    """Return the part of alpha that the look after `num_seeds` may spend. Over all looks the parts sum to alpha."""
+    """Return the alpha that the look after `num_seeds` may spend; the looks sum to `alpha`."""
     if not 1 <= num_seeds <= max_seeds:
         raise ValueError(f"look {num_seeds} of {max_seeds}")
     looks = max(1, max_seeds - 1)  # after one seed nothing is decided
@@ -52,8 +50,7 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
 
 
 def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
-    """Return the alpha that the sealed test may spend after these looks, and the alpha left for everything later (0:
-    nothing)."""
+    """Return the alpha for the sealed test after these looks, and for everything later (0: nothing)."""
     of_seeds: dict[int, float] = {}
     for earlier in looks:
         of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more
@@ -81,9 +78,9 @@ class Outlook:
     """Metric on the eval rows, oriented so that higher is better."""
     cost: float
     as_many: bool
-    """True with as many seeds as full: the leader, and methods that caught up."""
+    """True with as many seeds as full."""
     chances: tuple[float, float, float]
-    """Chances of a clear answer on the sealed rows if training stopped now: full better, equal, rival better."""
+    """Chances on the sealed rows if seeds ended now: full better, equal, rival better."""
     with_all: float
     """Chance of a clear answer with all planned seeds."""
 
@@ -94,15 +91,15 @@ class Outlook:
 
     @property
     def full_wins(self) -> bool:
-        """True if the answer is clear and most likely that full is better."""
+        """True if the answer is clear, most likely in favour of full."""
         return self.clear >= _SURE and self.chances[0] == max(self.chances)
 
 
 def look(
     methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms, max_seeds: int, test_rows: int, *, again: bool = False
 ) -> Look:
-    """Decide about each method after another seed, from its metrics on resamples of the eval rows. `again` marks a
-    second look with the same seeds of full."""
+    """Decide about each method from its metrics on resamples of the eval rows. `again` marks a second look with the
+    same seeds of full."""
     (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure
     now, spreads = counts[full], seed_spreads(drawn, [method.kind == "base" for method in methods])
@@ -137,7 +134,7 @@ def look(
 def _asked(
     full: str, rivals: Sequence[Outlook], now: int, max_seeds: int, *, again: bool
 ) -> tuple[dict[str, int], str]:
-    """Return how many seeds each method needs before the next look (empty: enough), and the reason."""
+    """Return the wanted seeds of each method (empty: enough) and the reason."""
     if now == max_seeds == 1:
         return {}, "all planned seeds are finished"
     if now == 1:
@@ -169,14 +166,13 @@ def _asked(
 def _chances(
     gap: Uncertain, margin: float, level: float, then: Precision, seeds: tuple[int, int]
 ) -> tuple[float, float, float]:
-    """Return the chances of each clear answer on the sealed rows with `seeds` of both methods, given the present
-    data."""
+    """Return the chances of each clear answer on the sealed rows with `seeds` of both methods."""
     now, then = Precision.of(gap), then.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(now.row_variance + then.row_variance + max(0.0, now.seed_variance - then.seed_variance))
     chances = [
-        _chances_at(gap.estimate, scatter, then.half_width(level, seen), then.half_width(2 * level, seen), margin)
-        for seen in then.luck(same_seeds=same_seeds)
+        _chances_at(gap.estimate, scatter, then.half_width(level, luck), then.half_width(2 * level, luck), margin)
+        for luck in then.luck(same_seeds=same_seeds)
     ]
     full, equal, rival = (float(np.mean(each)) for each in zip(*chances, strict=True))
     return full, equal, rival

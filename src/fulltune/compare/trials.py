@@ -28,10 +28,8 @@ def is_done(context: Context, trial: Trial) -> bool:
 
 
 def run_trial(context: Context, trial: Trial) -> TrialResult:
-    """Return a trial's result, training it if necessary.
-
-    A whole run keeps its model. In a comparison it also saves its outputs, those on the test rows sealed.
-    """
+    """Return a trial's result, training it if necessary. A whole run of a comparison saves model and outputs, test rows
+    sealed."""
     path = context.result_path(trial.name)
     if is_done(context, trial):
         result = TrialResult.load(path)
@@ -54,7 +52,7 @@ def run_trial(context: Context, trial: Trial) -> TrialResult:
 
 
 def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
-    """Train one trial under the guards of the train stage; raises Diverged."""
+    """Train one trial under the train stage's guards; raises Diverged."""
     recipe = context.trial_recipe(trial)
     planned = context.trial_plan(trial, recipe)
     run_folder.save_plan(context.folder, recipe, planned)
@@ -90,7 +88,7 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
 
 
 def keep_rows(context: Context, trial: Trial, planned: Plan, outcome: Outcome) -> float:
-    """Score a trained model on the comparison's rows, save its outputs, and return the seconds per row."""
+    """Score a trained model, save its outputs and return the seconds per row."""
     model_folder = context.folder / str(outcome.model_folder)
     with context.timed(f"{trial.name}: rows"):
         scoring = evaluate.scoring_of(
@@ -103,7 +101,7 @@ def keep_rows(context: Context, trial: Trial, planned: Plan, outcome: Outcome) -
 
 
 def keep(context: Context, name: str, predictions: Mapping[str, Predictions]) -> None:
-    """Save a model's outputs by split; only the verdict reads those of the test rows."""
+    """Save a model's outputs by split; only the verdict reads the test rows'."""
     for part, place in (("eval", OPEN), ("test", SEALED), ("generic", GENERIC)):
         if part in predictions:
             save_outputs(context.folder / place / f"{name}.npz", predictions[part])
@@ -118,12 +116,12 @@ def clear(context: Context, trial: Trial) -> None:
 
 
 def best_seed(context: Context, results: Sequence[TrialResult]) -> TrialResult:
-    """Return the seed with the best eval metric, whose model is kept."""
+    """Return the seed with the best eval metric."""
     return max(results, key=lambda one: (context.measure.sign * one.metric, -one.trial.seed))
 
 
 def keep_best_model(context: Context, results: Sequence[TrialResult]) -> None:
-    """Keep the model of the best seed as `models/<method>` and delete the others."""
+    """Keep the best seed's model as `models/<method>` and delete the others."""
     best = best_seed(context, results).trial
     models = context.folder / "models"
     if (models / best.name).exists():

@@ -1,4 +1,4 @@
-"""Decide FULL, PEFT, VARIANT, EQUIVALENT or UNDECIDED, as a pure function of the methods' outputs on the same rows."""
+"""Decide FULL, PEFT, VARIANT, EQUIVALENT or UNDECIDED from the methods' outputs on the same rows."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _FEW_SEEDS = 3
 
 @dataclass(frozen=True)
 class MethodOutputs:
-    """One method's outputs on the rows on which all methods are scored."""
+    """One method's outputs on the rows that all methods share."""
 
     name: str
     kind: MethodKind
     trials: Sequence[Predictions]
-    """Outputs reduced by the metric, one entry per seed. Methods may differ in their number of seeds."""
+    """Outputs reduced by the metric, by seed; methods may differ in their number."""
     cost: float
-    """Cost in any unit that all methods share, here the trained parameters; it tells which methods are cheaper."""
+    """Cost in any common unit, here trained parameters."""
     alpha_share: float = 1.0
-    """Part of alpha at which this method is tested; below 1 if it waited and has another chance."""
+    """Part of alpha for this method; below 1 if it waited and has another chance."""
 
     @property
     def decides(self) -> bool:
@@ -49,7 +49,7 @@ class Terms:
 
 
 def decide(methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms) -> Decision:
-    """Compare full fine-tuning with every other method. `drawn` holds the metrics of all on the same resamples."""
+    """Compare full fine-tuning with every other method. `drawn` holds all metrics on the same resamples."""
     measure = terms.measure
     (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
     spreads = seed_spreads(drawn, [method.kind == "base" for method in methods])
@@ -101,8 +101,7 @@ def _difference(
     num_rows: int,
     terms: Terms,
 ) -> Difference:
-    """Test one difference. `tested` holds the adjusted p-value and level of the test of a difference and of
-    equivalence."""
+    """Test one difference. `tested` holds p-value and level for a difference and for equivalence."""
     margin, alpha, span = terms.margin, terms.alpha * method.alpha_share, terms.measure.span
     bounds = None if span is None else (-span, span)
     (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * method.alpha_share) for p, of_test in tested)
@@ -136,7 +135,7 @@ def _difference(
 
 
 def _within(interval: tuple[float, float], bounds: tuple[float, float] | None) -> tuple[float, float]:
-    """Clip an interval to the range of the metric, which few seeds may exceed."""
+    """Clip an interval to the metric's range, which few seeds may exceed."""
     return interval if bounds is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))
 
 

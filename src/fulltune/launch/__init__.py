@@ -1,4 +1,4 @@
-"""Jobs for ssh, Slurm, Kubernetes or SkyPilot: a launcher's template, filled in from a recipe for the user to edit."""
+"""Jobs for ssh, Slurm, Kubernetes or SkyPilot: templates filled in from a recipe, for the user to edit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SKY_NAMES = {
     "V100-PCIe-32GB": "V100-32GB",
     "RTX 6000 Ada": "RTX6000-Ada",
 }
-"""SkyPilot's names for GPUs, where they are not just ours without blanks."""
+"""SkyPilot's names for GPUs, if not ours without blanks."""
 
 
 LAUNCHERS = {
@@ -73,7 +73,7 @@ class LaunchedJob:
 
     @property
     def words(self) -> list[str]:
-        """The command inside the recipe's folder, without options that differ by machine."""
+        """The command in the recipe's folder, without options that differ by machine."""
         verb = "compare" if self.recipe.methods else "run"
         return ["fulltune", verb, f"./{self.file.name}", *(word for one in self.overrides for word in ("--set", one))]
 
@@ -153,14 +153,14 @@ def _kubernetes(word: str) -> str:
 
 
 def path_of(job: LaunchedJob, launcher: str, output: Path | None) -> Path:
-    """Return the path of the job file: beside the recipe, in a folder, or as named."""
+    """Return the job file's path: beside the recipe, in a folder, or as named."""
     if output is not None and output.suffix and not output.is_dir():
         return output
     return (output or job.file.parent) / f"{job.file.stem}.{LAUNCHERS[launcher][0]}"
 
 
 def write(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]:
-    """Write the job file, executable if it is a script, and return the command that submits it.
+    """Write the job file and return the command that submits it.
 
     Raises:
         SetupError: The file exists, or is the recipe or one of its inputs.
@@ -179,7 +179,7 @@ def write(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]
 
 
 def absent(job: LaunchedJob, launcher: str) -> Iterator[str]:
-    """Warn that machines which receive only the recipe's folder lack files that the recipe names elsewhere."""
+    """Warn about files that machines with only the recipe's folder will lack."""
     folder = Path(os.path.realpath(job.file.parent))
     outside = [path for path in named_paths(job.recipe) if not Path(path).is_relative_to(folder)]
     if outside and launcher in _GET_THE_FOLDER:

@@ -33,18 +33,17 @@ RECORD, PROOF = "compare/comparison.json", "proof.json"
 
 
 def write(folder: Path) -> Path:
-    """Write `report.md` and `report.html` into a run folder, however the run ended, and return the path of
-    `report.html`."""
+    """Write `report.md` and `report.html` into a run folder and return the path of `report.html`."""
     return write_pages(Path(folder) / "report", build(read_run(folder)))
 
 
 def for_terminal(folder: Path) -> list[Headline | Section | Element]:
-    """Return the part of a run's report that is printed at the end of the run."""
+    """Return the part of a run's report for the terminal."""
     return content.for_terminal(read_run(Path(folder)))
 
 
 def write_comparison(folder: Path) -> tuple[Path, ...]:
-    """Write the pages, plot and `proof.json` of a finished comparison (folder or JSON file) and return their paths."""
+    """Write the pages, plot and `proof.json` of a finished comparison and return their paths."""
     source = _comparison_in(Path(folder))
     comparison = Comparison.load(source)
     target = Path(folder) if Path(folder).is_dir() else source.parent
@@ -72,13 +71,12 @@ def _comparison_in(folder: Path) -> Path:
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
-    """Write the model card beside the trained weights. `scores` are those of a comparison's trial, which has no
-    file."""
+    """Write the model card beside the weights. `scores` are those of a comparison's trial."""
     write_sanitized(Path(model_folder) / "README.md", model_card(read_run(folder, scores), Path(model_folder)))
 
 
 def write_merged_card(source: Path, model_folder: Path, task: str) -> None:
-    """Write `README.md` for a merged model, based on the card of the trained model."""
+    """Write `README.md` for a merged model, based on the trained model's card."""
     path = Path(source) / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     write_sanitized(Path(model_folder) / "README.md", merged_card(text, Path(model_folder).name, task))

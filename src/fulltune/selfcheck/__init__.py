@@ -1,7 +1,6 @@
-"""`fulltune selfcheck`: run hardware-dependent decisions on the user's own machine and show the results on one page.
+"""`fulltune selfcheck`: run hardware-dependent decisions on this machine and show the results on one page.
 
-The page is safe to share: it holds devices, versions and results, but no names or paths. The models are tiny with
-random weights, and nothing is downloaded.
+The page holds no names or paths, so it can be shared. The models are tiny and random; nothing is downloaded.
 
 """
 
@@ -50,7 +49,7 @@ class NotHere(Exception):
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCT_BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
-"""Largest relative error of a product, several times one rounding; TensorFloat-32 (5e-4) does not pass as fp32."""
+"""Largest relative error of a product; TensorFloat-32 (5e-4) does not pass as fp32."""
 BACKENDS = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -84,7 +83,7 @@ def speed(device: str) -> CheckOutcome:
 
 
 def sdpa(device: str, backend: str | None) -> CheckOutcome:
-    """Check torch's attention with one backend, or with the one that torch chooses."""
+    """Check torch's attention with one backend, or the default."""
     kernel = contextlib.nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend])
     # On a GPU these two are written for 16-bit types only; on a CPU flash takes fp32 as well.
     half = device == "cuda" and backend in ("flash", "cudnn")
@@ -93,7 +92,7 @@ def sdpa(device: str, backend: str | None) -> CheckOutcome:
 
 
 def flash_attention_2(device: str) -> CheckOutcome:
-    """Check the package flash-attn as `model.attn_implementation: flash_attention_2` uses it."""
+    """Check the package flash-attn."""
     from transformers import utils
 
     if device != "cuda":
@@ -104,11 +103,7 @@ def flash_attention_2(device: str) -> CheckOutcome:
 
 
 def compare(device: str, implementation: str, precision: str) -> CheckOutcome:
-    """Compare logits and gradients with eager attention in fp32, for unpadded and padded rows.
-
-    bf16 means fp32 weights under autocast, as in training.
-
-    """
+    """Compare logits and gradients with eager attention in fp32, with and without padding. bf16 means autocast."""
     ids = tokens(device, rows=3)
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
@@ -151,7 +146,7 @@ def _compute(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[
 
 
 def planned_bytes(device: str) -> CheckOutcome:
-    """Compare planned with allocated bytes of weights, gradients and AdamW's moments after a step."""
+    """Compare planned with allocated bytes of weights, gradients and AdamW's moments."""
     if device != "cuda":
         raise NotHere("needs a GPU; on a CPU the dry run before step 1 measures the process")
     # The first product also allocates a workspace that stays.
@@ -210,7 +205,7 @@ def all_reduce(device: str) -> CheckOutcome:
 
 
 def add_up(device: str) -> tuple[float, float] | None:
-    """Return the all-reduced and the expected sum; None on other ranks than 0."""
+    """Return the all-reduced and the expected sum, on rank 0 only."""
     import torch.distributed as dist
 
     if device == "cuda":
@@ -229,7 +224,7 @@ def add_up(device: str) -> tuple[float, float] | None:
 
 
 def decoder(device: str, *, layers: int = 2, width: int = 64, vocabulary: int = 128, **options: Any) -> Any:
-    """Return a Llama with the same weights each time and head size 32, which every attention kernel supports."""
+    """Return a Llama with fixed weights and head size 32, which every attention kernel supports."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -252,7 +247,7 @@ def tokens(device: str, rows: int = 4, length: int = 24, vocabulary: int = 128) 
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the norm of the difference over that of the exact tensor; infinite for NaN."""
+    """Return the relative norm of the difference; infinite for NaN."""
     value, exact = value.detach().cpu().double(), exact.detach().cpu().double()
     error = float((value - exact).norm() / exact.norm())
     return error if math.isfinite(error) else math.inf
@@ -285,7 +280,7 @@ class CheckResult(Record):
     ran: str
     status: Literal["pass", "fail", "not here"]
     result: str
-    """CheckOutcome in words; for `not here` the reason."""
+    """Outcome in words, or the reason for `not here`."""
     seconds: float
 
 
@@ -299,7 +294,7 @@ class Page(Record):
 
 
 def run(listener: Callable[[str], None] = lambda line: None) -> Page:
-    """Run every check on every device, announcing each to the listener. A check that raises has failed."""
+    """Run every check on every device, announcing each. A check that raises has failed."""
     started = time.monotonic()
     hide_progress_bars()
     findings = []
@@ -329,7 +324,7 @@ def _finding(name: str, ran: str, function: Callable[[str], CheckOutcome], devic
 
 
 def in_blocks(page: Page) -> Section:
-    """Return the page as a section for an issue, a chat, a file or the terminal."""
+    """Return the page as a section."""
     rows = tuple(
         (check.ran, check.device, check.status.replace("fail", "FAIL"), check.result, f"{check.seconds:.1f}")
         for check in page.findings
@@ -344,7 +339,7 @@ def in_blocks(page: Page) -> Section:
 
 
 def without_names(text: str, most: int = 300) -> str:
-    """Shorten an error's text for others to read: paths become file names, host and user names are masked."""
+    """Shorten an error's text and mask paths, host and user names."""
     text = " ".join(text.split()).replace(str(Path.home()), "~")
     text = re.sub(r"(?<![\w/])~?(?:/[\w.+@~-]+)+/?", lambda found: found[0].rstrip("/").rpartition("/")[2], text)
     try:
@@ -358,7 +353,7 @@ def without_names(text: str, most: int = 300) -> str:
 
 
 def devices() -> tuple[str, ...]:
-    """Return the CPU and, if available, the GPU, which stands for the first of several."""
+    """Return the CPU and, if available, the first GPU."""
     if not torch.cuda.is_available():
         return ("cpu",)
     return "cpu", "rocm" if torch.version.hip else "cuda"

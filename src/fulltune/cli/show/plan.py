@@ -198,7 +198,7 @@ def _what_next(survey: Survey, plan: Plan | None) -> list[Element]:
 
 
 def measured(measurements: Measurements) -> Table:
-    """Return memory, speed and loss of one step per setting; the loss as a difference to the first one."""
+    """Return memory, speed and loss (as a difference to the first) of one step per setting."""
     first = next((row.loss for row in measurements.rows if row.loss is not None), None)
     rows = tuple(
         (

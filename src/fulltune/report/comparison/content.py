@@ -83,7 +83,7 @@ def _headline(comparison: Comparison) -> Headline:
 
 
 def _near_without_training(comparison: Comparison) -> str:
-    """Say that the strongest baseline is near the recommended (else the best) method, or return an empty string."""
+    """Say that the strongest baseline is near the recommended or best method, or return an empty string."""
     scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
     trained = [row for row in comparison.rows if row.seeds]
     if not scored or not trained:
@@ -325,7 +325,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def expectation(expected: Expectation, write: Writer) -> Section:
-    """Return the section printed before a comparison starts: methods, trials, time and detectable differences."""
+    """Return the section printed before a comparison starts."""
     search, whose = "", "of each method"
     if expected.num_search_trials:
         search = f"{expected.num_search_trials} short trials to choose rates, more if the best is at an edge; then "
@@ -352,7 +352,7 @@ def expectation(expected: Expectation, write: Writer) -> Section:
 
 
 def can_find(expected: Expectation, write: Writer) -> str:
-    """Say which differences are usually detected, as far as known before the start."""
+    """Say which differences are usually detected, as known before the start."""
     if expected.num_seeds < 2:
         return "nothing: one seed does not show the spread between seeds"
     if expected.detectable is None:

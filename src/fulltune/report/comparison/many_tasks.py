@@ -59,7 +59,7 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
 
 
 def _behind(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
-    """Return the mean difference over tasks, or None unless all metrics are shares; independent half widths add in
+    """Return the mean difference over tasks if all metrics are shares, else None; independent half widths add in
     squares."""
     gaps = [one.decision.difference(method) for one in comparisons]
     if not all(is_share(one.decision.metric) for one in comparisons) or not all(gap.seeds_known for gap in gaps):

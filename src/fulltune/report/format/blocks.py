@@ -19,9 +19,9 @@ class Cell:
     heat: float | None = None
     """Shade behind the text, 0 to 1; the text holds the number as well."""
     untrusted: bool = False
-    """True for text from data or a model, which is escaped and isolated from the text around it."""
+    """True for text from data or a model, which is escaped and isolated."""
     limit: int | None = None
-    """Most characters on a page. Markdown and terminal show at most 160, or 80 without a limit."""
+    """Most characters on a page; elsewhere at most 160, or 80 without a limit."""
 
     def shown(self, on_page: bool = False) -> str:
         """Return the text cut to the limit, with the number of dropped characters."""
@@ -109,7 +109,7 @@ class Previews:
 
 
 Exchange = tuple[str, tuple[tuple[str, str], ...]]
-"""A prompt and the replies by speaker: expected, before training, after training."""
+"""A prompt and the replies by speaker."""
 
 
 @dataclass(frozen=True)
@@ -166,5 +166,5 @@ def unless_empty(title: str, blocks: Sequence[Element]) -> Section | None:
 
 
 def untrusted(text: str, limit: int | None = None) -> Cell:
-    """Return a cell for text from data or a model, cut after `limit` characters; empty text becomes `(empty)`."""
+    """Return a cell for text from data or a model; empty text becomes `(empty)`."""
     return Cell(named(text), untrusted=True, limit=limit)

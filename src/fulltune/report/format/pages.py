@@ -56,7 +56,7 @@ def page(report: Report, template: str = "report.html.j2") -> str:
 
 
 def write_pages(path: Path, report: Report, template: str = "report.html.j2", private: bool = True) -> Path:
-    """Write the report as Markdown and HTML side by side and return the path of the HTML."""
+    """Write Markdown and HTML side by side and return the path of the HTML."""
     write_sanitized(path.with_suffix(".md"), markdown(report), private)
     target = path.with_suffix(".html")
     write_sanitized(target, page(report, template), private)
@@ -176,7 +176,7 @@ _STYLES = {
 
 
 def show(console: Console, parts: Iterable[Headline | Section | Element]) -> None:
-    """Print the parts one after another. A table wider than the terminal continues below with its other columns."""
+    """Print the parts in order. A table wider than the terminal continues below."""
     for place, part in enumerate(parts):
         if place and isinstance(part, Table) and part.caption:
             console.print()
@@ -226,7 +226,7 @@ def _grid(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
 
 
 def _tables(table: Table, width: int) -> Iterator[Grid]:
-    """Split a table into tables that fit; each repeats the first column, which names the rows."""
+    """Split a table into ones that fit, each with the first column."""
     cells = [[_shown_cell(cell) for cell in row] for row in table.rows]
     headers, widest, needed = [], [], []
     for number, name in enumerate(map(one_line, table.header)):

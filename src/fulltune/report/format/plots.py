@@ -57,7 +57,7 @@ class Mark:
     is_full: bool = False
     """True for full fine-tuning, drawn as a square."""
     filled: bool = False
-    """True for a trained model or, in the cost plot, the recommended method; drawn filled and blue."""
+    """True for a trained model or, in the cost plot, the recommended method."""
     cost: float = 0.0
     """Cost relative to full fine-tuning."""
 
@@ -87,7 +87,7 @@ class PointSeries:
 
 @contextmanager
 def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Create a figure with plots side by side, with fixed settings that ignore the user's matplotlib configuration."""
+    """Create a figure with plots side by side and fixed settings, ignoring the user's matplotlib configuration."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -256,7 +256,7 @@ def series_plot(
 
 
 def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -> blocks.Figure:
-    """Draw value and interval of every finite mark on one axis, from top to bottom."""
+    """Draw value and interval of every finite mark on one axis."""
     shown = [mark for mark in marks if mark.is_finite]
     names = [textwrap.fill(words.one_line(mark.name), _LONGEST_NAME) for mark in shown]
     lines = sum(max(2, name.count("\n") + 1) for name in names)
@@ -280,7 +280,7 @@ def cost_plot(plot: CostPlot) -> blocks.Figure:
 
 
 def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Path) -> None:
-    """Write the plots side by side into one PNG under a title."""
+    """Write the plots side by side into one PNG."""
     with _new_figure(COST_HEIGHT + 2 * LINE_HEIGHT, len(plots)) as (figure, all_axes):
         figure.set(frameon=True, facecolor=PAGE)
         width = len(plots) * WIDTH // 8

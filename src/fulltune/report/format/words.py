@@ -24,7 +24,7 @@ _UNSAFE = re.compile(
 
 
 OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu")
-"""Metrics of generated answers; the first available one says whether answers improved."""
+"""Metrics of generated answers; the first available one judges them."""
 
 
 def metric_name(name: str) -> str:
@@ -45,7 +45,7 @@ def estimate(name: str, value: Estimate) -> str:
 
 
 def sent(plan: Plan) -> str:
-    """Describe the bytes that each process sends per step, by the plan; empty for one process."""
+    """Describe the bytes that each process sends per step; empty for one process."""
     if not plan.sent_bytes:
         return ""
     each, passes = "", plan.gradient_accumulation_steps
@@ -57,7 +57,7 @@ def sent(plan: Plan) -> str:
 
 
 def at_the_peak(kinds: Mapping[MemoryKind, int]) -> str:
-    """Describe the moment of a step with the most memory, recognised by the kinds in use then."""
+    """Describe the moment of a step with the most memory."""
     after = "in the backward pass" if kinds.get("activations") else "in the optimizer's update"
     moment = after if kinds.get("gradients") else "before the first gradient"
     # A kind that is 0 at the peak can be large at another moment.
@@ -87,13 +87,12 @@ def one_line(text: str) -> str:
 
 
 def write_sanitized(path: Path, text: str, private: bool = False) -> None:
-    """Write a sanitized file. Every file of a report is written here, so no unsafe text can get past."""
+    """Write a sanitized file; every file of a report is written here."""
     write_text(path, sanitized(text), private)
 
 
 def clipped(text: str, limit: int) -> str:
-    """Cut text after `limit` characters, at the end of a word if possible, and append the number of dropped
-    characters."""
+    """Cut text after `limit` characters, at a word's end if possible, and append the number of dropped ones."""
     if len(text) <= limit:
         return text
     # One more character shows whether the last word ends there; text without spaces, such as Chinese, is cut anywhere.
@@ -106,7 +105,7 @@ _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gguf
 
 
 def file_name(place: str) -> str:
-    """Return a model or file without local folders. A Hub id or `package:NAME/PATH` stays whole."""
+    """Return a model or file without local folders, except in a Hub id or `package:NAME/PATH`."""
     path = PureWindowsPath(place)  # splits at both kinds of slash
     is_local = place.startswith(("/", "~", ".")) or path.drive or path.suffix.lower() in _FILE_ENDINGS
     return path.name if is_local and not place.startswith("package:") else place
@@ -135,12 +134,12 @@ def as_share(moved: float, writes: bool) -> str:
 # ---- comparisons ----------------------------------------------------------------------------------------------------
 
 NOTHING = "–"
-"""Shown for values that a method does not have, such as the training time of an untrained one."""
+"""Shown for values that a method does not have."""
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Formats values and differences of one metric with the precision that the margin needs."""
+    """Formats values and differences of a metric with the precision of the margin."""
 
     metric: str
     margin: float

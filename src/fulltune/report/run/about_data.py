@@ -27,7 +27,7 @@ from fulltune.text import counted, format_number, format_percent
 
 
 def row_words(summary: DataSummary | None) -> Form:
-    """Return the words for a run's rows; without a summary, those for rows with one label."""
+    """Return the words for a run's rows, by default for rows with one label."""
     form = summary.form if summary else FORMS["single_label"]
     if summary and has_images(summary):
         return replace(form, kind="images", question="IMAGE.png")
@@ -35,7 +35,7 @@ def row_words(summary: DataSummary | None) -> Form:
 
 
 def has_images(summary: DataSummary) -> bool:
-    """Return whether the rows are images, which all have the same size in tokens."""
+    """Return whether rows are images, which all have the same size."""
     return "image" in summary.columns
 
 
@@ -136,7 +136,7 @@ def _mixed(view: RunView, summary: DataSummary) -> list[Element]:
 
 
 def _lengths(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
-    """Return the columns on tokens. Classifiers have none for trained tokens, because each row is trained once."""
+    """Return the columns on tokens; classifiers have none for trained tokens."""
     if has_images(summary):
         return {}
     trained = {"trained tokens": split.trained_tokens} if summary.form.writes_answers else {}

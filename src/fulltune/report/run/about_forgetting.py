@@ -117,7 +117,7 @@ def _likelier(rise: float) -> str:
 
 
 def budget_advice(result: BudgetResult | None) -> tuple[str, str]:
-    """Return what a budget for forgetting prevented, and what helps; two empty strings if most of the gain was kept."""
+    """Return what a budget for forgetting prevented and what helps; two empty strings if most of the gain was kept."""
     if result is None:
         return "", ""
     if (limit := limit_for_most_gain(result)) is not None:

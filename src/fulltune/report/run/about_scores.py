@@ -64,7 +64,7 @@ def _level(view: RunView) -> str:
 
 
 def score_table(view: RunView) -> Table:
-    """Return the table of every scored model with every metric, the main metric first."""
+    """Return the table of every model with every metric, the main one first."""
     leading = view.trained or view.scores[-1]
     main = leading.main_metric
     metrics = sorted(
@@ -85,7 +85,7 @@ def score_table(view: RunView) -> Table:
 
 
 def about_table(view: RunView) -> list[Paragraph]:
-    """Return the sentences needed to read the scores: leaks, dependent rows, generated answers, missing metrics."""
+    """Return the sentences needed to read the scores."""
     sentences = [without_leaks(view.scores, view.summary), _groups(view.scores)]
     sentences += [about_answers(row) for row in view.scores if row.answers and len(row.answers) < row.rows][-1:]
     sentences += [
@@ -135,7 +135,7 @@ def _groups(scores: Sequence[Scores]) -> str:
 
 
 def about_answers(row: Scores) -> str:
-    """Say for how many test rows answers were generated, and which metrics rest on them."""
+    """Say for how many test rows answers were generated."""
     names = [words.metric_name(name) for name in row.metrics if name in words.OF_ANSWERS]
     distinct = " with different prompts" if len(row.answers) > 1 else ""
     return (
@@ -181,7 +181,7 @@ def confusion(view: RunView) -> Section | None:
 
 
 def label_table(confusion: Confusion) -> Table:
-    """Return precision, recall and F1 of each label; of many labels those with the lowest F1."""
+    """Return precision, recall and F1 of each label, of many the lowest F1."""
     predicted, rows = [sum(counts) for counts in zip(*confusion.counts, strict=True)], []
     for place, (name, counts) in enumerate(zip(confusion.labels, confusion.counts, strict=True)):
         right, predictions, expected = counts[place], predicted[place], sum(counts)
@@ -253,7 +253,7 @@ def calibration(view: RunView) -> Section | None:
 
 
 def calibration_of(row: Scores) -> list[Element]:
-    """Return the fitted temperature and the calibration error before and after; empty without a calibration."""
+    """Return temperature and calibration errors; empty without a calibration."""
     calibration = row.calibration
     if calibration is None:
         return []

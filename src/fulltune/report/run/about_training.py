@@ -42,7 +42,7 @@ from fulltune.text import (
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
 _EVENTS = {"next attempt": "After", "skipped": "Skipped in", "warning": "Warning of"}
-"""Journal events that are shown in full, with the words that introduce them."""
+"""Journal events that are shown in full, with introducing words."""
 _OPEN = 10
 """Rows of a list that are shown before the rest is folded."""
 
@@ -120,7 +120,7 @@ def training(view: RunView) -> Section | None:
     journal = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
     # In full, because advice is at their end and a table cell would be cut.
     details = dict.fromkeys(
-        f"{_EVENTS[one.event]} {name}: {one.detail}" for name, one in journal if one.event in _EVENTS
+        f"{_EVENTS[entry.event]} {name}: {entry.detail}" for name, entry in journal if entry.event in _EVENTS
     )
     if details:
         events = list(details)
@@ -151,7 +151,7 @@ def _attempts(view: RunView) -> Table:
 
 
 def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
-    """Return facts on the trained parameters, the step of the saved weights and how many values changed."""
+    """Return facts on trained parameters, the saved step and changed values."""
     facts, moved = [], outcome.parameter_changes
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
@@ -267,8 +267,7 @@ def _kinds(plan: Plan) -> list[Element]:
 
 
 def _comparison(view: RunView, plan: Plan) -> list[Element]:
-    """Compare the last attempt with the plan. A resumed attempt has no planned time, because plans are for whole
-    runs."""
+    """Compare the last attempt with the plan. A resumed attempt has no planned time."""
     outcome = view.outcome
     if outcome is None:
         return []

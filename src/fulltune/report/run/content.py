@@ -75,7 +75,7 @@ def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
 
 
 def for_terminal(view: RunView) -> list[Headline | Section | Element]:
-    """Return the elements printed at the end of a run: scores, answers, verdict, fit, next steps."""
+    """Return the elements printed at the end of a run."""
     headline, steps = conclude(view)
     parts: list[Headline | Section | Element] = []
     if view.scores:

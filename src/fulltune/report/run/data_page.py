@@ -30,14 +30,14 @@ from fulltune.text import counted, format_percent, format_share, listed
 
 _CELL = 160
 _FEW_SUSPECTS, _FEW_OF_ROWS = 30, 0.02
-"""Data without label errors may have up to this many suspects, as a number and as a share of the rows."""
+"""Data without label errors may have this many suspects, as a number and a share of rows."""
 _MOST_LANGUAGES = 6
 _MARGIN = 0.01
 """Precision of differences, in hundredths of a point."""
 
 
 def write_data_page(folder: Path) -> Path:
-    """Write `data.md` and `data.html` into an audited run folder and return the path of `data.html`."""
+    """Write `data.md` and `data.html` into an audited run folder; return the path of `data.html`."""
     view, audit = read_run(folder), Audit.load(folder / "data" / AUDIT)
     rows, dropped = sum(audit.rows.values()), sum(view.summary.dropped.values()) if view.summary else 0
     figures = [("rows looked at", f"{rows:,}"), ("dropped while reading", f"{dropped:,}")]
@@ -95,7 +95,7 @@ def _languages(column: str, counts: Mapping[str, int], rows: int) -> str:
 
 
 def about_labels(errors: LabelErrors, of_rows: int) -> str:
-    """Say how reliable the suspected label errors are, judged by wrong labels planted on purpose."""
+    """Say how reliable suspected label errors are, judged by errors planted on purpose."""
     some = "" if errors.judged_rows == of_rows else f" of {of_rows:,}, drawn at random"
     text = (
         f"Linear classifiers on the untouched model judged the labels of {errors.judged_rows:,} train rows{some}, each "

@@ -45,7 +45,7 @@ def model_card(view: RunView, model_folder: Path) -> str:
 
 
 def merged_card(text: str, name: str, task: str) -> str:
-    """Return the card of a merged model: the trained model's card with instructions to load a whole model."""
+    """Return the trained model's card with instructions to load a whole, merged model."""
     what = "The trained weights are merged into those of the pretrained model. " + HOW_TO_LOAD["full"]
     blocks = (Paragraph(what), Code(loading_code(name, task, None), "python"))
     return (text or _BARE).partition(_LOADING)[0] + section_in_markdown(Section("load", "How to load", blocks), "##")
@@ -151,7 +151,7 @@ HOW_TO_LOAD = {
 
 
 def how_to_load(folder: str, view: RunView) -> tuple[Element, ...]:
-    """Return instructions to query and load a run's model, with Python code unless only fulltune can load it."""
+    """Return instructions to query and load a model, with Python code unless only fulltune can load it."""
     # A method's name may differ from its kind.
     kinds = (str(one.value) for one in (view.plan.settings if view.plan else ()) if one.name == "method.kind")
     kind = next(kinds, "full")
@@ -164,7 +164,7 @@ def how_to_load(folder: str, view: RunView) -> tuple[Element, ...]:
 
 
 def loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
-    """Return Python code that loads a model with transformers, or with PEFT around `base`."""
+    """Return Python code that loads a model, with PEFT around `base`."""
     facts = FACTS.get(task, FACTS["text-classification"])
     package, _, inner = base.removeprefix("package:").partition("/") if base.startswith("package:") else ("", "", "")
     pretrained = json.dumps(words.file_name(base), ensure_ascii=False) if base else ""

@@ -77,7 +77,7 @@ class AttemptFiles:
 
 
 def merge(attempts: Sequence[AttemptFiles]) -> History:
-    """Join a trial's attempts into one curve, without steps that a later attempt repeated."""
+    """Join a trial's attempts into one curve, without repeated steps."""
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
     restarts: list[int] = []
@@ -136,7 +136,7 @@ class RunView:
     plan: Plan | None
     attempts: tuple[AttemptFiles, ...]
     scores: tuple[Scores, ...]
-    """Baselines first, then the untouched model, then the trained one; by name within a kind."""
+    """Baselines, then the untouched and the trained model; by name within a kind."""
     missing: tuple[tuple[str, str], ...] = ()
     """Parts of the report that cannot be shown, with reasons."""
     searched: Searched | None = None
@@ -163,7 +163,7 @@ class RunView:
 
     @property
     def model_folder(self) -> str | None:
-        """Path of the trained model relative to the run folder; None if it does not exist."""
+        """Path of the trained model in the run folder; None without one."""
         named = (self.outcome.model_folder if self.outcome else None) or (
             self.plan.model_folder if self.plan else "models/full"
         )
@@ -301,7 +301,7 @@ class _Files:
                     self.unreadable.setdefault(path.relative_to(self.folder).as_posix(), []).append(str(number))
 
     def accesses(self) -> tuple[Access, ...]:
-        """Read the accesses to the same test rows from the file beside the run folder."""
+        """Read the accesses to these test rows from the file beside the run folder."""
         try:
             return Access.of_same_rows(self.folder)
         except OSError:
@@ -319,7 +319,7 @@ class _Files:
 
 
 def _first_step(path: Path) -> int | None:
-    """Return the step of the checkpoint in a request (0 without one), or None if unreadable."""
+    """Return the step of a request's checkpoint (0 without one), or None if unreadable."""
     try:
         checkpoint = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
         return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
@@ -328,7 +328,7 @@ def _first_step(path: Path) -> int | None:
 
 
 def _may_be_a_plan(path: Path) -> bool:
-    """Return whether a file in `plan` is a trial's plan or too damaged to tell."""
+    """Return whether a file is a trial's plan or too damaged to tell."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

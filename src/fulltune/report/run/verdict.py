@@ -27,15 +27,15 @@ _LABELS = {
     "alone": "Nothing to compare with",
     "none": "No verdict",
 }
-"""Kinds of verdict with their headlines. `contested`: better by its loss only. `unpaired`: no difference on the same
-rows. `alone`: nothing to compare with. `none`: the trained model was not scored."""
+"""Headlines by verdict. `contested`: better by loss only. `unpaired`: no difference on the same rows. `alone`: nothing
+to compare with. `none`: not scored."""
 NOT_MEASURED = "Their difference on the same rows was not measured."
 _OTHER_ROWS = "They were scored on different rows, so their difference is unknown."
 _LONE = "The test rows are {}: more rows with other texts are needed to distinguish a difference from chance."
 
 
 def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better: bool) -> Scores | None:
-    """Return the best baseline or untouched model, which the trained model has to beat."""
+    """Return the best baseline or untouched model, which training has to beat."""
     rows = [row for row in scores if row.kind != "trained" and metric in row.metrics]
     rows = [row for row in rows if math.isfinite(row.metrics[metric].value)]
     sign = 1 if greater_is_better else -1
@@ -43,7 +43,7 @@ def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better
 
 
 def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
-    """Compare the trained model with the best untrained one: better or worse only if the interval excludes 0."""
+    """Compare the trained model with the best untrained one; better or worse needs an interval without 0."""
     row = trained_row(scores)
     if row is None:
         return _headline(
@@ -88,7 +88,7 @@ def _headline(kind: str, sentence: str) -> Headline:
 
 
 def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
-    """Say that generated answers did not improve or are all empty; an empty string if they improved."""
+    """Say that generated answers did not improve or are empty; an empty string if they improved."""
     name = next((name for name in words.OF_ANSWERS if name in row.metrics and row.answers), "")
     bar = strongest_untrained(scores, name, greater_is_better=True)
     if bar is None:
@@ -120,7 +120,7 @@ _FEW_STEPS = 100
 _MOST_TIMES = 10
 """Largest factor by which a longer run is proposed at once."""
 _FEW_ROWS_OF_A_LABEL = 10
-"""Average rows per label below which a label is learned poorly, however often its rows are repeated."""
+"""Average rows per label below which a label is learned poorly."""
 _ONE_CLASS = 0.98
 """Share of test rows with the same predicted label from which a model counts as blind."""
 _UNEVEN = 2.0
@@ -158,7 +158,7 @@ class RunFacts:
 
 
 def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
-    """Collect the facts on the trial of the headline; None if it was not scored or has no plan."""
+    """Collect the facts on the headline's trial; None without scores or plan."""
     row, plan, outcome = view.trained, view.plan, view.outcome
     if row is None or plan is None or outcome is None:
         return None
@@ -187,7 +187,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
 
 
 def _only_label(confusion: Confusion) -> tuple[str, bool]:
-    """Return the label of nearly all predictions (empty: none) and whether most rows have it."""
+    """Return the label of nearly all predictions, if any, and whether most rows have it."""
     predicted = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
     expected = [sum(counts) for counts in confusion.counts]
     most, place = max(((count, place) for place, count in enumerate(predicted)), default=(0, 0))
@@ -199,7 +199,7 @@ def _only_label(confusion: Confusion) -> tuple[str, bool]:
 
 
 def next_steps(run: RunFacts) -> tuple[str, ...]:
-    """Return single changes to try, each with its evidence and setting; empty if training helped."""
+    """Return single changes to try, with evidence and setting; empty if training helped."""
     if run.verdict not in ("worse", "unresolved"):
         return ()
     evidence, helps = run.budget_advice
@@ -281,7 +281,7 @@ def _capital(text: str) -> str:
 
 
 def _length(run: RunFacts, times: float) -> str:
-    """Return the setting for a run `times` as long; the schedule of a shorter one still ends at 0."""
+    """Return the setting for a run `times` as long."""
     if "train.max_steps" in run.recipe_settings:
         return f"--set train.max_steps={round(times * run.plan.total_steps)}"
     return f"--set train.num_train_epochs={float(f'{times * run.plan.num_train_epochs:.2g}'):g}"
