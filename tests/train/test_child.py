@@ -125,6 +125,6 @@ def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
     when = "after the step at hand, which it saves" if beat else "before its first step, as soon as the model is loaded"
     assert said[0] == "up"
     assert said[1].startswith(f"asked to stop: the training ends {when}")
-    assert said[1].endswith("a second signal changes nothing, a third ends it at once, without saving")
+    assert said[1].endswith("a second signal changes nothing, a third ends it at once without saving")
     assert len(said) == 2
     assert (found.status, found.reason) == ("interrupted", f"interrupted {told}")

@@ -239,7 +239,7 @@ def test_machines_that_differ_are_refused_and_told_so(
 def test_a_machine_that_does_not_come_is_named(place: MachineAddress, tmp_path: Path) -> None:
     recipe = several(tmp_path, machines=3)
     with (
-        pytest.raises(SetupError, match=r"machines 1 and 2 \(3 in all\) not heard of for 0 s.*storage that all"),
+        pytest.raises(SetupError, match=r"machines 1 and 2 \(3 in all\) did not answer in 0 s.*storage that all"),
         led(replace(place, wait_seconds=0.1), recipe),
     ):
         raise AssertionError("it began")
@@ -270,7 +270,7 @@ def test_others_do_not_wait_for_ever_for_a_machine_0_that_is_gone(place: Machine
     threading.Timer(0.3, sign.end).start()
     with pytest.raises(InterruptedRun, match=r"machine 0 \(host0\) gave no sign of life and did not come back in 0 s"):
         follow_one(replace(place, wait_seconds=0.2), recipe)
-    with pytest.raises(SetupError, match="machine 0 was not heard of"):
+    with pytest.raises(SetupError, match="machine 0 did not answer"):
         follow_one(replace(place, wait_seconds=0.1), recipe)
     told = Member.load(place.file_of(recipe, 1))
     assert told.exit_code == 2, "machine 0 is told, should it come"
@@ -448,8 +448,8 @@ def test_a_port_that_is_taken_is_refused() -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        with pytest.raises(SetupError, match=r"port \d+ of this machine cannot be taken"):
-            group_of._refuse_taken(MachineAddress(0, "127.0.0.1", taken.getsockname()[1], 1.0))
+        with pytest.raises(SetupError, match=r"port \d+ of this machine cannot be used"):
+            group_of._check_port(MachineAddress(0, "127.0.0.1", taken.getsockname()[1], 1.0))
 
 
 CLOSED = "Connection closed by peer"

@@ -1,4 +1,4 @@
-"""`fulltune plan --measure`: dry runs with other settings, each in a process of its own; the fastest is taken."""
+"""`fulltune plan --measure`: dry runs with several settings, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from fulltune.train.parent.retry import PlannedTrial
 from fulltune.train.request import Request
 
 MARGIN = 0.03
-"""Less than this is no difference: a pass takes a little longer or shorter each time."""
-LEAST_SECONDS_TO_COMPILE = 600.0
-"""Compiling takes a minute or two: a run that is shorter than this does not win it back."""
+"""Relative difference of times that is noise."""
+MIN_SECONDS_TO_COMPILE = 600.0
+"""Shorter runs do not regain the minute or two that compiling takes."""
 _DERIVED = ("gradient accumulation", "evaluate.batch_size")
-"""What follows from the micro batch, and keeps its reason."""
+"""Settings that follow from the micro batch and keep their reason."""
 
 
-# ---- what is tried, and what is taken: pure functions ------------------------------------------------------------
+# ---- what is measured, and the choice: pure functions ------------------------------------------------------------
 
 
 def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
-    """One lever more in each row, as far as the recipe leaves them open; those without an effect are left out."""
+    """Return rows with one more lever each, without those that the recipe sets or that have no effect."""
     measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
     plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
     now: Changes = {}
@@ -51,7 +51,7 @@ def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
 
 
 def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSetting]:
-    """The two next smaller and the two next larger divisors of a process's share of the global batch."""
+    """Return rows with the next two smaller and larger micro batches that divide a rank's share of the global batch."""
     if recipe.train.micro_batch_size is not None:
         return []
     share = plan.global_batch_size // plan.num_processes
@@ -74,21 +74,21 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSet
 
 
 def compilations(recipe: Recipe, best: MeasuredSetting, lacking: str) -> list[MeasuredSetting]:
-    """torch.compile, where the recipe leaves it open and it can pay; `lacking` says what is missing here."""
+    """Return a row with torch.compile, unless the recipe sets it; `lacking` names a missing tool."""
     train = recipe.train
     if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
         return []
     problem = None
     if lacking:
         problem = f"not tried: there is no {lacking} here"
-    elif best.train_seconds < LEAST_SECONDS_TO_COMPILE:
+    elif best.train_seconds < MIN_SECONDS_TO_COMPILE:
         problem = f"not tried: the run takes {best.train_seconds:,.0f} s, and compiling costs a minute or two"
     changes = {**best.changes, "torch_compile": True}
     return [MeasuredSetting(name="torch.compile", kind="compile", changes=changes, problem=problem)]
 
 
 def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
-    """The first row that is as fast as the fastest one; None when none ran and fits."""
+    """Return the first row within `MARGIN` of the fastest one, or None if none ran and fits."""
     fitting = [row for row in rows if not row.problem]
     least = min((row.train_seconds for row in fitting), default=0.0)
     return next((row for row in fitting if row.train_seconds <= least * (1 + MARGIN)), None)
@@ -98,33 +98,33 @@ def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
 
 
 def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> Plan:
-    """Measure and return the plan with the fastest settings that fit; what was tried is written beside it."""
+    """Return the plan with the fastest settings that fit; all measurements are written beside it."""
     recipe, plan, folder = trial.recipe, trial.plan, trial.folder
     if trial.hooks.needs_this_process:
         raise SetupError("measure: compute_loss cannot be handed to the processes that measure")
     if any((folder / "attempts").glob("*")):
         raise SetupError(f"{folder}: has begun to train with these settings; measure in a new run (--fresh)")
     if recipe.train.engine_by:
-        raise SetupError("plan --measure: ZeRO shares out the model, which is not measured; leave out --measure")
+        raise SetupError("plan --measure: it cannot measure a model that ZeRO shards; omit --measure")
     rows: list[MeasuredSetting] = []
 
-    def tried(candidates: Sequence[MeasuredSetting]) -> list[MeasuredSetting]:
-        found = [_probe(trial, one, tokens, available_bytes) for one in candidates]
-        rows.extend(found)
-        return found
+    def run(candidates: Sequence[MeasuredSetting]) -> list[MeasuredSetting]:
+        results = [_probe(trial, candidate, tokens, available_bytes) for candidate in candidates]
+        rows.extend(results)
+        return results
 
     shutil.rmtree(folder / "plan" / "probes", ignore_errors=True)
     tokens = summary.tokens_per_epoch * plan.num_train_epochs
-    levered = tried(levers(recipe, plan))
+    levered = run(levers(recipe, plan))
     best = fastest(levered)
-    # Where nothing fits: with all levers, fewer rows may.
+    # If nothing fits, smaller micro batches with all levers may.
     batches = micro_batches(recipe, plan, best.changes if best else levered[-1].changes)
     if best is None:
-        batches = [one for one in batches if one.changes["micro_batch_size"] < plan.micro_batch_size]
-    best = fastest([*([best] if best else []), *tried(batches)])
+        batches = [row for row in batches if row.changes["micro_batch_size"] < plan.micro_batch_size]
+    best = fastest([*([best] if best else []), *run(batches)])
     if best is None:
         raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in rows])
-    best = fastest([best, *tried(compilations(recipe, best, lacking(plan.device)))]) or best
+    best = fastest([best, *run(compilations(recipe, best, lacking(plan.device)))]) or best
     marked = tuple(row.model_copy(update={"is_best": row is best}) for row in rows)
     Measurements(available_bytes=available_bytes, rows=marked).save(folder / "plan" / "measured.json")
     ran = sum(not row.problem for row in rows)
@@ -140,7 +140,7 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
 
 
 def measured(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
-    """The row with what a probe's outcome says."""
+    """Return the row with the results of its dry run."""
     forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
         problem = f"memory ran out: {problem}"
@@ -159,7 +159,6 @@ def measured(row: MeasuredSetting, outcome: Outcome, tokens: float, available_by
 
 
 def _probe(trial: PlannedTrial, row: MeasuredSetting, tokens: float, available_bytes: int) -> MeasuredSetting:
-    """Try settings in a process of its own, unless they have a problem already."""
     if row.problem:
         return row
     trial.listener(PhaseBegan(name=f"measuring: {row.name}"))
@@ -176,5 +175,5 @@ def _probe(trial: PlannedTrial, row: MeasuredSetting, tokens: float, available_b
     request.save(request.folder / "request.json")
     outcome = child.run(request, lambda event: None)
     if outcome.status == "interrupted":
-        raise InterruptedRun("interrupted while measuring; the same command measures again")
+        raise InterruptedRun("interrupted while measuring; run the same command to measure again")
     return measured(row, outcome, tokens, available_bytes)
