@@ -306,7 +306,7 @@ def test_arguments_that_no_optimizer_reads_are_refused(monkeypatch: pytest.Monke
     extra = {"optim_args": "a=1"}
 
     assert problems_of(train={"optim": "adamw_8bit", "extra": extra}) == [
-        "train.extra.optim_args: has no effect, because 'adamw_8bit' takes none; remove it"
+        "train.extra.optim_args: has no effect, because 'adamw_8bit' takes no arguments; remove it"
     ]
     assert problems_of(train={"extra": extra}) == [
         "train.extra.optim_args: has no effect without train.optim left out; remove it"

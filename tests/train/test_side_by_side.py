@@ -66,7 +66,7 @@ def test_recipes_that_do_not_go_together_are_refused_at_once(tmp_path: Path) -> 
     text = two.read_text(encoding="utf-8").replace(str(tmp_path / "model"), str(tmp_path / "other"))
     two.write_text(text.replace("lora", "adapter"), encoding="utf-8")
     said = compare(one, two, one)
-    assert "is called 'intents' like another one" in said.err
+    assert "another recipe is also called 'intents'" in said.err
     assert (
         "model: several tasks must share one base; found "
         f"{tmp_path / 'model'} in intents, {tmp_path / 'other'} in topics"
