@@ -138,8 +138,7 @@ def undecided(**changes: Any) -> Comparison:
         "recommended": "",
         "headline": "These rows and seeds cannot distinguish the methods.",
         "would_decide": (
-            "lora: would be decided by 9,240 test rows or 12 seeds per method, if the true difference equals the "
-            "estimate",
+            "lora: 9,240 test rows or 12 seeds per method would decide, if the true difference equals the estimate",
         ),
         "notes": ("adapter: one seed; its spread between seeds is taken from the other methods",),
     }

@@ -198,7 +198,7 @@ def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:
         rows = [] if rival.rows_needed is None else [f"{rival.rows_needed:,} test rows"]
         seeds = [] if rival.seeds_needed is None else [f"{rival.seeds_needed} seeds per method"]
         if rows or seeds:
-            what = f"would be decided by {' or '.join(rows + seeds)}, if the true difference equals the estimate"
+            what = f"{' or '.join(rows + seeds)} would decide, if the true difference equals the estimate"
         elif rival.num_seeds < _FEW_SEEDS:
             what = f"train three or more seeds of full and of {rival.method}; fewer do not show how seeds differ"
         else:

@@ -32,13 +32,13 @@ def pair(
 @pytest.mark.parametrize(
     ("metric", "trained", "bar", "bounds", "kind", "said"),
     [
-        ("accuracy", 0.92, 0.81, (0.08, 0.14), "better", "by +11.0 points (95% interval: +8.0 to +14.0)."),
+        ("accuracy", 0.92, 0.81, (0.08, 0.14), "better", "is +11.0 points (95% interval: +8.0 to +14.0)."),
         # Each alone is known to 7 points: the intervals overlap.
         ("accuracy", 0.635, 0.765, (-0.195, -0.065), "worse", "-19.5 to -6.5), and the baseline needs no training."),
-        ("accuracy", 0.78, 0.75, (-0.008, 0.069), "unresolved", "by +3.0 points (95% interval: -0.8 to +6.9); these"),
-        ("accuracy", 0.81, 0.81, (0.0, 0.0), "unresolved", "by +0.0 points (95% interval: +0.0 to +0.0); these"),
-        ("loss", 1.2, 2.3, (-1.2, -1.05), "better", "its loss differs by -1.1 (95% interval: -1.2 to -1.05)."),
-        ("loss", 2.3, 1.2, (1.05, 1.2), "worse", "by +1.1 (95% interval: +1.05 to +1.2), and the baseline needs no"),
+        ("accuracy", 0.78, 0.75, (-0.008, 0.069), "unresolved", "is +3.0 points (95% interval: -0.8 to +6.9); these"),
+        ("accuracy", 0.81, 0.81, (0.0, 0.0), "unresolved", "is +0.0 points (95% interval: +0.0 to +0.0); these"),
+        ("loss", 1.2, 2.3, (-1.2, -1.05), "better", "the difference in loss is -1.1 (95% interval: -1.2 to -1.05)."),
+        ("loss", 2.3, 1.2, (1.05, 1.2), "worse", "is +1.1 (95% interval: +1.05 to +1.2), and the baseline needs no"),
     ],
 )
 def test_interval_of_the_difference_on_the_same_rows_decides_and_is_said(
@@ -79,7 +79,7 @@ def test_loss_alone_is_not_called_better_than_answers_say(
     verdict = judge([*rows, copy])
     assert verdict.kind == kind
     assert said in verdict.sentence
-    assert "by -1.1" in verdict.sentence
+    assert "is -1.1" in verdict.sentence
     assert ("Better" in verdict.label) == (kind == "better")
 
 

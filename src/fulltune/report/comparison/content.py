@@ -209,7 +209,7 @@ def _cost(comparison: Comparison) -> Table:
     )
     caption = (
         "Cost of one whole run: median over seeds, for memory the maximum; ×: relative to full. FLOP: all steps, "
-        "forward and backward. Growth: memory beyond that before the model was loaded. Saved: the trained weights on "
+        "forward and backward. Growth: increase over the memory before the model was loaded. Saved: trained weights on "
         "disk. Per row: time to predict one test row, in batches"
     )
     header = ("method", "training time", "tokens/s", "FLOP", "peak memory", "growth", "saved", "per row")

@@ -119,7 +119,7 @@ def splits(summary: DataSummary) -> Table:
             *(("mixed in", source.counts, f"file {source.where}") for source in summary.mixed),
         ]
     )
-    caption = "Splits share no rows: train learns, eval chooses, test reports"
+    caption = "Splits share no rows: train is for learning, eval for choosing, test for reporting"
     if lengths:
         caption += f". p50, p95, longest: tokens per {row}"
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))

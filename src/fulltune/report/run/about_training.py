@@ -290,7 +290,7 @@ def _comparison(view: RunView, plan: Plan) -> list[Element]:
         rows.append(_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes))
     if not rows:
         return []
-    caption = f"Attempt {outcome.attempt}: plan and actual; +10% means that 10% too much was planned"
+    caption = f"Attempt {outcome.attempt}: plan and actual; +10% means that the plan was 10% too high"
     blocks: list[Element] = [Table(caption, _HEADER, tuple(rows), numeric=frozenset(range(1, 6)))]
     if outcome.status != "done" or outcome.steps != plan.total_steps:
         done = f"{outcome.steps:,} of {plan.total_steps:,} steps"

@@ -72,7 +72,7 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
             else _OTHER_ROWS
         )
         return _headline("unpaired", f"{claim}. {note}")
-    note = f"{claim}. On the same rows, its {words.metric_name(name)} differs by "
+    note = f"{claim}. On the same rows the difference in {words.metric_name(name)} is "
     note += difference(name, ahead, row.confidence)
     if ahead.low <= 0 <= ahead.high:
         return _headline("unresolved", f"{note}; these rows do not show which is better.")
