@@ -67,9 +67,9 @@ def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
 
 def test_log_that_cannot_be_written_is_said_and_ruins_nothing(tmp_path: Path) -> None:
     (tmp_path / ACCESSES).mkdir()
-    said: list[Event] = []
-    note(run_folder(tmp_path / "a"), listener=said.append)
-    (event,) = said
+    events: list[Event] = []
+    note(run_folder(tmp_path / "a"), listener=events.append)
+    (event,) = events
     assert isinstance(event, Message)
     assert f"{ACCESSES}: cannot be written (is a directory)" in event.text
 
@@ -86,7 +86,7 @@ def test_processes_that_append_at_the_same_time_lose_and_mix_no_line(tmp_path: P
         writer.start()
     for writer in writers:
         writer.join()
-    found = lines_of(path)
-    assert len(path.read_text(encoding="utf-8").splitlines()) == len(found) == 800
+    lines = lines_of(path)
+    assert len(path.read_text(encoding="utf-8").splitlines()) == len(lines) == 800
     for number in range(4):
-        assert [one["line"] for one in found if one["number"] == number] == list(range(200))
+        assert [one["line"] for one in lines if one["number"] == number] == list(range(200))

@@ -141,8 +141,8 @@ def test_problem_is_told_with_line_and_near_name(tmp_path: Path, line: str, prob
 
 def test_problems_of_all_kinds_come_at_once(tmp_path: Path) -> None:
     path = written(tmp_path, SMALL + "task: x\ntrain: {seed: a}\noutput: ${NOT_SET_ANYWHERE}\n")
-    found = problems(path, "nonsense")
-    assert [problem.split("  ")[0] for problem in found] == [
+    texts = problems(path, "nonsense")
+    assert [problem.split("  ")[0] for problem in texts] == [
         "recipe.yaml:5",
         "recipe.yaml:7",
         "--set nonsense: expected block.name=value, for example train.num_train_epochs=3",
@@ -160,8 +160,8 @@ def test_data_in_place_of_a_recipe_is_told_from_a_file_that_is_missing(tmp_path:
 
 
 def test_required_settings_missing_are_named(tmp_path: Path) -> None:
-    found = problems(written(tmp_path, "name: x\n"))
-    assert [problem.split(": ")[0] for problem in found] == [
+    texts = problems(written(tmp_path, "name: x\n"))
+    assert [problem.split(": ")[0] for problem in texts] == [
         "recipe.yaml  model",
         "recipe.yaml  task",
         "recipe.yaml  data",
@@ -213,8 +213,8 @@ def test_fingerprint_ignores_what_does_not_shape_the_result() -> None:
 def test_setting_known_from_elsewhere_is_answered_with_what_to_write(
     tmp_path: Path, override: str, problem: str
 ) -> None:
-    (found,) = problems(written(tmp_path), override)
-    assert found.partition("  ")[2].startswith(problem)
+    (text,) = problems(written(tmp_path), override)
+    assert text.partition("  ")[2].startswith(problem)
 
 
 def test_answers_name_settings_that_exist() -> None:
@@ -222,10 +222,10 @@ def test_answers_name_settings_that_exist() -> None:
     from fulltune.recipe import file as recipe_file
     from fulltune.recipe import rules as recipe_rules
 
-    known = {
+    settings = {
         *Recipe.model_fields,
         *(f"{block}.{name}" for block in Recipe.model_fields for name in recipe_file._fields((block,))),
     }
-    for said in recipe_rules.answers().values():
-        for name in re.findall(r"(?<![\w.])(?:model|data|method|train|evaluate|compare)\.[a-z_0-9]+", said):
-            assert name in known, said
+    for answer in recipe_rules.answers().values():
+        for name in re.findall(r"(?<![\w.])(?:model|data|method|train|evaluate|compare)\.[a-z_0-9]+", answer):
+            assert name in settings, answer

@@ -203,9 +203,9 @@ def test_two_wrong_methods_are_both_named(methods: str, expected: dict[str, str]
 
 @pytest.mark.parametrize("name", ["footprint", "Shapes", "measured", "survey"])
 def test_method_named_like_a_file_beside_its_plan_is_refused(name: str) -> None:
-    said = f"name: '{name}' is reserved for a file of the run folder; choose another name"
-    assert problems(method={"kind": "lora", "name": name}) == [f"method.{said}"]
-    assert problems(methods=["full", {"kind": "lora", "name": name}]) == [f"methods.1.{said}"]
+    problem = f"name: '{name}' is reserved for a file of the run folder; choose another name"
+    assert problems(method={"kind": "lora", "name": name}) == [f"method.{problem}"]
+    assert problems(methods=["full", {"kind": "lora", "name": name}]) == [f"methods.1.{problem}"]
 
 
 def test_names_of_all_files_beside_plans_are_taken() -> None:

@@ -72,7 +72,7 @@ def test_each_process_has_a_part_rounded_up() -> None:
     whole = Sharing(3, False, False, engine="fsdp2")
     assert whole.parts(STATE, 2) == {"weights": 200, "gradients": 201, "optimizer": 400}
     assert whole.parts(STATE, 1) == {"weights": 400, "gradients": 401, "optimizer": 800}
-    assert {whole.place(kind) for kind in ("weights", "gradients", "optimizer")} == {"device"}
+    assert {whole.tier(kind) for kind in ("weights", "gradients", "optimizer")} == {"device"}
     assert Sharing(2, True, False).parts(STATE, 4) == {"weights": 400, "gradients": 101, "optimizer": 200}
 
 

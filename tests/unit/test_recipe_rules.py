@@ -103,9 +103,9 @@ def test_errors_hide_no_contradictions(tmp_path: Path, blocks: str, expected: li
     path.write_text(f"model: m\ntask: causal-lm\ndata: {{train: x.csv}}\n{blocks}\n", encoding="utf-8")
     with pytest.raises(RecipeError) as refusal:
         load_recipe(path)
-    found = [one.removeprefix(f"{path}:") for one in refusal.value.problems]
-    assert len(found) == len(expected), found
-    assert [one for one in expected if not any(said.startswith(one) for said in found)] == []
+    texts = [one.removeprefix(f"{path}:") for one in refusal.value.problems]
+    assert len(texts) == len(expected), texts
+    assert [one for one in expected if not any(text.startswith(one) for text in texts)] == []
 
 
 def test_pairs_that_do_not_go_together_are_named_with_their_line(tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_pairs_that_do_not_go_together_are_named_with_their_line(tmp_path: Path)
 def test_settings_that_exclude_each_other_are_named(blocks: dict[str, dict[str, object]], problem: str) -> None:
     model = {"name": "m", "weights_dtype": "bf16"}
     values = {"model": model, "task": "text-classification", "data": {"train": "t.csv"}, **blocks}
-    (found,) = recipe_rules.problems_of(Recipe.model_validate(values))
-    assert found.startswith(problem)
+    (text,) = recipe_rules.problems_of(Recipe.model_validate(values))
+    assert text.startswith(problem)
 
 
 def test_wrong_recipe_is_refused_without_the_heavy_libraries(tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ except RecipeError as error:
 )
 def test_metric_must_be_one_of_the_tasks(task: str, data: dict[str, str], metric: str, problem: str | None) -> None:
     values = {"model": "m", "task": task, "data": {"train": "t.csv", **data}, "evaluate": {"metric": metric}}
-    found = recipe_rules.problems_of(Recipe.model_validate(values))
-    assert (problem is None and not found) or (problem is not None and problem in found[0])
+    texts = recipe_rules.problems_of(Recipe.model_validate(values))
+    assert (problem is None and not texts) or (problem is not None and problem in texts[0])
 
 
 @pytest.mark.parametrize(
@@ -243,10 +243,10 @@ def test_extra_values_that_transformers_takes_are_let_through_as_it_takes_them()
     extra = {"run_name": 2024, "ddp_timeout": 1800.0, "dataloader_num_workers": None, "hub_model_id": None}
     values = {"model": "m", "task": "causal-lm", "data": {"train": "t.csv"}, "train": {"extra": extra}}
     assert recipe_rules.problems_of(Recipe.model_validate(values)) == []
-    taken = recipe_rules.as_arguments(extra)
-    assert taken == {"run_name": "2024", "ddp_timeout": 1800, "hub_model_id": None}
-    assert type(taken["ddp_timeout"]) is int
+    arguments = recipe_rules.as_arguments(extra)
+    assert arguments == {"run_name": "2024", "ddp_timeout": 1800, "hub_model_id": None}
+    assert type(arguments["ddp_timeout"]) is int
     values["train"] = {"extra": {"ddp_timeout": 1800.5, "run_name": True, "accelerator_config": {"even_batch": True}}}
-    found = recipe_rules.problems_of(Recipe.model_validate(values))
-    assert len(found) == 3
-    assert found[2].startswith("train.extra.accelerator_config.even_batch: there is no such field; did you mean 'even")
+    texts = recipe_rules.problems_of(Recipe.model_validate(values))
+    assert len(texts) == 3
+    assert texts[2].startswith("train.extra.accelerator_config.even_batch: there is no such field; did you mean 'even")

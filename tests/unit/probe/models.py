@@ -109,7 +109,7 @@ def logits_alone(extractor: FeatureExtractor, rows: Sequence[Any]) -> list[np.nd
     """What the plain model gives for each row, without padding: [items, outputs]."""
     import torch
 
-    found = []
+    logits = []
     for row in rows:
         batch = extractor.task.collate([row], PAD)
         labels = batch.pop("labels")
@@ -117,11 +117,11 @@ def logits_alone(extractor: FeatureExtractor, rows: Sequence[Any]) -> list[np.nd
             outputs = extractor.model(**batch)
         match extractor.kind:
             case "tags":
-                found.append(outputs.logits[labels != -100].numpy())
+                logits.append(outputs.logits[labels != -100].numpy())
             case "choice":
-                found.append(outputs.logits.reshape(-1, 1).numpy())
+                logits.append(outputs.logits.reshape(-1, 1).numpy())
             case "span":
-                found.append(torch.stack((outputs.start_logits[0], outputs.end_logits[0]), dim=-1).numpy())
+                logits.append(torch.stack((outputs.start_logits[0], outputs.end_logits[0]), dim=-1).numpy())
             case _:
-                found.append(outputs.logits.numpy())
-    return found
+                logits.append(outputs.logits.numpy())
+    return logits

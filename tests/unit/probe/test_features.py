@@ -45,23 +45,23 @@ def numbers(rows: Any) -> list[int]:
 )
 def test_rows_looked_at(kind: ProblemType, count: int, hidden_size: int, length: int, expected: int) -> None:
     rows = Rows(count, length)
-    found = sample_rows(rows, kind, 5, hidden_size)
-    assert len(found) == expected
+    sample = sample_rows(rows, kind, 5, hidden_size)
+    assert len(sample) == expected
     if expected == count:
-        assert found is rows
+        assert sample is rows
         return
-    chosen = numbers(found)
-    assert chosen == sorted(set(chosen))
-    assert chosen[0] >= 0
-    assert chosen[-1] < count
-    assert chosen == numbers(sample_rows(Rows(count, length), kind, 5, hidden_size))
+    positions = numbers(sample)
+    assert positions == sorted(set(positions))
+    assert positions[0] >= 0
+    assert positions[-1] < count
+    assert positions == numbers(sample_rows(Rows(count, length), kind, 5, hidden_size))
     items = {"choice": 5, "span": OTHER_TOKENS + 2, "tags": length}.get(kind, 1)
     kinds = 2 if kind == "tags" else 3
-    assert len(found) == 1 or kinds * 4 * len(found) * items * hidden_size <= MOST_FEATURE_BYTES
+    assert len(sample) == 1 or kinds * 4 * len(sample) * items * hidden_size <= MOST_FEATURE_BYTES
 
 
 def test_fewer_rows_may_be_asked_for() -> None:
-    found = sample_rows(Rows(5000), "single_label", 0, 384, max_rows=2000)
-    assert isinstance(found, RowSubset)
-    assert len(found) == 2000
-    assert np.std(numbers(found)) > 1000  # from all over the file
+    sample = sample_rows(Rows(5000), "single_label", 0, 384, max_rows=2000)
+    assert isinstance(sample, RowSubset)
+    assert len(sample) == 2000
+    assert np.std(numbers(sample)) > 1000  # from all over the file

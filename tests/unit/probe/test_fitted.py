@@ -17,23 +17,23 @@ from tests.unit.probe.models import extractor_of, logits_alone, model_of, rows_o
 
 
 def test_several_who_ask_at_once_get_the_same(tmp_path: Path) -> None:
-    rows, looked, found = rows_of("single_label", 40), [], []
+    rows, threads_that_fitted, probes = rows_of("single_label", 40), [], []
 
-    def look() -> FeatureExtractor:
-        looked.append(threading.get_ident())
+    def extract() -> FeatureExtractor:
+        threads_that_fitted.append(threading.get_ident())
         return extractor_of(model_of("Bert", "text-classification"), "text-classification", "single_label")
 
     threads = [
-        threading.Thread(target=lambda: found.append(load_or_fit(tmp_path, look, rows, rows[:9]))) for _ in range(4)
+        threading.Thread(target=lambda: probes.append(load_or_fit(tmp_path, extract, rows, rows[:9]))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(looked) == 1
-    assert len(found) == 4
-    assert len({probe.model_dump_json() for probe in found}) == 1
-    assert found[0] == Probe.load(tmp_path / "probe" / "probe.json")
+    assert len(threads_that_fitted) == 1
+    assert len(probes) == 4
+    assert len({probe.model_dump_json() for probe in probes}) == 1
+    assert probes[0] == Probe.load(tmp_path / "probe" / "probe.json")
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -101,8 +101,8 @@ def test_layers_that_the_checkpoint_lacks_are_the_same_wherever_the_start_is_tak
     assert probe.head.dense is None
     for model in (first, other):
         put_head(model, tmp_path)
-    one, another = (logits_alone(extractor_of(model, task, "single_label"), rows[:5]) for model in (first, other))
-    np.testing.assert_array_equal(one, another)
+    logits, others = (logits_alone(extractor_of(model, task, "single_label"), rows[:5]) for model in (first, other))
+    np.testing.assert_array_equal(logits, others)
 
 
 @pytest.mark.parametrize(
@@ -114,17 +114,17 @@ def test_rival_answers_each_row_by_its_number(task: TaskName, kind: ProblemType,
     model = model_of("Bert", task)
     rows = rows_of(kind, 40)
     probe = load_or_fit(tmp_path, lambda: extractor_of(model, task, kind), rows, rows[:9])
-    rival = frozen_classifier(tmp_path)
+    classifier = frozen_classifier(tmp_path)
     assert probe.frozen is not None
     if kind == "tags":
         rows[5]["labels"] = [-100] * len(rows[5]["labels"])
         rows[5]["word_ids"] = [-1] * len(rows[5]["word_ids"])
-    found = {}
+    outputs_of = {}
     for batch_size in (7, 1):
-        answers = predict(extractor_of(model, task, kind, batch_size=batch_size), rows, probe.frozen, rival)
-        found[batch_size] = dict(answers)
-        assert len(answers) == len(found[batch_size]) == (39 if kind == "tags" else 40)
-    for number, outputs in found[7].items():
+        answers = predict(extractor_of(model, task, kind, batch_size=batch_size), rows, probe.frozen, classifier)
+        outputs_of[batch_size] = dict(answers)
+        assert len(answers) == len(outputs_of[batch_size]) == (39 if kind == "tags" else 40)
+    for number, outputs in outputs_of[7].items():
         items = {"tags": len(rows[number].get("tags", ())), "choice": 4}.get(kind, 1)
         assert outputs.shape == (items, 1 if kind == "choice" else 3)
-        np.testing.assert_allclose(outputs, found[1][number], atol=1e-3)
+        np.testing.assert_allclose(outputs, outputs_of[1][number], atol=1e-3)

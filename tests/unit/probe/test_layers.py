@@ -69,22 +69,22 @@ def test_what_the_head_reads_gives_the_models_own_logits(
         parameters = dict(model.named_parameters())
         bias = parameters.get(f"{last}.bias", torch.zeros(outputs))
         linear = LinearClassifier(parameters[f"{last}.weight"].detach().numpy(), bias.detach().numpy())
-        found, alone = linear(features.last), logits_alone(extractor, eval_rows[:ALONE])
+        logits_of_items, alone = linear(features.last), logits_alone(extractor, eval_rows[:ALONE])
         if kind == "span":  # only some of the tokens are looked at
             for row, logits in enumerate(alone):
                 start, end, *_ = eval_rows[row]["labels"]
-                here, labels = found[features.rows == row], features.labels[features.rows == row]
+                here, labels = logits_of_items[features.rows == row], features.labels[features.rows == row]
                 for column, token in enumerate((start, end)):
                     [value] = here[labels[:, column] == 1, column]
                     assert value == pytest.approx(logits[token, column], abs=1e-4)
-            return found
-        np.testing.assert_allclose(found[features.rows < ALONE], np.concatenate(alone), atol=1e-4)
+            return logits_of_items
+        np.testing.assert_allclose(logits_of_items[features.rows < ALONE], np.concatenate(alone), atol=1e-4)
         if features.dense is not None:
-            kept = model.get_submodule(dense)(torch.from_numpy(features.dense)).detach().numpy()
-            found_after = recognise_activation(model, str(dense), features.dense, features.last)
-            assert found_after is not None
-            np.testing.assert_allclose(found_after[1](kept), features.last, atol=1e-5)
-        return found
+            dense_outputs = model.get_submodule(dense)(torch.from_numpy(features.dense)).detach().numpy()
+            activation = recognise_activation(model, str(dense), features.dense, features.last)
+            assert activation is not None
+            np.testing.assert_allclose(activation[1](dense_outputs), features.last, atol=1e-5)
+        return logits_of_items
 
     compare()
     probe = load_or_fit(tmp_path, lambda: extractor, rows_for(task, kind, 60), eval_rows)
@@ -106,20 +106,21 @@ def test_the_mean_over_tokens_is_seen_without_the_head(
     outputs = OUTPUTS.get(kind, 3)
     model = model_of(name, task, outputs)
     extractor, rows = extractor_of(model, task, kind), rows_for(task, kind, 20)
-    one, other = extractor.features(rows, None), extractor.features(rows, head_layers(model, task, outputs))
-    assert one.last is None
-    assert one.dense is None
+    without_head = extractor.features(rows, None)
+    with_head = extractor.features(rows, head_layers(model, task, outputs))
+    assert without_head.last is None
+    assert without_head.dense is None
     if kind == "span":
-        assert one.mean is None
+        assert without_head.mean is None
         return
-    assert one.mean is not None
-    assert other.mean is not None
-    np.testing.assert_allclose(one.mean, other.mean, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(one.mean, axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(one.rows, other.rows)
+    assert without_head.mean is not None
+    assert with_head.mean is not None
+    np.testing.assert_allclose(without_head.mean, with_head.mean, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(without_head.mean, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(without_head.rows, with_head.rows)
     alone = extractor_of(model, task, kind, batch_size=1).features(rows, None)
     assert alone.mean is not None
-    np.testing.assert_allclose(one.mean, alone.mean, atol=1e-4)
+    np.testing.assert_allclose(without_head.mean, alone.mean, atol=1e-4)
 
 
 def test_items_stand_in_the_order_of_their_rows_with_their_labels() -> None:
@@ -209,10 +210,10 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
 def test_tokens_of_an_answer_are_not_read_where_no_layer_can_be_fitted(tmp_path: Path) -> None:
     model, rows = model_of("Bert", "question-answering"), rows_of("span", 20)
     model.qa_outputs = nn.Identity()
-    seen = list[Any]()
-    model.bert.register_forward_pre_hook(lambda module, args: seen.append(args))
+    passes = list[Any]()
+    model.bert.register_forward_pre_hook(lambda module, args: passes.append(args))
     probe = load_or_fit(tmp_path, lambda: extractor_of(model, "question-answering", "span"), rows, rows)
-    assert (probe.head, probe.frozen, seen) == (None, None, [])
+    assert (probe.head, probe.frozen, passes) == (None, None, [])
     assert "does not end in a linear layer" in str(probe.failure)
 
 

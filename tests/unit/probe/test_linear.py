@@ -48,12 +48,12 @@ def planted(num_outputs: int, has_bias: bool = True) -> LinearClassifier:
 
 def splits(kind: ProblemType, num_outputs: int, label: Any, has_bias: bool = True) -> tuple[Items, Items]:
     """Rows of which a planted classifier gives the labels, and others."""
-    given = planted(num_outputs, has_bias)
-    found = []
+    classifier = planted(num_outputs, has_bias)
+    parts = []
     for seed, count in ((1, 600), (2, 400)):
         features = drawn(count, HIDDEN, seed=seed)
-        found.append(items(kind, features, label(given(features)), num_outputs))
-    return found[0], found[1]
+        parts.append(items(kind, features, label(classifier(features)), num_outputs))
+    return parts[0], parts[1]
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -61,13 +61,13 @@ def splits(kind: ProblemType, num_outputs: int, label: Any, has_bias: bool = Tru
 @pytest.mark.parametrize("kind", ["single_label", "tags"])
 def test_planted_classes_are_found(kind: ProblemType, num_outputs: int, has_bias: bool) -> None:
     train, others = splits(kind, num_outputs, lambda outputs: outputs.argmax(axis=1), has_bias)
-    least, _, found = select_classifier(train, others, lambda one: fits(one, has_bias), loss)
-    assert error_rate(others, found) < 0.04 * num_outputs
-    assert least == pytest.approx(loss(others, found))
-    assert found.weight.shape == (num_outputs, HIDDEN)
-    assert found.weight.dtype == found.bias.dtype == np.float32
+    least, _, classifier = select_classifier(train, others, lambda items: fits(items, has_bias), loss)
+    assert error_rate(others, classifier) < 0.04 * num_outputs
+    assert least == pytest.approx(loss(others, classifier))
+    assert classifier.weight.shape == (num_outputs, HIDDEN)
+    assert classifier.weight.dtype == classifier.bias.dtype == np.float32
     if not has_bias:
-        np.testing.assert_array_equal(found.bias, 0)
+        np.testing.assert_array_equal(classifier.bias, 0)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -78,23 +78,23 @@ def test_each_label_of_several_is_found_and_a_constant_one_stays_constant(has_bi
         return labels
 
     train, others = splits("multi_label", 4, label, has_bias)
-    _, _, found = select_classifier(train, others, lambda one: fits(one, has_bias), loss)
-    outputs = found(others.features)
+    _, _, classifier = select_classifier(train, others, lambda items: fits(items, has_bias), loss)
+    outputs = classifier(others.features)
     assert ((outputs[:, [0, 2]] > 0) == others.labels[:, [0, 2]]).mean() > 0.95
-    np.testing.assert_array_equal(found.weight[[1, 3]], 0)
+    np.testing.assert_array_equal(classifier.weight[[1, 3]], 0)
     if has_bias:
         assert (outputs[:, 1] < -1).all()
         assert (outputs[:, 3] > 1).all()
     else:
-        np.testing.assert_array_equal(found.bias, 0)
+        np.testing.assert_array_equal(classifier.bias, 0)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_numbers_are_found_at_their_own_scale(has_bias: bool) -> None:
     train, others = splits("regression", 1, lambda outputs: (outputs[:, 0] * 1e4).astype(np.float32), has_bias)
-    least, _, found = select_classifier(train, others, lambda one: fits(one, has_bias), loss)
+    least, _, classifier = select_classifier(train, others, lambda items: fits(items, has_bias), loss)
     assert least < 0.01  # of the variance
-    assert np.corrcoef(found(others.features)[:, 0], others.labels)[0, 1] > 0.99
+    assert np.corrcoef(classifier(others.features)[:, 0], others.labels)[0, 1] > 0.99
 
 
 def choices(count: int, seed: int, choices_of_row: int = 4) -> Items:
@@ -109,11 +109,11 @@ def choices(count: int, seed: int, choices_of_row: int = 4) -> Items:
 
 def test_the_right_choice_is_found_among_those_of_its_row() -> None:
     train, others = choices(300, 1), choices(200, 2)
-    least, _, found = select_classifier(train, others, fits, loss)
-    assert error_rate(others, found) < 0.1
+    least, _, classifier = select_classifier(train, others, fits, loss)
+    assert error_rate(others, classifier) < 0.1
     assert least < np.log(4) / 2
-    assert found.weight.shape == (1, HIDDEN)
-    assert found.bias.tolist() == [0]
+    assert classifier.weight.shape == (1, HIDDEN)
+    assert classifier.bias.tolist() == [0]
 
 
 def test_begin_and_end_of_a_span_are_found() -> None:
@@ -125,9 +125,9 @@ def test_begin_and_end_of_a_span_are_found() -> None:
         return items("span", features, labels.reshape(-1, 2), 2, rows=np.repeat(np.arange(count), tokens))
 
     train, others = spans(1), spans(2)
-    least, _, found = select_classifier(train, others, fits, loss)
+    least, _, classifier = select_classifier(train, others, fits, loss)
     assert least < np.log(9) / 3
-    outputs = found(others.features).reshape(-1, 9, 2)
+    outputs = classifier(others.features).reshape(-1, 9, 2)
     assert (outputs.argmax(axis=1) == others.labels.reshape(-1, 9, 2).argmax(axis=1)).mean() > 0.85
 
 
@@ -153,7 +153,7 @@ def test_class_weights_move_the_border_towards_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "reason"),
+    ("train", "reason"),
     [
         (items("single_label", drawn(9, HIDDEN), np.ones(9, np.int64), 3), "all train rows have the same class"),
         (items("tags", drawn(9, HIDDEN), np.zeros(9, np.int64), 3), "all train rows have the same class"),
@@ -177,9 +177,9 @@ def test_class_weights_move_the_border_towards_the_others() -> None:
     ],
 )
 @pytest.mark.parametrize("held_out", [True, False])
-def test_what_cannot_be_fitted_says_why(made: Items, reason: str, held_out: bool) -> None:
+def test_what_cannot_be_fitted_says_why(train: Items, reason: str, held_out: bool) -> None:
     with pytest.raises(NoProbe, match=reason):
-        select_classifier(made, made if held_out else None, fits, loss)
+        select_classifier(train, train if held_out else None, fits, loss)
 
 
 def test_one_row_is_not_enough_to_hold_rows_out() -> None:
@@ -191,11 +191,11 @@ def test_one_row_is_not_enough_to_hold_rows_out() -> None:
 def test_a_class_without_a_row_is_never_the_best() -> None:
     features = drawn(200, HIDDEN, seed=1)
     labels = np.where(features[:, 0] > features[:, 0].mean(), 4, 1)
-    for _, found in fits(items("single_label", features, labels, 6)):
-        assert set(found(features).argmax(axis=1)) == {1, 4}
-        np.testing.assert_array_equal(found.weight[[0, 2, 3, 5]], 0)
-    found = centroids(items("single_label", features, labels, 6))
-    assert set(found(features).argmax(axis=1)) == {1, 4}
+    for _, classifier in fits(items("single_label", features, labels, 6)):
+        assert set(classifier(features).argmax(axis=1)) == {1, 4}
+        np.testing.assert_array_equal(classifier.weight[[0, 2, 3, 5]], 0)
+    classifier = centroids(items("single_label", features, labels, 6))
+    assert set(classifier(features).argmax(axis=1)) == {1, 4}
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 9, 40])
@@ -208,9 +208,9 @@ def test_few_rows_are_held_out_in_turn(count: int, kind: ProblemType) -> None:
         labels = np.stack([labels, 1 - labels], axis=1)
     train = items(kind, features, labels.astype(np.float32) if kind == "regression" else labels, 2)
     train = items(kind, features, train.labels, 1) if kind == "regression" else train
-    _, _, found = select_classifier(train, None, fits, loss)
-    assert np.isfinite(found.weight).all()
-    outputs = found(train.features)
+    _, _, classifier = select_classifier(train, None, fits, loss)
+    assert np.isfinite(classifier.weight).all()
+    outputs = classifier(train.features)
     right = {
         "single_label": lambda: outputs.argmax(axis=1) == labels,
         "multi_label": lambda: (outputs > 0) == (labels == 1),
@@ -220,16 +220,16 @@ def test_few_rows_are_held_out_in_turn(count: int, kind: ProblemType) -> None:
 
 
 def test_items_of_a_row_are_held_out_together() -> None:
-    """Each row has a mark of its own that tells its class: seen or not decides whether that helps."""
+    """Each row has a mark that tells its class: only a row in both parts could use it."""
     rows = np.repeat(np.arange(20), 5)
-    seen: list[tuple[set[int], int]] = []
+    fitted: list[tuple[set[int], int]] = []
 
     def candidates(of: Items) -> Any:
-        seen.append((set(of.rows.tolist()), len(of.rows)))
+        fitted.append((set(of.rows.tolist()), len(of.rows)))
         yield 1.0, LinearClassifier(np.zeros((2, HIDDEN)), np.zeros(2))
 
     select_classifier(items("tags", drawn(100, HIDDEN), rows % 2, 2, rows=rows), None, candidates, loss)
-    *parts, whole = seen
+    *parts, whole = fitted
     assert len(parts) == FOLDS
     assert all(count == 5 * len(part) for part, count in parts)
     assert set.union(*(set(range(20)) - part for part, _ in parts)) == set(range(20))
@@ -267,32 +267,32 @@ def test_losses_by_hand(
 ) -> None:
     """The outputs are the features themselves."""
     outputs = 1 if kind in ("choice", "regression") else 2
-    given = items(kind, np.array(features), labels, outputs, rows=np.array(rows))
-    found = LinearClassifier(np.eye(2)[:outputs], np.zeros(outputs))
-    assert loss(given, found) == pytest.approx(expected_loss)
+    planted_items = items(kind, np.array(features), labels, outputs, rows=np.array(rows))
+    classifier = LinearClassifier(np.eye(2)[:outputs], np.zeros(outputs))
+    assert loss(planted_items, classifier) == pytest.approx(expected_loss)
     if expected_wrong is not None:
-        assert error_rate(given, found) == pytest.approx(expected_wrong)
+        assert error_rate(planted_items, classifier) == pytest.approx(expected_wrong)
 
 
 def test_numbers_that_differ_little_beside_their_size_are_found() -> None:
     features = drawn(600, HIDDEN, seed=1)
     numbers = 1e9 + 100 * (features[:, 0] - features[:, 0].mean()).astype(np.float64) / features[:, 0].std()
-    made = items("regression", features, numbers, 1)
-    assert min(loss(made, one) for _, one in fits(made)) < 0.2  # 32 bits lie 64 apart there
+    train = items("regression", features, numbers, 1)
+    assert min(loss(train, classifier) for _, classifier in fits(train)) < 0.2  # 32 bits lie 64 apart there
 
 
 def test_loss_is_weighted_as_the_training_is() -> None:
     features, labels = np.eye(2, dtype=np.float32), np.array([0, 1])
-    found = LinearClassifier(np.eye(2, dtype=np.float32), np.array([1.0, 0.0], np.float32))
+    classifier = LinearClassifier(np.eye(2, dtype=np.float32), np.array([1.0, 0.0], np.float32))
     plain = items("single_label", features, labels, 2)
     weighted = replace(plain, class_weights=[3.0, 0.5])
     losses = np.log1p(np.exp([-2.0, 0.0]))
-    assert loss(plain, found) == pytest.approx(losses.mean(), rel=1e-5)
-    assert loss(weighted, found) == pytest.approx((losses * [3.0, 0.5]).mean(), rel=1e-5)
+    assert loss(plain, classifier) == pytest.approx(losses.mean(), rel=1e-5)
+    assert loss(weighted, classifier) == pytest.approx((losses * [3.0, 0.5]).mean(), rel=1e-5)
     several = replace(plain, kind="multi_label", labels=np.eye(2, dtype=np.float32))
     outputs = np.array([[2.0, 0.0], [1.0, 1.0]])
     each = np.logaddexp(0, np.where(np.eye(2) > 0, -outputs, outputs)) * np.where(np.eye(2) > 0, [3.0, 0.5], 1.0)
-    assert loss(replace(several, class_weights=[3.0, 0.5]), found) == pytest.approx(each.mean(), rel=1e-5)
+    assert loss(replace(several, class_weights=[3.0, 0.5]), classifier) == pytest.approx(each.mean(), rel=1e-5)
 
 
 def test_a_class_that_no_sample_has_is_learned_all_the_same() -> None:
@@ -303,6 +303,6 @@ def test_a_class_that_no_sample_has_is_learned_all_the_same() -> None:
     features[7] += 30
     whole = items("single_label", features, labels, 2)
     assert len(np.unique(whole.sample(MOST_COMPARED).labels)) == 1
-    name, _, _, found = select_features({"a": (whole, whole), "b": (whole, whole)}, fits, loss)
+    name, _, _, classifier = select_features({"a": (whole, whole), "b": (whole, whole)}, fits, loss)
     assert name in ("a", "b")
-    assert error_rate(whole, found) == 0
+    assert error_rate(whole, classifier) == 0

@@ -29,8 +29,8 @@ TARGET = Target("single_label", {"text": "a", "text_pair": "b", "label": "same"}
 def test_each_text_stands_between_what_stood_around_the_pair(
     ids: list[int], first: list[int], second: list[int]
 ) -> None:
-    found = split_pairs([{"input_ids": np.array(ids), "token_type_ids": ids, "labels": 1}], frozenset({CLS, SEP}))
-    assert [{**row, "input_ids": row["input_ids"].tolist()} for row in found] == [
+    texts = split_pairs([{"input_ids": np.array(ids), "token_type_ids": ids, "labels": 1}], frozenset({CLS, SEP}))
+    assert [{**row, "input_ids": row["input_ids"].tolist()} for row in texts] == [
         {"input_ids": first, "labels": 1},
         {"input_ids": second, "labels": 1},
     ]
@@ -44,7 +44,7 @@ class Tokenizer:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
-    def __call__(self, one: str, other: str) -> dict[str, list[int]]:
+    def __call__(self, first: str, second: str) -> dict[str, list[int]]:
         return {"input_ids": self.ids}
 
 
@@ -65,9 +65,9 @@ def _pairs(count: int) -> list[dict[str, Any]]:
     random = np.random.default_rng(0)
     rows = []
     for number in range(count):
-        one, other = random.integers(10, 90, (2, 6))
-        second = other if number % 2 else one
-        ids = np.concatenate([[CLS], one, [SEP], second, [SEP]])
+        first, another = random.integers(10, 90, (2, 6))
+        second = another if number % 2 else first
+        ids = np.concatenate([[CLS], first, [SEP], second, [SEP]])
         rows.append({"input_ids": ids, "token_type_ids": [0] * 8 + [1] * 7, "labels": number % 2})
     return rows
 
@@ -96,10 +96,10 @@ def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str,
 
 
 def test_no_pass_has_more_rows_than_a_batch() -> None:
-    model, seen = model_of("Bert", "text-classification", 2), list[int]()
-    model.bert.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    model, sizes = model_of("Bert", "text-classification", 2), list[int]()
+    model.bert.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     extractor = FeatureExtractor(
         model, "text-classification", TARGET, PAD, 16, "fp32", separators=frozenset({CLS, SEP})
     )
     assert extractor.features(_pairs(40), None).pair is not None
-    assert max(seen) == 16
+    assert max(sizes) == 16
