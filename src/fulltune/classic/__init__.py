@@ -1,4 +1,4 @@
-"""Scripts written for transformers 3 and 4 run on transformers 5, with the guards of a fulltune run."""
+"""Runs scripts for transformers 3 and 4 on transformers 5, with fulltune's guards."""
 
 from fulltune.classic.arguments import FulltuneNotice, Seq2SeqTrainingArguments, TrainingArguments
 from fulltune.classic.trainer import Seq2SeqTrainer, Trainer

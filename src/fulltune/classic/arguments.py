@@ -1,4 +1,4 @@
-"""Names of `TrainingArguments` from transformers 3 and 4, understood by transformers 5, each with one notice."""
+"""Translates names of `TrainingArguments` of transformers 3 and 4 to those of 5, each with a notice."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fulltune.text import did_you_mean
 
 
 class FulltuneNotice(UserWarning):
-    """Something in the script was read differently from how it was written; the text says how."""
+    """Warns that something in the script was interpreted differently."""
 
 
 _NOT_THE_SCRIPT = ("fulltune", "transformers", "accelerate", "torch", "trl")
 
 
 def notice(text: str) -> None:
-    """Warn at the line of the user's script, so that Python shows it once for each line and text."""
+    """Warn at the line of the user's script, so that Python shows each text once per line."""
     level, frame = 1, sys._getframe()
     while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _NOT_THE_SCRIPT:
         level, frame = level + 1, frame.f_back
@@ -51,14 +51,14 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "include_tokens_per_second": ("include_num_input_tokens_seen", "all"),
     "tpu_metrics_debug": ("debug", "tpu_metrics_debug"),
 }
-"""Where the old name was true, a name of today with a value."""
+"""Old flags, with the new name and value for True."""
 INSIDE = {
     "dispatch_batches": "accelerator_config",
     "fsdp_min_num_params": "fsdp_config",
     "fsdp_transformer_layer_cls_to_wrap": "fsdp_config",
     "split_batches": "accelerator_config",
 }
-"""Now a key of a dictionary."""
+"""Old names that are now keys of a dictionary."""
 IGNORED = {
     "fp16_backend": "mixed precision is always PyTorch's own",
     "fp16_opt_level": "mixed precision is always PyTorch's own, no longer apex's",
@@ -78,29 +78,29 @@ IGNORED = {
     "use_legacy_prediction_loop": "there is only one prediction loop",
     "use_mps_device": "Apple's GPU is used whenever there is one; use_cpu=True avoids it",
 }
-"""Without effect, and why."""
+"""Old names without effect, with the reason."""
 OLD_NAMES = (*RENAMED, *SWITCHES, *INSIDE, *IGNORED)
 
 
 class OldNames:
-    """Mixin before arguments of transformers or TRL: they understand the names of transformers 3 and 4.
+    """Mixin that makes arguments of transformers or TRL accept the names of transformers 3 and 4.
 
-    `logging_nan_inf_filter` is always off: it would log a loss of 0.0 while every weight is NaN.
+    `logging_nan_inf_filter` is always off, as it would log a loss of 0.0 while all weights are NaN.
 
     Args:
-        *positional: As for the class beside it.
-        **keywords: Names of today or of before (`OLD_NAMES`); each one of before gives a `FulltuneNotice`.
+        *positional: Arguments of the class beside it.
+        **keywords: New or old names (`OLD_NAMES`); old ones give a `FulltuneNotice`.
 
     Raises:
-        TypeError: An unknown name.
-        ValueError: An old and a new name with different values, or a value that transformers refuses.
+        TypeError: A name is unknown.
+        ValueError: An old and a new name contradict each other, or transformers refuses a value.
     """
 
     def __init__(self, *positional: Any, **keywords: Any) -> None:
-        known = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]  # that beside
+        names = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]  # that beside
         for name in keywords:
-            if name not in known and name not in OLD_NAMES:
-                hint = did_you_mean(name, [*known, *OLD_NAMES])
+            if name not in names and name not in OLD_NAMES:
+                hint = did_you_mean(name, [*names, *OLD_NAMES])
                 raise TypeError(f"TrainingArguments: unknown argument {name!r}" + (f"; {hint}" if hint else ""))
         today = {name: value for name, value in keywords.items() if name not in OLD_NAMES}
         for name, value in keywords.items():
@@ -126,7 +126,6 @@ class Seq2SeqTrainingArguments(OldNames, transformers.Seq2SeqTrainingArguments):
 
 
 def _translate(name: str, value: Any, result: dict[str, Any]) -> None:
-    """Put the new name of an old one into `result`."""
     if name in IGNORED:
         notice(f"{name} is ignored: {IGNORED[name]}")
         return
@@ -136,11 +135,11 @@ def _translate(name: str, value: Any, result: dict[str, Any]) -> None:
     elif name in INSIDE:
         new, turned = INSIDE[name], {name.removeprefix("fsdp_"): value}
     if name not in RENAMED and not value and name != "dispatch_batches":
-        return  # it asked for nothing
+        return  # off
     if name == "warmup_ratio":
         if not 0 <= value <= 1:
             raise ValueError(f"TrainingArguments: warmup_ratio: {value} is not between 0 and 1")
-        # Exactly 1 would be one step; just below it is the share of all steps that was meant.
+        # Exactly 1 would mean one step; just below 1 it is a share of all steps.
         turned = min(float(value), math.nextafter(1.0, 0.0))
     present = result.get(new)
     if isinstance(present, Mapping) and all(present.get(key, v) == v for key, v in turned.items()):
@@ -159,9 +158,9 @@ def _translate(name: str, value: Any, result: dict[str, Any]) -> None:
 
 
 def _stay_trainable_without_gpu(keywords: dict[str, Any]) -> None:
-    """bf16 on a machine without a GPU: transformers refuses it unless `use_cpu` is set."""
-    wanted = [name for name in ("bf16", "bf16_full_eval") if keywords.get(name)]
+    # transformers refuses bf16 on a machine without a GPU unless `use_cpu` is set.
+    bf16_names = [name for name in ("bf16", "bf16_full_eval") if keywords.get(name)]
     has_gpu = torch.accelerator.is_available() or is_torch_bf16_gpu_available() or is_torch_xla_available()
-    if wanted and not keywords.get("use_cpu") and not has_gpu:
+    if bf16_names and not keywords.get("use_cpu") and not has_gpu:
         keywords["use_cpu"] = True
-        notice(f"{wanted[0]}=True: there is no GPU here; use_cpu=True was set, and the CPU computes in bf16")
+        notice(f"{bf16_names[0]}=True: there is no GPU here; use_cpu=True was set, and the CPU computes in bf16")

@@ -1,4 +1,4 @@
-"""The dry-run step of the classic `Trainer`: one step at the longest length, at rate 0, without a trace."""
+"""The dry run of the classic `Trainer`: one step at the longest length and rate 0."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ _log = logging.getLogger(__name__)
 
 
 NUM_MEASURED_ROWS = 2000
-"""Rows of a dataset without columns whose length is looked up; such a dataset may tokenise on the fly."""
+"""Rows whose length is measured in a dataset without columns, which may tokenize on the fly."""
 
 
 def dry_run(trainer: Any) -> float | None:
-    """One step at the longest length, with a learning rate of 0: what does not fit fails now, not in an hour.
+    """Run one step at the longest length and rate 0, so that what does not fit fails at once; return its loss.
 
-    Random numbers, buffers and the optimizer are put back. A collator or dataset with a random generator of its own
-    does draw from it.
+    Random state, buffers and optimizer are restored, but not the random generator of a collator or dataset.
     """
     rows = _rows_for_dry_run(trainer)
     if not rows:
@@ -59,7 +58,6 @@ def dry_run(trainer: Any) -> float | None:
 
 
 def _rows_for_dry_run(trainer: Any) -> list[int]:
-    """The longest rows of a micro batch; none, with a notice, when that cannot be known."""
     dataset = trainer.train_dataset
     if type(trainer).get_train_dataloader is not transformers.Trainer.get_train_dataloader:
         notice("no dry-run step before training: the script makes the batches itself (get_train_dataloader)")
@@ -73,12 +71,12 @@ def _rows_for_dry_run(trainer: Any) -> list[int]:
 
 
 def longest(dataset: Any, how_many: int, name: str) -> list[int]:
-    """Positions of the longest rows; the first ones when rows have no length."""
+    """Return positions of the longest rows, or of the first ones if rows have no length."""
     positions: Sequence[int] = range(len(dataset))
     lengths = _column_lengths(dataset, name)
     if lengths is None:
-        some = min(len(dataset), NUM_MEASURED_ROWS)
-        positions = [number * len(dataset) // some for number in range(some)]  # evenly spaced
+        count = min(len(dataset), NUM_MEASURED_ROWS)
+        positions = [number * len(dataset) // count for number in range(count)]  # evenly spaced
         if positions and row_length(dataset[positions[0]], name) is None:
             return list(range(min(how_many, len(dataset))))
         lengths = [row_length(dataset[i], name) or 0 for i in positions]
@@ -87,7 +85,7 @@ def longest(dataset: Any, how_many: int, name: str) -> list[int]:
 
 
 def _column_lengths(dataset: Any, name: str) -> list[int] | None:
-    """Lengths of a column of lists in a `datasets.Dataset`, without reading values; None for other data."""
+    """Return the lengths of a list column of a `datasets.Dataset` without reading values; None for other data."""
     feature = (getattr(dataset, "features", None) or {}).get(name)
     if not hasattr(dataset, "with_format") or not hasattr(feature, "feature") or dataset.format["type"] == "custom":
         return None
@@ -119,24 +117,24 @@ def _forward_and_backward(trainer: Any, model: Any, batch: Any) -> float:
 
 
 def _step_without_rate(trainer: Any) -> None:
-    """Let an optimizer that does nothing at a rate of 0 allocate its state, and forget it again."""
+    """Make the optimizer allocate its state at rate 0, and clear it again."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) or optimizer.state:
         return
     if not gradients_are_finite(p for group in optimizer.param_groups for p in group["params"]):
         return  # the guard stops it at step 1
-    kept = [(group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
+    saved = [(group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
     try:
         for group in optimizer.param_groups:
             group.update(lr=0.0, weight_decay=0.0)
-        # Not `optimizer.step`: on the object it is patched by scheduler and scaler, which count the calls.
+        # Not `optimizer.step`, which scheduler and scaler patch to count its calls.
         type(optimizer).step(optimizer)
     finally:
-        for group, (rate, decay) in zip(optimizer.param_groups, kept, strict=True):
+        for group, (rate, decay) in zip(optimizer.param_groups, saved, strict=True):
             group.update(lr=rate, weight_decay=decay)
         optimizer.state.clear()
 
 
 def copied(inputs: Any) -> Any:
-    """A shallow copy: `compute_loss` may take the labels out."""
+    # `compute_loss` may remove the labels.
     return dict(inputs) if isinstance(inputs, Mapping) else inputs

@@ -1,4 +1,4 @@
-"""What a script leaves out and its model needs: the padding token, and rows of one length."""
+"""Adds a missing padding token, and pads rows of unequal length."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fulltune.tasks.padding import IGNORED, padded
 _log = logging.getLogger(__name__)
 
 
-class FillsUp:
-    """transformers' `default_data_collator`, for rows of unequal length too; where a row is masked stands the model's
-    padding token, whichever the script padded with: a decoder classifies by the last token that is another one."""
+class PaddingCollator:
+    """transformers' `default_data_collator` that also pads. Masked positions get the model's padding token, as a
+    decoder classifies by the last other token."""
 
     def __init__(self, pad: int) -> None:
-        self._pad, self._said = pad, False
+        self._pad, self._has_warned = pad, False
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
         if _are_unequal(rows, "input_ids"):
-            if not self._said:
+            if not self._has_warned:
                 notice(f"rows of unequal length are filled up with token {self._pad}: no tokenizer or collator pads")
-            self._said = True
+            self._has_warned = True
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         fills = {"input_ids": self._pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
         for name in [name for name in fills if _are_unequal(rows, name)]:
@@ -46,37 +46,37 @@ def _are_unequal(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def complete(model: Any, tokenizer: Any, collate: Any) -> Any:
-    """Tell a model its padding token, if it has none; returns `collate`, or `FillsUp` where that cannot pad."""
+    """Set the model's padding token if it has none; returns `collate`, or a `PaddingCollator` if that cannot pad."""
     reader = collate if tokenizer is None else tokenizer
-    given = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
-    lacks = collate is transformers.default_data_collator or type(collate) is FillsUp
-    lacks |= type(collate) is transformers.DataCollatorWithPadding and given is None
+    tokenizer_pad = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
+    lacks = collate is transformers.default_data_collator or type(collate) is PaddingCollator
+    lacks |= type(collate) is transformers.DataCollatorWithPadding and tokenizer_pad is None
     config = getattr(model, "config", None)
-    if config is None or (given is None and not lacks):
+    if config is None or (tokenizer_pad is None and not lacks):
         return collate
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    pad, source = getattr(text, "pad_token_id", None) if given is None else given, ""
+    pad, source = getattr(text, "pad_token_id", None) if tokenizer_pad is None else tokenizer_pad, ""
     if is_missing := pad is None:
-        pad, source = _found(config, text)
-    if given is not None or (is_missing and "SequenceClassification" in type(model).__name__):
+        pad, source = _fallback_token(config, text)
+    if tokenizer_pad is not None or (is_missing and "SequenceClassification" in type(model).__name__):
         for part in (config, text):
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = pad
         if source:
             notice(f"the model needs a padding token to classify and has none: token {pad} is taken, {source}")
-    return FillsUp(pad) if lacks and pad is not None else collate
+    return PaddingCollator(pad) if lacks and pad is not None else collate
 
 
-def _found(config: Any, text: Any) -> tuple[int | None, str]:
-    """The padding token of the tokenizer in the model's folder, else the end token of its config."""
-    name, found, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
+def _fallback_token(config: Any, text: Any) -> tuple[int | None, str]:
+    """Return the padding token of the model's own tokenizer, else the end token of its config, and its source."""
+    name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers makes an empty one
-            found = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False).pad_token_id
+            pad = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False).pad_token_id
     except (OSError, ValueError, KeyError, ImportError) as error:
         _log.info("%s: no tokenizer that can be read: %s", name, error)
     end = end[0] if isinstance(end, Sequence) and end else end
-    for token, source in ((found, f"that of the tokenizer in {name}"), (end, "its end token")):
+    for token, source in ((pad, f"that of the tokenizer in {name}"), (end, "its end token")):
         if isinstance(token, int) and 0 <= token < text.vocab_size:
             return token, source
     return None, ""

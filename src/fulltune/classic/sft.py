@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` and `SFTConfig` with what `Trainer` and `TrainingArguments` have; TRL is imported here alone."""
+"""TRL's `SFTTrainer` and `SFTConfig` with fulltune's guards and old names; only this module imports TRL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import trl  # after the refusal
 
 
 class SFTConfig(OldNames, trl.SFTConfig):
-    """`trl.SFTConfig` with `OldNames`, and TRL's own name of before 0.20."""
+    """`trl.SFTConfig` with `OldNames`, and `max_seq_length` of TRL before 0.20."""
 
     def __init__(self, *positional: Any, **keywords: Any) -> None:
         if "max_seq_length" in keywords:
@@ -34,7 +34,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
     _loss_scaling_known = True  # TRL divides the loss by itself
 
     def before_first_step(self) -> None:
-        """TRL counts tokens and averages metrics over each loss it computes: that of the dry-run step is left out."""
-        kept = copy.deepcopy(self._metrics), self._total_train_tokens
+        # TRL counts tokens and averages metrics over each loss: that of the dry run must not count.
+        metrics = copy.deepcopy(self._metrics), self._total_train_tokens
         super().before_first_step()
-        self._metrics, self._total_train_tokens = kept
+        self._metrics, self._total_train_tokens = metrics

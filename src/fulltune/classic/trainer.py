@@ -34,15 +34,14 @@ _log = logging.getLogger(__name__)
 class Trainer(Guarded, transformers.Trainer):
     """`transformers.Trainer` for scripts of transformers 3 and 4, with fulltune's guards.
 
-    The update of a step whose loss or gradient is not finite is left out with a `FulltuneNotice`, and three in a row
-    stop the run. A loss that left the place where it began gives a notice, unless the script computes its own. One step
-    at the longest length runs before training, without changing its result, unless `dry_run` is set to False. After
-    training it is counted how many values moved: see `moved`.
+    A step with a non-finite loss or gradient is skipped with a `FulltuneNotice`, and three in a row stop the run. A
+    diverging loss gives a notice, unless the script computes its own. A dry run at the longest length precedes the
+    training, unless `dry_run` is False. After training, `moved` counts the values that changed.
 
     Args:
-        *positional: As for `transformers.Trainer`.
+        *positional: Arguments of `transformers.Trainer`.
         tokenizer: The name of `processing_class` before 4.46.
-        **keywords: As for `transformers.Trainer`.
+        **keywords: Arguments of `transformers.Trainer`.
 
     Raises:
         ValueError: `tokenizer` and `processing_class` are given and differ.
@@ -72,7 +71,6 @@ class Trainer(Guarded, transformers.Trainer):
 
     @property
     def tokenizer(self) -> Any:
-        """The name of `processing_class` before 4.46."""
         return self.processing_class
 
     @tokenizer.setter
@@ -85,17 +83,17 @@ class Trainer(Guarded, transformers.Trainer):
         return model
 
     def train(self, *positional: Any, **keywords: Any) -> Any:
-        """Train as transformers does, then judge where the loss ended and count what moved.
+        """Train as transformers does, then judge the final loss and count changed values.
 
         Raises:
-            GuardStop: The loss or a gradient was not finite in several steps, or nothing moved.
+            GuardStop: Several steps were non-finite, or no value changed.
         """
         if "model_path" in keywords:
             keywords["resume_from_checkpoint"] = keywords.pop("model_path")
             notice("train(model_path=...) is now resume_from_checkpoint=...")
         self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
         self._untrained_loss = None
-        # A script's own loss may rise rightly; what was said once is not said again.
+        # A script's own loss may rise for good reasons; later it also means that a notice was given.
         self._may_rise = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
         try:
             result = super().train(*positional, **keywords)
@@ -110,13 +108,15 @@ class Trainer(Guarded, transformers.Trainer):
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
         notice(f"the update of step {step} is left out: {verdict.reason}")
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         if num_items_in_batch is not None and not self._loss_scaling_known:
             self._find_loss_scaling(model, inputs, num_items_in_batch)
         return super().training_step(model, inputs, None if self._loss_is_mean else num_items_in_batch)
 
     def predict(self, *positional: Any, **keywords: Any) -> Any:
-        """Predict in the order of the rows: `group_by_length` would sort them (transformers 4.46 to 5.24, not 4.30)."""
+        """Predict in row order: `group_by_length` would sort the rows (transformers 4.46 to 5.24)."""
         strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
         try:
             return super().predict(*positional, **keywords)
@@ -124,7 +124,7 @@ class Trainer(Guarded, transformers.Trainer):
             self.args.train_sampling_strategy = strategy
 
     def _accept_old_overrides(self) -> None:
-        """Let subclasses keep the signatures of before 4.46, which lack an argument that is passed today."""
+        """Accept overridden methods with signatures of before 4.46, which lack an argument."""
         for name, argument in (
             ("compute_loss", "num_items_in_batch"),
             ("training_step", "num_items_in_batch"),
@@ -137,13 +137,14 @@ class Trainer(Guarded, transformers.Trainer):
             setattr(self, name, _without_argument(method, argument))
             _log.info("%s.%s has the signature of before transformers 4.46", type(self).__name__, name)
 
-    def _find_loss_scaling(self, model: Any, inputs: Any, num_items_in_batch: Any) -> None:
+    def _find_loss_scaling(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int
+    ) -> None:
         """Find out whether the loss is divided by `num_items_in_batch`: twice as many items should halve it.
 
-        transformers 5.24 believes so of every model whose `forward` takes `**kwargs`, and of every `compute_loss`. But
-        BERT's, GPT-2's and most other models' sequence classification returns a plain mean. With gradient accumulation
-        the gradient is then too large by the number of accumulation steps, with several processes by their number.
-        Delete this when transformers finds out by itself.
+        transformers 5.24 assumes so for each model whose `forward` takes `**kwargs` and each `compute_loss`, but most
+        models' sequence classification returns a mean: its gradient is too large by the number of accumulation steps
+        and processes. Delete this when transformers finds out by itself.
         """
         self._loss_scaling_known = True
         accumulates = self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1
@@ -155,8 +156,8 @@ class Trainer(Guarded, transformers.Trainer):
         for factor in (1, 2):
             with same_randomness(), torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, copied(inputs), num_items_in_batch=num_items_in_batch * factor)
-            losses.append(loss.detach().float().mean())  # a tensor: no outputs are asked for
-        # Added up over processes, so that all decide the same.
+            losses.append(loss.detach().float().mean())  # a tensor, as no outputs are requested
+        # Summed over processes, so that all decide alike.
         once, twice = self.accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
         if once == 0:
             self._loss_scaling_known = False
@@ -166,7 +167,7 @@ class Trainer(Guarded, transformers.Trainer):
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
 
     def before_first_step(self) -> None:
-        """Keep the weights on disk for the count of what moved, and run the dry-run step."""
+        """Save the initial weights, and run the dry run."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
             _log.info("the model is sharded: no dry-run step, and what moved is not counted")
             return
@@ -178,7 +179,7 @@ class Trainer(Guarded, transformers.Trainer):
             self._untrained_loss = loss if self._first_step == 0 else None
 
     def judge_logged(self) -> None:
-        """Say once that the logged loss left its beginning; nothing is stopped: a script's loss may rise rightly."""
+        """Give one notice if the logged loss diverged; the training continues."""
         if self._may_rise:
             return
         losses = logged(self.state, "loss")
@@ -190,7 +191,7 @@ class Trainer(Guarded, transformers.Trainer):
             notice(decision.reason)
 
     def _judge_end(self) -> None:
-        """The same at the end of an unbroken training, by the last steps: a script may log none of them."""
+        # By the last steps, as a script may log nothing; not after resuming.
         if self._may_rise or self.first_loss is None or self._first_step > 0:
             return
         losses = (self.first_loss, *self.last_losses[-(self.state.global_step - 1) :])
@@ -205,7 +206,7 @@ class Trainer(Guarded, transformers.Trainer):
         folder, path = Path(str(self.args.output_dir)), None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # A name that starts with an underscore is left out when the folder is pushed to the Hub.
+            # Names that start with an underscore are not pushed to the Hub.
             path = own_file(folder, "_fulltune-initial-")
             self._initial = InitialWeights(self.model, path)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -216,11 +217,11 @@ class Trainer(Guarded, transformers.Trainer):
     def _count_moved(self) -> None:
         if self._initial is None or self.state.global_step <= self._first_step:
             return
-        # A wrapper (DDP, torch.compile) puts its own prefix before the names.
+        # DDP and torch.compile add a prefix to the names.
         names = {name.removeprefix("_orig_mod.").removeprefix("module.") for name in self.tensors_with_gradient}
         self.moved = self._initial.moved(self.model, self.optimizer, frozenset(names))
         if self.state.global_step == self._first_step + 1 and self.args.learning_rate > 0:
-            return  # in a single step the schedule's rate may be 0: at the begin of a warmup, or after its end
+            return  # a single step may have a rate of 0, at the start of a warm-up or the end of the schedule
         decision = nothing_learned(self.moved, bool(names), self.largest_grad_norm)
         if decision.action == "stop" and self._first_step > 0:
             notice(f"since the checkpoint at step {self._first_step}: {decision.reason}")
@@ -230,9 +231,9 @@ class Trainer(Guarded, transformers.Trainer):
         share = f"{self.moved.share:.1%} of the {self.moved.num_values_with_gradient:,} values that got a gradient"
         _log.info("%s moved", share)
         if self.moved.share < 0.5:
-            kinds = sorted({str(one.dtype).removeprefix("torch.") for one in methods.trained(self.model).values()})
+            dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in methods.trained(self.model).values()})
             notice(
-                f"only {share} moved ({', '.join(kinds)} weights): the updates are too small for the weights' type; "
+                f"only {share} moved ({', '.join(dtypes)} weights): the updates are too small for the weights' type; "
                 "load the model with dtype=torch.float32 or raise learning_rate"
             )
 
@@ -242,21 +243,20 @@ class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
 
 
 class _Guards(transformers.TrainerCallback):
-    """Calls the guards at transformers' events."""
+    """Calls the guards from transformers' events."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        # Before step 1: the model is wrapped, a checkpoint loaded, the optimizer there.
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        # By now the model is wrapped, the checkpoint loaded and the optimizer created.
         self._trainer.before_first_step()
 
-    def on_log(self, *_: Any, **__: Any) -> None:
+    def on_log(self, *_: object, **__: object) -> None:
         self._trainer.judge_logged()
 
 
 def _without_argument(method: Callable[..., Any], argument: str) -> Callable[..., Any]:
-    """Call `method` without an argument that it does not know, wherever it stands."""
     parameters = inspect.signature(method).parameters.values()
     limit = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 

@@ -1,26 +1,27 @@
-"""A recipe's model as a `LightningModule`, which guards its steps, and its rows as a `LightningDataModule`.
+"""A recipe's model as a `LightningModule` with a step guard, and its rows as a `LightningDataModule`.
 
-Where the strategy shards gradients so that they cannot be seen before the update (DeepSpeed, FSDP), the guard judges
-the loss alone, and what it would skip stops the training.
+If the strategy shards gradients (DeepSpeed, FSDP), the guard judges only the loss, and stops instead of skipping.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 
 from fulltune.errors import SetupError, Spiked
 from fulltune.inference.run import Batching, RowSubset, by_length, run_rows
 from fulltune.inference.selective_head import SelectiveHead
+from fulltune.inference.store import Rows
 from fulltune.methods.head import names_of
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.tasks.padding import TRAINED
@@ -33,48 +34,53 @@ from fulltune.train.worker import distributed, loading
 from fulltune.train.worker.loading import Objective
 
 PREFIX = "eval_"
-"""Before the names of the task's metrics."""
+"""Prefix of the task's metrics."""
 
 
 class FineTuningModule:
-    """A model that is fully fine-tuned by a plan; see `prepare.based`.
+    """Fine-tunes all parameters of a model as planned; `prepare.based` adds `LightningModule`.
 
-    Logged are `train_loss`, the loss of each whole step over all processes, and after each validation the task's
-    metrics, `eval_loss`, `eval_accuracy` ...; a schedule is followed step by step.
+    It logs `train_loss`, the loss of each step over all processes, and after each validation `eval_loss`,
+    `eval_accuracy` and other metrics of the task.
     """
 
-    # What the `LightningModule` beside has.
+    # Attributes of `LightningModule`.
     trainer: Any
-    device: Any
-    global_rank: Any
-    log: Any
-    load_state_dict: Any
+    device: torch.device
+    global_rank: int
+    log: Callable[..., None]
+    load_state_dict: Callable[..., object]
 
     def __init__(
-        self, objective: Objective, tokenizer: Any, head: SelectiveHead | None, rows: Any, eval_rows: Any
+        self,
+        objective: Objective,
+        tokenizer: PreTrainedTokenizerBase,
+        head: SelectiveHead | None,
+        rows: Rows,
+        eval_rows: Rows,
     ) -> None:
         super().__init__()
         self.objective, self.plan, self.model = objective, objective.plan, objective.model
         self.tokenizer, self.rows, self.eval_rows = tokenizer, rows, eval_rows
         self.head = head
-        """Gives only the logits that the loss uses; None: gives all."""
+        """Computes only the logits that the loss uses; None computes all."""
         self.sharded_by = ""
-        """The strategy that sharded weights and gradients, so that this process does not have all of them."""
+        """Name of a strategy that shards weights and gradients, or an empty string."""
         self.guard_history = step_guard.StepHistory()
         self._items: torch.Tensor | float = 1.0
-        """In the loss of the step at hand, over all processes."""
+        """Items in the loss of the current step, over all processes."""
         self._loss: torch.Tensor | float = 0.0
-        """This process's part of that loss so far."""
+        """This process's part of the current step's loss so far."""
         self._rows = 0
-        self._is_whole = False
-        """The micro batch at hand is the last one of its step."""
-        self.model.train()  # it is loaded for evaluation, and Lightning leaves it as it finds it
+        self._is_last = False
+        """True in the last micro batch of a step."""
+        self.model.train()  # it is loaded in evaluation mode, and Lightning does not change that
 
     def on_fit_start(self) -> None:
-        """Refuse a Trainer that would train other global batches than planned, or would in silence."""
+        """Refuse a Trainer that would train other global batches than planned."""
         trainer, plan, summary = self.trainer, self.plan, self.objective.summary
         kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-        in_deepspeed = "DeepSpeedStrategy" in kinds  # it comes from DDP's
+        in_deepspeed = "DeepSpeedStrategy" in kinds  # a subclass of DDPStrategy
         is_whole = not in_deepspeed and not {"SingleDeviceStrategy", "DDPStrategy"}.isdisjoint(kinds)
         self.sharded_by = "" if is_whole else kinds[0]
         passes, planned = trainer.accumulate_grad_batches, plan.gradient_accumulation_steps
@@ -95,16 +101,15 @@ class FineTuningModule:
             )
 
     def on_train_start(self) -> None:
-        """As in a run, all processes begin with one seed; Lightning keeps no random state, so that a resumed training
-        draws other numbers than one that was not stopped."""
+        # All processes start with one seed, as in a run. Lightning saves no random state: resuming changes the draws.
         transformers.set_seed(self.plan.seed + self.trainer.global_step)
 
     def on_train_epoch_start(self) -> None:
-        """The draw that a run's loader takes at each epoch: so dropout draws the same numbers as there."""
+        # A run's loader draws once per epoch: with this draw, dropout has the same random numbers.
         torch.empty((), dtype=torch.int64).random_()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        """The loss of a micro batch as a part of its step's, which is a mean over the items of the global batch."""
+        """Return the micro batch's part of the loss, which is a mean over the items of the global batch."""
         trainer = self.trainer
         passes, processes = trainer.accumulate_grad_batches, trainer.world_size
         batch = dict(batch)
@@ -116,11 +121,11 @@ class FineTuningModule:
         self._rows += rows_in(batch)
         loss = self._summed_loss(batch) / self._items
         self._loss = self._loss + loss.detach().float()
-        self._is_whole = (batch_idx + 1) % passes == 0 or trainer.is_last_batch
-        if self._is_whole:  # each process has its part, and their mean is logged
+        self._is_last = (batch_idx + 1) % passes == 0 or trainer.is_last_batch
+        if self._is_last:  # the mean over processes is logged
             self.log("train_loss", self._loss * processes, prog_bar=True, sync_dist=processes > 1, batch_size=1)
-        # Lightning divides by the number of micro batches, and processes' gradients are averaged. DeepSpeed's engine
-        # divides by that number once more (Lightning 2.6.6, DeepSpeed 0.19.8).
+        # Lightning divides by the number of micro batches and averages the gradients of processes. DeepSpeed's engine
+        # divides by the number of micro batches once more (Lightning 2.6.6, DeepSpeed 0.19.8).
         return loss * processes * passes * (passes if trainer.strategy.handles_gradient_accumulation else 1)
 
     def _summed_loss(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -131,15 +136,15 @@ class FineTuningModule:
         with head.only(labels, trained, chunked=head.can_chunk and self.plan.chunked_loss):
             return self.objective.loss(self.model(**batch), wanted)
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Skip a step whose loss or gradient is not finite, or that is suspect, and raise where trouble stays."""
-        if not self._is_whole:
-            return  # DeepSpeed's strategy asks after each micro batch
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Skip a non-finite or suspect step; raises Spiked if skipping does not help."""
+        if not self._is_last:
+            return  # DeepSpeed's strategy calls this after each micro batch
         trainer, step = self.trainer, self.trainer.global_step + 1
         values = [self._loss * trainer.world_size, self._rows]
         if not self.sharded_by:
-            gradients = [one.grad for group in optimizer.param_groups for one in group["params"]]
-            values.append(torch.nn.utils.get_total_norm([one for one in gradients if one is not None]))
+            gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+            values.append(torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None]))
         own = torch.stack([torch.as_tensor(value, device=self.device).float() for value in values])
         loss, rows, norm = [*trainer.strategy.reduce(own, reduce_op="mean").tolist(), None][:3]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -154,7 +159,7 @@ class FineTuningModule:
         if verdict.action == "skip":
             if trainer.is_global_zero:
                 warnings.warn(f"step {step} is skipped: {verdict.reason}", stacklevel=2)
-            optimizer.zero_grad(set_to_none=True)  # an optimizer leaves out what has no gradient, and its moments stay
+            optimizer.zero_grad(set_to_none=True)  # optimizers ignore parameters without gradients: moments stay
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fulltune"] = asdict(self.guard_history)
@@ -162,8 +167,8 @@ class FineTuningModule:
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.guard_history = step_guard.StepHistory.from_json(checkpoint["fulltune"])
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the task's metrics of all eval rows, which all processes share: the same in each."""
+    def validation_step(self, batch: object, batch_idx: int) -> None:
+        """Log the task's metrics of all eval rows, which the processes score together."""
         trainer, plan, objective = self.trainer, self.plan, self.objective
         order, size = by_length(self.eval_rows), plan.eval_batch_size
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
@@ -173,10 +178,10 @@ class FineTuningModule:
         for name, value in objective.task.metrics(predictions, objective.target).items():
             self.log(PREFIX + name, float(value), prog_bar=name == plan.metric, sync_dist=True, batch_size=1)
 
-    def configure_optimizers(self) -> Any:
-        """The plan's optimizer with its groups, and its schedule."""
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Create the planned optimizer and its schedule."""
         plan, recipe = self.plan, self.objective.recipe
-        # With mixed precision Lightning 2.6.6 clips no gradients of a fused optimizer, also with bf16.
+        # With mixed precision Lightning 2.6.6 does not clip gradients of a fused optimizer.
         is_mixed = plan.precision != "fp32" and plan.weights_dtype == "fp32"
         unfused = plan.optim in OWN_OPTIMIZERS or (is_mixed and plan.optim == "adamw_torch_fused")
         arguments = SimpleNamespace(
@@ -189,7 +194,7 @@ class FineTuningModule:
         kind, groups, options = planned_optimizer(self.model, plan, arguments, heads)
         config = getattr(self.trainer.strategy, "config", None) or {}
         if kind is torch.optim.AdamW and config.get("zero_optimization", {}).get("offload_optimizer"):
-            from deepspeed.ops.adam import DeepSpeedCPUAdam  # DeepSpeed takes no other one on the host
+            from deepspeed.ops.adam import DeepSpeedCPUAdam  # DeepSpeed accepts no other optimizer on the host
 
             kind, options = DeepSpeedCPUAdam, {name: options[name] for name in ("lr", "betas", "eps")}
         optimizer = kind(groups, **options)
@@ -199,10 +204,10 @@ class FineTuningModule:
 
 
 class TrainBatches:
-    """One process's micro batches; each says how many `ITEMS` the loss of its whole step has in this process.
+    """Iterates over one process's micro batches, each with the number of `ITEMS` in its step in this process.
 
-    The items of a step must be known before its first backward pass. Lightning saves and restores the place by
-    `state_dict`, so that a training resumes inside an epoch. No `DataLoader`, into which it would put its own sampler.
+    That number is needed before the step's first backward pass. `state_dict` lets Lightning resume inside an epoch. It
+    is no `DataLoader`, as Lightning would replace its sampler.
     """
 
     def __init__(self, module: FineTuningModule, trainer: Any) -> None:
@@ -211,10 +216,10 @@ class TrainBatches:
         batches = (plan.global_batch_size, plan.micro_batch_size, plan.seed, plan.group_by_length, trainer.world_size)
         mixed = loading.mixed_ranges(module.objective.summary)
         self.sampler = GlobalBatchSampler(module.rows["length"], *batches, mixed=mixed)
-        self.given = 0
+        self.position = 0
         """Micro batches of this epoch so far."""
         self.first = 0
-        """Micro batches that the coming epoch leaves out: they were trained on before."""
+        """Micro batches that the next epoch skips, after resuming."""
 
     def __len__(self) -> int:
         return len(self.sampler) // self.sampler.num_processes
@@ -222,36 +227,35 @@ class TrainBatches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         plan, objective, head = self.module.plan, self.module.objective, self.module.head
         self.sampler.set_epoch(self.trainer.current_epoch)
-        self.given, self.first = self.first, 0
-        # In turn, as accelerate gives them out.
+        self.position, self.first = self.first, 0
+        # In turn, as accelerate distributes them.
         own = list(islice(self.sampler, self.trainer.global_rank, None, self.sampler.num_processes))
-        loader = DataLoader(
-            self.module.rows,
-            batch_sampler=own[self.given :],
+        loader: DataLoader[Any] = DataLoader(
+            cast("Any", self.module.rows),
+            batch_sampler=own[self.position :],
             collate_fn=lambda rows: collated(rows, objective.collate, objective.task.count_items, head),
             num_workers=plan.loader_workers,
             multiprocessing_context="fork" if plan.loader_workers else None,
             pin_memory=plan.device != "cpu",
-            # A loader draws a seed when it begins: not from the generator that dropout draws from.
+            # The loader draws a seed, which must not come from dropout's generator.
             generator=torch.Generator().manual_seed(plan.seed),
         )
         batches = iter(loader)
         while step := list(islice(batches, plan.gradient_accumulation_steps)):
             items = sum(batch[ITEMS] for batch in step)
             for batch in step:
-                self.given += 1
+                self.position += 1
                 yield batch | {ITEMS: items}
 
     def state_dict(self) -> dict[str, int]:
-        """The place inside the epoch; at its end that of the next one."""
-        return {"given": self.given % len(self)}
+        return {"position": self.position % len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.first = state["given"]
+        self.first = state["position"]
 
 
 class FineTuningData:
-    """The rows of a recipe, in a run's order; see `prepare.based`."""
+    """The rows of a recipe in the order of a run; `prepare.based` adds `LightningDataModule`."""
 
     trainer: Any
 
@@ -263,5 +267,4 @@ class FineTuningData:
         return TrainBatches(self.module, self.trainer)
 
     def val_dataloader(self) -> range:
-        """One batch: the module reads all eval rows, as a run does."""
-        return range(1)
+        return range(1)  # the module scores all eval rows in one validation step

@@ -1,4 +1,4 @@
-"""From a recipe to what a Lightning `Trainer` takes, by the stages of a run: data, plan, model."""
+"""Prepares a recipe for a Lightning `Trainer`: data, plan and model."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ _NO_EFFECT = {
     "train.early_stopping_threshold": "give the Trainer EarlyStopping(**job.monitor(), min_delta=...)",
     "train.report_to": "give the Trainer its loggers",
 }
-"""Settings that have no effect under Lightning, and what to do instead."""
+"""Settings without effect under Lightning, and what to do instead."""
 
 
 def usable(package: str | None) -> str:
-    """Which Lightning, as given, imported by the script or installed: `lightning` and `pytorch_lightning` hold the same
-    code twice, and each takes its own classes only.
+    """Return the Lightning package: the given one, an imported one or an installed one. `lightning` and
+    `pytorch_lightning` contain the same code, but accept only their own classes.
 
     Raises:
-        SetupError: When it is missing.
+        SetupError: The package is missing.
     """
     names = sorted(_PACKAGES, key=lambda name: name not in sys.modules)
     name = package or next(filter(find_spec, names), _PACKAGES[0])
@@ -69,12 +69,12 @@ def usable(package: str | None) -> str:
 
 @cache
 def based(ours: type, base: str, package: str) -> Any:
-    """Our class with that package's `LightningModule` or another base."""
+    """Derive a class from ours and a base of the package, such as `LightningModule`."""
     return type(ours.__name__, (ours, getattr(import_module(package), base)), {"__doc__": ours.__doc__})
 
 
 def problems_of(recipe: Recipe) -> list[str]:
-    """What a recipe asks for that cannot be had with a Lightning Trainer."""
+    """Return messages for settings that a Lightning Trainer does not support."""
     changed = recipe.model_dump(exclude_defaults=True)
     changed |= {f"train.{name}": value for name, value in changed.get("train", {}).items()}
     problems = [
@@ -92,21 +92,21 @@ def problems_of(recipe: Recipe) -> list[str]:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """A recipe, ready for a Lightning `Trainer`."""
+    """A recipe prepared for a Lightning `Trainer`."""
 
     folder: Path
-    """The run folder: prepared rows and plan."""
+    """Run folder with prepared rows and plan."""
     module: FineTuningModule
     data: FineTuningData
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """Arguments of `lightning.Trainer` that follow from the plan: devices, type, batches, steps, evaluations."""
+        """Return the arguments of `lightning.Trainer` that follow from the plan."""
         plan, train = self.module.plan, self.module.objective.recipe.train
         values: dict[str, Any] = {
             "accelerator": "cpu" if plan.device == "cpu" else "gpu",
             "devices": train.processes_per_machine,
             "num_nodes": train.num_machines,
-            # bf16 weights compute in their own type: "bf16-true" would also turn the labels into it.
+            # bf16 weights compute in bf16 anyway, and "bf16-true" would also convert the labels.
             "precision": "32-true" if plan.weights_dtype == "bf16" else PRECISION[plan.precision],
             "max_steps": plan.total_steps,
             "max_epochs": -1,
@@ -122,25 +122,24 @@ class FineTuning:
             return values | {"limit_val_batches": 0}
         if train.eval_strategy == "epoch" and plan.total_steps > plan.eval_steps:
             return values | {"check_val_every_n_epoch": 1}
-        # What ends inside of its first epoch is scored all the same.
+        # Also for a training that ends in its first epoch.
         batches = plan.eval_steps * plan.gradient_accumulation_steps
         return values | {"val_check_interval": batches, "check_val_every_n_epoch": None}
 
     def monitor(self) -> dict[str, str]:
-        """Arguments of `EarlyStopping` and `ModelCheckpoint`: the eval metric that chooses, and its direction."""
+        """Return the arguments of `EarlyStopping` and `ModelCheckpoint` for the eval metric and its direction."""
         plan = self.module.plan
         return {"monitor": PREFIX + plan.metric, "mode": "max" if plan.greater_is_better else "min"}
 
     def save(self, folder: str | Path, checkpoint: str | Path | None = None) -> None:
-        """Write a plain Hugging Face folder, which `from_pretrained` and `fulltune predict` read; by the first process.
+        """Write a Hugging Face model folder, for `from_pretrained` and `fulltune predict`; rank 0 does this.
 
         Args:
-            folder: An older model there is replaced when the new one is whole.
-            checkpoint: Of Lightning, whose weights are put into the module first, such as
-                `trainer.checkpoint_callback.best_model_path`; None: as they are.
+            folder: An older model there is replaced once the new one is complete.
+            checkpoint: Lightning checkpoint to load first, such as `trainer.checkpoint_callback.best_model_path`.
 
         Raises:
-            SetupError: When the strategy has sharded the weights.
+            SetupError: The strategy has sharded the weights.
         """
         module, objective = self.module, self.module.objective
         if checkpoint is not None:
@@ -165,18 +164,18 @@ def prepare(
     run_folder: str | Path | None = None,
     package: str | None = None,
 ) -> FineTuning:
-    """Prepare the rows, plan, and load the model, as a run does before it trains.
+    """Prepare the rows, plan and load the model, as a run does before training.
 
-    Each process of a training calls it; the first one does the work, and the others find it done.
+    Each process calls this; the first one does the work.
 
     Args:
-        recipe: A file.
-        overrides: As of `--set`, such as `train.num_processes=2`.
-        run_folder: For rows and plan; default: a folder of this recipe's in `output`, the same at each call.
-        package: Whose `Trainer` will train, `lightning` or `pytorch_lightning`; default: the one that is imported.
+        recipe: Path of the recipe.
+        overrides: Settings as for `--set`, such as `train.num_processes=2`.
+        run_folder: Folder for rows and plan; by default a fixed folder in `output`.
+        package: Package of the `Trainer`, `lightning` or `pytorch_lightning`; by default the imported one.
 
     Raises:
-        FulltuneError: One of its kinds: what is wrong with the recipe, the data or the memory.
+        FulltuneError: The recipe or the data is wrong, or the run does not fit.
     """
     package = usable(package)
     folders.hide_progress_bars()
@@ -184,11 +183,11 @@ def prepare(
     checked = load_recipe(path, [overrides] if isinstance(overrides, str) else overrides)
     if problems := problems_of(checked):
         raise RecipeError(problems)
-    usual = Path(checked.output) / f"{checked.name or path.stem}-lightning-{checked.fingerprint()[:8]}"
-    folder = Path(run_folder or usual)
+    default = Path(checked.output) / f"{checked.name or path.stem}-lightning-{checked.fingerprint()[:8]}"
+    folder = Path(run_folder or default)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folders.writing(folder), (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one machine, or of a file system that knows locks, take turns
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes take turns, where the file system supports locks
         folders.find_or_make(checked, path.read_text(encoding="utf-8"), path.stem, folder, fresh=False)
         job = Run(checked, folder)
         with folders.locked(folder), folders.not_left_when_refused(folder):
@@ -198,12 +197,12 @@ def prepare(
                     "data.label: has numbers, which 'fulltune run' alone learns; give labels that are names"
                 )
             plan = pipeline.make_plan(job, summary)
-    module = based(FineTuningModule, "LightningModule", package)(*_loaded(job, plan, summary))
+    module = based(FineTuningModule, "LightningModule", package)(*_load(job, plan, summary))
     return FineTuning(folder, module, based(FineTuningData, "LightningDataModule", package)(module))
 
 
-def _loaded(job: Run, plan: Plan, summary: DataSummary) -> tuple[Any, ...]:
-    """What `FineTuningModule` takes: the model as training starts with it, and its rows."""
+def _load(job: Run, plan: Plan, summary: DataSummary) -> tuple[Any, ...]:
+    """Load the arguments of `FineTuningModule`."""
     recipe, task, data = job.recipe, task_named(job.recipe.task), job.folder / "data"
     transformers.set_seed(plan.seed)
     target = Target.of(summary)
@@ -216,8 +215,8 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary) -> tuple[Any, ...]:
     if plan.activation_checkpointing:
         model.activation_checkpointing_enable()
     rows, eval_rows = loading.rows_with_mixed(data, summary, tokenizer), loading.task_rows(data, tokenizer)[1]
-    two = model_batch(model, task, [rows[i] for i in by_length(rows)[-2:]], tokenizer.pad_token_id)
+    two_rows = model_batch(model, task, [rows[i] for i in by_length(rows)[-2:]], tokenizer.pad_token_id)
     if summary.form.writes_answers:
         stop_generation_at(model, trained_ends(Rows(data / "train"), tokenizer)[1])
-    head = selective_head.verified(model, task, two)[0]
+    head = selective_head.verified(model, task, two_rows)[0]
     return objective, tokenizer, head, rows, eval_rows
