@@ -26,7 +26,7 @@ from fulltune.compare.verdict import MethodOutputs, Terms, decide
 from fulltune.recipe.methods import MethodKind
 from fulltune.records.comparison import Decision, Difference
 from fulltune.stats import bootstrap
-from fulltune.stats.bootstrap import Measure, measure_of
+from fulltune.stats.bootstrap import ResamplableMetric, measure_of
 from fulltune.tasks import Target
 
 ACCURACY, DISCORDANCE = 0.9, 0.1
@@ -97,13 +97,13 @@ def outputs(trials: Sequence[np.ndarray]) -> list[MethodOutputs]:
     return methods
 
 
-def compare_once(trials: Sequence[np.ndarray], measure: Measure, alpha: float) -> Decision:
+def compare_once(trials: Sequence[np.ndarray], measure: ResamplableMetric, alpha: float) -> Decision:
     compared = outputs(trials)
     drawn = bootstrap.draw(measure, [method.trials for method in compared], None, SAMPLES)
     return decide(compared, drawn, Terms(measure, MARGIN, alpha=alpha))
 
 
-def sequentially(dev: Trials, test: Trials, measure: Measure, most: int) -> tuple[Decision, float]:
+def sequentially(dev: Trials, test: Trials, measure: ResamplableMetric, most: int) -> tuple[Decision, float]:
     """The decision, and the seeds that it took of each method on average."""
     counts, before, rows = [1] * len(dev), 0, test[0].shape[1]
     while True:

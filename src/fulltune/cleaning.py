@@ -33,7 +33,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import HIGH_LOSS, PROOFS, TRAINED_PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Message, without_tables
-from fulltune.stats.bootstrap import Measure, draw, measure_of
+from fulltune.stats.bootstrap import ResamplableMetric, draw, measure_of
 from fulltune.stats.intervals import SURPRISES, difference, seed_spreads
 from fulltune.system import run_folder
 from fulltune.tasks import Predictions, Target
@@ -220,7 +220,10 @@ def _chosen(saved: Predictions, names: np.ndarray) -> Predictions:
 
 
 def _compared(
-    measure: Measure, steps: Sequence[CleaningStep], patches: Sequence[str], outputs: Sequence[Sequence[Predictions]]
+    measure: ResamplableMetric,
+    steps: Sequence[CleaningStep],
+    patches: Sequence[str],
+    outputs: Sequence[Sequence[Predictions]],
 ) -> tuple[list[Proof], int]:
     common = reduce(np.intersect1d, [one[_IDS] for trials in outputs for one in trials])
     if len(common) < 2:

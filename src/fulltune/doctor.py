@@ -19,8 +19,8 @@ from fulltune.report.run.about_training import curves_of
 from fulltune.report.run.read import after_start, before_start, read_run
 from fulltune.stats.curves import (
     EATEN,
-    LEAST_EVALUATIONS,
-    LEAST_FOR_SHAPE,
+    MIN_EVALUATIONS,
+    MIN_FOR_SHAPE,
     Curves,
     Point,
     diverged,
@@ -178,9 +178,9 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     diverged_by_guard = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
     diagnoses = (*_ended(log), *([] if diverged_by_guard else [*_height(log)] or [*_shape(log)]), *_steps(log))
     readings, evaluations = len(log.curves.train_loss), len(log.curves.eval_loss)
-    unseen = "" if evaluations >= LEAST_EVALUATIONS else "; so few evaluations cannot show over-fitting"
+    unseen = "" if evaluations >= MIN_EVALUATIONS else "; so few evaluations cannot show over-fitting"
     sound = ("sound", f"the curves show no problem{unseen}", "")
-    if readings < LEAST_FOR_SHAPE:
+    if readings < MIN_FOR_SHAPE:
         sound = ("too little to tell", f"{counted(readings, 'reading')} of the train loss", "")
     return diagnoses or (sound,)
 
@@ -201,7 +201,7 @@ def _ended(log: Log) -> Iterator[Diagnosis]:
 
 def _height(log: Log) -> Iterator[Diagnosis]:
     lower = f"a lower rate: {_rate(log, 1 / 10)}"
-    last = log.grad_norm[-LEAST_FOR_SHAPE:]
+    last = log.grad_norm[-MIN_FOR_SHAPE:]
     # Occasional non-finite norms are normal with fp16: its loss scaler skips such updates.
     norms = log.grad_norm if sum(not math.isfinite(value) for _, value in last) * 2 > len(last) else ()
     series = {"train loss": log.curves.train_loss, "gradient norm": norms, "eval loss": log.curves.eval_loss}

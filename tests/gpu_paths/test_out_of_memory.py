@@ -16,7 +16,7 @@ import torch
 
 from fulltune.audit.untouched import Reader
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.evaluate import _as_what_does_not_fit
+from fulltune.evaluate import _explain_out_of_memory
 from fulltune.methods.added import put_peft
 from fulltune.probe import _no_probe_without_memory
 from fulltune.probe.linear import NoProbe
@@ -71,7 +71,7 @@ def test_batches_become_smaller_for_memory_alone() -> None:
 
 @pytest.mark.parametrize(("error", "found"), [(CardIsFull(), DoesNotFitError), (Fault(), Fault)])
 def test_scores_that_do_not_fit_say_what_to_do(error: BaseException, found: type[BaseException]) -> None:
-    with pytest.raises(found), _as_what_does_not_fit("scoring test"):
+    with pytest.raises(found), _explain_out_of_memory("scoring test"):
         raise error
 
 

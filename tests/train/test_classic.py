@@ -586,7 +586,7 @@ def test_loss_that_leaves_its_beginning_is_said_once_unless_it_is_the_script_s(
     assert trainer.state.global_step == 24  # a model of a script may compute a loss that rises for good reasons
     assert len(told) == bool(said), told
     assert all(text.startswith(said) for text in told)
-    assert all(text.endswith("that is too high (here 5e-05); take a tenth of it") for text in told)
+    assert all(text.endswith("that is too high (here 5e-05); try a tenth of it") for text in told)
 
 
 class _Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]  # of this type

@@ -53,7 +53,7 @@ def test_diverged_stops_a_loss_that_fell_and_is_back_for_good(losses: list[float
     if action == "stop" and losses[0] == 4:
         assert decision.reason == (
             "the loss diverged: it fell from 4 to 1.5, but the median of the last 20 values is 4.5. "
-            "Usual cause: a learning rate that is too high (here 0.0063); take a third of it"
+            "Usual cause: a learning rate that is too high (here 0.0063); try a third of it"
         )
 
 
@@ -120,7 +120,7 @@ def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int
     assert decision.action == action
     if action != "go on":
         assert decision.reason.endswith(
-            f"Usual cause: a learning rate that is too high (here {rate:g}); take a tenth of it"
+            f"Usual cause: a learning rate that is too high (here {rate:g}); try a tenth of it"
         )
     if action == "go on":  # nor does it stop in the middle
         assert all(diverged(losses[:count], rate).action == "go on" for count in range(len(losses)))

@@ -16,7 +16,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.report.run.data_page import about_labels
-from fulltune.stats.bootstrap import Measure
+from fulltune.stats.bootstrap import ResamplableMetric
 from fulltune.tasks import Predictions
 from tests import tiny
 from tests.unit.data.stage import prepare
@@ -64,12 +64,12 @@ def test_a_row_whose_equal_twin_a_patch_dropped_keeps_its_number(tmp_path: Path)
     assert twin.row not in numbered
 
 
-def _accuracy() -> Measure:
+def _accuracy() -> ResamplableMetric:
     def counts(kept: object) -> np.ndarray:
         right = np.asarray(kept["right"], np.float64)  # type: ignore[index]  # of any kind here
         return np.stack([right, np.ones(len(right))], axis=1)
 
-    return Measure(
+    return ResamplableMetric(
         name="accuracy",
         greater_is_better=True,
         whole=lambda kept: float(kept["right"].mean()),

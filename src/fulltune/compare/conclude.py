@@ -18,7 +18,7 @@ from fulltune.compare.seeds import SeedRuns, method_outputs
 from fulltune.compare.sequential import left
 from fulltune.compare.trials import best_seed, keep
 from fulltune.compare.verdict import MethodOutputs, Terms, decide
-from fulltune.evaluate.scoring import FEWEST_UNSEEN, load_outputs, note_access, outputs
+from fulltune.evaluate.scoring import MIN_UNSEEN, load_outputs, note_access, outputs
 from fulltune.files import append_line, lines_of
 from fulltune.forgetting.generic_text import drift
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
@@ -76,7 +76,7 @@ def without_leaks(
     stands = stands_in_train(context.summary.columns, context.recipe.data.near_duplicates < 1)
     rows = f"{leaked.sum():,} test rows" if leaked.sum() > 1 else "test row"
     prefix = f"without the {rows} whose {stands}: "
-    if len(np.unique(clusters[~leaked])) < FEWEST_UNSEEN:
+    if len(np.unique(clusters[~leaked])) < MIN_UNSEEN:
         return [f"{prefix}too few remain for a verdict"]
     unseen = [
         replace(method, trials=[{name: values[~leaked] for name, values in run.items()} for run in method.trials])

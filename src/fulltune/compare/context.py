@@ -92,7 +92,7 @@ class Context:
         return min(MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
 
     @cached_property
-    def measure(self) -> bootstrap.Measure:
+    def measure(self) -> bootstrap.ResamplableMetric:
         return bootstrap.measure_of(self.recipe.task, Target.of(self.summary), self.setup(self.full.label).plan.metric)
 
     @cached_property

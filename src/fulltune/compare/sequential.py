@@ -15,9 +15,9 @@ import numpy as np
 
 from fulltune.compare.verdict import MethodOutputs, Terms
 from fulltune.records.comparison import Look
-from fulltune.stats.bootstrap import Drawn
-from fulltune.stats.intervals import Uncertain, difference, seed_spreads
-from fulltune.stats.precision import Precision
+from fulltune.stats.bootstrap import ResampledTrials
+from fulltune.stats.intervals import UncertainValue, difference, seed_spreads
+from fulltune.stats.precision import ComparisonPrecision
 
 SAMPLES = 2_000
 _LATE = 4.0
@@ -96,7 +96,13 @@ class Outlook:
 
 
 def look(
-    methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms, max_seeds: int, test_rows: int, *, again: bool = False
+    methods: Sequence[MethodOutputs],
+    drawn: ResampledTrials,
+    terms: Terms,
+    max_seeds: int,
+    test_rows: int,
+    *,
+    again: bool = False,
 ) -> Look:
     """Decide about each method from its metrics on resamples of the eval rows. `again` marks a second look with the
     same seeds of full."""
@@ -112,7 +118,7 @@ def look(
         share = (1.0 if as_many else WAITING_SHARE) / len(rivals)
         stopped = planned = (0.0, 0.0, 0.0)  # one seed each gives no spread between seeds
         if now > 1:
-            then = Precision.of(gap).with_rows(test_rows / drawn.num_rows)
+            then = ComparisonPrecision.of(gap).with_rows(test_rows / drawn.num_rows)
             with_all = (max_seeds, max_seeds if as_many else counts[place])
             stopped = _chances(gap, terms.margin, share * level, then, (now, counts[place]))
             planned = _chances(gap, terms.margin, share * last, then, with_all)
@@ -164,10 +170,10 @@ def _asked(
 
 
 def _chances(
-    gap: Uncertain, margin: float, level: float, then: Precision, seeds: tuple[int, int]
+    gap: UncertainValue, margin: float, level: float, then: ComparisonPrecision, seeds: tuple[int, int]
 ) -> tuple[float, float, float]:
     """Return the chances of each clear answer on the sealed rows with `seeds` of both methods."""
-    now, then = Precision.of(gap), then.with_seeds(seeds)
+    now, then = ComparisonPrecision.of(gap), then.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(now.row_variance + then.row_variance + max(0.0, now.seed_variance - then.seed_variance))
     chances = [

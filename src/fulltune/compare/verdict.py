@@ -11,9 +11,9 @@ from fulltune.recipe.methods import RIVALS, VARIANT, MethodKind
 from fulltune.records.comparison import Decision, Difference, VerdictKind
 from fulltune.records.scores import Estimate
 from fulltune.report.format.words import Writer
-from fulltune.stats.bootstrap import Drawn, Measure
-from fulltune.stats.intervals import Uncertain, difference, holm, mean_of_method, seed_spreads
-from fulltune.stats.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Precision, needed
+from fulltune.stats.bootstrap import ResamplableMetric, ResampledTrials
+from fulltune.stats.intervals import UncertainValue, difference, holm, mean_of_method, seed_spreads
+from fulltune.stats.precision import MAX_ROWS_FACTOR, MAX_SEEDS, ComparisonPrecision, needed
 from fulltune.tasks import Predictions
 from fulltune.text import listed
 
@@ -42,13 +42,13 @@ class MethodOutputs:
 class Terms:
     """The question of a comparison: metric, margin and permitted error."""
 
-    measure: Measure
+    measure: ResamplableMetric
     margin: float
     confidence: float = 0.95
     alpha: float = 0.05
 
 
-def decide(methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms) -> Decision:
+def decide(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Terms) -> Decision:
     """Compare full fine-tuning with every other method. `drawn` holds all metrics on the same resamples."""
     measure = terms.measure
     (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
@@ -96,7 +96,7 @@ def decide(methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms) -> Deci
 def _difference(
     full: MethodOutputs,
     method: MethodOutputs,
-    gap: Uncertain,
+    gap: UncertainValue,
     tested: Sequence[tuple[float, float]],
     num_rows: int,
     terms: Terms,
@@ -128,7 +128,7 @@ def _difference(
         full_better=certain and gap.estimate >= margin and adjusted_low > 0,
         other_better=certain and gap.estimate <= -margin and adjusted_high < 0,
         seeds_known=is_tested,
-        detectable=Precision.of(gap).detectable(margin, level),
+        detectable=ComparisonPrecision.of(gap).detectable(margin, level),
         rows_needed=rows,
         seeds_needed=seeds,
     )
@@ -203,8 +203,8 @@ def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:
             what = f"train three or more seeds of full and of {rival.method}; fewer do not show how seeds differ"
         else:
             what = (
-                f"if the true difference equals the estimate, neither {MOST_ROWS_FACTOR} times the test rows nor "
-                f"{MOST_SEEDS} seeds per method would decide alone; use more of both, or a larger compare.margin (the "
+                f"if the true difference equals the estimate, neither {MAX_ROWS_FACTOR} times the test rows nor "
+                f"{MAX_SEEDS} seeds per method would decide alone; use more of both, or a larger compare.margin (the "
                 "smallest difference that matters to you)"
             )
         yield f"{rival.method}: {what}"

@@ -1,4 +1,4 @@
-"""The evaluate stage: the same test rows and metrics for baselines and results."""
+"""Score baselines and trained models on the same test rows with the same metrics."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from fulltune.tasks.classes import label_words, predict_labels
 from fulltune.tasks.labels import class_weights
 
 UNTOUCHED = "before-training"
-"""Where the scores of the model before training lie."""
+"""File name of the pretrained model's scores."""
 LINEAR_PROBE = "linear probe of the untouched model"
 SPLITS: tuple[SplitName, ...] = ("train", "eval")
-Losses = tuple[np.ndarray, Sequence[str | None]]
-"""Summed loss of each example and its items (1, trained tokens or words), float64 [examples, 2]; and what the model
-says; None: not in a word."""
+SplitLosses = tuple[np.ndarray, Sequence[str | None]]
+"""Summed loss and items (1, trained tokens or words) of each example, float64 [examples, 2]; and the predicted labels
+in words."""
 
 
 def scoring_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
-    """A run's rows and how they are scored."""
+    """The scoring of a run's rows."""
     weights = class_weights(recipe, summary)
     return Scoring(
         recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, class_weights=weights
@@ -52,46 +52,46 @@ def scoring_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, b
 
 
 def baselines(scoring: Scoring) -> list[Scores]:
-    """Score what costs no training, such as the majority class or the untouched model, unless its scores are there."""
+    """Score the baselines, such as the majority class or the pretrained model, unless scores exist."""
     scorer, folder = _scorer(scoring.recipe.task), scoring.data.parent
 
     def untouched() -> Scored:
         scores, main = scorer.trained(scoring, *scoring.load(None))
         return scores.model_copy(update={"name": "before training", "kind": "untouched"}), main
 
-    made = {UNTOUCHED: untouched} if scoring.task.FACTS.writes else {}
-    made |= scorer.baselines(scoring)
+    scorers = {UNTOUCHED: untouched} if scoring.task.FACTS.writes else {}
+    scorers |= scorer.baselines(scoring)
     if scoring.task.FACTS.head_is_new:
-        with _as_what_does_not_fit("the linear probe of the untouched model"):
-            made |= _by_the_untouched_model(scoring, scorer)
+        with _explain_out_of_memory("the linear probe of the untouched model"):
+            scorers |= _by_the_untouched_model(scoring, scorer)
     shapes = folder / "plan" / SHAPES
-    # The checkpoint can do the task: it is scored as it came. A comparison has it as its method `base`.
+    # A checkpoint with a head for the task is scored untrained; a comparison has it as its method `base`.
     if not scoring.recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:
-        made.setdefault(UNTOUCHED, untouched)
-    return [_kept(folder / "scores" / f"{name}.json", make) for name, make in made.items()]
+        scorers.setdefault(UNTOUCHED, untouched)
+    return [_kept(folder / "scores" / f"{name}.json", make) for name, make in scorers.items()]
 
 
 def _by_the_untouched_model(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
-    """A linear probe as its head, and a classifier on its embeddings."""
+    """Baselines from the pretrained model: with a linear probe as its head, and a classifier on its embeddings."""
     with_head = scoring.plan.head_init is not None
     if not with_head and scoring.target.form.has_windows:
         return {}
     rows, eval_rows = (opened(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
-    # The run folder's; fitted here where no training needed it.
-    found = probe.load_or_fit(scoring.data.parent, lambda: _extractor(scoring), rows, eval_rows, with_head)
-    made: dict[str, Callable[[], Scored]] = {}
-    if (rival := found.frozen) is not None:
-        made["baseline-frozen"] = lambda: _frozen(scoring, scorer, found, rival)
-    if found.head is not None:
-        made["baseline-probe"] = lambda: _as_head(scoring, scorer)
-    return made
+    # Stored in the run folder; fitted here if training did not need it.
+    fitted = probe.load_or_fit(scoring.data.parent, lambda: _extractor(scoring), rows, eval_rows, with_head)
+    scorers: dict[str, Callable[[], Scored]] = {}
+    if (rival := fitted.frozen) is not None:
+        scorers["baseline-frozen"] = lambda: _frozen(scoring, scorer, fitted, rival)
+    if fitted.head is not None:
+        scorers["baseline-probe"] = lambda: _as_head(scoring, scorer)
+    return scorers
 
 
 def _extractor(scoring: Scoring) -> probe.FeatureExtractor:
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(probe.SEED)  # what the head lacks is drawn
+        torch.manual_seed(probe.SEED)  # missing weights of the head are drawn
         model, processor = scoring.load(None)
     return probe.FeatureExtractor(
         model,
@@ -106,12 +106,12 @@ def _extractor(scoring: Scoring) -> probe.FeatureExtractor:
     )
 
 
-def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe, rival: FrozenBaseline) -> Scored:
+def _frozen(scoring: Scoring, scorer: ModuleType, fitted: Probe, rival: FrozenBaseline) -> Scored:
     extractor, folder = _extractor(scoring), scoring.data.parent
-    if found.head is not None:
-        probe.put_head(extractor.model, folder)  # embeddings as they were: layers that the checkpoint lacks give some
+    if fitted.head is not None:
+        probe.put_head(extractor.model, folder)  # for the same embeddings, as the head's other layers may shape them
     rows = opened(scoring.rows("test"), scoring.base.processor)
-    of = f" of {found.train_rows:,} train rows" if found.train_rows < found.available_rows else ""
+    of = f" of {fitted.train_rows:,} train rows" if fitted.train_rows < fitted.available_rows else ""
     read = ", each text read alone" if rival.pooling == "pair" else ""
     name = f"{rival.kind} (frozen embeddings{of}{read})"
     return scorer.frozen(scoring, name, probe.predict(extractor, rows, rival, probe.frozen_classifier(folder)))
@@ -126,19 +126,19 @@ def _as_head(scoring: Scoring, scorer: ModuleType) -> Scored:
 
 
 def score(scoring: Scoring, outcome: Outcome) -> Scores:
-    """Score the trained model on the test rows, note that, and keep a classifier's temperature."""
+    """Score the trained model on the test rows, log that, and save a classifier's temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
     model_folder = folder / outcome.model_folder
     path = folder / "scores" / f"{plan.trial}.json"
     if scoring.user_metrics is not None:
-        path.unlink(missing_ok=True)  # the scores that are there may lack these metrics
+        path.unlink(missing_ok=True)  # existing scores may lack these metrics
 
     def trained() -> Scored:
-        made = _scorer(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
+        scores = _scorer(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
         note_access(folder, scoring.listener, outcome)
-        return made
+        return scores
 
     scores = _kept(path, trained)
     if scores.calibration is not None:
@@ -147,43 +147,45 @@ def score(scoring: Scoring, outcome: Outcome) -> Scores:
     return with_differences(folder, scores, partial(paired, span=span, confidence=scores.confidence))
 
 
-def losses(scoring: Scoring) -> dict[SplitName, Losses]:
-    """The loss of each train and eval row by the trained model: what is decided about test rows by one flatters it."""
+def losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
+    """Loss of each train and eval row by the trained model; test rows are left out, as looking at them would bias
+    choices."""
     measure = measure_of(scoring.recipe.task, scoring.target, "loss")
     assert measure.counts is not None, "a loss is a mean"
-    found: dict[SplitName, Losses] = {}
-    with _as_what_does_not_fit("reading rows with the trained model"):
+    by_split: dict[SplitName, SplitLosses] = {}
+    with _explain_out_of_memory("reading rows with the trained model"):
         model, processor = scoring.load(scoring.data.parent / scoring.plan.model_folder)
         for split in SPLITS:
-            kept = scoring.run(model, processor, split)
-            counts = measure.counts(kept)
-            said: list[str | None] = [None] * len(counts)
-            if "logits" in kept:
-                said = [label_words(one, scoring.target) for one in predict_labels(kept["logits"], scoring.target)]
-            found[split] = counts, said
-    return found
+            predictions = scoring.run(model, processor, split)
+            counts = measure.counts(predictions)
+            labels: list[str | None] = [None] * len(counts)
+            if "logits" in predictions:
+                predicted = predict_labels(predictions["logits"], scoring.target)
+                labels = [label_words(label, scoring.target) for label in predicted]
+            by_split[split] = counts, labels
+    return by_split
 
 
 def with_differences(
     folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
 ) -> Scores:
-    """Put a trained model's difference to each row that needs no training into its scores, here and on the disk."""
-    found = {}
+    """Add a trained model's difference to each baseline to its scores, and save them."""
+    differences = {}
     path = folder / "scores" / f"{scores.name}.json"
     for other_path in sorted(path.parent.glob("*.json")):
         other, beside = Scores.load(other_path), [place.with_suffix(".npz") for place in (path, other_path)]
         if other.kind == "trained" or not all(place.exists() for place in beside):
             continue
         if (ahead := difference(*map(Resampled.load, beside))) is not None:
-            found[other.name] = ahead
-    if found != scores.differences:
-        scores = scores.model_copy(update={"differences": found})
+            differences[other.name] = ahead
+    if differences != scores.differences:
+        scores = scores.model_copy(update={"differences": differences})
         scores.save(path)
     return scores
 
 
 def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
-    """Write the temperature that the eval rows give into a classifier's folder; other models have none."""
+    """Save the temperature of a classifier's probabilities in its folder, fitted on eval rows."""
     if scoring.target.form.is_calibrated:
         _note_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
 
@@ -193,16 +195,16 @@ def _note_temperature(model_folder: Path, temperature: float) -> None:
 
 
 def _scorer(task: TaskName) -> ModuleType:
-    """The module beside this one whose `baselines` and `trained` score a task."""
+    """The module beside this one that scores a task."""
     return import_module(f"fulltune.evaluate.{FACTS[task].scored_by}")
 
 
 def _kept(path: Path, make: Callable[[], Scored]) -> Scores:
-    """The scores at this path; made when they are not there."""
+    """The scores at this path, computed if missing."""
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()
-    with _as_what_does_not_fit(f"scoring {path.stem}"):
+    with _explain_out_of_memory(f"scoring {path.stem}"):
         scores, main = make()
     path.with_suffix(".npz").unlink(missing_ok=True)
     if main is not None:
@@ -213,8 +215,8 @@ def _kept(path: Path, make: Callable[[], Scored]) -> Scores:
 
 
 @contextlib.contextmanager
-def _as_what_does_not_fit(what: str) -> Iterator[None]:
-    """Memory that runs out inside is said, with what to do."""
+def _explain_out_of_memory(what: str) -> Iterator[None]:
+    """Turn running out of memory into an error with advice."""
     try:
         yield
     except Exception as error:
@@ -223,5 +225,5 @@ def _as_what_does_not_fit(what: str) -> Iterator[None]:
         raise does_not_fit(
             what,
             error,
-            "no smaller batch is left; what was trained is kept: free some memory, then run the same command again",
+            "the smallest batch failed; the trained model is kept: free some memory, then run the same command again",
         ) from None

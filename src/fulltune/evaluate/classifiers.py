@@ -1,51 +1,54 @@
-"""Models that give each row a label, several labels, a number or one of its choices; baselines without training."""
+"""Score models that predict a label, several labels, a number or a choice, and their baselines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.records.scores import Confusion
 from fulltune.stats.calibration import calibrate
 from fulltune.tasks import classes, multiple_choice
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """File name to what makes it: the majority class; of choices the usual position of the right one, and the
-    longest."""
-    made: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(majority, scoring)}
+    """Scorers by file name: the majority class; for choices the usual position, and the longest."""
+    scorers: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(majority, scoring)}
     if scoring.target.num_choices:
-        made["baseline-longest"] = partial(_longest, scoring)
-    return made
+        scorers["baseline-longest"] = partial(_longest, scoring)
+    return scorers
 
 
-def trained(scoring: Scoring, model: Any, processor: Any) -> Scored:
-    """The trained model; the temperature of its probabilities is fitted on the eval rows."""
-    kept = scoring.run(model, processor)
-    metrics = scoring.estimates(kept)
-    predicted = classes.predict_labels(kept["logits"], scoring.target)
+def trained(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Scored:
+    """Score the trained model; its temperature is fitted on the eval rows."""
+    test_rows = scoring.run(model, processor)
+    metrics = scoring.estimates(test_rows)
+    predicted = classes.predict_labels(test_rows["logits"], scoring.target)
     calibration = None
     if scoring.target.form.is_calibrated:
-        chosen = scoring.run(model, processor, "eval")
-        calibration = calibrate(chosen["logits"], chosen["labels"], kept["logits"], kept["labels"])
+        eval_rows = scoring.run(model, processor, "eval")
+        calibration = calibrate(eval_rows["logits"], eval_rows["labels"], test_rows["logits"], test_rows["labels"])
     texts = [scoring.task.display_text(row, scoring.target) for row in scoring.texts]
     return scoring.scores(
         scoring.plan.trial,
         "trained",
         len(predicted),
-        metrics=metrics | scoring.user_estimates(predicted, kept["labels"]),
+        metrics=metrics | scoring.user_estimates(predicted, test_rows["labels"]),
         calibration=calibration,
-        confusion=_confusion(scoring, kept["labels"], predicted),
-        worst=tuple(classes.worst(kept, texts, scoring.target, WORST)),
+        confusion=_confusion(scoring, test_rows["labels"], predicted),
+        worst=tuple(classes.worst(test_rows, texts, scoring.target, WORST)),
     )
 
 
 def _label_scores(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
-    """Scores of a baseline that gives labels without probabilities."""
+    """Scores of a baseline that predicts labels without probabilities."""
     true = np.array(scoring.rows("test")["labels"])
     metrics = scoring.estimates(
         {"true": true, "predicted": predicted},
@@ -55,7 +58,7 @@ def _label_scores(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
 
 
 def majority(scoring: Scoring) -> Scored:
-    """The most frequent class of train (each label's majority; the mean; the position) for every row."""
+    """Score the most frequent class of train (each label's majority, the mean, or the position)."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
 
     form, train, test = scoring.target.form, scoring.rows("train"), scoring.rows("test")
@@ -65,14 +68,14 @@ def majority(scoring: Scoring) -> Scored:
 
 
 def _longest(scoring: Scoring) -> Scored:
-    """The choice with the most characters: people who write a right answer are often more careful with it."""
+    """Score the choice with the most characters, as right answers are often written with more care."""
     texts = [multiple_choice.choice_texts(row, scoring.target) for row in scoring.texts]
     return _label_scores(scoring, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
 
 
 def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """What a classifier on embeddings gives: for each row its number, and the outputs of its items [items, outputs]."""
-    outputs = [values for _, values in sorted(predicted, key=lambda found: found[0])]
+    """Score a classifier on embeddings, from each row's number and outputs [items, outputs]."""
+    outputs = [values for _, values in sorted(predicted, key=lambda row: row[0])]
     if scoring.target.num_choices:
         return _label_scores(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))
     return _label_scores(scoring, name, classes.predict_labels(np.concatenate(outputs), scoring.target))

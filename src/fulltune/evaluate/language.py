@@ -1,50 +1,57 @@
-"""Models that write: loss on all test rows, generated answers for some; the untouched model is the baseline."""
+"""Score models that write: the loss on all test rows, and generated answers to some."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fulltune.evaluate.scoring import Scored, Scoring
 from fulltune.inference.run import Batching, generate
 from fulltune.records.scores import Answer
 from fulltune.system.memory import with_smaller_batches
-from fulltune.tasks import written
+from fulltune.tasks import Tokenizer, written
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """File name to what makes it: where there is a source, its copy. (The model before training is one as well.)"""
+    """Scorers by file name: a copy of the source, if there is one."""
     if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
     return {"baseline-copy": lambda: _copy(scoring)}
 
 
-def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
-    """The trained model: its loss, and the answers that it generates."""
-    kept = scoring.run(model, tokenizer)
-    estimates = scoring.estimates(kept)
+def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
+    """Score the trained model by its loss and the answers that it generates."""
+    predictions = scoring.run(model, tokenizer)
+    estimates = scoring.estimates(predictions)
     drawn = drawn_rows(scoring)
     answers: tuple[Answer, ...] = ()
     if drawn:
-        made, positions = _generated(scoring, model, tokenizer, drawn), list(drawn)
+        generated, positions = _generated(scoring, model, tokenizer, drawn), list(drawn)
         asked, expected = _words(scoring, list(drawn.values()))
-        estimates |= scoring.estimates(scoring.task.score_answers(made, expected), positions)
-        estimates |= scoring.user_estimates(made, expected, positions)
+        estimates |= scoring.estimates(scoring.task.score_answers(generated, expected), positions)
+        estimates |= scoring.user_estimates(generated, expected, positions)
         answers = tuple(
             Answer(text=text, expected=want, predicted=got)
-            for text, want, got in zip(asked, expected, made, strict=True)
+            for text, want, got in zip(asked, expected, generated, strict=True)
         )
-    count = len(next(iter(kept.values())))
+    count = len(next(iter(predictions.values())))
     missing = missing_metrics(scoring) if drawn else None
     return scoring.scores(
         scoring.plan.trial, "trained", count, metrics=estimates, answers=answers, missing_metrics=missing
     )
 
 
-def _generated(scoring: Scoring, model: Any, tokenizer: Any, drawn: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """Answers to the drawn rows."""
-    if "source" in scoring.target.columns:  # one example a row: cut as it is in training
+def _generated(
+    scoring: Scoring,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    drawn: Mapping[int, Mapping[str, Any]],
+) -> list[str]:
+    if "source" in scoring.target.columns:  # one example a row, truncated as in training
         test = scoring.rows("test")
         prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
     else:
@@ -63,7 +70,7 @@ def _generated(scoring: Scoring, model: Any, tokenizer: Any, drawn: Mapping[int,
 
 
 def _copy(scoring: Scoring) -> Scored:
-    """The source itself as the answer: what a summary, a correction or a paraphrase has to beat."""
+    """Score the source as the answer, which a summary, correction or paraphrase has to beat."""
     drawn = drawn_rows(scoring)
     sources, expected = _words(scoring, list(drawn.values()))
     scores = scoring.task.score_answers([source.strip() for source in sources], expected)
@@ -72,8 +79,7 @@ def _copy(scoring: Scoring) -> Scored:
 
 
 def drawn_rows(scoring: Scoring) -> dict[int, dict[str, Any]]:
-    """Position and row of the test rows for which answers are generated, in the order of the file: drawn at random
-    among different prompts, by `data.split_seed` and the prompts alone."""
+    """Position and row of the test rows to generate answers for, drawn from different prompts by `data.split_seed`."""
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
         return {}
@@ -94,6 +100,6 @@ def missing_metrics(scoring: Scoring) -> str | None:
 
 
 def _words(scoring: Scoring, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """What is asked, and what should be answered."""
+    """The prompts and expected answers."""
     task, target = scoring.task, scoring.target
     return [task.prompt_text(row, target) for row in rows], [task.answer_text(row, target) for row in rows]

@@ -1,4 +1,4 @@
-"""What all contestants of a run share: rows, metrics, intervals, loading, and the log of who scored which test rows."""
+"""Scoring shared by all methods of a run: rows, metrics, intervals, loading, and the log of who scored test rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -29,21 +29,24 @@ from fulltune.records.scores import Answer, Scores
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, bounds_of, resample
 from fulltune.system.memory import with_smaller_batches
-from fulltune.tasks import Predictions, Target, Task
+from fulltune.tasks import Predictions, RowFeatures, Target, Task
 from fulltune.tasks.padding import ragged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
-"""Rows that the model got most wrong, for the report."""
+"""Number of worst rows in the report."""
 Scored = tuple[Scores, Resampled | None]
-"""Scores, and the main metric that their differences to others are made of; None: it has none."""
-FEWEST_UNSEEN = 20
-"""Groups of test rows that a metric without those that stand in train has to rest on."""
+"""Scores, and the main metric on resamples, if it was computed."""
+MIN_UNSEEN = 20
+"""Groups of test rows needed for a metric without those that occur in train."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """One run's test rows and how they are scored."""
+    """A run's test rows and how they are scored."""
 
     recipe: Recipe
     plan: Plan
@@ -51,54 +54,53 @@ class Scoring:
     target: Target
     data: Path
     base: Base
-    """The model before training."""
+    """The pretrained model."""
     user_metrics: UserMetrics | None = None
     listener: Listener = lambda event: None
     class_weights: Sequence[float] | None = None
-    """In the order of the labels."""
+    """Weights in the order of the labels."""
 
     def watch(self, name: str) -> ProgressCallback:
-        """Tells the listener how far a pass over rows is."""
+        """A callback that reports the progress of a pass to the listener."""
         return lambda done, total, share: self.listener(RowsRead(name=name, done=done, total=total, share=share))
 
-    def rows(self, split: str) -> Any:
-        """Tokenised rows of a split."""
+    def rows(self, split: str) -> Rows:
         return Rows(self.data / split)
 
     @property
     def texts(self) -> list[dict[str, Any]]:
-        """The test rows in the user's own columns, and `place`."""
+        """The test rows in the user's own columns, with `place`."""
         return list(texts(self.data / "test"))
 
     def estimates(
         self,
-        kept: Mapping[str, np.ndarray],
+        predictions: Mapping[str, np.ndarray],
         positions: Sequence[int] | None = None,
-        metrics: Callable[[Any], Mapping[str, float]] | None = None,
+        metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """The task's metrics (or others) on all test rows, or those at `positions`, and on resamples of their clusters;
-        the same without the rows that stand in train."""
-        chosen = slice(None) if positions is None else np.asarray(positions, np.int64)
-        clusters, seen = (np.load(self.data / "test" / name)[chosen] for name in (CLUSTERS, IN_TRAIN))
+        """The task's (or other) metrics on test rows and on resamples, also without rows of train."""
+        scored = slice(None) if positions is None else np.asarray(positions, np.int64)
+        clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 
         def resampled(rows: np.ndarray | slice) -> dict[str, Resampled]:
             return resample(
-                {name: values[rows] for name, values in kept.items()},
+                {name: values[rows] for name, values in predictions.items()},
                 metrics or (lambda rows: self.task.metrics(rows, self.target)),
                 samples=self.recipe.evaluate.bootstrap_samples,
                 clusters=clusters[rows],
             )
 
-        found = resampled(slice(None))
-        if not seen.any():
-            return found
-        unseen = resampled(~seen) if len(np.unique(clusters[~seen])) >= FEWEST_UNSEEN else {}
-        return {name: replace(one, num_seen=int(seen.sum()), unseen=unseen.get(name)) for name, one in found.items()}
+        estimates = resampled(slice(None))
+        if not in_train.any():
+            return estimates
+        unseen = resampled(~in_train) if len(np.unique(clusters[~in_train])) >= MIN_UNSEEN else {}
+        count = int(in_train.sum())
+        return {name: replace(one, num_seen=count, unseen=unseen.get(name)) for name, one in estimates.items()}
 
     def user_estimates(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Resamples of the user's own metrics; lists reach the user's function as lists, arrays as arrays."""
+        """Resamples of the user's metrics; lists reach the function as lists, arrays as arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
@@ -110,13 +112,13 @@ class Scoring:
             except Exception as error:
                 raise SetupError(
                     f"metrics: your function failed on {len(predicted)} rows ({type(error).__name__}: {error}); it "
-                    "must return names and numbers for any selection of the test rows; the model is kept, call again "
-                    "with it repaired"
+                    "must return names and numbers for any selection of the test rows; repair it and call again, the "
+                    "model is kept"
                 ) from error
 
         both = {"predicted": predictions, "true": references}
-        kept = {name: ragged(values) if plain else values for name, values in both.items()}
-        return self.estimates(kept, positions, metrics)
+        arrays = {name: ragged(values) if plain else values for name, values in both.items()}
+        return self.estimates(arrays, positions, metrics)
 
     def scores(
         self,
@@ -126,7 +128,7 @@ class Scoring:
         metrics: Mapping[str, Resampled],
         **fields: Any,
     ) -> Scored:
-        """The record of a contestant, with the intervals of its metrics."""
+        """The record of a model or baseline, with the intervals of its metrics."""
         confidence, main = self.recipe.evaluate.confidence, metrics.get(self.plan.metric)
         for quoting in fields.keys() & {"worst", "answers"}:
             fields[quoting] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[quoting])
@@ -147,11 +149,11 @@ class Scoring:
         )
         return scores, main
 
-    def run(self, model: Any, processor: Any, split: str = "test") -> Predictions:
-        """What the task keeps of the logits of each row of a split."""
+    def run(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
+        """The task's predictions for each row of a split."""
         rows, pad_token_id = opened(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
-        # With a smaller batch when memory runs out the scores are the same.
+        # Scores do not depend on the batch size.
         return with_smaller_batches(
             "evaluation",
             self.plan.eval_batch_size,
@@ -165,16 +167,18 @@ class Scoring:
             ),
         )
 
-    def selective_head(self, model: Any, pad_token_id: int, rows: Any) -> SelectiveHead | None:
-        """Leaves out the logits of prompts, when the shortest row shows that the others stay the same."""
+    def selective_head(
+        self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]
+    ) -> SelectiveHead | None:
+        """A head that skips the logits of prompts, if a short row proves that the others stay the same."""
         if not self.task.FACTS.writes:
             return None
         batch = model_batch(model, self.task, [rows[by_length(rows)[-1]]], pad_token_id)
         return verified(model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()})[0]
 
-    def load(self, model_folder: Path | None) -> tuple[Any, Any]:
-        """A model on the plan's device, and its processor: a finished one, loaded from its folder as any user would;
-        None: the pretrained one before training, for which a head that it lacks is drawn."""
+    def load(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
+        """A model on the plan's device with its processor: a finished one from its folder, or by default the pretrained
+        one, with a new head if it lacks one."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
             processor = self.base.processor
@@ -192,12 +196,12 @@ class Scoring:
 
 
 def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
-    """Log that a run folder's test rows were scored, beside it; the listener hears it if that cannot be written.
+    """Log beside a run folder that its test rows were scored.
 
     Args:
-        folder: Of the run.
-        listener: Told of what goes wrong.
-        outcome: Of the trained model; None: the verdict of a comparison read them.
+        folder: Folder of the run.
+        listener: Hears a warning if the log cannot be written.
+        outcome: Outcome of the trained model; None for the verdict of a comparison.
     """
     folder = folder.resolve()
     access = Access(
@@ -211,11 +215,11 @@ def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None
         append_line(folder.parent / ACCESSES, access.model_dump(mode="json"))
     except OSError as error:
         reason = str(error.strerror or error).lower()
-        text = f"{folder.parent / ACCESSES}: cannot be written ({reason}), so later runs will not count this scoring"
+        text = f"{folder.parent / ACCESSES}: cannot be written ({reason}); later runs will not count this scoring"
         listener(Message(text=text, level="warning"))
 
 
-# ---- what a model gives for each row, kept for comparisons ------------------------------------------------------
+# ---- predictions for each row, for comparisons -------------------------------------------------------------------
 
 
 def outputs(
@@ -225,32 +229,34 @@ def outputs(
     most_tokens: int,
     splits: Sequence[str] = ("eval", "test"),
 ) -> tuple[dict[str, Predictions], float]:
-    """Run a finished model (None: the pretrained one, with the head that training begins with) over the splits' rows
-    and, but for images, over generic texts, cut at `most_tokens`: by split what the task's `reduce` gave, of `generic`
-    what `GenericText.read` did, and the seconds per row of the last split."""
+    """Run a model (by default the pretrained one) over the splits' rows and, except for images, generic texts.
+
+    Returns predictions by split, with those of `GenericText.read` under `generic`, and the seconds per row of the last
+    split.
+    """
     model, processor = scoring.load(model_folder)
-    kept: dict[str, Predictions] = {}
+    by_split: dict[str, Predictions] = {}
     seconds = 0.0
     for split in splits:
         began = time.monotonic()
-        kept[split] = scoring.run(model, processor, split)
+        by_split[split] = scoring.run(model, processor, split)
         seconds = (time.monotonic() - began) / max(1, len(scoring.rows(split)))
     if texts and scoring.task.FACTS.reads == "text":
         form, precision = scoring.target.form, scoring.plan.precision
         head = scoring.selective_head(model, processor.pad_token_id, scoring.rows("eval"))
         read = GenericText.of(texts, processor, form.reads_any_text, precision, most_tokens).read(model, head)
-        kept["generic"] = {"generic": read}
-    return kept, seconds
+        by_split["generic"] = {"generic": read}
+    return by_split, seconds
 
 
-def save_outputs(path: Path, kept: Predictions) -> None:
-    """Write the numbers of each row; objects (texts, ragged lists) are left out: only pickle could keep them."""
-    numbers: dict[str, Any] = {name: array for name, array in kept.items() if array.dtype != object}
+def save_outputs(path: Path, predictions: Predictions) -> None:
+    """Save numeric arrays; objects (texts, ragged lists) are left out, as they would need pickle."""
+    numbers: dict[str, Any] = {name: array for name, array in predictions.items() if array.dtype != object}
     with replacing(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **numbers)
 
 
 def load_outputs(path: Path) -> Predictions:
-    """What `save_outputs` wrote."""
+    """Load the arrays of `save_outputs`."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}

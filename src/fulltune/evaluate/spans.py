@@ -1,4 +1,4 @@
-"""Answers found in a context, scored as texts for each question; baselines that need no training."""
+"""Score answers from a context as texts for each question, and baselines."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.records.scores import Answer
-from fulltune.tasks import PLACE, question_answering
+from fulltune.tasks import PLACE, Tokenizer, question_answering
 from fulltune.tasks.question_answering import context_of, question_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NONE = "(no answer)"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -22,28 +26,28 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """File name to what makes it: the sentence that shares most words with the question; where some test question has
-    no answer, also never answering."""
-    made = {"baseline-sentence": lambda: _baseline(scoring, "sentence nearest to the question", nearest_sentence)}
+    """Scorers by file name: the sentence that shares most words with the question; and no answer, if some question has
+    none."""
+    scorers = {"baseline-sentence": lambda: _baseline(scoring, "sentence nearest to the question", nearest_sentence)}
     if any(not accepted for accepted in _accepted(scoring, _questions(scoring))):
-        made["baseline-none"] = lambda: _baseline(scoring, "no answer to any question", lambda question, context: "")
-    return made
+        scorers["baseline-none"] = lambda: _baseline(scoring, "no answer to any question", lambda question, context: "")
+    return scorers
 
 
-def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
-    """The trained model; the windows of a long context give one answer."""
+def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
+    """Score the trained model; the windows of a long context give one answer."""
     target, windows, texts = scoring.target, scoring.rows("test"), scoring.texts
-    kept = scoring.run(model, tokenizer)
+    predictions = scoring.run(model, tokenizer)
     places = [row[PLACE] for row in texts]
     contexts = [context_of(row, target) for row in texts]
-    found = question_answering.find_answers(kept, windows, places, contexts)
+    answers = question_answering.find_answers(predictions, windows, places, contexts)
     questions = _questions(scoring)
-    predicted = [found[place]["answer"] for place in questions]
+    predicted = [answers[place]["answer"] for place in questions]
     accepted = _accepted(scoring, questions)
     numbers = {place: number for number, place in enumerate(questions)}
     of = np.array([numbers[place] for place in places])
     # Each question counts the same, however long its context is.
-    scores = compared(predicted, accepted) | {"loss": np.bincount(of, kept["loss"]) / np.bincount(of)}
+    scores = compared(predicted, accepted) | {"loss": np.bincount(of, predictions["loss"]) / np.bincount(of)}
     rows, first = list(questions.values()), _first_windows(texts)
     # The questions with the highest loss among those with a wrong answer.
     wrong = [row for row in np.argsort(-scores["loss"], kind="stable") if scores["exact_match"][row] < 1]
@@ -76,35 +80,34 @@ def _baseline(scoring: Scoring, name: str, answer: Callable[[str, str], str]) ->
 
 
 def _questions(scoring: Scoring) -> dict[str, dict[str, Any]]:
-    """Place to test row: several windows come from one row."""
+    """Test row by place, as a row may have several windows."""
     return {row[PLACE]: row for row in scoring.texts}
 
 
 def _accepted(scoring: Scoring, questions: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The accepted answers of each question; none where it has no answer."""
+    """The accepted answers of each question, which may be none."""
     return [[text for text, _ in question_answering.answers_of(row, scoring.target)] for row in questions.values()]
 
 
 def _first_windows(texts: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Position of each question's first window: all windows of a question are in the same cluster."""
+    """Position of each question's first window, whose cluster all its windows share."""
     return sorted(np.unique([row[PLACE] for row in texts], return_index=True)[1].tolist())
 
 
 def nearest_sentence(question: str, context: str) -> str:
-    """The sentence of the context with most of the question's words; the first one of several."""
+    """The first sentence of the context with most of the question's words."""
     wanted = set(plain_words(question))
     sentences = [sentence for sentence in _SENTENCE_END.split(context) if sentence.strip()]
     return max(sentences, key=lambda sentence: len(wanted & set(plain_words(sentence))), default="").strip()
 
 
 def plain_words(text: str) -> list[str]:
-    """The words that count in SQuAD's scores: in lower case, without punctuation and articles."""
+    """The words that SQuAD's scores compare: lower case, without punctuation and articles."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def compared(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """SQuAD's exact match and F1 of each answer, 0 to 1: the best over the accepted ones; where there is none,
-    only no answer is right."""
+    """SQuAD's exact match and F1 of each answer, 0 to 1, the best over the accepted ones."""
     pairs = [
         [(plain_words(answer), plain_words(text)) for text in texts or [""]]
         for answer, texts in zip(predicted, accepted, strict=True)
@@ -115,7 +118,7 @@ def compared(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> dic
     }
 
 
-def _f1(one: Sequence[str], two: Sequence[str]) -> float:
-    if not one or not two:
-        return float(one == two)
-    return 2 * sum((Counter(one) & Counter(two)).values()) / (len(one) + len(two))
+def _f1(answer: Sequence[str], accepted: Sequence[str]) -> float:
+    if not answer or not accepted:
+        return float(answer == accepted)
+    return 2 * sum((Counter(answer) & Counter(accepted)).values()) / (len(answer) + len(accepted))

@@ -1,4 +1,4 @@
-"""Models that give each word a tag; baselines that need no training."""
+"""Score models that tag each word, and baselines."""
 
 from __future__ import annotations
 
@@ -6,47 +6,51 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.inference import store
-from fulltune.tasks import token_classification
+from fulltune.tasks import Tokenizer, token_classification
 from fulltune.tasks.padding import ragged
 from fulltune.tasks.token_classification import TAGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """File name to what makes it: no entity at all, and a lexicon."""
+    """Scorers by file name: no entity at all, and a lexicon."""
     return {
         "baseline-no-entity": lambda: _tagged(scoring, "every word O", _nothing(scoring)),
         "baseline-lexicon": partial(_lexicon, scoring),
     }
 
 
-def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
-    """The trained model; words that it never saw (cut off, or without a token) count as `O`."""
+def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
+    """Score the trained model; words that it does not see (truncated, or without a token) count as `O`."""
     target = scoring.target
-    kept = token_classification.over_all_words(scoring.run(model, tokenizer), scoring.rows("test"), target)
-    words = int(kept["words"].sum())
-    if lost := words - int(kept["seen"].sum()):
+    counts = token_classification.over_all_words(scoring.run(model, tokenizer), scoring.rows("test"), target)
+    words = int(counts["words"].sum())
+    if lost := words - int(counts["seen"].sum()):
         _log.warning(
             "%d of %d words of the test rows have no token (cut off at data.max_length, or unknown to the tokenizer); "
             "they count as O",
             *(lost, words),
         )
     sentences = [_words(scoring, row) for row in scoring.texts]
-    kept["tokens"] = ragged(sentences)
-    # Only sums per row are drawn again, so that many draws are fast.
-    metrics = scoring.estimates({name: array for name, array in kept.items() if array.dtype != object})
+    counts["tokens"] = ragged(sentences)
+    # Only sums per row are resampled, which is fast.
+    metrics = scoring.estimates({name: array for name, array in counts.items() if array.dtype != object})
     predicted, gold = (
-        [[target.labels[label] for label in row] for row in kept[name]] for name in ("predicted", "gold")
+        [[target.labels[label] for label in row] for row in counts[name]] for name in ("predicted", "gold")
     )
     metrics |= scoring.user_estimates(predicted, gold)
-    worst = token_classification.worst(kept, [" ".join(sentence) for sentence in sentences], target, WORST)
+    worst = token_classification.worst(counts, [" ".join(sentence) for sentence in sentences], target, WORST)
     return scoring.scores(scoring.plan.trial, "trained", len(sentences), metrics=metrics, worst=tuple(worst))
 
 
@@ -55,32 +59,31 @@ def _words(scoring: Scoring, row: Mapping[str, Any]) -> list[str]:
 
 
 def _tagged(scoring: Scoring, name: str, predicted: Sequence[np.ndarray]) -> Scored:
-    """Scores of a baseline that gives tags without probabilities."""
+    """Scores of a baseline that predicts tags without probabilities."""
     gold = [np.asarray(row) for row in scoring.rows("test")[TAGS]]
-    kept = token_classification.counts(gold, predicted, scoring.target)
-    return scoring.scores(name, "baseline", len(gold), metrics=scoring.estimates(kept))
+    counts = token_classification.counts(gold, predicted, scoring.target)
+    return scoring.scores(name, "baseline", len(gold), metrics=scoring.estimates(counts))
 
 
 def _nothing(scoring: Scoring) -> list[np.ndarray]:
-    """For each test row the label O of each word."""
+    """The tag O for each word of each test row."""
     return [np.zeros(len(row), np.int64) for row in scoring.rows("test")[TAGS]]
 
 
 def _lexicon(scoring: Scoring) -> Scored:
-    """For each word the tag it has most often in train; `O` for words that train does not have."""
+    """Score the most frequent tag of each word in train, with `O` for other words."""
     ids = {label: position for position, label in enumerate(scoring.target.labels)}
-    seen: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    tag_counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for row in store.texts(scoring.data / "train"):  # one by one: there may be many
         for word, tag in zip(*token_classification.words_and_tags(row, scoring.target.columns), strict=True):
-            seen[word][ids[tag]] += 1
-    lexicon = {word: min(counts, key=lambda label: (-counts[label], label)) for word, counts in seen.items()}
+            tag_counts[word][ids[tag]] += 1
+    lexicon = {word: min(counts, key=lambda label: (-counts[label], label)) for word, counts in tag_counts.items()}
     predicted = [np.array([lexicon.get(word, 0) for word in _words(scoring, row)]) for row in scoring.texts]
     return _tagged(scoring, "most frequent tag of each word", predicted)
 
 
 def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """What a tagger on embeddings gives: for each row its number, and the outputs of its words that have a token,
-    [words, labels]."""
+    """Score a tagger on embeddings, from each row's number and outputs [words with a token, labels]."""
     rows, tagged = scoring.rows("test"), _nothing(scoring)
     for position, outputs in predicted:
         tagged[position][token_classification.seen_words(rows[position])] = outputs.argmax(axis=1)

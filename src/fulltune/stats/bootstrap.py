@@ -23,9 +23,9 @@ from fulltune.tasks.classes import NUMBER_METRICS, predict_labels
 SAMPLES = 10_000
 SAMPLES_ANEW = 1_000
 """Resamples for a metric that must be recomputed on each."""
-_MOST_PRODUCTS = 2e10
+_MAX_PRODUCTS = 2e10
 """Maximum multiplications of one bootstrap; a metric with many counts (F1 of 150 classes) gets fewer resamples."""
-_FEWEST = 1_000
+_MIN_SAMPLES = 1_000
 _WEIGHTS_AT_ONCE = 3_000_000
 _SEED = 0
 
@@ -40,7 +40,7 @@ _BOUNDS = {
 
 
 @dataclass(frozen=True)
-class Measure:
+class ResamplableMetric:
     """A metric with all that is needed to resample it."""
 
     name: str
@@ -76,13 +76,13 @@ def bounds_of(metric: str) -> tuple[float, float] | None:
     return _BOUNDS.get(metric, (0.0, 1.0))
 
 
-def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
+def measure_of(task_name: TaskName, target: Target, metric: str) -> ResamplableMetric:
     """Return a task's metric, ready to be resampled; raise `SetupError` if the task does not have it."""
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
     counts, value = task_named(task_name).sums(target, metric).get(metric, (None, None))
-    return Measure(metric, greater_is_better(metric), _alone(task_name, target, metric), counts, value)
+    return ResamplableMetric(metric, greater_is_better(metric), _alone(task_name, target, metric), counts, value)
 
 
 def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
@@ -182,13 +182,13 @@ def resample(
     }
 
 
-def gain(measure: Measure, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
+def gain(measure: ResamplableMetric, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
     """Return the improvement of a metric that is a function of sums, and the standard error of this paired
     difference."""
     assert measure.value is not None
     both = np.stack([before, now], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
-    draws = np.diff(_by_sums(both, measure.value, _FEWEST), axis=1)
+    draws = np.diff(_by_sums(both, measure.value, _MIN_SAMPLES), axis=1)
     return float(measure.sign * difference), float(np.std(draws))
 
 
@@ -196,7 +196,7 @@ def gain(measure: Measure, before: np.ndarray, now: np.ndarray) -> tuple[float, 
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ResampledTrials:
     """The metric of each method's trials, on all rows and on the same resamples."""
 
     point: tuple[np.ndarray, ...]
@@ -212,11 +212,11 @@ class Drawn:
 
 
 def draw(
-    measure: Measure,
+    measure: ResamplableMetric,
     methods: Sequence[Sequence[Predictions]],
     clusters: np.ndarray | None,
     samples: int = SAMPLES,
-) -> Drawn:
+) -> ResampledTrials:
     """Compute each trial's metric on the same resamples of clusters (default: of rows), identical in every call. Costly
     metrics get fewer than `samples`."""
     trials = [outputs for method in methods for outputs in method]
@@ -239,7 +239,7 @@ def draw(
             np.nan_to_num(np.stack([model.draws for model in anew], axis=1)),
         )
     ends = np.cumsum([len(method) for method in methods])[:-1]
-    return Drawn(tuple(np.split(point, ends)), tuple(np.split(drawn, ends, axis=1)), num_clusters, num_rows)
+    return ResampledTrials(tuple(np.split(point, ends)), tuple(np.split(drawn, ends, axis=1)), num_clusters, num_rows)
 
 
 def _cluster_sums(count: RowTerms, outputs: Predictions, of_row: np.ndarray) -> np.ndarray:
@@ -253,7 +253,7 @@ def _cluster_sums(count: RowTerms, outputs: Predictions, of_row: np.ndarray) -> 
 def _by_sums(sums: np.ndarray, value: FromSums, samples: int) -> np.ndarray:
     """Compute the metric on resamples, [draws, trials], from sums [clusters, trials, k]."""
     num_clusters, *of_trials = sums.shape
-    samples = min(samples, max(_FEWEST, int(_MOST_PRODUCTS / sums.size)))
+    samples = min(samples, max(_MIN_SAMPLES, int(_MAX_PRODUCTS / sums.size)))
     at_once, parts = max(1, _WEIGHTS_AT_ONCE // num_clusters), []
     for start in range(0, samples, at_once):
         size = min(at_once, samples - start)

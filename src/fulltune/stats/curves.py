@@ -46,7 +46,7 @@ _SURE = 4.0
 """Standard errors of a window's mean."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
 _ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
-_LEAST_AT_END = 4
+_MIN_AT_END = 4
 """Minimum number of logged losses for judging the end of a run."""
 
 
@@ -90,7 +90,7 @@ def ended_high(
 ) -> GuardDecision:
     """Judge a finished run by the later half of its losses, at most `2 * LOSS_WINDOW`: stop if they are far above the
     start, warn if slightly."""
-    if len(losses) < _LEAST_AT_END:
+    if len(losses) < _MIN_AT_END:
         return GO_ON
     begin, last = _beginning(losses, untrained), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
     was_better = any(loss < begin for loss in eval_losses)
@@ -108,7 +108,7 @@ def ended_high(
     )
 
 
-MOST_BEHIND = 2
+MAX_BEHIND = 2
 """Consecutive worse evaluations before a run stops."""
 
 
@@ -118,7 +118,7 @@ def made_worse(
     """Stop a run after `behind` consecutive evaluations worse than before step 1 if the train loss has not fallen
     either. Overfitting, where it falls, is left to early stopping."""
     begin, now = _beginning(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
-    if behind < MOST_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
+    if behind < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
     return GuardDecision(
         "stop",
@@ -134,8 +134,8 @@ def ended_worse(
     train loss has not fallen either, else warn."""
     begin, last = _beginning(losses, untrained), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
     now, worse = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
-    if len(losses) < _LEAST_AT_END or now < begin:
-        return GuardDecision("warn", f"{worse}. A lower learning rate (here {learning_rate:g}), or fewer epochs")
+    if len(losses) < _MIN_AT_END or now < begin:
+        return GuardDecision("warn", f"{worse}. Try a lower learning rate (here {learning_rate:g}) or fewer epochs")
     fallen = f"the train loss has not fallen ({begin:.3g} at the beginning, {now:.3g} at the end)"
     return GuardDecision("stop", f"{worse}, and {fallen}. {_cause(learning_rate)}")
 
@@ -162,7 +162,7 @@ def without_cause(reason: str) -> str:
 
 
 def _cause(learning_rate: float, share: str = "tenth") -> str:
-    return f"Usual cause: a learning rate that is too high (here {learning_rate:g}); take a {share} of it"
+    return f"Usual cause: a learning rate that is too high (here {learning_rate:g}); try a {share} of it"
 
 
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
@@ -181,7 +181,7 @@ def stopped_improving(values: Sequence[float], greater_is_better: bool, patience
 
 Kind = Literal["over-fitted", "over-confident", "under-fitted", "got worse", "sound", "not known"]
 
-LEAST_EVALUATIONS = 3
+MIN_EVALUATIONS = 3
 ROSE = 1.1
 """Ratio of the last to the lowest eval loss that counts as a rise; smaller ones come and go with the order of rows."""
 HARDLY_FELL = 0.97
@@ -204,7 +204,7 @@ _FLAT = 0.03
 """Relative change below which a loss counts as flat."""
 EATEN = 0.5
 """Share of values with a gradient that must change; below it, rounding loses updates."""
-LEAST_FOR_SHAPE = 8
+MIN_FOR_SHAPE = 8
 """Minimum number of logged train losses for judging a curve's shape."""
 
 
@@ -279,7 +279,7 @@ class Fit:
         return self.evidence and f"{self.kind.capitalize()}: {self.evidence}."
 
 
-_FEWER = "fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate"
+_FEWER = "fewer epochs, so that the rate reaches 0 earlier; more rows; a lower rate"
 _MORE = "more epochs, or a search for the rate"
 _LOWER = "a lower rate"
 
@@ -290,8 +290,8 @@ def fit(curves: Curves) -> Fit:
         return Fit("got worse", worse, 0, helps=_LOWER)
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
     trained = _train_loss(curves.train_loss, [step for step, _ in evaluations])
-    if len(evaluations) < LEAST_EVALUATIONS or len(trained) < len(evaluations):
-        few = f"too few evaluations ({len(evaluations)}) to tell whether it was over-fitted; it takes three"
+    if len(evaluations) < MIN_EVALUATIONS or len(trained) < len(evaluations):
+        few = f"too few evaluations ({len(evaluations)}) to judge over-fitting; three are needed"
         return Fit("not known", few if evaluations else "")
     turn, least = min(evaluations, key=lambda point: point[1])
     end, last = evaluations[-1]
@@ -306,33 +306,31 @@ def fit(curves: Curves) -> Fit:
         return _without_a_turn(curves, evaluations, trained, gap)
     at = curves.best[0] if fell else turn
     what = (
-        since_best if fell else f"the eval loss was least at {_place(curves, turn)}, {format_number(least)}, and rose"
+        since_best if fell else f"the eval loss was lowest at {_place(curves, turn)}, {format_number(least)}, and rose"
     )
     details = f"{gap}{_kept(curves, at)}"
     half = list(trained.values())[(len(trained) - 1) // 2]
     if trained[end] >= HARDLY_FELL * max(trained[turn], half):
-        return Fit("got worse", f"{what}, and the train loss did not fall meanwhile, either", at, details, _LOWER)
+        return Fit("got worse", f"{what}, and the train loss did not fall either", at, details, _LOWER)
     what = f"{what}, while the train loss still fell"
     if fell or not since_best:
         return Fit("over-fitted", what, at, details, _FEWER)
     chance = curves.chance(curves.best[1])
     most = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
     rows = f"{curves.eval_rows:,}" if curves.eval_rows else f"{ASSUMED_ROWS:,} (assumed)"
-    what = f"{what}; {since_best}, where of {rows} rows a difference of up to {most} may be chance"
+    what = f"{what}; {since_best}, and with {rows} rows a difference of up to {most} may be chance"
     return Fit("over-confident", what, at, details)
 
 
 def _without_a_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
     """Judge a run that never got worse: did it end too early?"""
     if curves.is_mixed:
-        return Fit(
-            "not known", "no sign of over-fitting; the train loss is also of the rows that are mixed in", None, gap
-        )
+        return Fit("not known", "no sign of over-fitting, but the train loss includes mixed-in rows", None, gap)
     (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
     is_least = last <= min(value for _, value in evaluations) and half > 0
     if is_least and trained[end] > NO_GAP * last and not curves.is_at_ceiling:
         if trained[end] > HARDLY_FELL * next(iter(trained.values())):
-            why = "the train loss hardly fell, and the eval loss was least at the end"
+            why = "the train loss hardly fell, and the eval loss was lowest at the end"
             return Fit("under-fitted", why, None, gap, _MORE)
         if last < STILL_BETTER * half:
             why = "the eval loss was still falling at the end, and the train loss was not much lower"
@@ -348,8 +346,8 @@ def _kept(curves: Curves, turn: int) -> str:
     """Describe whether the kept weights are from before it got worse."""
     if curves.kept_step is None:
         return ""
-    side = "from then" if curves.kept_step == turn else "from before" if curves.kept_step < turn else "from after that"
-    return f" The weights kept are {side}, step {curves.kept_step:,}."
+    side = "that point" if curves.kept_step == turn else "before that" if curves.kept_step < turn else "after that"
+    return f" The model's weights are from {side} (step {curves.kept_step:,})."
 
 
 def _train_loss(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
@@ -361,13 +359,13 @@ def _train_loss(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float
     return means
 
 
-def _worse_than_before(curves: Curves) -> str:
-    """Explain that every evaluation is worse than before step 1 by more than chance; empty if not."""
+def _worse_than_before(curves: Curves) -> str | None:
+    """Return a sentence if every evaluation is worse than before step 1 by more than chance."""
     before, best, sign = curves.before, curves.best[1], 1 if curves.greater_is_better else -1
     if before is None or not math.isfinite(before + best) or sign * (before - best) <= curves.chance(before, best):
-        return ""
+        return None
     was, became = (format_metric(curves.metric_name, value) for value in (before, best))
-    return f"{curves.on_eval} was {was} before step 1, and never better than {became} afterwards"
+    return f"{curves.on_eval} was {was} before step 1 and never better than {became} afterwards"
 
 
 def _since_best(curves: Curves) -> tuple[str, bool]:
@@ -379,13 +377,13 @@ def _since_best(curves: Curves) -> tuple[str, bool]:
     lost = abs(best - finite[-1])
     before, after = (format_metric(curves.metric_name, value) for value in (best, finite[-1]))
     words = f"{curves.on_eval} was best at {_place(curves, step)}, {before}, and {after} at the end"
-    return words, len(finite) >= LEAST_EVALUATIONS and lost > curves.chance(best)
+    return words, len(finite) >= MIN_EVALUATIONS and lost > curves.chance(best)
 
 
 def stayed_flat(losses: Sequence[float]) -> bool:
     """Return whether the median of the last quarter of the losses equals that of the first."""
     size = len(losses) // 4
-    if len(losses) < LEAST_FOR_SHAPE:
+    if len(losses) < MIN_FOR_SHAPE:
         return False
     began, ended = statistics.median(losses[:size]), statistics.median(losses[-size:])
     return 0 < (1 - _FLAT) * began < ended < (1 + _FLAT) * began

@@ -16,12 +16,12 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from fulltune.records.scores import Estimate
-from fulltune.stats.bootstrap import Drawn, Resampled
+from fulltune.stats.bootstrap import Resampled, ResampledTrials
 
 SURPRISES = 2.0
 """Disagreeing rows assumed beyond those observed: 0 of 20 differing rows do not prove two models equal. With none
 observed, the interval is about 3 / rows (rule of three)."""
-_LEAST_CLUSTERS = 2
+_MIN_CLUSTERS = 2
 """With one cluster all resamples are the same."""
 
 
@@ -56,7 +56,7 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 """The spread of an untrained method."""
 
 
-def seed_spreads(drawn: Drawn, fixed: Sequence[bool]) -> list[SeedSpread | None]:
+def seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpread | None]:
     """Return the variance between seeds of each method; zero for untrained (`fixed`) ones.
 
     A method with one seed borrows the largest variance of the others; without any it is None.
@@ -77,7 +77,7 @@ def _spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpre
     seeds = len(point)
     if seeds == 1:
         return None
-    # Rows move each seed's metric and the seeds' mean; the part that differs from seed to seed is what averages out.
+    # Rows move each seed's metric and the seeds' mean; only the part that differs between seeds averages out.
     of_one, of_mean = float(draws.var(axis=0).mean()), float(draws.mean(axis=1).var())
     by_rows = max(0.0, of_one - of_mean) * seeds / (seeds - 1) * _unbiased(num_clusters)
     return SeedSpread(seeds, float(point.var(ddof=1)), by_rows, seeds - 1)
@@ -91,7 +91,7 @@ def _unbiased(num_clusters: int) -> float:
 
 
 @dataclass(frozen=True)
-class Uncertain:
+class UncertainValue:
     """A number with its distribution: a mixture of normal distributions, one per resample."""
 
     estimate: float
@@ -128,15 +128,22 @@ class Uncertain:
         return max(self.below(-margin), 1 - self.below(margin))
 
 
-def mean_of_method(drawn: Drawn, method: int, spreads: Sequence[SeedSpread | None], span: float | None) -> Uncertain:
+def mean_of_method(
+    drawn: ResampledTrials, method: int, spreads: Sequence[SeedSpread | None], span: float | None
+) -> UncertainValue:
     """Return a method's metric, averaged over its seeds."""
     centres = drawn.draws[method].mean(axis=1)
     return _uncertain(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
 
 
 def difference(
-    drawn: Drawn, first: int, second: int, spreads: Sequence[SeedSpread | None], sign: float, span: float | None
-) -> Uncertain:
+    drawn: ResampledTrials,
+    first: int,
+    second: int,
+    spreads: Sequence[SeedSpread | None],
+    sign: float,
+    span: float | None,
+) -> UncertainValue:
     """Return one method's mean over its seeds minus another's.
 
     `sign` is -1 if smaller is better; `span` is the largest possible difference of the metric.
@@ -148,16 +155,16 @@ def difference(
 
 def _uncertain(
     estimate: float, centres: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
-) -> Uncertain:
+) -> UncertainValue:
     known = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
-    # Few clusters tell little about the spread of clusters, too.
+    # Few clusters also tell little about the spread between clusters.
     stretch = np.sqrt(_unbiased(num_clusters) / _chi_squared(chance, max(1, num_clusters - 1), len(centres)))
     centres = estimate + (centres - estimate) * stretch
     surprise = SURPRISES * (0.0 if span is None else span / num_clusters) ** 2
     between_seeds = variance_of_mean(known) / _chi_squared(chance, degrees_of_mean(known), len(centres))
     beyond = np.maximum(0.0, between_seeds - variance_of_mean(known, by_rows=True))
-    return Uncertain(
+    return UncertainValue(
         estimate=estimate,
         centres=centres,
         # Never exactly 0: a step of a distribution function has no quantile.
@@ -174,7 +181,7 @@ def paired(first: Resampled, second: Resampled, span: float | None, confidence: 
     None if the rows differ, if there are fewer than two clusters, or without a finite value in common.
     """
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
-    if sizes[0] != sizes[1] or first.num_clusters < _LEAST_CLUSTERS:
+    if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:
         return None
     finite = np.isfinite(first.draws) & np.isfinite(second.draws)
     if not finite.any() or not np.isfinite([first.value, second.value]).all():
@@ -196,7 +203,7 @@ def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
     being used twice."""
     if any(spread.borrowed for spread in spreads):
         return min(spread.degrees for spread in spreads)
-    # Below what the rows alone make, a variance that was found says nothing but that the seeds' part is small.
+    # A variance below the rows' part only says that the seeds' part is small.
     parts = [(max(one.variance, one.by_rows) / one.num_seeds, one.degrees) for one in spreads]
     whole = sum(variance for variance, _ in parts)
     scatter = sum(variance**2 / degrees for variance, degrees in parts)

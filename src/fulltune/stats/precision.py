@@ -12,37 +12,37 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import chdtri, chndtrix, ndtr
 
-from fulltune.stats.intervals import SeedSpread, Uncertain, degrees_of_mean, variance_of_mean
+from fulltune.stats.intervals import SeedSpread, UncertainValue, degrees_of_mean, variance_of_mean
 
 POWER = 0.8
-MOST_ROWS_FACTOR = 100
-MOST_SEEDS = 30
+MAX_ROWS_FACTOR = 100
+MAX_SEEDS = 30
 _DISCORDANCE = 0.1
 """Assumed share of rows on which two runs disagree."""
 
 
 @dataclass(frozen=True)
-class Precision:
-    """The variances of an `Uncertain` difference, from which other numbers of rows or seeds follow."""
+class ComparisonPrecision:
+    """The variances of an `UncertainValue` difference, from which other numbers of rows or seeds follow."""
 
     shared: float
     """Variance from the rows, shared by all seeds of a method."""
     seeds: tuple[SeedSpread, ...]
 
     @classmethod
-    def of(cls, uncertain: Uncertain) -> Precision:
+    def of(cls, uncertain: UncertainValue) -> ComparisonPrecision:
         return cls(max(0.0, uncertain.row_variance - variance_of_mean(uncertain.seeds, by_rows=True)), uncertain.seeds)
 
-    def with_rows(self, factor: float) -> Precision:
+    def with_rows(self, factor: float) -> ComparisonPrecision:
         """Return the precision with `factor` times the rows."""
 
         def changed(spread: SeedSpread) -> SeedSpread:
             by_rows = spread.by_rows / factor
             return replace(spread, variance=spread.beyond_rows + by_rows, by_rows=by_rows)
 
-        return Precision(self.shared / factor, tuple(changed(one) for one in self.seeds))
+        return ComparisonPrecision(self.shared / factor, tuple(changed(one) for one in self.seeds))
 
-    def with_seeds(self, counts: Sequence[int]) -> Precision:
+    def with_seeds(self, counts: Sequence[int]) -> ComparisonPrecision:
         """Return the precision with `counts` seeds per method; a single seed borrows the other's spread."""
         most = max(counts)
 
@@ -52,7 +52,7 @@ class Precision:
             degrees = max(1, (count if count > 1 else most) - 1)
             return replace(spread, num_seeds=count, degrees=degrees, borrowed=count == 1)
 
-        return Precision(self.shared, tuple(map(changed, self.seeds, counts)))
+        return ComparisonPrecision(self.shared, tuple(map(changed, self.seeds, counts)))
 
     @property
     def degrees(self) -> float:
@@ -72,7 +72,7 @@ class Precision:
         seeds that is `ratio` times the true one."""
         shares, inverse = _inverse_chi_squared(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
-        # What will be found lies around the true variance, which cannot be less than what the rows alone make.
+        # The variance to be found scatters around the true one, which is at least the rows' part.
         estimated = ratio * max(variance_of_mean(self.seeds), by_rows)
         beyond = np.maximum(0.0, estimated * inverse - by_rows)
         return _quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
@@ -85,7 +85,7 @@ class Precision:
         shares = [(step + 0.5) / _LUCK for step in range(_LUCK)]
         if not same_seeds:
             return [float(chdtri(self.degrees, 1 - share)) / self.degrees for share in shares]
-        # The models differ as they do; what the rows add to it is drawn anew: chi squared, not central.
+        # The models stay, and only the rows' part is drawn again: noncentral chi squared.
         scale, apart = by_rows / self.degrees, self.seed_variance * self.degrees / by_rows
         most = max(total, by_rows)
         return [float(chndtrix(share, self.degrees, apart)) * scale / most for share in shares]
@@ -127,28 +127,28 @@ def _quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float
 
 def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
     """Return the difference detected with a power of 80 %, before anything is trained."""
-    # All of the rows on which runs disagree are taken for noise of single runs; it averages out over seeds.
+    # All rows on which runs disagree count as noise of single runs, which averages out over seeds.
     by_rows = _DISCORDANCE / num_rows / 2
     spread = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
-    return Precision(0.0, (spread, spread)).detectable(margin, alpha)
+    return ComparisonPrecision(0.0, (spread, spread)).detectable(margin, alpha)
 
 
 def needed(
-    uncertain: Uncertain, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
+    uncertain: UncertainValue, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
     """Return how many test rows, or seeds of both methods, would decide if the estimate were true; None beyond the
     limits."""
-    now, size = Precision.of(uncertain), abs(uncertain.estimate)
+    now, size = ComparisonPrecision.of(uncertain), abs(uncertain.estimate)
 
-    def decided(precision: Precision) -> bool:
+    def decided(precision: ComparisonPrecision) -> bool:
         differs = size >= margin and size > precision.half_width(alpha)
         return differs or size + precision.half_width(2 * equivalence_alpha) < margin
 
-    # Both only make the interval narrower, so the first that decides is found by halving.
-    factors: list[float] = np.geomspace(1, MOST_ROWS_FACTOR, 100).tolist()[1:]
+    # More rows or seeds only narrow the interval, so bisection finds the first number that decides.
+    factors: list[float] = np.geomspace(1, MAX_ROWS_FACTOR, 100).tolist()[1:]
     place = bisect_left(factors, True, key=lambda factor: decided(now.with_rows(factor)))
     rows = math.ceil(num_rows * factors[place]) if place < len(factors) else None
     fewest = min((one.num_seeds for one in now.seeds if not one.is_none), default=1)
-    counts = range(fewest + 1, MOST_SEEDS + 1)
+    counts = range(fewest + 1, MAX_SEEDS + 1)
     place = bisect_left(counts, True, key=lambda count: decided(now.with_seeds([count] * len(now.seeds))))
     return rows, counts[place] if place < len(counts) else None

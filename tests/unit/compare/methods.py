@@ -11,11 +11,11 @@ from fulltune.compare.sequential import spent
 from fulltune.compare.verdict import MethodOutputs, Terms, decide
 from fulltune.recipe.methods import MethodKind
 from fulltune.records.comparison import Decision, Look
-from fulltune.stats.bootstrap import Drawn, Measure, draw, measure_of
+from fulltune.stats.bootstrap import ResamplableMetric, ResampledTrials, draw, measure_of
 from fulltune.tasks import Predictions, Target
 
 TARGET = Target("single_label", {}, ("no", "yes"))
-ACCURACY: Measure = measure_of("text-classification", TARGET, "accuracy")
+ACCURACY: ResamplableMetric = measure_of("text-classification", TARGET, "accuracy")
 
 
 def kept(right: np.ndarray) -> Predictions:
@@ -29,7 +29,7 @@ def method(name: str, kind: MethodKind, right: np.ndarray, cost: float = 1.0) ->
 
 
 def decided(
-    methods: Sequence[MethodOutputs], measure: Measure = ACCURACY, margin: float = 0.01, alpha: float = 0.05
+    methods: Sequence[MethodOutputs], measure: ResamplableMetric = ACCURACY, margin: float = 0.01, alpha: float = 0.05
 ) -> Decision:
     """The verdict on a thousand resamples."""
     drawn = draw(measure, [one.trials for one in methods], None, 1000)
@@ -48,7 +48,9 @@ def drawn_right(
     return made
 
 
-def normal_drawn(chance: np.random.Generator, seeds: int, between: float, shared: float, noise: float) -> Drawn:
+def normal_drawn(
+    chance: np.random.Generator, seeds: int, between: float, shared: float, noise: float
+) -> ResampledTrials:
     """Two equal methods: variance between seeds, of rows for the difference, and of rows for each run."""
     count = 4000
     point, drawn = [], []
@@ -59,7 +61,7 @@ def normal_drawn(chance: np.random.Generator, seeds: int, between: float, shared
         seen = truth + chance.normal(0, math.sqrt(noise), seeds) + sign * chance.normal(0, math.sqrt(shared) / 2)
         point.append(seen)
         drawn.append(seen + run_noise + of_rows)
-    return Drawn(tuple(point), tuple(drawn), 10_000, 10_000)
+    return ResampledTrials(tuple(point), tuple(drawn), 10_000, 10_000)
 
 
 def looks_of(count: int, most: int = 0, alpha: float = 0.05, *, ends: bool = False) -> list[Look]:

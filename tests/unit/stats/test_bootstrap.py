@@ -69,7 +69,7 @@ def test_temperature_is_not_fitted_where_every_eval_row_is_right() -> None:
     found = calibrate(logits, labels, logits, labels)
     assert found.temperature == 1.0
     assert found.expected_calibration_error == found.expected_calibration_error_scaled
-    assert found.note.startswith("every eval row is answered rightly")
+    assert found.note.startswith("every eval row is right")
     labels[0] = 1
     assert calibrate(logits, labels, logits, labels).note is None
 

@@ -81,9 +81,9 @@ def test_answers_that_are_not_surely_worse_are_not_called_as_good(
 
 
 def test_over_fitted_run_is_told_with_its_numbers() -> None:
-    for kept, where in ((20, "from then, step 20"), (10, "from before, step 10"), (40, "from after that, step 40")):
+    for kept, where in ((20, "that point (step 20)"), (10, "before that (step 10)"), (40, "after that (step 40)")):
         found = fit(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.7, 0.6, 0.5], kept_step=kept))
-        assert f"The weights kept are {where}." in found.details
+        assert f"The model's weights are from {where}." in found.details
     said = f"{found.sentence} {found.details}"
     assert "accuracy on the eval rows was best at step 20 (epoch 2), 70.0%, and 50.0% at the end" in said
     assert "0.1 on train rows, with dropout, and 1.9 on eval rows" in said

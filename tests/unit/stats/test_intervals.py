@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from fulltune.stats import bootstrap, intervals
-from fulltune.stats.bootstrap import Drawn, draw, measure_of
+from fulltune.stats.bootstrap import ResampledTrials, draw, measure_of
 from fulltune.stats.intervals import difference, holm, seed_spreads
 from fulltune.tasks import Target
 from tests.unit.compare.methods import ACCURACY, drawn_right, kept, normal_drawn
@@ -151,7 +151,7 @@ def test_interval_of_equal_methods_leaves_out_zero_in_at_most_five_percent(
     wrong, count = 0, 500
     for number in range(count):
         drawn = normal_drawn(np.random.default_rng([seeds, number]), seeds, between, shared, 1.0)
-        thinned = Drawn(drawn.point, tuple(one[:500] for one in drawn.draws), 10_000, 10_000)
+        thinned = ResampledTrials(drawn.point, tuple(one[:500] for one in drawn.draws), 10_000, 10_000)
         found = difference(thinned, 0, 1, seed_spreads(thinned, [False, False]), 1.0, None)
         wrong += found.p_value() < 0.05
     # Three standard errors above 5 %.

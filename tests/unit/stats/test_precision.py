@@ -10,12 +10,12 @@ from scipy import stats
 
 from fulltune.stats.bootstrap import draw
 from fulltune.stats.intervals import SeedSpread, difference, seed_spreads
-from fulltune.stats.precision import Precision, needed, planned_detectable
+from fulltune.stats.precision import ComparisonPrecision, needed, planned_detectable
 from tests.unit.compare.methods import ACCURACY, drawn_right, kept, normal_drawn
 
 
 def test_detectable_with_certain_spread_is_the_closed_form() -> None:
-    precision = Precision(0.1 / 1000, ())
+    precision = ComparisonPrecision(0.1 / 1000, ())
     # 2.8 sqrt(discordance / rows): 2.8 points.
     assert precision.detectable(0.0, 0.05) == pytest.approx(2.8016 * 0.01, rel=1e-3)
     assert precision.detectable(0.05, 0.05) == pytest.approx(0.05 + 0.8416 * 0.01, rel=1e-3)
@@ -24,17 +24,17 @@ def test_detectable_with_certain_spread_is_the_closed_form() -> None:
 def test_half_width_where_only_seeds_matter_is_students() -> None:
     one = SeedSpread(4, 4.0, 0.0, 3)
     expected = stats.t.ppf(0.975, 6) * math.sqrt(2.0)
-    assert Precision(0.0, (one, one)).half_width(0.05) == pytest.approx(expected, rel=0.01)
+    assert ComparisonPrecision(0.0, (one, one)).half_width(0.05) == pytest.approx(expected, rel=0.01)
     borrowed = SeedSpread(1, 4.0, 0.0, 3, borrowed=True)
     expected = stats.t.ppf(0.975, 3) * math.sqrt(5.0)
-    assert Precision(0.0, (one, borrowed)).half_width(0.05) == pytest.approx(expected, rel=0.01)
+    assert ComparisonPrecision(0.0, (one, borrowed)).half_width(0.05) == pytest.approx(expected, rel=0.01)
 
 
 def test_precision_says_of_now_what_the_draws_say() -> None:
     drawn = normal_drawn(np.random.default_rng(5), 3, 20.0, 1.0, 1.0)
     found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
     low, high = found.interval(0.05)
-    assert Precision.of(found).half_width(0.05) == pytest.approx((high - low) / 2, rel=0.1)
+    assert ComparisonPrecision.of(found).half_width(0.05) == pytest.approx((high - low) / 2, rel=0.1)
 
 
 def test_detectable_gets_smaller_with_rows_and_seeds() -> None:
@@ -49,7 +49,7 @@ def test_needed_rows_or_seeds_would_decide() -> None:
     full, method = drawn_right(chance, 400, [0.93, 0.90], spread=0.015)
     drawn = draw(ACCURACY, [[kept(row) for row in one] for one in (full, method)], None, 2000)
     found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, 1.0)
-    now = Precision.of(found)
+    now = ComparisonPrecision.of(found)
     assert now.half_width(0.05) > abs(found.estimate) > 0.02
     rows, seeds = needed(found, 400, 0.01, 0.05, 0.05)
     assert seeds is not None

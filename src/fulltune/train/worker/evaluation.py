@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from fulltune.errors import Diverged, Spiked
 from fulltune.inference.run import Batching, RowSubset, by_length, run_rows
 from fulltune.recipe.tasks import TaskName
-from fulltune.stats.bootstrap import Measure, gain, measure_of
+from fulltune.stats.bootstrap import ResamplableMetric, gain, measure_of
 from fulltune.stats.curves import BEYOND_CHANCE, diverged, ended_high, ended_worse, made_worse
 from fulltune.tasks import Predictions, Row, Target
 from fulltune.tasks.labels import class_weights
@@ -110,7 +110,7 @@ class Evaluator(TrainingPart):
         elif self.start_counts is not None:
             self._compare(measure, self.start_counts, now, state)
 
-    def _compare(self, measure: Measure, start: np.ndarray, now: np.ndarray, state: TrainerState) -> None:
+    def _compare(self, measure: ResamplableMetric, start: np.ndarray, now: np.ndarray, state: TrainerState) -> None:
         better, error = gain(measure, start, now)
         is_worse = not math.isfinite(better) or better < -BEYOND_CHANCE * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps
@@ -144,7 +144,7 @@ class Evaluator(TrainingPart):
             inputs.warn(decision.reason)
 
 
-def _row_measure(task: TaskName, target: Target, metric: str, predictions: Predictions) -> Measure:
+def _row_measure(task: TaskName, target: Target, metric: str, predictions: Predictions) -> ResamplableMetric:
     """Return the run's metric if it is a function of at most `MAX_COUNTS` sums over rows, else the loss."""
     measure = measure_of(task, target, metric)
     if measure.counts is None or measure.counts(predictions).shape[1] > MAX_COUNTS:
