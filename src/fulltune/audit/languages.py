@@ -1,4 +1,4 @@
-"""Languages of the texts of each column, by py3langid 0.4, and rows in one that hardly any other row is in."""
+"""Detects languages of texts by column (py3langid 0.4), and rows in a language that hardly any other row is in."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from fulltune.tasks import Row
 
 OTHER_LANGUAGE, PACKAGE = "other language", "py3langid"
 SURE = 0.95
-"""Probability from which a text is said to be in another language."""
+"""Probability from which a text counts as being in another language."""
 MIN_BYTES = 20
-"""Bytes of letters in UTF-8 that tell a language: 20 Latin letters, 10 Cyrillic ones, 7 Chinese signs."""
-_LOOK = 400
-"""Characters that are looked at, half of them at the text's beginning and half at its end."""
-_SAME: Mapping[str, str] = PATTERNS["varieties"]
-_CLOSE = {code: frozenset(family.split()) for family in PATTERNS["families"] for code in family.split()}
-_KNOWN = 0.5
-"""Probability from which a text counts as one in a language."""
+"""UTF-8 bytes of letters needed: 20 Latin, 10 Cyrillic or 7 Chinese characters."""
+_MAX_CHARACTERS = 400
+"""Characters examined, half of them at the text's end."""
+_VARIETIES: Mapping[str, str] = PATTERNS["varieties"]
+_RELATED = {code: frozenset(family.split()) for family in PATTERNS["families"] for code in family.split()}
+_LIKELY = 0.5
+"""Probability from which a text counts as being in a language."""
 MAIN = 0.05
-"""Share of a column's texts from which a language is one of its own: mixed data is no fault."""
+"""Share of a column's texts from which a language is one of its main ones."""
 NEARLY_ALL = 0.9
-"""Share of a column's texts that is in its own languages, for the rest to stand out."""
+"""Share of a column's texts that the main languages must have for others to stand out."""
 MIN_ROWS = 20
 
 
 @cache
 def _identifier() -> Any:
-    """Loaded once a process, when the first text is looked at."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def detect_language(text: str) -> tuple[str, float] | None:
-    """The code of a text's likeliest language and its probability; None: it has too few words that are of any."""
+    """Return a text's likeliest language and its probability, or None for too few letters."""
     words = _words(text)
     return _likeliest(words, ()) if _num_bytes(words) >= MIN_BYTES else None
 
 
-def elsewhere(text: str, main: Collection[str]) -> tuple[str, float] | None:
-    """The language of a text if both halves and its uncapitalised words are likelier in it than in its column's."""
+def foreign_language(text: str, main: Collection[str]) -> tuple[str, float] | None:
+    """Return a text's language and probability if both halves and the uncapitalised words are likelier in it than in a
+    main one."""
     words = _words(text).split()
-    found = _likeliest(" ".join(words), main) if words else None
-    if found is None or found[0] in main or found[1] < SURE:
+    language = _likeliest(" ".join(words), main) if words else None
+    if language is None or language[0] in main or language[1] < SURE:
         return None
     if " ".join(words).isupper():
         words = " ".join(words).lower().split()
@@ -60,17 +60,19 @@ def elsewhere(text: str, main: Collection[str]) -> tuple[str, float] | None:
         return None
     parts = [plain, words[:half], words[half:]] if half else [plain]
     others = [_likeliest(" ".join(part), main) for part in parts]
-    return found if all(other is not None and other[0] not in main for other in others) else None
+    return language if all(other is not None and other[0] not in main for other in others) else None
 
 
 def _words(text: str) -> str:
-    """What of a text is of a language, on one line."""
+    """Return the part of a text that is in a language, on one line."""
     text = RE["fenced"].sub(" ", text)
-    if len(text) > 2 * _LOOK:
-        # What is put aside is seldom more than half of a text.
-        text = f"{text[:_LOOK]} {text[-_LOOK:]}"
+    if len(text) > 2 * _MAX_CHARACTERS:
+        # Seldom is more than half of a text removed below.
+        text = f"{text[:_MAX_CHARACTERS]} {text[-_MAX_CHARACTERS:]}"
     words = " ".join(RE["no_language"].sub(" ", text).split())
-    return f"{words[: _LOOK // 2]} {words[-_LOOK // 2 :]}" if len(words) > _LOOK else words
+    return (
+        f"{words[: _MAX_CHARACTERS // 2]} {words[-_MAX_CHARACTERS // 2 :]}" if len(words) > _MAX_CHARACTERS else words
+    )
 
 
 def _num_bytes(words: str) -> int:
@@ -78,64 +80,64 @@ def _num_bytes(words: str) -> int:
 
 
 def _likeliest(words: str, main: Collection[str]) -> tuple[str, float] | None:
-    """The likeliest language, with the probability of it and those close to it but for the main ones."""
+    """Return the likeliest language, and the probability of it and related ones that are not main ones."""
     shares = Counter[str]()
     for code, share in _identifier().rank(words):
-        shares[_SAME.get(code, code)] += share
+        shares[_VARIETIES.get(code, code)] += share
     best = max(shares, key=lambda code: shares[code])
-    close = _CLOSE.get(best, frozenset()) - set(main) | {best}
-    # What is no language has a class of its own.
+    close = _RELATED.get(best, frozenset()) - set(main) | {best}
+    # `zxx` means no language.
     return None if best == "zxx" else (best, sum(shares[code] for code in close))
 
 
 @dataclass
 class ColumnLanguages:
-    """The languages of a column's texts, row by row."""
+    """Languages of a column's texts, row by row."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """Languages of the rows in which one is known."""
-    sure: array[int] = field(default_factory=lambda: array("h"))
-    """Of each row's language in `codes`; -1: not surely known. All splits, one after the other."""
+    """Rows in each likely language."""
+    confident: array[int] = field(default_factory=lambda: array("h"))
+    """Each row's language as a number in `codes`, -1 if unsure; all splits in order."""
     codes: dict[str, int] = field(default_factory=dict)
 
     def add(self, text: str) -> None:
-        """The next row's text."""
+        """Add the next row's text."""
         code, confidence = detect_language(text) or ("", 0.0)
-        if confidence >= _KNOWN:
+        if confidence >= _LIKELY:
             self.counts[code] += 1
-        self.sure.append(self.codes.setdefault(code, len(self.codes)) if confidence >= SURE else -1)
+        self.confident.append(self.codes.setdefault(code, len(self.codes)) if confidence >= SURE else -1)
 
-    def own(self) -> list[str]:
-        """Languages of enough rows to be the column's own, the most frequent first."""
+    def main_languages(self) -> list[str]:
+        """Return the main languages, the most frequent first."""
         return [code for code, count in self.counts.most_common() if count >= MAIN * self.counts.total()]
 
-    def why_not(self) -> str | None:
-        """Why no row can stand out; None: rows can."""
+    def obstacle(self) -> str | None:
+        """Return why no row can stand out, or None."""
         if self.counts.total() < MIN_ROWS:
-            return f"fewer than {MIN_ROWS} texts are long enough to tell their language"
-        if sum(self.counts[code] for code in self.own()) < NEARLY_ALL * self.counts.total():
-            return f"its texts are in {len(self.counts)} languages, and no few of them are those of nearly all"
+            return f"fewer than {MIN_ROWS} texts are long enough to detect their language"
+        if sum(self.counts[code] for code in self.main_languages()) < NEARLY_ALL * self.counts.total():
+            return f"its texts are in {len(self.counts)} languages, and the main ones do not cover nearly all of them"
         return None
 
     def suspects(self) -> set[int]:
-        """Positions of rows that seem to be in none of the column's own languages; empty where none can stand out."""
-        if self.why_not() is not None:
+        """Return positions of rows that seem to be in none of the main languages."""
+        if self.obstacle() is not None:
             return set()
-        others = [number for code, number in self.codes.items() if code not in self.own()]
-        return {*np.flatnonzero(np.isin(np.frombuffer(self.sure, np.int16), others)).tolist()}
+        others = [number for code, number in self.codes.items() if code not in self.main_languages()]
+        return {*np.flatnonzero(np.isin(np.frombuffer(self.confident, np.int16), others)).tolist()}
 
 
-def add_languages(heard: dict[str, ColumnLanguages], row: Row, columns: Mapping[str, str]) -> None:
-    """Take in the languages of a row's texts, by column; without the extra there is nothing to take in."""
+def add_languages(languages: dict[str, ColumnLanguages], row: Row, columns: Mapping[str, str]) -> None:
+    """Add the languages of a row's texts, by column, if the extra is installed."""
     if not is_installed(PACKAGE):
         return
     for column, text in whole_texts(row, columns).items():
-        heard.setdefault(column, ColumnLanguages()).add(text)
+        languages.setdefault(column, ColumnLanguages()).add(text)
 
 
-def not_told(heard: Mapping[str, ColumnLanguages]) -> str | None:
-    """Why rows of some columns cannot stand out, by column; None: those of all can."""
+def languages_obstacle(languages: Mapping[str, ColumnLanguages]) -> str | None:
+    """Return why rows of some columns cannot stand out, or None."""
     if not is_installed(PACKAGE):
         return "needs the extra 'languages'"
-    why = {column: one.why_not() for column, one in heard.items()}
-    return "; ".join(f"column '{column}': {said}" for column, said in why.items() if said) or None
+    reasons = {column: column_languages.obstacle() for column, column_languages in languages.items()}
+    return "; ".join(f"column '{column}': {reason}" for column, reason in reasons.items() if reason) or None

@@ -1,4 +1,4 @@
-"""The prepared rows as an audit reads them: once, with what is wrong with their texts, and what tells rows apart."""
+"""Reads the prepared rows once for an audit: checks their texts, and compares rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.audit.languages import OTHER_LANGUAGE, ColumnLanguages, add_languages, elsewhere
+from fulltune.audit.languages import OTHER_LANGUAGE, ColumnLanguages, add_languages, foreign_language
 from fulltune.audit.texts import PARTS, cells, checks_of, flaws, masked_text, whole_texts
 from fulltune.audit.texts.content import alike
 from fulltune.audit.texts.flaw import Flaw
@@ -33,10 +33,10 @@ from fulltune.text import first_few
 CHAT_FAULT, CLASS_NAMES = "chat fault", "class names"
 SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
 _TEXT = 300
-"""Characters of a row that are written down."""
+"""Characters of a row shown in a list."""
 _AT_ONCE = 1000
 _IN_KEY = ("image", "text", "text_pair", "prompt", "source")
-"""Roles of columns whose cells a row's group key holds as a whole."""
+"""Roles of columns whose whole cells are part of a row's group key."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class AuditedRows:
     task: Task
     target: Target
     own_files: frozenset[str]
-    """Splits with files of their own."""
+    """Splits with their own files."""
     packed: Recipe | None
-    """Of rows that share a block: what names their files. None: each row lies beside its features."""
+    """Recipe of packed rows, whose files are read again, or None."""
 
     @property
     def has_texts(self) -> bool:
         return "image" not in self.target.columns
 
     def of(self, split: SplitName) -> Iterator[dict[str, Any]]:
-        """Each row of a split once, also where it gave several examples."""
+        """Yield each row of a split once, even if it gave several examples."""
         if self.packed is not None and split == "train":
             yield from self._of_files(self.packed)
             return
@@ -64,12 +64,12 @@ class AuditedRows:
             yield next(examples)
 
     def all(self) -> Iterator[tuple[SplitName, dict[str, Any]]]:
-        """Each row once, of one split after the other."""
+        """Yield all rows with their split."""
         for split in SPLITS:
             yield from ((split, row) for row in self.of(split))
 
     def _of_files(self, recipe: Recipe) -> Iterator[dict[str, Any]]:
-        """The train rows as the data stage read them."""
+        """Yield the train rows as the data stage read them."""
         block, files = recipe.data, find_files(recipe)["train"]
         patched = PatchedRows(load_patch(Path(block.patch)), "train") if block.patch else None
         held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.of(split)}
@@ -77,24 +77,24 @@ class AuditedRows:
             if place not in held_out and self.task.refuse(row, self.target) is None:
                 yield {**row, PLACE: place}
 
-    def beginning(self, row: Row, most: int) -> str:
-        """How a row's texts begin, on one line, with what must not be shown masked."""
+    def beginning(self, row: Row, most_characters: int) -> str:
+        """Return the beginning of a row's texts on one line, with secrets masked."""
         texts = (cell for part in PARTS for _, cell in cells(row, self.target.columns, part))
-        return " | ".join(" ".join(masked_text(text).split()) for text in texts)[:most]
+        return " | ".join(" ".join(masked_text(text).split()) for text in texts)[:most_characters]
 
     def source_of(self, split: SplitName) -> str:
-        """Whose file a split's rows stand in."""
+        """Return the split whose file holds a split's rows."""
         return split if split in self.own_files else "train"
 
-    def whole(self, row: Row, key: str) -> str:
-        """All that a row gives to learn."""
+    def content(self, row: Row, key: str) -> str:
+        """Return all content of a row that a model learns from."""
         columns = [column for role, column in self.target.columns.items() if role not in _IN_KEY]
         return "\0".join([key, *(normalised(as_text(row.get(column))) for column in columns)])
 
     def issue(
         self, check: str, of: tuple[SplitName, Row], reason: str, remedy: Remedy | None = None, score: float = 0.0
     ) -> RowIssue:
-        """A row `of` a split as it is listed; without a remedy it would be dropped. Equal rows are numbered later."""
+        """Describe a problem of a row `of` a split; the default remedy is to drop it. Equal rows are numbered later."""
         split, row = of
         return RowIssue(
             check=check,
@@ -112,172 +112,174 @@ class AuditedRows:
 
 @dataclass
 class RowScan:
-    """What is known when all rows have passed by once."""
+    """Results of reading all rows once; arrays hold all splits in order."""
 
     issues: list[RowIssue] = field(default_factory=list)
     counts: dict[SplitName, int] = field(default_factory=dict)
     ids: array[int] = field(default_factory=lambda: array("Q"))
-    """`row_id` of each row, as a number."""
+    """Each row's `row_id` as a number."""
     keys: array[int] = field(default_factory=lambda: array("Q"))
-    """A hash of what each row asks: its text, prompt or passage. All splits, one after the other."""
-    wholes: array[int] = field(default_factory=lambda: array("q"))
-    """A hash of all that it gives to learn, which is another one in the next process."""
+    """Hash of each row's input: its text, prompt or passage."""
+    content_hashes: array[int] = field(default_factory=lambda: array("q"))
+    """Hash of each row's whole content, valid in this process only."""
     signed: np.ndarray = field(default_factory=lambda: signatures([]))
-    """MinHash of what each row asks: uint16 [rows, hashes]; of images without meaning."""
+    """MinHash of each row's input: uint16 [rows, hashes]; meaningless for images."""
     labels: array[int] = field(default_factory=lambda: array("q"))
-    """The number of its labels in `names`; -1: it has none."""
+    """Index of each row's labels in `names`, -1 without any."""
     names: dict[tuple[str, ...], int] = field(default_factory=dict)
-    heard: dict[str, ColumnLanguages] = field(default_factory=dict)
-    """Column to its languages; empty where they cannot be told."""
+    languages: dict[str, ColumnLanguages] = field(default_factory=dict)
+    """Languages by column; empty if they cannot be detected."""
 
 
-def look(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
-    """All rows, once: what is wrong with their texts, and what tells them apart."""
-    seen, checks = RowScan(), checks_of(rows.target.columns)
+def scan_rows(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
+    """Check the texts of all rows, and hash what rows are compared by."""
+    scan, checks = RowScan(), checks_of(rows.target.columns)
     signed: list[np.ndarray] = []
     for split in SPLITS:
-        before, keys = len(seen.keys), list[str]()
+        before, keys = len(scan.keys), list[str]()
         for row in rows.of(split):
             key = rows.task.group_key(row, rows.target)
             keys.append(key if rows.has_texts else "")
             names = tuple(rows.task.row_labels(row, rows.target))
-            seen.ids.append(int(row_id(row), 16))
-            seen.keys.append(draw(0, key))
-            seen.wholes.append(hash(rows.whole(row, key)))
-            seen.labels.append(seen.names.setdefault(names, len(seen.names)) if names else -1)
-            for part, of in checks.items():
+            scan.ids.append(int(row_id(row), 16))
+            scan.keys.append(draw(0, key))
+            scan.content_hashes.append(hash(rows.content(row, key)))
+            scan.labels.append(scan.names.setdefault(names, len(scan.names)) if names else -1)
+            for part, part_checks in checks.items():
                 for column, text in cells(row, rows.target.columns, part):
-                    seen.issues += [_flawed(rows, split, row, column, flaw) for flaw in flaws(text, of)]
-            if (turns := rows.target.columns.get("messages")) and (found := chat_faults(chat.clean(row[turns]))):
-                reason = masked_text(first_few(found))
-                seen.issues.append(rows.issue(CHAT_FAULT, (split, row), reason, score=float(len(found))))
-            add_languages(seen.heard, row, rows.target.columns)
+                    scan.issues += [_flawed(rows, split, row, column, flaw) for flaw in flaws(text, part_checks)]
+            if (turns := rows.target.columns.get("messages")) and (faults := chat_faults(chat.clean(row[turns]))):
+                reason = masked_text(first_few(faults))
+                scan.issues.append(rows.issue(CHAT_FAULT, (split, row), reason, score=float(len(faults))))
+            add_languages(scan.languages, row, rows.target.columns)
             if len(keys) == _AT_ONCE:
-                done = len(seen.keys)
+                done = len(scan.keys)
                 listener(RowsRead(name="auditing", done=done, total=max(total, done)))
                 signed.append(signatures(keys))
                 keys.clear()
         signed.append(signatures(keys))
-        seen.counts[split] = len(seen.keys) - before
-    listener(RowsRead(name="auditing", done=len(seen.keys), total=len(seen.keys)))
-    seen.signed = np.concatenate(signed)
-    return seen
+        scan.counts[split] = len(scan.keys) - before
+    listener(RowsRead(name="auditing", done=len(scan.keys), total=len(scan.keys)))
+    scan.signed = np.concatenate(signed)
+    return scan
 
 
-def with_numbers(rows: AuditedRows, seen: RowScan, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
-    """The issues, with which one of several equal rows of a source each is about, those counted that a patch drops."""
-    values, counts = np.unique(np.array(seen.ids, np.uint64), return_counts=True)
-    several = {f"{one:016x}" for one in values[counts > 1].tolist()} | {row.partition("-")[0] for _, row in decided}
-    # The rows are read once more only where that can change a name.
-    found = named(rows, decided, several) if any(one.row in several for one in issues) else ()
-    names = {(split, str(row[PLACE])): name for split, row, name in found}
-    return [one.model_copy(update={"row": names.get((one.split, one.place), one.row)}) for one in issues]
+def with_numbers(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
+    """Return the issues with the numbers of equal rows, counting rows that a patch drops."""
+    values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
+    several = {f"{value:016x}" for value in values[counts > 1].tolist()}
+    several |= {row.partition("-")[0] for _, row in decided}
+    # The rows are read again only if that can change a name.
+    named_rows = named(rows, decided, several) if any(issue.row in several for issue in issues) else ()
+    names = {(split, str(row[PLACE])): name for split, row, name in named_rows}
+    return [issue.model_copy(update={"row": names.get((issue.split, issue.place), issue.row)}) for issue in issues]
 
 
 def named(
     rows: AuditedRows, decided: Decisions, among: Collection[str] | None = None
 ) -> Iterator[tuple[SplitName, Row, str]]:
-    """Each row (those with some hashes) with its identity: of several equal rows of a source the second has `-2`."""
+    """Yield rows, all or those with some hashes, with their identities: the second of equal rows has `-2`."""
     times = Counter[tuple[str, str]]()
     for split, row in rows.all():
         key = rows.source_of(split), row_id(row)
         if among is not None and key[1] not in among:
             continue
         times[key] += 1
-        # Those that a patch has dropped are counted.
-        while (one := decided.get((key[0], numbered(key[1], times[key])))) and one.remedy.action == "drop":
+        # Rows that a patch dropped count as well.
+        while (decision := decided.get((key[0], numbered(key[1], times[key])))) and decision.remedy.action == "drop":
             times[key] += 1
         yield split, row, numbered(key[1], times[key])
 
 
 def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
-    # A turn of a conversation is no cell that could be replaced.
+    # A turn of a conversation is not a cell, so it cannot be replaced.
     repairable = flaw.fixed is not None and isinstance(row[column], str)
     remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None
     return rows.issue(flaw.check, (split, row), f"column '{column}': {flaw.reason}", remedy)
 
 
-def in_classes_alike(rows: AuditedRows, seen: RowScan) -> list[RowIssue]:
-    """Rows of a class that is perhaps meant to be a more frequent one, whose name would replace theirs."""
-    of_number, counts = Counter(seen.labels), Counter[str]()
-    for names, number in seen.names.items():
+def in_classes_alike(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
+    """Propose the more frequent name for rows of classes whose names hardly differ."""
+    of_number, counts = Counter(scan.labels), Counter[str]()
+    for names, number in scan.names.items():
         counts.update(dict.fromkeys(names, of_number[number]))
-    instead = {name: them[0] for them in alike(counts) for name in them[1:]}
+    instead = {name: names[0] for names in alike(counts) for name in names[1:]}
     issues, column = list[RowIssue](), rows.target.columns.get("label", "")
     for split, row in rows.all() if instead else ():
         labels = rows.task.row_labels(row, rows.target)
-        if column in row and (found := [one for one in labels if one in instead]):
-            new = list(dict.fromkeys(instead.get(one, one) for one in labels))
+        if column in row and (doubtful := [label for label in labels if label in instead]):
+            new = list(dict.fromkeys(instead.get(label, label) for label in labels))
             is_list = rows.target.form.several_labels
             remedy = Remedy(action="replace", column=column, value=new if is_list else new[0])
-            reason = f"class {found[0]!a} is perhaps {instead[found[0]]!a}"
+            reason = f"class {doubtful[0]!a} may mean {instead[doubtful[0]]!a}"
             issues.append(rows.issue(CLASS_NAMES, (split, row), reason, remedy))
     return issues
 
 
-def in_other_languages(rows: AuditedRows, seen: RowScan) -> list[RowIssue]:
-    """Rows that are surely in another language than nearly all others of their column."""
-    suspects, issues = {column: one.suspects() for column, one in seen.heard.items()}, list[RowIssue]()
-    own = {column: one.own() for column, one in seen.heard.items()}
+def in_other_languages(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
+    """List rows in another language than nearly all others of their column."""
+    issues = list[RowIssue]()
+    suspects = {column: languages.suspects() for column, languages in scan.languages.items()}
+    main = {column: languages.main_languages() for column, languages in scan.languages.items()}
     for position, (split, row) in enumerate(rows.all() if any(suspects.values()) else ()):
         for column, text in whole_texts(row, rows.target.columns).items():
-            if position in suspects.get(column, ()) and (found := elsewhere(text, own[column])) is not None:
-                reason = f"column '{column}': {found[0]}, where nearly all rows are {', '.join(own[column])}"
-                issues.append(rows.issue(OTHER_LANGUAGE, (split, row), reason, score=found[1]))
+            if position in suspects.get(column, ()) and (foreign := foreign_language(text, main[column])) is not None:
+                reason = f"column '{column}': {foreign[0]}, but nearly all rows are {', '.join(main[column])}"
+                issues.append(rows.issue(OTHER_LANGUAGE, (split, row), reason, score=foreign[1]))
     return issues
 
 
-# ---- rows that stand more than once: in train, with other labels, or among the rows that are scored on ---------------
+# ---- repeated rows: in train, with other labels, or among held-out rows ----------------------------------------------
 
 DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
 NEAR = 0.8
-"""Share of the runs of five letters that texts have in common which are nearly the same."""
+"""Share of common character 5-grams from which texts are nearly the same."""
 _CANDIDATE = 0.7
-"""The same as signatures estimate it, with an error of 3.5 points at 0.8: of 400 rows at the bound one is below."""
-_QUOTED = 80
-"""Characters of the row that is scored on."""
+"""The same share as signatures estimate it, with an error of 3.5 points at 0.8: misses one row of 400 at the bound."""
+_MAX_QUOTED = 80
+"""Characters quoted of a held-out row."""
 _MAX_COMPARED = 5000
-"""Held-out rows of a group whose signatures a train row's is compared with: more than are ever split off."""
+"""Most held-out rows of a group that a train row is compared with; fewer are ever split off."""
 _MAX_READ = 10
-"""Of these how many are read, those first that seem nearest."""
+"""Most of these that are read, the nearest by signatures."""
 
 
-def repeated(rows: AuditedRows, seen: RowScan) -> list[RowIssue]:
-    """Train rows that are there already, that are scored on, or that have another label elsewhere."""
-    keys, wholes, labels = (np.frombuffer(one, np.int64) for one in (seen.keys, seen.wholes, seen.labels))
-    train = np.arange(len(keys)) < seen.counts["train"]
-    again = stands_before(wholes, train)
+def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
+    """List train rows that occur earlier, are held out too, or have other labels elsewhere."""
+    keys, contents, labels = (np.frombuffer(one, np.int64) for one in (scan.keys, scan.content_hashes, scan.labels))
+    train = np.arange(len(keys)) < scan.counts["train"]
+    again = occurs_earlier(contents, train)
     leaks = train & np.isin(keys, keys[~train])
     near = keys
     if rows.has_texts:
-        near = joined(keys.view(np.uint64), seen.signed, _CANDIDATE).view(np.int64)
-    alike = _scored_on(seen, train, leaks, near)
+        near = joined(keys.view(np.uint64), scan.signed, _CANDIDATE).view(np.int64)
+    alike = _held_out_twins(scan, train, leaks, near)
     votes = _votes(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
     torn = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
-    # Rows with the label of most stay.
+    # Rows with the majority's label stay.
     for position in np.flatnonzero(torn).tolist():
         torn[position] = _most(votes[int(keys[position])]) != labels[position]
-    held_out = _held_out(rows, seen, set(chain.from_iterable(alike.values())))
-    names = {number: of for of, number in seen.names.items()}
+    held_out = _held_out(rows, scan, set(chain.from_iterable(alike.values())))
+    names = {number: labels for labels, number in scan.names.items()}
     column, is_list = rows.target.columns.get("label"), rows.target.form.several_labels
     issues: list[RowIssue] = []
     wanted = again | torn
     wanted[list(alike)] = True
-    for position, row in zip(range(seen.counts["train"]), rows.of("train"), strict=True):
+    for position, row in zip(range(scan.counts["train"]), rows.of("train"), strict=True):
         if not wanted[position]:
             continue
-        others = [held_out[one] for one in alike.get(position, ())]
-        tell = partial(rows.issue, of=("train", row))
+        others = [held_out[other] for other in alike.get(position, ())]
+        issue = partial(rows.issue, of=("train", row))
         if again[position]:
-            issues.append(tell(DUPLICATE, reason="stands in train already, its label or answer included"))
+            issues.append(issue(DUPLICATE, reason="the same row, label or answer included, occurs earlier in train"))
         if leaks[position]:
-            issues.append(tell(LEAK, reason=f"the same text is scored on: {others[0][1]}"))
+            issues.append(issue(LEAK, reason=f"the same text is held out: {others[0][1]}"))
         elif others:
             mine = grams(rows.task.group_key(row, rows.target))
             shares = [jaccard(mine, grams(other[0])) for other in others]
             if (share := max(shares)) >= NEAR:
                 shown = others[shares.index(share)][1]
-                issues.append(tell(NEAR_LEAK, reason=f"nearly the same text is scored on: {shown}", score=share))
+                issues.append(issue(NEAR_LEAK, reason=f"nearly the same text is held out: {shown}", score=share))
         if torn[position]:
             counts = votes[int(keys[position])]
             times = ((", ".join(names[label]), count) for label, count in counts.most_common(3))
@@ -286,52 +288,51 @@ def repeated(rows: AuditedRows, seen: RowScan) -> list[RowIssue]:
             if best is not None and column is not None:
                 remedy = Remedy(action="replace", column=column, value=[*names[best]] if is_list else names[best][0])
             score = float(counts.total() - counts[int(labels[position])])
-            issues.append(
-                tell(CONFLICT, reason=f"the same text has several labels: {shown}", remedy=remedy, score=score)
-            )
+            reason = f"the same text has several labels: {shown}"
+            issues.append(issue(CONFLICT, reason=reason, remedy=remedy, score=score))
     return issues
 
 
-def stands_before(wholes: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Train rows whose number stands in train before: bool [rows]."""
+def occurs_earlier(contents: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Mark train rows whose hash occurs earlier in train: bool [rows]."""
     again = train.copy()
-    again[np.unique(np.where(train, wholes, 0), return_index=True)[1]] = False
+    again[np.unique(np.where(train, contents, 0), return_index=True)[1]] = False
     return again
 
 
-def _scored_on(seen: RowScan, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, list[int]]:
-    """Positions of train rows to a held-out row that is equal, or to those that are themselves as near as `NEAR`."""
+def _held_out_twins(scan: RowScan, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, list[int]]:
+    """Return positions of train rows with those of an equal held-out row, or of similar ones."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
         groups.setdefault(int(near[position]), []).append(position)
-        first.setdefault(seen.keys[position], position)
-    of_group = {group: seen.signed[others[:_MAX_COMPARED]] for group, others in groups.items()}
-    found: dict[int, list[int]] = {}
+        first.setdefault(scan.keys[position], position)
+    of_group = {group: scan.signed[others[:_MAX_COMPARED]] for group, others in groups.items()}
+    twins: dict[int, list[int]] = {}
     for position in np.flatnonzero(train & np.isin(near, near[~train])).tolist():
         if leaks[position]:
-            found[position] = [first[seen.keys[position]]]
+            twins[position] = [first[scan.keys[position]]]
             continue
         group = int(near[position])
-        shared = (seen.signed[position] == of_group[group]).sum(axis=1, dtype=np.uint8)
+        shared = (scan.signed[position] == of_group[group]).sum(axis=1, dtype=np.uint8)
         nearest = np.argsort(shared, kind="stable")[::-1][:_MAX_READ]
-        least = _CANDIDATE * seen.signed.shape[1]
-        if candidates := [groups[group][one] for one in nearest.tolist() if shared[one] >= least]:
-            found[position] = candidates
-    return found
+        least = _CANDIDATE * scan.signed.shape[1]
+        if candidates := [groups[group][index] for index in nearest.tolist() if shared[index] >= least]:
+            twins[position] = candidates
+    return twins
 
 
-def _held_out(rows: AuditedRows, seen: RowScan, wanted: set[int]) -> dict[int, tuple[str, str]]:
-    """Held-out rows by their positions: what each asks, and where it stands and how it begins."""
+def _held_out(rows: AuditedRows, scan: RowScan, wanted: set[int]) -> dict[int, tuple[str, str]]:
+    """Return input, and place with beginning, of held-out rows by position."""
     held_out = chain(rows.of("eval"), rows.of("test")) if wanted else ()
     return {
-        position: (rows.task.group_key(row, rows.target), f"{row[PLACE]}: '{rows.beginning(row, _QUOTED)}'")
-        for position, row in enumerate(held_out, start=seen.counts["train"])
+        position: (rows.task.group_key(row, rows.target), f"{row[PLACE]}: '{rows.beginning(row, _MAX_QUOTED)}'")
+        for position, row in enumerate(held_out, start=scan.counts["train"])
         if position in wanted
     }
 
 
 def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
-    """Of each key with more than one label, how often it has each."""
+    """Count the labels of each key that has several."""
     pairs = np.unique(np.stack([keys, labels]), axis=1)
     several, counts = np.unique(pairs[0], return_counts=True)
     torn = np.isin(keys, several[counts > 1])
@@ -342,7 +343,7 @@ def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
 
 
 def _most(counts: Counter[int]) -> int | None:
-    """The label of more than half; None: there is none."""
+    """Return the majority's label, or None."""
     (best, most), *_ = counts.most_common(1)
     return best if 2 * most > counts.total() else None
 
@@ -354,11 +355,11 @@ Turn = Mapping[str, Any]
 _SYSTEM = ("system", "developer")
 _TOOL = ("tool", "function", "ipython", "observation")
 _MIN_IDENTICAL = 40
-"""Characters from which two equal answers are no mere 'Yes.' or 'You are welcome.'."""
+"""Characters from which equal answers are more than 'Yes.' or 'You are welcome.'."""
 
 
 def chat_faults(turns: Sequence[Turn]) -> list[str]:
-    """What is wrong with a conversation, in words; turns count from 1."""
+    """Describe the faults of a conversation; turns count from 1."""
     return [*_order(turns), *_emptiness(turns)]
 
 
@@ -369,23 +370,23 @@ def _order(turns: Sequence[Turn]) -> Iterator[str]:
             yield f"turn {number} is a {role} turn that is not first"
         elif role in _TOOL and before["role"] == "user":
             yield f"turn {number} is the result of a tool that was not called"
-        # Tools answer side by side, and people who have names may talk among themselves.
+        # Several tools may answer in a row, and users with names may talk to each other.
         elif role == before["role"] and role not in _TOOL and turn.get("name") == before.get("name"):
             yield f"turns {number - 1} and {number} are both {role} turns"
     if turns and turns[-1]["role"] != "assistant":
-        yield f"it ends with a {turns[-1]['role']} turn that nothing answers"
+        yield f"it ends with a {turns[-1]['role']} turn without an answer"
 
 
 def _emptiness(turns: Sequence[Turn]) -> Iterator[str]:
-    seen: dict[str, int] = {}
+    first_turn: dict[str, int] = {}
     for number, turn in enumerate(turns, start=1):
         text, role = turn["content"].strip(), turn["role"]
-        # A call, or words of its own beside the content, such as a reasoning.
+        # A tool call, or text outside of the content, such as reasoning.
         has_more = any(turn[key] for key in turn.keys() - {"role", "content", "name", "from", "value", "id"})
         # A tool may have nothing to say, and an empty system turn keeps a template from writing its own.
         if not text and role not in (*_SYSTEM, *_TOOL) and not has_more:
             yield f"turn {number} ({role}) is empty"
         if role == "assistant" and len(text) >= _MIN_IDENTICAL and not turn.get("tool_calls"):
-            if text in seen:
-                yield f"turns {seen[text]} and {number} of the assistant are identical"
-            seen.setdefault(text, number)
+            if text in first_turn:
+                yield f"turns {first_turn[text]} and {number} of the assistant are identical"
+            first_turn.setdefault(text, number)

@@ -1,4 +1,4 @@
-"""What is wrong with the rows, row by row: listed with the reason and with what could be done; nothing is changed."""
+"""Audits the rows: lists each problem with its reason and a remedy, and changes nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.audit.languages import OTHER_LANGUAGE, PACKAGE, not_told
+from fulltune.audit.languages import OTHER_LANGUAGE, PACKAGE, languages_obstacle
 from fulltune.audit.rows import (
     CHAT_FAULT,
     CLASS_NAMES,
@@ -24,9 +24,9 @@ from fulltune.audit.rows import (
     RowScan,
     in_classes_alike,
     in_other_languages,
-    look,
     named,
     repeated,
+    scan_rows,
     with_numbers,
 )
 from fulltune.audit.texts import checks_of, missing
@@ -52,97 +52,96 @@ from fulltune.tasks import PLACE, Target, task_named
 from fulltune.text import counted
 
 LABEL, DOUBTFUL, OUTLIER = "label error", "doubtful label", "outlier"
-NOT_ASKED = "left out by --no-labels"
-VERSION = 4
-"""Of the checks: raised when they find other rows, so that an audit by earlier ones is made anew."""
+SKIPPED = "skipped by --no-labels"
+VERSION = 5
+"""Version of the checks: audits by earlier ones are repeated."""
 _EXAMPLES = 10
 MAX_LOSSES, MAX_LOSS_SHARE = 100, 0.1
-"""Rows of a split that are listed for their loss: so many, and at most this share."""
+"""Most rows of a split listed for their loss, and as a share."""
 
 
 def by_model(summary: DataSummary) -> set[str]:
-    """Checks for which the untouched model reads the rows; outliers where it reads each row as a whole."""
+    """Return the checks for which the untouched model reads the rows."""
     checks = {LABEL} if summary.form.one_label else set[str]()
     return checks | {OUTLIER} if summary.task in ("text-classification", "image-classification") else checks
 
 
 def audit(reader: Reader, reads_rows: bool) -> Audit:
-    """Look at all prepared rows, once, and write `issues.jsonl` and `audit.json` into the `data` folder."""
+    """Check all prepared rows, and write `issues.jsonl` and `audit.json` into the `data` folder."""
     recipe, folder, summary = reader.recipe, reader.folder, reader.summary
-    asked = by_model(summary) if reads_rows else set[str]()
-    if (earlier := _earlier(folder, summary, asked)) is not None:
+    wanted = by_model(summary) if reads_rows else set[str]()
+    if (earlier := _earlier(folder, summary, wanted)) is not None:
         return earlier
-    began = time.monotonic()
+    start = time.monotonic()
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, recipe if summary.packed else None)
-    seen = look(rows, sum(split.rows for split in summary.splits.values()), reader.listener)
-    issues = [*seen.issues, *repeated(rows, seen), *in_classes_alike(rows, seen), *in_other_languages(rows, seen)]
-    made = _made(rows, seen)
+    scan = scan_rows(rows, sum(split.rows for split in summary.splits.values()), reader.listener)
+    issues = [*scan.issues, *repeated(rows, scan), *in_classes_alike(rows, scan), *in_other_languages(rows, scan)]
+    checks = _text_checks(rows, scan)
     not_run = dict.fromkeys(missing(), "needs the extra 'audit'")
-    if rows.has_texts and (why := not_told(seen.heard)) is not None:
+    if rows.has_texts and (why := languages_obstacle(scan.languages)) is not None:
         not_run[OTHER_LANGUAGE] = why
-    not_run |= dict.fromkeys(by_model(summary) - asked, NOT_ASKED)
-    not_run |= {} if LABEL in by_model(summary) else {LABEL: "only rows with one label each are judged"}
+    not_run |= dict.fromkeys(by_model(summary) - wanted, SKIPPED)
+    not_run |= {} if LABEL in by_model(summary) else {LABEL: "needs rows with exactly one label"}
     labels = None
     try:
-        if OUTLIER in asked:
-            issues += _outlying(rows, reader, seen, not_run)
-            made.add(OUTLIER)
+        if OUTLIER in wanted:
+            issues += _outlying(rows, reader, scan, not_run)
+            checks.add(OUTLIER)
     except NoProbe as no:
         not_run[OUTLIER] = str(no)
     try:
-        if LABEL in asked:
+        if LABEL in wanted:
             positions, judged = judge(reader)
             issues += _mislabelled(rows, positions, judged)
             labels = judged.about
-            made |= {LABEL, DOUBTFUL}
+            checks |= {LABEL, DOUBTFUL}
     except NoProbe as no:
         not_run[LABEL] = str(no)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
-    # What was looked at and kept is not asked again.
-    issues = with_numbers(rows, seen, issues, decided)
+    issues = with_numbers(rows, scan, issues, decided)
     if _of_same_rows(folder, summary) is not None and (folder / ISSUES).exists():
-        issues += [one for one in load_issues(folder) if one.check == HIGH_LOSS]  # by losses, which are not read again
-    issues = [one for one in issues if one.key not in decided or decided[one.key].is_open]
+        issues += [issue for issue in load_issues(folder) if issue.check == HIGH_LOSS]  # losses are not read again
+    issues = [issue for issue in issues if issue.key not in decided or decided[issue.key].is_open]
     save_issues(folder, issues)
-    done = Audit(
+    result = Audit(
         fingerprint=summary.fingerprint,
         version=version(),
-        rows=seen.counts,
+        rows=scan.counts,
         **by_check(issues),
-        clean=tuple(sorted(made - {one.check for one in issues})),
+        clean=tuple(sorted(checks - {issue.check for issue in issues})),
         labels=labels,
-        languages={column: dict(one.counts.most_common()) for column, one in seen.heard.items()},
+        languages={column: dict(languages.counts.most_common()) for column, languages in scan.languages.items()},
         not_run=not_run,
-        seconds=round(time.monotonic() - began, 1),
+        seconds=round(time.monotonic() - start, 1),
     )
-    done.save(folder / AUDIT)  # last
-    return done
+    result.save(folder / AUDIT)  # last
+    return result
 
 
-def _made(rows: AuditedRows, seen: RowScan) -> set[str]:
-    """Checks that need no model and are made on these rows."""
+def _text_checks(rows: AuditedRows, scan: RowScan) -> set[str]:
+    """Return the checks without a model that apply to these rows."""
     further = {
         NEAR_LEAK: rows.has_texts,
-        CONFLICT: bool(seen.names),
-        CLASS_NAMES: "label" in rows.target.columns and bool(seen.names),
+        CONFLICT: bool(scan.names),
+        CLASS_NAMES: "label" in rows.target.columns and bool(scan.names),
         CHAT_FAULT: "messages" in rows.target.columns,
-        OTHER_LANGUAGE: any(one.why_not() is None for one in seen.heard.values()),
+        OTHER_LANGUAGE: any(column.obstacle() is None for column in scan.languages.values()),
     }
     of_texts = chain.from_iterable(checks_of(rows.target.columns).values())
-    return {*of_texts, DUPLICATE, LEAK, *(check for check, is_made in further.items() if is_made)}
+    return {*of_texts, DUPLICATE, LEAK, *(check for check, applies in further.items() if applies)}
 
 
-def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | None:
-    """An audit of the same rows that is whole; None: there is none."""
-    found = _of_same_rows(folder, summary) if (folder / ISSUES).exists() else None
-    if found is None or found.version != version():
+def _earlier(folder: Path, summary: DataSummary, wanted: set[str]) -> Audit | None:
+    """Return a complete audit of the same rows, or None."""
+    earlier = _of_same_rows(folder, summary) if (folder / ISSUES).exists() else None
+    if earlier is None or earlier.version != version():
         return None
-    return found if all(found.not_run.get(check) not in (NOT_ASKED, OUT_OF_MEMORY) for check in asked) else None
+    return earlier if all(earlier.not_run.get(check) not in (SKIPPED, OUT_OF_MEMORY) for check in wanted) else None
 
 
 def version() -> str:
-    """Of the checks, with the extras that are not installed and bring further ones."""
+    """Return the version of the checks and which extras are missing."""
     audit = ", no audit" if missing() else ""
     languages = "" if is_installed(PACKAGE) else ", no languages"
     return f"{VERSION}{audit}{languages}"
@@ -150,68 +149,65 @@ def version() -> str:
 
 def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
     try:
-        found = Audit.load(folder / AUDIT)
+        earlier = Audit.load(folder / AUDIT)
     except (OSError, SetupError):
         return None
-    return found if found.fingerprint == summary.fingerprint else None
+    return earlier if earlier.fingerprint == summary.fingerprint else None
 
 
 def by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
-    """Of an audit what each check found, the one that found most first; last what claims nothing. Issues are in
-    order."""
-    found = [(check, list(them)) for check, them in groupby(issues, key=lambda one: one.check)]
-    found.sort(key=lambda one: (one[0] == HIGH_LOSS, -len(one[1])))
-    checks = {check: len({(one.split, one.place) for one in them}) for check, them in found}
-    return {"checks": checks, "examples": tuple(one for _, them in found for one in them[:_EXAMPLES])}
+    """Return rows and examples of each check, most rows first, from sorted issues."""
+    of_check = {check: list(group) for check, group in groupby(issues, key=lambda issue: issue.check)}
+    order = sorted(of_check, key=lambda check: (check == HIGH_LOSS, -len(of_check[check])))
+    counts = {check: len({(issue.split, issue.place) for issue in of_check[check]}) for check in order}
+    return {"checks": counts, "examples": tuple(issue for check in order for issue in of_check[check][:_EXAMPLES])}
 
 
 def save_issues(folder: Path, issues: list[RowIssue]) -> None:
-    """Bring what was found into the order of `load_issues`, and write it."""
-    issues.sort(key=lambda one: (one.check, -one.score))
+    """Sort issues by check, the surest first, and write them."""
+    issues.sort(key=lambda issue: (issue.check, -issue.score))
     with replacing(folder / ISSUES, private=True) as part, part.open("w", encoding="utf-8") as file:
-        file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)
+        file.writelines(f"{issue.model_dump_json(exclude_defaults=True)}\n" for issue in issues)
 
 
 def load_issues(folder: Path) -> list[RowIssue]:
-    """What the audit of a run's `data` folder found, by check, of each the surest first."""
+    """Read the issues of a run's `data` folder, sorted by check."""
     try:
         with (folder / ISSUES).open(encoding="utf-8") as file:
             return [RowIssue.model_validate(json.loads(line)) for line in file]
     except (OSError, ValueError):
-        raise SetupError(
-            f"{folder / ISSUES}: cannot be read; delete it, and 'fulltune data' looks at all rows again"
-        ) from None
+        raise SetupError(f"{folder / ISSUES}: cannot be read; delete it and run 'fulltune data' again") from None
 
 
-def _outlying(rows: AuditedRows, reader: Reader, seen: RowScan, not_run: dict[str, str]) -> list[RowIssue]:
-    far, usual, left_out = outliers(reader, np.array(seen.keys[: seen.counts["train"]], np.uint64), seen.counts)
+def _outlying(rows: AuditedRows, reader: Reader, scan: RowScan, not_run: dict[str, str]) -> list[RowIssue]:
+    far, usual, num_unread = outliers(reader, np.array(scan.keys[: scan.counts["train"]], np.uint64), scan.counts)
     issues: list[RowIssue] = []
     for split, distances in far.items():
         for position, row in enumerate(rows.of(split) if distances else ()):
             if (distance := distances.get(position)) is None:
                 continue
             reason = (
-                f"the {NEIGHBOURS} nearest train rows have a mean cosine of {1 - distance:.2f} with it; of three train "
-                f"rows in four at least {1 - usual:.2f}"
+                f"mean cosine {1 - distance:.2f} to the {NEIGHBOURS} nearest train rows; three train rows in four have "
+                f"at least {1 - usual:.2f}"
             )
             issues.append(rows.issue(OUTLIER, (split, row), reason, score=round(distance, 4)))
-    if left_out:
-        not_run[OUTLIER] = f"{counted(left_out, 'row')} that were not drawn to be read"
+    if num_unread:
+        not_run[OUTLIER] = f"{counted(num_unread, 'row')} not in the sample"
     return issues
 
 
-def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: JudgedLabels) -> list[RowIssue]:
+def _mislabelled(rows: AuditedRows, positions: np.ndarray, judged: JudgedLabels) -> list[RowIssue]:
     issues, column = list[RowIssue](), rows.target.columns.get("label")
-    listed = {int(positions[at]): at for at in np.flatnonzero(found.suspects | found.doubtful)}
+    listed = {int(positions[at]): at for at in np.flatnonzero(judged.suspects | judged.doubtful)}
     for position, row in enumerate(rows.of("train")):
         if position not in listed:
             continue
         at = listed[position]
-        other, margin = rows.target.labels[int(found.other[at])], float(found.margins[at])
-        check = LABEL if found.suspects[at] else DOUBTFUL
-        # Of a folder per class the label is no column: such an image can only be left out.
+        other, margin = rows.target.labels[int(judged.other[at])], float(judged.margins[at])
+        check = LABEL if judged.suspects[at] else DOUBTFUL
+        # An image whose label is its folder has no label column, so it can only be dropped.
         remedy = None if column is None or column not in row else Remedy(action="replace", column=column, value=other)
-        reason = f"'{other}' is likelier, by {-100 * margin:.0f} points of probability"
+        reason = f"'{other}' is likelier by {-100 * margin:.0f} percentage points"
         issues.append(rows.issue(check, ("train", row), reason, remedy, -margin))
     return issues
 
@@ -222,25 +218,25 @@ def list_losses(
     summary: DataSummary,
     losses: Mapping[SplitName, tuple[np.ndarray, Sequence[str | None]]],
 ) -> Audit:
-    """Write `losses.jsonl`, and add the rows of the highest loss to `issues.jsonl` and `audit.json`."""
+    """Write `losses.jsonl`, and add the rows of highest loss to the audit."""
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, packed=None)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
-    issues = [one for one in load_issues(folder) if one.check != HIGH_LOSS]
-    found = {split: _of_rows(folder / split, *of) for split, of in losses.items()}
-    usual = {split: float(np.median([one[0] for one in them] or [0.0])) for split, them in found.items()}
-    waiting = {split: iter(them) for split, them in found.items()}
+    issues = [issue for issue in load_issues(folder) if issue.check != HIGH_LOSS]
+    of_split = {split: _row_losses(folder / split, *of_examples) for split, of_examples in losses.items()}
+    median = {split: float(np.median([loss for loss, *_ in lines] or [0.0])) for split, lines in of_split.items()}
+    remaining = {split: iter(lines) for split, lines in of_split.items()}
     with replacing(folder / LOSSES, private=True) as part, part.open("w", encoding="utf-8") as file:
         for split, row, name in named(rows, decided):
-            if split not in waiting:
+            if split not in remaining:
                 continue
-            loss, items, answer, is_high = next(waiting[split])
+            loss, items, answer, is_high = next(remaining[split])
             line = {"place": str(row[PLACE]), "row": name, "split": split, "loss": loss, "items": items}
             file.write(json.dumps(line) + "\n")
             earlier = decided.get((rows.source_of(split), name))
             if is_high and (earlier is None or earlier.is_open):
-                reason = f"loss {loss:.3g}; of half of the {split} rows at most {usual[split]:.3g}"
-                reason += f"; the model says '{answer}'" if answer is not None else ""
+                reason = f"loss {loss:.3g}, median of the {split} rows {median[split]:.3g}"
+                reason += f"; the model predicts '{answer}'" if answer is not None else ""
                 issues.append(rows.issue(HIGH_LOSS, (split, row), reason, score=loss).model_copy(update={"row": name}))
     save_issues(folder, issues)
     audit = Audit.load(folder / AUDIT).model_copy(update=by_check(issues))
@@ -248,16 +244,15 @@ def list_losses(
     return audit
 
 
-def _of_rows(
+def _row_losses(
     folder: Path, counts: np.ndarray, answers: Sequence[str | None]
 ) -> list[tuple[float, int, str | None, bool]]:
-    """Of each row of a split, which may have given several examples: mean loss, items, what the model says, and whether
-    the loss is one of the highest."""
-    found: list[tuple[float, int, str | None]] = []
-    for _, them in groupby(zip(texts(folder), counts, answers, strict=True), key=lambda one: one[0][PLACE]):
-        several = list(them)
-        total, items = np.sum([count for _, count, _ in several], axis=0)
-        found.append((float(total / max(1.0, items)), int(items), several[0][2]))
-    most = min(MAX_LOSSES, int(np.ceil(MAX_LOSS_SHARE * len(found))))
-    highest = {*sorted(range(len(found)), key=lambda at: -found[at][0])[:most]}
-    return [(*one, at in highest) for at, one in enumerate(found)]
+    """Return each row's mean loss, items, the model's answer, and whether its loss is among the highest."""
+    losses: list[tuple[float, int, str | None]] = []
+    for _, group in groupby(zip(texts(folder), counts, answers, strict=True), key=lambda example: example[0][PLACE]):
+        examples = list(group)
+        total, items = np.sum([count for _, count, _ in examples], axis=0)
+        losses.append((float(total / max(1.0, items)), int(items), examples[0][2]))
+    most = min(MAX_LOSSES, int(np.ceil(MAX_LOSS_SHARE * len(losses))))
+    highest = {*sorted(range(len(losses)), key=lambda at: -losses[at][0])[:most]}
+    return [(*loss, at in highest) for at, loss in enumerate(losses)]

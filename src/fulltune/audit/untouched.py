@@ -1,8 +1,8 @@
-"""Rows as the untouched model sees them: labels that are probably wrong, and rows that are unlike all others.
+"""Finds probable label errors and outliers by the untouched model's mean hidden states.
 
-Linear classifiers on mean hidden states judge the labels (how far to trust them: docs/guides/data.md). A label's
-*margin* is its probability, by classifiers that did not see its row, minus that of the likeliest other label. A row's
-distance is the mean of 1 - cosine to its nearest train rows (arXiv 2207.03061).
+Linear classifiers judge the labels (docs/guides/data.md: how far to trust them). A label's *margin* is its probability,
+by classifiers that did not see its row, minus that of the likeliest other label. A row's distance is the mean of 1 -
+cosine to its nearest train rows (arXiv 2207.03061).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fulltune.system.memory import is_out_of_memory
 from fulltune.tasks import Target, task_named
 
 BATCH = 32
-OUT_OF_MEMORY = "memory ran out while the untouched model read the rows"
+OUT_OF_MEMORY = "ran out of memory while the untouched model read the rows"
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads prepared rows with the untouched model; it is loaded when the first row is."""
+    """Reads prepared rows with the untouched model, which is loaded for the first row."""
 
     recipe: Recipe
     base: Base
@@ -47,17 +47,17 @@ class Reader:
     """The run's `data` folder."""
     listener: Listener
     _read: dict[SplitName, tuple[Items, np.ndarray] | str] = field(default_factory=dict, repr=False, compare=False)
-    """What was read already, or why it cannot be: several checks look at it."""
+    """Items and positions of the splits read so far, or why they cannot be read."""
 
     @cached_property
     def extractor(self) -> probe.FeatureExtractor:
-        """How rows go through the model."""
+        """Load the model for feature extraction."""
         import torch
 
         task, target = task_named(self.recipe.task), Target.of(self.summary)
         device, precision = plan.device_and_precision(self.recipe, hardware.here())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(probe.SEED)  # what the head lacks is drawn, and not read
+            torch.manual_seed(probe.SEED)  # for a new head, which is not read
             changes = task.config_changes(target, self.base.processor)
             model: Any = load(replace(self.base, block=self.recipe.model), changes, head_is_new=task.FACTS.head_is_new)
         return probe.FeatureExtractor(
@@ -73,7 +73,7 @@ class Reader:
         )
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Mean hidden states, labels and positions of a split's rows, or of some drawn at random; raises NoProbe."""
+        """Return mean hidden states, labels and positions of a split's rows, or a random sample. Raises `NoProbe`."""
         if split not in self._read:
             try:
                 self._read[split] = self._items(split)
@@ -89,70 +89,70 @@ class Reader:
             rows = opened(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()
             width = getattr(config, "hidden_size", None) or 0  # none: convolutions
-            chosen = sample_rows(rows, self.extractor.kind, self.extractor.target.num_choices, width)
-            found = self.extractor.features(chosen, None)
+            sample = sample_rows(rows, self.extractor.kind, self.extractor.target.num_choices, width)
+            features = self.extractor.features(sample, None)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise NoProbe(OUT_OF_MEMORY) from error
-        if found.mean is None:
-            raise NoProbe("this model gives fewer states than there are tokens")
-        positions = np.array(chosen.positions if isinstance(chosen, RowSubset) else range(len(rows)))
-        return self.extractor.items(found.mean, found), positions
+        if features.mean is None:
+            raise NoProbe("this model returns fewer hidden states than tokens")
+        positions = np.array(sample.positions if isinstance(sample, RowSubset) else range(len(rows)))
+        return self.extractor.items(features.mean, features), positions
 
 
 # ---- labels that are probably wrong --------------------------------------------------------------------------------
 
 PRECISION = 0.75
-"""Wanted of the suspects; on rows with known errors it was about that (2026-11-28)."""
-PLANTED_SHARE, PLANTED, MAX_REPEATED = 0.05, 200, 5
-"""Of the rows are given a wrong label at a time, again until there are so many, or so often."""
+"""Wanted share of suspects with a wrong label; on rows with known errors it was about that (2026-11-28)."""
+PLANTED_SHARE, PLANTED, MAX_ROUNDS = 0.05, 200, 5
+"""Share of rows mislabelled per round; rounds repeat until PLANTED errors or MAX_ROUNDS."""
 SURE = (0.25, 0.5)
-"""Shares of the planted errors below margins below which right labels hardly lie."""
+"""Quantiles of planted errors' margins below which correct labels are rare."""
 MIN_ROWS, MIN_OF_A_CLASS = 100, 3
 MAX_OTHER = 0.5
-"""Share of the rows that the first round may leave out."""
+"""Share of rows that the first round may reject."""
 DOUBT = -0.5
-"""Rows with a smaller margin are doubtful, and shown to be reviewed."""
-NOT_TOLD_APART = "the untouched model's features do not tell the classes apart"
+"""Margin below which a label is doubtful."""
+NOT_SEPARABLE = "the untouched model's features do not distinguish the classes"
 
 
 @dataclass(frozen=True)
 class JudgedLabels:
-    """What is known of each row's label, and how good that is."""
+    """Margins of each row's label, and how good they are."""
 
     margins: np.ndarray
-    """float64 [rows]; at most 1, and the lower, the less likely the label."""
+    """float64 [rows], at most 1; the lower, the less likely the label."""
     other: np.ndarray
-    """The likeliest other class [rows]."""
+    """Likeliest other class [rows]."""
     suspects: np.ndarray
     """bool [rows]."""
     doubtful: np.ndarray
-    """Further rows with another label that is clearly likelier: bool [rows]."""
+    """Rows with a clearly likelier label that are no suspects: bool [rows]."""
     about: LabelErrors
 
 
 def judge(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
-    """Positions of the train rows that were judged, and what is known of their labels; raises `NoProbe`."""
+    """Return positions and judged labels of the train rows. Raises `NoProbe`."""
     items, positions = reader.items("train")
     return positions, judge_items(items)
 
 
 def judge_items(items: Items) -> JudgedLabels:
-    """Judge the label of each row; raises `NoProbe` when there are too few rows, or nothing can be fitted."""
+    """Judge the label of each row. Raises `NoProbe` for too few rows or useless features."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
     if len(labels) < MIN_ROWS or np.count_nonzero(counts >= MIN_OF_A_CLASS) < 2:
         raise NoProbe(
-            f"labels cannot be judged by {len(labels):,} rows: that takes at least {MIN_ROWS}, and two classes with "
-            f"at least {MIN_OF_A_CLASS} rows each"
+            f"labels cannot be judged with {len(labels):,} rows: expected at least {MIN_ROWS}, and two classes with at "
+            f"least {MIN_OF_A_CLASS} rows each"
         )
-    found = _in_two_rounds(items)
-    margins, other = margins_of(found, labels)
-    planted = _planted(items, found, margins)
+    probabilities = _in_two_rounds(items)
+    margins, other = margins_of(probabilities, labels)
+    planted = _planted(items, probabilities, margins)
     chance = float(((counts / len(labels)) ** 2).sum())
     if not len(planted) or (margins > 0).mean() < chance + 2 * math.sqrt(chance / len(labels)):
-        raise NoProbe(NOT_TOLD_APART)
+        raise NoProbe(NOT_SEPARABLE)
     cut, recall, precision, wrong = calibrated(margins, planted)
     suspects = margins < cut
     doubtful = (margins < DOUBT) & ~suspects
@@ -170,7 +170,7 @@ def judge_items(items: Items) -> JudgedLabels:
 
 
 def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
-    """Where to cut, by the margins of rows and planted errors: margin, recall, precision, and estimated errors."""
+    """Return the margin of suspects, their recall and precision, and the estimated number of errors."""
     margins, planted = np.sort(margins), np.sort(planted)
     wrong = max(_at_least(margins, planted, share) for share in SURE)
     cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
@@ -183,7 +183,7 @@ def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, 
 
 
 def _at_least(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
-    """Errors, by what lies where this share of the planted ones lies; sorted margins, one standard error cautious."""
+    """Estimate the number of errors from sorted margins below a quantile of planted ones, minus one standard error."""
     surely = int(np.searchsorted(margins, np.quantile(planted, share)))
     # A number of rows and a share of what is planted: both are counted, and vary as counts do.
     error = math.sqrt(1 / max(1, surely) + (1 - share) / (share * len(planted)))
@@ -191,7 +191,7 @@ def _at_least(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
 
 
 def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """The margins of rows that were given a wrong label, drawn from what the classifiers would mistake them for."""
+    """Return margins of rows with wrong labels, drawn from what the classifiers confuse."""
     good = np.flatnonzero(margins > 0)
     if len(good) < 2 * PLANTED_SHARE * len(margins):
         return np.zeros(0)
@@ -199,39 +199,39 @@ def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np
     count = max(1, round(PLANTED_SHARE * len(labels)))
     others = probabilities + np.finfo(float).tiny  # one class may have all of it
     others[np.arange(len(labels)), labels] = 0.0
-    found = []
-    for seed in range(min(MAX_REPEATED, -(-PLANTED // count))):
-        drawn = np.random.default_rng(seed)
-        chosen = drawn.choice(good, count, replace=False)
-        given = labels.copy()
-        up_to = np.cumsum(others[chosen], axis=1)
-        given[chosen] = (up_to <= drawn.random((count, 1)) * up_to[:, -1:]).sum(axis=1)
-        found.append(margins_of(_in_two_rounds(replace(items, labels=given)), given)[0][chosen])
-    return np.concatenate(found)
+    margins_of_wrong = []
+    for seed in range(min(MAX_ROUNDS, -(-PLANTED // count))):
+        generator = np.random.default_rng(seed)
+        positions = generator.choice(good, count, replace=False)
+        wrong = labels.copy()
+        cumulative = np.cumsum(others[positions], axis=1)
+        wrong[positions] = (cumulative <= generator.random((count, 1)) * cumulative[:, -1:]).sum(axis=1)
+        margins_of_wrong.append(margins_of(_in_two_rounds(replace(items, labels=wrong)), wrong)[0][positions])
+    return np.concatenate(margins_of_wrong)
 
 
 def _in_two_rounds(items: Items) -> np.ndarray:
-    """Probabilities of the classes, for each row from classifiers that did not see it: float64 [rows, classes]."""
+    """Return out-of-fold probabilities of classifiers trained without probable errors: float64 [rows, classes]."""
     every = np.ones(len(items.labels), bool)
     other = _confidently_other(out_of_fold(items, every, 0), items.labels.astype(np.int64))
     if other.mean() > MAX_OTHER:
-        raise NoProbe(NOT_TOLD_APART)
+        raise NoProbe(NOT_SEPARABLE)
     return out_of_fold(items, ~other, 1)
 
 
 def out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
-    """Probabilities by classifiers that did not see the row, of the `learned` ones: float64 [rows, classes]."""
+    """Return probabilities by classifiers trained on other folds of the `learned` rows: float64 [rows, classes]."""
     fold = np.random.default_rng(seed).permutation(len(items.rows)) % FOLDS
-    found = np.zeros((len(items.rows), items.num_outputs))
+    probabilities = np.zeros((len(items.rows), items.num_outputs))
     for number in range(FOLDS):
-        # Classes of few rows, or a fold without some, are no reason to judge nothing.
+        # Rare classes may be missing from a fold; the others are judged anyway.
         [(_, classifier)] = fits(items.select((fold != number) & learned), strengths=(MIDDLE,))
-        found[fold == number] = softmax(classifier(items.features[fold == number]).astype(np.float64), axis=1)
-    return found
+        probabilities[fold == number] = softmax(classifier(items.features[fold == number]).astype(np.float64), axis=1)
+    return probabilities
 
 
 def _confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether another class is as likely as its own rows have it on average, and the likeliest such: bool [rows]."""
+    """Mark rows for which another class is likelier than its own rows' average: bool [rows]."""
     rows = np.arange(len(labels))
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
@@ -241,7 +241,7 @@ def _confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndar
 
 
 def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row's label, and the likeliest other class."""
+    """Return the margin of each row's label, and the likeliest other class."""
     rows, others = np.arange(len(labels)), probabilities.copy()
     others[rows, labels] = -1.0
     other = others.argmax(axis=1)
@@ -252,51 +252,49 @@ def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
 
 NEIGHBOURS = 20
 SPREADS = 2.5
-"""Between the quartiles: so many of them the fence lies above the upper one (Tukey 1977: 1.5, and 3 for far out)."""
+"""Interquartile ranges from the upper quartile to the fence (Tukey 1977: 1.5, or 3 for far out)."""
 MIN_TEXTS = 200
 MAX_FAR = 0.1
-"""Share of the texts that may be far from the others: where more are, the rows are of several kinds."""
+"""Share of texts that may be outliers; more are rows of several kinds."""
 _ROUNDS = 10
 _SAME = 1e-8
-"""Square of the distance below which two vectors are of one text."""
+"""Squared distance below which vectors belong to one text."""
 
 
 def outliers(
     reader: Reader, train_keys: np.ndarray, counts: Mapping[SplitName, int]
 ) -> tuple[dict[SplitName, dict[int, float]], float, int]:
-    """Rows far from all train rows; raises `NoProbe` where nothing can be told.
+    """Find rows far from all train rows. Raises `NoProbe` for too few or too varied rows.
 
     Args:
-        train_keys: A number of each train row's text or image: the same one counts once.
+        train_keys: Number of each train row's input; equal ones count once.
 
     Returns:
-        Each split's positions of such rows with their distance, the distance that three train rows in four do not
-        exceed, and how many rows were not drawn to be read.
+        Positions and distances of such rows by split, the upper quartile of train distances, and the number of rows not
+        sampled.
     """
     items, positions = reader.items("train")
-    different, first, inverse = np.unique(train_keys[positions], return_index=True, return_inverse=True)
-    if len(different) < MIN_TEXTS:
-        raise NoProbe(
-            f"{len(different):,} different texts or images in train are too few: expected at least {MIN_TEXTS}"
-        )
+    unique_keys, first, inverse = np.unique(train_keys[positions], return_index=True, return_inverse=True)
+    if len(unique_keys) < MIN_TEXTS:
+        raise NoProbe(f"train has {len(unique_keys):,} different texts or images, expected at least {MIN_TEXTS}")
     states = items.features[first]
     distances, is_far, usual, fence = far_out(states)
     if is_far.mean() > MAX_FAR:
-        raise NoProbe(f"{is_far.mean():.0%} of the train rows are far from the others: these are of several kinds")
-    left_out = counts["train"] - len(positions)
-    found: dict[SplitName, dict[int, float]] = {
+        raise NoProbe(f"{is_far.mean():.0%} of the train rows are far from the others: they are of several kinds")
+    num_unread = counts["train"] - len(positions)
+    far: dict[SplitName, dict[int, float]] = {
         "train": {int(positions[at]): float(distances[of]) for at, of in enumerate(inverse) if is_far[of]}
     }
-    for split in (one for one in ("eval", "test") if counts.get(one)):
+    for split in (name for name in ("eval", "test") if counts.get(name)):
         held_out, places = reader.items(split)
-        left_out += counts[split] - len(places)
-        theirs = nearest(held_out.features, states[~is_far])
-        found[split] = {int(places[at]): float(theirs[at]) for at in np.flatnonzero(theirs > fence)}
-    return found, usual, left_out
+        num_unread += counts[split] - len(places)
+        distances = nearest(held_out.features, states[~is_far])
+        far[split] = {int(places[at]): float(distances[at]) for at in np.flatnonzero(distances > fence)}
+    return far, usual, num_unread
 
 
 def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """The rows' distances, whether each is far out, the upper quartile of those that are not, and the fence."""
+    """Return distances, outliers (bool [rows]), the upper quartile of the others, and the fence."""
     is_far = np.zeros(len(states), bool)
     for _ in range(_ROUNDS):
         distances = nearest(states, states[~is_far])
@@ -310,7 +308,7 @@ def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
 
 
 def nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
-    """Mean of 1 - cosine to the nearest `count` of the others, one that is the same aside: float64 [rows]."""
+    """Return the mean of 1 - cosine to the nearest `count` others, except an equal one: float64 [rows]."""
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)

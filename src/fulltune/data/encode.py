@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fulltune.audit.texts import CHEAP, LOOKED_AT, cells, checks_of, found_by, masked_cells
+from fulltune.audit.texts import CHEAP, MAX_CHECKED, cells, checks_of, found_by, masked_cells
 from fulltune.data.contamination import ForbiddenTexts, holding
 from fulltune.data.groups import RowCounts, draw, joined, joined_by_value, marks_of, signatures
 from fulltune.data.readers.read import PlacedRow
@@ -243,7 +243,7 @@ def _count_flaws(job: Job, rows: Iterable[Row], tally: RowCounts) -> None:
     checks = checks_of(columns, CHEAP)
     for row in rows:
         of_parts = ((text, of) for part, of in checks.items() for _, text in cells(row, columns, part))
-        tally.counts.update({("flaw", check) for text, of in of_parts for check in found_by(text[:LOOKED_AT], of)})
+        tally.counts.update({("flaw", check) for text, of in of_parts for check in found_by(text[:MAX_CHECKED], of)})
 
 
 def _examples(job: Job, task: Task, rows: Sequence[Row]) -> list[list[Example] | None]:

@@ -47,7 +47,7 @@ def test_clean_rows_are_left_alone(spread: float) -> None:
 @pytest.mark.parametrize(
     ("count", "labels", "said"),
     [
-        (60, lambda n: np.arange(n) % 3, "by 60 rows"),
+        (60, lambda n: np.arange(n) % 3, "with 60 rows"),
         (200, lambda n: np.zeros(n, int), "two classes"),
         (200, lambda n: (np.arange(n) < 2).astype(int), "two classes"),
     ],
@@ -64,7 +64,7 @@ def test_features_that_tell_nothing_are_refused() -> None:
     rows = Items(
         "single_label", drawn.normal(size=(300, 4)).astype(np.float32), drawn.integers(0, 20, 300), np.arange(300), 20
     )
-    with pytest.raises(NoProbe, match="do not tell the classes apart"):
+    with pytest.raises(NoProbe, match="do not distinguish the classes"):
         judge_items(rows)
 
 
@@ -72,7 +72,7 @@ def test_classifiers_that_agree_by_chance_alone_judge_nothing() -> None:
     drawn = np.random.default_rng(1)
     features = drawn.normal(size=(300, 2)).astype(np.float32)
     rows = Items("single_label", features, drawn.integers(0, 3, 300), np.arange(300), 3)
-    with pytest.raises(NoProbe, match="do not tell the classes apart"):
+    with pytest.raises(NoProbe, match="do not distinguish the classes"):
         judge_items(rows)
 
 

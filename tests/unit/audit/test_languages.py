@@ -14,8 +14,8 @@ from fulltune.audit.languages import (
     ColumnLanguages,
     add_languages,
     detect_language,
-    elsewhere,
-    not_told,
+    foreign_language,
+    languages_obstacle,
 )
 from fulltune.report.run.data_page import _languages
 from tests.unit.audit.test_stage import CLEAN, audited, prepared
@@ -34,7 +34,7 @@ def stands_out(text: str, *main: str) -> str | None:
     first = detect_language(text)
     if first is None or first[0] in main or first[1] < SURE:
         return None
-    found = elsewhere(text, main)
+    found = foreign_language(text, main)
     return found[0] if found else None
 
 
@@ -93,7 +93,7 @@ def test_probability_is_that_of_close_languages_but_for_the_column_s_own(
     monkeypatch: pytest.MonkeyPatch, shares: dict[str, float], main: set[str], found: tuple[str, float] | None
 ) -> None:
     monkeypatch.setattr(languages, "_identifier", lambda: Ranks(**shares))
-    said = elsewhere("some words that are long enough to tell", main)
+    said = foreign_language("some words that are long enough to tell", main)
     assert (said and (said[0], round(said[1], 2))) == found
 
 
@@ -141,7 +141,7 @@ def test_rows_in_a_language_that_hardly_any_other_is_in_stand_out(
     for text in texts:
         add_languages(heard, {"text": text}, {"text": "text"})
     assert heard["text"].suspects() == found
-    said = not_told(heard)
+    said = languages_obstacle(heard)
     assert (said is None) == (why is None)
     assert why is None or f"column 'text': {why}" in (said or "")
 
@@ -167,7 +167,7 @@ def test_row_in_another_language_is_listed_by_the_audit(tmp_path: Path) -> None:
     found, issues = audited(tmp_path, prepared(tmp_path, rows))
     [one] = issues[OTHER_LANGUAGE]
     assert one.place.endswith(f":{len(rows)}")
-    assert one.reason == "column 'text': de, where nearly all rows are en"
+    assert one.reason == "column 'text': de, but nearly all rows are en"
     assert one.remedy.action == "drop"
     assert one.score > 0.95
     assert next(iter(found.languages["text"])) == "en"

@@ -55,8 +55,8 @@ def test_highest_losses_of_each_split_are_listed_with_what_is_usual(tmp_path: Pa
         row_id(rows["train"][3]),
     ]
     assert len([one for one in issues if one["split"] == "train"]) == -(-sizes["train"] // 10)
-    assert "loss 9; of half of the eval rows at most 0.01" in issues[0]["reason"]
-    assert issues[0]["reason"].endswith("the model says 'a'")
+    assert "loss 9, median of the eval rows 0.01" in issues[0]["reason"]
+    assert issues[0]["reason"].endswith("the model predicts 'a'")
     assert list(audit.checks)[-1] == "high loss"
     lines = [json.loads(line) for line in (tmp_path / "data" / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(one["split"], one["row"]) for one in lines] == [

@@ -112,9 +112,9 @@ def test_positions_are_those_of_the_rows_that_were_drawn() -> None:
 
 def test_what_cannot_be_told_is_said() -> None:
     few = MIN_TEXTS - 1
-    with pytest.raises(NoProbe, match="too few"):
+    with pytest.raises(NoProbe, match="expected at least 200"):
         read(train=usual(few))
-    with pytest.raises(NoProbe, match="too few"):
+    with pytest.raises(NoProbe, match="expected at least 200"):
         read(np.arange(400) % few, train=usual(400))
     train = np.concatenate([usual(400), odd(60)])
     assert MAX_FAR * len(train) < 60

@@ -6,7 +6,7 @@ from array import array
 
 import numpy as np
 
-from fulltune.audit.rows import RowScan, _scored_on
+from fulltune.audit.rows import RowScan, _held_out_twins
 from fulltune.data.groups import NUM_HASHES
 
 
@@ -20,7 +20,7 @@ def test_the_nearest_of_thousands_of_one_template_is_among_those_that_are_read()
     seen.keys[1] = seen.keys[500]
     train = np.arange(2 + held_out) < 2
     leaks, near = np.array([False, True] + [False] * held_out), np.zeros(2 + held_out, np.int64)
-    found = _scored_on(seen, train, leaks, near)
+    found = _held_out_twins(seen, train, leaks, near)
     assert found[0][0] == 1 + held_out
     assert len(found[0]) == 10
     assert found[1] == [500]

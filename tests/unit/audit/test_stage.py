@@ -143,7 +143,7 @@ def test_outliers_of_each_split_are_listed_the_farthest_first(tmp_path: Path) ->
 def test_outliers_that_cannot_be_told_or_were_not_asked_for_are_said(tmp_path: Path) -> None:
     summary = prepared(tmp_path, CLEAN)
     found, _ = audited(tmp_path, summary)
-    assert found.not_run["outlier"] == "left out by --no-labels"
+    assert found.not_run["outlier"] == "skipped by --no-labels"
     found, _ = audited(
         tmp_path, summary, outlie=lambda *of: cannot("too few")
     )  # looked at again: it was not asked before
@@ -183,7 +183,7 @@ def test_same_rows_are_looked_at_once_and_give_the_same_bytes(tmp_path: Path) ->
         cannot("asked")
 
     found, _ = audited(tmp_path, summary)
-    assert found.not_run["label error"] == "left out by --no-labels"
+    assert found.not_run["label error"] == "skipped by --no-labels"
     found, _ = audited(tmp_path, summary, judge)  # labels were not judged before
     assert found.not_run["label error"] == "asked"
     assert calls == [1]
@@ -214,7 +214,7 @@ def test_faults_of_conversations_are_listed_with_all_reasons(tmp_path: Path) -> 
     rows[19] = {"messages": shared}
     found, issues = audited(tmp_path, prepared(tmp_path, rows, "causal-lm"))
     assert {one.place.rpartition(":")[2]: one.reason for one in issues["chat fault"]} == {
-        "5": "turn 3 is a system turn that is not first, it ends with a user turn that nothing answers",
+        "5": "turn 3 is a system turn that is not first, it ends with a user turn without an answer",
         "15": "turns 1 and 2 are both user turns",
     }
     assert {one.place.rpartition(":")[2] for one in issues["markup"]} == {"20"}
@@ -363,7 +363,7 @@ def test_rows_of_classes_that_may_be_one_are_proposed_the_most_frequent_name(tmp
     rows = [{**row, "label": row["label"].title() if at % 7 < 2 else row["label"]} for at, row in enumerate(CLEAN)]
     other = [str(at) for at, (row, old) in enumerate(zip(rows, CLEAN, strict=True), start=1) if row != old]
     summary = prepared(tmp_path, rows)
-    assert any("perhaps meant to be one" in note and '"class names"' in note for note in summary.notes)
+    assert any("may be the same" in note and '"class names"' in note for note in summary.notes)
     _, issues = audited(tmp_path, summary)
     assert sorted(one.place.rpartition(":")[2] for one in issues["class names"]) == sorted(other)
     assert {one.remedy.value for one in issues["class names"]} == {row["label"] for row in CLEAN}

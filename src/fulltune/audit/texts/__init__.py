@@ -1,4 +1,4 @@
-"""What is wrong with the texts of a row: pure functions of single texts, with a repair where there is one."""
+"""Checks single texts of a row, with a repair if there is one."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _CHECKS: Mapping[str, Callable[[str], Flaw | None]] = {
     "phone number": private.phone_number,
     "refusal": content.refusal,
 }
-"""In the order in which their repairs follow each other."""
+"""Checks in the order of their repairs."""
 OF_TEXTS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "refusal")
-"""What can be wrong with a text that a model reads."""
+"""Checks of texts that a model reads."""
 OF_ANSWERS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "no words")
-"""With one that it learns to write: `42` is an answer, and a refusal is a bad one."""
+"""Checks of texts that a model learns to write: `42` is an answer, and a refusal a bad one."""
 _PRIVATE: tuple[str, ...] = ("secret", "personal data", "phone number")
 _UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup")
-"""Repairs that may make a secret whole: of one with a zero-width space or a tag inside."""
+"""Repairs that may restore a secret broken by, for example, a zero-width space or a tag."""
 
 
 def missing() -> list[str]:
-    """Checks that need the extra `audit` where it is not installed: leave them out of `checks`, and say so."""
+    """Return the checks whose package, of the extra `audit`, is not installed."""
     packages = {"broken encoding": "ftfy", "phone number": "phonenumbers"}
     return [check for check, package in packages.items() if not is_installed(package)]
 
 
 def masked_text(text: str) -> str:
-    """A text as it may be shown or listed, before it is shortened: without secrets, personal data, phone numbers."""
+    """Return a text without secrets, personal data and phone numbers, to be shown. Call it before shortening."""
     shown = repaired(text, _PRIVATE)
     whole = repaired(RE["unseen"].sub("", shown), _UNCOVERING)
     if whole == shown == text:
@@ -50,7 +50,7 @@ def masked_text(text: str) -> str:
 
 
 def masked_cells(cell: Any) -> Any:
-    """A row, or a cell of one, with all its texts as `masked_text` has them."""
+    """Apply `masked_text` to all texts in a row or cell."""
     if isinstance(cell, dict):
         return {masked_text(str(name)): masked_cells(inner) for name, inner in cell.items()}
     if isinstance(cell, (list, tuple)):
@@ -60,27 +60,27 @@ def masked_cells(cell: Any) -> Any:
 
 
 def found_by(text: str, checks: Collection[str]) -> list[str]:
-    """The checks that find something in a text."""
+    """Return the checks that detect a flaw."""
     return [check for check in checks if _CHECKS[check](text) is not None]
 
 
 def flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
-    """What is wrong with a text, one entry a check: as it may be shown, in its reason and in what is proposed."""
-    found = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
-    masked = masked_text(text) if found else text
-    # Where nothing is masked nothing is private, nor in what a repair gives: `masked_text` has looked behind each.
-    return [_shown(flaw, masked) for flaw in found] if masked != text else found
+    """Return the flaws of a text, one for each check, with secrets masked in reasons and repairs."""
+    results = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
+    masked = masked_text(text) if results else text
+    # If nothing is masked, no repair uncovers anything private either: `masked_text` tries them.
+    return [_shown(flaw, masked) for flaw in results] if masked != text else results
 
 
 def _shown(flaw: Flaw, masked: str) -> Flaw:
-    """A flaw without what is private elsewhere in its text: a reason may quote it, and a repair keeps it."""
+    """Mask what is private elsewhere in a flaw's text, as reasons may quote it and repairs keep it."""
     again = flaw if flaw.check in _PRIVATE else _CHECKS[flaw.check](masked)
-    reason = again.reason if again is not None else "in what is masked"
+    reason = again.reason if again is not None else "in masked text"
     return replace(flaw, reason=reason, fixed=flaw.fixed and masked_text(flaw.fixed))
 
 
 def repaired(text: str, checks: Collection[str]) -> str:
-    """The text after the repairs of these checks that can be made, each on what the one before it left."""
+    """Apply the repairs of these checks, one after the other."""
     absent = missing()
     for check, find in _CHECKS.items():
         if check in checks and check not in absent and (flaw := find(text)) is not None and flaw.fixed is not None:
@@ -92,22 +92,22 @@ def repaired(text: str, checks: Collection[str]) -> str:
 
 _READ = ("text", "text_pair", "prompt", "input", "source", "question", "context", "messages", "tokens")
 _WRITTEN = ("completion", "target", "messages")
-"""Roles of columns with running text: what a model reads, and what it learns to write. Of a conversation the latter are
-the assistant's turns."""
-Part = Literal["read", "written"]
-PARTS: Mapping[Part, tuple[tuple[str, ...], tuple[str, ...]]] = {
+"""Roles of columns with running text that a model reads, or learns to write (in conversations the assistant's
+turns)."""
+TextUse = Literal["read", "written"]
+PARTS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "read": (_READ, OF_TEXTS),
     "written": (_WRITTEN, OF_ANSWERS),
 }
 CHEAP = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
-"""Made on each row of each run: together they take 15 % of the tokenising of short texts, and a third of it with
-`refusal`, which answers alone get."""
-LOOKED_AT = 100_000
-"""Characters of a text in each run: a check takes several times their memory."""
+"""Checks of every row in every run: they add 15 % to the tokenising of short texts, a third with `refusal`, which is
+for answers."""
+MAX_CHECKED = 100_000
+"""Characters of a text checked in each run; a check takes several times their memory."""
 
 
-def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[Part, list[str]]:
-    """The checks (all, or those wanted) that can be made on what is read, and on what is written, if there is any."""
+def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[TextUse, list[str]]:
+    """Return the possible checks, of those wanted, for read and for written texts."""
     possible = [check for check in wanted if check not in missing()]
     return {
         part: [check for check in of if check in possible]
@@ -116,34 +116,34 @@ def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECK
     }
 
 
-def cells(row: Mapping[str, Any], columns: Mapping[str, str], part: Part) -> Iterator[tuple[str, str]]:
-    """Columns with running text, and what stands in them; of a conversation some turns, of a sentence its words."""
+def cells(row: Mapping[str, Any], columns: Mapping[str, str], part: TextUse) -> Iterator[tuple[str, str]]:
+    """Yield columns and their running text; of a conversation the turns of this part, of a sentence its words."""
     for role in PARTS[part][0]:
         column = columns.get(role, "")
         cell = row.get(column)
         if column and isinstance(cell, str):
             yield column, cell
         elif column and isinstance(cell, list):
-            turns = cell if role != "messages" else [one for one in cell if _is_answer(one) == (part == "written")]
+            turns = cell if role != "messages" else [turn for turn in cell if _is_answer(turn) == (part == "written")]
             if turns:
-                yield column, " ".join(map(_said, turns))
+                yield column, " ".join(map(_text_of, turns))
 
 
 def whole_texts(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
-    """Column to all its running text, of each column in which some may stand."""
-    found = {columns[role]: "" for roles, _ in PARTS.values() for role in roles if role in columns}
+    """Return the running text of each column that may have some."""
+    whole = {columns[role]: "" for roles, _ in PARTS.values() for role in roles if role in columns}
     for part in PARTS:
         for column, text in cells(row, columns, part):
-            found[column] = text if found[column] in ("", text) else f"{found[column]} {text}"
-    return found
+            whole[column] = text if whole[column] in ("", text) else f"{whole[column]} {text}"
+    return whole
 
 
-def _is_answer(turn: Any) -> bool:
-    """Whether a turn of a conversation is the model's; of any of the usual forms."""
+def _is_answer(turn: object) -> bool:
     return isinstance(turn, dict) and (turn.get("role") or turn.get("from")) in ("assistant", "gpt", "model", "bot")
 
 
-def _said(one: object) -> str:
-    """A word, or what a turn says, also in ShareGPT's form."""
-    said = (one.get("value") if one.get("content") is None else one["content"]) if isinstance(one, dict) else one
-    return "" if said is None else str(said)
+def _text_of(part: object) -> str:
+    """Return a word, or the text of a turn, also in ShareGPT's form."""
+    if isinstance(part, dict):
+        part = part.get("value") if part.get("content") is None else part["content"]
+    return "" if part is None else str(part)

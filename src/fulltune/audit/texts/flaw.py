@@ -1,4 +1,4 @@
-"""What is wrong with a text, and how places in it are named, masked and replaced."""
+"""Flaws of texts, and how they are named, masked and replaced."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import Any
 from fulltune.text import first_few
 
 PATTERNS: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("checks.toml").read_text(encoding="utf-8"))
-"""What checks look for, as data."""
+"""Patterns of all checks."""
 ABOUT: Mapping[str, str] = PATTERNS["about"]
-"""Each check, and what it finds; the one whose rows cost most comes first."""
+"""Description of each check; the most harmful comes first."""
 
 
 @cache
 def is_installed(package: str) -> bool:
-    """Whether a package that a check needs is installed: asked before each text."""
+    """Return whether a package that a check needs is installed."""
     return importlib.util.find_spec(package) is not None
 
 
 @dataclass(frozen=True)
 class Flaw:
-    """What one check found in a text."""
+    """A flaw that a check detected."""
 
     check: str
     reason: str
-    """For a reader; of secrets and personal data only the beginning is quoted."""
+    """Reason for a reader; secrets are quoted by their beginning only."""
     fixed: str | None = None
-    """The text as it would be after this repair or redaction alone; None: there is none."""
+    """The text after this repair alone, or None."""
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """An expression of `PATTERNS`, with what its words stand for."""
+    """Compile an expression of `PATTERNS` with its words replaced."""
     for word, meaning in PATTERNS["words"].items():
         pattern = pattern.replace(f"<{word}>", meaning)
     return re.compile(pattern)
@@ -47,10 +47,10 @@ RE = {name: compiled(pattern) for name, pattern in PATTERNS["expressions"].items
 
 
 def redacted(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -> Flaw | None:
-    """A flaw that names each place and masks it, and whose repair puts a word in its stead; None without places.
+    """Return a flaw that names and masks each place, or None without places.
 
     Args:
-        hits: Where each place begins and ends, what it is (`e-mail address`), and what is put there (`[EMAIL]`).
+        hits: Start, end, kind (`e-mail address`) and replacement (`[EMAIL]`) of each place.
     """
     pieces, named, place = list[str](), list[str](), 0
     for start, end, what, instead in sorted(hits, key=lambda hit: (hit[0], -hit[1])):
@@ -63,11 +63,11 @@ def redacted(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -
 
 
 def masked(value: str) -> str:
-    """The beginning of what must not be quoted: four characters, or of short ones fewer: `'AKIA…'`, `'jo…'`."""
+    """Return at most the first four characters of a secret: `'AKIA…'`, `'jo…'`."""
     return f"'{value[: min(4, len(value) // 6)]}…'"
 
 
 def quoted(text: str, most_characters: int = 40) -> str:
-    """A piece of a text on one line, in quotes, cut where it is long."""
+    """Quote the beginning of a text on one line."""
     line = " ".join(text.split())
     return f"'{line[: most_characters - 1]}…'" if len(line) > most_characters else f"'{line}'"

@@ -1,4 +1,4 @@
-"""Private data in a text: passwords, keys and tokens of services, e-mail addresses, accounts, cards, phone numbers."""
+"""Detects passwords, keys and tokens, e-mail addresses, accounts, cards and phone numbers in a text."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ _Hit = tuple[int, int, str, str]
 
 
 def secret(text: str) -> Flaw | None:
-    """Keys and tokens in their published formats, passwords in addresses, and random values given to a password."""
+    """Detect keys and tokens in published formats, passwords in addresses, and random values of passwords."""
     return redacted("secret", text, _hits("secret", text)) if RE["maybe_secret"].search(text) else None
 
 
 def personal_data(text: str) -> Flaw | None:
-    """All kinds but phone numbers, which need a library; well-known examples and test numbers are left alone."""
+    """Detect all kinds but phone numbers, except well-known examples and test numbers."""
     return redacted("personal data", text, _hits("personal", text)) if RE["maybe_personal"].search(text) else None
 
 
 def _hits(kind: str, text: str) -> Iterator[_Hit]:
     lowered = text.lower()
-    for what, signs, pattern, is_one in _KINDS[kind]:
+    for what, signs, pattern, is_valid in _KINDS[kind]:
         if not signs or any(sign in lowered for sign in signs):
-            for found in pattern.finditer(text):
-                group = found.lastindex or 0
-                if is_one(found[group]):
-                    yield *found.span(group), what, PATTERNS["instead"].get(what, "[SECRET]")
+            for match in pattern.finditer(text):
+                group = match.lastindex or 0
+                if is_valid(match[group]):
+                    yield *match.span(group), what, PATTERNS["instead"].get(what, "[SECRET]")
 
 
-# ---- whether what looks like it is it -------------------------------------------------------------------------------
+# ---- validation of matches ------------------------------------------------------------------------------------------
 
 _MIN_BITS = 3.0
-"""Entropy per character: below it stand words, above it eight or more different characters."""
+"""Entropy per character: words are below, eight or more different characters above."""
 
 
 def _random(value: str) -> bool:
-    """Letters and digits, or three kinds of characters, in no order that a word or a name in code would have."""
+    """Return whether a value is random: letters and digits, or three kinds of characters, in no order of words or
+    code."""
     if RE["not_given"].search(value):
         return False
     value = value.rstrip(".:!?]}")
@@ -60,13 +61,13 @@ def _is_card(number: str) -> bool:
 
 
 def passes_mod_97(iban: str) -> bool:
-    """ISO 7064: the check digits of an account number are right."""
+    """Check an account number by ISO 7064."""
     digits = [str(int(character, 36)) for character in iban if character.isalnum()]
     return int("".join(digits[4:] + digits[:4])) % 97 == 1
 
 
 def passes_luhn(digits: str) -> bool:
-    """ISO 7812: the last digit of a card's number is right."""
+    """Check a card number by ISO 7812."""
     doubled = (int(digit) * 2 for digit in digits[-2::-2])
     return (sum(map(int, digits[-1::-2])) + sum(value - 9 if value > 9 else value for value in doubled)) % 10 == 0
 
@@ -91,7 +92,7 @@ _KINDS = {
 
 
 def phone_number(text: str) -> Flaw | None:
-    """Phone numbers that the numbering plans allow: with a country's code, in North American form, or named as one."""
+    """Detect valid phone numbers with a country code, in North American form, or named as one."""
     if not RE["maybe_phone"].search(text):
         return None
     from phonenumbers import PhoneNumberMatcher
@@ -99,7 +100,7 @@ def phone_number(text: str) -> Flaw | None:
     hits = list(_hits("phone", text))
     for number in PhoneNumberMatcher(text, "US"):
         raw, before = number.raw_string, text[: number.start].rstrip(" ")[-1:]
-        # Ten digits in a row may be any number, and so may those of a sum.
+        # Ten digits in a row, or in a sum, may be any number.
         written = RE["international"].match(raw) or RE["north_american"].fullmatch(raw)
         if written and before not in set("=+-*/<>^×") and not RE["fictional"].fullmatch(re.sub(r"\D", "", raw)):
             hits.append((number.start, number.end, "phone number", "[PHONE]"))
