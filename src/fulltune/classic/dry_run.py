@@ -117,7 +117,6 @@ def _forward_and_backward(trainer: Any, model: Any, batch: Any) -> float:
 
 
 def _step_without_rate(trainer: Any) -> None:
-    """Make the optimizer allocate its state at rate 0, and clear it again."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) or optimizer.state:
         return

@@ -68,7 +68,6 @@ def complete(model: Any, tokenizer: Any, collate: Any) -> Any:
 
 
 def _fallback_token(config: Any, text: Any) -> tuple[int | None, str]:
-    """Return the padding token of the model's own tokenizer, else the end token of its config, and its source."""
     name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers makes an empty one

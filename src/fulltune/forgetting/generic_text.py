@@ -129,7 +129,6 @@ def text_key(text: str, words: int = _KEY_WORDS) -> str:
 
 @cache
 def _documentation(count: int) -> tuple[str, ...]:
-    """Return at least `count` paragraphs of docstrings of the standard library, if it has so many."""
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = (path.relative_to(root) for path in (*root.glob("*.py"), *root.glob("*/*.py")))
     included = [path for path in modules if not any(part in _EXCLUDED for part in path.parts)]

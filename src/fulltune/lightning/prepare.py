@@ -202,7 +202,6 @@ def prepare(
 
 
 def _load(job: Run, plan: Plan, summary: DataSummary) -> tuple[Any, ...]:
-    """Load the arguments of `FineTuningModule`."""
     recipe, task, data = job.recipe, task_named(job.recipe.task), job.folder / "data"
     transformers.set_seed(plan.seed)
     target = Target.of(summary)

@@ -201,7 +201,6 @@ class Replay(TrainingPart):
         self.weight = state["replay_weight"]
 
     def _distance(self, positions: Sequence[int]) -> torch.Tensor:
-        """Return the distance from the pretrained model, summed over these texts, or over a language model's tokens."""
         model, device = self.trainer.model, self.trainer.args.device
         if not self.text.writes:
             stacked = np.stack([self.before[position] for position in positions])
@@ -213,7 +212,6 @@ class Replay(TrainingPart):
         return divergence(before.float(), logs.gather(-1, ids.long()))
 
     def _logits(self, positions: Sequence[int]) -> torch.Tensor:
-        """Return the logits of the next tokens of all these texts: [tokens, vocabulary]."""
         texts, device = [self.text.ids[position] for position in positions], self.trainer.args.device
         ids = padded(texts, self.text.pad_token_id).to(device)
         labels = padded([[IGNORED, *text[1:]] for text in texts], IGNORED).to(device)

@@ -155,7 +155,6 @@ def _choose(
 
 
 def _eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[Row]:
-    """Return at most `MAX_ROWS` eval rows, the same for all trials of a comparison."""
     rows = trainer.eval_rows
     if len(rows) <= MAX_ROWS:
         return rows
@@ -165,7 +164,6 @@ def _eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[Row]:
 def _refine(
     points: list[InterpolationPoint], limit: float, measure: Callable[[float], InterpolationPoint]
 ) -> list[InterpolationPoint]:
-    """Measure further points between the largest one within the limit and the next one."""
     refined: list[InterpolationPoint] = []
     for _ in range(REFINEMENTS):
         tried = sorted([*points, *refined], key=lambda point: point.share)

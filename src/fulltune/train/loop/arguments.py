@@ -161,7 +161,6 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
 
 
 def _refusal(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
-    """Turn transformers' message into an error; creating the arguments also connects the processes."""
     if not is_runtime_error or re.search("gloo|nccl|connect|socket", message, re.IGNORECASE) is None:
         return RecipeError(f"train: transformers refuses these settings: {message}")
     return SetupError(

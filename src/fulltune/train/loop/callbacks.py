@@ -247,8 +247,7 @@ def compare_updates(step: int, before: dict[str, torch.Tensor], after: dict[str,
 
 
 def _sample(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copy some values of each trained tensor, or of this rank's shard. Token embeddings are excluded: a step updates
-    only the rows of tokens that it read."""
+    # Without token embeddings, of which a step updates only the rows of tokens that it read.
     sharding.reshard(model)
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     excluded = {id(parameter) for parameter in embeddings.parameters()} if embeddings is not None else set()

@@ -161,7 +161,6 @@ class Guarded:
     def _judge(
         self, losses: torch.Tensor | float, norm: torch.Tensor | float | None
     ) -> tuple[StepVerdict, float, float | None]:
-        """Return the verdict of all processes on the current step, its mean loss and its gradient norm."""
         in_engine = bool(self.is_deepspeed_enabled)
         if isinstance(norm, torch.Tensor):  # sharded by FSDP2
             norm = sharding.whole(norm)

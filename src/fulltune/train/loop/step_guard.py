@@ -137,7 +137,6 @@ def _skipped(
 
 
 def _outlier(history: StepHistory, loss: float, norm: float | None, rows: float) -> str | None:
-    """Describe a step whose loss and norm are both outliers; fewer rows widen the limits."""
     if norm is None or norm <= 0 or not history.first or len(history.log_norms) < MIN_CLEAN_STEPS:
         return None
     median, spread = _median_and_spread(history.log_norms, MIN_NORM_SPREAD)
@@ -153,7 +152,6 @@ def _outlier(history: StepHistory, loss: float, norm: float | None, rows: float)
 
 
 def _stayed_high(history: StepHistory) -> str | None:
-    """Describe a loss that rose above its baseline and stayed there."""
     before, recent = history.losses[:-RECENT_STEPS], history.losses[-RECENT_STEPS:]
     if not history.first or len(before) < MIN_CLEAN_STEPS:
         return None

@@ -47,7 +47,6 @@ def save(
 
 
 def _files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Assign tensors to small files, numbered from 1."""
     sizes = {name: sharding.local(values).nbytes for name, values in state.items()}
     limit = max(MIN_FILE_BYTES, sum(sizes.values()) // MAX_FILES)
     number, file_size, files = 1, 0, dict[str, int]()
@@ -192,7 +191,6 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, che
 
 
 def _placed(values: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Shard a parameter's state as the parameter; scalars stay as they are."""
     if "exp_avg" in values and values["exp_avg"].shape != parameter.shape:  # fulltune's AdamW, unsharded
         values = in_fp32(values, parameter.shape)
     placed = {}

@@ -61,7 +61,6 @@ def _written(request: Request) -> list[Outcome]:
 
 
 def _tail(request: Request) -> list[str]:
-    """Return the last lines of the log of each machine."""
     logs = (request.folder / "log.txt", *sorted(request.folder.glob("log-machine*.txt")))
     return [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]]
 
@@ -73,7 +72,6 @@ def _outcome(
     killed_by_kernel: bool = False,
     lost: Sequence[LostMachine] = (),
 ) -> Outcome:
-    """Return the outcome that the worker wrote, or derive one from its exit code and its log."""
     written = _written(request)
     tail = _tail(request)
     # torchrun logs the signal if one of several ranks was killed; the others only saw a closed connection.

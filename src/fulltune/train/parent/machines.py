@@ -218,7 +218,6 @@ class _OnAllMachines:
 
 
 def _part_of(heard: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
-    """Return whether an attempt has ended on a machine, and how the machine was lost, if so."""
     member = heard.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)

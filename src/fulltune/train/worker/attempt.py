@@ -99,7 +99,6 @@ def _begin(training: Training) -> None:
 
 
 def _trained(training: Training) -> dict[str, Any]:
-    """Save the initial weights, train, judge the curves, count changed values, load the best weights and save them."""
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
     request, recorder, journal, usage = inputs.request, inputs.recorder, inputs.journal, inputs.usage
     plan, is_sharded, initial = inputs.plan, inputs.sharing is not None, None
@@ -164,7 +163,6 @@ def _check(training: Training) -> None:
 
 
 def _fit(training: Training) -> tuple[TrainerState, torch.optim.Optimizer]:
-    """Train, from the checkpoint if there is one; returns the trainer's state and the optimizer."""
     inputs, trainer, request = training.inputs, training.trainer, training.inputs.request
     inputs.journal.at("step" if request.checkpoint is None else "resuming")
     if request.checkpoint is not None:

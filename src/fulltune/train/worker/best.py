@@ -44,7 +44,6 @@ def _at_end(inputs: AttemptInputs, state: TrainerState) -> dict[str, Any]:
 
 
 def _last(inputs: AttemptInputs, state: TrainerState) -> dict[str, Any] | None:
-    """Return the fields of the last weights if the eval rows cannot distinguish them from the best ones, else None."""
     plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
     if plan.metric not in inputs.summary.form.row_shares:
         return None

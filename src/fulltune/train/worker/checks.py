@@ -79,7 +79,6 @@ def refuse_failed(checks: Sequence[Check], recorder: Recorder) -> None:
 
 
 def _parameters(model: PreTrainedModel, plan: Plan) -> Check:
-    """Exactly as many as planned; by full fine-tuning all."""
     fixed = methods.computed(model)
     parameters = [parameter for name, parameter in model.named_parameters() if name not in fixed]
     trainable = sum(_values(parameter) for parameter in parameters if parameter.requires_grad)
@@ -128,7 +127,6 @@ def _texts_apart(trainer: FullTrainer, model: PreTrainedModel) -> Check:
 
 
 def _selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:
-    """Give the trainer its selective head; without one, training is slower but gives the same weights."""
     if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists once training begins
         result = "off: ZeRO shards the model"
     elif own_loss:  # needs all logits

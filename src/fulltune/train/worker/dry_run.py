@@ -319,8 +319,6 @@ def _train_time(
 
 
 def _evaluation(passes: PassTimer, train: PassTime, quadratic: float, budget: float) -> tuple[float, int]:
-    """Return the seconds of an evaluation, from its longest batch and the time of a training pass of the same work, and
-    the number of evaluations."""
     plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
     parts = list(batches(longest_first(lengths), plan.eval_batch_size))
@@ -345,7 +343,6 @@ def _generic_work(quadratic: float) -> float:
 
 
 def _shapes(lengths: np.ndarray, parts: Iterable[Positions]) -> np.ndarray:
-    """Return each pass's number of rows and tokens of its longest row: [passes, 2]."""
     return np.array([(len(part), lengths[list(part)].max()) for part in parts], np.int64).reshape(-1, 2)
 
 
@@ -362,7 +359,6 @@ def _quadratic(model: PreTrainedModel) -> float:
 
 
 def _save_seconds(passes: PassTimer) -> float:
-    """Estimate the seconds of a checkpoint with its checksums, from its small files and a sample of its tensors."""
     trainer, trial = passes.trainer, passes.inputs.request.checkpoints / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]

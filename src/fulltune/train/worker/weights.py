@@ -181,7 +181,6 @@ def save_model(
 
 
 def _gather_trained(model: PreTrainedModel) -> None:
-    """Gather the few trained parameters on each rank; the model cannot be trained afterwards."""
     sharding.reshard(model)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
