@@ -74,7 +74,7 @@ class CleaningStep:
 
     @property
     def decisions(self) -> list[RowDecision]:
-        return [one.decided(Remedy(action="drop") if self.action == "drop" else one.remedy) for one in self.issues]
+        return [one.decision(Remedy(action="drop") if self.action == "drop" else one.remedy) for one in self.issues]
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:

@@ -180,7 +180,7 @@ def to_decide(issues: Issues) -> RowDecision:
     """Return an undecided line of a patch file, to be edited there."""
     reasons = "; ".join(f"{one.check}: {one.reason}" for one in issues)
     more = {"text": issues[0].text, "reason": reasons, "proposed": _change(issues) or Remedy(action="drop")}
-    return issues[0].decided(Remedy(action="undecided")).model_copy(update=more)
+    return issues[0].decision(Remedy(action="undecided")).model_copy(update=more)
 
 
 def _relabel(summary: DataSummary) -> Callable[[], Remedy | None] | None:
@@ -236,7 +236,7 @@ def go_through(
                     break
                 case _:
                     continue
-            decided[them[0].key] = them[0].decided(remedy)
+            decided[them[0].key] = them[0].decision(remedy)
             history.append(place)
             save(patch, decided)
             place += 1
@@ -266,7 +266,7 @@ def accepted(
         first = next((issue for issue in wanted if issue.remedy.action == "drop"), wanted[0])
         more += first.remedy.action == "replace" and any(issue.remedy != first.remedy for issue in wanted)
         counts[first.check] += 1
-        decided[first.key] = first.decided(first.remedy)
+        decided[first.key] = first.decision(first.remedy)
     notes = [f"{check}: {counted(count, 'row')}, as proposed" for check, count in counts.items()]
     if more:
         notes.append(f"{counted(more, 'row')} with another change as well: apply the patch and run this again")

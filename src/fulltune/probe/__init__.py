@@ -205,7 +205,7 @@ def fit(
         failure=failure,
         train_rows=len(train_rows),
         available_rows=len(rows),
-        held_out="eval rows" if by_eval else "cross-validation",
+        selected_on="eval rows" if by_eval else "cross-validation",
     )
     return record, values, start, baseline[1] if baseline else None
 

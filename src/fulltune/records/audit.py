@@ -61,7 +61,7 @@ class RowIssue(RowDecision):
     score: float = 0.0
     """Confidence of the check; higher is surer."""
 
-    def decided(self, remedy: Remedy) -> RowDecision:
+    def decision(self, remedy: Remedy) -> RowDecision:
         """Return the line of a patch file."""
         return RowDecision(row=self.row, remedy=remedy, source=self.source, check=self.check, place=self.place)
 

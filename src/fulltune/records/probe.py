@@ -72,7 +72,7 @@ class Probe(Record):
     train_rows: int = 0
     """Train rows used, of `available_rows`."""
     available_rows: int = 0
-    held_out: Literal["eval rows", "cross-validation"] = "eval rows"
+    selected_on: Literal["eval rows", "cross-validation"] = "eval rows"
     """Rows that selected strength and features."""
     seconds: float = 0.0
 

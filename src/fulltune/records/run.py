@@ -15,7 +15,7 @@ ACCESSES = "test-rows-scored.jsonl"
 COMPARISON = "comparison"
 
 
-class MachineUsed(Record):
+class MachineRecord(Record):
     """One of several machines of a run."""
 
     rank: int
@@ -31,7 +31,7 @@ class MachineUsed(Record):
 class Environment(Record):
     """Machine, packages and duration of a run."""
 
-    started: str
+    start_time: str
     """Start, ISO 8601 with time zone."""
     fulltune: str
     python: str
@@ -42,7 +42,7 @@ class Environment(Record):
     memory_bytes: int
     devices: tuple[str, ...]
     commit: str | None = None
-    machines: tuple[MachineUsed, ...] = ()
+    machines: tuple[MachineRecord, ...] = ()
     seconds: float | None = None
     """Duration of `fulltune run`."""
 

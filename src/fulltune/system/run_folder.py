@@ -341,7 +341,7 @@ def not_left_when_refused(folder: Path, *except_for: type[FulltuneError]) -> Ite
 def environment(machine: Machine) -> Environment:
     """Versions, devices and, in a git checkout, the commit."""
     return Environment(
-        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+        start_time=datetime.now().astimezone().isoformat(timespec="seconds"),
         fulltune=metadata.version("fulltune"),
         python=sys.version.split()[0],
         platform=platform.platform(),

@@ -367,7 +367,7 @@ def test_rows_of_classes_that_may_be_one_are_proposed_the_most_frequent_name(tmp
     _, issues = audited(tmp_path, summary)
     assert sorted(one.place.rpartition(":")[2] for one in issues["class names"]) == sorted(other)
     assert {one.remedy.value for one in issues["class names"]} == {row["label"] for row in CLEAN}
-    save_patch(tmp_path / "p.jsonl", [one.decided(one.remedy) for one in issues["class names"]])
+    save_patch(tmp_path / "p.jsonl", [one.decision(one.remedy) for one in issues["class names"]])
     (tmp_path / "again").mkdir()
     joined = prepared(tmp_path / "again", rows, patch=str(tmp_path / "p.jsonl"))
     assert set(joined.labels) == {row["label"] for row in CLEAN}

@@ -91,7 +91,7 @@ def test_what_the_head_reads_gives_the_models_own_logits(
     assert probe.head is not None, probe.failure
     assert probe.failure is None
     assert (probe.head.dense is None) == (dense is None)
-    assert probe.held_out == "eval rows"
+    assert probe.selected_on == "eval rows"
     put_head(model, tmp_path)
     logits = compare()
     features = extractor.features(eval_rows, layers)

@@ -105,7 +105,7 @@ def outcome(trial: str = "full-seed42", attempt: int = 1, **changes: Any) -> Out
 
 def environment() -> Environment:
     return Environment(
-        started="2026-11-24T15:30:00+00:00", fulltune="0.1.0", python="3.11.9", platform="Linux-6.1-x86_64",
+        start_time="2026-11-24T15:30:00+00:00", fulltune="0.1.0", python="3.11.9", platform="Linux-6.1-x86_64",
         packages={"torch": "2.13.0", "transformers": "5.24.0", "accelerate": "1.15.0"}, cpu="Example CPU", num_cores=2,
         memory_bytes=8 * 2**30, devices=(), commit="0123abcd",
     )  # fmt: skip

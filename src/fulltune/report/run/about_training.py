@@ -214,7 +214,7 @@ def environment(view: RunView) -> Section | None:
     if env is None:
         return None
     facts = (
-        ("started", env.started),
+        ("started", env.start_time),
         ("fulltune", env.fulltune + (f", commit {env.commit}" if env.commit else "")),
         ("Python", env.python),
         ("platform", env.platform),

@@ -14,7 +14,7 @@ from typing import Any
 
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import MachineUsed
+from fulltune.records.run import MachineRecord
 from fulltune.records.training import LostMachine, Outcome
 from fulltune.system import hardware, machines
 from fulltune.system.hardware import Machine
@@ -116,7 +116,7 @@ class MachineGroup:
         self._sign.write(attempt=attempt)
         each = request.recipe.train.processes_per_machine
         used = tuple(
-            MachineUsed(
+            MachineRecord(
                 rank=member.rank,
                 host=member.host,
                 cpu=member.machine.cpu,
