@@ -101,7 +101,10 @@ def test_run_that_was_planned_for_a_card_does_not_go_on_without_one(tmp_path: Pa
 def test_compiler_is_triton_on_a_card_and_one_of_cpp_on_a_cpu(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
     monkeypatch.setattr(shutil, "which", lambda name: None if installed else name)
-    assert (kernels.lacking("cuda") == "", kernels.lacking("cpu") == "") == (installed, not installed)
+    assert (kernels.missing_compiler("cuda") is None, kernels.missing_compiler("cpu") is None) == (
+        installed,
+        not installed,
+    )
 
 
 # ---- scripts of the Trainer ------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_dropout_draws_the_same_again_where_blocks_are_recomputed(tmp_path: Path
 
 @pytest.mark.long
 def test_generated_code_gives_the_same_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernels.lacking("cpu"):
+    if kernels.missing_compiler("cpu"):
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(loading, "compile_blocks", compile_blocks)
     model = tiny.save_model(tmp_path / "model", "llama")

@@ -1,11 +1,11 @@
-"""Where prepared rows lie: one Arrow stream per split, memory-mapped, features and words side by side."""
+"""Storage of prepared rows: one memory-mapped Arrow stream per split, with features and the original row as text."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,24 @@ import numpy as np
 import pyarrow as pa
 
 from fulltune.files import make_private
-from fulltune.tasks import PLACE
+from fulltune.tasks import PLACE, Row, RowFeatures
 
 FILE = "rows.arrow"
 CLUSTERS = "clusters.npy"
-"""Beside held-out rows: the number of each one's cluster (duplicates, near ones, of one passage, of one customer), from
-0, int64 [rows]."""
+"""File beside eval or test rows: the cluster of each row (duplicates, one passage, one customer), int64 [rows]."""
 IN_TRAIN = "in_train.npy"
-"""Beside test rows whether each shares its text, prompt or passage with a train row: bool [rows]."""
+"""File beside test rows: whether each shares its text, prompt or passage with a train row, bool [rows]."""
 MIXED = "mixed"
-"""Folder beside those of the splits: the rows that are mixed into the train rows, source after source."""
+"""Folder of the rows that are mixed into the train rows, source after source."""
 WORDS = "words"
-"""Column beside the features: beside a row's first example the row in the user's own columns, and its place, as JSON;
-beside its others (windows, pieces) only the place, or the file would grow with the square of a row's length."""
+"""Column with the original row and its place as JSON. Further examples of a row have only the place, or the file would
+grow with the square of a row's length."""
 _ROWS_PER_BATCH = 8192
 _BYTES_PER_BATCH = 16 * 2**20
 
 
-def record_batch(rows: Sequence[Mapping[str, Any]], words: Sequence[str]) -> pa.RecordBatch:
-    """Rows of features, each a number, a text, bytes or a flat list of numbers, as arrow columns."""
+def record_batch(rows: Sequence[RowFeatures], words: Sequence[str]) -> pa.RecordBatch:
+    """Make Arrow columns from features, each a number, a text, bytes or a flat list of numbers."""
     names = [*rows[0], WORDS]
     return pa.record_batch([*(_column([row[name] for row in rows]) for name in rows[0]), pa.array(words)], names=names)
 
@@ -52,7 +51,7 @@ def _column(values: Sequence[Any]) -> pa.Array:
 
 
 def write_rows(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
-    """Write record batches into a split's file, gathered into larger ones; where there is none, no file is written."""
+    """Write a split's file in larger record batches; without any batch, no file is written."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting: list[pa.RecordBatch] = []
     parts = iter(parts)
@@ -62,7 +61,7 @@ def write_rows(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
     with pa.OSFile(str(folder / FILE), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
         for part in chain([first], parts):
             waiting.append(part)
-            num_rows, num_bytes = sum(map(len, waiting)), sum(one.nbytes for one in waiting)
+            num_rows, num_bytes = sum(map(len, waiting)), sum(batch.nbytes for batch in waiting)
             if num_rows >= _ROWS_PER_BATCH or num_bytes >= _BYTES_PER_BATCH:
                 writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
                 waiting = []
@@ -71,35 +70,34 @@ def write_rows(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
 
 
 def batches(folder: Path) -> Iterator[pa.RecordBatch]:
-    """A split's record batches, words included, one after another; not mapped, because mapped pages count as memory."""
     with pa.OSFile(str(folder / FILE)) as file, pa.ipc.open_stream(file) as reader:
         yield from reader
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """The features of a split, memory-mapped; of several folders, which have the same features, one after the other.
+    """The memory-mapped features of a split, or of several folders, one after the other.
 
-    `rows[i]` is a dictionary: numpy arrays (views into the file) for lists, plain values for everything else.
-    `rows["length"]` is that feature of all rows: one array, or a list of arrays.
+    `rows[i]` is a dictionary with numpy arrays (views of the file) for lists and plain values for the rest.
+    `rows["length"]` is one feature of all rows, an array or a list.
     """
 
     def __init__(self, *folders: Path) -> None:
         self.folders = folders
-        # Not closed by hand: arrays that are views of the map keep it alive, and it closes with the last of them.
+        # Not closed explicitly: arrays are views of the map, which closes with the last of them.
         mapped = (pa.ipc.open_stream(pa.memory_map(str(folder / FILE))) for folder in folders)
         self._batches = [
             batch.select([name for name in batch.schema.names if name != WORDS])
             for batch in chain.from_iterable(mapped)
         ]
         lists = [[field.name for field in batch.schema if pa.types.is_list(field.type)] for batch in self._batches]
-        # Of each column of lists all values side by side, and where each list begins: views of the file.
+        # For each column of lists: all values, and where each list starts, as views of the file.
         self._lists = [
             {name: (batch[name].values.to_numpy(), batch[name].offsets.to_numpy()) for name in names}
             for batch, names in zip(self._batches, lists, strict=True)
         ]
         self._starts = [0, *np.cumsum([len(batch) for batch in self._batches]).tolist()]
 
-    def __reduce__(self) -> Any:  # a data loader's worker maps the file anew
+    def __reduce__(self) -> tuple[type[Rows], tuple[Path, ...]]:  # a data loader's worker maps the file itself
         return Rows, self.folders
 
     def __len__(self) -> int:
@@ -133,45 +131,45 @@ class Rows(Sequence[dict[str, Any]]):
         return row
 
     def lists(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A column of lists, part by part: all values side by side, and where each list begins (and the last ends)."""
+        """Yield, for each part of a column of lists, all values, and where each list starts and the last one ends."""
         return (lists[name] for lists in self._lists)
 
 
 def texts(folder: Path) -> Iterator[dict[str, Any]]:
-    """The row of each example in the user's own columns, with its place; examples of one row share one dictionary.
+    """Yield the original row and place of each example; examples of one row share one dictionary.
 
-    Of a packed block, the row that its first text comes from: only the place where that begins in another block.
+    A packed block gives the row of its first text, or only the place if that text started in another block.
     """
     row: dict[str, Any] = {}
     for batch in batches(folder):
         for text in batch.column(WORDS).to_pylist():
-            read = json.loads(text)
-            # A place alone is that of the row before, or of a text that began in another block.
-            if read.keys() != {PLACE} or read[PLACE] != row.get(PLACE):
-                row = read
+            stored = json.loads(text)
+            # A place alone belongs to the previous row, or to a text that started in another block.
+            if stored.keys() != {PLACE} or stored[PLACE] != row.get(PLACE):
+                row = stored
             yield row
 
 
-def row_id(row: Mapping[str, Any]) -> str:
-    """A row's identity: a hash of all its columns, the same for the row as it is read and as it is kept."""
+def row_id(row: Row) -> str:
+    """Hash all columns of a row, with the same result before and after it is stored."""
     columns = {name: value for name, value in row.items() if name != PLACE}
     return hashlib.sha256(json.dumps(columns, sort_keys=True, default=readable).encode()).hexdigest()[:16]
 
 
 def rows_id(folder: Path) -> str:
-    """The identity of a split: a hash of which rows it has, whatever their order, number and tokens."""
-    # The windows of a long row share it.
-    found = {row_id(next(same)) for _, same in groupby(texts(folder), key=id)}
-    return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()[:16]
+    """Hash the set of rows of a split, whatever their order, number and tokens."""
+    # The windows of a long row share one dictionary.
+    ids = {row_id(next(same)) for _, same in groupby(texts(folder), key=id)}
+    return hashlib.sha256("".join(sorted(ids)).encode()).hexdigest()[:16]
 
 
-def words(place: str, row: Mapping[str, Any]) -> str:
-    """A row as it is kept beside its first example; without columns, as beside its others."""
+def words(place: str, row: Row) -> str:
+    """Make the JSON text of a row and its place for the column `WORDS`."""
     return json.dumps({**row, PLACE: place}, ensure_ascii=False, default=readable)
 
 
 def readable(value: Any) -> Any:
-    """What JSON does not know: arrays as lists, bytes by their number, everything else as text."""
+    """Convert values that JSON lacks: arrays to lists, bytes to their number, others to text."""
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     return value.tolist() if hasattr(value, "tolist") else str(value)

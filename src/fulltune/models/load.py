@@ -1,5 +1,4 @@
-"""Load a pretrained model's weights into a model with the task's head: the checkpoint's own, kept by the names of its
-labels, or one that is drawn anew."""
+"""Load pretrained weights into a model with the task's head, taken from the checkpoint by label names, or new."""
 
 from __future__ import annotations
 
@@ -23,19 +22,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _GENERIC = re.compile(r"LABEL_\d+")
-"""transformers' names for labels that nobody named."""
+"""transformers' default label names."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What happens to the rows of a checkpoint's head."""
+    """Where the weights of a model's head come from."""
 
     order: tuple[int, ...] | None
-    """For each label of the task its row in the checkpoint's head; empty: the head has no rows for labels, and is kept
-    as it is. None: a new one is drawn."""
+    """Row of each label in the checkpoint's head; empty for a head without rows for labels; None for a new head."""
     why: str
     drawn: tuple[str, ...] = ()
-    """Parameters that the checkpoint did not have, or had in another shape, in the model's order."""
+    """Parameters that are missing in the checkpoint, or have another shape there, in the model's order."""
 
     @property
     def in_words(self) -> str:
@@ -58,15 +56,15 @@ def load(
     """Load the weights, in `weights_dtype`, into a model with the task's head, in evaluation mode.
 
     Args:
-        base: The pretrained model; its block has the dropout, weights' type and attention to load with.
-        config_changes: Values set on the config, for example `id2label`.
-        head_is_new: A head that the checkpoint lacks, or that has other labels, is drawn at random.
-        before_weights: Called when the libraries are loaded: what memory is taken later is the model's.
-        on_head: Called with what became of the head, where it may be new.
-        shared_by: Processes that shard the weights; all of them call this.
+        base: The pretrained model.
+        config_changes: Values to set on the config, for example `id2label`.
+        head_is_new: Draw a head that the checkpoint lacks, or has with other labels.
+        before_weights: Called before the weights take memory, when all libraries are loaded.
+        on_head: Called with the origin of a head that may be new.
+        shared_by: Number of ranks that shard the weights; all of them call this.
 
     Raises:
-        SetupError: When the weights cannot be read or leave other parameters than the head's uninitialised.
+        SetupError: When the weights cannot be read, or parameters below the head are missing.
     """
     block = base.block
     check_weights(base)
@@ -74,13 +72,13 @@ def load(
     keywords = source_of(block, base.path) | {"dtype": torch_dtype(block.weights_dtype), "config": config}
     if block.attn_implementation:
         keywords["attn_implementation"] = block.attn_implementation
-    # A head for other classes is replaced by a new one; tensors of the body that do not fit are refused below.
+    # A head for other classes is replaced; tensors of the body with other shapes are refused below.
     keywords["ignore_mismatched_sizes"] = head_is_new
     if "gguf_file" not in keywords:
         keywords["use_safetensors"] = None if block.allow_pickled_weights else True
     loader = base.model_class.from_pretrained
     if (module := type(config).__module__).startswith("transformers.models."):
-        # Else the model's code would be imported, and take memory, while the weights are read.
+        # Otherwise the model's code would be imported, and take memory, while weights are read.
         importlib.import_module(module.replace(".configuration_", ".modeling_"))
     if shared_by > 1:
         shared, keywords["distributed_config"] = sharding.sharded_class(base.model_class, config, shared_by)
@@ -91,21 +89,21 @@ def load(
     missing = _check_loaded(model, info, block, head_is_new)
     if head_is_new:
         head = expected_head(base.config, type(model).__name__, config_changes)
-        found = put_in_order(model, missing, head, "id2label" in config_changes)
-        on_head(replace(found, drawn=tuple(name for name, _ in model.named_parameters() if name in missing)))
+        head = put_in_order(model, missing, head, "id2label" in config_changes)
+        on_head(replace(head, drawn=tuple(name for name, _ in model.named_parameters() if name in missing)))
     _forget_gguf(model)
     return model
 
 
-def torch_dtype(name: str) -> Any:
-    """A recipe's `fp32` or `bf16` as torch's type."""
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's type for a recipe's `fp32` or `bf16`."""
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool) -> set[str]:
-    """Names of the parameters that were drawn at random; refused where the body is one, which nobody would notice."""
+    """Return the names of randomly drawn parameters, and refuse those of the body, which nobody would notice."""
     prefix = model.base_model_prefix
     missing = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
     body = {key for key in missing if key.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.pooler")}
@@ -121,10 +119,9 @@ def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], block: ModelB
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """Drop the marks of quantization from a model that was dequantised on loading.
+    """Remove quantization attributes from a model that was dequantised on loading.
 
-    transformers 5.24 refuses `save_pretrained` on them although the weights are plain tensors; delete this when it
-    clears them itself.
+    transformers 5.24 refuses `save_pretrained` with them. Delete this when it clears them itself.
     """
     if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) is None:
         return
@@ -141,7 +138,7 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' load report and progress bars, which we replace by our own checks and lines."""
+    """Silence transformers' load report and progress bars inside the context."""
     from transformers import logging as theirs
 
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
@@ -159,7 +156,7 @@ def _quiet() -> Iterator[None]:
 
 
 def expected_head(brought: PretrainedConfig, model_class: str, changes: Mapping[str, Any]) -> Head:
-    """What the configs say; whether the checkpoint's weights hold a head is known when they are loaded."""
+    """Predict the head's origin from the configs alone."""
     if brought.architectures and model_class not in brought.architectures:
         return _MISSING
     if "id2label" not in changes:
@@ -168,14 +165,14 @@ def expected_head(brought: PretrainedConfig, model_class: str, changes: Mapping[
 
 
 def _by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
-    """Names in the order of the head's rows: a config's file may hold them in another one (0, 1, 10, 11, 2)."""
+    """Sort label names by row: a config file may have the order 0, 1, 10, 11, 2."""
     return tuple(id2label[row] for row in sorted(id2label, key=int))
 
 
 def by_name(theirs: tuple[str, ...], ours: tuple[str, ...]) -> Head:
-    """Rows of a head for labels `theirs`, in the order of `ours`."""
+    """Match the labels of a checkpoint's head to ours by name."""
     if len(theirs) == len(ours) == 1:
-        return Head((0,), "")  # a number has one row, whatever it is called
+        return Head((0,), "")  # regression heads have one row
     if len(set(theirs)) == len(theirs) and set(theirs) == set(ours):
         order = tuple(theirs.index(name) for name in ours)
         same = f": its {len(ours)} labels are the same"
@@ -190,7 +187,7 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has_labels: bool) -> Head:
-    """Give a loaded model the head that the configs promise; returns what it has got."""
+    """Reorder or redraw the head of a loaded model as expected; return the origin it has now."""
     import torch
 
     above = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
@@ -219,26 +216,26 @@ def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has
 
 
 def _rows_of_labels(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters that have a row for each label, and the axis of the rows: those that one label more makes larger."""
+    """Return parameters with a row per label, and the axis of rows: those that grow with one more label."""
     import torch
 
     larger: Any = copy.deepcopy(model.config)
     larger.num_labels += 1
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        one, other = (type(model)(config) for config in (copy.deepcopy(model.config), larger))
-    shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
+        same_size, one_more = (type(model)(config) for config in (copy.deepcopy(model.config), larger))
+    shapes = {name: parameter.shape for name, parameter in one_more.named_parameters()}
     return {
         name: next(
             axis for axis, (few, more) in enumerate(zip(parameter.shape, shapes[name], strict=True)) if few != more
         )
-        for name, parameter in one.named_parameters()
+        for name, parameter in same_size.named_parameters()
         if parameter.shape != shapes[name]
     }
 
 
 def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """New values, as transformers draws those that a checkpoint lacks: on an empty copy of the model, because of a part
-    of a parameter other values would be drawn than of the whole."""
+    """Draw values as transformers does for missing parameters, on an empty copy of the model: a shard would get other
+    values than the whole parameter."""
     import torch
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -250,14 +247,14 @@ def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) 
         setattr(empty.get_submodule(path), own, room)
         names = path.split(".")
         above |= {empty.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)}
-    # Children come first, as transformers does it: in some models (ModernBERT) a parent draws for its children.
+    # Children first, as in transformers: in some models (ModernBERT), a parent draws for its children.
     empty.apply(lambda module: empty._init_weights(module) if module in above else None)
     for name, parameter in parameters.items():
         parameter.copy_(sharding.like(empty.get_parameter(name), parameter))
 
 
 def draw(model: PreTrainedModel, head: Head) -> None:
-    """Draw what the checkpoint lacks."""
+    """Draw the parameters that the checkpoint lacks."""
     import torch
 
     sharding.reshard(model)
@@ -267,7 +264,7 @@ def draw(model: PreTrainedModel, head: Head) -> None:
 
 
 def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:
-    """The same by this seed; the random state is left as it is."""
+    """Draw the missing parameters with this seed, and restore the random state."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

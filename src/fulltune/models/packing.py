@@ -1,31 +1,32 @@
-"""Whether a model keeps texts that share a row apart (OPT and BLOOM do not), tried on a one-layer copy."""
+"""Check on a one-layer copy that a model keeps packed texts separate (OPT and BLOOM do not)."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fulltune.models import evaluating
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 _ROUNDINGS = 4
-"""Units in the last place by which the largest logit may differ: another order of sums, not another text."""
+"""Units in the last place by which the largest logit may differ through another order of summation."""
 _BREAKS = (12, 8)
-"""Where the second text begins in each of two rows of a batch."""
+"""Position of the second text in each of two rows."""
 _TOKENS = 24
 _VOCABULARY = 1000
 
 
 def obstacle(config: PretrainedConfig, attn_implementation: str | None = None) -> str | None:
-    """Why texts in one row would see each other, or None."""
+    """Return why packed texts would attend to each other, or None."""
     import torch
     import transformers
 
     if attn_implementation is not None and attn_implementation.startswith("flash"):
         # transformers 5.24 gives flash attention the ends of the texts only in a batch of one row.
-        return f"{attn_implementation} tells texts apart only in batches of one row; sdpa does in all"
+        return f"{attn_implementation} separates packed texts only in batches of one row; sdpa does so in all"
     small = copy.deepcopy(config)
     text = small.get_text_config()
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
@@ -50,7 +51,7 @@ def obstacle(config: PretrainedConfig, attn_implementation: str | None = None) -
 
 
 def leak(model: PreTrainedModel, name: str) -> str | None:
-    """Whether the second of two texts in one row sees the first one: what is wrong, or None."""
+    """Return a problem if the second of two packed texts attends to the first, else None."""
     import torch
 
     vocabulary = min(model.config.get_text_config().vocab_size, _VOCABULARY)
@@ -72,5 +73,5 @@ def leak(model: PreTrainedModel, name: str) -> str | None:
     return None
 
 
-def _logits(model: Any, ids: Any, positions: Any) -> Any:
+def _logits(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()

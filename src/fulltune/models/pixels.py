@@ -1,4 +1,4 @@
-"""From an image on disk, decoded each time its row is asked for, to what a model reads."""
+"""Images: decoding and preprocessing, each time a row is indexed."""
 
 from __future__ import annotations
 
@@ -8,38 +8,42 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fulltune.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PretrainedConfig
 
 PATH, CONTENT, PIXELS = "path", "content", "pixel_values"
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """A model's image processor, in the place where text models have their tokenizer."""
+    """A model's image processor, used in place of a tokenizer."""
 
     processor: Any
     num_patches: int
-    """Patches of an image; 1 when the model does not say."""
+    """Patches of an image, 1 if unknown."""
     pad_token_id: int = 0
-    """Unused: images of a batch have the same size."""
+    """Unused, because images of a batch have equal sizes."""
 
     @property
     def model_max_length(self) -> int:
         return self.num_patches
 
     def to_json_string(self) -> str:
-        """The same text for processors that make the same pixels."""
+        """Return the processor's settings as JSON."""
         return str(self.processor.to_json_string())
 
-    def save_pretrained(self, folder: Any, **_: Any) -> None:
+    def save_pretrained(self, folder: str | Path, **_: object) -> None:
         self.processor.save_pretrained(folder)
 
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the model reads; of a square image when they depend on the image."""
+        """Return channels, height and width of the model's input, for a square image if they depend on it."""
         from PIL import Image
 
         blank = Image.new("RGB", (512, 512))
@@ -47,19 +51,19 @@ class ImageReader:
         return channels, height, width
 
     def pixels(self, path: str, content: bytes) -> np.ndarray:
-        """float32 [channels, height, width]; `DataError` when the image cannot be decoded."""
+        """Decode and preprocess an image to float32 [channels, height, width]. Raises `DataError` if that fails."""
         prepared = self.processor(decode(path, content), return_tensors="np")[PIXELS][0]
         return np.asarray(prepared, np.float32)
 
 
-def num_patches(config: Any) -> int:
-    """Patches that a model cuts an image into; 1 when its config does not say."""
+def num_patches(config: PretrainedConfig) -> int:
+    """Count the patches of an image by the model's config; 1 if unknown."""
     image, patch = (np.broadcast_to(getattr(config, name, None) or 0, 2) for name in ("image_size", "patch_size"))
     return int(np.maximum(image // patch, 1).prod()) if patch.all() else 1
 
 
 def where_from(value: Any) -> tuple[str, bytes]:
-    """Path and content of an image cell, of which one is empty: a path, bytes, or `{"bytes": ..., "path": ...}`."""
+    """Return path and content, of which one is empty, of a path, bytes, or `{"bytes": ..., "path": ...}`."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -67,20 +71,20 @@ def where_from(value: Any) -> tuple[str, bytes]:
     return ("", b"") if value is None else (str(value).strip(), b"")
 
 
-def decode(path: str, content: bytes) -> Any:
-    """A whole image in RGB, turned upright."""
+def decode(path: str, content: bytes) -> Image.Image:
+    """Decode an image completely, as RGB and upright."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are refused
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # only twice as many pixels are refused
     try:
-        # Who opens a pipe waits for whoever writes into it, and some devices never end.
+        # Opening a pipe waits for a writer, and some devices never end.
         if not content and Path(path).exists() and not Path(path).is_file():
             raise OSError("is no file, but a folder, a pipe or a device")
         with Image.open(io.BytesIO(content) if content else path) as image:
-            ImageOps.exif_transpose(image, in_place=True)  # a copy of a large one would be another 500 MB
-            image = _in_8_bits(image)
-            return image if image.mode == "RGB" else image.convert("RGB")
-    # Pillow's readers raise whatever their format's parser stumbles over.
+            ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image takes another 500 MB
+            plain = _in_8_bits(image)
+            return plain if plain.mode == "RGB" else plain.convert("RGB")
+    # Pillow's parsers raise any exception on broken files.
     except Exception as error:
         if isinstance(error, MemoryError):
             raise
@@ -93,21 +97,21 @@ def decode(path: str, content: bytes) -> Any:
         raise DataError(f"{name}: cannot be decoded: {text[:200]}") from None
 
 
-def _in_8_bits(image: Any) -> Any:
-    """An image whose values have 16 bits with the upper 8 of them: Pillow would cut all above 255 to white."""
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Keep the upper 8 of 16 bits per value; Pillow would turn all above 255 to white."""
     from PIL import Image
 
-    # As old versions of Pillow open those of 16 bits.
+    # Older versions of Pillow open 16-bit images in mode I.
     has_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if has_16:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"its values have 32 bits (mode {image.mode}), and nobody says what black and white are")
+        raise ValueError(f"its values have 32 bits (mode {image.mode}), so black and white are unknown")
     return image
 
 
 class ImageRows(Sequence[dict[str, Any]]):
-    """Prepared rows whose images are decoded when they are asked for: `rows[i]["pixel_values"]`."""
+    """Prepared rows whose images are decoded when a row is indexed: `rows[i]["pixel_values"]`."""
 
     def __init__(self, rows: Any, reader: ImageReader) -> None:
         self.rows, self.reader = rows, reader
@@ -129,7 +133,7 @@ class ImageRows(Sequence[dict[str, Any]]):
 
 
 def content_hash(path: str, content: bytes) -> str:
-    """SHA-256 of an image file's bytes; of one that cannot be read, of its path."""
+    """Return the SHA-256 of an image file's bytes, or of its path if it cannot be read."""
     try:
         content = content or Path(path).read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""What is known of a model without its weights: its shapes, and whether it can do a task."""
+"""Facts about a model without its weights: its sizes, and whether it fits a task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Shapes(Record):
-    """What the planning needs to know of a model."""
+    """Sizes and facts of a model that a plan needs."""
 
     model_type: str
     is_decoder: bool
@@ -30,23 +30,23 @@ class Shapes(Record):
     hidden_size: int
     vocab_size: int
     position_limit: int | None
-    """Longest sequence the model can take, in tokens; None when it has no fixed limit."""
+    """Longest sequence in tokens, or None without a fixed limit."""
     can_recompute: bool = True
-    """Its class offers activation checkpointing."""
+    """True if the model class supports activation checkpointing."""
     num_all_parameters: int | None = None
-    """Parameters with what the method adds; None: it adds none and trains all."""
+    """Parameters including those that the method adds; None for full fine-tuning."""
     num_trainable: int | None = None
-    """Those of them that the method trains; None: all."""
+    """Parameters that the method trains; None for all."""
     head_is_kept: bool = False
-    """The checkpoint brings a head for this task's labels, as far as its config tells."""
+    """True if, by its config, the checkpoint has a head for this task's labels."""
     plain_logits: bool = True
-    """By its config, nothing scales or caps logits after the head; the check before step 1 tries it."""
+    """True if, by its config, nothing scales or caps logits after the head; verified before step 1."""
     units: Units | None = None
-    """What FSDP2 would put together at a time; None: the model has no repeated blocks, or is not trained as a whole."""
+    """Units that FSDP2 would gather; None without repeated blocks or full fine-tuning."""
 
 
 def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[Any], object] | None = None) -> Shapes:
-    """Count a model's parameters on the meta device: no weights are read, no memory is used."""
+    """Count a model's parameters on the meta device, without reading weights."""
     import torch
 
     config = base.configured(config_changes)
@@ -56,11 +56,11 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
         model = reading(base.block, "model", lambda: base.model_class.from_config(config))
     text = config.get_text_config()
     counts = [parameter.numel() for parameter in model.parameters()]
-    held = trained = units = None
+    num_all = trained = units = None
     if apply is not None:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             apply(model)
-        held = sum(parameter.numel() for parameter in model.parameters())
+        num_all = sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     else:
         with contextlib.suppress(SetupError):  # it cannot be sharded
@@ -75,7 +75,7 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
         hidden_size=getattr(text, "hidden_size", 0) or 0,
         vocab_size=getattr(text, "vocab_size", 0) or 0,
         position_limit=position_limit(config),
-        num_all_parameters=held,
+        num_all_parameters=num_all,
         num_trainable=trained,
         can_recompute=bool(model.supports_gradient_checkpointing),
         head_is_kept=head.order is not None,
@@ -85,7 +85,7 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
 
 
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
-"""Names in configs for what is done to logits (Gemma, Cohere, Granite, Falcon-H1, xLSTM)."""
+"""Config fields of changes to logits (Gemma, Cohere, Granite, Falcon-H1, xLSTM)."""
 _POSITIONS_AFTER_PADDING = {
     *("camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
@@ -93,16 +93,16 @@ _POSITIONS_AFTER_PADDING = {
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
-    """Longest sequence in tokens; None when the config names no limit."""
+    """Return the longest sequence in tokens, or None if the config has no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    # RoBERTa-like models start counting positions after the padding index.
+    # RoBERTa-like models count positions from after the padding index.
     if limit and config.model_type in _POSITIONS_AFTER_PADDING:
         limit -= (config.pad_token_id or 0) + 1
     return limit
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
-    """True for models that read left to right, such as GPT-2 or Llama; False for encoders such as BERT."""
+    """Return True for models that read left to right, such as GPT-2 or Llama."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -115,9 +115,9 @@ def is_decoder(config: PretrainedConfig) -> bool:
 
 
 def check_model(recipe: Recipe, base: Base) -> None:
-    """Refuse a model that the task cannot use or that cannot be trained here."""
+    """Refuse a model that does not fit the task or cannot be trained."""
     if base.path is not None and (base.path / "adapter_config.json").exists():
-        # Training would go on with the model beside it.
+        # Training would use the pretrained model instead.
         raise SetupError(
             f"model: {base.block.name}: holds only what a method trained beside its pretrained model; make them one "
             f"(LoRA, head) with 'fulltune merge {base.path} --output WHOLE', and write model: WHOLE"
@@ -132,7 +132,7 @@ def check_model(recipe: Recipe, base: Base) -> None:
 
 
 def unfit(config: PretrainedConfig, facts: TaskFacts) -> str | None:
-    """Why this kind of model cannot do a task: transformers has no such class for it, or it works otherwise."""
+    """Return why models of this type cannot do a task, or None."""
     from transformers.models.auto import modeling_auto
 
     can = config.model_type in getattr(modeling_auto, facts.auto_class)._model_mapping._model_mapping

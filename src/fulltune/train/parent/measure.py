@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
-from fulltune.models.kernels import lacking
+from fulltune.models.kernels import missing_compiler
 from fulltune.plan.levers import LEVERS, Changes, plain_optim
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
@@ -73,14 +73,14 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSet
     ]
 
 
-def compilations(recipe: Recipe, best: MeasuredSetting, lacking: str) -> list[MeasuredSetting]:
-    """Return a row with torch.compile, unless the recipe sets it; `lacking` names a missing tool."""
+def compilations(recipe: Recipe, best: MeasuredSetting, missing: str | None) -> list[MeasuredSetting]:
+    """Return a row with torch.compile, unless the recipe sets it; `missing` names a missing tool."""
     train = recipe.train
     if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
         return []
     problem = None
-    if lacking:
-        problem = f"not tried: there is no {lacking} here"
+    if missing:
+        problem = f"not tried: there is no {missing} here"
     elif best.train_seconds < MIN_SECONDS_TO_COMPILE:
         problem = f"not tried: the run takes {best.train_seconds:,.0f} s, and compiling costs a minute or two"
     changes = {**best.changes, "torch_compile": True}
@@ -124,7 +124,7 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
     best = fastest([*([best] if best else []), *run(batches)])
     if best is None:
         raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in rows])
-    best = fastest([best, *run(compilations(recipe, best, lacking(plan.device)))]) or best
+    best = fastest([best, *run(compilations(recipe, best, missing_compiler(plan.device)))]) or best
     marked = tuple(row.model_copy(update={"is_best": row is best}) for row in rows)
     Measurements(available_bytes=available_bytes, rows=marked).save(folder / "plan" / "measured.json")
     ran = sum(not row.problem for row in rows)
