@@ -752,7 +752,7 @@ def test_interrupt_while_training_is_resumable(case: Case) -> None:
     _, err = process.communicate(timeout=300)
     assert process.returncode == INTERRUPTED, err
     assert "Traceback" not in err
-    assert "the same command continues it" in err
+    assert "run the same command to resume" in err
     saved = list(case.folder.glob("runs/*/**/checkpoint-*"))
     assert saved, "an interrupted run leaves a checkpoint"
 

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fulltune.compare import rates
 from fulltune.compare.context import CLOCK, FOLDER, Context
@@ -14,7 +13,7 @@ from fulltune.compare.sequential import TIME_UP_SHARE, spent
 from fulltune.compare.trials import is_done, run_trial
 from fulltune.errors import RecipeError
 from fulltune.files import lines_of
-from fulltune.recipe.methods import RIVALS
+from fulltune.recipe.methods import RIVALS, Method
 from fulltune.records.comparison import Comparison, Expectation, Search, Trial
 from fulltune.records.events import Designed
 from fulltune.records.plan import BASELINES
@@ -221,12 +220,12 @@ def _settled(context: Context) -> Expectation:
     return detectable(design, costs, block.margin, context.alpha, splits["test"].rows)
 
 
-def grid(context: Context, method: Any) -> tuple[float, ...]:
+def grid(context: Context, method: Method) -> tuple[float, ...]:
     planned = context.setup(method.label).plan.learning_rate
     return rates.grid(planned, method.learning_rates, method.fixed_learning_rate)
 
 
-def usual(context: Context, method: Any) -> float:
+def usual(context: Context, method: Method) -> float:
     """Return the rate of the grid nearest to the planned one, used without conclusive trials."""
     planned = context.setup(method.label).plan.learning_rate
     return rates.nearest(grid(context, method), rates.rounded(planned))

@@ -24,6 +24,7 @@ from fulltune.models.shapes import Shapes
 from fulltune.pipeline import Run
 from fulltune.plan.settings import with_settings
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.methods import ComparedMethod, Method
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Message
@@ -46,7 +47,7 @@ BASE = "base"
 class MethodSetup:
     """A method's sizes, trace and plan, shared by all its trials."""
 
-    method: Any
+    method: Method
     shapes: Shapes
     traced: Footprint
     plan: Plan
@@ -109,7 +110,7 @@ class Context:
         return evaluate.scoring_of(self.recipe, reference, self.summary, self.folder, self.job.base)
 
     @property
-    def methods(self) -> tuple[Any, ...]:
+    def methods(self) -> tuple[ComparedMethod, ...]:
         """Return the recipe's methods, or the only method of a rate search."""
         return self.recipe.methods or (self.recipe.method,)
 
@@ -119,12 +120,12 @@ class Context:
         return bool(self.recipe.methods)
 
     @property
-    def full(self) -> Any:
+    def full(self) -> Method:
         """Return the reference method: the first full fine-tuning, else the only one."""
-        return next((one for one in self.methods if one.kind == "full"), self.methods[0])
+        return next((one for one in self.methods if one.kind == "full"), self.recipe.method)
 
     @property
-    def trained_methods(self) -> list[Any]:
+    def trained_methods(self) -> list[Method]:
         """Return the methods that train, the reference first."""
         return [self.full, *(one for one in self.methods if one is not self.full and one.kind != "base")]
 
@@ -169,14 +170,14 @@ class Context:
 
     def setup(self, label: str) -> MethodSetup:
         if label not in self._setups:
-            method = next(one for one in self.methods if one.label == label)
+            method = next(one for one in self.trained_methods if one.label == label)
             recipe = self._recipe_of(method)
             model = PlannedModel(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
             self._setups[label] = MethodSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
         return self._setups[label]
 
-    def _recipe_of(self, method: Any) -> Recipe:
+    def _recipe_of(self, method: Method) -> Recipe:
         # Drift is measured once, on the finished models.
         return with_settings(self.recipe.with_method(method), {"preserve.drift": False})
 
@@ -206,6 +207,6 @@ class Context:
         return planned.model_copy(update={"trial": trial.name, "model_name": trial.name})
 
 
-def settings_of(method: Any) -> dict[str, Any]:
+def settings_of(method: ComparedMethod) -> dict[str, Any]:
     """Return a method's settings without kind, name and learning rates."""
     return dict(method.model_dump(mode="json", exclude={"kind", "name", "learning_rate", "learning_rates"}))

@@ -6,7 +6,6 @@ import shutil
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from fulltune.compare.verdict import MethodOutputs, Terms
 from fulltune.errors import Diverged
 from fulltune.evaluate.scoring import load_outputs
 from fulltune.inference.store import CLUSTERS
-from fulltune.recipe.methods import RIVALS, MethodKind
+from fulltune.recipe.methods import RIVALS, Method, MethodKind
 from fulltune.records.comparison import Expectation, Look, Search, Trial, TrialResult
 from fulltune.stats.bootstrap import draw
 from fulltune.text import counted
@@ -48,7 +47,7 @@ def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
     return searches
 
 
-def search(context: Context, method: Any, share: float, keep: float = 0.0) -> Search:
+def search(context: Context, method: Method, share: float, keep: float = 0.0) -> Search:
     """Return a method's rate search, leaving `keep` seconds for whole runs."""
     path = context.search_path(method.label)
     if path.exists() and not (result := Search.load(path)).time_was_up:
@@ -58,7 +57,7 @@ def search(context: Context, method: Any, share: float, keep: float = 0.0) -> Se
     return result
 
 
-def _searched(context: Context, method: Any, search_share: float, keep: float) -> Search:
+def _searched(context: Context, method: Method, search_share: float, keep: float) -> Search:
     label, grid, seed = method.label, budget.grid(context, method), context.recipe.train.seed
     if len(grid) == 1:
         return Search(method=label, chosen=grid[0], reason="from the recipe: the only rate, not searched")
