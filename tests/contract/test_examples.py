@@ -88,7 +88,7 @@ def test_example_with_own_rows_is_prepared_and_planned(
     assert sum(split.rows for split in summary.splits.values()) == rows
     assert not summary.dropped
     # The examples are small on purpose.
-    assert all(any(word in note for word in ("only ", "packed", "asks for")) for note in summary.notes)
+    assert all(any(word in note for word in ("only ", "packed", "instead of the")) for note in summary.notes)
 
 
 def _stand_ins(folder: Path) -> None:

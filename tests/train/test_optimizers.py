@@ -309,7 +309,7 @@ def test_arguments_that_no_optimizer_reads_are_refused(monkeypatch: pytest.Monke
         "train.extra.optim_args: has no effect, because 'adamw_8bit' takes no arguments; remove it"
     ]
     assert problems_of(train={"extra": extra}) == [
-        "train.extra.optim_args: has no effect without train.optim left out; remove it"
+        "train.extra.optim_args: has no effect without train.optim; remove it"
     ]
     assert problems_of(train={"optim": "galore_adamw", "extra": extra}) == []
 
