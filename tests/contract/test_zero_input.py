@@ -13,7 +13,7 @@ import pytest
 from fulltune import files
 from fulltune.errors import SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
 from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.train import runs
@@ -118,7 +118,7 @@ def written(folder: Path, stage: int, processes: int) -> Path:
     """A checkpoint with the files that DeepSpeed writes."""
     parts = folder / "checkpoint-6" / "global_step6"
     parts.mkdir(parents=True)
-    (parts.parent / sharing.LATEST).write_text("global_step6\n", encoding="utf-8")
+    (parts.parent / parallel_layout.LATEST).write_text("global_step6\n", encoding="utf-8")
     for rank in range(processes):
         (parts / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
         if stage == 3:
@@ -150,13 +150,13 @@ def test_checkpoint_of_deepspeed_needs_the_same_stage_and_processes(
     checkpoint = written(tmp_path, stage, 2)
     back = "set the same again, or start a new run (--fresh)"
     expected = None if problem is None else f"{checkpoint}: {problem}; {back}"
-    assert sharing.misfit(checkpoint, recipe(**train)) == expected
+    assert parallel_layout.misfit(checkpoint, recipe(**train)) == expected
 
 
 @pytest.mark.parametrize(("placement", "goes_on"), [("auto", True), ("fsdp2", True), ("zero2", False)])
 def test_other_checkpoint_goes_on_outside_of_deepspeed(tmp_path: Path, placement: str, goes_on: bool) -> None:
     (tmp_path / "checkpoint-6").mkdir()
-    problem = sharing.misfit(tmp_path / "checkpoint-6", recipe(placement=placement, num_processes=2))
+    problem = parallel_layout.misfit(tmp_path / "checkpoint-6", recipe(placement=placement, num_processes=2))
     assert (problem is None) == goes_on
     assert "was not written by DeepSpeed" in (problem or "was not written by DeepSpeed")
 

@@ -13,9 +13,9 @@ from fulltune.plan import budget, fsdp2, gpus, levers, memory, resolve, workload
 from fulltune.plan.settings import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryNeed, MemorySettings
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
 from fulltune.system.hardware import Gpu, Machine
-from fulltune.system.sharing import Sharing
+from fulltune.system.parallel_layout import ParallelLayout
 from tests.plans import plan, recipe
 from tests.unit.plan import sizes
 from tests.unit.plan.test_placements import table
@@ -83,7 +83,7 @@ def test_another_type_is_reckoned_with_what_its_device_takes(device: str) -> Non
 
 @pytest.mark.parametrize(("device", "host"), [("cuda", True), ("cpu", False)])
 def test_what_zero_offloads_lies_on_the_host_of_a_card_and_in_the_same_memory_without(device: str, host: bool) -> None:
-    found = budget.need(SHAPES, FOOTPRINT, SETTINGS.changed(device=device), Sharing(3, True, True))
+    found = budget.need(SHAPES, FOOTPRINT, SETTINGS.changed(device=device), ParallelLayout(3, True, True))
     assert (found.host > 10 * SHAPES.num_parameters) == host
     assert (found.kinds["optimizer"] == 0) == host
 
@@ -197,18 +197,18 @@ def in_engine(**settings: Any) -> Recipe:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_deepspeed_is_told_the_plans_format(precision: str) -> None:
-    found = sharing.completed(in_engine(), plan(precision=precision))
+    found = parallel_layout.completed(in_engine(), plan(precision=precision))
     assert (found["fp16"]["enabled"], found["bf16"]["enabled"]) == (precision == "fp16", precision == "bf16")
 
 
 def test_block_of_deepspeed_for_fp16_is_filled_in_or_refused() -> None:
-    assert sharing.settings(in_engine(fp16={"initial_scale_power": 12}))["fp16"] == {
+    assert parallel_layout.settings(in_engine(fp16={"initial_scale_power": 12}))["fp16"] == {
         "initial_scale_power": 12,
         "enabled": "auto",
     }
-    assert sharing.settings(in_engine())["fp16"] == {"enabled": "auto"}
+    assert parallel_layout.settings(in_engine())["fp16"] == {"enabled": "auto"}
     with pytest.raises(RecipeError) as raised:
-        sharing.settings(in_engine(fp16=True))
+        parallel_layout.settings(in_engine(fp16=True))
     assert raised.value.problems == (
         'train.extra.deepspeed: fp16: expected a block such as {"enabled": "auto"}, found true',
     )

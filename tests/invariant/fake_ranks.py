@@ -45,7 +45,7 @@ from fulltune.recipe.methods import FullMethod
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.plan import MemoryNeed, MemorySettings
-from fulltune.system.sharing import Sharing
+from fulltune.system.parallel_layout import ParallelLayout
 from fulltune.tasks import Target, Task, seq2seq, task_named
 from fulltune.tasks.padding import TRAINED, trained_places
 
@@ -123,7 +123,9 @@ def planned(cell: Cell, sizes: dict[str, Any]) -> MemoryNeed:
         device="cuda",
     )
     shapes, footprint = Shapes.model_validate(sizes["shapes"]), Footprint.model_validate(sizes["footprint"])
-    need = budget.need(shapes, footprint, settings, Sharing(3, False, False, engine="fsdp2") if cell.shared else None)
+    need = budget.need(
+        shapes, footprint, settings, ParallelLayout(3, False, False, engine="fsdp2") if cell.shared else None
+    )
     kinds = {**need.kinds, "buffers": need.kinds["buffers"] - memory.CUDA_CONTEXT_BYTES}
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values())})
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fulltune.system import sharing
-from fulltune.system.sharing import Sharing
+from fulltune.system import parallel_layout
+from fulltune.system.parallel_layout import ParallelLayout
 from tests import plans
 
 STATE = {"weights": 400, "gradients": 401, "optimizer": 800}
@@ -58,22 +58,22 @@ def test_what_does_not_go_together_is_all_said(train: dict[str, Any], expected: 
         ({"placement": "single"}, None),
         ({"num_processes": 2}, None),
         ({"placement": "ddp", "num_processes": 2}, None),
-        ({"placement": "fsdp2", "num_processes": 2}, Sharing(3, False, False, engine="fsdp2")),
-        ({"placement": "zero2"}, Sharing(2, False, False)),
-        ({"placement": "zero2", "offload": "optimizer"}, Sharing(2, True, False)),
-        ({"placement": "zero3", "offload": "all"}, Sharing(3, True, True)),
+        ({"placement": "fsdp2", "num_processes": 2}, ParallelLayout(3, False, False, engine="fsdp2")),
+        ({"placement": "zero2"}, ParallelLayout(2, False, False)),
+        ({"placement": "zero2", "offload": "optimizer"}, ParallelLayout(2, True, False)),
+        ({"placement": "zero3", "offload": "all"}, ParallelLayout(3, True, True)),
     ],
 )
-def test_what_is_shared_out_follows_from_the_placement(train: dict[str, Any], expected: Sharing | None) -> None:
-    assert sharing.of(plans.recipe(train=train)) == expected
+def test_what_is_shared_out_follows_from_the_placement(train: dict[str, Any], expected: ParallelLayout | None) -> None:
+    assert parallel_layout.of(plans.recipe(train=train)) == expected
 
 
 def test_each_process_has_a_part_rounded_up() -> None:
-    whole = Sharing(3, False, False, engine="fsdp2")
+    whole = ParallelLayout(3, False, False, engine="fsdp2")
     assert whole.parts(STATE, 2) == {"weights": 200, "gradients": 201, "optimizer": 400}
     assert whole.parts(STATE, 1) == {"weights": 400, "gradients": 401, "optimizer": 800}
     assert {whole.tier(kind) for kind in ("weights", "gradients", "optimizer")} == {"device"}
-    assert Sharing(2, True, False).parts(STATE, 4) == {"weights": 400, "gradients": 101, "optimizer": 200}
+    assert ParallelLayout(2, True, False).parts(STATE, 4) == {"weights": 400, "gradients": 101, "optimizer": 200}
 
 
 def test_a_machine_has_its_share_of_the_processes() -> None:

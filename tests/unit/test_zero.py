@@ -16,8 +16,8 @@ from fulltune.plan import budget
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.methods import Method
-from fulltune.system import sharing
-from fulltune.system.sharing import Sharing
+from fulltune.system import parallel_layout
+from fulltune.system.parallel_layout import ParallelLayout
 from tests import tiny
 
 STATE = {"weights": 400, "gradients": 400, "optimizer": 800}
@@ -37,12 +37,12 @@ def recipe(settings: Any, model: dict[str, Any] | None = None, **train: Any) -> 
 
 def problems(settings: Any, model: dict[str, Any] | None = None) -> tuple[str, ...]:
     with pytest.raises(RecipeError) as caught:
-        sharing.settings(recipe(settings, model))
+        parallel_layout.settings(recipe(settings, model))
     return caught.value.problems
 
 
 def test_settings_left_out_follow_the_recipe() -> None:
-    found = sharing.settings(recipe({"zero_optimization": {"stage": 3}}))
+    found = parallel_layout.settings(recipe({"zero_optimization": {"stage": 3}}))
 
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     assert [found[name] for name in names] == ["auto"] * 4
@@ -56,7 +56,7 @@ def test_file_is_found_beside_the_recipe(tmp_path: Path) -> None:
     loaded = load_recipe(path)
 
     assert loaded.train.extra["deepspeed"] == str(tmp_path / "zero.json")
-    assert sharing.of(loaded) == Sharing(stage=2, offload_optimizer=False, offload_weights=False)
+    assert parallel_layout.of(loaded) == ParallelLayout(stage=2, offload_optimizer=False, offload_weights=False)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
     }
-    lines = sharing.disagreements(recipe(settings), 2, 2, 2, "fp32")
+    lines = parallel_layout.disagreements(recipe(settings), 2, 2, 2, "fp32")
 
     assert lines == [
         'train.extra.deepspeed: train_batch_size is 16, but train.global_batch_size gives 8; write "auto"',
@@ -120,22 +120,24 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
 
 def test_settings_that_agree_with_the_plan_pass() -> None:
     settings = {"zero_optimization": {"stage": 1}, "train_batch_size": 8, "bf16": {"enabled": True}}
-    assert sharing.disagreements(recipe(settings), 2, 2, 2, "bf16") == []
+    assert parallel_layout.disagreements(recipe(settings), 2, 2, 2, "bf16") == []
 
 
 @pytest.mark.parametrize(
     ("shared", "device_bytes", "host_bytes"),
     [
-        (Sharing(0, False, False), 1600, 0),
-        (Sharing(1, False, False), 1200, 0),
-        (Sharing(2, False, False), 1000, 0),
-        (Sharing(3, False, False), 800, 0),
-        (Sharing(2, True, False), 400, 1200),
-        (Sharing(3, True, False), 200, 1200),
-        (Sharing(3, True, True), 0, 1600),
+        (ParallelLayout(0, False, False), 1600, 0),
+        (ParallelLayout(1, False, False), 1200, 0),
+        (ParallelLayout(2, False, False), 1000, 0),
+        (ParallelLayout(3, False, False), 800, 0),
+        (ParallelLayout(2, True, False), 400, 1200),
+        (ParallelLayout(3, True, False), 200, 1200),
+        (ParallelLayout(3, True, True), 0, 1600),
     ],
 )
-def test_bytes_on_device_and_host_with_two_processes(shared: Sharing, device_bytes: int, host_bytes: int) -> None:
+def test_bytes_on_device_and_host_with_two_processes(
+    shared: ParallelLayout, device_bytes: int, host_bytes: int
+) -> None:
     assert sum(shared.parts_at("device", STATE, 2).values()) == device_bytes
     assert 2 * sum(shared.parts_at("host", STATE, 2).values()) == host_bytes
 

@@ -10,7 +10,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import PROMPT_MODULE, ComparedMethod, Method, PromptMethod
 from fulltune.recipe.tasks import FACTS, TaskName
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -125,8 +125,8 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -
         from fulltune.methods.added import peft_problems
 
         found += peft_problems(method)
-        shared = sharing.of(recipe)
-        if shared is not None and shared.engine == "zero" and shared.stage == 3:
+        layout = parallel_layout.of(recipe)
+        if layout is not None and layout.engine == "zero" and layout.stage == 3:
             by = recipe.train.engine_by
             found.append(f"PEFT may read weights, which {by} shares out; take lora, or train.placement: zero2")
     return [f"method {method.label}: {line}" for line in found]

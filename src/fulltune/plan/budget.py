@@ -10,9 +10,9 @@ from fulltune.models.shapes import Shapes
 from fulltune.plan import fsdp2, memory
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import DiskNeed, MemoryKind, MemoryNeed, MemorySettings, Phase
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
 from fulltune.system.hardware import Machine
-from fulltune.system.sharing import BUCKET_VALUES
+from fulltune.system.parallel_layout import BUCKET_VALUES, ParallelLayout
 from fulltune.text import format_bytes, parse_bytes
 
 LIBRARIES_BYTES = 700 * 2**20
@@ -52,11 +52,11 @@ def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
 
 def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
     """Raise `DoesNotFitError` if the host's memory is too small for what ZeRO offloads to it."""
-    shared = sharing.of(recipe)
-    if shared is None or not machine.gpus:
+    layout = parallel_layout.of(recipe)
+    if layout is None or not machine.gpus:
         return
     processes, machines = recipe.train.num_processes, recipe.train.num_machines
-    on_host = host_bytes(shared, shapes.num_parameters, processes, num_trainable=shapes.num_trainable) // machines
+    on_host = host_bytes(layout, shapes.num_parameters, processes, num_trainable=shapes.num_trainable) // machines
     if on_host > machine.memory_available_bytes:
         each = f" on each of {machines} machines" if machines > 1 else ""
         raise DoesNotFitError(
@@ -65,25 +65,25 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
         )
 
 
-def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing | None) -> MemoryNeed:
-    """The memory of one process on its device; without `shared`, each holds the whole state."""
-    if shared is not None and shared.engine == "fsdp2":
+def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout | None) -> MemoryNeed:
+    """The memory of one process on its device; without `layout`, each holds the whole state."""
+    if layout is not None and layout.engine == "fsdp2":
         return fsdp2.need(shapes, footprint, settings)
-    if shared is not None:
+    if layout is not None:
         of_engine = _on_gpus if settings.device == "cuda" else _on_cpu
-        return of_engine(shapes, footprint, settings, shared)
+        return of_engine(shapes, footprint, settings, layout)
     traced = (footprint.weights_dtype, footprint.traced(settings.precision))
     if (settings.weights_dtype, settings.precision) == traced:
         return memory.need(shapes, footprint, settings)
     return _of_another_type(shapes, footprint, settings)
 
 
-def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
+def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout) -> MemoryNeed:
     """Memory of a ZeRO process on a GPU, where weights are bf16 and autocast needs no copies of them."""
     parameters, processes = shapes.num_parameters, settings.num_processes
-    state = shared.parts_at("device", engine_state(parameters, shapes.num_trainable), processes)
+    state = layout.parts_at("device", engine_state(parameters, shapes.num_trainable), processes)
     buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
-    if shared.stage == 3:  # gathered at a time: at least a layer, or the vocabulary
+    if layout.stage == 3:  # gathered at a time: at least a layer, or the vocabulary
         vocabulary = shapes.vocab_size * shapes.hidden_size
         layer = (parameters - vocabulary) // max(1, shapes.num_layers)
         buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
@@ -92,15 +92,15 @@ def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, sha
         footprint.evaluation[footprint.traced(settings.precision)], footprint, settings.eval_batch_size, settings
     )
     evaluation = state["weights"] + state["optimizer"] + buffers + sum(scoring.values())
-    host = host_bytes(shared, parameters, processes, shapes.num_trainable) // processes
+    host = host_bytes(layout, parameters, processes, shapes.num_trainable) // processes
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
 
-def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
+def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout) -> MemoryNeed:
     """Memory of a ZeRO process on a CPU, where offloading frees nothing and buckets hold whole gradients."""
     alone = settings.changed(precision=footprint.traced(settings.precision), num_processes=1)
     whole = memory.need(shapes, footprint, alone)
-    kinds = whole.kinds | shared.parts(memory.state_of(shapes.num_parameters, settings), settings.num_processes)
+    kinds = whole.kinds | layout.parts(memory.state_of(shapes.num_parameters, settings), settings.num_processes)
     spared = whole.phases["step"] - sum(kinds.values())
     return MemoryNeed(kinds=kinds, phases={phase: max(0, size - spared) for phase, size in whole.phases.items()})
 
@@ -142,9 +142,9 @@ def engine_state(num_parameters: int, num_trainable: int | None = None) -> dict[
     return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}
 
 
-def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, num_trainable: int | None = None) -> int:
+def host_bytes(layout: ParallelLayout, num_parameters: int, num_devices: int, num_trainable: int | None = None) -> int:
     """Host memory of all processes for offloaded state."""
-    each = shared.parts_at("host", engine_state(num_parameters, num_trainable), num_devices)
+    each = layout.parts_at("host", engine_state(num_parameters, num_trainable), num_devices)
     return round(HOST_BUFFERS * num_devices * sum(each.values()))
 
 

@@ -10,7 +10,7 @@ from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryNeed, Plan
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
 
 if TYPE_CHECKING:
     from fulltune.footprint.trace import PlannedModel
@@ -79,7 +79,7 @@ def placed_anew(plan: Plan, anew: Plan) -> Plan:
 def need_of(changed: Plan, recipe: Recipe, model: PlannedModel) -> MemoryNeed:
     """The memory of a changed plan, whose precision may differ from the recipe's."""
     traced = model.footprint(recipe, changed.device, changed.precision)
-    return budget.need(model.shapes, traced, changed, sharing.of(with_placement(recipe, changed.placement)))
+    return budget.need(model.shapes, traced, changed, parallel_layout.of(with_placement(recipe, changed.placement)))
 
 
 def on_disk(recipe: Recipe, plan: Plan, free_bytes: int, place: str) -> Plan:

@@ -18,7 +18,7 @@ from fulltune.recipe.tasks import FACTS, greater_is_better
 from fulltune.recipe.training import SHARDABLE_OPTIMIZERS, Placement
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, DiskNeed, Plan, TimeNeed
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
 from fulltune.system.hardware import Machine
 from fulltune.text import format_bytes, parse_bytes
 
@@ -59,7 +59,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     resolve.everything_else(recipe, reasons)
     reasons.settings += resolve.caveats(basis.footprint, bool(train.torch_compile))
     used = chosen.settings
-    each_pass, each_step = time.traffic(shapes, used, basis.shared)
+    each_pass, each_step = time.traffic(shapes, used, basis.layout)
     plan = Plan(
         **dict(used) | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
         generic=generic,
@@ -105,7 +105,7 @@ def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Opt
     choose.note(basis, chosen, own_loss, reasons)
     used = chosen.settings
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
-    if problems := sharing.disagreements(recipe, *batches, used.num_processes, used.precision):
+    if problems := parallel_layout.disagreements(recipe, *batches, used.num_processes, used.precision):
         raise RecipeError(problems)
     return chosen, ways_out.refuse_full_disk(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
 

@@ -15,7 +15,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemorySettings, Phase
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
 
 Changes = dict[str, Any]
 """New values by field of the memory settings or the plan."""
@@ -123,7 +123,7 @@ def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)
         passes = now.gradient_accumulation_steps * now.micro_batch_size // size
-        if not sharing.disagreements(recipe, size, passes, now.num_processes, now.precision):
+        if not parallel_layout.disagreements(recipe, size, passes, now.num_processes, now.precision):
             smaller.append({"micro_batch_size": size, "gradient_accumulation_steps": passes})
     return smaller
 
@@ -131,7 +131,7 @@ def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
 def _no_smaller_batch(recipe: Recipe, now: MemorySettings) -> str | None:
     if now.micro_batch_size == 1 or _smaller_batches(recipe, now):  # the smallest is an obstacle of every lever
         return None
-    return f"{ENGINE_SETTINGS} fixes the micro batch; write {sharing.AUTO!r} there"
+    return f"{ENGINE_SETTINGS} fixes the micro batch; write {parallel_layout.AUTO!r} there"
 
 
 def _half_precision(recipe: Recipe, now: MemorySettings) -> list[Changes]:
@@ -155,7 +155,7 @@ def _no_offloading(recipe: Recipe, now: MemorySettings) -> str:
     if recipe.train.engine_by:
         return "already on" if recipe.train.offload != "none" else f"never used automatically; set {OFFLOAD} yourself"
     settings = f"{PLACEMENT}: zero2 and {OFFLOAD}: optimizer"
-    return f"never used automatically; set {settings} yourself ({sharing.INSTALL})"
+    return f"never used automatically; set {settings} yourself ({parallel_layout.INSTALL})"
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------

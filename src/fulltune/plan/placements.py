@@ -12,8 +12,8 @@ from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, given, with_settin
 from fulltune.plan.workload import Basis, is_loss_chunked
 from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemoryNeed, MemorySettings, PlacementOption
-from fulltune.system import sharing
-from fulltune.system.sharing import Sharing
+from fulltune.system import parallel_layout
+from fulltune.system.parallel_layout import ParallelLayout
 from fulltune.text import format_bytes
 
 _DEFAULTS = {
@@ -70,20 +70,20 @@ def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
         bf16_rounding=(recipe.train.bf16_rounding or "stochastic") if narrow else None,
         chunked_loss=is_loss_chunked(recipe, basis.start.plain_logits),
     )
-    placed = replace(basis, start=start, shared=sharing.of(recipe))
+    placed = replace(basis, start=start, layout=parallel_layout.of(recipe))
     option = choose.fastest(placed) or choose.smallest(placed, same_numbers=True)
-    return row(placed, option.settings, option.memory, _changes(basis, settings, placed.shared))
+    return row(placed, option.settings, option.memory, _changes(basis, settings, placed.layout))
 
 
 def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
-    kinds, shared = dict(memory.kinds), basis.shared
+    kinds, layout = dict(memory.kinds), basis.layout
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
-    on_hosts = budget.host_bytes(shared, basis.shapes.num_parameters, settings.num_processes) if shared else 0
+    on_hosts = budget.host_bytes(layout, basis.shapes.num_parameters, settings.num_processes) if layout else 0
     host = -(-on_hosts // settings.num_machines)
     seconds = basis.seconds(settings)
     return PlacementOption(
-        name=name_of(shared, settings),
+        name=name_of(layout, settings),
         kinds=kinds,
         device_bytes=memory.peak,
         host_bytes=host,
@@ -96,26 +96,26 @@ def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dic
     )
 
 
-def name_of(shared: Sharing | None, settings: MemorySettings) -> str:
+def name_of(layout: ParallelLayout | None, settings: MemorySettings) -> str:
     small = settings.optim == "adamw_8bit"
-    if shared is None:
+    if layout is None:
         each = f"{settings.num_processes} copies" if settings.num_processes > 1 else "one device"
         plain = {"adamw_torch_fused": "AdamW fp32", "adamw_8bit": "8-bit AdamW"}.get(settings.optim, settings.optim)
         narrow = "bf16 + 8-bit" if small else "bf16 weights"
         return f"{each}, {plain if settings.weights_dtype == 'fp32' else narrow}"
-    if shared.engine == "fsdp2":
+    if layout.engine == "fsdp2":
         return "FSDP2, 8-bit AdamW" if small else "FSDP2"
-    weights, optimizer = shared.tier("weights"), shared.tier("optimizer")
+    weights, optimizer = layout.tier("weights"), layout.tier("optimizer")
     where = f", all on {weights}" if weights != "device" else f", optimizer on {optimizer}"
-    return f"ZeRO-{shared.stage}" + (where if optimizer != "device" else "")
+    return f"ZeRO-{layout.stage}" + (where if optimizer != "device" else "")
 
 
-def _changes(basis: Basis, settings: dict[str, Any], shared: Sharing | None) -> dict[str, Any]:
+def _changes(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | None) -> dict[str, Any]:
     """The settings of a placement that differ from the recipe's."""
     recipe = basis.recipe
     current = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
     current |= {name: value for name in settings if (value := given(recipe, name)) is not None}
-    if shared is not None and shared == basis.shared:  # perhaps by the user's DeepSpeed file
+    if layout is not None and layout == basis.layout:  # perhaps by the user's DeepSpeed file
         current |= {name: settings.get(name) for name in WHERE}
     return {name: value for name, value in settings.items() if current.get(name) != value}
 

@@ -18,7 +18,8 @@ from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, W
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import Advice, PlacementOption, Plan, Survey, WayOut
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
+from fulltune.system.parallel_layout import ParallelLayout
 
 MUCH_FASTER = 1.25
 """Speed-up from which ZeRO, which needs installing, replaces a placement that fits."""
@@ -68,7 +69,7 @@ def survey(
     if plan.time is None:  # the plan was changed when memory ran out
         plan = with_time(plan, basis, workload.summary)
     if plan.memory is not None:
-        placed = replace(basis, shared=_shared(workload.recipe, outcome))
+        placed = replace(basis, layout=_layout(workload.recipe, outcome))
         chosen = placements.row(placed, plan, plan.memory, settings)
         rows = tuple(chosen if one.name == chosen.name else one for one in table)
         rows = rows if chosen in rows else (chosen, *rows)
@@ -84,10 +85,10 @@ def survey(
     return facts.model_copy(update=update), plan
 
 
-def _shared(recipe: Recipe, planned: PlannedSettings) -> sharing.Sharing | None:
+def _layout(recipe: Recipe, planned: PlannedSettings) -> ParallelLayout | None:
     """The sharding of a plan's placement."""
     plan, settings = planned
-    return sharing.of(with_placement(with_settings(recipe, settings), plan.placement))
+    return parallel_layout.of(with_placement(with_settings(recipe, settings), plan.placement))
 
 
 def _facts(
@@ -162,7 +163,7 @@ def _otherwise(
         except DoesNotFitError:
             continue
         names = {"train.extra" if name == ENGINE_SETTINGS else name for name in option.settings}
-        installs = f"; {sharing.INSTALL}" if option.name.startswith("ZeRO") else ""
+        installs = f"; {parallel_layout.INSTALL}" if option.name.startswith("ZeRO") else ""
         return _explained(plan, names, f"placement: {option.name}{why}{installs}"), option.settings
     return None
 
@@ -243,7 +244,7 @@ def _larger(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut
             if planned := _on(workload, gpus.fleet_of(hardware)):
                 plan = planned[0]
                 frees = max(0, now_bytes - (plan.memory.peak if plan.memory else 0))
-                words = f"{hardware}, {placements.name_of(_shared(workload.recipe, planned), plan)}"
+                words = f"{hardware}, {placements.name_of(_layout(workload.recipe, planned), plan)}"
                 yield ways_out.way({}, frees, True, costs, words).model_copy(update={"hardware": str(hardware)})
                 break
 

@@ -16,7 +16,7 @@ from fulltune.records import probe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemorySettings
 from fulltune.system.hardware import TENSOR_CORES_FROM
-from fulltune.system.sharing import Sharing
+from fulltune.system.parallel_layout import ParallelLayout
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))
@@ -98,7 +98,7 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 
 
 def step_seconds(
-    fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, shared: Sharing | None
+    fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, layout: ParallelLayout | None
 ) -> dict[str, float]:
     """Seconds of each part of a step with `rows` rows; empty if the hardware's speed is unknown."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
@@ -115,9 +115,9 @@ def step_seconds(
         "host link": 0.0,
         "other devices": 0.0,
         NETWORK: 0.0,
-        "optimizer": _optimizer_seconds(trained, fleet, settings, shared),
+        "optimizer": _optimizer_seconds(trained, fleet, settings, layout),
     }
-    each_pass, each_step = traffic(shapes, settings, shared)
+    each_pass, each_step = traffic(shapes, settings, layout)
     sent, gpu = accumulation * each_pass + each_step, fleet.gpu_model
     if settings.num_machines > 1:
         parts[NETWORK] = sent / (fleet.network_gb_per_second * 1e9 * LINK_SHARE)
@@ -125,19 +125,19 @@ def step_seconds(
         return parts
     link, peers = gpu.link_gb_per_second * 1e9 * LINK_SHARE, gpu.nvlink_gb_per_second * 1e9 * LINK_SHARE
     parts["other devices"] = sent / (peers or link) if devices > settings.num_machines else 0.0
-    if shared is not None and shared.offload_optimizer:
-        weights_in = 2 * 2 * accumulation if shared.offload_weights else 2
+    if layout is not None and layout.offload_optimizer:
+        weights_in = 2 * 2 * accumulation if layout.offload_weights else 2
         parts["host link"] = (weights_in + 2 * accumulation) * trained / devices / link
     return parts
 
 
-def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, shared: Sharing | None) -> float:
+def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, layout: ParallelLayout | None) -> float:
     host = fleet.host_memory_gb_per_second * 1e9
     if fleet.gpu_model is None:
         return UPDATE_BYTES * trained / host
-    if shared is not None and shared.offload_optimizer:
+    if layout is not None and layout.offload_optimizer:
         return HOST_UPDATE_BYTES * trained / settings.num_machines / (host * HOST_SHARE)
-    updated = trained / settings.num_processes if shared is not None else trained
+    updated = trained / settings.num_processes if layout is not None else trained
     return UPDATE_BYTES * updated / (fleet.gpu_model.memory_gb_per_second * 1e9)
 
 
@@ -146,21 +146,21 @@ def together(seconds: Mapping[str, float]) -> float:
     return max(seconds[name] for name in seconds if name != "optimizer") + seconds["optimizer"]
 
 
-def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) -> tuple[int, int]:
+def traffic(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | None) -> tuple[int, int]:
     """Bytes that each process sends per micro batch, and once per step, by rings (docs/guides/scale.md, "Traffic")."""
     processes, trained = settings.num_processes, memory.num_trainable(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
     each_pass, each_step = 0, 0
-    if shared is None:
+    if layout is None:
         each_step = 2 * BYTES[memory.trained_dtype(settings)] * trained
-    elif shared.engine == "fsdp2":
+    elif layout.engine == "fsdp2":
         units = fsdp2.units_of(shapes)
         each_pass = BYTES[settings.weights_dtype] * (units.gathered + units.reduced)
-    elif shared.stage == 3:
+    elif layout.stage == 3:
         each_pass = narrow * (2 * shapes.num_parameters + trained)
     else:  # stage 1 sums gradients like stage 2, but once a step
         gradients = narrow * trained
-        each_pass, each_step = (gradients, gradients) if shared.stage == 2 else (0, 2 * gradients)
+        each_pass, each_step = (gradients, gradients) if layout.stage == 2 else (0, 2 * gradients)
     return each_pass * (processes - 1) // processes, each_step * (processes - 1) // processes
 
 

@@ -17,7 +17,8 @@ from fulltune.plan.settings import Reasons, given, with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemoryNeed, MemorySettings
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
+from fulltune.system.parallel_layout import ParallelLayout
 from fulltune.text import counted
 
 
@@ -51,7 +52,7 @@ class Basis:
     group_by_length: bool
     start: MemorySettings
     """Settings without any lever: a micro batch of one row, no checkpointing."""
-    shared: sharing.Sharing | None
+    layout: ParallelLayout | None
     """Sharding of the state, if it is sharded."""
     available_bytes: int
     """Bytes that one process may use on its device."""
@@ -67,11 +68,11 @@ class Basis:
     def need(self, settings: MemorySettings) -> MemoryNeed:
         """The memory of one process, with a micro batch of at most all train rows."""
         full = settings.changed(micro_batch_size=min(settings.micro_batch_size, max(1, self.train_rows)))
-        return budget.need(self.shapes, self.footprint, full, self.shared)
+        return budget.need(self.shapes, self.footprint, full, self.layout)
 
     def seconds(self, settings: MemorySettings) -> dict[str, float]:
         """Seconds of each part of a step; empty if the speed is unknown."""
-        return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.shared)
+        return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.layout)
 
     def speed(self, settings: MemorySettings) -> float | None:
         """Tokens per second over all devices, if known."""
@@ -137,7 +138,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         head_init=head_init,
         group_by_length=grouped,
         start=start,
-        shared=sharing.of(recipe),
+        layout=parallel_layout.of(recipe),
         available_bytes=available_bytes,
         where=where,
         work=time.work_of(

@@ -26,7 +26,7 @@ from fulltune.errors import FulltuneError, InterruptedRun, RecipeError, SetupErr
 from fulltune.recipe.fields import Recipe, named_paths
 from fulltune.records.base import Record
 from fulltune.records.training import LostMachine
-from fulltune.system import sharing, signals
+from fulltune.system import parallel_layout, signals
 from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import PACKAGES, flat
 from fulltune.text import first_few, format_bytes, parse_seconds
@@ -208,7 +208,7 @@ def member(recipe: Recipe, place: MachineAddress, machine: Machine, token: str =
 
 def _versions(recipe: Recipe) -> dict[str, str]:
     versions = {"Python": platform.python_version()}
-    for name in ("fulltune", *PACKAGES, "peft", *((sharing.PACKAGE,) if recipe.train.engine_by else ())):
+    for name in ("fulltune", *PACKAGES, "peft", *((parallel_layout.PACKAGE,) if recipe.train.engine_by else ())):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

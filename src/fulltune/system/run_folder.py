@@ -29,7 +29,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.run import Environment
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
 from fulltune.system.hardware import Machine, is_disk_full
 from fulltune.text import first_few
 
@@ -102,9 +102,9 @@ def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
 
 def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
     """Write DeepSpeed's settings, if used, and then the plan."""
-    settings = (folder / plan.file).with_suffix(sharing.SETTINGS_FILE)
+    settings = (folder / plan.file).with_suffix(parallel_layout.SETTINGS_FILE)
     if recipe.train.engine_by:
-        write_json(settings, sharing.completed(recipe, plan))
+        write_json(settings, parallel_layout.completed(recipe, plan))
     else:  # perhaps left by an earlier placement
         settings.unlink(missing_ok=True)
     plan.save(folder / plan.file)

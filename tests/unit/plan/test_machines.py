@@ -17,12 +17,12 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemorySettings, Plan, Survey
 from fulltune.report.format import pages
 from fulltune.system.hardware import Gpu, Machine
-from fulltune.system.sharing import Sharing
+from fulltune.system.parallel_layout import ParallelLayout
 from tests.unit.plan import sizes
 
 GB, GIB = 10**9, 2**30
 CARD = Gpu(name="NVIDIA A100-SXM4-80GB", memory_bytes=80 * GIB, capability=(8, 0), free_bytes=79 * GIB)
-FSDP2 = Sharing(3, False, False, engine="fsdp2")
+FSDP2 = ParallelLayout(3, False, False, engine="fsdp2")
 
 
 def machine(gpus: int = 0, **changes: Any) -> Machine:
@@ -138,7 +138,7 @@ def test_table_has_the_host_memory_of_each_machine_and_no_disk() -> None:
 # ---- between machines -------------------------------------------------------------------------------------------
 
 
-def _seconds(hardware: str, settings: MemorySettings, shared: Sharing | None = FSDP2) -> dict[str, float]:
+def _seconds(hardware: str, settings: MemorySettings, shared: ParallelLayout | None = FSDP2) -> dict[str, float]:
     fleet, task = gpus.parse(hardware), sizes.llama()
     work = time.work_of(task.summary, task.footprint("fp32"), True)
     settings = settings.changed(num_processes=fleet.num_devices, num_machines=fleet.num_machines)
@@ -160,7 +160,7 @@ def test_over_each_network_goes_what_each_process_sends() -> None:
 
 def test_several_machines_compute_and_update_together() -> None:
     settings = MemorySettings(micro_batch_size=1, longest_tokens=512, precision="bf16")
-    offloaded = Sharing(2, True, False)
+    offloaded = ParallelLayout(2, True, False)
     one, four = (_seconds(f"{count}x 8x A100-80GB", settings, offloaded) for count in (1, 4))
     assert four["optimizer"] == pytest.approx(one["optimizer"] / 4), "each host updates its share"
     alone, both = (_seconds(f"{count}x 1x cpu, 8 cores", settings, None) for count in (1, 2))

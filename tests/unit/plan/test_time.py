@@ -11,7 +11,7 @@ from fulltune.plan import gpus, time
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemorySettings
 from fulltune.records.probe import MOST_FEATURE_BYTES, MOST_SOLVER_BYTES
-from fulltune.system.sharing import Sharing
+from fulltune.system.parallel_layout import ParallelLayout
 from tests.unit.plan import sizes
 from tests.unit.plan.sizes import LLAMA
 
@@ -83,7 +83,7 @@ def test_price_that_is_none_is_refused(text: str) -> None:
 P = LLAMA.num_parameters
 UNITS = LLAMA.units
 assert UNITS is not None
-FSDP2 = Sharing(3, False, False, engine="fsdp2")
+FSDP2 = ParallelLayout(3, False, False, engine="fsdp2")
 SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=8, num_processes=8, precision="bf16")
 
 
@@ -95,17 +95,19 @@ SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=8, num_processes=8,
         (None, {"num_trainable": 10**6, "num_all_parameters": P}, 0, 2 * 4 * 10**6),
         # The head is put together once, everything else twice.
         (FSDP2, {}, 4 * (3 * P - UNITS.kept), 0),
-        (Sharing(2, False, False), {}, 2 * P, 2 * P),
-        (Sharing(3, False, False), {}, 3 * 2 * P, 0),
-        (Sharing(3, True, True), {}, 3 * 2 * P, 0),
-        (Sharing(3, False, False), {"precision": "fp32"}, 3 * 4 * P, 0),
+        (ParallelLayout(2, False, False), {}, 2 * P, 2 * P),
+        (ParallelLayout(3, False, False), {}, 3 * 2 * P, 0),
+        (ParallelLayout(3, True, True), {}, 3 * 2 * P, 0),
+        (ParallelLayout(3, False, False), {"precision": "fp32"}, 3 * 4 * P, 0),
         # What stays as it was has no gradients.
-        (Sharing(3, False, False), {"num_trainable": 10**6, "num_all_parameters": P}, 2 * 2 * P + 2 * 10**6, 0),
-        (Sharing(1, False, False), {}, 0, 2 * 2 * P),
+        (ParallelLayout(3, False, False), {"num_trainable": 10**6, "num_all_parameters": P}, 2 * 2 * P + 2 * 10**6, 0),
+        (ParallelLayout(1, False, False), {}, 0, 2 * 2 * P),
     ],
 )
 @pytest.mark.parametrize("processes", [2, 8])
-def test_bytes(shared: Sharing | None, changes: dict[str, Any], each_pass: int, each_step: int, processes: int) -> None:
+def test_bytes(
+    shared: ParallelLayout | None, changes: dict[str, Any], each_pass: int, each_step: int, processes: int
+) -> None:
     found = time.traffic(LLAMA, SETTINGS.changed(num_processes=processes, **changes), shared)
     share = (processes - 1) / processes
     assert found == pytest.approx((share * each_pass, share * each_step))

@@ -14,7 +14,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import NO_PACKAGES, as_arguments
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import Plan
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -27,7 +27,7 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
     problems = recipe_rules.problems_of(recipe)
     if recipe.train.engine_by:
         try:
-            sharing.settings(recipe)
+            parallel_layout.settings(recipe)
         except RecipeError as error:
             problems += error.problems
     if problems:
@@ -58,7 +58,7 @@ def _missing_packages(recipe: Recipe) -> list[str]:
     if of_kernel and not any(map(importlib.util.find_spec, of_kernel)):
         names = " or ".join(name.replace("_", "-") for name in of_kernel)
         problems.append(f"model.attn_implementation: '{kernel}' needs a package that is missing: {names}")
-    return [*problems, *sharing.missing_package(recipe)]
+    return [*problems, *parallel_layout.missing_package(recipe)]
 
 
 def package_of(optim: str) -> tuple[str, str]:
@@ -149,7 +149,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
     if extra.get("dataloader_num_workers") and hasattr(os, "fork"):
         # Forked workers need no pickling and touch no GPU.
         extra.setdefault("dataloader_multiprocessing_context", "fork")
-    extra |= {sharing.PACKAGE: sharing.completed(recipe, plan)} if recipe.train.engine_by else {}
+    extra |= {parallel_layout.PACKAGE: parallel_layout.completed(recipe, plan)} if recipe.train.engine_by else {}
     try:
         arguments = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

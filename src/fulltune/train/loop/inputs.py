@@ -9,7 +9,8 @@ from pathlib import Path
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
+from fulltune.system.parallel_layout import ParallelLayout
 from fulltune.tasks import Task, task_named
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
@@ -64,14 +65,14 @@ class AttemptInputs:
         return highest * rate_factor(self.plan.rollbacks)
 
     @cached_property
-    def sharing(self) -> sharing.Sharing | None:
+    def layout(self) -> ParallelLayout | None:
         """What is sharded over the ranks; None if every rank holds all."""
-        return sharing.of(self.recipe)
+        return parallel_layout.of(self.recipe)
 
     @property
     def in_engine(self) -> bool:
         """True if DeepSpeed's engine trains; it exists only once training starts."""
-        return self.sharing is not None and self.sharing.engine == "zero"
+        return self.layout is not None and self.layout.engine == "zero"
 
     def warn(self, text: str) -> None:
         self.journal.write("warning", text)

@@ -14,7 +14,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.events import Listener, Message, PhaseBegan
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
-from fulltune.system import sharing
+from fulltune.system import parallel_layout
 from fulltune.system.machines import missing_machines
 from fulltune.system.run_folder import lost_weights, save_plan
 from fulltune.train import checkpoints
@@ -112,7 +112,7 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
     """Create the attempt's folders, and add the newest sound checkpoint to its request."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, damaged = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
-    if sound is not None and (problem := sharing.misfit(sound, request.recipe)):
+    if sound is not None and (problem := parallel_layout.misfit(sound, request.recipe)):
         raise SetupError(problem)
     request.folder.mkdir(parents=True)
     if resume:

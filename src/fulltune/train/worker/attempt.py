@@ -101,7 +101,7 @@ def _begin(training: Training) -> None:
 def _trained(training: Training) -> dict[str, Any]:
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
     request, recorder, journal, usage = inputs.request, inputs.recorder, inputs.journal, inputs.usage
-    plan, is_sharded, initial = inputs.plan, inputs.sharing is not None, None
+    plan, is_sharded, initial = inputs.plan, inputs.layout is not None, None
     journal.at("saving")
     if inputs.is_main or is_sharded:
         file = request.initial_weights(trainer.args.process_index)

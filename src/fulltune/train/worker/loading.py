@@ -199,8 +199,8 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
     target = Target.of(summary)
     inputs.recorder.phase("loading the model")
     transformers.logging.disable_progress_bar()
-    if inputs.in_engine and inputs.sharing is not None and inputs.is_main:
-        zero.build_extensions(plan.device == "cpu", inputs.sharing.offload_optimizer, inputs.recorder.phase)
+    if inputs.in_engine and inputs.layout is not None and inputs.is_main:
+        zero.build_extensions(plan.device == "cpu", inputs.layout.offload_optimizer, inputs.recorder.phase)
     # Before the model: ZeRO stage 3 shards weights while they are read.
     arguments = training_arguments(recipe, plan, inputs.request.checkpoints)
     if inputs.in_engine:

@@ -18,7 +18,7 @@ MemoryTier = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
-class Sharing:
+class ParallelLayout:
     """Which state is sharded, by ZeRO's stages, and which is offloaded."""
 
     stage: int
@@ -46,15 +46,15 @@ class Sharing:
         }
 
 
-def of(recipe: Recipe) -> Sharing | None:
+def of(recipe: Recipe) -> ParallelLayout | None:
     """The recipe's sharding; None if each process holds the whole state."""
     if recipe.train.placement == "fsdp2":
-        return Sharing(3, False, False, engine="fsdp2")
+        return ParallelLayout(3, False, False, engine="fsdp2")
     if not recipe.train.engine_by:
         return None
     block = settings(recipe)["zero_optimization"]
     optimizer, weights = (_device_of(block, what) != "none" for what in ("optimizer", "param"))
-    return Sharing(block["stage"], optimizer, weights)
+    return ParallelLayout(block["stage"], optimizer, weights)
 
 
 # ---- DeepSpeed's settings --------------------------------------------------------------------------------------------
@@ -211,8 +211,8 @@ def _problems(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
 
 def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
     """The reason why the recipe cannot resume from a checkpoint, if DeepSpeed wrote it or must read it."""
-    shared = of(recipe)
-    in_engine = shared is not None and shared.engine == "zero"
+    layout = of(recipe)
+    in_engine = layout is not None and layout.engine == "zero"
     latest = checkpoint / LATEST
     if not latest.exists():
         problem = f"was not written by DeepSpeed, which only reads its own checkpoints ({recipe.train.engine_by})"
@@ -220,7 +220,7 @@ def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
     parts = checkpoint / latest.read_text(encoding="utf-8").strip()
     processes = len(list(parts.glob(_OF_OPTIMIZER))) or recipe.train.num_processes  # stage 0 has no parts
     stage = 3 if list(parts.glob(_OF_WEIGHTS)) else 2
-    same_stage = in_engine and shared is not None and (stage == 3) == (shared.stage == 3)
+    same_stage = in_engine and layout is not None and (stage == 3) == (layout.stage == 3)
     if same_stage and processes == recipe.train.num_processes:
         return None
     now = f"{recipe.train.engine_by or f'train.placement: {recipe.train.placement}'} on {recipe.train.num_processes}"
