@@ -1,4 +1,4 @@
-"""Translates names of `TrainingArguments` of transformers 3 and 4 to those of 5, each with a notice."""
+"""Translates the arguments of transformers 3 and 4 to those of transformers 5."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOT_THE_SCRIPT = ("fulltune", "transformers", "accelerate", "torch", "trl")
 
 
 def notice(text: str) -> None:
-    """Warn at the line of the user's script, so that Python shows each text once per line."""
+    """Warn at the line of the user's script, so that Python warns once."""
     level, frame = 1, sys._getframe()
     while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _NOT_THE_SCRIPT:
         level, frame = level + 1, frame.f_back
@@ -43,7 +43,7 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",
     "xpu_backend": "ddp_backend",
 }
-SWITCHES: dict[str, tuple[str, Any]] = {
+SWITCHES: dict[str, tuple[str, str | list[str]]] = {
     "adafactor": ("optim", "adafactor"),
     "evaluate_during_training": ("eval_strategy", "steps"),
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
@@ -78,7 +78,7 @@ IGNORED = {
     "use_legacy_prediction_loop": "there is only one prediction loop",
     "use_mps_device": "Apple's GPU is used whenever there is one; use_cpu=True avoids it",
 }
-"""Old names without effect, with the reason."""
+"""Old names without effect, and why."""
 OLD_NAMES = (*RENAMED, *SWITCHES, *INSIDE, *IGNORED)
 
 
@@ -88,31 +88,31 @@ class OldNames:
     `logging_nan_inf_filter` is always off, as it would log a loss of 0.0 while all weights are NaN.
 
     Args:
-        *positional: Arguments of the class beside it.
-        **keywords: New or old names (`OLD_NAMES`); old ones give a `FulltuneNotice`.
+        **keywords: New or old names (`OLD_NAMES`); each old one gives a `FulltuneNotice`.
 
     Raises:
-        TypeError: A name is unknown.
-        ValueError: An old and a new name contradict each other, or transformers refuses a value.
+        TypeError: An unknown name.
+        ValueError: An old and a new name contradict each other.
     """
 
     def __init__(self, *positional: Any, **keywords: Any) -> None:
-        names = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]  # that beside
+        new_names = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]  # beside
         for name in keywords:
-            if name not in names and name not in OLD_NAMES:
-                hint = did_you_mean(name, [*names, *OLD_NAMES])
+            if name not in new_names and name not in OLD_NAMES:
+                hint = did_you_mean(name, [*new_names, *OLD_NAMES])
                 raise TypeError(f"TrainingArguments: unknown argument {name!r}" + (f"; {hint}" if hint else ""))
-        today = {name: value for name, value in keywords.items() if name not in OLD_NAMES}
+        arguments = {name: value for name, value in keywords.items() if name not in OLD_NAMES}
         for name, value in keywords.items():
             if name in OLD_NAMES and value is not None:
-                _translate(name, value, today)
-        if str(getattr(today.get("optim"), "value", today.get("optim"))) in ("adamw_hf", "adamw_apex_fused"):
-            notice(f"optim={today['optim']!r} is gone; 'adamw_torch' is used, PyTorch's own AdamW")
-            today["optim"] = "adamw_torch"
-        _stay_trainable_without_gpu(today)
+                _translate(name, value, arguments)
+        optim = arguments.get("optim")
+        if str(getattr(optim, "value", optim)) in ("adamw_hf", "adamw_apex_fused"):
+            notice(f"optim={optim!r} is gone; 'adamw_torch' is used, PyTorch's own AdamW")
+            arguments["optim"] = "adamw_torch"
+        _stay_trainable_without_gpu(arguments)
         if not torch.accelerator.is_available():
-            today["dataloader_pin_memory"] = False  # it has no effect, and torch warns at each loader
-        super().__init__(*positional, **(today | {"logging_nan_inf_filter": False}))
+            arguments["dataloader_pin_memory"] = False  # it has no effect, and torch warns at each loader
+        super().__init__(*positional, **(arguments | {"logging_nan_inf_filter": False}))
         if self.fp16 and self.device.type == "cpu":  # type: ignore[attr-defined]  # of the class beside
             notice("fp16=True: there is no GPU here, so training computes in fp32 (as transformers does, silently)")
 
@@ -125,40 +125,40 @@ class Seq2SeqTrainingArguments(OldNames, transformers.Seq2SeqTrainingArguments):
     """`transformers.Seq2SeqTrainingArguments` with `OldNames`."""
 
 
-def _translate(name: str, value: Any, result: dict[str, Any]) -> None:
+def _translate(name: str, value: Any, arguments: dict[str, Any]) -> None:
     if name in IGNORED:
         notice(f"{name} is ignored: {IGNORED[name]}")
         return
-    new, turned = RENAMED.get(name, ""), value
+    new, new_value = RENAMED.get(name, ""), value
     if name in SWITCHES:
-        new, turned = SWITCHES[name]
+        new, new_value = SWITCHES[name]
     elif name in INSIDE:
-        new, turned = INSIDE[name], {name.removeprefix("fsdp_"): value}
+        new, new_value = INSIDE[name], {name.removeprefix("fsdp_"): value}
     if name not in RENAMED and not value and name != "dispatch_batches":
-        return  # off
+        return  # the old flag was off
     if name == "warmup_ratio":
         if not 0 <= value <= 1:
             raise ValueError(f"TrainingArguments: warmup_ratio: {value} is not between 0 and 1")
-        # Exactly 1 would mean one step; just below 1 it is a share of all steps.
-        turned = min(float(value), math.nextafter(1.0, 0.0))
-    present = result.get(new)
-    if isinstance(present, Mapping) and all(present.get(key, v) == v for key, v in turned.items()):
-        turned, present = {**present, **turned}, None
+        # transformers reads a number below 1 as a share of all steps, and 1 as one step.
+        new_value = min(float(value), math.nextafter(1.0, 0.0))
+    present = arguments.get(new)
+    if isinstance(present, Mapping) and all(present.get(key, v) == v for key, v in new_value.items()):
+        new_value, present = {**present, **new_value}, None
     hidden = new == "hub_token"
-    before, after = (name, new) if hidden else (f"{name}={value!r}", f"{new}={turned!r}")
+    before, after = (name, new) if hidden else (f"{name}={value!r}", f"{new}={new_value!r}")
     # None, and warmup_steps=0 beside a ratio, mean "not set".
     is_set = present is not None and not (present == 0 and present is not False)
-    if is_set and present != turned:
+    if is_set and present != new_value:
         raise ValueError(
             f"TrainingArguments: {before} and {new}={'...' if hidden else repr(present)} contradict each other; "
             f"give {new} only"
         )
-    result[new] = turned
+    arguments[new] = new_value
     notice(f"{before} is now {after}")
 
 
 def _stay_trainable_without_gpu(keywords: dict[str, Any]) -> None:
-    # transformers refuses bf16 on a machine without a GPU unless `use_cpu` is set.
+    """Set `use_cpu` for bf16 without a GPU, which transformers refuses otherwise."""
     bf16_names = [name for name in ("bf16", "bf16_full_eval") if keywords.get(name)]
     has_gpu = torch.accelerator.is_available() or is_torch_bf16_gpu_available() or is_torch_xla_available()
     if bf16_names and not keywords.get("use_cpu") and not has_gpu:

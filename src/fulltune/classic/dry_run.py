@@ -1,4 +1,4 @@
-"""The dry run of the classic `Trainer`: one step at the longest length and rate 0."""
+"""The dry-run step of the classic `Trainer`."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ _log = logging.getLogger(__name__)
 
 
 NUM_MEASURED_ROWS = 2000
-"""Rows whose length is measured in a dataset without columns, which may tokenize on the fly."""
+"""Rows measured in a dataset without columns, which may tokenize on the fly."""
 
 
-def dry_run(trainer: Any) -> float | None:
-    """Run one step at the longest length and rate 0, so that what does not fit fails at once; return its loss.
+def dry_run(trainer: transformers.Trainer) -> float | None:
+    """Run one step on the longest rows at rate 0, and return its loss, or None if it cannot run.
 
-    Random state, buffers and optimizer are restored, but not the random generator of a collator or dataset.
+    Random state, buffers and optimizer are restored, but not the generator of a collator or dataset.
     """
     rows = _rows_for_dry_run(trainer)
     if not rows:
         return None
     model = trainer.model_wrapped if trainer.args.n_gpu > 1 else trainer.model
+    assert model is not None, "the training begins"
     was_training, size = model.training, f"{len(rows)} rows"
     try:
-        with same_buffers(trainer.model), same_randomness():
+        with same_buffers(model), same_randomness():
             collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
-            batch = collate([trainer.train_dataset[i] for i in rows])
+            dataset: Any = trainer.train_dataset
+            batch = collate([dataset[i] for i in rows])
             size += _length_of(batch)
             loss = _forward_and_backward(trainer, model, batch)
             _step_without_rate(trainer)
@@ -57,8 +59,8 @@ def dry_run(trainer: Any) -> float | None:
     return loss
 
 
-def _rows_for_dry_run(trainer: Any) -> list[int]:
-    dataset = trainer.train_dataset
+def _rows_for_dry_run(trainer: transformers.Trainer) -> list[int]:
+    dataset: Any = trainer.train_dataset
     if type(trainer).get_train_dataloader is not transformers.Trainer.get_train_dataloader:
         notice("no dry-run step before training: the script makes the batches itself (get_train_dataloader)")
         return []
@@ -70,22 +72,22 @@ def _rows_for_dry_run(trainer: Any) -> list[int]:
         return longest(dataset, trainer._train_batch_size, names[0])
 
 
-def longest(dataset: Any, how_many: int, name: str) -> list[int]:
-    """Return positions of the longest rows, or of the first ones if rows have no length."""
+def longest(dataset: Sequence[object], count: int, name: str) -> list[int]:
+    """Return the positions of the longest rows, or of the first ones if rows have no length."""
     positions: Sequence[int] = range(len(dataset))
     lengths = _column_lengths(dataset, name)
     if lengths is None:
         count = min(len(dataset), NUM_MEASURED_ROWS)
         positions = [number * len(dataset) // count for number in range(count)]  # evenly spaced
         if positions and row_length(dataset[positions[0]], name) is None:
-            return list(range(min(how_many, len(dataset))))
+            return list(range(min(count, len(dataset))))
         lengths = [row_length(dataset[i], name) or 0 for i in positions]
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")[:how_many]
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")[:count]
     return [int(positions[i]) for i in order]
 
 
 def _column_lengths(dataset: Any, name: str) -> list[int] | None:
-    """Return the lengths of a list column of a `datasets.Dataset` without reading values; None for other data."""
+    """Return the lengths of a list column of a `datasets.Dataset` without reading values, else None."""
     feature = (getattr(dataset, "features", None) or {}).get(name)
     if not hasattr(dataset, "with_format") or not hasattr(feature, "feature") or dataset.format["type"] == "custom":
         return None
@@ -93,7 +95,7 @@ def _column_lengths(dataset: Any, name: str) -> list[int] | None:
     return [length or 0 for table in tables for length in pyarrow.compute.list_value_length(table[name]).to_pylist()]
 
 
-def row_length(row: Any, name: str) -> int | None:
+def row_length(row: object, name: str) -> int | None:
     value = row.get(name) if isinstance(row, Mapping) else None
     try:
         return None if value is None else len(value)
@@ -101,39 +103,40 @@ def row_length(row: Any, name: str) -> int | None:
         return None
 
 
-def _length_of(batch: Any) -> str:
+def _length_of(batch: object) -> str:
     tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return f" of {tokens.shape[1]} tokens" if torch.is_tensor(tokens) and tokens.ndim > 1 else ""
 
 
-def _forward_and_backward(trainer: Any, model: Any, batch: Any) -> float:
+def _forward_and_backward(trainer: transformers.Trainer, model: torch.nn.Module, batch: dict[str, Any]) -> float:
     _, num_items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
     inputs = send_to_device(copied(batch), trainer.args.device)
     model.train()
     with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(model, inputs, num_items_in_batch=num_items).mean()
+        loss: Any = trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
+    loss = loss.mean()
     loss.backward()
     return float(loss.detach())
 
 
-def _step_without_rate(trainer: Any) -> None:
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+def _step_without_rate(trainer: transformers.Trainer) -> None:
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) or optimizer.state:
         return
     if not gradients_are_finite(p for group in optimizer.param_groups for p in group["params"]):
         return  # the guard stops it at step 1
-    saved = [(group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
+    settings = [(group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
     try:
         for group in optimizer.param_groups:
             group.update(lr=0.0, weight_decay=0.0)
         # Not `optimizer.step`, which scheduler and scaler patch to count its calls.
         type(optimizer).step(optimizer)
     finally:
-        for group, (rate, decay) in zip(optimizer.param_groups, saved, strict=True):
+        for group, (rate, decay) in zip(optimizer.param_groups, settings, strict=True):
             group.update(lr=rate, weight_decay=decay)
         optimizer.state.clear()
 
 
-def copied(inputs: Any) -> Any:
+def copied(inputs: dict[str, Any]) -> dict[str, Any]:
     # `compute_loss` may remove the labels.
     return dict(inputs) if isinstance(inputs, Mapping) else inputs

@@ -1,4 +1,4 @@
-"""Adds a missing padding token, and pads rows of unequal length."""
+"""Padding for scripts that set up none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import transformers
+from transformers import PretrainedConfig
+from transformers.data.data_collator import DataCollator
 from transformers.models.auto.tokenization_auto import AutoTokenizer, get_tokenizer_config
 
 from fulltune.classic.arguments import notice
@@ -23,7 +26,7 @@ class PaddingCollator:
     def __init__(self, pad: int) -> None:
         self._pad, self._has_warned = pad, False
 
-    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+    def __call__(self, features: Sequence[object]) -> dict[str, torch.Tensor]:
         rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
         if _are_unequal(rows, "input_ids"):
             if not self._has_warned:
@@ -45,20 +48,20 @@ def _are_unequal(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     return len({row_length(row, name) for row in rows}) > 1
 
 
-def complete(model: Any, tokenizer: Any, collate: Any) -> Any:
-    """Set the model's padding token if it has none; returns `collate`, or a `PaddingCollator` if that cannot pad."""
+def complete(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -> DataCollator:
+    """Set the padding token of a model without one, and return a collator that can pad."""
     reader = collate if tokenizer is None else tokenizer
-    tokenizer_pad = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
+    pad_of_reader = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
     lacks = collate is transformers.default_data_collator or type(collate) is PaddingCollator
-    lacks |= type(collate) is transformers.DataCollatorWithPadding and tokenizer_pad is None
+    lacks |= type(collate) is transformers.DataCollatorWithPadding and pad_of_reader is None
     config = getattr(model, "config", None)
-    if config is None or (tokenizer_pad is None and not lacks):
+    if config is None or (pad_of_reader is None and not lacks):
         return collate
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    pad, source = getattr(text, "pad_token_id", None) if tokenizer_pad is None else tokenizer_pad, ""
+    pad, source = getattr(text, "pad_token_id", None) if pad_of_reader is None else pad_of_reader, ""
     if is_missing := pad is None:
-        pad, source = _fallback_token(config, text)
-    if tokenizer_pad is not None or (is_missing and "SequenceClassification" in type(model).__name__):
+        pad, source = _padding_token(config, text)
+    if pad_of_reader is not None or (is_missing and "SequenceClassification" in type(model).__name__):
         for part in (config, text):
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = pad
@@ -67,7 +70,7 @@ def complete(model: Any, tokenizer: Any, collate: Any) -> Any:
     return PaddingCollator(pad) if lacks and pad is not None else collate
 
 
-def _fallback_token(config: Any, text: Any) -> tuple[int | None, str]:
+def _padding_token(config: PretrainedConfig, text: PretrainedConfig) -> tuple[int | None, str]:
     name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers makes an empty one

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` and `SFTConfig` with fulltune's guards and old names; only this module imports TRL."""
+"""TRL's `SFTTrainer` and `SFTConfig` with fulltune's guards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import trl  # after the refusal
 
 
 class SFTConfig(OldNames, trl.SFTConfig):
-    """`trl.SFTConfig` with `OldNames`, and `max_seq_length` of TRL before 0.20."""
+    """`trl.SFTConfig` with `OldNames` and `max_seq_length`, TRL's name before 0.20."""
 
     def __init__(self, *positional: Any, **keywords: Any) -> None:
         if "max_seq_length" in keywords:
@@ -29,12 +29,12 @@ class SFTConfig(OldNames, trl.SFTConfig):
 class SFTTrainer(Trainer, trl.SFTTrainer):
     """`trl.SFTTrainer` with fulltune's guards: see `Trainer`."""
 
-    _metrics: Any
-    _total_train_tokens: Any
+    _metrics: dict[str, dict[str, list[float]]]
+    _total_train_tokens: int
     _loss_scaling_known = True  # TRL divides the loss by itself
 
     def before_first_step(self) -> None:
-        # TRL counts tokens and averages metrics over each loss: that of the dry run must not count.
-        metrics = copy.deepcopy(self._metrics), self._total_train_tokens
+        """Run the dry-run step without adding to TRL's token count and metrics."""
+        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
         super().before_first_step()
-        self._metrics, self._total_train_tokens = metrics
+        self._metrics, self._total_train_tokens = metrics, tokens

@@ -1,4 +1,4 @@
-"""Hugging Face's `Trainer` for scripts of transformers 3 and 4, with fulltune's guards."""
+"""Trainers for scripts of transformers 3 and 4."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.data.data_collator import DataCollator
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from fulltune import methods
 from fulltune.classic.arguments import notice
@@ -30,21 +34,18 @@ from fulltune.train.worker.weights import InitialWeights, own_file
 
 _log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 
 class Trainer(Guarded, transformers.Trainer):
     """`transformers.Trainer` for scripts of transformers 3 and 4, with fulltune's guards.
 
-    A step with a non-finite loss or gradient is skipped with a `FulltuneNotice`, and three in a row stop the run. A
-    diverging loss gives a notice, unless the script computes its own. A dry run at the longest length precedes the
-    training, unless `dry_run` is False. After training, `moved` counts the values that changed.
+    A step with a non-finite loss or gradient is skipped with a `FulltuneNotice`; three in a row stop the run. A
+    diverging loss gives a notice, unless the script computes its own. One step at the longest length runs before
+    training unless `dry_run` is False. After training, `moved` counts the changed values.
 
     Args:
-        *positional: Arguments of `transformers.Trainer`.
         tokenizer: The name of `processing_class` before 4.46.
-        **keywords: Arguments of `transformers.Trainer`.
-
-    Raises:
-        ValueError: `tokenizer` and `processing_class` are given and differ.
     """
 
     dry_run: bool = True
@@ -58,7 +59,7 @@ class Trainer(Guarded, transformers.Trainer):
     _loss_scaling_known: bool = False
     _loss_is_mean: bool = False
 
-    def __init__(self, *positional: Any, tokenizer: Any = None, **keywords: Any) -> None:
+    def __init__(self, *positional: Any, tokenizer: PreTrainedTokenizerBase | None = None, **keywords: Any) -> None:
         if tokenizer is not None:
             if keywords.get("processing_class", tokenizer) is not tokenizer:
                 raise ValueError("Trainer: tokenizer and processing_class are two names of one thing; give one of them")
@@ -67,23 +68,25 @@ class Trainer(Guarded, transformers.Trainer):
         super().__init__(*positional, **keywords)
         self._accept_old_overrides()
         self.data_collator = complete(self.model, self.processing_class, self.data_collator)
-        self.add_callback(_Guards(self))
+        self.add_callback(_GuardCallback(self))
 
     @property
-    def tokenizer(self) -> Any:
-        return self.processing_class
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The name of `processing_class` before 4.46."""
+        return self.processing_class  # type: ignore[return-value]  # for other processors it has the wrong name
 
     @tokenizer.setter
-    def tokenizer(self, value: Any) -> None:
+    def tokenizer(self, value: PreTrainedTokenizerBase | None) -> None:
         self.processing_class = value
 
-    def call_model_init(self, trial: Any = None) -> Any:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
-        complete(model, getattr(self, "processing_class", None), getattr(self, "data_collator", None))
+        collate = cast("DataCollator", getattr(self, "data_collator", None))
+        complete(model, getattr(self, "processing_class", None), collate)
         return model
 
-    def train(self, *positional: Any, **keywords: Any) -> Any:
-        """Train as transformers does, then judge the final loss and count changed values.
+    def train(self, *positional: object, **keywords: object) -> TrainOutput:
+        """Train as transformers does, then check the final loss and count the changed values.
 
         Raises:
             GuardStop: Several steps were non-finite, or no value changed.
@@ -93,7 +96,7 @@ class Trainer(Guarded, transformers.Trainer):
             notice("train(model_path=...) is now resume_from_checkpoint=...")
         self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
         self._untrained_loss = None
-        # A script's own loss may rise for good reasons; later it also means that a notice was given.
+        # A script's own loss may rise for good reason.
         self._may_rise = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
         try:
             result = super().train(*positional, **keywords)
@@ -106,17 +109,17 @@ class Trainer(Guarded, transformers.Trainer):
         return result
 
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
-        notice(f"the update of step {step} is left out: {verdict.reason}")
+        notice(f"the update of step {step} is skipped: {verdict.reason}")
 
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         if num_items_in_batch is not None and not self._loss_scaling_known:
             self._find_loss_scaling(model, inputs, num_items_in_batch)
         return super().training_step(model, inputs, None if self._loss_is_mean else num_items_in_batch)
 
-    def predict(self, *positional: Any, **keywords: Any) -> Any:
-        """Predict in row order: `group_by_length` would sort the rows (transformers 4.46 to 5.24)."""
+    def predict(self, *positional: Any, **keywords: Any) -> PredictionOutput:
+        """Predict in row order, which `group_by_length` would change (transformers 4.46 to 5.24)."""
         strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
         try:
             return super().predict(*positional, **keywords)
@@ -138,13 +141,12 @@ class Trainer(Guarded, transformers.Trainer):
             _log.info("%s.%s has the signature of before transformers 4.46", type(self).__name__, name)
 
     def _find_loss_scaling(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int
     ) -> None:
         """Find out whether the loss is divided by `num_items_in_batch`: twice as many items should halve it.
 
-        transformers 5.24 assumes so for each model whose `forward` takes `**kwargs` and each `compute_loss`, but most
-        models' sequence classification returns a mean: its gradient is too large by the number of accumulation steps
-        and processes. Delete this when transformers finds out by itself.
+        transformers 5.24 assumes so, but most models' sequence classification returns a mean: the gradient would be
+        too large by the number of accumulation steps and processes. Delete this when transformers finds out by itself.
         """
         self._loss_scaling_known = True
         accumulates = self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1
@@ -157,7 +159,7 @@ class Trainer(Guarded, transformers.Trainer):
             with same_randomness(), torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, copied(inputs), num_items_in_batch=num_items_in_batch * factor)
             losses.append(loss.detach().float().mean())  # a tensor, as no outputs are requested
-        # Summed over processes, so that all decide alike.
+        # Summed over processes, so that all decide the same.
         once, twice = self.accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
         if once == 0:
             self._loss_scaling_known = False
@@ -167,9 +169,9 @@ class Trainer(Guarded, transformers.Trainer):
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
 
     def before_first_step(self) -> None:
-        """Save the initial weights, and run the dry run."""
+        """Save the initial weights, and run the dry-run step."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
-            _log.info("the model is sharded: no dry-run step, and what moved is not counted")
+            _log.info("the model is sharded: no dry-run step, and changed values are not counted")
             return
         if self._initial is None:
             self._first_step = self.state.global_step
@@ -179,7 +181,7 @@ class Trainer(Guarded, transformers.Trainer):
             self._untrained_loss = loss if self._first_step == 0 else None
 
     def judge_logged(self) -> None:
-        """Give one notice if the logged loss diverged; the training continues."""
+        """Give one notice if the logged loss has diverged."""
         if self._may_rise:
             return
         losses = logged(self.state, "loss")
@@ -191,7 +193,7 @@ class Trainer(Guarded, transformers.Trainer):
             notice(decision.reason)
 
     def _judge_end(self) -> None:
-        # By the last steps, as a script may log nothing; not after resuming.
+        # By the last steps, as a script may log none of them; not after resuming.
         if self._may_rise or self.first_loss is None or self._first_step > 0:
             return
         losses = (self.first_loss, *self.last_losses[-(self.state.global_step - 1) :])
@@ -206,22 +208,22 @@ class Trainer(Guarded, transformers.Trainer):
         folder, path = Path(str(self.args.output_dir)), None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Names that start with an underscore are not pushed to the Hub.
+            # The Hub's upload ignores names that start with an underscore.
             path = own_file(folder, "_fulltune-initial-")
             self._initial = InitialWeights(self.model, path)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             if path is not None:
                 path.unlink(missing_ok=True)
-            notice(f"what training moves will not be counted: the weights could not be kept in {folder} ({error})")
+            notice(f"changed values will not be counted: the weights could not be saved in {folder} ({error})")
 
     def _count_moved(self) -> None:
         if self._initial is None or self.state.global_step <= self._first_step:
             return
-        # DDP and torch.compile add a prefix to the names.
+        # DDP and torch.compile put prefixes before the names.
         names = {name.removeprefix("_orig_mod.").removeprefix("module.") for name in self.tensors_with_gradient}
         self.moved = self._initial.moved(self.model, self.optimizer, frozenset(names))
         if self.state.global_step == self._first_step + 1 and self.args.learning_rate > 0:
-            return  # a single step may have a rate of 0, at the start of a warm-up or the end of the schedule
+            return  # the schedule's rate may be 0 in a single step
         decision = nothing_learned(self.moved, bool(names), self.largest_grad_norm)
         if decision.action == "stop" and self._first_step > 0:
             notice(f"since the checkpoint at step {self._first_step}: {decision.reason}")
@@ -231,7 +233,7 @@ class Trainer(Guarded, transformers.Trainer):
         share = f"{self.moved.share:.1%} of the {self.moved.num_values_with_gradient:,} values that got a gradient"
         _log.info("%s moved", share)
         if self.moved.share < 0.5:
-            dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in methods.trained(self.model).values()})
+            dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in methods.trained(self.model).values()})
             notice(
                 f"only {share} moved ({', '.join(dtypes)} weights): the updates are too small for the weights' type; "
                 "load the model with dtype=torch.float32 or raise learning_rate"
@@ -242,26 +244,25 @@ class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with fulltune's guards: see `Trainer`."""
 
 
-class _Guards(transformers.TrainerCallback):
-    """Calls the guards from transformers' events."""
-
+class _GuardCallback(transformers.TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *_: object, **__: object) -> None:
-        # By now the model is wrapped, the checkpoint loaded and the optimizer created.
+        # The model is wrapped, a checkpoint is loaded, and the optimizer exists.
         self._trainer.before_first_step()
 
     def on_log(self, *_: object, **__: object) -> None:
         self._trainer.judge_logged()
 
 
-def _without_argument(method: Callable[..., Any], argument: str) -> Callable[..., Any]:
+def _without_argument(method: Callable[..., Result], argument: str) -> Callable[..., Result]:
+    """Return a method that ignores an argument, by name or position."""
     parameters = inspect.signature(method).parameters.values()
     limit = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
     @functools.wraps(method)
-    def adapted(*positional: Any, **keywords: Any) -> Any:
+    def adapted(*positional: object, **keywords: object) -> Result:
         keywords.pop(argument, None)
         return method(*positional[:limit], **keywords)
 
