@@ -168,7 +168,7 @@ def test_forecast_and_memory_are_in_the_outcome_and_among_the_events(tiny_encode
     # After steps 2, 4 and 5 there are as many as were planned, and nothing that was not.
     assert reached.plan is not None
     assert reached.plan.disk is not None
-    tensors = reached.plan.disk.one_checkpoint - budget.SMALL_FILES_BYTES
+    tensors = reached.plan.disk.checkpoint_bytes - budget.SMALL_FILES_BYTES
     assert reached.plan.disk.num_checkpoints * tensors + weights <= outcome.disk_bytes <= reached.plan.disk.total
     (event,) = runs.events(tmp_path, "forecast")
     assert event["time"]["train_seconds"] == pytest.approx(outcome.forecast.train_seconds)

@@ -80,8 +80,8 @@ def _by_the_untouched_model(scoring: Scoring, scorer: ModuleType) -> dict[str, C
     # Stored in the run folder; fitted here if training did not need it.
     fitted = probe.load_or_fit(scoring.data.parent, lambda: _extractor(scoring), rows, eval_rows, with_head)
     scorers: dict[str, Callable[[], Scored]] = {}
-    if (rival := fitted.frozen) is not None:
-        scorers["baseline-frozen"] = lambda: _frozen(scoring, scorer, fitted, rival)
+    if (baseline := fitted.baseline) is not None:
+        scorers["baseline-frozen"] = lambda: _frozen(scoring, scorer, fitted, baseline)
     if fitted.head is not None:
         scorers["baseline-probe"] = lambda: _as_head(scoring, scorer)
     return scorers

@@ -187,14 +187,14 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
     if recipe.train.engine_by:
         checkpoint = num_parameters * ENGINE_BYTES
     return DiskNeed(
-        one_checkpoint=checkpoint + SMALL_FILES_BYTES,
+        checkpoint_bytes=checkpoint + SMALL_FILES_BYTES,
         num_checkpoints=min(recipe.train.save_total_limit + 2, settings.num_saves or 10**9),
         model=2 * weights + SMALL_FILES_BYTES,
     )
 
 
 def short_by(recipe: Recipe, needed: DiskNeed, free_bytes: int, place: str) -> str:
-    parts = f"{needed.num_checkpoints} x {format_bytes(needed.one_checkpoint)} and {format_bytes(needed.model)}"
+    parts = f"{needed.num_checkpoints} x {format_bytes(needed.checkpoint_bytes)} and {format_bytes(needed.model)}"
     return (
         f"{place or recipe.output}: checkpoints and model need {format_bytes(needed.total)} on disk ({parts}), but "
         f"{format_bytes(free_bytes)} are free"

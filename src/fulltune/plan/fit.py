@@ -181,7 +181,7 @@ def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: f
         return plan
     devices = plan.num_processes if fleet.machine.gpus else plan.num_machines
     evaluations = time.occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
-    checkpoint = plan.disk.one_checkpoint if plan.disk else plan.state["weights"] + plan.state["optimizer"]
+    checkpoint = plan.disk.checkpoint_bytes if plan.disk else plan.state["weights"] + plan.state["optimizer"]
     step, tokens = time.together(basis.seconds(plan)), plan.global_batch_size * work.tokens_per_row
     training = plan.total_steps * step
     need = TimeNeed(

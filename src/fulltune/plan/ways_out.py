@@ -148,7 +148,7 @@ def of_disk(
     missing = needed.total - free_bytes
     ways: list[WayOut] = []
     # Three always remain: a kept one, the best, and the one being written.
-    fewer = max(0, needed.num_checkpoints - 3) * needed.one_checkpoint
+    fewer = max(0, needed.num_checkpoints - 3) * needed.checkpoint_bytes
     if fewer and recipe.train.save_total_limit > 1:
         costs = "fewer checkpoints to roll back to"
         ways.append(way({"train.save_total_limit": 1}, fewer, fewer >= missing, costs, where="disk"))

@@ -172,7 +172,7 @@ def fit(
     except NoProbe as error:
         failure = str(error)
     if layers is None and extractor.kind == "span":  # a token has no mean
-        return Probe(head=None, frozen=None, failure=failure), {}, {}, None
+        return Probe(head=None, baseline=None, failure=failure), {}, {}, None
     width = round(_width(extractor.model, layers) * (PAIRS if extractor.separators else 1))
     train_rows = sample_rows(rows, extractor.kind, extractor.target.num_choices, width)
     by_eval = len(eval_rows) >= LEAST_HELD_OUT
@@ -191,7 +191,7 @@ def fit(
         with _no_probe_without_memory(extractor.model):
             baseline = best_baseline(extractor, train, held_out)
     except NoProbe as error:
-        return Probe(head=None, frozen=None, failure=str(error)), {}, {}, None
+        return Probe(head=None, baseline=None, failure=str(error)), {}, {}, None
     head, values, start = None, HeadTensors(), HeadTensors()
     if layers is not None and with_head:
         try:
@@ -201,7 +201,7 @@ def fit(
             failure = str(error)
     record = Probe(
         head=head,
-        frozen=baseline[0] if baseline else None,
+        baseline=baseline[0] if baseline else None,
         failure=failure,
         train_rows=len(train_rows),
         available_rows=len(rows),

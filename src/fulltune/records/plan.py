@@ -52,7 +52,7 @@ class MemoryNeed(Record):
 class DiskNeed(Record):
     """Disk space of a run at its fullest."""
 
-    one_checkpoint: int
+    checkpoint_bytes: int
     num_checkpoints: int
     """Checkpoints on disk at a time."""
     model: int
@@ -60,7 +60,7 @@ class DiskNeed(Record):
 
     @property
     def total(self) -> int:
-        return self.one_checkpoint * self.num_checkpoints + self.model
+        return self.checkpoint_bytes * self.num_checkpoints + self.model
 
 
 STARTING, PROBE, DRY_RUN = "starting", "linear probe", "checks and dry run"

@@ -66,7 +66,7 @@ class Probe(Record):
     """Linear classifiers fitted on the pretrained model."""
 
     head: HeadStart | None
-    frozen: FrozenBaseline | None
+    baseline: FrozenBaseline | None
     failure: str | None = None
     """Why no head or baseline was fitted, if so."""
     train_rows: int = 0

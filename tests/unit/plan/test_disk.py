@@ -92,7 +92,7 @@ def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
 def test_shared_out_moments_of_8_bits_are_in_fp32_in_a_checkpoint(placement: str, expected: float) -> None:
     recipe = plans.recipe(train={"placement": placement, "num_processes": 2})
     settings = MemorySettings(micro_batch_size=1, longest_tokens=64, num_processes=2, optim="adamw_8bit")
-    found = budget.disk_need(recipe, 10**9, settings).one_checkpoint - budget.SMALL_FILES_BYTES
+    found = budget.disk_need(recipe, 10**9, settings).checkpoint_bytes - budget.SMALL_FILES_BYTES
     assert found / 10**9 == pytest.approx(expected, abs=0.1)
 
 

@@ -153,7 +153,7 @@ def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[WayO
 
     def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
         one = 6 if settings.optim == "adamw_8bit" else 12
-        return DiskNeed(one_checkpoint=one * GIB, num_checkpoints=4, model=8 * GIB)
+        return DiskNeed(checkpoint_bytes=one * GIB, num_checkpoints=4, model=8 * GIB)
 
     monkeypatch.setattr(budget, "disk_need", need)
     return ways_out.of_disk(plans.recipe(train={"save_total_limit": kept}), 1, SETTINGS, free)

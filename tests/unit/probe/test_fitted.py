@@ -115,13 +115,13 @@ def test_rival_answers_each_row_by_its_number(task: TaskName, kind: ProblemType,
     rows = rows_of(kind, 40)
     probe = load_or_fit(tmp_path, lambda: extractor_of(model, task, kind), rows, rows[:9])
     classifier = frozen_classifier(tmp_path)
-    assert probe.frozen is not None
+    assert probe.baseline is not None
     if kind == "tags":
         rows[5]["labels"] = [-100] * len(rows[5]["labels"])
         rows[5]["word_ids"] = [-1] * len(rows[5]["word_ids"])
     outputs_of = {}
     for batch_size in (7, 1):
-        answers = predict(extractor_of(model, task, kind, batch_size=batch_size), rows, probe.frozen, classifier)
+        answers = predict(extractor_of(model, task, kind, batch_size=batch_size), rows, probe.baseline, classifier)
         outputs_of[batch_size] = dict(answers)
         assert len(answers) == len(outputs_of[batch_size]) == (39 if kind == "tags" else 40)
     for number, outputs in outputs_of[7].items():

@@ -185,8 +185,8 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
     probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert probe.head is None
     assert "not just those of its last layer" in str(probe.failure)
-    assert probe.frozen is not None
-    assert probe.frozen.pooling == "mean"
+    assert probe.baseline is not None
+    assert probe.baseline.pooling == "mean"
     before = {name: one.clone() for name, one in model.state_dict().items()}
     put_head(model, tmp_path)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
@@ -203,7 +203,7 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
         head_layers(model, "text-classification", 3)
     rows = rows_of("single_label", 20)
     probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
-    assert (probe.head, probe.frozen) == (None, None)
+    assert (probe.head, probe.baseline) == (None, None)
     assert "does not tell its body from its head" in str(probe.failure)
 
 
@@ -213,7 +213,7 @@ def test_tokens_of_an_answer_are_not_read_where_no_layer_can_be_fitted(tmp_path:
     passes = list[Any]()
     model.bert.register_forward_pre_hook(lambda module, args: passes.append(args))
     probe = load_or_fit(tmp_path, lambda: extractor_of(model, "question-answering", "span"), rows, rows)
-    assert (probe.head, probe.frozen, passes) == (None, None, [])
+    assert (probe.head, probe.baseline, passes) == (None, None, [])
     assert "does not end in a linear layer" in str(probe.failure)
 
 
@@ -267,7 +267,7 @@ def test_features_that_are_not_finite_say_so(tmp_path: Path) -> None:
     rows = rows_of("single_label", 40)
     rows[7]["input_ids"][0] = 17
     probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
-    assert (probe.head, probe.frozen) == (None, None)
+    assert (probe.head, probe.baseline) == (None, None)
     assert probe.failure == "features of the untouched model are not finite"
     assert probe.in_words == "drawn at random: features of the untouched model are not finite"
 
@@ -279,4 +279,4 @@ def test_body_with_fewer_states_than_tokens_has_no_mean_and_still_a_probe(tmp_pa
     rows = rows_of("single_label", 40)
     probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert probe.head is not None
-    assert probe.frozen is None
+    assert probe.baseline is None

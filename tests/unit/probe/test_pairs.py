@@ -82,8 +82,8 @@ def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str,
     def extractor(around: frozenset[int]) -> FeatureExtractor:
         return FeatureExtractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=around)
 
-    together = load_or_fit(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:]).frozen
-    apart = load_or_fit(tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:]).frozen
+    together = load_or_fit(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:]).baseline
+    apart = load_or_fit(tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:]).baseline
     assert together is not None
     assert apart is not None
     assert together.pooling != "pair"

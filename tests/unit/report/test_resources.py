@@ -39,7 +39,7 @@ def time(total: float, source: str = "arithmetic") -> TimeNeed:
 
 
 def planned(**changes: Any) -> Plan:
-    disk = DiskNeed(one_checkpoint=GIB, num_checkpoints=4, model=GIB)
+    disk = DiskNeed(checkpoint_bytes=GIB, num_checkpoints=4, model=GIB)
     return plan(**{"memory": NEED, "disk": disk, "time": time(150.0), **changes})
 
 

@@ -100,7 +100,7 @@ def _memory(survey: Survey, plan: Plan) -> list[Element]:
         )
     facts = []
     if disk is not None:
-        parts = f"{counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.one_checkpoint)}"
+        parts = f"{counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.checkpoint_bytes)}"
         parts += f" + models {format_bytes(disk.model)}"
         free = survey.disk_free_bytes
         room = "free space unknown" if free is None else f"{format_bytes(free)} free"
