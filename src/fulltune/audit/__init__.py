@@ -1,1 +1,1 @@
-"""What is wrong with the rows of a run: found, judged, proved to help or not; nothing is changed."""
+"""Audits the rows of a run without changing them."""

@@ -1,4 +1,4 @@
-"""Detects languages of texts by column (py3langid 0.4), and rows in a language that hardly any other row is in."""
+"""Detects the languages of each column (py3langid 0.4), and rows in a rare one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LIKELY = 0.5
 MAIN = 0.05
 """Share of a column's texts from which a language is one of its main ones."""
 NEARLY_ALL = 0.9
-"""Share of a column's texts that the main languages must have for others to stand out."""
+"""Share of texts that the main languages must have for others to stand out."""
 MIN_ROWS = 20
 
 
@@ -47,7 +47,7 @@ def detect_language(text: str) -> tuple[str, float] | None:
 
 
 def foreign_language(text: str, main: Collection[str]) -> tuple[str, float] | None:
-    """Return a text's language and probability if both halves and the uncapitalised words are likelier in it than in a
+    """Return a text's language and probability if its halves and uncapitalised words are all likelier in it than in a
     main one."""
     words = _words(text).split()
     language = _likeliest(" ".join(words), main) if words else None
@@ -64,7 +64,6 @@ def foreign_language(text: str, main: Collection[str]) -> tuple[str, float] | No
 
 
 def _words(text: str) -> str:
-    """Return the part of a text that is in a language, on one line."""
     text = RE["fenced"].sub(" ", text)
     if len(text) > 2 * _MAX_CHARACTERS:
         # Seldom is more than half of a text removed below.
@@ -80,7 +79,7 @@ def _num_bytes(words: str) -> int:
 
 
 def _likeliest(words: str, main: Collection[str]) -> tuple[str, float] | None:
-    """Return the likeliest language, and the probability of it and related ones that are not main ones."""
+    """Return the likeliest language, and its probability with that of related ones, main ones excluded."""
     shares = Counter[str]()
     for code, share in _identifier().rank(words):
         shares[_VARIETIES.get(code, code)] += share
@@ -97,18 +96,16 @@ class ColumnLanguages:
     counts: Counter[str] = field(default_factory=Counter)
     """Rows in each likely language."""
     confident: array[int] = field(default_factory=lambda: array("h"))
-    """Each row's language as a number in `codes`, -1 if unsure; all splits in order."""
+    """Each row's index in `codes`, -1 if unsure."""
     codes: dict[str, int] = field(default_factory=dict)
 
     def add(self, text: str) -> None:
-        """Add the next row's text."""
         code, confidence = detect_language(text) or ("", 0.0)
         if confidence >= _LIKELY:
             self.counts[code] += 1
         self.confident.append(self.codes.setdefault(code, len(self.codes)) if confidence >= SURE else -1)
 
     def main_languages(self) -> list[str]:
-        """Return the main languages, the most frequent first."""
         return [code for code, count in self.counts.most_common() if count >= MAIN * self.counts.total()]
 
     def obstacle(self) -> str | None:
@@ -120,7 +117,7 @@ class ColumnLanguages:
         return None
 
     def suspects(self) -> set[int]:
-        """Return positions of rows that seem to be in none of the main languages."""
+        """Return rows that seem to be in none of the main languages."""
         if self.obstacle() is not None:
             return set()
         others = [number for code, number in self.codes.items() if code not in self.main_languages()]
@@ -128,7 +125,7 @@ class ColumnLanguages:
 
 
 def add_languages(languages: dict[str, ColumnLanguages], row: Row, columns: Mapping[str, str]) -> None:
-    """Add the languages of a row's texts, by column, if the extra is installed."""
+    """Add a row's texts by column, if the extra is installed."""
     if not is_installed(PACKAGE):
         return
     for column, text in whole_texts(row, columns).items():

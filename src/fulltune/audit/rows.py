@@ -1,4 +1,4 @@
-"""Reads the prepared rows once for an audit: checks their texts, and compares rows."""
+"""Reads the prepared rows once for an audit, and compares them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TEXT = 300
 """Characters of a row shown in a list."""
 _AT_ONCE = 1000
 _IN_KEY = ("image", "text", "text_pair", "prompt", "source")
-"""Roles of columns whose whole cells are part of a row's group key."""
+"""Roles of columns that the group key contains."""
 
 
 @dataclass(frozen=True)
@@ -49,27 +49,25 @@ class AuditedRows:
     own_files: frozenset[str]
     """Splits with their own files."""
     packed: Recipe | None
-    """Recipe of packed rows, whose files are read again, or None."""
+    """Recipe of packed rows, whose files are read again; otherwise None."""
 
     @property
     def has_texts(self) -> bool:
         return "image" not in self.target.columns
 
-    def of(self, split: SplitName) -> Iterator[dict[str, Any]]:
-        """Yield each row of a split once, even if it gave several examples."""
+    def of(self, split: SplitName) -> Iterator[Row]:
+        """Yield each row of a split once."""
         if self.packed is not None and split == "train":
             yield from self._of_files(self.packed)
             return
         for _, examples in groupby(texts(self.folder / split), key=itemgetter(PLACE)):
             yield next(examples)
 
-    def all(self) -> Iterator[tuple[SplitName, dict[str, Any]]]:
-        """Yield all rows with their split."""
+    def all(self) -> Iterator[tuple[SplitName, Row]]:
         for split in SPLITS:
             yield from ((split, row) for row in self.of(split))
 
-    def _of_files(self, recipe: Recipe) -> Iterator[dict[str, Any]]:
-        """Yield the train rows as the data stage read them."""
+    def _of_files(self, recipe: Recipe) -> Iterator[Row]:
         block, files = recipe.data, find_files(recipe)["train"]
         patched = PatchedRows(load_patch(Path(block.patch)), "train") if block.patch else None
         held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.of(split)}
@@ -78,7 +76,7 @@ class AuditedRows:
                 yield {**row, PLACE: place}
 
     def beginning(self, row: Row, most_characters: int) -> str:
-        """Return the beginning of a row's texts on one line, with secrets masked."""
+        """Return the masked beginning of a row's texts on one line."""
         texts = (cell for part in PARTS for _, cell in cells(row, self.target.columns, part))
         return " | ".join(" ".join(masked_text(text).split()) for text in texts)[:most_characters]
 
@@ -87,14 +85,14 @@ class AuditedRows:
         return split if split in self.own_files else "train"
 
     def content(self, row: Row, key: str) -> str:
-        """Return all content of a row that a model learns from."""
+        """Return everything that a model learns from a row."""
         columns = [column for role, column in self.target.columns.items() if role not in _IN_KEY]
         return "\0".join([key, *(normalised(as_text(row.get(column))) for column in columns)])
 
     def issue(
         self, check: str, of: tuple[SplitName, Row], reason: str, remedy: Remedy | None = None, score: float = 0.0
     ) -> RowIssue:
-        """Describe a problem of a row `of` a split; the default remedy is to drop it. Equal rows are numbered later."""
+        """Describe a problem of a row `of` a split, by default to be dropped. Equal rows are numbered later."""
         split, row = of
         return RowIssue(
             check=check,
@@ -112,23 +110,23 @@ class AuditedRows:
 
 @dataclass
 class RowScan:
-    """Results of reading all rows once; arrays hold all splits in order."""
+    """Results of reading all rows once, all splits in order."""
 
     issues: list[RowIssue] = field(default_factory=list)
     counts: dict[SplitName, int] = field(default_factory=dict)
     ids: array[int] = field(default_factory=lambda: array("Q"))
     """Each row's `row_id` as a number."""
     keys: array[int] = field(default_factory=lambda: array("Q"))
-    """Hash of each row's input: its text, prompt or passage."""
+    """Hash of each row's input."""
     content_hashes: array[int] = field(default_factory=lambda: array("q"))
-    """Hash of each row's whole content, valid in this process only."""
+    """Hash of each row's content, valid in this process."""
     signed: np.ndarray = field(default_factory=lambda: signatures([]))
     """MinHash of each row's input: uint16 [rows, hashes]; meaningless for images."""
     labels: array[int] = field(default_factory=lambda: array("q"))
     """Index of each row's labels in `names`, -1 without any."""
     names: dict[tuple[str, ...], int] = field(default_factory=dict)
     languages: dict[str, ColumnLanguages] = field(default_factory=dict)
-    """Languages by column; empty if they cannot be detected."""
+    """Languages by column."""
 
 
 def scan_rows(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
@@ -165,7 +163,7 @@ def scan_rows(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
 
 
 def with_numbers(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
-    """Return the issues with the numbers of equal rows, counting rows that a patch drops."""
+    """Number issues of equal rows, counting rows that a patch drops."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}
     several |= {row.partition("-")[0] for _, row in decided}
@@ -178,7 +176,7 @@ def with_numbers(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decid
 def named(
     rows: AuditedRows, decided: Decisions, among: Collection[str] | None = None
 ) -> Iterator[tuple[SplitName, Row, str]]:
-    """Yield rows, all or those with some hashes, with their identities: the second of equal rows has `-2`."""
+    """Yield rows with their identities, in which equal rows are numbered; `among` limits them to some hashes."""
     times = Counter[tuple[str, str]]()
     for split, row in rows.all():
         key = rows.source_of(split), row_id(row)
@@ -199,7 +197,7 @@ def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Fl
 
 
 def in_classes_alike(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """Propose the more frequent name for rows of classes whose names hardly differ."""
+    """Propose the more frequent of similar class names."""
     of_number, counts = Counter(scan.labels), Counter[str]()
     for names, number in scan.names.items():
         counts.update(dict.fromkeys(names, of_number[number]))
@@ -217,7 +215,7 @@ def in_classes_alike(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
 
 
 def in_other_languages(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """List rows in another language than nearly all others of their column."""
+    """List rows in a language that is rare in their column."""
     issues = list[RowIssue]()
     suspects = {column: languages.suspects() for column, languages in scan.languages.items()}
     main = {column: languages.main_languages() for column, languages in scan.languages.items()}
@@ -235,17 +233,17 @@ DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "confli
 NEAR = 0.8
 """Share of common character 5-grams from which texts are nearly the same."""
 _CANDIDATE = 0.7
-"""The same share as signatures estimate it, with an error of 3.5 points at 0.8: misses one row of 400 at the bound."""
+"""Estimated share from which texts are compared exactly; at NEAR the estimate misses one row of 400."""
 _MAX_QUOTED = 80
 """Characters quoted of a held-out row."""
 _MAX_COMPARED = 5000
-"""Most held-out rows of a group that a train row is compared with; fewer are ever split off."""
+"""Most held-out rows of a group that are compared with a train row."""
 _MAX_READ = 10
-"""Most of these that are read, the nearest by signatures."""
+"""Most held-out rows, the nearest, whose texts are read for a train row."""
 
 
 def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """List train rows that occur earlier, are held out too, or have other labels elsewhere."""
+    """List train rows that occur earlier, are held out, or have other labels elsewhere."""
     keys, contents, labels = (np.frombuffer(one, np.int64) for one in (scan.keys, scan.content_hashes, scan.labels))
     train = np.arange(len(keys)) < scan.counts["train"]
     again = occurs_earlier(contents, train)
@@ -301,7 +299,7 @@ def occurs_earlier(contents: np.ndarray, train: np.ndarray) -> np.ndarray:
 
 
 def _held_out_twins(scan: RowScan, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, list[int]]:
-    """Return positions of train rows with those of an equal held-out row, or of similar ones."""
+    """Return equal or similar held-out rows by train row, as positions."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
         groups.setdefault(int(near[position]), []).append(position)
@@ -322,7 +320,7 @@ def _held_out_twins(scan: RowScan, train: np.ndarray, leaks: np.ndarray, near: n
 
 
 def _held_out(rows: AuditedRows, scan: RowScan, wanted: set[int]) -> dict[int, tuple[str, str]]:
-    """Return input, and place with beginning, of held-out rows by position."""
+    """Return each wanted held-out row's input, and its place and beginning."""
     held_out = chain(rows.of("eval"), rows.of("test")) if wanted else ()
     return {
         position: (rows.task.group_key(row, rows.target), f"{row[PLACE]}: '{rows.beginning(row, _MAX_QUOTED)}'")
@@ -332,7 +330,6 @@ def _held_out(rows: AuditedRows, scan: RowScan, wanted: set[int]) -> dict[int, t
 
 
 def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
-    """Count the labels of each key that has several."""
     pairs = np.unique(np.stack([keys, labels]), axis=1)
     several, counts = np.unique(pairs[0], return_counts=True)
     torn = np.isin(keys, several[counts > 1])
@@ -343,7 +340,7 @@ def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
 
 
 def _most(counts: Counter[int]) -> int | None:
-    """Return the majority's label, or None."""
+    """Return the label of more than half, or None."""
     (best, most), *_ = counts.most_common(1)
     return best if 2 * most > counts.total() else None
 
@@ -355,7 +352,7 @@ Turn = Mapping[str, Any]
 _SYSTEM = ("system", "developer")
 _TOOL = ("tool", "function", "ipython", "observation")
 _MIN_IDENTICAL = 40
-"""Characters from which equal answers are more than 'Yes.' or 'You are welcome.'."""
+"""Characters from which equal answers are suspicious."""
 
 
 def chat_faults(turns: Sequence[Turn]) -> list[str]:

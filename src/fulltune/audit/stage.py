@@ -1,4 +1,4 @@
-"""Audits the rows: lists each problem with its reason and a remedy, and changes nothing."""
+"""Lists problems of the rows with reasons and remedies."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ VERSION = 5
 """Version of the checks: audits by earlier ones are repeated."""
 _EXAMPLES = 10
 MAX_LOSSES, MAX_LOSS_SHARE = 100, 0.1
-"""Most rows of a split listed for their loss, and as a share."""
+"""Most rows of a split listed for their loss: a number and a share."""
 
 
 def by_model(summary: DataSummary) -> set[str]:
-    """Return the checks for which the untouched model reads the rows."""
+    """Return the checks that need the untouched model."""
     checks = {LABEL} if summary.form.one_label else set[str]()
     return checks | {OUTLIER} if summary.task in ("text-classification", "image-classification") else checks
 
 
 def audit(reader: Reader, reads_rows: bool) -> Audit:
-    """Check all prepared rows, and write `issues.jsonl` and `audit.json` into the `data` folder."""
+    """Check all prepared rows, and write `issues.jsonl` and `audit.json` into `data`."""
     recipe, folder, summary = reader.recipe, reader.folder, reader.summary
     wanted = by_model(summary) if reads_rows else set[str]()
     if (earlier := _earlier(folder, summary, wanted)) is not None:
@@ -120,7 +120,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
 
 
 def _text_checks(rows: AuditedRows, scan: RowScan) -> set[str]:
-    """Return the checks without a model that apply to these rows."""
+    """Return the checks without a model that apply."""
     further = {
         NEAR_LEAK: rows.has_texts,
         CONFLICT: bool(scan.names),
@@ -141,7 +141,7 @@ def _earlier(folder: Path, summary: DataSummary, wanted: set[str]) -> Audit | No
 
 
 def version() -> str:
-    """Return the version of the checks and which extras are missing."""
+    """Return the version of the checks, with missing extras."""
     audit = ", no audit" if missing() else ""
     languages = "" if is_installed(PACKAGE) else ", no languages"
     return f"{VERSION}{audit}{languages}"
@@ -156,7 +156,7 @@ def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
 
 
 def by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
-    """Return rows and examples of each check, most rows first, from sorted issues."""
+    """Count the rows of each check, most first, with examples; issues are sorted."""
     of_check = {check: list(group) for check, group in groupby(issues, key=lambda issue: issue.check)}
     order = sorted(of_check, key=lambda check: (check == HIGH_LOSS, -len(of_check[check])))
     counts = {check: len({(issue.split, issue.place) for issue in of_check[check]}) for check in order}
@@ -164,14 +164,13 @@ def by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
 
 
 def save_issues(folder: Path, issues: list[RowIssue]) -> None:
-    """Sort issues by check, the surest first, and write them."""
     issues.sort(key=lambda issue: (issue.check, -issue.score))
     with replacing(folder / ISSUES, private=True) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(f"{issue.model_dump_json(exclude_defaults=True)}\n" for issue in issues)
 
 
 def load_issues(folder: Path) -> list[RowIssue]:
-    """Read the issues of a run's `data` folder, sorted by check."""
+    """Read a run's issues, sorted by check."""
     try:
         with (folder / ISSUES).open(encoding="utf-8") as file:
             return [RowIssue.model_validate(json.loads(line)) for line in file]
@@ -247,7 +246,7 @@ def list_losses(
 def _row_losses(
     folder: Path, counts: np.ndarray, answers: Sequence[str | None]
 ) -> list[tuple[float, int, str | None, bool]]:
-    """Return each row's mean loss, items, the model's answer, and whether its loss is among the highest."""
+    """Return each row's mean loss, items, the model's answer, and whether the loss is among the highest."""
     losses: list[tuple[float, int, str | None]] = []
     for _, group in groupby(zip(texts(folder), counts, answers, strict=True), key=lambda example: example[0][PLACE]):
         examples = list(group)

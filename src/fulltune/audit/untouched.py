@@ -1,8 +1,8 @@
-"""Finds probable label errors and outliers by the untouched model's mean hidden states.
+"""Finds label errors and outliers by the untouched model's mean hidden states.
 
 Linear classifiers judge the labels (docs/guides/data.md: how far to trust them). A label's *margin* is its probability,
-by classifiers that did not see its row, minus that of the likeliest other label. A row's distance is the mean of 1 -
-cosine to its nearest train rows (arXiv 2207.03061).
+out of fold, minus that of the likeliest other label. A row's distance is the mean of 1 - cosine to its nearest train
+rows (arXiv 2207.03061).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OUT_OF_MEMORY = "ran out of memory while the untouched model read the rows"
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads prepared rows with the untouched model, which is loaded for the first row."""
+    """Reads prepared rows with the untouched model, loaded when needed."""
 
     recipe: Recipe
     base: Base
@@ -47,11 +47,10 @@ class Reader:
     """The run's `data` folder."""
     listener: Listener
     _read: dict[SplitName, tuple[Items, np.ndarray] | str] = field(default_factory=dict, repr=False, compare=False)
-    """Items and positions of the splits read so far, or why they cannot be read."""
+    """Items and positions of splits, or why they cannot be read."""
 
     @cached_property
     def extractor(self) -> probe.FeatureExtractor:
-        """Load the model for feature extraction."""
         import torch
 
         task, target = task_named(self.recipe.task), Target.of(self.summary)
@@ -73,7 +72,7 @@ class Reader:
         )
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Return mean hidden states, labels and positions of a split's rows, or a random sample. Raises `NoProbe`."""
+        """Return features, labels and positions of a split's rows, or of a sample. Raises `NoProbe`."""
         if split not in self._read:
             try:
                 self._read[split] = self._items(split)
@@ -104,7 +103,7 @@ class Reader:
 # ---- labels that are probably wrong --------------------------------------------------------------------------------
 
 PRECISION = 0.75
-"""Wanted share of suspects with a wrong label; on rows with known errors it was about that (2026-11-28)."""
+"""Wanted share of wrong labels among suspects; about reached on rows with known errors (2026-11-28)."""
 PLANTED_SHARE, PLANTED, MAX_ROUNDS = 0.05, 200, 5
 """Share of rows mislabelled per round; rounds repeat until PLANTED errors or MAX_ROUNDS."""
 SURE = (0.25, 0.5)
@@ -119,27 +118,27 @@ NOT_SEPARABLE = "the untouched model's features do not distinguish the classes"
 
 @dataclass(frozen=True)
 class JudgedLabels:
-    """Margins of each row's label, and how good they are."""
+    """Margins of labels, and how far to trust them."""
 
     margins: np.ndarray
     """float64 [rows], at most 1; the lower, the less likely the label."""
     other: np.ndarray
     """Likeliest other class [rows]."""
     suspects: np.ndarray
-    """bool [rows]."""
+    """Rows whose label is probably wrong: bool [rows]."""
     doubtful: np.ndarray
-    """Rows with a clearly likelier label that are no suspects: bool [rows]."""
+    """Other rows with a clearly likelier label: bool [rows]."""
     about: LabelErrors
 
 
 def judge(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
-    """Return positions and judged labels of the train rows. Raises `NoProbe`."""
+    """Judge the labels of the train rows, returned after their positions. Raises `NoProbe`."""
     items, positions = reader.items("train")
     return positions, judge_items(items)
 
 
 def judge_items(items: Items) -> JudgedLabels:
-    """Judge the label of each row. Raises `NoProbe` for too few rows or useless features."""
+    """Judge labels. Raises `NoProbe` for too few rows or useless features."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
     if len(labels) < MIN_ROWS or np.count_nonzero(counts >= MIN_OF_A_CLASS) < 2:
@@ -170,7 +169,7 @@ def judge_items(items: Items) -> JudgedLabels:
 
 
 def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
-    """Return the margin of suspects, their recall and precision, and the estimated number of errors."""
+    """Return the margin that suspects are below, their recall and precision, and the estimated number of errors."""
     margins, planted = np.sort(margins), np.sort(planted)
     wrong = max(_at_least(margins, planted, share) for share in SURE)
     cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
@@ -183,7 +182,7 @@ def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, 
 
 
 def _at_least(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
-    """Estimate the number of errors from sorted margins below a quantile of planted ones, minus one standard error."""
+    """Estimate errors from margins below a quantile of planted ones, minus one standard error."""
     surely = int(np.searchsorted(margins, np.quantile(planted, share)))
     # A number of rows and a share of what is planted: both are counted, and vary as counts do.
     error = math.sqrt(1 / max(1, surely) + (1 - share) / (share * len(planted)))
@@ -191,7 +190,7 @@ def _at_least(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
 
 
 def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """Return margins of rows with wrong labels, drawn from what the classifiers confuse."""
+    """Return margins of planted errors, drawn from what the classifiers confuse."""
     good = np.flatnonzero(margins > 0)
     if len(good) < 2 * PLANTED_SHARE * len(margins):
         return np.zeros(0)
@@ -211,7 +210,7 @@ def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np
 
 
 def _in_two_rounds(items: Items) -> np.ndarray:
-    """Return out-of-fold probabilities of classifiers trained without probable errors: float64 [rows, classes]."""
+    """Return out-of-fold probabilities, without training on likely errors: float64 [rows, classes]."""
     every = np.ones(len(items.labels), bool)
     other = _confidently_other(out_of_fold(items, every, 0), items.labels.astype(np.int64))
     if other.mean() > MAX_OTHER:
@@ -220,7 +219,7 @@ def _in_two_rounds(items: Items) -> np.ndarray:
 
 
 def out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
-    """Return probabilities by classifiers trained on other folds of the `learned` rows: float64 [rows, classes]."""
+    """Return probabilities by classifiers trained on other folds: float64 [rows, classes]."""
     fold = np.random.default_rng(seed).permutation(len(items.rows)) % FOLDS
     probabilities = np.zeros((len(items.rows), items.num_outputs))
     for number in range(FOLDS):
@@ -231,7 +230,7 @@ def out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mark rows for which another class is likelier than its own rows' average: bool [rows]."""
+    """Mark rows with a class likelier than its own rows' average: bool [rows]."""
     rows = np.arange(len(labels))
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
@@ -241,7 +240,7 @@ def _confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndar
 
 
 def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the margin of each row's label, and the likeliest other class."""
+    """Return each label's margin, and the likeliest other class."""
     rows, others = np.arange(len(labels)), probabilities.copy()
     others[rows, labels] = -1.0
     other = others.argmax(axis=1)
@@ -255,7 +254,7 @@ SPREADS = 2.5
 """Interquartile ranges from the upper quartile to the fence (Tukey 1977: 1.5, or 3 for far out)."""
 MIN_TEXTS = 200
 MAX_FAR = 0.1
-"""Share of texts that may be outliers; more are rows of several kinds."""
+"""Share of texts that may be outliers."""
 _ROUNDS = 10
 _SAME = 1e-8
 """Squared distance below which vectors belong to one text."""
@@ -294,7 +293,7 @@ def outliers(
 
 
 def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return distances, outliers (bool [rows]), the upper quartile of the others, and the fence."""
+    """Return distances, outliers (bool [rows]), the others' upper quartile, and the fence."""
     is_far = np.zeros(len(states), bool)
     for _ in range(_ROUNDS):
         distances = nearest(states, states[~is_far])
@@ -308,7 +307,7 @@ def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
 
 
 def nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
-    """Return the mean of 1 - cosine to the nearest `count` others, except an equal one: float64 [rows]."""
+    """Return the mean of 1 - cosine to the nearest others, except an equal one: float64 [rows]."""
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)

@@ -46,7 +46,7 @@ lost."""
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs to know about a source."""
+    """Settings and texts that every worker needs for a source."""
 
     task: TaskName
     block: DataBlock
@@ -145,7 +145,9 @@ def _joined(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
         row_of.append(part.row_of + num_rows)
         num_rows += part.num_rows
         tally.take(part.tally)
-    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
+    columns: dict[str, np.ndarray] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS
+    }
     return replace(
         parts[0],
         **columns,

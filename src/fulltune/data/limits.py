@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model and the method require of rows."""
+    """Limits that the model and the method set for rows."""
 
     positions: int | None = None
     """Longest sequence in tokens; None if unlimited."""

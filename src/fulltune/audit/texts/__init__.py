@@ -1,4 +1,4 @@
-"""Checks single texts of a row, with a repair if there is one."""
+"""Checks single texts, with repairs."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _CHECKS: Mapping[str, Callable[[str], Flaw | None]] = {
 OF_TEXTS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "refusal")
 """Checks of texts that a model reads."""
 OF_ANSWERS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "no words")
-"""Checks of texts that a model learns to write: `42` is an answer, and a refusal a bad one."""
+"""Checks of texts that a model learns to write: `42` is fine, a refusal is not."""
 _PRIVATE: tuple[str, ...] = ("secret", "personal data", "phone number")
 _UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup")
-"""Repairs that may restore a secret broken by, for example, a zero-width space or a tag."""
+"""Repairs that may restore a secret broken by a zero-width space or a tag."""
 
 
 def missing() -> list[str]:
-    """Return the checks whose package, of the extra `audit`, is not installed."""
+    """Return checks whose package is not installed."""
     packages = {"broken encoding": "ftfy", "phone number": "phonenumbers"}
     return [check for check, package in packages.items() if not is_installed(package)]
 
 
 def masked_text(text: str) -> str:
-    """Return a text without secrets, personal data and phone numbers, to be shown. Call it before shortening."""
+    """Return a text without secrets and personal data. Call it before shortening."""
     shown = repaired(text, _PRIVATE)
     whole = repaired(RE["unseen"].sub("", shown), _UNCOVERING)
     if whole == shown == text:
@@ -50,7 +50,7 @@ def masked_text(text: str) -> str:
 
 
 def masked_cells(cell: Any) -> Any:
-    """Apply `masked_text` to all texts in a row or cell."""
+    """Apply `masked_text` to all texts in a cell."""
     if isinstance(cell, dict):
         return {masked_text(str(name)): masked_cells(inner) for name, inner in cell.items()}
     if isinstance(cell, (list, tuple)):
@@ -60,12 +60,11 @@ def masked_cells(cell: Any) -> Any:
 
 
 def found_by(text: str, checks: Collection[str]) -> list[str]:
-    """Return the checks that detect a flaw."""
     return [check for check in checks if _CHECKS[check](text) is not None]
 
 
 def flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
-    """Return the flaws of a text, one for each check, with secrets masked in reasons and repairs."""
+    """Return the flaws of a text, with secrets masked."""
     results = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
     masked = masked_text(text) if results else text
     # If nothing is masked, no repair uncovers anything private either: `masked_text` tries them.
@@ -73,14 +72,14 @@ def flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
 
 
 def _shown(flaw: Flaw, masked: str) -> Flaw:
-    """Mask what is private elsewhere in a flaw's text, as reasons may quote it and repairs keep it."""
+    """Mask other private data in a flaw's reason and repair."""
     again = flaw if flaw.check in _PRIVATE else _CHECKS[flaw.check](masked)
     reason = again.reason if again is not None else "in masked text"
     return replace(flaw, reason=reason, fixed=flaw.fixed and masked_text(flaw.fixed))
 
 
 def repaired(text: str, checks: Collection[str]) -> str:
-    """Apply the repairs of these checks, one after the other."""
+    """Apply the repairs of these checks in order."""
     absent = missing()
     for check, find in _CHECKS.items():
         if check in checks and check not in absent and (flaw := find(text)) is not None and flaw.fixed is not None:
@@ -92,22 +91,20 @@ def repaired(text: str, checks: Collection[str]) -> str:
 
 _READ = ("text", "text_pair", "prompt", "input", "source", "question", "context", "messages", "tokens")
 _WRITTEN = ("completion", "target", "messages")
-"""Roles of columns with running text that a model reads, or learns to write (in conversations the assistant's
-turns)."""
+"""Roles of running text that a model reads, or learns to write."""
 TextUse = Literal["read", "written"]
 PARTS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "read": (_READ, OF_TEXTS),
     "written": (_WRITTEN, OF_ANSWERS),
 }
 CHEAP = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
-"""Checks of every row in every run: they add 15 % to the tokenising of short texts, a third with `refusal`, which is
-for answers."""
+"""Checks of every row in every run: 15 % of the time of tokenising short texts, a third with `refusal`."""
 MAX_CHECKED = 100_000
-"""Characters of a text checked in each run; a check takes several times their memory."""
+"""Characters of a text checked in each run, at several times their memory."""
 
 
 def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[TextUse, list[str]]:
-    """Return the possible checks, of those wanted, for read and for written texts."""
+    """Return the possible checks for read and for written texts."""
     possible = [check for check in wanted if check not in missing()]
     return {
         part: [check for check in of if check in possible]
@@ -116,8 +113,8 @@ def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECK
     }
 
 
-def cells(row: Mapping[str, Any], columns: Mapping[str, str], part: TextUse) -> Iterator[tuple[str, str]]:
-    """Yield columns and their running text; of a conversation the turns of this part, of a sentence its words."""
+def cells(row: Mapping[str, object], columns: Mapping[str, str], part: TextUse) -> Iterator[tuple[str, str]]:
+    """Yield columns with their running text of this use; of conversations some turns."""
     for role in PARTS[part][0]:
         column = columns.get(role, "")
         cell = row.get(column)
@@ -129,8 +126,8 @@ def cells(row: Mapping[str, Any], columns: Mapping[str, str], part: TextUse) -> 
                 yield column, " ".join(map(_text_of, turns))
 
 
-def whole_texts(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
-    """Return the running text of each column that may have some."""
+def whole_texts(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, str]:
+    """Return each column's running text."""
     whole = {columns[role]: "" for roles, _ in PARTS.values() for role in roles if role in columns}
     for part in PARTS:
         for column, text in cells(row, columns, part):
@@ -143,7 +140,6 @@ def _is_answer(turn: object) -> bool:
 
 
 def _text_of(part: object) -> str:
-    """Return a word, or the text of a turn, also in ShareGPT's form."""
     if isinstance(part, dict):
         part = part.get("value") if part.get("content") is None else part["content"]
     return "" if part is None else str(part)

@@ -1,4 +1,4 @@
-"""Checks a text for emptiness, broken encoding, repetition, and leftovers of HTML, templates, chats or models."""
+"""Detects empty, broken or repetitive texts, and leftovers of HTML, templates, chats or models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def empty(text: str) -> Flaw | None:
 
 
 def no_words(text: str) -> Flaw | None:
-    """Detect fewer than two letters and no emoji; Chinese or Japanese characters count as words."""
+    """Detect fewer than two letters and no emoji; one Chinese or Japanese character is enough."""
     if RE["two_letters"].search(text):
         return None
     kinds = Counter(map(unicodedata.category, text))
@@ -35,14 +35,14 @@ def no_words(text: str) -> Flaw | None:
 
 
 STRESSED, MAX_STRESSED = 20, 30
-"""Repeated letters that people type for emphasis: in a text of little else, and in any text."""
+"""Repeated letters allowed for emphasis: in a text of little else, and in any."""
 MIN_WORDS = 8
 MAX_REPEATED = 0.5
 """Share of a text that may be repetition."""
 
 
 def repetition(text: str) -> Flaw | None:
-    """Detect a character, word or phrase repeated over most of the text or 100 words, or a text twice."""
+    """Detect a repetition of over half of a text or 100 words, or a text twice."""
     return _same_character(text) or _same_words(text)
 
 
@@ -87,7 +87,7 @@ _LOST = "\ufffd"
 
 
 def broken_encoding(text: str) -> Flaw | None:
-    """Detect mojibake that ftfy can undo, C1 characters (Windows-1252 read as Latin-1), and replacement characters."""
+    """Detect mojibake that ftfy can undo, C1 characters, and replacement characters."""
     if text.isascii():
         return None
     from ftfy import fix_text
@@ -130,7 +130,7 @@ def _wrong_places(text: str) -> list[int]:
 
 
 def _without(text: str, places: set[int]) -> str:
-    """Remove characters and terminal colours; page and line separators become line breaks."""
+    """Remove characters and terminal colours; separators become line breaks."""
     text = "".join(sign for at, sign in enumerate(text) if at not in places or sign in "\x0b\x0c\x1b\u2028\u2029")
     return re.sub("[\x0b\x0c\u2028\u2029]", "\n", RE["escape"].sub("", text)).replace("\x1b", "")
 
@@ -145,12 +145,12 @@ def _name(character: str) -> str:
 
 
 def _without_code(text: str) -> str:
-    """Replace code in backticks by blanks of the same length."""
+    """Blank out code in backticks."""
     return RE["fenced"].sub(lambda match: " " * len(match[0]), text) if "`" in text else text
 
 
 def _is_code(text: str) -> bool:
-    """Return whether a text has two signs of a programming language."""
+    """Return whether a text has two signs of code."""
     return sum(1 for _, _ in zip(RE["code_sign"].finditer(text), range(2), strict=False)) == 2
 
 
@@ -176,7 +176,7 @@ def markup(text: str) -> Flaw | None:
 
 
 def _tags(text: str) -> list[str]:
-    """Return names of HTML tags; `<b>` or `<title>` alone may be maths or a placeholder, so they need a partner."""
+    """Return names of HTML tags; `<b>` alone may be maths, so it needs a partner."""
     tags = [(slash, name.lower(), attributes) for slash, name, attributes in RE["tag"].findall(text)]
     closed = {name for slash, name, _ in tags if slash}
     opened = {name for slash, name, _ in tags if not slash}
@@ -186,7 +186,6 @@ def _tags(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Remove tags and resolve entities, except in code."""
     pieces, place = list[str](), 0
     for code in RE["fenced"].finditer(text):
         pieces += [_stripped(text[place : code.start()]), code[0]]
@@ -202,7 +201,6 @@ def _stripped(text: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """Remove comments, scripts and styles."""
     for end, pattern in _HIDDEN:
         # After the last end, each start would search the rest of the text in vain.
         if (last := text.lower().rfind(end)) >= 0:
@@ -231,7 +229,7 @@ def placeholder(text: str) -> Flaw | None:
 
 
 def chat_tokens(text: str) -> Flaw | None:
-    """Detect tokens that a chat template or a tokenizer adds itself, also in code."""
+    """Detect tokens that a chat template or tokenizer adds itself."""
     is_talk = "ssistant:" in text or "SSISTANT:" in text
     if not ("<" in text or "[" in text or "###" in text or is_talk):
         return None
@@ -248,12 +246,11 @@ def chat_tokens(text: str) -> Flaw | None:
 
 
 _PHRASES = [(signs.split("|"), compiled(pattern)) for signs, pattern in PATTERNS["refusal"]]
-"""Strings to look for before each pattern, which saves nine tenths of the time."""
+"""Strings to look for before each pattern, which saves 90 % of the time."""
 
 
 def refusal(text: str) -> Flaw | None:
-    """Detect an answer that declines or in which an assistant speaks of itself, in English and a few other
-    languages."""
+    """Detect an answer that declines, or in which an assistant speaks of itself."""
     lowered = text.lower().replace("’", "'")
     for signs, pattern in _PHRASES:
         if any(map(lowered.__contains__, signs)) and (match := pattern.search(lowered)):
@@ -268,7 +265,7 @@ _TO_JOIN = "to join them run 'fulltune data RECIPE --accept \"class names\"' and
 
 
 def alike(counts: Mapping[str, int]) -> list[list[str]]:
-    """Return groups of names that may be the same, the most frequent name first."""
+    """Group names that may be the same, the most frequent first."""
     groups = defaultdict[str, list[str]](list)
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
@@ -277,7 +274,7 @@ def alike(counts: Mapping[str, int]) -> list[list[str]]:
 
 
 def alike_in_words(counts: Mapping[str, int]) -> str | None:
-    """Note such classes, escaped if they look the same, or return None."""
+    """Describe such classes, or return None."""
     groups = []
     for names in alike(counts):
         shown = repr if len({name.casefold() for name in names}) == 1 else ascii

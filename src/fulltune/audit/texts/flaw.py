@@ -1,4 +1,4 @@
-"""Flaws of texts, and how they are named, masked and replaced."""
+"""Describes, masks and replaces flaws of texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ ABOUT: Mapping[str, str] = PATTERNS["about"]
 
 @cache
 def is_installed(package: str) -> bool:
-    """Return whether a package that a check needs is installed."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -1,4 +1,4 @@
-"""Detects passwords, keys and tokens, e-mail addresses, accounts, cards and phone numbers in a text."""
+"""Detects secrets and personal data in a text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _Hit = tuple[int, int, str, str]
 
 
 def secret(text: str) -> Flaw | None:
-    """Detect keys and tokens in published formats, passwords in addresses, and random values of passwords."""
+    """Detect keys and tokens in published formats, and passwords."""
     return redacted("secret", text, _hits("secret", text)) if RE["maybe_secret"].search(text) else None
 
 
 def personal_data(text: str) -> Flaw | None:
-    """Detect all kinds but phone numbers, except well-known examples and test numbers."""
+    """Detect personal data except phone numbers, examples and test numbers."""
     return redacted("personal data", text, _hits("personal", text)) if RE["maybe_personal"].search(text) else None
 
 
@@ -35,12 +35,11 @@ def _hits(kind: str, text: str) -> Iterator[_Hit]:
 # ---- validation of matches ------------------------------------------------------------------------------------------
 
 _MIN_BITS = 3.0
-"""Entropy per character: words are below, eight or more different characters above."""
+"""Entropy per character that random values exceed and words do not."""
 
 
 def _random(value: str) -> bool:
-    """Return whether a value is random: letters and digits, or three kinds of characters, in no order of words or
-    code."""
+    """Return whether a value is random, not words or code."""
     if RE["not_given"].search(value):
         return False
     value = value.rstrip(".:!?]}")
@@ -92,7 +91,7 @@ _KINDS = {
 
 
 def phone_number(text: str) -> Flaw | None:
-    """Detect valid phone numbers with a country code, in North American form, or named as one."""
+    """Detect valid phone numbers, international, North American, or named as one."""
     if not RE["maybe_phone"].search(text):
         return None
     from phonenumbers import PhoneNumberMatcher

@@ -1,1 +1,1 @@
-"""Files in, rows out: each format, and what a table gives."""
+"""Readers of all file formats."""

@@ -16,6 +16,7 @@ from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.data import UTF_8, TextRows
 from fulltune.recipe.fields import is_address
+from fulltune.tasks import Row
 from fulltune.tasks.columns import USUAL_NAMES, BadCell
 from fulltune.text import counted
 
@@ -144,12 +145,12 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[st
     return DataFiles(tuple(files), where, text_rows, columns=columns)
 
 
-def _image_columns(row: Mapping[str, Any], column: str | None) -> list[str]:
+def _image_columns(row: Row, column: str | None) -> list[str]:
     names = (column,) if column is not None else USUAL_NAMES["image"]
     return [name for name in row if name == column or name.lower().strip() in names]
 
 
-def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str, Any]:
+def beside(row: Row, folder: Path, column: str | None) -> dict[str, Any]:
     """Resolve a row's image paths, in one column or those with a usual name, relative to a folder.
 
     A cell is a path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` writes it.
@@ -167,7 +168,7 @@ def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str
 
 
 def content_hash(sources: Mapping[str, DataFiles]) -> str:
-    """Hash names and bytes of all files with SHA-256; of image folders paths, sizes and times, to save hours."""
+    """Hash names and bytes of all files with SHA-256; image folders by paths, sizes and times, which is faster."""
     digest = hashlib.sha256()
     for name, source in sources.items():
         digest.update(f"{name}:{len(source.files)}".encode())
