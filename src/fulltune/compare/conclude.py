@@ -22,7 +22,7 @@ from fulltune.evaluate.scoring import MIN_UNSEEN, load_outputs, note_access, out
 from fulltune.files import append_line, lines_of
 from fulltune.forgetting.generic_text import drift
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
-from fulltune.recipe.tasks import FACTS, stands_in_train
+from fulltune.recipe.tasks import ALSO_OCCURS, FACTS, leaked_content
 from fulltune.records.comparison import Comparison, Decision, MethodRow, Opening, TrialResult
 from fulltune.records.scores import Estimate, Scores
 from fulltune.stats.bootstrap import SAMPLES, draw, resample
@@ -73,9 +73,9 @@ def without_leaks(
     leaked = np.load(context.folder / "data" / "test" / IN_TRAIN)
     if not leaked.any():
         return []
-    stands = stands_in_train(context.summary.columns, context.recipe.data.near_duplicates < 1)
+    content = leaked_content(context.summary.columns, context.recipe.data.near_duplicates < 1)
     rows = f"{leaked.sum():,} test rows" if leaked.sum() > 1 else "test row"
-    prefix = f"without the {rows} whose {stands}: "
+    prefix = f"without the {rows} whose {content}: "
     if len(np.unique(clusters[~leaked])) < MIN_UNSEEN:
         return [f"{prefix}too few remain for a verdict"]
     unseen = [
@@ -202,7 +202,7 @@ def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
 def _notes(context: Context) -> list[str]:
     dropped = [f"rows dropped: {count:,}, {reason}" for reason, count in context.summary.dropped.items()]
     linted = rows_in_train(context.summary)
-    notes = [note for note in context.summary.notes if "also stand" in note or "repeat" in note]
+    notes = [note for note in context.summary.notes if ALSO_OCCURS in note]
     return dropped + [note for note in notes if note != linted]
 
 

@@ -14,6 +14,7 @@ from fulltune.models.base import Base, is_quantised
 from fulltune.models.shapes import shapes_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import VARIANT
+from fulltune.recipe.tasks import ALSO_OCCURS
 from fulltune.records.comparison import Comparison, Finding, MethodRow, Search
 from fulltune.records.data import DataSummary
 from fulltune.records.run import COMPARISON, Access
@@ -261,7 +262,7 @@ def _of_weights(base: Base) -> RuleHits:
 
 def rows_in_train(summary: DataSummary) -> str:
     """Return the data stage's note on test rows in train, or an empty string."""
-    return next((one for one in summary.notes if " test rows have " in one and "stands in train" in one), "")
+    return next((one for one in summary.notes if " test rows have " in one and f"{ALSO_OCCURS} train" in one), "")
 
 
 def opened_by_others(folder: Path) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from fulltune.data.written import stored_rows
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.tasks import shared_content
+from fulltune.recipe.tasks import ALSO_OCCURS, shared_content
 from fulltune.records.data import SplitName
 from fulltune.tasks import Target
 from fulltune.text import counted, first_few
@@ -136,7 +136,7 @@ def _shared(
 ) -> list[str]:
     overlaps: tuple[tuple[SplitName, SplitName], ...] = (("eval", "train"), ("test", "train"), ("test", "eval"))
     return [
-        f"{count:,} of {splits[name].num_rows:,} {name} rows have a {what} that also occurs in {other}{nearly}"
+        f"{count:,} of {splits[name].num_rows:,} {name} rows have a {what} that {ALSO_OCCURS} {other}{nearly}"
         f"{': scores on them are optimistic' if other == 'train' else ', which chooses the checkpoint'}"
         for name, other in overlaps
         if (count := num_shared(splits[name], splits[other], of))

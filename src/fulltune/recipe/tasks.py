@@ -168,6 +168,10 @@ def shared_content(columns: Collection[str]) -> str:
     return next((word for role, word in _SHARED.items() if role in columns), "text")
 
 
-def stands_in_train(columns: Collection[str], near: bool) -> str:
-    """Describe a leaked test row, such as `text also stands in train`."""
-    return f"{shared_content(columns)} also stands in train{' (equal, or nearly so)' if near else ''}"
+ALSO_OCCURS = "also occurs in"
+"""Words of each note on rows in two splits, by which comparisons find them."""
+
+
+def leaked_content(columns: Collection[str], near: bool) -> str:
+    """Describe a leaked test row, such as `text also occurs in train`."""
+    return f"{shared_content(columns)} {ALSO_OCCURS} train{' (equal, or nearly so)' if near else ''}"

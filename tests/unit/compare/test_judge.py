@@ -73,10 +73,10 @@ RESULTS = {method: [result(trial(f"{method}-seed42", 1e-3))] for method in ("ful
     ("leaked", "expected"),
     [
         (0, []),
-        (1, ["without the test row whose text also stands in train: full 74.9%, lora 25.1%, and still FULL"]),
-        (200, ["without the 200 test rows whose text also stands in train: full 50.0%, lora 50.0%, and not FULL but "
+        (1, ["without the test row whose text also occurs in train: full 74.9%, lora 25.1%, and still FULL"]),
+        (200, ["without the 200 test rows whose text also occurs in train: full 50.0%, lora 50.0%, and not FULL but "
                "EQUIVALENT"]),
-        (395, ["without the 395 test rows whose text also stands in train: too few remain for a verdict"]),
+        (395, ["without the 395 test rows whose text also occurs in train: too few remain for a verdict"]),
     ],
 )  # fmt: skip
 def test_verdict_without_test_rows_that_stand_in_train(

@@ -133,7 +133,7 @@ def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
             "test-in-train",
             "test rows",
             "worth knowing",
-            {"notes": ["3 of 28 test rows have a text that stands in train"]},
+            {"notes": ["3 of 28 test rows have a text that also occurs in train"]},
         ),
         ("unequal-tokens", "full, lora", "unfair", {"lora": {"train_tokens": 700_000}}),
         ("unequal-heads", "methods", "unfair", {"full": {"settings": {"head_init": "random"}}}),

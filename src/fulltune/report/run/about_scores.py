@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
-from fulltune.recipe.tasks import stands_in_train
+from fulltune.recipe.tasks import leaked_content
 from fulltune.records.data import DataSummary
 from fulltune.records.run import COMPARISON, Access
 from fulltune.records.scores import Answer, Calibration, Confusion, Scores
@@ -100,8 +100,8 @@ def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
     whole = row.metrics.get(row.main_metric)
     if not row.num_leaks or whole is None:
         return ""
-    stands = stands_in_train(summary.columns if summary else (), row.near_leaks)
-    leaks = f"Of {whole.rows or row.rows:,} test rows {row.num_leaks:,} leak: their {stands}"
+    content = leaked_content(summary.columns if summary else (), row.near_leaks)
+    leaks = f"Of {whole.rows or row.rows:,} test rows {row.num_leaks:,} leak: their {content}"
     if row.metric_without_leaks is None:
         return f"{leaks}. Too few others remain to judge the model on unseen rows."
     name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, row.metric_without_leaks)
