@@ -145,9 +145,7 @@ def _joined(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
         row_of.append(part.row_of + num_rows)
         num_rows += part.num_rows
         tally.take(part.tally)
-    columns: dict[str, np.ndarray] = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS
-    }
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
     return replace(
         parts[0],
         **columns,
