@@ -39,12 +39,11 @@ UNTOUCHED = "before-training"
 LINEAR_PROBE = "linear probe of the untouched model"
 SPLITS: tuple[SplitName, ...] = ("train", "eval")
 SplitLosses = tuple[np.ndarray, Sequence[str | None]]
-"""Summed loss and items (1, trained tokens or words) of each example, float64 [examples, 2]; and the predicted labels
-in words."""
+"""Summed loss and items of each example, float64 [examples, 2]; and predicted labels in words."""
 
 
 def scoring_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
-    """The scoring of a run's rows."""
+    """Return the scoring of a run's rows."""
     weights = class_weights(recipe, summary)
     return Scoring(
         recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, class_weights=weights
@@ -72,7 +71,7 @@ def baselines(scoring: Scoring) -> list[Scores]:
 
 
 def _by_the_untouched_model(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
-    """Baselines from the pretrained model: with a linear probe as its head, and a classifier on its embeddings."""
+    """Return baselines of the pretrained model: with a linear probe as head, and a classifier on embeddings."""
     with_head = scoring.plan.head_init is not None
     if not with_head and scoring.target.form.has_windows:
         return {}
@@ -148,8 +147,7 @@ def score(scoring: Scoring, outcome: Outcome) -> Scores:
 
 
 def losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
-    """Loss of each train and eval row by the trained model; test rows are left out, as looking at them would bias
-    choices."""
+    """Return the loss of each train and eval row by the trained model; test rows would bias choices."""
     measure = measure_of(scoring.recipe.task, scoring.target, "loss")
     assert measure.counts is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}
@@ -195,12 +193,10 @@ def _note_temperature(model_folder: Path, temperature: float) -> None:
 
 
 def _scorer(task: TaskName) -> ModuleType:
-    """The module beside this one that scores a task."""
     return import_module(f"fulltune.evaluate.{FACTS[task].scored_by}")
 
 
 def _kept(path: Path, make: Callable[[], Scored]) -> Scores:
-    """The scores at this path, computed if missing."""
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Score models that predict a label, several labels, a number or a choice, and their baselines."""
+"""Score models that predict labels, numbers or choices, and their baselines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Scorers by file name: the majority class; for choices the usual position, and the longest."""
+    """Return scorers by file name: the majority class; for choices the usual position, and the longest."""
     scorers: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(majority, scoring)}
     if scoring.target.num_choices:
         scorers["baseline-longest"] = partial(_longest, scoring)
@@ -48,7 +48,6 @@ def trained(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Scored:
 
 
 def _label_scores(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
-    """Scores of a baseline that predicts labels without probabilities."""
     true = np.array(scoring.rows("test")["labels"])
     metrics = scoring.estimates(
         {"true": true, "predicted": predicted},

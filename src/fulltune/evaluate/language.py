@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Scorers by file name: a copy of the source, if there is one."""
+    """Return scorers by file name: a copy of the source, if there is one."""
     if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
     return {"baseline-copy": lambda: _copy(scoring)}
@@ -79,7 +79,7 @@ def _copy(scoring: Scoring) -> Scored:
 
 
 def drawn_rows(scoring: Scoring) -> dict[int, dict[str, Any]]:
-    """Position and row of the test rows to generate answers for, drawn from different prompts by `data.split_seed`."""
+    """Return the position and row of the test rows to answer, drawn from different prompts by `data.split_seed`."""
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
         return {}
@@ -100,6 +100,5 @@ def missing_metrics(scoring: Scoring) -> str | None:
 
 
 def _words(scoring: Scoring, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """The prompts and expected answers."""
     task, target = scoring.task, scoring.target
     return [task.prompt_text(row, target) for row in rows], [task.answer_text(row, target) for row in rows]

@@ -1,4 +1,4 @@
-"""Scoring shared by all methods of a run: rows, metrics, intervals, loading, and the log of who scored test rows."""
+"""Rows, metrics, intervals and loading for all scores of a run, and the log of test accesses."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Scoring:
     """Weights in the order of the labels."""
 
     def watch(self, name: str) -> ProgressCallback:
-        """A callback that reports the progress of a pass to the listener."""
+        """Return a callback that reports the progress of a pass to the listener."""
         return lambda done, total, share: self.listener(RowsRead(name=name, done=done, total=total, share=share))
 
     def rows(self, split: str) -> Rows:
@@ -78,7 +78,7 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """The task's (or other) metrics on test rows and on resamples, also without rows of train."""
+        """Return the task's (or other) metrics on test rows and on resamples, also without rows of train."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 
@@ -100,7 +100,7 @@ class Scoring:
     def user_estimates(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Resamples of the user's metrics; lists reach the function as lists, arrays as arrays."""
+        """Return resamples of the user's metrics; lists reach the function as lists, arrays as arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
@@ -128,7 +128,7 @@ class Scoring:
         metrics: Mapping[str, Resampled],
         **fields: Any,
     ) -> Scored:
-        """The record of a model or baseline, with the intervals of its metrics."""
+        """Return the record of a model or baseline, with the intervals of its metrics."""
         confidence, main = self.recipe.evaluate.confidence, metrics.get(self.plan.metric)
         for quoting in fields.keys() & {"worst", "answers"}:
             fields[quoting] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[quoting])
@@ -150,7 +150,7 @@ class Scoring:
         return scores, main
 
     def run(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
-        """The task's predictions for each row of a split."""
+        """Return the task's predictions for each row of a split."""
         rows, pad_token_id = opened(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.
@@ -170,15 +170,14 @@ class Scoring:
     def selective_head(
         self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]
     ) -> SelectiveHead | None:
-        """A head that skips the logits of prompts, if a short row proves that the others stay the same."""
+        """Return a head that skips the logits of prompts, if a row proves that the others stay the same."""
         if not self.task.FACTS.writes:
             return None
         batch = model_batch(model, self.task, [rows[by_length(rows)[-1]]], pad_token_id)
         return verified(model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()})[0]
 
     def load(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
-        """A model on the plan's device with its processor: a finished one from its folder, or by default the pretrained
-        one, with a new head if it lacks one."""
+        """Return a finished model, or by default the pretrained one, on the plan's device, with its processor."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
             processor = self.base.processor
@@ -196,13 +195,7 @@ class Scoring:
 
 
 def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
-    """Log beside a run folder that its test rows were scored.
-
-    Args:
-        folder: Folder of the run.
-        listener: Hears a warning if the log cannot be written.
-        outcome: Outcome of the trained model; None for the verdict of a comparison.
-    """
+    """Log beside a run folder that its test rows were scored; without `outcome`, by a comparison's verdict."""
     folder = folder.resolve()
     access = Access(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -231,8 +224,7 @@ def outputs(
 ) -> tuple[dict[str, Predictions], float]:
     """Run a model (by default the pretrained one) over the splits' rows and, except for images, generic texts.
 
-    Returns predictions by split, with those of `GenericText.read` under `generic`, and the seconds per row of the last
-    split.
+    Returns predictions by split, generic texts under `generic`, and the seconds per row of the last split.
     """
     model, processor = scoring.load(model_folder)
     by_split: dict[str, Predictions] = {}
@@ -250,7 +242,7 @@ def outputs(
 
 
 def save_outputs(path: Path, predictions: Predictions) -> None:
-    """Save numeric arrays; objects (texts, ragged lists) are left out, as they would need pickle."""
+    """Save numeric arrays; others would need pickle."""
     numbers: dict[str, Any] = {name: array for name, array in predictions.items() if array.dtype != object}
     with replacing(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **numbers)

@@ -26,8 +26,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Scorers by file name: the sentence that shares most words with the question; and no answer, if some question has
-    none."""
+    """Return scorers by file name: the sentence with most of the question's words, and no answer."""
     scorers = {"baseline-sentence": lambda: _baseline(scoring, "sentence nearest to the question", nearest_sentence)}
     if any(not accepted for accepted in _accepted(scoring, _questions(scoring))):
         scorers["baseline-none"] = lambda: _baseline(scoring, "no answer to any question", lambda question, context: "")
@@ -80,34 +79,33 @@ def _baseline(scoring: Scoring, name: str, answer: Callable[[str, str], str]) ->
 
 
 def _questions(scoring: Scoring) -> dict[str, dict[str, Any]]:
-    """Test row by place, as a row may have several windows."""
     return {row[PLACE]: row for row in scoring.texts}
 
 
 def _accepted(scoring: Scoring, questions: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The accepted answers of each question, which may be none."""
+    """Return the accepted answers of each question, which may be none."""
     return [[text for text, _ in question_answering.answers_of(row, scoring.target)] for row in questions.values()]
 
 
 def _first_windows(texts: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Position of each question's first window, whose cluster all its windows share."""
+    """Return the position of each question's first window, whose cluster all its windows share."""
     return sorted(np.unique([row[PLACE] for row in texts], return_index=True)[1].tolist())
 
 
 def nearest_sentence(question: str, context: str) -> str:
-    """The first sentence of the context with most of the question's words."""
+    """Return the first sentence of the context with most of the question's words."""
     wanted = set(plain_words(question))
     sentences = [sentence for sentence in _SENTENCE_END.split(context) if sentence.strip()]
     return max(sentences, key=lambda sentence: len(wanted & set(plain_words(sentence))), default="").strip()
 
 
 def plain_words(text: str) -> list[str]:
-    """The words that SQuAD's scores compare: lower case, without punctuation and articles."""
+    """Return the words that SQuAD's scores compare: lower case, without punctuation and articles."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def compared(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """SQuAD's exact match and F1 of each answer, 0 to 1, the best over the accepted ones."""
+    """Return SQuAD's exact match and F1 of each answer, 0 to 1, the best over the accepted ones."""
     pairs = [
         [(plain_words(answer), plain_words(text)) for text in texts or [""]]
         for answer, texts in zip(predicted, accepted, strict=True)

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Scorers by file name: no entity at all, and a lexicon."""
+    """Return scorers by file name: no entity at all, and a lexicon."""
     return {
         "baseline-no-entity": lambda: _tagged(scoring, "every word O", _nothing(scoring)),
         "baseline-lexicon": partial(_lexicon, scoring),
@@ -32,7 +32,7 @@ def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 
 
 def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
-    """Score the trained model; words that it does not see (truncated, or without a token) count as `O`."""
+    """Score the trained model; words that it does not see count as `O`."""
     target = scoring.target
     counts = token_classification.over_all_words(scoring.run(model, tokenizer), scoring.rows("test"), target)
     words = int(counts["words"].sum())
@@ -59,14 +59,12 @@ def _words(scoring: Scoring, row: Mapping[str, Any]) -> list[str]:
 
 
 def _tagged(scoring: Scoring, name: str, predicted: Sequence[np.ndarray]) -> Scored:
-    """Scores of a baseline that predicts tags without probabilities."""
     gold = [np.asarray(row) for row in scoring.rows("test")[TAGS]]
     counts = token_classification.counts(gold, predicted, scoring.target)
     return scoring.scores(name, "baseline", len(gold), metrics=scoring.estimates(counts))
 
 
 def _nothing(scoring: Scoring) -> list[np.ndarray]:
-    """The tag O for each word of each test row."""
     return [np.zeros(len(row), np.int64) for row in scoring.rows("test")[TAGS]]
 
 

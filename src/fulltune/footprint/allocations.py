@@ -50,7 +50,7 @@ class TraceCase:
     task: Task
     target: Target
     prepare: Callable[[PreTrainedModel], object]
-    """Changes the model as training does before it starts; equal functions have the same `repr`."""
+    """Changes the model as training does; equal functions have the same `repr`."""
     num_parameters: int
     """Parameters of the model and its method, tied ones once."""
     all_trained: bool = True
@@ -66,7 +66,7 @@ class TraceCase:
 
 
 def build(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:
-    """The model with random weights, prepared for training."""
+    """Return the model with random weights, prepared for training."""
     options: dict[str, Any] = {"dtype": torch_dtype(case.weights_dtype)}
     if case.attn_implementation:
         options["attn_implementation"] = case.attn_implementation
@@ -79,14 +79,14 @@ _DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_lay
 
 
 def layered(case: TraceCase, config: PretrainedConfig) -> PretrainedConfig:
-    """The part of the config that names the number of layers."""
+    """Return the part of the config that names the number of layers."""
     if not has_tokens(case):
         return getattr(config, "vision_config", config)
     return config if config.is_encoder_decoder else config.get_text_config()
 
 
 def depths_of(case: TraceCase) -> dict[str, int]:
-    """Numbers of layers by attribute of the config; empty if it names none."""
+    """Return numbers of layers by attribute of the config; empty if it names none."""
     config = layered(case, case.config)
     usual = _DEPTHS[:-1] if config.is_encoder_decoder else _DEPTHS[-1:]
     names = next((some for some in usual if all(isinstance(getattr(config, name, None), int) for name in some)), ())
@@ -94,7 +94,7 @@ def depths_of(case: TraceCase) -> dict[str, int]:
 
 
 def layer_kinds(case: TraceCase) -> tuple[str, ...]:
-    """The kind of each layer, if there are several kinds."""
+    """Return the kind of each layer, if there are several kinds."""
     config = layered(case, case.config)
     kinds = tuple(getattr(config, "layer_types", None) or ())
     is_complete = not config.is_encoder_decoder and len(kinds) == getattr(config, "num_hidden_layers", None)
@@ -102,7 +102,7 @@ def layer_kinds(case: TraceCase) -> tuple[str, ...]:
 
 
 def with_depths(case: TraceCase, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> PretrainedConfig:
-    """A copy of the config with other numbers of layers, and other kinds of them."""
+    """Return a copy of the config with other numbers and kinds of layers."""
     config = copy.deepcopy(case.config)
     config.use_cache = False
     part = layered(case, config)
@@ -117,7 +117,7 @@ def with_depths(case: TraceCase, depths: Mapping[str, int], kinds: Sequence[str]
 
 
 def batch_of(case: TraceCase, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """A batch of full rows, collated by the task."""
+    """Return a batch of full rows, collated by the task."""
     row = dict(case.task.full_row(case.target, length))
     if case.packed:
         row["position_ids"] = np.arange(length)
@@ -127,12 +127,12 @@ def batch_of(case: TraceCase, rows: int, length: int) -> dict[str, torch.Tensor]
 
 
 def has_tokens(case: TraceCase) -> bool:
-    """True if the model reads text, not images."""
+    """Return whether the model reads text, not images."""
     return case.task.FACTS.reads == "text"
 
 
 def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of a footprint that follow from the shapes of trained tensors."""
+    """Return the fields of a footprint that follow from the shapes of trained tensors."""
     return {
         "weights_dtype": case.weights_dtype,
         "largest_tensor": max(map(math.prod, shapes)),
@@ -160,7 +160,7 @@ class ModelTrace:
 
 
 class AllocationLog(TorchDispatchMode):
-    """Logs allocated and freed storages with the current `place`; a last axis of `vocab_size` marks logits."""
+    """Logs allocated and freed storages by `place`; a last axis of `vocab_size` marks logits."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class AllocationLog(TorchDispatchMode):
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
-        """Bytes by kind after each allocation, without those in layers between the first and the last."""
+        """Return bytes by kind after each allocation, without layers between the first and the last."""
         alive, counts, after = np.zeros(len(KINDS)), Counter[str](), {}
         for place, block, size in self._changes:
             alive[KINDS.index(self._kinds.get(block, "activations"))] += size
@@ -245,7 +245,7 @@ class AllocationLog(TorchDispatchMode):
 
 
 def _numbered(indices: Any, count: int) -> Any:
-    """The indices with masks turned into positions, as indexing does."""
+    """Return the indices with masks turned into positions, as indexing does."""
     return [
         place
         for index in indices
@@ -286,7 +286,7 @@ def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
 
 
 def stacks_of(model: PreTrainedModel, depths: set[int]) -> list[nn.ModuleList]:
-    """The outermost lists of layers."""
+    """Return the outermost lists of layers."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         is_stack = isinstance(module, nn.ModuleList) and len(module) in depths

@@ -19,7 +19,7 @@ from fulltune.footprint.records import BYTES, KINDS, Footprint, LiveMemory, Vari
 _log = logging.getLogger(__name__)
 
 ROWS = (2, 3)
-"""More than one, as one row would allow a view where several need a copy."""
+"""More than one, as several need copies where one allows a view."""
 _LENGTHS = (16, 24, 40)
 """Multiples of eight, so that no block is rounded up."""
 
@@ -28,12 +28,11 @@ FAILURES = (
     StrictDataclassError,
     RecipeError,
 )
-"""Errors that a class may raise at an unusual config or at tensors without values: its own, torch's, and ours of a
-method that cannot work on few layers."""
+"""Errors of a class at an unusual config or tensors without values: its own, torch's, and ours."""
 
 
 def points_of(case: TraceCase) -> list[tuple[int, int]]:
-    """Rows and lengths to trace; an image has length 1."""
+    """Return rows and lengths to trace; an image has length 1."""
     return list(itertools.product(ROWS, _LENGTHS if has_tokens(case) else (1,)))
 
 
@@ -51,7 +50,7 @@ def trace_model(case: TraceCase, points: Sequence[tuple[int, int]], *, recompute
 def _from_copies(
     case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool
 ) -> ModelTrace | None:
-    """Trace a copy of two layers and copies with one more, and extrapolate; None if equal layers behave differently."""
+    """Extrapolate from a copy of two layers and copies with one more; None if equal layers differ."""
     start, growths = _copies(case)
     base = run(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
     # Enough points to solve for the terms, and one more to check them.
@@ -85,7 +84,7 @@ _Copy = tuple[dict[str, int], tuple[str, ...]]
 
 
 def _copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
-    """The smallest copy, and for each kind of layer a copy with one more and the number that the model has beyond."""
+    """Return the smallest copy, and for each kind of layer a copy with one more and the number still missing."""
     depths, kinds = depths_of(case), layer_kinds(case)
     if kinds:
         (name,) = depths
@@ -107,12 +106,12 @@ def _copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[st
 
 
 def _layer_terms(rows: int, length: int) -> tuple[int, ...]:
-    """Terms of a layer's memory: its weights, tokens, pairs of tokens in each row, and pairs for all rows."""
+    """Return the terms of a layer's memory: weights, tokens, pairs in each row, pairs for all rows."""
     return (1, rows * length, rows * length * length, length * length)
 
 
 def _added(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a further layer's tensors."""
+    """Return shapes of a further layer's tensors."""
     return tuple((Counter(more) - Counter(few)).elements())
 
 
@@ -146,12 +145,10 @@ def traced(case: TraceCase) -> Footprint:
 
 
 def _per_token(trace: ModelTrace, points: Sequence[tuple[int, int]], case: TraceCase) -> float:
-    """Floating-point operations per token, or per image."""
     return float(_solved(trace.flops[:, None], points)[2 if has_tokens(case) else 1, 0])
 
 
 def _moments(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tuple[LiveMemory, ...]:
-    """The moments that are the peak for some micro batch and length."""
     solved = _solved(trace.alive.reshape(len(points), -1), points)
     solved = np.round(solved.reshape(6, len(trace.keys), len(KINDS)), 6)
     highest = set()
@@ -170,7 +167,7 @@ def _moments(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tuple[Live
 
 
 def _solved(values: np.ndarray, points: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Coefficients [6, n] of values [points, n]; images, which have one size, only have the first two."""
+    """Return coefficients [6, n] of values [points, n]; images, which have one size, only have the first two."""
     matrix = np.array([terms(*point) for point in points], float)
     used = 6 if _has_lengths(points) else 2
     coefficients = np.zeros((6, values.shape[1]))
@@ -183,9 +180,9 @@ def _has_lengths(points: Sequence[tuple[int, int]]) -> bool:
 
 
 def _later(first: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], size: int) -> tuple[LiveMemory, ...]:
-    """The moments of a later micro batch, whose gradients are added to those of earlier ones.
+    """Return the moments of a later micro batch, whose gradients are added to earlier ones.
 
-    Besides all gradients, those of one tensor exist, and the parts of a tied embedding's that wait to be summed.
+    Besides these, one tensor's gradient exists, and parts of a tied embedding's.
     """
     total = size * sum(map(math.prod, shapes))
     highest = max(moment.coefficients["gradients"][0] for moment in first)

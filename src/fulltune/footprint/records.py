@@ -16,7 +16,7 @@ Coefficients = tuple[float, float, float, float, float, float]
 
 
 def terms(rows: int, length: int) -> tuple[int, ...]:
-    """The terms that coefficients are multiplied with."""
+    """Return the terms that coefficients are multiplied with."""
     return (1, rows, rows * length, rows * length * length, length, length * length)
 
 
@@ -29,7 +29,7 @@ class LiveMemory(Record):
     """Bytes of each kind per 1, row, token, row x length^2, length and length^2."""
 
     def bytes(self, rows: int, length: int) -> dict[MemoryKind, int]:
-        """Bytes by kind for `rows` sequences (rows x choices) of `length` tokens."""
+        """Return bytes by kind for `rows` sequences (rows x choices) of `length` tokens."""
         factors = terms(rows, length)
         return {
             kind: max(0, round(sum(value * factor for value, factor in zip(values, factors, strict=True))))
@@ -60,20 +60,20 @@ class Footprint(Record):
     evaluation: dict[str, tuple[LiveMemory, ...]]
     """Moments of a forward pass without gradients, by precision."""
     flops_per_token: float
-    """Operations of a forward pass per token, or per image, in matrix products of weights."""
+    """Operations of a forward pass per token, or per image, in matrix products."""
     attention_flops_per_pair: float
     """Operations of a forward pass for each pair of tokens in a row."""
     train_flops_per_token: float = 0.0
-    """Operations of a forward and backward pass without checkpointing or attention's backward; 0 if not traced."""
+    """Operations of a forward and backward pass, without checkpointing and attention's backward; 0 if not traced."""
     tensors: dict[int, int] = Field(default_factory=dict)
     """Number of trained parameters by their number of values."""
     rough: str = ""
-    """Why the model could not be traced and a rule of thumb is used."""
+    """Why a rule of thumb replaces the trace."""
     assumed: str = ""
     """What was assumed about its inputs, and why."""
 
     def traced(self, precision: str) -> str:
-        """The precision, or a traced one in its place."""
+        """Return the precision, or a traced one in its place."""
         precisions = [variant.precision for variant in self.variants]
         return precision if precision in precisions else precisions[0]
 

@@ -41,7 +41,7 @@ PIXELS_OF_A_TOKEN = 32 * 32
 
 
 def rough(case: TraceCase, why: str) -> Footprint:
-    """A footprint by a rule of thumb, for a model that cannot be traced because of `why`."""
+    """Return a footprint by a rule of thumb, as the model cannot be traced because of `why`."""
     shapes = _shapes(case)
     num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
     layers, hidden, vocab = _sizes(case)
@@ -79,7 +79,6 @@ def rough(case: TraceCase, why: str) -> Footprint:
 
 
 def _moment(case: TraceCase, place: str, gradients: int, activations: int, logits: int, buffers: int) -> LiveMemory:
-    """A moment with activations and logits per token, or per image."""
     each = 2 if has_tokens(case) else 1  # position in `records.terms`
     sizes = {"gradients": (0, gradients), "activations": (each, activations), "logits": (each, logits)}
     coefficients = {
@@ -98,7 +97,6 @@ def _shapes(case: TraceCase) -> list[tuple[int, ...]]:
 
 
 def _sizes(case: TraceCase) -> tuple[int, int, int]:
-    """Layers, hidden size and vocabulary; usual ones if the config names none."""
     config = layered(case, case.config)
     layers = sum(getattr(config, "depths", None) or ()) or getattr(config, "num_hidden_layers", None) or USUAL_LAYERS
     layers *= 2 if config.is_encoder_decoder else 1
@@ -111,7 +109,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A pretrained model with a task's head and a method, as a recipe trains it."""
+    """A pretrained model with a task's head and a recipe's method."""
 
     recipe: Recipe
     base: Base
@@ -131,7 +129,7 @@ class PlannedModel:
         return shapes_of(self.base, self.changes, apply)
 
     def footprint(self, recipe: Recipe, device: str, precision: str) -> Footprint:
-        """The model's footprint, for a recipe that may change weight type and attention."""
+        """Return the model's footprint for a recipe, whose weight type and attention may differ."""
         pixels, assumed = self.base.image_shape
         attention = recipe.model.attn_implementation
         footprint = trace(
@@ -161,7 +159,7 @@ class PlannedModel:
 
 
 def preparing(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel], None]:
-    """The changes to a model before training, equal for methods that differ in rates only."""
+    """Return the changes to a model before training, equal for methods that differ in rates only."""
     same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
     if recipe.method.kind == "full":
         same["train"] = {}
@@ -181,7 +179,7 @@ _TRACED: dict[str, Footprint] = {}
 
 
 def trace(case: TraceCase) -> Footprint:
-    """The footprint of a model, rough if it cannot be traced."""
+    """Return the footprint of a model, rough if it cannot be traced."""
     config = {name: value for name, value in case.config.to_dict().items() if name != "_name_or_path"}
     key = repr((type(case.config).__name__, config, replace(case, config=PretrainedConfig())))
     if key not in _TRACED:

@@ -16,12 +16,11 @@ from fulltune.system.parallel_layout import BUCKET_VALUES, ParallelLayout
 from fulltune.text import format_bytes, parse_bytes
 
 LIBRARIES_BYTES = 700 * 2**20
-"""Memory of a CPU training process before the model is loaded: Python, torch and transformers."""
+"""Memory of Python, torch and transformers in a CPU training process."""
 
 
 def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
-    """Bytes that one process may use on its device, without the libraries' share, and a description such as `12 GiB of
-    GPU memory`.
+    """Return the bytes that one process may use on its device, and a description such as `12 GiB of GPU memory`.
 
     Raises:
         RecipeError: If `train.memory_limit` is smaller than the libraries.
@@ -51,7 +50,7 @@ def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
 
 
 def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
-    """Raise `DoesNotFitError` if the host's memory is too small for what ZeRO offloads to it."""
+    """Raise `DoesNotFitError` if host memory is too small for what ZeRO offloads."""
     layout = parallel_layout.of(recipe)
     if layout is None or not machine.gpus:
         return
@@ -66,7 +65,7 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout | None) -> MemoryNeed:
-    """The memory of one process on its device; without `layout`, each holds the whole state."""
+    """Return the memory of one process on its device; without `layout`, it holds the whole state."""
     if layout is not None and layout.engine == "fsdp2":
         return fsdp2.need(shapes, footprint, settings)
     if layout is not None:
@@ -79,7 +78,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout:
 
 
 def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout) -> MemoryNeed:
-    """Memory of a ZeRO process on a GPU, where weights are bf16 and autocast needs no copies of them."""
+    """Return the memory of a ZeRO process on a GPU, whose bf16 weights need no copies."""
     parameters, processes = shapes.num_parameters, settings.num_processes
     state = layout.parts_at("device", engine_state(parameters, shapes.num_trainable), processes)
     buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
@@ -97,7 +96,7 @@ def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, lay
 
 
 def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout) -> MemoryNeed:
-    """Memory of a ZeRO process on a CPU, where offloading frees nothing and buckets hold whole gradients."""
+    """Return the memory of a ZeRO process on a CPU, where offloading frees nothing."""
     alone = settings.changed(precision=footprint.traced(settings.precision), num_processes=1)
     whole = memory.need(shapes, footprint, alone)
     kinds = whole.kinds | layout.parts(memory.state_of(shapes.num_parameters, settings), settings.num_processes)
@@ -106,7 +105,7 @@ def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layo
 
 
 def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """A cautious estimate for types that were not traced."""
+    """Return a cautious estimate for types that were not traced."""
     state = memory.state_of(shapes.num_parameters, settings)
     kinds = state | passing(footprint, settings)
     # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
@@ -132,24 +131,24 @@ IN_ENGINE = (2, 4, 12)
 LIVE_VALUES = 10**9
 """DeepSpeed's default for gathered weights in memory."""
 HOST_BUFFERS = 1.22
-"""Factor for pinned host buffers: 176 GB for 18 bytes of each of 8.03 B parameters (measured)."""
+"""Factor for pinned host buffers (measured: 176 GB for 18 bytes of each of 8.03 B parameters)."""
 
 
 def engine_state(num_parameters: int, num_trainable: int | None = None) -> dict[MemoryKind, int]:
-    """Bytes of ZeRO's whole state over all processes."""
+    """Return bytes of ZeRO's whole state over all processes."""
     weights, gradients, optimizer = IN_ENGINE
     trained = num_parameters if num_trainable is None else num_trainable
     return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}
 
 
 def host_bytes(layout: ParallelLayout, num_parameters: int, num_devices: int, num_trainable: int | None = None) -> int:
-    """Host memory of all processes for offloaded state."""
+    """Return the host memory of all processes for offloaded state."""
     each = layout.parts_at("host", engine_state(num_parameters, num_trainable), num_devices)
     return round(HOST_BUFFERS * num_devices * sum(each.values()))
 
 
 def passing(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Peak bytes of a micro batch's activations and logits."""
+    """Return the peak bytes of a micro batch's activations and logits."""
     variant = footprint.variant(footprint.traced(settings.precision), settings.activation_checkpointing)
     return _highest(variant.first, footprint, settings.micro_batch_size, settings)
 
@@ -177,8 +176,7 @@ SMALL_FILES_BYTES = 16 * 2**20
 
 
 def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
-    """Disk space of the run at its fullest: all checkpoints, the finished model, and the initial weights, which stay
-    until it is saved."""
+    """Return the disk space of the run at its fullest: checkpoints, finished model and initial weights."""
     state = memory.state_of(num_parameters, settings)
     weights = memory.num_trainable(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
     checkpoint = weights + state["optimizer"]

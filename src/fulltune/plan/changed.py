@@ -34,14 +34,14 @@ _PLACING = (
 
 
 def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
-    """True if the recipe has the plan's placement, offload and numbers of processes and machines."""
+    """Return whether the recipe has the plan's placement, offload, processes and machines."""
     train = recipe.train
     same = all(getattr(plan, name) == getattr(train, name) for name in ("num_processes", "num_machines", "offload"))
     return same and train.placed_as in ("auto", plan.placement)
 
 
 def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
-    """The recipe for resuming a run elsewhere, with the global batch, precision and optimizer of its plan.
+    """Return the recipe for resuming a run elsewhere, with its global batch, precision and optimizer.
 
     Raises:
         RecipeError: If the processes cannot divide the batch, or cannot run the optimizer.
@@ -68,7 +68,7 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def placed_anew(plan: Plan, anew: Plan) -> Plan:
-    """The plan of a started run with the placement of a new plan."""
+    """Return the plan of a started run with the placement of a new plan."""
     names = {SETTING_OF.get(name, f"train.{name}") for name in _PLACING} | {"train.oversubscribe"}
     settings = {setting.name: setting for setting in plan.settings}
     settings |= {setting.name: setting for setting in anew.settings if setting.name in names}
@@ -77,13 +77,13 @@ def placed_anew(plan: Plan, anew: Plan) -> Plan:
 
 
 def need_of(changed: Plan, recipe: Recipe, model: PlannedModel) -> MemoryNeed:
-    """The memory of a changed plan, whose precision may differ from the recipe's."""
+    """Return the memory of a changed plan, whose precision may differ from the recipe's."""
     traced = model.footprint(recipe, changed.device, changed.precision)
     return budget.need(model.shapes, traced, changed, parallel_layout.of(with_placement(recipe, changed.placement)))
 
 
 def on_disk(recipe: Recipe, plan: Plan, free_bytes: int, place: str) -> Plan:
-    """The plan with its state and disk need recomputed; raises `DoesNotFitError` if the disk is full."""
+    """Return the plan with its state and disk need recomputed; raise `DoesNotFitError` if the disk is full."""
     recipe = with_placement(recipe, plan.placement)
     disk = ways_out.refuse_full_disk(recipe, plan.num_parameters, plan, free_bytes, place)
     return plan.model_copy(update={"disk": disk, "state": memory.state_of(plan.num_parameters, plan)})

@@ -39,7 +39,7 @@ class Option:
 
 
 def choose(basis: Basis) -> Option:
-    """The fastest settings that fit; the recipe's values stay, and levers that change the result come last.
+    """Return the fastest settings that fit; levers that change the result come last.
 
     Raises:
         DoesNotFitError: If nothing fits, with the nearest ways out.
@@ -51,9 +51,9 @@ def choose(basis: Basis) -> Option:
 
 
 def fastest(basis: Basis) -> Option | None:
-    """The fastest settings that fit and keep the result, with headroom if possible.
+    """Return the fastest settings that fit and keep the result, with headroom if possible.
 
-    Of equally fast settings, those without checkpointing come first, then larger micro batches.
+    Of equally fast ones, those without checkpointing come first, then larger micro batches.
     """
     for share in (COMFORTABLE, 1.0):
         limit = share * basis.available_bytes
@@ -66,9 +66,9 @@ def fastest(basis: Basis) -> Option | None:
 
 
 def smallest(basis: Basis, same_numbers: bool = False) -> Option:
-    """The settings with the lowest memory; with `same_numbers`, without changing the result.
+    """Return the settings with the lowest memory; with `same_numbers`, those that keep the result.
 
-    This is not always the smallest micro batch, as accumulated gradients stay allocated.
+    Accumulated gradients stay allocated, so this is not always the smallest micro batch.
     """
     options = [
         _with_eval_batch(basis, settings, 0)
@@ -79,7 +79,7 @@ def smallest(basis: Basis, same_numbers: bool = False) -> Option:
 
 
 def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
-    """Every allowed micro batch, without and with each lever that keeps the result."""
+    """Return every allowed micro batch, without and with each lever that keeps the result."""
     rows, size = basis.rows_per_process, basis.recipe.train.micro_batch_size
     sizes = [size] if size is not None else [divisor for divisor in range(rows, 0, -1) if rows % divisor == 0]
     return [
@@ -90,7 +90,7 @@ def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
 
 
 def _with_levers(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
-    """The settings with every combination of the levers that a plan may use."""
+    """Return the settings with every combination of the levers that a plan may use."""
     combinations = [start]
     for lever in LEVERS:
         if lever.searched and lever.same_result == same_result and not lever.refusal(recipe, start):
@@ -111,7 +111,6 @@ def _with_eval_batch(basis: Basis, settings: MemorySettings, most_bytes: float) 
 
 
 def _why_recomputed(basis: Basis, chosen: Option, tried: Sequence[Option], most_bytes: float) -> str:
-    """The reason for or against activation checkpointing."""
     if not chosen.settings.can_recompute:
         return "this model does not support it"
     if not chosen.settings.activation_checkpointing:

@@ -1,8 +1,8 @@
-"""Defaults that depend on the model and the data, each with the reason that the report shows.
+"""Defaults that depend on the model and the data, each with its reason.
 
 Sources: Devlin et al. 2018 (BERT: 2e-5 to 5e-5, batch 16 to 32); Mosbach et al. 2020, arXiv 2006.04884 (small data:
-2e-5, warm-up, more epochs); Clark et al. 2020 (ELECTRA: 5e-5 to 1e-4); Schulman et al. 2025 (decoders: full
-fine-tuning at a tenth of LoRA's 3e-4 to 1e-3); measured with MiniLM-L6 on Banking77 (2e-4, 2026-11-24).
+2e-5, warm-up, more epochs); Clark et al. 2020 (ELECTRA: 5e-5 to 1e-4); Schulman et al. 2025 (decoders: a tenth of
+LoRA's 3e-4 to 1e-3); MiniLM-L6 on Banking77 (2e-4, 2026-11-24).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fulltune.recipe.tasks import FACTS
 DefaultWithReason = tuple[float, str]
 ADAPTER_TIMES = 20.0
 """An adapter's best learning rate relative to full fine-tuning's (Houlsby et al. 2019: 1e-3, up to 3e-3; MiniLM-L6:
-1e-2 to 2e-4)."""
+1e-2, where full takes 2e-4)."""
 LORA_TIMES, MAX_LORA = 10.0, 8e-4
 """LoRA's best learning rate relative to full fine-tuning's (Schulman et al. 2025), and its cap, as MiniLM-L6 loses its
 probe's head at 2e-3 (docs/concepts/statistics.md)."""
@@ -26,7 +26,7 @@ RATES = {
 
 
 def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Peak rate of full fine-tuning with AdamW, lower for larger models."""
+    """Return the peak rate of full fine-tuning with AdamW, lower for larger models."""
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
     kind = "decoders" if is_decoder else "encoders"
@@ -35,7 +35,7 @@ def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
 
 
 def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Peak rate of a method, higher for methods that train fewer values."""
+    """Return the peak rate of a method, higher for methods that train fewer values."""
     full, why = learning_rate(num_parameters, is_decoder)
     if method.kind in ("lora", "adapter"):
         rate = min(LORA_TIMES * full, MAX_LORA) if method.kind == "lora" else ADAPTER_TIMES * full
@@ -49,7 +49,7 @@ def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> D
 
 
 def num_train_epochs(task: str, num_rows: int) -> DefaultWithReason:
-    """Number of epochs, more for fewer rows."""
+    """Return the number of epochs, more for fewer rows."""
     few, usual = (3.0, 2.0) if FACTS[task].writes else (5.0, 3.0)
     if num_rows < 2_000 and not FACTS[task].writes:
         return 10.0, "few rows (below 2,000)"
@@ -57,7 +57,7 @@ def num_train_epochs(task: str, num_rows: int) -> DefaultWithReason:
 
 
 def warmup_ratio(task: str, head_is_kept: bool) -> DefaultWithReason:
-    """Share of the steps in which the learning rate rises."""
+    """Return the share of the steps in which the learning rate rises."""
     if FACTS[task].writes:
         return 0.03, "usual for language models"
     return 0.1, "usual for this kind of task" if head_is_kept else "usual with a new head"
@@ -67,10 +67,9 @@ MAX_LENGTH_EXPLAINED = 0.25
 
 
 def group_by_length(length_explained: float) -> tuple[bool, str]:
-    """Decides whether to batch rows of similar length: not if such rows mostly share a class.
+    """Decide whether to batch rows of similar length: not if such rows mostly share a class.
 
-    With labels that follow the length, F1 was 0.75 with grouping and 1.0 without; Banking77, where the class explains
-    13 % of the length, loses nothing (2026-11-24).
+    With labels that follow the length, F1 was 0.75 with grouping and 1.0 without (2026-11-24).
     """
     share = f"the target explains {length_explained:.0%} of the variance in length"
     if length_explained >= MAX_LENGTH_EXPLAINED:

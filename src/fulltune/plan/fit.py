@@ -98,7 +98,6 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
 
 
 def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
-    """The fastest settings that fit in memory and on disk, with their disk need."""
     recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
     budget.refuse_offload(recipe, shapes, fleet.machine)
     chosen = choose.choose(basis)
@@ -114,10 +113,10 @@ def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Opt
 
 
 def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
-    """The recipe with its placement, and the reason if the recipe left it open.
+    """Return the recipe with its placement, and the reason if the recipe left it open.
 
-    Several processes use ddp if it fits, since it sends least, else fsdp2; both compute the same numbers. ZeRO is never
-    chosen here: it computes in other types and needs installing.
+    Several processes use ddp if it fits, since it sends least, else fsdp2. ZeRO is never chosen here, as it computes in
+    other types and needs installing.
     """
     recipe = workload.recipe
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
@@ -126,7 +125,7 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
         return with_placement(recipe, "single"), "one process"
 
     def peaks(placement: Placement) -> tuple[int, int, int]:
-        """Bytes free in each process, and the lowest need without and with a changed result."""
+        """Return the bytes free in each process, and its lowest need without and with a changed result."""
         own = with_placement(recipe, placement)
         basis = basis_of(replace(workload, recipe=own), fleet, own_loss=own_loss)
         exact, other = (choose.smallest(basis, same_numbers=same).memory.peak for same in (True, False))
@@ -148,7 +147,7 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
 
 
 def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | None:
-    """The reason why FSDP2 may not be chosen automatically."""
+    """Return the reason why FSDP2 may not be chosen automatically."""
     train = recipe.train
     if train.device == "cpu" and machine.gpus:
         return "it would use the GPUs"
@@ -165,16 +164,15 @@ def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | No
 
 DISK_BYTES_PER_SECOND = 10**9
 START_SECONDS, LOADS = 20.0, 3
-"""Start-up of two processes with torch (measured: 12 to 25 s on two cores), and how often the model is read: to train,
-for the baselines, to score."""
+"""Start-up of two processes with torch (measured: 12 to 25 s on two cores), and how often the model is read."""
 CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
-"""Seconds of the checks and of each line of scores on a free core; number of baseline lines."""
+"""Seconds of the checks and of each line of scores; number of baseline lines."""
 LONGEST_PASSES = 2
 """Passes of the longest micro batch in a dry run."""
 
 
 def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: float | None = None) -> Plan:
-    """The plan with its time, if the hardware's speed is known."""
+    """Return the plan with its time, if the hardware's speed is known."""
     fleet, work = basis.fleet, basis.work
     flops = time.device_flops(fleet, plan.precision, basis.shapes.hidden_size)
     if flops is None:
@@ -203,13 +201,13 @@ def _rows(summary: DataSummary, split: str) -> int:
 def _overhead(
     plan: Plan, basis: Basis, summary: DataSummary, training: float, flops: float, started_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
-    """Yields the stages before and after training with their seconds."""
+    """Yield the stages before and after training with their seconds."""
     work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
     # Least time of a forward pass, to call the layers; on a GPU, to launch their kernels.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers
 
     def forward(rows: int) -> float:
-        """Seconds to evaluate some rows."""
+        """Return seconds to evaluate some rows."""
         return max(work.forward_flops(rows) / flops, -(-rows // plan.eval_batch_size) * pass_seconds)
 
     spent = START_SECONDS if started_seconds is None else started_seconds

@@ -13,13 +13,13 @@ from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
 FILE_BYTES, MAX_FILES = 2**24, 64
-"""Least size and most number of a checkpoint's files, of which two copies exist while writing."""
+"""Least size and most number of a checkpoint's files, of which two copies exist at a time."""
 WHOLE_FILE_BYTES = 2**28
-"""Size of the finished model's files, gathered in the first process's host memory."""
+"""Size of the finished model's files, gathered in host memory."""
 TENSORS_OF_BLOCK = 3
 """Size of a block relative to its largest tensor: BERT's have 7.1 M and 2.4 M parameters."""
 SENT = {"cpu": 2, "cuda": 1}
-"""Buffers for sent gradients: gloo needs a copy (a reduce-scatter of 64 MiB over two processes takes 66 MiB more)."""
+"""Buffers for sent gradients, with a copy for gloo (64 MiB over two processes take 66 MiB more)."""
 
 AT_HEAD = ("backward head", "forward loss")
 """Places where all blocks' activations are alive."""
@@ -28,7 +28,7 @@ NORM_VALUES = 6
 
 
 def units_of(shapes: Shapes) -> Units:
-    """The model's FSDP units; if unknown, blocks of equal size and a vocabulary outside them."""
+    """Return the model's FSDP units; if unknown, blocks of equal size and a vocabulary outside them."""
     if shapes.units is not None:
         return shapes.units
     vocabulary = min(shapes.num_parameters, shapes.vocab_size * shapes.hidden_size)
@@ -38,7 +38,7 @@ def units_of(shapes: Shapes) -> Units:
 
 @dataclass(frozen=True)
 class _Moment:
-    """Bytes of one process at a moment of a step, without its shards of weights and optimizer state."""
+    """Bytes of one process at a moment of a step, without its shards of the state."""
 
     passing: dict[MemoryKind, int]
     """Bytes by kind as in a single process, without gradients."""
@@ -101,7 +101,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
 
 
 def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Moment]:
-    """The traced moments that may be the peak, and those between them when gradients are sent."""
+    """Return the moments that may be the peak, traced ones and those when gradients are sent."""
     rows, value = memory.train_sequences(footprint, settings), BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # gradient shards of earlier micro batches
     copies, length = SENT[settings.device], settings.longest_tokens
@@ -173,7 +173,6 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
 
 
 def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Bytes of gathered weights, gradients and buffers at a place of the forward pass."""
     root, last, block, apart = (units.root,), units.kept, units.block, units.apart
     if "before" in place:
         return (*root, apart), (), (*root, apart)
@@ -185,7 +184,7 @@ def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...]
 def _of_a_block(
     traced: Sequence[tuple[str, dict[MemoryKind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
 ) -> tuple[Callable[[dict[MemoryKind, int]], int], Callable[[str], dict[MemoryKind, int]]]:
-    """Two functions: the bytes of a block's gradients at a moment of its backward pass, and what its end frees."""
+    """Return two functions: bytes of a block's gradients during its backward pass, and what its end frees."""
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart
@@ -215,9 +214,9 @@ def _block(
     copies: int,
     flat: tuple[int, int],
 ) -> Iterator[_Moment]:
-    """Yields three moments of a block: its backward pass, its end, and sending its gradients.
+    """Yield three moments of a block: its backward pass, its end, and sending its gradients.
 
-    `alive` and `gradients` hold the bytes during and after the pass, `flat` the buffers of its neighbours.
+    `alive` and `gradients` hold bytes during and after the pass, `flat` its neighbours' buffers.
     """
     (passing, ended), root, block = alive, (units.root,), units.block
     whole = (gradients[0], block)
@@ -240,7 +239,6 @@ def _kinds(moment: _Moment, weights: int, optimizer: int, gradients: int) -> dic
 def _small_and_large(
     moment: _Moment, part: int, units: Units, footprint: Footprint, shapes: Shapes, settings: MemorySettings
 ) -> tuple[float, int, int]:
-    """Bytes in small blocks with their gaps, and in large ones: see `memory.resident`."""
     logits, most = moment.passing["logits"], BYTES[settings.weights_dtype] * footprint.largest_tensor
     logits_are_large = 4 * memory.tokens_of_loss(footprint, settings) * shapes.vocab_size >= memory.SMALL_OF_PARTS_BYTES
     pieces = [(round(moment.reduced * part), units.block // settings.num_processes)]

@@ -21,7 +21,7 @@ CPU_FLOPS_PER_CORE = 50 * GB
 DEVICE_RESERVE = 2**29
 """Memory that the driver takes: torch sees 79.2 of an A100's 80 GiB, 23.6 of an RTX 4090's 24."""
 USUAL_NETWORK = 12.5
-"""Default GB/s between machines, 100 Gb/s as on an a2-highgpu-8g; a p4d.24xlarge has 400 Gb/s, a DGX H100 3,200."""
+"""Default GB/s between machines, 100 Gb/s as on an a2-highgpu-8g."""
 NETWORK_ASSUMED = f"{8 * USUAL_NETWORK:.0f} Gb/s from each machine to the others"
 
 
@@ -39,7 +39,7 @@ class GpuModel:
     link_gb_per_second: float
     """Bandwidth to the host."""
     nvlink_gb_per_second: float
-    """Bandwidth to the machine's other GPUs; 0 without a link of their own."""
+    """Bandwidth to the machine's other GPUs, if they have a link."""
     usual_host_gb: int
     """Usual host memory for each GPU."""
     aliases: tuple[str, ...]
@@ -88,7 +88,7 @@ class NamedHardware:
     """Bandwidth between machines in Gb/s."""
 
     def __str__(self) -> str:
-        """The value of `--for`."""
+        """Return the value of `--for`."""
         machines = f"{self.machines}x " if self.machines > 1 else ""
         words = [machines + (f"{self.count}x {self.gpu.name}" if self.gpu else "cpu")]
         words += [f"{self.cores} cores"] if self.cores else []
@@ -109,7 +109,7 @@ class Fleet(Record):
     network_gb_per_second: float = USUAL_NETWORK
     """Bandwidth from each machine to the others, one direction."""
     gpu_model: GpuModel | None = None
-    """Kind of GPU; None on a CPU, or for an unknown GPU, whose speed cannot be forecast."""
+    """Kind of GPU; None if unknown, so that no speed can be forecast."""
     disk_bytes: int | None = None
     """Free space on the disk of the run folder, if known."""
     disk_at: str = ""
@@ -140,7 +140,7 @@ _BY_KEY = {_key(name): model for model in GPUS for name in (model.name, *model.a
 
 
 def _named(name: str) -> list[GpuModel]:
-    """The GPU of that name, or else those with the name and a size."""
+    """Return the GPU of that name, or else those with the name and a size."""
     key = _key(name)
     if key in _BY_KEY:
         return [_BY_KEY[key]]
@@ -148,12 +148,12 @@ def _named(name: str) -> list[GpuModel]:
 
 
 def gpu_model_of(name: str, memory_bytes: int = 2**60) -> GpuModel | None:
-    """The known GPU with the driver's name and the nearest memory size."""
+    """Return the known GPU with the driver's name and the nearest memory size."""
     return min(_named(name), key=lambda model: abs(model.memory_bytes - memory_bytes), default=None)
 
 
 def find(name: str) -> GpuModel:
-    """The GPU with a name as users write it; raises `RecipeError` with near names."""
+    """Return the GPU with a name as users write it; raise `RecipeError` with near names."""
     models = _named(name)
     if len(models) == 1:
         return models[0]
@@ -180,8 +180,8 @@ _DETAILS: dict[str, tuple[str, Callable[[str], float]]] = {
 
 
 def parse(text: str) -> Fleet:
-    """Parse the value of `--for`, such as `1x RTX 4090, 64GB host, 2TB disk`, `cpu, 16 cores`, or `4x 8x A100-80GB,
-    400Gb network` for four machines of eight GPUs.
+    """Parse the value of `--for`, such as `1x RTX 4090, 64GB host`, or `4x 8x A100-80GB` for four machines of eight
+    GPUs.
 
     Raises:
         RecipeError: If parts cannot be read, naming each.
@@ -216,7 +216,7 @@ def parse(text: str) -> Fleet:
 
 
 def fleet_of(asked: NamedHardware) -> Fleet:
-    """The hardware of `--for`, with usual values for what it omits."""
+    """Return the hardware of `--for`, with usual values for what it omits."""
     gpu, count, host, cores = asked.gpu, asked.count, asked.host_bytes, asked.cores or 8 * asked.count
     each_has, assumed = " in each machine" if asked.machines > 1 else "", list[str]()
     if host is None:
@@ -257,7 +257,7 @@ def fleet_of(asked: NamedHardware) -> Fleet:
 
 
 def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at: str = "") -> Fleet:
-    """The hardware of this command: `num_machines` times this machine, or the weakest of several."""
+    """Return the hardware of this command: `num_machines` times this machine, or the weakest of several."""
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     gpus = "".join(f"{count}x {name}, " for name, count in Counter(gpu.name for gpu in machine.gpus).items())
     named = f"{num_machines} machines like this one, each" if num_machines > 1 else "this machine:"

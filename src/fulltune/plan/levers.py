@@ -1,8 +1,4 @@
-"""The table of levers: settings that save memory, with what each needs, changes and costs.
-
-The search (`choose`), the ways out, the retry after running out of memory (`train.parent.next_attempt`) and `plan
---measure` read it.
-"""
+"""The table of levers: settings that save memory, with what each needs, changes and costs."""
 
 from __future__ import annotations
 
@@ -52,7 +48,7 @@ class Lever:
     unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
     """Returns the lever's own reason against it, if there is one."""
     done: str = ""
-    """Message after it was used, a template with the changed fields and `now`, the plan before."""
+    """Message after it was used, a template with the new values and `now`, the plan before."""
     same_result: bool = True
     searched: bool = False
     """A plan may use it by itself."""
@@ -65,14 +61,14 @@ class Lever:
     also: str = ""
     """A second setting that it changes."""
     respects_recipe: bool = True
-    """False for batch sizes, which may replace the recipe's as they change no result."""
+    """False if it may replace the recipe's value, as it changes no result."""
 
     def apply(self, recipe: Recipe, now: MemorySettings) -> list[Changes]:
-        """The possible changes, the mildest first."""
+        """Return the possible changes, the mildest first."""
         return [dict(self.changes)] if self.options is None else self.options(recipe, now)
 
     def settings(self, recipe: Recipe, changes: Changes) -> dict[str, Any]:
-        """The recipe settings for some changes: the lever's own, and those that the recipe sets otherwise."""
+        """Return the recipe settings for some changes."""
         named = {SETTING_OF[name]: value for name, value in changes.items() if "." in SETTING_OF[name]}
         return {
             name: value
@@ -81,7 +77,7 @@ class Lever:
         }
 
     def obstacle(self, recipe: Recipe, now: MemorySettings) -> str | None:
-        """The reason why the lever cannot be used at all."""
+        """Return the reason why the lever cannot be used at all."""
         own = [name for name in self.changes if SETTING_OF[name] == self.setting]
         if own and all(getattr(now, name) == self.changes[name] for name in own):
             return "already on"
@@ -90,7 +86,7 @@ class Lever:
         return None if self.apply(recipe, now) else "already at its smallest value"
 
     def refusal(self, recipe: Recipe, now: MemorySettings) -> str | None:
-        """The reason why the lever may not be used without asking."""
+        """Return the reason why the lever may not be used without asking."""
         if problem := self.obstacle(recipe, now):
             return problem
         if self.respects_recipe and (value := given(recipe, self.setting)) is not None:
@@ -99,12 +95,12 @@ class Lever:
 
 
 def plain_optim(weights_dtype: str, rounding: str | None) -> str:
-    """The default optimizer."""
+    """Return the default optimizer."""
     return "adamw_bf16" if weights_dtype == "bf16" and rounding != "nearest" else "adamw_torch_fused"
 
 
 def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str | None:
-    """The reason why the loss cannot be chunked."""
+    """Return the reason why the loss cannot be chunked."""
     if not FACTS[recipe.task].writes:
         return f"{recipe.task} has no logits per token"
     if own_loss:
@@ -118,7 +114,7 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    """Micro batches of half the size (or the largest divisor), and so on, as DeepSpeed allows."""
+    """Return micro batches of half the size (or the largest divisor), and so on, as DeepSpeed allows."""
     size, smaller = now.micro_batch_size, []
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)
@@ -267,7 +263,7 @@ LEVERS = (
 
 
 def what_helps(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
-    """Settings such as `name: value` that would save memory in a phase, the mildest first."""
+    """Return settings such as `name: value` that would save memory in a phase, the mildest first."""
     settings: dict[str, str] = {}
     for lever in LEVERS:
         if lever.way_out and phase in (lever.fallback or ANYWHERE) and not lever.obstacle(recipe, now):

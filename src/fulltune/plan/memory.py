@@ -11,7 +11,7 @@ from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 # ---- beyond live tensors: fitted on 19 trainings of random models on two CPU cores, 25 November 2026 ---------------
 
 FIRST_CALLS_BYTES = 50 * 2**20
-"""Code and tables that the first step loads: the model's module, kernels, the row files."""
+"""Code and tables that the first step loads."""
 GAP_SHARE = 0.24
 """Gaps between small blocks, as a share of them, that the C library cannot reuse."""
 STATE_SHARE = 0.08
@@ -22,13 +22,13 @@ SMALL_OF_PARTS_BYTES = 4 * 2**20
 """`SMALL_BYTES` with FSDP2: see `train.parent.spawn`."""
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
-"""Context, cuBLAS workspaces and the allocator's rounding on a GPU (from the literature)."""
+"""Context, cuBLAS workspaces and allocator's rounding on a GPU (from the literature)."""
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 """Tokens in a chunk of a chunked loss."""
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """Memory of one process that holds the whole state, in a traced precision."""
+    """Return the memory of one process that holds the whole state, in a traced precision."""
     state, on_cpu = state_of(shapes.num_parameters, settings), settings.device == "cpu"
     moments = _moments(shapes, footprint, settings, state)
     kinds = max(moments, key=lambda alive: sum(alive.values())).copy()
@@ -58,7 +58,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
 
 
 def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Peak memory by kind of a forward pass over an eval batch."""
+    """Return the peak memory by kind of a forward pass over an eval batch."""
     rows, length = settings.eval_batch_size * footprint.sequences_per_row, settings.longest_tokens
     moments = footprint.evaluation[settings.precision]
     alive = [with_chunked_loss(one.bytes(rows, length), shapes, settings, rows * length, None) for one in moments]
@@ -66,12 +66,12 @@ def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> d
 
 
 def train_sequences(footprint: Footprint, settings: MemorySettings) -> int:
-    """Sequences of a micro batch."""
+    """Return the number of sequences in a micro batch."""
     return settings.micro_batch_size * footprint.sequences_per_row
 
 
 def tokens_of_loss(footprint: Footprint, settings: MemorySettings) -> int:
-    """Tokens of a micro batch whose logits exist at a time."""
+    """Return the number of tokens whose logits exist at a time."""
     tokens = train_sequences(footprint, settings) * settings.longest_tokens
     return min(tokens, CHUNK_TOKENS[settings.device]) if settings.chunked_loss else tokens
 
@@ -79,9 +79,9 @@ def tokens_of_loss(footprint: Footprint, settings: MemorySettings) -> int:
 def _beyond_tensors(
     moments: Sequence[Mapping[MemoryKind, int]], shapes: Shapes, footprint: Footprint, settings: MemorySettings
 ) -> tuple[int, int]:
-    """Peak bytes beyond the tensors of the highest moment, and freed bytes that stay on the heap.
+    """Return the peak bytes beyond live tensors, and freed bytes that stay on the heap.
 
-    On a CPU the heap keeps the room of freed small blocks, and large blocks of other moments come on top.
+    The heap keeps the room of freed small blocks, and large blocks of other moments come on top.
     """
     if settings.device == "cuda":
         return CUDA_CONTEXT_BYTES, 0
@@ -103,16 +103,16 @@ def _beyond_tensors(
 
 
 def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
-    """Peak bytes of temporary tensors on a CPU: the heap, and the total.
+    """Return the peak bytes of temporary tensors on a CPU: the heap, and the total.
 
     Args:
-        moments: Bytes of small blocks with their gaps, of large blocks, and of large blocks that may reuse the heap.
+        moments: Bytes of small blocks with their gaps, of large blocks, and of large ones that may reuse the heap.
         block_bytes: Size of the largest block that may reuse the heap.
     """
     heap = max(small for small, _, _ in moments)
 
     def reused(free: float, large: int) -> int:
-        """Bytes of large blocks that reuse the heap: one per free stretch of twice its size."""
+        """Return bytes of large blocks that reuse the heap: one per free stretch of twice its size."""
         return block_bytes * min(large // block_bytes, int(free / 2 / block_bytes))
 
     return heap, max(heap - reused(heap - small, fits) + large + fits for small, large, fits in moments)
@@ -121,7 +121,6 @@ def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tup
 def _moments(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: dict[MemoryKind, int]
 ) -> list[dict[MemoryKind, int]]:
-    """Bytes by kind at each moment of a step that may be the peak."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
     rows, length = train_sequences(footprint, settings), settings.longest_tokens
     update: dict[MemoryKind, int] = {"activations": 0, "logits": 0}
@@ -137,7 +136,7 @@ def _moments(
 def with_chunked_loss(
     kinds: dict[MemoryKind, int], shapes: Shapes, settings: MemorySettings, tokens: int, gradients_before: int | None
 ) -> dict[MemoryKind, int]:
-    """Bytes by kind with a chunk's logits and the head's whole gradient, if the loss is chunked.
+    """Return bytes by kind with a chunk's logits and the head's whole gradient, if the loss is chunked.
 
     Args:
         kinds: Bytes by kind with all logits.
@@ -165,7 +164,7 @@ def with_chunked_loss(
 
 
 def scratch(values: int, settings: MemorySettings) -> int:
-    """Bytes that the optimizer allocates to update a tensor."""
+    """Return bytes that the optimizer allocates to update a tensor."""
     match settings.optim:
         case "adamw_torch_fused" | "sgd":
             return 0
@@ -201,22 +200,22 @@ _AS_WEIGHTS = {
 
 
 def has_known_state(optim: str) -> bool:
-    """True if the size of the optimizer's state is known."""
+    """Return whether the size of the optimizer's state is known."""
     return optim in _MOMENTS or optim in _AS_WEIGHTS
 
 
 def num_trainable(num_parameters: int, settings: MemorySettings) -> int:
-    """The number of trained parameters."""
+    """Return the number of trained parameters."""
     return num_parameters if settings.num_trainable is None else settings.num_trainable
 
 
 def trained_dtype(settings: MemorySettings) -> str:
-    """Type of the trained weights: fp32 for those that a method adds."""
+    """Return the type of the trained weights: fp32 for those that a method adds."""
     return settings.weights_dtype if settings.num_trainable is None else "fp32"
 
 
 def state_of(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Bytes of all weights, and of the gradients and optimizer state of the trained ones."""
+    """Return bytes of all weights, and of the gradients and optimizer state of the trained ones."""
     total = num_parameters if settings.num_all_parameters is None else settings.num_all_parameters
     trained = num_trainable(num_parameters, settings)
     state = state_bytes(trained, trained_dtype(settings), settings.optim, settings.bf16_rounding)
@@ -226,7 +225,7 @@ def state_of(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, 
 def state_bytes(
     num_parameters: int, weights_dtype: str, optim: str = "adamw_torch_fused", bf16_rounding: str | None = None
 ) -> dict[MemoryKind, int]:
-    """Bytes of trained weights, of gradients in their type, and of optimizer state."""
+    """Return bytes of trained weights, of gradients in their type, and of optimizer state."""
     size = BYTES[weights_dtype]
     per_value = _MOMENTS.get(optim)
     if per_value is None:

@@ -26,12 +26,11 @@ _DEFAULTS = {
 
 
 def table(basis: Basis) -> tuple[PlacementOption, ...]:
-    """Every sensible placement on this hardware, with its memory and speed."""
+    """Return every sensible placement on this hardware, with its memory and speed."""
     return tuple(_best(basis, settings) for settings in _layouts(basis))
 
 
 def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
-    """Yields the settings of each placement."""
     train = basis.recipe.train
     many = train.num_processes > 1
     plain = _DEFAULTS | {"train.optim": "adamw_torch_fused"}
@@ -61,7 +60,7 @@ def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
 
 
 def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
-    """The fastest micro batch and checkpointing that fit, else the smallest."""
+    """Return the fastest micro batch and checkpointing that fit, else the smallest."""
     recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
         weights_dtype=settings["model.weights_dtype"],
@@ -111,7 +110,6 @@ def name_of(layout: ParallelLayout | None, settings: MemorySettings) -> str:
 
 
 def _changes(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | None) -> dict[str, Any]:
-    """The settings of a placement that differ from the recipe's."""
     recipe = basis.recipe
     current = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
     current |= {name: value for name in settings if (value := given(recipe, name)) is not None}
@@ -121,7 +119,7 @@ def _changes(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | No
 
 
 def _shortage(basis: Basis, on_device: int, host: int) -> str | None:
-    """The missing memory, such as `device +3 GiB`."""
+    """Return the missing memory, such as `device +3 GiB`."""
     missing = {"device": on_device - basis.available_bytes}
     if host:
         missing["host"] = host - basis.fleet.machine.memory_available_bytes

@@ -29,7 +29,7 @@ MIN_SHARED_BYTES = 2**30
 
 
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
-    """The device and precision that the plan will choose."""
+    """Return the device and precision that the plan will choose."""
     reasons = Reasons()
     device_type = device(recipe, machine, reasons)
     return device_type, str(precision(recipe, machine, device_type, reasons))
@@ -110,7 +110,7 @@ KERNELS = {
 
 
 def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
-    """Raise `RecipeError` for kernels that cannot run on the device or in the precision."""
+    """Raise `RecipeError` for kernels that the device or precision does not support."""
     names = [f"train.{name}" for name in ("torch_compile", "use_liger_kernel") if getattr(recipe.train, name)]
     for setting in (*names, f"model.attn_implementation: {recipe.model.attn_implementation}"):
         needed, lowest, highest = KERNELS.get(setting, ("", (0, 0), (99, 0)))
@@ -126,12 +126,12 @@ def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str
 
 
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
-    """The GPU with the lowest compute capability of those that the recipe uses."""
+    """Return the GPU with the lowest compute capability of those that the recipe uses."""
     return min(machine.gpus[: recipe.train.processes_per_machine], key=lambda gpu: gpu.capability)
 
 
 def _precision_of(gpu: Gpu) -> tuple[str, str]:
-    """The fastest precision of a GPU, with the reason."""
+    """Return the fastest precision of a GPU, with the reason."""
     if gpu.bf16:
         return "bf16", f"{gpu.label} computes in bf16; weights stay fp32"
     if gpu.capability >= TENSOR_CORES_FROM:
@@ -141,7 +141,7 @@ def _precision_of(gpu: Gpu) -> tuple[str, str]:
 
 
 def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
-    """The optimizer, and the rounding of bf16 weights."""
+    """Return the optimizer, and the rounding of bf16 weights."""
     train, dtype = recipe.train, recipe.model.weights_dtype
     rounding, why = None, "AdamW in fp32 with a fused kernel"
     if dtype != "fp32":
@@ -154,10 +154,9 @@ def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
 
 
 def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
-    """Number of data-loader workers of each process: 0 except for images on a GPU.
+    """Return the number of data-loader workers of each process: 0 except for images on a GPU.
 
-    Collating texts takes 5 % of a step at most; decoding images takes five times a ViT-base's step on an A100
-    (measured).
+    Collating texts takes 5 % of a step at most; decoding images five times a ViT-base's step on an A100 (measured).
     """
     name = "dataloader_num_workers"
     if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:
@@ -194,7 +193,7 @@ def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
 
 @dataclass(frozen=True)
 class Steps:
-    """Epochs and steps of a run, and the steps between evaluations and between checkpoints."""
+    """Length of a run, and its steps between evaluations and checkpoints."""
 
     epochs: float
     total: int
@@ -203,7 +202,7 @@ class Steps:
 
 
 def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reasons) -> Steps:
-    """The length of training and its intervals; mixed-in rows lengthen an epoch."""
+    """Return the length of training and its intervals; mixed-in rows lengthen an epoch."""
     train, per_epoch = recipe.train, math.ceil(summary.rows_per_epoch / global_batch)
     if train.max_steps is not None:
         reasons.add("train.max_steps", train.max_steps)
@@ -217,7 +216,7 @@ def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reas
 
 
 def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
-    """The learning rate; a new head's own rate is recorded too."""
+    """Return the learning rate; a new head's own rate is recorded too."""
     method = recipe.method
     rate, why = defaults.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
     why = f"middle of the searched rates: {why}" if method.is_searched else why
@@ -228,7 +227,7 @@ def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
 
 
 def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["probe", "random"] | None:
-    """The start of a new head; None if the task has none, or the checkpoint brings it."""
+    """Return the start of a new head; None if the task has none, or the checkpoint brings it."""
     wanted, name = recipe.method.head_init, "method.head_init"
     if not FACTS[recipe.task].head_is_new:
         return None
@@ -259,7 +258,7 @@ def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -
 
 
 def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
-    """Reasons why the plan's memory may be inexact."""
+    """Return reasons why the plan's memory may be inexact."""
     rows = [("memory.inputs", "assumed", footprint.assumed)] if footprint.assumed else []
     if footprint.rough:
         why = f"this model cannot be traced ({footprint.rough}), so a rule of thumb is used; the dry run measures it"
@@ -271,7 +270,7 @@ def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
 
 
 _NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
-"""Fields that are shown elsewhere: in the data's record, or in a trial's `train` block."""
+"""Fields that are shown elsewhere."""
 
 
 def everything_else(recipe: Recipe, reasons: Reasons) -> None:

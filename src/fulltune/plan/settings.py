@@ -16,7 +16,7 @@ WHERE = (PLACEMENT, OFFLOAD, ENGINE_SETTINGS)
 
 
 def given(recipe: Recipe, name: str) -> Any:
-    """The value that the recipe sets explicitly, or None."""
+    """Return the value that the recipe sets explicitly, or None."""
     block, _, field = name.partition(".")
     values = getattr(recipe, block)
     if name == ENGINE_SETTINGS:
@@ -26,7 +26,7 @@ def given(recipe: Recipe, name: str) -> Any:
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """A copy of the recipe with new values."""
+    """Return a copy of the recipe with new values."""
     for name, value in settings.items():
         block, _, field = name.partition(".")
         values = getattr(recipe, block)
@@ -37,7 +37,7 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
 
 
 def in_yaml(value: Any) -> str:
-    """A value in the form of a recipe or `--set`."""
+    """Return a value in the form of a recipe or `--set`."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {in_yaml(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, bool):

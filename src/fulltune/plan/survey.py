@@ -86,7 +86,6 @@ def survey(
 
 
 def _layout(recipe: Recipe, planned: PlannedSettings) -> ParallelLayout | None:
-    """The sharding of a plan's placement."""
     plan, settings = planned
     return parallel_layout.of(with_placement(with_settings(recipe, settings), plan.placement))
 
@@ -94,7 +93,6 @@ def _layout(recipe: Recipe, planned: PlannedSettings) -> ParallelLayout | None:
 def _facts(
     workload: Workload, basis: Basis, table: tuple[PlacementOption, ...], full_fits: bool, lora_fits: bool | None
 ) -> Survey:
-    """The part of the survey that does not depend on a plan."""
     summary, shapes, fleet, train = workload.summary, workload.shapes, basis.fleet, workload.recipe.train
     splits = summary.splits
     return Survey(
@@ -123,7 +121,7 @@ def _facts(
 
 
 def _planned(workload: Workload, fleet: Fleet, table: Sequence[PlacementOption]) -> PlannedSettings | DoesNotFitError:
-    """The plan of the recipe; with `--for`, possibly with a better placement."""
+    """Return the plan of the recipe; with `--for`, possibly with a better placement."""
     try:
         own = _fitted(workload, workload.recipe, fleet)
     except DoesNotFitError as error:
@@ -140,20 +138,20 @@ def _planned(workload: Workload, fleet: Fleet, table: Sequence[PlacementOption])
 
 
 def ranked(table: Sequence[PlacementOption]) -> list[PlacementOption]:
-    """The placements that fit: first those that compute like AdamW in fp32, then the faster."""
+    """Return the placements that fit: first those that compute like AdamW in fp32, then the faster."""
     fitting = (one for one in table if one.fits)
     return sorted(fitting, key=lambda option: (_computes_otherwise(option), -(option.tokens_per_second or 0.0)))
 
 
 def _computes_otherwise(option: PlacementOption) -> bool:
-    """True if results differ from those of AdamW in fp32."""
+    """Return whether results differ from those of AdamW in fp32."""
     return option.settings.get("model.weights_dtype") == "bf16" or option.settings.get("train.optim") == "adamw_8bit"
 
 
 def _otherwise(
     workload: Workload, fleet: Fleet, table: Sequence[PlacementOption], why: str = ""
 ) -> PlannedSettings | None:
-    """The plan with the best of these placements that fits."""
+    """Return the plan with the best of these placements that fits."""
     for option in ranked(table):
         conflicts = (given(workload.recipe, name) not in (None, value) for name, value in option.settings.items())
         if not option.settings or any(conflicts):  # the recipe's settings stay; this placement can be a way out
@@ -173,7 +171,6 @@ def _fitted(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
 
 
 def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
-    """The plan with a new reason for some settings."""
     settings = (
         setting.model_copy(update={"is_automatic": True, "reason": reason}) if setting.name in names else setting
         for setting in plan.settings
@@ -182,7 +179,7 @@ def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
 
 
 def _anywhere(workload: Workload | None, fleet: Fleet, by_asking: bool = False) -> PlannedSettings | None:
-    """The plan with the recipe's or an automatic placement; with `by_asking`, else with any."""
+    """Return the plan with the recipe's or an automatic placement; with `by_asking`, else with any."""
     if workload is None:
         return None
     table = placements.table(basis_of(workload, fleet))
@@ -198,7 +195,7 @@ def _anywhere(workload: Workload | None, fleet: Fleet, by_asking: bool = False) 
 def _ways_out(
     workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[WayOut, ...]]:
-    """The problem with its ways out: of disk space if only that is short, else of memory; with LoRA if it fits."""
+    """Return the problem with its ways out, for disk space if only that is short, else for memory."""
     fleet = basis.fleet
     outcome = _planned(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"
@@ -229,7 +226,7 @@ def _ways_out(
 
 
 def _larger(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut]:
-    """Yields the smallest increase of devices or machines, and of host memory, that is enough."""
+    """Yield the smallest increase of devices or machines, and of host memory, that is enough."""
     asked = fleet.asked
     if asked.gpu is None or fleet.here:
         return
@@ -250,7 +247,6 @@ def _larger(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut
 
 
 def _on(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
-    """The plan on all devices of other hardware, if it fits."""
     recipe, numbers = workload.recipe, {NUM_PROCESSES: fleet.num_devices, NUM_MACHINES: fleet.num_machines}
     left_open = {name for name in SPREAD if name in workload.spread or given(recipe, name) is None}
     recipe = with_settings(recipe, {name: numbers[name] for name in left_open})
@@ -262,7 +258,7 @@ def _on(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
 
 
 def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
-    """The way out, no longer `enough` if planning with it fails."""
+    """Return the way out, no longer `enough` if planning with it fails."""
     if not way.enough or not way.settings or "data.max_length" in way.settings:
         return way
     if _anywhere(replace(workload, recipe=with_settings(workload.recipe, way.settings)), fleet) is not None:
@@ -276,7 +272,7 @@ def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
 def advise(
     train_rows: int, shapes: Shapes, full_fits: bool, lora_fits: bool | None, device_bytes: int
 ) -> tuple[Advice, ...]:
-    """A verdict for each method, the best first, by rules with sources in docs/evidence.md."""
+    """Return a verdict for each method, the best first, by rules with sources in docs/evidence.md."""
     few, small = train_rows < FEW_ROWS, not shapes.is_decoder and shapes.num_parameters < SMALL_ENCODER
     size, where = 2 * shapes.num_parameters / 2**30, " on one device" if full_fits else " either"
     unsure = "" if lora_fits else ", if the activations fit as well"

@@ -22,7 +22,7 @@ CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))
 """Share of the data sheet's FLOP/s reached from a hidden size on."""
 GPU_FP32_SHARE = 1 / 8
-"""Speed of fp32 without TF32 relative to 16-bit: 1/16 on an A100, 1/8 on a V100, 1/2 on an RTX 4090."""
+"""Speed of fp32 without TF32 relative to 16-bit: 1/16 (A100), 1/8 (V100), 1/2 (RTX 4090)."""
 LINK_SHARE = 0.8
 NETWORK = "network between machines"
 LAUNCH_SECONDS, LOOP_SECONDS = 0.002, 0.005
@@ -36,7 +36,7 @@ GENERIC_TOKENS = 48
 PROBE_PARTS = 3.5
 """Peak memory of fitting a linear probe relative to its features."""
 PROBE_SECONDS, PROBE_PASSES, PROBE_FLOPS = 2.0, 150, 2e10
-"""scikit-learn's import, passes in all fits, and FLOP/s of a core: 9,003 rows of 77 classes took 8.5 s (2026-11-26)."""
+"""Import time, passes in all fits, and FLOP/s of a core: 9,003 rows of 77 classes took 8.5 s (2026-11-26)."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ class Work:
     """Cost of a backward pass in forward passes."""
 
     def forward_flops(self, rows: float) -> float:
-        """Operations of a forward pass over some rows."""
+        """Return operations of a forward pass over some rows."""
         return self.flops_of(rows * self.tokens_per_row, self.tokens_per_row)
 
     def flops_of(self, tokens: float, length: float) -> float:
-        """Operations of a forward pass over `tokens` in rows of `length`."""
+        """Return operations of a forward pass over `tokens` in rows of `length`."""
         return tokens * (self.footprint.flops_per_token + self.footprint.attention_flops_per_pair * length)
 
     def step_flops(self, rows: float, recomputed: bool) -> float:
-        """Operations of a forward and backward pass over some rows."""
+        """Return operations of a forward and backward pass over some rows."""
         return (1 + self.backward + recomputed) * self.forward_flops(rows)
 
 
 def backward_of(method: str, shapes: Shapes) -> float:
-    """Cost of a method's backward pass in forward passes: 1 for activations, 1 for all weights."""
+    """Return the cost of a method's backward pass in forward passes: 1 for activations, 1 for all weights."""
     if shapes.num_trainable is None:
         return 2.0
     share = shapes.num_trainable / (shapes.num_all_parameters or shapes.num_parameters)
@@ -71,7 +71,7 @@ def backward_of(method: str, shapes: Shapes) -> float:
 
 
 def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: int = 0, backward: float = 2.0) -> Work:
-    """The work per row; `virtual` tokens come before each text in prompt tuning."""
+    """Return the work per row; `virtual` tokens come before each text in prompt tuning."""
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(footprint, 1.0, backward)
     longest, mean = summary.max_length, summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
@@ -84,7 +84,7 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
 
 
 def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None:
-    """FLOP/s of one device in training, if known."""
+    """Return FLOP/s of one device in training, if known."""
     if fleet.machine.gpus:
         if fleet.gpu_model is None:
             return None
@@ -100,7 +100,7 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 def step_seconds(
     fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, layout: ParallelLayout | None
 ) -> dict[str, float]:
-    """Seconds of each part of a step with `rows` rows; empty if the hardware's speed is unknown."""
+    """Return seconds of each part of a step with `rows` rows; empty if the hardware's speed is unknown."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
         return {}
@@ -142,12 +142,13 @@ def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, lay
 
 
 def together(seconds: Mapping[str, float]) -> float:
-    """Seconds of a step: the longest of the overlapping parts plus the optimizer."""
+    """Return seconds of a step: the longest of the overlapping parts plus the optimizer."""
     return max(seconds[name] for name in seconds if name != "optimizer") + seconds["optimizer"]
 
 
 def traffic(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | None) -> tuple[int, int]:
-    """Bytes that each process sends per micro batch, and once per step, by rings (docs/guides/scale.md, "Traffic")."""
+    """Return bytes that each process sends per micro batch, and once per step, by rings (docs/guides/scale.md,
+    "Traffic")."""
     processes, trained = settings.num_processes, memory.num_trainable(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
     each_pass, each_step = 0, 0
@@ -165,17 +166,17 @@ def traffic(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | N
 
 
 def further_seconds(training: float) -> float:
-    """Seconds for more timed passes of a dry run."""
+    """Return seconds for more timed passes of a dry run."""
     return min(20.0, max(0.5, 0.05 * training))
 
 
 def probe_passes(summary: DataSummary) -> int:
-    """Most passes of a row through the pretrained model for a probe: pairs are read together and apart."""
+    """Return the most passes of a row through the pretrained model for a probe."""
     return 2 if "text_pair" in summary.columns else 1
 
 
 def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
-    """Rows through the model, bytes of host memory, and other seconds of a new head's linear probe."""
+    """Return the rows, host memory and seconds (without the model's passes) of a new head's linear probe."""
     form, train, passes = summary.form, summary.splits["train"], probe_passes(summary)
     words = max(1.0, train.trained_tokens / max(1, train.rows))
     per_row = probe.items_per_row(form.name, words, summary.num_choices)
@@ -193,7 +194,7 @@ def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
 
 
 def occasions(total_steps: int, *intervals: int, after: int = -1) -> int:
-    """Number of evaluations or checkpoints after step `after`, at every interval and at the end."""
+    """Return the number of evaluations or checkpoints after step `after`."""
     at = {step for every in intervals if every for step in range(every, total_steps + 1, every)}
     return sum(step > after for step in at | {total_steps})
 

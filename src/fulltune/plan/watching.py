@@ -59,7 +59,7 @@ def settle(
 
 
 def _watched(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons) -> int:
-    """Number of texts per evaluation, for `SHARE` of the training; 0 if drift is off."""
+    """Return the number of texts per evaluation, for `SHARE` of the training; 0 if drift is off."""
     name, against = "preserve.drift", "images have no generic text" if FACTS[recipe.task].reads != "text" else ""
     against = "only the head is trained" if recipe.method.kind == "head" and not against else against
     if not recipe.preserve.drift or against:

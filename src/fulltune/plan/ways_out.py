@@ -22,7 +22,7 @@ MIN_SHARE = 0.1
 
 
 def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()) -> tuple[WayOut, ...]:
-    """At most three ways to fit a process in memory: first those that are enough, by harm, then those that free most.
+    """Return at most three ways to fit a process in memory, those that are enough first.
 
     Args:
         basis: The arithmetic and its memory.
@@ -66,14 +66,14 @@ def way(
     change: str = "",
     where: Literal["device", "disk"] = "device",
 ) -> WayOut:
-    """A way out, described by `change` or by its settings."""
+    """Return a way out, described by `change` or by its settings."""
     first, *others = [f"{name}: {in_yaml(value)}" for name, value in settings.items()] or [""]
     words = change or (f"{first} with {listed(others)}" if others else first)
     return WayOut(change=words, frees_bytes=frees_bytes, where=where, enough=enough, costs=costs, settings=settings)
 
 
 def _possible(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, MemorySettings, dict[str, Any]]]:
-    """Yields each usable lever with the settings after it and the recipe's changes, the mildest first."""
+    """Yield each usable lever with the settings after it and the recipe's changes, the mildest first."""
     for lever in LEVERS:
         if lever.way_out and not lever.obstacle(recipe, now):
             changes = lever.apply(recipe, now)[-1]
@@ -81,7 +81,7 @@ def _possible(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, Memo
 
 
 def _together(basis: Basis, now: MemorySettings) -> list[WayOut]:
-    """One way out with the fewest changes that are enough together, if any."""
+    """Return one way out with the fewest changes that are enough together, if any."""
     needed = basis.need(now).peak
     costs: list[str] = []
     named: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def _together(basis: Basis, now: MemorySettings) -> list[WayOut]:
 
 
 def _smaller_model(basis: Basis, settings: MemorySettings) -> WayOut:
-    """A rough size for a model that would fit."""
+    """Return a rough size for a model that would fit."""
     need = basis.need(settings)
     parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
@@ -106,7 +106,7 @@ def _smaller_model(basis: Basis, settings: MemorySettings) -> WayOut:
 
 
 def in_lines(ways: Sequence[WayOut]) -> list[str]:
-    """One line per way out, for an error message."""
+    """Return one line per way out, for an error message."""
     lines = []
     for way in ways:
         named = way.hardware or any(name not in way.change for name in way.settings)
@@ -119,7 +119,7 @@ def in_lines(ways: Sequence[WayOut]) -> list[str]:
 
 
 def as_flags(way: WayOut) -> str:
-    """Command-line flags for the way out, quoted for a shell."""
+    """Return command-line flags for the way out, quoted for a shell."""
     words = ["--for", way.hardware] if way.hardware else []
     for name, value in way.settings.items():
         words += ["--set", f"{name}={in_yaml(value)}"]
@@ -132,7 +132,7 @@ def as_flags(way: WayOut) -> str:
 def refuse_full_disk(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int | None, place: str
 ) -> DiskNeed:
-    """The run's disk need; raises `DoesNotFitError` with ways out if the disk of `place` is too small."""
+    """Return the run's disk need; raise `DoesNotFitError` with ways out if the disk is too small."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     if free_bytes is not None and needed.total > free_bytes:
         lines = in_lines(of_disk(recipe, num_parameters, settings, free_bytes, place))
@@ -143,7 +143,7 @@ def refuse_full_disk(
 def of_disk(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, place: str = ""
 ) -> tuple[WayOut, ...]:
-    """The nearest ways to fit the run on its disk."""
+    """Return the nearest ways to fit the run on its disk."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     missing = needed.total - free_bytes
     ways: list[WayOut] = []

@@ -66,16 +66,16 @@ class Basis:
         return max(1, self.global_batch_size // self.start.num_processes)
 
     def need(self, settings: MemorySettings) -> MemoryNeed:
-        """The memory of one process, with a micro batch of at most all train rows."""
+        """Return the memory of one process, with a micro batch of at most all train rows."""
         full = settings.changed(micro_batch_size=min(settings.micro_batch_size, max(1, self.train_rows)))
         return budget.need(self.shapes, self.footprint, full, self.layout)
 
     def seconds(self, settings: MemorySettings) -> dict[str, float]:
-        """Seconds of each part of a step; empty if the speed is unknown."""
+        """Return seconds of each part of a step; empty if the speed is unknown."""
         return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.layout)
 
     def speed(self, settings: MemorySettings) -> float | None:
-        """Tokens per second over all devices, if known."""
+        """Return tokens per second over all devices, if known."""
         seconds = self.seconds(settings)
         return self.global_batch_size * self.work.tokens_per_row / time.together(seconds) if seconds else None
 
@@ -152,7 +152,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
 
 
 def is_loss_chunked(recipe: Recipe, plain_logits: bool) -> bool:
-    """True if the loss is chunked, by default wherever possible."""
+    """Return whether the loss is chunked, by default wherever possible."""
     wanted = recipe.train.chunked_loss
     return whole_logits(recipe, plain_logits) is None if wanted is None else wanted
 
@@ -161,7 +161,7 @@ SPREAD = (NUM_PROCESSES, NUM_MACHINES) = ("train.num_processes", "train.num_mach
 
 
 def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with a process for each device of the `--for` hardware, and the names of the added settings.
+    """Return the recipe with a process for each device of the `--for` hardware, and the names of added settings.
 
     Raises:
         RecipeError: If the devices cannot divide the recipe's batch, or it names other machines.

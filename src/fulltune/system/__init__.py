@@ -1,1 +1,1 @@
-"""This machine and its files: hardware, the run folder, memory, what is shared out."""
+"""Hardware, memory, the run folder, several machines, and the parallel layout."""

@@ -18,14 +18,13 @@ from fulltune.system import memory
 from fulltune.text import counted, listed
 
 BUSY = 1.5
-"""Load per core from which speeds cannot be trusted; this command alone causes 1, and slightly more while it reads
-rows."""
+"""Load per core from which speeds cannot be trusted; this command causes about 1."""
 
 ALIKE = 0.9
 """Ratio of two memory sizes from which machines count as equal."""
 BF16_FROM, TENSOR_CORES_FROM = (8, 0), (7, 0)
-"""Compute capabilities (Ampere, Volta). Without tensor cores fp16 is no faster than fp32, as torch sums products in
-fp32 (cuBLAS's COMPUTE_32F)."""
+"""Compute capabilities (Ampere, Volta); without tensor cores torch's fp16 is no faster than fp32 (cuBLAS's
+COMPUTE_32F)."""
 
 
 _REPEATS = 8
@@ -65,7 +64,7 @@ class Machine(Record):
     memory_bytes: int
     memory_available_bytes: int
     cpu_bf16_speedup: float
-    """Measured speed of training in bf16 relative to fp32 on the CPU; far below 1 without bf16 instructions."""
+    """Measured speed of bf16 training relative to fp32 on the CPU."""
     gpus: tuple[Gpu, ...] = ()
     """GPUs in torch's order; each process uses the one of its number."""
     cpu_flops: float = 0.0
@@ -110,7 +109,7 @@ def here() -> Machine:
 
 
 def weakest(machines: Sequence[Machine]) -> Machine:
-    """A machine with the lowest values of several, for a plan that fits all."""
+    """Return a machine with the lowest values of several, for a plan that fits all."""
     shared = [one.shared_memory_bytes for one in machines if one.shared_memory_bytes is not None]
     return Machine(
         cpu=" / ".join(dict.fromkeys(one.cpu for one in machines)),
@@ -129,14 +128,12 @@ def weakest(machines: Sequence[Machine]) -> Machine:
 
 
 def _least(gpus: Sequence[Gpu]) -> Gpu:
-    """The weakest GPU: the oldest one's name, the least memory."""
     oldest = min(gpus, key=lambda gpu: (gpu.capability, gpu.memory_bytes))
     free = min((gpu.available_bytes for gpu in gpus if gpu.free_bytes is not None), default=None)
     return oldest.model_copy(update={"memory_bytes": min(gpu.memory_bytes for gpu in gpus), "free_bytes": free})
 
 
 def _differences(machines: Sequence[Machine]) -> str:
-    """The differences of the machines in words."""
     kinds = {tuple(sorted(gpu.name for gpu in one.gpus)) for one in machines}
     names = sorted({name for kind in kinds for name in kind})
     spans = (
@@ -150,14 +147,14 @@ def _differences(machines: Sequence[Machine]) -> str:
 
 
 def _span(values: Sequence[float], words: str, digits: int = 0, alike: float = 1.0) -> str:
-    """A range such as `16 to 64 cores`; empty if the values are close."""
+    """Return a range such as `16 to 64 cores`; empty if the values are close."""
     least, most = min(values), max(values)
     return f"{least:,.{digits}f} to {most:,.{digits}f} {words}" if least < alike * most else ""
 
 
 @cache
 def bf16_speedup(device: str) -> float:
-    """Speed of a forward and backward pass under bf16 autocast relative to fp32, measured once in under a second."""
+    """Return the speed of a training step under bf16 autocast relative to fp32, measured once."""
     if device != "cpu":
         return _bf16_speedup(device, rows=4096, width=2048)
     small = _bf16_speedup(device, rows=64, width=128)
@@ -167,7 +164,7 @@ def bf16_speedup(device: str) -> float:
 
 @cache
 def cpu_rates() -> tuple[float, float, float]:
-    """FLOP/s of fp32 matrix products, bytes per second of a copy in memory, and the load during both, measured once."""
+    """Return FLOP/s of fp32 matrix products, bytes per second of a copy in memory, and the load during both."""
     # The load is of the whole computer, of which a container or CPU set may have only a part.
     load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     return (*_measure_cpu_rates(), load)
@@ -186,7 +183,7 @@ def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -
 
 
 def _bf16_speedup(device: str, rows: int, width: int) -> float:
-    """The speed-up of a transformer block's two linear layers with fp32 weights."""
+    """Return the speed-up of a transformer block's two linear layers with fp32 weights."""
     import torch
     from torch.nn import functional as F
 
@@ -209,7 +206,7 @@ def _bf16_speedup(device: str, rows: int, width: int) -> float:
 
 
 def disk_free_bytes(path: Path) -> int:
-    """Free bytes on the disk of `path`, or of its nearest existing parent."""
+    """Return free bytes on the disk of `path`, or of its nearest existing parent."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
@@ -237,7 +234,7 @@ def _cpu() -> str:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = "".join(memory.lines_of("/sys/fs/cgroup/cpu.max")).split()
     if len(quota) == 2 and quota[0] != "max":
@@ -246,7 +243,7 @@ def num_cores() -> int:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Total and free memory for this process; outside Linux all counts as free."""
+    """Return total and free memory for this process; outside Linux all counts as free."""
     sizes = memory.sizes_of("/proc/meminfo")
     total = sizes.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux
     available = sizes.get("MemAvailable", total)
@@ -267,7 +264,7 @@ _MAYBE_DISK_FULL = ("iostream error", "requested and")
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """True if an exception means that the disk of this folder is full."""
+    """Return whether an exception means that the disk of this folder is full."""
     text = "" if isinstance(error, FulltuneError) else str(error)
     no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     may_be = any(words in text for words in _MAYBE_DISK_FULL) and disk_free_bytes(folder) < 2**20

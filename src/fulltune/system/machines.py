@@ -1,5 +1,5 @@
-"""Several machines that train one model: each writes a heartbeat file in a shared folder every two seconds and reads
-the others'; machine 0's names the attempt to take part in."""
+"""Several machines that train one model: each writes a heartbeat file in a shared folder and reads the others'; machine
+0's names the attempt to take part in."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEFAULT_PORT = 29500
 """torchrun's default port."""
 HEARTBEAT_SECONDS = 2.0
 LOST_SECONDS = 60.0
-"""Time without a heartbeat after which a machine counts as lost; file servers may be half a minute late."""
+"""Time without a heartbeat after which a machine counts as lost; file servers may lag by half."""
 POLL_SECONDS = 0.2
 LINGER_SECONDS = 10.0
 """How long an ending command waits for the other machines to notice."""
@@ -69,7 +69,7 @@ class MachineAddress:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def file_of(self, recipe: Recipe, rank: int) -> Path:
-        """The heartbeat file of a machine."""
+        """Return the heartbeat file of a machine."""
         return Path(recipe.output) / FOLDER / f"{self.host}-{self.port}".replace(":", "-") / f"machine-{rank}.json"
 
 
@@ -110,7 +110,7 @@ def machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wa
 
 
 def missing_machines(recipe: Recipe) -> str:
-    """The error of a command without a rank for a recipe of several machines."""
+    """Return the error of a command without a rank for a recipe of several machines."""
     return (
         f"train.num_machines: {recipe.train.num_machines}, but this command would train on one machine; start it on "
         "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set train.num_machines=1"
@@ -118,7 +118,7 @@ def missing_machines(recipe: Recipe) -> str:
 
 
 def own_address(host: str, port: int) -> str:
-    """This machine's address on the interface to the host, as many machines resolve their own name to the loopback."""
+    """Return this machine's address on the interface to the host, as its own name may mean the loopback."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -157,7 +157,7 @@ class Member(Record):
 
     rank: int
     token: str
-    """Identifies machine 0's command; the other machines repeat it once they have read it."""
+    """Identifies machine 0's command; the others repeat it."""
     beat: int = 0
     instance: str
     """Identifies this command, as a restarted machine cannot rejoin an attempt."""
@@ -177,7 +177,7 @@ class Member(Record):
     """The end of the last attempt on this machine, written by the others."""
 
     def is_awaited(self, attempt: SharedAttempt | None) -> bool:
-        """True if this machine takes part in the attempt and has not ended it."""
+        """Return whether this machine takes part in the attempt and has not ended it."""
         if attempt is None or self.instance not in attempt.instances:
             return False
         return self.last_part is None or self.last_part.attempt != attempt.name
@@ -188,7 +188,7 @@ class Member(Record):
 
 
 def member(recipe: Recipe, place: MachineAddress, machine: Machine, token: str = "") -> Member:
-    """This machine's record for the others."""
+    """Return this machine's record for the others."""
     settings = flat(recipe.model_dump(mode="json"))
     return Member(
         rank=place.rank,
@@ -217,7 +217,6 @@ def _versions(recipe: Recipe) -> dict[str, str]:
 
 
 def _content(path: Path) -> str:
-    """Size and hash of a file or of a folder's files."""
     if not path.exists():
         return "missing"
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
@@ -243,7 +242,7 @@ _COMPARED = (
 
 
 def differences(first: Member, others: Sequence[Member]) -> list[str]:
-    """Facts that the machines do not have in common, a line for each machine and kind."""
+    """Return facts that the machines do not have in common, a line for each machine and kind."""
     lines = []
     for other in others:
         for kind, problem, joint, remedy in _COMPARED:
@@ -312,7 +311,7 @@ class Peer:
         self._since, self._looked = time.monotonic(), -math.inf
 
     def read(self) -> Member | None:
-        """The newest record, read at most twice per heartbeat."""
+        """Return the newest record, read at most twice per heartbeat."""
         if time.monotonic() - self._looked < HEARTBEAT_SECONDS / 2:
             return self.member
         member = self.member
@@ -325,7 +324,7 @@ class Peer:
         return self.member
 
     def answers(self, token: str) -> bool:
-        """True if it repeats the token of machine 0's command."""
+        """Return whether it repeats the token of machine 0's command."""
         member = self.read()
         return member is not None and member.token == token
 
@@ -336,7 +335,7 @@ class Peer:
 
 @contextlib.contextmanager
 def heartbeat(path: Path, record: Member, others_know: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
-    """Write heartbeats during the block, and how the block or a signal ended it; then wait until the others know."""
+    """Write heartbeats during the block, then its end, and wait until the others know."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:

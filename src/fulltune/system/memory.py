@@ -1,4 +1,4 @@
-"""Memory of the machine and this process, errors of running out of it, and torch's GPU allocator."""
+"""Memory of the machine and this process, out-of-memory errors, and torch's GPU allocator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fulltune.errors import DoesNotFitError
 
 
 def lines_of(path: str) -> list[str]:
-    """A file's lines, or none if it cannot be read."""
+    """Return a file's lines, or none if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -26,13 +26,13 @@ def lines_of(path: str) -> list[str]:
 
 
 def sizes_of(path: str) -> dict[str, int]:
-    """Sizes in bytes by name, from lines such as `VmRSS:  123 kB`."""
+    """Return sizes in bytes by name, from lines such as `VmRSS: 123 kB`."""
     parts = (line.split() for line in lines_of(path))
     return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in (part for part in parts if part[2:] == ["kB"])}
 
 
 def limit_bytes() -> int | None:
-    """The user's memory limit for a process (`ulimit -d`, `ulimit -v`), if set."""
+    """Return the user's memory limit for a process (`ulimit -d`, `ulimit -v`), if set."""
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
     limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
     return min(limits, default=None)
@@ -58,7 +58,7 @@ class Meter:
         return status_bytes("VmRSS") or life_peak_bytes()
 
     def peak_bytes(self) -> int:
-        """Peak memory since `begin`."""
+        """Return the peak memory since `begin`."""
         if self.on_gpu:
             import torch
 
@@ -66,7 +66,7 @@ class Meter:
         return status_bytes("VmHWM") or life_peak_bytes()
 
     def growth_bytes(self) -> int:
-        """Peak memory since `begin`, beyond that in use then."""
+        """Return the peak memory since `begin`, beyond that in use then."""
         return max(0, self.peak_bytes() - self.base_bytes)
 
     def forget_peak(self) -> None:
@@ -82,12 +82,12 @@ class Meter:
 
 
 def status_bytes(key: str) -> int:
-    """A size from /proc/self/status, or 0."""
+    """Return a size from /proc/self/status, or 0."""
     return sizes_of("/proc/self/status").get(key, 0)
 
 
 def life_peak_bytes() -> int:
-    """Peak memory of this process since its start."""
+    """Return the peak memory of this process since its start."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
@@ -117,7 +117,7 @@ _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?|malloc of
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if an exception means that memory ran out; numpy's and pyarrow's are MemoryErrors."""
+    """Return whether an exception means that memory ran out; numpy's and pyarrow's are MemoryErrors."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -132,18 +132,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_last_words(lines: Sequence[str], limited: bool) -> bool:
-    """True if the log of a process that died says that memory ran out."""
+    """Return whether the log of a process that died says that memory ran out."""
     text = "\n".join(lines)
     return _LAST_WORDS.search(text) is not None or (limited and _NO_THREAD.search(text) is not None)
 
 
 def memory_is_limited() -> bool:
-    """True if the user's processes have a memory limit."""
+    """Return whether the user's processes have a memory limit."""
     return limit_bytes() is not None
 
 
 def asked_bytes(text: str) -> int:
-    """Bytes that an allocation asked for, from an error's text, or 0."""
+    """Return bytes that an allocation asked for, from an error's text, or 0."""
     match = _ASKED.search(text)
     if match is None:
         return 0
@@ -151,7 +151,7 @@ def asked_bytes(text: str) -> int:
 
 
 def kernel_kills() -> int:
-    """Number of processes that the kernel killed for lack of memory, in this container or on this machine."""
+    """Return how many processes the kernel killed for lack of memory, in this container or machine."""
     groups = dict(line.split(":", 2)[1:] for line in lines_of("/proc/self/cgroup"))
     for file in (
         f"/sys/fs/cgroup{groups.get('', '/')}/memory.events",
@@ -185,7 +185,7 @@ def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) ->
 
 
 def does_not_fit(what: str, error: BaseException, ways_out: str) -> DoesNotFitError:
-    """The error when no batch is small enough."""
+    """Return the error when no batch is small enough."""
     return DoesNotFitError(f"{what}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {ways_out}")
 
 
@@ -194,7 +194,7 @@ EXPANDABLE = "expandable_segments:True"
 
 
 def allocator_variables(variables: Mapping[str, str], system: str, release: str) -> dict[str, str]:
-    """Environment variables for expandable GPU memory segments, which avoid fragmentation by rows of many lengths.
+    """Return environment variables for expandable GPU memory segments, which avoid fragmentation.
 
     Empty if the user has set one, outside Linux, and on WSL (pytorch issue 192330).
     """
@@ -205,5 +205,5 @@ def allocator_variables(variables: Mapping[str, str], system: str, release: str)
 
 
 def allocator_in_words(variables: Mapping[str, str]) -> str:
-    """The allocator's settings for the journal."""
+    """Return the allocator's settings for the journal."""
     return ", ".join(f"{name}={variables[name]}" for name in ALLOCATOR_NAMES if name in variables) or "torch's default"

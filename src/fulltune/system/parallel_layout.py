@@ -1,4 +1,4 @@
-"""The sharding of training state over processes and its offloading, by placement or DeepSpeed's settings."""
+"""How training state is sharded over processes and offloaded, by placement or DeepSpeed's settings."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class ParallelLayout:
     engine: Literal["zero", "fsdp2"] = "zero"
 
     def tier(self, kind: MemoryKind) -> MemoryTier:
-        """Where a kind of tensors is stored between steps; gradients are with the optimizer."""
+        """Return where a kind of tensors is stored between steps; gradients are with the optimizer."""
         offloaded = self.offload_weights if kind == "weights" else self.offload_optimizer
         return "host" if offloaded else "device"
 
     def parts_at(self, tier: MemoryTier, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
-        """Bytes of each kind that one process stores in a tier between steps."""
+        """Return bytes of each kind that one process stores in a tier between steps."""
         parts = self.parts(state, num_processes)
         return {kind: size if self.tier(kind) == tier else 0 for kind, size in parts.items()}
 
     def parts(self, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
-        """Bytes of each kind that belong to one process."""
+        """Return bytes of each kind that belong to one process."""
         from_stage: dict[MemoryKind, int] = {"weights": 3, "gradients": 2, "optimizer": 1}
         return {
             name: -(-state[name] // num_processes) if self.stage >= stage else state[name]
@@ -47,7 +47,7 @@ class ParallelLayout:
 
 
 def of(recipe: Recipe) -> ParallelLayout | None:
-    """The recipe's sharding; None if each process holds the whole state."""
+    """Return the recipe's sharding; None if each process holds the whole state."""
     if recipe.train.placement == "fsdp2":
         return ParallelLayout(3, False, False, engine="fsdp2")
     if not recipe.train.engine_by:
@@ -86,7 +86,7 @@ _BACK = "set the same again, or start a new run (--fresh)"
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's settings, completed for the recipe and for saving a whole model; raises all problems at once."""
+    """Return DeepSpeed's settings, completed for the recipe; raise all problems at once."""
     block = recipe.train.engine_settings
     read = _of_placement(recipe) if block is None else _read(block)
     problems = _problems(read, recipe)
@@ -102,14 +102,14 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def missing_package(recipe: Recipe) -> list[str]:
-    """A problem if DeepSpeed is needed but not installed."""
+    """Return a problem if DeepSpeed is needed but not installed."""
     if not recipe.train.engine_by or importlib.util.find_spec(PACKAGE) is not None:
         return []
     return [f"{recipe.train.engine_by}: needs DeepSpeed; {INSTALL}"]
 
 
 def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """DeepSpeed's settings with the plan's numbers; what transformers fills in stays "auto"."""
+    """Return DeepSpeed's settings with the plan's numbers; what transformers fills in stays "auto"."""
     sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
     filled, problems = _filled(recipe, *sizes)
     if problems:  # a file can have changed since the plan was made
@@ -123,7 +123,7 @@ def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 def disagreements(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> list[str]:
-    """Settings of DeepSpeed that contradict the plan."""
+    """Return settings of DeepSpeed that contradict the plan."""
     if not recipe.train.engine_by:
         return []
     return _filled(recipe, micro_batch_size, accumulation, num_processes, precision)[1]
@@ -132,7 +132,7 @@ def disagreements(
 def _filled(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """The settings with the plan's numbers in place of "auto", and contradictions."""
+    """Return the settings with the plan's numbers in place of "auto", and contradictions."""
     filled, problems = settings(recipe), []
     planned: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
@@ -156,7 +156,6 @@ def _filled(
 
 
 def _read(block: Any) -> dict[str, Any]:
-    """A copy of the settings, from the recipe or the file that it names."""
     if isinstance(block, Mapping):
         return dict(json.loads(json.dumps(block)))
     path = Path(str(block))
@@ -174,14 +173,12 @@ def _read(block: Any) -> dict[str, Any]:
 
 
 def _of_placement(recipe: Recipe) -> dict[str, Any]:
-    """The settings for `train.placement` and `train.offload`."""
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[recipe.train.offload]
     devices = {f"offload_{what}": {"device": "cpu"} for what in offloaded}
     return {"zero_optimization": {"stage": STAGES[recipe.train.placement], **devices}}
 
 
 def _device_of(block: Mapping[str, Any], what: str) -> Any:
-    """The device of `optimizer` or `param` in a block `zero_optimization`."""
     offload = block.get(f"offload_{what}") or {}
     return offload.get("device", "none") if isinstance(offload, dict) else offload
 
@@ -210,7 +207,7 @@ def _problems(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
 
 
 def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
-    """The reason why the recipe cannot resume from a checkpoint, if DeepSpeed wrote it or must read it."""
+    """Return the reason why the recipe cannot resume from a checkpoint, for DeepSpeed's sake."""
     layout = of(recipe)
     in_engine = layout is not None and layout.engine == "zero"
     latest = checkpoint / LATEST

@@ -40,7 +40,7 @@ ENVIRONMENT = "environment.json"
 CARD = "card.html"
 """The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
-"""Files with the record of a finished comparison: the first written, and a copy beside its report."""
+"""Files with the record of a finished comparison: the first written, and a copy."""
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "scikit-learn", "numpy")
 
 
@@ -66,7 +66,7 @@ class RunResult:
 
 
 def finished(recipe: Recipe, folder: Path) -> RunResult | None:
-    """The results of a finished run, from its files alone; None if the run is not finished."""
+    """Return the results of a finished run, from its files alone; None if the run is not finished."""
     plan_path, summary_path = folder / "plan" / f"{recipe.method.label}.json", folder / "data" / "summary.json"
     if not (is_complete(folder) and plan_path.exists() and summary_path.exists()):
         return None
@@ -83,7 +83,7 @@ def finished(recipe: Recipe, folder: Path) -> RunResult | None:
 
 
 def plan_to_continue(path: Path, machine: Machine) -> Plan:
-    """The plan of a started run, even if memory or cores have changed."""
+    """Return the plan of a started run, even if memory or cores have changed."""
     plan = Plan.load(path)
     if plan.device == "cuda" and not machine.gpus:
         raise SetupError(f"{path.parents[1]}: was planned for a GPU, but there is none here; start a new run (--fresh)")
@@ -91,7 +91,7 @@ def plan_to_continue(path: Path, machine: Machine) -> Plan:
 
 
 def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
-    """The plan of a run with a trained model."""
+    """Return the plan of a run with a trained model."""
     if recipe.methods:
         raise SetupError(f"{folder}: is the folder of a comparison, expected one of a run with a trained model")
     path = folder / "plan" / f"{recipe.method.label}.json"
@@ -113,9 +113,9 @@ def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
 def find_or_make(
     recipe: Recipe, recipe_text: str, name: str, given: Path | None, fresh: bool, marks: str = ""
 ) -> tuple[Path, bool]:
-    """The folder of a recipe's run, and whether it resumes an earlier run.
+    """Return the folder of a recipe's run, and whether it resumes an earlier run.
 
-    It is the given folder, else the newest unfinished one unless `fresh`, else a new one; `marks` identify the user's
+    It is the given one, else the newest unfinished one unless `fresh`, else a new one; `marks` identify the user's
     functions.
 
     Raises:
@@ -134,14 +134,14 @@ def find_or_make(
 
 
 def unfinished(output: Path, fingerprint: str) -> list[Path]:
-    """Folders of unfinished runs with this fingerprint, the newest last."""
+    """Return folders of unfinished runs with this fingerprint, the newest last."""
     files = [path for path in output.glob(f"*/{IDENTITY}") if _fingerprint(path) == fingerprint]
     files.sort(key=lambda path: path.stat().st_mtime)
     return [path.parent for path in files if not is_complete(path.parent)]
 
 
 def is_complete(folder: Path) -> bool:
-    """True if a report was written after the trained model's scores, or for a comparison that cannot be resumed."""
+    """Return whether a report follows the trained model's scores, or a comparison cannot be resumed."""
     if (folder / CARD).exists():
         return not _can_resume(folder)
     scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
@@ -150,7 +150,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def finished_at(folder: Path) -> datetime:
-    """Time when a run's trained model was scored."""
+    """Return time when a run's trained model was scored."""
     return datetime.fromtimestamp(max(path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")))
 
 
@@ -169,7 +169,7 @@ def change_environment(folder: Path, **changes: Any) -> None:
 
 
 def lost_weights(model_folder: Path) -> Path | None:
-    """The first missing file of a model's weights, if any."""
+    """Return the first missing file of a model's weights, if any."""
     index = model_folder / "model.safetensors.index.json"
     if index.exists():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -180,7 +180,6 @@ def lost_weights(model_folder: Path) -> Path | None:
 
 
 def _can_resume(folder: Path) -> bool:
-    """True for a comparison that ran out of time undecided."""
     try:
         comparison = comparison_of(folder)
     except SetupError:  # written by another version
@@ -213,7 +212,7 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings by dotted name, without empty blocks."""
+    """Return settings by dotted name, without empty blocks."""
     settings: dict[str, Any] = {}
     for name, value in values.items():
         settings |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
@@ -221,14 +220,13 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _differing(folder: Path, recipe: Recipe) -> str:
-    """The settings in which a folder's recipe differs, in brackets."""
     before, now = flat(recipe_of(folder).shaping()), flat(recipe.shaping())
     names = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
     return f" ({first_few(names)})" if names else ""
 
 
 def _fingerprint(identity: Path) -> str | None:
-    """The stored recipe's fingerprint by this version, with the marks of the user's functions."""
+    """Return the stored recipe's fingerprint by this version, with the marks of the user's functions."""
     try:
         stored = str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
         fingerprint = recipe_of(identity.parent).fingerprint()
@@ -238,7 +236,7 @@ def _fingerprint(identity: Path) -> str | None:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The checked recipe of a run folder; raises `SetupError` for another folder."""
+    """Return the checked recipe of a run folder; raises `SetupError` for another folder."""
     identity = folder / IDENTITY
     if not identity.exists():
         raise SetupError(f"{folder}: is not a run folder of fulltune ({IDENTITY} is missing)")
@@ -251,12 +249,12 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def is_comparison(folder: Path) -> bool:
-    """True for the folder of a comparison, finished or not."""
+    """Return true for the folder of a comparison, finished or not."""
     return (folder / IDENTITY).exists() and bool(recipe_of(folder).methods)
 
 
 def comparison_of(folder: Path) -> Comparison | None:
-    """The record of a finished comparison, if there is one."""
+    """Return the record of a finished comparison, if there is one."""
     record = next((folder / name for name in COMPARISONS if (folder / name).exists()), None)
     return None if record is None else Comparison.load(record)
 
@@ -272,7 +270,7 @@ def refuse_comparison(folder: Path) -> None:
 
 
 def refuse_with_functions(folder: Path, recipe: Recipe) -> None:
-    """Raise `SetupError` for a run that was started from Python with functions, which the command line lacks."""
+    """Raise `SetupError` for a run that was started from Python with functions."""
     if _fingerprint(folder / IDENTITY) != recipe.fingerprint() and not is_complete(folder):
         raise SetupError(f"{folder}: was started from Python with functions of its own; resume it from there")
 
@@ -303,7 +301,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _is_about(error: OSError, folder: Path) -> bool:
-    """True if the error's file is in the folder, beside it or above it, or unknown."""
+    """Return whether the error's file is in the folder, beside or above it, or unknown."""
     if not isinstance(error.filename, str):
         return True
     file, folder = Path.cwd() / error.filename, Path.cwd() / folder
@@ -339,7 +337,7 @@ def not_left_when_refused(folder: Path, *except_for: type[FulltuneError]) -> Ite
 
 
 def environment(machine: Machine) -> Environment:
-    """Versions, devices and, in a git checkout, the commit."""
+    """Return versions, devices and, in a git checkout, the commit."""
     return Environment(
         start_time=datetime.now().astimezone().isoformat(timespec="seconds"),
         fulltune=metadata.version("fulltune"),

@@ -34,8 +34,7 @@ def put_back(handlers: Mapping[int, Any]) -> None:
 
 @contextlib.contextmanager
 def answered(handler: Callable[[int, Any], object], numbers: Sequence[int] = STOPPING) -> Iterator[dict[int, Any]]:
-    """Have these signals call `handler` in the block, which gets the previous handlers; does nothing outside the main
-    thread."""
+    """Have these signals call `handler` in the block, which gets the previous handlers; only in the main thread."""
     try:
         before = answer(handler, numbers)
     except ValueError:
