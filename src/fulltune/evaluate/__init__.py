@@ -105,15 +105,15 @@ def _extractor(scoring: Scoring) -> probe.FeatureExtractor:
     )
 
 
-def _frozen(scoring: Scoring, scorer: ModuleType, fitted: Probe, rival: FrozenBaseline) -> Scored:
+def _frozen(scoring: Scoring, scorer: ModuleType, fitted: Probe, baseline: FrozenBaseline) -> Scored:
     extractor, folder = _extractor(scoring), scoring.data.parent
     if fitted.head is not None:
         probe.put_head(extractor.model, folder)  # for the same embeddings, as the head's other layers may shape them
     rows = opened(scoring.rows("test"), scoring.base.processor)
     of = f" of {fitted.train_rows:,} train rows" if fitted.train_rows < fitted.available_rows else ""
-    read = ", each text read alone" if rival.pooling == "pair" else ""
-    name = f"{rival.kind} (frozen embeddings{of}{read})"
-    return scorer.frozen(scoring, name, probe.predict(extractor, rows, rival, probe.frozen_classifier(folder)))
+    read = ", each text read alone" if baseline.pooling == "pair" else ""
+    name = f"{baseline.kind} (frozen embeddings{of}{read})"
+    return scorer.frozen(scoring, name, probe.predict(extractor, rows, baseline, probe.frozen_classifier(folder)))
 
 
 def _as_head(scoring: Scoring, scorer: ModuleType) -> Scored:
