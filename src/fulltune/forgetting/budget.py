@@ -11,7 +11,6 @@ from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 MIN_TEXTS, MAX_TEXTS, MAX_REPLAYED = 40, 600, 1100
 """Limits for the number of selection texts (there are as many sealed ones) and of replayed texts."""
 SELECTION_TOKENS = 12_800
-"""Approximate tokens of all selection texts."""
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """Interpolation points that are tried first, besides the pretrained model (0)."""
 REFINEMENTS = 2
@@ -20,7 +19,6 @@ NUM_POINTS = 1 + len(SHARES) + REFINEMENTS
 MIN_SHARE_STEP = 0.01
 """Smallest distance of a further point from a share within the budget."""
 MAX_ROWS = 300
-"""Most eval rows that are scored at each point."""
 SAFETY_ERRORS = 1.28
 """Distance from the limit, in standard errors of a difference of two halves: the sealed texts then agree in nine of ten
 cases."""
@@ -36,7 +34,6 @@ MAX_FACTOR = 1.5
 
 
 def next_weight(weight: float, measured: Drift, limit: float, rate: float, bounds: tuple[float, float]) -> float:
-    """Raise the replay weight if the drift's upper bound exceeds the allowed drift, else lower it."""
     allowed = limit * (1 + MAX_EXCESS * rate)
     if not math.isfinite(measured.upper):
         return weight

@@ -76,11 +76,9 @@ class BudgetTexts:
     replayed: list[str]
     """Texts of which each step replays some; empty without replay."""
     source: str
-    """Origin of the selection texts and the sealed ones."""
 
 
 def budget_texts(block: PreserveBlock) -> BudgetTexts:
-    """Split the generic texts of a run with a budget, the same way each time."""
     replays_probe = block.replay == AUTO
     texts, source = generic_texts(block.probe, 2 * MAX_TEXTS + MAX_REPLAYED * replays_probe)
     each = min(MAX_TEXTS, enough(texts, SELECTION_TOKENS), len(texts) // (3 if replays_probe else 2))
@@ -110,7 +108,6 @@ def enough(texts: Sequence[str], tokens: int) -> int:
 
 
 def check_texts(block: PreserveBlock) -> None:
-    """Reject unusable probe files before training."""
     if block.budget is not None:
         budget_texts(block)
     elif block.probe is not None:
@@ -181,7 +178,6 @@ def weak_texts_reason(
 
 
 def mean_drift(before: np.ndarray, after: np.ndarray) -> Drift:
-    """Return the mean drift over texts, with its standard error."""
     drifts = drift(before, after)
     error = float(drifts.std(ddof=1)) / math.sqrt(len(drifts)) if len(drifts) > 1 else 0.0
     return Drift(mean=float(drifts.mean()), error=error, texts=len(drifts))

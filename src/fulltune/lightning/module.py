@@ -34,7 +34,6 @@ from fulltune.train.worker import distributed, loading
 from fulltune.train.worker.loading import Objective
 
 PREFIX = "eval_"
-"""Prefix of the task's metrics."""
 
 
 class FineTuningModule:
@@ -179,7 +178,6 @@ class FineTuningModule:
             self.log(PREFIX + name, float(value), prog_bar=name == plan.metric, sync_dist=True, batch_size=1)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Create the planned optimizer and its schedule."""
         plan, recipe = self.plan, self.objective.recipe
         # With mixed precision Lightning 2.6.6 does not clip gradients of a fused optimizer.
         is_mixed = plan.precision != "fp32" and plan.weights_dtype == "fp32"
@@ -217,7 +215,6 @@ class TrainBatches:
         mixed = loading.mixed_ranges(module.objective.summary)
         self.sampler = GlobalBatchSampler(module.rows["length"], *batches, mixed=mixed)
         self.position = 0
-        """Micro batches of this epoch so far."""
         self.first = 0
         """Micro batches that the next epoch skips, after resuming."""
 

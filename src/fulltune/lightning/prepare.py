@@ -74,7 +74,6 @@ def based(ours: type, base: str, package: str) -> Any:
 
 
 def problems_of(recipe: Recipe) -> list[str]:
-    """Return messages for settings that a Lightning Trainer does not support."""
     changed = recipe.model_dump(exclude_defaults=True)
     changed |= {f"train.{name}": value for name, value in changed.get("train", {}).items()}
     problems = [
@@ -100,7 +99,6 @@ class FineTuning:
     data: FineTuningData
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `lightning.Trainer` that follow from the plan."""
         plan, train = self.module.plan, self.module.objective.recipe.train
         values: dict[str, Any] = {
             "accelerator": "cpu" if plan.device == "cpu" else "gpu",

@@ -60,7 +60,6 @@ def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 
 def guard_state(checkpoint: Path) -> dict[str, Any]:
-    """Read what `save_guard_state` wrote."""
     state: dict[str, Any] = json.loads((checkpoint / GUARD).read_text(encoding="utf-8"))
     return state | {file.stem: np.load(file, allow_pickle=False) for file in checkpoint.glob("*.npy")}
 
@@ -89,7 +88,6 @@ def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
 
 
 def drop_unfinished(folder: Path) -> None:
-    """Delete unsealed checkpoints."""
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / SEAL).exists():
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -103,7 +101,6 @@ def drop_after(folder: Path, step: int) -> None:
 
 
 def save_trained(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Save the trained weights under the model's own names."""
     from safetensors.torch import save_file
 
     checkpoint.mkdir(parents=True, exist_ok=True)

@@ -42,11 +42,10 @@ class Hooks:
     """The user's functions; with `compute_loss` training runs in this process."""
 
     metrics: Callable[[Any, Any], Mapping[str, float]] | None = None
-    """`metrics(predictions, references)`: further metrics of the test rows. Both arguments are, for classifiers, arrays
-    of class ids, 0/1 rows or numbers; for multiple choice, arrays of choice numbers; for taggers, lists of tags per
-    row; for question answering, answers (empty if there is none) and lists of accepted answers; for language models and
-    encoder-decoders, generated and expected answers. Called once on all rows, and once per bootstrap sample
-    (`evaluate.bootstrap_samples`)."""
+    """`metrics(predictions, references)`: further metrics of the test rows, also called for each bootstrap sample. Both
+    arguments are, for classifiers, arrays of class ids, 0/1 rows or numbers; for multiple choice, arrays of choice
+    numbers; for taggers, lists of tags per row; for question answering, answers (empty if there is none) and lists of
+    accepted answers; for language models and encoder-decoders, generated and expected answers."""
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """`preprocess(row)`: returns the changed row, after reading."""
     compute_loss: Callable[..., Any] | None = None
@@ -81,7 +80,6 @@ class Hooks:
             raise RecipeError(problems)
 
     def check_data(self, summary: DataSummary) -> None:
-        """Refuse `metrics` for raw text, which has no answers."""
         if self.metrics is not None and summary.form.is_raw_text:
             raise RecipeError("metrics compares answers, and raw text has none; remove it, or give prompts and answers")
 

@@ -36,7 +36,6 @@ def phase_of(folder: Path) -> Phase | None:
 
 
 def steps_of(folder: Path) -> int:
-    """Return how many steps an attempt had completed at its last heartbeat."""
     path = folder / HEARTBEAT
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return int(text) if text.isdigit() else 0

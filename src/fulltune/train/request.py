@@ -34,7 +34,6 @@ class Request(Record):
 
     @property
     def recipe_as_planned(self) -> Recipe:
-        """The recipe with the planned placement."""
         return with_placement(self.recipe, self.plan.placement)
 
     @property

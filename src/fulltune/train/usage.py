@@ -48,7 +48,6 @@ class ResourceUsage:
         self.disk_bytes = max(self.disk_bytes, sum(file.stat().st_size for file in files if file.is_file()))
 
     def for_outcome(self) -> dict[str, Any]:
-        """Return fields of `Outcome`."""
         fields = {name: value for name, value in vars(self).items() if name != "meter"}
         if self.meter is not None:
             fields["peak_memory_bytes"] = self.meter.peak_bytes()

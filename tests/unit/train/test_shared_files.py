@@ -61,4 +61,4 @@ def test_large_states_have_no_more_files_than_can_be_counted(monkeypatch: pytest
 
 def test_plan_knows_the_size_of_the_files() -> None:
     written = (fsdp2.MIN_FILE_BYTES, fsdp2.MAX_FILES, fsdp2.GATHERED_FILE_BYTES)
-    assert written == (planned.FILE_BYTES, planned.MOST_FILES, planned.WHOLE_FILE_BYTES)
+    assert written == (planned.FILE_BYTES, planned.MAX_FILES, planned.WHOLE_FILE_BYTES)

@@ -60,19 +60,16 @@ class DriftMonitor(TrainingPart):
 
     @cached_property
     def max_tokens(self) -> int:
-        """Tokens to which a text is truncated."""
         model = self.trainer.model
         return min(MOST_TOKENS, (position_limit(model.config) or MOST_TOKENS) - virtual_tokens_of(model))
 
     def text_of(self, texts: Sequence[str]) -> GenericText:
-        """Tokenize texts for the trainer's model."""
         plan, writes = self.inputs.plan, self.inputs.summary.form.reads_any_text
         # Not above the eval batch size, which falls when an evaluation runs out of memory.
         batch = min(BATCH if writes else STATES_BATCH, plan.eval_batch_size)
         return GenericText.of(texts, self.trainer.processing_class, writes, plan.precision, self.max_tokens, batch)
 
     def weak_texts_reason(self, text: GenericText, first: np.ndarray) -> str | None:
-        """Explain why drift on these texts says little, or return None; see the function of this name."""
         tokenizer: Any = self.trainer.processing_class
         vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", None)
         return weak_texts_reason(text, first, vocabulary, tokenizer.unk_token_id)
@@ -148,7 +145,6 @@ class Replay(TrainingPart):
         return [orders[place // count][place % count] for place in places]
 
     def remember(self) -> None:
-        """Store the pretrained model's outputs for all texts."""
         model, between = self.trainer.model, self.trainer.alive
         if not self.text.writes:
             self.before = list(self.text.read(model, between=between))

@@ -70,7 +70,6 @@ class Progress(TrainerCallback):
     journal: Journal
     usage: ResourceUsage
     begin: Callable[[], None]
-    """Called once, before the first step."""
     first: tuple[float, int, float] | None = None
     """Time, step and token count at the start of training."""
 
@@ -231,7 +230,6 @@ class UpdateMeter(TrainerCallback):
 
 
 def compare_updates(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> UpdatesMeasured:
-    """Measure how a step changed sampled values."""
     numbers = [
         torch.stack([(after[name] != old).sum(), old.float().norm(), (after[name].float() - old.float()).norm()])
         for name, old in before.items()

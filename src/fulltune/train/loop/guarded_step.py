@@ -32,12 +32,10 @@ def rows_in(batch: Mapping[str, Any]) -> int:
 class Guarded:
     """Mixin for a `Trainer` that skips a bad update, or stops training before it.
 
-    A callback could not do this: it sees the norm only after clipping and has no veto. Skipping frees the gradients, so
-    the optimizer's moments stay as well. DeepSpeed updates inside its backward pass: there each loss is judged before
-    that pass, and no step is skipped.
+    A callback has no veto. Skipping frees the gradients, so the optimizer's moments stay as well. DeepSpeed updates
+    inside its backward pass: there each loss is judged before it, and no step is skipped.
 
-    Put it before your own Trainer. It raises `Diverged` when skipping does not help; your script decides what to
-    resume from:
+    Put it before your own Trainer. It raises `Diverged` when skipping does not help:
 
         class Mine(fulltune.Guarded, SFTTrainer): ...
     """
@@ -56,15 +54,11 @@ class Guarded:
     first_loss: float | None = None
     """Loss of the first step of this training, before its update."""
     last_losses: tuple[float, ...] = ()
-    """Losses of the last `2 * LOSS_WINDOW` steps."""
     guard_history: StepHistory = StepHistory()
-    """The step guard's history of earlier steps."""
     skips: bool = True
     """True skips suspect steps; False skips only non-finite ones."""
     batches: Sequence[dict[str, Any]] = ()
-    """Micro batches of the current step so far."""
     _losses: torch.Tensor | float = 0.0
-    """Sum of the losses of `batches`."""
     usual_loss: float = 0.0
     """Loss of the last clean step, which is logged instead of a non-finite loss."""
 
@@ -186,7 +180,6 @@ class Guarded:
 
 
 def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
-    """Return whether all present gradients, or this rank's shards of them, are finite; no gradient is copied."""
     gradients = [sharding.local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     return all(bool(torch.stack(gradient.aminmax()).isfinite().all()) for gradient in gradients if gradient.numel())
 

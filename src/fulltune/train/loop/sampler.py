@@ -58,12 +58,10 @@ class GlobalBatchSampler:
     lengths: Any
     """Tokens of each row: [rows]."""
     global_batch_size: int
-    """Rows per optimizer step."""
     micro_batch_size: int
     """Rows per yielded batch of one process."""
     seed: int
     group_by_length: bool
-    """Put rows of similar length into the same batch."""
     num_processes: int = 1
     rollbacks: tuple[int, ...] = ()
     """Steps after which the rest of the epoch is reshuffled."""
@@ -109,7 +107,6 @@ class GlobalBatchSampler:
         return -(-self.rows_per_epoch // self.global_batch_size)
 
     def steps(self, first_step: int, last_step: int) -> Iterator[list[int]]:
-        """Yield the rows of each step after `first_step`, up to `last_step`."""
         epochs = copy.copy(self)
         for epoch in range(first_step // self.steps_per_epoch, -(-last_step // self.steps_per_epoch)):
             epochs.set_epoch(epoch)

@@ -48,7 +48,6 @@ class StepHistory:
     first: float | None = None
     """Median loss of the first `MIN_CLEAN_STEPS` clean steps. If it is 0, no later loss is judged."""
     skipped: tuple[int, ...] = ()
-    """Recently skipped steps."""
     most_rows: float = 0.0
     """Largest number of rows in a step so far, per process."""
 
@@ -69,7 +68,6 @@ class StepVerdict:
     since: int | None = None
     """For a stop, the first step after which the weights are not trusted."""
     is_finite: bool = True
-    """True if loss and norm are finite."""
 
 
 def judge(
@@ -175,7 +173,6 @@ def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[floa
 
 
 def nothing_learned(moved: ParameterChanges, reached: bool, largest_grad_norm: float | None) -> GuardDecision:
-    """Stop a run in which no parameter changed: no gradient, all gradients 0, or too small a learning rate."""
     if moved.num_values_changed > 0:
         return GO_ON
     if not reached:

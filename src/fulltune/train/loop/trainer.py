@@ -122,7 +122,6 @@ class FullTrainer(Guarded, Trainer):
 
     @property
     def is_shared(self) -> bool:
-        """True if FSDP2 shards the model."""
         return sharding.is_sharded(self.model)
 
     @property

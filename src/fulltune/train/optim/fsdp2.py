@@ -18,7 +18,6 @@ from fulltune.models import sharding
 from fulltune.train.optim.optimizers import AdamW, in_fp32
 
 FOLDER = "shared"
-"""Folder of a sharded checkpoint's tensors."""
 WHOLE = "model.safetensors"
 MIN_FILE_BYTES, MAX_FILES = 2**24, 64
 """Smallest size of a file and most files of a rank: torch 2.13's writer and safetensors each copy a file in memory."""
@@ -26,11 +25,9 @@ WEIGHTS = "weights."
 OPTIMIZER = "optimizer."
 """Prefix of a parameter's name; `.step` or another name of its state follows."""
 GATHERED_FILE_BYTES = 2**28
-"""Most bytes of a file with gathered tensors, unless one tensor has more."""
 
 
 def is_in(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is sharded."""
     return (checkpoint / FOLDER).is_dir()
 
 
@@ -79,7 +76,6 @@ def read(state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
 
 
 def tensor_types(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return shape and dtype of each tensor of a sharded checkpoint, by name."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 

@@ -21,7 +21,6 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|word_embeddings|shared)")
 def planned_optimizer(
     model: nn.Module, plan: Plan, arguments: TrainingArguments | SimpleNamespace, head_modules: Sequence[str]
 ) -> tuple[type[torch.optim.Optimizer], list[dict[str, Any]], dict[str, Any]]:
-    """Return class, parameter groups and options of the planned optimizer."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(cast("TrainingArguments", arguments), cast("Any", model))
     if (own := optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)) is not None:
         kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own

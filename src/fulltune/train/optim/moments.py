@@ -31,7 +31,6 @@ _SHIFT = 128.0
 """Offset of second codes, 0 to 255, stored as int8: converting from fp32 is five times as fast as to uint8."""
 _TINY = torch.finfo(torch.float32).tiny
 _MIN_SCALE = 1e-30
-"""Scale of a group of zeros."""
 
 
 class Noise:

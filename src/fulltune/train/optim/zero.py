@@ -71,7 +71,6 @@ def forget_unused_conversions(model: PreTrainedModel) -> None:
 
 
 def is_in_engine(parameter: Any) -> bool:
-    """Return whether DeepSpeed trains an fp32 copy of the parameter."""
     return bool(parameter.requires_grad) and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"))
 
 
@@ -101,7 +100,6 @@ def link(zero: Any) -> None:
 
 
 def holds(model: PreTrainedModel) -> bool:
-    """Return whether a DeepSpeed engine trains the model."""
     return any(map(is_in_engine, model.parameters()))
 
 
@@ -136,7 +134,6 @@ def put(parameter: Any, value: torch.Tensor) -> None:
 
 
 def load_weights(engine: Any, checkpoint: Path) -> None:
-    """Load a checkpoint into the engine that wrote it."""
     from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
     deepspeed_load_checkpoint(engine, str(checkpoint))

@@ -70,7 +70,6 @@ class MachineGroup:
 
     @property
     def members(self) -> list[Member]:
-        """Records of the machines that have answered, by rank."""
         return [self._sign.record, *(other.member for other in self._others.values() if other.member is not None)]
 
     @property
@@ -190,7 +189,6 @@ class _OnAllMachines:
         self.lost: list[LostMachine] = []
 
     def poll(self) -> int | None:
-        """Return the exit code once the attempt has ended on all machines, or they are lost."""
         code: int | None = self._child.poll()
         for heard, instance in list(self._running.items()):
             is_over, lost = _part_of(heard, self._attempt, instance)

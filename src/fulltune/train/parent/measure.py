@@ -88,7 +88,6 @@ def compilations(recipe: Recipe, best: MeasuredSetting, missing: str | None) -> 
 
 
 def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
-    """Return the first row within `MARGIN` of the fastest one, or None if none ran and fits."""
     fitting = [row for row in rows if not row.problem]
     least = min((row.train_seconds for row in fitting), default=0.0)
     return next((row for row in fitting if row.train_seconds <= least * (1 + MARGIN)), None)
@@ -140,7 +139,6 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
 
 
 def measured(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
-    """Return the row with the results of its dry run."""
     forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
         problem = f"memory ran out: {problem}"

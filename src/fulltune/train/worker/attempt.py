@@ -40,7 +40,6 @@ class Training:
     monitor: DriftMonitor
     checkpoints: Checkpoints
     checks: list[Check]
-    """Completed checks before step 1."""
 
 
 def train(inputs: AttemptInputs) -> dict[str, Any]:

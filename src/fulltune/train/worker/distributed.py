@@ -14,7 +14,6 @@ T = TypeVar("T")
 
 
 def all_gather(value: T) -> list[T]:
-    """Return the values of all ranks, in rank order."""
     if not torch.distributed.is_initialized():
         return [value]
     values: list[T] = [value] * torch.distributed.get_world_size()

@@ -38,9 +38,8 @@ _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[RowSubset], object]) -> list[Check]:
-    """Run two steps at the longest micro batch, which have the peak memory of a real step, an evaluation at the longest
-    eval batch, and timed passes; then restore everything. Loss and forecast (None for a non-finite loss) go to
-    `inputs.usage`."""
+    """Run two steps at the longest micro batch, an evaluation at the longest eval batch and timed passes, then restore
+    everything. Loss and forecast (None for a non-finite loss) go to `inputs.usage`."""
     began, plan, rows = time.monotonic(), inputs.plan, cast("Any", trainer.train_dataset)
     longest = by_length(rows)[: plan.micro_batch_size]
     forecast: TimeNeed | None = None
@@ -136,7 +135,6 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def check_of(batch: dict[str, Any], loss: float, began: float, passed: bool = True) -> Check:
-    """Describe a dry run as a check before step 1."""
     # Without tokens it is an image: channels, height and width.
     first: Any = batch.get("input_ids", batch.get("pixel_values"))
     size = " x ".join(map(str, first.shape[1:])) + (" tokens" if "input_ids" in batch else " values")
@@ -237,7 +235,6 @@ class PassTimer:
         return all(distributed.all_gather(finite)) if self.trainer.is_shared else finite
 
     def score(self, positions: Positions) -> float:
-        """Score eval rows and return the seconds."""
         began = self._now()
         self.evaluate(RowSubset(self.trainer.eval_rows, positions))
         return self._since(began)
@@ -255,8 +252,8 @@ class PassTimer:
 def timed_forecast(
     passes: PassTimer, longest: Positions, seconds: tuple[float, float], step_seconds: float
 ) -> TimeNeed:
-    """Forecast the time of the remaining training, with evaluations, checkpoints and the scoring of test rows, from the
-    `seconds` of two passes at the longest micro batch; further passes are timed if they are short."""
+    """Forecast the time of the remaining training from the `seconds` of two passes at the longest micro batch; further
+    passes are timed if they are short."""
     inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _quadratic(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
     steps = max(0, plan.total_steps - first_step)
@@ -301,8 +298,8 @@ def _train_time(
     longest: tuple[float, float, float],
     budget: float,
 ) -> tuple[PassTime, float]:
-    """Fit the pass time to the longest pass (work, seconds cold and warm) and a typical one; also return the seconds
-    paid once for compiling, or for each shape for its kernels."""
+    """Fit the pass time to the longest pass (work, seconds cold and warm) and a typical one; also return the one-time
+    seconds, for compiling or per shape."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
     at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0

@@ -41,7 +41,6 @@ class Evaluator(TrainingPart):
         self._predictions: Predictions = {}
 
     def scores(self) -> Mapping[str, float]:
-        """Return the metrics of the eval rows, which all ranks score together."""
         arguments, rows = self.trainer.args, self.trainer.eval_rows
         if arguments.world_size == 1:
             self._predictions = self.reduced(rows)
@@ -96,7 +95,6 @@ class Evaluator(TrainingPart):
             raise Spiked(decision.reason, steps[decision.readings - 1] + 1 if decision.readings else 1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Compare with the evaluation before step 1; all ranks have the same rows and decide alike."""
         inputs, predictions = self.inputs, self._predictions
         self._predictions = {}
         if inputs.has_own_loss or inputs.summary.splits["eval"].rows < MIN_ROWS:

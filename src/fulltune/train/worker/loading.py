@@ -63,7 +63,6 @@ def load_pretrained(
 
 
 def apply_method(model: PreTrainedModel, recipe: Recipe) -> methods.Applied:
-    """Add and freeze parameters as the recipe's method requires."""
     copied = names_of(model, recipe.task, recipe.method.label) if recipe.method.kind in ("lora", "peft") else ()
     with sharding.gathered_while_copied(model, copied):
         applied = methods.apply(model, recipe.method, recipe.task)
@@ -194,7 +193,6 @@ class Loaded:
 
 
 def load_for_training(inputs: AttemptInputs) -> Loaded:
-    """Load the rows and the pretrained model, with head and method."""
     plan, recipe, task, summary = inputs.plan, inputs.recipe, inputs.task, inputs.summary
     target = Target.of(summary)
     inputs.recorder.phase("loading the model")
@@ -258,7 +256,6 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
 
 
 def make_trainer(inputs: AttemptInputs, loaded: Loaded) -> FullTrainer:
-    """Create the trainer, without the parts of training."""
     plan, recipe, objective = inputs.plan, inputs.recipe, loaded.objective
     model = loaded.applied.model
     trainer = FullTrainer(
@@ -296,18 +293,15 @@ def make_faster(model: PreTrainedModel, recipe: Recipe, plan: Plan, summary: Dat
 
 
 def task_rows(data: Path, tokenizer: PreTrainedTokenizerBase) -> list[Rows]:
-    """Open the task's prepared train and eval rows in a run's data folder."""
     return [opened(Rows(data / split), tokenizer) for split in ("train", "eval")]
 
 
 def rows_with_mixed(data: Path, summary: DataSummary, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Open the train rows: those of the task, then those that are mixed in."""
     folders = ["train", MIXED] if summary.mixed else ["train"]
     return opened(Rows(*(data / folder for folder in folders)), tokenizer)
 
 
 def mixed_ranges(summary: DataSummary) -> tuple[MixedSource, ...]:
-    """Return the mixed-in sources with their places among the train rows."""
     ends = accumulate((source.counts.rows for source in summary.mixed), initial=summary.splits["train"].rows)
     return tuple(
         MixedSource(range(start, end), source.rows_per_epoch)

@@ -125,7 +125,7 @@ def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
 
 
 def _end_with_parent(parent_pid: int) -> None:
-    """End this worker when its parent or its torchrun is killed, so that it does not train beside the next attempt."""
+    # Otherwise an orphaned worker would train beside the next attempt.
     started_by = os.getppid()
 
     def watch() -> None:

@@ -126,7 +126,6 @@ def _exists(process: int) -> bool:
 
 
 def load_finished(trainer: FullTrainer, checkpoint: Path, total_steps: int) -> torch.optim.Optimizer:
-    """Load the checkpoint of the last step into the model and return its optimizer."""
     # Only optimizers without second moments need this; an earlier attempt saw the gradients.
     trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
     if trainer.is_deepspeed_enabled:
