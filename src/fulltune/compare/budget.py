@@ -1,4 +1,4 @@
-"""Choose seeds and rate searches for a time budget, from forecasts corrected by finished trials."""
+"""Choose seeds and rate searches for a time budget."""
 
 from __future__ import annotations
 
@@ -22,45 +22,43 @@ from fulltune.text import is_share, typed_seconds
 
 EXPECTATION = f"{FOLDER}/expectation.json"
 FEW_TRAIN_ROWS = 10_000
-"""Below this number of train rows five seeds are planned, else three: with few rows, seeds differ more (Bouthillier et
-al. 2021; Mosbach et al. 2020)."""
+"""Below this number five seeds are planned, else three: few rows make seeds differ (Bouthillier et al. 2021; Mosbach et
+al. 2020)."""
 LEAST_SEEDS = 2
-"""One seed gives no spread between seeds, and so no interval."""
+"""One seed gives no interval."""
 GOOD_SEEDS = 3
-"""Two seeds say little about their spread, so a tight budget drops methods before the third seed."""
+"""Two seeds say little about their spread, so a tight budget first drops methods."""
 RESERVE = 0.2
-"""Share of the remaining time left unplanned, because forecasts err."""
+"""Share of the remaining time left unplanned, as forecasts err."""
 FORECAST_AGAIN = 1.15
-"""Factor on a suggested budget, because a machine's speed varies."""
+"""Factor on a suggested budget, as speeds vary."""
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
-"""Standard deviations between seeds for which the detectable difference is forecast."""
+"""Standard deviations between seeds assumed in forecasts."""
 START_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 10.0
-"""Seconds beside steps and rows, for small models on a slow CPU: loading, scoring and resampling. Finished trials
-correct them."""
+"""Seconds to load, score and resample, for small models on a slow CPU; finished trials correct them."""
 _FIRST_SECONDS = 13.0
-"""Extra seconds of the first trial for imports and checks."""
+"""Extra seconds of the first trial."""
 _PASSES_PER_STEP = 3
 """Forward passes that take as long as one training step."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Forecast seconds of one method's trials, and how many are finished."""
+    """Forecast of one method's trials."""
 
     run: float
-    """Seconds of the steps of one whole run."""
+    """Seconds of one whole run's steps."""
     num_rates: int = 1
-    """Rates in the grid; 1 means no search."""
+    """Rates in the grid; 1 without a search."""
     decides: bool = True
-    """False for methods shown for orientation only, which get one run."""
+    """False for methods for orientation, which get one run."""
     start: float = 0.0
-    """Seconds to start and end one trial's process."""
+    """Seconds to start and end a trial."""
     scoring: float = 0.0
-    """Seconds to score a whole run's eval, test and generic rows."""
+    """Seconds to score a whole run."""
     done: int = 0
     """Finished whole runs at the current rate."""
     searched: bool = False
-    """True once the rate search has ended."""
 
     def of(self, trial: Trial) -> float:
         return self.start + trial.share * self.run + (0.0 if trial.searches else self.scoring)
@@ -71,8 +69,8 @@ def num_seeds(wanted: int | None, train_rows: int) -> int:
 
 
 def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
-    """Return the forecast seconds of unfinished trials. A sequential design counts all seeds only for full (listed
-    first) and the most expensive rival, as nobody knows which will lead."""
+    """Return the forecast seconds of unfinished trials; a sequential design counts all seeds only for full (listed
+    first) and its most expensive rival."""
     full, *rivals = (method for method in design.methods if costs[method].decides)
     leader = max(rivals, key=lambda method: costs[method].run, default=full)
     going_on = (full, leader) if design.sequential and design.num_seeds > 1 else design.methods
@@ -89,8 +87,7 @@ def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
 
 
 def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectation]:
-    """Yield designs by preference: the whole one, fewer seeds (down to three), fewer rivals, two seeds, no rate
-    search."""
+    """Yield designs by preference: whole, fewer seeds (down to three), fewer rivals, two seeds, no rate search."""
     everyone, deciding = whole.methods, tuple(method for method in whole.methods if costs[method].decides)
     good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
     smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
@@ -103,8 +100,8 @@ def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectati
 
 
 def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spent: float = 0.0) -> Expectation:
-    """Return the first design that fits into the budget less a reserve, `end` seconds after the last trial and `spent`
-    seconds of earlier commands."""
+    """Return the first design that fits into the budget less RESERVE, `end` seconds after the last trial and `spent`
+    seconds so far."""
     ordered = list(designs(costs, whole))
     most = math.inf if whole.budget_seconds is None else (1 - RESERVE) * (whole.budget_seconds - spent)
     design = next((each for each in ordered if end + seconds(costs, each) <= most), None)
@@ -158,13 +155,13 @@ def _too_short(least: Expectation, need: float, spent: float) -> str:
 
 
 def round_up(time: float) -> float:
-    """Round up to a time that people type: to 10 s, half minutes, minutes or 5 minutes."""
+    """Round up to 10 s, half minutes, minutes or 5 minutes."""
     step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
     return float(math.ceil(time / step) * step)
 
 
 def why_finished(comparison: Comparison, budget_seconds: float | None) -> str | None:
-    """Return why a comparison with a verdict cannot resume with this budget, or None if it can."""
+    """Return why a finished comparison cannot resume with this budget, or None."""
     before = comparison.expectation.budget_seconds or 0.0
     if not comparison.time_was_up or comparison.decision.verdict != "UNDECIDED":
         why = f"finished: the verdict is {comparison.decision.verdict}; more time adds nothing"
@@ -226,14 +223,13 @@ def grid(context: Context, method: Method) -> tuple[float, ...]:
 
 
 def usual(context: Context, method: Method) -> float:
-    """Return the rate of the grid nearest to the planned one, used without conclusive trials."""
+    """Return the rate of the grid nearest to the planned one."""
     planned = context.setup(method.label).plan.learning_rate
     return rates.nearest(grid(context, method), rates.rounded(planned))
 
 
 def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
-    """Return the costs of trained methods, full first, and the seconds after the last trial, both corrected by finished
-    trials."""
+    """Return the methods' costs, full first, and the seconds after the last trial."""
     steps, rest = pace(context)
     results, costs, splits = context.kept_results(), dict[str, Cost](), context.summary.splits
     scored, rows = sum(splits[split].rows for split in ("eval", "test")), sum(one.rows for one in splits.values())
@@ -270,8 +266,7 @@ def _runs_at_its_rates(search: Search, trials: Sequence[Trial]) -> int:
 
 
 def pace(context: Context) -> tuple[dict[str, float], float]:
-    """Return how many times longer than planned steps take, by method, and everything else. The empty name holds the
-    mean over methods."""
+    """Return actual over planned time, of steps by method (empty name: their mean) and of everything else."""
     took: defaultdict[str, float] = defaultdict(float)
     for entry in lines_of(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]
@@ -302,7 +297,7 @@ def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bo
 
 
 def to_come(context: Context, counts: Mapping[str, int], seeds: int) -> float:
-    """Return the forecast seconds until full and the most expensive leading rival have `seeds` runs."""
+    """Return the forecast seconds until full and its most expensive leading rival have `seeds` runs."""
     costs = {method: cost for method, cost in costs_of(context)[0].items() if cost.decides and method in counts}
 
     def rest(method: str) -> float:

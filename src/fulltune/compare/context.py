@@ -1,4 +1,4 @@
-"""Shared state of a comparison: recipe, rows, time, and each method's sizes, plan and files."""
+"""Shared state of a comparison: recipe, rows, time and methods."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Context:
     began: float = field(default_factory=time.monotonic)
     """Start of the time not yet recorded in the clock."""
     passed: set[str] = field(default_factory=set)
-    """Methods with a trial that passed the dry run, which their other trials skip."""
+    """Methods with a passed dry run, which other trials skip."""
     alpha_left: float | None = None
-    """Alpha left by the previous verdict, if any."""
+    """Alpha left by the previous verdict."""
     _setups: dict[str, MethodSetup] = field(default_factory=dict)
 
     @property
@@ -88,7 +88,6 @@ class Context:
 
     @cached_property
     def most_tokens(self) -> int:
-        """Return the most tokens of a generic text for all methods."""
         limit = self.setup(self.full.label).shapes.position_limit or MOST_TOKENS
         return min(MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
 
@@ -98,7 +97,7 @@ class Context:
 
     @cached_property
     def scale(self) -> Scale:
-        """Return how the eval rows measure a trial. Windows of one question count as one row."""
+        """Return how the eval rows measure a trial; windows of one question are one row."""
         num_rows = self.summary.splits["eval"].rows
         if self.summary.form.has_windows:
             num_rows = len({row[PLACE] for row in texts(self.folder / "data" / "eval")})
@@ -116,12 +115,12 @@ class Context:
 
     @property
     def scores_runs(self) -> bool:
-        """True if whole runs are scored for a verdict; after a rate search the evaluate stage does that."""
+        """True if whole runs are scored for a verdict."""
         return bool(self.recipe.methods)
 
     @property
     def full(self) -> Method:
-        """Return the reference method: the first full fine-tuning, else the only one."""
+        """Return the first full fine-tuning, else the only method."""
         return next((one for one in self.methods if one.kind == "full"), self.recipe.method)
 
     @property
@@ -140,14 +139,14 @@ class Context:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Record the time of the block in the clock, even if it is interrupted."""
+        """Record the time of the block, even if it is interrupted."""
         try:
             yield
         finally:
             self.note_time(what)
 
     def note_time(self, what: str) -> None:
-        """Record the seconds since the last record, so that none is counted twice."""
+        """Record the seconds since the last record."""
         seconds, self.began = time.monotonic() - self.began, time.monotonic()
         append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3)})
 
@@ -186,7 +185,6 @@ class Context:
         return plan.fit(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
-        """Return a trial's recipe, with its rate, seed and, in a search, fewer steps."""
         setup = self.setup(trial.method)
         method = setup.method.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
         changes: dict[str, Any] = {"train.seed": trial.seed}

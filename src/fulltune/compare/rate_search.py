@@ -32,12 +32,12 @@ from fulltune.train.parent.fork_server import fork_server
 
 RECORD = "search.json"
 FOLDER = "search"
-"""Subfolder with the trials, until the best one moves into the run."""
+"""Subfolder of the trials."""
 _RUNS = f"2 to {MOST_WHOLE_RUNS_ALONE} whole runs"
 
 
 def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
-    """Run the stages up to `until`, after a rate search if the recipe asks for one. The same call resumes."""
+    """Run or resume the stages up to `until`, after a rate search if the recipe asks for one."""
     if not job.recipe.is_searched:
         return pipeline.run(job, until, measure)
     if measure or (job.folder / "plan" / "measured.json").exists():
@@ -141,7 +141,7 @@ def _at_its_rate(recipe: Recipe, searched: Searched) -> Recipe:
 
 
 def move_into_run(job: Run, searched: Searched) -> None:
-    """Move the chosen run into the run folder, its plan last so that an interrupted move can resume."""
+    """Move the chosen run into the run folder, its plan last so that the move can resume."""
     run, trial, method = job.folder, job.folder / FOLDER, job.recipe.method.label
     (run / "attempts").mkdir(exist_ok=True)
     for attempt in sorted((trial / "attempts").glob(f"{searched.trial}-*")):

@@ -18,9 +18,9 @@ STEP = math.sqrt(10)
 """Factor between neighbouring rates of a grid."""
 MOST_EXTENSIONS = 2
 LEAST_STEPS = 10
-"""Fewest steps of a short trial, below which all rates look alike."""
+"""Fewest steps of a short trial; with fewer all rates look alike."""
 CLEARLY = 2
-"""Standard errors by which one whole run is clearly better, with one seed each."""
+"""Standard errors by which one whole run is clearly better."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Scale:
     is_share: bool
 
     def oriented(self, metric: float) -> float:
-        """Return the metric oriented so that higher is better; NaN (diverged) is worst."""
+        """Return the metric with higher as better, NaN as worst."""
         return -math.inf if math.isnan(metric) else metric if self.greater_is_better else -metric
 
     def tolerance(self, metric: float) -> float:
@@ -44,14 +44,14 @@ class Scale:
         return error_of_share(metric, self.eval_rows)
 
     def ahead(self, rate: float, tried: Mapping[float, float]) -> float:
-        """Return the lead of the trial at `rate` in tolerances; infinite if the others diverged."""
+        """Return the lead of a rate in tolerances; infinite if the others diverged."""
         others = max((self.oriented(metric) for other, metric in tried.items() if other != rate), default=math.inf)
         apart, least = self.oriented(tried[rate]) - others, self.tolerance(tried[rate])
         return apart / least if least else math.inf if apart > 0 else 0.0
 
 
 def grid(usual: float, rates: Sequence[float] | None, fixed: float | None) -> tuple[float, ...]:
-    """Return the first rates of a search: the recipe's, else three around the default."""
+    """Return the recipe's rates, else three around the default."""
     if fixed is not None:
         return (fixed,)
     return tuple(sorted(rates)) if rates is not None else tuple(rounded(usual * STEP**power) for power in (-1, 0, 1))
@@ -67,7 +67,6 @@ def nearest(rates: Iterable[float], near: float) -> float:
 
 
 def share_of_steps(search_share: float, total_steps: int) -> float:
-    """Return a short trial's share of the steps, at least `LEAST_STEPS`."""
     return min(1.0, max(search_share, LEAST_STEPS / max(1, total_steps)))
 
 
@@ -77,7 +76,7 @@ def search_trial(method: str, rate: float, share: float, seed: int) -> Trial:
 
 
 def final_trial(method: str, rate: float, seed: int, *, check: bool = False) -> Trial:
-    """Return a whole run; `check` marks a rate that the search did not choose."""
+    """Return a whole run; `check` marks a rate that was not chosen."""
     name = f"{method}-rate{rate:g}-seed{seed}" if check else f"{method}-seed{seed}"
     return Trial(name=name, method=method, learning_rate=rate, seed=seed)
 
@@ -88,7 +87,7 @@ def best_of(tried: Mapping[float, float], scale: Scale) -> list[float]:
 
 
 def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> float:
-    """Return the default rate unless it is untried or the best one leads by more than the tolerance."""
+    """Return the default rate, or the best one if it leads clearly."""
     best, *_ = best_of(tried, scale)
     if usual is None or usual not in tried:
         return best
@@ -97,7 +96,6 @@ def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> f
 
 
 def _why(tried: Mapping[float, float], rate: float, scale: Scale, what: str) -> str:
-    """Explain the choice; `what` names the trials."""
     if rate in best_of(tried, scale)[:1]:
         return f"the best of {len(tried)} {what}"
     least = "the eval rows can tell" if scale.is_share else "1 %"
@@ -105,7 +103,7 @@ def _why(tried: Mapping[float, float], rate: float, scale: Scale, what: str) -> 
 
 
 def beyond(tried: Mapping[float, float], scale: Scale) -> float | None:
-    """Return the next rate beyond the grid if the best is at its edge and clearly better, else None."""
+    """Return the next rate beyond the grid if the best is at its edge and clearly better."""
     rates, best = sorted(tried), best_of(tried, scale)[0]
     if math.isnan(tried[best]):  # nothing learned anything: it can only be too fast
         return rounded(rates[0] / STEP)
@@ -120,7 +118,7 @@ def beyond(tried: Mapping[float, float], scale: Scale) -> float | None:
 
 
 def finished(method: str, tried: Mapping[float, float], share: float, scale: Scale, usual: float) -> Search:
-    """Return the result of the short trials: the best rate if it clearly beats the default."""
+    """Return the result of the short trials."""
     rate = choice(tried, scale, usual)
     on_edge = rate in (min(tried), max(tried)) and scale.ahead(rate, tried) > 1
     how = _why(tried, rate, scale, f"short runs of {share:.0%} of the steps")
@@ -155,7 +153,7 @@ def _is_clear(best: float, whole: Mapping[float, float], scale: Scale) -> bool:
 
 
 def after_whole(search: Search, whole: Mapping[float, float], scale: Scale) -> Search:
-    """Return the result after whole runs: the lowest of the best rates if it clearly beats the default."""
+    """Return the lowest of the best whole runs' rates if it clearly beats the default."""
     rate = choice(whole, scale, search.usual)
     rates = {*search.tried, *whole}
     on_edge = rate in (min(rates), max(rates)) and _is_clear(rate, whole, scale)
@@ -165,7 +163,7 @@ def after_whole(search: Search, whole: Mapping[float, float], scale: Scale) -> S
 
 
 def after_divergence(search: Search) -> float | None:
-    """Return the lower rate after a divergence, or None if there is none."""
+    """Return the lower rate after a divergence, if any."""
     if not search.tried:
         return None
     lower, lowest = rounded(search.chosen / STEP), min(search.tried)
@@ -174,7 +172,7 @@ def after_divergence(search: Search) -> float | None:
 
 
 def replaced(search: Search, lower: float, reason: str) -> Search:
-    """Return the search with a lower rate after a divergence, which voids the short trial."""
+    """Return the search with a lower rate, which voids the short trials."""
     tried = {rate: math.nan if rate == search.chosen else metric for rate, metric in search.tried.items()}
     changes = {"tried": tried, "chosen": lower, "reason": reason, "on_edge": lower <= min(tried)}
     return search.model_copy(update=changes)

@@ -27,12 +27,12 @@ from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server
 
 NEAR_DUPLICATES = 0.8
-"""Share of 5-grams (Jaccard) from which rows stay on one side of the split."""
+"""Share of common 5-grams (Jaccard) from which rows are near duplicates."""
 Compared = tuple[Comparison, tuple[Path, ...]]
 
 
 def run_comparison(job: Run, command: str, budget: str | None = None) -> Compared:
-    """Compare the recipe's methods, or resume. `budget` limits the time of all commands, such as `30m`."""
+    """Compare the recipe's methods, or resume; `budget` limits all commands together, such as `30m`."""
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
@@ -60,7 +60,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
 
 
 def recipe_for(recipe: Recipe) -> Recipe:
-    """Return the recipe with near duplicates on one side of the split; refuse one without methods."""
+    """Return the recipe with near duplicates on one side of the split."""
     if not recipe.methods:
         raise RecipeError("methods: nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'")
     if "near_duplicates" in recipe.data.model_fields_set or FACTS[recipe.task].reads == "image":
@@ -69,7 +69,6 @@ def recipe_for(recipe: Recipe) -> Recipe:
 
 
 def _budget_seconds(job: Run, budget: str | None) -> float | None:
-    """Return the typed budget, else the larger of the recipe's and the previous one."""
     text, path = budget or job.recipe.compare.budget, job.folder / EXPECTATION
     seconds = parse_seconds(text) if text else None
     before = Expectation.load(path).budget_seconds if path.exists() and budget is None else None

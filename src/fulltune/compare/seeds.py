@@ -1,4 +1,4 @@
-"""Trials of a comparison: a rate search per method, then whole runs seed by seed until the answer is clear."""
+"""Trials of a comparison: rate searches, then whole runs seed by seed until the answer is clear."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOST_WHOLE_RUNS_ALONE = 3
 
 
 def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """Search each method's rate. Without time, full and the first rival take the default; others are dropped."""
+    """Search each method's rate; without time, full and the first rival take the default and others are dropped."""
     planned = [one for one in context.trained_methods if one.label in expectation.methods]
     pair = [one.label for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     keep = budget.to_come(
@@ -48,7 +48,7 @@ def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
 
 
 def search(context: Context, method: Method, share: float, keep: float = 0.0) -> Search:
-    """Return a method's rate search, leaving `keep` seconds for whole runs."""
+    """Search a method's rate, leaving `keep` seconds for whole runs."""
     path = context.search_path(method.label)
     if path.exists() and not (result := Search.load(path)).time_was_up:
         return result
@@ -84,7 +84,7 @@ def _searched(context: Context, method: Method, search_share: float, keep: float
 
 @dataclass
 class SeedRuns:
-    """Whole runs of a comparison. `searches` follows the rates and loses methods without time for a run."""
+    """Whole runs of a comparison, and the methods' rates."""
 
     context: Context
     searches: dict[str, Search]
@@ -106,7 +106,7 @@ class SeedRuns:
         return self.time_was_up or bool(self.left_out) or any(one.time_was_up for one in self.searches.values())
 
     def run(self) -> SeedRuns:
-        """Run seeds until the eval rows give a clear answer or the time is up."""
+        """Run seeds until the eval rows give a clear answer or time is up."""
         self.results = {method: [] for method in self.searches}
         at_once = not self.context.recipe.compare.sequential
         wanted = dict.fromkeys(self.searches, self.expectation.most_seeds if at_once else 1)
@@ -132,7 +132,7 @@ class SeedRuns:
         return self.results[method][0]
 
     def _train(self, wanted: Mapping[str, int]) -> bool:
-        """Train until each method has the wanted seeds; false if the time is up first."""
+        """Train until each method has its seeds; false if time is up first."""
         while lacking := {name: len(runs) for name, runs in self.results.items() if len(runs) < wanted.get(name, 0)}:
             methods = [name for name, count in lacking.items() if count == min(lacking.values())]
             method = methods[0]
@@ -165,12 +165,11 @@ class SeedRuns:
         return rates.final_trial(method, self.searches[method].chosen, seed)
 
     def _keep(self, seeds: int | None = None) -> float:
-        """Return the seconds reserved for the planned (or given) number of seeds."""
         counts = {method: len(runs) for method, runs in self.results.items()}
         return budget.to_come(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _no_time(self) -> str | None:
-        """Return a method without a run that does not fit beside two seeds of full and the first rival."""
+        """Return a method that no longer fits beside two seeds of full and its first rival."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._keep(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
@@ -180,7 +179,7 @@ class SeedRuns:
         )
 
     def _look(self) -> dict[str, int]:
-        """Look at the eval rows and return the wanted seeds of each method; empty ends the runs."""
+        """Return the seeds that each method needs by the eval rows; empty ends the runs."""
         context, again = self.context, self._again(self.looks)
         full = self.results[context.full.label]
         behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
@@ -198,7 +197,7 @@ class SeedRuns:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
     def _before_full(self) -> dict[str, int]:
-        """Before full wins, give all rivals full's rate search; return the seeds of those that must catch up."""
+        """Give all rivals full's rate search before full wins; return the seeds of those that catch up."""
         context, scale = self.context, self.context.scale
         kinds = ("full", *RIVALS)
         decisive = {method: runs for method, runs in self.results.items() if self._kind(method) in kinds}
@@ -216,7 +215,7 @@ class SeedRuns:
         return {} if self._again(self.looks[:-1]) else dict.fromkeys(better, len(full))
 
     def _after_divergence(self, result: TrialResult) -> None:
-        """Lower a method's rate after one seed diverged; raise Diverged if none is left."""
+        """Lower a method's rate after a divergence; raises Diverged at the lowest."""
         context, trial, search = self.context, result.trial, self.searches[result.trial.method]
         lower = rates.after_divergence(search)
         if lower is None:

@@ -1,8 +1,4 @@
-"""After each seed, decide on the eval rows whether the answer is clear and who needs another seed.
-
-Full and the best other method, the *leader*, get seeds; the rest waits. Sources: docs/concepts/statistics.md.
-
-"""
+"""Decides on the eval rows after each seed whether the answer is clear (docs/concepts/statistics.md)."""
 
 from __future__ import annotations
 
@@ -21,26 +17,24 @@ from fulltune.stats.precision import ComparisonPrecision
 
 SAMPLES = 2_000
 _LATE = 4.0
-"""Power of the alpha spending function; higher keeps more for the last look."""
+"""Power of the alpha spending function."""
 _SURE = 0.95
-"""Chance of a clear answer on the sealed rows at which seeds end."""
+"""Chance of a clear answer on the sealed rows that ends the seeds."""
 _LIKELY = 0.5
-"""After the last seeds, others catch up if full beats the leader with this chance."""
+"""Chance of full beating the leader at which others catch up after the last seeds."""
 _CLEAR = "clear: the test rows would very likely agree"
 _HOPELESS = 0.2
-"""Below this chance of a clear answer with all seeds, more are a waste. Equal methods have about a tenth."""
+"""Chance of a clear answer below which more seeds are a waste; equal methods have about a tenth."""
 WAITING_SHARE = 0.25
-"""Part of a look's alpha for methods with fewer seeds. The rest is for a second look after they caught up; full and the
-leader have the same test in both."""
+"""Part of a look's alpha for methods with fewer seeds; the rest is for a second look when they have caught up."""
 
 
 TIME_UP_SHARE = 0.5
-"""Part of the unspent alpha for a verdict when the time is up. The rest is for later looks and verdicts, so that all
-together keep alpha (Bonferroni)."""
+"""Part of the unspent alpha for a verdict when time is up; the rest is for later ones (Bonferroni)."""
 
 
 def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
-    """Return the alpha that the look after `num_seeds` may spend; the looks sum to `alpha`."""
+    """Return the alpha of the look after `num_seeds`; all looks sum to `alpha`."""
     if not 1 <= num_seeds <= max_seeds:
         raise ValueError(f"look {num_seeds} of {max_seeds}")
     looks = max(1, max_seeds - 1)  # after one seed nothing is decided
@@ -50,7 +44,7 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
 
 
 def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
-    """Return the alpha for the sealed test after these looks, and for everything later (0: nothing)."""
+    """Return the alpha for the sealed test after these looks, and for everything later."""
     of_seeds: dict[int, float] = {}
     for earlier in looks:
         of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more
@@ -75,7 +69,7 @@ class Outlook:
 
     name: str
     score: float
-    """Metric on the eval rows, oriented so that higher is better."""
+    """Eval metric, higher is better."""
     cost: float
     as_many: bool
     """True with as many seeds as full."""
@@ -86,7 +80,7 @@ class Outlook:
 
     @property
     def clear(self) -> float:
-        """Chance of any clear answer if training stopped now."""
+        """Chance of a clear answer now."""
         return sum(self.chances)
 
     @property
@@ -104,8 +98,7 @@ def look(
     *,
     again: bool = False,
 ) -> Look:
-    """Decide about each method from its metrics on resamples of the eval rows. `again` marks a second look with the
-    same seeds of full."""
+    """Judge each method by its metrics on resamples of the eval rows; `again` marks a second look."""
     (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure
     now, spreads = counts[full], seed_spreads(drawn, [method.kind == "base" for method in methods])
@@ -124,7 +117,7 @@ def look(
             planned = _chances(gap, terms.margin, share * last, then, with_all)
         score = measure.sign * float(drawn.point[place].mean())
         outlooks.append(Outlook(methods[place].name, score, methods[place].cost, as_many, stopped, sum(planned)))
-    wanted, reason = _asked(methods[full].name, outlooks, now, max_seeds, again=again)
+    wanted, reason = _wanted_seeds(methods[full].name, outlooks, now, max_seeds, again=again)
     return Look(
         num_seeds=now,
         max_seeds=max_seeds,
@@ -137,14 +130,14 @@ def look(
     )
 
 
-def _asked(
+def _wanted_seeds(
     full: str, rivals: Sequence[Outlook], now: int, max_seeds: int, *, again: bool
 ) -> tuple[dict[str, int], str]:
-    """Return the wanted seeds of each method (empty: enough) and the reason."""
+    """Return the seeds that each method needs (empty: enough), and the reason."""
     if now == max_seeds == 1:
         return {}, "all planned seeds are finished"
     if now == 1:
-        leader = max(rivals, key=lambda one: (one.score, -one.cost)).name
+        leader = max(rivals, key=lambda rival: (rival.score, -rival.cost)).name
         best = f"of the methods beside {full} the best is {leader}; " if len(rivals) > 1 else ""
         return {full: 2, leader: 2}, f"{best}one seed does not show the spread between seeds"
     leading = [one for one in rivals if one.as_many]

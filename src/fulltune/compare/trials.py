@@ -28,7 +28,7 @@ def is_done(context: Context, trial: Trial) -> bool:
 
 
 def run_trial(context: Context, trial: Trial) -> TrialResult:
-    """Return a trial's result, training it if necessary. A whole run of a comparison saves model and outputs, test rows
+    """Return a trial's result, after training it if necessary; a whole run saves model and outputs, test rows
     sealed."""
     path = context.result_path(trial.name)
     if is_done(context, trial):
@@ -52,7 +52,7 @@ def run_trial(context: Context, trial: Trial) -> TrialResult:
 
 
 def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
-    """Train one trial under the train stage's guards; raises Diverged."""
+    """Train a trial under the train stage's guards; raises Diverged."""
     recipe = context.trial_recipe(trial)
     planned = context.trial_plan(trial, recipe)
     run_folder.save_plan(context.folder, recipe, planned)
@@ -108,7 +108,6 @@ def keep(context: Context, name: str, predictions: Mapping[str, Predictions]) ->
 
 
 def clear(context: Context, trial: Trial) -> None:
-    """Delete the weights of a failed trial."""
     for folder in ("models", "checkpoints"):
         shutil.rmtree(context.folder / folder / trial.name, ignore_errors=True)
     for initial in (context.folder / "attempts").glob(f"{trial.name}-*/initial*.safetensors"):
@@ -116,12 +115,11 @@ def clear(context: Context, trial: Trial) -> None:
 
 
 def best_seed(context: Context, results: Sequence[TrialResult]) -> TrialResult:
-    """Return the seed with the best eval metric."""
-    return max(results, key=lambda one: (context.measure.sign * one.metric, -one.trial.seed))
+    return max(results, key=lambda result: (context.measure.sign * result.metric, -result.trial.seed))
 
 
 def keep_best_model(context: Context, results: Sequence[TrialResult]) -> None:
-    """Keep the best seed's model as `models/<method>` and delete the others."""
+    """Save the best seed's model as `models/<method>`, and delete the others."""
     best = best_seed(context, results).trial
     models = context.folder / "models"
     if (models / best.name).exists():

@@ -27,11 +27,11 @@ class MethodOutputs:
     name: str
     kind: MethodKind
     trials: Sequence[Predictions]
-    """Outputs reduced by the metric, by seed; methods may differ in their number."""
+    """Outputs by seed; methods may differ in their number."""
     cost: float
     """Cost in any common unit, here trained parameters."""
     alpha_share: float = 1.0
-    """Part of alpha for this method; below 1 if it waited and has another chance."""
+    """Part of alpha; below 1 if the method waited."""
 
     @property
     def decides(self) -> bool:
@@ -49,7 +49,7 @@ class Terms:
 
 
 def decide(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Terms) -> Decision:
-    """Compare full fine-tuning with every other method. `drawn` holds all metrics on the same resamples."""
+    """Compare full fine-tuning with each other method by the metrics of all resamples."""
     measure = terms.measure
     (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
     spreads = seed_spreads(drawn, [method.kind == "base" for method in methods])
@@ -135,7 +135,7 @@ def _difference(
 
 
 def _within(interval: tuple[float, float], bounds: tuple[float, float] | None) -> tuple[float, float]:
-    """Clip an interval to the metric's range, which few seeds may exceed."""
+    """Clip an interval to the metric's range."""
     return interval if bounds is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))
 
 
@@ -143,12 +143,12 @@ def _verdict(differences: Sequence[Difference], full: str, methods: Sequence[Met
     cost = {method.name: method.cost for method in methods}
     rivals = [one for one in differences if one.decides]
     if better := [one for one in rivals if one.other_better]:
-        best = min(better, key=lambda one: one.estimate)
+        best = min(better, key=lambda difference: difference.estimate)
         return "VARIANT" if best.kind == VARIANT else "PEFT", best.method
     if rivals and all(one.full_better and not one.equivalent for one in rivals):
         return "FULL", full
     if equal := [one for one in rivals if one.equivalent and one.cheaper]:
-        return "EQUIVALENT", min(equal, key=lambda one: cost[one.method]).method
+        return "EQUIVALENT", min(equal, key=lambda difference: cost[difference.method]).method
     if rivals and all(one.full_better or one.equivalent for one in rivals):
         return "EQUIVALENT", full  # only variants are equal, which cost as much: the plain one is simpler
     good = [one.method for one in rivals if one.not_worse and one.cheaper]
