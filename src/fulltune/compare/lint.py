@@ -235,7 +235,7 @@ def _of_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
         )
 
 
-def _of_test_rows(folder: Path, in_train: str, verdicts: int) -> RuleHits:
+def _of_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, most of all for a method that memorises rows"
     if verdicts > 1:
@@ -260,9 +260,9 @@ def _of_weights(base: Base) -> RuleHits:
         )
 
 
-def rows_in_train(summary: DataSummary) -> str:
-    """Return the data stage's note on test rows in train, or an empty string."""
-    return next((one for one in summary.notes if " test rows have " in one and f"{ALSO_OCCURS} train" in one), "")
+def rows_in_train(summary: DataSummary) -> str | None:
+    """Return the data stage's note on test rows in train, if there is one."""
+    return next((one for one in summary.notes if " test rows have " in one and f"{ALSO_OCCURS} train" in one), None)
 
 
 def opened_by_others(folder: Path) -> tuple[str, ...]:

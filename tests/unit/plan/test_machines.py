@@ -193,7 +193,9 @@ def test_machines_are_shown_in_80_columns(capsys: pytest.CaptureFixture[str]) ->
     assert "100 Gb/s from each machine to the others (--for takes '400Gb network')" in said
     assert "of each host's memory" in said
     assert "a step waits for the network between machines" in said
-    assert "each of 32 processes sends 24.3 GiB a step, and so does each of 4 machines to the others (zero2)" in said
+    assert (
+        "each of 32 processes sends 24.3 GiB per step; each of 4 machines sends as much to the others (zero2)" in said
+    )
     assert said.startswith("plan fits yes: full on 4 machines, each 8x A100-80GB, 1024GB host, ZeRO-2, 26.9 of 79.5")
 
 

@@ -44,15 +44,15 @@ def estimate(name: str, value: Estimate) -> str:
     return f"{format_metric(name, value.value)} {interval(name, value)}"
 
 
-def sent(plan: Plan) -> str:
-    """Describe the bytes that each process sends per step; empty for one process."""
+def sent(plan: Plan) -> str | None:
+    """Describe the bytes that each process sends per step; None for one process."""
     if not plan.sent_bytes:
-        return ""
+        return None
     each, passes = "", plan.gradient_accumulation_steps
     if passes > 1 and plan.sent_bytes_per_micro_batch:
         each = f", {format_bytes(plan.sent_bytes_per_micro_batch)} of it for each of {passes} micro batches"
-    several = f", and so does each of {plan.num_machines} machines to the others" if plan.num_machines > 1 else ""
-    sends = f"{plan.num_processes} processes sends {format_bytes(plan.sent_bytes)} a step{several}"
+    several = f"; each of {plan.num_machines} machines sends as much to the others" if plan.num_machines > 1 else ""
+    sends = f"{plan.num_processes} processes sends {format_bytes(plan.sent_bytes)} per step{several}"
     return f"each of {sends} ({plan.placement}{each})"
 
 

@@ -86,7 +86,7 @@ def score_table(view: RunView) -> Table:
 
 def about_table(view: RunView) -> list[Paragraph]:
     """Return the sentences needed to read the scores."""
-    sentences = [without_leaks(view.scores, view.summary), _groups(view.scores)]
+    sentences: list[str | None] = [without_leaks(view.scores, view.summary), _groups(view.scores)]
     sentences += [about_answers(row) for row in view.scores if row.answers and len(row.answers) < row.rows][-1:]
     sentences += [
         f"{reason[:1].upper()}{reason[1:]}." for reason in {row.missing_metrics: 0 for row in view.scores} if reason
@@ -94,12 +94,12 @@ def about_table(view: RunView) -> list[Paragraph]:
     return [Paragraph(sentence) for sentence in sentences if sentence]
 
 
-def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
-    """Compare the main metric with and without leaked test rows; empty without leaks."""
+def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str | None:
+    """Compare the main metric with and without leaked test rows, if there are any."""
     row = trained_row(scores) or scores[-1]
     whole = row.metrics.get(row.main_metric)
     if not row.num_leaks or whole is None:
-        return ""
+        return None
     content = leaked_content(summary.columns if summary else (), row.near_leaks)
     leaks = f"Of {whole.rows or row.rows:,} test rows {row.num_leaks:,} leak: their {content}"
     if row.metric_without_leaks is None:
@@ -121,12 +121,12 @@ def scored_again(accesses: Sequence[Access]) -> str:
     )
 
 
-def _groups(scores: Sequence[Scores]) -> str:
-    """Say that intervals rest on groups of dependent rows; empty if rows are independent."""
+def _groups(scores: Sequence[Scores]) -> str | None:
+    """Say that intervals rest on groups of dependent rows, if there are any."""
     sizes = {(one.rows, one.clusters) for row in scores for one in row.metrics.values() if one.rows and one.clusters}
     num_rows, num_groups = max(sizes, default=(0, 0))
     if num_rows == num_groups:
-        return ""
+        return None
     return (
         f"The {counted(num_rows, 'test row')} form {counted(num_groups, 'group')}: rows of a group share their text, "
         "prompt or passage, or nearly so. Intervals are computed over groups, because dependent rows are not "
