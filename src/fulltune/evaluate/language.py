@@ -31,12 +31,12 @@ def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> S
     answers: tuple[Answer, ...] = ()
     if drawn:
         generated, positions = _generated(scoring, model, tokenizer, drawn), list(drawn)
-        asked, expected = _words(scoring, list(drawn.values()))
+        prompts, expected = _words(scoring, list(drawn.values()))
         estimates |= scoring.estimates(scoring.task.score_answers(generated, expected), positions)
         estimates |= scoring.user_estimates(generated, expected, positions)
         answers = tuple(
             Answer(text=text, expected=want, predicted=got)
-            for text, want, got in zip(asked, expected, generated, strict=True)
+            for text, want, got in zip(prompts, expected, generated, strict=True)
         )
     count = len(next(iter(predictions.values())))
     missing = missing_metrics(scoring) if drawn else None

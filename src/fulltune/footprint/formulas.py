@@ -54,18 +54,18 @@ def _from_copies(
     start, growths = _copies(case)
     base = run(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
     # Enough points to solve for the terms, and one more to check them.
-    chosen = list(range(len(points) if len(points) <= len(ROWS) else len(_LENGTHS) + 2))
+    checked = list(range(len(points) if len(points) <= len(ROWS) else len(_LENGTHS) + 2))
     matrix, wanted = (
-        np.array([_layer_terms(*points[at]) for at in places], float) for places in (chosen, range(len(points)))
+        np.array([_layer_terms(*points[at]) for at in places], float) for places in (checked, range(len(points)))
     )
     traced = base
     for depths, kinds, further in growths:
-        sample = [points[at] for at in chosen]
+        sample = [points[at] for at in checked]
         more = run(case, depths, sample, kinds=kinds, recomputed=recomputed, training=training)
         if more.keys != base.keys:
             return None
-        alive = (more.alive - base.alive[chosen]).reshape(len(chosen), -1)
-        layer, *_ = np.linalg.lstsq(matrix, np.column_stack((alive, more.flops - base.flops[chosen])), rcond=None)
+        alive = (more.alive - base.alive[checked]).reshape(len(checked), -1)
+        layer, *_ = np.linalg.lstsq(matrix, np.column_stack((alive, more.flops - base.flops[checked])), rcond=None)
         if not np.allclose(matrix @ layer[:, :-1], alive, atol=64):
             return None
         added = wanted @ layer

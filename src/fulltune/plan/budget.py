@@ -98,10 +98,10 @@ def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, lay
 def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout) -> MemoryNeed:
     """Return the memory of a ZeRO process on a CPU, where offloading frees nothing."""
     alone = settings.changed(precision=footprint.traced(settings.precision), num_processes=1)
-    whole = memory.need(shapes, footprint, alone)
-    kinds = whole.kinds | layout.parts(memory.state_of(shapes.num_parameters, settings), settings.num_processes)
-    spared = whole.phases["step"] - sum(kinds.values())
-    return MemoryNeed(kinds=kinds, phases={phase: max(0, size - spared) for phase, size in whole.phases.items()})
+    single = memory.need(shapes, footprint, alone)
+    kinds = single.kinds | layout.parts(memory.state_of(shapes.num_parameters, settings), settings.num_processes)
+    spared = single.phases["step"] - sum(kinds.values())
+    return MemoryNeed(kinds=kinds, phases={phase: max(0, size - spared) for phase, size in single.phases.items()})
 
 
 def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
@@ -117,10 +117,10 @@ def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySetti
     kinds["buffers"] += state["gradients"] if settings.num_processes > 1 else 0
     kinds["buffers"] += 2 * shapes.num_parameters if cast else 0
     # Loading, saving and resuming follow from the state alone.
-    like = memory.need(shapes, footprint, settings.changed(precision=footprint.traced(settings.precision)))
+    similar = memory.need(shapes, footprint, settings.changed(precision=footprint.traced(settings.precision)))
     phases: dict[Phase, int] = {"step": sum(kinds.values())}
     return MemoryNeed(
-        kinds=kinds, phases=phases | {phase: like.phases[phase] for phase in ("loading", "saving", "resuming")}
+        kinds=kinds, phases=phases | {phase: similar.phases[phase] for phase in ("loading", "saving", "resuming")}
     )
 
 

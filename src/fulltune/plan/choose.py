@@ -110,25 +110,25 @@ def _with_eval_batch(basis: Basis, settings: MemorySettings, most_bytes: float) 
         size //= 2
 
 
-def _why_recomputed(basis: Basis, chosen: Option, tried: Sequence[Option], most_bytes: float) -> str:
-    if not chosen.settings.can_recompute:
+def _why_recomputed(basis: Basis, option: Option, options: Sequence[Option], most_bytes: float) -> str:
+    if not option.settings.can_recompute:
         return "this model does not support it"
-    if not chosen.settings.activation_checkpointing:
+    if not option.settings.activation_checkpointing:
         return "not needed: the run fits without it"
-    others = [one for one in tried if not one.settings.activation_checkpointing]
+    others = [one for one in options if not one.settings.activation_checkpointing]
     plain = [basis.speed(one.settings) or 0.0 for one in others if one.memory.peak <= most_bytes]
-    if plain and (own := basis.speed(chosen.settings)):
+    if plain and (own := basis.speed(option.settings)):
         return f"{own / max(plain):.2f} times as fast as without it, because micro batches are larger"
     micro = min((one.settings.micro_batch_size for one in others), default=1)
     return f"without it, a micro batch of {micro} needs more than {format_bytes(int(most_bytes))}"
 
 
-def note(basis: Basis, chosen: Option, own_loss: bool, reasons: Reasons) -> None:
+def note(basis: Basis, option: Option, own_loss: bool, reasons: Reasons) -> None:
     """Record the chosen settings with their reasons."""
-    recipe, train, settings = basis.recipe, basis.recipe.train, chosen.settings
-    whole = settings.micro_batch_size == basis.rows_per_process
-    part = "the whole global batch fits" if whole else "largest part of the global batch that fits"
-    why = f"{part}: a step needs {format_bytes(chosen.memory.phases['step'])} of {basis.where}"
+    recipe, train, settings = basis.recipe, basis.recipe.train, option.settings
+    fits_whole_batch = settings.micro_batch_size == basis.rows_per_process
+    part = "the whole global batch fits" if fits_whole_batch else "largest part of the global batch that fits"
+    why = f"{part}: a step needs {format_bytes(option.memory.phases['step'])} of {basis.where}"
     reasons.add("train.micro_batch_size", train.micro_batch_size, settings.micro_batch_size, why)
     why = "global batch / (micro batch x processes)"
     reasons.add("gradient accumulation", None, settings.gradient_accumulation_steps, why)
@@ -136,7 +136,7 @@ def note(basis: Basis, chosen: Option, own_loss: bool, reasons: Reasons) -> None
         "train.activation_checkpointing",
         train.activation_checkpointing if settings.can_recompute else None,
         settings.activation_checkpointing,
-        chosen.why_recomputed,
+        option.why_recomputed,
     )
     if FACTS[recipe.task].writes:
         why_whole = whole_logits(recipe, settings.plain_logits, own_loss=own_loss)

@@ -28,9 +28,9 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
 
     Args:
         workload: The checked recipe, the model and its rows.
-        fleet: The hardware to plan for.
-        own_loss: True if the user gave `compute_loss`, which needs all logits at once.
-        started_seconds: Seconds that the command has run; by default a usual start-up time.
+        fleet: The hardware.
+        own_loss: True if the user gave `compute_loss`.
+        started_seconds: Seconds that the command has run.
 
     Raises:
         RecipeError: If settings contradict each other or the machine.
@@ -46,7 +46,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     rate = resolve.rate(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
     try:
-        chosen, on_disk = _fitting(basis, own_loss, reasons)
+        option, on_disk = _fitting(basis, own_loss, reasons)
     except DoesNotFitError as error:
         first, *ways = error.problems
         chose = f" ({PLACEMENT}: {why})" if why and train.num_processes > 1 else ""
@@ -58,7 +58,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     generic = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
     reasons.settings += resolve.caveats(basis.footprint, bool(train.torch_compile))
-    used = chosen.settings
+    used = option.settings
     each_pass, each_step = time.traffic(shapes, used, basis.layout)
     plan = Plan(
         **dict(used) | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
@@ -88,7 +88,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         state=memory.state_of(shapes.num_parameters, used),
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
         available_bytes=basis.available_bytes,
-        memory=chosen.memory,
+        memory=option.memory,
         sent_bytes_per_micro_batch=each_pass,
         sent_bytes_per_update=each_step,
         disk=on_disk,
@@ -100,13 +100,13 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
 def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
     recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
     budget.refuse_offload(recipe, shapes, fleet.machine)
-    chosen = choose.choose(basis)
-    choose.note(basis, chosen, own_loss, reasons)
-    used = chosen.settings
+    option = choose.choose(basis)
+    choose.note(basis, option, own_loss, reasons)
+    used = option.settings
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
     if problems := parallel_layout.disagreements(recipe, *batches, used.num_processes, used.precision):
         raise RecipeError(problems)
-    return chosen, ways_out.refuse_full_disk(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
+    return option, ways_out.refuse_full_disk(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
 
 
 # ---- where weights, gradients and optimizer state lie ------------------------------------------------------------
@@ -128,8 +128,8 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
         """Return the bytes free in each process, and its lowest need without and with a changed result."""
         own = with_placement(recipe, placement)
         basis = basis_of(replace(workload, recipe=own), fleet, own_loss=own_loss)
-        exact, other = (choose.smallest(basis, same_numbers=same).memory.peak for same in (True, False))
-        return basis.available_bytes, exact, other
+        exact, changed = (choose.smallest(basis, same_numbers=same).memory.peak for same in (True, False))
+        return basis.available_bytes, exact, changed
 
     free, ddp, ddp_with_others = peaks("ddp")
     if ddp <= free:

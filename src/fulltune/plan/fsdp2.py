@@ -78,7 +78,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
     # 16-bit copies exist only of the gathered unit.
     scoring["buffers"] = min(scoring["buffers"], max(units.block, units.kept, units.root) // 2)
     # Without gradients the last units stay gathered until they are freed.
-    whole = units.root + units.kept + (2 + on_cpu) * max(units.block, units.apart)
+    last_units = units.root + units.kept + (2 + on_cpu) * max(units.block, units.apart)
     file = max(min(lasting, FILE_BYTES), lasting // MAX_FILES)
     # Gathering a tensor of the finished model: the result, with gloo a received copy, and the shard that is sent.
     gathered = (1 + on_cpu) * largest + largest // settings.num_processes
@@ -89,7 +89,10 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
         "loading": parts[0] + base,
         "step": sum(kinds.values()),
         # The pretrained model is scored without optimizer state, but with a linear probe's features in each process.
-        "evaluation": max(lasting + around, parts[0] + settings.probe_bytes) + sum(scoring.values()) + whole + base,
+        "evaluation": max(lasting + around, parts[0] + settings.probe_bytes)
+        + sum(scoring.values())
+        + last_units
+        + base,
         # Checkpoints are written file by file, and so is the finished model, by the first process.
         "saving": lasting + base + around + round(heap / (1 + memory.GAP_SHARE)) + max(2 * file + widened, gathered),
         "resuming": lasting + base + widened,
@@ -105,10 +108,10 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     rows, value = memory.train_sequences(footprint, settings), BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # gradient shards of earlier micro batches
     copies, length = SENT[settings.device], settings.longest_tokens
-    everything, again = value * shapes.num_parameters, settings.activation_checkpointing
+    everything, recomputed = value * shapes.num_parameters, settings.activation_checkpointing
     traced = [
         (moment.place, memory.with_chunked_loss(moment.bytes(rows, length), shapes, settings, rows * length, 0))
-        for moment in footprint.variant(settings.precision, again).first
+        for moment in footprint.variant(settings.precision, recomputed).first
     ]
     # The head's gradient stays in the root unit; with logits, it has the vocabulary's size.
     head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0)
@@ -119,11 +122,11 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     # A chunked loss sums the head's gradient in fp32 in the forward pass; the backward pass uses it, or a copy in the
     # weights' type.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
-    own, freed = _of_a_block(traced, units, shapes.num_layers, units.kept + left, again)
+    own, freed = _of_a_block(traced, units, shapes.num_layers, units.kept + left, recomputed)
     moments: list[_Moment] = []
     for place, passing in traced:
         # With checkpointing, autocast keeps no copies beside those that autograd saves.
-        if again and not place.endswith("below"):
+        if recomputed and not place.endswith("below"):
             saved = units.kept + left if place in AT_HEAD else units.block
             passing = passing | {"buffers": min(passing["buffers"], saved // 2)}
         now = own(passing)
@@ -135,8 +138,8 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
         if place.startswith("forward"):
             moments.append(_Moment(no_logits if summed else without, before, *_forward(units, place)))
         elif place.endswith("below"):
-            whole, share = (units.root, units.apart), 1 - (units.root + units.apart) / everything
-            moments.append(_Moment(without, max(before, share), whole, (*whole, tied), (units.block,)))
+            embeddings, share = (units.root, units.apart), 1 - (units.root + units.apart) / everything
+            moments.append(_Moment(without, max(before, share), embeddings, (*embeddings, tied), (units.block,)))
         elif place == "backward head":
             gradients: tuple[int, ...] = (passing["gradients"],)
             if summed:
@@ -219,10 +222,10 @@ def _block(
     `alive` and `gradients` hold bytes during and after the pass, `flat` its neighbours' buffers.
     """
     (passing, ended), root, block = alive, (units.root,), units.block
-    whole = (gradients[0], block)
+    all_gradients = (gradients[0], block)
     yield _Moment(passing, reduced, (*root, block), gradients, flat)
-    yield _Moment(ended, reduced, (*root, block), whole, flat)
-    yield _Moment(ended, reduced, root, whole, (*(block,) * copies, flat[1]))
+    yield _Moment(ended, reduced, (*root, block), all_gradients, flat)
+    yield _Moment(ended, reduced, root, all_gradients, (*(block,) * copies, flat[1]))
 
 
 def _kinds(moment: _Moment, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:

@@ -117,7 +117,7 @@ class Fleet(Record):
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
     """Usual values for what `--for` omits, in words."""
-    asked: NamedHardware = NamedHardware(None)
+    named: NamedHardware = NamedHardware(None)
     """The hardware as named by `--for`."""
     here: bool = False
 
@@ -215,18 +215,18 @@ def parse(text: str) -> Fleet:
     return fleet_of(NamedHardware(gpu, count, machines, **details))
 
 
-def fleet_of(asked: NamedHardware) -> Fleet:
+def fleet_of(named: NamedHardware) -> Fleet:
     """Return the hardware of `--for`, with usual values for what it omits."""
-    gpu, count, host, cores = asked.gpu, asked.count, asked.host_bytes, asked.cores or 8 * asked.count
-    each_has, assumed = " in each machine" if asked.machines > 1 else "", list[str]()
+    gpu, count, host, cores = named.gpu, named.count, named.host_bytes, named.cores or 8 * named.count
+    each_has, assumed = " in each machine" if named.machines > 1 else "", list[str]()
     if host is None:
         host = (gpu.usual_host_gb * count if gpu else 32) * GB
         usual = f" ({gpu.usual_host_gb} GB a GPU is usual)" if gpu else ""
         assumed.append(f"{host / GB:,.0f} GB of host memory{each_has}{usual}")
     if gpu is None:
-        assumed += [] if asked.cores else [f"{cores} cores{each_has}"]
+        assumed += [] if named.cores else [f"{cores} cores{each_has}"]
         assumed.append(f"{CPU_FLOPS_PER_CORE / GB:.0f} GFLOP/s a core in fp32, no fast bf16")
-    if asked.machines > 1 and not asked.network:
+    if named.machines > 1 and not named.network:
         assumed.append(f"{NETWORK_ASSUMED} (--for takes '400Gb network')")
     machine = Machine(
         cpu="not here",
@@ -238,21 +238,21 @@ def fleet_of(asked: NamedHardware) -> Fleet:
         gpus=(gpu.card,) * count if gpu else (),
         cpu_flops=0.0 if gpu else float(cores * CPU_FLOPS_PER_CORE),
     )
-    complete = replace(asked, host_bytes=host, cores=asked.cores if gpu else cores)
+    complete = replace(named, host_bytes=host, cores=named.cores if gpu else cores)
     name = str(complete)
-    if asked.machines > 1:
-        name = f"{asked.machines} machines, each {replace(complete, machines=1, disk_bytes=None)}"
-        name += f"; {asked.disk_bytes / GB:.6g}GB shared disk" if asked.disk_bytes else ""
+    if named.machines > 1:
+        name = f"{named.machines} machines, each {replace(complete, machines=1, disk_bytes=None)}"
+        name += f"; {named.disk_bytes / GB:.6g}GB shared disk" if named.disk_bytes else ""
     return Fleet(
         name=name,
         machine=machine,
-        num_machines=asked.machines,
-        network_gb_per_second=asked.network / 8 if asked.network else USUAL_NETWORK,
+        num_machines=named.machines,
+        network_gb_per_second=named.network / 8 if named.network else USUAL_NETWORK,
         gpu_model=gpu,
-        disk_bytes=asked.disk_bytes,
+        disk_bytes=named.disk_bytes,
         host_memory_gb_per_second=gpu.host_memory_gb_per_second if gpu else 60.0,
         assumed=tuple(assumed),
-        asked=asked,
+        named=named,
     )
 
 

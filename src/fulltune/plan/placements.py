@@ -53,10 +53,10 @@ def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
         yield plain | {PLACEMENT: "fsdp2"} | small
     if not basis.fleet.machine.gpus or train.use_liger_kernel or train.torch_compile:
         return
-    whole = {"train.chunked_loss": None} if train.chunked_loss else {}  # ZeRO cannot chunk the loss
+    unchunked = {"train.chunked_loss": None} if train.chunked_loss else {}  # ZeRO cannot chunk the loss
     on_devices = (("zero2", "none"), ("zero3", "none")) if many else ()
     for placement, offload in (*on_devices, ("zero2", "optimizer"), ("zero3", "all")):
-        yield plain | whole | {PLACEMENT: placement, OFFLOAD: offload}
+        yield plain | unchunked | {PLACEMENT: placement, OFFLOAD: offload}
 
 
 def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:

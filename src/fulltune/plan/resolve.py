@@ -78,12 +78,12 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     doubt = ""
     if device == "cpu":
         ratio = machine.cpu_bf16_speedup
-        chosen = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
+        usual = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
         reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
-        reason += "; weights stay fp32" if chosen == "bf16" else f"; it is used from {MIN_BF16_SPEEDUP} times on"
+        reason += "; weights stay fp32" if usual == "bf16" else f"; it is used from {MIN_BF16_SPEEDUP} times on"
     else:
         oldest = oldest_gpu(recipe, machine)
-        chosen, reason = _precision_of(oldest)
+        usual, reason = _precision_of(oldest)
         if len({_precision_of(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
             reason += "; other GPUs could do more, but all use the same precision"
         if wanted == "fp16" and oldest.capability < TENSOR_CORES_FROM:
@@ -91,11 +91,11 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
         elif "bf16" in (wanted, recipe.model.weights_dtype) and wanted in ("auto", "bf16") and not oldest.bf16:
             doubt = f"; {oldest.label} only emulates bf16, which is slow"
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
-        chosen, reason = "bf16", "the weights are bf16 (model.weights_dtype)"
-    computed = chosen if wanted == "auto" else wanted
+        usual, reason = "bf16", "the weights are bf16 (model.weights_dtype)"
+    computed = usual if wanted == "auto" else wanted
     if computed != "fp32" and recipe.train.engine_by:
         doubt += f"; ZeRO computes with weights rounded to {computed}, so results differ from other placements"
-    return reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason, doubt)
+    return reasons.add("train.precision", None if wanted == "auto" else wanted, usual, reason, doubt)
 
 
 VOLTA = ("7.0 or newer (Volta)", TENSOR_CORES_FROM, (99, 0))
@@ -148,9 +148,9 @@ def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
         why = "with rounding to nearest, bf16 weights lose small updates"
         rounding = reasons.add("train.bf16_rounding", train.bf16_rounding, "stochastic", why)
         why = "the weights are bf16"
-    chosen, doubt = plain_optim(dtype, rounding), "; its state is planned as large as AdamW's, as its size is unknown"
-    doubt = "" if memory.has_known_state(train.optim or chosen) else doubt
-    return str(reasons.add("train.optim", train.optim, chosen, why, doubt)), rounding
+    usual, doubt = plain_optim(dtype, rounding), "; its state is planned as large as AdamW's, as its size is unknown"
+    doubt = "" if memory.has_known_state(train.optim or usual) else doubt
+    return str(reasons.add("train.optim", train.optim, usual, why, doubt)), rounding
 
 
 def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
@@ -161,13 +161,13 @@ def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reaso
     name = "dataloader_num_workers"
     if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:
         return 0
-    chosen = max(0, min(MAX_WORKERS, machine.num_cores // recipe.train.processes_per_machine - 1))
+    workers = max(0, min(MAX_WORKERS, machine.num_cores // recipe.train.processes_per_machine - 1))
     reason, available = "images are decoded while the GPU computes", machine.shared_memory_bytes
     needed = MIN_SHARED_BYTES * recipe.train.processes_per_machine
     if available is not None and available < needed:
-        chosen, size = 0, format_bytes(available)
+        workers, size = 0, format_bytes(available)
         reason = f"shared memory (/dev/shm) has only {size}; give the container {format_bytes(needed)} (--shm-size)"
-    return int(reasons.add(f"train.extra.{name}", None, chosen, reason))
+    return int(reasons.add(f"train.extra.{name}", None, workers, reason))
 
 
 def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
@@ -185,10 +185,10 @@ def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
     # Small data needs at least eight steps an epoch for enough updates.
     while usual > 4 and summary.rows_per_epoch < 8 * usual:
         usual //= 2
-    chosen = math.ceil(usual / per_pass) * per_pass
+    rounded = math.ceil(usual / per_pass) * per_pass
     why = f"usual for {recipe.task} with this many rows"
-    why = why if chosen == usual else f"{usual} is {why}; rounded up to a multiple of {counted(per_pass, 'row')}"
-    return int(reasons.add("train.global_batch_size", train.global_batch_size, chosen, why))
+    why = why if rounded == usual else f"{usual} is {why}; rounded up to a multiple of {counted(per_pass, 'row')}"
+    return int(reasons.add("train.global_batch_size", train.global_batch_size, rounded, why))
 
 
 @dataclass(frozen=True)

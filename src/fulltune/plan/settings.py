@@ -51,10 +51,10 @@ class Reasons:
     def __init__(self) -> None:
         self.settings: list[Setting] = []
 
-    def add(self, name: str, given: Any, chosen: Any = None, reason: str = "", doubt: str = "") -> Any:
+    def add(self, name: str, from_recipe: Any, default: Any = None, reason: str = "", doubt: str = "") -> Any:
         """Record and return the recipe's value, else the chosen one; `doubt` is appended to either reason."""
-        value, why = (given, FROM_RECIPE) if given is not None else (chosen, reason)
-        self.settings.append(Setting(name=name, value=value, reason=why + doubt, is_automatic=given is None))
+        value, why = (from_recipe, FROM_RECIPE) if from_recipe is not None else (default, reason)
+        self.settings.append(Setting(name=name, value=value, reason=why + doubt, is_automatic=from_recipe is None))
         return value
 
     def replace(self, name: str, value: Any, reason: str) -> None:

@@ -26,7 +26,7 @@ MUCH_FASTER = 1.25
 FEW_ROWS, MANY_ROWS = 10_000, 100_000
 SMALL_ENCODER, LARGE = 500_000_000, 10**10
 MORE, HOSTS = (2, 4, 8), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
-"""Numbers of GPUs and machines, and GB of host memory, to propose when fewer are too small."""
+"""Numbers of GPUs and machines, and GB of host memory, to propose."""
 WithMethod = Callable[[str], Workload | None]
 """Returns the workload with another kind of method, if possible."""
 PlannedSettings = tuple[Plan, dict[str, Any]]
@@ -40,7 +40,7 @@ def survey(
     planned: Plan | None = None,
     other: WithMethod = lambda kind: None,
 ) -> tuple[Survey, Plan | None]:
-    """Survey the possibilities on some hardware.
+    """Survey the possibilities on some hardware, and return a plan if any placement fits.
 
     Args:
         workload: Recipe (see `spread_over`), model and data.
@@ -48,9 +48,6 @@ def survey(
         price: Price of a device.
         planned: The plan, if it is already made.
         other: Returns the workload with another method, for the advice.
-
-    Returns:
-        The survey, and a plan for the recipe's placement or the best other one, if any fits.
     """
     basis, kind = basis_of(workload, fleet), workload.recipe.method.kind
     table = placements.table(basis)
@@ -70,10 +67,10 @@ def survey(
         plan = with_time(plan, basis, workload.summary)
     if plan.memory is not None:
         placed = replace(basis, layout=_layout(workload.recipe, outcome))
-        chosen = placements.row(placed, plan, plan.memory, settings)
-        rows = tuple(chosen if one.name == chosen.name else one for one in table)
-        rows = rows if chosen in rows else (chosen, *rows)
-        facts = facts.model_copy(update={"placement": chosen.name, "placements": rows})
+        row = placements.row(placed, plan, plan.memory, settings)
+        rows = tuple(row if one.name == row.name else one for one in table)
+        rows = rows if row in rows else (row, *rows)
+        facts = facts.model_copy(update={"placement": row.name, "placements": rows})
     update: dict[str, Any] = {
         "fits": True,
         "device_free_bytes": plan.available_bytes or basis.available_bytes,
@@ -227,15 +224,15 @@ def _ways_out(
 
 def _larger(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut]:
     """Yield the smallest increase of devices or machines, and of host memory, that is enough."""
-    asked = fleet.asked
-    if asked.gpu is None or fleet.here:
+    named = fleet.named
+    if named.gpu is None or fleet.here:
         return
-    alone = asked.machines == 1
-    devices = [replace(asked, count=count) for count in MORE if alone and count > asked.count]
-    full = replace(asked, count=max(MORE[-1], asked.count)) if alone else asked
-    devices += [replace(full, machines=count) for count in MORE if count > asked.machines]
+    alone = named.machines == 1
+    devices = [replace(named, count=count) for count in MORE if alone and count > named.count]
+    full = replace(named, count=max(MORE[-1], named.count)) if alone else named
+    devices += [replace(full, machines=count) for count in MORE if count > named.machines]
     sizes = [size * gpus.GB for size in HOSTS if size * gpus.GB > fleet.machine.memory_bytes]
-    hosts = [replace(asked, host_bytes=size) for size in sizes]
+    hosts = [replace(named, host_bytes=size) for size in sizes]
     for larger, costs in ((devices, "more devices"), (hosts, "more host memory")):
         for hardware in larger:
             if planned := _on(workload, gpus.fleet_of(hardware)):

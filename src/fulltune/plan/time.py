@@ -63,7 +63,7 @@ class Work:
 
 
 def backward_of(method: str, shapes: Shapes) -> float:
-    """Return the cost of a method's backward pass in forward passes: 1 for activations, 1 for all weights."""
+    """Return the cost of a method's backward pass in forward passes."""
     if shapes.num_trainable is None:
         return 2.0
     share = shapes.num_trainable / (shapes.num_all_parameters or shapes.num_parameters)

@@ -81,11 +81,7 @@ class Basis:
 
 
 def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Choose everything that does not depend on memory; `own_loss` needs all logits at once.
-
-    Raises:
-        RecipeError: If settings contradict each other or the machine.
-    """
+    """Choose everything that does not depend on memory; `own_loss` needs all logits at once."""
     recipe, shapes, summary = workload.recipe, workload.shapes, workload.summary
     train, reasons = recipe.train, reasons or Reasons()
     if train.activation_checkpointing and not shapes.can_recompute:
@@ -191,12 +187,12 @@ def _refuse_other_machines(recipe: Recipe, fleet: Fleet) -> None:
     if wanted not in (None, fleet.num_machines):
         raise RecipeError(
             f"{NUM_MACHINES}: {wanted}, but --for names {named}; write "
-            f'--for "{replace(fleet.asked, machines=wanted)}", or add '
+            f'--for "{replace(fleet.named, machines=wanted)}", or add '
             f"--set {NUM_MACHINES}={fleet.num_machines} --set {NUM_PROCESSES}={fleet.num_devices}"
         )
     if fleet.num_machines > 1 and (recipe.methods or recipe.is_searched):
         several = "a comparison" if recipe.methods else "a search"
-        alone = replace(fleet.asked, machines=1)
+        alone = replace(fleet.named, machines=1)
         raise RecipeError(f'--for: {several} runs on one machine, but {named} are named; write --for "{alone}"')
     processes = recipe.train.num_processes
     if given(recipe, NUM_PROCESSES) is not None and processes % fleet.num_machines:

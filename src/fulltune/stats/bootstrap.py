@@ -1,7 +1,7 @@
 """The bootstrap: metrics on thousands of resamples of clusters of rows (docs/concepts/statistics.md).
 
-`resample` recomputes any metric on each resample; `draw` computes most metrics from sums over clusters. Their random
-streams differ, so that stored scores stay comparable with new ones.
+`resample` recomputes any metric, `draw` computes most from sums over clusters; their random streams differ, for
+compatibility with stored scores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAMPLES = 10_000
 SAMPLES_ANEW = 1_000
 """Resamples for a metric that must be recomputed on each."""
 _MAX_PRODUCTS = 2e10
-"""Maximum multiplications of one bootstrap; a metric with many counts (F1 of 150 classes) gets fewer resamples."""
+"""Most multiplications; a metric with many counts (F1 of 150 classes) gets fewer resamples."""
 _MIN_SAMPLES = 1_000
 _WEIGHTS_AT_ONCE = 3_000_000
 _SEED = 0
@@ -36,7 +36,7 @@ _BOUNDS = {
     **dict.fromkeys(("mcc", "spearman", "kendall"), (-1.0, 1.0)),
     **dict.fromkeys(("chrf", "bleu"), (0.0, 100.0)),
 }
-"""Bounds of metrics that may leave 0 to 1; None: unbounded on one side."""
+"""Bounds of metrics that may leave 0 to 1; None without both."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ResamplableMetric:
     whole: Callable[[Predictions], float]
     """Computes the metric as the task does."""
     counts: RowTerms | None
-    """Terms of each row, for a metric that is a function of sums; None for others."""
+    """Terms of each row, for a metric that is a function of sums."""
     value: FromSums | None
 
     def alone(self, outputs: Predictions) -> dict[str, float]:
@@ -57,7 +57,7 @@ class ResamplableMetric:
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """Minimum and maximum of the metric, or None if it is unbounded on one side."""
+        """Minimum and maximum, if the metric has both."""
         return bounds_of(self.name)
 
     @property
@@ -72,12 +72,12 @@ class ResamplableMetric:
 
 
 def bounds_of(metric: str) -> tuple[float, float] | None:
-    """Return a metric's minimum and maximum, or None if it is unbounded on one side."""
+    """Return a metric's minimum and maximum, if it has both."""
     return _BOUNDS.get(metric, (0.0, 1.0))
 
 
 def measure_of(task_name: TaskName, target: Target, metric: str) -> ResamplableMetric:
-    """Return a task's metric, ready to be resampled; raise `SetupError` if the task does not have it."""
+    """Return a task's metric; raise `SetupError` if the task does not have it."""
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
@@ -86,7 +86,7 @@ def measure_of(task_name: TaskName, target: Target, metric: str) -> ResamplableM
 
 
 def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
-    """Return a function that computes this metric only: of a regression's metrics, Kendall's tau is slow."""
+    """Return a function that computes only this metric, as Kendall's tau is slow."""
     if target.form.is_number and metric in NUMBER_METRICS:
         return lambda outputs: NUMBER_METRICS[metric](
             outputs["labels"].astype(np.float64), predict_labels(outputs["logits"], target).astype(np.float64)
@@ -99,14 +99,14 @@ def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predic
 
 def _times(random: np.random.Generator, num_clusters: int, size: int) -> np.ndarray:
     """Count how often each cluster was drawn, int64 [size, clusters]."""
-    chosen = random.integers(0, num_clusters, (size, num_clusters), np.int32)
+    clusters = random.integers(0, num_clusters, (size, num_clusters), np.int32)
     offsets = np.arange(size, dtype=np.int64)[:, None] * num_clusters
-    counts = np.bincount((chosen + offsets).ravel(), minlength=size * num_clusters)
+    counts = np.bincount((clusters + offsets).ravel(), minlength=size * num_clusters)
     return counts.reshape(size, num_clusters)
 
 
 def _numbered(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
-    """Number the clusters from 0, [rows], and count them; without clusters, each row is one."""
+    """Number the clusters from 0, [rows], and count them; by default each row is one."""
     of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     return of_row, int(of_row.max(initial=-1)) + 1
 
@@ -120,21 +120,19 @@ class Resampled:
 
     value: float
     draws: np.ndarray
-    """The metric on each resample, float64 [samples]. The same seed and clusters give the same resamples for every
-    model."""
+    """The metric on each resample, float64 [samples]; the same seed and clusters give the same resamples."""
     num_rows: int
     num_clusters: int
     """Number of clusters; dependent rows are drawn together."""
     num_seen: int = 0
     """Number of rows that also occur in train."""
     unseen: Resampled | None = None
-    """The metric without rows that occur in train, or None if there are none or hardly any others."""
+    """The metric without rows that occur in train, if enough remain."""
 
     def estimate(self, confidence: float, bounds: tuple[float, float] | None = None) -> Estimate:
         """Return the value with its percentile interval at level `confidence`, such as 0.95.
 
-        If all rows score the same, the interval reaches as far towards the metric's bounds as this number of rows
-        allows.
+        If all rows score the same, the interval reaches towards the bounds as far as this number of rows allows.
         """
         tail = (1 - confidence) / 2
         low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))
@@ -164,18 +162,15 @@ def resample(
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Compute metrics on all rows and on each resample of clusters (default: of rows).
-
-    The same seed draws the same rows for every model, so that resamples of two models can be subtracted.
-    """
+    """Compute metrics on all rows and on resamples of clusters; equal seeds draw equal rows for every model."""
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"{num_rows} rows with the clusters of {len(clusters)}")
     of_row, num_clusters = _numbered(clusters, num_rows)
     random, drawn = np.random.default_rng(seed), []
     for _ in range(samples):
-        chosen = np.repeat(np.arange(num_rows), _times(random, num_clusters, 1)[0][of_row])
-        drawn.append(metrics({name: array[chosen] for name, array in outputs.items()}))
+        rows = np.repeat(np.arange(num_rows), _times(random, num_clusters, 1)[0][of_row])
+        drawn.append(metrics({name: array[rows] for name, array in outputs.items()}))
     return {
         name: Resampled(value[name], np.array([values[name] for values in drawn], np.float64), num_rows, num_clusters)
         for name in value
@@ -183,8 +178,7 @@ def resample(
 
 
 def gain(measure: ResamplableMetric, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
-    """Return the improvement of a metric that is a function of sums, and the standard error of this paired
-    difference."""
+    """Return the improvement of a metric of sums, and the standard error of this paired difference."""
     assert measure.value is not None
     both = np.stack([before, now], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
@@ -217,8 +211,7 @@ def draw(
     clusters: np.ndarray | None,
     samples: int = SAMPLES,
 ) -> ResampledTrials:
-    """Compute each trial's metric on the same resamples of clusters (default: of rows), identical in every call. Costly
-    metrics get fewer than `samples`."""
+    """Compute each trial's metric on the same resamples of clusters; costly metrics get fewer."""
     trials = [outputs for method in methods for outputs in method]
     rows = {len(next(iter(outputs.values()))) for outputs in trials}
     if len(rows) > 1 or (clusters is not None and rows != {len(clusters)}):

@@ -24,7 +24,7 @@ ALL_RIGHT = "every eval row is right, so no temperature can be fitted: it stays 
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return the most likely temperature, 0.05 to 20, or None if every row is right and the lowest would win."""
+    """Return the most likely temperature, 0.05 to 20, or None if every row is right."""
     if (logits.argmax(axis=-1) == labels).all():
         return None
 

@@ -1,7 +1,4 @@
-"""Judge curves of losses and metrics: divergence, over- and underfitting (docs/concepts/guards.md).
-
-All thresholds for this are defined here.
-"""
+"""Judge curves of losses and metrics: divergence, over- and underfitting (docs/concepts/guards.md)."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ class GuardDecision:
     action: Literal["go on", "warn", "stop"]
     reason: str = ""
     readings: int = 0
-    """For a diverged loss: the number of first readings that were still good."""
+    """Number of good readings before the loss diverged."""
 
 
 GO_ON = GuardDecision("go on")
@@ -41,7 +38,7 @@ def error_of_share(share: float, count: int) -> float:
 LOSS_WINDOW = 10
 """Logged losses averaged together, because single ones jump."""
 _FELL_WELL = 0.75
-"""Ratio of the lowest window's mean to the first one's below which the loss had fallen well."""
+"""Ratio of the lowest window's mean to the first's below which the loss had fallen well."""
 _SURE = 4.0
 """Standard errors of a window's mean."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
@@ -51,14 +48,14 @@ _MIN_AT_END = 4
 
 
 def diverged(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop a loss that will not recover, judged by all logged losses and the dry run's."""
+    """Stop a loss that will not recover."""
     fell = fell_and_rose(losses, learning_rate, untrained)
     return fell if fell.action == "stop" else ran_away(losses, learning_rate, untrained)
 
 
 def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop if the loss had clearly fallen and the median of its last `2 * LOSS_WINDOW` readings is back at the start
-    and at chance level."""
+    """Stop if the loss had clearly fallen, but the median of its last `2 * LOSS_WINDOW` readings is back at the start
+    and at chance."""
     first, now = statistics.fmean(losses[:LOSS_WINDOW] or [0.0]), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if len(losses) < 4 * LOSS_WINDOW or first <= 0 or now < max(first, untrained or 0.0):
         return GO_ON
@@ -77,8 +74,8 @@ def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: floa
 
 
 def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop if the median of the last `2 * LOSS_WINDOW` losses exceeds three times the start and the start by 1, and
-    none of them is below 1.5 times the start."""
+    """Stop if the median of the last `2 * LOSS_WINDOW` losses exceeds three times the start (by at least 1), and none
+    is below 1.5 times it."""
     begin, last = _beginning(losses, untrained), losses[-2 * LOSS_WINDOW :]
     if len(losses) <= 2 * LOSS_WINDOW or not _is_far(begin, last):
         return GO_ON
@@ -88,8 +85,7 @@ def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | N
 def ended_high(
     losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a finished run by the later half of its losses, at most `2 * LOSS_WINDOW`: stop if they are far above the
-    start, warn if slightly."""
+    """Judge a finished run by the later half of its losses: stop if they are far above the start, warn if slightly."""
     if len(losses) < _MIN_AT_END:
         return GO_ON
     begin, last = _beginning(losses, untrained), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
@@ -115,8 +111,8 @@ MAX_BEHIND = 2
 def made_worse(
     behind: int, what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Stop a run after `behind` consecutive evaluations worse than before step 1 if the train loss has not fallen
-    either. Overfitting, where it falls, is left to early stopping."""
+    """Stop after `behind` consecutive evaluations worse than before step 1 if the train loss has not fallen;
+    overfitting is left to early stopping."""
     begin, now = _beginning(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if behind < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
@@ -130,8 +126,8 @@ def made_worse(
 def ended_worse(
     what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a finished run whose kept evaluation is more than two standard errors worse than before step 1: stop if the
-    train loss has not fallen either, else warn."""
+    """Judge a finished run that is more than two standard errors worse than before step 1: stop if the train loss has
+    not fallen either, else warn."""
     begin, last = _beginning(losses, untrained), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
     now, worse = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
     if len(losses) < _MIN_AT_END or now < begin:
@@ -183,7 +179,7 @@ Kind = Literal["over-fitted", "over-confident", "under-fitted", "got worse", "so
 
 MIN_EVALUATIONS = 3
 ROSE = 1.1
-"""Ratio of the last to the lowest eval loss that counts as a rise; smaller ones come and go with the order of rows."""
+"""Ratio of the last to the lowest eval loss that counts as a rise."""
 HARDLY_FELL = 0.97
 """Ratio of the last to an earlier train loss above which hardly anything was learned."""
 CEILING = 0.995
@@ -195,9 +191,9 @@ CHANGED = 0.02
 NO_GAP = 0.9
 """Ratio of train to eval loss above which train rows are fitted no better than eval rows."""
 STILL_BETTER = 0.99
-"""Ratio of the last eval loss to the one at half the run below which it was still falling."""
+"""Ratio of the last eval loss to that at half the run below which it was still falling."""
 _STILL_FALLING = 0.05
-"""Relative fall of the train loss from the last quarter but one to the last that counts as falling."""
+"""Relative fall of the train loss in the last quarter that counts as falling."""
 _LEARNED = 0.05
 """Share of the first train loss below which the train rows are learned."""
 _FLAT = 0.03
@@ -225,7 +221,7 @@ class Curves:
     before: float | None = None
     """The metric before step 1."""
     is_mixed: bool = False
-    """True if the train loss includes mixed-in rows, so that it is not comparable with the eval loss."""
+    """True if the train loss includes mixed-in rows, unlike the eval loss."""
 
     @property
     def on_eval(self) -> str:
@@ -369,7 +365,7 @@ def _worse_than_before(curves: Curves) -> str | None:
 
 
 def _since_best(curves: Curves) -> tuple[str, bool]:
-    """Describe the metric's best and last evaluation, and return whether it fell by more than chance."""
+    """Describe the metric's best and last evaluation, and return whether it fell beyond chance."""
     finite = [value for _, value in curves.metric if math.isfinite(value)]
     if curves.is_loss or not finite:
         return "", False
@@ -381,7 +377,7 @@ def _since_best(curves: Curves) -> tuple[str, bool]:
 
 
 def stayed_flat(losses: Sequence[float]) -> bool:
-    """Return whether the median of the last quarter of the losses equals that of the first."""
+    """Return whether the losses' last quarter has the median of the first."""
     size = len(losses) // 4
     if len(losses) < MIN_FOR_SHAPE:
         return False
@@ -390,8 +386,7 @@ def stayed_flat(losses: Sequence[float]) -> bool:
 
 
 def still_falling(losses: Sequence[float]) -> float | None:
-    """Return the mean of the last quarter of the losses if it is below the quarter before and much was left to
-    learn."""
+    """Return the mean of the last quarter of the losses if they still fall."""
     size = len(losses) // 4
     if not size:
         return None

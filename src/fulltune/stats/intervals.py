@@ -19,8 +19,7 @@ from fulltune.records.scores import Estimate
 from fulltune.stats.bootstrap import Resampled, ResampledTrials
 
 SURPRISES = 2.0
-"""Disagreeing rows assumed beyond those observed: 0 of 20 differing rows do not prove two models equal. With none
-observed, the interval is about 3 / rows (rule of three)."""
+"""Disagreeing rows assumed beyond those observed, as 0 of 20 do not prove equality (rule of three)."""
 _MIN_CLUSTERS = 2
 """With one cluster all resamples are the same."""
 
@@ -57,18 +56,15 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 
 
 def seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpread | None]:
-    """Return the variance between seeds of each method; zero for untrained (`fixed`) ones.
-
-    A method with one seed borrows the largest variance of the others; without any it is None.
-    """
+    """Return each method's variance between seeds; one with a single seed borrows the largest of the others."""
     spreads = [
         NO_SPREAD if is_fixed else _spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True)
     ]
-    known = [spread for spread in spreads if spread is not None and not spread.is_none]
-    if not known:
+    estimated = [spread for spread in spreads if spread is not None and not spread.is_none]
+    if not estimated:
         return spreads
-    widest = replace(max(known, key=lambda spread: spread.variance), num_seeds=1, borrowed=True)
+    widest = replace(max(estimated, key=lambda spread: spread.variance), num_seeds=1, borrowed=True)
     return [widest if spread is None else spread for spread in spreads]
 
 
@@ -144,10 +140,8 @@ def difference(
     sign: float,
     span: float | None,
 ) -> UncertainValue:
-    """Return one method's mean over its seeds minus another's.
-
-    `sign` is -1 if smaller is better; `span` is the largest possible difference of the metric.
-    """
+    """Return one method's mean over its seeds minus another's; `sign` is -1 if smaller is better, `span` the largest
+    difference."""
     centres = sign * (drawn.draws[first].mean(axis=1) - drawn.draws[second].mean(axis=1))
     estimate = sign * float(drawn.point[first].mean() - drawn.point[second].mean())
     return _uncertain(estimate, centres, [spreads[first], spreads[second]], drawn.num_clusters, span)
@@ -156,30 +150,28 @@ def difference(
 def _uncertain(
     estimate: float, centres: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
 ) -> UncertainValue:
-    known = tuple(spread for spread in spreads if spread is not None)
+    estimated = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
     # Few clusters also tell little about the spread between clusters.
     stretch = np.sqrt(_unbiased(num_clusters) / _chi_squared(chance, max(1, num_clusters - 1), len(centres)))
     centres = estimate + (centres - estimate) * stretch
     surprise = SURPRISES * (0.0 if span is None else span / num_clusters) ** 2
-    between_seeds = variance_of_mean(known) / _chi_squared(chance, degrees_of_mean(known), len(centres))
-    beyond = np.maximum(0.0, between_seeds - variance_of_mean(known, by_rows=True))
+    between_seeds = variance_of_mean(estimated) / _chi_squared(chance, degrees_of_mean(estimated), len(centres))
+    beyond = np.maximum(0.0, between_seeds - variance_of_mean(estimated, by_rows=True))
     return UncertainValue(
         estimate=estimate,
         centres=centres,
         # Never exactly 0: a step of a distribution function has no quantile.
         spreads=np.sqrt(beyond + surprise) + 1e-12 * (1 + abs(estimate)),
         row_variance=float(centres.var()) + surprise,
-        seeds=known,
-        seeds_known=len(known) == len(spreads),
+        seeds=estimated,
+        seeds_known=len(estimated) == len(spreads),
     )
 
 
 def paired(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """Return one model's metric minus another's on the same resamples, with the interval over rows.
-
-    None if the rows differ, if there are fewer than two clusters, or without a finite value in common.
-    """
+    """Return the difference of two models on the same resamples with its interval over rows, unless rows or finite
+    values are too few."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
     if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:
         return None
@@ -199,8 +191,7 @@ def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) ->
 
 
 def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
-    """Return that variance's degrees of freedom (Welch and Satterthwaite). A borrowed variance does not gain any by
-    being used twice."""
+    """Return that variance's degrees of freedom (Welch and Satterthwaite); borrowing adds none."""
     if any(spread.borrowed for spread in spreads):
         return min(spread.degrees for spread in spreads)
     # A variance below the rows' part only says that the seeds' part is small.
@@ -221,10 +212,8 @@ def _chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[tuple[float, float]]:
-    """Adjust p-values so that several tests together are wrong in at most `alpha` of cases (Holm 1979).
-
-    Returns, in the given order, each adjusted p-value and the level for its interval to agree with it.
-    """
+    """Return adjusted p-value and level of each test, so that together they are wrong in at most `alpha` of cases (Holm
+    1979)."""
     adjusted, highest = {}, 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
         left = len(p_values) - rank

@@ -68,8 +68,7 @@ class ComparisonPrecision:
         return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
 
     def half_width(self, alpha: float, ratio: float = 1.0) -> float:
-        """Return half the width of the two-sided interval, for normal noise of rows and an estimated variance between
-        seeds that is `ratio` times the true one."""
+        """Return half the two-sided interval, if the estimated variance between seeds is `ratio` times the true one."""
         shares, inverse = _inverse_chi_squared(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
         # The variance to be found scatters around the true one, which is at least the rows' part.
@@ -136,8 +135,7 @@ def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: fl
 def needed(
     uncertain: UncertainValue, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """Return how many test rows, or seeds of both methods, would decide if the estimate were true; None beyond the
-    limits."""
+    """Return how many test rows, or seeds of both methods, would decide if the estimate were true."""
     now, size = ComparisonPrecision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: ComparisonPrecision) -> bool:

@@ -140,16 +140,16 @@ def _differences(machines: Sequence[Machine]) -> str:
         _span([len(one.gpus) for one in machines], "GPUs"),
         listed(names) if len(kinds) > 1 and len(names) > 1 else "",
         _span([one.num_cores for one in machines], "cores"),
-        _span([one.memory_bytes / 2**30 for one in machines], "GiB of memory", digits=1, alike=ALIKE),
-        _span([one.memory_available_bytes / 2**30 for one in machines], "GiB of free memory", digits=1, alike=ALIKE),
+        _span([one.memory_bytes / 2**30 for one in machines], "GiB of memory", digits=1, ratio=ALIKE),
+        _span([one.memory_available_bytes / 2**30 for one in machines], "GiB of free memory", digits=1, ratio=ALIKE),
     )
     return ", ".join(filter(None, spans))
 
 
-def _span(values: Sequence[float], words: str, digits: int = 0, alike: float = 1.0) -> str:
+def _span(values: Sequence[float], words: str, digits: int = 0, ratio: float = 1.0) -> str:
     """Return a range such as `16 to 64 cores`; empty if the values are close."""
     least, most = min(values), max(values)
-    return f"{least:,.{digits}f} to {most:,.{digits}f} {words}" if least < alike * most else ""
+    return f"{least:,.{digits}f} to {most:,.{digits}f} {words}" if least < ratio * most else ""
 
 
 @cache

@@ -111,7 +111,7 @@ def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
 
 
 def find_or_make(
-    recipe: Recipe, recipe_text: str, name: str, given: Path | None, fresh: bool, marks: str = ""
+    recipe: Recipe, recipe_text: str, name: str, wanted_folder: Path | None, fresh: bool, marks: str = ""
 ) -> tuple[Path, bool]:
     """Return the folder of a recipe's run, and whether it resumes an earlier run.
 
@@ -122,8 +122,8 @@ def find_or_make(
         SetupError: If the folder belongs to another recipe or cannot be written.
     """
     fingerprint = recipe.fingerprint() + marks
-    if given is not None:
-        return given, _adopt(given, recipe, recipe_text, fingerprint)
+    if wanted_folder is not None:
+        return wanted_folder, _adopt(wanted_folder, recipe, recipe_text, fingerprint)
     output = Path(recipe.output)
     if not fresh and (folders := unfinished(output, fingerprint)):
         return folders[-1], True
