@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from fulltune.errors import SetupError
-from fulltune.methods.folder import share
+from fulltune.methods.folder import share_permissions
 from fulltune.models import base
 from fulltune.models.shapes import check_model
 from fulltune.recipe.fields import Recipe
@@ -80,5 +80,5 @@ def test_files_of_a_model_can_be_read_by_whoever_may_read_its_config(tmp_path: P
         (tmp_path / name).write_text("{}")
     (tmp_path / "config.json").chmod(0o640)
     (tmp_path / "model.safetensors").chmod(0o600)
-    share(tmp_path)
+    share_permissions(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640

@@ -164,7 +164,7 @@ def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractConte
 
 
 @contextlib.contextmanager
-def number_head_in_float32(model: nn.Module, target: Target) -> Iterator[None]:
+def number_head_in_float32(model: PreTrainedModel, target: Target) -> Iterator[None]:
     """Compute the last layer of a regression head in float32, like its weights, inside the context.
 
     In bf16, 526,580 and 528,000 are equal; fp16 ends at 65,504.

@@ -151,7 +151,7 @@ class FineTuning:
         if not is_first and not zero.holds(module.model):
             return
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
-        applied = methods.Applied(objective.model, objective.recipe.method)
+        applied = methods.AppliedMethod(objective.model, objective.recipe.method)
         weights.save_model(applied, module.tokenizer, Path(folder), objective.recipe, objective.summary, is_first)
 
 

@@ -1,10 +1,10 @@
-"""How the parameters of a model are trained: all of them, or few on a frozen body."""
+"""Methods: which parameters of a model are trained, and what is added to it."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
@@ -13,64 +13,65 @@ from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system import parallel_layout
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
     from torch.nn import Parameter
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 BY_HOOKS = ("adapter", "prompt")
-"""Kinds of methods that work by hooks on the model's modules."""
+"""Kinds of methods that add hooks to the model, which cannot be merged into its weights."""
 
 
 @dataclass(frozen=True)
-class Applied:
-    """A model with a method."""
+class AppliedMethod:
+    """A model that is prepared for a method."""
 
-    model: Any
-    """Of its plain Hugging Face class; `requires_grad` says what is trained."""
+    model: PreTrainedModel
+    """Model of its plain Hugging Face class; trained parameters have `requires_grad`."""
     method: Method
-    outer: Any = None
-    """PEFT's wrapper around the same modules, which knows PEFT's file format; None where none was made."""
+    peft_model: PeftModel | None = None
+    """PEFT's wrapper around the same modules, for the methods that use PEFT."""
 
 
-def apply(model: Any, method: Method, task: TaskName) -> Applied:
-    """Make the method's parameters, drawn from torch's random state, trainable and all others not; a new head always
-    is."""
+def apply(model: PreTrainedModel, method: Method, task: TaskName) -> AppliedMethod:
+    """Add the method's parameters, drawn from torch's random state, and make them and a new head trainable."""
     from fulltune.methods import added, head
 
     if method.kind == "full":
         model.requires_grad_(True)
-        for parameter in computed(model).values():
+        for parameter in sinusoidal_tables(model).values():
             parameter.requires_grad_(False)
-        return Applied(model, method)
+        return AppliedMethod(model, method)
     heads = head.names_of(model, task, method.label)
     model.requires_grad_(False)
-    outer = None
+    peft_model = None
     match method.kind:
         case "lora" | "peft":
-            outer = added.put_peft(model, method, task, heads)
+            peft_model = added.put_peft(model, method, task, heads)
         case "adapter":
             added.put_adapters(model, method, heads)
         case "prompt":
             added.put_prompt(model, method, task)
-    if outer is None:  # PEFT trains a copy of the head
+    if peft_model is None:  # PEFT trains a copy of the head
         for name in heads:
             model.get_submodule(name).requires_grad_(True)
-    head.keep_statistics(model)
-    return Applied(model, method, outer)
+    head.freeze_statistics(model)
+    return AppliedMethod(model, method, peft_model)
 
 
-def without_casts(applied: Applied, autocast: bool) -> AbstractContextManager[None]:
-    """Under autocast, keep LoRA's layers from a float32 copy of their input, which autocast turns back without loss."""
-    if applied.method.kind != "lora" or not autocast:
+def without_casts(applied: AppliedMethod, autocast: bool) -> AbstractContextManager[None]:
+    """Stop LoRA's layers from copying their input to float32 under autocast, which would cast it back."""
+    if applied.method.kind != "lora" or applied.peft_model is None or not autocast:
         return nullcontext()
     from peft.helpers import disable_input_dtype_casting
 
-    found: AbstractContextManager[None] = disable_input_dtype_casting(applied.outer)
-    return found
+    context: AbstractContextManager[None] = disable_input_dtype_casting(applied.peft_model)
+    return context
 
 
-def computed(model: Any) -> dict[str, Parameter]:
-    """Tables of positions that a formula gives (Marian, Pegasus, RoFormer): no weights, and not always saved."""
+def sinusoidal_tables(model: nn.Module) -> dict[str, Parameter]:
+    """Return the position tables that follow from a formula (Marian, Pegasus, RoFormer); they are not always saved."""
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
@@ -79,54 +80,57 @@ def computed(model: Any) -> dict[str, Parameter]:
     }
 
 
-def trained(model: Any) -> dict[str, Parameter]:
-    """Name to each parameter that is trained."""
+def trained(model: nn.Module) -> dict[str, Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def virtual_tokens(recipe: Recipe) -> int:
-    """Tokens that the methods put before each text, at most: rows are that much shorter, for all methods alike."""
+    """Return the most virtual tokens of any method, by which rows of all methods are shortened."""
     return max(
-        (one.num_virtual_tokens for one in recipe.methods or (recipe.method,) if isinstance(one, PromptMethod)),
+        (
+            method.num_virtual_tokens
+            for method in recipe.methods or (recipe.method,)
+            if isinstance(method, PromptMethod)
+        ),
         default=0,
     )
 
 
-def virtual_tokens_of(model: Any) -> int:
-    """Tokens that stand before each of the model's texts."""
+def virtual_tokens_of(model: nn.Module) -> int:
+    """Count the model's virtual tokens."""
     prompt = getattr(model, PROMPT_MODULE, None)
     return 0 if prompt is None else len(prompt.weight)
 
 
 def check(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Refuse methods that cannot do the task with this kind of model, before anything is read."""
-    found = [line for one in recipe.methods or (recipe.method,) for line in problems(recipe, config, one)]
-    if found:
-        raise RecipeError(found)
+    """Refuse methods that cannot do the task with this kind of model."""
+    lines = [line for method in recipe.methods or (recipe.method,) for line in problems(recipe, config, method)]
+    if lines:
+        raise RecipeError(lines)
 
 
 def problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -> list[str]:
-    """Why a method cannot do the recipe's task, as far as the model's config tells; empty when it can."""
+    """List why a method cannot do the recipe's task with a model of this config."""
     from fulltune.models.shapes import position_limit
 
-    found = []
+    lines = []
     if method.kind == "head" and not FACTS[recipe.task].head_is_new:
-        found.append(f"{recipe.task} has no new head to train; take lora, adapter or full")
+        lines.append(f"{recipe.task} has no new head to train; take lora, adapter or full")
     if method.kind == "prompt":
         limit = position_limit(config)
         if FACTS[recipe.task].reads == "image":
-            found.append("an image has no tokens to put virtual ones before; take lora, adapter or head")
+            lines.append("an image has no tokens to put virtual ones before; take lora, adapter or head")
         elif limit is not None and method.num_virtual_tokens > limit // 2:
-            found.append(
+            lines.append(
                 f"num_virtual_tokens: {method.num_virtual_tokens} are more than half of the {limit} tokens that the "
                 "model takes; take fewer"
             )
     if method.kind == "peft":
         from fulltune.methods.added import peft_problems
 
-        found += peft_problems(method)
+        lines += peft_problems(method)
         layout = parallel_layout.of(recipe)
         if layout is not None and layout.engine == "zero" and layout.stage == 3:
             by = recipe.train.engine_by
-            found.append(f"PEFT may read weights, which {by} shares out; take lora, or train.placement: zero2")
-    return [f"method {method.label}: {line}" for line in found]
+            lines.append(f"PEFT may read weights, which {by} shards; use lora, or train.placement: zero2")
+    return [f"method {method.label}: {line}" for line in lines]

@@ -1,11 +1,11 @@
-"""What a method adds to a frozen model: Houlsby's adapters, modules of PEFT in its layers, or virtual tokens."""
+"""Parts that methods add to a frozen model: Houlsby's adapters, PEFT's modules, or virtual tokens."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,10 @@ from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system.memory import is_out_of_memory
 from fulltune.text import did_you_mean
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 PROJECTIONS = (
     *("attention.output.dense", "output.dense", "attention.dense", "ffn_output"),  # BERT, RoBERTa, ELECTRA, ALBERT
     *("attention.out_lin", "ffn.lin2", "out_lin", "lin2"),  # DistilBERT, XLM
@@ -29,14 +33,14 @@ PROJECTIONS = (
     *("self_attention.dense", "mlp.dense_4h_to_h", "attention.dense"),  # Bloom, Falcon, GPT-NeoX
     *("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),  # T5
 )
-"""Ends of the names of projections back to the hidden size, in layers."""
+"""Name endings of projections back to the hidden size, which adapters follow."""
 _IN_LAYER = re.compile(r"\.\d+\.")
 STANDARD_DEVIATION = 1e-2
-"""Of the first weights, cut off at twice that: an adapter begins next to doing nothing (section 3.6 of the paper)."""
+"""Standard deviation of an adapter's initial weights, truncated at twice that (section 3.6 of the paper)."""
 
 
 class Bottleneck(nn.Module):
-    """Down, a non-linearity, up, and the input itself (Houlsby et al. 2019, arXiv 1902.00751); PEFT has none."""
+    """Bottleneck adapter with a residual connection (Houlsby et al. 2019, arXiv 1902.00751), which PEFT lacks."""
 
     def __init__(self, size: int, bottleneck: int, non_linearity: str) -> None:
         super().__init__()
@@ -50,20 +54,18 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden[..., size]` to [..., size]."""
-        # In its own type: weights in bf16 beside it are frozen, its own would lose small updates.
+        # In fp32 even beside frozen bf16 weights: bf16 would lose small updates.
         added = self.up(self.non_linearity(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + added.to(hidden.dtype)
 
 
-def put_adapters(model: Any, method: AdapterMethod, heads: tuple[str, ...]) -> None:
-    """Add the adapters and make them and the body's layer norms trainable."""
-    found = [(name, module) for name, module in model.named_modules() if _is_projection(name, module, heads)]
-    if not found:
+def put_adapters(model: PreTrainedModel, method: AdapterMethod, heads: tuple[str, ...]) -> None:
+    projections = [(name, module) for name, module in model.named_modules() if _is_projection(name, module, heads)]
+    if not projections:
         raise RecipeError(
             f"method {method.label}: the projections of {type(model).__name__}'s layers are unknown; take lora or full"
         )
-    for _, module in found:
+    for _, module in projections:
         weight = module.weight
         size = module.out_features if isinstance(module, nn.Linear) else module.nf  # GPT-2's Conv1D
         added = Bottleneck(size, max(1, size // method.reduction_factor), method.non_linearity)
@@ -75,7 +77,7 @@ def put_adapters(model: Any, method: AdapterMethod, heads: tuple[str, ...]) -> N
                 parameter.requires_grad_(True)
 
 
-def _is_projection(name: str, module: Any, heads: tuple[str, ...]) -> bool:
+def _is_projection(name: str, module: nn.Module, heads: tuple[str, ...]) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     ends = any(name.endswith(f".{end}") for end in PROJECTIONS)
@@ -88,7 +90,7 @@ def _is_inside(name: str, modules: tuple[str, ...]) -> bool:
 
 
 UNUSABLE = {
-    *("ADAMSS", "BOFT", "FROD", "UNILORA"),  # what they train follows from the weights' values, which no plan reads
+    *("ADAMSS", "BOFT", "FROD", "UNILORA"),  # derive trained parameters from weights, which no plan reads
     "ADALORA",  # needs a call after each step
     "ADAPTION_PROMPT",  # replaces the attention of a few kinds of models
     "OSF",  # takes matrices apart, and trains most of them
@@ -97,26 +99,26 @@ UNUSABLE = {
     "SUPERTUNING",  # needs more than the model
     "XLORA",  # mixes adapters that are trained already
 }
-"""Methods that are more than modules in layers."""
+"""PEFT types that are not supported, because they are more than modules in layers."""
 _OURS = {"peft_type", "task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision"}
-"""Fields of PEFT's configs that follow from the recipe."""
+"""Fields of PEFT's configs that follow from the recipe and cannot be set."""
 
 
 def peft_problems(method: PeftMethod) -> list[str]:
-    """What is wrong with a method's type and config, as far as PEFT tells without a model."""
+    """List what is wrong with a PEFT method's type and config."""
     from peft import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    known = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    configs = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     name = method.type.upper()
-    in_layers = {one for one, config in known.items() if not issubclass(config, PromptLearningConfig)}
+    in_layers = {kind for kind, config in configs.items() if not issubclass(config, PromptLearningConfig)}
     usable = sorted(in_layers - UNUSABLE)
     if name not in usable:
         here = f"known here: {', '.join(usable)}"
-        if name not in known:
+        if name not in configs:
             return [f"type: PEFT has no '{method.type}'; {did_you_mean(name, usable) or here}"]
         return [f"type: {name} is more than modules in layers (virtual tokens: 'kind: prompt'); {here}"]
-    fields = sorted(set(known[name].__dataclass_fields__) - _OURS)
+    fields = sorted(set(configs[name].__dataclass_fields__) - _OURS)
     return [
         f"config.{field}: {name} has no such field that can be set here; "
         + (did_you_mean(field, fields) or f"it has {', '.join(fields)}")
@@ -125,13 +127,15 @@ def peft_problems(method: PeftMethod) -> list[str]:
     ]
 
 
-def put_peft(model: Any, method: LoraMethod | PeftMethod, task: TaskName, heads: tuple[str, ...]) -> Any:
-    """Put the method's modules into the model, and return PEFT's wrapper around it."""
+def put_peft(
+    model: PreTrainedModel, method: LoraMethod | PeftMethod, task: TaskName, heads: tuple[str, ...]
+) -> PeftModel:
+    """Add PEFT's modules to the model, and return PEFT's wrapper."""
     from peft import LoraConfig, get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     # PEFT takes every module whose path ends with one of these names.
-    given: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "task_type": FACTS[task].peft,
         "modules_to_save": [name.rpartition(".")[2] for name in heads] or None,
     }
@@ -145,17 +149,17 @@ def put_peft(model: Any, method: LoraMethod | PeftMethod, task: TaskName, heads:
                 lora_dropout=method.dropout,
                 use_rslora=method.rslora,
                 target_modules=targets if isinstance(targets, str) else list(targets),
-                **given,
+                **shared,
             )
         else:
             kinds = {kind.value: kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-            config = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[method.type.upper()]](**given, **method.config)
+            config = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[method.type.upper()]](**shared, **method.config)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about transposed matrices and the like, which it sets right itself
+            warnings.simplefilter("ignore")  # about transposed matrices and others, which it corrects itself
             return get_peft_model(model, config)
-    # PEFT has no error of its own: a config or a model that it cannot take ends in any of these; all are passed on.
+    # PEFT raises any of these for configs and models that it does not support.
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
-        if is_out_of_memory(error):  # a RuntimeError as well, and no fault of the recipe
+        if is_out_of_memory(error):  # a RuntimeError, but not the recipe's fault
             raise
         text = " ".join(str(error).split())[:300]
         raise RecipeError(f"method {method.label}: PEFT cannot do it with {type(model).__name__}: {text}") from error
@@ -165,10 +169,10 @@ _TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
 
 
 class Prompt(nn.Module):
-    """The trained vectors, float32 `weight[tokens, size]` (prompt tuning, Lester et al. 2021, arXiv 2104.08691), and
-    the hooks with which a model reads them.
+    """Virtual tokens, float32 `weight[tokens, size]`, and the hooks that feed them to a model.
 
-    PEFT's own breaks on token heads, finds the wrong last token in decoders that classify, and ignores position ids.
+    Prompt tuning is by Lester et al. 2021, arXiv 2104.08691. PEFT's own fails with token heads, finds the wrong last
+    token in decoders that classify, and ignores position ids.
     """
 
     def __init__(self, weight: torch.Tensor, filler: int) -> None:
@@ -176,53 +180,54 @@ class Prompt(nn.Module):
         self.size = len(weight)
         self.weight = nn.Parameter(weight)
         self.filler = filler
-        """The token in the place of virtual ones until the embeddings are read."""
+        """Token id that stands for virtual tokens in `input_ids`."""
         self.waiting = False
-        """The next call of the embeddings has virtual tokens in front."""
+        """True if the next call of the embeddings gets the virtual tokens."""
         self.in_front = False
-        """This pass has them; one that goes on from a cache has not."""
+        """True if this pass has virtual tokens in front, and does not continue from a cache."""
 
-    def forward(self, found: torch.Tensor) -> torch.Tensor:
-        """Embeddings `found[rows, tokens, size]` with the vectors in place of the first ones. ZeRO puts weights
-        together for the module that is called with them."""
-        ahead = self.weight.to(found.dtype).expand(len(found), -1, -1)
-        return torch.cat((ahead, found[:, self.size :]), dim=1)
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Replace the first of `embeddings[rows, tokens, size]`; as a call, so that ZeRO gathers the weight."""
+        ahead = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
+        return torch.cat((ahead, embeddings[:, self.size :]), dim=1)
 
     def _ahead(self, tensor: torch.Tensor, value: int) -> torch.Tensor:
         return torch.cat((tensor.new_full((*tensor.shape[:-1], self.size), value), tensor), dim=-1)
 
-    def before_body(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        """Give the body so many tokens more in front, or, when it goes on from a cache, behind them."""
-        given = {**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs}
-        cache = given.get("past_key_values")
+    def before_body(
+        self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        """Extend the body's inputs by the virtual tokens; with a cache, only mask and positions."""
+        inputs = {**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs}
+        cache = inputs.get("past_key_values")
         self.in_front = self.waiting = cache is None or not cache.get_seq_length()
-        if given.get("attention_mask") is not None:
-            given["attention_mask"] = self._ahead(given["attention_mask"], 1)
-        for name in {"position_ids", "cache_position"} & given.keys():
-            if (places := given[name]) is not None:
+        if inputs.get("attention_mask") is not None:
+            inputs["attention_mask"] = self._ahead(inputs["attention_mask"], 1)
+        for name in {"position_ids", "cache_position"} & inputs.keys():
+            if (places := inputs[name]) is not None:
                 moved = [places + self.size]
                 if self.in_front:
                     first = torch.arange(self.size, device=places.device, dtype=places.dtype)
                     moved.insert(0, first.expand(*places.shape[:-1], -1))
-                given[name] = torch.cat(moved, dim=-1)
+                inputs[name] = torch.cat(moved, dim=-1)
         if self.in_front:
-            given["input_ids"] = self._ahead(given["input_ids"], self.filler)
-            if given.get("token_type_ids") is not None:
-                given["token_type_ids"] = self._ahead(given["token_type_ids"], 0)
-        return (), given
+            inputs["input_ids"] = self._ahead(inputs["input_ids"], self.filler)
+            if inputs.get("token_type_ids") is not None:
+                inputs["token_type_ids"] = self._ahead(inputs["token_type_ids"], 0)
+        return (), inputs
 
-    def after_embeddings(self, _: Any, __: Any, found: torch.Tensor) -> Any:
-        """Put the vectors into the embeddings of this pass's first call."""
+    def after_embeddings(self, _: object, __: object, embeddings: torch.Tensor) -> torch.Tensor:
+        """Insert the virtual tokens into the first embeddings of a pass."""
         is_first, self.waiting = self.waiting, False
-        return self(found) if is_first else found
+        return self(embeddings) if is_first else embeddings
 
-    def before_decoder(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Have a decoder attend to the virtual positions of its encoder's states."""
+    def before_decoder(self, _: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Extend the decoder's mask over the encoder's virtual positions."""
         mask = kwargs.get("encoder_attention_mask")
         return args, kwargs if mask is None else {**kwargs, "encoder_attention_mask": self._ahead(mask, 1)}
 
-    def after_body(self, _: Any, __: Any, outputs: Any) -> Any:
-        """Take the virtual positions off the body's states."""
+    def after_body(self, _: object, __: object, outputs: Any) -> Any:
+        """Remove the virtual positions from the body's outputs."""
         if self.in_front and isinstance(outputs, tuple):
             return (outputs[0][:, self.size :], *outputs[1:])
         if self.in_front:
@@ -230,8 +235,7 @@ class Prompt(nn.Module):
         return outputs
 
 
-def put_prompt(model: Any, method: PromptMethod, task: TaskName) -> None:
-    """Add the virtual tokens and have the model read them."""
+def put_prompt(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> None:
     from fulltune.models.shapes import is_decoder
 
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
@@ -240,7 +244,7 @@ def put_prompt(model: Any, method: PromptMethod, task: TaskName) -> None:
         lacks = "no embeddings of tokens" if embeddings is None else "no body of its own"
         raise RecipeError(f"method {method.label}: {type(model).__name__} has {lacks}; take lora or adapter")
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    # RoBERTa counts positions by what is not padding.
+    # RoBERTa counts positions of tokens that are not padding.
     prompt = Prompt(_first(embeddings, method), filler=1 if pad == 0 else 0)
     model.add_module(PROMPT_MODULE, prompt)
     body.register_forward_pre_hook(prompt.before_body, with_kwargs=True)
@@ -251,16 +255,16 @@ def put_prompt(model: Any, method: PromptMethod, task: TaskName) -> None:
         body.register_forward_hook(prompt.after_body)
 
 
-def _embeddings(module: Any) -> Any:
+def _embeddings(module: Any) -> nn.Embedding | None:
     try:
-        found = module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # transformers' answer for a model that reads no tokens
+        embeddings = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # raised by models that read no tokens
         return None
-    return found if isinstance(found, nn.Embedding) else None
+    return embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
 def _first(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
-    """Vectors of tokens drawn from the vocabulary, or random numbers of their spread: float32 [tokens, size]."""
+    """Draw initial vectors from the vocabulary, or at random with its spread: float32 [tokens, size]."""
     with gathered_to_modify([embeddings.weight]):
         weight, size = whole(embeddings.weight.detach()), method.num_virtual_tokens
         if method.init == "vocabulary":

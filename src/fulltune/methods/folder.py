@@ -1,17 +1,17 @@
-"""The finished model's folder of a method that trains few parameters: only those, as far as possible in PEFT's form."""
+"""Model folders of methods that train few parameters, in PEFT's format if possible; loading and merging."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from fulltune import files
 from fulltune.errors import SetupError
-from fulltune.methods import BY_HOOKS, Applied, apply, trained
+from fulltune.methods import BY_HOOKS, AppliedMethod, apply, trained
 from fulltune.models.base import Base, json_object
 from fulltune.models.load import load as load_model
 from fulltune.models.sharding import like
@@ -20,36 +20,40 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.tasks import Target, task_named
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
 NOTES = "fulltune.json"
-"""What a model folder says besides what transformers and PEFT keep: task, columns, method, pretrained model."""
+"""File of a model folder with task, columns, method and pretrained model."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model."
 _PROMPT = f"{PROMPT_MODULE}.weight"
 
 
-def save(applied: Applied, folder: Path, task: TaskName, base: str) -> None:
-    """Write what was trained, with the model's own config; `base` is the pretrained model's folder or Hub id."""
+def save(applied: AppliedMethod, folder: Path, task: TaskName, base: str | None) -> None:
+    """Write the trained parameters and the model's config; `base` is the pretrained model's folder or Hub id."""
     folder.mkdir(parents=True, exist_ok=True)
     model = applied.model
-    if applied.outer is not None:
-        applied.outer.peft_config["default"].base_model_name_or_path = base
+    if applied.peft_model is not None:
+        applied.peft_model.peft_config["default"].base_model_name_or_path = base
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it did not look for the vocabulary's size on the Hub
-            # Frozen weights that are shared out stay so: PEFT would ask all processes for them.
+            warnings.simplefilter("ignore")  # that it did not check the vocabulary on the Hub
+            # Without sharded frozen weights, which PEFT would gather from all ranks.
             state = {
-                name: one.detach()
-                for name, one in applied.outer.state_dict(keep_vars=True).items()
-                if not hasattr(one, "placements") and not hasattr(one, "ds_id")
+                name: tensor.detach()
+                for name, tensor in applied.peft_model.state_dict(keep_vars=True).items()
+                if not hasattr(tensor, "placements") and not hasattr(tensor, "ds_id")
             }
-            applied.outer.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
-        (folder / "README.md").unlink(missing_ok=True)  # an empty form; ours is written with the report
+            applied.peft_model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+        (folder / "README.md").unlink(missing_ok=True)  # an empty template; ours is written with the report
     else:
         from safetensors.torch import save_file
 
-        tensors = {name: one.detach().cpu().contiguous() for name, one in trained(model).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained(model).items()}
         if applied.method.kind == "prompt":
             config = _prompt_config(applied, task, base, list(tensors))
-            tensors = {_in_peft(name): one for name, one in tensors.items()}
+            tensors = {_in_peft(name): tensor for name, tensor in tensors.items()}
         else:
             config = {"fulltune_method": applied.method.kind, "base_model_name_or_path": base}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -59,8 +63,8 @@ def save(applied: Applied, folder: Path, task: TaskName, base: str) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def share(folder: Path) -> None:
-    """Give each file the rights of `config.json`, which follow the umask: safetensors writes for its owner alone."""
+def share_permissions(folder: Path) -> None:
+    """Give all files the permissions of `config.json`: safetensors makes files that only the owner may read."""
     mode = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.iterdir():
         if file.is_file():
@@ -71,8 +75,8 @@ def _in_peft(name: str) -> str:
     return "prompt_embeddings" if name == _PROMPT else f"{_PEFT_PREFIX}{name}"
 
 
-def _prompt_config(applied: Applied, task: TaskName, base: str, names: list[str]) -> dict[str, Any]:
-    """Fields of `peft.PromptTuningConfig`."""
+def _prompt_config(applied: AppliedMethod, task: TaskName, base: str | None, names: list[str]) -> dict[str, Any]:
+    """Return the fields of `peft.PromptTuningConfig`."""
     text = applied.model.config.get_text_config()
     size = trained(applied.model)[_PROMPT].shape
     heads = {name.rpartition(".")[0] for name in names if name != _PROMPT}
@@ -84,7 +88,7 @@ def _prompt_config(applied: Applied, task: TaskName, base: str, names: list[str]
         "inference_mode": True,
         "num_virtual_tokens": size[0],
         "token_dim": size[1],
-        "num_transformer_submodules": 1,  # an encoder-decoder has them before its encoder only
+        "num_transformer_submodules": 1,  # encoder-decoders have virtual tokens only in the encoder
         "num_attention_heads": getattr(text, "num_attention_heads", None),
         "num_layers": getattr(text, "num_hidden_layers", None),
         "prompt_tuning_init": "RANDOM",
@@ -93,27 +97,26 @@ def _prompt_config(applied: Applied, task: TaskName, base: str, names: list[str]
 
 
 def is_partial(folder: Path) -> bool:
-    """Whether a model folder holds only what was trained."""
+    """Return True if a model folder holds only trained parameters."""
     return (folder / CONFIG).exists()
 
 
 def can_be_merged(folder: Path) -> bool:
-    """Whether what was trained can go into the pretrained model's own weights, as far as its kind tells."""
+    """Return True if the method's kind allows merging into the pretrained weights."""
     return is_partial(folder) and notes_of(folder)["method"]["kind"] not in BY_HOOKS
 
 
 def notes_of(folder: Path) -> dict[str, Any]:
-    """What fulltune wrote about the model in this folder; `SetupError` when the file is damaged."""
+    """Read the notes of a model folder. Raises `SetupError` if the file is damaged."""
     return json_object(folder / NOTES)
 
 
 def processor_of(folder: Path) -> Any:
-    """The tokenizer, or image processor, in a model's folder."""
     return Base.of(ModelBlock(name=str(folder.resolve())), notes_of(folder)["task"]).processor
 
 
-def load(folder: Path, processor: Any, base: Base | None = None) -> Applied:
-    """The pretrained model (default: the one in the notes) with what `save` wrote, on the CPU."""
+def load(folder: Path, processor: Any, base: Base | None = None) -> AppliedMethod:
+    """Load the pretrained model, by default the one in the notes, with the saved parameters, on the CPU."""
     import torch
 
     notes = notes_of(folder)
@@ -124,7 +127,7 @@ def load(folder: Path, processor: Any, base: Base | None = None) -> Applied:
         pretrained = base or Base.of(ModelBlock(**notes["base_model"]), notes["task"])
         model = load_model(pretrained, changes, head_is_new=task.FACTS.head_is_new)
         applied = apply(model, method, notes["task"])
-    _put_back(applied, folder)
+    _restore(applied, folder)
     if model.can_generate():
         from transformers import GenerationConfig
 
@@ -133,17 +136,16 @@ def load(folder: Path, processor: Any, base: Base | None = None) -> Applied:
     return applied
 
 
-def _put_back(applied: Applied, folder: Path) -> None:
-    """Strictly: a tensor too many or too few is another model's."""
+def _restore(applied: AppliedMethod, folder: Path) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(folder / WEIGHTS)
-    if applied.outer is not None:
+    if applied.peft_model is not None:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        expected = set(get_peft_model_state_dict(applied.outer, save_embedding_layers=False))
+        expected = set(get_peft_model_state_dict(applied.peft_model, save_embedding_layers=False))
         _refuse_others(expected, set(tensors), folder / WEIGHTS)
-        set_peft_model_state_dict(applied.outer, tensors)
+        set_peft_model_state_dict(applied.peft_model, tensors)
         return
     names = trained(applied.model)
     if applied.method.kind == "prompt":
@@ -151,8 +153,8 @@ def _put_back(applied: Applied, folder: Path) -> None:
     load_trained(applied.model, tensors, folder / WEIGHTS)
 
 
-def load_trained(model: Any, tensors: Mapping[str, Any], where: Path) -> None:
-    """Copy values into the parameters that are trained, whose names must be exactly these."""
+def load_trained(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Copy values into the trained parameters, which must have exactly these names."""
     import torch
 
     parameters = trained(model)
@@ -166,15 +168,15 @@ def load_trained(model: Any, tensors: Mapping[str, Any], where: Path) -> None:
             parameter.copy_(like(tensors[name], parameter))
 
 
-def _refuse_others(expected: set[str], found: set[str], where: Path) -> None:
-    wrong = sorted(expected ^ found)
+def _refuse_others(expected: set[str], names: set[str], where: Path) -> None:
+    wrong = sorted(expected ^ names)
     if wrong:
         raise SetupError(f"{where}: does not hold what was trained: {wrong[0]} ({len(wrong)} such tensors)")
 
 
 def merge(folder: Path, output: Path) -> None:
-    """Write the model with what was trained put into its own weights, which needs neither fulltune nor PEFT, as a plain
-    Hugging Face folder with its tokenizer and notes."""
+    """Merge trained parameters into the pretrained weights, and write a plain Hugging Face folder with tokenizer and
+    notes."""
     if output.exists() and any(output.iterdir()):
         raise SetupError(f"{output}: is not empty; name a new folder")
     if not can_be_merged(folder):
@@ -182,10 +184,10 @@ def merge(folder: Path, output: Path) -> None:
     notes, processor = notes_of(folder), processor_of(folder)
     applied = load(folder, processor)
     try:
-        model = applied.model if applied.outer is None else applied.outer.merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError) as error:  # what PEFT's kinds say that cannot merge
+        model = applied.model if applied.peft_model is None else applied.peft_model.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:  # raised by PEFT's methods that cannot merge
         raise SetupError(f"{folder}: PEFT cannot merge it: {' '.join(str(error).split())[:200]}") from error
     model.save_pretrained(output)
     processor.save_pretrained(output)
     files.write_json(output / NOTES, {name: notes[name] for name in notes if name not in ("method", "base_model")})
-    share(output)
+    share_permissions(output)

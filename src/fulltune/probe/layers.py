@@ -62,7 +62,7 @@ def body_of(model: PreTrainedModel) -> torch.nn.Module:
     """Return the model without its head; `NoProbe` if its class does not separate them."""
     body = getattr(model, model.base_model_prefix, None)
     if body is None:
-        raise NoProbe(f"{type(model).__name__} does not tell its body from its head")
+        raise NoProbe(f"{type(model).__name__} has no separate body")
     return body
 
 

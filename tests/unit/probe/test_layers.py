@@ -199,12 +199,12 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
         head_layers(model, "text-classification", 3)
     model = model_of("Bert", "text-classification")
     model.base_model_prefix = "elsewhere"
-    with pytest.raises(NoProbe, match="does not tell its body from its head"):
+    with pytest.raises(NoProbe, match="has no separate body"):
         head_layers(model, "text-classification", 3)
     rows = rows_of("single_label", 20)
     probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.baseline) == (None, None)
-    assert "does not tell its body from its head" in str(probe.failure)
+    assert "has no separate body" in str(probe.failure)
 
 
 def test_tokens_of_an_answer_are_not_read_where_no_layer_can_be_fitted(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def refuse_failed(checks: Sequence[Check], recorder: Recorder) -> None:
 
 
 def _parameters(model: PreTrainedModel, plan: Plan) -> Check:
-    fixed = methods.computed(model)
+    fixed = methods.sinusoidal_tables(model)
     parameters = [parameter for name, parameter in model.named_parameters() if name not in fixed]
     trainable = sum(_values(parameter) for parameter in parameters if parameter.requires_grad)
     total = sum(map(_values, parameters))

@@ -62,7 +62,7 @@ def load_pretrained(
     return model, base.processor, heads[0] if heads else None
 
 
-def apply_method(model: PreTrainedModel, recipe: Recipe) -> methods.Applied:
+def apply_method(model: PreTrainedModel, recipe: Recipe) -> methods.AppliedMethod:
     copied = names_of(model, recipe.task, recipe.method.label) if recipe.method.kind in ("lora", "peft") else ()
     with sharding.gathered_while_copied(model, copied):
         applied = methods.apply(model, recipe.method, recipe.task)
@@ -175,7 +175,7 @@ class Loaded:
     """Model, rows and arguments at the start of training."""
 
     arguments: TrainingArguments
-    applied: methods.Applied
+    applied: methods.AppliedMethod
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
     eval_rows: Rows

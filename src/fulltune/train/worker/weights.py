@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fulltune import methods
 from fulltune.files import write_json
-from fulltune.methods.folder import save, share
+from fulltune.methods.folder import save, share_permissions
 from fulltune.models import sharding
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
@@ -139,7 +139,7 @@ def load_finished(trainer: FullTrainer, checkpoint: Path, total_steps: int) -> t
 
 
 def save_model(
-    applied: methods.Applied,
+    applied: methods.AppliedMethod,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     recipe: Recipe,
@@ -173,7 +173,7 @@ def save_model(
         notes["method"] = recipe.method.model_dump(mode="json")
         notes["base_model"] = recipe.model.model_dump(mode="json")
     write_json(part / "fulltune.json", notes)
-    share(part)
+    share_permissions(part)
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
