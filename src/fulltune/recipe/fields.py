@@ -21,6 +21,7 @@ from fulltune.recipe.model import (
     CompareBlock,
     EvaluateBlock,
     ModelBlock,
+    PlainSettings,
     PreserveBlock,
     refuse,
 )
@@ -90,7 +91,7 @@ class Recipe(Block):
         """Hash the settings that shape a run; equal recipes continue each other's run."""
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def shaping(self) -> dict[str, Any]:
+    def shaping(self) -> PlainSettings:
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         # Of the machine, not of the result; but several runs are compared in memory and time as well.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
@@ -183,7 +184,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             problems.append(f"{setting}: expected a path in UTF-8, found {shown}; rename the file or folder")
         return path
 
-    paths: dict[str, dict[str, Any]] = {"data": {}, "preserve": {}}
+    paths: dict[str, PlainSettings] = {"data": {}, "preserve": {}}
     for block, names in _PATHS.items():
         for name in names:
             path = getattr(getattr(recipe, block), name)
@@ -199,7 +200,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     is_here = os.path.exists(base / _expanded(name))  # noqa: PTH110  # as `_expanded`
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or is_here:
         paths["model"] = {"name": absolute(name, "model.name")}
-    changed: dict[str, Any] = {block: getattr(recipe, block).model_copy(update=new) for block, new in paths.items()}
+    changed: PlainSettings = {block: getattr(recipe, block).model_copy(update=new) for block, new in paths.items()}
     file = recipe.train.engine_settings
     if isinstance(file, str):
         changed["train"] = recipe.train.with_engine_settings(absolute(file, ENGINE_SETTINGS))

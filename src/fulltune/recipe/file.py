@@ -18,17 +18,21 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe.fields import Recipe, resolve_paths
 from fulltune.recipe.methods import ComparedMethod
-from fulltune.recipe.model import NAME, Block
+from fulltune.recipe.model import NAME, Block, PlainSettings
 from fulltune.text import did_you_mean, near_names
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Lines = Mapping[str, int | str]
 """Line, or `--set` override, of each setting's dotted name, such as `methods.0.rank`."""
+
+FieldError = Mapping[str, Any]
+"""One of pydantic's errors."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -96,7 +100,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return resolve_paths(recipe, path.parent.resolve())
 
 
-def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Recipe:
+def check(values: PlainSettings, path: Path, lines: Lines | None = None) -> Recipe:
     """Turn plain values into a recipe, or raise a `RecipeError` with every problem. Rules of a block need valid
     settings, so wrong ones are removed and the rest is checked again."""
     problems, removed, remaining = list[str](), set[str](), copy.deepcopy(values)
@@ -138,7 +142,7 @@ def _not_about(problems: Iterable[str], removed: set[str]) -> list[str]:
     return [problem for problem in problems if not removed & {*re.findall(r"\w+\b(?!\.\w)", problem)}]
 
 
-def _corrects_kind(item: Mapping[str, Any], values: dict[str, Any]) -> bool:
+def _corrects_kind(item: FieldError, values: PlainSettings) -> bool:
     """Correct a misspelt kind, so that its block's other settings are checked."""
     if item["type"] != "union_tag_invalid":
         return False
@@ -150,7 +154,7 @@ def _corrects_kind(item: Mapping[str, Any], values: dict[str, Any]) -> bool:
     return bool(near)
 
 
-def _remove(item: Mapping[str, Any], values: dict[str, Any]) -> Iterable[str]:
+def _remove(item: FieldError, values: PlainSettings) -> Iterable[str]:
     """Remove the settings of an error from the recipe and yield their names."""
     block, at = values, _in_file(item)
     if len(at) > 1 and isinstance(values.get(at[0]), dict):
@@ -165,7 +169,7 @@ def _remove(item: Mapping[str, Any], values: dict[str, Any]) -> Iterable[str]:
             yield str(name)
 
 
-def _describe(item: Mapping[str, Any], values: dict[str, Any]) -> Iterable[str]:
+def _describe(item: FieldError, values: PlainSettings) -> Iterable[str]:
     """Describe a pydantic error, starting with the setting's name."""
     at, value = _in_file(item), item.get("input")
     name = ".".join(map(str, at))
@@ -212,7 +216,7 @@ _IN_WORDS = {"integer": "whole number", "string": "text"}
 _FEW = 12
 
 
-def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
+def _instead(at: tuple[str | int, ...], values: PlainSettings) -> str:
     name, block = str(at[-1]), at[:-1]
     if block[:2] != ("data", "train") and (answer := recipe_rules.answer(name)) is not None:
         return answer
@@ -258,7 +262,7 @@ _KINDS: dict[str, type[Block]] = {
 }
 
 
-def _in_file(item: Mapping[str, Any]) -> tuple[Any, ...]:
+def _in_file(item: FieldError) -> tuple[Any, ...]:
     """Return an error's location in the file, without parts that pydantic inserts."""
     at = item["loc"]
     kind_at = {"method": 1, "methods": 2}.get(str(at[0]) if at else "")
@@ -268,7 +272,7 @@ def _in_file(item: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(names[:-1] if len(names) > 1 and names[-1] in ("str", "tuple", "int", "float") else names)
 
 
-def _fields(at: Sequence[str | int], values: Any = None) -> dict[str, Any]:
+def _fields(at: Sequence[str | int], values: Any = None) -> dict[str, FieldInfo]:
     """Return the fields at a location, of all kinds of methods unless `values` names one."""
     blocks: list[type[Block]] = [Recipe]
     for part in at:
@@ -322,7 +326,7 @@ _SHORT = {"model": "name", "method": "kind"}
 """Blocks with a short form, and the setting it sets."""
 
 
-def _override(values: dict[str, Any], override: str) -> str:
+def _override(values: PlainSettings, override: str) -> str:
     """Apply one `block.name=value` and return its name; `ValueError` if that is impossible."""
     name, separator, text = (part.strip() for part in override.partition("="))
     *blocks, last = name.split(".")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fulltune.recipe.model import NAME, Block, read_by, refuse
+from fulltune.recipe.model import NAME, Block, PlainSettings, read_by, refuse
 
 RESERVED_NAMES = ("footprint", "measured", "shapes", "survey")
 """Names that no method may have, as other files of the run folder's `plan` have them."""
@@ -103,7 +103,7 @@ class FullMethod(_Trained):
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor between the learning rates of each layer and the one above it. 0.8 to 0.95 can help encoders with few rows
     and a random head; with a linear probe it gained nothing. 1: the same rate everywhere."""
-    train: dict[str, Any] = Field(default_factory=dict)
+    train: PlainSettings = Field(default_factory=dict)
     """Settings of this method in a comparison that differ from the block `train`, such as `{label_smoothing_factor:
     0.1}`, to measure their effect. The first `full` is the reference."""
 
@@ -190,7 +190,7 @@ class PeftMethod(_Trained):
     """A method of the library PEFT is trained."""
     type: str = Field(min_length=1)
     """Name of the method in PEFT, such as `IA3`, `LOHA`, `OFT` or `VERA`."""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: PlainSettings = Field(default_factory=dict)
     """Fields of the method's config in PEFT."""
 
     def differences(self) -> tuple[str, ...]:

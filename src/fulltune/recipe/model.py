@@ -28,6 +28,10 @@ Duration = Annotated[str, read_by(parse_seconds)]
 """A duration such as `30m`, `2h` or `90s`."""
 
 
+PlainSettings = dict[str, Any]
+"""Settings by name, as in the file."""
+
+
 class Block(BaseModel):
     """Base of all blocks: frozen, unknown keys refused, fields documented by their docstrings."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fulltune.recipe.model import Block, Duration, read_by, refuse
+from fulltune.recipe.model import Block, Duration, PlainSettings, read_by, refuse
 from fulltune.text import parse_bytes
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -47,7 +47,7 @@ class TrainBlock(Block):
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
     ] = "linear"
     """How the learning rate falls after the warm-up."""
-    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    lr_scheduler_kwargs: PlainSettings = Field(default_factory=dict)
     """More arguments of the schedule, for example `{min_lr_rate: 0.1}`."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Weight decay of AdamW; norms and biases have none."""
@@ -150,16 +150,16 @@ class TrainBlock(Block):
     on a CPU."""
     oversubscribe: bool = False
     """Allow more processes than CPU cores, to try a placement. It is slow."""
-    extra: dict[str, Any] = Field(default_factory=dict)
+    extra: PlainSettings = Field(default_factory=dict)
     """Any other field of `transformers.TrainingArguments`, except those that fulltune sets itself. `deepspeed` is a
     JSON file, relative to the recipe's folder, or its content."""
 
     @property
-    def engine_settings(self) -> str | dict[str, Any] | None:
+    def engine_settings(self) -> str | PlainSettings | None:
         """DeepSpeed settings of the recipe's own, or their file."""
         return self.extra.get("deepspeed")
 
-    def with_engine_settings(self, settings: str | dict[str, Any] | None) -> TrainBlock:
+    def with_engine_settings(self, settings: str | PlainSettings | None) -> TrainBlock:
         """Copy the block with other DeepSpeed settings, or with none."""
         others = {name: value for name, value in self.extra.items() if name != "deepspeed"}
         return self.model_copy(update={"extra": others if settings is None else {**others, "deepspeed": settings}})
