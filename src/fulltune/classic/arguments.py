@@ -1,4 +1,4 @@
-"""Translates the arguments of transformers 3 and 4 to those of transformers 5."""
+"""Translates arguments of transformers 3 and 4 to those of 5."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOT_THE_SCRIPT = ("fulltune", "transformers", "accelerate", "torch", "trl")
 
 
 def notice(text: str) -> None:
-    """Warn at the line of the user's script, so that Python warns once."""
+    """Warn at the line of the user's script, so that Python shows each text once."""
     level, frame = 1, sys._getframe()
     while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _NOT_THE_SCRIPT:
         level, frame = level + 1, frame.f_back

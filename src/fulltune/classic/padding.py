@@ -1,4 +1,4 @@
-"""Padding for scripts that set up none."""
+"""Adds a missing padding token, and pads rows of unequal length."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _are_unequal(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def complete(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -> DataCollator:
-    """Set the padding token of a model without one, and return a collator that can pad."""
+    """Set a missing padding token of the model, and return a collator that can pad."""
     reader = collate if tokenizer is None else tokenizer
     pad_of_reader = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
     lacks = collate is transformers.default_data_collator or type(collate) is PaddingCollator

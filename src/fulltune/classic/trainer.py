@@ -86,7 +86,7 @@ class Trainer(Guarded, transformers.Trainer):
         return model
 
     def train(self, *positional: object, **keywords: object) -> TrainOutput:
-        """Train as transformers does, then check the final loss and count the changed values.
+        """Train, check the final loss and count the changed values.
 
         Raises:
             GuardStop: Several steps were non-finite, or no value changed.
@@ -169,7 +169,6 @@ class Trainer(Guarded, transformers.Trainer):
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
 
     def before_first_step(self) -> None:
-        """Save the initial weights, and run the dry-run step."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
             _log.info("the model is sharded: no dry-run step, and changed values are not counted")
             return
@@ -181,7 +180,7 @@ class Trainer(Guarded, transformers.Trainer):
             self._untrained_loss = loss if self._first_step == 0 else None
 
     def judge_logged(self) -> None:
-        """Give one notice if the logged loss has diverged."""
+        """Warn once if the logged loss has diverged."""
         if self._may_rise:
             return
         losses = logged(self.state, "loss")

@@ -1,4 +1,4 @@
-"""A recipe for a PyTorch Lightning `Trainer` of one's own: module and rows (docs/guides/training.md)."""
+"""Trains a recipe with PyTorch Lightning's `Trainer` (docs/guides/training.md)."""
 
 from fulltune.lightning.module import FineTuningData, FineTuningModule
 from fulltune.lightning.prepare import FineTuning, prepare

@@ -39,8 +39,7 @@ PREFIX = "eval_"
 class FineTuningModule:
     """Fine-tunes all parameters of a model as planned; `prepare.based` adds `LightningModule`.
 
-    It logs `train_loss`, the loss of each step over all processes, and after each validation `eval_loss`,
-    `eval_accuracy` and other metrics of the task.
+    It logs `train_loss`, each step's loss over all processes, and `eval_loss`, `eval_accuracy` and other eval metrics.
     """
 
     # Attributes of `LightningModule`.
@@ -64,12 +63,12 @@ class FineTuningModule:
         self.head = head
         """Computes only the logits that the loss uses; None computes all."""
         self.sharded_by = ""
-        """Name of a strategy that shards weights and gradients, or an empty string."""
+        """Strategy that shards weights and gradients, or an empty string."""
         self.guard_history = step_guard.StepHistory()
         self._items: torch.Tensor | float = 1.0
-        """Items in the loss of the current step, over all processes."""
+        """Items in the current step's loss, over all processes."""
         self._loss: torch.Tensor | float = 0.0
-        """This process's part of the current step's loss so far."""
+        """This process's part of the current step's loss."""
         self._rows = 0
         self._is_last = False
         """True in the last micro batch of a step."""
@@ -108,7 +107,7 @@ class FineTuningModule:
         torch.empty((), dtype=torch.int64).random_()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        """Return the micro batch's part of the loss, which is a mean over the items of the global batch."""
+        """Return the micro batch's part of the step's loss, a mean over the items of the global batch."""
         trainer = self.trainer
         passes, processes = trainer.accumulate_grad_batches, trainer.world_size
         batch = dict(batch)
@@ -167,7 +166,7 @@ class FineTuningModule:
         self.guard_history = step_guard.StepHistory.from_json(checkpoint["fulltune"])
 
     def validation_step(self, batch: object, batch_idx: int) -> None:
-        """Log the task's metrics of all eval rows, which the processes score together."""
+        """Log the task's metrics of all eval rows."""
         trainer, plan, objective = self.trainer, self.plan, self.objective
         order, size = by_length(self.eval_rows), plan.eval_batch_size
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
@@ -202,10 +201,9 @@ class FineTuningModule:
 
 
 class TrainBatches:
-    """Iterates over one process's micro batches, each with the number of `ITEMS` in its step in this process.
+    """Iterates over one process's micro batches, each with the process's number of `ITEMS` in the whole step.
 
-    That number is needed before the step's first backward pass. `state_dict` lets Lightning resume inside an epoch. It
-    is no `DataLoader`, as Lightning would replace its sampler.
+    `state_dict` lets Lightning resume inside an epoch. It is no `DataLoader`, whose sampler Lightning would replace.
     """
 
     def __init__(self, module: FineTuningModule, trainer: Any) -> None:

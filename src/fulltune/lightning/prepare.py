@@ -50,12 +50,11 @@ _NO_EFFECT = {
     "train.early_stopping_threshold": "give the Trainer EarlyStopping(**job.monitor(), min_delta=...)",
     "train.report_to": "give the Trainer its loggers",
 }
-"""Settings without effect under Lightning, and what to do instead."""
+"""Settings without effect under Lightning, and alternatives."""
 
 
 def usable(package: str | None) -> str:
-    """Return the Lightning package: the given one, an imported one or an installed one. `lightning` and
-    `pytorch_lightning` contain the same code, but accept only their own classes.
+    """Return the named, imported or installed package of the two, each of which accepts only its own classes.
 
     Raises:
         SetupError: The package is missing.
@@ -69,7 +68,7 @@ def usable(package: str | None) -> str:
 
 @cache
 def based(ours: type, base: str, package: str) -> Any:
-    """Derive a class from ours and a base of the package, such as `LightningModule`."""
+    """Derive a class from ours and a base of the package."""
     return type(ours.__name__, (ours, getattr(import_module(package), base)), {"__doc__": ours.__doc__})
 
 
@@ -125,15 +124,15 @@ class FineTuning:
         return values | {"val_check_interval": batches, "check_val_every_n_epoch": None}
 
     def monitor(self) -> dict[str, str]:
-        """Return the arguments of `EarlyStopping` and `ModelCheckpoint` for the eval metric and its direction."""
+        """Return the eval metric and its direction for `EarlyStopping` and `ModelCheckpoint`."""
         plan = self.module.plan
         return {"monitor": PREFIX + plan.metric, "mode": "max" if plan.greater_is_better else "min"}
 
     def save(self, folder: str | Path, checkpoint: str | Path | None = None) -> None:
-        """Write a Hugging Face model folder, for `from_pretrained` and `fulltune predict`; rank 0 does this.
+        """Write a Hugging Face model folder by rank 0.
 
         Args:
-            folder: An older model there is replaced once the new one is complete.
+            folder: Its older model is replaced once the new one is complete.
             checkpoint: Lightning checkpoint to load first, such as `trainer.checkpoint_callback.best_model_path`.
 
         Raises:
@@ -169,7 +168,7 @@ def prepare(
     Args:
         recipe: Path of the recipe.
         overrides: Settings as for `--set`, such as `train.num_processes=2`.
-        run_folder: Folder for rows and plan; by default a fixed folder in `output`.
+        run_folder: Folder for rows and plan; by default one in `output`.
         package: Package of the `Trainer`, `lightning` or `pytorch_lightning`; by default the imported one.
 
     Raises:
@@ -199,7 +198,9 @@ def prepare(
     return FineTuning(folder, module, based(FineTuningData, "LightningDataModule", package)(module))
 
 
-def _load(job: Run, plan: Plan, summary: DataSummary) -> tuple[Any, ...]:
+def _load(
+    job: Run, plan: Plan, summary: DataSummary
+) -> tuple[Objective, transformers.PreTrainedTokenizerBase, selective_head.SelectiveHead | None, Rows, Rows]:
     recipe, task, data = job.recipe, task_named(job.recipe.task), job.folder / "data"
     transformers.set_seed(plan.seed)
     target = Target.of(summary)

@@ -1,1 +1,1 @@
-"""The parent process, which starts attempts."""
+"""Starts attempts from the parent process."""

@@ -1,4 +1,4 @@
-"""Runs an attempt in a new process, forwards its events and determines its outcome."""
+"""Runs an attempt in a new process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _POLL_SECONDS = 0.1
 
 
 def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_new_process) -> Outcome:
-    """Start an attempt's worker, forward its events and return its outcome, even if it could not write one."""
+    """Run an attempt's worker, forward its events and save its outcome."""
     kills, began = kernel_kills(), time.monotonic()
     child = start(request, request.folder / "log.txt")
     with forwarding_signals(child) as stop_signals:
@@ -55,7 +55,7 @@ def _unwritten(request: Request, status: OutcomeStatus, reason: str) -> Outcome:
 
 
 def _written(request: Request) -> list[Outcome]:
-    """Read the outcomes that the ranks wrote; ranks other than 0 write `outcome-rankN.json` if they fail."""
+    """Read the ranks' outcomes; other ranks than 0 write one if they fail."""
     files = (request.folder / "outcome.json", *sorted(request.folder.glob("outcome-rank*.json")))
     return [Outcome.load(file) for file in files if file.exists()]
 
@@ -113,7 +113,7 @@ def _outcome(
 
 
 _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
-"""Kinds of losses, those that explain the others first."""
+"""Kinds of lost machines, those that explain others first."""
 
 
 def _of_lost(part: LostMachine) -> tuple[OutcomeStatus, str]:
@@ -127,7 +127,7 @@ def _of_lost(part: LostMachine) -> tuple[OutcomeStatus, str]:
 
 @contextlib.contextmanager
 def forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
-    """Forward stop signals to the worker, and end it at the third one. Yields the list of signals received."""
+    """Forward stop signals to the worker and kill it at the third; yields the received signals."""
     received: list[int] = []
 
     def forward(number: int, _: object) -> None:
@@ -147,8 +147,8 @@ def forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
 
 
 def _follow(request: Request, child: spawn.Child, listener: Listener, stop_signals: Sequence[int]) -> bool:
-    """Forward the events of `metrics.jsonl` until the child has ended. Returns whether the child was killed because its
-    heartbeat stopped, by a clock that pauses while the machine sleeps."""
+    """Forward events until the child has ended; return true if it was killed because its heartbeat stopped. The
+    monotonic clock pauses while the machine sleeps."""
     path, position, answered = request.folder / "metrics.jsonl", 0, False
     heartbeat, last_beat, since = request.folder / HEARTBEAT, 0, time.monotonic()
     timeout = request.recipe.train.hang_timeout

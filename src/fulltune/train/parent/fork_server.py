@@ -75,8 +75,6 @@ def _fork(server: subprocess.Popen[bytes], line: str) -> ForkedWorker | None:
 
 
 class ForkedWorker:
-    """A worker that the server has forked."""
-
     args: Sequence[str] = ()
 
     def __init__(self, answers: IO[bytes], pid: int) -> None:

@@ -1,4 +1,4 @@
-"""Attempts on several machines: machine 0 starts them and the others follow; an end on one machine ends all."""
+"""Runs attempts on several machines, led by machine 0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
@@ -36,13 +36,13 @@ from fulltune.train.parent.child import forwarding_signals
 from fulltune.train.request import Request
 
 GRACE_SECONDS = 30.0
-"""Time for the processes of this machine to end after those of another machine."""
+"""Seconds for this machine's processes to end after those of another."""
 _CHECKING = "looking at this machine and the recipe's files"
 
 
 @contextlib.contextmanager
 def leading(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> Iterator[MachineGroup]:
-    """Lead the machines for the duration of a block, with machine 0's heartbeat; its end also ends the others."""
+    """Write machine 0's heartbeat during a block, whose end also ends the other machines."""
     phase(_CHECKING)
     own = machines.member(recipe, place, hardware.here(), uuid.uuid4().hex)
     others = {rank: Peer(place.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
@@ -62,7 +62,7 @@ class MachineGroup:
         self._has_begun = False
 
     def begin(self, phase: Callable[[str], None]) -> None:
-        """Wait for all machines and check that they agree."""
+        """Wait for all machines before the first attempt."""
         self._phase = phase
         _check_port(self._place)
         self.gather()
@@ -94,7 +94,7 @@ class MachineGroup:
             raise SetupError(problems)
 
     def start(self, request: Request, log: Path) -> spawn.Child:
-        """Start the attempt's processes on this machine and tell the others to start theirs; this is a `Starter`."""
+        """Start the attempt's processes on all machines; a `Starter`."""
         try:
             self.gather()
         except InterruptedRun as error:
@@ -155,7 +155,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def ended_as(member: Member) -> FulltuneError:
-    """Return an error for this machine that describes the end of another one."""
+    """Return the error that ended another machine."""
     problems = [f"{member.label}: {problem}" for problem in member.problems]
     problems = problems or [f"{member.label}: its command has ended"]
     if member.exit_code == InterruptedRun.exit_code:
@@ -178,7 +178,7 @@ def _check_port(place: MachineAddress) -> None:
 
 
 class _OnAllMachines:
-    """A running attempt, which ends on this machine soon after it has ended on another one."""
+    """A running attempt, which ends here soon after it has ended on another machine."""
 
     def __init__(self, child: spawn.Child, sign: Heartbeat, attempt: str, others: Mapping[Peer, str]) -> None:
         self._child, self._sign, self._attempt = child, sign, attempt
@@ -224,7 +224,8 @@ def _part_of(heard: Peer, attempt: str, instance: str) -> tuple[bool, LostMachin
     if member.last_part is not None and member.last_part.attempt == attempt:
         return True, member.last_part.lost
     if member.exit_code is not None:
-        kind: Any = "interrupted" if member.exit_code == InterruptedRun.exit_code else "machine"
+        is_stopped = member.exit_code == InterruptedRun.exit_code
+        kind: Literal["interrupted", "machine"] = "interrupted" if is_stopped else "machine"
         return True, lost(kind=kind, reason=f"ended with code {member.exit_code}")
     if heard.silent_seconds > machines.LOST_SECONDS:
         return True, lost(reason=f"gave no sign of life for {format_seconds(round(heard.silent_seconds))}")
@@ -232,7 +233,7 @@ def _part_of(heard: Peer, attempt: str, instance: str) -> tuple[bool, LostMachin
 
 
 def meeting(place: MachineAddress, attempt: str, address: str) -> MachineAddress:
-    """Return the place for torchrun's rendezvous: machine 0 listens on `address` only."""
+    """Return where torchrun meets the other machines; machine 0 listens on `address` only."""
     return replace(place, host=place.host if place.rank else address, attempt=attempt, address=address)
 
 
@@ -240,7 +241,7 @@ def meeting(place: MachineAddress, attempt: str, address: str) -> MachineAddress
 
 
 def follow(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> None:
-    """Take part in all attempts of machine 0, until its command ends."""
+    """Take part in all attempts until machine 0's command ends."""
     phase(_CHECKING)
     own = machines.member(recipe, place, hardware.here())
     with machines.heartbeat(place.file_of(recipe, place.rank), own) as sign:
@@ -255,7 +256,7 @@ def follow(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) 
 
 
 def _next(leader: Peer, place: MachineAddress, sign: Heartbeat, phase: Callable[[str], None]) -> Member:
-    """Return machine 0's record once it starts an attempt with this machine, or once its command has ended."""
+    """Return machine 0's record once it awaits this machine or has ended."""
     until = time.monotonic() + place.wait_seconds
     while True:
         member, own = leader.read(), sign.record

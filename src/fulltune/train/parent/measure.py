@@ -1,4 +1,4 @@
-"""`fulltune plan --measure`: dry runs with several settings, each in a process of its own."""
+"""Measures settings by dry runs for `fulltune plan --measure`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fulltune.train.request import Request
 MARGIN = 0.03
 """Relative difference of times that is noise."""
 MIN_SECONDS_TO_COMPILE = 600.0
-"""Shorter runs do not regain the minute or two that compiling takes."""
+"""Shortest run that wins back the minute or two of compiling."""
 _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 """Settings that follow from the micro batch and keep their reason."""
 
@@ -33,7 +33,7 @@ _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 
 
 def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
-    """Return rows with one more lever each, without those that the recipe sets or that have no effect."""
+    """Return rows with one more lever each, as far as the recipe leaves them open."""
     measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
     plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
     now: Changes = {}
@@ -51,7 +51,7 @@ def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
 
 
 def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSetting]:
-    """Return rows with the next two smaller and larger micro batches that divide a rank's share of the global batch."""
+    """Return rows with the next two smaller and larger divisors of a rank's share of the global batch."""
     if recipe.train.micro_batch_size is not None:
         return []
     share = plan.global_batch_size // plan.num_processes
@@ -74,7 +74,7 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSet
 
 
 def compilations(recipe: Recipe, best: MeasuredSetting, missing: str | None) -> list[MeasuredSetting]:
-    """Return a row with torch.compile, unless the recipe sets it; `missing` names a missing tool."""
+    """Return a row with torch.compile unless the recipe sets it; `missing` names a missing tool."""
     train = recipe.train
     if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
         return []
@@ -97,7 +97,7 @@ def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
 
 
 def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> Plan:
-    """Return the plan with the fastest settings that fit; all measurements are written beside it."""
+    """Return the plan with the fastest settings that fit, and save all measurements."""
     recipe, plan, folder = trial.recipe, trial.plan, trial.folder
     if trial.hooks.needs_this_process:
         raise SetupError("measure: compute_loss cannot be handed to the processes that measure")

@@ -15,7 +15,7 @@ from fulltune.text import format_bytes
 from fulltune.train.loop.step_guard import rate_factor
 
 MAX_UNCHANGED: dict[OutcomeStatus, int] = {"hung": 1, "killed": 4, "lost": 20}
-"""Most unchanged resumes of a command by status; preemptible machines are often lost."""
+"""Most resumes of a command with an unchanged plan, by status; preemptible machines are often lost."""
 _MARK = "; memory ran out"
 _WHERE: dict[Phase | None, str] = {
     None: "",
@@ -27,7 +27,7 @@ _WHERE: dict[Phase | None, str] = {
 }
 _MIN_REPORTED_BYTES = 2**20
 _MIN_GROWTH_BYTES = 64 * 2**20
-"""Smaller growth is noise of the libraries."""
+"""Memory growth below which libraries alone allocate."""
 _NO_SECOND_ATTEMPT = "with functions of your own, training runs in this process, which allows no second attempt"
 
 
@@ -45,11 +45,11 @@ class NextAttempt:
 
 
 def unknown(plan: Plan) -> None:
-    """Return no need, as a `Need` for unknown memory."""
+    """Return None as an unknown need."""
 
 
 def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: Need = unknown) -> NextAttempt | None:
-    """Plan the attempt after the last of this command's, or return None if nothing helps."""
+    """Plan the attempt after the last of `history`, or return None if nothing helps."""
     last = history[-1]
     if sum(outcome.status == last.status for outcome in history) <= MAX_UNCHANGED.get(last.status, 0):
         there = " when all machines are back" if last.status == "lost" else ""
@@ -117,7 +117,7 @@ def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str])
 
 
 def killed_too_often(last: Outcome) -> str:
-    """Tell the user that something keeps killing the training."""
+    """Return the message that something keeps killing the training."""
     return (
         f"{last.reason}. This happened {MAX_UNCHANGED['killed'] + 1} times in this command, without a sign that memory "
         "ran out. A person, a scheduler or a memory watcher (earlyoom, systemd-oomd) may have done it. Prevent that, "
@@ -126,7 +126,7 @@ def killed_too_often(last: Outcome) -> str:
 
 
 def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
-    """Tell the user that memory ran out and no setting is left to change."""
+    """Return the messages that memory ran out and no setting can help."""
     lines = [f"{short_of(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
     for name, changes, text in fallbacks(recipe, plan, last.phase, lambda changes: True):

@@ -109,7 +109,7 @@ def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAt
 
 
 def _with_folders(request: Request, resume: bool, listener: Listener, saved: int) -> Request:
-    """Create the attempt's folders, and add the newest sound checkpoint to its request."""
+    """Create the attempt's folders, and add the newest sound checkpoint."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, damaged = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
     if sound is not None and (problem := parallel_layout.misfit(sound, request.recipe)):

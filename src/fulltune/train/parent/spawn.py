@@ -1,4 +1,4 @@
-"""Starts a worker in a new process, asks it to stop and ends it."""
+"""Starts, stops and kills workers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ FSDP2_ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.a
 peaked at 745 MB instead of 1,020 to 1,100, in steps 15 and 23 % longer."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Limits of the kernels that oneDNN and PyTorch cache per shape (default 1,024: 280 MiB for 57 lengths in bf16); a step
-needs fewer than 64. Both variables are needed."""
+"""Limits of the kernels that oneDNN and PyTorch (both variables are needed) cache per shape: the default of 1,024 took
+280 MiB for 57 lengths in bf16; a step needs fewer than 64."""
 
 
 LAUNCHER = ranks.__name__  # starts several processes
