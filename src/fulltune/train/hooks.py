@@ -41,7 +41,7 @@ def _description(value: object) -> str:
 class Hooks:
     """The user's functions; with `compute_loss` training runs in this process."""
 
-    metrics: Callable[[Any, Any], Mapping[str, float]] | None = None
+    metrics: Callable[..., Mapping[str, float]] | None = None
     """`metrics(predictions, references)`: further metrics of the test rows, also called for each bootstrap sample. Both
     arguments are, for classifiers, arrays of class ids, 0/1 rows or numbers; for multiple choice, arrays of choice
     numbers; for taggers, lists of tags per row; for question answering, answers (empty if there is none) and lists of

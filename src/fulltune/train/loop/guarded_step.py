@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
+from accelerate import Accelerator
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
@@ -25,7 +27,7 @@ from fulltune.train.loop.step_guard import StepHistory, StepVerdict
 _log = logging.getLogger(__name__)
 
 
-def rows_in(batch: Mapping[str, Any]) -> int:
+def rows_in(batch: Mapping[str, object]) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 0)
 
 
@@ -41,12 +43,12 @@ class Guarded:
     """
 
     # Attributes of the `Trainer` beside this mixin.
-    accelerator: Any
-    args: Any
+    accelerator: Accelerator
+    args: transformers.TrainingArguments
     model: Any
-    state: Any
+    state: transformers.TrainerState
     optimizer: Any
-    is_deepspeed_enabled: Any
+    is_deepspeed_enabled: bool
 
     tokens_seen: torch.Tensor | int = 0
     tensors_with_gradient: frozenset[str] = frozenset()
@@ -57,7 +59,7 @@ class Guarded:
     guard_history: StepHistory = StepHistory()
     skips: bool = True
     """True skips suspect steps; False skips only non-finite ones."""
-    batches: Sequence[dict[str, Any]] = ()
+    batches: Sequence[Mapping[str, object]] = ()
     _losses: torch.Tensor | float = 0.0
     usual_loss: float = 0.0
     """Loss of the last clean step, which is logged instead of a non-finite loss."""
@@ -184,7 +186,7 @@ def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
     return all(bool(torch.stack(gradient.aminmax()).isfinite().all()) for gradient in gradients if gradient.numel())
 
 
-def explain(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
+def explain(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
     """Describe the first non-finite value in a step's micro batches; gradients stay as they are."""
     try:
         return _cause(model, batches)
@@ -192,7 +194,7 @@ def explain(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
         return f"where it came from could not be found ({type(error).__name__}: {str(error)[:80]})"
 
 
-def _cause(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
+def _cause(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
     if all(_is_all_masked(batch.get("labels")) for batch in batches):
         return "all its labels are masked, so that there is nothing to learn from"
     for name, parameter in model.named_parameters():
@@ -210,7 +212,7 @@ def _is_all_masked(labels: object) -> bool:
     return isinstance(labels, torch.Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all())
 
 
-def _first_non_finite_module(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
+def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> str | None:
     names: list[str] = []
 
     def watch(name: str, module: nn.Module) -> RemovableHandle:

@@ -35,6 +35,8 @@ _MAX_NAMED_ROWS = 32
 ITEMS = "num_items"
 """Key of a batch for the number of items in its loss."""
 
+Collate = Callable[[list[Row]], dict[str, Any]]
+
 
 def _leave_process_group(worker: int) -> None:
     if hasattr(os, "setpgrp"):  # a stop signal must not reach the worker: the last step needs rows; not on Windows
@@ -42,8 +44,8 @@ def _leave_process_group(worker: int) -> None:
 
 
 def collated(
-    rows: list[Any],
-    collate: Callable[[list[Any]], dict[str, Any]],
+    rows: list[Row],
+    collate: Collate,
     count_items: Callable[[torch.Tensor], int],
     head: SelectiveHead | None,
 ) -> dict[str, Any]:
@@ -134,6 +136,14 @@ class FullTrainer(Guarded, Trainer):
         return self.optimizer
 
     @property
+    def _schedule(self) -> Any:
+        return self.lr_scheduler
+
+    @property
+    def train_rows(self) -> Sequence[Row]:
+        return cast("Sequence[Row]", self.train_dataset)
+
+    @property
     def eval_rows(self) -> Sequence[Row]:
         return cast("Sequence[Row]", self.eval_dataset)
 
@@ -173,8 +183,7 @@ class FullTrainer(Guarded, Trainer):
         """Reset the learning rates restored from the checkpoint to the reduced rate."""
         if rate_factor(self._plan.rollbacks) == 1:
             return
-        schedule: Any = self.lr_scheduler
-        schedule = getattr(schedule, "scheduler", schedule)  # accelerate's wrapper
+        schedule = getattr(self._schedule, "scheduler", self._schedule)  # accelerate's wrapper
         groups = self._optimizer.param_groups
         for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * factor(schedule.last_epoch)
@@ -189,8 +198,8 @@ class FullTrainer(Guarded, Trainer):
         chunked = self.head.can_chunk and self._plan.chunked_loss and not whole
         return self.head.only(labels, trained, chunked=chunked)
 
-    def collated(self, rows: list[Any]) -> dict[str, Any]:
-        return collated(rows, self.data_collator, self.count_items, self.head)
+    def collated(self, rows: list[Row]) -> dict[str, Any]:
+        return collated(rows, cast("Collate", self.data_collator), self.count_items, self.head)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -222,9 +231,9 @@ class FullTrainer(Guarded, Trainer):
             nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> DataLoader[Row]:
         loader = DataLoader(
-            cast("Dataset[Any]", self.train_dataset),
+            cast("Dataset[Row]", self.train_dataset),
             batch_sampler=self.sampler,
             collate_fn=self.collated,
             num_workers=self.args.dataloader_num_workers,
@@ -261,7 +270,7 @@ class FullTrainer(Guarded, Trainer):
         # The Trainer refuses sharded state (transformers 5.24).
         optimizer = self._optimizer
         fsdp2.load_optimizer(self.model, optimizer.optimizer, Path(checkpoint))
-        schedule: Any = self.lr_scheduler
+        schedule = self._schedule
         schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -276,11 +285,10 @@ class FullTrainer(Guarded, Trainer):
             super()._save_checkpoint(model, trial)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             if self.is_shared:  # the Trainer does not save these then
-                schedule: Any = self.lr_scheduler
                 state = fsdp2.state_of(self.model, self._optimizer.optimizer)
                 fsdp2.save(self.model, state, folder, self.trained_only)
                 if self.args.should_save:
-                    torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
+                    torch.save(self._schedule.state_dict(), folder / SCHEDULER_NAME)
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
             if self.args.should_save:

@@ -18,9 +18,12 @@ _LAYER = re.compile(r"\.(?:layers?|h|blocks?|block)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|word_embeddings|shared)")
 
 
+Group = dict[str, Any]
+
+
 def planned_optimizer(
     model: nn.Module, plan: Plan, arguments: TrainingArguments | SimpleNamespace, head_modules: Sequence[str]
-) -> tuple[type[torch.optim.Optimizer], list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[type[torch.optim.Optimizer], list[Group], dict[str, Any]]:
     kind, options = Trainer.get_optimizer_cls_and_kwargs(cast("TrainingArguments", arguments), cast("Any", model))
     if (own := optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)) is not None:
         kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own
@@ -34,7 +37,7 @@ def planned_optimizer(
 
 def parameter_groups(
     names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float, head: Collection[str] = ()
-) -> list[dict[str, Any]]:
+) -> list[Group]:
     """Group parameter names: two groups in transformers' order, so that checkpoints fit, or by depth from the top; the
     head's groups come last. The first group's learning rate is logged."""
     body = [name for name in names if name not in head]
@@ -46,14 +49,14 @@ def parameter_groups(
     return [*groups, *({**group, "lr": plan.head_learning_rate or 0.0} for group in of_head if group["params"])]
 
 
-def _by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
+def _by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: float) -> list[Group]:
     return [
         {"params": [name for name in names if name in decayed], "weight_decay": weight_decay},
         {"params": [name for name in names if name not in decayed], "weight_decay": 0.0},
     ]
 
 
-def _by_depth(names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float) -> list[dict[str, Any]]:
+def _by_depth(names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float) -> list[Group]:
     num_layers = max((int(match.group(1)) + 1 for name in names if (match := _LAYER.search(name))), default=0)
     groups: dict[tuple[int, bool], list[str]] = {}
     for name in names:

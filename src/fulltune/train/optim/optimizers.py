@@ -64,7 +64,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -86,7 +86,7 @@ class AdamW(torch.optim.Optimizer):
                 raise SetupError(f"train.optim: expected weights in fp32 or bf16, found {parameter.dtype}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # any loss
+    def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]  # any loss
         """Update all tensors with a gradient; a `closure`, as Lightning passes, is called first."""
         with torch.enable_grad():
             loss = None if closure is None else closure()

@@ -70,11 +70,11 @@ def forget_unused_conversions(model: PreTrainedModel) -> None:
         vars(model)["_weight_conversions"] = [conversion for conversion in conversions if conversion.was_used()]
 
 
-def is_in_engine(parameter: Any) -> bool:
+def is_in_engine(parameter: torch.Tensor) -> bool:
     return bool(parameter.requires_grad) and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"))
 
 
-def whole(parameter: Any) -> torch.Tensor:
+def whole(parameter: torch.Tensor) -> torch.Tensor:
     """Gather a parameter or a buffer in fp32: of a trained parameter DeepSpeed's fp32 copy."""
     import deepspeed
 
@@ -85,7 +85,7 @@ def whole(parameter: Any) -> torch.Tensor:
     return values.float() if values.is_floating_point() else values
 
 
-def second_moment(parameter: Any) -> torch.Tensor:
+def second_moment(parameter: torch.Tensor) -> torch.Tensor:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return safe_get_full_optimizer_state(parameter, "exp_avg_sq")
@@ -106,7 +106,7 @@ def holds(model: PreTrainedModel) -> bool:
 def write_whole(model: PreTrainedModel, folder: Path) -> None:
     """Write the model's weights as plain safetensors in fp32, tied ones once; see `fsdp2.write_by_file`."""
     saved = model.state_dict().keys()
-    tensors: dict[str, Any] = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
     shapes = {
         name: torch.empty(

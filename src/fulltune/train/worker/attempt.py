@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import TrainerCallback, TrainerState
@@ -22,7 +22,7 @@ from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.step_guard import nothing_learned, short_notice_warning
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import distributed, loading, weights
-from fulltune.train.worker.best import keep_best
+from fulltune.train.worker.best import Fields, keep_best
 from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed
 from fulltune.train.worker.dry_run import dry_run
 from fulltune.train.worker.evaluation import Evaluator
@@ -42,7 +42,7 @@ class Training:
     checks: list[Check]
 
 
-def train(inputs: AttemptInputs) -> dict[str, Any]:
+def train(inputs: AttemptInputs) -> Fields:
     """Load, check, train, choose the weights and save; returns fields of `Outcome`, none on ranks but 0."""
     plan = inputs.plan
     loaded = loading.load_for_training(inputs)
@@ -97,7 +97,7 @@ def _begin(training: Training) -> None:
     _stop_before_training(inputs)  # a signal may have come while the eval rows were scored
 
 
-def _trained(training: Training) -> dict[str, Any]:
+def _trained(training: Training) -> Fields:
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
     request, recorder, journal, usage = inputs.request, inputs.recorder, inputs.journal, inputs.usage
     plan, is_sharded, initial = inputs.plan, inputs.layout is not None, None

@@ -13,11 +13,12 @@ from fulltune.text import counted
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
 
+Fields = dict[str, Any]
 FALLING = ("linear", "cosine", "polynomial")
 """Schedules whose learning rate ends near 0."""
 
 
-def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) -> dict[str, Any]:
+def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) -> Fields:
     """Load the best weights into the model, unless the last ones are as good; returns their fields of `Outcome`."""
     best, best_metric = state.best_global_step, state.best_metric
     if not inputs.recipe.train.load_best_model_at_end:
@@ -37,13 +38,13 @@ def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) 
     return {"best_step": best, "best_metric": best_metric}
 
 
-def _at_end(inputs: AttemptInputs, state: TrainerState) -> dict[str, Any]:
+def _at_end(inputs: AttemptInputs, state: TrainerState) -> Fields:
     name = f"eval_{inputs.plan.metric}"
     scored = [entry[name] for entry in state.log_history if name in entry and entry["step"] == state.global_step]
     return {"best_step": state.global_step, "best_metric": scored[-1] if scored else None}
 
 
-def _last(inputs: AttemptInputs, state: TrainerState) -> dict[str, Any] | None:
+def _last(inputs: AttemptInputs, state: TrainerState) -> Fields | None:
     plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
     if plan.metric not in inputs.summary.form.row_shares:
         return None

@@ -9,7 +9,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[RowSubset], object]) -> list[Check]:
     """Run two steps at the longest micro batch, an evaluation at the longest eval batch and timed passes, then restore
     everything. Loss and forecast (None for a non-finite loss) go to `inputs.usage`."""
-    began, plan, rows = time.monotonic(), inputs.plan, cast("Any", trainer.train_dataset)
+    began, plan, rows = time.monotonic(), inputs.plan, trainer.train_rows
     longest = by_length(rows)[: plan.micro_batch_size]
     forecast: TimeNeed | None = None
     unreached: tuple[str, ...] = ()
@@ -134,9 +134,9 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
-def check_of(batch: dict[str, Any], loss: float, began: float, passed: bool = True) -> Check:
+def check_of(batch: Mapping[str, torch.Tensor], loss: float, began: float, passed: bool = True) -> Check:
     # Without tokens it is an image: channels, height and width.
-    first: Any = batch.get("input_ids", batch.get("pixel_values"))
+    first = batch["input_ids" if "input_ids" in batch else "pixel_values"]
     size = " x ".join(map(str, first.shape[1:])) + (" tokens" if "input_ids" in batch else " values")
     return Check(
         name="dry-run step",
@@ -205,7 +205,7 @@ class PassTimer:
 
     def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
         """Run forward and backward on rows and return loss and seconds; `keep` adds to the present gradients."""
-        trainer, rows = self.trainer, cast("Any", self.trainer.train_dataset)
+        trainer, rows = self.trainer, self.trainer.train_rows
         if not keep:
             self.optimizer.zero_grad()
         began = self._now()

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -29,7 +28,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
-from fulltune.tasks import Target, Task, task_named
+from fulltune.tasks import Row, Target, Task, task_named
 from fulltune.tasks.labels import class_weights
 from fulltune.train import checkpoints
 from fulltune.train.journal import PROBING
@@ -87,7 +86,7 @@ class Objective:
     def _class_weights(self) -> Sequence[float] | None:
         return class_weights(self.recipe, self.summary)
 
-    def collate(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def collate(self, features: list[Row]) -> dict[str, torch.Tensor]:
         """Collate rows into the model's inputs: `input_ids[rows, tokens]`, `labels` and others of the task."""
         return model_batch(self.model, self.task, features, self.pad_token_id)
 
