@@ -135,7 +135,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
         if runs_here:
             check_weights(base)
     except SetupError as error:
-        raise SetupError([*error.problems, *data.wrong_files(job.recipe, job.hooks.preprocess)]) from None
+        raise SetupError([*error.problems, *data.file_problems(job.recipe, job.hooks.preprocess)]) from None
     check_recipe(job.recipe, base, runs_here)
     check_texts(job.recipe.preserve)
     stage = data.Stage(

@@ -16,9 +16,9 @@ import numpy as np
 
 from fulltune.audit.languages import OTHER_LANGUAGE, ColumnLanguages, add_languages, foreign_language
 from fulltune.audit.texts import PARTS, cells, checks_of, flaws, masked_text, whole_texts
-from fulltune.audit.texts.content import alike
+from fulltune.audit.texts.content import similar_names
 from fulltune.audit.texts.flaw import Flaw
-from fulltune.data.groups import draw, grams, jaccard, joined, signatures
+from fulltune.data.groups import draw, grams, jaccard, join_near, signatures
 from fulltune.data.patch import Decisions, PatchedRows, load_patch, numbered
 from fulltune.data.sources import find_files, read_rows
 from fulltune.inference.store import row_id, texts
@@ -145,7 +145,7 @@ def scan_rows(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
             scan.labels.append(scan.names.setdefault(names, len(scan.names)) if names else -1)
             for part, part_checks in checks.items():
                 for column, text in cells(row, rows.target.columns, part):
-                    scan.issues += [_flawed(rows, split, row, column, flaw) for flaw in flaws(text, part_checks)]
+                    scan.issues += [_flaw_issue(rows, split, row, column, flaw) for flaw in flaws(text, part_checks)]
             if (turns := rows.target.columns.get("messages")) and (faults := chat_faults(chat.clean(row[turns]))):
                 reason = masked_text(first_few(faults))
                 scan.issues.append(rows.issue(CHAT_FAULT, (split, row), reason, score=float(len(faults))))
@@ -189,19 +189,19 @@ def named(
         yield split, row, numbered(key[1], times[key])
 
 
-def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
+def _flaw_issue(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
     # A turn of a conversation is not a cell, so it cannot be replaced.
     repairable = flaw.fixed is not None and isinstance(row[column], str)
     remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None
     return rows.issue(flaw.check, (split, row), f"column '{column}': {flaw.reason}", remedy)
 
 
-def in_classes_alike(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
+def in_similar_classes(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
     """Propose the more frequent of similar class names."""
     of_number, counts = Counter(scan.labels), Counter[str]()
     for names, number in scan.names.items():
         counts.update(dict.fromkeys(names, of_number[number]))
-    instead = {name: names[0] for names in alike(counts) for name in names[1:]}
+    instead = {name: names[0] for names in similar_names(counts) for name in names[1:]}
     issues, column = list[RowIssue](), rows.target.columns.get("label", "")
     for split, row in rows.all() if instead else ():
         labels = rows.task.row_labels(row, rows.target)
@@ -250,23 +250,23 @@ def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
     leaks = train & np.isin(keys, keys[~train])
     near = keys
     if rows.has_texts:
-        near = joined(keys.view(np.uint64), scan.signed, _CANDIDATE).view(np.int64)
-    alike = _held_out_twins(scan, train, leaks, near)
+        near = join_near(keys.view(np.uint64), scan.signed, _CANDIDATE).view(np.int64)
+    twins = _held_out_twins(scan, train, leaks, near)
     votes = _votes(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
     torn = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
     # Rows with the majority's label stay.
     for position in np.flatnonzero(torn).tolist():
         torn[position] = _most(votes[int(keys[position])]) != labels[position]
-    held_out = _held_out(rows, scan, set(chain.from_iterable(alike.values())))
+    held_out = _held_out(rows, scan, set(chain.from_iterable(twins.values())))
     names = {number: labels for labels, number in scan.names.items()}
     column, is_list = rows.target.columns.get("label"), rows.target.form.several_labels
     issues: list[RowIssue] = []
     wanted = again | torn
-    wanted[list(alike)] = True
+    wanted[list(twins)] = True
     for position, row in zip(range(scan.counts["train"]), rows.of("train"), strict=True):
         if not wanted[position]:
             continue
-        others = [held_out[other] for other in alike.get(position, ())]
+        others = [held_out[other] for other in twins.get(position, ())]
         issue = partial(rows.issue, of=("train", row))
         if again[position]:
             issues.append(issue(DUPLICATE, reason="the same row, label or answer included, occurs earlier in train"))

@@ -22,8 +22,8 @@ from fulltune.audit.rows import (
     SPLITS,
     AuditedRows,
     RowScan,
-    in_classes_alike,
     in_other_languages,
+    in_similar_classes,
     named,
     repeated,
     scan_rows,
@@ -76,7 +76,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, recipe if summary.packed else None)
     scan = scan_rows(rows, sum(split.rows for split in summary.splits.values()), reader.listener)
-    issues = [*scan.issues, *repeated(rows, scan), *in_classes_alike(rows, scan), *in_other_languages(rows, scan)]
+    issues = [*scan.issues, *repeated(rows, scan), *in_similar_classes(rows, scan), *in_other_languages(rows, scan)]
     checks = _text_checks(rows, scan)
     not_run = dict.fromkeys(missing(), "needs the extra 'audit'")
     if rows.has_texts and (why := languages_obstacle(scan.languages)) is not None:
@@ -86,14 +86,14 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
     labels = None
     try:
         if OUTLIER in wanted:
-            issues += _outlying(rows, reader, scan, not_run)
+            issues += _outlier_issues(rows, reader, scan, not_run)
             checks.add(OUTLIER)
     except NoProbe as no:
         not_run[OUTLIER] = str(no)
     try:
         if LABEL in wanted:
             positions, judged = judge(reader)
-            issues += _mislabelled(rows, positions, judged)
+            issues += _label_issues(rows, positions, judged)
             labels = judged.about
             checks |= {LABEL, DOUBTFUL}
     except NoProbe as no:
@@ -178,7 +178,7 @@ def load_issues(folder: Path) -> list[RowIssue]:
         raise SetupError(f"{folder / ISSUES}: cannot be read; delete it and run 'fulltune data' again") from None
 
 
-def _outlying(rows: AuditedRows, reader: Reader, scan: RowScan, not_run: dict[str, str]) -> list[RowIssue]:
+def _outlier_issues(rows: AuditedRows, reader: Reader, scan: RowScan, not_run: dict[str, str]) -> list[RowIssue]:
     far, usual, num_unread = outliers(reader, np.array(scan.keys[: scan.counts["train"]], np.uint64), scan.counts)
     issues: list[RowIssue] = []
     for split, distances in far.items():
@@ -195,7 +195,7 @@ def _outlying(rows: AuditedRows, reader: Reader, scan: RowScan, not_run: dict[st
     return issues
 
 
-def _mislabelled(rows: AuditedRows, positions: np.ndarray, judged: JudgedLabels) -> list[RowIssue]:
+def _label_issues(rows: AuditedRows, positions: np.ndarray, judged: JudgedLabels) -> list[RowIssue]:
     issues, column = list[RowIssue](), rows.target.columns.get("label")
     listed = {int(positions[at]): at for at in np.flatnonzero(judged.suspects | judged.doubtful)}
     for position, row in enumerate(rows.of("train")):

@@ -171,7 +171,7 @@ def judge_items(items: Items) -> JudgedLabels:
 def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
     """Return the margin that suspects are below, their recall and precision, and the estimated number of errors."""
     margins, planted = np.sort(margins), np.sort(planted)
-    wrong = max(_at_least(margins, planted, share) for share in SURE)
+    wrong = max(_min_errors(margins, planted, share) for share in SURE)
     cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
     for cut in cuts:
         suspects, recall = int(np.searchsorted(margins, cut)), float(np.searchsorted(planted, cut)) / len(planted)
@@ -181,7 +181,7 @@ def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, 
     return -math.inf, 0.0, 0.0, wrong
 
 
-def _at_least(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
+def _min_errors(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
     """Estimate errors from margins below a quantile of planted ones, minus one standard error."""
     surely = int(np.searchsorted(margins, np.quantile(planted, share)))
     # A number of rows and a share of what is planted: both are counted, and vary as counts do.

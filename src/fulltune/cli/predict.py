@@ -23,7 +23,7 @@ from rich.markup import escape
 from fulltune import predict
 from fulltune.cli.stages import err
 from fulltune.data.readers.columnar import class_names
-from fulltune.data.readers.read import DataFiles, beside, locate
+from fulltune.data.readers.read import DataFiles, locate, resolve_image_paths
 from fulltune.data.readers.text_files import SEPARATED, csv_reader, delimiter_of
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.files import replacing
@@ -71,7 +71,7 @@ class PredictInput:
             if self.table is None:
                 yield predict.row_from_text(row["text"], notes)
             else:
-                yield beside(row, self.images_in, image) if image and self.images_in else row
+                yield resolve_image_paths(row, self.images_in, image) if image and self.images_in else row
 
     def types(self) -> dict[str, Any]:
         """Return the column types of a parquet input; other files hold text."""

@@ -2,7 +2,7 @@
 
 from fulltune.data.limits import Limits
 from fulltune.data.prepare import SUMMARY, Stage, prepare
-from fulltune.data.sources import wrong_files
+from fulltune.data.sources import file_problems
 from fulltune.data.written import DROPPED
 
 __all__ = [
@@ -10,6 +10,6 @@ __all__ = [
     "SUMMARY",
     "Limits",
     "Stage",
+    "file_problems",
     "prepare",
-    "wrong_files",
 ]

@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 
 from fulltune.audit.texts import masked_text
-from fulltune.audit.texts.content import alike_in_words
+from fulltune.audit.texts.content import note_similar_names
 from fulltune.audit.texts.flaw import RE, masked
 from fulltune.data.contamination import ForbiddenTexts
 from fulltune.data.encode import NEW_LABEL, DropKind, Dropped, EncodedSource
-from fulltune.data.groups import problems_of, time_in_words
+from fulltune.data.groups import column_problems, format_time
 from fulltune.data.sources import SourceName, is_mixed
 from fulltune.data.split import HELD_OUT, SPLITS, Split, held_out_rows, largest_group
 from fulltune.data.written import stored_rows
@@ -60,7 +60,7 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
                 "data.undecodable_images: drop"
             )
         if not is_mixed(name):
-            problems += problems_of(recipe.data, tally, whole.num_rows, where)
+            problems += column_problems(recipe.data, tally, whole.num_rows, where)
         problems += _too_many(whole, "unusable", (), whole.num_read)
         problems += _too_many(whole, "unfit", allowed, whole.num_read - tally.of("unusable").total())
         if strategy == "error" and (count := tally.of("too long").total()):
@@ -100,7 +100,7 @@ def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> No
     why = f": all its rows were held out{by}; add rows with it, remove these, or change data.split_seed"
     problems = [
         f"{splits[name].source.where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train"
-        f"{'; add rows to train or remove them here' if splits[name].is_file else why}"
+        f"{'; add rows to train or remove them here' if splits[name].has_own_file else why}"
         for name in HELD_OUT
         for label, count in sorted(splits[name].label_counts().items())
         if label not in train
@@ -121,7 +121,7 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
     counts = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
     if "label" not in target.columns:
         return remarks
-    if similar_names := alike_in_words(counts):
+    if similar_names := note_similar_names(counts):
         remarks.append(similar_names)
     if unused := [f"'{name}'" for name in target.labels if name not in counts]:
         remarks.append(
@@ -154,7 +154,7 @@ def num_shared(split: Split, other: Split, of: Literal["groups", "group_values"]
     return int(np.isin(getattr(split, of), getattr(other, of)).sum())
 
 
-def unmeasured(train: Split, test: Split) -> list[str]:
+def note_unmeasured(train: Split, test: Split) -> list[str]:
     """Note classes of train with few test rows or none."""
     in_train, in_test = train.label_counts(), test.label_counts()
     scarce = sorted((in_test[name], name) for name in in_train if in_test[name] < _FEW_OF_A_CLASS)
@@ -176,7 +176,7 @@ def late_rows(splits: Mapping[SplitName, Split]) -> np.ndarray:
     return ~np.logical_or.reduce([split.rows for split in splits.values() if split.source is splits["train"].source])
 
 
-def listed_late(block: DataBlock, train: EncodedSource, late: np.ndarray) -> Iterator[Dropped]:
+def dropped_late(block: DataBlock, train: EncodedSource, late: np.ndarray) -> Iterator[Dropped]:
     same = f"its text, or its '{block.group}'," if block.group else "its text"
     reason = f"{same} also occurs before the time at which this split by '{block.time}' begins"
     for _, place, row in stored_rows(train, late):
@@ -218,7 +218,7 @@ def _split_by_time(block: DataBlock, own: Mapping[SplitName, Split], late: int) 
     spans = []
     for name, split in own.items():
         times = train.times[split.rows]
-        first, last = (time_in_words(kind, float(time)) for time in (times.min(), times.max()))
+        first, last = (format_time(kind, float(time)) for time in (times.min(), times.max()))
         spans.append(f"{name} {first} to {last}")
     note = f"split by '{block.time}': {', '.join(spans)}"
     if late:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fulltune.data.groups import draw, mixed_numbers
+from fulltune.data.groups import draw, rehash
 from fulltune.data.readers.files import data_files, is_data, reading
 from fulltune.data.readers.read import DataFiles, PlacedRow
 from fulltune.data.readers.text_files import has_blank_lines
@@ -72,7 +72,7 @@ def _runs(words: list[str]) -> np.ndarray:
     hashes = np.zeros(count, np.uint64)
     for place in range(NUM_WORDS):
         hashes = hashes * _BASE + numbers[place : place + count]
-    return np.unique(mixed_numbers(hashes))
+    return np.unique(rehash(hashes))
 
 
 # ---- the texts here --------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def _is_word(part: object) -> bool:
 # ---- the rows --------------------------------------------------------------------------------------------------
 
 
-def holding(
+def rows_with_forbidden(
     forbidden: ForbiddenTexts | None, keys: Sequence[str], rows: Sequence[PlacedRow], target: Target
 ) -> np.ndarray:
     """Mark rows with a forbidden text: bool [rows], or no rows without such texts. `keys` are group keys."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fulltune.audit.texts import CHEAP, MAX_CHECKED, cells, checks_of, found_by, masked_cells
-from fulltune.data.contamination import ForbiddenTexts, holding
-from fulltune.data.groups import RowCounts, draw, joined, joined_by_value, marks_of, signatures
+from fulltune.data.contamination import ForbiddenTexts, rows_with_forbidden
+from fulltune.data.groups import RowCounts, draw, groups_and_times, join_by_value, join_near, signatures
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
 from fulltune.inference.store import record_batch, words, write_rows
@@ -144,7 +144,7 @@ def _joined(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
         labels.append(np.array(places, np.int64)[part.labels])
         row_of.append(part.row_of + num_rows)
         num_rows += part.num_rows
-        tally.take(part.tally)
+        tally.merge(part.tally)
     columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
     return replace(
         parts[0],
@@ -202,7 +202,9 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         for example in examples
     ]
     keys = [task.group_key(row, job.target) for _, row in rows]
-    values, times = marks_of(rows, block.group, block.time if job.source == "train" else None, block.split_seed, tally)
+    values, times = groups_and_times(
+        rows, block.group, block.time if job.source == "train" else None, block.split_seed, tally
+    )
     sets: dict[tuple[str, ...], int] = {}
     labels = [sets.setdefault(tuple(task.row_labels(row, job.target)), len(sets)) for _, row in rows]
     _count_flaws(job, (row for _, row in rows), tally)
@@ -220,7 +222,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         signatures=signatures(keys if block.near_duplicates < 1 else []),
         group_values=values,
         times=times,
-        holds_forbidden=holding(job.forbidden, keys, rows, job.target),
+        holds_forbidden=rows_with_forbidden(job.forbidden, keys, rows, job.target),
         labels=np.array(labels, np.int64),
         label_sets=tuple(sets),
         tally=tally,
@@ -299,8 +301,8 @@ def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: flo
         np.concatenate([getattr(source, name) for source in sources.values()])
         for name in ("groups", "signatures", "group_values")
     )
-    groups = joined(groups, signed, near_duplicates) if near_duplicates < 1 else groups
-    split_groups = joined_by_value(groups, values) if len(values) else groups
+    groups = join_near(groups, signed, near_duplicates) if near_duplicates < 1 else groups
+    split_groups = join_by_value(groups, values) if len(values) else groups
     parts = zip(np.split(groups, ends), np.split(split_groups, ends), strict=True)
     return {
         name: replace(source, groups=of_groups, split_groups=of_sides)
@@ -317,10 +319,10 @@ def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chun
     # A forked worker shares the tokenizer; forking is safe on Linux only.
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     waiting: deque[Future[Chunk]] = deque()
-    with ProcessPoolExecutor(num_workers, context, _take_job, (job,)) as pool:
+    with ProcessPoolExecutor(num_workers, context, _keep_job, (job,)) as pool:
         try:
             for piece in pieces:
-                waiting.append(pool.submit(_encode_here, piece))
+                waiting.append(pool.submit(_encode_in_worker, piece))
                 if len(waiting) > 2 * num_workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -338,13 +340,13 @@ def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chun
 _job: Job | None = None
 
 
-def _take_job(job: Job) -> None:
+def _keep_job(job: Job) -> None:
     """Keep the job in a worker, so that the tokenizer is sent only once."""
     global _job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
     _job = job
 
 
-def _encode_here(piece: list[PlacedRow]) -> Chunk:
-    assert _job is not None, "_take_job runs first"
+def _encode_in_worker(piece: list[PlacedRow]) -> Chunk:
+    assert _job is not None, "_keep_job runs first"
     return encode_chunk(_job, piece)

@@ -133,17 +133,17 @@ def _keys(band: np.ndarray) -> np.ndarray:
     return keys
 
 
-def joined(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.ndarray:
+def join_near(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.ndarray:
     """Return group numbers that near rows share, others keep: uint64 [rows]."""
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     of_number = clusters(signed[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))
     # A new number is drawn from the first member: the smallest of several would put large clusters first.
-    shared = np.where(sizes[of_number] > 1, mixed_numbers(numbers[of_number]), numbers)
+    shared = np.where(sizes[of_number] > 1, rehash(numbers[of_number]), numbers)
     return np.asarray(shared[inverse], np.uint64)
 
 
-def mixed_numbers(numbers: np.ndarray) -> np.ndarray:
+def rehash(numbers: np.ndarray) -> np.ndarray:
     """Map numbers to uniform ones, equal numbers to equal ones: uint64."""
     return _mixed(numbers + _BASE)
 
@@ -157,7 +157,7 @@ def _components(pairs: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(connected_components(graph, directed=False)[1])
 
 
-def joined_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return numbers shared by rows that a chain of equal groups and equal values connects: uint64 [rows].
 
     A value that stands alone keeps its drawn number, so added rows move no others.
@@ -171,7 +171,7 @@ def joined_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     # Values are sorted, so the first one of a component is its smallest.
     _, first, component, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     # A new number is drawn from it: the smallest of several would put large components first.
-    drawn = np.where(sizes > 1, mixed_numbers(numbers[first]), numbers[first])
+    drawn = np.where(sizes > 1, rehash(numbers[first]), numbers[first])
     return np.asarray(drawn[component][of_value], np.uint64)
 
 
@@ -214,7 +214,7 @@ class RowCounts:
         if self.counts[kind, what] <= _MAX_PLACES:
             self.first.setdefault((kind, what), []).append((place, detail))
 
-    def take(self, other: RowCounts) -> None:
+    def merge(self, other: RowCounts) -> None:
         """Add the counts of the rows that follow."""
         self.counts.update(other.counts)
         for key, places in other.first.items():
@@ -226,7 +226,7 @@ class RowCounts:
         return Counter({what: count for (of, what), count in self.counts.items() if of == kind})
 
 
-def marks_of(
+def groups_and_times(
     rows: Sequence[PlacedRow], group: str | None, time: str | None, seed: int, tally: RowCounts
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read each row's group hash (uint64 [rows]) and time (float64 [rows]), empty if not set; `tally` counts faults."""
@@ -234,12 +234,12 @@ def marks_of(
     for number, (place, row) in enumerate(rows):
         if group:
             try:
-                values[number] = draw(seed, value_of(row.get(group)))
+                values[number] = draw(seed, parse_group(row.get(group)))
             except ValueError as error:
                 tally.add("group", str(error), place)
         if time:
             try:
-                kind, times[number] = time_of(cell := row.get(time))
+                kind, times[number] = parse_time(cell := row.get(time))
                 tally.add("kind of time", kind, place)
             except ValueError as error:
                 is_shown = str(error) != _EMPTY and not isinstance(cell, BadCell)
@@ -247,7 +247,7 @@ def marks_of(
     return values, times
 
 
-def value_of(cell: object) -> str:
+def parse_group(cell: object) -> str:
     """Format a `data.group` cell, stripped. Raises `ValueError` with what is wrong."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
@@ -260,7 +260,7 @@ def value_of(cell: object) -> str:
     return str(cell).strip()
 
 
-def time_of(cell: object) -> tuple[str, float]:
+def parse_time(cell: object) -> tuple[str, float]:
     """Return a time's kind, and seconds since 1970 or the number itself. Raises `ValueError` with what is wrong."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
@@ -285,7 +285,7 @@ def time_of(cell: object) -> tuple[str, float]:
     raise ValueError("holds no time")
 
 
-def time_in_words(kind: str, time: float) -> str:
+def format_time(kind: str, time: float) -> str:
     if kind == "number":
         return str(int(time)) if time.is_integer() else str(time)
     moment = _EPOCH + timedelta(seconds=time)
@@ -295,7 +295,7 @@ def time_in_words(kind: str, time: float) -> str:
     return f"{text} UTC" if kind == "date-time with a zone" else text
 
 
-def problems_of(block: DataBlock, tally: RowCounts, num_rows: int, where: str) -> list[str]:
+def column_problems(block: DataBlock, tally: RowCounts, num_rows: int, where: str) -> list[str]:
     """Describe each kind of fault in the `data.group` and `data.time` columns."""
     problems, kinds = [], []
     for (kind, what), count in tally.counts.items():

@@ -12,8 +12,8 @@ import numpy as np
 from fulltune import methods
 from fulltune.errors import RecipeError
 from fulltune.inference.store import WORDS, record_batch
+from fulltune.models import packing as model_packing
 from fulltune.models.base import Base
-from fulltune.models.packing import obstacle as packing_obstacle
 from fulltune.models.shapes import position_limit
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
@@ -32,7 +32,7 @@ class Limits:
     """Longest sequence in tokens; None if unlimited."""
     identity: str = ""
     """Fingerprint of whatever in the model changes prepared rows."""
-    keeps_texts_apart: Callable[[], str | None] = lambda: "it was not checked"
+    packing_obstacle: Callable[[], str | None] = lambda: "it was not checked"
     """Returns why packed texts would attend to each other, or None."""
     virtual: int = 0
     """Virtual tokens that prompt tuning puts before each row; they count as length."""
@@ -44,7 +44,7 @@ class Limits:
         return cls(
             position_limit(base.config) if FACTS[recipe.task].reads == "text" else None,
             base.identity(attention),
-            lambda: packing_obstacle(base.config, attention),
+            lambda: model_packing.obstacle(base.config, attention),
             methods.virtual_tokens(recipe),
         )
 
@@ -53,7 +53,7 @@ MIN_LENGTH = 8
 """Fewest tokens that virtual tokens must leave for the text."""
 
 
-def longest_row(
+def length_limit(
     recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, str]:
     """Return the most tokens of a row, and the reason. Raises `RecipeError` for impossible settings."""
@@ -93,7 +93,7 @@ def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Ta
         obstacle = f"only raw text is packed, and rows of another kind are mixed in ({', '.join(others)})"
     else:
         obstacle = "prompt tuning puts virtual tokens before each text" if limits.virtual else None
-        obstacle = obstacle or limits.keeps_texts_apart()
+        obstacle = obstacle or limits.packing_obstacle()
     if obstacle is None:
         return True, []
     if wanted:

@@ -120,13 +120,13 @@ def numbered(row: str, number: int) -> str:
     return row if number == 1 else f"{row}-{number}"
 
 
-def patched_in_words(path: str | None, sources: Iterable[PatchedRows | None]) -> list[str]:
+def note_on_patch(path: str | None, sources: Iterable[PatchedRows | None]) -> list[str]:
     patched = [source for source in sources if source is not None]
     done = Counter(source.decisions[key].remedy.action for source in patched for key in source.matched)
     return [f"{path}: {counted(done['drop'], 'row')} dropped, {done['replace']:,} changed (data.patch)"] if path else []
 
 
-def refuse_foreign(path: str, sources: Sequence[PatchedRows], is_whole: bool) -> None:
+def refuse_unmatched(path: str, sources: Sequence[PatchedRows], is_whole: bool) -> None:
     """Raise `DataError` for columns or, if all rows were read, rows that do not exist."""
     decisions = sources[0].decisions
     matched = set[tuple[str, str]]().union(*(source.matched for source in sources))

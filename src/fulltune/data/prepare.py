@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 from fulltune.audit.texts import masked_text
 from fulltune.data.check import (
     IN_EARLIER_SPLIT,
+    dropped_late,
     late_rows,
-    listed_late,
     note_on_flaws,
+    note_unmeasured,
     notes,
     notes_on_forbidden,
     notes_on_splitting,
@@ -30,12 +31,11 @@ from fulltune.data.check import (
     refuse_new_labels,
     refuse_secret_names,
     refuse_unusable,
-    unmeasured,
 )
 from fulltune.data.contamination import ForbiddenTexts, forbidden_files, read_texts
 from fulltune.data.encode import Dropped, EncodedSource, Job, encode, with_split_groups
-from fulltune.data.limits import Limits, longest_row, packing
-from fulltune.data.patch import PatchedRows, load_patch, patched_in_words, refuse_foreign
+from fulltune.data.limits import Limits, length_limit, packing
+from fulltune.data.patch import PatchedRows, load_patch, note_on_patch, refuse_unmatched
 from fulltune.data.readers.files import state, unchanged
 from fulltune.data.readers.read import DataFiles, content_hash
 from fulltune.data.sources import (
@@ -45,7 +45,7 @@ from fulltune.data.sources import (
     describe,
     find_files,
     is_mixed,
-    own_form,
+    mixed_target,
     read_rows,
     unused_columns,
 )
@@ -55,9 +55,9 @@ from fulltune.data.written import (
     as_line,
     list_dropped,
     mix_in,
-    of_target,
     previews,
-    without_scored,
+    target_statistics,
+    without_held_out,
     write_splits,
 )
 from fulltune.errors import RecipeError, SetupError
@@ -162,12 +162,12 @@ def _prepare(
     target, counts = describe(block, task, sources)
     if block.patch:
         patched = [source.patched for source in sources.values() if source.patched]
-        refuse_foreign(block.patch, patched, not block.max_rows)
+        refuse_unmatched(block.patch, patched, not block.max_rows)
     targets = {
-        name: own_form(block, task, source) if is_mixed(name) and task.FACTS.has_forms else target
+        name: mixed_target(block, task, source) if is_mixed(name) and task.FACTS.has_forms else target
         for name, source in sources.items()
     }
-    limit, reason = longest_row(recipe, task, target, stage.limits, stage.tokenizer)
+    limit, reason = length_limit(recipe, task, target, stage.limits, stage.tokenizer)
     refuse_secret_names(target, sources["train"].where)
     packed, remarks = packing(recipe, target, stage.limits, targets.values())
 
@@ -180,22 +180,22 @@ def _prepare(
     splits = assign(recipe, with_split_groups(own, block.near_duplicates))
     if target.labels:
         refuse_new_labels(block, splits)
-        remarks += unmeasured(splits["train"], splits["test"])
+        remarks += note_unmeasured(splits["train"], splits["test"])
     remarks += [*chain(*(source.notes for source in sources.values())), *notes_on_splitting(recipe, splits)]
     remarks += notes(splits, target, block.near_duplicates < 1)
     remarks += [f"columns not used: {shown(unused)}"] if unused else []
     remarks += note_on_flaws(encoded.values())
-    remarks += patched_in_words(block.patch, (source.patched for source in sources.values()))
+    remarks += note_on_patch(block.patch, (source.patched for source in sources.values()))
 
     late = late_rows(splits)
-    mixed, also_held_out = without_scored(recipe, encoded, splits)
-    list_dropped(folder, chain(listed_late(block, splits["train"].source, late), also_held_out))
+    mixed, also_held_out = without_held_out(recipe, encoded, splits)
+    list_dropped(folder, chain(dropped_late(block, splits["train"].source, late), also_held_out))
     written = write_splits(folder, task, splits, limit if packed else None, int(late.sum()))
     mixed_in = mix_in(recipe, folder, job, mixed, packed)
     remarks += notes_on_forbidden(forbidden, splits["train"], mixed)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
-    scale, explained = of_target(target, splits["train"], folder / "train")
+    scale, explained = target_statistics(target, splits["train"], folder / "train")
     remarks += [_packing_note(splits["train"], written["train"], limit)] if packed else []
     longest = max(whole.longest for whole in encoded.values())
     shrinks = not packed and not block.max_length and longest < limit
@@ -262,7 +262,7 @@ def _encode(
 
 
 def _origin(block: DataBlock, split: Split) -> str:
-    if split.is_file:
+    if split.has_own_file:
         return f"file {split.source.where}"
     column = block.time or block.group
     by = f" by '{column}'" if column else ""

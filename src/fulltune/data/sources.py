@@ -88,13 +88,13 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
     return files
 
 
-def wrong_files(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
+def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
     """List problems of the recipe's files and first train rows that show at once."""
     try:
         train = find_files(recipe)["train"]
         columns, rows = _head(SourceRows(train.where, train.rows))
         if preprocess is None:
-            task_named(recipe.task).find_columns(_for_roles(recipe.data, columns), rows, recipe.data, train.where)
+            task_named(recipe.task).find_columns(_usable_columns(recipe.data, columns), rows, recipe.data, train.where)
     except DataError as error:
         return [masked_text(problem) for problem in error.problems]
     return []
@@ -168,7 +168,7 @@ def describe(
                 yield {**row, PLACE: place}
 
     def find_target(names: tuple[str, ...]) -> tuple[dict[str, str], Target]:
-        roles = task.find_columns(_for_roles(block, names), first_rows, block, train.where)
+        roles = task.find_columns(_usable_columns(block, names), first_rows, block, train.where)
         _refuse_second_text(block, roles, names, first_rows, train.where)
         try:
             return roles, task.find_target(usable(roles), roles, block, train.where)
@@ -205,11 +205,11 @@ def describe(
     return target, counts
 
 
-def own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:
+def mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Target:
     """Return a mixed-in source's target, by the recipe's columns or the usual names. Raises `DataError` without
     either."""
     columns, rows = _head(source)
-    columns = _for_roles(block, columns)
+    columns = _usable_columns(block, columns)
     try:
         roles = task.find_columns(columns, rows, block, source.where)
     except DataError:
@@ -218,7 +218,7 @@ def own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:
     return task.find_target(rows, roles, block, source.where)
 
 
-def _for_roles(block: DataBlock, columns: Iterable[str]) -> tuple[str, ...]:
+def _usable_columns(block: DataBlock, columns: Iterable[str]) -> tuple[str, ...]:
     named = {getattr(block, role) for role in USUAL_NAMES}
     return tuple(name for name in columns if name in named or name not in (block.group, block.time))
 
@@ -253,7 +253,7 @@ def _refuse_second_text(
     # Raw text has no second half, and a recipe that names the column, or the answers, has decided.
     if not role or _READ_WITH[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:
         return
-    if (second := second_text(roles[role], roles, _for_roles(block, columns), rows)) is not None:
+    if (second := second_text(roles[role], roles, _usable_columns(block, columns), rows)) is not None:
         first, last = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
         beside = _READ_WITH[role]
         raise DataError(

@@ -28,7 +28,7 @@ class Split:
     source: EncodedSource
     rows: np.ndarray
     """True for each row of the source in the split: bool [rows]."""
-    is_file: bool
+    has_own_file: bool
     """True if the split has all usable rows of its own file."""
 
     @property
@@ -79,7 +79,7 @@ def assign(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[SplitNa
     else:
         wanted = {name: max(1, held_out_rows(train.num_rows, share)) for name, share in fractions.items()}
         rows_of = split_by_time(train.times, train.split_groups, wanted)
-    splits |= {name: Split(train, rows, is_file=name == "train") for name, rows in rows_of.items()}
+    splits |= {name: Split(train, rows, has_own_file=name == "train") for name, rows in rows_of.items()}
     _refuse_small(recipe, splits, sum(held_out_rows(train.num_rows, share) for share in fractions.values()))
     return splits
 
@@ -141,7 +141,7 @@ def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
 
 def _strata(whole: EncodedSource, by_group: bool) -> np.ndarray:
     """Return each row's class, the rarest of its labels or its group: int64 [rows], -1 without one."""
-    counts = Split(whole, np.ones(whole.num_rows, bool), is_file=True).label_counts()
+    counts = Split(whole, np.ones(whole.num_rows, bool), has_own_file=True).label_counts()
     places = {name: place for place, name in enumerate(whole.names)}
     rarest = [places[min(names, key=lambda name: (counts[name], name))] if names else -1 for names in whole.label_sets]
     strata = np.array(rarest, np.int64)[whole.labels]
@@ -202,7 +202,7 @@ def _refuse_small(recipe: Recipe, splits: Mapping[SplitName, Split], wanted: int
             f"; paragraphs of a .txt are joined into rows of about {SECTION_CHARACTERS:,} characters: for one row a "
             "paragraph set data.text_rows: paragraph"
         )
-    each = f", at least {sum(not split.is_file for split in splits.values()) + 1} different ones of each label"
+    each = f", at least {sum(not split.has_own_file for split in splits.values()) + 1} different ones of each label"
     raise DataError(
         f"{train.where}: {counted(train.num_read, 'row')}{of_labels} in {groups} that are never separated, by "
         f"{' and '.join(by)}, the largest of {largest:,}: too few for three splits of at least 2 rows "

@@ -115,8 +115,8 @@ def write_splits(
         if name == "test":
             groups = whole.groups[whole.row_of][split.examples]
             np.save(folder / name / IN_TRAIN, np.isin(groups, splits["train"].groups))
-        dropped = whole.num_dropped if split.is_file else 0
-        if split.is_file and name == "train":
+        dropped = whole.num_dropped if split.has_own_file else 0
+        if split.has_own_file and name == "train":
             dropped += late
         summaries[name] = summarise(split, Rows(folder / name)["length"], dropped)
     return summaries
@@ -142,7 +142,7 @@ def previews(
 # ---- rows that are mixed in ------------------------------------------------------------------------------------
 
 
-def without_scored(
+def without_held_out(
     recipe: Recipe, encoded: Mapping[SourceName, EncodedSource], splits: Mapping[SplitName, Split]
 ) -> tuple[dict[SourceName, Split], list[Dropped]]:
     """Split mixed-in sources into rows that no held-out split has, and dropped ones. Raises `DataError` if none
@@ -156,11 +156,11 @@ def without_scored(
         whole = encoded[name]
         scored_in = np.full(whole.num_rows, -1)
         for number, split in enumerate(HELD_OUT):
-            groups = encoded[split if splits[split].is_file else "train"].groups[splits[split].rows]
+            groups = encoded[split if splits[split].has_own_file else "train"].groups[splits[split].rows]
             scored_in[np.isin(whole.groups, groups)] = number
             if group is not None:  # all scored rows have a value; mixed-in rows without one match none
                 scored_in[np.isin(whole.group_values, splits[split].group_values)] = number
-        mixed[name] = Split(whole, scored_in < 0, is_file=True)
+        mixed[name] = Split(whole, scored_in < 0, has_own_file=True)
         checks = whole.tally.of("unusable") + whole.tally.of("unfit") + whole.tally.of("part")
         for number, place, row in stored_rows(whole, scored_in >= 0):
             in_split = HELD_OUT[scored_in[number]]
@@ -265,7 +265,7 @@ def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
     return float(np.corrcoef(lengths, values)[0, 1]) ** 2
 
 
-def of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
+def target_statistics(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
     """Compute `scale` and `length_explained` of the summary."""
     whole, chosen = train.source, train.examples
     lengths = whole.lengths[chosen]

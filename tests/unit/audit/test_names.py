@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.audit.texts.content import alike, alike_in_words
+from fulltune.audit.texts.content import note_similar_names, similar_names
 
 
 @pytest.mark.parametrize(
@@ -24,19 +24,21 @@ from fulltune.audit.texts.content import alike, alike_in_words
 )
 def test_names_that_may_be_one_are_grouped_the_most_frequent_first(names: list[str]) -> None:
     counts = {name: number for number, name in enumerate(names, start=1)} | {"other": 9}
-    assert alike(counts) == [names[::-1]]
+    assert similar_names(counts) == [names[::-1]]
 
 
 def test_other_names_are_left_alone() -> None:
     assert (
-        alike(dict.fromkeys(["cat", "cats", "caf\u00e9", "cafe", "1", "-1", "1.5", "15", "кот", "", "a b", "a-b"], 1))
+        similar_names(
+            dict.fromkeys(["cat", "cats", "caf\u00e9", "cafe", "1", "-1", "1.5", "15", "кот", "", "a b", "a-b"], 1)
+        )
         == []
     )
-    assert alike_in_words({"yes": 3, "no": 2}) is None
+    assert note_similar_names({"yes": 3, "no": 2}) is None
 
 
 def test_groups_are_said_with_their_rows_and_what_joins_them() -> None:
-    told = alike_in_words({"timer": 12, "Timer": 30, "\u0441at": 1, "cat": 2, "a": 1, "A": 1, "b": 1, "B": 1})
+    told = note_similar_names({"timer": 12, "Timer": 30, "\u0441at": 1, "cat": 2, "a": 1, "A": 1, "b": 1, "B": 1})
     assert told is not None
     for part in ("'Timer' (30 rows), 'timer' (12 rows)", r"'cat' (2 rows), '\u0441at' (1 row)", "and 1 more group"):
         assert part in told

@@ -224,7 +224,7 @@ def test_faults_of_conversations_are_listed_with_all_reasons(tmp_path: Path) -> 
 def test_texts_that_share_a_row_are_all_looked_at(tmp_path: Path) -> None:
     texts = [{"text": f"a short text about the number {at}"} for at in range(60)]
     texts += [texts[3], {"text": "the <b>fine</b> place in town"}]
-    packs = replace(LIMITS, keeps_texts_apart=lambda: None)
+    packs = replace(LIMITS, packing_obstacle=lambda: None)
     summary = prepared(tmp_path, texts, "causal-lm", limits=packs)
     assert summary.packed
     found, issues = audited(tmp_path, summary)

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from fulltune import data
 from fulltune.data.readers.files import image_files
-from fulltune.data.readers.read import beside, content_hash, locate
+from fulltune.data.readers.read import content_hash, locate, resolve_image_paths
 from fulltune.data.sources import find_files
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import texts
@@ -318,5 +318,5 @@ def test_image_names_that_are_not_utf8_are_listed_and_folders_refused(tmp_path: 
 
 
 def test_address_of_an_image_is_no_path(tmp_path: Path) -> None:
-    row = beside({"image": "https://example.com/a.png", "label": "x"}, tmp_path, None)
+    row = resolve_image_paths({"image": "https://example.com/a.png", "label": "x"}, tmp_path, None)
     assert "images are not downloaded" in row["image"].reason

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.data.groups import RowCounts, draw, joined_by_value, marks_of, time_in_words, time_of, value_of
+from fulltune.data.groups import RowCounts, draw, format_time, groups_and_times, join_by_value, parse_group, parse_time
 from fulltune.data.split import rarest_in_group
 from fulltune.errors import DataError
 from fulltune.inference.store import CLUSTERS, texts
@@ -27,7 +27,7 @@ def drawn(names: list[str], seed: int = 0) -> np.ndarray:
 
 def components(texts: str, values: str) -> list[int]:
     """Numbered in their order, from 0."""
-    found = joined_by_value(drawn(list(texts)), drawn(list(values), 1)).tolist()
+    found = join_by_value(drawn(list(texts)), drawn(list(values), 1)).tolist()
     return [list(dict.fromkeys(found)).index(number) for number in found]
 
 
@@ -59,7 +59,7 @@ def test_component_is_a_function_of_the_rows_and_new_rows_of_a_value_move_nothin
 
 
 def joined(rows: list[tuple[str, str]]) -> list[int]:
-    return joined_by_value(drawn([text for text, _ in rows]), drawn([user for _, user in rows], 1)).tolist()  # type: ignore[no-any-return]  # numpy
+    return join_by_value(drawn([text for text, _ in rows]), drawn([user for _, user in rows], 1)).tolist()  # type: ignore[no-any-return]  # numpy
 
 
 def test_side_counts_for_its_rarest_class_whatever_the_order_of_its_rows() -> None:
@@ -98,7 +98,7 @@ DAY = datetime(2026, 11, 28, tzinfo=UTC).timestamp()
     ],
 )
 def test_time_of_what_is_a_time(cell: object, kind: str, time: float) -> None:
-    assert time_of(cell) == (kind, time)
+    assert parse_time(cell) == (kind, time)
 
 
 @pytest.mark.parametrize(
@@ -122,27 +122,27 @@ def test_time_of_what_is_a_time(cell: object, kind: str, time: float) -> None:
 )
 def test_time_of_what_is_none(cell: object, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        time_of(cell)
+        parse_time(cell)
 
 
 def test_times_in_words_are_those_of_the_file() -> None:
-    assert time_in_words("date", DAY) == "2026-11-28"
-    assert time_in_words("date-time", NOON) == "2026-11-28 12:00:00"
-    assert time_in_words("date-time with a zone", NOON) == "2026-11-28 12:00:00 UTC"
-    assert [time_in_words("number", number) for number in (2026.0, 1.5)] == ["2026", "1.5"]
+    assert format_time("date", DAY) == "2026-11-28"
+    assert format_time("date-time", NOON) == "2026-11-28 12:00:00"
+    assert format_time("date-time with a zone", NOON) == "2026-11-28 12:00:00 UTC"
+    assert [format_time("number", number) for number in (2026.0, 1.5)] == ["2026", "1.5"]
 
 
 @pytest.mark.parametrize(
     ("cell", "value"), [("anna ", "anna"), ("Anna", "Anna"), (7, "7"), (7.0, "7"), ("7", "7"), (0, "0"), (True, "True")]
 )
 def test_value_of_what_is_somebody(cell: object, value: str) -> None:
-    assert value_of(cell) == value
+    assert parse_group(cell) == value
 
 
 @pytest.mark.parametrize("cell", [None, "", " \t", "\u200b", math.nan, [], ["a"], {"a": 1}, b"\xff", BadCell("damage")])
 def test_value_of_what_is_nobody(cell: object) -> None:
     with pytest.raises(ValueError, match=r"^(is empty|holds )"):
-        value_of(cell)
+        parse_group(cell)
 
 
 def placed(cells: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -151,11 +151,11 @@ def placed(cells: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 def test_marks_are_equal_for_equal_values_and_other_for_other_seeds() -> None:
     rows = placed([{"user": user, "at": at} for user, at in (("a", 3), ("b", 1), ("a ", 2))])
-    (one, times), (other, _) = (marks_of(rows, "user", "at", seed, RowCounts()) for seed in (1, 2))
+    (one, times), (other, _) = (groups_and_times(rows, "user", "at", seed, RowCounts()) for seed in (1, 2))
     assert one[0] == one[2] != one[1]
     assert not set(one.tolist()) & set(other.tolist())
     assert times.tolist() == [3, 1, 2]
-    assert list(map(len, marks_of(rows, None, None, 1, nothing := RowCounts()))) == [0, 0]
+    assert list(map(len, groups_and_times(rows, None, None, 1, nothing := RowCounts()))) == [0, 0]
     assert nothing == RowCounts()
 
 

@@ -35,7 +35,7 @@ def prepare(
     for number, (others, weight) in enumerate(mixed, start=1):
         train.append({"path": str(tiny.write_jsonl(folder / f"other{number}.jsonl", others)), "weight": weight})
     recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": train, **settings}})
-    limits = data.Limits(tiny.POSITIONS, keeps_texts_apart=lambda: None if packs else "not here")
+    limits = data.Limits(tiny.POSITIONS, packing_obstacle=lambda: None if packs else "not here")
     return data.prepare(data.Stage(recipe, folder / "data", tokenizer, limits))
 
 

@@ -91,7 +91,7 @@ def test_joined_lone_rows_keep_their_number_and_large_clusters_are_not_first() -
     texts = [" ".join(sentence(chance)) for _ in range(100)]
     texts += [f"{text} {word}" for text in texts[:20] for word in ("yes", "no")]
     groups = np.random.default_rng(0).integers(0, 2**63, len(texts)).astype(np.uint64)
-    found = near.joined(groups, near.signatures(texts), 0.8)
+    found = near.join_near(groups, near.signatures(texts), 0.8)
     assert (found[20:100] == groups[20:100]).all()
     for place in range(20):
         assert found[place] == found[100 + 2 * place] == found[101 + 2 * place]

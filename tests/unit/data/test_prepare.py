@@ -40,7 +40,7 @@ def test_long_texts_are_counted_as_texts_and_their_pieces_as_pieces(tmp_path: Pa
         tmp_path / "train.jsonl", [{"text": f"text {number} is long " * 40} for number in range(30)]
     )
     recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": str(path)}})
-    limits = data.Limits(tiny.POSITIONS, keeps_texts_apart=lambda: None)
+    limits = data.Limits(tiny.POSITIONS, packing_obstacle=lambda: None)
     notes = data.prepare(data.Stage(recipe, tmp_path / "data", decoder_tokenizer, limits)).notes
     assert any(note.startswith("only 3 eval rows:") for note in notes)
     assert any(note.startswith("24 train texts, cut into ") and " pieces and packed into " in note for note in notes)

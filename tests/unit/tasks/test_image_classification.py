@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from fulltune.data.readers.files import image_files, is_image_folder
-from fulltune.data.readers.read import beside, locate
+from fulltune.data.readers.read import locate, resolve_image_paths
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.run import RowSubset, by_length
 from fulltune.inference.store import Rows, record_batch, write_rows
@@ -96,9 +96,9 @@ def test_images_that_are_not_in_one_folder_per_class_are_refused(tmp_path: Path,
 )
 def test_path_in_a_table_starts_at_its_folder(value: Any, expected: Any) -> None:
     row = {"Image": value, "label": "cat"}
-    assert beside(row, Path("/data"), None) == {"Image": expected, "label": "cat"}
-    assert beside({"file": value}, Path("/data"), "file") == {"file": expected}
-    assert beside({"file": value}, Path("/data"), None) == {"file": value}
+    assert resolve_image_paths(row, Path("/data"), None) == {"Image": expected, "label": "cat"}
+    assert resolve_image_paths({"file": value}, Path("/data"), "file") == {"file": expected}
+    assert resolve_image_paths({"file": value}, Path("/data"), None) == {"file": value}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------

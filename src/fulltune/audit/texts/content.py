@@ -264,7 +264,7 @@ _LOOK_ALIKE = str.maketrans(*PATTERNS["look_alike"])
 _TO_JOIN = "to join them run 'fulltune data RECIPE --accept \"class names\"' and set data.patch: RECIPE.patch.jsonl"
 
 
-def alike(counts: Mapping[str, int]) -> list[list[str]]:
+def similar_names(counts: Mapping[str, int]) -> list[list[str]]:
     """Group names that may be the same, the most frequent first."""
     groups = defaultdict[str, list[str]](list)
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
@@ -273,10 +273,10 @@ def alike(counts: Mapping[str, int]) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def alike_in_words(counts: Mapping[str, int]) -> str | None:
+def note_similar_names(counts: Mapping[str, int]) -> str | None:
     """Describe such classes, or return None."""
     groups = []
-    for names in alike(counts):
+    for names in similar_names(counts):
         shown = repr if len({name.casefold() for name in names}) == 1 else ascii
         groups.append(", ".join(f"{shown(name)} ({counted(counts[name], 'row')})" for name in names))
     note = f"classes that may be the same: {'; '.join(groups[:3])}"

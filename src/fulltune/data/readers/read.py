@@ -113,7 +113,7 @@ class DataFiles:
     def _whole(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Resolve image paths, and decode bytes, which some programs write for text."""
         if self.image_paths:
-            row = beside(row, folder, self.image_column)
+            row = resolve_image_paths(row, folder, self.image_column)
         if not any(isinstance(value, bytes) for value in row.values()):
             return row
         of_images = _image_columns(row, self.image_column)
@@ -150,7 +150,7 @@ def _image_columns(row: Row, column: str | None) -> list[str]:
     return [name for name in row if name == column or name.lower().strip() in names]
 
 
-def beside(row: Row, folder: Path, column: str | None) -> dict[str, Any]:
+def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str, Any]:
     """Resolve a row's image paths, in one column or those with a usual name, relative to a folder.
 
     A cell is a path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` writes it.
