@@ -80,7 +80,7 @@ def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
         searches = bool(design.search_share) and cost.num_rates > 1
         short = cost.num_rates if searches and not cost.searched else 0
         whole = design.num_seeds + searches if method in going_on else 1
-        had = 0 if short else cost.done  # a search may choose another rate, for which all are made again
+        had = 0 if short else cost.done  # a search may choose another rate, which needs new runs
         total += short * (cost.start + design.search_share * cost.run)
         total += max(0, whole - had) * (cost.start + cost.run + cost.scoring)
     return total
@@ -146,7 +146,7 @@ def _notes(costs: Mapping[str, Cost], design: Expectation) -> Iterator[str]:
 def _too_short(least: Expectation, need: float, spent: float) -> str:
     enough = typed_seconds(round_up(spent + FORECAST_AGAIN * need / (1 - RESERVE)))
     each = "one run" if least.num_seeds == 1 else f"{least.num_seeds} runs"
-    before = f" ({typed_seconds(spent)} of it already spent)" if spent > 1 else ""
+    before = f" ({typed_seconds(spent)} already spent)" if spent > 1 else ""
     return (
         f"--budget {typed_seconds(least.budget_seconds or 0.0)}{before} is too short for a verdict: {each} each of "
         f"{' and '.join(least.methods)}, without a rate search, are forecast to take {typed_seconds(need)}; give "

@@ -42,7 +42,7 @@ _UNFAIR = {
     "one-rate-for-all": "search the rate of each method: leave `learning_rate` unset",
     "one-seed": f"train at least {FEWEST_SEEDS} seeds",
     "attention-only-lora": "set `target_modules: all-linear`",
-    "bf16-full": "keep weights in fp32, or set `train.bf16_rounding: stochastic`",
+    "bf16-full": "store weights in fp32, or set `train.bf16_rounding: stochastic`",
     "unequal-tokens": "train all methods for the same epochs, on rows of the same length",
     "unequal-heads": "give all methods the same `head_init`",
     "eval-is-test": "choose rows for `data.eval` that are not in `data.test`",

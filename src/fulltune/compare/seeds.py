@@ -143,7 +143,7 @@ class SeedRuns:
                 continue
             if len(runs) == 1:  # a second seed follows, so now the rate matters
                 for each in methods:
-                    self.check_rate(each, self._keep())
+                    self.check_rate(each, self._reserved_seconds())
             trials = [self._next_trial(each) for each in methods]
             begins = bool(runs) and not is_done(self.context, trials[0])
             if begins and not budget.has_time(self.context, trials):
@@ -157,14 +157,14 @@ class SeedRuns:
             runs.append(result)
             keep_best_model(self.context, runs)
             if most == 1:
-                self.check_rate(method, self._keep())
+                self.check_rate(method, self._reserved_seconds())
         return True
 
     def _next_trial(self, method: str) -> Trial:
         seed = self.context.recipe.train.seed + len(self.results[method])
         return rates.final_trial(method, self.searches[method].chosen, seed)
 
-    def _keep(self, seeds: int | None = None) -> float:
+    def _reserved_seconds(self, seeds: int | None = None) -> float:
         counts = {method: len(runs) for method, runs in self.results.items()}
         return budget.to_come(self.context, counts, seeds or self.expectation.num_seeds)
 
@@ -172,7 +172,7 @@ class SeedRuns:
         """Return a method that no longer fits beside two seeds of full and its first rival."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
-        keep = self._keep(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
+        keep = self._reserved_seconds(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
         others = (method for method, runs in self.results.items() if not runs and method not in pair)
         return next(
             (method for method in others if not budget.has_time(context, [self._next_trial(method)], keep)), None
@@ -180,7 +180,7 @@ class SeedRuns:
 
     def _look(self) -> dict[str, int]:
         """Return the seeds that each method needs by the eval rows; empty ends the runs."""
-        context, again = self.context, self._again(self.looks)
+        context, again = self.context, self._is_second_look(self.looks)
         full = self.results[context.full.label]
         behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
         compared = method_outputs(context, self.results, OPEN, behind)
@@ -193,7 +193,7 @@ class SeedRuns:
         context.say(f"after {counted(result.num_seeds, 'seed')}: {result.reason}")
         return result.wanted_seeds
 
-    def _again(self, looks: Sequence[Look]) -> bool:
+    def _is_second_look(self, looks: Sequence[Look]) -> bool:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
     def _before_full(self) -> dict[str, int]:
@@ -212,7 +212,7 @@ class SeedRuns:
             return {}
         changed = [method for method, runs in decisive.items() if len(runs) == 1 and self.check_rate(method)]
         better = [method for method in changed if scale.oriented(self.results[method][0].metric) > leader]
-        return {} if self._again(self.looks[:-1]) else dict.fromkeys(better, len(full))
+        return {} if self._is_second_look(self.looks[:-1]) else dict.fromkeys(better, len(full))
 
     def _after_divergence(self, result: TrialResult) -> None:
         """Lower a method's rate after a divergence; raises Diverged at the lowest."""

@@ -1,7 +1,7 @@
-"""Records of a comparison of methods and of a learning rate search: trials, rates, differences, verdict.
+"""Records of a comparison of methods and of a learning rate search.
 
-Differences are *oriented*: full fine-tuning minus the other method in units of the metric, with the sign turned if
-smaller is better. Positive means that full fine-tuning is better.
+Differences are *oriented*: full fine-tuning minus the other method, with the sign turned if smaller is better. Positive
+means that full is better.
 
 """
 
@@ -30,7 +30,7 @@ class Trial(Record):
     share: float = 1.0
     """Share of a whole run's steps."""
     searches: bool = False
-    """True in a rate search: scored once at the end, and its model is not kept."""
+    """True in a rate search: scored once, without keeping the model."""
 
 
 class TrialResult(Record):
@@ -46,17 +46,17 @@ class TrialResult(Record):
     memory_growth_bytes: int = 0
     num_trainable: int = 0
     tokens: int = 0
-    """Tokens of the texts seen in training, without padding and virtual tokens."""
+    """Tokens seen in training, without padding and virtual tokens."""
     train_flops: float = 0.0
-    """Traced floating-point operations of all steps, forward and backward; 0 if unknown."""
+    """Traced floating-point operations of all steps; 0 if unknown."""
     saved_bytes: int = 0
-    """Size of the saved weights, for PEFT methods of the adapter alone."""
+    """Size of the saved weights, for PEFT of the adapter alone."""
     seconds_per_row: float | None = None
     problems: tuple[str, ...] = ()
 
 
 class Search(Record):
-    """A method's learning rate search: rates with their eval metrics, NaN for diverged trials."""
+    """A method's learning rate search, with NaN for diverged trials."""
 
     method: str
     tried: dict[float, float] = Field(default_factory=dict)
@@ -69,10 +69,9 @@ class Search(Record):
     whole: dict[float, float] = Field(default_factory=dict)
     """Metric of each whole run by rate; empty if there was only one."""
     usual: float | None = None
-    """Rate to keep if the eval rows are inconclusive: the default, or the nearest in the recipe's grid. None with a
-    single rate."""
+    """Rate to keep if the eval rows are inconclusive; None with a single rate."""
     on_edge: bool = False
-    """True if the best rate is the lowest or highest tried and clearly ahead: a better one may lie beyond."""
+    """True if the best rate is at the edge of those tried and clearly ahead."""
     time_was_up: bool = False
     """True if the budget ended the search; more time continues it."""
 
@@ -105,11 +104,10 @@ class Expectation(Record):
     seconds: float = 0.0
     """Forecast if only full and the leader get all seeds, including time already spent."""
     detectable: tuple[float, float] | None = None
-    """Smallest differences usually detected if seeds differ by half a point and by two points. None if unknown: fewer
-    than three seeds, or a metric that is no share."""
+    """Smallest differences usually detected if seeds differ by half a point and by two; None if unknown."""
     notes: tuple[str, ...] = ()
     search_share: float = 0.06
-    """Share of a run's steps in a short trial; 0 for no search, with each method at its default rate."""
+    """Share of a run's steps in a short trial; 0 without a search."""
     budget_seconds: float | None = None
     """Budget of the design; None for no limit."""
     sequential: bool = True
@@ -137,7 +135,7 @@ class Look(Record):
     wanted_seeds: dict[str, int] = Field(default_factory=dict)
     """Wanted seeds of each method before the next look; empty ends the seeds."""
     waiting: tuple[str, ...] = ()
-    """Methods with fewer seeds, because the verdict does not depend on them for now."""
+    """Methods with fewer seeds, on which the verdict does not depend for now."""
 
 
 class Opening(Record):
@@ -157,7 +155,7 @@ class Opening(Record):
 
 
 class Difference(Record):
-    """Full fine-tuning minus one method; positive means that full is better."""
+    """Full fine-tuning minus one method."""
 
     method: str
     kind: MethodKind
@@ -170,25 +168,25 @@ class Difference(Record):
     """Interval of this difference alone, at `Decision.confidence`."""
     adjusted_low: float
     adjusted_high: float
-    """Interval that holds jointly with those of the other methods (Holm, spent alpha)."""
+    """Interval that holds jointly for all methods (Holm, spent alpha)."""
     adjusted_p: float
     adjusted_equivalence_p: float
-    """The larger p-value of the two one-sided tests against plus and minus the margin."""
+    """The larger p-value of the two one-sided tests against the margin."""
     equivalent: bool
     """True if the difference lies within the margin."""
     not_worse: bool
     """True if the method loses less than the margin; it may be better."""
     full_better: bool
     other_better: bool
-    """Both are true only for a difference of at least the margin that is statistically certain."""
+    """Both need a statistically certain difference of at least the margin."""
     seeds_known: bool
-    """False if every method has one seed: the spread between seeds is unknown and nothing can be decided."""
+    """False if every method has one seed, so that nothing can be decided."""
     detectable: float
-    """Smallest true difference that this comparison detects with a chance of 80 %, at least the margin."""
+    """Smallest true difference detected with a chance of 80 %, at least the margin."""
     rows_needed: int | None = None
-    """Test rows that would decide if the true difference equals the estimate; None if rows alone would not."""
+    """Test rows that would decide if the true difference equals the estimate, if rows alone would."""
     seeds_needed: int | None = None
-    """Seeds of both methods that would decide; None if seeds alone would not."""
+    """Seeds of both methods that would decide, if seeds alone would."""
 
     @property
     def is_open(self) -> bool:
@@ -205,13 +203,13 @@ class Decision(Record):
 
     verdict: VerdictKind
     recommended: str
-    """Name of the method to take. If UNDECIDED, the cheapest that loses less than the margin, or an empty string."""
+    """Method to take. If UNDECIDED, the cheapest that loses less than the margin, or an empty string."""
     metric: str
     greater_is_better: bool
     margin: float
     confidence: float
     alpha: float
-    """Permitted chance of a wrong FULL, PEFT or VARIANT: 1 - confidence, or the part that this look may spend."""
+    """Permitted chance of a wrong FULL, PEFT or VARIANT."""
     num_rows: int
     num_clusters: int
     num_draws: int
@@ -219,7 +217,7 @@ class Decision(Record):
     values: dict[str, tuple[float, ...]]
     """Metric of each seed, by method."""
     seed_sds: dict[str, float]
-    """Standard deviation between a method's seeds beyond the noise of the rows; missing with one seed."""
+    """Standard deviation between a method's seeds beyond the noise of the rows."""
     differences: tuple[Difference, ...]
     headline: str
     """The verdict in one sentence without numbers."""
@@ -235,8 +233,7 @@ UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan)
 
 
 class MethodRow(Record):
-    """One method's settings, costs (medians over its runs, memory as the maximum) and scores. An untrained method keeps
-    the defaults."""
+    """One method's settings, costs (medians, memory as maximum) and scores. An untrained method keeps the defaults."""
 
     method: str
     kind: MethodKind
@@ -246,7 +243,7 @@ class MethodRow(Record):
     """Rate search; None for untrained methods."""
     seeds: tuple[int, ...] = ()
     waited: bool = False
-    """True for fewer seeds than others, because the verdict did not depend on this method."""
+    """True for fewer seeds, because the verdict did not depend on this method."""
     weights_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the stored trained weights."""
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
@@ -256,7 +253,7 @@ class MethodRow(Record):
     metric: Estimate = UNKNOWN
     """Mean over the seeds on the test rows; the interval covers rows and seeds."""
     gain_share: float | None = None
-    """Share of full fine-tuning's gain over the untouched model; None if unknown or without a gain."""
+    """Share of full fine-tuning's gain over the untouched model, if there is one."""
     train_seconds: float = 0.0
     train_tokens: int = 0
     tokens_per_second: float = 0.0
@@ -308,13 +305,13 @@ class Comparison(Record):
 
     @property
     def can_resume(self) -> bool:
-        """True if more time could add something and some alpha is left for another verdict."""
+        """True if more time could add something and some alpha is left."""
         has_alpha = bool(self.openings and self.openings[-1].left)
         return self.time_was_up and self.decision.verdict == "UNDECIDED" and has_alpha
 
     @property
     def verdicts_on_test_rows(self) -> int:
-        """Number of verdicts on the test rows; repeating the same trials does not count."""
+        """Number of verdicts on the test rows, without repetitions of the same trials."""
         return len({(one.trials, one.alpha) for one in self.openings})
 
 
@@ -322,7 +319,7 @@ class Comparison(Record):
 
 
 class MethodOverTasks(Record):
-    """One method over all tasks: a whole model for each, or one base with small parts."""
+    """One method over all tasks: a whole model for each, or small parts on one base."""
 
     method: str
     kind: MethodKind
@@ -333,16 +330,16 @@ class MethodOverTasks(Record):
     """Time of one run for each task."""
     scores: dict[str, Estimate]
     behind: Estimate | None = None
-    """Full minus this method, mean over the tasks, with an interval that holds for all methods. None for full itself,
-    or if a metric is no share."""
+    """Full minus this method, mean over tasks, with a joint interval. None for full itself, or if a metric is no
+    share."""
 
 
 class ManyTasks(Record):
-    """Storage and scores of full models for several tasks against small parts on one base."""
+    """Full models for several tasks against small parts on one base."""
 
     model: str
     base_bytes: int
     tasks: dict[str, Decision]
-    """Verdicts by recipe name, which is also the name of the comparison's folder."""
+    """Verdicts by the name of recipe and comparison folder."""
     methods: tuple[MethodOverTasks, ...]
     """Methods that all tasks compared, full first."""

@@ -113,7 +113,7 @@ def test_finished_takes_the_best_rate() -> None:
     assert (near.chosen, near.on_edge) == (1e-4, False)  # as good as its neighbour: nothing says that it gets better
     kept = finished(tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, 3e-4)
     assert (kept.chosen, kept.on_edge) == (3e-4, False)
-    assert kept.reason == "the usual rate: no other was ahead by more than 1 %, in short runs of 6% of the steps"
+    assert kept.reason == "the default rate: no other led by more than 1 %, in short runs of 6% of the steps"
 
 
 def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given() -> None:
@@ -212,5 +212,5 @@ def test_after_whole_the_better_run_counts(
     found = rates.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
     assert (found.chosen, found.on_edge) == (chosen, on_edge)
     assert list(found.whole) == [6e-4, 2e-4]
-    said = {(0.925, 0.919): "the usual rate: no other was ahead by more than the eval rows can tell, in whole runs"}
+    said = {(0.925, 0.919): "the default rate: no other led by more than the eval rows can show, in whole runs"}
     assert found.reason == said.get(metrics, "the best of 2 whole runs")
