@@ -34,7 +34,7 @@ def test_old_classes_are_shared_out_by_their_blocks() -> None:
     assert units.block == numel(layers[0])
     assert units.freed == numel(layers)
     assert units.root == numel(model) - numel(layers)
-    assert (units.kept, units.apart) == (0, 0)
+    assert (units.persistent, units.apart) == (0, 0)
     _, given = sharding.sharded_class(transformers.AutoModelForSequenceClassification, model.config, 2)
     assert "bert.encoder.layer.*" in given.fsdp_plan
 
@@ -43,10 +43,10 @@ def test_embeddings_and_head_of_new_classes_are_units_of_their_own() -> None:
     model = model_of("llama", WRITER, tie_word_embeddings=False)
     units = sharding.units_of(model)
     assert units.apart == numel(model.model.embed_tokens)
-    assert units.kept == numel(model.lm_head) + numel(model.model.norm)
+    assert units.persistent == numel(model.lm_head) + numel(model.model.norm)
     assert units.root == 0
     assert units.reduced == numel(model)
-    assert units.gathered == 2 * numel(model) - units.kept
+    assert units.gathered == 2 * numel(model) - units.persistent
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

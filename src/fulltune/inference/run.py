@@ -33,9 +33,7 @@ class Batching:
     """Settings of forward passes over rows."""
 
     batch_size: int
-    """Rows per forward pass."""
     precision: str = "fp32"
-    """Compute type: `fp32`, `bf16` or `fp16`."""
     head: SelectiveHead | None = None
     """Head that skips or chunks logits, if the model has one."""
     on_progress: ProgressCallback = lambda done, total, share: None
@@ -83,7 +81,6 @@ def run_rows(
 def model_batch(
     model: PreTrainedModel, task: Task, rows: Sequence[RowFeatures], pad_token_id: int
 ) -> dict[str, Tensor]:
-    """Collate a batch with all inputs of the model; encoder-decoders also get `decoder_input_ids`."""
     batch = task.collate(rows, pad_token_id)
     if task.FACTS is seq2seq.FACTS:
         batch["decoder_input_ids"] = seq2seq.decoder_input_ids(model, batch["labels"])
@@ -217,7 +214,6 @@ def longest_first(lengths: np.ndarray) -> list[int]:
 
 
 def lengths_of(rows: Sequence[RowFeatures]) -> np.ndarray:
-    """Return the number of tokens of each row, [rows]."""
     # Prepared rows have a column of lengths; reading row by row would decode all images.
     if not isinstance(rows, (list, tuple)):
         return np.asarray(rows[LENGTH])  # type: ignore[call-overload]  # columns have names
@@ -249,12 +245,9 @@ class GenericText:
     """Tokenised generic texts, on which a model's loss or hidden states are measured."""
 
     ids: tuple[list[int], ...]
-    """Token ids of each text."""
     pad_token_id: int
     writes: bool
-    """True for language models."""
     precision: str
-    """Compute type: `fp32`, `bf16` or `fp16`."""
     batch: int = BATCH
 
     @classmethod
@@ -307,7 +300,6 @@ class GenericText:
         return np.stack([by_position[position] for position in range(len(self.ids))])
 
     def states(self, model: PreTrainedModel, positions: Sequence[int]) -> Tensor:
-        """Return the mean last hidden state of these texts: float32 [texts, hidden]."""
         texts = [self.ids[position] for position in positions]
         ids, attention_mask = padded(texts, self.pad_token_id).to(model.device), mask(texts).to(model.device)
         inner = getattr(model, "module", model)  # an engine wraps the model

@@ -1,9 +1,7 @@
 """Apply a language model's head only to tokens that are trained or scored: logits [tokens, vocabulary].
 
-The logits of prompts take much time and most of the memory, and are thrown away. A hook in front of the head selects
-the hidden states that are needed. A scale, soft cap or bias after the head works on each logit alone, so the selected
-logits stay the same. If only a bias follows the head, the loss can be chunked (`chunked_loss.py`). `verified` tries
-both on the real model.
+A hook in front of the head selects the hidden states that are needed; the logits of prompts would take much time and
+most of the memory. If only a bias follows the head, the loss can be chunked, too. `verified` tries both on the model.
 """
 
 from __future__ import annotations
@@ -29,11 +27,9 @@ class SelectiveHead:
     """A model's head that computes only the logits that a task uses."""
 
     head: Any
-    """The module that turns hidden states into logits."""
     target_ids: Callable[[Tensor], Tensor]
     """The task's `target_ids`: the token that each logit should predict, or -100, from labels [batch, length]."""
     model: nn.Module
-    """The model that the head belongs to."""
     can_chunk: bool = False
     """True if loss and scores can be computed from chunks of logits."""
     chunking_note: str = ""
@@ -41,12 +37,9 @@ class SelectiveHead:
 
     @contextlib.contextmanager
     def only(self, labels: Tensor, trained: Tensor | None = None, *, chunked: bool = False) -> Iterator[None]:
-        """Make the model compute only the logits that `labels[batch, length]` need, row after row, inside the context.
+        """Make the model compute only the logits that `labels[batch, length]` need, or chunks of them, in the context.
 
-        Args:
-            labels: The batch's labels.
-            trained: The result of `padding.trained_places`, if it was computed before.
-            chunked: Give the logits as `ChunkedLogits`.
+        `trained` is the result of `padding.trained_places`, if known.
         """
         at = padding.trained_places(self.target_ids(labels)) if trained is None else trained
         states: list[Tensor] = []
@@ -96,8 +89,8 @@ def _later_bias(model: nn.Module) -> Tensor | None:
 
 
 BEFORE, TRIED = 4, 16
-"""Tokens before the first trained one, and in all, of the part of a row on which the head is verified: all logits of
-more would need more memory than a step with a chunked loss."""
+"""Tokens before the first trained one, and in total, with which the head is verified; more would need more memory than
+a step with a chunked loss."""
 
 
 def _shortened(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +147,6 @@ def as_its_attention_can(model: nn.Module, kind: str) -> torch.autocast:
 
 
 def _few_roundings(model: PreTrainedModel) -> float:
-    """Return the largest relative difference that another order of summation may cause."""
     import torch
 
     kind = model.device.type

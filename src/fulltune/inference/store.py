@@ -51,7 +51,6 @@ def _column(values: Sequence[Any]) -> pa.Array:
 
 
 def write_rows(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
-    """Write a split's file in larger record batches; without any batch, no file is written."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting: list[pa.RecordBatch] = []
     parts = iter(parts)
@@ -157,7 +156,6 @@ def row_id(row: Row) -> str:
 
 
 def rows_id(folder: Path) -> str:
-    """Hash the set of rows of a split, whatever their order, number and tokens."""
     # The windows of a long row share one dictionary.
     ids = {row_id(next(same)) for _, same in groupby(texts(folder), key=id)}
     return hashlib.sha256("".join(sorted(ids)).encode()).hexdigest()[:16]

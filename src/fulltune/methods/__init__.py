@@ -97,13 +97,11 @@ def virtual_tokens(recipe: Recipe) -> int:
 
 
 def virtual_tokens_of(model: nn.Module) -> int:
-    """Count the model's virtual tokens."""
     prompt = getattr(model, PROMPT_MODULE, None)
     return 0 if prompt is None else len(prompt.weight)
 
 
 def check(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Refuse methods that cannot do the task with this kind of model."""
     lines = [line for method in recipe.methods or (recipe.method,) for line in problems(recipe, config, method)]
     if lines:
         raise RecipeError(lines)

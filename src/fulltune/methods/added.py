@@ -105,7 +105,6 @@ _OURS = {"peft_type", "task_type", "inference_mode", "modules_to_save", "base_mo
 
 
 def peft_problems(method: PeftMethod) -> list[str]:
-    """List what is wrong with a PEFT method's type and config."""
     from peft import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -130,7 +129,6 @@ def peft_problems(method: PeftMethod) -> list[str]:
 def put_peft(
     model: PreTrainedModel, method: LoraMethod | PeftMethod, task: TaskName, heads: tuple[str, ...]
 ) -> PeftModel:
-    """Add PEFT's modules to the model, and return PEFT's wrapper."""
     from peft import LoraConfig, get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -217,7 +215,6 @@ class Prompt(nn.Module):
         return (), inputs
 
     def after_embeddings(self, _: object, __: object, embeddings: torch.Tensor) -> torch.Tensor:
-        """Insert the virtual tokens into the first embeddings of a pass."""
         is_first, self.waiting = self.waiting, False
         return self(embeddings) if is_first else embeddings
 
@@ -227,7 +224,6 @@ class Prompt(nn.Module):
         return args, kwargs if mask is None else {**kwargs, "encoder_attention_mask": self._ahead(mask, 1)}
 
     def after_body(self, _: object, __: object, outputs: Any) -> Any:
-        """Remove the virtual positions from the body's outputs."""
         if self.in_front and isinstance(outputs, tuple):
             return (outputs[0][:, self.size :], *outputs[1:])
         if self.in_front:

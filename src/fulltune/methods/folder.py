@@ -76,7 +76,6 @@ def _in_peft(name: str) -> str:
 
 
 def _prompt_config(applied: AppliedMethod, task: TaskName, base: str | None, names: list[str]) -> dict[str, Any]:
-    """Return the fields of `peft.PromptTuningConfig`."""
     text = applied.model.config.get_text_config()
     size = trained(applied.model)[_PROMPT].shape
     heads = {name.rpartition(".")[0] for name in names if name != _PROMPT}
@@ -97,7 +96,6 @@ def _prompt_config(applied: AppliedMethod, task: TaskName, base: str | None, nam
 
 
 def is_partial(folder: Path) -> bool:
-    """Return True if a model folder holds only trained parameters."""
     return (folder / CONFIG).exists()
 
 

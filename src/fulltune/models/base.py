@@ -48,7 +48,6 @@ class Base:
     path: Path | None
     """Folder or .gguf file; None for a model on the Hub."""
     config: PretrainedConfig
-    """Original config, never modified."""
     chat_template: str | None = None
     has_processor: bool = True
     """False if only the config is required."""
@@ -135,7 +134,6 @@ class Base:
         return (getattr(part, "num_channels", 3), height, width), assumed
 
     def configured(self, changes: Mapping[str, Any], dropout: float | None = None) -> PretrainedConfig:
-        """Return a copy of the config with the task's changes and the recipe's dropout."""
         config = copy.deepcopy(self.config)
         values = dict(changes)
         for key, value in ({} if dropout is None else config.to_dict()).items():
@@ -153,7 +151,6 @@ class Base:
         return getattr(transformers, FACTS[self.task].auto_class)
 
     def identity(self, attn_implementation: str | None) -> str:
-        """Hash the config, attention implementation and version of transformers."""
         import transformers
 
         parts = [self.config.to_dict(), attn_implementation, transformers.__version__]
@@ -166,7 +163,6 @@ def opened(rows: Any, processor: Any) -> Any:
 
 
 def processor_identity(processor: Any) -> str:
-    """Hash what a tokenizer or image processor makes of a row."""
     if not hasattr(processor, "get_vocab"):
         return str(processor.to_json_string())
     parts = [processor.get_vocab(), str(processor.chat_template), list(processor.model_input_names)]
@@ -182,7 +178,6 @@ def processor_identity(processor: Any) -> str:
 
 
 def source_of(block: ModelBlock, path: Path | None) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that locate a model and permit its code."""
     keywords: dict[str, Any] = {
         "pretrained_model_name_or_path": block.name,
         "trust_remote_code": block.trust_remote_code,
@@ -308,8 +303,8 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
     try:
         return read()
     except UnpicklingError as error:  # torch's own words advise to read it without the restriction
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"they hold more than tensors ({found[1]}), which would run as code" if found else "they are damaged"
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"they hold more than tensors ({match[1]}), which would run as code" if match else "they are damaged"
         raise SetupError(f"model: {block.name}: its pickled weights were not read: {why}; take safetensors") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         text = " ".join(str(error).split())

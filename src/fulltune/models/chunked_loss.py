@@ -18,7 +18,6 @@ ROWS = {"cpu": 256}
 """Tokens in a chunk, by device type. Each chunk adds once to the weight gradient [vocabulary, hidden], at the cost of
 one token's products, so the best size does not depend on the vocabulary."""
 ROWS_ELSEWHERE = 1024
-"""Tokens in a chunk on other devices."""
 _BLOCK_NUMBERS = 2**21
 """Numbers in the copies of one product: a 16-bit result, and the weights, which oneDNN repacks."""
 
@@ -32,7 +31,6 @@ class ChunkedLogits:
     weight: torch.Tensor
     """Weight of the head, [vocabulary, hidden], in its own type."""
     bias: torch.Tensor | None
-    """Bias of the head, [vocabulary]."""
     empty: torch.Tensor
     """Output of the head for no token, through which DDP finds the head's parameters in the graph."""
 
@@ -54,14 +52,12 @@ class ChunkedLogits:
 
 
 def summed_loss(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """Sum the cross entropy of `logits[tokens, vocabulary]` at `targets[tokens]` to a float32 scalar."""
     if isinstance(logits, ChunkedLogits):
         return logits.loss(targets, label_smoothing)
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing, reduction="sum")
 
 
 def token_scores(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's cross entropy, float32 [tokens], and whether its logit is the highest, bool [tokens]."""
     if isinstance(logits, ChunkedLogits):
         return logits.scores(targets)
     picked = logits.float()
@@ -161,7 +157,6 @@ def _times_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tenso
 
 
 def _add_outer(sums: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
-    """Add `gradient.t() @ hidden` to float32 `sums[vocabulary, hidden]`."""
     if gradient.dtype == sums.dtype:
         sums.addmm_(gradient.t(), hidden)
         return

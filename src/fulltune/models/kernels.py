@@ -22,7 +22,6 @@ all blocks of encoder and decoder have one class."""
 
 
 def missing_compiler(device: str) -> str | None:
-    """Name what is missing to compile for `cpu` or `cuda`, if anything."""
     if device == "cuda":
         return None if importlib.util.find_spec("triton") is not None else "triton (pip install triton)"
     compilers = (os.environ.get("CXX") or "g++", "clang++")

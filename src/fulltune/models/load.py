@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _GENERIC = re.compile(r"LABEL_\d+")
-"""transformers' default label names."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def load(
 
     Args:
         base: The pretrained model.
-        config_changes: Values to set on the config, for example `id2label`.
-        head_is_new: Draw a head that the checkpoint lacks, or has with other labels.
+        config_changes: Values to set on the config.
+        head_is_new: Draw a head that the checkpoint lacks or has with other labels.
         before_weights: Called before the weights take memory, when all libraries are loaded.
         on_head: Called with the origin of a head that may be new.
         shared_by: Number of ranks that shard the weights; all of them call this.
@@ -96,14 +95,12 @@ def load(
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return torch's type for a recipe's `fp32` or `bf16`."""
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool) -> set[str]:
-    """Return the names of randomly drawn parameters, and refuse those of the body, which nobody would notice."""
     prefix = model.base_model_prefix
     missing = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
     body = {key for key in missing if key.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.pooler")}
@@ -138,7 +135,6 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' load report and progress bars inside the context."""
     from transformers import logging as theirs
 
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
@@ -170,7 +166,6 @@ def _by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
 
 
 def by_name(theirs: tuple[str, ...], ours: tuple[str, ...]) -> Head:
-    """Match the labels of a checkpoint's head to ours by name."""
     if len(theirs) == len(ours) == 1:
         return Head((0,), "")  # regression heads have one row
     if len(set(theirs)) == len(theirs) and set(theirs) == set(ours):
@@ -234,8 +229,7 @@ def _rows_of_labels(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Draw values as transformers does for missing parameters, on an empty copy of the model: a shard would get other
-    values than the whole parameter."""
+    """Draw values as transformers does, on an empty copy of the model, where parameters are not sharded."""
     import torch
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -254,7 +248,6 @@ def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) 
 
 
 def draw(model: PreTrainedModel, head: Head) -> None:
-    """Draw the parameters that the checkpoint lacks."""
     import torch
 
     sharding.reshard(model)
@@ -264,7 +257,6 @@ def draw(model: PreTrainedModel, head: Head) -> None:
 
 
 def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:
-    """Draw the missing parameters with this seed, and restore the random state."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

@@ -20,7 +20,6 @@ _VOCABULARY = 1000
 
 
 def obstacle(config: PretrainedConfig, attn_implementation: str | None = None) -> str | None:
-    """Return why packed texts would attend to each other, or None."""
     import torch
     import transformers
 

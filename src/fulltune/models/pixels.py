@@ -29,21 +29,18 @@ class ImageReader:
     num_patches: int
     """Patches of an image, 1 if unknown."""
     pad_token_id: int = 0
-    """Unused, because images of a batch have equal sizes."""
 
     @property
     def model_max_length(self) -> int:
         return self.num_patches
 
     def to_json_string(self) -> str:
-        """Return the processor's settings as JSON."""
         return str(self.processor.to_json_string())
 
     def save_pretrained(self, folder: str | Path, **_: object) -> None:
         self.processor.save_pretrained(folder)
 
     def shape(self) -> tuple[int, int, int]:
-        """Return channels, height and width of the model's input, for a square image if they depend on it."""
         from PIL import Image
 
         blank = Image.new("RGB", (512, 512))
@@ -57,7 +54,6 @@ class ImageReader:
 
 
 def num_patches(config: PretrainedConfig) -> int:
-    """Count the patches of an image by the model's config; 1 if unknown."""
     image, patch = (np.broadcast_to(getattr(config, name, None) or 0, 2) for name in ("image_size", "patch_size"))
     return int(np.maximum(image // patch, 1).prod()) if patch.all() else 1
 
@@ -72,7 +68,6 @@ def where_from(value: Any) -> tuple[str, bytes]:
 
 
 def decode(path: str, content: bytes) -> Image.Image:
-    """Decode an image completely, as RGB and upright."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # only twice as many pixels are refused

@@ -32,11 +32,9 @@ class Shapes(Record):
     position_limit: int | None
     """Longest sequence in tokens, or None without a fixed limit."""
     can_recompute: bool = True
-    """True if the model class supports activation checkpointing."""
     num_all_parameters: int | None = None
     """Parameters including those that the method adds; None for full fine-tuning."""
     num_trainable: int | None = None
-    """Parameters that the method trains; None for all."""
     head_is_kept: bool = False
     """True if, by its config, the checkpoint has a head for this task's labels."""
     plain_logits: bool = True
@@ -115,7 +113,6 @@ def is_decoder(config: PretrainedConfig) -> bool:
 
 
 def check_model(recipe: Recipe, base: Base) -> None:
-    """Refuse a model that does not fit the task or cannot be trained."""
     if base.path is not None and (base.path / "adapter_config.json").exists():
         # Training would use the pretrained model instead.
         raise SetupError(

@@ -21,7 +21,6 @@ _FREED = "free_full_weight"
 OLDEST = (5, 24)
 """Oldest version of transformers whose FSDP2 support is complete enough."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
-"""Layer number in the path of a module."""
 
 
 class Units(Record):
@@ -29,28 +28,26 @@ class Units(Record):
 
     root: int
     """Parameters outside of all units, gathered from the forward pass to the end of the backward pass."""
-    kept: int
+    persistent: int
     """Parameters of units gathered from their forward to their backward pass, such as a language model's head."""
     freed: int
     """Parameters of all units that are gathered only during their own passes."""
     block: int
-    """Parameters of the largest repeated block."""
     apart: int
     """Parameters of the largest other freed unit, such as the embeddings of newer classes; 0 without one."""
 
     @property
     def gathered(self) -> int:
         """Parameters gathered in a forward and a backward pass."""
-        return self.root + self.kept + 2 * self.freed
+        return self.root + self.persistent + 2 * self.freed
 
     @property
     def reduced(self) -> int:
         """Parameters whose gradients are reduced."""
-        return self.root + self.kept + self.freed
+        return self.root + self.persistent + self.freed
 
 
 def sharded_class(auto_class: Any, config: PretrainedConfig, num_processes: int) -> tuple[Any, Any]:
-    """Return the class to load a sharded model with, and its `DistributedConfig`."""
     import torch
     import transformers
     from transformers.distributed.configuration_utils import DistributedConfig
@@ -147,7 +144,7 @@ def units_of(model: PreTrainedModel) -> Units:
     repeated = tuple(path.removesuffix("*") for path in blocks)
     return Units(
         root=sizes[""],
-        kept=sum(sizes[name] for name in order if styles[name] != _FREED),
+        persistent=sum(sizes[name] for name in order if styles[name] != _FREED),
         freed=sum(sizes[name] for name in freed),
         block=max((sizes[name] for name in freed if name.startswith(repeated)), default=0),
         apart=max((sizes[name] for name in freed if not name.startswith(repeated)), default=0),
@@ -155,7 +152,6 @@ def units_of(model: PreTrainedModel) -> Units:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return True if FSDP2 shards the model's weights."""
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
@@ -187,7 +183,9 @@ def gathered_by_block(model: nn.Module) -> Iterator[None]:
     paths = lists_of_blocks(model)
     inside = tuple(f"{path}." for path in paths)
     outside = {
-        id(one): one for name, one in model.named_parameters(remove_duplicate=False) if not name.startswith(inside)
+        id(tensor): tensor
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+        if not name.startswith(inside)
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(deepspeed.zero.GatheredParameters(list(outside.values())))
@@ -257,7 +255,6 @@ def part(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Shard a whole tensor like the parameter, if that is sharded."""
     if not hasattr(parameter, "placements"):
         return values
     from torch.distributed.tensor import distribute_tensor

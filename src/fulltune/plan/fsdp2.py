@@ -33,7 +33,7 @@ def units_of(shapes: Shapes) -> Units:
         return shapes.units
     vocabulary = min(shapes.num_parameters, shapes.vocab_size * shapes.hidden_size)
     block = (shapes.num_parameters - vocabulary) // max(1, shapes.num_layers)
-    return Units(root=vocabulary, kept=0, freed=shapes.num_parameters - vocabulary, block=block, apart=0)
+    return Units(root=vocabulary, persistent=0, freed=shapes.num_parameters - vocabulary, block=block, apart=0)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
     kinds["buffers"] += beyond
     scoring = memory.scoring(shapes, footprint, settings)
     # 16-bit copies exist only of the gathered unit.
-    scoring["buffers"] = min(scoring["buffers"], max(units.block, units.kept, units.root) // 2)
+    scoring["buffers"] = min(scoring["buffers"], max(units.block, units.persistent, units.root) // 2)
     # Without gradients the last units stay gathered until they are freed.
-    last_units = units.root + units.kept + (2 + on_cpu) * max(units.block, units.apart)
+    last_units = units.root + units.persistent + (2 + on_cpu) * max(units.block, units.apart)
     file = max(min(lasting, FILE_BYTES), lasting // MAX_FILES)
     # Gathering a tensor of the finished model: the result, with gloo a received copy, and the shard that is sent.
     gathered = (1 + on_cpu) * largest + largest // settings.num_processes
@@ -116,18 +116,18 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     # The head's gradient stays in the root unit; with logits, it has the vocabulary's size.
     head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0)
     head = value * shapes.vocab_size * shapes.hidden_size if any(one["logits"] for _, one in traced) else head
-    left = 0 if units.kept > head else min(units.root, head)  # with a tied head, the kept unit is its norm alone
+    left = 0 if units.persistent > head else min(units.root, head)  # with a tied head, the kept unit is its norm alone
     # Tied embeddings have a gradient of their own until both are summed.
     tied = left if any(one["logits"] for _, one in traced) else 0
     # A chunked loss sums the head's gradient in fp32 in the forward pass; the backward pass uses it, or a copy in the
     # weights' type.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
-    own, freed = _of_a_block(traced, units, shapes.num_layers, units.kept + left, recomputed)
+    own, freed = _of_a_block(traced, units, shapes.num_layers, units.persistent + left, recomputed)
     moments: list[_Moment] = []
     for place, passing in traced:
         # With checkpointing, autocast keeps no copies beside those that autograd saves.
         if recomputed and not place.endswith("below"):
-            saved = units.kept + left if place in AT_HEAD else units.block
+            saved = units.persistent + left if place in AT_HEAD else units.block
             passing = passing | {"buffers": min(passing["buffers"], saved // 2)}
         now = own(passing)
         reduced = max(before, min(1.0, max(0, passing["gradients"] - left - now) / everything))
@@ -143,25 +143,25 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
         elif place == "backward head":
             gradients: tuple[int, ...] = (passing["gradients"],)
             if summed:
-                gradients = (units.kept + left, summed if value < 4 else 0)
+                gradients = (units.persistent + left, summed if value < 4 else 0)
             elif settings.device == "cpu":  # as measured, both exist at once
-                gradients = (max(passing["gradients"], units.kept),)
+                gradients = (max(passing["gradients"], units.persistent),)
             # The next unit is gathered when the head's own backward pass begins, after the loss's.
             gathered = (units.block,) if any(gradients) else ()
             alive = no_logits if summed else without
-            moments.append(_Moment(alive, before, (units.root, units.kept), gradients, gathered))
+            moments.append(_Moment(alive, before, (units.root, units.persistent), gradients, gathered))
         else:
             flat = (units.block, max(units.block, units.apart) if place.endswith(":first") else units.block)
             moments += _block((without, ended), reduced, units, (left, now), copies, flat)
         if place in AT_HEAD:
             if summed:
-                moments.append(_Moment(without, before, (units.root, units.kept), (summed,)))
+                moments.append(_Moment(without, before, (units.root, units.persistent), (summed,)))
             # Then the last block, with all its activations and the gradient of its first tensor.
             first = (left, units.block // TENSORS_OF_BLOCK)
-            flat = (units.kept or units.block, units.block)
+            flat = (units.persistent or units.block, units.block)
             moments += _block((no_logits, ended), before, units, first, copies, flat)
-            sent = (*(units.kept,) * copies, units.block)
-            moments.append(_Moment(no_logits, before, (units.root,), (units.kept,), sent))
+            sent = (*(units.persistent,) * copies, units.block)
+            moments.append(_Moment(no_logits, before, (units.root,), (units.persistent,), sent))
     nothing: dict[MemoryKind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
     # The first block ends with nearly all gradients reduced and the embeddings already gathered.
     lowest = max(before, 1 - (units.root + units.apart + units.block) / everything)
@@ -176,7 +176,7 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
 
 
 def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    root, last, block, apart = (units.root,), units.kept, units.block, units.apart
+    root, last, block, apart = (units.root,), units.persistent, units.block, units.apart
     if "before" in place:
         return (*root, apart), (), (*root, apart)
     if place.endswith("loss"):

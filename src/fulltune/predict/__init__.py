@@ -115,7 +115,6 @@ class Predictor:
             yield from predicted
 
     def _refused(self, row: Row) -> Refused | None:
-        """Return why the row itself cannot be answered, or None."""
         if reason := unreadable(row, self.target.columns):
             return Refused("unreadable", reason)
         return self.task.refuse_question(row, self.target)
@@ -141,7 +140,6 @@ class Predictor:
         return [PredictedRow(None, why) if why else PredictedRow({"answer": next(answers)}) for why in refused]
 
     def _read(self, rows: Sequence[Row], report: RowProgress) -> list[PredictedRow]:
-        """Answer rows from the output of a head."""
         if not rows:  # tokenizers take no empty list
             return []
         encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
@@ -215,7 +213,6 @@ def models_of(run: Path) -> dict[str, Path]:
 
 
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a row in the model's columns from a plain text."""
     columns, read = notes["columns"], columns_read(notes)
     if len(read) > 1:
         raise DataError(f"this model reads several columns of a row, give a file with them: {', '.join(read)}")
@@ -229,5 +226,4 @@ NOT_READ = ("label", "completion", "tools", "tags", "target", "answers")
 
 
 def columns_read(notes: Mapping[str, Any]) -> list[str]:
-    """Return the columns that a row must have to be answered."""
     return [column for role, column in notes["columns"].items() if role not in NOT_READ]

@@ -170,7 +170,6 @@ def _question(row: Row, target: Target) -> list[dict[str, Any]]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise rows; `labels` are the token ids where they are trained, else -100."""
     if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
             "the tokenizer has no chat template; use an instruct model, or set data.chat_template to a Jinja file"
@@ -276,7 +275,6 @@ def _example(ids: list[int], trained: list[bool], max_length: int) -> Example:
 
 
 def end_token(features: RowFeatures) -> int | None:
-    """Return the last trained token, after which generation must stop."""
     return next((label for label in reversed(features["labels"]) if label != IGNORED), None)
 
 
@@ -296,7 +294,6 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad to `input_ids` and `labels`, with `attention_mask` or, for packed texts, `position_ids`: [batch, tokens]."""
     batch = collated(features, pad_token_id, ("position_ids",), label_per_token=True)
     if "position_ids" not in features[0]:
         return batch
@@ -307,7 +304,6 @@ def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Ten
 
 
 def target_ids(labels: Tensor) -> Tensor:
-    """Shift `labels[batch, tokens]` by one: each logit predicts the next token, the last one nothing (-100)."""
     import torch.nn.functional as F
 
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)

@@ -20,7 +20,6 @@ ChatMessage = Mapping[str, Any]
 MaskedIds = tuple[list[int], list[bool]]
 """Token ids, and whether each is trained."""
 Tools = list[Any] | None
-"""Tool definitions for a chat template."""
 
 _ALL, _MANY_TURNS = 2**62, 20
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
@@ -56,7 +55,6 @@ def clean(messages: Any) -> list[dict[str, Any]]:
 
 
 def _words_and_calls(message: ChatMessage) -> dict[str, Any]:
-    """Return `content` as text and `tool_calls` as a list, if they have another form."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):

@@ -33,7 +33,6 @@ ROWS = ""
 
 
 def numbers(*values: np.ndarray) -> np.ndarray:
-    """Stack arrays along a new last axis, as float64."""
     return np.stack([np.asarray(array, np.float64) for array in values], axis=-1)
 
 
@@ -247,7 +246,6 @@ def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
 
 
 def worst(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """Yield the wrong rows (all rows for regression) with the highest loss."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     wrong = np.ones(len(true), bool) if target.form.is_number else ~_right_classes(predictions, target)
     order = [position for position in np.argsort(-predictions["loss"], kind="stable") if wrong[position]]
@@ -284,7 +282,6 @@ def answers(
 
 
 def calibrated(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, list[float]]]:
-    """Yield the most probable class and all calibrated probabilities of each row of `logits[rows, classes]`."""
     from scipy.special import softmax
 
     chances = softmax(logits.astype(np.float64) / temperature, axis=-1)
@@ -344,7 +341,6 @@ def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """Return the loss of equal logits, or of predicting the train rows' mean number."""
     if summary.form.is_number:
         return 1.0
     if summary.num_choices:

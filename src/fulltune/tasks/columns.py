@@ -32,12 +32,7 @@ USUAL_PAIRS = [(text, pair) for text, pair in _TABLE["pairs"]]
 
 
 class BadCell:
-    """Placeholder for a cell that could not be read, in a row whose other cells could.
-
-    Args:
-        reason: What is wrong with the cell, for messages.
-        shown: Text that stands for the cell in files.
-    """
+    """Placeholder for a cell that could not be read: `reason` for messages, `shown` for files."""
 
     def __init__(self, reason: str, shown: str = "") -> None:
         self.reason, self.shown = reason, shown or f"<{reason}>"
@@ -86,7 +81,7 @@ def fault(value: object) -> str | None:
 
 
 def may_be_faulty(text: str) -> bool:
-    """Return False if the `fault` of a value with this JSON or Python text need not be computed: most are fine."""
+    """Return False if a value with this text certainly has no `fault`."""
     has_escape = "\\ud" in text or "\\uD" in text or "\\U" in text
     return has_escape or text.count("[") + text.count("{") > MOST_NESTED
 
@@ -110,7 +105,7 @@ def parsed(value: Any) -> Any:
 
 
 def _is_glued(text: str) -> bool:
-    """Return True if two strings follow each other without a comma, as numpy prints them: Python would join them."""
+    """Return True if strings follow each other without a comma, as numpy prints them."""
     if re.search(r"""['"]\s+['"]""", text) is None:
         return False
     kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
@@ -160,7 +155,6 @@ def required(
 def find_columns(
     roles: Sequence[str], columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
 ) -> dict[str, str]:
-    """Choose a column for each of these required roles."""
     by_role: dict[str, str] = {}
     for role in roles:
         by_role[role] = required(role, getattr(data, role), columns, where, by_role.values())
@@ -172,7 +166,7 @@ def missing_column(role: str, columns: Sequence[str], where: str) -> str:
 
 
 def shown(columns: Iterable[str]) -> str:
-    """List column names in a message, cut: a broken file may have millions, or names of a million characters."""
+    """List column names for a message, cut: a broken file may have millions."""
     return first_few([name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}..." for name in columns], _SHOWN)
 
 
@@ -186,14 +180,12 @@ def without_text(row: Row, target: Target, *roles: str) -> Refused | None:
 
 
 def not_text(row: Row, target: Target, role: str) -> Refused | None:
-    """Return why a row with a list or an object instead of text in this role is dropped, or None."""
     is_text = not isinstance(row.get(column := target.columns[role]), (list, tuple, dict))
     return None if is_text else Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
 
 
 def second_text(read: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
-    """Find a column without a role whose texts resemble those of column `read`: several words each, few duplicates, at
-    least half as long in total."""
+    """Find a column without a role with texts like those of column `read`: several words, few duplicates, long."""
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
     def is_like(cells: Sequence[str]) -> bool:
@@ -217,7 +209,6 @@ _NO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 
 def normalised(text: str) -> str:
-    """Lower the case and collapse white space, to compare rows."""
     return " ".join(text.lower().split())
 
 

@@ -89,7 +89,6 @@ def preview(features: RowFeatures, target: Target, tokenizer: ImageReader) -> Pr
 
 
 def display_text(row: Row, target: Target) -> str:
-    """Return file and folder of the image, or the row's place in the data file if the row holds the image."""
     value = row.get(target.columns["image"])
     path = value.get("path") if isinstance(value, Mapping) else value
     # Stored rows hold words instead of bytes, such as `<812 bytes>`.
@@ -103,7 +102,6 @@ def _last_parts(path: str) -> str:
 
 
 def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-    """Stack `pixel_values[batch, channels, height, width]` and `labels[batch]`; `ImageRows` has decoded the images."""
     import torch
 
     pixels = torch.from_numpy(np.stack([row[PIXELS] for row in features]))

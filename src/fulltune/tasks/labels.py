@@ -33,7 +33,7 @@ def _count(counts: LabelCounts, wrong: Callable[[Any], bool]) -> int:
     return sum(count for value, count, _ in counts if wrong(value))
 
 
-def _at(counts: LabelCounts, value: Any) -> str:
+def _at(counts: LabelCounts, value: object) -> str:
     place = next(place for other, _, place in counts if other is value)
     return f", first: {place}" if place else ""
 
@@ -84,7 +84,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def _numbers(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
-    def is_word(value: Any) -> bool:
+    def is_word(value: object) -> bool:
         return parsed_number(value) is None and not is_beyond(value)
 
     wrong = [value for value, *_ in counts if is_word(value)]
@@ -178,26 +178,26 @@ def _few(counts: Counter[str]) -> str:
     return shown + (f", {len(counts) - 2} more" if len(counts) > 2 else "")
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: object) -> bool:
     """Return True for a missing cell, white space, or pandas' NaN."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float) and value != value)
 
 
-def parsed_number(value: Any) -> float | None:
+def parsed_number(value: object) -> float | None:
     """Return a number that float32 can hold, or None."""
     number = _as_float(value)
     return number if number is not None and abs(number) <= _MOST_FLOAT32 else None
 
 
-def is_beyond(value: Any) -> bool:
+def is_beyond(value: object) -> bool:
     """Return True for numbers that float32 cannot hold: `1e39`, `1e999`, `inf`, the word `nan`."""
     number = _as_float(value)
     return number is not None and not abs(number) <= _MOST_FLOAT32
 
 
-def _as_float(value: Any) -> float | None:
+def _as_float(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (str, Real, Decimal)):
         return None
     if isinstance(value, str) and "_" in value:  # Python reads 1_1 as 11; in a label it is a name
@@ -210,16 +210,15 @@ def _as_float(value: Any) -> float | None:
         return math.inf
 
 
-def _is_listed(value: Any) -> bool:
+def _is_listed(value: object) -> bool:
     return isinstance(value, str) and value.startswith("[") and value.endswith("]") and parsed_list(value) is not None
 
 
-def is_infinite(value: Any) -> bool:
-    """Return True for an infinite float, as Python reads JSON's `Infinity`."""
+def is_infinite(value: object) -> bool:
     return isinstance(value, float) and math.isinf(value)
 
 
-def is_broken_list(value: Any) -> bool:
+def is_broken_list(value: object) -> bool:
     """Return True for a cut list such as `["a", "b`, and for a list in a list; `a [b]` is a name."""
     if not isinstance(value, str) or not (value.startswith("[") or (value.endswith("]") and "[" not in value)):
         return any(isinstance(part, (list, tuple, dict)) or is_infinite(part) for part in _parts(value))
@@ -227,19 +226,17 @@ def is_broken_list(value: Any) -> bool:
     return parsed is None or is_broken_list(parsed)
 
 
-def _parts(value: Any) -> Sequence[Any]:
-    """Return the parts of a list, also of one written as text; nothing for other values."""
+def _parts(value: object) -> Sequence[Any]:
     parsed = parsed_list(value) if isinstance(value, str) else value
     return parsed if isinstance(parsed, (list, tuple)) else ()
 
 
 def parsed_list(value: str) -> list[Any] | None:
-    """Parse a list written as JSON or Python, or return None."""
     parsed = literal(value)
     return parsed if isinstance(parsed, list) else None
 
 
-def label_list(value: Any) -> list[str]:
+def label_list(value: object) -> list[str]:
     if isinstance(value, str):
         parsed = parsed_list(value)
         # `a;b` and `a|b` are the usual forms of several labels in a csv cell.
@@ -256,7 +253,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
     return sorted(set(label_list(value))) if target.form.several_labels else [label_name(value)]
 
 
-def label_name(value: Any) -> str:
+def label_name(value: object) -> str:
     """Return a label as class name; `1`, `1.0` and `[1]` are the same."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]

@@ -96,7 +96,6 @@ def as_question(row: Row, target: Target) -> Row:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise the question with each choice; the longer of both is cut first."""
     choices = [choice_texts(row, target) for row in rows]
     questions = [question_text(row, target) for row in rows]
     texts = [[text for row in choices for text in row]]
@@ -145,7 +144,6 @@ def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Ten
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Answer with `index`, `text` and `probability` of the best choice, and all `probabilities`."""
     return [
         {
             "index": best,
@@ -208,7 +206,6 @@ def _numbered(columns: Sequence[str]) -> list[str]:
 
 
 def _has_sentences(columns: Sequence[str], sample: Sequence[Row]) -> bool:
-    """Return True if a column holds several words in most rows."""
     texts = ([cell for row in sample if isinstance(cell := row.get(column), str)] for column in columns)
     return any(sum(" " in cell.strip() for cell in cells) > len(sample) / 2 for cells in texts)
 

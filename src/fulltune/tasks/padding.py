@@ -68,7 +68,6 @@ def trained_places(target_ids: Tensor) -> Tensor:
 
 
 def mask(values: Sequence[Sized]) -> Tensor:
-    """Make an attention mask, 1 for tokens and 0 for padding: int64 [rows, tokens]."""
     import torch
 
     lengths = np.array([len(value) for value in values])
@@ -78,15 +77,10 @@ def mask(values: Sequence[Sized]) -> Tensor:
 _CHARACTERS = 50_000
 _CHARACTERS_PER_TOKEN = 20
 PART_CHARACTERS = 1_000_000
-"""Characters in a part of a text that is tokenised in parts."""
 
 
 def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
-    """Cut a very long text at a space, well beyond `max_length` tokens, so that tokenising it is fast.
-
-    The first tokens stay the same. The text is returned whole if its beginning gives few tokens, or if the tokenizer
-    truncates on the left.
-    """
+    """Cut a very long text at a space, well beyond `max_length` tokens, if that keeps its first tokens the same."""
     most = max(_CHARACTERS, _CHARACTERS_PER_TOKEN * max_length)
     if len(text) <= most or getattr(tokenizer, "truncation_side", "right") != "right":
         return text
@@ -98,11 +92,8 @@ def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
 def tokenised(
     tokenizer: Tokenizer, texts: Sequence[Sequence[str] | Sequence[list[str]]], max_length: int, **options: bool
 ) -> tuple[BatchEncoding, list[str], list[bool]]:
-    """Tokenise texts, or pairs of two lists, and cut them at `max_length`, the longer of a pair first.
-
-    Returns:
-        The tokens, the names of the model's inputs among them (without the attention mask), and which were cut.
-    """
+    """Tokenise and cut texts, or pairs of two lists, the longer of a pair first; return also the names of the model's
+    inputs and which texts were cut."""
     options |= {"return_attention_mask": False, "verbose": False}
     tokens = tokenizer(*texts, truncation=False, **options)  # to count which are too long
     is_cut = [len(ids) > max_length for ids in tokens["input_ids"]]
@@ -112,10 +103,7 @@ def tokenised(
 
 
 def token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokenise a whole text with special tokens; in parts if it has millions of characters.
-
-    Parts are only used with tokenizers that give two words the same tokens separately as together.
-    """
+    """Tokenise a whole text, in parts if it has millions of characters and parts give the same tokens."""
     seam = _seam(tokenizer) if len(text) > PART_CHARACTERS else None
     if seam is not None and (parts := _parts(text, seam)) is not None:
         ids, closing = _specials(tokenizer)
@@ -156,7 +144,6 @@ def _seam(tokenizer: Tokenizer) -> str | None:
 
 
 def _specials(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the special tokens before and after a text."""
     whole, plain = list(tokenizer("of", verbose=False)["input_ids"]), _plain("of", tokenizer)
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return whole[:start], whole[start + len(plain) :]

@@ -161,7 +161,6 @@ def _parts(cell: Any) -> Iterator[tuple[str, int | None]]:
 
 
 def _place(start: Any) -> int:
-    """Read a position, which pandas writes as a float if some are missing."""
     try:
         return int(start)
     except (ValueError, TypeError, OverflowError):
@@ -350,7 +349,6 @@ def find_answers(
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Answer with `answer`, its first character `start`, and its `probability`."""
     numbers = [number for number, windows in enumerate(examples) for _ in windows]
     features = [example.features for windows in examples for example in windows]
     best = find_answers(predictions, features, numbers, [context_of(rows[number], target) for number in numbers])

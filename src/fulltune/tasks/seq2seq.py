@@ -126,7 +126,6 @@ def decoder_input_ids(model: PreTrainedModel, labels: Tensor) -> Tensor:
 
 
 def target_ids(labels: Tensor) -> Tensor:
-    """Return the labels: each logit predicts the token at its own position."""
     return labels
 
 

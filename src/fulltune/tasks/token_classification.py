@@ -46,7 +46,6 @@ _BIO = re.compile(r"O|[BI]-\S+")
 WORD = re.compile(r"https?://\S*[\w/]|[@#]?\w+(?:[.'’&/-]\w+)*|\S")
 """Regular expression of a word in running text, punctuation apart, as in CoNLL files."""
 _SHOWN = 5
-"""Most wrong tags that an error message lists."""
 
 # ---- words and their tags --------------------------------------------------------------------------------------
 
@@ -365,7 +364,6 @@ def _entities(predictions: Predictions) -> np.ndarray:
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """Return an upper bound: tags are not counted, so every word is given the largest weight."""
     return math.log(max(2, len(summary.labels))) * (1.0 if weights is None else max(weights))
 
 

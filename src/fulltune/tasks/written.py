@@ -116,8 +116,6 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
 
 
 def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Count matching n-grams, n-grams of each order, and the lengths of answer and target: `bleu_counts[rows, 10]`;
-    nothing without sacrebleu."""
     if not can_score("bleu"):
         return {}
     from sacrebleu.metrics.bleu import BLEU

@@ -22,7 +22,7 @@ LLAMA = Shapes(
     hidden_size=4096,
     vocab_size=32_000,
     position_limit=4096,
-    units=Units(root=0, kept=131_076_096, freed=6_607_339_520, block=202_383_360, apart=131_072_000),
+    units=Units(root=0, persistent=131_076_096, freed=6_607_339_520, block=202_383_360, apart=131_072_000),
 )
 BERT = Shapes(
     model_type="bert",
@@ -33,7 +33,7 @@ BERT = Shapes(
     hidden_size=768,
     vocab_size=30_000,
     position_limit=512,
-    units=Units(root=110_000_000 - 12 * 7_087_872, kept=0, freed=12 * 7_087_872, block=7_087_872, apart=0),
+    units=Units(root=110_000_000 - 12 * 7_087_872, persistent=0, freed=12 * 7_087_872, block=7_087_872, apart=0),
 )
 
 

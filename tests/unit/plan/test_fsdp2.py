@@ -27,7 +27,7 @@ SHAPES = Shapes(
     hidden_size=1000,
     vocab_size=90_000,
     position_limit=None,
-    units=Units(root=ROOT, kept=0, freed=NUM_BLOCKS * BLOCK, block=BLOCK, apart=0),
+    units=Units(root=ROOT, persistent=0, freed=NUM_BLOCKS * BLOCK, block=BLOCK, apart=0),
 )
 SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=100, num_processes=4, device="cuda")
 
@@ -92,7 +92,7 @@ def test_a_blocks_gradients_are_whole_when_its_activations_are_gone() -> None:
 
 def test_a_loss_in_pieces_has_the_heads_gradient_before_the_backward_pass() -> None:
     words, hidden = SHAPES.vocab_size, SHAPES.hidden_size
-    units = Units(root=0, kept=words * hidden + 1, freed=P - words * hidden - 1, block=BLOCK, apart=0)
+    units = Units(root=0, persistent=words * hidden + 1, freed=P - words * hidden - 1, block=BLOCK, apart=0)
     shapes, settings = SHAPES.model_copy(update={"units": units}), SETTINGS.changed(longest_tokens=1000)
     for dtype, value in (("fp32", 4), ("bf16", 2)):
         chunked = settings.changed(weights_dtype=dtype, chunked_loss=True)
@@ -100,7 +100,7 @@ def test_a_loss_in_pieces_has_the_heads_gradient_before_the_backward_pass() -> N
         # Summed up in fp32, whatever the weights are.
         assert found.kinds["logits"] == 1000 * words * 4
         assert found.kinds["gradients"] == 4 * words * hidden
-        assert found.kinds["buffers"] == value * units.kept + memory.CUDA_CONTEXT_BYTES
+        assert found.kinds["buffers"] == value * units.persistent + memory.CUDA_CONTEXT_BYTES
 
 
 def test_accumulation_holds_parts_of_gradients_alone() -> None:

@@ -94,7 +94,7 @@ SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=8, num_processes=8,
         (None, {"weights_dtype": "bf16"}, 0, 2 * 2 * P),
         (None, {"num_trainable": 10**6, "num_all_parameters": P}, 0, 2 * 4 * 10**6),
         # The head is put together once, everything else twice.
-        (FSDP2, {}, 4 * (3 * P - UNITS.kept), 0),
+        (FSDP2, {}, 4 * (3 * P - UNITS.persistent), 0),
         (ParallelLayout(2, False, False), {}, 2 * P, 2 * P),
         (ParallelLayout(3, False, False), {}, 3 * 2 * P, 0),
         (ParallelLayout(3, True, True), {}, 3 * 2 * P, 0),
