@@ -1,4 +1,4 @@
-"""Score baselines and trained models on the same test rows with the same metrics."""
+"""Score baselines and trained models on the same test rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score models that write: the loss on all test rows, and generated answers to some."""
+"""Score models that write by loss and generated answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows, metrics, intervals and loading for all scores of a run, and the log of test accesses."""
+"""Rows, metrics and loading for scores, and the log of test accesses."""
 
 from __future__ import annotations
 

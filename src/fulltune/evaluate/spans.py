@@ -83,12 +83,11 @@ def _questions(scoring: Scoring) -> dict[str, dict[str, Any]]:
 
 
 def _accepted(scoring: Scoring, questions: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Return the accepted answers of each question, which may be none."""
     return [[text for text, _ in question_answering.answers_of(row, scoring.target)] for row in questions.values()]
 
 
 def _first_windows(texts: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the position of each question's first window, whose cluster all its windows share."""
+    """Return the position of each question's first window."""
     return sorted(np.unique([row[PLACE] for row in texts], return_index=True)[1].tolist())
 
 

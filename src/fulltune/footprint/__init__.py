@@ -1,1 +1,1 @@
-"""A training step's memory and work, from the model's class without its weights."""
+"""Trace a training step's memory and work without the model's weights."""

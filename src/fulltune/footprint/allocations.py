@@ -1,4 +1,4 @@
-"""Run a model on tensors without values and log what is alive after each allocation."""
+"""Log what is alive while a model runs on tensors without values."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ _DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_lay
 
 
 def layered(case: TraceCase, config: PretrainedConfig) -> PretrainedConfig:
-    """Return the part of the config that names the number of layers."""
+    """Return the config that names the number of layers."""
     if not has_tokens(case):
         return getattr(config, "vision_config", config)
     return config if config.is_encoder_decoder else config.get_text_config()
 
 
 def depths_of(case: TraceCase) -> dict[str, int]:
-    """Return numbers of layers by attribute of the config; empty if it names none."""
+    """Return numbers of layers by attribute of the config."""
     config = layered(case, case.config)
     usual = _DEPTHS[:-1] if config.is_encoder_decoder else _DEPTHS[-1:]
     names = next((some for some in usual if all(isinstance(getattr(config, name, None), int) for name in some)), ())
@@ -132,7 +132,7 @@ def has_tokens(case: TraceCase) -> bool:
 
 
 def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """Return the fields of a footprint that follow from the shapes of trained tensors."""
+    """Return the footprint's fields about trained tensors."""
     return {
         "weights_dtype": case.weights_dtype,
         "largest_tensor": max(map(math.prod, shapes)),
@@ -245,7 +245,6 @@ class AllocationLog(TorchDispatchMode):
 
 
 def _numbered(indices: Any, count: int) -> Any:
-    """Return the indices with masks turned into positions, as indexing does."""
     return [
         place
         for index in indices
@@ -362,7 +361,6 @@ def onto_cpu(model: nn.Module) -> None:
 def _micro_batch(
     case: TraceCase, model: PreTrainedModel, batch: dict[str, torch.Tensor], log: AllocationLog, training: bool
 ) -> None:
-    """Run a micro batch with its loss, as `FullTrainer` does."""
     head = _head(case.task, model)
     log.place = "forward before layers"
     labels = batch.pop("labels")

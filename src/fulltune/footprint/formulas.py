@@ -1,4 +1,4 @@
-"""Fit formulas for a whole model at any micro batch to traces of copies with few layers."""
+"""Extrapolate from traces of copies with few layers to the whole model."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ _Copy = tuple[dict[str, int], tuple[str, ...]]
 
 
 def _copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
-    """Return the smallest copy, and for each kind of layer a copy with one more and the number still missing."""
+    """Return the smallest copy, and larger ones with the number of layers still missing."""
     depths, kinds = depths_of(case), layer_kinds(case)
     if kinds:
         (name,) = depths
@@ -111,7 +111,6 @@ def _layer_terms(rows: int, length: int) -> tuple[int, ...]:
 
 
 def _added(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """Return shapes of a further layer's tensors."""
     return tuple((Counter(more) - Counter(few)).elements())
 
 
@@ -180,10 +179,7 @@ def _has_lengths(points: Sequence[tuple[int, int]]) -> bool:
 
 
 def _later(first: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], size: int) -> tuple[LiveMemory, ...]:
-    """Return the moments of a later micro batch, whose gradients are added to earlier ones.
-
-    Besides these, one tensor's gradient exists, and parts of a tied embedding's.
-    """
+    """Return the moments of a later micro batch, whose gradients are added to earlier ones."""
     total = size * sum(map(math.prod, shapes))
     highest = max(moment.coefficients["gradients"][0] for moment in first)
     waiting = max(0.0, highest - total) + size * max(map(math.prod, shapes))

@@ -1,4 +1,4 @@
-"""Memory and work of a training step as functions of the micro batch (docs/concepts/memory.md)."""
+"""Memory and work as functions of the micro batch (docs/concepts/memory.md)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Footprint(Record):
     attention_flops_per_pair: float
     """Operations of a forward pass for each pair of tokens in a row."""
     train_flops_per_token: float = 0.0
-    """Operations of a forward and backward pass, without checkpointing and attention's backward; 0 if not traced."""
+    """Operations of a forward and backward pass, without attention's backward; 0 if not traced."""
     tensors: dict[int, int] = Field(default_factory=dict)
     """Number of trained parameters by their number of values."""
     rough: str = ""

@@ -1,4 +1,4 @@
-"""The sizes and memory of a recipe's model for a plan, without its weights."""
+"""Sizes and memory of a recipe's model, without its weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PIXELS_OF_A_TOKEN = 32 * 32
 
 
 def rough(case: TraceCase, why: str) -> Footprint:
-    """Return a footprint by a rule of thumb, as the model cannot be traced because of `why`."""
+    """Return a footprint by a rule of thumb, with the reason `why` for not tracing."""
     shapes = _shapes(case)
     num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
     layers, hidden, vocab = _sizes(case)
@@ -159,7 +159,7 @@ class PlannedModel:
 
 
 def preparing(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel], None]:
-    """Return the changes to a model before training, equal for methods that differ in rates only."""
+    """Return the changes to a model before training."""
     same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
     if recipe.method.kind == "full":
         same["train"] = {}

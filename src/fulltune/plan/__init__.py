@@ -1,4 +1,4 @@
-"""Make the plan of a trial, with a reason for every value, without torch or weights."""
+"""Make the plan of a trial, without torch or weights."""
 
 from fulltune.plan.budget import available
 from fulltune.plan.changed import as_begun, is_placed_as, need_of, on_disk, placed_anew

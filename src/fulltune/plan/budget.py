@@ -1,4 +1,4 @@
-"""Memory and disk that a process may use, and that settings need."""
+"""Memory and disk that exist, and that settings need."""
 
 from __future__ import annotations
 

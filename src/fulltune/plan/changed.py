@@ -1,4 +1,4 @@
-"""Change a finished plan: after measuring, after running out of memory, or to resume elsewhere."""
+"""Change a finished plan, or place its run elsewhere."""
 
 from __future__ import annotations
 

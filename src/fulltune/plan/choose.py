@@ -1,4 +1,4 @@
-"""Choose the fastest settings that fit in memory, preferring those that keep the result."""
+"""Choose the fastest settings that fit, preferring those that keep the result."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def smallest(basis: Basis, same_numbers: bool = False) -> Option:
 
 
 def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
-    """Return every allowed micro batch, without and with each lever that keeps the result."""
+    """Return every allowed micro batch, with and without levers that keep the result."""
     rows, size = basis.rows_per_process, basis.recipe.train.micro_batch_size
     sizes = [size] if size is not None else [divisor for divisor in range(rows, 0, -1) if rows % divisor == 0]
     return [

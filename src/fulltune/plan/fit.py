@@ -1,4 +1,4 @@
-"""Make the plan: choose every open value with its reason, and check that the run fits."""
+"""Make the plan of a trial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of one process when FSDP2 shards weights, gradients and AdamW's moments (docs/concepts/memory.md)."""
+"""Memory of one process with FSDP2 (docs/concepts/memory.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPUs by name, and hardware to plan for, such as `--for "8x A100-80GB, 1TB host"`."""
+"""GPUs by name, and hardware such as `--for "8x A100-80GB, 1TB host"`."""
 
 from __future__ import annotations
 
@@ -140,7 +140,6 @@ _BY_KEY = {_key(name): model for model in GPUS for name in (model.name, *model.a
 
 
 def _named(name: str) -> list[GpuModel]:
-    """Return the GPU of that name, or else those with the name and a size."""
     key = _key(name)
     if key in _BY_KEY:
         return [_BY_KEY[key]]

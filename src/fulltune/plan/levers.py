@@ -1,4 +1,4 @@
-"""The table of levers: settings that save memory, with what each needs, changes and costs."""
+"""The table of settings that trade something for memory."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ LEVERS = (
 
 
 def what_helps(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
-    """Return settings such as `name: value` that would save memory in a phase, the mildest first."""
+    """Return settings such as `name: value` that would save memory in a phase."""
     settings: dict[str, str] = {}
     for lever in LEVERS:
         if lever.way_out and phase in (lever.fallback or ANYWHERE) and not lever.obstacle(recipe, now):

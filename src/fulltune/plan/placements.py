@@ -26,7 +26,7 @@ _DEFAULTS = {
 
 
 def table(basis: Basis) -> tuple[PlacementOption, ...]:
-    """Return every sensible placement on this hardware, with its memory and speed."""
+    """Return every sensible placement with its memory and speed."""
     return tuple(_best(basis, settings) for settings in _layouts(basis))
 
 
@@ -60,7 +60,6 @@ def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
 
 
 def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
-    """Return the fastest micro batch and checkpointing that fit, else the smallest."""
     recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
         weights_dtype=settings["model.weights_dtype"],
@@ -119,7 +118,6 @@ def _changes(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | No
 
 
 def _shortage(basis: Basis, on_device: int, host: int) -> str | None:
-    """Return the missing memory, such as `device +3 GiB`."""
     missing = {"device": on_device - basis.available_bytes}
     if host:
         missing["host"] = host - basis.fleet.machine.memory_available_bytes

@@ -1,4 +1,4 @@
-"""Choose each setting with its reason: the recipe's value or a default."""
+"""Choose each setting with its reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIN_BF16_SPEEDUP = 1.2
 MAX_WORKERS = 8
 """Most processes that decode images for one GPU."""
 MIN_SHARED_BYTES = 2**30
-"""Shared memory per GPU: 32 images of 224 x 224 pixels are 19 MB, and each worker queues two such batches."""
+"""Shared memory per GPU: each worker queues two batches, and 32 images of 224 x 224 pixels are 19 MB."""
 
 
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
@@ -126,12 +126,11 @@ def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str
 
 
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
-    """Return the GPU with the lowest compute capability of those that the recipe uses."""
+    """Return the used GPU with the lowest compute capability."""
     return min(machine.gpus[: recipe.train.processes_per_machine], key=lambda gpu: gpu.capability)
 
 
 def _precision_of(gpu: Gpu) -> tuple[str, str]:
-    """Return the fastest precision of a GPU, with the reason."""
     if gpu.bf16:
         return "bf16", f"{gpu.label} computes in bf16; weights stay fp32"
     if gpu.capability >= TENSOR_CORES_FROM:
@@ -227,7 +226,7 @@ def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
 
 
 def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["probe", "random"] | None:
-    """Return the start of a new head; None if the task has none, or the checkpoint brings it."""
+    """Return the start of a new head, or None without one."""
     wanted, name = recipe.method.head_init, "method.head_init"
     if not FACTS[recipe.task].head_is_new:
         return None

@@ -1,4 +1,4 @@
-"""What `fulltune plan` shows: placements, cost, ways out and advice."""
+"""What `fulltune plan` shows besides the plan."""
 
 from __future__ import annotations
 
@@ -141,7 +141,6 @@ def ranked(table: Sequence[PlacementOption]) -> list[PlacementOption]:
 
 
 def _computes_otherwise(option: PlacementOption) -> bool:
-    """Return whether results differ from those of AdamW in fp32."""
     return option.settings.get("model.weights_dtype") == "bf16" or option.settings.get("train.optim") == "adamw_8bit"
 
 

@@ -1,4 +1,4 @@
-"""Compute how long a run takes and what it costs (docs/concepts/memory.md, "Time")."""
+"""Time and cost of a run (docs/concepts/memory.md, "Time")."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 def step_seconds(
     fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, layout: ParallelLayout | None
 ) -> dict[str, float]:
-    """Return seconds of each part of a step with `rows` rows; empty if the hardware's speed is unknown."""
+    """Return seconds of each part of a step with `rows` rows, if the hardware's speed is known."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
         return {}
@@ -147,8 +147,7 @@ def together(seconds: Mapping[str, float]) -> float:
 
 
 def traffic(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | None) -> tuple[int, int]:
-    """Return bytes that each process sends per micro batch, and once per step, by rings (docs/guides/scale.md,
-    "Traffic")."""
+    """Return bytes that each process sends per micro batch and per step (docs/guides/scale.md, "Traffic")."""
     processes, trained = settings.num_processes, memory.num_trainable(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
     each_pass, each_step = 0, 0
@@ -204,7 +203,7 @@ DevicePrice = tuple[float, str]
 
 
 def parse_price(text: str) -> DevicePrice:
-    """Parse a price per device and hour, such as `2.5 USD`; raises `RecipeError`."""
+    """Parse a price per device and hour, such as `2.5 USD`; raise `RecipeError` if it is none."""
     match = re.fullmatch(r"\s*([^\d\s.+-]{0,3})\s*(\d+(?:\.\d+)?)\s*([^\d\s.+-]*)\s*", text)
     if match is None:
         raise RecipeError(f"--price: '{text}' is not a price; write the cost of one device per hour, such as 2.5")

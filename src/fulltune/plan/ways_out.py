@@ -1,4 +1,4 @@
-"""Ways out when nothing fits: changes with the bytes that each frees."""
+"""Changes that help when nothing fits."""
 
 from __future__ import annotations
 
@@ -96,7 +96,6 @@ def _together(basis: Basis, now: MemorySettings) -> list[WayOut]:
 
 
 def _smaller_model(basis: Basis, settings: MemorySettings) -> WayOut:
-    """Return a rough size for a model that would fit."""
     need = basis.need(settings)
     parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"

@@ -1,4 +1,4 @@
-"""The workload of a plan, and the basis for comparing its settings."""
+"""The workload of a plan, and what its settings need."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Basis:
         return budget.need(self.shapes, self.footprint, full, self.layout)
 
     def seconds(self, settings: MemorySettings) -> dict[str, float]:
-        """Return seconds of each part of a step; empty if the speed is unknown."""
+        """Return seconds of each part of a step, if the speed is known."""
         return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.layout)
 
     def speed(self, settings: MemorySettings) -> float | None:

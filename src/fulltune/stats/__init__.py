@@ -1,1 +1,1 @@
-"""Statistics: bootstrap, intervals, precision, calibration, and what the curves of a training say."""
+"""Bootstrap, intervals, precision, calibration and training curves."""

@@ -98,7 +98,6 @@ def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predic
 
 
 def _times(random: np.random.Generator, num_clusters: int, size: int) -> np.ndarray:
-    """Count how often each cluster was drawn, int64 [size, clusters]."""
     clusters = random.integers(0, num_clusters, (size, num_clusters), np.int32)
     offsets = np.arange(size, dtype=np.int64)[:, None] * num_clusters
     counts = np.bincount((clusters + offsets).ravel(), minlength=size * num_clusters)

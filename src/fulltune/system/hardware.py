@@ -1,4 +1,4 @@
-"""Measure this machine: cores, memory, disk, GPUs, and the speed of its number formats."""
+"""Measure this machine."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def here() -> Machine:
 
 
 def weakest(machines: Sequence[Machine]) -> Machine:
-    """Return a machine with the lowest values of several, for a plan that fits all."""
+    """Return a machine with the lowest values of several."""
     shared = [one.shared_memory_bytes for one in machines if one.shared_memory_bytes is not None]
     return Machine(
         cpu=" / ".join(dict.fromkeys(one.cpu for one in machines)),
@@ -183,7 +183,6 @@ def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -
 
 
 def _bf16_speedup(device: str, rows: int, width: int) -> float:
-    """Return the speed-up of a transformer block's two linear layers with fp32 weights."""
     import torch
     from torch.nn import functional as F
 

@@ -1,5 +1,4 @@
-"""Several machines that train one model: each writes a heartbeat file in a shared folder and reads the others'; machine
-0's names the attempt to take part in."""
+"""Several machines that train one model, with heartbeat files in a shared folder; machine 0's names the attempt."""
 
 from __future__ import annotations
 
@@ -110,7 +109,7 @@ def machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wa
 
 
 def missing_machines(recipe: Recipe) -> str:
-    """Return the error of a command without a rank for a recipe of several machines."""
+    """Return the error of a command without a rank."""
     return (
         f"train.num_machines: {recipe.train.num_machines}, but this command would train on one machine; start it on "
         "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set train.num_machines=1"

@@ -1,4 +1,4 @@
-"""Memory of the machine and this process, out-of-memory errors, and torch's GPU allocator."""
+"""Memory, running out of it, and torch's GPU allocator."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?|malloc of
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception means that memory ran out; numpy's and pyarrow's are MemoryErrors."""
+    """Return whether an exception means that memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:

@@ -1,4 +1,4 @@
-"""How training state is sharded over processes and offloaded, by placement or DeepSpeed's settings."""
+"""How training state is sharded and offloaded, by placement or DeepSpeed's settings."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def disagreements(
 def _filled(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings with the plan's numbers in place of "auto", and contradictions."""
+    """Return the settings with the plan's numbers for "auto", and contradictions."""
     filled, problems = settings(recipe), []
     planned: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),

@@ -1,4 +1,4 @@
-"""A run's files, the folder that a recipe resumes, and the lock on a folder."""
+"""A run's files, the folder that a recipe resumes, and its lock."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RunResult:
 
 
 def finished(recipe: Recipe, folder: Path) -> RunResult | None:
-    """Return the results of a finished run, from its files alone; None if the run is not finished."""
+    """Return the results of a finished run from its files."""
     plan_path, summary_path = folder / "plan" / f"{recipe.method.label}.json", folder / "data" / "summary.json"
     if not (is_complete(folder) and plan_path.exists() and summary_path.exists()):
         return None
@@ -226,7 +226,7 @@ def _differing(folder: Path, recipe: Recipe) -> str:
 
 
 def _fingerprint(identity: Path) -> str | None:
-    """Return the stored recipe's fingerprint by this version, with the marks of the user's functions."""
+    """Return the stored recipe's fingerprint, with the marks of the user's functions."""
     try:
         stored = str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
         fingerprint = recipe_of(identity.parent).fingerprint()
@@ -236,7 +236,7 @@ def _fingerprint(identity: Path) -> str | None:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """Return the checked recipe of a run folder; raises `SetupError` for another folder."""
+    """Return the checked recipe of a run folder; raise `SetupError` for another folder."""
     identity = folder / IDENTITY
     if not identity.exists():
         raise SetupError(f"{folder}: is not a run folder of fulltune ({IDENTITY} is missing)")
@@ -310,7 +310,7 @@ def _is_about(error: OSError, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the run folder during the block; raises `SetupError` if another command holds it."""
+    """Lock the run folder during the block; raise `SetupError` if another command holds it."""
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: Ctrl-C, SIGTERM, and SIGHUP of a closed terminal."""
+"""Signals that ask a command to stop."""
 
 from __future__ import annotations
 
