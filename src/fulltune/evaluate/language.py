@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fulltune.evaluate.scoring import Scored, Scoring
 from fulltune.inference.run import Batching, generate
 from fulltune.records.scores import Answer
 from fulltune.system.memory import with_smaller_batches
-from fulltune.tasks import Tokenizer, written
+from fulltune.tasks import Row, Tokenizer, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ def _generated(
     scoring: Scoring,
     model: PreTrainedModel,
     tokenizer: Tokenizer,
-    drawn: Mapping[int, Mapping[str, Any]],
+    drawn: Mapping[int, Row],
 ) -> list[str]:
     if "source" in scoring.target.columns:  # one example a row, truncated as in training
         test = scoring.rows("test")
@@ -78,7 +78,7 @@ def _copy(scoring: Scoring) -> Scored:
     return scoring.scores("copy of the source", "baseline", len(drawn), metrics=metrics)
 
 
-def drawn_rows(scoring: Scoring) -> dict[int, dict[str, Any]]:
+def drawn_rows(scoring: Scoring) -> dict[int, Row]:
     """Return the position and row of the test rows to answer, drawn from different prompts by `data.split_seed`."""
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
@@ -99,6 +99,6 @@ def missing_metrics(scoring: Scoring) -> str | None:
     return f"not computed: {', '.join(missing)}; pip install 'fulltune[text-metrics]'" if missing else None
 
 
-def _words(scoring: Scoring, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+def _words(scoring: Scoring, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     task, target = scoring.task, scoring.target
     return [task.prompt_text(row, target) for row in rows], [task.answer_text(row, target) for row in rows]

@@ -29,7 +29,7 @@ from fulltune.records.scores import Answer, Scores
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, bounds_of, resample
 from fulltune.system.memory import with_smaller_batches
-from fulltune.tasks import Predictions, RowFeatures, Target, Task
+from fulltune.tasks import Predictions, Row, RowFeatures, Target, Task
 from fulltune.tasks.padding import ragged
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Scoring:
         return Rows(self.data / split)
 
     @property
-    def texts(self) -> list[dict[str, Any]]:
+    def texts(self) -> list[Row]:
         """The test rows in the user's own columns, with `place`."""
         return list(texts(self.data / "test"))
 

@@ -6,14 +6,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.records.scores import Answer
-from fulltune.tasks import PLACE, Tokenizer, question_answering
+from fulltune.tasks import PLACE, Row, Tokenizer, question_answering
 from fulltune.tasks.question_answering import context_of, question_of
 
 if TYPE_CHECKING:
@@ -78,15 +78,15 @@ def _baseline(scoring: Scoring, name: str, answer: Callable[[str, str], str]) ->
     return scoring.scores(name, "baseline", len(questions), metrics=metrics)
 
 
-def _questions(scoring: Scoring) -> dict[str, dict[str, Any]]:
+def _questions(scoring: Scoring) -> dict[str, Row]:
     return {row[PLACE]: row for row in scoring.texts}
 
 
-def _accepted(scoring: Scoring, questions: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def _accepted(scoring: Scoring, questions: Mapping[str, Row]) -> list[list[str]]:
     return [[text for text, _ in question_answering.answers_of(row, scoring.target)] for row in questions.values()]
 
 
-def _first_windows(texts: Sequence[Mapping[str, Any]]) -> list[int]:
+def _first_windows(texts: Sequence[Row]) -> list[int]:
     """Return the position of each question's first window."""
     return sorted(np.unique([row[PLACE] for row in texts], return_index=True)[1].tolist())
 

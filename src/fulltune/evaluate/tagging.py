@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.inference import store
-from fulltune.tasks import Tokenizer, token_classification
+from fulltune.tasks import Row, Tokenizer, token_classification
 from fulltune.tasks.padding import ragged
 from fulltune.tasks.token_classification import TAGS
 
@@ -54,7 +54,7 @@ def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> S
     return scoring.scores(scoring.plan.trial, "trained", len(sentences), metrics=metrics, worst=tuple(worst))
 
 
-def _words(scoring: Scoring, row: Mapping[str, Any]) -> list[str]:
+def _words(scoring: Scoring, row: Row) -> list[str]:
     return token_classification.words_and_tags(row, scoring.target.columns)[0]
 
 

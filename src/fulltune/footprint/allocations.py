@@ -166,7 +166,7 @@ class AllocationLog(TorchDispatchMode):
         super().__init__()
         self.vocab_size = vocab_size
 
-    def __exit__(self, *failure: Any) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._open = False  # from now on the model itself is freed
         super().__exit__(*failure)
 
@@ -175,7 +175,7 @@ class AllocationLog(TorchDispatchMode):
         self.num_trainable, self.place, self.flops = num_trainable, "", 0.0
         self._changes: list[tuple[str, int, int]] = []  # place, block, bytes (negative when freed)
         self._kinds: dict[int, str] = {}  # by block; the others are activations
-        self._blocks: dict[int, tuple[int, Any]] = {}
+        self._blocks: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._parameters = {tuple(parameter.shape) for parameter in parameters}
         self._trained = {tuple(parameter.shape) for parameter in parameters if parameter.requires_grad}
         self._count, self._open = 0, True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
 
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import BYTES
@@ -39,7 +38,8 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     shapes, summary, reasons = workload.shapes, workload.summary, Reasons()
     recipe, why = placed(workload, fleet, own_loss)
     train, basis = recipe.train, basis_of(replace(workload, recipe=recipe), fleet, reasons, own_loss)
-    steps, placement = basis.steps, cast(Any, train.placed_as)  # settled, so not auto
+    steps, placement = basis.steps, train.placed_as
+    assert placement != "auto", "settled by placed"
     if train.engine_settings is None:
         reasons.add("train.placement", None if why else placement, placement, why)
     metric = resolve.metric(recipe, summary, reasons)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from fulltune.errors import FulltuneError, InterruptedRun, RecipeError, SetupError
@@ -350,14 +351,14 @@ def heartbeat(path: Path, record: Member, others_know: Callable[[], bool] = lamb
         ended: BaseException | None = None
         interrupted = InterruptedRun(f"interrupted; {GO_ON}")
 
-        def tell_and_end(number: int, frame: Any) -> None:
+        def write_and_end(number: int, frame: FrameType | None) -> None:
             sign.write_end(interrupted)
             before[number](number, frame)
 
         try:
             # Signals that the caller ignores, or that end the process at once, stay that way.
             handled = [number for number in signals.ENDING if callable(signal.getsignal(number))]
-            with signals.answered(tell_and_end, handled) as before:
+            with signals.answered(write_and_end, handled) as before:
                 yield sign
         except KeyboardInterrupt:
             ended = interrupted

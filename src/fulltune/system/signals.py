@@ -6,19 +6,23 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 STOPPING = (signal.SIGINT, *ENDING)
+Handler = Callable[[int, FrameType | None], object]
+Handlers = Mapping[int, Any]
+"""What `signal.signal` accepts and returns, by number of the signal."""
 _TERMINALS = [number for number in (1, 2) if os.isatty(number)]
 
 
-def answer(handler: Callable[[int, Any], object], numbers: Sequence[int] = STOPPING) -> dict[int, Any]:
-    """Have these signals call `handler`, except an ignored SIGHUP (`nohup`); returns the previous handlers."""
+def answer(handler: Handler, numbers: Sequence[int] = STOPPING) -> Handlers:
+    """Have these signals call `handler`, except an ignored SIGHUP (`nohup`); return the previous handlers."""
 
-    def hung_up(number: int, frame: Any) -> None:
+    def hung_up(number: int, frame: FrameType | None) -> None:
         for terminal in _TERMINALS:
-            if not os.isatty(terminal):  # it was closed: each line that is shown would be an error
+            if not os.isatty(terminal):  # closed, so writing would fail
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         handler(number, frame)
 
@@ -26,17 +30,17 @@ def answer(handler: Callable[[int, Any], object], numbers: Sequence[int] = STOPP
     return {number: signal.signal(number, hung_up if number == signal.SIGHUP else handler) for number in heard}
 
 
-def put_back(handlers: Mapping[int, Any]) -> None:
+def put_back(handlers: Handlers) -> None:
     """Restore handlers."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def answered(handler: Callable[[int, Any], object], numbers: Sequence[int] = STOPPING) -> Iterator[dict[int, Any]]:
+def answered(handler: Handler, numbers: Sequence[int] = STOPPING) -> Iterator[Handlers]:
     """Have these signals call `handler` in the block, which gets the previous handlers; only in the main thread."""
     try:
-        before = answer(handler, numbers)
+        before: Handlers = answer(handler, numbers)
     except ValueError:
         before = {}
     try:
