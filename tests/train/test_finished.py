@@ -107,5 +107,5 @@ def test_run_on_a_finished_folder_without_its_weights_names_the_file(
     result = fulltune("run", copy)
     assert result.code == SetupError.exit_code
     assert result.out == ""
-    assert f"{weights}: is missing, though this run finished at 2" in result.err
+    assert f"{weights}: is missing, although this run finished at 2" in result.err
     assert "'fulltune run RECIPE --fresh'" in result.err
