@@ -87,7 +87,7 @@ class Reader:
         try:
             rows = opened(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()
-            width = getattr(config, "hidden_size", None) or 0  # none: convolutions
+            width = getattr(config, "hidden_size", None) or 0  # convolutional models have none
             sample = sample_rows(rows, self.extractor.kind, self.extractor.target.num_choices, width)
             features = self.extractor.features(sample, None)
         except Exception as error:
@@ -184,7 +184,7 @@ def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, 
 def _min_errors(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
     """Estimate errors from margins below a quantile of planted ones, minus one standard error."""
     surely = int(np.searchsorted(margins, np.quantile(planted, share)))
-    # A number of rows and a share of what is planted: both are counted, and vary as counts do.
+    # Relative standard error of a count of rows, and of a share of the planted errors.
     error = math.sqrt(1 / max(1, surely) + (1 - share) / (share * len(planted)))
     return surely / share * max(0.0, 1 - error)
 
@@ -196,7 +196,7 @@ def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np
         return np.zeros(0)
     labels = items.labels.astype(np.int64)
     count = max(1, round(PLANTED_SHARE * len(labels)))
-    others = probabilities + np.finfo(float).tiny  # one class may have all of it
+    others = probabilities + np.finfo(float).tiny  # one class may have probability 1
     others[np.arange(len(labels)), labels] = 0.0
     margins_of_wrong = []
     for seed in range(min(MAX_ROUNDS, -(-PLANTED // count))):
@@ -311,5 +311,5 @@ def nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> 
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)
-    squares = search.kneighbors(states)[0]  # of vectors of length 1 twice 1 - cosine
+    squares = search.kneighbors(states)[0]  # for unit vectors twice 1 - cosine
     return np.where(squares[:, :1] < _SAME, squares[:, 1:], squares[:, :-1]).mean(axis=1) / 2

@@ -50,8 +50,8 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
     # Rows that the recipe tells to drop, and mixed-in rows that do not fit, say nothing against the file.
     allowed = {UNDECODABLE_IMAGE, NEW_LABEL, *(("too long", "answer cut off") if strategy == "drop" else ())}
     problems: list[str] = []
-    for name, whole in encoded.items():
-        where, tally = whole.where, whole.tally
+    for name, source in encoded.items():
+        where, tally = source.where, source.tally
         broken = tally.counts["unfit", UNDECODABLE_IMAGE]
         if broken and recipe.data.undecodable_images == "error":
             problems += [f"{place}: {reason}" for place, reason in tally.first["unfit", UNDECODABLE_IMAGE]]
@@ -60,9 +60,9 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
                 "data.undecodable_images: drop"
             )
         if not is_mixed(name):
-            problems += column_problems(recipe.data, tally, whole.num_rows, where)
-        problems += _too_many(whole, "unusable", (), whole.num_read)
-        problems += _too_many(whole, "unfit", allowed, whole.num_read - tally.of("unusable").total())
+            problems += column_problems(recipe.data, tally, source.num_rows, where)
+        problems += _too_many(source, "unusable", (), source.num_read)
+        problems += _too_many(source, "unfit", allowed, source.num_read - tally.of("unusable").total())
         if strategy == "error" and (count := tally.of("too long").total()):
             problems.append(
                 f"{where}: {counted(count, 'row')} of {name} longer than data.max_length; raise it, or set "
@@ -75,7 +75,7 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
 def _too_many(source: EncodedSource, kind: DropKind, allowed: Collection[str], num_rows: int) -> list[str]:
     counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed})
     total = counts.total()
-    # One row is never many: an eval file of ten rows may have a bad one as well as a train file of thousands.
+    # A single row is never too many, even in a file of ten.
     if total <= max(1, MAX_DROPPED * num_rows) and (total < num_rows or not total):
         return []
     check = next(iter(counts))

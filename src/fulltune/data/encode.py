@@ -178,7 +178,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     for (place, row), row_examples in zip(usable, _examples(job, task, [row for _, row in usable]), strict=True):
         if row_examples is None:
             if job.is_mixed:
-                drop("unfit", place, row, Refused(NEW_LABEL, "no row of the task has its label"))
+                drop("unfit", place, row, Refused(NEW_LABEL, "no train row of the task has its label"))
             else:
                 rows.append((place, row))
             continue

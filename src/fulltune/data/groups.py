@@ -53,7 +53,7 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
         grams = grams * _BASE + letters[place : place + count]
     grams = _mixed(grams)
     starts = np.cumsum(lengths) - lengths
-    # A gram that reaches into the next text does not count: it stands for its text's first one.
+    # A gram that reaches into the next text is replaced by its own text's first one.
     of_text = np.repeat(np.arange(len(texts)), lengths)[:count]
     reaches = np.arange(count) > (starts + lengths - _SHINGLE)[of_text]
     grams[reaches] = grams[starts[of_text[reaches]]]
@@ -65,7 +65,7 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
         hashes = (low ^ (low >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
         np.minimum.reduceat(hashes ^ (hashes >> np.uint32(12)), starts, out=row)
         low += high
-    # The smallest hash itself is not uniform: of long texts all would begin with zeros.
+    # The smallest hash is not uniform: for long texts all would start with zeros.
     smallest *= np.uint32(0x297A2D39)
     return np.ascontiguousarray(((smallest ^ (smallest >> np.uint32(15))) >> np.uint32(8)).astype(np.uint16).T)
 
@@ -97,7 +97,7 @@ def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
     count = len(signed)
     if count < 2:
         return np.arange(count)
-    # Few places in a band find more distant rows, many cost less: at least 99 % of pairs at the threshold.
+    # The widest bands, which cost least, that detect at least 99 % of pairs at the threshold.
     width = next((size for size in (16, 8, 4, 2) if 1 - (1 - threshold**size) ** (NUM_HASHES // size) >= 0.99), 1)
     bands = [slice(start, start + width) for start in range(0, NUM_HASHES, width)]
     pairs = np.concatenate([_near_pairs(signed, places, threshold) for places in bands], axis=1)
@@ -264,7 +264,7 @@ def parse_time(cell: object) -> tuple[str, float]:
     """Return a time's kind, and seconds since 1970 or the number itself. Raises `ValueError` with what is wrong."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
-    is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # not a number; pandas' not a time
+    is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # NaN, or NaT of pandas
     if cell is None or is_nothing or (isinstance(cell, str) and is_blank(cell)):
         raise ValueError(_EMPTY)
     try:

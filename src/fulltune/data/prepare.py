@@ -133,8 +133,8 @@ def prepare(stage: Stage) -> DataSummary:
             if (earlier := _earlier(cached, fingerprint, stage.listener)) is not None:
                 link(cached, folder)
                 return earlier
-    whole = cached or folder
-    part = whole.with_name(f"{whole.name}.part-{os.getpid()}")
+    target = cached or folder
+    part = target.with_name(f"{target.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
         with unchanged(before):
@@ -176,7 +176,7 @@ def _prepare(
     encoded = _encode(stage, job, sources, targets, counts)
     refuse_unusable(recipe, encoded)
     # Mixed-in rows do not change the splits.
-    own = {name: whole for name, whole in encoded.items() if not is_mixed(name)}
+    own = {name: source for name, source in encoded.items() if not is_mixed(name)}
     splits = assign(recipe, with_split_groups(own, block.near_duplicates))
     if target.labels:
         refuse_new_labels(block, splits)
@@ -193,11 +193,11 @@ def _prepare(
     written = write_splits(folder, task, splits, limit if packed else None, int(late.sum()))
     mixed_in = mix_in(recipe, folder, job, mixed, packed)
     remarks += notes_on_forbidden(forbidden, splits["train"], mixed)
-    for whole in encoded.values():
-        shutil.rmtree(whole.folder)
+    for source in encoded.values():
+        shutil.rmtree(source.folder)
     scale, explained = target_statistics(target, splits["train"], folder / "train")
     remarks += [_packing_note(splits["train"], written["train"], limit)] if packed else []
-    longest = max(whole.longest for whole in encoded.values())
+    longest = max(source.longest for source in encoded.values())
     shrinks = not packed and not block.max_length and longest < limit
     summary = DataSummary(
         task=recipe.task,
@@ -239,7 +239,7 @@ def _encode(
 
         def progress(done_here: int) -> None:
             nonlocal reported
-            done = done_here + sum(whole.num_read for whole in encoded.values())
+            done = done_here + sum(source.num_read for source in encoded.values())
             if time.monotonic() - reported > _PROGRESS_SECONDS or done == total:
                 reported = time.monotonic()
                 stage.listener(RowsRead(name="tokenising", done=done, total=total))
@@ -277,7 +277,7 @@ def _dropped(
 ) -> dict[str, int]:
     by_patch = (source.patched.dropped for source in sources.values() if source.patched)
     numbers = Counter(item.check for item in chain(also_held_out, *by_patch))
-    for tally in (whole.tally for whole in encoded.values()):
+    for tally in (source.tally for source in encoded.values()):
         numbers += tally.of("unusable") + tally.of("unfit")
         numbers += Counter({f"{check} (part of a row)": count for check, count in tally.of("part").items()})
     return dict(numbers + Counter({IN_EARLIER_SPLIT: late}))
@@ -366,7 +366,7 @@ def prune(folder: Path) -> None:
     """Delete all but the last used data sets, and abandoned unfinished ones."""
     entries = [path for path in folder.iterdir() if _ENTRY.fullmatch(path.name)]
     parts = [path for path in entries if ".part-" in path.name]
-    whole = sorted({*entries} - {*parts}, key=lambda path: path.stat().st_mtime, reverse=True)
+    complete = sorted({*entries} - {*parts}, key=lambda path: path.stat().st_mtime, reverse=True)
     abandoned = [path for path in parts if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS]
-    for path in [*whole[MAX_CACHED:], *abandoned]:
+    for path in [*complete[MAX_CACHED:], *abandoned]:
         shutil.rmtree(path)

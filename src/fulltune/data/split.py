@@ -139,13 +139,13 @@ def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
     return chosen
 
 
-def _strata(whole: EncodedSource, by_group: bool) -> np.ndarray:
+def _strata(source: EncodedSource, by_group: bool) -> np.ndarray:
     """Return each row's class, the rarest of its labels or its group: int64 [rows], -1 without one."""
-    counts = Split(whole, np.ones(whole.num_rows, bool), has_own_file=True).label_counts()
-    places = {name: place for place, name in enumerate(whole.names)}
-    rarest = [places[min(names, key=lambda name: (counts[name], name))] if names else -1 for names in whole.label_sets]
-    strata = np.array(rarest, np.int64)[whole.labels]
-    return rarest_in_group(strata, whole.split_groups) if by_group else strata
+    counts = Split(source, np.ones(source.num_rows, bool), has_own_file=True).label_counts()
+    places = {name: place for place, name in enumerate(source.names)}
+    rarest = [places[min(names, key=lambda name: (counts[name], name))] if names else -1 for names in source.label_sets]
+    strata = np.array(rarest, np.int64)[source.labels]
+    return rarest_in_group(strata, source.split_groups) if by_group else strata
 
 
 def rarest_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
@@ -164,7 +164,7 @@ def split_by_time(
     numbers, group = np.unique(split_groups, return_inverse=True)
     starts = np.full(len(numbers), np.inf)
     np.minimum.at(starts, group, times)
-    oldest = starts[group]  # row of the group that each row is in
+    oldest = starts[group]  # oldest time in each row's group
     chosen: dict[SplitName, np.ndarray] = {}
     before = np.ones(len(times), bool)
     for name, count in wanted.items():
@@ -179,7 +179,7 @@ def _boundary(oldest: np.ndarray, wanted: int) -> float:
     starts, counts = np.unique(oldest, return_counts=True)
     if len(starts) < 2:
         return np.inf
-    since = np.cumsum(counts[:0:-1])  # rows of groups that begin at the newest time, at the two newest ones ...
+    since = np.cumsum(counts[:0:-1])  # rows of groups that begin at the newest time, the two newest ...
     place = max(1, int(np.searchsorted(since, wanted, side="right")))
     return float(starts[-place])
 

@@ -80,14 +80,14 @@ def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.Reco
 
 
 def summarise(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSummary:
-    whole, chosen = split.source, split.examples
+    source, in_split = split.source, split.examples
     ordered = np.sort(lengths)
-    labels = split.label_counts(np.bincount(whole.row_of[chosen], minlength=whole.num_rows))
+    labels = split.label_counts(np.bincount(source.row_of[in_split], minlength=source.num_rows))
     return SplitSummary(
         rows=len(ordered),
         tokens=int(ordered.sum()),
-        trained_tokens=int(whole.trained_tokens[chosen].sum()),
-        truncated_rows=int(whole.truncated[chosen].sum()),
+        trained_tokens=int(source.trained_tokens[in_split].sum()),
+        truncated_rows=int(source.truncated[in_split].sum()),
         dropped_rows=dropped_rows,
         length_percentiles={
             "p50": int(ordered[len(ordered) // 2]),
@@ -104,18 +104,18 @@ def write_splits(
     """Write each split, the train rows packed to `packed_to` tokens if given; `late` train rows are in no split."""
     summaries: dict[SplitName, SplitSummary] = {}
     for name in SPLITS:
-        split, whole = splits[name], splits[name].source
+        split, source = splits[name], splits[name].source
         if not split.examples.any():
-            raise DataError(f"{whole.where}: no row of {name} is left: all are longer than data.max_length")
+            raise DataError(f"{source.where}: all rows of {name} are longer than data.max_length; raise it")
         parts = examples(split, task, scored=name == "test")
         write_rows(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
         if name != "train":
-            clusters = np.unique(whole.split_groups[whole.row_of][split.examples], return_inverse=True)[1]
+            clusters = np.unique(source.split_groups[source.row_of][split.examples], return_inverse=True)[1]
             np.save(folder / name / CLUSTERS, clusters.astype(np.int64))
         if name == "test":
-            groups = whole.groups[whole.row_of][split.examples]
+            groups = source.groups[source.row_of][split.examples]
             np.save(folder / name / IN_TRAIN, np.isin(groups, splits["train"].groups))
-        dropped = whole.num_dropped if split.has_own_file else 0
+        dropped = source.num_dropped if split.has_own_file else 0
         if split.has_own_file and name == "train":
             dropped += late
         summaries[name] = summarise(split, Rows(folder / name)["length"], dropped)
@@ -153,16 +153,16 @@ def without_held_out(
     encoded, group = with_split_groups(encoded, recipe.data.near_duplicates), recipe.data.group
     same = f"its input, its text, or its '{group}'," if group else "its input, or its text,"
     for name in filter(is_mixed, encoded):
-        whole = encoded[name]
-        scored_in = np.full(whole.num_rows, -1)
+        source = encoded[name]
+        scored_in = np.full(source.num_rows, -1)
         for number, split in enumerate(HELD_OUT):
             groups = encoded[split if splits[split].has_own_file else "train"].groups[splits[split].rows]
-            scored_in[np.isin(whole.groups, groups)] = number
+            scored_in[np.isin(source.groups, groups)] = number
             if group is not None:  # all scored rows have a value; mixed-in rows without one match none
-                scored_in[np.isin(whole.group_values, splits[split].group_values)] = number
-        mixed[name] = Split(whole, scored_in < 0, has_own_file=True)
-        checks = whole.tally.of("unusable") + whole.tally.of("unfit") + whole.tally.of("part")
-        for number, place, row in stored_rows(whole, scored_in >= 0):
+                scored_in[np.isin(source.group_values, splits[split].group_values)] = number
+        mixed[name] = Split(source, scored_in < 0, has_own_file=True)
+        checks = source.tally.of("unusable") + source.tally.of("unfit") + source.tally.of("part")
+        for number, place, row in stored_rows(source, scored_in >= 0):
             in_split = HELD_OUT[scored_in[number]]
             reason = f"{same} also occurs in {in_split}, which is never trained on"
             lost.append(Dropped(name, place, f"also in {in_split}", reason, row))
@@ -170,7 +170,7 @@ def without_held_out(
         if not mixed[name].examples.any():
             reasons = ", ".join(f"{count:,} x {check}" for check, count in checks.most_common())
             problems.append(
-                f"{whole.where}: no row can be mixed in ({reasons}), expected at least one; use other rows, or remove "
+                f"{source.where}: no row can be mixed in ({reasons}), expected at least one; use other rows, or remove "
                 "the file from data.train"
             )
     if problems:
@@ -198,15 +198,15 @@ def mix_in(
     write_rows(folder / MIXED, batches())
     lengths = Rows(folder / MIXED)["length"]
     for (name, split), (start, end) in zip(mixed.items(), pairwise(ends), strict=True):
-        whole = split.source
+        source = split.source
         summaries.append(
             MixedSummary(
-                where=whole.where,
+                where=source.where,
                 weight=mixed_names(recipe)[name].weight,
                 rows_per_epoch=drawn[name],
-                kind=whole.target.form.kind,
-                counts=summarise(split, lengths[start:end], whole.num_read - split.num_rows),
-                previews=previews(folder / MIXED, task, whole.target, job.tokenizer, range(start, end), 1),
+                kind=source.target.form.kind,
+                counts=summarise(split, lengths[start:end], source.num_read - split.num_rows),
+                previews=previews(folder / MIXED, task, source.target, job.tokenizer, range(start, end), 1),
             )
         )
     return tuple(summaries)
@@ -267,9 +267,9 @@ def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
 
 def target_statistics(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
     """Compute `scale` and `length_explained` of the summary."""
-    whole, chosen = train.source, train.examples
-    lengths = whole.lengths[chosen]
+    source, in_split = train.source, train.examples
+    lengths = source.lengths[in_split]
     if target.form.is_number:
         values = np.asarray(Rows(folder)["labels"])
-        return scale_of(values, whole.where, target.columns["label"]), explained_by_value(lengths, values)
-    return None, explained_by_class(lengths, whole.labels[whole.row_of[chosen]]) if target.labels else 0.0
+        return scale_of(values, source.where, target.columns["label"]), explained_by_value(lengths, values)
+    return None, explained_by_class(lengths, source.labels[source.row_of[in_split]]) if target.labels else 0.0

@@ -53,7 +53,7 @@ def redacted(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -
     """
     pieces, named, place = list[str](), list[str](), 0
     for start, end, what, instead in sorted(hits, key=lambda hit: (hit[0], -hit[1])):
-        # A token in a password's place is found twice.
+        # A token used as a password matches twice.
         if start >= place:
             pieces += [text[place:start], instead]
             named.append(f"{what} {masked(text[start:end])} at character {start + 1:,}")

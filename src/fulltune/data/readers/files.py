@@ -130,7 +130,7 @@ def state(file: Path) -> tuple[int, ...]:
     """Return what changes when a file is replaced, written or cut."""
     try:
         now = file.stat()
-    except OSError:  # a link of an image that leads nowhere is listed later
+    except OSError:  # broken links to images are listed later
         return ()
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
