@@ -143,7 +143,7 @@ def test_single_stages_do_not_pass_a_search_over(tmp_path: Path, model: Path) ->
     one = search_job(tmp_path, model)
     summary = pipeline.prepare(one)
     made = pipeline.make_plan(one, summary)
-    with pytest.raises(RecipeError, match=r"method\.learning_rate: search takes several runs"):
+    with pytest.raises(RecipeError, match=r"method\.learning_rate: search needs several runs"):
         pipeline.train_trial(one, made, summary)
 
 
