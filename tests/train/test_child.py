@@ -57,46 +57,46 @@ def start(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_child_process_is_judged_by_what_it_leaves(
     left: dict[str, str], end: str, status: str, start: Start, tmp_path: Path
 ) -> None:
-    for rank, said in left.items():
-        outcome(said).save(tmp_path / f"ready{rank}.json")
+    for rank, status_of_rank in left.items():
+        outcome(status_of_rank).save(tmp_path / f"ready{rank}.json")
     # Written by the "child": the parent must not read outcomes before it has ended.
     copies = "".join(f"cp {tmp_path}/ready{rank}.json $here/outcome{rank}.json\n" for rank in left)
     request = start(copies + end)
 
-    found = child.run(request, lambda event: None)
+    outcome_of_child = child.run(request, lambda event: None)
 
-    assert found.status == status
-    assert Outcome.load(request.folder / "outcome.json") == found
-    assert ("broken" in found.log_tail) == (status == "crashed")
+    assert outcome_of_child.status == status
+    assert Outcome.load(request.folder / "outcome.json") == outcome_of_child
+    assert ("broken" in outcome_of_child.log_tail) == (status == "crashed")
 
 
 def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(start: Start) -> None:
     beats = "for n in 1 2 3 4; do printf $n > $here/heartbeat; sleep 0.5; done"
     request = start(f"printf evaluation > $here/phase\n{beats}\nsleep 600", hang_timeout="1s")
 
-    found = child.run(request, lambda event: None)
+    result = child.run(request, lambda event: None)
 
-    assert (found.status, found.steps, found.phase) == ("hung", 4, "evaluation")
-    assert found.reason == (
+    assert (result.status, result.steps, result.phase) == ("hung", 4, "evaluation")
+    assert result.reason == (
         "the training process gave no sign of life for 1s (train.hang_timeout) after step 4 in an evaluation, and was "
         "ended"
     )
-    assert Outcome.load(request.folder / "outcome.json") == found
+    assert Outcome.load(request.folder / "outcome.json") == result
 
 
 def test_one_of_several_processes_that_was_killed_is_told_from_an_error(start: Start) -> None:
-    said = "Root Cause (first observed failure):\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 5)"
+    cause = "Root Cause (first observed failure):\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 5)"
     signal_line = "  traceback : Signal 9 (SIGKILL) received by PID 5"
-    request = start(f"printf '{said}\n{signal_line}\n'\nexit 1", processes=2)
+    request = start(f"printf '{cause}\n{signal_line}\n'\nexit 1", processes=2)
 
-    found = child.run(request, lambda event: None)
+    result = child.run(request, lambda event: None)
 
-    assert found.status == "killed"
-    assert found.reason == "the training process was killed (SIGKILL)"
+    assert result.status == "killed"
+    assert result.reason == "the training process was killed (SIGKILL)"
 
 
 @pytest.mark.parametrize(
-    ("beat", "saved", "told"),
+    ("beat", "saved", "when_interrupted"),
     [
         ("printf 7 > $here/heartbeat", (2, 4), "after step 7; step 4 is saved"),
         ("printf 7 > $here/heartbeat", (), "after step 7; there is no checkpoint yet"),
@@ -104,7 +104,7 @@ def test_one_of_several_processes_that_was_killed_is_told_from_an_error(start: S
     ],
 )
 def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
-    beat: str, saved: tuple[int, ...], told: str, start: Start
+    beat: str, saved: tuple[int, ...], when_interrupted: str, start: Start
 ) -> None:
     up = """printf '{"kind": "cut\\n{"kind": "message", "text": "up"}\\n' > $here/metrics.jsonl"""
     request = start(f"trap '' TERM\n{beat}\n{up}\nsleep 600")
@@ -113,18 +113,18 @@ def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
         checkpoint.mkdir(parents=True)
         if step in saved:
             files.seal(checkpoint)
-    said = []
+    texts = []
 
     def impatient(event: Event) -> None:
-        said.append(event.text)
+        texts.append(event.text)
         for number in [signal.SIGHUP] if event.text == "up" else [signal.SIGTERM, signal.SIGINT]:
             signal.raise_signal(number)
 
-    found = child.run(request, impatient)
+    result = child.run(request, impatient)
 
     when = "after the step at hand, which it saves" if beat else "before its first step, as soon as the model is loaded"
-    assert said[0] == "up"
-    assert said[1].startswith(f"asked to stop: the training ends {when}")
-    assert said[1].endswith("a second signal changes nothing, a third ends it at once without saving")
-    assert len(said) == 2
-    assert (found.status, found.reason) == ("interrupted", f"interrupted {told}")
+    assert texts[0] == "up"
+    assert texts[1].startswith(f"asked to stop: the training ends {when}")
+    assert texts[1].endswith("a second signal changes nothing, a third ends it at once without saving")
+    assert len(texts) == 2
+    assert (result.status, result.reason) == ("interrupted", f"interrupted {when_interrupted}")

@@ -50,9 +50,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = ["<|endoftext|>", "<unk>", *SIGNAL, *FILLER]
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", unk_token="<unk>")
-    made.pad_token = made.eos_token
-    return made
+    result = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", unk_token="<unk>")
+    result.pad_token = result.eos_token
+    return result
 
 
 def tiny_config(tokenizer: Any, **changes: Any) -> GPT2Config:
@@ -77,8 +77,8 @@ def rows(tokenizer: Any, count: int, seed: int = 0, **labels: Any) -> Dataset:
         words.insert(int(draw.integers(len(words))), SIGNAL[label])
         texts.append(" ".join(words))
         classes.append(label)
-    made = Dataset.from_dict({"text": texts, "label": classes})
-    return made.map(lambda row: tokenizer(row["text"]), batched=True)
+    dataset = Dataset.from_dict({"text": texts, "label": classes})
+    return dataset.map(lambda row: tokenizer(row["text"]), batched=True)
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -90,8 +90,8 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
-    for name, value in one.items():
+def assert_same_weights(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    for name, value in first.items():
         torch.testing.assert_close(
             value, other[name], atol=tolerance, rtol=0.0, msg=lambda text, n=name: f"{n}: {text}"
         )
@@ -103,9 +103,9 @@ def notices(caught: list[warnings.WarningMessage]) -> list[str]:
 
 @pytest.fixture
 def caught() -> Iterator[list[warnings.WarningMessage]]:
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
-        yield found
+        yield recorded
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -151,12 +151,12 @@ def test_classic_script_on_planted_signal_beats_majority_and_tells_each_change_o
     assert trainer.moved is not None
     assert trainer.moved.share > 0.99
     assert not list((tmp_path / "out").glob("_fulltune*"))
-    told = notices(caught)
+    texts = notices(caught)
     old = ["overwrite_output_dir", "evaluation_strategy", "fp16", "no_cuda", "warmup_ratio", "group_by_length"]
     old += ["logging_dir", "Trainer(tokenizer"]
     for name in old:
-        assert len([text for text in told if text.startswith(name)]) == 1, (name, told)
-    assert len(told) == len(old), told
+        assert len([text for text in texts if text.startswith(name)]) == 1, (name, texts)
+    assert len(texts) == len(old), texts
 
 
 def unpadded_gpt2(tokenizer: Any, folder: Path, pad: str | None = None, kind: Any = GPT2LMHeadModel) -> Path:
@@ -205,8 +205,8 @@ def test_script_with_the_import_changed_and_nothing_else_trains_as_with_a_tokeni
         return trainer
 
     left_out = script()
-    told = {text.split(" ")[0] for text in notices(caught)}
-    assert told == {"the", "fp16=True:", "evaluation_strategy='epoch'", *(() if padding else ("rows",))}, notices(
+    words = {text.split(" ")[0] for text in notices(caught)}
+    assert words == {"the", "fp16=True:", "evaluation_strategy='epoch'", *(() if padding else ("rows",))}, notices(
         caught
     )
     assert "needs a padding token to classify and has none: token 0 is taken, its end token" in "".join(notices(caught))
@@ -247,8 +247,8 @@ def test_padding_token_is_neither_invented_nor_asked_of_code_in_the_folder(
     """Where a folder has no tokenizer, transformers 5 makes an empty one, whose padding token is any other word."""
     sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "eos_token_id": 7}
-    made = transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**sizes, **heads))
-    made.save_pretrained(tmp_path / "model")
+    qwen = transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**sizes, **heads))
+    qwen.save_pretrained(tmp_path / "model")
     model = transformers.Qwen2ForSequenceClassification.from_pretrained(tmp_path / "model")
     if source:
         code = f"from pathlib import Path\nPath({str(tmp_path / 'was_run')!r}).touch()\nclass Own: pass\n"
@@ -269,9 +269,9 @@ def test_decoder_reads_the_last_token_of_a_row_whichever_token_the_script_padded
     folder = unpadded_gpt2(tokenizer, tmp_path / "model", "w3", GPT2ForSequenceClassification)
     model = GPT2ForSequenceClassification.from_pretrained(folder).eval()
     trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), **QUIET))
-    one = tokenizer("good w1 w2")["input_ids"]
+    ids = tokenizer("good w1 w2")["input_ids"]
     batch = trainer.data_collator([dict(tokenizer("good w1 w2", padding="max_length", max_length=9))])
-    torch.testing.assert_close(model(**batch).logits, model(input_ids=torch.tensor([one])).logits)
+    torch.testing.assert_close(model(**batch).logits, model(input_ids=torch.tensor([ids])).logits)
 
 
 def test_unequal_rows_of_a_language_model_are_filled_up_and_not_trained_there(tokenizer: Any, tmp_path: Path) -> None:
@@ -326,10 +326,10 @@ def test_arguments_with_old_name_set_new_field(
 ) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True, **given)
     assert getattr(args, name) == value
-    told = notices(caught)
+    texts = notices(caught)
     quiet = given in ({"group_by_length": False}, {"logging_nan_inf_filter": True}, {"fsdp_min_num_params": 0})
-    assert len(told) == (0 if quiet else 1), told
-    assert "secret" not in "".join(told)
+    assert len(texts) == (0 if quiet else 1), texts
+    assert "secret" not in "".join(texts)
 
 
 def test_old_names_are_those_that_transformers_dropped() -> None:
@@ -391,7 +391,7 @@ def test_seq2seq_script_trains_and_generates_as_with_transformers(
             train_dataset=data,
             data_collator=transformers.DataCollatorForSeq2Seq(reads, model),
             eval_dataset=data,
-            compute_metrics=lambda found: generated.append(found.predictions) or {},
+            compute_metrics=lambda predicted: generated.append(predicted.predictions) or {},
         )
         trainer.train()
         results.append(trainer)
@@ -553,8 +553,8 @@ class _Rises(torch.nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         self.calls += 1
-        found = self.model(**inputs)
-        return {"loss": found.loss * (self.factor if self.calls > 3 else 1.0), "logits": found.logits}
+        outputs = self.model(**inputs)
+        return {"loss": outputs.loss * (self.factor if self.calls > 3 else 1.0), "logits": outputs.logits}
 
 
 class _OwnLoss(Trainer):
@@ -563,7 +563,7 @@ class _OwnLoss(Trainer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "factor", "logging", "said"),
+    ("kind", "factor", "logging", "start"),
     [
         (Trainer, 50.0, "steps", "the loss diverged: before any update it was at most 0"),
         (Trainer, 2.7, "no", "the loss ended higher than it began: 0"),
@@ -572,7 +572,7 @@ class _OwnLoss(Trainer):
     ],
 )
 def test_loss_that_leaves_its_beginning_is_said_once_unless_it_is_the_script_s(
-    kind: Any, factor: float, logging: str, said: str, tokenizer: Any, tmp_path: Path, caught: list[Any]
+    kind: Any, factor: float, logging: str, start: str, tokenizer: Any, tmp_path: Path, caught: list[Any]
 ) -> None:
     options = {**QUIET, "logging_strategy": logging, "logging_steps": 1, "remove_unused_columns": False}
     args = TrainingArguments(str(tmp_path), max_steps=24, per_device_train_batch_size=8, **options)
@@ -582,11 +582,11 @@ def test_loss_that_leaves_its_beginning_is_said_once_unless_it_is_the_script_s(
         model=model, args=args, train_dataset=data, data_collator=transformers.DataCollatorWithPadding(tokenizer)
     )
     trainer.train()
-    told = notices(caught)
+    texts = notices(caught)
     assert trainer.state.global_step == 24  # a model of a script may compute a loss that rises for good reasons
-    assert len(told) == bool(said), told
-    assert all(text.startswith(said) for text in told)
-    assert all(text.endswith("that is too high (here 5e-05); try a tenth of it") for text in told)
+    assert len(texts) == bool(start), texts
+    assert all(text.startswith(start) for text in texts)
+    assert all(text.endswith("that is too high (here 5e-05); try a tenth of it") for text in texts)
 
 
 class _Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]  # of this type

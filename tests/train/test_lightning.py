@@ -207,10 +207,10 @@ def test_curve_is_that_of_a_run(case: str, tmp_path: Path) -> None:
     assert steps.losses == pytest.approx(expected, abs=near)
     scores = runs.events(tmp_path, "eval")[-1]["metrics"]
     (validated,) = trainer.validate(job.module, datamodule=job.data, verbose=False)
-    found = {name.removeprefix("eval_"): value for name, value in validated.items()}
-    names = [name for name in scores if name in found]
+    metrics = {name.removeprefix("eval_"): value for name, value in validated.items()}
+    names = [name for name in scores if name in metrics]
     assert job.module.plan.metric in names
-    assert [found[name] for name in names] == pytest.approx([scores[name] for name in names], abs=20 * near)
+    assert [metrics[name] for name in names] == pytest.approx([scores[name] for name in names], abs=20 * near)
 
 
 class Planted(Callback):
@@ -291,8 +291,8 @@ def test_two_processes_are_one_run_and_skip_together(tmp_path: Path) -> None:
 
     class Written(Steps):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            found = {"losses": self.losses, "skipped": pl_module.guard_history.skipped}
-            torch.save(found, tmp_path / f"of-{trainer.global_rank}")
+            curve = {"losses": self.losses, "skipped": pl_module.guard_history.skipped}
+            torch.save(curve, tmp_path / f"of-{trainer.global_rank}")
 
     def train(*callbacks: Callback) -> list[dict[str, Any]]:
         strategy = DDPStrategy(process_group_backend="gloo", start_method="fork")
@@ -329,10 +329,10 @@ def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, given: str) -
     here = [sys.executable, "-m", "tests.train.lightning_on_cpu", str(tmp_path), *given.split()]
     done = subprocess.run(here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "deepspeed.pt")
-    assert found["losses"] == pytest.approx(steps.losses, abs=1e-5)
+    curve = torch.load(tmp_path / "deepspeed.pt")
+    assert curve["losses"] == pytest.approx(steps.losses, abs=1e-5)
     largest = math.exp(max(job.module.guard_history.log_norms))
-    assert max(found["norms"]) == pytest.approx(largest, rel=1e-3)  # no divisor is missed
+    assert max(curve["norms"]) == pytest.approx(largest, rel=1e-3)  # no divisor is missed
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "deepspeed").state_dict()
     for name, values in job.module.model.state_dict().items():
         torch.testing.assert_close(saved[name], values, rtol=1e-3, atol=1e-5)

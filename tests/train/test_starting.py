@@ -56,8 +56,8 @@ def test_forked_workers_end_with_the_weights_of_a_new_process(tiny_encoder: Path
 
     wanted = runs.final_weights(tmp_path / "new")
     for name in ("one", "two"):
-        found = runs.final_weights(tmp_path / name)
-        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        weights = runs.final_weights(tmp_path / name)
+        assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
     log = (tmp_path / "two" / "run" / "attempts" / "full-seed42-01" / "log.txt").read_text(encoding="utf-8")
     assert "new weights, drawn at random" in log
 
@@ -67,16 +67,16 @@ def test_forked_worker_saves_when_asked_to_stop_and_the_next_one_goes_on(tiny_en
         stop = runs.at_step(1, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InterruptedRun, match="stopped on request after step"):
             trained(tmp_path / "run", tiny_encoder, start, stop, LONG)
-        seen: list[str] = []
+        texts: list[str] = []
 
         def stop_again(event: Event) -> None:
-            if isinstance(event, StepLogged) and "train" not in seen:
+            if isinstance(event, StepLogged) and "train" not in texts:
                 signal.raise_signal(signal.SIGINT)
-            seen.append(event.text if isinstance(event, Message) else event.kind)
+            texts.append(event.text if isinstance(event, Message) else event.kind)
 
         with pytest.raises(InterruptedRun, match="stopped on request after step"):
             trained(tmp_path / "run", tiny_encoder, start, stop_again, LONG)
-        assert seen[0].startswith("continuing from the checkpoint of step")
+        assert texts[0].startswith("continuing from the checkpoint of step")
 
 
 def test_forked_worker_that_is_killed_alone_or_with_the_fork_server_counts_as_killed(

@@ -46,8 +46,8 @@ def several(output: Path, machines: int = 2) -> Recipe:
 
 
 def member(recipe: Recipe, rank: int, **changes: Any) -> Member:
-    found = machines.member(recipe, MachineAddress(rank, "127.0.0.1", 29500, 1.0), MACHINE)
-    return found.model_copy(update={"host": f"host{rank}", **changes})
+    record = machines.member(recipe, MachineAddress(rank, "127.0.0.1", 29500, 1.0), MACHINE)
+    return record.model_copy(update={"host": f"host{rank}", **changes})
 
 
 def leader(recipe: Recipe, token: str = "t", **changes: Any) -> Member:
@@ -134,11 +134,11 @@ def test_of_a_large_file_both_ends_are_compared(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(machines, "_END_BYTES", 3)
     file = tmp_path / "model" / "weights"
     file.parent.mkdir()
-    found = []
+    contents = []
     for content in (b"abc" + bytes(20) + b"xyz", b"abc" + bytes(20) + b"xyy", b"abb" + bytes(20) + b"xyz", b"abc"):
         file.write_bytes(content)
-        found.append(machines._content(file.parent))
-    assert len(set(found)) == 4
+        contents.append(machines._content(file.parent))
+    assert len(set(contents)) == 4
 
 
 # ---- signs of life ---------------------------------------------------------------------------------------------
@@ -174,9 +174,9 @@ def test_what_an_earlier_job_left_is_no_sign_of_life(tmp_path: Path) -> None:
     with machines.heartbeat(path, leader(recipe, "new")):
         deadline = time.monotonic() + 10
         while not watched.is_alive and time.monotonic() < deadline:
-            told = watched.read()
-    assert told is not None
-    assert (told.token, watched.is_alive) == ("new", True)
+            record = watched.read()
+    assert record is not None
+    assert (record.token, watched.is_alive) == ("new", True)
 
 
 @pytest.fixture
@@ -188,17 +188,17 @@ def answering(place: MachineAddress, tmp_path: Path) -> Iterator[dict[str, Any]]
     def answer() -> None:
         heard = Peer(place.file_of(recipe, 0))
         while not over.wait(0.01):
-            told = heard.read()
-            if told is not None and not sign:
-                sign.append(Heartbeat(place.file_of(recipe, 1), member(recipe, 1, token=told.token, **changes)))
+            record = heard.read()
+            if record is not None and not sign:
+                sign.append(Heartbeat(place.file_of(recipe, 1), member(recipe, 1, token=record.token, **changes)))
 
     thread = threading.Thread(target=answer)
     thread.start()
     yield changes
     over.set()
     thread.join()
-    for one in sign:
-        one.end()
+    for heartbeat in sign:
+        heartbeat.end()
 
 
 @contextmanager
@@ -215,8 +215,8 @@ def test_machines_find_each_other_and_are_told_how_it_ended(place: MachineAddres
     with led(place, recipe) as group:
         assert [one.host for one in group.members][1:] == ["host1"]
         assert group.weakest.num_cores == 2
-    told = Member.load(place.file_of(recipe, 0))
-    assert told.exit_code == 0
+    record = Member.load(place.file_of(recipe, 0))
+    assert record.exit_code == 0
 
 
 @pytest.mark.usefixtures("quick")
@@ -230,9 +230,9 @@ def test_machines_that_differ_are_refused_and_told_so(
         led(place, recipe),
     ):
         raise AssertionError("it began")
-    told = Member.load(place.file_of(recipe, 0))
-    assert told.exit_code == 2
-    assert "has other versions" in told.problems[0]
+    record = Member.load(place.file_of(recipe, 0))
+    assert record.exit_code == 2
+    assert "has other versions" in record.problems[0]
 
 
 @pytest.mark.usefixtures("quick")
@@ -272,17 +272,17 @@ def test_others_do_not_wait_for_ever_for_a_machine_0_that_is_gone(place: Machine
         follow_one(replace(place, wait_seconds=0.2), recipe)
     with pytest.raises(SetupError, match="machine 0 did not answer"):
         follow_one(replace(place, wait_seconds=0.1), recipe)
-    told = Member.load(place.file_of(recipe, 1))
-    assert told.exit_code == 2, "machine 0 is told, should it come"
+    record = Member.load(place.file_of(recipe, 1))
+    assert record.exit_code == 2, "machine 0 is told, should it come"
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_others_are_told_of_a_stop_outside_of_an_attempt(rank: int, place: MachineAddress, tmp_path: Path) -> None:
-    recipe, seen = several(tmp_path), list[int | None]()
+    recipe, exit_codes = several(tmp_path), list[int | None]()
 
     def end(*_: object) -> None:
-        seen.append(Member.load(place.file_of(recipe, rank)).exit_code)
+        exit_codes.append(Member.load(place.file_of(recipe, rank)).exit_code)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, end)
@@ -293,7 +293,7 @@ def test_the_others_are_told_of_a_stop_outside_of_an_attempt(rank: int, place: M
             follow_one(place, recipe) if rank else led(place, recipe).__enter__()
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert seen == [75]
+    assert exit_codes == [75]
 
 
 @pytest.mark.usefixtures("quick")
@@ -335,17 +335,17 @@ def test_others_take_part_only_in_attempts_that_count_on_them(
     with machines.heartbeat(place.file_of(recipe, 0), leader(recipe)) as sign:
 
         def lead() -> None:
-            one = Peer(place.file_of(recipe, 1))
+            peer = Peer(place.file_of(recipe, 1))
             for number, instances in enumerate(("another", "mine")):
-                while one.read() is None or one.member is None or one.member.token != "t":
+                while peer.read() is None or peer.member is None or peer.member.token != "t":
                     time.sleep(0.01)
-                own = one.member.instance if instances == "mine" else instances
+                own = peer.member.instance if instances == "mine" else instances
                 sign.write(attempt=SharedAttempt(name=f"a{number}", request=path, instances=(own,)))
                 time.sleep(0.3)
-            while one.read() is None or one.member is None or one.member.last_part is None:
+            while peer.read() is None or peer.member is None or peer.member.last_part is None:
                 time.sleep(0.01)
-            failed = LostMachine(rank=1, host=one.member.host, reason="torchrun ended with code 3", kind="failed")
-            assert one.member.last_part == AttemptEnd(attempt="a1", lost=failed)
+            failed = LostMachine(rank=1, host=peer.member.host, reason="torchrun ended with code 3", kind="failed")
+            assert peer.member.last_part == AttemptEnd(attempt="a1", lost=failed)
             sign.write(attempt=None, exit_code=0)
 
         thread = threading.Thread(target=lead)
@@ -360,11 +360,11 @@ def test_others_take_part_only_in_attempts_that_count_on_them(
 
 def request_of(folder: Path, recipe: Recipe) -> Request:
     """An attempt, with its folder."""
-    found = Request(
+    request = Request(
         run_folder=str(folder), recipe=recipe, plan=plans.plan(), attempt=1, checkpoint=None, parent_pid=None
     )
-    found.folder.mkdir(parents=True)
-    return found
+    request.folder.mkdir(parents=True)
+    return request
 
 
 FAILED = AttemptEnd(
@@ -411,8 +411,8 @@ def test_what_became_of_another_machine(
     monkeypatch.setattr(spawn, "end", lambda child: setattr(child, "code", -9))
     gives_none = changes.pop("silent", False)
     with leading(place, recipe, silent) as group:
-        told = member(recipe, 1, token=group.members[0].token, instance="i")
-        sign = Heartbeat(place.file_of(recipe, 1), told)
+        record = member(recipe, 1, token=group.members[0].token, instance="i")
+        sign = Heartbeat(place.file_of(recipe, 1), record)
         group.begin(silent)
         attempt = group_of._OnAllMachines(ran, group._sign, "a", {group._others[1]: "i"})
         if gives_none:
@@ -456,7 +456,7 @@ CLOSED = "Connection closed by peer"
 
 
 @pytest.mark.parametrize(
-    ("code", "written", "kind", "asked", "status", "words"),
+    ("code", "written", "kind", "stop_requested", "status", "words"),
     [
         (1, {"": "error"}, None, False, "error", CLOSED),
         (1, {"": "error"}, "machine", False, "lost", "machine 1 (b) was lost: it went"),
@@ -479,16 +479,16 @@ CLOSED = "Connection closed by peer"
     ],
 )
 def test_what_was_lost_elsewhere_says_more_than_a_closed_connection(
-    code: int, written: dict[str, Any], kind: Any, asked: bool, status: str, words: str, tmp_path: Path
+    code: int, written: dict[str, Any], kind: Any, stop_requested: bool, status: str, words: str, tmp_path: Path
 ) -> None:
     request = request_of(tmp_path, several(tmp_path))
     (request.folder / "log.txt").write_text(f"RuntimeError: {CLOSED}")
-    for rank, said in written.items():
-        outcome = Outcome(status=said, reason=CLOSED, trial=request.plan.trial, attempt=1, steps=19)
+    for rank, status_of_rank in written.items():
+        outcome = Outcome(status=status_of_rank, reason=CLOSED, trial=request.plan.trial, attempt=1, steps=19)
         outcome.save(request.folder / f"outcome{rank}.json")
     lost = [] if kind is None else [LostMachine(rank=1, host="b", reason="went", kind=kind)]
-    found = child._outcome(request, code, asked, lost=lost)
-    assert (found.status, found.reason.startswith(words)) == (status, True), found.reason
+    result = child._outcome(request, code, stop_requested, lost=lost)
+    assert (result.status, result.reason.startswith(words)) == (status, True), result.reason
 
 
 def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:

@@ -69,9 +69,9 @@ def test_attempts_are_in_the_order_of_their_numbers_beyond_99(tmp_path: Path) ->
     for number in (1, 99, 100, 101):
         (tmp_path / "attempts" / f"full-seed42-{number:02d}").mkdir(parents=True)
 
-    found = retry.earlier_outcomes(tmp_path, "full-seed42")
+    outcomes = retry.earlier_outcomes(tmp_path, "full-seed42")
 
-    assert [outcome.attempt for outcome in found] == [1, 99, 100, 101]
+    assert [outcome.attempt for outcome in outcomes] == [1, 99, 100, 101]
 
 
 def test_torchrun_is_asked_through_its_workers(tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_torchrun_is_asked_through_its_workers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_locked", [True, False])
 def test_lock_is_named_with_what_to_do(is_locked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    log: list[str] = []
     builder = SimpleNamespace(
-        name="cpu_adam", jit_load=None, is_compatible=lambda verbose: True, load=lambda verbose: said.append("loaded")
+        name="cpu_adam", jit_load=None, is_compatible=lambda verbose: True, load=lambda verbose: log.append("loaded")
     )
     module: Any = ModuleType("deepspeed.accelerator")
     module.get_accelerator = lambda: SimpleNamespace(create_op_builder=lambda name: builder)
@@ -118,7 +118,7 @@ def test_lock_is_named_with_what_to_do(is_locked: bool, tmp_path: Path, monkeypa
     if is_locked:
         (tmp_path / "lock").touch()
 
-    zero.build_extensions(False, True, said.append)
+    zero.build_extensions(False, True, log.append)
 
     waiting = f"waiting for {tmp_path / 'lock'}: cpu_adam is being compiled; if nothing compiles, delete this file"
-    assert said == [*([waiting] if is_locked else []), "loaded"]
+    assert log == [*([waiting] if is_locked else []), "loaded"]

@@ -46,16 +46,16 @@ def test_levers_are_those_that_the_recipe_leaves_open_and_the_task_has(
 ) -> None:
     planned = plan(precision=train.get("precision", "bf16"), gradient_accumulation_steps=1)
 
-    found = measure.levers(recipe(task, train=train), planned)
+    rows = measure.levers(recipe(task, train=train), planned)
 
-    assert len(found) == len(expected)
-    assert all(one.name.startswith(name) for one, name in zip(found, expected, strict=True))
+    assert len(rows) == len(expected)
+    assert all(one.name.startswith(name) for one, name in zip(rows, expected, strict=True))
 
 
 def test_levers_add_up_and_leave_alone_what_the_recipe_gives() -> None:
-    found = measure.levers(recipe(train={"activation_checkpointing": True}), plan(activation_checkpointing=True))
+    rows = measure.levers(recipe(train={"activation_checkpointing": True}), plan(activation_checkpointing=True))
 
-    assert [one.changes for one in found] == [
+    assert [one.changes for one in rows] == [
         {"precision": "fp32", "optim": "adamw_torch_fused"},
         {"precision": "bf16", "optim": "adamw_torch_fused"},
         {"precision": "bf16", "optim": "adamw_8bit"},
@@ -76,13 +76,13 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
 ) -> None:
     planned = plan(global_batch_size=32, micro_batch_size=micro, gradient_accumulation_steps=32 // micro)
 
-    found = measure.micro_batches(recipe(**given), planned, {"precision": "bf16"})
+    rows = measure.micro_batches(recipe(**given), planned, {"precision": "bf16"})
 
-    assert [one.changes["micro_batch_size"] for one in found] == expected
-    for one in found:
-        assert one.changes["micro_batch_size"] * one.changes["gradient_accumulation_steps"] == 32
-        assert one.changes["eval_batch_size"] == 2 * one.changes["micro_batch_size"]
-        assert one.changes["precision"] == "bf16"
+    assert [setting.changes["micro_batch_size"] for setting in rows] == expected
+    for setting in rows:
+        assert setting.changes["micro_batch_size"] * setting.changes["gradient_accumulation_steps"] == 32
+        assert setting.changes["eval_batch_size"] == 2 * setting.changes["micro_batch_size"]
+        assert setting.changes["precision"] == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
     ],
 )
 def test_compiling_is_tried_where_it_can_pay(seconds: float, lacking: str, problem: str | None) -> None:
-    (found,) = measure.compilations(recipe(), row("best", seconds, precision="bf16", chunked_loss=True), lacking)
+    (setting,) = measure.compilations(recipe(), row("best", seconds, precision="bf16", chunked_loss=True), lacking)
 
-    assert found.problem == problem
-    assert found.changes == {"precision": "bf16", "chunked_loss": True, "torch_compile": True}
+    assert setting.problem == problem
+    assert setting.changes == {"precision": "bf16", "chunked_loss": True, "torch_compile": True}
     for train in ({"torch_compile": False}, {"placement": "zero2"}):
         assert measure.compilations(recipe(train=train), row("best", seconds), lacking) == []
 
@@ -119,9 +119,9 @@ def test_compiling_is_tried_where_it_can_pay(seconds: float, lacking: str, probl
 def test_fastest_that_fits_is_taken_the_earliest_of_equals(
     rows: list[tuple[str, float, str]], expected: str | None
 ) -> None:
-    found = measure.fastest([row(*one) for one in rows])
+    best = measure.fastest([row(*one) for one in rows])
 
-    assert (None if found is None else found.name) == expected
+    assert (None if best is None else best.name) == expected
 
 
 def test_settings_carry_the_measured_values_and_the_reason() -> None:
@@ -139,9 +139,9 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
         "torch_compile": True,
     }
 
-    found = with_reasons(plan(settings=settings), changes, lambda old: "derived" if " " in old.name else "measured")
+    result = with_reasons(plan(settings=settings), changes, lambda old: "derived" if " " in old.name else "measured")
 
-    assert [(one.name, one.value, one.reason) for one in found] == [
+    assert [(one.name, one.value, one.reason) for one in result] == [
         ("train.precision", "bf16", "measured"),
         ("train.micro_batch_size", 16, "measured"),
         ("gradient accumulation", 2, "derived"),
@@ -170,9 +170,9 @@ TIME = TimeNeed(
 def test_outcome_of_a_probe_becomes_a_row(
     status: Any, changes: dict[str, Any], problem: str | None, tokens_per_second: float
 ) -> None:
-    found = measured(row("a", 0.0), outcome(status, **changes), 4000.0, 2 * GIB)
+    result = measured(row("a", 0.0), outcome(status, **changes), 4000.0, 2 * GIB)
 
-    assert found.problem == problem
-    assert found.tokens_per_second == tokens_per_second  # without padding
-    assert found.peak_memory_bytes == changes.get("dry_run_growth_bytes", 0)
-    assert found.loss == changes.get("dry_run_loss")
+    assert result.problem == problem
+    assert result.tokens_per_second == tokens_per_second  # without padding
+    assert result.peak_memory_bytes == changes.get("dry_run_growth_bytes", 0)
+    assert result.loss == changes.get("dry_run_loss")

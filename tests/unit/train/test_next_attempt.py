@@ -40,14 +40,14 @@ def walk(given: Any, start: Plan, phase: str | None = "step", **known: Any) -> l
 
 def steps(changes: list[NextAttempt], start: Plan) -> list[Any]:
     """What each change changed: the new micro or eval batch, or the name of the field."""
-    found: list[Any] = []
+    values: list[Any] = []
     before = start
     for change in changes:
         changed = [name for name in TRIED if getattr(change.plan, name) != getattr(before, name)]
         name = changed[0] if changed else "the same"
-        found.append(getattr(change.plan, name) if name.endswith("batch_size") else name)
+        values.append(getattr(change.plan, name) if name.endswith("batch_size") else name)
         before = change.plan
-    return found
+    return values
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_deepspeed_keeps_its_own_micro_batch_and_optimizer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("held", "asked", "expected"),
+    ("used", "requested", "expected"),
     [
         (0, 0, 4),  # nothing known: half
         (900, 0, 4),  # 400 + 4 x 100 fit
@@ -146,9 +146,9 @@ def test_deepspeed_keeps_its_own_micro_batch_and_optimizer() -> None:
         (100, 0, 1),  # too little for any: the smallest
     ],
 )
-def test_the_micro_batch_falls_as_far_as_the_shortage_says(held: int, asked: int, expected: int) -> None:
-    reason = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {asked * MIB} bytes."
-    last = outcome("out_of_memory", phase="step", memory_growth_bytes=held * MIB, reason=reason)
+def test_the_micro_batch_falls_as_far_as_the_shortage_says(used: int, requested: int, expected: int) -> None:
+    reason = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {requested * MIB} bytes."
+    last = outcome("out_of_memory", phase="step", memory_growth_bytes=used * MIB, reason=reason)
 
     change = next_attempt(recipe("causal-lm"), plan(), [last], need)
 
@@ -163,9 +163,9 @@ def test_the_micro_batch_falls_as_far_as_the_shortage_says(held: int, asked: int
 def test_killed_goes_on_as_it_was_some_times_and_is_never_taken_for_memory() -> None:
     why = "the training process was killed (SIGKILL)"
     killed = outcome("killed", phase="evaluation", reason=why)
-    said = f"{why}; resuming from the last sound checkpoint"
+    reason = f"{why}; resuming from the last sound checkpoint"
     for kills in range(1, MAX_UNCHANGED["killed"] + 1):
-        assert next_attempt(recipe(), plan(), [killed] * kills) == NextAttempt(plan(), True, said)
+        assert next_attempt(recipe(), plan(), [killed] * kills) == NextAttempt(plan(), True, reason)
     assert next_attempt(recipe(), plan(), [killed] * (MAX_UNCHANGED["killed"] + 1)) is None
     for fact in (why, "5 times in this command", "without a sign that memory", "train.micro_batch_size"):
         assert fact in killed_too_often(killed)
@@ -230,16 +230,16 @@ def test_settings_keep_what_was_planned_with_its_reason() -> None:
 
     changes = walk(recipe(), plan(settings=settings))
 
-    found = {setting.name: setting for setting in changes[1].plan.settings}
-    assert found["train.seed"] == settings[0]
-    assert found["train.micro_batch_size"] == Setting(
+    by_name = {setting.name: setting for setting in changes[1].plan.settings}
+    assert by_name["train.seed"] == settings[0]
+    assert by_name["train.micro_batch_size"] == Setting(
         name="train.micro_batch_size",
         value=2,
         reason="planned 8 (from the recipe); memory ran out in a training step of attempt 2",
         is_automatic=True,
     )
-    assert found["gradient accumulation"].value == 4
-    assert found["evaluate.batch_size"].value == 4
+    assert by_name["gradient accumulation"].value == 4
+    assert by_name["evaluate.batch_size"].value == 4
     assert changes[-1].plan.settings[-1].reason == (
         "planned adamw_torch_fused (default); memory ran out in a training step of attempt 5"
     )
