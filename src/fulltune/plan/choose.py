@@ -143,7 +143,7 @@ def note(basis: Basis, option: Option, own_loss: bool, reasons: Reasons) -> None
         why = "logits of all tokens never exist at once" if settings.chunked_loss else why_whole or ""
         reasons.add("train.chunked_loss", train.chunked_loss, settings.chunked_loss, why)
     if settings.optim != basis.start.optim:
-        why = f"the state of {basis.start.optim} does not fit into {basis.where}"
+        why = f"the state of {basis.start.optim} does not fit in {basis.where}"
         reasons.replace("train.optim", settings.optim, why)
     why = "twice the micro batch" if settings.eval_batch_size == 2 * settings.micro_batch_size else "the most that fits"
     reasons.add("evaluate.batch_size", recipe.evaluate.batch_size, settings.eval_batch_size, why)

@@ -22,7 +22,7 @@ DEVICE_RESERVE = 2**29
 """Memory that the driver takes: torch sees 79.2 of an A100's 80 GiB, 23.6 of an RTX 4090's 24."""
 USUAL_NETWORK = 12.5
 """Default GB/s between machines, 100 Gb/s as on an a2-highgpu-8g."""
-NETWORK_ASSUMED = f"{8 * USUAL_NETWORK:.0f} Gb/s from each machine to the others"
+NETWORK_ASSUMED = f"{8 * USUAL_NETWORK:.0f} Gb/s between machines"
 
 
 @dataclass(frozen=True)
@@ -220,11 +220,11 @@ def fleet_of(named: NamedHardware) -> Fleet:
     each_has, assumed = " in each machine" if named.machines > 1 else "", list[str]()
     if host is None:
         host = (gpu.usual_host_gb * count if gpu else 32) * GB
-        usual = f" ({gpu.usual_host_gb} GB a GPU is usual)" if gpu else ""
+        usual = f" (usually {gpu.usual_host_gb} GB per GPU)" if gpu else ""
         assumed.append(f"{host / GB:,.0f} GB of host memory{each_has}{usual}")
     if gpu is None:
         assumed += [] if named.cores else [f"{cores} cores{each_has}"]
-        assumed.append(f"{CPU_FLOPS_PER_CORE / GB:.0f} GFLOP/s a core in fp32, no fast bf16")
+        assumed.append(f"{CPU_FLOPS_PER_CORE / GB:.0f} GFLOP/s per core in fp32, no fast bf16")
     if named.machines > 1 and not named.network:
         assumed.append(f"{NETWORK_ASSUMED} (--for takes '400Gb network')")
     machine = Machine(

@@ -51,12 +51,12 @@ def test_unknown_gpu_of_a_driver_is_none() -> None:
 @pytest.mark.parametrize(
     ("text", "count", "gpu", "host", "disk", "assumed"),
     [
-        ("8x A100-80GB", 8, "A100-80GB", 1024 * GB, None, ("1,024 GB of host memory (128 GB a GPU is usual)",)),
+        ("8x A100-80GB", 8, "A100-80GB", 1024 * GB, None, ("1,024 GB of host memory (usually 128 GB per GPU)",)),
         ("8 X a100 80gb,1TB host", 8, "A100-80GB", 1000 * GB, None, ()),
         ("1x RTX 4090, 64GB host", 1, "RTX 4090", 64 * GB, None, ()),
         ("geforce rtx-4090, 64GiB RAM", 1, "RTX 4090", 64 * GIB, None, ()),
         ("2x H100, 1TB host, 2TB disk", 2, "H100-80GB", 1000 * GB, 2000 * GB, ()),
-        ("4xL4, 0.5 TB disk", 4, "L4", 192 * GB, 500 * GB, ("192 GB of host memory (48 GB a GPU is usual)",)),
+        ("4xL4, 0.5 TB disk", 4, "L4", 192 * GB, 500 * GB, ("192 GB of host memory (usually 48 GB per GPU)",)),
     ],
 )
 def test_hardware_in_words_is_read(
@@ -75,7 +75,7 @@ def test_cpu_is_read() -> None:
     assert (fleet.gpu_model, fleet.num_devices, fleet.machine.gpus) == (None, 1, ())
     assert (fleet.machine.num_cores, fleet.machine.memory_bytes) == (16, 64 * GB)
     assert fleet.machine.cpu_flops == 16 * gpus.CPU_FLOPS_PER_CORE
-    assert fleet.assumed == ("50 GFLOP/s a core in fp32, no fast bf16",)
+    assert fleet.assumed == ("50 GFLOP/s per core in fp32, no fast bf16",)
 
 
 def test_checked_memory_of_a_gpu_is_less() -> None:

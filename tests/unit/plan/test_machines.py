@@ -190,7 +190,7 @@ def test_machines_are_shown_in_80_columns(capsys: pytest.CaptureFixture[str]) ->
     said = " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= 80
     assert "4 machines, each 8x A100-80GB, 1024GB host" in said
-    assert "100 Gb/s from each machine to the others (--for takes '400Gb network')" in said
+    assert "100 Gb/s between machines (--for takes '400Gb network')" in said
     assert "of each host's memory" in said
     assert "a step waits for the network between machines" in said
     assert (
@@ -260,4 +260,4 @@ def test_given_processes_stay_and_are_spread() -> None:
 def test_machines_like_this_one_are_planned_with_a_usual_network() -> None:
     fleet = gpus.here(machine(8), 10 * GB, num_machines=2)
     assert fleet.name == "2 machines like this one, each 8x NVIDIA A100-SXM4-80GB, 16 cores, 60 GiB"
-    assert fleet.assumed == ("100 Gb/s from each machine to the others",)
+    assert fleet.assumed == ("100 Gb/s between machines",)
