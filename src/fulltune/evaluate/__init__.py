@@ -147,7 +147,7 @@ def score(scoring: Scoring, outcome: Outcome) -> Scores:
 
 
 def losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
-    """Return the loss of each train and eval row by the trained model; test rows would bias choices."""
+    """Return the loss of each train and eval row by the trained model, without test rows, which would bias choices."""
     measure = measure_of(scoring.recipe.task, scoring.target, "loss")
     assert measure.counts is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}

@@ -26,7 +26,7 @@ RATES = {
 
 
 def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Return the peak rate of full fine-tuning with AdamW, lower for larger models."""
+    """Return the peak learning rate of full fine-tuning with AdamW, lower for larger models."""
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
     kind = "decoders" if is_decoder else "encoders"
@@ -35,7 +35,7 @@ def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
 
 
 def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Return the peak rate of a method, higher for methods that train fewer values."""
+    """Return the peak learning rate of a method, higher for methods that train fewer values."""
     full, why = learning_rate(num_parameters, is_decoder)
     if method.kind in ("lora", "adapter"):
         rate = min(LORA_TIMES * full, MAX_LORA) if method.kind == "lora" else ADAPTER_TIMES * full

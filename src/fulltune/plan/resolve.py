@@ -226,7 +226,7 @@ def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
 
 
 def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["probe", "random"] | None:
-    """Return the start of a new head, or None without one."""
+    """Return how a new head is initialised, or None without a new head."""
     wanted, name = recipe.method.head_init, "method.head_init"
     if not FACTS[recipe.task].head_is_new:
         return None

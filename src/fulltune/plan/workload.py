@@ -48,7 +48,7 @@ class Basis:
     global_batch_size: int
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
-    """Start of a new head; None if there is none."""
+    """Initialisation of a new head, if there is one."""
     group_by_length: bool
     start: MemorySettings
     """Settings without any lever: a micro batch of one row, no checkpointing."""

@@ -36,7 +36,7 @@ _BOUNDS = {
     **dict.fromkeys(("mcc", "spearman", "kendall"), (-1.0, 1.0)),
     **dict.fromkeys(("chrf", "bleu"), (0.0, 100.0)),
 }
-"""Bounds of metrics that may leave 0 to 1; None without both."""
+"""Bounds of metrics that may leave 0 to 1; None if one is missing."""
 
 
 @dataclass(frozen=True)

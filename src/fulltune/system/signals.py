@@ -13,7 +13,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 STOPPING = (signal.SIGINT, *ENDING)
 Handler = Callable[[int, FrameType | None], object]
 Handlers = Mapping[int, Any]
-"""What `signal.signal` accepts and returns, by number of the signal."""
+"""Handlers by signal, as `signal.signal` returns them."""
 _TERMINALS = [number for number in (1, 2) if os.isatty(number)]
 
 

@@ -70,7 +70,7 @@ def test_network_in_words(words: str, gigabytes: float) -> None:
     fleet = gpus.parse(f"4x 8x A100-80GB{words}")
     assert (fleet.num_machines, fleet.num_devices, len(fleet.machine.gpus)) == (4, 32, 8)
     assert fleet.network_gb_per_second == pytest.approx(gigabytes)
-    assert any("100 Gb/s from each machine" in one for one in fleet.assumed) == (not words)
+    assert any("100 Gb/s between machines" in one for one in fleet.assumed) == (not words)
     assert gpus.parse(str(fleet.named)) == fleet
     assert fleet.name.startswith("4 machines, each 8x A100-80GB, 1024GB host")
     assert gpus.parse(f"4x 8x A100-80GB, 2TB disk{words}").name == f"{fleet.name}; 2000GB shared disk"
