@@ -81,7 +81,7 @@ def test_run_leaves_a_table_of_positions_that_is_not_saved_as_it_is(tmp_path: Pa
     assert not reached.outcome.parameter_changes.unchanged_tensors
     model = methods.apply(AutoModelForSeq2SeqLM.from_pretrained(folder), FullMethod(kind="full"), "seq2seq").model
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert fixed == set(methods.computed(model)) != set()
+    assert fixed == set(methods.sinusoidal_tables(model)) != set()
     assert not fixed & set(load_file(reached.folder / "models" / "full" / "model.safetensors"))
     learned = len(list(model.parameters())) - len(fixed)
     assert reached.outcome.parameter_changes.num_tensors_changed == learned

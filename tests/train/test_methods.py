@@ -255,7 +255,7 @@ def test_prompt_generation_padded_on_the_left_equals_one_by_one(done: Any) -> No
 @pytest.mark.parametrize(
     ("name", "method", "message"),
     [
-        ("decoder", {"kind": "head"}, "method head: causal-lm has no new head to train; take lora, adapter or full"),
+        ("decoder", {"kind": "head"}, "method head: causal-lm has no new head to train; use lora, adapter or full"),
         (
             "classifier",
             {"kind": "peft", "type": "prefix_tuning"},

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fulltune.models import sharding
 from fulltune.models.base import Base
-from fulltune.models.load import Head, by_name, draw_again, expected_head, load
+from fulltune.models.load import HeadOrigin, expected_head, load, match_labels, redraw
 from fulltune.models.shapes import shapes_of
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, task_named
@@ -29,7 +29,7 @@ LABELS = ("bad", "fine", "good")
     ("theirs", "ours", "order", "why"),
     [
         (LABELS, LABELS, (0, 1, 2), ": its 3 labels are the same"),
-        (LABELS, ("good", "bad", "fine"), (2, 0, 1), ": its 3 labels are the same, put into this order by their names"),
+        (LABELS, ("good", "bad", "fine"), (2, 0, 1), ": its 3 labels are the same, reordered by name"),
         (LABELS, ("bad", "good"), None, "the checkpoint's 3 labels are not these (bad, fine, good)"),
         (("a", "b", "c", "d"), LABELS, None, "the checkpoint's 4 labels are not these (a, b, c ...)"),
         (("LABEL_0", "LABEL_1"), ("0", "1"), None, "the checkpoint's 2 labels have no names (LABEL_0, LABEL_1)"),
@@ -41,7 +41,7 @@ LABELS = ("bad", "fine", "good")
 def test_rows_of_a_head_follow_the_names(
     theirs: tuple[str, ...], ours: tuple[str, ...], order: tuple[int, ...] | None, why: str | None
 ) -> None:
-    found = by_name(theirs, ours)
+    found = match_labels(theirs, ours)
     assert found.order == order
     assert why is None or found.why == why
 
@@ -53,7 +53,7 @@ def test_head_of_another_class_is_not_taken() -> None:
     changes = {"id2label": dict(enumerate(LABELS))}
     assert expected_head(config, "BertForTokenClassification", changes).order == (0, 1, 2)
     assert expected_head(config, "BertForSequenceClassification", changes).order is None
-    assert expected_head(config, "BertForTokenClassification", {}) == Head((), "")  # has no rows for labels
+    assert expected_head(config, "BertForTokenClassification", {}) == HeadOrigin((), "")  # has no rows for labels
     assert expected_head(config, "BertForMultipleChoice", {}).order is None
 
 
@@ -70,8 +70,8 @@ def _checkpoint(folder: Path, kind: str, task: str, labels: tuple[str, ...]) -> 
     return model
 
 
-def _loaded(folder: Path, task: str, labels: tuple[str, ...], seed: int = 0) -> tuple[Any, Head]:
-    heads: list[Head] = []
+def _loaded(folder: Path, task: str, labels: tuple[str, ...], seed: int = 0) -> tuple[Any, HeadOrigin]:
+    heads: list[HeadOrigin] = []
     module, target = task_named(task), Target("single_label", {}, labels)
     changes = module.config_changes(target, tiny.encoder_tokenizer())
     torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def test_head_with_the_same_labels_in_another_order_gives_the_same_answers(
 ) -> None:
     before = _answers(_checkpoint(tmp_path, kind, task, LABELS))
     model, head = _loaded(tmp_path, task, ("good", "bad", "fine"))
-    assert head.in_words == "kept from the checkpoint: its 3 labels are the same, put into this order by their names"
+    assert head.in_words == "kept from the checkpoint: its 3 labels are the same, reordered by name"
     assert torch.allclose(_answers(model), before[..., [2, 0, 1]], atol=1e-6)
     assert model.config.id2label == {0: "good", 1: "bad", 2: "fine"}
 
@@ -119,9 +119,9 @@ def test_head_without_labels_is_expected_of_its_own_class_only_and_taken_where_i
     _checkpoint(tmp_path, "bert", "text-classification", ("one",))
     block = ModelBlock(name=str(tmp_path))
     assert not shapes_of(Base.of(block, "question-answering"), {}).head_is_kept
-    heads: list[Head] = []
+    heads: list[HeadOrigin] = []
     load(Base.of(block, "multiple-choice"), {}, head_is_new=True, on_head=heads.append)
-    assert heads == [Head((), "")], "one row that rates texts, as a choice is rated"
+    assert heads == [HeadOrigin((), "")], "one row that rates texts, as a choice is rated"
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -154,7 +154,7 @@ def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> No
         tiny.save_model(tmp_path, kind)
     else:
         placed.save_encoder(tmp_path, "ModernBertConfig")
-    heads: list[Head] = []
+    heads: list[HeadOrigin] = []
     changes = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
     base = Base.of(ModelBlock(name=str(tmp_path)), "text-classification")
     torch.manual_seed(5)
@@ -163,10 +163,10 @@ def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> No
     assert "classifier.weight" in heads[0].drawn
 
     state = torch.get_rng_state()
-    draw_again(model, heads[0], 6)
+    redraw(model, heads[0], 6)
     assert torch.equal(torch.get_rng_state(), state)
     other = {name: one.detach().clone() for name, one in model.named_parameters()}
-    draw_again(model, heads[0], 5)
+    redraw(model, heads[0], 5)
     again = dict(model.named_parameters())
 
     assert {name for name in expected if not torch.equal(expected[name], again[name])} == set()
@@ -176,6 +176,6 @@ def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> No
     with process_group(tmp_path):  # of each process's own part another one would be drawn
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         model._is_distributed_loading_by_transformers = True
-        draw_again(model, heads[0], 6)
+        redraw(model, heads[0], 6)
         shared = {name: sharding.whole(one.detach()) for name, one in model.named_parameters()}
         assert {name for name in other if not torch.equal(other[name], shared[name])} == set()

@@ -113,15 +113,15 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -
 
     lines = []
     if method.kind == "head" and not FACTS[recipe.task].head_is_new:
-        lines.append(f"{recipe.task} has no new head to train; take lora, adapter or full")
+        lines.append(f"{recipe.task} has no new head to train; use lora, adapter or full")
     if method.kind == "prompt":
         limit = position_limit(config)
         if FACTS[recipe.task].reads == "image":
-            lines.append("an image has no tokens to put virtual ones before; take lora, adapter or head")
+            lines.append("an image has no tokens to put virtual ones before; use lora, adapter or head")
         elif limit is not None and method.num_virtual_tokens > limit // 2:
             lines.append(
                 f"num_virtual_tokens: {method.num_virtual_tokens} are more than half of the {limit} tokens that the "
-                "model takes; take fewer"
+                "model takes; use fewer"
             )
     if method.kind == "peft":
         from fulltune.methods.added import peft_problems

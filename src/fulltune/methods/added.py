@@ -63,7 +63,7 @@ def put_adapters(model: PreTrainedModel, method: AdapterMethod, heads: tuple[str
     projections = [(name, module) for name, module in model.named_modules() if _is_projection(name, module, heads)]
     if not projections:
         raise RecipeError(
-            f"method {method.label}: the projections of {type(model).__name__}'s layers are unknown; take lora or full"
+            f"method {method.label}: the projections of {type(model).__name__}'s layers are unknown; use lora or full"
         )
     for _, module in projections:
         weight = module.weight
@@ -238,7 +238,7 @@ def put_prompt(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> 
     embeddings = _embeddings(body)
     if embeddings is None or body is model:
         lacks = "no embeddings of tokens" if embeddings is None else "no body of its own"
-        raise RecipeError(f"method {method.label}: {type(model).__name__} has {lacks}; take lora or adapter")
+        raise RecipeError(f"method {method.label}: {type(model).__name__} has {lacks}; use lora or adapter")
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     # RoBERTa counts positions of tokens that are not padding.
     prompt = Prompt(_first(embeddings, method), filler=1 if pad == 0 else 0)

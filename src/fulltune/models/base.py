@@ -305,7 +305,7 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
     except UnpicklingError as error:  # torch's own words advise to read it without the restriction
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"they hold more than tensors ({match[1]}), which would run as code" if match else "they are damaged"
-        raise SetupError(f"model: {block.name}: its pickled weights were not read: {why}; take safetensors") from None
+        raise SetupError(f"model: {block.name}: its pickled weights were not read: {why}; use safetensors") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:

@@ -25,7 +25,7 @@ _GENERIC = re.compile(r"LABEL_\d+")
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadOrigin:
     """Where the weights of a model's head come from."""
 
     order: tuple[int, ...] | None
@@ -39,8 +39,8 @@ class Head:
         return f"new, drawn at random: {self.why}" if self.order is None else f"kept from the checkpoint{self.why}"
 
 
-_MISSING = Head(None, "the checkpoint has none for this task")
-_AS_IT_IS = Head((), "")
+_MISSING = HeadOrigin(None, "the checkpoint has none for this task")
+_AS_IT_IS = HeadOrigin((), "")
 
 
 def load(
@@ -49,8 +49,8 @@ def load(
     *,
     head_is_new: bool,
     before_weights: Callable[[], None] = lambda: None,
-    on_head: Callable[[Head], None] = lambda head: None,
-    shared_by: int = 1,
+    on_head: Callable[[HeadOrigin], None] = lambda head: None,
+    num_ranks: int = 1,
 ) -> PreTrainedModel:
     """Load the weights, in `weights_dtype`, into a model with the task's head, in evaluation mode.
 
@@ -60,7 +60,7 @@ def load(
         head_is_new: Draw a head that the checkpoint lacks or has with other labels.
         before_weights: Called before the weights take memory, when all libraries are loaded.
         on_head: Called with the origin of a head that may be new.
-        shared_by: Number of ranks that shard the weights; all of them call this.
+        num_ranks: Number of ranks that shard the weights; all of them call this.
 
     Raises:
         SetupError: When the weights cannot be read, or parameters below the head are missing.
@@ -79,8 +79,8 @@ def load(
     if (module := type(config).__module__).startswith("transformers.models."):
         # Otherwise the model's code would be imported, and take memory, while weights are read.
         importlib.import_module(module.replace(".configuration_", ".modeling_"))
-    if shared_by > 1:
-        shared, keywords["distributed_config"] = sharding.sharded_class(base.model_class, config, shared_by)
+    if num_ranks > 1:
+        shared, keywords["distributed_config"] = sharding.sharded_class(base.model_class, config, num_ranks)
         loader = shared.from_pretrained
     before_weights()
     with _quiet():
@@ -88,7 +88,7 @@ def load(
     missing = _check_loaded(model, info, block, head_is_new)
     if head_is_new:
         head = expected_head(base.config, type(model).__name__, config_changes)
-        head = put_in_order(model, missing, head, "id2label" in config_changes)
+        head = arrange_head(model, missing, head, "id2label" in config_changes)
         on_head(replace(head, drawn=tuple(name for name, _ in model.named_parameters() if name in missing)))
     _forget_gguf(model)
     return model
@@ -151,13 +151,13 @@ def _quiet() -> Iterator[None]:
 # ---- the head of a checkpoint ----------------------------------------------------------------------------------
 
 
-def expected_head(brought: PretrainedConfig, model_class: str, changes: Mapping[str, Any]) -> Head:
+def expected_head(brought: PretrainedConfig, model_class: str, changes: Mapping[str, Any]) -> HeadOrigin:
     """Predict the head's origin from the configs alone."""
     if brought.architectures and model_class not in brought.architectures:
         return _MISSING
     if "id2label" not in changes:
         return _AS_IT_IS
-    return by_name(_by_row(brought.id2label or {}), _by_row(changes["id2label"]))
+    return match_labels(_by_row(brought.id2label or {}), _by_row(changes["id2label"]))
 
 
 def _by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
@@ -165,23 +165,23 @@ def _by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
     return tuple(id2label[row] for row in sorted(id2label, key=int))
 
 
-def by_name(theirs: tuple[str, ...], ours: tuple[str, ...]) -> Head:
+def match_labels(theirs: tuple[str, ...], ours: tuple[str, ...]) -> HeadOrigin:
     if len(theirs) == len(ours) == 1:
-        return Head((0,), "")  # regression heads have one row
+        return HeadOrigin((0,), "")  # regression heads have one row
     if len(set(theirs)) == len(theirs) and set(theirs) == set(ours):
         order = tuple(theirs.index(name) for name in ours)
         same = f": its {len(ours)} labels are the same"
-        return Head(order, same if theirs == ours else f"{same}, put into this order by their names")
+        return HeadOrigin(order, same if theirs == ours else f"{same}, reordered by name")
     if all(_GENERIC.fullmatch(name) for name in theirs):
-        return Head(None, f"the checkpoint's {len(theirs)} labels have no names ({_some(theirs)})")
-    return Head(None, f"the checkpoint's {len(theirs)} labels are not these ({_some(theirs)})")
+        return HeadOrigin(None, f"the checkpoint's {len(theirs)} labels have no names ({_some(theirs)})")
+    return HeadOrigin(None, f"the checkpoint's {len(theirs)} labels are not these ({_some(theirs)})")
 
 
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
-def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has_labels: bool) -> Head:
+def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigin, has_labels: bool) -> HeadOrigin:
     """Reorder or redraw the head of a loaded model as expected; return the origin it has now."""
     import torch
 
@@ -196,7 +196,7 @@ def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has
     if not rows:
         raise SetupError(
             f"model: {model.name_or_path}: {type(model).__name__} does not show which values of its head belong to "
-            "which label; take a checkpoint without a head"
+            "which label; use a checkpoint without a head"
         )
     parameters = {name: model.get_parameter(name) for name in rows}
     with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
@@ -247,7 +247,7 @@ def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) 
         parameter.copy_(sharding.like(empty.get_parameter(name), parameter))
 
 
-def draw(model: PreTrainedModel, head: Head) -> None:
+def draw(model: PreTrainedModel, head: HeadOrigin) -> None:
     import torch
 
     sharding.reshard(model)
@@ -256,7 +256,7 @@ def draw(model: PreTrainedModel, head: Head) -> None:
         _draw(model, parameters)
 
 
-def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:
+def redraw(model: PreTrainedModel, head: HeadOrigin, seed: int) -> None:
     import torch
 
     with torch.random.fork_rng(devices=[]):

@@ -142,7 +142,7 @@ def _applied(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools
     except jinja2.TemplateSyntaxError as error:
         raise SetupError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
     except NotImplementedError:
-        raise SetupError("the tokenizer does not say where its tokens stand in the text; take a fast one") from None
+        raise SetupError("the tokenizer does not know where its tokens are in the text; use a fast one") from None
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(" ".join(str(error).split())[:200]) from None
 

@@ -23,7 +23,7 @@ from fulltune.methods.head import names_of, output_layer_of, rescale, rescaled
 from fulltune.models import dropout, evaluating, sharding
 from fulltune.models.base import Base, opened
 from fulltune.models.kernels import compile_blocks, put_kernels
-from fulltune.models.load import Head, draw, draw_again, load
+from fulltune.models.load import HeadOrigin, draw, load, redraw
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
@@ -44,17 +44,17 @@ def load_pretrained(
     task: Task,
     target: Target,
     before_weights: Callable[[], None] = lambda: None,
-    shared_by: int = 1,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Head | None]:
+    num_ranks: int = 1,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, HeadOrigin | None]:
     """Load the pretrained model with the task's head; returns it with its processor and the origin of the head."""
-    base, heads = Base.of(recipe.model, recipe.task, recipe.data.chat_template), list[Head]()
+    base, heads = Base.of(recipe.model, recipe.task, recipe.data.chat_template), list[HeadOrigin]()
     model = load(
         base,
         task.config_changes(target, base.processor),
         head_is_new=task.FACTS.head_is_new,
         before_weights=before_weights,
         on_head=heads.append,
-        shared_by=shared_by,
+        num_ranks=num_ranks,
     )
     if recipe.train.engine_by:
         zero.forget_unused_conversions(model)
@@ -179,7 +179,7 @@ class Loaded:
     rows: Rows
     eval_rows: Rows
     objective: Objective
-    head: Head | None
+    head: HeadOrigin | None
     """Origin of the head, for tasks that may need a new one."""
     head_start: Probe | None
     """The linear probe that a new head starts from."""
@@ -204,8 +204,8 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
         zero.connect(arguments)
     transformers.set_seed(plan.seed)
     begin = partial(inputs.usage.measure, plan.device, task.FACTS.writes)
-    shared_by = plan.num_processes if plan.placement == "fsdp2" else 1
-    model, tokenizer, head = load_pretrained(recipe, task, target, begin, shared_by)
+    num_ranks = plan.num_processes if plan.placement == "fsdp2" else 1
+    model, tokenizer, head = load_pretrained(recipe, task, target, begin, num_ranks)
     if sharding.is_sharded(model):  # each rank has drawn its shard; from here on all have the same random state
         transformers.set_seed(plan.seed)
         if head is not None and head.order is None:
@@ -309,7 +309,11 @@ def mixed_ranges(summary: DataSummary) -> tuple[MixedSource, ...]:
 
 
 def _start_head(
-    inputs: AttemptInputs, objective: Objective, head: Head, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    inputs: AttemptInputs,
+    objective: Objective,
+    head: HeadOrigin,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> Probe:
     inputs.recorder.phase(PROBING)
     with inputs.journal.during("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
@@ -322,14 +326,14 @@ def _start_head(
 
 
 def start_from_probe(
-    objective: Objective, head: Head, tokenizer: PreTrainedTokenizerBase, folder: Path, device: torch.device
+    objective: Objective, head: HeadOrigin, tokenizer: PreTrainedTokenizerBase, folder: Path, device: torch.device
 ) -> Probe:
     """Start a new head from the run folder's linear probe, which is fitted if missing; at random if that fails."""
     model, recipe, plan, target = objective.model, objective.recipe, objective.plan, objective.target
     together, reading = sharding.needs_all_ranks(model), contextlib.ExitStack()
 
     def extractor() -> probe.FeatureExtractor:
-        draw_again(model, head, probe.SEED)
+        redraw(model, head, probe.SEED)
         reading.enter_context(sharding.gathered_by_block(model))
         return probe.FeatureExtractor(
             model if together else model.to(device),  # type: ignore[arg-type]  # a wrapped method
@@ -348,7 +352,7 @@ def start_from_probe(
     if not together:
         model.to("cpu")  # type: ignore[arg-type]  # the method must draw its values on the CPU, whether the probe was fitted here or before
     if probed.head is None:
-        draw_again(model, head, plan.seed)
+        redraw(model, head, plan.seed)
     else:
         probe.put_head(model, folder, for_training=recipe.method.kind != "head")
     return probed
