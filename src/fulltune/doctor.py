@@ -235,9 +235,9 @@ def _steps(log: Log) -> Iterator[Diagnosis]:
     if log.skipped or rollbacks:
         evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"
         yield "bad steps", evidence, "look at the rows that the journal in the report lists"
-    moved = log.outcome.parameter_changes if log.outcome else None
-    if moved is not None and moved.share < EATEN:
-        evidence = f"only {format_share(moved.share)} of the values that received a gradient changed"
+    changes = log.outcome.parameter_changes if log.outcome else None
+    if changes is not None and changes.share < EATEN:
+        evidence = f"only {format_share(changes.share)} of the values that received a gradient changed"
         advice = "fp32 weights, --set model.weights_dtype=fp32, or --set train.bf16_rounding=stochastic"
         yield "eaten updates", evidence, advice
 

@@ -210,9 +210,9 @@ def train(
     if as_json:
         stages.print_json(outcome.model_dump(mode="json"))
         return
-    moved = f", {outcome.parameter_changes.share:.1%} of the values changed" if outcome.parameter_changes else ""
+    changed = f", {outcome.parameter_changes.share:.1%} of the values changed" if outcome.parameter_changes else ""
     took = format_seconds(round(run_seconds(folder, outcome.trial)))
-    out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{moved}")
+    out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{changed}")
     out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)
 
 

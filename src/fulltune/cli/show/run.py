@@ -132,8 +132,8 @@ class Display:
 
     def _eval(self, event: Evaluated) -> None:
         metrics = event.metrics
-        names, moved = [name for name in metrics if name not in (self.metric, *OF_GENERIC_TEXT)], OF_GENERIC_TEXT[0]
-        shown = [self.metric, *names[: 1 if moved in metrics else 2], moved]
+        names, drift = [name for name in metrics if name not in (self.metric, *OF_GENERIC_TEXT)], OF_GENERIC_TEXT[0]
+        shown = [self.metric, *names[: 1 if drift in metrics else 2], drift]
         values = "  ".join(f"{name} {format_metric(name, metrics[name])}" for name in shown if name in metrics)
         if self.metric in metrics:
             self.last_metric = f"  eval {self.metric} {format_metric(self.metric, metrics[self.metric])}"

@@ -123,9 +123,9 @@ def way(share: float) -> str:
     return f"{format_percent(share)} of the way from the untouched to the trained model"
 
 
-def as_share(moved: float, writes: bool) -> str:
+def as_share(drift: float, writes: bool) -> str:
     """Format a drift as a share with two digits, comparable to its budget."""
-    share = 100 * (-math.expm1(-moved) if writes else moved)
+    share = 100 * (-math.expm1(-drift) if writes else drift)
     if 0.001 <= abs(share) < 0.095:
         return f"{share:.2g}%"
     return f"{share:.2f}%" if abs(share) < 10 else f"{share:.0f}%"

@@ -152,7 +152,7 @@ def _attempts(view: RunView) -> Table:
 
 def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
     """Return facts on trained parameters, the saved step and changed values."""
-    facts, moved = [], outcome.parameter_changes
+    facts, changes = [], outcome.parameter_changes
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
     if outcome.best_step is not None:
@@ -161,10 +161,10 @@ def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
             value = format_metric(plan.metric, outcome.best_metric)
             best += f", {words.metric_name(plan.metric)} {value} on the eval rows"
         facts.append(("weights kept from", f"{best}; {outcome.weights_reason}" if outcome.weights_reason else best))
-    if moved:
-        values = f"{moved.num_values_changed:,} of {moved.num_values_with_gradient:,} that received a gradient"
-        facts.append(("parameter values changed", f"{format_share(moved.share)} ({values})"))
-        tensors = f"{moved.num_tensors_changed:,} of {moved.num_tensors_with_gradient:,}"
+    if changes:
+        values = f"{changes.num_values_changed:,} of {changes.num_values_with_gradient:,} that received a gradient"
+        facts.append(("parameter values changed", f"{format_share(changes.share)} ({values})"))
+        tensors = f"{changes.num_tensors_changed:,} of {changes.num_tensors_with_gradient:,}"
         facts.append(("parameter tensors changed", tensors))
     return facts
 

@@ -99,8 +99,8 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
         ]
         if view.budget is not None and view.budget.choice.is_start:
             figures.append(("weights kept", "the untouched model's"))
-        elif moved := outcomes[-1].parameter_changes:
-            figures.append(("values changed", format_share(moved.share)))
+        elif changes := outcomes[-1].parameter_changes:
+            figures.append(("values changed", format_share(changes.share)))
     if view.summary and "train" in view.summary.splits:
         figures.append(("train rows", f"{view.summary.splits['train'].rows:,}"))
     if view.plan:
