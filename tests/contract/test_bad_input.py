@@ -104,11 +104,11 @@ def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
     ("name", "content", "problem"),
     [
         ("train.csv", "", ": the file is empty, expected rows; name another file, or write it again"),
-        ("train.csv", "text,label\n", ": no rows, expected some; add rows, or name another file"),
+        ("train.csv", "text,label\n", ": no rows; add rows, or name another file"),
         (
             "train.csv",
             "text,text\na,b\n",
-            ":1: column 'text' stands twice in the header, expected each name once; rename one",
+            ":1: column 'text' appears twice in the header; rename one",
         ),
         (
             "train.csv",
@@ -118,7 +118,7 @@ def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
         (
             "train.csv",
             CSV + '"never closed,food\n',
-            ":42: a double quote is opened in this row and never closed, expected one at the cell's end; close it",
+            ":42: a double quote in this row is never closed; close it at the end of the cell",
         ),
         (
             "train.csv",
@@ -128,12 +128,12 @@ def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
         (
             "train.csv",
             CSV.encode("utf-16"),
-            ":1: NUL bytes, expected UTF-8; save the file as UTF-8, or name its encoding in data.encoding",
+            ":1: NUL bytes, expected UTF-8; save it as UTF-8, or set data.encoding",
         ),
         (
             "train.csv",
             CSV.encode() * 500 + "é,food\n".encode("latin-1"),
-            ":20501: not UTF-8; save the file as UTF-8, or name its encoding in data.encoding",
+            ":20501: not UTF-8; save it as UTF-8, or set data.encoding",
         ),
         (
             "train.json",
@@ -148,12 +148,12 @@ def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
         (
             "train.json",
             '{"a": 1}\n{"a": 2}\n',
-            ":2: not valid JSON: Extra data (column 1); a file with one object a line is named .jsonl: rename it",
+            ":2: not valid JSON: Extra data (column 1); rename it to .jsonl",
         ),
         (
             "train.xlsx",
             "x",
-            ": unknown kind of file '.xlsx'; expected .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .arrow, .feather, "
+            ": unknown file type '.xlsx'; expected .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .arrow, .feather, "
             ".conll, .iob, .bio: save it as one of them",
         ),
     ],
@@ -253,7 +253,7 @@ def test_two_rows_are_too_few(case: Case) -> None:
         case.data("text,label\na,x\nb,y\n"),
         DATA,
         "train.csv: 2 rows of 2 labels: too few for three splits of at least 2 rows (eval has 0, test has "
-        "0); give more rows of each label, at least 3 different ones, or files for eval and test",
+        "0); add rows, at least 3 different ones of each label, or name files for eval and test",
     )
 
 

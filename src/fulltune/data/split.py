@@ -114,29 +114,29 @@ def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.nda
     # Groups are sorted by their drawn number: a pseudo-random order.
     _, first, member_of, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     stratum_of = strata[first]
-    chosen = np.zeros(len(first), bool)
+    is_held_out = np.zeros(len(first), bool)
     by_stratum = np.argsort(stratum_of, kind="stable")
     for members in np.split(by_stratum, np.flatnonzero(np.diff(stratum_of[by_stratum])) + 1):
         wanted = round(int(sizes[members].sum()) * fraction)
         if len(members) > 1:
             wanted = max(1, wanted)
-        chosen[members[_filling(sizes[members].tolist(), wanted)]] = True
-    return chosen[member_of]
+        is_held_out[members[_filling(sizes[members].tolist(), wanted)]] = True
+    return is_held_out[member_of]
 
 
 def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
     """Choose groups of about `wanted` rows, never all, skipping those too large for the rest."""
-    chosen: list[int] = []
-    taken = 0
+    positions: list[int] = []
+    num_rows = 0
     for position, size in enumerate(sizes):
-        if taken == wanted:
+        if num_rows == wanted:
             break
-        if taken + size <= wanted and len(chosen) < len(sizes) - 1:
-            chosen.append(position)
-            taken += size
-    if not chosen and wanted and len(sizes) > 1:
-        chosen = [min(range(len(sizes)), key=lambda position: sizes[position])]
-    return chosen
+        if num_rows + size <= wanted and len(positions) < len(sizes) - 1:
+            positions.append(position)
+            num_rows += size
+    if not positions and wanted and len(sizes) > 1:
+        positions = [min(range(len(sizes)), key=sizes.__getitem__)]
+    return positions
 
 
 def _strata(source: EncodedSource, by_group: bool) -> np.ndarray:
@@ -165,13 +165,13 @@ def split_by_time(
     starts = np.full(len(numbers), np.inf)
     np.minimum.at(starts, group, times)
     oldest = starts[group]  # oldest time in each row's group
-    chosen: dict[SplitName, np.ndarray] = {}
+    rows_of: dict[SplitName, np.ndarray] = {}
     before = np.ones(len(times), bool)
     for name, count in wanted.items():
         start = _boundary(oldest[before], count)
-        chosen[name] = before & (oldest >= start)
+        rows_of[name] = before & (oldest >= start)
         before &= times < start
-    return {**chosen, "train": before}
+    return {**rows_of, "train": before}
 
 
 def _boundary(oldest: np.ndarray, wanted: int) -> float:

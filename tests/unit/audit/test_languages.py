@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 
 from fulltune.audit import languages
-from fulltune.audit.languages import (
-    OTHER_LANGUAGE,
-    SURE,
-    ColumnLanguages,
-    add_languages,
-    detect_language,
-    foreign_language,
-    languages_obstacle,
-)
+from fulltune.audit.languages import OTHER_LANGUAGE, SURE, ColumnLanguages
 from fulltune.report.run.data_page import _languages
 from tests.unit.audit.test_stage import CLEAN, audited, prepared
 from tests.unit.audit.test_texts import TEXTS
@@ -31,10 +23,10 @@ SPARED: list[str] = TEXTS["no_other_language"]["texts"]
 
 def stands_out(text: str, *main: str) -> str | None:
     """The language of a text that is listed in a column of these."""
-    first = detect_language(text)
+    first = languages.detect_language(text)
     if first is None or first[0] in main or first[1] < SURE:
         return None
-    found = foreign_language(text, main)
+    found = languages.foreign_language(text, main)
     return found[0] if found else None
 
 
@@ -93,7 +85,7 @@ def test_probability_is_that_of_close_languages_but_for_the_column_s_own(
     monkeypatch: pytest.MonkeyPatch, shares: dict[str, float], main: set[str], found: tuple[str, float] | None
 ) -> None:
     monkeypatch.setattr(languages, "_identifier", lambda: Ranks(**shares))
-    said = foreign_language("some words that are long enough to tell", main)
+    said = languages.foreign_language("some words that are long enough to tell", main)
     assert (said and (said[0], round(said[1], 2))) == found
 
 
@@ -139,9 +131,9 @@ def test_rows_in_a_language_that_hardly_any_other_is_in_stand_out(
 ) -> None:
     heard: dict[str, ColumnLanguages] = {}
     for text in texts:
-        add_languages(heard, {"text": text}, {"text": "text"})
+        languages.add_languages(heard, {"text": text}, {"text": "text"})
     assert heard["text"].suspects() == found
-    said = languages_obstacle(heard)
+    said = languages.languages_obstacle(heard)
     assert (said is None) == (why is None)
     assert why is None or f"column 'text': {why}" in (said or "")
 
