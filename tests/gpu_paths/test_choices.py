@@ -22,7 +22,7 @@ from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.run_folder import plan_to_continue
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.worker.dry_run import Passes
+from fulltune.train.worker.dry_run import PassTimer
 from tests import plans
 from tests.gpu_paths.cards import Cards
 
@@ -72,7 +72,7 @@ def test_loader_pins_as_it_is_told(pins: bool) -> None:
 @on_cards
 @pytest.mark.parametrize(("device", "waits"), [("cuda", 2), ("cpu", 0)])
 def test_seconds_of_a_pass_are_taken_when_the_card_is_done(device: str, waits: int, two_h100s: Cards) -> None:
-    passes: Any = Passes.__new__(Passes)
+    passes: Any = PassTimer.__new__(PassTimer)
     vars(passes).update(
         inputs=SimpleNamespace(plan=SimpleNamespace(device=device)),
         trainer=SimpleNamespace(args=SimpleNamespace(world_size=1)),
