@@ -67,9 +67,9 @@ def test_precision_follows_the_compute_capability(capability: tuple[int, int], f
 def test_oldest_of_the_cards_that_are_used_decides_and_the_one_with_the_least_memory() -> None:
     mixed = machine(A100, T4)
     assert precision(mixed)[0] == "bf16", "one process takes the first"
-    found, reason = precision(mixed, num_processes=2)
+    value, reason = precision(mixed, num_processes=2)
     label = "Tesla T4 (compute capability 7.5)"
-    assert (found, reason) == (
+    assert (value, reason) == (
         "fp16",
         FP16.format(label) + "; other GPUs could do more, but all use the same precision",
     )
@@ -92,10 +92,10 @@ def test_few_bytes_of_shared_memory_leave_images_to_the_training_process() -> No
 @pytest.mark.parametrize("card", ["T4", "V100-16GB", "P100"])
 @pytest.mark.parametrize("given", ["auto", "fp32"])
 def test_bf16_weights_are_no_way_out_where_bf16_is_emulated(card: str, given: str) -> None:
-    found, plan = survey(sizes.llama(train={"precision": given}), gpus.parse(f"1x {card}"))
+    surveyed, plan = survey(sizes.llama(train={"precision": given}), gpus.parse(f"1x {card}"))
     assert plan is None
-    assert not [one.name for one in found.placements if "bf16" in one.name]
-    assert not [one.change for one in found.ways_out if "bf16" in one.change]
+    assert not [one.name for one in surveyed.placements if "bf16" in one.name]
+    assert not [one.change for one in surveyed.ways_out if "bf16" in one.change]
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,10 @@ def test_only_the_place_is_planned_anew() -> None:
         **{"activation_checkpointing": True, "chunked_loss": True, "num_machines": 2},
     )
 
-    found = planning.placed_anew(begun, anew)
+    moved = planning.placed_anew(begun, anew)
 
     kept = ("learning_rate", "total_steps", "optim", "rollbacks", "global_batch_size", "seed", "trial")
-    assert {name: getattr(found, name) for name in kept} == {name: getattr(begun, name) for name in kept}
+    assert {name: getattr(moved, name) for name in kept} == {name: getattr(begun, name) for name in kept}
     placed = (
         "placement",
         "num_processes",
@@ -73,8 +73,8 @@ def test_only_the_place_is_planned_anew() -> None:
         "eval_batch_size",
     )
     placed += ("available_bytes", "activation_checkpointing", "chunked_loss")
-    assert {name: getattr(found, name) for name in placed} == {name: getattr(anew, name) for name in placed}
-    assert {one.name: (one.value, one.reason) for one in found.settings} == {
+    assert {name: getattr(moved, name) for name in placed} == {name: getattr(anew, name) for name in placed}
+    assert {one.name: (one.value, one.reason) for one in moved.settings} == {
         "method.learning_rate": (1e-3, "found"),
         "train.micro_batch_size": (2, "fits in each"),
         "train.optim": ("adamw_8bit", "memory ran out"),

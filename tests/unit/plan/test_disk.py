@@ -73,9 +73,9 @@ def test_planned_checkpoints_are_those_at_the_fullest_moment(
     planned = changed.on_disk(recipe, plans.plan(num_saves=written), 2**60, "").disk
 
     steps = saves(total, between_evaluations, between_saves)
-    found = [most_at_once(tmp_path / str(n), steps, limit, best) for n, best in enumerate(steps)]
+    numbers = [most_at_once(tmp_path / str(n), steps, limit, best) for n, best in enumerate(steps)]
     assert planned is not None
-    assert (planned.num_checkpoints, max(found)) == (expected, expected)
+    assert (planned.num_checkpoints, max(numbers)) == (expected, expected)
 
 
 def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
@@ -84,16 +84,16 @@ def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
 
     for (epochs, rows), expected in zip(product((1.0, 1.25, 2.0), (96,)), (1, 2, 2), strict=True):
         recipe = plans.recipe(train={"num_train_epochs": epochs, "global_batch_size": 8})
-        found = resolve.steps(recipe, sizes.summary(recipe.task, rows, 8), 8, Reasons())
-        assert time.occasions(found.total, found.between_evaluations, found.between_saves) == expected
+        steps = resolve.steps(recipe, sizes.summary(recipe.task, rows, 8), 8, Reasons())
+        assert time.occasions(steps.total, steps.between_evaluations, steps.between_saves) == expected
 
 
 @pytest.mark.parametrize(("placement", "expected"), [("ddp", 6.1), ("fsdp2", 12.0)])
 def test_shared_out_moments_of_8_bits_are_in_fp32_in_a_checkpoint(placement: str, expected: float) -> None:
     recipe = plans.recipe(train={"placement": placement, "num_processes": 2})
     settings = MemorySettings(micro_batch_size=1, longest_tokens=64, num_processes=2, optim="adamw_8bit")
-    found = budget.disk_need(recipe, 10**9, settings).checkpoint_bytes - budget.SMALL_FILES_BYTES
-    assert found / 10**9 == pytest.approx(expected, abs=0.1)
+    size = budget.disk_need(recipe, 10**9, settings).checkpoint_bytes - budget.SMALL_FILES_BYTES
+    assert size / 10**9 == pytest.approx(expected, abs=0.1)
 
 
 def test_a_checkpoint_is_sealed_in_the_phase_saving(tmp_path: Path) -> None:

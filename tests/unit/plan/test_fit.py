@@ -226,9 +226,9 @@ def test_plan_that_cannot_work_is_refused(error: type[Exception], changes: dict[
 )
 def test_one_reason_keeps_the_logits_whole(train: dict[str, Any], own_loss: bool, plain: bool, reason: str) -> None:
     recipe = plans.recipe("causal-lm", train=train)
-    found = whole_logits(recipe, plain, own_loss=own_loss)
-    assert reason in (found or "")
-    assert bool(found) == bool(reason)
+    obstacle = whole_logits(recipe, plain, own_loss=own_loss)
+    assert reason in (obstacle or "")
+    assert bool(obstacle) == bool(reason)
 
 
 def test_every_value_has_a_reason_and_each_setting_stands_once() -> None:
@@ -246,6 +246,6 @@ def test_memory_of_compiled_blocks_is_not_counted_and_the_plan_says_so() -> None
     plain, compiled = (planned(train={"torch_compile": on}) for on in (False, True))
     assert compiled.torch_compile
     assert compiled.memory == plain.memory
-    said = {setting.name: setting.value for setting in compiled.settings}
-    assert said["memory.torch_compile"] == "not counted"
+    values = {setting.name: setting.value for setting in compiled.settings}
+    assert values["memory.torch_compile"] == "not counted"
     assert "memory.torch_compile" not in {setting.name for setting in plain.settings}

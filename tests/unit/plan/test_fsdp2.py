@@ -51,15 +51,15 @@ def footprint(
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_state_is_shared_out_and_a_block_is_whole_on_a_gpu(processes: int) -> None:
     settings = SETTINGS.changed(num_processes=processes)
-    found = fsdp2.need(SHAPES, footprint(20 * M, gradients=4 * BLOCK / 2), settings)
+    needed = fsdp2.need(SHAPES, footprint(20 * M, gradients=4 * BLOCK / 2), settings)
 
     part = 4 * P // processes
-    assert (found.kinds["weights"], found.kinds["optimizer"]) == (part, 2 * part)
-    assert found.kinds["activations"] == 100 * 20 * M
+    assert (needed.kinds["weights"], needed.kinds["optimizer"]) == (part, 2 * part)
+    assert needed.kinds["activations"] == 100 * 20 * M
     # No gradient has been reduced yet, and half of one block's are there.
-    assert found.kinds["gradients"] == 4 * BLOCK / 2
+    assert needed.kinds["gradients"] == 4 * BLOCK / 2
     # The root's weights and the block's, the next block as it was received, the gradients of the one before.
-    assert found.kinds["buffers"] == 4 * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
+    assert needed.kinds["buffers"] == 4 * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
 
 
 def test_what_an_encoder_recomputes_is_gone_when_a_block_ends() -> None:
@@ -73,21 +73,21 @@ def test_what_an_encoder_recomputes_is_gone_when_a_block_ends() -> None:
     both = tuple(one.model_copy(update={"first": (*one.first, *other.first)}) for one, other in pairs)
     traced = last.model_copy(update={"variants": both})
     settings = SETTINGS.changed(num_processes=10**6, activation_checkpointing=True)
-    found = fsdp2.need(SHAPES, traced, settings)
-    assert found.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
-    assert found.kinds["activations"] == (NUM_BLOCKS - 1) * kept + NORM
+    needed = fsdp2.need(SHAPES, traced, settings)
+    assert needed.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
+    assert needed.kinds["activations"] == (NUM_BLOCKS - 1) * kept + NORM
 
 
 def test_a_blocks_gradients_are_whole_when_its_activations_are_gone() -> None:
-    found = fsdp2.need(SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), SETTINGS.changed(num_processes=10**6))
+    needed = fsdp2.need(SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), SETTINGS.changed(num_processes=10**6))
     # Its share is gone, and its first norm's backward pass holds some numbers of each token.
-    assert found.kinds["activations"] == 100 * M / 2 * (1 - 1 / NUM_BLOCKS) + NORM
-    assert found.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
+    assert needed.kinds["activations"] == 100 * M / 2 * (1 - 1 / NUM_BLOCKS) + NORM
+    assert needed.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
     # Blocks that differ: nothing tells how many of its gradients are there.
     other = SHAPES.units.model_copy(update={"freed": NUM_BLOCKS * BLOCK - M}) if SHAPES.units else None
     shapes = SHAPES.model_copy(update={"units": other})
-    found = fsdp2.need(shapes, footprint(20 * M, gradients=4 * BLOCK / 2), SETTINGS)
-    assert (found.kinds["gradients"], found.kinds["activations"]) == (4 * BLOCK, 100 * 20 * M)
+    needed = fsdp2.need(shapes, footprint(20 * M, gradients=4 * BLOCK / 2), SETTINGS)
+    assert (needed.kinds["gradients"], needed.kinds["activations"]) == (4 * BLOCK, 100 * 20 * M)
 
 
 def test_a_loss_in_pieces_has_the_heads_gradient_before_the_backward_pass() -> None:
@@ -96,11 +96,11 @@ def test_a_loss_in_pieces_has_the_heads_gradient_before_the_backward_pass() -> N
     shapes, settings = SHAPES.model_copy(update={"units": units}), SETTINGS.changed(longest_tokens=1000)
     for dtype, value in (("fp32", 4), ("bf16", 2)):
         chunked = settings.changed(weights_dtype=dtype, chunked_loss=True)
-        found = fsdp2.need(shapes, footprint(20 * M, "backward head", 0, 1), chunked)
+        needed = fsdp2.need(shapes, footprint(20 * M, "backward head", 0, 1), chunked)
         # Summed up in fp32, whatever the weights are.
-        assert found.kinds["logits"] == 1000 * words * 4
-        assert found.kinds["gradients"] == 4 * words * hidden
-        assert found.kinds["buffers"] == value * units.persistent + memory.CUDA_CONTEXT_BYTES
+        assert needed.kinds["logits"] == 1000 * words * 4
+        assert needed.kinds["gradients"] == 4 * words * hidden
+        assert needed.kinds["buffers"] == value * units.persistent + memory.CUDA_CONTEXT_BYTES
 
 
 def test_accumulation_holds_parts_of_gradients_alone() -> None:
@@ -133,12 +133,12 @@ def test_one_tensor_of_the_finished_model_is_put_together_at_a_time() -> None:
 )
 def test_other_types_of_weights_and_moments(types: dict[str, Any], weights: int, optimizer: float) -> None:
     settings = SETTINGS.changed(**(types | {"precision": "fp32"}))
-    found = fsdp2.need(SHAPES, footprint(20 * M, gradients=weights * BLOCK / 2), settings)
-    assert found.kinds["weights"] == weights * P / 4
-    assert found.kinds["optimizer"] == pytest.approx(optimizer * P / 4)
+    needed = fsdp2.need(SHAPES, footprint(20 * M, gradients=weights * BLOCK / 2), settings)
+    assert needed.kinds["weights"] == weights * P / 4
+    assert needed.kinds["optimizer"] == pytest.approx(optimizer * P / 4)
     # What is gathered and sent has the weights' type.
-    assert found.kinds["gradients"] == weights * BLOCK / 2
-    assert found.kinds["buffers"] == weights * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
+    assert needed.kinds["gradients"] == weights * BLOCK / 2
+    assert needed.kinds["buffers"] == weights * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
 
 
 def test_peak_of_one_process_falls_towards_what_is_whole() -> None:
@@ -152,7 +152,7 @@ def test_peak_of_one_process_falls_towards_what_is_whole() -> None:
 
 
 def test_units_by_a_rule_where_none_are_known() -> None:
-    found = fsdp2.units_of(SHAPES.model_copy(update={"units": None}))
-    assert found.root == 90 * M
-    assert found.block == (P - 90 * M) // NUM_BLOCKS
-    assert found.reduced == P
+    units = fsdp2.units_of(SHAPES.model_copy(update={"units": None}))
+    assert units.root == 90 * M
+    assert units.block == (P - 90 * M) // NUM_BLOCKS
+    assert units.reduced == P

@@ -39,9 +39,9 @@ def test_names_are_those_of_one_gpu_each() -> None:
     ],
 )
 def test_gpu_is_found_by_the_drivers_name(driver: str, name: str) -> None:
-    found = gpus.gpu_model_of(driver)
-    assert found is not None
-    assert found.name == name
+    model = gpus.gpu_model_of(driver)
+    assert model is not None
+    assert model.name == name
 
 
 def test_unknown_gpu_of_a_driver_is_none() -> None:

@@ -59,9 +59,9 @@ def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPa
 
     need = needs_less_with(changes)
     basis: Any = SimpleNamespace(recipe=RECIPE, start=SETTINGS, rows_per_process=8, need=need, available_bytes=999)
-    found = choose.smallest(basis)
+    option = choose.smallest(basis)
     # Every micro batch is tried, and the eval batch follows.
-    assert (found.memory.peak == 999) == (lever.searched or not lever.respects_recipe)
+    assert (option.memory.peak == 999) == (lever.searched or not lever.respects_recipe)
 
     ways = [way.costs for way in ways_out.of_memory(basis, SETTINGS)]
     assert (lever.costs in ways) == lever.way_out

@@ -148,12 +148,12 @@ def _seconds(hardware: str, settings: MemorySettings, shared: ParallelLayout | N
 def test_over_each_network_goes_what_each_process_sends() -> None:
     settings = MemorySettings(micro_batch_size=1, longest_tokens=512, precision="bf16", num_processes=32)
     sent = sum(time.traffic(sizes.LLAMA, settings, FSDP2))
-    found = _seconds("4x 8x A100-80GB", settings)
-    assert found[time.NETWORK] == pytest.approx(sent / (0.8 * 12.5e9))
-    assert found["other devices"] == pytest.approx(sent / (0.8 * 300e9))
+    seconds = _seconds("4x 8x A100-80GB", settings)
+    assert seconds[time.NETWORK] == pytest.approx(sent / (0.8 * 12.5e9))
+    assert seconds["other devices"] == pytest.approx(sent / (0.8 * 300e9))
     faster = _seconds("4x 8x A100-80GB, 400Gb network", settings)
-    assert faster[time.NETWORK] == pytest.approx(found[time.NETWORK] / 4)
-    assert time.together(found) - time.together(faster) == pytest.approx(found[time.NETWORK] * 3 / 4)
+    assert faster[time.NETWORK] == pytest.approx(seconds[time.NETWORK] / 4)
+    assert time.together(seconds) - time.together(faster) == pytest.approx(seconds[time.NETWORK] * 3 / 4)
     assert _seconds("8x A100-80GB", settings)[time.NETWORK] == 0.0
     assert _seconds("8x 1x A100-80GB", settings)["other devices"] == 0.0, "nothing stays inside a machine"
 
@@ -172,37 +172,37 @@ def test_several_machines_compute_and_update_together() -> None:
 
 
 def test_four_machines_are_planned_with_their_settings() -> None:
-    found, plan = planned("4x 8x A100-80GB")
+    surveyed, plan = planned("4x 8x A100-80GB")
     assert plan is not None
     assert (plan.num_processes, plan.num_machines, plan.placement) == (32, 4, "zero2")
     assert plan.processes_per_machine == 8
     placed = {"train.num_processes": 32, "train.num_machines": 4, "train.placement": "zero2"}
-    assert found.settings == placed
-    assert (found.num_devices, found.num_machines) == (32, 4)
+    assert surveyed.settings == placed
+    assert (surveyed.num_devices, surveyed.num_machines) == (32, 4)
     reasons = {one.name: one.reason for one in plan.settings if one.is_automatic}
     assert reasons["train.num_processes"] == reasons["train.num_machines"] == "from --for"
 
 
 def test_machines_are_shown_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    found, plan = planned("4x 8x A100-80GB")
-    pages.show(Console(width=80), sections(found, plan))
+    surveyed, plan = planned("4x 8x A100-80GB")
+    pages.show(Console(width=80), sections(surveyed, plan))
     lines = capsys.readouterr().out.splitlines()
-    said = " ".join(" ".join(lines).split())
+    text = " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= 80
-    assert "4 machines, each 8x A100-80GB, 1024GB host" in said
-    assert "100 Gb/s between machines (--for takes '400Gb network')" in said
-    assert "of each host's memory" in said
-    assert "a step waits for the network between machines" in said
+    assert "4 machines, each 8x A100-80GB, 1024GB host" in text
+    assert "100 Gb/s between machines (--for takes '400Gb network')" in text
+    assert "of each host's memory" in text
+    assert "a step waits for the network between machines" in text
     assert (
-        "each of 32 processes sends 24.3 GiB per step; each of 4 machines sends as much to the others (zero2)" in said
+        "each of 32 processes sends 24.3 GiB per step; each of 4 machines sends as much to the others (zero2)" in text
     )
-    assert said.startswith("plan fits yes: full on 4 machines, each 8x A100-80GB, 1024GB host, ZeRO-2, 26.9 of 79.5")
+    assert text.startswith("plan fits yes: full on 4 machines, each 8x A100-80GB, 1024GB host, ZeRO-2, 26.9 of 79.5")
 
 
 def test_too_few_devices_have_more_machines_as_a_way_out_that_fits() -> None:
-    found, plan = planned("8x RTX 3080, 64GB host", sizes.llama(tokens=2048))
+    surveyed, plan = planned("8x RTX 3080, 64GB host", sizes.llama(tokens=2048))
     assert plan is None
-    way = found.ways_out[0]
+    way = surveyed.ways_out[0]
     assert (way.hardware, way.costs) == ("2x 8x RTX 3080, 64GB host", "more devices")
     again, plan = planned(way.hardware, sizes.llama(tokens=2048))
     assert again.fits

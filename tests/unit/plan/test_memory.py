@@ -58,8 +58,8 @@ def test_footprint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
 
 def tensors(settings: MemorySettings) -> dict[str, int]:
     """What is alive, without what a process holds beyond it."""
-    found = need(SHAPES, FOOTPRINT, settings.changed(device="cuda")).kinds
-    return {**found, "buffers": found["buffers"] - memory.CUDA_CONTEXT_BYTES}
+    needed = need(SHAPES, FOOTPRINT, settings.changed(device="cuda")).kinds
+    return {**needed, "buffers": needed["buffers"] - memory.CUDA_CONTEXT_BYTES}
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def tensors(settings: MemorySettings) -> dict[str, int]:
     ],
 )
 def test_state_of_an_optimizer(optim: str, dtype: str, rounding: str | None, optimizer: int) -> None:
-    found = state_bytes(1_000_000, dtype, optim, rounding)
+    state = state_bytes(1_000_000, dtype, optim, rounding)
     size = {"fp32": 4, "bf16": 2}[dtype]
-    assert found == {"weights": size * 10**6, "gradients": size * 10**6, "optimizer": optimizer}
+    assert state == {"weights": size * 10**6, "gradients": size * 10**6, "optimizer": optimizer}
 
 
 def test_the_highest_moment_is_at_the_head() -> None:
@@ -95,8 +95,8 @@ def test_the_highest_moment_is_at_the_head() -> None:
 
 
 def test_a_small_batch_peaks_at_the_update() -> None:
-    found = tensors(SETTINGS.changed(micro_batch_size=1, longest_tokens=10))
-    assert (found["gradients"], found["activations"], found["logits"]) == (4_000_000, 0, 0)
+    kinds = tensors(SETTINGS.changed(micro_batch_size=1, longest_tokens=10))
+    assert (kinds["gradients"], kinds["activations"], kinds["logits"]) == (4_000_000, 0, 0)
 
 
 def test_accumulation_adds_the_gradients_of_the_micro_batch_before() -> None:
@@ -109,14 +109,14 @@ def test_generic_text_that_is_trained_along_leaves_its_gradients_as_accumulation
 
 
 def test_a_chunked_loss_holds_a_piece_and_the_heads_gradient() -> None:
-    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(chunked_loss=True)).kinds
+    needed = need(SHAPES, FOOTPRINT, SETTINGS.changed(chunked_loss=True)).kinds
     # 256 tokens x 2,000 words x 4 bytes; 2,000 x 100 x 4 bytes.
-    assert (found["logits"], found["gradients"]) == (2_048_000, 800_000)
+    assert (needed["logits"], needed["gradients"]) == (2_048_000, 800_000)
 
 
 def test_several_processes_have_buckets() -> None:
-    found = need(SHAPES, FOOTPRINT, ON_GPU.changed(num_processes=2)).kinds
-    assert found["buffers"] == memory.CUDA_CONTEXT_BYTES + 4_000_000
+    needed = need(SHAPES, FOOTPRINT, ON_GPU.changed(num_processes=2)).kinds
+    assert needed["buffers"] == memory.CUDA_CONTEXT_BYTES + 4_000_000
 
 
 def test_without_a_scratch_a_step_of_adafactor_is_smaller() -> None:
@@ -125,9 +125,9 @@ def test_without_a_scratch_a_step_of_adafactor_is_smaller() -> None:
 
 
 def test_phases() -> None:
-    found = need(SHAPES, FOOTPRINT, ON_GPU)
+    needed = need(SHAPES, FOOTPRINT, ON_GPU)
     base = memory.CUDA_CONTEXT_BYTES
-    assert found.phases == {
+    assert needed.phases == {
         "loading": 4_000_000 + base,
         "step": 25_600_000 + base,
         # 800 tokens: 0.08 MB and 12.8 MB beside weights and moments.
@@ -135,14 +135,14 @@ def test_phases() -> None:
         "saving": 12_000_000 + base,
         "resuming": 12_000_000 + base,
     }
-    assert (found.peak_phase, found.largest) == ("step", "buffers")
+    assert (needed.peak_phase, needed.largest) == ("step", "buffers")
 
 
 def test_a_linear_probe_lies_beside_weights_alone() -> None:
     passing, base = 80_000 + 12_800_000, memory.CUDA_CONTEXT_BYTES
     for probe_bytes, kept in ((7_000_000, 12_000_000), (9_000_000, 13_000_000)):
-        found = need(SHAPES, FOOTPRINT, ON_GPU.changed(probe_bytes=probe_bytes))
-        assert found.phases["evaluation"] == kept + passing + base
+        needed = need(SHAPES, FOOTPRINT, ON_GPU.changed(probe_bytes=probe_bytes))
+        assert needed.phases["evaluation"] == kept + passing + base
 
 
 AROUND = round(memory.STATE_SHARE * 12_000_000)
@@ -150,30 +150,30 @@ AROUND = round(memory.STATE_SHARE * 12_000_000)
 
 
 def test_on_a_cpu_what_the_heap_kept_is_there_when_saving() -> None:
-    found = need(SHAPES, FOOTPRINT, SETTINGS).phases
+    needed = need(SHAPES, FOOTPRINT, SETTINGS).phases
     # 13.6 MB of small blocks; one tensor of 200,000 values is compared with what it was.
-    assert found["saving"] == 12_000_000 + memory.FIRST_CALLS_BYTES + AROUND + 13_600_000 + 800_000
+    assert needed["saving"] == 12_000_000 + memory.FIRST_CALLS_BYTES + AROUND + 13_600_000 + 800_000
 
 
 def test_on_a_cpu_freed_blocks_stay() -> None:
-    found = need(SHAPES, FOOTPRINT, SETTINGS)
+    needed = need(SHAPES, FOOTPRINT, SETTINGS)
     # 4.0 MB of activations and 9.6 MB of logits, all in small blocks.
-    assert found.kinds["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.GAP_SHARE * 13_600_000)
-    assert found.phases["step"] == sum(found.kinds.values())
+    assert needed.kinds["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.GAP_SHARE * 13_600_000)
+    assert needed.phases["step"] == sum(needed.kinds.values())
 
 
 def test_on_a_cpu_large_logits_come_on_top_of_what_small_blocks_left() -> None:
     # 6,400 tokens: 51 MB of logits are a large block, 64 MB of activations are taken to be small ones.
-    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(micro_batch_size=64)).kinds
-    assert found["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.GAP_SHARE * 64_000_000)
+    needed = need(SHAPES, FOOTPRINT, SETTINGS.changed(micro_batch_size=64)).kinds
+    assert needed["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.GAP_SHARE * 64_000_000)
 
 
 def test_bf16_weights_are_made_beside_the_file() -> None:
-    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(weights_dtype="bf16"))
-    assert found.phases["loading"] == 2_000_000 + 4_000_000 + memory.FIRST_CALLS_BYTES
+    needed = need(SHAPES, FOOTPRINT, SETTINGS.changed(weights_dtype="bf16"))
+    assert needed.phases["loading"] == 2_000_000 + 4_000_000 + memory.FIRST_CALLS_BYTES
     # For a GPU both lie in the host's memory.
-    found = need(SHAPES, FOOTPRINT, ON_GPU.changed(weights_dtype="bf16"))
-    assert found.phases["loading"] == 2_000_000 + memory.CUDA_CONTEXT_BYTES
+    needed = need(SHAPES, FOOTPRINT, ON_GPU.changed(weights_dtype="bf16"))
+    assert needed.phases["loading"] == 2_000_000 + memory.CUDA_CONTEXT_BYTES
 
 
 def test_moment_is_a_sum_of_six_terms() -> None:

@@ -23,8 +23,8 @@ def table(hardware: str, task: Workload | None = None, **train: Any) -> dict[str
     fleet = gpus.parse(hardware)
     train = {"global_batch_size": 64, **train, "num_processes": fleet.num_devices}
     task = task or sizes.llama(train=train)
-    found = placements.table(basis_of(task, fleet))
-    return {one.name: one for one in found}
+    options = placements.table(basis_of(task, fleet))
+    return {one.name: one for one in options}
 
 
 def state(one: PlacementOption) -> int:
@@ -60,9 +60,9 @@ def test_state_on_each_of_eight_devices_in_bytes_a_parameter(name: str, bytes_pe
 
 
 def test_fsdp2_shares_state_out_and_has_a_blocks_gradients_beside_its_parts() -> None:
-    found = table("8x H100")["FSDP2"].kinds
-    assert (found["weights"] + found["optimizer"]) / P == pytest.approx(12 / 8, rel=0.01)
-    assert 0 < found["gradients"] <= 4 * P / 8 + 4 * BLOCK
+    options = table("8x H100")["FSDP2"].kinds
+    assert (options["weights"] + options["optimizer"]) / P == pytest.approx(12 / 8, rel=0.01)
+    assert 0 < options["gradients"] <= 4 * P / 8 + 4 * BLOCK
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_speed_of_a_measured_offload_run_is_met_within_a_factor_of_two(rows: int
 
 def test_unknown_gpu_has_bytes_and_no_speed() -> None:
     fleet = gpus.parse("1x H100").model_copy(update={"gpu_model": None})
-    found = placements.table(basis_of(sizes.llama(), fleet))
-    assert all(one.device_bytes > 0 and one.tokens_per_second is None for one in found)
+    options = placements.table(basis_of(sizes.llama(), fleet))
+    assert all(one.device_bytes > 0 and one.tokens_per_second is None for one in options)
 
 
 def test_micro_batch_is_the_fastest_that_fits() -> None:

@@ -31,16 +31,16 @@ def planned(
 
 @pytest.mark.parametrize("gpu", gpus.GPUS, ids=lambda gpu: gpu.name)
 def test_7b_on_eight_of_every_gpu_fits_or_has_ways_out(gpu: gpus.GpuModel) -> None:
-    found, plan = planned(f"8x {gpu.name}")
-    assert found.fits == (plan is not None)
+    surveyed, plan = planned(f"8x {gpu.name}")
+    assert surveyed.fits == (plan is not None)
     if plan is not None:
-        chosen = next(one for one in found.placements if one.name == found.placement)
+        chosen = next(one for one in surveyed.placements if one.name == surveyed.placement)
         assert chosen.fits
-        assert found.ways_out == ()
+        assert surveyed.ways_out == ()
     else:
-        assert found.notes
-        assert 1 <= len(found.ways_out) <= 3
-        assert found.ways_out[0].enough
+        assert surveyed.notes
+        assert 1 <= len(surveyed.ways_out) <= 3
+        assert surveyed.ways_out[0].enough
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_7b_on_eight_of_every_gpu_fits_or_has_ways_out(gpu: gpus.GpuModel) -> No
     ],
 )
 def test_placement_of_a_7b_model(hardware: str, placement: str) -> None:
-    found, plan = planned(hardware)
-    assert found.placement == placement
+    surveyed, plan = planned(hardware)
+    assert surveyed.placement == placement
     assert plan is not None
     reasons = {one.name: one.reason for one in plan.settings}
     assert reasons.get("train.placement", "").startswith(f"placement: {placement}") == ("ZeRO" in placement)
@@ -63,25 +63,25 @@ def test_placement_of_a_7b_model(hardware: str, placement: str) -> None:
 
 
 def test_time_and_price_follow_from_the_row() -> None:
-    found, plan = planned("8x A100-80GB", price=(2.0, "USD"))
+    surveyed, plan = planned("8x A100-80GB", price=(2.0, "USD"))
     assert plan is not None
     assert plan.time is not None
-    chosen = next(one for one in found.placements if one.name == found.placement)
+    chosen = next(one for one in surveyed.placements if one.name == surveyed.placement)
     assert plan.time.tokens_per_second == pytest.approx(chosen.tokens_per_second)
     assert plan.time.tokens == pytest.approx(plan.total_steps * 64 * 512, rel=1e-6)
     assert plan.time.train_seconds == pytest.approx(plan.time.tokens / plan.time.tokens_per_second)
-    assert (found.price, found.currency) == (pytest.approx(2.0 * 8 * plan.time.whole_seconds / 3600), "USD")
+    assert (surveyed.price, surveyed.currency) == (pytest.approx(2.0 * 8 * plan.time.whole_seconds / 3600), "USD")
 
 
 def test_nothing_fits_and_the_ways_out_say_what_would() -> None:
-    found, plan = planned("1x T4, 16GB host, 50GB disk")
+    surveyed, plan = planned("1x T4, 16GB host, 50GB disk")
     assert plan is None
-    assert (found.fits, found.placement, found.price) == (False, "", None)
+    assert (surveyed.fits, surveyed.placement, surveyed.price) == (False, "", None)
     # Larger hardware alone does not make the disk larger.
-    assert [way.change.split()[1] for way in found.ways_out if way.enough] == ["model"]
-    found, _ = planned("1x RTX 4090, 64GB host")
-    assert found.ways_out[0].change == "4x RTX 4090, 64GB host, FSDP2, 8-bit AdamW"
-    assert {one.method: one.verdict for one in found.advice}["full fine-tuning"] == "leave"
+    assert [way.change.split()[1] for way in surveyed.ways_out if way.enough] == ["model"]
+    surveyed, _ = planned("1x RTX 4090, 64GB host")
+    assert surveyed.ways_out[0].change == "4x RTX 4090, 64GB host, FSDP2, 8-bit AdamW"
+    assert {one.method: one.verdict for one in surveyed.advice}["full fine-tuning"] == "leave"
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_nothing_fits_and_the_ways_out_say_what_would() -> None:
 )
 def test_every_way_out_that_is_followed_gives_what_it_promised(hardware: str, train: dict[str, Any]) -> None:
     task = sizes.llama(train={"global_batch_size": 64, **train})
-    found, plan = planned(hardware, task)
+    surveyed, plan = planned(hardware, task)
     assert plan is None
-    followed = [way for way in found.ways_out if way.enough and (way.settings or way.hardware)]
+    followed = [way for way in surveyed.ways_out if way.enough and (way.settings or way.hardware)]
     for way in followed:
         recipe = with_settings(task.recipe, way.settings)
         _, plan = planned(way.hardware or hardware, replace(task, recipe=recipe))
@@ -136,14 +136,14 @@ def test_recomputing_that_is_faster_is_chosen_with_its_reason() -> None:
 
 def test_whole_command_is_foreseen_part_by_part() -> None:
     task = sizes.llama(evaluate={"generate_rows": 20})
-    found, plan = planned("8x A100-80GB", task, (1.0, ""))
+    surveyed, plan = planned("8x A100-80GB", task, (1.0, ""))
     assert plan is not None
     assert plan.time is not None
     parts = plan.time.overhead_seconds
     assert list(parts) == ["starting", "checks and dry run", "scoring the baselines", "scoring the trained model"]
     assert all(seconds > 0 for seconds in parts.values())
     assert plan.time.whole_seconds == pytest.approx(plan.time.total_seconds + sum(parts.values()))
-    assert found.price == pytest.approx(8 * plan.time.whole_seconds / 3600)
+    assert surveyed.price == pytest.approx(8 * plan.time.whole_seconds / 3600)
     _, silent = planned("8x A100-80GB", sizes.llama(evaluate={"generate_rows": 0, "baselines": False}))
     assert silent is not None
     assert silent.time is not None
@@ -193,53 +193,53 @@ def _survey(
 
 
 def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -> None:
-    found, plan = _survey(_by("full"), "1x RTX 4090, 64GB host", _by("lora", SMALL))
+    surveyed, plan = _survey(_by("full"), "1x RTX 4090, 64GB host", _by("lora", SMALL))
     assert plan is None
-    way = next(one for one in found.ways_out if one.change == "method: lora")
+    way = next(one for one in surveyed.ways_out if one.change == "method: lora")
     assert way.enough
     assert way.settings["method"] == "lora"
     assert "--set method=lora" in ways_out.as_flags(way)
-    assert {one.method: one.verdict for one in found.advice}["LoRA"] == "take"
+    assert {one.method: one.verdict for one in surveyed.advice}["LoRA"] == "take"
     for other in (_by("lora"), None):  # as large as full; not possible
-        found, _ = _survey(_by("full"), "1x RTX 4090, 64GB host", other)
-        assert not any(one.change == "method: lora" for one in found.ways_out)
-        assert not any("--set method=lora" in one.rule for one in found.advice)  # the command would be refused
+        surveyed, _ = _survey(_by("full"), "1x RTX 4090, 64GB host", other)
+        assert not any(one.change == "method: lora" for one in surveyed.ways_out)
+        assert not any("--set method=lora" in one.rule for one in surveyed.advice)  # the command would be refused
 
 
 def test_method_as_a_way_out_leaves_no_comparison_behind() -> None:
     compared = sizes.llama(methods=["full", "lora"], compare={"budget": "2h"})
-    found, _ = _survey(compared, "1x RTX 4090, 64GB host", _by("lora", SMALL))
-    (way,) = (one for one in found.ways_out if one.change == "method: lora")
+    surveyed, _ = _survey(compared, "1x RTX 4090, 64GB host", _by("lora", SMALL))
+    (way,) = (one for one in surveyed.ways_out if one.change == "method: lora")
     assert way.settings.items() >= {"method": "lora", "methods": [], "compare.budget": None}.items()
     assert "--set 'methods=[]' --set compare.budget=null" in ways_out.as_flags(way)
 
 
 def test_disk_too_small_has_ways_out_of_its_own() -> None:
-    found, plan = planned("1x MI325X, 40GB disk")
+    surveyed, plan = planned("1x MI325X, 40GB disk")
     assert plan is None
-    assert {way.where for way in found.ways_out} == {"disk"}
-    assert "on disk" in found.notes[0]
-    found, plan = planned("1x RTX 4090, 256GB host, 50GB disk")
+    assert {way.where for way in surveyed.ways_out} == {"disk"}
+    assert "on disk" in surveyed.notes[0]
+    surveyed, plan = planned("1x RTX 4090, 256GB host, 50GB disk")
     assert plan is None
-    assert [way.change.split()[0] for way in found.ways_out] == ["free"]
-    assert "on disk" in found.notes[0]
+    assert [way.change.split()[0] for way in surveyed.ways_out] == ["free"]
+    assert "on disk" in surveyed.notes[0]
 
 
 def test_much_faster_placement_that_fits_is_taken_with_its_reason() -> None:
-    found, plan = planned("4x 8x H100-80GB, 400Gb network")
+    surveyed, plan = planned("4x 8x H100-80GB, 400Gb network")
     assert plan is not None
-    assert (found.placement, plan.placement, found.settings["train.placement"]) == ("ZeRO-2", "zero2", "zero2")
-    speeds = {one.name: one.tokens_per_second or 0.0 for one in found.placements if one.fits}
+    assert (surveyed.placement, plan.placement, surveyed.settings["train.placement"]) == ("ZeRO-2", "zero2", "zero2")
+    speeds = {one.name: one.tokens_per_second or 0.0 for one in surveyed.placements if one.fits}
     assert speeds["ZeRO-2"] == max(speeds.values()) > 2 * speeds["FSDP2"]
     [reason] = [one.reason for one in plan.settings if one.name == "train.placement"]
     assert reason == "placement: ZeRO-2, much faster than fsdp2, which fits as well; pip install 'fulltune[deepspeed]'"
     given: Any = {"placement": "fsdp2", "num_processes": 32, "num_machines": 4}
     for train in (given, {"optim": "adafactor"}):  # what the recipe says is kept
-        found, plan = planned("4x 8x H100-80GB, 400Gb network", sizes.llama(train=train))
+        surveyed, plan = planned("4x 8x H100-80GB, 400Gb network", sizes.llama(train=train))
         assert plan is not None
         assert plan.placement == train.get("placement", "ddp")
-    found, _ = planned("8x A100-80GB")  # as fast as ZeRO-2
-    assert found.placement == "FSDP2"
+    surveyed, _ = planned("8x A100-80GB")  # as fast as ZeRO-2
+    assert surveyed.placement == "FSDP2"
 
 
 def test_batch_that_the_devices_cannot_share_is_refused() -> None:
@@ -253,34 +253,34 @@ def test_batch_that_the_devices_cannot_share_is_refused() -> None:
 
 def test_only_devices_that_work_are_paid() -> None:
     wishes = (2.0, "")
-    found, plan = planned("8x A100-80GB", sizes.bert(train={"num_processes": 2}), wishes)
+    surveyed, plan = planned("8x A100-80GB", sizes.bert(train={"num_processes": 2}), wishes)
     assert plan is not None
     assert plan.time is not None
-    assert found.price == pytest.approx(2.0 * 2 * plan.time.whole_seconds / 3600)
-    found, plan = planned("cpu, 8 cores", sizes.bert(train={"num_processes": 2}), wishes)
+    assert surveyed.price == pytest.approx(2.0 * 2 * plan.time.whole_seconds / 3600)
+    surveyed, plan = planned("cpu, 8 cores", sizes.bert(train={"num_processes": 2}), wishes)
     assert plan is not None
     assert plan.time is not None
-    assert found.num_devices == 1
-    assert found.price == pytest.approx(2.0 * plan.time.whole_seconds / 3600)
+    assert surveyed.num_devices == 1
+    assert surveyed.price == pytest.approx(2.0 * plan.time.whole_seconds / 3600)
 
 
 def test_given_copies_that_do_not_fit_are_told_to_be_shared_out() -> None:
     train = {"global_batch_size": 64, "num_processes": 8, "placement": "ddp", "optim": "adamw_torch_fused"}
     here = gpus.parse("8x L40S").model_copy(update={"here": True})
-    found, plan = survey(sizes.llama(train=train), here)
+    surveyed, plan = survey(sizes.llama(train=train), here)
     assert plan is None
-    assert any(way.settings.get("train.placement") == "fsdp2" and way.enough for way in found.ways_out)
+    assert any(way.settings.get("train.placement") == "fsdp2" and way.enough for way in surveyed.ways_out)
 
 
 def test_several_devices_share_the_state_rather_than_round_it() -> None:
     # Two copies with 8-bit moments would fit.
     task = sizes.llama(train={"global_batch_size": 4, "optim": "adamw_8bit"})
-    found, plan = planned("2x H100-NVL, 64GB host", task)
+    surveyed, plan = planned("2x H100-NVL, 64GB host", task)
     assert plan is not None
-    assert found.placement == "2 copies, 8-bit AdamW"
-    found, plan = planned("2x H100-NVL, 64GB host", sizes.llama(train={"global_batch_size": 4}))
+    assert surveyed.placement == "2 copies, 8-bit AdamW"
+    surveyed, plan = planned("2x H100-NVL, 64GB host", sizes.llama(train={"global_batch_size": 4}))
     assert plan is not None
-    assert (found.placement, plan.optim) == ("ZeRO-2", "adamw_torch_fused")
+    assert (surveyed.placement, plan.optim) == ("ZeRO-2", "adamw_torch_fused")
 
 
 @pytest.mark.parametrize("host", [100, 130, 140, 170])
@@ -288,14 +288,14 @@ def test_table_and_plan_agree_on_the_host(host: int) -> None:
     block = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     task = sizes.llama(train={"global_batch_size": 64, "extra": {"deepspeed": {"zero_optimization": block}}})
     fleet = gpus.parse(f"1x H100, {host}GB host")
-    found, _ = survey(task, fleet.model_copy(update={"here": True}))
-    row = next(one for one in found.placements if one.name == "ZeRO-3, all on host")
-    assert found.fits == row.fits
+    surveyed, _ = survey(task, fleet.model_copy(update={"here": True}))
+    row = next(one for one in surveyed.placements if one.name == "ZeRO-3, all on host")
+    assert surveyed.fits == row.fits
 
 
 def test_recipes_own_placement_is_recognised() -> None:
-    found, _ = planned("2x H100", sizes.bert(train={"extra": {"deepspeed": {"zero_optimization": {"stage": 3}}}}))
-    assert found.placement == "ZeRO-3"
+    surveyed, _ = planned("2x H100", sizes.bert(train={"extra": {"deepspeed": {"zero_optimization": {"stage": 3}}}}))
+    assert surveyed.placement == "ZeRO-3"
 
 
 def test_settings_by_dotted_names_change_the_recipe() -> None:
@@ -307,21 +307,21 @@ def test_settings_by_dotted_names_change_the_recipe() -> None:
 
 
 def test_memory_limit_of_the_recipe_is_the_limit_of_the_table() -> None:
-    found, plan = planned("1x A100-80GB", sizes.bert(train={"memory_limit": "4GiB"}))
-    assert found.device_free_bytes == 4 * sizes.GIB
+    surveyed, plan = planned("1x A100-80GB", sizes.bert(train={"memory_limit": "4GiB"}))
+    assert surveyed.device_free_bytes == 4 * sizes.GIB
     assert plan is not None
     assert plan.memory is not None
-    assert all(one.device_bytes <= 4 * sizes.GIB for one in found.placements if one.fits)
+    assert all(one.device_bytes <= 4 * sizes.GIB for one in surveyed.placements if one.fits)
 
 
 def test_busy_machine_is_said_before_its_times(capsys: pytest.CaptureFixture[str]) -> None:
     fleet = gpus.parse("cpu, 2 cores, 64GB host")
     busy = fleet.model_copy(update={"machine": fleet.machine.model_copy(update={"load_average": 9.0})})
-    found, plan = survey(sizes.bert(), busy)
-    pages.show(Console(width=80), sections(found, plan))
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.index("busy this machine is busy (load 9 on 2 cores)") < said.index("takes ")
-    assert "(arithmetic: measured on a busy machine, see above)" in said
+    surveyed, plan = survey(sizes.bert(), busy)
+    pages.show(Console(width=80), sections(surveyed, plan))
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.index("busy this machine is busy (load 9 on 2 cores)") < text.index("takes ")
+    assert "(arithmetic: measured on a busy machine, see above)" in text
     _, idle = survey(sizes.bert(), fleet)
     assert plan is not None
     assert idle is not None
@@ -352,13 +352,13 @@ SMALL_CARD, LARGE_CARD = 4 * sizes.GIB, 79 * sizes.GIB
 def test_advice_follows_from_rows_model_and_what_fits(
     rows: int, shapes: Any, full_fits: bool, lora_fits: bool | None, card: int, full: str, lora: str
 ) -> None:
-    found = advise(rows, shapes, full_fits, lora_fits, card)
-    assert {one.method: one.verdict for one in found} == {
+    advice = advise(rows, shapes, full_fits, lora_fits, card)
+    assert {one.method: one.verdict for one in advice} == {
         "full fine-tuning": full,
         "LoRA": lora,
         "adapters": "leave",
         "prompt tuning": "leave",
     }
     order = ["take", "try", "leave"]
-    assert [one.verdict for one in found] == sorted((one.verdict for one in found), key=order.index)
-    assert all(one.rule for one in found)
+    assert [one.verdict for one in advice] == sorted((one.verdict for one in advice), key=order.index)
+    assert all(one.rule for one in advice)

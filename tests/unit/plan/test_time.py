@@ -39,8 +39,8 @@ def test_tokens_of_a_row_count_padding(mean: int, p95: int, grouped: bool, packe
         update={"tokens": 1000 * mean, "length_percentiles": {"p50": mean, "p95": p95, "max": 64}}
     )
     data = data.model_copy(update={"splits": {**data.splits, "train": split}, "packed": packed})
-    found = time.work_of(data, sizes.footprint(sizes.BERT), grouped)
-    assert found.tokens_per_row == pytest.approx(tokens)
+    work = time.work_of(data, sizes.footprint(sizes.BERT), grouped)
+    assert work.tokens_per_row == pytest.approx(tokens)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=8, num_processes=8,
 def test_bytes(
     shared: ParallelLayout | None, changes: dict[str, Any], each_pass: int, each_step: int, processes: int
 ) -> None:
-    found = time.traffic(LLAMA, SETTINGS.changed(num_processes=processes, **changes), shared)
+    sent = time.traffic(LLAMA, SETTINGS.changed(num_processes=processes, **changes), shared)
     share = (processes - 1) / processes
-    assert found == pytest.approx((share * each_pass, share * each_step))
+    assert sent == pytest.approx((share * each_pass, share * each_step))
 
 
 # ---- a new head's linear probe -----------------------------------------------------------------------------------

@@ -38,16 +38,16 @@ def ways(budget_gib: float, settings: MemorySettings = SETTINGS, **train: Any) -
     basis: Any = SimpleNamespace(
         recipe=plans.recipe("causal-lm", train=train), need=need, available_bytes=round(budget_gib * GIB)
     )
-    found = ways_out.of_memory(basis, settings)
-    return [(way.change, way.frees_bytes / GIB, way.enough) for way in found]
+    proposed = ways_out.of_memory(basis, settings)
+    return [(way.change, way.frees_bytes / GIB, way.enough) for way in proposed]
 
 
 @pytest.mark.parametrize(("budget", "is_told"), [(1, False), (6.001, True)])
 def test_what_frees_next_to_nothing_of_what_is_short_is_left_out(budget: float, is_told: bool) -> None:
     """6 GiB of state and eight rows of a thousandth: a batch of one row helps only where a thousandth is short."""
     small = {"longest_tokens": 1, "weights_dtype": "bf16", "optim": "adamw_8bit", "chunked_loss": True}
-    found = ways(budget, SETTINGS.changed(**small))
-    assert ("train.micro_batch_size: 1" in [change for change, _, _ in found]) is is_told
+    proposed = ways(budget, SETTINGS.changed(**small))
+    assert ("train.micro_batch_size: 1" in [change for change, _, _ in proposed]) is is_told
 
 
 @pytest.mark.parametrize(
@@ -84,20 +84,20 @@ def test_what_frees_next_to_nothing_of_what_is_short_is_left_out(budget: float, 
 def test_ways_that_are_enough_come_first_by_harm(
     budget: float, settings: MemorySettings, train: dict[str, Any], expected: list[tuple[str, float, bool]]
 ) -> None:
-    found = ways(budget, settings, **train)
-    assert found[: len(expected)] == [
+    proposed = ways(budget, settings, **train)
+    assert proposed[: len(expected)] == [
         (words, pytest.approx(freed, abs=0.01), enough) for words, freed, enough in expected
     ]
 
 
 def test_ways_that_are_not_enough_alone_are_put_together() -> None:
-    found = ways(10, SETTINGS.changed(chunked_loss=True))
-    assert found[0][0] == (
+    proposed = ways(10, SETTINGS.changed(chunked_loss=True))
+    assert proposed[0][0] == (
         "train.micro_batch_size: 1 with train.activation_checkpointing: true, train.optim: adamw_8bit and "
         "model.weights_dtype: bf16"
     )
-    assert found[0][2]
-    assert found[1][0].startswith("a model of at most about")
+    assert proposed[0][2]
+    assert proposed[1][0].startswith("a model of at most about")
 
 
 def test_nothing_that_frees_nothing_is_named() -> None:
@@ -111,12 +111,12 @@ def test_nothing_that_frees_nothing_is_named() -> None:
 def test_other_placements_that_fit_are_ways_out() -> None:
     basis = basis_of(sizes.llama(), gpus.parse("1x RTX 4090, 256GB host"))
     smallest = basis.start.changed(gradient_accumulation_steps=64, activation_checkpointing=True, optim="adamw_8bit")
-    found = ways_out.of_memory(basis, smallest, placements.table(basis))
-    assert found[0].enough
-    assert "on host" in found[0].change
-    assert found[0].settings == {"train.placement": "zero2", "train.offload": "optimizer"}
-    assert "--set train.placement=zero2 --set train.offload=optimizer" in ways_out.in_lines(found)[0]
-    assert len(found) <= ways_out.MAX_WAYS
+    proposed = ways_out.of_memory(basis, smallest, placements.table(basis))
+    assert proposed[0].enough
+    assert "on host" in proposed[0].change
+    assert proposed[0].settings == {"train.placement": "zero2", "train.offload": "optimizer"}
+    assert "--set train.placement=zero2 --set train.offload=optimizer" in ways_out.in_lines(proposed)[0]
+    assert len(proposed) <= ways_out.MAX_WAYS
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_other_placements_that_fit_are_ways_out() -> None:
 def test_ways_out_of_a_full_disk(
     kept: int, free: int, expected: list[tuple[str, int, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = of_disk(monkeypatch, free * GIB, kept)
-    assert [(way.change, way.frees_bytes / GIB, way.enough) for way in found] == expected
+    proposed = of_disk(monkeypatch, free * GIB, kept)
+    assert [(way.change, way.frees_bytes / GIB, way.enough) for way in proposed] == expected
 
 
 def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[WayOut, ...]:
@@ -171,6 +171,6 @@ def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     "train", [{"placement": "zero2"}, {"extra": {"deepspeed": {"zero_optimization": {"stage": 2}}}}]
 )
 def test_deepspeed_is_offered_nothing_that_it_cannot_have(train: dict[str, Any]) -> None:
-    found = ways(10, **train)
-    assert found
-    assert not any(word in change for change, _, _ in found for word in ("adamw_8bit", "bf16", "a model"))
+    proposed = ways(10, **train)
+    assert proposed
+    assert not any(word in change for change, _, _ in proposed for word in ("adamw_8bit", "bf16", "a model"))

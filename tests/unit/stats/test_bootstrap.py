@@ -9,25 +9,25 @@ from fulltune.stats.bootstrap import bounds_of, resample
 from fulltune.stats.calibration import calibrate, expected_calibration_error, fit_temperature
 
 
-def mean(kept: dict[str, np.ndarray]) -> dict[str, float]:
-    return {"mean": float(kept["right"].mean())}
+def mean(outputs: dict[str, np.ndarray]) -> dict[str, float]:
+    return {"mean": float(outputs["right"].mean())}
 
 
 def test_interval_of_a_share_covers_it_about_as_often_as_it_says() -> None:
     draw = np.random.default_rng(0)
     covered = 0
     for number in range(200):
-        kept = {"right": (draw.random(200) < 0.8).astype(float)}
-        found = resample(kept, mean, samples=200, seed=number)["mean"].estimate(0.9)
-        covered += found.low <= 0.8 <= found.high
+        outputs = {"right": (draw.random(200) < 0.8).astype(float)}
+        estimate = resample(outputs, mean, samples=200, seed=number)["mean"].estimate(0.9)
+        covered += estimate.low <= 0.8 <= estimate.high
     assert 0.83 <= covered / 200 <= 0.96
 
 
 def test_interval_is_about_as_wide_as_the_formula() -> None:
-    kept = {"right": np.repeat([1.0, 0.0], [700, 300])}
-    found = resample(kept, mean, samples=2000)["mean"].estimate(0.95)
-    assert found.value == 0.7
-    assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 1000), rel=0.1)
+    outputs = {"right": np.repeat([1.0, 0.0], [700, 300])}
+    estimate = resample(outputs, mean, samples=2000)["mean"].estimate(0.95)
+    assert estimate.value == 0.7
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 1000), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_interval_is_about_as_wide_as_the_formula() -> None:
 def test_interval_of_rows_that_are_all_the_same_reaches_towards_the_bounds(
     value: float, count: int, metric: str, expected: tuple[float, float]
 ) -> None:
-    found = resample({"right": np.full(count, value)}, mean, samples=100)["mean"].estimate(0.95, bounds_of(metric))
-    assert found.value == value
-    assert (found.low, found.high) == pytest.approx(expected, rel=1e-2)
+    estimate = resample({"right": np.full(count, value)}, mean, samples=100)["mean"].estimate(0.95, bounds_of(metric))
+    assert estimate.value == value
+    assert (estimate.low, estimate.high) == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
@@ -57,19 +57,19 @@ def test_temperature_of_scaled_logits_is_recovered(temperature: float) -> None:
     chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     labels = np.array([draw.choice(4, p=row) for row in chances])
     assert fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.08)
-    found = calibrate(logits * temperature, labels, logits * temperature, labels)
-    assert found.expected_calibration_error_scaled < 0.03
+    calibration = calibrate(logits * temperature, labels, logits * temperature, labels)
+    assert calibration.expected_calibration_error_scaled < 0.03
     if temperature != 1.0:
-        assert found.expected_calibration_error > 2 * found.expected_calibration_error_scaled
+        assert calibration.expected_calibration_error > 2 * calibration.expected_calibration_error_scaled
 
 
 def test_temperature_is_not_fitted_where_every_eval_row_is_right() -> None:
     logits = np.tile([1.4, 0.12], (31, 1))
     labels = np.zeros(31, int)
-    found = calibrate(logits, labels, logits, labels)
-    assert found.temperature == 1.0
-    assert found.expected_calibration_error == found.expected_calibration_error_scaled
-    assert found.note.startswith("every eval row is right")
+    calibration = calibrate(logits, labels, logits, labels)
+    assert calibration.temperature == 1.0
+    assert calibration.expected_calibration_error == calibration.expected_calibration_error_scaled
+    assert calibration.note.startswith("every eval row is right")
     labels[0] = 1
     assert calibrate(logits, labels, logits, labels).note is None
 

@@ -48,8 +48,8 @@ def test_draw_clusters_may_have_any_numbers_and_any_order() -> None:
 
 def test_draw_same_rows_for_every_trial() -> None:
     values = np.random.default_rng(0).normal(size=300)
-    found = draw(LOSS, [[losses(values)], [losses(values + 1)]], None, 100)
-    assert found.draws[1] - found.draws[0] == pytest.approx(np.ones((100, 1)))
+    trials = draw(LOSS, [[losses(values)], [losses(values + 1)]], None, 100)
+    assert trials.draws[1] - trials.draws[0] == pytest.approx(np.ones((100, 1)))
 
 
 def test_draw_metric_computed_anew_is_like_that_by_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +80,13 @@ def test_difference_of_one_certain_seed_is_the_paired_t_test() -> None:
     chance = np.random.default_rng(0)
     one, two = chance.normal(0.2, 1, 40), chance.normal(0, 1, 40)
     drawn = draw(LOSS, [[losses(one)], [losses(two)]], None, 20_000)
-    found = difference(drawn, 0, 1, [intervals.NO_SPREAD] * 2, 1.0, None)
+    gap = difference(drawn, 0, 1, [intervals.NO_SPREAD] * 2, 1.0, None)
     expected = stats.ttest_rel(one, two)
     interval = expected.confidence_interval(0.95)
-    assert found.estimate == pytest.approx(float((one - two).mean()))
-    assert found.interval(0.05) == pytest.approx((interval.low, interval.high), abs=0.03)
-    assert found.p_value() == pytest.approx(float(expected.pvalue), abs=0.02)
-    assert found.equivalence_p(0.5) == pytest.approx(
+    assert gap.estimate == pytest.approx(float((one - two).mean()))
+    assert gap.interval(0.05) == pytest.approx((interval.low, interval.high), abs=0.03)
+    assert gap.p_value() == pytest.approx(float(expected.pvalue), abs=0.02)
+    assert gap.equivalence_p(0.5) == pytest.approx(
         max(
             stats.ttest_1samp(one - two, -0.5, alternative="greater").pvalue,
             stats.ttest_1samp(one - two, 0.5, alternative="less").pvalue,
@@ -101,12 +101,12 @@ def test_difference_where_only_seeds_matter_is_welchs_t_test() -> None:
     # Rows that are all alike: nothing comes from them.
     trials = [[losses(np.full(50, value)) for value in method] for method in (one, two)]
     drawn = draw(LOSS, trials, None, 10_000)
-    found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
+    gap = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
     expected = stats.ttest_ind(one, two, equal_var=False)
     interval = expected.confidence_interval(0.95)
-    assert found.interval(0.05) == pytest.approx((interval.low, interval.high), rel=0.05)
-    assert found.p_value() == pytest.approx(float(expected.pvalue), rel=0.2)
-    assert found.row_variance == pytest.approx(0, abs=1e-12)
+    assert gap.interval(0.05) == pytest.approx((interval.low, interval.high), rel=0.05)
+    assert gap.p_value() == pytest.approx(float(expected.pvalue), rel=0.2)
+    assert gap.row_variance == pytest.approx(0, abs=1e-12)
 
 
 def test_seed_spread_of_equal_models_comes_from_the_rows_alone() -> None:
@@ -152,27 +152,27 @@ def test_interval_of_equal_methods_leaves_out_zero_in_at_most_five_percent(
     for number in range(count):
         drawn = normal_drawn(np.random.default_rng([seeds, number]), seeds, between, shared, 1.0)
         thinned = ResampledTrials(drawn.point, tuple(one[:500] for one in drawn.draws), 10_000, 10_000)
-        found = difference(thinned, 0, 1, seed_spreads(thinned, [False, False]), 1.0, None)
-        wrong += found.p_value() < 0.05
+        gap = difference(thinned, 0, 1, seed_spreads(thinned, [False, False]), 1.0, None)
+        wrong += gap.p_value() < 0.05
     # Three standard errors above 5 %.
     assert wrong / count <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / count)
 
 
 def test_quantile_and_below_agree() -> None:
     drawn = normal_drawn(np.random.default_rng(0), 3, 1.0, 1.0, 1.0)
-    found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
+    gap = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
     for share in (0.001, 0.025, 0.5, 0.9):
-        assert found.below(found.quantile(share)) == pytest.approx(share, abs=1e-5)
-    low, _ = found.interval(0.03)
-    assert found.p_value(low) == pytest.approx(0.03, abs=1e-4)
+        assert gap.below(gap.quantile(share)) == pytest.approx(share, abs=1e-5)
+    low, _ = gap.interval(0.03)
+    assert gap.p_value(low) == pytest.approx(0.03, abs=1e-4)
 
 
 # ---- several tests ---------------------------------------------------------------------------------------------
 
 
 def test_holm_by_hand() -> None:
-    found = holm([0.01, 0.04, 0.03, 0.005], 0.06)
-    assert [adjusted_p for adjusted_p, _ in found] == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert [level for _, level in found] == pytest.approx([0.02, 0.06, 0.03, 0.015])
+    adjusted = holm([0.01, 0.04, 0.03, 0.005], 0.06)
+    assert [adjusted_p for adjusted_p, _ in adjusted] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert [level for _, level in adjusted] == pytest.approx([0.02, 0.06, 0.03, 0.015])
     assert [adjusted_p for adjusted_p, _ in holm([0.9, 0.6], 0.05)] == [1.0, 1.0]
     assert holm([], 0.05) == []

@@ -109,17 +109,17 @@ def test_measure_equals_the_tasks_own_metric(task: TaskName, target: Target, mak
     assert (measure.counts is None) == (metric in ANEW)
     for seed in range(3):
         chance = np.random.default_rng(seed)
-        kept = make(chance)
+        outputs = make(chance)
         # Of few rows some classes are missing.
         drawn = chance.integers(0, ROWS, (40, 15, ROWS)[seed])
-        resample = {name: array[drawn] for name, array in kept.items()}
+        resample = {name: array[drawn] for name, array in outputs.items()}
         expected = task_named(task).metrics(resample, target)[metric]
         assert measure.whole(resample) == expected
         if measure.counts is not None and measure.value is not None:
-            by_sums = measure.value(measure.counts(kept)[drawn].sum(axis=0)) if metric != "r2" else expected
+            by_sums = measure.value(measure.counts(outputs)[drawn].sum(axis=0)) if metric != "r2" else expected
             assert float(by_sums) == pytest.approx(expected, rel=1e-5, abs=1e-12)
-            whole = measure.value(measure.counts(kept).sum(axis=0))
-            assert float(whole) == pytest.approx(task_named(task).metrics(kept, target)[metric], rel=1e-5, abs=1e-12)
+            whole = measure.value(measure.counts(outputs).sum(axis=0))
+            assert float(whole) == pytest.approx(task_named(task).metrics(outputs, target)[metric], rel=1e-5, abs=1e-12)
 
 
 def test_measure_r2_of_resample_far_from_zero_keeps_its_digits() -> None:
@@ -134,15 +134,15 @@ def test_measure_r2_of_resample_far_from_zero_keeps_its_digits() -> None:
 
 def test_measure_many_resamples_at_once_are_the_same() -> None:
     target = Target("single_label", {}, tuple("abcdef"))
-    kept = single_label(np.random.default_rng(0))
+    outputs = single_label(np.random.default_rng(0))
     for metric in ("accuracy", "f1_macro", "mcc"):
         measure = measure_of("text-classification", target, metric)
         assert measure.counts is not None
         assert measure.value is not None
-        counts = measure.counts(kept)
+        counts = measure.counts(outputs)
         sums = np.stack([[counts[:50].sum(axis=0), counts[50:].sum(axis=0)]])
         assert measure.value(sums).shape == (1, 2)
-        assert measure.value(sums)[0, 1] == pytest.approx(measure.whole({k: v[50:] for k, v in kept.items()}))
+        assert measure.value(sums)[0, 1] == pytest.approx(measure.whole({k: v[50:] for k, v in outputs.items()}))
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_measure_many_resamples_at_once_are_the_same() -> None:
 def test_measure_knows_between_what_its_values_lie(
     task: TaskName, metric: str, bounds: tuple[float, float] | None, span: float | None
 ) -> None:
-    found = measure_of(task, Target(columns={}, problem_type="regression"), metric)
-    assert (found.bounds, found.span) == (bounds, span)
+    measure = measure_of(task, Target(columns={}, problem_type="regression"), metric)
+    assert (measure.bounds, measure.span) == (bounds, span)
 
 
 def test_measure_unknown_metric_names_those_there_are() -> None:

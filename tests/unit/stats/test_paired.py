@@ -14,8 +14,8 @@ def accuracy(right: np.ndarray) -> Resampled:
 
 
 def grouped(right: np.ndarray, clusters: np.ndarray, samples: int = 200) -> Resampled:
-    kept = {"right": right.astype(float)}
-    return resample(kept, lambda rows: {"a": float(rows["right"].mean())}, samples=samples, clusters=clusters)["a"]
+    outputs = {"right": right.astype(float)}
+    return resample(outputs, lambda rows: {"a": float(rows["right"].mean())}, samples=samples, clusters=clusters)["a"]
 
 
 def rows(both: int, first: int, second: int, neither: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -38,23 +38,23 @@ def rows(both: int, first: int, second: int, neither: int = 0) -> tuple[np.ndarr
 )
 def test_difference_is_resolved_by_the_rows_that_differ(counts: tuple[int, int, int, int], resolved: bool) -> None:
     first, second = rows(*counts)
-    found = paired(accuracy(first), accuracy(second), 1.0, 0.95)
-    assert found is not None
-    assert found.value == pytest.approx(first.mean() - second.mean())
-    assert found.low <= found.value <= found.high
-    assert (found.high < 0 or found.low > 0) == resolved
+    gap = paired(accuracy(first), accuracy(second), 1.0, 0.95)
+    assert gap is not None
+    assert gap.value == pytest.approx(first.mean() - second.mean())
+    assert gap.low <= gap.value <= gap.high
+    assert (gap.high < 0 or gap.low > 0) == resolved
 
 
 def test_difference_of_a_metric_without_bound_keeps_its_sign_and_size() -> None:
     draw = np.random.default_rng(0)
     before = draw.gamma(4.0, 0.5, 300)
     after = before - 0.2 + draw.normal(0, 0.05, 300)
-    found = paired(accuracy(after), accuracy(before), None, 0.95)
-    assert found is not None
-    assert found.low < -0.19
-    assert -0.21 < found.value < -0.19
-    assert found.high < -0.19 + 0.01
-    assert found.high - found.low < 0.03  # each mean alone is known to 0.2 only
+    gap = paired(accuracy(after), accuracy(before), None, 0.95)
+    assert gap is not None
+    assert gap.low < -0.19
+    assert -0.21 < gap.value < -0.19
+    assert gap.high < -0.19 + 0.01
+    assert gap.high - gap.low < 0.03  # each mean alone is known to 0.2 only
 
 
 def test_rows_that_are_not_the_same_have_no_difference() -> None:
@@ -70,9 +70,9 @@ def test_equal_models_on_rows_that_depend_on_each_other_are_seldom_told_apart() 
     wrong = 0
     for _ in range(100):
         one, other = (grouped((draw.random(40) < 0.7)[prompts], prompts) for _ in range(2))
-        found = paired(one, other, 1.0, 0.95)
-        assert found is not None
-        wrong += found.low > 0 or found.high < 0
+        gap = paired(one, other, 1.0, 0.95)
+        assert gap is not None
+        wrong += gap.low > 0 or gap.high < 0
     assert wrong <= 10
 
 

@@ -32,9 +32,9 @@ def test_half_width_where_only_seeds_matter_is_students() -> None:
 
 def test_precision_says_of_now_what_the_draws_say() -> None:
     drawn = normal_drawn(np.random.default_rng(5), 3, 20.0, 1.0, 1.0)
-    found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
-    low, high = found.interval(0.05)
-    assert ComparisonPrecision.of(found).half_width(0.05) == pytest.approx((high - low) / 2, rel=0.1)
+    gap = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
+    low, high = gap.interval(0.05)
+    assert ComparisonPrecision.of(gap).half_width(0.05) == pytest.approx((high - low) / 2, rel=0.1)
 
 
 def test_detectable_gets_smaller_with_rows_and_seeds() -> None:
@@ -48,20 +48,18 @@ def test_needed_rows_or_seeds_would_decide() -> None:
     chance = np.random.default_rng(0)
     full, method = drawn_right(chance, 400, [0.93, 0.90], spread=0.015)
     drawn = draw(ACCURACY, [[kept(row) for row in one] for one in (full, method)], None, 2000)
-    found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, 1.0)
-    now = ComparisonPrecision.of(found)
-    assert now.half_width(0.05) > abs(found.estimate) > 0.02
-    rows, seeds = needed(found, 400, 0.01, 0.05, 0.05)
+    gap = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, 1.0)
+    now = ComparisonPrecision.of(gap)
+    assert now.half_width(0.05) > abs(gap.estimate) > 0.02
+    rows, seeds = needed(gap, 400, 0.01, 0.05, 0.05)
     assert seeds is not None
     assert seeds > 3
-    assert now.with_seeds([seeds] * 2).half_width(0.05) < found.estimate
-    assert now.with_seeds([seeds - 1] * 2).half_width(0.05) >= found.estimate
+    assert now.with_seeds([seeds] * 2).half_width(0.05) < gap.estimate
+    assert now.with_seeds([seeds - 1] * 2).half_width(0.05) >= gap.estimate
     # Where equivalence alone is open, the level at which it is tested counts.
-    plain, strict = (needed(found, 400, 0.07, 0.05, level)[1] for level in (0.05, 0.001))
+    plain, strict = (needed(gap, 400, 0.07, 0.05, level)[1] for level in (0.05, 0.001))
     assert plain is not None
     assert strict is None or strict > plain
-    assert (
-        needed(found, 400, 0.5, 0.05, 0.05)[0] == 420
-    )  # it is decided as it is: the next step up, never what there is
+    assert needed(gap, 400, 0.5, 0.05, 0.05)[0] == 420  # it is decided as it is: the next step up, never what there is
     if rows is not None:
-        assert now.with_rows(rows / 400).half_width(0.05) < found.estimate
+        assert now.with_rows(rows / 400).half_width(0.05) < gap.estimate
