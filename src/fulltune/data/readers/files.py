@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fulltune.errors import DataError
-from fulltune.records.data import SplitName as Split
+from fulltune.records.data import SplitName
 from fulltune.text import near_names
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
@@ -211,21 +211,21 @@ def _is_image(name: str) -> bool:
 
 # ---- names that say which rows a file holds --------------------------------------------------------------------
 
-_WORDS: dict[str, Split] = {
+_WORDS: dict[str, SplitName] = {
     **dict.fromkeys(("test", "testing", "heldout"), "test"),
     **dict.fromkeys(("eval", "evaluation", "dev", "development", "val", "valid", "validate", "validation"), "eval"),
     **dict.fromkeys(("train", "training"), "train"),
 }
-_JOINED: dict[str, Split] = {
+_JOINED: dict[str, SplitName] = {
     f"{word}{kind}": split for word, split in _WORDS.items() for kind in ("set", "sets", "data", "split", "splits")
 }
-_ORDER: tuple[Split, ...] = ("test", "eval", "train")
+_ORDER: tuple[SplitName, ...] = ("test", "eval", "train")
 """Precedence of splits: a file named test is never trained on."""
 _SHARD = re.compile(r"\d+-of-\d+(-[0-9a-f]{8,})?$")
 _LAST_TWO = re.compile(rf"({'|'.join(_WORDS)})[\W_]+((?:set|data|split)s?)(?=[\W\d_v]*$)")
 
 
-def _of_name(file: Path) -> tuple[Split | None, tuple[str, ...]]:
+def _of_name(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
     """Return the split in a file name and the other words; suffix, numbers and version are ignored.
 
     A split's word counts alone, last, first of two (`dev_matched`), or joined with its kind (`testset_w_refs`).
@@ -238,7 +238,7 @@ def _of_name(file: Path) -> tuple[Split | None, tuple[str, ...]]:
     return next((split for split in _ORDER if split in splits), None), rest
 
 
-def by_split(files: Sequence[Path]) -> dict[Split | None, list[Path]]:
+def by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
     """Group a folder's files by the split in their names, or None.
 
     A name with further words (`crash_test`) may be a title: it counts beside a file named train, or one that differs in
@@ -246,14 +246,14 @@ def by_split(files: Sequence[Path]) -> dict[Split | None, list[Path]]:
     """
     names = {file: _of_name(file) for file in files}
     has_train = any(split == "train" for split, _ in names.values())
-    splits: dict[Split | None, list[Path]] = {}
+    splits: dict[SplitName | None, list[Path]] = {}
     for file, (split, rest) in names.items():
         counts = not rest or has_train or any(rest == other and split != of for of, other in names.values())
         splits.setdefault(split if counts else None, []).append(file)
     return splits
 
 
-def split_folders(folder: Path) -> dict[Split | None, list[Path]]:
+def split_folders(folder: Path) -> dict[SplitName | None, list[Path]]:
     """Group subfolders by the split in their names, if all rows lie in such folders."""
     listed = folder.iterdir() if folder.is_dir() else ()
     if any(file.suffix.lower() in SUFFIXES and file.name != "dataset_dict.json" for file in listed):
@@ -263,9 +263,9 @@ def split_folders(folder: Path) -> dict[Split | None, list[Path]]:
     return splits if {"train"} < splits.keys() - {None} and not of_classes else {}
 
 
-def held_out_beside(train: Path) -> dict[Split, list[Path]]:
+def held_out_beside(train: Path) -> dict[SplitName, list[Path]]:
     """Return files whose names differ from a train file's in the split's word only."""
-    own, splits = _of_name(train), dict[Split, list[Path]]()
+    own, splits = _of_name(train), dict[SplitName, list[Path]]()
     for file in sorted(train.parent.iterdir()) if own[0] == "train" and train.parent.is_dir() else ():
         split, rest = _of_name(file)
         if is_data(file) and rest == own[1] and split in ("eval", "test"):
