@@ -163,8 +163,8 @@ def note_unmeasured(train: Split, test: Split) -> list[str]:
         return []
     shown = ", ".join(f"'{name}' ({count})" for count, name in scarce[:3])
     return [
-        f"{len(scarce)} of {len(in_train)} classes have fewer than {_FEW_OF_A_CLASS} of the {test.num_rows:,} test "
-        f"rows, too few to measure them: {shown}"
+        f"{len(scarce)} of {counted(len(in_train), 'class', 'classes')} with fewer than {_FEW_OF_A_CLASS} of the "
+        f"{test.num_rows:,} test rows, too few to measure: {shown}"
     ]
 
 

@@ -28,7 +28,7 @@ _PACKED = {
     b"BZh": "packed (bzip2)",
     b"\xfd7zXZ\0": "packed (xz)",
     b"\x28\xb5\x2f\xfd": "packed (zstandard)",
-    b"PK\3\4": "packed (zip, as office documents are, too)",
+    b"PK\3\4": "packed (zip, like office documents)",
     b"SQLite format 3\0": "an SQLite database",
     b"%PDF-": "a PDF document",
 }
