@@ -155,7 +155,7 @@ def tracked(cell: Cell) -> dict[str, int]:
             tracker.track_inputs((unvalued,))
         else:
             tracker.track_external(model, optimizer, *unvalued.values())
-        # A loss in pieces of a GPU's size: the tensors say that they are on a CPU.
+        # A chunked loss of a GPU's size: the tensors say that they are on a CPU.
         on_gpu = mock.patch.multiple(chunked_loss, ROWS={}, _BLOCK_NUMBERS=2**62)
         # DTensor tries each operation on whole tensors in a mode that the tracker leaves out, unless it finds ours:
         # then AdamW alone "holds" four whole models.

@@ -1,4 +1,4 @@
-"""Loss in pieces: the numbers of whole logits, which never exist; where a model does not allow it, it says so."""
+"""Chunked loss: the numbers of whole logits, which never exist; where a model does not allow it, it says so."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def gradients(model: Any, inputs: dict[str, torch.Tensor], head: Any, task: Any,
 
 
 def assert_same(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, bf16: bool = False) -> None:
-    """Picked logits, and a loss in pieces where it is possible, give what all logits give."""
+    """Picked logits, and a chunked loss if it is possible, give what all logits give."""
     head, found = selective_head.verified(model, task, inputs)
     assert head is not None, found
     model.train()

@@ -156,7 +156,7 @@ METHODS: Any = TypeAdapter(Method)
         ({"zero_optimization": {"stage": 3}}, "lora", ""),
         ({"zero_optimization": {"stage": 3}}, "adapter", ""),
         ({"zero_optimization": {"stage": 2}}, "peft", ""),
-        ({"zero_optimization": {"stage": 3}}, "peft", "PEFT may read weights, which train.extra.deepspeed shares out"),
+        ({"zero_optimization": {"stage": 3}}, "peft", "PEFT may read weights, which train.extra.deepspeed shards"),
     ],
 )
 def test_methods_that_cannot_run_inside_deepspeed_are_refused(settings: Any, kind: str, expected: str) -> None:
