@@ -40,11 +40,11 @@ def no_time_for_the_last(line: comparing.Context, trials: Sequence[Trial], keep:
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     """A comparison that was interrupted before its last trial, and whose time was then up."""
     folder = tmp_path_factory.mktemp("compare")
-    seen: list[str] = []
+    texts: list[str] = []
 
     def interrupt(event: Event) -> None:
         if isinstance(event, Message):
-            seen.append(event.text)
+            texts.append(event.text)
             if event.text.startswith("lora: seed 2"):
                 raise InterruptedRun("interrupted by the test")
 
@@ -64,10 +64,10 @@ def finished(ended: tuple[Path, Comparison]) -> tuple[Path, Comparison]:
 
 
 def test_comparison_whose_time_was_up_says_so_and_blames_no_method(ended: tuple[Path, Comparison]) -> None:
-    _, found = ended
-    assert (found.decision.verdict, found.time_was_up, found.can_resume) == ("UNDECIDED", True, True)
-    assert {row.method: len(row.seeds) for row in found.rows} == {"base": 0, "full": 2, "lora": 1}
-    few = {one.where: one for one in found.findings if one.rule == "no-time-for-seeds"}
+    _, comparison = ended
+    assert (comparison.decision.verdict, comparison.time_was_up, comparison.can_resume) == ("UNDECIDED", True, True)
+    assert {row.method: len(row.seeds) for row in comparison.rows} == {"base": 0, "full": 2, "lora": 1}
+    few = {one.where: one for one in comparison.findings if one.rule == "no-time-for-seeds"}
     assert {one.level for one in few.values()} == {"worth knowing"}
     assert few["lora"].what == "1 seed: the budget is too short for another"
     assert few["full"].what.startswith("2 seeds: the budget is too short for another")
@@ -76,17 +76,17 @@ def test_comparison_whose_time_was_up_says_so_and_blames_no_method(ended: tuple[
 def test_more_time_goes_on_from_the_trials_and_all_verdicts_together_keep_alpha(
     ended: tuple[Path, Comparison], finished: tuple[Path, Comparison]
 ) -> None:
-    _, found = finished
-    assert (found.time_was_up, found.expectation.budget_seconds) == (False, 7200.0)
-    first, second = found.openings
+    _, comparison = finished
+    assert (comparison.time_was_up, comparison.expectation.budget_seconds) == (False, 7200.0)
+    first, second = comparison.openings
     assert (first.trials, second.trials) == (
         ("full-seed42", "full-seed43", "lora-seed42"),
         ("full-seed42", "full-seed43", "lora-seed42", "lora-seed43"),
     )
     assert first.alpha == pytest.approx(0.025)
-    assert second.alpha == found.decision.alpha == pytest.approx(0.025)
-    assert found.seconds > ended[1].seconds
-    (again,) = [one for one in found.findings if one.rule == "test-opened-again"]
+    assert second.alpha == comparison.decision.alpha == pytest.approx(0.025)
+    assert comparison.seconds > ended[1].seconds
+    (again,) = [one for one in comparison.findings if one.rule == "test-opened-again"]
     assert again.level == "worth knowing"
 
 
@@ -107,13 +107,13 @@ def test_finished_comparison_is_not_done_again(finished: tuple[Path, Comparison]
 
 
 def test_models_are_calibrated_and_have_a_card_as_those_of_a_run(finished: tuple[Path, Comparison]) -> None:
-    folder, found = finished
-    for row in found.rows[1:]:
+    folder, comparison = finished
+    for row in comparison.rows[1:]:
         model = folder / "models" / row.method
         assert json.loads((model / "fulltune.json").read_text(encoding="utf-8"))["temperature"] > 0
         text = (model / "README.md").read_text(encoding="utf-8")
         assert text.startswith("---\nlibrary_name: transformers")
-        shown = {f" {100 * value:.1f}% [" for value in found.decision.values[row.method]}
+        shown = {f" {100 * value:.1f}% [" for value in comparison.decision.values[row.method]}
         assert any(one in text for one in shown), text
     assert fulltune("merge", folder, "--method", "lora", "-o", folder.parent / "merged").code == 0
     text = (folder.parent / "merged" / "README.md").read_text(encoding="utf-8")
@@ -122,8 +122,8 @@ def test_models_are_calibrated_and_have_a_card_as_those_of_a_run(finished: tuple
 
 
 def test_record_has_each_method_with_what_it_cost(finished: tuple[Path, Comparison]) -> None:
-    folder, found = finished
-    rows = {row.method: row for row in found.rows}
+    folder, comparison = finished
+    rows = {row.method: row for row in comparison.rows}
     assert list(rows) == ["base", "full", "lora"]
     assert rows["full"].seeds == rows["lora"].seeds == (42, 43)
     assert rows["full"].num_trainable == rows["full"].num_parameters
@@ -132,8 +132,8 @@ def test_record_has_each_method_with_what_it_cost(finished: tuple[Path, Comparis
     assert 0 < rows["lora"].num_trainable < rows["full"].num_trainable
     assert rows["lora"].train_flops > 0
     assert rows["full"].drift is not None
-    assert found.decision.verdict in ("FULL", "PEFT", "EQUIVALENT", "UNDECIDED")
-    assert {one.rule for one in found.findings} >= {"rate-not-searched", "few-seeds"}
+    assert comparison.decision.verdict in ("FULL", "PEFT", "EQUIVALENT", "UNDECIDED")
+    assert {one.rule for one in comparison.findings} >= {"rate-not-searched", "few-seeds"}
     assert json.loads((folder / "proof.json").read_text(encoding="utf-8"))["decision"]["verdict"] in (
         folder / "card.md"
     ).read_text(encoding="utf-8")
@@ -142,8 +142,8 @@ def test_record_has_each_method_with_what_it_cost(finished: tuple[Path, Comparis
 def test_test_rows_are_opened_once_and_by_somebody(
     ended: tuple[Path, Comparison], finished: tuple[Path, Comparison]
 ) -> None:
-    folder, found = ended
-    (opening,) = found.openings
+    folder, comparison = ended
+    (opening,) = comparison.openings
     assert opening.trials == ("full-seed42", "full-seed43", "lora-seed42")
     assert "@" in opening.by
     assert opening.command == "fulltune compare recipe.yaml"
@@ -155,8 +155,8 @@ def test_test_rows_are_opened_once_and_by_somebody(
 
 
 def test_other_comparisons_that_opened_the_same_test_rows_are_known(finished: tuple[Path, Comparison]) -> None:
-    folder, found = finished
-    assert not [one for one in found.findings if one.where == "test rows" and one.level == "unfair"]
+    folder, comparison = finished
+    assert not [one for one in comparison.findings if one.where == "test rows" and one.level == "unfair"]
     assert lint.opened_by_others(folder) == ()
     path = folder.parent / ACCESSES
     text = path.read_text(encoding="utf-8")
@@ -167,7 +167,7 @@ def test_other_comparisons_that_opened_the_same_test_rows_are_known(finished: tu
 
 def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Comparison]) -> None:
     """Predicting the test rows with `models/lora` gives the accuracy of one of its seeds."""
-    folder, found = finished
+    folder, comparison = finished
     rows = [json.loads(line) for line in (folder.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     labels = {row["text"]: row["label"] for row in rows}
     from fulltune.inference.store import texts
@@ -175,7 +175,7 @@ def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Com
     test = list(texts(folder / "data" / "test"))
     answers = predict.load(folder, "lora").predict([{"text": row["text"], "label": ""} for row in test])
     right = np.mean([answer["label"] == labels[row["text"]] for answer, row in zip(answers, test, strict=True)])
-    assert any(abs(value - right) < 1e-9 for value in found.decision.values["lora"])
+    assert any(abs(value - right) < 1e-9 for value in comparison.decision.values["lora"])
 
 
 def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Comparison]) -> None:

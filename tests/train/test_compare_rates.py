@@ -25,14 +25,14 @@ from tests.train.small_comparisons import METHODS, job
 
 
 def result_of(trial: Trial, metric: float) -> tuple[Any, Any, TrialResult]:
-    found = TrialResult(trial=trial, metric=metric, train_seconds=1.0, tokens_per_second=1.0)
-    return None, mock.Mock(model_folder="models/none"), found
+    result = TrialResult(trial=trial, metric=metric, train_seconds=1.0, tokens_per_second=1.0)
+    return None, mock.Mock(model_folder="models/none"), result
 
 
 def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial], Any]:
     """The trials of a search for LoRA's rate whose metric is this function, and its result."""
-    one = job(folder, [METHODS[1], "lora"])
-    line = comparing.Context(one, pipeline.prepare(one), "test")
+    run = job(folder, [METHODS[1], "lora"])
+    line = comparing.Context(run, pipeline.prepare(run), "test")
     asked: list[Trial] = []
 
     def trained(_: Any, trial: Trial) -> tuple[Any, Any, TrialResult]:
@@ -43,30 +43,30 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
         return result_of(trial, value)
 
     with mock.patch.object(trials, "trained", trained):
-        found = whole_runs.search(line, line.trained_methods[1], budget.expect(line).search_share)
-    return asked, found
+        search = whole_runs.search(line, line.trained_methods[1], budget.expect(line).search_share)
+    return asked, search
 
 
 def test_search_best_in_the_middle_ends_it(tmp_path: Path) -> None:
-    asked, found = searched(tmp_path, lambda trial: 1 - abs(np.log10(trial.learning_rate / 8e-4)))
+    asked, search = searched(tmp_path, lambda trial: 1 - abs(np.log10(trial.learning_rate / 8e-4)))
     # 24 steps: ten of them is what a trial needs.
-    assert [(one.learning_rate, round(one.share, 2)) for one in asked] == [(2.5e-4, 0.42), (8e-4, 0.42), (2.5e-3, 0.42)]
-    assert (found.chosen, found.on_edge) == (8e-4, False)
-    assert all(one.searches for one in asked)
+    assert [trial.learning_rate for trial in asked] == [2.5e-4, 8e-4, 2.5e-3]
+    assert (search.chosen, search.on_edge) == (8e-4, False)
+    assert all(trial.searches and round(trial.share, 2) == 0.42 for trial in asked)
 
 
 def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path: Path) -> None:
-    asked, found = searched(
+    asked, search = searched(
         tmp_path, lambda trial: float("nan") if trial.learning_rate > 5e-3 else 100 * trial.learning_rate
     )
-    assert [one.learning_rate for one in asked] == [2.5e-4, 8e-4, 2.5e-3, 7.9e-3]
-    assert (found.chosen, found.on_edge) == (2.5e-3, False)
+    assert [trial.learning_rate for trial in asked] == [2.5e-4, 8e-4, 2.5e-3, 7.9e-3]
+    assert (search.chosen, search.on_edge) == (2.5e-3, False)
 
 
 def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path) -> None:
     places = ["a:1", "a:1", "a:1", "a:2"]
-    kept = [store.words(place, {"q": "x"}) for place in places]
-    store.write_rows(tmp_path / "data" / "eval", [store.record_batch([{"labels": 0}] * 4, kept)])
+    stored = [store.words(place, {"q": "x"}) for place in places]
+    store.write_rows(tmp_path / "data" / "eval", [store.record_batch([{"labels": 0}] * 4, stored)])
     job = mock.Mock(folder=tmp_path)
     job.recipe.preserve.budget = None
     for form, rows in (("span", 2), ("single_label", 4)):
@@ -102,8 +102,8 @@ def made_up(line: comparing.Context, chosen: float = 1e-2) -> dict[str, Search]:
 
 @pytest.mark.parametrize("diverges", [42, 43])
 def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, tmp_path: Path) -> None:
-    one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
-    line = comparing.Context(one, pipeline.prepare(one), "test")
+    run = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
+    line = comparing.Context(run, pipeline.prepare(run), "test")
     expectation = budget.expect(line)
     searches = {"full": Search(method="full", chosen=3e-3)} | made_up(line)
     asked: list[tuple[str, float]] = []
@@ -116,7 +116,7 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
 
     with whole_runs_given(trained), mock.patch.object(SeedRuns, "check_rate", return_value=False):
         results = SeedRuns(line, searches, expectation).run().results
-    assert [(one.trial.seed, one.trial.learning_rate) for one in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
+    assert [(run.trial.seed, run.trial.learning_rate) for run in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
     assert searches["lora"].reason == f"0.01 diverged in a whole run (seed {diverges})"
     assert len([name for name, _ in asked if name.startswith("full")]) == 2
 
@@ -125,14 +125,14 @@ def time_for(*names: str) -> Any:
     """As `has_time` where there is time for these trials, and for those that are done."""
 
     def has_time(line: comparing.Context, asked: Sequence[Trial], keep: float = 0.0) -> bool:
-        return all(one.name in names or trials.is_done(line, one) for one in asked)
+        return all(trial.name in names or trials.is_done(line, trial) for trial in asked)
 
     return mock.patch.object(budget, "has_time", has_time)
 
 
 def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Path) -> None:
-    one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
-    line = comparing.Context(one, pipeline.prepare(one), "test")
+    compare_job = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
+    line = comparing.Context(compare_job, pipeline.prepare(compare_job), "test")
     methods = ("full", "lora")
     tried = {1e-3: 0.9, 1e-2: 0.5}
     expectation = budget.expect(line)
@@ -155,20 +155,20 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
 
 
 def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are_searched_later(tmp_path: Path) -> None:
-    one = job(tmp_path, ["full", "lora", "adapter"])
-    line = comparing.Context(one, pipeline.prepare(one), "test")
+    run = job(tmp_path, ["full", "lora", "adapter"])
+    line = comparing.Context(run, pipeline.prepare(run), "test")
     expectation = budget.expect(line)
     with time_for():
-        found = whole_runs.search_all(line, expectation)
-    assert {method: (search.tried, search.time_was_up) for method, search in found.items()} == {
+        searches = whole_runs.search_all(line, expectation)
+    assert {method: (search.tried, search.time_was_up) for method, search in searches.items()} == {
         "full": ({}, True),
         "lora": ({}, True),
     }
-    assert found["full"].chosen == line.setup("full").plan.learning_rate
+    assert searches["full"].chosen == line.setup("full").plan.learning_rate
     with mock.patch.object(
         whole_runs,
         "run_trial",
-        lambda _, one: mock.Mock(metric=0.9 if one.learning_rate == found["full"].chosen else 0.5),
+        lambda _, run: mock.Mock(metric=0.9 if run.learning_rate == searches["full"].chosen else 0.5),
     ):
         later = whole_runs.search_all(line, expectation)
     assert {method: (len(search.tried), search.time_was_up) for method, search in later.items()} == dict.fromkeys(
@@ -177,8 +177,8 @@ def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are
 
 
 def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) -> None:
-    one = job(tmp_path, METHODS)
-    line = comparing.Context(one, pipeline.prepare(one), "test")
+    run = job(tmp_path, METHODS)
+    line = comparing.Context(run, pipeline.prepare(run), "test")
     results = {
         method: [result_of(Trial(name=method, method=method, learning_rate=1, seed=1), 0.9)[2]]
         for method in ("full", "lora")
@@ -186,23 +186,23 @@ def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) 
     results["full"] *= 3  # the time was up before lora had as many
     with mock.patch.object(whole_runs, "load_outputs"):
         shares = [
-            [one.alpha_share for one in whole_runs.method_outputs(line, results, "eval", waited)]
+            [run.alpha_share for run in whole_runs.method_outputs(line, results, "eval", waited)]
             for waited in ((), ("lora",))
         ]
     assert shares == [[1.0, 1.0], [1.0, whole_runs.WAITING_SHARE]]
 
 
 def test_going_on_keeps_the_design_and_with_another_budget_it_is_made_anew(tmp_path: Path) -> None:
-    one = job(tmp_path, METHODS)
-    summary = pipeline.prepare(one)
+    run = job(tmp_path, METHODS)
+    summary = pipeline.prepare(run)
     with mock.patch.object(budget, "run_trial"):
-        first = budget.expect(comparing.Context(one, summary, "test", budget_seconds=6e4))
-        assert budget.expect(comparing.Context(one, summary, "test", budget_seconds=6e4)) == first
-        assert budget.expect(comparing.Context(one, summary, "test", budget_seconds=7e4)).budget_seconds == 7e4
+        first = budget.expect(comparing.Context(run, summary, "test", budget_seconds=6e4))
+        assert budget.expect(comparing.Context(run, summary, "test", budget_seconds=6e4)) == first
+        assert budget.expect(comparing.Context(run, summary, "test", budget_seconds=7e4)).budget_seconds == 7e4
 
 
 def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path) -> None:
-    one = job(tmp_path, METHODS)
+    run = job(tmp_path, METHODS)
 
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -214,15 +214,15 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
             time_for(),
             pytest.raises(KeyboardInterrupt),
         ):
-            comparing.run_comparison(one, "test", budget="9h")
-        found = comparing.run_comparison(one, "test")[0]
-    assert [len(row.seeds) for row in found.rows if row.kind != "base"] == [1, 1]
-    assert len({opening.trials for opening in found.openings}) == 1
+            comparing.run_comparison(run, "test", budget="9h")
+        comparison = comparing.run_comparison(run, "test")[0]
+    assert [len(row.seeds) for row in comparison.rows if row.kind != "base"] == [1, 1]
+    assert len({opening.trials for opening in comparison.openings}) == 1
 
 
 def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:
-    one = job(tmp_path, METHODS)
-    line = comparing.Context(one, pipeline.prepare(one), "test")
+    run = job(tmp_path, METHODS)
+    line = comparing.Context(run, pipeline.prepare(run), "test")
     searches = {method: Search(method=method, chosen=1e-2) for method in ("full", "lora")}
     with (
         mock.patch.object(trials, "trained", mock.Mock(side_effect=Diverged("the loss diverged"))),
@@ -232,8 +232,8 @@ def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None
 
 
 def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
-    one = job(tmp_path, [METHODS[1], "lora"])
-    line = comparing.Context(one, pipeline.prepare(one), "test")
+    run = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Context(run, pipeline.prepare(run), "test")
     with (
         mock.patch.object(trials, "trained", mock.Mock(side_effect=GuardStop("the process crashed"))),
         pytest.raises(GuardStop, match="the process crashed"),
@@ -242,8 +242,8 @@ def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
 
 
 def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tmp_path: Path) -> None:
-    one = job(tmp_path, [METHODS[1], "lora"])
-    line = comparing.Context(one, pipeline.prepare(one), "test")
+    run = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Context(run, pipeline.prepare(run), "test")
     tried = {1e-4: 0.3, 3e-4: 0.2, 1e-3: 0.2}
     metrics = {1e-4: 0.05, 3e-4: 0.5, 1e-3: 0.99}
     begun: list[str] = []
@@ -254,15 +254,15 @@ def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tm
             raise Diverged("the loss diverged")
         return result_of(trial, metrics[trial.learning_rate])
 
-    found = []
+    results = []
     with whole_runs_given(trained):
         for _ in range(2):  # the second time as when it goes on later
             searches = {"lora": Search(method="lora", tried=tried, share=0.12, chosen=1e-4)}
             ran = with_first(line, searches, Trial(name="lora-seed42", method="lora", learning_rate=1e-4, seed=42))
             ran.check_rate("lora")
-            found += ran.results["lora"]
+            results += ran.results["lora"]
     assert begun == ["lora-seed42", "lora-rate0.0003-seed42", "lora-rate0.001-seed42", "lora-rate0.0032-seed42"]
-    assert [one.trial.learning_rate for one in found] == [1e-3, 1e-3]
+    assert [run.trial.learning_rate for run in results] == [1e-3, 1e-3]
     search = searches["lora"]
     assert list(search.whole) == [1e-4, 3e-4, 1e-3, 3.2e-3]
     assert (search.chosen, search.on_edge, search.reason) == (1e-3, False, "the best of 4 whole runs")

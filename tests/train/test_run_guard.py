@@ -107,16 +107,16 @@ def clean(tmp_path_factory: pytest.TempPathFactory, model: Path) -> RunResult:
 def test_step_that_is_not_finite_is_left_out_and_the_run_goes_on(
     fault: faults.Fault, micro: int, model: Path, clean: RunResult, tmp_path: Path
 ) -> None:
-    seen: list[Event] = []
-    found = run(tmp_path, model, fault, [30], seen.append, train={"micro_batch_size": micro})
-    assert found.outcome is not None
+    events: list[Event] = []
+    result = run(tmp_path, model, fault, [30], events.append, train={"micro_batch_size": micro})
+    assert result.outcome is not None
     assert clean.outcome is not None
-    assert (found.outcome.status, found.outcome.steps) == ("done", clean.outcome.steps)
-    [skipped] = [event for event in seen if isinstance(event, StepSkipped)]
+    assert (result.outcome.status, result.outcome.steps) == ("done", clean.outcome.steps)
+    [skipped] = [event for event in events if isinstance(event, StepSkipped)]
     assert skipped.step == 30
     assert "is nan" in skipped.reason or "is inf" in skipped.reason
     assert len(skipped.rows) == 8
-    losses = {event.step: event.loss for event in seen if isinstance(event, StepLogged)}
+    losses = {event.step: event.loss for event in events if isinstance(event, StepLogged)}
     assert sorted(losses) == list(range(1, clean.outcome.steps + 1))
     assert all(loss is not None and math.isfinite(loss) for loss in losses.values())
     assert runs.final_weights(tmp_path)
@@ -137,14 +137,14 @@ ANSWERED: dict[str, Any] = {
 
 
 def test_corrupted_rows_are_left_out_and_many_of_them_are_gone_back_from(tmp_path: Path) -> None:
-    seen: list[Event] = []
+    events: list[Event] = []
     model = tiny.save_model(tmp_path / "model", "llama")
-    job = runs.job(tmp_path, model, tiny.pair_rows(300), options={"listener": seen.append}, **ANSWERED)
+    job = runs.job(tmp_path, model, tiny.pair_rows(300), options={"listener": events.append}, **ANSWERED)
     with runs.in_this_process(), faults.planted(faults.corrupted_labels, range(110, 115).__contains__):
-        found = pipeline.run(job, "train")
-    assert found.outcome is not None
-    assert (found.outcome.status, found.outcome.steps) == ("done", 130)
-    skipped = [event for event in seen if isinstance(event, StepSkipped)]
+        result = pipeline.run(job, "train")
+    assert result.outcome is not None
+    assert (result.outcome.status, result.outcome.steps) == ("done", 130)
+    skipped = [event for event in events if isinstance(event, StepSkipped)]
     # The fifth is one too many.
     assert [event.step for event in skipped] == [110, 111, 112, 113]
     assert all("times the median, loss" in event.reason and len(event.rows) == 16 for event in skipped)
@@ -158,17 +158,17 @@ def test_skipped_step_changes_no_weight(model: Path, tmp_path: Path) -> None:
 
 
 def test_trouble_that_stays_goes_back_to_a_healthy_checkpoint(model: Path, tmp_path: Path) -> None:
-    seen: list[Event] = []
-    found = run(tmp_path, model, faults.nan_gradient, range(40, 45), seen.append)
-    made = Plan.load(tmp_path / "run" / "plan" / "full.json")
-    assert made.rollbacks == (36,), "the epoch's end, before the trouble"
-    [failed] = [event for event in seen if isinstance(event, Message) and event.level == "next attempt"]
+    events: list[Event] = []
+    result = run(tmp_path, model, faults.nan_gradient, range(40, 45), events.append)
+    planned = Plan.load(tmp_path / "run" / "plan" / "full.json")
+    assert planned.rollbacks == (36,), "the epoch's end, before the trouble"
+    [failed] = [event for event in events if isinstance(event, Message) and event.level == "next attempt"]
     assert "back to the checkpoint of step 36" in failed.text
-    assert found.outcome is not None
-    assert (found.outcome.status, found.outcome.attempt, found.outcome.steps) == ("done", 2, 90)
+    assert result.outcome is not None
+    assert (result.outcome.status, result.outcome.attempt, result.outcome.steps) == ("done", 2, 90)
     first = Outcome.load(tmp_path / "run/attempts/full-seed42-01/outcome.json")
     assert (first.status, first.first_bad_step) == ("spiked", 40)
-    rates = [(event.step, event.learning_rate) for event in seen if isinstance(event, StepLogged)]
+    rates = [(event.step, event.learning_rate) for event in events if isinstance(event, StepLogged)]
     usual = dict(rates[:40])
     later = dict(rates[rates.index((39, usual[39])) + 1 :])
     assert usual[39] is not None
@@ -229,7 +229,7 @@ def spoilt(layer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "words"),
     [
         (lambda model, batch: None, "each module's output is finite in fp32"),
         (lambda model, batch: batch.update(labels=torch.full((2,), -100)), "all its labels are masked"),
@@ -244,13 +244,13 @@ def spoilt(layer: Any) -> None:
         (lambda model, batch: batch.update(position_ids=torch.tensor([[10**6]])), "could not be found ("),
     ],
 )
-def test_batch_is_looked_at_and_run_again(change: Callable[[Any, dict[str, Any]], None], said: str) -> None:
+def test_batch_is_looked_at_and_run_again(change: Callable[[Any, dict[str, Any]], None], words: str) -> None:
     model = BertForSequenceClassification(tiny.config("bert", tiny.encoder_tokenizer(), num_labels=2)).train()
     batch = {"input_ids": torch.tensor([[2, 11, 3], [2, 12, 3]]), "labels": torch.tensor([0, 1])}
     change(model, batch)
     before = torch.get_rng_state()
-    assert said in explain(model, [batch])
-    if "masked" in said:  # of the whole step: a micro batch alone is no cause
+    assert words in explain(model, [batch])
+    if "masked" in words:  # of the whole step: a micro batch alone is no cause
         whole = {**batch, "labels": torch.tensor([0, 1])}
         assert "masked" not in explain(model, [batch, whole])
     assert torch.equal(torch.get_rng_state(), before)
@@ -297,8 +297,8 @@ def test_mixin_guards_a_trainer_of_ones_own(
             rates.append(given["optimizer"].param_groups[0]["lr"])
 
         def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-            kept = next(iter(optimizer.state.values()))
-            moments[state.global_step] = float(kept["exp_avg"].norm()) + float(kept["step"])
+            first = next(iter(optimizer.state.values()))
+            moments[state.global_step] = float(first["exp_avg"].norm()) + float(first["step"])
 
     trainer.add_callback(Looks())
     with pytest.raises(Diverged, match="step 5, before the update") if stops else contextlib.nullcontext():
@@ -347,7 +347,7 @@ def test_two_processes_skip_together_when_one_is_not_finite(tmp_path: Path) -> N
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, "-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, "--nproc-per-node=2"]
     subprocess.run([*command, str(tmp_path / "script.py"), str(tmp_path)], check=True, timeout=300)
-    one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
-    assert one == two, "the same steps, and the same weights"
-    assert one["skipped"] == [3]
-    assert all(math.isfinite(size) for size in one["sizes"])
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    assert first == second, "the same steps, and the same weights"
+    assert first["skipped"] == [3]
+    assert all(math.isfinite(size) for size in first["sizes"])

@@ -115,7 +115,7 @@ def _findings(findings: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
             what=what,
             to_do=(_UNFAIR | _WORTH_KNOWING)[rule],
         )
-        for rule, where, what in sorted(findings, key=lambda one: one[0] not in _UNFAIR)
+        for rule, where, what in sorted(findings, key=lambda hit: hit[0] not in _UNFAIR)
     )
 
 

@@ -18,14 +18,14 @@ TARGET = Target("single_label", {}, ("no", "yes"))
 ACCURACY: ResamplableMetric = measure_of("text-classification", TARGET, "accuracy")
 
 
-def kept(right: np.ndarray) -> Predictions:
+def predictions(right: np.ndarray) -> Predictions:
     """Predictions that are right in these rows: bool [rows]."""
     return {"labels": np.ones(len(right), np.int64), "logits": np.stack([~right, right], axis=1).astype(float)}
 
 
 def method(name: str, kind: MethodKind, right: np.ndarray, cost: float = 1.0) -> MethodOutputs:
     """From bool [seeds, rows]."""
-    return MethodOutputs(name, kind, [kept(row) for row in right], cost)
+    return MethodOutputs(name, kind, [predictions(row) for row in right], cost)
 
 
 def decided(
@@ -41,11 +41,11 @@ def drawn_right(
 ) -> list[np.ndarray]:
     """For each accuracy a method's right rows, [seeds, rows]; half the rows are easy: all methods have them right."""
     easy = chance.random(rows) < 0.5
-    made = []
+    results = []
     for accuracy in accuracies:
         hard = 2 * (accuracy + chance.normal(0, spread, (seeds, 1))) - 1
-        made.append(easy | (chance.random((seeds, rows)) < hard))
-    return made
+        results.append(easy | (chance.random((seeds, rows)) < hard))
+    return results
 
 
 def normal_drawn(
@@ -58,9 +58,9 @@ def normal_drawn(
         run_noise = chance.normal(0, math.sqrt(noise), (count, seeds))
         of_rows = sign * chance.normal(0, math.sqrt(shared) / 2, (count, 1))
         truth = chance.normal(0, math.sqrt(between), seeds)
-        seen = truth + chance.normal(0, math.sqrt(noise), seeds) + sign * chance.normal(0, math.sqrt(shared) / 2)
-        point.append(seen)
-        drawn.append(seen + run_noise + of_rows)
+        observed = truth + chance.normal(0, math.sqrt(noise), seeds) + sign * chance.normal(0, math.sqrt(shared) / 2)
+        point.append(observed)
+        drawn.append(observed + run_noise + of_rows)
     return ResampledTrials(tuple(point), tuple(drawn), 10_000, 10_000)
 
 

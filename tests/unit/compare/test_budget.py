@@ -42,7 +42,7 @@ def whole(costs: dict[str, Cost], seeds: int, **changes: Any) -> Expectation:
     return Expectation(methods=tuple(costs), **given)
 
 
-def found(
+def design_of(
     costs: dict[str, Cost],
     seeds: int = 3,
     test_rows: int = 300,
@@ -57,20 +57,20 @@ def found(
 
 
 def test_without_budget_it_is_the_whole_design() -> None:
-    one = found(COSTS, test_rows=3080)
-    assert one.seconds == pytest.approx(180 * (4 + 3 * 0.1) + 2 * 10 * (4 + 3))
-    assert (one.num_seeds, one.most_seeds, one.num_search_trials, one.notes) == (3, 3, 6, ())
-    assert one.detectable is not None
-    alike, apart = one.detectable
+    design = design_of(COSTS, test_rows=3080)
+    assert design.seconds == pytest.approx(180 * (4 + 3 * 0.1) + 2 * 10 * (4 + 3))
+    assert (design.num_seeds, design.most_seeds, design.num_search_trials, design.notes) == (3, 3, 6, ())
+    assert design.detectable is not None
+    alike, apart = design.detectable
     assert alike == planned_detectable(3080, 3, 0.005, 0.01, spent(3, 3, 0.05)) < apart
 
 
 def test_methods_that_wait_get_one_run_and_head_never_leads() -> None:
     costs = {"full": Cost(100, 3), "prompt": Cost(120, 1), "lora": Cost(80, 3), "head": Cost(500, decides=False)}
     # Which one leads is not known: the dearest is reckoned with. It has but one rate here.
-    assert found(costs).seconds == pytest.approx(100 * (4 + 0.3) + 120 * 3 + 80 * (1 + 0.3) + 500)
+    assert design_of(costs).seconds == pytest.approx(100 * (4 + 0.3) + 120 * 3 + 80 * (1 + 0.3) + 500)
     all_seeds = 180 * (4 + 0.3) + 120 * 3 + 500 * 3
-    assert found(costs, sequential=False).seconds == pytest.approx(all_seeds)
+    assert design_of(costs, sequential=False).seconds == pytest.approx(all_seeds)
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_methods_that_wait_get_one_run_and_head_never_leads() -> None:
 def fitted(given: float, costs: dict[str, Cost] = FIELD, seeds: int = 5, **limits: Any) -> Expectation | None:
     """None where it is refused as too short."""
     try:
-        return found(costs, seeds, budget=given, end=30, **limits)
+        return design_of(costs, seeds, budget=given, end=30, **limits)
     except RecipeError:
         return None
 
@@ -90,49 +90,51 @@ def test_budget_more_of_it_never_gives_fewer_seeds_or_methods_and_the_forecast_k
     costs: dict[str, Cost], sequential: bool
 ) -> None:
     every = [(given, fitted(given, costs, sequential=sequential)) for given in MANY]
-    known = [(given, one) for given, one in every if one is not None]
+    fitting = [(given, design) for given, design in every if design is not None]
     assert every[0][1] is None
-    assert known[-1][1].num_seeds == (5 if sequential else known[-1][1].num_seeds)
-    for given, one in known:
-        assert one.seconds <= (1 - budget.RESERVE) * given
-        assert 2 <= one.num_seeds <= 5
-        assert {"full", "lora"} <= set(one.methods) <= set(costs)
-    assert all(before.num_seeds <= after.num_seeds for (_, before), (_, after) in pairwise(known))
+    assert fitting[-1][1].num_seeds == (5 if sequential else fitting[-1][1].num_seeds)
+    for given, design in fitting:
+        assert design.seconds <= (1 - budget.RESERVE) * given
+        assert 2 <= design.num_seeds <= 5
+        assert {"full", "lora"} <= set(design.methods) <= set(costs)
+    assert all(before.num_seeds <= after.num_seeds for (_, before), (_, after) in pairwise(fitting))
 
 
 def test_budget_gives_up_breadth_before_the_third_and_the_search_after_it() -> None:
-    known = [one for given in MANY if (one := fitted(given)) is not None]
-    assert {one.num_seeds for one in known if len(one.methods) < len(FIELD)} == {2, 3}
-    assert {one.num_seeds for one in known if not one.search_share} == {2}
-    assert all(one.methods == ("full", "lora") for one in known if not one.search_share)
+    fitting = [design for given in MANY if (design := fitted(given)) is not None]
+    assert {design.num_seeds for design in fitting if len(design.methods) < len(FIELD)} == {2, 3}
+    assert {design.num_seeds for design in fitting if not design.search_share} == {2}
+    assert all(design.methods == ("full", "lora") for design in fitting if not design.search_share)
     # Five is nothing that a recipe says.
-    assert {one.notes[0] for one in known if one.num_seeds == 2} == {
+    assert {design.notes[0] for design in fitting if design.num_seeds == 2} == {
         "2 seeds are planned instead of up to 5; more run if time remains"
     }
 
 
 def test_budget_that_is_too_short_is_refused_with_one_that_is_enough() -> None:
     with pytest.raises(RecipeError) as caught:
-        found(COSTS, budget=120)
-    (said,) = caught.value.problems
-    assert said.startswith("--budget 2m is too short for a verdict: 2 runs each of full and lora")
-    enough = parse_seconds(said.partition("give --budget ")[2].split()[0])
+        design_of(COSTS, budget=120)
+    (problem,) = caught.value.problems
+    assert problem.startswith("--budget 2m is too short for a verdict: 2 runs each of full and lora")
+    enough = parse_seconds(problem.partition("give --budget ")[2].split()[0])
     slower = {method: replace(cost, run=1.1 * cost.run) for method, cost in COSTS.items()}  # next time
-    assert all(found(costs, budget=enough).num_seeds == 2 for costs in (COSTS, slower))
+    assert all(design_of(costs, budget=enough).num_seeds == 2 for costs in (COSTS, slower))
 
 
 def test_detectable_of_two_seeds_is_not_promised() -> None:
-    one = found(COSTS, 5, budget=700)
-    assert (one.num_seeds, one.detectable) == (2, None)
+    design = design_of(COSTS, 5, budget=700)
+    assert (design.num_seeds, design.detectable) == (2, None)
 
 
 def test_detectable_of_a_budget_that_will_end_is_that_of_the_part_of_alpha_it_may_spend() -> None:
-    one = found(COSTS, 5, budget=1200)
-    assert one.num_seeds == 3
-    assert one.detectable is not None
-    assert one.detectable[0] == planned_detectable(300, 3, 0.005, 0.01, TIME_UP_SHARE * 0.05)
+    design = design_of(COSTS, 5, budget=1200)
+    assert design.num_seeds == 3
+    assert design.detectable is not None
+    assert design.detectable[0] == planned_detectable(300, 3, 0.005, 0.01, TIME_UP_SHARE * 0.05)
     some = next(
-        one for given in MANY if (one := fitted(given, seeds=3)) and len(one.methods) < 4 and one.num_seeds == 3
+        design
+        for time in MANY
+        if (design := fitted(time, seeds=3)) and len(design.methods) < 4 and design.num_seeds == 3
     )
     rivals = len([method for method in some.methods if FIELD[method].decides]) - 1
     level = TIME_UP_SHARE * spent(3, 3, 0.05) / rivals
@@ -142,11 +144,11 @@ def test_detectable_of_a_budget_that_will_end_is_that_of_the_part_of_alpha_it_ma
 
 def test_going_on_counts_what_is_there_and_what_was_spent() -> None:
     done = {method: replace(COSTS[method], done=runs, searched=True) for method, runs in (("full", 3), ("lora", 2))}
-    going_on = found(done, budget=3000, spent=600)
+    going_on = design_of(done, budget=3000, spent=600)
     assert going_on.seconds == pytest.approx(600 + 110 + 2 * 90)  # one run of full and two of lora, checks among them
-    assert going_on.num_seeds == found(COSTS, budget=3000).num_seeds
+    assert going_on.num_seeds == design_of(COSTS, budget=3000).num_seeds
     # What is there need not fit again: one run of lora is missing.
-    assert found(done, 2, search_share=0.0, budget=720, spent=600).num_seeds == 2
+    assert design_of(done, 2, search_share=0.0, budget=720, spent=600).num_seeds == 2
 
 
 def test_going_on_reckons_with_another_rate_where_a_search_is_made_again() -> None:
@@ -160,24 +162,24 @@ def test_search_alone_pays_for_no_scoring_and_no_verdict(tmp_path: Path) -> None
     time = TimeNeed(
         train_seconds=60.0, eval_seconds=6.0, save_seconds=4.0, tokens=1, tokens_per_second=1.0, source="arithmetic"
     )
-    made = mock.Mock(time=time, total_steps=10, global_batch_size=10, learning_rate=1e-4)
+    planned = mock.Mock(time=time, total_steps=10, global_batch_size=10, learning_rate=1e-4)
     job = mock.Mock(folder=tmp_path)
     line = Context(job, mock.Mock(splits={name: mock.Mock(rows=100) for name in ("train", "eval", "test")}), "")
-    found = {}
+    seconds_of = {}
     for methods in (("full", "lora"), ()):
         job.recipe = Recipe.model_validate(
             {"model": "m", "task": "causal-lm", "data": {"train": "a"}, "methods": list(methods)}
         )
-        with mock.patch.object(Context, "setup", return_value=mock.Mock(plan=made)):
+        with mock.patch.object(Context, "setup", return_value=mock.Mock(plan=planned)):
             costs, end = budget.costs_of(line)
-        found[methods] = costs["full"].scoring, end
+        seconds_of[methods] = costs["full"].scoring, end
         assert (costs["full"].run, costs["full"].start) == (70.0, budget.START_SECONDS)
-    assert min(found["full", "lora"]) > budget.SCORING_SECONDS
-    assert found[()] == (0.0, 0.0)
+    assert min(seconds_of["full", "lora"]) > budget.SCORING_SECONDS
+    assert seconds_of[()] == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("time", "said", "up"), [(45, "45s", "50s"), (61, "1m1s", "1m10s"), (431, "7m11s", "7m30s"), (3601, "1h", "1h5m")]
+    ("time", "text", "up"), [(45, "45s", "50s"), (61, "1m1s", "1m10s"), (431, "7m11s", "7m30s"), (3601, "1h", "1h5m")]
 )
-def test_times_are_written_as_they_are_typed(time: float, said: str, up: str) -> None:
-    assert (typed_seconds(time), typed_seconds(budget.round_up(time))) == (said, up)
+def test_times_are_written_as_they_are_typed(time: float, text: str, up: str) -> None:
+    assert (typed_seconds(time), typed_seconds(budget.round_up(time))) == (text, up)

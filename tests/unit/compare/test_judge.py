@@ -26,13 +26,13 @@ def trial(name: str, rate: float, **more: Any) -> Trial:
     return Trial(name=name, method=name.partition("-")[0], learning_rate=rate, seed=42, **more)
 
 
-def result(one: Trial) -> TrialResult:
-    return TrialResult(trial=one, train_seconds=1.0, tokens_per_second=1.0, metric=0.9)
+def result(trial: Trial) -> TrialResult:
+    return TrialResult(trial=trial, train_seconds=1.0, tokens_per_second=1.0, metric=0.9)
 
 
 @pytest.fixture
 def line(tmp_path: Path) -> Any:
-    said: list[str] = []
+    messages: list[str] = []
     (tmp_path / "data" / "test").mkdir(parents=True)
     np.save(tmp_path / "data" / "test" / CLUSTERS, np.arange(400))
     return mock.MagicMock(
@@ -40,8 +40,8 @@ def line(tmp_path: Path) -> Any:
         alpha=0.05,
         full=SimpleNamespace(label="full"),
         trained_methods=[SimpleNamespace(label=method) for method in ("full", "lora", "adapter")],
-        said=said,
-        say=said.append,
+        said=messages,
+        say=messages.append,
         command="fulltune compare",
     )
 
@@ -49,7 +49,7 @@ def line(tmp_path: Path) -> Any:
 @pytest.fixture(autouse=True)
 def given() -> Iterator[dict[str, Any]]:
     """What is asked of the verdict's parts."""
-    made = {
+    planned = {
         "untouched": mock.Mock(return_value=()),
         "method_outputs": mock.Mock(return_value=[]),
         "decide": mock.Mock(return_value=comparisons.undecided().decision),
@@ -58,8 +58,8 @@ def given() -> Iterator[dict[str, Any]]:
         "note_access": mock.Mock(),
         "comparison_of": mock.Mock(return_value=comparisons.undecided()),
     }
-    with mock.patch.multiple(conclude, **made):
-        yield made
+    with mock.patch.multiple(conclude, **planned):
+        yield planned
 
 
 def ran(line: Any, looks: Any = (), searches: Any = None) -> SeedRuns:
@@ -108,8 +108,8 @@ def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any
 
 
 def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: Any) -> None:
-    found = conclude.judge(ran(line))  # there is no models/full, no models/lora
-    assert type(found).load(line.folder / RECORD) == found
+    comparison = conclude.judge(ran(line))  # there is no models/full, no models/lora
+    assert type(comparison).load(line.folder / RECORD) == comparison
     assert line.said[1:] == [f"{method}: no model card, because models/{method} no longer exists" for method in RESULTS]
     with mock.patch.object(conclude, "write_model_cards", side_effect=OSError("the disk is full")):
         (line.folder / RECORD).unlink()

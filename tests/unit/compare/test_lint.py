@@ -69,7 +69,7 @@ def rules_of(
     **more: Any,
 ) -> tuple[Finding, ...]:
     decision, opened = {"verdict": verdict}, comparisons.openings(openings)
-    found = comparisons.comparison(rows=tuple(rows), decision=decision, openings=opened)
+    compared = comparisons.comparison(rows=tuple(rows), decision=decision, openings=opened)
     line = mock.MagicMock(folder=Path("none"), scale=Scale(True, eval_rows, True))
     line.recipe.compare.margin = 0.01
     line.summary = SimpleNamespace(
@@ -77,7 +77,7 @@ def rules_of(
     )
     ran: Any = SimpleNamespace(**{"context": line, "time_was_up": False, "left_out": (), **more})
     with mock.patch.object(lint, "is_quantised", return_value=is_quantised):
-        return lint.lint_comparison(ran, found)
+        return lint.lint_comparison(ran, compared)
 
 
 def test_lint_of_clean_design_is_silent() -> None:
@@ -91,7 +91,7 @@ def test_lint_of_clean_design_is_silent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("planted", "rule", "level", "said"),
+    ("planted", "rule", "level", "words"),
     [
         ({"lora": {"seeds": (1,)}, "time_was_up": True}, "no-time-for-seeds", "worth knowing", "1 seed: the budget"),
         ({"lora": {"seeds": (1, 2)}, "time_was_up": True}, "no-time-for-seeds", "worth knowing", "2 seeds: the"),
@@ -104,16 +104,16 @@ def test_lint_of_clean_design_is_silent() -> None:
         ({"left_out": ("prompt",)}, "left-out", "worth knowing", "the budget is too short"),
     ],
 )
-def test_what_the_budget_caused_is_called_so(planted: dict[str, Any], rule: str, level: str, said: str) -> None:
-    (found,) = rules(**planted)
-    assert (found.rule, found.level) == (rule, level)
-    assert found.what.startswith(said) or said in found.what
-    assert "--budget" in found.to_do
+def test_what_the_budget_caused_is_called_so(planted: dict[str, Any], rule: str, level: str, words: str) -> None:
+    (finding,) = rules(**planted)
+    assert (finding.rule, finding.level) == (rule, level)
+    assert finding.what.startswith(words) or words in finding.what
+    assert "--budget" in finding.to_do
 
 
 def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
-    found = rules(openings=2)
-    assert [(one.rule, one.level) for one in found] == [("test-opened-again", "worth knowing")]
+    findings = rules(openings=2)
+    assert [(one.rule, one.level) for one in findings] == [("test-opened-again", "worth knowing")]
 
 
 @pytest.mark.parametrize(
@@ -151,10 +151,10 @@ def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
     ],
 )
 def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: str, planted: dict[str, Any]) -> None:
-    (found,) = rules(**planted)
-    assert (found.rule, found.where, found.level) == (rule, where, level)
-    assert found.what
-    assert found.to_do
+    (finding,) = rules(**planted)
+    assert (finding.rule, finding.where, finding.level) == (rule, where, level)
+    assert finding.what
+    assert finding.to_do
 
 
 def test_lint_rates_of_full_that_whole_runs_led_up_to_do_not_make_those_of_lora_low() -> None:
@@ -176,13 +176,13 @@ def test_lint_targets_beside_attention_are_fine() -> None:
 def test_lint_flags_hugging_faces_peft_benchmark() -> None:
     """Full method of its `method_comparison`: bf16 weights without a master copy, one rate, one seed; LoRA on q, v."""
     lora = {"rank": 32, "target_modules": ["q_proj", "v_proj"]}
-    found = rules_of(
+    findings = rules_of(
         [
             MethodRow(method="full", kind="full", **found_by(chosen=1e-5), seeds=(0,), weights_dtype="bf16"),
             MethodRow(method="lora", kind="lora", **found_by(chosen=1e-4), seeds=(0,), settings=lora),
         ]
     )
-    assert {(finding.rule, finding.where) for finding in found} == {
+    assert {(finding.rule, finding.where) for finding in findings} == {
         ("bf16-full", "full"),
         ("rate-not-searched", "full"),
         ("rate-not-searched", "lora"),
@@ -190,4 +190,4 @@ def test_lint_flags_hugging_faces_peft_benchmark() -> None:
         ("one-seed", "lora"),
         ("attention-only-lora", "lora"),
     }
-    assert all(finding.level == "unfair" for finding in found)
+    assert all(finding.level == "unfair" for finding in findings)

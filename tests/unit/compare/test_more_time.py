@@ -12,14 +12,14 @@ from tests import comparisons
 
 def ended(left: float, budget_seconds: float = 360.0) -> Comparison:
     """Undecided because the time was up, with so much left of the chance of a wrong answer."""
-    made = comparisons.undecided(time_was_up=True)
+    comparison = comparisons.undecided(time_was_up=True)
     openings = tuple(one.model_copy(update={"left": left}) for one in comparisons.openings(2))
-    expected = made.expectation.model_copy(update={"budget_seconds": budget_seconds})
-    return made.model_copy(update={"openings": openings, "expectation": expected})
+    expected = comparison.expectation.model_copy(update={"budget_seconds": budget_seconds})
+    return comparison.model_copy(update={"openings": openings, "expectation": expected})
 
 
 @pytest.mark.parametrize(
-    ("left", "budget", "said"),
+    ("left", "budget", "reason"),
     [
         (0.01, 720.0, None),
         (0.01, None, None),
@@ -28,14 +28,14 @@ def ended(left: float, budget_seconds: float = 360.0) -> Comparison:
     ],
 )
 def test_goes_on_with_more_time_where_a_part_of_the_chance_of_a_wrong_answer_is_left(
-    left: float, budget: float | None, said: str | None
+    left: float, budget: float | None, reason: str | None
 ) -> None:
-    found = why_finished(ended(left), budget)
-    assert found is None if said is None else (found or "").startswith(said)
+    refusal = why_finished(ended(left), budget)
+    assert refusal is None if reason is None else (refusal or "").startswith(reason)
 
 
 @pytest.mark.parametrize(("left", "promised"), [(0.01, True), (0.0, False)])
 def test_card_promises_more_time_only_where_it_would_go_on(left: float, promised: bool) -> None:
-    made = ended(left)
-    assert made.can_resume is promised
-    assert ("larger --budget" in str(content.for_terminal(made))) is promised
+    comparison = ended(left)
+    assert comparison.can_resume is promised
+    assert ("larger --budget" in str(content.for_terminal(comparison))) is promised

@@ -46,7 +46,7 @@ def test_best_of_equal_rates_the_lowest_comes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "usual", "kept"),
+    ("grid", "usual", "nearest"),
     [
         ((6.3e-05, 0.0002, 0.00063), 2e-4, 2e-4),
         ((6.3e-05, 0.0002, 0.00063), 2.04e-4, 2e-4),  # rates of a grid are rounded
@@ -55,9 +55,9 @@ def test_best_of_equal_rates_the_lowest_comes_first() -> None:
     ],
 )
 def test_usual_rate_is_the_default_or_the_nearest_of_given_ones(
-    grid: tuple[float, ...], usual: float, kept: float
+    grid: tuple[float, ...], usual: float, nearest: float
 ) -> None:
-    assert rates.nearest(grid, rates.rounded(usual)) == kept
+    assert rates.nearest(grid, rates.rounded(usual)) == nearest
 
 
 FEW = Scale(greater_is_better=True, eval_rows=28, is_share=True)
@@ -103,27 +103,27 @@ def finished(short: dict[float, float], scale: Scale = SHARE, usual: float = 2e-
 
 
 def test_finished_takes_the_best_rate() -> None:
-    found = finished(tried(r1e_4=0.91, r3e_4=0.93, r1e_3=0.7), SHARE, 3e-4)
-    assert (found.chosen, found.on_edge, found.usual) == (3e-4, False, 3e-4)
-    assert found.reason == "the best of 3 short runs of 6% of the steps"
+    result = finished(tried(r1e_4=0.91, r3e_4=0.93, r1e_3=0.7), SHARE, 3e-4)
+    assert (result.chosen, result.on_edge, result.usual) == (3e-4, False, 3e-4)
+    assert result.reason == "the best of 3 short runs of 6% of the steps"
     edge = finished(tried(r1e_4=2.0, r3e_4=2.1, r1e_3=math.nan), LOSS, 3e-4)
     assert (edge.chosen, edge.on_edge) == (1e-4, True)
     assert edge.reason.endswith("of the steps, at the edge of those tried")
     near = finished(tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, 1e-4)
     assert (near.chosen, near.on_edge) == (1e-4, False)  # as good as its neighbour: nothing says that it gets better
-    kept = finished(tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, 3e-4)
-    assert (kept.chosen, kept.on_edge) == (3e-4, False)
-    assert kept.reason == "the default rate: no other led by more than 1 %, in short runs of 6% of the steps"
+    default = finished(tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, 3e-4)
+    assert (default.chosen, default.on_edge) == (3e-4, False)
+    assert default.reason == "the default rate: no other led by more than 1 %, in short runs of 6% of the steps"
 
 
 def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given() -> None:
-    found = Search(method="lora", tried=tried(r1e_3=0.9, r1e_2=0.9), chosen=1e-2)
+    result = Search(method="lora", tried=tried(r1e_3=0.9, r1e_2=0.9), chosen=1e-2)
     taken = []
-    while (lower := rates.after_divergence(found)) is not None:
-        found = rates.replaced(found, lower, "it diverged")
+    while (lower := rates.after_divergence(result)) is not None:
+        result = rates.replaced(result, lower, "it diverged")
         taken.append(lower)
     assert taken == [1e-3, 3.2e-4, 1e-4]
-    assert found.on_edge
+    assert result.on_edge
     assert rates.after_divergence(Search(method="lora", chosen=1e-2)) is None
 
 
@@ -147,14 +147,14 @@ FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
     ],
 )
 def test_next_whole_is_first_the_usual_rate_else_the_second_best(short: dict[str, float], second: float | None) -> None:
-    found = finished(tried(**short), SHARE)
-    assert rates.next_whole(found, {found.chosen: 0.9}, SHARE, True, 4) == second
+    result = finished(tried(**short), SHARE)
+    assert rates.next_whole(result, {result.chosen: 0.9}, SHARE, True, 4) == second
     assert rates.next_whole(Search(method="full", chosen=1e-3), {1e-3: 0.9}, SHARE, True, 4) is None
 
 
 def test_next_whole_none_where_one_that_whole_runs_chose_came_apart() -> None:
-    found = finished(tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE)
-    climbed = rates.after_whole(found, {2e-4: 0.8, 6e-4: 0.9}, SHARE)
+    result = finished(tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE)
+    climbed = rates.after_whole(result, {2e-4: 0.8, 6e-4: 0.9}, SHARE)
     back = rates.replaced(climbed, 2e-4, "it diverged")
     assert rates.next_whole(back, {2e-4: 0.8}, SHARE, True, 4) is None  # or it would choose 6e-4 for ever
 
@@ -186,10 +186,10 @@ AT_CHANCE = {"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}
 def test_next_whole_goes_on_while_it_gets_clearly_better(
     short: dict[str, float], whole: dict[float, float], following: float | None
 ) -> None:
-    found = finished(tried(**short), SHARE)
-    assert rates.next_whole(found, whole, SHARE, may_extend=True, most=4) == following
-    inside = following if following in found.tried else None
-    assert rates.next_whole(found, whole, SHARE, may_extend=False, most=4) == inside
+    result = finished(tried(**short), SHARE)
+    assert rates.next_whole(result, whole, SHARE, may_extend=True, most=4) == following
+    inside = following if following in result.tried else None
+    assert rates.next_whole(result, whole, SHARE, may_extend=False, most=4) == inside
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def test_after_whole_the_better_run_counts(
     metrics: tuple[float, float], scale: Scale, chosen: float, on_edge: bool
 ) -> None:
     search = finished(tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE)
-    found = rates.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
-    assert (found.chosen, found.on_edge) == (chosen, on_edge)
-    assert list(found.whole) == [6e-4, 2e-4]
-    said = {(0.925, 0.919): "the default rate: no other led by more than the eval rows can show, in whole runs"}
-    assert found.reason == said.get(metrics, "the best of 2 whole runs")
+    result = rates.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
+    assert (result.chosen, result.on_edge) == (chosen, on_edge)
+    assert list(result.whole) == [6e-4, 2e-4]
+    reasons = {(0.925, 0.919): "the default rate: no other led by more than the eval rows can show, in whole runs"}
+    assert result.reason == reasons.get(metrics, "the best of 2 whole runs")

@@ -26,10 +26,10 @@ def looked(
     right = drawn_right(np.random.default_rng(1), rows, accuracies, spread, max(seeds))
     kinds = (("full", "full"), ("lora", "lora"), ("prompt", "prompt"))
     methods = [
-        method(name, kind, one[:count])  # type: ignore[arg-type]  # of this type
-        for (name, kind), one, count in zip(kinds, right, seeds, strict=False)
+        method(name, kind, outputs[:count])  # type: ignore[arg-type]  # of this type
+        for (name, kind), outputs, count in zip(kinds, right, seeds, strict=False)
     ]
-    drawn = draw(ACCURACY, [one.trials for one in methods], None, 1000)
+    drawn = draw(ACCURACY, [outputs.trials for outputs in methods], None, 1000)
     return look(methods, drawn, Terms(ACCURACY, 0.01), most, rows, again=again)
 
 
@@ -50,11 +50,9 @@ def test_spent_second_look_after_catching_up_is_paid_for_by_those_that_waited() 
 
 
 def test_look_one_seed_full_and_the_leader_go_on_and_the_rest_waits() -> None:
-    found = looked([0.93, 0.85, 0.91], [1, 1, 1])
-    assert found.wanted_seeds == {"full": 2, "prompt": 2}
-    assert (
-        found.reason == "of the methods beside full the best is prompt; one seed does not show the spread between seeds"
-    )
+    result = looked([0.93, 0.85, 0.91], [1, 1, 1])
+    assert result.wanted_seeds == {"full": 2, "prompt": 2}
+    assert result.reason.endswith("the best is prompt; one seed does not show the spread between seeds")
 
 
 def test_look_one_seed_planned_is_enough() -> None:
@@ -62,38 +60,38 @@ def test_look_one_seed_planned_is_enough() -> None:
 
 
 def test_look_unclear_leader_goes_on_while_the_rest_waits() -> None:
-    found = looked([0.93, 0.915, 0.55], [2, 2, 1], spread=0.005)
-    assert (found.wanted_seeds, found.waiting) == ({"full": 3, "lora": 3}, ("prompt",))
+    result = looked([0.93, 0.915, 0.55], [2, 2, 1], spread=0.005)
+    assert (result.wanted_seeds, result.waiting) == ({"full": 3, "lora": 3}, ("prompt",))
 
 
 def test_look_equal_leader_ends_it_whatever_the_rest_does() -> None:
-    found = looked([0.95, 0.9501, 0.9], [4, 4, 1], rows=20_000)
-    assert (found.wanted_seeds, found.waiting) == ({}, ("prompt",))
+    result = looked([0.95, 0.9501, 0.9], [4, 4, 1], rows=20_000)
+    assert (result.wanted_seeds, result.waiting) == ({}, ("prompt",))
 
 
 def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
-    found = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002, most=3)
-    assert (found.wanted_seeds, found.waiting) == ({"prompt": 3}, ())
-    assert found.reason == "full beats the leader; prompt must catch up"
-    assert found.spent == spent(3, 3, 0.05)
+    result = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002, most=3)
+    assert (result.wanted_seeds, result.waiting) == ({"prompt": 3}, ())
+    assert result.reason == "full beats the leader; prompt must catch up"
+    assert result.spent == spent(3, 3, 0.05)
     second = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002, most=3, again=True)
     assert not second.wanted_seeds
     assert second.spent == spent(3, 3, 0.05, again=True)
 
 
 def test_look_after_the_last_seeds_the_others_catch_up_where_full_is_likely_to_be_better() -> None:
-    found = looked([0.95, 0.935, 0.938], [3, 3, 1], spread=0.004, most=3)
-    assert (found.wanted_seeds, found.waiting) == ({"prompt": 3}, ())
-    assert found.reason == "full seems to beat the leader; prompt must catch up"
+    result = looked([0.95, 0.935, 0.938], [3, 3, 1], spread=0.004, most=3)
+    assert (result.wanted_seeds, result.waiting) == ({"prompt": 3}, ())
+    assert result.reason == "full seems to beat the leader; prompt must catch up"
     assert looked([0.95, 0.949, 0.938], [3, 3, 1], spread=0.004, most=3).wanted_seeds == {}
     assert looked([0.95, 0.935, 0.938], [3, 3, 3], spread=0.004, most=3, again=True).wanted_seeds == {}
 
 
 def test_look_one_that_did_not_catch_up_clearly_goes_on_with_the_others() -> None:
     # `prompt` was beaten clearly before, and is not at the smaller part of alpha of the second look.
-    found = looked([0.95, 0.85, 0.938], [3, 3, 1], spread=0.002, again=True)
-    assert found.wanted_seeds == {"full": 4, "lora": 4, "prompt": 4}
-    assert found.reason == "not clear yet: prompt"
+    result = looked([0.95, 0.85, 0.938], [3, 3, 1], spread=0.002, again=True)
+    assert result.wanted_seeds == {"full": 4, "lora": 4, "prompt": 4}
+    assert result.reason == "not clear yet: prompt"
 
 
 def test_look_full_that_beats_all_is_enough_though_some_waited() -> None:
@@ -101,16 +99,16 @@ def test_look_full_that_beats_all_is_enough_though_some_waited() -> None:
 
 
 def test_look_clear_difference_is_enough() -> None:
-    found = looked([0.95, 0.85], [3, 3])
-    assert not found.wanted_seeds
-    assert found.spent == spent(3, 5, 0.05)
+    result = looked([0.95, 0.85], [3, 3])
+    assert not result.wanted_seeds
+    assert result.spent == spent(3, 5, 0.05)
 
 
 def test_look_unclear_goes_on_until_all_seeds() -> None:
     assert looked([0.93, 0.915], [3, 3], spread=0.005).wanted_seeds
-    found = looked([0.93, 0.915], [5, 5], spread=0.005)
-    assert not found.wanted_seeds
-    assert found.reason == "all planned seeds are finished"
+    result = looked([0.93, 0.915], [5, 5], spread=0.005)
+    assert not result.wanted_seeds
+    assert result.reason == "all planned seeds are finished"
 
 
 def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
@@ -119,16 +117,16 @@ def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
     full, lora = (np.repeat(chance.permutation(np.arange(150) < 127)[None], 3, axis=0) for _ in range(2))
     methods = [method("full", "full", full), method("lora", "lora", lora)]
     drawn = draw(ACCURACY, [one.trials for one in methods], None, 2000)
-    found = look(methods, drawn, Terms(ACCURACY, 0.01), 5, 150)
-    assert not found.wanted_seeds
-    assert "more seeds are unlikely to decide" in found.reason
+    result = look(methods, drawn, Terms(ACCURACY, 0.01), 5, 150)
+    assert not result.wanted_seeds
+    assert "more seeds are unlikely to decide" in result.reason
 
 
 def test_left_is_the_part_of_the_look_that_ended_it_else_what_was_not_spent() -> None:
-    one, two = looked([0.93, 0.915], [1, 1], most=3), looked([0.93, 0.915], [2, 2], spread=0.005, most=3)
-    assert two.wanted_seeds
-    assert left([one, two], 0.05)[0] == pytest.approx(spent(3, 3, 0.05))
-    assert left([one, two.model_copy(update={"wanted_seeds": {}})], 0.05)[0] == two.spent
+    first, second = looked([0.93, 0.915], [1, 1], most=3), looked([0.93, 0.915], [2, 2], spread=0.005, most=3)
+    assert second.wanted_seeds
+    assert left([first, second], 0.05)[0] == pytest.approx(spent(3, 3, 0.05))
+    assert left([first, second.model_copy(update={"wanted_seeds": {}})], 0.05)[0] == second.spent
     assert left([], 0.05) == (0.05, 0.0)
     assert left([], 0.05, time_was_up=True) == (TIME_UP_SHARE * 0.05, (1 - TIME_UP_SHARE) * 0.05)
 
@@ -171,8 +169,8 @@ def test_left_where_time_is_up_while_others_catch_up_after_the_last_seeds_is_tha
 
 
 def test_left_second_look_takes_no_more_than_the_first_after_the_same_seeds() -> None:
-    one, two = looks_of(2, 3)
-    again = two.model_copy(update={"spent": spent(2, 3, 0.05, again=True), "wanted_seeds": {}})
-    now, later = left([one, two, again], 0.05, time_was_up=True)
+    first, second = looks_of(2, 3)
+    again = second.model_copy(update={"spent": spent(2, 3, 0.05, again=True), "wanted_seeds": {}})
+    now, later = left([first, second, again], 0.05, time_was_up=True)
     assert now == again.spent
     assert later == pytest.approx(spent(3, 3, 0.05))

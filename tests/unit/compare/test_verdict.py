@@ -58,35 +58,35 @@ def decision(accuracies: dict[str, float], rows: int = ROWS, seeds: int = 3, mar
     ids=lambda value: str(value),
 )
 def test_verdict_of_planted_accuracies(accuracies: dict[str, float], verdict: str, recommended: str) -> None:
-    found = decision(accuracies)
-    assert (found.verdict, found.recommended) == (verdict, recommended)
-    assert found.headline
-    assert len(found.because) == len([name for name in accuracies if name not in ("full", "head")])
-    assert found.would_decide == ()
+    result = decision(accuracies)
+    assert (result.verdict, result.recommended) == (verdict, recommended)
+    assert result.headline
+    assert len(result.because) == len([name for name in accuracies if name not in ("full", "head")])
+    assert result.would_decide == ()
 
 
 def test_verdict_few_rows_is_undecided_and_says_what_would_decide() -> None:
-    found = decision({"full": 0.93, "lora": 0.89}, rows=300)
-    assert (found.verdict, found.recommended) == ("UNDECIDED", "")
-    (one,) = found.differences
-    assert one.seeds_needed is not None
-    assert one.seeds_needed > 3
-    assert f"{one.seeds_needed} seeds per method" in found.would_decide[0]
-    assert one.detectable > 0.03
+    result = decision({"full": 0.93, "lora": 0.89}, rows=300)
+    assert (result.verdict, result.recommended) == ("UNDECIDED", "")
+    (difference,) = result.differences
+    assert difference.seeds_needed is not None
+    assert difference.seeds_needed > 3
+    assert f"{difference.seeds_needed} seeds per method" in result.would_decide[0]
+    assert difference.detectable > 0.03
 
 
 def test_verdict_one_seed_is_never_decided() -> None:
-    found = decision({"full": 0.95, "lora": 0.75}, seeds=1)
-    assert found.verdict == "UNDECIDED"
-    assert not found.differences[0].seeds_known
-    assert "one seed" in found.because[0]
-    assert "train three or more seeds of full and of lora" in found.would_decide[0]
+    result = decision({"full": 0.95, "lora": 0.75}, seeds=1)
+    assert result.verdict == "UNDECIDED"
+    assert not result.differences[0].seeds_known
+    assert "one seed" in result.because[0]
+    assert "train three or more seeds of full and of lora" in result.would_decide[0]
 
 
 def test_verdict_method_that_may_be_better_is_recommended_though_undecided() -> None:
-    found = decision({"full": 0.93, "lora": 0.94}, rows=2500)
-    assert (found.verdict, found.recommended) == ("UNDECIDED", "lora")
-    assert found.differences[0].not_worse
+    result = decision({"full": 0.93, "lora": 0.94}, rows=2500)
+    assert (result.verdict, result.recommended) == ("UNDECIDED", "lora")
+    assert result.differences[0].not_worse
 
 
 def test_verdict_method_with_one_seed_borrows_the_spread_and_is_noted() -> None:
@@ -96,10 +96,10 @@ def test_verdict_method_with_one_seed_borrows_the_spread_and_is_noted() -> None:
         method("prompt", "prompt", right[1][:1]),
         method("lora", "lora", right[2]),
     ]
-    found = decided(methods)
-    assert found.verdict == "FULL"
-    assert any(note.startswith("prompt: one seed") for note in found.notes)
-    assert found.difference("prompt").num_seeds == 1
+    result = decided(methods)
+    assert result.verdict == "FULL"
+    assert any(note.startswith("prompt: one seed") for note in result.notes)
+    assert result.difference("prompt").num_seeds == 1
 
 
 def test_verdict_of_a_loss_is_oriented() -> None:
@@ -116,18 +116,18 @@ def test_verdict_of_a_loss_is_oriented() -> None:
         MethodOutputs("full", "full", trials(1.0), 9.0),
         MethodOutputs("lora", "lora", trials(1.2), 1.0),
     ]
-    found = decided(methods, loss, margin=0.02)
-    assert found.verdict == "FULL"
-    assert found.difference("lora").estimate == pytest.approx(0.2, abs=0.02)
-    assert found.difference("base").estimate == pytest.approx(2.0, abs=0.02)
-    assert not found.difference("base").decides
-    assert "base" not in found.seed_sds
+    result = decided(methods, loss, margin=0.02)
+    assert result.verdict == "FULL"
+    assert result.difference("lora").estimate == pytest.approx(0.2, abs=0.02)
+    assert result.difference("base").estimate == pytest.approx(2.0, abs=0.02)
+    assert not result.difference("base").decides
+    assert "base" not in result.seed_sds
 
 
 def test_verdict_is_the_same_from_its_json() -> None:
-    found = decision({"full": 0.93, "lora": 0.89, "prompt": 0.7})
-    assert Decision.model_validate_json(found.model_dump_json()) == found
-    assert found == decision({"full": 0.93, "lora": 0.89, "prompt": 0.7})
+    result = decision({"full": 0.93, "lora": 0.89, "prompt": 0.7})
+    assert Decision.model_validate_json(result.model_dump_json()) == result
+    assert result == decision({"full": 0.93, "lora": 0.89, "prompt": 0.7})
 
 
 def test_verdict_at_spent_alpha_is_stricter() -> None:
@@ -141,12 +141,12 @@ def test_verdict_at_spent_alpha_is_stricter() -> None:
 def test_intervals_of_shares_stay_within_what_shares_can_be() -> None:
     """Two seeds that differ much allow anything; nothing is right more than always."""
     right = drawn_right(np.random.default_rng(3), 60, [0.9, 0.6], 0.2, 2)
-    found = decided([method("full", "full", right[0], 2), method("lora", "lora", right[1], 1)])
-    for score in found.scores.values():
+    result = decided([method("full", "full", right[0], 2), method("lora", "lora", right[1], 1)])
+    for score in result.scores.values():
         assert 0 <= score.low <= score.value <= score.high <= 1
-    (apart,) = found.differences
+    (apart,) = result.differences
     assert -1 <= apart.adjusted_low <= apart.low <= apart.high <= apart.adjusted_high <= 1
-    assert found.scores["full"].high == 1
+    assert result.scores["full"].high == 1
 
 
 def test_method_that_waited_is_tested_at_its_part_of_alpha() -> None:

@@ -13,7 +13,7 @@ from fulltune.stats import bootstrap, intervals
 from fulltune.stats.bootstrap import ResampledTrials, draw, measure_of
 from fulltune.stats.intervals import difference, holm, seed_spreads
 from fulltune.tasks import Target
-from tests.unit.compare.methods import ACCURACY, drawn_right, kept, normal_drawn
+from tests.unit.compare.methods import ACCURACY, drawn_right, normal_drawn, predictions
 
 LOSS = measure_of("multiple-choice", Target("choice", {}), "loss")
 
@@ -112,7 +112,7 @@ def test_difference_where_only_seeds_matter_is_welchs_t_test() -> None:
 def test_seed_spread_of_equal_models_comes_from_the_rows_alone() -> None:
     chance = np.random.default_rng(0)
     right = drawn_right(chance, 2000, [0.9], seeds=8)[0]
-    drawn = draw(ACCURACY, [[kept(row) for row in right]], None, 3000)
+    drawn = draw(ACCURACY, [[predictions(row) for row in right]], None, 3000)
     (spread,) = seed_spreads(drawn, [False])
     assert spread is not None
     # Half of the rows are certain, the other half right with a chance of 0.8.
@@ -123,13 +123,13 @@ def test_seed_spread_of_equal_models_comes_from_the_rows_alone() -> None:
 def test_seed_spread_of_single_seed_is_borrowed_or_unknown() -> None:
     chance = np.random.default_rng(0)
     one, two = drawn_right(chance, 500, [0.9, 0.9], spread=0.02)
-    drawn = draw(ACCURACY, [[kept(row) for row in one], [kept(two[0])]], None, 500)
+    drawn = draw(ACCURACY, [[predictions(row) for row in one], [predictions(two[0])]], None, 500)
     full, method = seed_spreads(drawn, [False, False])
     assert full is not None
     assert method is not None
     assert method.borrowed
     assert (method.variance, method.degrees) == (full.variance, 2)
-    single = draw(ACCURACY, [[kept(one[0])], [kept(two[0])]], None, 500)
+    single = draw(ACCURACY, [[predictions(one[0])], [predictions(two[0])]], None, 500)
     assert seed_spreads(single, [False, False]) == [None, None]
     assert not difference(single, 0, 1, [None, None], 1.0, 1.0).seeds_known
     assert seed_spreads(single, [False, True]) == [None, intervals.NO_SPREAD]
@@ -137,7 +137,7 @@ def test_seed_spread_of_single_seed_is_borrowed_or_unknown() -> None:
 
 def test_difference_of_equal_predictions_is_not_certain_on_few_rows() -> None:
     right = np.ones((1, 20), bool)
-    drawn = draw(ACCURACY, [[kept(right[0])], [kept(right[0])]], None, 1000)
+    drawn = draw(ACCURACY, [[predictions(right[0])], [predictions(right[0])]], None, 1000)
     low, high = difference(drawn, 0, 1, [intervals.NO_SPREAD] * 2, 1.0, 1.0).interval(0.05)
     assert low == pytest.approx(-high, abs=1e-6)
     assert 2 / 20 < high < 4 / 20  # the rule of three: 3 / rows

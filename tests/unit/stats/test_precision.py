@@ -11,7 +11,7 @@ from scipy import stats
 from fulltune.stats.bootstrap import draw
 from fulltune.stats.intervals import SeedSpread, difference, seed_spreads
 from fulltune.stats.precision import ComparisonPrecision, needed, planned_detectable
-from tests.unit.compare.methods import ACCURACY, drawn_right, kept, normal_drawn
+from tests.unit.compare.methods import ACCURACY, drawn_right, normal_drawn, predictions
 
 
 def test_detectable_with_certain_spread_is_the_closed_form() -> None:
@@ -47,7 +47,7 @@ def test_detectable_gets_smaller_with_rows_and_seeds() -> None:
 def test_needed_rows_or_seeds_would_decide() -> None:
     chance = np.random.default_rng(0)
     full, method = drawn_right(chance, 400, [0.93, 0.90], spread=0.015)
-    drawn = draw(ACCURACY, [[kept(row) for row in one] for one in (full, method)], None, 2000)
+    drawn = draw(ACCURACY, [[predictions(row) for row in one] for one in (full, method)], None, 2000)
     gap = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, 1.0)
     now = ComparisonPrecision.of(gap)
     assert now.half_width(0.05) > abs(gap.estimate) > 0.02
