@@ -78,7 +78,7 @@ def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(start: Sta
 
     assert (result.status, result.steps, result.phase) == ("hung", 4, "evaluation")
     assert result.reason == (
-        "the training process gave no sign of life for 1s (train.hang_timeout) after step 4 in an evaluation, and was "
+        "the training process sent no heartbeat for 1s (train.hang_timeout) after step 4 in an evaluation, and was "
         "ended"
     )
     assert Outcome.load(request.folder / "outcome.json") == result
@@ -122,7 +122,7 @@ def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
 
     result = child.run(request, impatient)
 
-    when = "after the step at hand, which it saves" if beat else "before its first step, as soon as the model is loaded"
+    when = "after the current step, which is saved" if beat else "before its first step, as soon as the model is loaded"
     assert texts[0] == "up"
     assert texts[1].startswith(f"asked to stop: the training ends {when}")
     assert texts[1].endswith("a second signal changes nothing, a third ends it at once without saving")

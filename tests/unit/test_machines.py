@@ -268,7 +268,7 @@ def test_others_do_not_wait_for_ever_for_a_machine_0_that_is_gone(place: Machine
     recipe = several(tmp_path)
     sign = Heartbeat(place.file_of(recipe, 0), leader(recipe))
     threading.Timer(0.3, sign.end).start()
-    with pytest.raises(InterruptedRun, match=r"machine 0 \(host0\) gave no sign of life and did not come back in 0 s"):
+    with pytest.raises(InterruptedRun, match=r"machine 0 \(host0\) sent no heartbeat and did not come back in 0 s"):
         follow_one(replace(place, wait_seconds=0.2), recipe)
     with pytest.raises(SetupError, match="machine 0 did not answer"):
         follow_one(replace(place, wait_seconds=0.1), recipe)

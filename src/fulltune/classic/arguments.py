@@ -66,7 +66,7 @@ IGNORED = {
     "jit_mode_eval": "evaluation no longer traces the model; torch_compile=True compiles it",
     "logging_dir": "report_to='tensorboard' writes to the folder that TENSORBOARD_LOGGING_DIR names",
     "mp_parameters": "SageMaker's launcher sets it itself",
-    "overwrite_output_dir": "training always starts anew and writes into output_dir; continue with "
+    "overwrite_output_dir": "training always starts from the model and writes into output_dir; continue with "
     "trainer.train(resume_from_checkpoint=True)",
     "past_index": "the state of one batch is no longer handed to the next",
     "push_to_hub_organization": "write hub_model_id='ORGANIZATION/MODEL'",

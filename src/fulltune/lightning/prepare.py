@@ -144,7 +144,7 @@ class FineTuning:
         elif module.sharded_by and not zero.holds(module.model):
             raise SetupError(
                 f"save: {module.sharded_by} has sharded the weights, so that no process has all of them; in a new "
-                "process, give save(folder, checkpoint=...) one with whole weights (docs/guides/training.md)"
+                "process, call save(folder, checkpoint=...) with gathered weights (docs/guides/training.md)"
             )
         is_first = module.global_rank == 0
         if not is_first and not zero.holds(module.model):

@@ -179,9 +179,9 @@ def test_killed_before_does_not_make_memory_of_another_attempt_worse() -> None:
 
 
 def test_hung_is_tried_once_as_it_was() -> None:
-    hung = outcome("hung", reason="it gave no sign of life")
+    hung = outcome("hung", reason="it sent no heartbeat")
     assert next_attempt(recipe(), plan(), [hung]) == NextAttempt(
-        plan(), True, "it gave no sign of life; resuming from the last sound checkpoint"
+        plan(), True, "it sent no heartbeat; resuming from the last sound checkpoint"
     )
     assert next_attempt(recipe(), plan(), [hung, hung]) is None
 

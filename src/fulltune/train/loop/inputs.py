@@ -66,7 +66,7 @@ class AttemptInputs:
 
     @cached_property
     def layout(self) -> ParallelLayout | None:
-        """What is sharded over the ranks; None if every rank holds all."""
+        """Layout of the sharded state; None if every rank holds all."""
         return parallel_layout.of(self.recipe)
 
     @property

@@ -39,7 +39,7 @@ MAD = 1.4826
 
 @dataclass(frozen=True)
 class StepHistory:
-    """What the step guard knows of earlier steps; each checkpoint contains it."""
+    """Losses and norms of earlier steps for the step guard; part of each checkpoint."""
 
     losses: tuple[float, ...] = ()
     """Losses of the last clean steps, oldest first."""
@@ -60,7 +60,7 @@ class StepHistory:
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """What the guard decides about a step, and the history that includes it."""
+    """The guard's decision about a step, and the history that includes it."""
 
     action: Literal["go on", "skip", "stop"]
     history: StepHistory

@@ -34,7 +34,7 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
         where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase_of(request.folder) or "", "")
         step, seconds = steps_of(request.folder), round(time.monotonic() - began, 1)
         limit = f"{request.recipe.train.hang_timeout} (train.hang_timeout)"
-        reason = f"the training process gave no sign of life for {limit} after step {step:,}{where}, and was ended"
+        reason = f"the training process sent no heartbeat for {limit} after step {step:,}{where}, and was ended"
         outcome = _unwritten(request, "hung", reason).model_copy(update={"steps": step, "train_seconds": seconds})
     else:
         lost: Sequence[LostMachine] = getattr(child, "lost", ())  # of several machines
@@ -158,7 +158,7 @@ def _follow(request: Request, child: spawn.Child, listener: Listener, stop_signa
             answered = True
             when = "before its first step, as soon as the model is loaded and checked"
             if steps_of(request.folder) or request.plan.num_processes > 1:  # several agree at the end of a step
-                when = "after the step at hand, which it saves"
+                when = "after the current step, which is saved"
             third = "a second signal changes nothing, a third ends it at once without saving"
             listener(Message(text=f"asked to stop: the training ends {when}; {third}", level="warning"))
         ended = child.poll() is not None

@@ -228,7 +228,7 @@ def _part_of(heard: Peer, attempt: str, instance: str) -> tuple[bool, LostMachin
         kind: Literal["interrupted", "machine"] = "interrupted" if is_stopped else "machine"
         return True, lost(kind=kind, reason=f"ended with code {member.exit_code}")
     if heard.silent_seconds > machines.LOST_SECONDS:
-        return True, lost(reason=f"gave no sign of life for {format_seconds(round(heard.silent_seconds))}")
+        return True, lost(reason=f"sent no heartbeat for {format_seconds(round(heard.silent_seconds))}")
     return False, None
 
 
@@ -275,7 +275,7 @@ def _next(leader: Peer, place: MachineAddress, sign: Heartbeat, phase: Callable[
 def _no_answer(leader: Peer, place: MachineAddress, sign: Heartbeat) -> FulltuneError:
     waited = format_seconds(round(place.wait_seconds))
     if sign.record.token and leader.member is not None:
-        return InterruptedRun(f"{leader.member.label} gave no sign of life and did not come back in {waited}; {GO_ON}")
+        return InterruptedRun(f"{leader.member.label} sent no heartbeat and did not come back in {waited}; {GO_ON}")
     return SetupError(
         f"machine 0 did not answer in {waited}: it writes {leader.path} every {machines.HEARTBEAT_SECONDS:g} s. "
         "Either the command was not started there (--machine-rank 0, the same --rendezvous and version of "
