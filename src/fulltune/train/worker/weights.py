@@ -146,8 +146,8 @@ def save_model(
     summary: DataSummary,
     is_first: bool = True,
 ) -> None:
-    """Write a Hugging Face model folder, or only the weights that a method such as LoRA trains. A complete folder replaces
-    an older one."""
+    """Write a Hugging Face model folder, or only the weights that a method such as LoRA trains. A complete folder
+    replaces an older one."""
     part = folder.with_name(folder.name + ".part")
     if is_first:
         shutil.rmtree(part, ignore_errors=True)
