@@ -232,11 +232,14 @@ def _overhead(
     writing = work.flops_of(answered * recipe.evaluate.max_new_tokens, plan.longest_tokens) / flops
     answers = max(writing, reading) + passes * pass_seconds
     if recipe.evaluate.baselines:
-        untouched = test  # rows through the pretrained model, for a classifier on embeddings
+        pretrained_rows = test  # rows through the pretrained model, for a classifier on embeddings
         if not FACTS[summary.task].writes:
-            untouched = time.probe_passes(summary) * test if not summary.form.has_windows else 0
-            untouched += probed_rows if plan.head_init != "probe" else 0
-            untouched += scored if plan.head_init is not None else 0  # with the probe as its head
+            pretrained_rows = time.probe_passes(summary) * test if not summary.form.has_windows else 0
+            pretrained_rows += probed_rows if plan.head_init != "probe" else 0
+            pretrained_rows += scored if plan.head_init is not None else 0  # with the probe as its head
         # A baseline that reads no row with the model writes no answers either.
-        yield BASELINES, BASELINE_LINES * SCORING_SECONDS + (forward(untouched) + answers if untouched else 0.0)
+        yield (
+            BASELINES,
+            BASELINE_LINES * SCORING_SECONDS + (forward(pretrained_rows) + answers if pretrained_rows else 0.0),
+        )
     yield TRAINED, SCORING_SECONDS + forward(scored) + answers

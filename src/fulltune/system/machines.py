@@ -158,7 +158,7 @@ class Member(Record):
     rank: int
     token: str
     """Identifies machine 0's command; the others repeat it."""
-    beat: int = 0
+    heartbeats: int = 0
     instance: str
     """Identifies this command, as a restarted machine cannot rejoin an attempt."""
     host: str
@@ -269,13 +269,13 @@ class Heartbeat:
         # Reentrant, as a signal handler may write during a write.
         self._lock, self._ends = threading.RLock(), threading.Event()
         self.write()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread = threading.Thread(target=self._write_until_end, daemon=True)
         self._thread.start()
 
     def write(self, **changes: Any) -> None:
         """Write the file now, with these changes."""
         with self._lock:
-            self.record = self.record.model_copy(update={**changes, "beat": self.record.beat + 1})
+            self.record = self.record.model_copy(update={**changes, "heartbeats": self.record.heartbeats + 1})
             self.record.save(self.path)
 
     def write_end(self, error: BaseException | None) -> None:
@@ -293,7 +293,7 @@ class Heartbeat:
         self._ends.set()
         self._thread.join()
 
-    def _beat(self) -> None:
+    def _write_until_end(self) -> None:
         while not self._ends.wait(HEARTBEAT_SECONDS):
             # The file server may be away for a moment, in which the others see no heartbeat.
             with contextlib.suppress(OSError):
