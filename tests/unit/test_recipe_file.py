@@ -224,7 +224,7 @@ def test_answers_name_settings_that_exist() -> None:
 
     settings = {
         *Recipe.model_fields,
-        *(f"{block}.{name}" for block in Recipe.model_fields for name in recipe_file._fields((block,))),
+        *(f"{block}.{name}" for block in Recipe.model_fields for name in recipe_file._fields_at((block,))),
     }
     for answer in recipe_rules.answers().values():
         for name in re.findall(r"(?<![\w.])(?:model|data|method|train|evaluate|compare)\.[a-z_0-9]+", answer):

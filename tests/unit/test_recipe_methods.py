@@ -149,8 +149,8 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         (
             {"methods": ["base", "full", "head"]},
             [
-                "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for scale); add "
-                "one of lora, adapter, prompt, peft, or another full with other settings"
+                "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
+                "add one of lora, adapter, prompt, peft, or another full with other settings"
             ],
         ),
         (

@@ -66,10 +66,10 @@ def test_weight_is_part_of_what_shapes_a_run(tmp_path: Path) -> None:
         (
             "[{path: b, weight: 0.6}, {path: c, weight: 0.4}]",
             [
-                "data.train: every file has a weight, expected at least one without: the task's rows, from which eval "
-                "and test are split; remove a weight",
-                "data.train: the weights sum to 1, expected at most 0.999, as the rest of each epoch is the task's "
-                "rows; lower them",
+                "data.train: every file has a weight, but the task's rows, from which eval and test are split, need a "
+                "file without one; remove a weight",
+                "data.train: the weights sum to 1, expected at most 0.999, because the rest of each epoch is the "
+                "task's rows; lower them",
             ],
         ),
         ("[a, {path: a, weight: 0.1}]", ["data.train: names a twice, once with a weight; keep one"]),

@@ -12,15 +12,14 @@ from fulltune.recipe.model import Block, refuse
 
 TextRows = Literal["auto", "line", "paragraph", "section"]
 UTF_8 = "utf-8-sig"
-"""Encoding that skips a byte order mark."""
 
 
-_MOST = 0.999
-"""Largest sum of weights: a thousand mixed-in rows for each row of the task."""
+_MAX_WEIGHT_SUM = 0.999
+"""Largest allowed sum of weights, at which an epoch has 999 mixed-in rows for each row of the task."""
 
 
 def codec_of(encoding: str) -> str:
-    """Return the codec that opens text in an encoding; `ValueError` if Python does not know it."""
+    """Return the name of the codec that opens text in `encoding`; raise `ValueError` if Python does not know it."""
     try:
         "a".encode(encoding)
     except (LookupError, ValueError):
@@ -29,28 +28,28 @@ def codec_of(encoding: str) -> str:
 
 
 class MixedFile(Block):
-    """A file whose rows are mixed into training and never scored."""
+    """A file whose rows are mixed into the training data but never scored."""
 
     path: str = Field(min_length=1)
     """File or folder, as in `data.train`."""
     weight: float = Field(gt=0, lt=1)
-    """Share of each epoch's rows that come from this file, such as 0.05. They are drawn at random, none twice before
-    all have been used. Raw text is counted in packed rows."""
+    """Share of each epoch's rows that come from this file, such as 0.05. They are drawn at random, and no row is drawn
+    twice before all rows have been used. For raw text, packed rows are counted."""
 
 
-# pydantic puts these names, which no setting can have, into the place of an error; the recipe's reader leaves them out.
-_Entry = Annotated[
+# pydantic inserts these names, which no setting can have, into an error's location; `file.py` removes them.
+_TrainEntry = Annotated[
     Annotated[str, Tag("one path")] | Annotated[MixedFile, Tag("mixed file")],
     Discriminator(lambda value: "mixed file" if isinstance(value, (dict, MixedFile)) else "one path"),
 ]
 _Train = Annotated[
-    Annotated[str, Tag("one path")] | Annotated[tuple[_Entry, ...], Tag("several paths")],
+    Annotated[str, Tag("one path")] | Annotated[tuple[_TrainEntry, ...], Tag("several paths")],
     Discriminator(lambda value: "several paths" if isinstance(value, (list, tuple)) else "one path"),
 ]
 
 
 class DataBlock(Block):
-    """Which rows to use, which columns, and how they become tokens."""
+    """Which rows and columns to use, and how to tokenize them."""
 
     train: _Train
     """File, list of files or folder: csv, tsv, jsonl, json, parquet, arrow, CoNLL or txt; for images, a folder with one
@@ -58,18 +57,18 @@ class DataBlock(Block):
     forgetting, mix in other rows by weight: `[task.jsonl, {path: generic.jsonl, weight: 0.05}]`. They need the task's
     columns; causal-lm also takes another kind of rows, such as raw text. Images cannot be mixed in."""
     eval: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """Rows for choosing: best checkpoint, early stopping, calibration. Default: split off train."""
+    """Rows that choose the best checkpoint, early stopping and calibration. Default: split off train."""
     test: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """Rows for reporting, never used for choosing. Default: split off train."""
+    """Rows that only report the final scores and never choose anything. Default: split off train."""
     columns: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Names of the columns of csv and tsv files without a header line, from left to right, such as `[text, label]`.
-    Default: the first line has the names."""
+    """Column names of csv and tsv files without a header line, from left to right, such as `[text, label]`. Default:
+    read from the first line."""
     encoding: str = "utf-8"
     """Character encoding of text files, such as `utf-8`, `cp1252` (Excel's csv in Western Europe), `latin-1`, `utf-16`
     or `shift_jis`. All files share it."""
     text: str | None = None
-    """Column with the text (text-classification; causal-lm on raw text). Default for this and other columns: recognised
-    by its name."""
+    """Column with the text (text-classification, and causal-lm on raw text). By default, this and the other columns are
+    recognised by their names."""
     text_pair: str | None = None
     """Column with the second text of a pair. Default: recognised by usual names, such as `premise` and `hypothesis`,
     unless `text` is given."""
@@ -99,12 +98,12 @@ class DataBlock(Block):
     image: str | None = None
     """Column with the path or the bytes of an image (image-classification). Not needed for one folder per class."""
     prompt: str | None = None
-    """Column with the prompt (causal-lm), which is not trained."""
+    """Column with the prompt (causal-lm). The prompt itself gets no loss."""
     input: str | None = None
-    """Column with the input of an instruction (causal-lm), put after the prompt and a blank line where it is not empty.
-    Default: `input` or `context`, beside a prompt called `instruction`."""
+    """Column with the input of an instruction (causal-lm). It is put after the prompt and a blank line, unless it is
+    empty. Default: `input` or `context`, if the prompt column is called `instruction`."""
     completion: str | None = None
-    """Column with the answer (causal-lm), which is trained."""
+    """Column with the answer (causal-lm), on which the model is trained."""
     messages: str | None = None
     """Column with a list of chat messages (causal-lm). Only assistant turns are trained."""
     tools: str | None = None
@@ -115,51 +114,53 @@ class DataBlock(Block):
     """Jinja file with a chat template, for tokenizers without one."""
     max_length: int | None = Field(default=None, ge=8)
     """Longest row in tokens; lower it to save memory. Default: the longest row in the data, up to the model's limit and
-    512 (classification), 2048 (causal-lm) or 1024 (raw text)."""
+    at most 512 (classification), 2048 (causal-lm) or 1024 (raw text)."""
     text_rows: TextRows = "auto"
     """Rows of a .txt file: lines, paragraphs (up to a blank line), or sections of paragraphs with about 4,000
     characters (for books). `auto`: sections if blank lines separate paragraphs, otherwise lines."""
     packing: bool | None = None
     """Put several short texts into one block of `max_length` tokens, without attention between them (causal-lm on raw
-    text). Default: on if the model keeps them separate, which is checked."""
+    text). Default: on, if a check shows that the model keeps the texts separate."""
     stride: int | None = Field(default=None, ge=0)
     """Tokens by which the windows of a long context overlap (question-answering). Default: a third of a window."""
     undecodable_images: Literal["error", "drop"] = "error"
     """`error` lists images that cannot be decoded and stops; `drop` drops and lists them."""
     truncation_strategy: Literal["truncate", "drop", "error"] = "truncate"
-    """What to do with longer rows. Rows whose whole answer would be cut off are always dropped and listed."""
+    """What to do with rows longer than `max_length`. Rows whose whole answer would be cut off are always dropped and
+    listed."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     """Share of train that becomes eval rows if `eval` is not given, at most 2,000 rows."""
     test_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     """Share of train that becomes test rows if `test` is not given, at most 2,000 rows."""
     split_seed: int = Field(default=42, ge=0)
-    """Seed of the split, separate from `train.seed`: trials with other seeds use the same rows."""
+    """Seed of the split. It is separate from `train.seed`, so that trials with other seeds use the same rows."""
     near_duplicates: float = Field(default=1.0, gt=0, le=1)
-    """Similarity (Jaccard index of 5-character sequences) from which two rows stay in the same split. 1: only equal
-    texts; 0.8 also finds texts that differ in a word or two."""
+    """Similarity (Jaccard index of 5-character sequences) from which two rows are put into the same split. 1: only
+    equal texts; 0.8 also finds texts that differ in a word or two."""
     group: str | None = None
-    """Column that identifies whose a row is, such as a customer, patient or document. Rows of a group never fall into
-    two splits. Every row of the task needs a value. Eval and test files that share groups with train are reported;
-    mixed-in rows of a scored group are dropped."""
+    """Column that identifies the owner of a row, such as a customer, patient or document. Rows of one group never fall
+    into two splits. Every row of the task needs a value. Eval and test files that share groups with train are
+    reported; mixed-in rows of a scored group are dropped."""
     time: str | None = None
-    """Column with the time of each row, to test on the newest rows and choose on those before them: ISO dates
-    (`2026-11-28`), date-times, or numbers such as Unix seconds. Rows of one time stay together; a later row whose text
-    or `group` occurs in an earlier split is dropped and listed. Only train files are split."""
+    """Column with the time of each row: ISO dates (`2026-11-28`), date-times, or numbers such as Unix seconds. The
+    newest rows become the test rows, and those before them the eval rows. Rows with the same time stay together. A
+    later row whose text or `group` occurs in an earlier split is dropped and listed. Only train files are split."""
     contamination: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """File or folder of texts that must not be trained on, such as benchmarks (txt: a line or paragraph each; tables:
-    every text column). Train rows with an equal text, or half of the 8-word sequences of the shorter text, are counted
-    and reported, not dropped. Case, white space, answers under 8 words and sequences in over 100 texts are ignored. Not
-    for images."""
+    """File or folder of texts that must not be trained on, such as benchmarks (txt: one text per line or paragraph;
+    tables: every text column). Train rows with an equal text, or with half of the shorter text's 8-word sequences,
+    are counted and reported, not dropped. Case, white space, answers under 8 words and sequences that occur in over
+    100 texts are ignored. Not for images."""
     patch: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """File of decisions about single rows by `fulltune data --review`: which to drop, which texts or labels to replace.
-    A patch for other rows is refused."""
+    """File of decisions about single rows, written by `fulltune data --review`: which rows to drop, and which texts or
+    labels to replace. A patch written for other rows is refused."""
     max_rows: int | None = Field(default=None, ge=10)
-    """Most rows to use of each file, drawn with `split_seed` and with up to three of each label, for a quick try."""
+    """Most rows to use from each file, for a quick try. They are drawn with `split_seed`, with up to three rows of each
+    label."""
 
     @field_validator("train", mode="before")
     @classmethod
     def _expand_short_forms(cls, value: object) -> object:
-        """Shorten `{path: x}` to `x`."""
+        """Replace each `{path: x}` without a weight by `x`."""
         entries = [value] if isinstance(value, dict) else value
         if not isinstance(entries, (list, tuple)):
             return entries
@@ -167,35 +168,36 @@ class DataBlock(Block):
 
     @field_validator("encoding")
     @classmethod
-    def _must_be_known(cls, encoding: str) -> str:
+    def _encoding_must_be_known(cls, encoding: str) -> str:
         codec_of(encoding)
         return encoding
 
     @property
     def entries(self) -> tuple[str | MixedFile, ...]:
-        """All entries of `train`."""
+        """All entries of `train`, even if it is a single path."""
         return (self.train,) if isinstance(self.train, str) else self.train
 
     @property
     def task_files(self) -> tuple[str, ...]:
-        """Entries without a weight: the task's rows."""
+        """Entries without a weight, which hold the task's rows."""
         return tuple(one for one in self.entries if isinstance(one, str))
 
     @property
     def mixed_files(self) -> tuple[MixedFile, ...]:
-        """Entries with a weight."""
+        """Entries with a weight, whose rows are mixed in."""
         return tuple(one for one in self.entries if isinstance(one, MixedFile))
 
     @model_validator(mode="after")
-    def _files_must_differ(self) -> DataBlock:
+    def _settings_must_agree(self) -> DataBlock:
+        """Refuse settings that contradict each other."""
         mixed, weights = [one.path for one in self.mixed_files], [one.weight for one in self.mixed_files]
         train = (*self.task_files, *mixed)
         held_out = {role: path for role, path in (("eval", self.eval), ("test", self.test)) if path is not None}
         pairs = {
-            "train: every file has a weight, expected at least one without: the task's rows, from which eval and test "
-            "are split; remove a weight": weights and not self.task_files,
-            f"train: the weights sum to {sum(weights):g}, expected at most {_MOST:g}, as the rest of each epoch is the "
-            "task's rows; lower them": sum(weights) > _MOST,
+            "train: every file has a weight, but the task's rows, from which eval and test are split, need a file "
+            "without one; remove a weight": weights and not self.task_files,
+            f"train: the weights sum to {sum(weights):g}, expected at most {_MAX_WEIGHT_SUM:g}, because the rest of "
+            "each epoch is the task's rows; lower them": sum(weights) > _MAX_WEIGHT_SUM,
             "train: names no file": not train or not all(train),
             **{f"train: names {path} twice, once with a weight; keep one": train.count(path) > 1 for path in mixed},
             **{
@@ -208,7 +210,7 @@ class DataBlock(Block):
             "time: has no effect, because eval and test name files; remove it, or one of the files": (
                 self.time is not None and len(held_out) == 2
             ),
-            "columns: two have the same name; give each its own": (
+            "columns: two columns have the same name; give each a different one": (
                 len(set(self.columns or ())) != len(self.columns or ())
             ),
         }
@@ -217,5 +219,5 @@ class DataBlock(Block):
 
 
 def rows_per_epoch(task_rows: int, weights: Sequence[float]) -> tuple[int, ...]:
-    """Return the rows of each mixed-in file in an epoch, so that each has its weight among all rows."""
+    """Return how many rows of each mixed-in file an epoch needs, so that each file has its weight among all rows."""
     return tuple(round(task_rows * weight / (1 - sum(weights))) for weight in weights)

@@ -28,11 +28,11 @@ from fulltune.recipe.model import (
 from fulltune.recipe.tasks import TaskName
 from fulltune.recipe.training import ENGINE_SETTINGS, TrainBlock
 
-_OTHERS = tuple(kind for kind in RIVALS if kind != VARIANT)
+_DECIDING_KINDS = tuple(kind for kind in RIVALS if kind != VARIANT)
 
 
 class Recipe(Block):
-    """A run: model, task, data, method, training, evaluation, output."""
+    """A recipe: model, task, data, method, training, evaluation and output of a run."""
 
     model: ModelBlock
     """The pretrained model; a plain name is short for `{name: ...}`."""
@@ -55,6 +55,7 @@ class Recipe(Block):
     @model_validator(mode="before")
     @classmethod
     def _expand_short_forms(cls, values: Any) -> Any:
+        """Expand `model: NAME` and `method: KIND` to blocks, and set the default kind."""
         if not isinstance(values, dict):
             return values
         expanded = dict(values)
@@ -70,13 +71,14 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _methods_must_make_a_comparison(self) -> Recipe:
+        """Refuse `methods` that cannot be compared, such as a list without `full`."""
         if not self.methods:
             return self
         kinds, names = [self.compared_kind(one) for one in self.methods], [one.label for one in self.methods]
         pairs = {
             "methods: expected a 'full', which the others are compared with; add it": "full" not in kinds,
-            "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for scale); "
-            f"add one of {', '.join(_OTHERS)}, or another full with other settings": (
+            "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
+            f"add one of {', '.join(_DECIDING_KINDS)}, or another full with other settings": (
                 "full" in kinds and not set(kinds) & set(RIVALS)
             ),
             **{
@@ -88,27 +90,28 @@ class Recipe(Block):
         return self
 
     def fingerprint(self) -> str:
-        """Hash the settings that shape a run; equal recipes continue each other's run."""
+        """Return a hash of the settings that affect the result; a recipe with the same hash resumes an existing run."""
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()[:16]
 
     def shaping(self) -> PlainSettings:
+        """Return the settings that affect the result, as JSON values."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
-        # Of the machine, not of the result; but several runs are compared in memory and time as well.
+        # These depend on the machine and do not change the result, but a comparison also measures memory and time.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
         several = self.methods or self.is_searched
         for name in ("notice", "hang_timeout", *(() if several else placing)):
             del settings["train"][name]
-        settings["compare"]["budget"] = None  # more time goes on with the same one
+        settings["compare"]["budget"] = None  # more time continues the same comparison
         return settings
 
     def compared_kind(self, method: ComparedMethod) -> MethodKind:
-        """Return the kind of a compared method; each `full` after the first is a variant."""
+        """Return the kind of a compared method, where each `full` after the first is a `variant`."""
         first = next((one for one in self.methods if one.kind == "full"), method)
         kind: MethodKind = method.kind
         return VARIANT if kind == "full" and method != first else kind
 
     def with_method(self, method: ComparedMethod) -> Recipe:
-        """Return the recipe of a run with one of its methods."""
+        """Return the recipe of a single run with `method`, including that method's own `train` settings."""
         changes = {"method": method, "methods": (), "train": self.train}
         if own := getattr(method, "train", {}):
             changes["train"] = TrainBlock.model_validate({**self.train.model_dump(exclude_unset=True), **own})
@@ -116,23 +119,23 @@ class Recipe(Block):
 
     @property
     def is_searched(self) -> bool:
-        """True if several runs find this run's learning rate."""
+        """True if the run searches for its learning rate."""
         return not self.methods and self.method.is_searched
 
     @property
     def texts_not_trained_on(self) -> dict[str, str]:
-        """Paths of texts that must not be trained on, by setting."""
+        """Paths of texts that must not be trained on, by the setting that names them."""
         names = {"data.contamination": self.data.contamination, "preserve.probe": self.preserve.probe}
         return {setting: path for setting, path in names.items() if path is not None}
 
     @property
     def generic_first(self) -> bool:
-        """True if a step trains on generic text before its rows."""
+        """True if each step trains on generic text before its own rows."""
         return self.preserve.budget is not None and self.preserve.replay is not None
 
 
 def with_placement(recipe: Recipe, placement: str) -> Recipe:
-    """Set the placement that the plan chose, unless the recipe or a DeepSpeed file sets it."""
+    """Return the recipe with the plan's placement, unless the recipe or a DeepSpeed file sets one."""
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
         return recipe
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"placement": placement})})
@@ -140,31 +143,30 @@ def with_placement(recipe: Recipe, placement: str) -> Recipe:
 
 # ---- paths -----------------------------------------------------------------------------------------------------
 
-_PATHS = {"data": ("eval", "test", "patch", "chat_template", "contamination"), "preserve": ("probe", "replay")}
-"""Settings that are one path each, by block."""
+_PATH_SETTINGS = {"data": ("eval", "test", "patch", "chat_template", "contamination"), "preserve": ("probe", "replay")}
 
 
 def is_address(path: str) -> bool:
-    """True for `https://...`, `s3://...` and other addresses."""
+    """Return True for `https://...`, `s3://...` and other addresses with a scheme."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
-# The functions of pathlib raise where a name is no user's (`~$draft.csv`), links go in a circle or a name is too long:
-# of these the readers say more.
-def _expanded(path: str) -> str:
+# pathlib raises for an unknown user (`~$draft.csv`), circular links and long names; the readers explain them better.
+def _expand_user(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111  # see above
 
 
 def named_paths(recipe: Recipe) -> list[str]:
-    """List the files and folders that a resolved recipe names, without models of the Hub."""
+    """List the absolute paths of files and folders that a resolved recipe names, without Hub models."""
     paths = [entry if isinstance(entry, str) else entry.path for entry in recipe.data.entries]
-    paths += [str(getattr(getattr(recipe, block), name)) for block, names in _PATHS.items() for name in names]
+    paths += [str(getattr(getattr(recipe, block), name)) for block, names in _PATH_SETTINGS.items() for name in names]
     paths += [str(recipe.train.engine_settings), recipe.model.name]
     return [path for path in dict.fromkeys(paths) if Path(path).is_absolute()]
 
 
 def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
-    """Make relative paths absolute, except Hub ids and `package:` names; `RecipeError` names impossible paths."""
+    """Return the recipe with absolute paths, except for Hub ids and `package:` names; raise `RecipeError` for
+    impossible paths."""
     problems: list[str] = []
 
     def absolute(path: str, setting: str) -> str:
@@ -178,14 +180,14 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
                 "'hf download NAME --repo-type dataset --local-dir FOLDER') and write the file's path"
             )
         else:
-            whole = os.path.realpath(base / _expanded(path))
+            whole = os.path.realpath(base / _expand_user(path))
             if (shown := whole.encode("utf-8", "backslashreplace").decode()) == whole:
                 return whole
             problems.append(f"{setting}: expected a path in UTF-8, found {shown}; rename the file or folder")
         return path
 
     paths: dict[str, PlainSettings] = {"data": {}, "preserve": {}}
-    for block, names in _PATHS.items():
+    for block, names in _PATH_SETTINGS.items():
         for name in names:
             path = getattr(getattr(recipe, block), name)
             if path is not None and (block, path) != ("preserve", AUTO):
@@ -197,7 +199,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         for entry in recipe.data.entries
     )
     name = recipe.model.name
-    is_here = os.path.exists(base / _expanded(name))  # noqa: PTH110  # as `_expanded`
+    is_here = os.path.exists(base / _expand_user(name))  # noqa: PTH110  # as `_expand_user`
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or is_here:
         paths["model"] = {"name": absolute(name, "model.name")}
     changed: PlainSettings = {block: getattr(recipe, block).model_copy(update=new) for block, new in paths.items()}

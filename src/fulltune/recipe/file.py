@@ -1,7 +1,6 @@
-"""Read a recipe file: YAML, `${NAME}`, `--set` overrides. All problems are reported at once.
+"""Read a recipe file (YAML with `${NAME}` variables and `--set` overrides) and report all problems at once.
 
-Imports neither torch nor transformers, so that errors appear within half a second.
-
+This module imports neither torch nor transformers, so that errors appear within half a second.
 """
 
 from __future__ import annotations
@@ -27,12 +26,11 @@ from fulltune.recipe.methods import ComparedMethod
 from fulltune.recipe.model import NAME, Block, PlainSettings
 from fulltune.text import did_you_mean, near_names
 
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_VARIABLE_PATTERN = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Lines = Mapping[str, int | str]
-"""Line, or `--set` override, of each setting's dotted name, such as `methods.0.rank`."""
+"""Line number, or `--set` override, of each setting by its dotted name, such as `methods.0.rank`."""
 
 FieldError = Mapping[str, Any]
-"""One of pydantic's errors."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -55,7 +53,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
-            if path.suffix.lower() in _DATA:
+            if path.suffix.lower() in _DATA_SUFFIXES:
                 raise RecipeError(f"{path}: is a data file, expected a recipe; write one with 'fulltune init {path}'")
             text = file.read()
     except FileNotFoundError:
@@ -73,18 +71,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         reason = " ".join(str(getattr(error, "problem", error)).split())
         raise RecipeError(f"{path}{line}  not valid YAML: {reason}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected settings such as 'model: ...', found {_kind(values)}")
-    places = list(_lines(node))
+        raise RecipeError(f"{path}: expected settings such as 'model: ...', found {_type_in_words(values)}")
+    places = list(_setting_lines(node))
     lines: dict[str, int | str] = dict(places)
-    # Of two keys in one mapping YAML would keep the last one in silence.
+    # YAML would silently keep the last of two equal keys.
     counts = Counter(name for name, _ in places)
     twice = [name for name, count in counts.items() if count > 1 and counts.get(name.rpartition(".")[0], 1) == 1]
     problems = [f"{name}: given twice; keep one" for name in twice]
-    values = _substitute(values, "", problems)
-    problems = [_placed(text, path, lines) for text in problems]
+    values = _substitute_variables(values, "", problems)
+    problems = [_with_location(text, path, lines) for text in problems]
     for override in overrides:
         try:
-            at = _override(values, override)
+            at = _apply_override(values, override)
         except ValueError as error:
             problems.append(f"--set {override}: {error}")
             continue
@@ -101,8 +99,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check(values: PlainSettings, path: Path, lines: Lines | None = None) -> Recipe:
-    """Turn plain values into a recipe, or raise a `RecipeError` with every problem. Rules of a block need valid
-    settings, so wrong ones are removed and the rest is checked again."""
+    """Build a recipe from plain values, or raise a `RecipeError` that lists every problem.
+
+    The rules across settings need valid values, so invalid settings are removed and the remaining ones are checked
+    again.
+    """
     problems, removed, remaining = list[str](), set[str](), copy.deepcopy(values)
     if "method" in values and values.get("methods"):  # a checked recipe always has a `method`
         problems.append(
@@ -114,49 +115,49 @@ def check(values: PlainSettings, path: Path, lines: Lines | None = None) -> Reci
         try:
             recipe = Recipe.model_validate(remaining)
         except ValidationError as error:
-            texts = [text for item in error.errors() for text in _describe(item, values)]
-            problems += [text for text in _not_about(texts, removed) if text not in problems]
-            others = [item for item in error.errors() if not _corrects_kind(item, remaining)]
-            names = [(name, item["type"]) for item in others for name in _remove(item, remaining)]
+            texts = [text for item in error.errors() for text in _describe_error(item, values)]
+            problems += [text for text in _without_removed(texts, removed) if text not in problems]
+            others = [item for item in error.errors() if not _correct_kind(item, remaining)]
+            names = [(name, item["type"]) for item in others for name in _remove_settings(item, remaining)]
             if len(others) < error.error_count():
                 removed.add("kind")
             elif not names:  # a setting is missing
                 break
             removed |= {name for name, kind in names if kind != "extra_forbidden"}
     if recipe is not None:
-        problems += _not_about(recipe_rules.problems_of(recipe), removed)
+        problems += _without_removed(recipe_rules.problems_of(recipe), removed)
         if not problems:
             return recipe
-    raise RecipeError([_placed(text, path, lines or {}) for text in problems])
+    raise RecipeError([_with_location(text, path, lines or {}) for text in problems])
 
 
-def _placed(problem: str, path: Path, lines: Lines) -> str:
+def _with_location(problem: str, path: Path, lines: Lines) -> str:
     """Prefix a problem with the file and line of the setting that it names."""
     named = [name for name in lines if re.match(rf"{re.escape(name)}(?![\w-])", problem)]
     line = lines[max(named, key=len)] if named else ""
     return f"{f'{path}:{line}' if isinstance(line, int) else line or path}  {problem}"
 
 
-def _not_about(problems: Iterable[str], removed: set[str]) -> list[str]:
-    """Drop problems that name a removed setting, as they may follow from its removal."""
+def _without_removed(problems: Iterable[str], removed: set[str]) -> list[str]:
+    """Omit problems that name a removed setting, as the removal may have caused them."""
     return [problem for problem in problems if not removed & {*re.findall(r"\w+\b(?!\.\w)", problem)}]
 
 
-def _corrects_kind(item: FieldError, values: PlainSettings) -> bool:
-    """Correct a misspelt kind, so that its block's other settings are checked."""
+def _correct_kind(item: FieldError, values: PlainSettings) -> bool:
+    """Replace a misspelt kind in `values`, so that the block's other settings are checked; return True if done."""
     if item["type"] != "union_tag_invalid":
         return False
-    near = near_names(item["ctx"]["tag"], _named(item["ctx"]["expected_tags"]))
+    near = near_names(item["ctx"]["tag"], _quoted_names(item["ctx"]["expected_tags"]))
     if near:
-        *blocks, last = _in_file(item)
+        *blocks, last = _location_in_file(item)
         place = reduce(getitem, blocks, values)
         place[last] = {**place[last], "kind": near[0]} if isinstance(place[last], dict) else near[0]
     return bool(near)
 
 
-def _remove(item: FieldError, values: PlainSettings) -> Iterable[str]:
-    """Remove the settings of an error from the recipe and yield their names."""
-    block, at = values, _in_file(item)
+def _remove_settings(item: FieldError, values: PlainSettings) -> Iterable[str]:
+    """Remove the settings that cause a pydantic error from `values`, and yield their names."""
+    block, at = values, _location_in_file(item)
     if len(at) > 1 and isinstance(values.get(at[0]), dict):
         block, at = values[at[0]], at[1:]
     inner, names = block.get(at[0]) if at else block, at[:1]
@@ -169,165 +170,182 @@ def _remove(item: FieldError, values: PlainSettings) -> Iterable[str]:
             yield str(name)
 
 
-def _describe(item: FieldError, values: PlainSettings) -> Iterable[str]:
-    """Describe a pydantic error, starting with the setting's name."""
-    at, value = _in_file(item), item.get("input")
+def _describe_error(item: FieldError, values: PlainSettings) -> Iterable[str]:
+    """Yield a pydantic error's messages, each starting with the setting's name."""
+    at, value = _location_in_file(item), item.get("input")
     name = ".".join(map(str, at))
     match item["type"]:
         case "extra_forbidden":
-            yield f"{name}: unknown setting; {_instead(at, values)}"
+            yield f"{name}: unknown setting; {_suggestion(at, values)}"
         case "missing":
-            yield f"{name}: missing; {_meaning(at, values)}"
+            yield f"{name}: missing; {_describe_setting(at, values)}"
         case "value_error":
             for text in str(item["ctx"]["error"]).splitlines():
-                # Of one setting, or of a block, whose text begins with the setting's name.
+                # A block's message begins with the setting's name, a single setting's does not.
                 joint = ": " if text.startswith("expected ") else "."
                 yield f"{name}{joint}{text}" if at else text
         case "literal_error":
-            yield f"{name}: {_expected(item['ctx']['expected'], value)}"
+            yield f"{name}: {_expected_and_found(item['ctx']['expected'], value)}"
         case "union_tag_invalid":
-            yield f"{name}.kind: {_expected(item['ctx']['expected_tags'], item['ctx']['tag'])}"
+            yield f"{name}.kind: {_expected_and_found(item['ctx']['expected_tags'], item['ctx']['tag'])}"
         case "union_tag_not_found":
-            yield f"{name}.kind: missing; expected one of {', '.join(_KINDS)}"
+            yield f"{name}.kind: missing; expected one of {', '.join(_METHOD_BLOCKS)}"
         case "invalid_key":
             yield f"{name}: unknown setting; names of settings must be text"
         case "tuple_type":
-            # In a union the other branch reports it already.
+            # Within a union, the other branch has already reported it.
             if not str(item["loc"][-1]).startswith("tuple["):
                 yield f"{name}: expected a list, found {value!r}; write [{value}]"
         case "string_pattern_mismatch" if item["ctx"]["pattern"] == NAME:
             allowed = "letters, digits, '.', '_' and '-', with a letter or a digit first"
             yield f"{name}: expected {allowed}, found {value!r}"
         case "too_short" | "string_too_short":
-            yield f"{name}: is empty; {_meaning(at, values)}"
+            yield f"{name}: is empty; {_describe_setting(at, values)}"
         case "model_type" | "dict_type":
-            yield f"{name}: expected settings (a block), found {_kind(value)}"
+            yield f"{name}: expected settings (a block), found {_type_in_words(value)}"
         case _:
             message = item["msg"][0].lower() + item["msg"][1:]
             message = re.split(", (?:unable|got)", message.removeprefix("input should be ").removeprefix("a valid "))[0]
-            expected, shown = _IN_WORDS.get(message, message), "nothing" if value is None else repr(value)
+            expected, shown = _TYPE_NAMES.get(message, message), "nothing" if value is None else repr(value)
             is_percentage = re.fullmatch(r"\d+(\.\d+)? *%", str(value))
             instead = f"; write {float(str(value).rstrip(' %')) / 100:g}" if is_percentage else ""
             yield f"{name}: expected {expected}, found {shown}{instead}"
 
 
-_DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio", ".txt")
-_IN_WORDS = {"integer": "whole number", "string": "text"}
-_FEW = 12
+_DATA_SUFFIXES = (
+    ".csv",
+    ".tsv",
+    ".jsonl",
+    ".ndjson",
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".conll",
+    ".iob",
+    ".bio",
+    ".txt",
+)
+_TYPE_NAMES = {"integer": "whole number", "string": "text"}
+_MAX_LISTED_NAMES = 12
 
 
-def _instead(at: tuple[str | int, ...], values: PlainSettings) -> str:
+def _suggestion(at: tuple[str | int, ...], values: PlainSettings) -> str:
+    """Suggest what to write instead of the unknown setting at a location."""
     name, block = str(at[-1]), at[:-1]
     if block[:2] != ("data", "train") and (answer := recipe_rules.answer(name)) is not None:
         return answer
-    kinds = [kind for kind, member in _KINDS.items() if name in member.model_fields]
+    kinds = [kind for kind, member in _METHOD_BLOCKS.items() if name in member.model_fields]
     if kinds and block[:1] in (("method",), ("methods",)):
         return f"it belongs to kind: {' or '.join(kinds)}"
-    elsewhere = [other for other in Recipe.model_fields if name in _fields((other,)) and (other,) != block]
+    elsewhere = [other for other in Recipe.model_fields if name in _fields_at((other,)) and (other,) != block]
     if elsewhere:
         return f"did you mean '{elsewhere[0]}.{name}'?"
     if name in recipe_rules.training_arguments():
         return f"write train.extra.{name}"
-    names = sorted(_fields(block, values))
+    names = sorted(_fields_at(block, values))
     if hint := did_you_mean(name, names):
         return hint
     if near := near_names(name.lower(), recipe_rules.answers(), cutoff=0.85):
         return recipe_rules.answers()[near[0]]
     return (
-        f"expected one of {', '.join(names)}" if len(names) <= _FEW else "docs/reference/recipe.md lists all settings"
+        f"expected one of {', '.join(names)}"
+        if len(names) <= _MAX_LISTED_NAMES
+        else "docs/reference/recipe.md lists all settings"
     )
 
 
-def _named(expected: str) -> list[str]:
-    """Parse pydantic's lists of names, such as `'auto', 'cpu' or 'cuda'`."""
+def _quoted_names(expected: str) -> list[str]:
+    """List the names that a pydantic message quotes, such as `'auto', 'cpu' or 'cuda'`."""
     return re.findall(r"'([^']+)'", expected)
 
 
-def _expected(expected: str, value: object) -> str:
-    hint = did_you_mean(str(value), _named(expected))
+def _expected_and_found(expected: str, value: object) -> str:
+    hint = did_you_mean(str(value), _quoted_names(expected))
     return f"expected {expected}, found {value!r}" + (f"; {hint}" if hint else "")
 
 
 # ---- places in the file ----------------------------------------------------------------------------------------
 
 
-def _inside(annotation: object) -> list[type[Block]]:
+def _blocks_in_type(annotation: object) -> list[type[Block]]:
     if isinstance(annotation, type) and issubclass(annotation, Block):
         return [annotation]
-    return [block for inner in get_args(annotation) for block in _inside(inner)]
+    return [block for inner in get_args(annotation) for block in _blocks_in_type(inner)]
 
 
-_KINDS: dict[str, type[Block]] = {
-    get_args(method.model_fields["kind"].annotation)[0]: method for method in _inside(ComparedMethod)
+_METHOD_BLOCKS: dict[str, type[Block]] = {
+    get_args(method.model_fields["kind"].annotation)[0]: method for method in _blocks_in_type(ComparedMethod)
 }
 
 
-def _in_file(item: FieldError) -> tuple[Any, ...]:
-    """Return an error's location in the file, without parts that pydantic inserts."""
+def _location_in_file(item: FieldError) -> tuple[Any, ...]:
+    """Return an error's location in the file, without the parts that pydantic inserts."""
     at = item["loc"]
     kind_at = {"method": 1, "methods": 2}.get(str(at[0]) if at else "")
-    parts = [part for number, part in enumerate(at) if not (number == kind_at and part in _KINDS)]
+    parts = [part for number, part in enumerate(at) if not (number == kind_at and part in _METHOD_BLOCKS)]
     own = len(parts) - 1 if item["type"] == "extra_forbidden" else None  # the user's name, whatever it looks like
     names = [part for number, part in enumerate(parts) if number == own or re.fullmatch(r"\w+", str(part))]
     return tuple(names[:-1] if len(names) > 1 and names[-1] in ("str", "tuple", "int", "float") else names)
 
 
-def _fields(at: Sequence[str | int], values: Any = None) -> dict[str, FieldInfo]:
-    """Return the fields at a location, of all kinds of methods unless `values` names one."""
+def _fields_at(at: Sequence[str | int], values: Any = None) -> dict[str, FieldInfo]:
+    """Return the fields of the block at a location; for a method, those of all kinds unless `values` names one."""
     blocks: list[type[Block]] = [Recipe]
     for part in at:
         if isinstance(part, str):
             fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
-            blocks = [inner for field in fields for inner in _inside(field.annotation)]
+            blocks = [inner for field in fields for inner in _blocks_in_type(field.annotation)]
         try:
             values = values[part]
         except (KeyError, IndexError, TypeError):
             values = None
     kind = str(values.get("kind", "full") if isinstance(values, dict) else values)
-    if at and at[0] in ("method", "methods") and kind in _KINDS:
-        blocks = [_KINDS[kind]]
+    if at and at[0] in ("method", "methods") and kind in _METHOD_BLOCKS:
+        blocks = [_METHOD_BLOCKS[kind]]
     return {name: field for block in blocks for name, field in block.model_fields.items()}
 
 
-def _meaning(at: tuple[str | int, ...], values: Any) -> str:
-    field = _fields(at[:-1], values).get(str(at[-1]))
+def _describe_setting(at: tuple[str | int, ...], values: Any) -> str:
+    """Return the first sentence of a missing setting's documentation."""
+    field = _fields_at(at[:-1], values).get(str(at[-1]))
     text = (field.description or "") if field else ""
     return "expected: " + " ".join(text.split()).split(". ")[0].rstrip(".") if text else "it is required"
 
 
-def _kind(value: object) -> str:
+def _type_in_words(value: object) -> str:
+    """Return the type of a YAML value in words, such as `a list`."""
     names = {dict: "settings", list: "a list", str: "text", type(None): "nothing", bool: "true/false"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
-def _lines(node: Any, before: str = "") -> Iterable[tuple[str, int]]:
+def _setting_lines(node: Any, before: str = "") -> Iterable[tuple[str, int]]:
+    """Yield each dotted key below a YAML node with its 1-based line number."""
     inner = node.value if isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) else []
     for number, entry in enumerate(inner):
         key, value = entry if isinstance(entry, tuple) else (None, entry)
         name = f"{before}{number if key is None else key.value}"
         yield name, (key or value).start_mark.line + 1
-        yield from _lines(value, f"{name}.")
+        yield from _setting_lines(value, f"{name}.")
 
 
-def _substitute(value: Any, name: str, problems: list[str]) -> Any:
-    """Replace `${NAME}` by environment variables."""
+def _substitute_variables(value: Any, name: str, problems: list[str]) -> Any:
+    """Replace `${NAME}` in all texts by environment variables, and add missing ones to `problems`."""
     if isinstance(value, dict):
-        return {key: _substitute(inner, f"{name}.{key}", problems) for key, inner in value.items()}
+        return {key: _substitute_variables(inner, f"{name}.{key}", problems) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_substitute(inner, f"{name}.{number}", problems) for number, inner in enumerate(value)]
+        return [_substitute_variables(inner, f"{name}.{number}", problems) for number, inner in enumerate(value)]
     if not isinstance(value, str):
         return value
-    missing = [variable for variable in _VARIABLE.findall(value) if variable not in os.environ]
+    missing = [variable for variable in _VARIABLE_PATTERN.findall(value) if variable not in os.environ]
     problems += [f"{name[1:]}: environment variable {variable} is not set" for variable in missing]
-    return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value)
+    return _VARIABLE_PATTERN.sub(lambda match: os.environ.get(match[1], match[0]), value)
 
 
-_SHORT = {"model": "name", "method": "kind"}
-"""Blocks with a short form, and the setting it sets."""
+_SHORT_FORMS = {"model": "name", "method": "kind"}
 
 
-def _override(values: PlainSettings, override: str) -> str:
-    """Apply one `block.name=value` and return its name; `ValueError` if that is impossible."""
+def _apply_override(values: PlainSettings, override: str) -> str:
+    """Set one `block.name=value` in `values` and return its dotted name; raise `ValueError` if that is impossible."""
     name, separator, text = (part.strip() for part in override.partition("="))
     *blocks, last = name.split(".")
     if not separator or not all((*blocks, last)):
@@ -341,8 +359,8 @@ def _override(values: PlainSettings, override: str) -> str:
         inner = place.get(block)
         if isinstance(inner, list):
             raise ValueError(f"{block} is a list; set all of it, such as --set '{block}=[...]'")
-        if isinstance(inner, str) and block in _SHORT:
-            inner = {_SHORT[block]: inner}
+        if isinstance(inner, str) and block in _SHORT_FORMS:
+            inner = {_SHORT_FORMS[block]: inner}
         place[block] = dict(inner) if isinstance(inner, dict) else {}
         place = place[block]
     place[last] = value

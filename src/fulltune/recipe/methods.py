@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 from fulltune.recipe.model import NAME, Block, PlainSettings, read_by, refuse
 
 RESERVED_NAMES = ("footprint", "measured", "shapes", "survey")
-"""Names that no method may have, as other files of the run folder's `plan` have them."""
+"""Names that no method may have, because other files of the run folder's `plan` use them."""
 
 
 SEARCH: Literal["search"] = "search"
-"""Value of `learning_rate` that starts a search."""
 
 
 def _parse_rate(text: str) -> float:
+    """Parse a learning rate between 0 and 1, where `search` gives 0; raise `ValueError` for anything else."""
     try:
         rate = float(text)
     except ValueError:
@@ -27,10 +27,9 @@ def _parse_rate(text: str) -> float:
 
 
 PROMPT_MODULE = "prompt_encoder"
-"""Name of the module with a model's virtual tokens."""
 
 
-class _Named(Block):
+class _MethodSettings(Block):
     """Settings of every method."""
 
     name: str | None = Field(default=None, pattern=NAME)
@@ -39,37 +38,38 @@ class _Named(Block):
 
     @model_validator(mode="after")
     def _name_must_be_free(self) -> Self:
-        if self.name is not None and self.name.lower() in RESERVED_NAMES:  # some file systems do not tell capitals
+        if self.name is not None and self.name.lower() in RESERVED_NAMES:  # some file systems ignore case
             raise ValueError(f"name: '{self.name}' is reserved for a file of the run folder; choose another name")
         return self
 
     def differences(self) -> tuple[str, ...]:
-        """List the settings that are not defaults, as parts of a name."""
+        """Return the settings that are not defaults, as parts of a name such as `r64`."""
         return ()
 
     @property
     def label(self) -> str:
-        """Name of the method's folder, of its trials and of its row in tables."""
+        """Name of the method's folder, of its trials and of its row in tables, such as `lora-r64`."""
         return self.name or "-".join((str(getattr(self, "kind", "")), *self.differences()))
 
 
-class _Trained(_Named):
-    """Settings of every method that trains."""
+class _TrainedMethod(_MethodSettings):
+    """Settings of every method that trains something."""
 
     learning_rate: Annotated[float | Literal["search"], read_by(_parse_rate)] | None = None
-    """Peak learning rate, between 0 and 1. Default: chosen by method, model family and size. `search`: found by short
-    trials and whole runs on the eval rows, which takes 2 to 3.5 times as long as one run (more below 150 steps)."""
+    """Peak learning rate, between 0 and 1. Default: chosen by method, model family and size. `search` finds it with
+    short trials and whole runs on the eval rows, which takes 2 to 3.5 times as long as one run (more below 150
+    steps)."""
     learning_rates: tuple[float, ...] | None = Field(default=None, min_length=1)
     """Learning rates to search. Default: three around the usual one."""
     head_learning_rate: float | None = Field(default=None, gt=0, lt=1)
     """Peak learning rate of the task's head and pooler. Default: the same as `learning_rate`. Not for `kind: head`, nor
     for tasks without a new head."""
     head_init: Literal["probe", "random"] | None = None
-    """Start of a new head. `probe` (the default): a linear classifier fitted on the pretrained model's features;
-    `random`: random weights, whose first gradients distort the body. Not for tasks without a new head."""
+    """How a new head starts. `probe` (the default): as a linear classifier fitted on the pretrained model's features;
+    `random`: with random weights, whose first gradients distort the body. Not for tasks without a new head."""
 
     @model_validator(mode="after")
-    def _rates_must_be_usable(self) -> _Trained:
+    def _rates_must_be_usable(self) -> _TrainedMethod:
         rates = self.learning_rates
         pairs = {
             "learning_rate and learning_rates are both given; remove one": (
@@ -86,36 +86,36 @@ class _Trained(_Named):
 
     @property
     def is_searched(self) -> bool:
-        """True if a search finds the learning rate."""
+        """True if the learning rate is to be searched."""
         return self.learning_rate == SEARCH
 
     @property
     def fixed_learning_rate(self) -> float | None:
-        """The recipe's learning rate; None if it is chosen or searched."""
+        """The recipe's learning rate, or None if it is the default or searched."""
         return None if self.learning_rate == SEARCH else self.learning_rate
 
 
-class FullMethod(_Trained):
+class FullMethod(_TrainedMethod):
     """Train every parameter."""
 
     kind: Literal["full"]
     """Every parameter is trained."""
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
-    """Factor between the learning rates of each layer and the one above it. 0.8 to 0.95 can help encoders with few rows
+    """Ratio of each layer's learning rate to that of the layer above it. 0.8 to 0.95 can help encoders with few rows
     and a random head; with a linear probe it gained nothing. 1: the same rate everywhere."""
     train: PlainSettings = Field(default_factory=dict)
-    """Settings of this method in a comparison that differ from the block `train`, such as `{label_smoothing_factor:
+    """Settings that differ from the block `train` for this method of a comparison, such as `{label_smoothing_factor:
     0.1}`, to measure their effect. The first `full` is the reference."""
 
 
-class HeadMethod(_Trained):
+class HeadMethod(_TrainedMethod):
     """Train the task's head on a frozen body."""
 
     kind: Literal["head"]
     """Only the task's head is trained."""
 
 
-class LoraMethod(_Trained):
+class LoraMethod(_TrainedMethod):
     """Train low-rank updates of frozen matrices (Hu et al. 2021), and the task's head."""
 
     kind: Literal["lora"]
@@ -129,8 +129,8 @@ class LoraMethod(_Trained):
     rslora: bool = False
     """Scale by alpha / sqrt(rank), so that high ranks do not learn slower (Kalajdzievski 2023)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Matrices to update, by the ends of their names, such as `[q_proj, v_proj]`. `all-linear`: all but the head;
-    attention alone is known to be worse."""
+    """Matrices to update, by the ends of their names, such as `[q_proj, v_proj]`. `all-linear`: all matrices except the
+    head's; updating attention alone is known to be worse."""
 
     def differences(self) -> tuple[str, ...]:
         names = () if self.target_modules == "all-linear" else self.target_modules
@@ -149,7 +149,7 @@ class LoraMethod(_Trained):
         return self
 
 
-class AdapterMethod(_Trained):
+class AdapterMethod(_TrainedMethod):
     """Train small bottlenecks inside a frozen body (Houlsby et al. 2019), its layer norms and the task's head."""
 
     kind: Literal["adapter"]
@@ -166,11 +166,11 @@ class AdapterMethod(_Trained):
         )
 
 
-class PromptMethod(_Trained):
+class PromptMethod(_TrainedMethod):
     """Train virtual tokens before each text (Lester et al. 2021), and the task's head."""
 
     kind: Literal["prompt"]
-    """Vectors before each text are trained; they shorten `data.max_length`."""
+    """Vectors before each text are trained, which leaves less of `data.max_length` for the text."""
     num_virtual_tokens: int = Field(default=20, ge=1)
     """Number of virtual tokens."""
     init: Literal["vocabulary", "random"] = "vocabulary"
@@ -183,38 +183,36 @@ class PromptMethod(_Trained):
         )
 
 
-class PeftMethod(_Trained):
-    """Train another method of PEFT that changes layers, and the task's head."""
+class PeftMethod(_TrainedMethod):
+    """Train any other method of the PEFT library that changes layers, and the task's head."""
 
     kind: Literal["peft"]
-    """A method of the library PEFT is trained."""
+    """A method of the PEFT library is trained."""
     type: str = Field(min_length=1)
     """Name of the method in PEFT, such as `IA3`, `LOHA`, `OFT` or `VERA`."""
     config: PlainSettings = Field(default_factory=dict)
-    """Fields of the method's config in PEFT."""
+    """Fields of the method's PEFT config."""
 
     def differences(self) -> tuple[str, ...]:
         return (self.type.lower(),)
 
 
-class BaseMethod(_Named):
-    """Train nothing: score the pretrained model like the others."""
+class BaseMethod(_MethodSettings):
+    """Train nothing, and score the pretrained model for comparison."""
 
     kind: Literal["base"]
-    """Language models are used as they are; classifiers answer with the most frequent class."""
+    """Language models are scored as they are; classifiers always answer with the most frequent class."""
 
 
 Method = Annotated[
     FullMethod | HeadMethod | LoraMethod | AdapterMethod | PromptMethod | PeftMethod, Field(discriminator="kind")
 ]
-"""How the parameters of a run are trained."""
 ComparedMethod = Annotated[
     FullMethod | HeadMethod | LoraMethod | AdapterMethod | PromptMethod | PeftMethod | BaseMethod,
     Field(discriminator="kind"),
 ]
-"""A method that a comparison compares."""
 MethodKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prompt", "peft"]
 """Kinds of compared methods. `variant` is a `full` after the first, with other settings."""
 VARIANT: MethodKind = "variant"
 RIVALS = ("lora", "adapter", "prompt", "peft", VARIANT)
-"""Kinds that full fine-tuning is compared with. `base` and `head` are shown for scale and decide nothing."""
+"""Kinds that full fine-tuning is compared with. `base` and `head` are shown for reference and decide nothing."""

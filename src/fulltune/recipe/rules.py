@@ -1,7 +1,6 @@
-"""Rules across settings: those without effect for a task, unknown names, and combinations that exclude each other.
+"""Check rules across settings: settings without effect, unknown names, and combinations that exclude each other.
 
-Imports neither torch nor transformers.
-
+This module imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ from fulltune.recipe.training import OWN_OPTIMIZERS, TrainBlock
 from fulltune.text import did_you_mean
 
 NO_PACKAGES = ("all", "none", "flyte")
-"""Values of `report_to` whose package need not, or cannot, be found."""
+"""Values of `report_to` that need no installed package."""
 
 
 def problems_of(recipe: Recipe) -> list[str]:
-    """List the impossible settings of a recipe, each starting with its name; defaults pass."""
-    return [*_of_one_run(recipe), *_wrong_search(recipe), *_wrong_methods(recipe)]
+    """List a recipe's impossible settings, each message starting with the setting's name."""
+    return [*_single_run_problems(recipe), *_search_problems(recipe), *_method_problems(recipe)]
 
 
-def _of_one_run(recipe: Recipe) -> list[str]:
+def _single_run_problems(recipe: Recipe) -> list[str]:
+    """List the problems that a single run of the recipe would have."""
     fields = type(recipe.data).model_fields
     return [
         *(
@@ -42,36 +42,36 @@ def _of_one_run(recipe: Recipe) -> list[str]:
             if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
         ),
         *conflicts(recipe, form_of(recipe)),
-        *_unknown_fields(recipe),
-        *_unknown_names(recipe),
-        *_out_of_place(recipe),
+        *_extra_problems(recipe),
+        *_unknown_optimizers_and_trackers(recipe),
+        *_other_problems(recipe),
     ]
 
 
 def form_of(recipe: Recipe) -> Form | None:
-    """Return the form of rows that the recipe sets, if it sets one."""
+    """Return the form of rows that the recipe's `problem_type` sets, or None if it is left to the data."""
     kind = recipe.data.problem_type
     return FORMS[kind] if kind != "auto" and kind in FACTS[recipe.task].types else None
 
 
 def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
-    """List the recipe's violations of `excluded.toml`."""
+    """List the combinations of settings that `excluded.toml` forbids; `form` is the form of the rows, if known."""
     problems = []
-    for setting, values, other, other_values, reason in _table("excluded")["excluded"]:
+    for setting, values, other, other_values, reason in _load_table("excluded")["excluded"]:
         block, _, field = setting.partition(".")
         if block == "preserve" and FACTS[recipe.task].reads == "image":
-            continue  # all of the block is refused
+            continue  # the whole block is refused below
         for place, method in methods_of(recipe) if block == "method" else [(block, recipe.method)]:
             if block == "method" and field not in type(method).model_fields:
                 continue
-            value, other_value = (_value(recipe, method, form, name) for name in (setting, other))
+            value, other_value = (_setting_value(recipe, method, form, name) for name in (setting, other))
             if _matches(value, values) and _matches(other_value, other_values):
                 problems.append(f"{place}.{field}: {reason.format(task=recipe.task, value=value, other=other_value)}")
     return problems
 
 
 def _matches(value: object, values: bool | str | list[str]) -> bool:
-    """True if a value matches a pattern of `excluded.toml`."""
+    """Return True if a setting's value matches a pattern of `excluded.toml`."""
     if isinstance(values, bool):
         return (value not in (None, False, 0, ())) == values
     if isinstance(values, str):
@@ -79,7 +79,8 @@ def _matches(value: object, values: bool | str | list[str]) -> bool:
     return any(fnmatchcase(str(value), pattern) for pattern in values)
 
 
-def _value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str) -> Any:
+def _setting_value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str) -> Any:
+    """Return the value of a dotted name of `excluded.toml`, such as `form.is_number`."""
     block, *fields = name.split(".")
     value: Any = getattr(recipe, block, None)
     if fields:
@@ -90,18 +91,19 @@ def _value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str)
 
 
 def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
-    """Describe a metric that cannot choose a checkpoint."""
+    """Return the message for a metric that cannot choose a checkpoint."""
     return f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {kind}; expected one of {', '.join(possible)}"
 
 
 def methods_of(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
-    """Return each method with its place in the recipe."""
+    """Return each method with its dotted name in the recipe, such as `methods.0`."""
     if not recipe.methods:
         return [("method", recipe.method)]
     return [(f"methods.{place}", method) for place, method in enumerate(recipe.methods)]
 
 
-def _wrong_search(recipe: Recipe) -> Iterable[str]:
+def _search_problems(recipe: Recipe) -> Iterable[str]:
+    """Yield the problems of a learning rate search."""
     if recipe.methods:
         for place, method in methods_of(recipe):
             if getattr(method, "is_searched", False):
@@ -131,10 +133,10 @@ SHARED = (
     "memory_limit",
     "report_to",
 )
-"""Settings of `train` that all methods of a comparison share."""
 
 
-def _wrong_methods(recipe: Recipe) -> Iterable[str]:
+def _method_problems(recipe: Recipe) -> Iterable[str]:
+    """Yield the problems of the `train` settings that single methods of a comparison have."""
     for place, method in methods_of(recipe):
         own = getattr(method, "train", {})
         if not own:
@@ -148,15 +150,15 @@ def _wrong_methods(recipe: Recipe) -> Iterable[str]:
         try:
             variant = recipe.with_method(method)
         except ValidationError as error:
-            yield from (f"{place}.train{_wrong_setting(one, own)}" for one in error.errors())
+            yield from (f"{place}.train{_describe_variant_error(one, own)}" for one in error.errors())
             continue
         if not shared:
-            before = _of_one_run(recipe)
-            yield from (f"{place}.{problem}" for problem in _of_one_run(variant) if problem not in before)
+            before = _single_run_problems(recipe)
+            yield from (f"{place}.{problem}" for problem in _single_run_problems(variant) if problem not in before)
 
 
-def _wrong_setting(error: Mapping[str, Any], own: Mapping[str, object]) -> str:
-    """Describe a method's wrong `train` setting, after its name."""
+def _describe_variant_error(error: Mapping[str, Any], own: Mapping[str, object]) -> str:
+    """Return the message for a wrong `train` setting of a method, starting with the setting's name."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(name, list(TrainBlock.model_fields))
@@ -166,7 +168,8 @@ def _wrong_setting(error: Mapping[str, Any], own: Mapping[str, object]) -> str:
     return f"{f'.{name}' if name else ''}: {text}{value}"
 
 
-def _unknown_fields(recipe: Recipe) -> list[str]:
+def _extra_problems(recipe: Recipe) -> list[str]:
+    """List the problems of `train.extra`, which may only hold further fields of `TrainingArguments`."""
     own, problems = set(type(recipe.train).model_fields), []
     for name, value in recipe.train.extra.items():
         arguments, place = training_arguments(), f"train.extra.{name}"
@@ -178,7 +181,7 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
             hint = answer(name) or did_you_mean(name, arguments)
             problems.append(f"{place}: transformers.TrainingArguments has no such field{f'; {hint}' if hint else ''}")
         elif name == "accelerator_config" and isinstance(value, dict):
-            fields = _fields("trainer_pt_utils.py", "AcceleratorConfig")
+            fields = _annotated_fields("trainer_pt_utils.py", "AcceleratorConfig")
             problems += [
                 f"{place}.{key}: there is no such field; {did_you_mean(str(key), fields) or ', '.join(fields)}"
                 for key in value
@@ -186,39 +189,40 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
             ]
         elif value is not None:
             try:
-                _reader(arguments[name]).validate_python(value)
+                _type_adapter(arguments[name]).validate_python(value)
             except ValidationError:
-                problems.append(f"{place}: expected {_expected(arguments[name])}, found {value!r}")
+                problems.append(f"{place}: expected {_type_in_words(arguments[name])}, found {value!r}")
     return problems
 
 
-_TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+_TYPE_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
 
 
 @cache
-def _reader(annotation: str) -> TypeAdapter[Any]:
-    """Return a parser of a field's type that also reads numbers from texts, as YAML reads `1e-5`."""
+def _type_adapter(annotation: str) -> TypeAdapter[Any]:
+    """Return a pydantic adapter for a type such as `float | None`. It also reads numbers from text, because YAML reads
+    `1e-5` as text."""
     types = {"bool": bool, "int": int, "float": float, "str": str, "None": None}
     names = annotation.replace(" ", "").split("|")
     union: Any = Union[tuple(types.get(name, Any) for name in names)]  # noqa: UP007  # of types that only the name tells
     return TypeAdapter(union, config=ConfigDict(coerce_numbers_to_str=True))
 
 
-def _expected(annotation: str) -> str:
-    return " or ".join(words for name, words in _TYPES.items() if name in annotation.replace(" ", "").split("|"))
+def _type_in_words(annotation: str) -> str:
+    return " or ".join(words for name, words in _TYPE_WORDS.items() if name in annotation.replace(" ", "").split("|"))
 
 
 def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert `train.extra` to transformers' types; null keeps the default of a field that cannot be None."""
+    """Return `train.extra` in transformers' types, without nulls for fields that cannot be None."""
     types = training_arguments()
     return {
-        name: _reader(types[name]).validate_python(value)
+        name: _type_adapter(types[name]).validate_python(value)
         for name, value in extra.items()
         if value is not None or "None" in types[name]
     }
 
 
-def _unknown_names(recipe: Recipe) -> list[str]:
+def _unknown_optimizers_and_trackers(recipe: Recipe) -> list[str]:
     train = recipe.train
     settings = {
         ("optim", "optimizer"): [] if train.optim in (None, *OWN_OPTIMIZERS) else [train.optim],
@@ -238,12 +242,12 @@ SCALABLE = ("full", "lora")
 """Kinds of methods that support `preserve.budget`."""
 
 
-def _out_of_place(recipe: Recipe) -> list[str]:
-    """List problems that neither the table nor a block can express."""
+def _other_problems(recipe: Recipe) -> list[str]:
+    """List the problems that neither `excluded.toml` nor a single block can express."""
     train, block, kind = recipe.train, recipe.preserve, recipe.method.kind
     workers, is_image = train.extra.get("dataloader_num_workers"), FACTS[recipe.task].reads == "image"
     metric, form = recipe.evaluate.metric, form_of(recipe)
-    possible = form.metrics if form else FACTS[recipe.task].choosing  # the rest is known when the rows are read
+    possible = form.metrics if form else FACTS[recipe.task].choosing  # the form is checked when the rows are read
     pairs = {
         wrong_metric(str(metric), form.words if form else recipe.task, possible): (
             metric is not None and metric not in possible
@@ -276,60 +280,61 @@ def _out_of_place(recipe: Recipe) -> list[str]:
 
 
 # ---- names that other tools and transformers know ----------------------------------------------------------------
-# transformers is not imported: its names are read from its source, which takes a tenth of the time.
+# Reading names from transformers' source takes a tenth of the time of importing it.
 
 
 @cache
-def _table(name: str) -> dict[str, Any]:
+def _load_table(name: str) -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def pinned() -> Mapping[str, str]:
-    """Fields of `transformers.TrainingArguments` that `train.extra` refuses, and what to do instead."""
-    return dict(_table("elsewhere")["pinned"])
+    """Return the fields of `TrainingArguments` that `train.extra` refuses, with what to do instead."""
+    return dict(_load_table("elsewhere")["pinned"])
 
 
 @cache
 def answers() -> Mapping[str, str]:
-    """Replacements for other tools' names of settings."""
-    by_name = {name: answer for answer, names in _table("elsewhere")["answers"].items() for name in names.split()}
+    """Return what to write instead of other tools' settings, by lower-case name."""
+    by_name = {name: answer for answer, names in _load_table("elsewhere")["answers"].items() for name in names.split()}
     return {**by_name, **pinned()}
 
 
 def answer(name: object) -> str | None:
-    """Return the replacement for another tool's setting, if one is known."""
+    """Return what to write instead of another tool's setting, or None if it is unknown."""
     return answers().get(str(name).lower().replace("-", "_"))
 
 
 def training_arguments() -> Mapping[str, str]:
-    """Fields of `transformers.TrainingArguments` with their types as written."""
-    return _fields("training_args.py", "TrainingArguments")
+    """Return the fields of `transformers.TrainingArguments` with their annotations as written."""
+    return _annotated_fields("training_args.py", "TrainingArguments")
 
 
 @cache
-def _fields(file: str, name: str) -> Mapping[str, str]:
-    fields = [line for line in _definition(file, name).body if isinstance(line, ast.AnnAssign)]
+def _annotated_fields(file: str, name: str) -> Mapping[str, str]:
+    """Return a class's annotated fields from a source file of transformers."""
+    fields = [line for line in _find_definition(file, name).body if isinstance(line, ast.AnnAssign)]
     return {ast.unparse(line.target): ast.unparse(line.annotation) for line in fields}
 
 
 def optimizers() -> list[str]:
-    body = _definition("training_args.py", "OptimizerNames").body
+    body = _find_definition("training_args.py", "OptimizerNames").body
     return sorted(ast.literal_eval(line.value) for line in body if isinstance(line, ast.Assign))
 
 
 def trackers() -> list[str]:
-    table = _definition("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK").value
+    table = _find_definition("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK").value
     return sorted(ast.literal_eval(key) for key in table.keys)
 
 
 @cache
-def _parsed(file: str) -> list[ast.stmt]:
+def _parse_transformers_file(file: str) -> list[ast.stmt]:
     spec: Any = importlib.util.find_spec("transformers")
     return ast.parse(Path(spec.origin).parent.joinpath(file).read_text(encoding="utf-8")).body
 
 
-def _definition(file: str, name: str) -> Any:
-    for line in _parsed(file):
+def _find_definition(file: str, name: str) -> Any:
+    for line in _parse_transformers_file(file):
         if name == getattr(line, "name", None) or (
             isinstance(line, ast.Assign) and name == ast.unparse(line.targets[0])
         ):

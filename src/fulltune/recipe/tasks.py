@@ -1,4 +1,7 @@
-"""Facts of each task, known without torch. The table is `tasks.toml`; a task's module has its row as `FACTS`."""
+"""Facts about each task, readable without torch.
+
+They are written in `tasks.toml`. A task's module has its own entry as `FACTS`.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,18 @@ from pydantic import AfterValidator, TypeAdapter
 from fulltune.text import did_you_mean
 
 
-def _known(name: str) -> str:
+def _check_task_name(name: str) -> str:
+    """Return the name if a task has it; raise `ValueError` with a hint otherwise."""
     if name not in FACTS:
         hint = did_you_mean(name, list(FACTS))
         raise ValueError(f"expected one of {', '.join(FACTS)}, found '{name}'{f'; {hint}' if hint else ''}")
     return name
 
 
-TaskName = Annotated[str, AfterValidator(_known)]
+TaskName = Annotated[str, AfterValidator(_check_task_name)]
 ProblemType = str
-"""Name of a form."""
-_SHARED = {
+"""Name of a `Form`, such as `single_label`."""
+_SHARED_CONTENT = {
     "context": "passage",
     "prompt": "prompt",
     "messages": "question",
@@ -33,62 +37,62 @@ _SHARED = {
     "tokens": "sentence",
     "image": "image",
 }
-"""Content that rows of a group share, by the role of its column; otherwise the text."""
+"""What the rows of a group have in common, by the role of its column (otherwise the text)."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """Facts of all rows of one problem type. Code asks for a fact, not for the type."""
+    """Facts about all rows of one problem type. Code should ask for a fact, not compare the type."""
 
     name: ProblemType
     metrics: tuple[str, ...]
     """Metrics that can choose a checkpoint, the default first."""
     kind: str
-    """The rows in words."""
+    """The kind of rows in words."""
     target: str = "label"
     """Word for what the model predicts."""
     label: str = "label"
     """Word for what is counted per label."""
     row: str = "row"
-    """Word for what is counted: a long context becomes several windows."""
+    """Word for what is counted, as a long context becomes several windows."""
     longest: str = "longest row"
     """Word for what `max_length` limits."""
     worst: str = "Wrong test rows with the highest loss"
-    """Title of the worst mistakes."""
+    """Title of the table of worst mistakes."""
     question: str = '"a text"'
     """Example question for `fulltune predict RUN`."""
     how_to_ask: str = ""
-    """How to ask the language model, in a sentence."""
+    """Sentence on how to prompt the language model."""
     majority: str = "majority class"
     """Name of the baseline that always predicts the most frequent target."""
     answer: tuple[tuple[str, str], ...] = (("answer", "string"),)
-    """Columns of an answer in a file, with their types."""
+    """Columns of an answer file, with their types."""
     num_outputs: int | None = None
-    """Logits per item; None for one per label."""
+    """Number of logits per item, or None for one logit per label."""
     is_number: bool = False
-    """The target is a number, learned in units of its standard deviation."""
+    """The target is a number, which the model learns in units of its standard deviation."""
     is_calibrated: bool = False
-    """A temperature can calibrate the probability of a row's only right label."""
+    """Each row has one right label, so a temperature can calibrate its probability."""
     has_classes: bool = False
-    """A linear probe can judge the labels."""
+    """The target is one or more classes, so a linear probe can find label errors."""
     one_label: bool = False
     several_labels: bool = False
     tags_words: bool = False
     """Each word has a label."""
     row_shares: tuple[str, ...] = ()
-    """Metrics that are shares of about as many items as rows."""
+    """Metrics that are shares of items, where rows and items are about equally many."""
     has_windows: bool = False
-    """A long row becomes several examples with one answer."""
+    """A long row becomes several examples but gets one answer."""
     reads_any_text: bool = False
-    """A language model, whose loss on any text can be measured."""
+    """The model is a language model, so its loss can be measured on any text."""
     is_raw_text: bool = False
-    """Texts without prompts; short ones may share a row."""
+    """Texts have no prompts, and short ones may share a row."""
     writes_answers: bool = False
     """Only the answer to a prompt is trained."""
 
     @property
     def labels_rows(self) -> bool:
-        """Whole rows have labels with probabilities."""
+        """True if whole rows (not words) have labels with probabilities."""
         return self.one_label or self.several_labels
 
     @property
@@ -101,44 +105,44 @@ FORMS: Mapping[ProblemType, Form] = TypeAdapter(dict[ProblemType, Form]).validat
     {name: {"name": name, **facts} for name, facts in _TABLE["forms"].items()}
 )
 FROM_FILE = FORMS["span"].question
-"""How to ask a model whose rows have several parts."""
+"""Example question for models whose rows have several parts."""
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """Facts of one task."""
+    """Facts about one task."""
 
     auto_class: str
     """Name of the model class in transformers."""
     models: str
-    """What a model without that class lacks, after "a 'bert' model"."""
+    """What a message says of a model without that class, after "a 'bert' model"."""
     hub: str
     """`pipeline_tag` on the Hub."""
     data: tuple[str, ...]
-    """Settings of `data` that only some tasks read."""
+    """Settings of `data` that this task reads but some other task does not."""
     types: tuple[ProblemType, ...]
-    """Problem types of its rows; a plan without rows assumes the first."""
+    """Problem types that its rows may have. A plan without rows assumes the first."""
     length_cap: int
-    """Limit of the default `max_length`, in tokens."""
+    """Upper limit of the default `max_length`, in tokens."""
     scored_by: Literal["classifiers", "tagging", "spans", "language"]
     """Module of `fulltune.evaluate` that scores its models."""
     other_metrics: tuple[str, ...] = ()
     """Metrics that cannot choose a checkpoint."""
     reads: Literal["text", "image"] = "text"
     writes: bool = False
-    """The model writes text; other models have a head."""
+    """The model writes text; models of other tasks have a head."""
     has_classes: bool = False
-    """The task has classes, which may have weights."""
+    """The task has classes, so they may have weights."""
     has_forms: bool = False
-    """Rows of several problem types may be mixed."""
+    """One data set may mix rows of several problem types."""
     other_models: tuple[str, ...] = ()
-    """Model types that have the class but read or write differently."""
+    """Model types that have the class but read or write in a different way."""
     peft: str | None = None
-    """Task type in PEFT, if it has one."""
+    """PEFT's task type, or None if it has none."""
 
     @property
     def head_is_new(self) -> bool:
-        """The head is missing in a pretrained checkpoint."""
+        """True if pretrained checkpoints lack this task's head."""
         return not self.writes
 
     @property
@@ -147,7 +151,7 @@ class TaskFacts:
 
     @property
     def choosing(self) -> tuple[str, ...]:
-        """Metrics that can choose a checkpoint."""
+        """Metrics that can choose the best checkpoint."""
         return tuple(dict.fromkeys(name for form in self.types for name in FORMS[form].metrics))
 
 
@@ -156,7 +160,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     setting: tuple(task for task, facts in FACTS.items() if setting in facts.data)
     for setting in dict.fromkeys(setting for facts in FACTS.values() for setting in facts.data)
 }
-"""Tasks that read each setting of `data`; settings not listed are read by all."""
+"""Tasks that read each setting of `data`. Settings that are missing here are read by all tasks."""
 
 
 def greater_is_better(metric: str) -> bool:
@@ -164,14 +168,14 @@ def greater_is_better(metric: str) -> bool:
 
 
 def shared_content(columns: Collection[str]) -> str:
-    """Name what rows of a group share."""
-    return next((word for role, word in _SHARED.items() if role in columns), "text")
+    """Return the word for what rows of a group have in common, such as `passage`."""
+    return next((word for role, word in _SHARED_CONTENT.items() if role in columns), "text")
 
 
 ALSO_OCCURS = "also occurs in"
-"""Words of each note on rows in two splits, by which comparisons find them."""
+"""Words in each note on rows that occur in two splits; comparisons search for them."""
 
 
 def leaked_content(columns: Collection[str], near: bool) -> str:
-    """Describe a leaked test row, such as `text also occurs in train`."""
+    """Return a description of a leaked test row, such as `text also occurs in train`."""
     return f"{shared_content(columns)} {ALSO_OCCURS} train{' (equal, or nearly so)' if near else ''}"

@@ -14,7 +14,7 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
 Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"]
 OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
-"""fulltune's own; transformers' `adamw_8bit` means `adamw_bnb_8bit`."""
+"""Optimizers of fulltune's own. In transformers, `adamw_8bit` means `adamw_bnb_8bit` instead."""
 
 SHARDABLE_OPTIMIZERS = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that work on sharded tensors (FSDP2)."""
@@ -23,22 +23,22 @@ PER_TENSOR_OPTIMIZERS = (*SHARDABLE_OPTIMIZERS, "adafactor")
 """Optimizers that update each tensor from its own gradient and state."""
 
 ENGINE_SETTINGS = "train.extra.deepspeed"
-"""Setting with DeepSpeed's settings or their file."""
 
 
 class TrainBlock(Block):
-    """The training loop, with the names of `transformers.TrainingArguments`."""
+    """Settings of the training loop, named as in `transformers.TrainingArguments`."""
 
     num_train_epochs: float | None = Field(default=None, gt=0)
     """Passes over the train rows. Default: chosen by task and number of rows."""
     max_steps: int | None = Field(default=None, ge=1)
     """Length of the run in optimizer steps, instead of `num_train_epochs`."""
     global_batch_size: int | None = Field(default=None, ge=1)
-    """Rows per optimizer step over all devices. Default: 32, or 16 for language models, and fewer for small data.
-    Gradient accumulation follows from it."""
+    """Rows per optimizer step over all devices. Default: 32, or 16 for language models, and fewer for small data. It
+    determines the gradient accumulation."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows per device in one forward and backward pass; must divide the global batch. Lower it to save memory, with the
-    same result. Default: the fastest that fits into memory. If memory runs out it is halved, even if given."""
+    """Rows per device in one forward and backward pass; must divide the global batch. A lower value saves memory and
+    gives the same result. Default: the fastest size that fits into memory. If memory runs out, it is halved, even if
+    the recipe sets it."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0 to its peak. Default: chosen by task."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -48,83 +48,87 @@ class TrainBlock(Block):
     ] = "linear"
     """How the learning rate falls after the warm-up."""
     lr_scheduler_kwargs: PlainSettings = Field(default_factory=dict)
-    """More arguments of the schedule, for example `{min_lr_rate: 0.1}`."""
+    """Further arguments of the schedule, for example `{min_lr_rate: 0.1}`."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Weight decay of AdamW; norms and biases have none."""
+    """Weight decay of AdamW. It is not applied to norms and biases."""
     optim: str | None = None
-    """Optimizer: `adamw_8bit` (moments in 8 bits: 2.1 instead of 8 bytes per parameter) or `adamw_bf16`, fulltune's own
-    for CPU and CUDA, or any of transformers, such as `adafactor`. Default: `adamw_torch_fused` for fp32 weights,
-    `adamw_bf16` for bf16 weights, `adamw_8bit` if nothing else fits into memory."""
+    """Optimizer: `adamw_8bit` (moments in 8 bits: 2.1 instead of 8 bytes per parameter) or `adamw_bf16`, both
+    fulltune's own for CPU and CUDA, or any optimizer of transformers, such as `adafactor`. Default:
+    `adamw_torch_fused` for fp32 weights, `adamw_bf16` for bf16 weights, `adamw_8bit` if nothing else fits into
+    memory."""
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
-    """How bf16 weights take updates smaller than their precision. `stochastic` (the default): rounded up or down at
-    random, right on average; `kahan`: the remainder is stored in 2 more bytes per parameter; `nearest`: most are lost
-    at usual learning rates."""
+    """What bf16 weights do with updates smaller than their precision. `stochastic` (the default): round up or down at
+    random, so that the average is right; `kahan`: store the remainder in 2 more bytes per parameter; `nearest`: lose
+    most of these updates at usual learning rates."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamW's mean of gradients."""
+    """Decay rate of AdamW's running mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of AdamW's mean of squared gradients."""
+    """Decay rate of AdamW's running mean of squared gradients."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
-    """Term that keeps AdamW from dividing by zero."""
+    """Small number that prevents AdamW from dividing by zero."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Largest global norm of the gradients; larger ones are scaled down. 0: no clipping."""
     skip_suspect_steps: bool = True
     """Skip the update of a step whose loss and gradient norm are both outliers among the last 64 steps
     (docs/concepts/guards.md). Non-finite steps are always skipped."""
     max_rollbacks: int = Field(default=3, ge=0)
-    """How often the run may return to its last good checkpoint after it diverged or skipped too many steps. It
-    continues with the rows in another order, from the second time on at half the learning rate. 0: it stops."""
+    """How often the run may return to its last good checkpoint after it diverged or skipped too many steps. It then
+    continues with the rows in another order, and from the second time on at half the learning rate. 0: the run stops
+    instead."""
     hang_timeout: Duration | None = "30m"
-    """Time without a sign of life after which a training process is ended; the run resumes once from its last
+    """How long a training process may show no sign of life before it is ended; the run resumes once from its last
     checkpoint. `null`: no limit."""
     notice: Duration | None = None
-    """Time between SIGTERM and the end of the machine, such as `30s` on a spot instance. The run warns if finishing a
-    step and saving takes longer."""
+    """Time between SIGTERM and the end of the machine, such as `30s` on a spot instance. The run warns if it needs
+    longer to finish a step and save."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target's probability spread over the other classes or tokens."""
+    """Share of the target's probability that is spread over the other classes or tokens."""
     class_weights: str | dict[str | int, Any] | tuple[Any, ...] | None = None
     """Weight of each class in the training loss (classification): `balanced` (all classes count equally in total), a
     mapping such as `{rare: 5, usual: 1}`, or a list in the order of the labels."""
     seed: int = Field(default=42, ge=0)
-    """Seed of dropout, of the order of rows and of a randomly initialised head."""
+    """Seed of dropout, of the row order and of a randomly initialised head."""
     precision: Precision = "auto"
-    """Type of the computations. `auto`: bf16 on GPUs of compute capability 8.0 (Ampere), fp16 with loss scaling from
-    7.0 (Volta, Turing), otherwise fp32; on a CPU bf16 if it is faster. The oldest GPU decides. fp16 needs a GPU."""
+    """Data type of the computations. `auto`: bf16 on GPUs of compute capability 8.0 (Ampere), fp16 with loss scaling
+    from 7.0 (Volta, Turing), otherwise fp32; on a CPU bf16 if it is faster. With several GPUs, the oldest decides.
+    fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: far less memory, about a third more compute. Default: on if the run
-    would not fit otherwise, or if the larger micro batch makes it faster. `false` keeps it off."""
+    """Recompute activations in the backward pass, which needs far less memory but about a third more compute. Default:
+    on if the run would not fit otherwise, or if the larger micro batch makes it faster. `false`: always off."""
     chunked_loss: bool | None = None
-    """Compute a language model's logits and loss for a few tokens at a time. Default: on if the model's head allows it,
-    which is checked. `false` keeps it off."""
+    """Compute a language model's logits and loss for a few tokens at a time. Default: on if a check shows that the
+    model's head allows it. `false`: always off."""
     torch_compile: bool | None = None
-    """Compile the model's repeated blocks (`torch.compile`). Takes a minute or more before step 1, which pays in long
-    runs. Default: off; `fulltune plan --measure` tries it. Never run on a GPU."""
+    """Compile the model's repeated blocks (`torch.compile`). This takes a minute or more before step 1, which pays off
+    in long runs. Default: off; `fulltune plan --measure` tries it. Never run on a GPU."""
     use_liger_kernel: bool = False
-    """Use Liger's Triton kernels for norms, feed-forward layers and rotary positions (`pip install 'fulltune[liger]'`),
-    to save memory. Needs a GPU; never run on one here."""
+    """Use Liger's Triton kernels for norms, feed-forward layers and rotary positions (`pip install 'fulltune[liger]'`)
+    to save memory. Needs a GPU; fulltune was never run with it on one."""
     memory_limit: Annotated[str, read_by(parse_bytes)] | None = None
-    """Most memory per training process, such as `6GiB`: of the GPU, or without one of the host (about 0.7 GiB for
-    Python and libraries). The plan keeps to it; exceeding it counts as running out of memory. Without a GPU it needs
-    Linux; mapped files do not count."""
+    """Most memory per training process, such as `6GiB`: memory of the GPU, or host memory without a GPU (about 0.7 GiB
+    of it for Python and libraries). The plan stays below it; exceeding it counts as running out of memory. Without a
+    GPU this needs Linux, and mapped files do not count."""
     group_by_length: bool | None = None
     """Put rows of similar length into the same batch, to save padding. Default: on, unless the target explains a
-    quarter of the length's variance, as batches would be one-sided."""
+    quarter of the length's variance, because batches would then have similar targets."""
     eval_strategy: Interval = "epoch"
     """When to evaluate and save a checkpoint: after each `epoch`, or every `eval_steps` `steps`."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Steps between two evaluations, with `eval_strategy: steps`."""
     eval_on_start: bool = True
-    """Also evaluate before step 1. A run that ends up worse than this, without a lower train loss, is stopped
+    """Also evaluate before step 1. A run that stays worse than this evaluation, without a lower train loss, is stopped
     (docs/concepts/guards.md)."""
     save_steps: int | None = Field(default=None, ge=1)
     """Steps between additional checkpoints, so that an interrupted run loses less."""
     save_total_limit: int = Field(default=2, ge=1)
-    """Checkpoints kept besides the best one."""
+    """Number of checkpoints to keep besides the best one."""
     load_best_model_at_end: bool = True
     """Keep the weights of the best checkpoint instead of the last. Classifiers and taggers whose learning rate fell to
-    0 keep the last if its accuracy or F1 is within two standard errors of the best (docs/concepts/statistics.md)."""
+    0 keep the last checkpoint if its accuracy or F1 is within two standard errors of the best
+    (docs/concepts/statistics.md)."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Stop after this many evaluations without improvement. Default: off. It saves time but usually costs quality, as
-    the learning rate has not fallen to 0."""
+    """Stop after this many evaluations without improvement. Default: off. Stopping early saves time but usually costs
+    quality, because the learning rate has not yet fallen to 0."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
     """Smallest change of the eval metric that counts as improvement."""
     logging_steps: int | None = Field(default=None, ge=1)
@@ -132,46 +136,47 @@ class TrainBlock(Block):
     report_to: Annotated[
         tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)
     ] = ()
-    """Trackers of transformers: `tensorboard`, `wandb`, `mlflow`, `trackio` ... TensorBoard writes to
+    """Experiment trackers of transformers: `tensorboard`, `wandb`, `mlflow`, `trackio` ... TensorBoard writes to
     `RUN/tensorboard`, or to `TENSORBOARD_LOGGING_DIR`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. `auto`: on a GPU if there is one, otherwise on the CPU."""
     num_processes: int = Field(default=1, ge=1)
-    """Training processes over all machines: one per GPU, or several on a CPU (gloo)."""
+    """Total number of training processes on all machines: one per GPU, or several on a CPU (gloo)."""
     num_machines: int = Field(default=1, ge=1)
-    """Machines with equally many processes and a shared folder (docs/guides/scale.md)."""
+    """Number of machines, which must have a shared folder and equally many processes (docs/guides/scale.md)."""
     placement: Placement = "auto"
-    """Layout of weights, gradients and optimizer state. `single`: one process; `ddp`: replicated; `fsdp2`: all sharded
-    (PyTorch); `zero2`: gradients and state sharded, `zero3`: weights too (DeepSpeed). `auto`: `single` for one process,
-    otherwise `ddp` if it fits, else `fsdp2`. A run may resume with another number of processes and another of `single`,
-    `ddp` and `fsdp2`, with `zero2` and `zero3` only as it began (docs/guides/scale.md)."""
+    """How the processes hold weights, gradients and optimizer state. `single`: one process; `ddp`: everything
+    replicated; `fsdp2`: everything sharded (PyTorch); `zero2`: gradients and optimizer state sharded, `zero3`:
+    weights too (DeepSpeed). `auto`: `single` for one process, otherwise `ddp` if it fits, else `fsdp2`. A run may
+    resume with another number of processes and with another of `single`, `ddp` and `fsdp2`; runs with `zero2` and
+    `zero3` must resume as they began (docs/guides/scale.md)."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What to keep in host memory: `optimizer` (with zero2 or zero3), or `all` (with zero3: weights too). Has no effect
     on a CPU."""
     oversubscribe: bool = False
-    """Allow more processes than CPU cores, to try a placement. It is slow."""
+    """Allow more processes than CPU cores, to try out a placement. This is slow."""
     extra: PlainSettings = Field(default_factory=dict)
     """Any other field of `transformers.TrainingArguments`, except those that fulltune sets itself. `deepspeed` is a
-    JSON file, relative to the recipe's folder, or its content."""
+    JSON file, relative to the recipe's folder, or the content of one."""
 
     @property
     def engine_settings(self) -> str | PlainSettings | None:
-        """DeepSpeed settings of the recipe's own, or their file."""
+        """The recipe's own DeepSpeed settings or their file, or None."""
         return self.extra.get("deepspeed")
 
     def with_engine_settings(self, settings: str | PlainSettings | None) -> TrainBlock:
-        """Copy the block with other DeepSpeed settings, or with none."""
+        """Return a copy of the block with other DeepSpeed settings, or without any."""
         others = {name: value for name, value in self.extra.items() if name != "deepspeed"}
         return self.model_copy(update={"extra": others if settings is None else {**others, "deepspeed": settings}})
 
     @property
     def placed_as(self) -> Placement | Literal["deepspeed"]:
-        """Name of the layout in a plan."""
+        """Name of the placement as a plan shows it; `deepspeed` for the recipe's own DeepSpeed settings."""
         return self.placement if self.engine_settings is None else "deepspeed"
 
     @property
     def engine_by(self) -> str | None:
-        """The setting that selects DeepSpeed, such as `train.placement: zero3`."""
+        """The setting that selects DeepSpeed, such as `train.placement: zero3`, or None."""
         if self.engine_settings is not None:
             return ENGINE_SETTINGS
         return f"train.placement: {self.placement}" if self.placement in ("zero2", "zero3") else None
@@ -182,11 +187,11 @@ class TrainBlock(Block):
 
     @property
     def sharded_by(self) -> str | None:
-        """The setting that shards the model, if any."""
+        """The setting that shards the model, or None if nothing does."""
         return self.engine_by or (f"train.placement: {self.placement}" if self.placement == "fsdp2" else None)
 
     @model_validator(mode="after")
-    def _pairs_must_agree(self) -> TrainBlock:
+    def _settings_must_agree(self) -> TrainBlock:
         factors = {"micro_batch_size": self.micro_batch_size or 1, "num_processes": self.num_processes}
         factor_words = " x ".join(f"{name} {value}" for name, value in factors.items() if value > 1)
         has_floor = bool({"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs))
@@ -203,7 +208,7 @@ class TrainBlock(Block):
             "eval_steps is given but eval_strategy is 'epoch'; set 'eval_strategy: steps'": (
                 self.eval_strategy == "epoch" and self.eval_steps is not None
             ),
-            "lr_scheduler_kwargs: cosine_with_min_lr needs a floor; add for example {min_lr_rate: 0.1}": (
+            "lr_scheduler_kwargs: cosine_with_min_lr needs a minimum; add for example {min_lr_rate: 0.1}": (
                 self.lr_scheduler_type == "cosine_with_min_lr" and not has_floor
             ),
             f"global_batch_size: {self.global_batch_size} is not a multiple of {factor_words}": (
@@ -213,12 +218,13 @@ class TrainBlock(Block):
                 self.use_liger_kernel and self.torch_compile
             ),
         }
-        refuse(pairs | _wrong_placement(self) | _wrong_weights(self.class_weights))
+        refuse(pairs | _placement_problems(self) | _class_weight_problems(self.class_weights))
         return self
 
 
-def _wrong_placement(train: TrainBlock) -> dict[str, object]:
-    """Check `placement`, `offload`, `num_processes` and `num_machines` against each other."""
+def _placement_problems(train: TrainBlock) -> dict[str, object]:
+    """Return messages about `placement`, `offload`, `num_processes` and `num_machines`, each with whether it
+    applies."""
     place, offload, processes = train.placement, train.offload, train.num_processes
     has_own_file = train.engine_settings is not None
     least = -(-processes // train.num_machines) * train.num_machines
@@ -244,7 +250,8 @@ def _wrong_placement(train: TrainBlock) -> dict[str, object]:
     }
 
 
-def _wrong_weights(value: str | dict[str | int, object] | tuple[object, ...] | None) -> dict[str, object]:
+def _class_weight_problems(value: str | dict[str | int, object] | tuple[object, ...] | None) -> dict[str, object]:
+    """Return a message about `class_weights`, with whether it applies."""
     if value is None or isinstance(value, str):
         expected = "expected balanced, or a weight for each class, such as {rare: 5, usual: 1}"
         return {f"class_weights: {expected}, found {value!r}": value not in (None, "balanced")}
