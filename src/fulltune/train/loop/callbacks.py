@@ -171,7 +171,7 @@ class Checkpoints(TrainerCallback):
             checkpoints.keep_few(folder, self.request.recipe.train.save_total_limit, state.best_global_step)
 
 
-class StopWhenAsked(TrainerCallback):
+class StopOnRequest(TrainerCallback):
     """Saves and stops training after a signal; all ranks stop after the same step."""
 
     is_asked = False

@@ -14,7 +14,7 @@ from fulltune.system.parallel_layout import ParallelLayout
 from fulltune.tasks import Task, task_named
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
-from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
+from fulltune.train.loop.callbacks import Recorder, StopOnRequest
 from fulltune.train.loop.step_guard import rate_factor
 from fulltune.train.request import Request
 from fulltune.train.usage import ResourceUsage
@@ -28,7 +28,7 @@ class AttemptInputs:
     hooks: Hooks
     journal: Journal
     recorder: Recorder
-    stop: StopWhenAsked
+    stop: StopOnRequest
     usage: ResourceUsage
     summary: DataSummary
 

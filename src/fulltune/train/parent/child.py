@@ -126,7 +126,7 @@ def _of_lost(part: LostMachine) -> tuple[OutcomeStatus, str]:
 
 
 @contextlib.contextmanager
-def forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
+def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
     """Forward stop signals to the worker and kill it at the third; yields the received signals."""
     received: list[int] = []
 
@@ -146,7 +146,7 @@ def forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
                     os.killpg(child.pid, signal.SIGTERM)
 
 
-def _follow(request: Request, child: spawn.Child, listener: Listener, stop_signals: Sequence[int]) -> bool:
+def _follow(request: Request, child: spawn.WorkerProcess, listener: Listener, stop_signals: Sequence[int]) -> bool:
     """Forward events until the child has ended; return true if it was killed because its heartbeat stopped. The
     monotonic clock pauses while the machine sleeps."""
     path, position, answered = request.folder / "metrics.jsonl", 0, False

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from fulltune.train.parent.spawn import Child, Starter, end_with, environment, in_new_process
+from fulltune.train.parent.spawn import Starter, WorkerProcess, end_with, environment, in_new_process
 from fulltune.train.request import Request
 
 PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "peft", "sklearn.metrics")
@@ -32,7 +32,7 @@ def fork_server() -> Iterator[Starter]:
     """Yield a starter that forks one worker at a time where that is safe."""
     servers: list[subprocess.Popen[bytes]] = []
 
-    def start(request: Request, log: Path) -> Child:
+    def start(request: Request, log: Path) -> WorkerProcess:
         plan = request.plan
         alone = plan.device == "cpu" and plan.num_processes == 1 and not request.recipe.train.engine_by
         if not (alone and sys.platform == "linux"):

@@ -93,7 +93,7 @@ class MachineGroup:
         if problems := machines.differences(first, others):
             raise SetupError(problems)
 
-    def start(self, request: Request, log: Path) -> spawn.Child:
+    def start(self, request: Request, log: Path) -> spawn.WorkerProcess:
         """Start the attempt's processes on all machines; a `Starter`."""
         try:
             self.gather()
@@ -180,7 +180,7 @@ def _check_port(place: MachineAddress) -> None:
 class _OnAllMachines:
     """A running attempt, which ends here soon after it has ended on another machine."""
 
-    def __init__(self, child: spawn.Child, sign: Heartbeat, attempt: str, others: Mapping[Peer, str]) -> None:
+    def __init__(self, child: spawn.WorkerProcess, sign: Heartbeat, attempt: str, others: Mapping[Peer, str]) -> None:
         self._child, self._sign, self._attempt = child, sign, attempt
         self._running = dict(others)
         self._over_at = 0.0

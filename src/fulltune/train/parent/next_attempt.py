@@ -31,7 +31,7 @@ _MIN_GROWTH_BYTES = 64 * 2**20
 _NO_SECOND_ATTEMPT = "with functions of your own, training runs in this process, which allows no second attempt"
 
 
-Need = Callable[[Plan], MemoryNeed | None]
+Estimate = Callable[[Plan], MemoryNeed | None]
 """Computes the memory of a changed plan, or None if it is unknown."""
 
 
@@ -48,7 +48,9 @@ def unknown(plan: Plan) -> None:
     """Return None as an unknown need."""
 
 
-def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: Need = unknown) -> NextAttempt | None:
+def next_attempt(
+    recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: Estimate = unknown
+) -> NextAttempt | None:
     """Plan the attempt after the last of `history`, or return None if nothing helps."""
     last = history[-1]
     if sum(outcome.status == last.status for outcome in history) <= MAX_UNCHANGED.get(last.status, 0):
@@ -75,7 +77,7 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
     return None
 
 
-def _changed(plan: Plan, last: Outcome, changes: Changes, need: Need) -> Plan:
+def _changed(plan: Plan, last: Outcome, changes: Changes, need: Estimate) -> Plan:
     def reason(old: Setting) -> str:
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
         return f"{planned}{_MARK}{_WHERE[last.phase]} of attempt {last.attempt}"

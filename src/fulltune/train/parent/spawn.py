@@ -38,7 +38,7 @@ _PREFIX = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
 """Prefix of each rank's lines in a machine's log."""
 
 
-class Child(Protocol):
+class WorkerProcess(Protocol):
     """A running worker process."""
 
     pid: int
@@ -49,11 +49,11 @@ class Child(Protocol):
     def wait(self) -> int: ...
 
 
-Starter = Callable[[Request, Path], Child]
+Starter = Callable[[Request, Path], WorkerProcess]
 """Starts a request's worker, which writes to a log file."""
 
 
-def in_new_process(request: Request, log: Path, meeting: MachineAddress | None = None) -> Child:
+def in_new_process(request: Request, log: Path, meeting: MachineAddress | None = None) -> WorkerProcess:
     """Start this machine's worker processes, several under torchrun."""
     with log.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
@@ -130,7 +130,7 @@ def _interface_of(address: str) -> str | None:
     return None
 
 
-def ask_to_stop(child: Child) -> None:
+def ask_to_stop(child: WorkerProcess) -> None:
     """Send SIGTERM to the workers only: torchrun would kill them after 30 seconds."""
     launched = isinstance(child.args, Sequence) and LAUNCHER in map(str, child.args)
     workers = _children(child.pid) if launched else []
@@ -142,7 +142,7 @@ def ask_to_stop(child: Child) -> None:
             os.kill(worker, signal.SIGTERM)
 
 
-def end(child: Child) -> None:
+def end(child: WorkerProcess) -> None:
     """Kill all descendants; torchrun's workers have other process groups."""
     below = _children(child.pid)
     for pid in below:

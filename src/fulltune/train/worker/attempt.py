@@ -26,7 +26,7 @@ from fulltune.train.worker.best import Fields, keep_best
 from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed
 from fulltune.train.worker.dry_run import dry_run
 from fulltune.train.worker.evaluation import Evaluator
-from fulltune.train.worker.loading import Loaded
+from fulltune.train.worker.loading import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Training:
     """The loaded model and rows with their trainer and its parts."""
 
     inputs: AttemptInputs
-    loaded: Loaded
+    loaded: LoadedModel
     trainer: FullTrainer
     evaluator: Evaluator
     monitor: DriftMonitor

@@ -29,14 +29,14 @@ from fulltune.train.loop.callbacks import Recorder
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker.dry_run import batch_of, check_of
-from fulltune.train.worker.loading import Loaded, ScaledHead
+from fulltune.train.worker.loading import LoadedModel, ScaledHead
 
 _APART = "texts in one row are kept apart"
 _SELECTIVE = "logits of trained tokens only"
 _CHUNKED = "chunked loss"
 
 
-def before_training(inputs: AttemptInputs, loaded: Loaded, trainer: FullTrainer) -> list[Check]:
+def before_training(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer) -> list[Check]:
     """Run all checks but the dry run; the caller refuses to train if one fails."""
     plan, summary, rows = inputs.plan, inputs.summary, loaded.rows
     writes, model = inputs.task.FACTS.writes, loaded.objective.model
@@ -146,7 +146,7 @@ def _chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> 
     return Check(name=_CHUNKED, result=result, passed=possible or not is_required)
 
 
-def _end_tokens(inputs: AttemptInputs, loaded: Loaded, rows: Rows) -> Check:
+def _end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) -> Check:
     """Check that each untruncated answer ends with a trained end token that survives padding and stops generation."""
     tokenizer = loaded.tokenizer
     last, ends = trained_ends(rows, tokenizer)

@@ -170,7 +170,7 @@ def _ends_with(model: PreTrainedModel, layer: torch.nn.Linear, batch: dict[str, 
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """Model, rows and arguments at the start of training."""
 
     arguments: TrainingArguments
@@ -191,7 +191,7 @@ class Loaded:
     """Digest of the pretrained weights, or None if they are sharded by ZeRO."""
 
 
-def load_for_training(inputs: AttemptInputs) -> Loaded:
+def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     plan, recipe, task, summary = inputs.plan, inputs.recipe, inputs.task, inputs.summary
     target = Target.of(summary)
     inputs.recorder.phase("loading the model")
@@ -239,7 +239,7 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
         )
     if scaled is not None:
         target = replace(target, logit_scale=(scaled.shift, scaled.factor))
-    return Loaded(
+    return LoadedModel(
         arguments=arguments,
         applied=applied,
         tokenizer=tokenizer,
@@ -254,7 +254,7 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
     )
 
 
-def make_trainer(inputs: AttemptInputs, loaded: Loaded) -> FullTrainer:
+def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
     plan, recipe, objective = inputs.plan, inputs.recipe, loaded.objective
     model = loaded.applied.model
     trainer = FullTrainer(

@@ -89,11 +89,11 @@ def _train(
     cleanup: contextlib.ExitStack,
 ) -> dict[str, Any]:
     # Imported here, so that an error while torch and transformers load becomes an outcome as well.
-    from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
+    from fulltune.train.loop.callbacks import Recorder, StopOnRequest
     from fulltune.train.loop.inputs import AttemptInputs
     from fulltune.train.worker import attempt
 
-    stop = StopWhenAsked()
+    stop = StopOnRequest()
 
     def ask_to_stop(*_: object) -> None:
         stop.is_asked = True
