@@ -76,5 +76,5 @@ def test_conversation_that_only_looks_wrong_is_spared(turns: list[dict[str, Any]
 
 
 def test_all_faults_of_a_conversation_are_named() -> None:
-    found = chat_faults([USER, turn("assistant", ""), SYSTEM, USER])
-    assert len(found) == 3
+    faults = chat_faults([USER, turn("assistant", ""), SYSTEM, USER])
+    assert len(faults) == 3

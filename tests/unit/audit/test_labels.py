@@ -26,16 +26,16 @@ def items(count: int, rate: float, spread: float, seed: int = 0) -> tuple[Items,
 @pytest.mark.parametrize(("rate", "spread"), [(0.1, 0.5), (0.2, 0.5), (0.1, 0.8)])
 def test_most_wrong_labels_are_found_and_most_suspects_are_wrong(rate: float, spread: float) -> None:
     rows, wrong = items(800, rate, spread)
-    found = judge_items(rows)
-    assert wrong[found.suspects].mean() >= 0.6
-    assert found.suspects[wrong].mean() >= 0.6
-    assert found.about.estimated_errors == pytest.approx(wrong.sum(), rel=0.35)
-    assert found.about.precision == pytest.approx(wrong[found.suspects].mean(), abs=0.3)
-    assert not (found.suspects & found.doubtful).any()
-    assert (found.margins[found.doubtful] < DOUBT).all()
+    judged = judge_items(rows)
+    assert wrong[judged.suspects].mean() >= 0.6
+    assert judged.suspects[wrong].mean() >= 0.6
+    assert judged.about.estimated_errors == pytest.approx(wrong.sum(), rel=0.35)
+    assert judged.about.precision == pytest.approx(wrong[judged.suspects].mean(), abs=0.3)
+    assert not (judged.suspects & judged.doubtful).any()
+    assert (judged.margins[judged.doubtful] < DOUBT).all()
     # The likeliest other class is the right one.
-    both = found.suspects & wrong
-    assert (found.other[both] != rows.labels[both]).all()
+    both = judged.suspects & wrong
+    assert (judged.other[both] != rows.labels[both]).all()
 
 
 @pytest.mark.parametrize("spread", [0.3, 0.8, 1.2])
@@ -45,17 +45,17 @@ def test_clean_rows_are_left_alone(spread: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "labels", "said"),
+    ("count", "labels", "message"),
     [
         (60, lambda n: np.arange(n) % 3, "with 60 rows"),
         (200, lambda n: np.zeros(n, int), "two classes"),
         (200, lambda n: (np.arange(n) < 2).astype(int), "two classes"),
     ],
 )
-def test_what_cannot_be_judged_is_said(count: int, labels: object, said: str) -> None:
+def test_what_cannot_be_judged_is_said(count: int, labels: object, message: str) -> None:
     features = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
     rows = Items("single_label", features, labels(count), np.arange(count), 3)  # type: ignore[operator]  # of this type
-    with pytest.raises(NoProbe, match=said):
+    with pytest.raises(NoProbe, match=message):
         judge_items(rows)
 
 

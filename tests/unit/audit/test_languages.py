@@ -26,8 +26,8 @@ def stands_out(text: str, *main: str) -> str | None:
     first = languages.detect_language(text)
     if first is None or first[0] in main or first[1] < SURE:
         return None
-    found = languages.foreign_language(text, main)
-    return found[0] if found else None
+    language = languages.foreign_language(text, main)
+    return language[0] if language else None
 
 
 @needs_extra
@@ -67,7 +67,7 @@ class Ranks:
 
 
 @pytest.mark.parametrize(
-    ("shares", "main", "found"),
+    ("shares", "main", "expected"),
     [
         # Spread among close languages: it is one of them.
         ({"es": 0.5, "gl": 0.3, "pt": 0.17, "en": 0.03}, {"en"}, ("es", 0.97)),
@@ -82,11 +82,11 @@ class Ranks:
     ],
 )
 def test_probability_is_that_of_close_languages_but_for_the_column_s_own(
-    monkeypatch: pytest.MonkeyPatch, shares: dict[str, float], main: set[str], found: tuple[str, float] | None
+    monkeypatch: pytest.MonkeyPatch, shares: dict[str, float], main: set[str], expected: tuple[str, float] | None
 ) -> None:
     monkeypatch.setattr(languages, "_identifier", lambda: Ranks(**shares))
-    said = languages.foreign_language("some words that are long enough to tell", main)
-    assert (said and (said[0], round(said[1], 2))) == found
+    language = languages.foreign_language("some words that are long enough to tell", main)
+    assert (language and (language[0], round(language[1], 2))) == expected
 
 
 @needs_extra
@@ -111,7 +111,7 @@ def by_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("by_first_word")
 @pytest.mark.parametrize(
-    ("texts", "found", "why"),
+    ("texts", "suspects", "why"),
     [
         (["en a"] * 99 + ["de b"], {99}, None),
         (["en a"] * 99 + ["de? b"], set(), None),
@@ -127,40 +127,40 @@ def by_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_rows_in_a_language_that_hardly_any_other_is_in_stand_out(
-    texts: list[str], found: set[int], why: str | None
+    texts: list[str], suspects: set[int], why: str | None
 ) -> None:
     heard: dict[str, ColumnLanguages] = {}
     for text in texts:
         languages.add_languages(heard, {"text": text}, {"text": "text"})
-    assert heard["text"].suspects() == found
-    said = languages.languages_obstacle(heard)
-    assert (said is None) == (why is None)
-    assert why is None or f"column 'text': {why}" in (said or "")
+    assert heard["text"].suspects() == suspects
+    obstacle = languages.languages_obstacle(heard)
+    assert (obstacle is None) == (why is None)
+    assert why is None or f"column 'text': {why}" in (obstacle or "")
 
 
 def test_shares_of_languages_are_said_with_what_is_in_none() -> None:
-    said = _languages("text", {"en": 60, "de": 20, "fr": 10, "es": 2, "it": 2, "pt": 1, "nl": 1, "sv": 1}, 100)
-    assert "en 60.0%, de 20.0%, fr 10.0%" in said
-    assert "2 others 2.0%; undetermined 3.0%" in said
+    sentence = _languages("text", {"en": 60, "de": 20, "fr": 10, "es": 2, "it": 2, "pt": 1, "nl": 1, "sv": 1}, 100)
+    assert "en 60.0%, de 20.0%, fr 10.0%" in sentence
+    assert "2 others 2.0%; undetermined 3.0%" in sentence
 
 
 def test_without_the_extra_nothing_is_looked_at_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(languages, "is_installed", lambda package: False)
-    found, _ = audited(tmp_path, prepared(tmp_path, CLEAN))
-    assert found.not_run[OTHER_LANGUAGE] == "needs the extra 'languages'"
-    assert OTHER_LANGUAGE not in found.clean
-    assert found.languages == {}
+    result, _ = audited(tmp_path, prepared(tmp_path, CLEAN))
+    assert result.not_run[OTHER_LANGUAGE] == "needs the extra 'languages'"
+    assert OTHER_LANGUAGE not in result.clean
+    assert result.languages == {}
 
 
 def test_row_in_another_language_is_listed_by_the_audit(tmp_path: Path) -> None:
     pytest.importorskip("py3langid", reason="the extra languages is not installed")
     german = {"text": "Ich habe meine Karte verloren und weiß nicht weiter.", "label": CLEAN[0]["label"]}
     rows = [{**row, "text": f"Could you please tell me more about {row['text']}?"} for row in CLEAN] + [german]
-    found, issues = audited(tmp_path, prepared(tmp_path, rows))
+    result, issues = audited(tmp_path, prepared(tmp_path, rows))
     [one] = issues[OTHER_LANGUAGE]
     assert one.place.endswith(f":{len(rows)}")
     assert one.reason == "column 'text': de, but nearly all rows are en"
     assert one.remedy.action == "drop"
     assert one.score > 0.95
-    assert next(iter(found.languages["text"])) == "en"
-    assert found.languages["text"]["de"] == 1
+    assert next(iter(result.languages["text"])) == "en"
+    assert result.languages["text"]["de"] == 1

@@ -30,8 +30,8 @@ def looked_at(folder: Path, rows: Sequence[Mapping[str, Any]], *task: str, **set
 
 def listed(folder: Path, recipe: Recipe, summary: DataSummary, **of: Any) -> tuple[Audit, list[dict[str, Any]]]:
     """What is listed for losses[examples, 2] by split, and what the model says."""
-    found = {split: (counts, ["a"] * len(counts)) for split, counts in of.items()}
-    audit = list_losses(recipe, folder / "data", summary, found)  # type: ignore[arg-type]  # a fake
+    losses = {split: (counts, ["a"] * len(counts)) for split, counts in of.items()}
+    audit = list_losses(recipe, folder / "data", summary, losses)  # type: ignore[arg-type]  # a fake
     return audit, [one.model_dump() for one in stage.load_issues(folder / "data") if one.check == "high loss"]
 
 
@@ -69,9 +69,9 @@ def test_another_audit_of_the_same_rows_keeps_the_list(tmp_path: Path) -> None:
     recipe, summary = looked_at(tmp_path, [CLEAN[0], *CLEAN])
     _, issues = listed(tmp_path, recipe, summary, train=counts(summary.splits["train"].rows, p3=4.0))
     folder = tmp_path / "data"
-    found, _ = audited(tmp_path, summary, lambda: cannot("asked now"))
-    assert found.not_run["label error"] == "asked now"
-    assert list(found.checks)[-1] == "high loss"
+    result, _ = audited(tmp_path, summary, lambda: cannot("asked now"))
+    assert result.not_run["label error"] == "asked now"
+    assert list(result.checks)[-1] == "high loss"
     assert [one.model_dump() for one in stage.load_issues(folder) if one.check == "high loss"] == issues
 
 

@@ -34,9 +34,9 @@ def test_other_names_are_left_alone() -> None:
 
 
 def test_groups_are_said_with_their_rows_and_what_joins_them() -> None:
-    told = note_similar_names({"timer": 12, "Timer": 30, "\u0441at": 1, "cat": 2, "a": 1, "A": 1, "b": 1, "B": 1})
-    assert told is not None
+    note = note_similar_names({"timer": 12, "Timer": 30, "\u0441at": 1, "cat": 2, "a": 1, "A": 1, "b": 1, "B": 1})
+    assert note is not None
     for part in ("'Timer' (30 rows), 'timer' (12 rows)", r"'cat' (2 rows), '\u0441at' (1 row)", "and 1 more group"):
-        assert part in told
-    assert '--accept "class names"' in told
-    assert "data.patch" in told
+        assert part in note
+    assert '--accept "class names"' in note
+    assert "data.patch" in note

@@ -41,8 +41,8 @@ def read(keys: np.ndarray | None = None, drawn: Any = None, **states: np.ndarray
     return outliers(SimpleNamespace(items=items), train_keys, {of: len(them) for of, them in states.items()})  # type: ignore[arg-type,misc]  # a fake
 
 
-def places(found: Any) -> list[tuple[str, int]]:
-    return [(split, position) for split, distances in found[0].items() for position in distances]
+def places(outliers_by_split: Any) -> list[tuple[str, int]]:
+    return [(split, position) for split, distances in outliers_by_split[0].items() for position in distances]
 
 
 def test_nothing_is_listed_where_no_row_is_far() -> None:
@@ -53,9 +53,9 @@ def test_nothing_is_listed_where_no_row_is_far() -> None:
 def test_planted_rows_are_found_and_no_others() -> None:
     train = usual(400)
     train[[7, 100, 399]] = odd(3)
-    found = read(train=train)
-    assert places(found) == [("train", 7), ("train", 100), ("train", 399)]
-    assert min(found[0]["train"].values()) > 1.5 * found[1]
+    result = read(train=train)
+    assert places(result) == [("train", 7), ("train", 100), ("train", 399)]
+    assert min(result[0]["train"].values()) > 1.5 * result[1]
 
 
 def test_copies_of_an_odd_row_do_not_hide_it() -> None:
@@ -105,9 +105,9 @@ def test_held_out_row_that_stands_in_train_is_not_its_own_neighbour() -> None:
 def test_positions_are_those_of_the_rows_that_were_drawn() -> None:
     train = usual(500)
     train[[3, 450]] = odd(2)
-    found = read(drawn={"train": list(range(100, 500))}, train=train)
-    assert places(found) == [("train", 450)]
-    assert found[2] == 100
+    result = read(drawn={"train": list(range(100, 500))}, train=train)
+    assert places(result) == [("train", 450)]
+    assert result[2] == 100
 
 
 def test_what_cannot_be_told_is_said() -> None:

@@ -60,36 +60,36 @@ def audited(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "judge", lambda reader: judge() if judge else cannot("not asked"))
         patch.setattr(stage, "outliers", lambda reader, *of: outlie(*of) if outlie else cannot("not asked"))
-        found = stage.audit(reader, judge is not None or outlie is not None)
+        result = stage.audit(reader, judge is not None or outlie is not None)
     issues: dict[str, list[RowIssue]] = {}
-    for one in load_issues(folder / "data"):
-        issues.setdefault(one.check, []).append(one)
-    return found, issues
+    for issue in load_issues(folder / "data"):
+        issues.setdefault(issue.check, []).append(issue)
+    return result, issues
 
 
 def test_clean_rows_have_no_issues(tmp_path: Path) -> None:
-    found, issues = audited(tmp_path, prepared(tmp_path, CLEAN))
+    result, issues = audited(tmp_path, prepared(tmp_path, CLEAN))
     assert issues == {}
-    assert found.checks == {}
-    assert {"duplicate", "leak", "near leak", "conflicting labels", "broken encoding", "secret"} <= set(found.clean)
-    assert sum(found.rows.values()) == len(CLEAN)
+    assert result.checks == {}
+    assert {"duplicate", "leak", "near leak", "conflicting labels", "broken encoding", "secret"} <= set(result.clean)
+    assert sum(result.rows.values()) == len(CLEAN)
 
 
 def test_each_planted_fault_is_listed_with_its_place_and_remedy(tmp_path: Path) -> None:
     pytest.importorskip("ftfy", reason="the extra audit is not installed")
-    held = [{"text": f"a held out text about number {at}", "label": "animals"} for at in range(4)]
-    held += [{"text": f"a held out text about sum {at}", "label": "numbers"} for at in range(4)]
+    held_out = [{"text": f"a held out text about number {at}", "label": "animals"} for at in range(4)]
+    held_out += [{"text": f"a held out text about sum {at}", "label": "numbers"} for at in range(4)]
     labels = sorted({row["label"] for row in CLEAN})
-    held = [{**row, "label": labels[at % len(labels)]} for at, row in enumerate(held)]
+    held_out = [{**row, "label": labels[at % len(labels)]} for at, row in enumerate(held_out)]
     wrong = [
         {"text": "the schÃ¶ne cafÃ© in town", "label": labels[0]},
         {"text": "write to jane.miller@mail-of-jane.net for more", "label": labels[0]},
         CLEAN[3],
-        held[0],
+        held_out[0],
         {"text": CLEAN[5]["text"], "label": next(one for one in labels if one != CLEAN[5]["label"])},
     ]
     rows = [*CLEAN, *wrong, CLEAN[5]]
-    found, issues = audited(tmp_path, prepared(tmp_path, rows, eval=held[:4], test=held[4:]))
+    result, issues = audited(tmp_path, prepared(tmp_path, rows, eval=held_out[:4], test=held_out[4:]))
     place = {check: [one.place.rpartition(":")[2] for one in them] for check, them in issues.items()}
     first = len(CLEAN) + 1
     assert place["broken encoding"] == [str(first)]
@@ -105,17 +105,17 @@ def test_each_planted_fault_is_listed_with_its_place_and_remedy(tmp_path: Path) 
     assert place["conflicting labels"] == [str(first + 4)]
     assert issues["conflicting labels"][0].remedy == Remedy(action="replace", column="label", value=CLEAN[5]["label"])
     assert "jane.miller" not in (tmp_path / "data" / "issues.jsonl").read_text(encoding="utf-8")
-    assert found.checks["duplicate"] == 2
+    assert result.checks["duplicate"] == 2
 
 
 def test_text_nearly_that_of_a_test_row_is_a_near_leak(tmp_path: Path) -> None:
     labels = sorted({row["label"] for row in CLEAN})
     text = "could you please tell me where the parcel that I ordered last week may be at the moment"
-    held = [
+    held_out = [
         {"text": text if at == 5 else f"a held out text {at}", "label": labels[at % len(labels)]} for at in range(8)
     ]
     rows = [*CLEAN, {"text": f"{text} now", "label": labels[0]}]
-    _, issues = audited(tmp_path, prepared(tmp_path, rows, eval=held[:4], test=held[4:]))
+    _, issues = audited(tmp_path, prepared(tmp_path, rows, eval=held_out[:4], test=held_out[4:]))
     assert list(issues) == ["near leak"]
     assert issues["near leak"][0].text == f"{text} now"
 
@@ -127,28 +127,28 @@ def test_outliers_of_each_split_are_listed_the_farthest_first(tmp_path: Path) ->
         asked.append((keys, dict(counts)))
         return {"train": {2: 0.6, 5: 0.81234}, "test": {1: 0.7}}, 0.3, 4
 
-    found, issues = audited(tmp_path, summary, outlie=outlie)
+    result, issues = audited(tmp_path, summary, outlie=outlie)
     train, test = (list(texts(tmp_path / "data" / split)) for split in ("train", "test"))
     assert [one.row for one in issues["outlier"]] == [row_id(train[5]), row_id(test[1]), row_id(train[2])]
     first = issues["outlier"][0]
     assert (first.split, first.score, first.remedy) == ("train", 0.8123, Remedy(action="drop"))
     assert "0.19" in first.reason
     assert "0.70" in first.reason
-    assert "4 rows" in found.not_run["outlier"]
+    assert "4 rows" in result.not_run["outlier"]
     [(keys, counts)] = asked
-    assert counts == found.rows
+    assert counts == result.rows
     assert len(set(keys.tolist())) == len({row["text"] for row in train})
 
 
 def test_outliers_that_cannot_be_told_or_were_not_asked_for_are_said(tmp_path: Path) -> None:
     summary = prepared(tmp_path, CLEAN)
-    found, _ = audited(tmp_path, summary)
-    assert found.not_run["outlier"] == "skipped by --no-labels"
-    found, _ = audited(
+    result, _ = audited(tmp_path, summary)
+    assert result.not_run["outlier"] == "skipped by --no-labels"
+    result, _ = audited(
         tmp_path, summary, outlie=lambda *of: cannot("too few")
     )  # looked at again: it was not asked before
-    assert found.not_run["outlier"] == "too few"
-    assert "outlier" not in found.clean
+    assert result.not_run["outlier"] == "too few"
+    assert "outlier" not in result.clean
 
 
 def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
@@ -157,18 +157,18 @@ def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
     margins[[2, 7, 9]] = -0.9, -0.99, -0.6
     about = LabelErrors.model_construct(suspects=2, doubtful=1, planted=20)
     judged = JudgedLabels(margins, np.zeros(len(margins), int), margins < -0.8, np.isin(margins, -0.6), about)
-    found, issues = audited(tmp_path, summary, lambda: (np.arange(len(margins)), judged))
+    result, issues = audited(tmp_path, summary, lambda: (np.arange(len(margins)), judged))
     rows = list(texts(tmp_path / "data" / "train"))
     assert [one.row for one in issues["label error"]] == [row_id(rows[7]), row_id(rows[2])]
     assert [one.row for one in issues["doubtful label"]] == [row_id(rows[9])]
     assert issues["label error"][0].remedy == Remedy(action="replace", column="label", value=summary.labels[0])
-    assert found.labels == about
+    assert result.labels == about
 
 
 def test_labels_that_cannot_be_judged_are_said_to_be(tmp_path: Path) -> None:
-    found, _ = audited(tmp_path, prepared(tmp_path, CLEAN), lambda: cannot("too few rows"))
-    assert found.not_run["label error"] == "too few rows"
-    assert "label error" not in found.clean
+    result, _ = audited(tmp_path, prepared(tmp_path, CLEAN), lambda: cannot("too few rows"))
+    assert result.not_run["label error"] == "too few rows"
+    assert "label error" not in result.clean
 
 
 def test_same_rows_are_looked_at_once_and_give_the_same_bytes(tmp_path: Path) -> None:
@@ -182,10 +182,10 @@ def test_same_rows_are_looked_at_once_and_give_the_same_bytes(tmp_path: Path) ->
         calls.append(1)
         cannot("asked")
 
-    found, _ = audited(tmp_path, summary)
-    assert found.not_run["label error"] == "skipped by --no-labels"
-    found, _ = audited(tmp_path, summary, judge)  # labels were not judged before
-    assert found.not_run["label error"] == "asked"
+    result, _ = audited(tmp_path, summary)
+    assert result.not_run["label error"] == "skipped by --no-labels"
+    result, _ = audited(tmp_path, summary, judge)  # labels were not judged before
+    assert result.not_run["label error"] == "asked"
     assert calls == [1]
     audited(tmp_path, summary, judge)
     audited(tmp_path, summary)
@@ -209,16 +209,16 @@ def test_faults_of_conversations_are_listed_with_all_reasons(tmp_path: Path) -> 
     question, answer = rows[4]["messages"]
     rows[4] = {"messages": [question, answer, {"role": "system", "content": "be brief"}, question]}
     rows[14] = {"messages": json.dumps([question, question, answer])}
-    said = {"user": "human", "assistant": "gpt"}
-    shared = [{"from": said[one["role"]], "value": f"{one['content']} <br>"} for one in rows[19]["messages"]]
+    senders = {"user": "human", "assistant": "gpt"}
+    shared = [{"from": senders[one["role"]], "value": f"{one['content']} <br>"} for one in rows[19]["messages"]]
     rows[19] = {"messages": shared}
-    found, issues = audited(tmp_path, prepared(tmp_path, rows, "causal-lm"))
+    result, issues = audited(tmp_path, prepared(tmp_path, rows, "causal-lm"))
     assert {one.place.rpartition(":")[2]: one.reason for one in issues["chat fault"]} == {
         "5": "turn 3 is a system turn that is not first, it ends with a user turn without an answer",
         "15": "turns 1 and 2 are both user turns",
     }
     assert {one.place.rpartition(":")[2] for one in issues["markup"]} == {"20"}
-    assert "chat fault" in found.checks
+    assert "chat fault" in result.checks
 
 
 def test_texts_that_share_a_row_are_all_looked_at(tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_texts_that_share_a_row_are_all_looked_at(tmp_path: Path) -> None:
     packs = replace(LIMITS, packing_obstacle=lambda: None)
     summary = prepared(tmp_path, texts, "causal-lm", limits=packs)
     assert summary.packed
-    found, issues = audited(tmp_path, summary)
-    assert sum(found.rows.values()) == len(texts)
+    result, issues = audited(tmp_path, summary)
+    assert sum(result.rows.values()) == len(texts)
     places = {check: [one.place.rpartition(":")[2] for one in them] for check, them in issues.items()}
     assert places["markup"] == ["62"]
     assert places.get("duplicate") == ["61"]  # both are on one side of the split
@@ -262,11 +262,11 @@ def test_patch_does_what_was_decided(tmp_path: Path) -> None:
     )
     summary = prepared(tmp_path, CLEAN, patch=str(patch))
     rows = [row for split in ("train", "eval", "test") for row in texts(tmp_path / "data" / split)]
-    found = {row["text"]: row["label"] for row in rows}
+    labels = {row["text"]: row["label"] for row in rows}
     assert len(rows) == len(CLEAN) - 1
-    assert CLEAN[0]["text"] not in found
-    assert found[CLEAN[1]["text"]] == found["another text"] == other
-    assert found[CLEAN[3]["text"]] == CLEAN[3]["label"]
+    assert CLEAN[0]["text"] not in labels
+    assert labels[CLEAN[1]["text"]] == labels["another text"] == other
+    assert labels[CLEAN[3]["text"]] == CLEAN[3]["label"]
     # What is dropped is listed.
     assert summary.dropped == {"patch": 1}
     [line] = (tmp_path / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
@@ -296,7 +296,7 @@ def test_patch_changes_what_is_prepared_only_by_its_content(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("write", "said"),
+    ("write", "message"),
     [
         (lambda path: None, "cannot be read"),
         (lambda path: path.write_text("no json\n"), "p.jsonl:1: not a decision"),
@@ -308,9 +308,9 @@ def test_patch_changes_what_is_prepared_only_by_its_content(tmp_path: Path) -> N
         (lambda path: save_patch(path, [decide({"text": "of another file", "label": "x"}, "drop")]), "1 row of the 1"),
     ],
 )
-def test_patch_that_does_not_fit_is_refused(tmp_path: Path, write: Callable[[Path], Any], said: str) -> None:
+def test_patch_that_does_not_fit_is_refused(tmp_path: Path, write: Callable[[Path], Any], message: str) -> None:
     write(tmp_path / "p.jsonl")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         prepared(tmp_path, CLEAN, patch=str(tmp_path / "p.jsonl"))
     assert not (tmp_path / "data").exists()
 
@@ -331,13 +331,14 @@ def test_of_equal_rows_the_one_that_was_decided_about_is_dropped(tmp_path: Path)
 
 
 def test_what_is_decided_about_a_train_row_leaves_the_test_file_alone(tmp_path: Path) -> None:
-    held = [*CLEAN[:3], *CLEAN[20:23]]
+    held_out = [*CLEAN[:3], *CLEAN[20:23]]
     save_patch(tmp_path / "p.jsonl", [decide(CLEAN[0], "drop")])
-    summary = prepared(tmp_path, CLEAN, test=held, patch=str(tmp_path / "p.jsonl"))
-    assert summary.splits["test"].rows == len(held)
+    summary = prepared(tmp_path, CLEAN, test=held_out, patch=str(tmp_path / "p.jsonl"))
+    assert summary.splits["test"].rows == len(held_out)
     assert summary.dropped == {"patch": 1}
     save_patch(tmp_path / "p.jsonl", [decide(CLEAN[0], "drop", source="test")])
-    assert prepared(tmp_path, CLEAN, test=held, patch=str(tmp_path / "p.jsonl")).splits["test"].rows == len(held) - 1
+    summary = prepared(tmp_path, CLEAN, test=held_out, patch=str(tmp_path / "p.jsonl"))
+    assert summary.splits["test"].rows == len(held_out) - 1
 
 
 def test_rows_with_secrets_are_no_examples_and_are_masked_where_dropped_ones_are_shown(tmp_path: Path) -> None:

@@ -44,11 +44,11 @@ SPLITS = ("train", "eval", "test")
 )
 def test_boundaries(times: list[float], sides: str, wanted: tuple[int, int], expected: str) -> None:
     numbers = np.array([ord(side) for side in sides], np.uint64)
-    found = split_by_time(np.array(times, float), numbers, {"test": wanted[0], "eval": wanted[1]})
+    splits = split_by_time(np.array(times, float), numbers, {"test": wanted[0], "eval": wanted[1]})
     marks = np.full(len(times), "-")
     for mark, name in zip("tET", SPLITS, strict=True):
-        assert (marks[found[name]] == "-").all()  # type: ignore[index]  # of this type
-        marks[found[name]] = mark  # type: ignore[index]  # of this type
+        assert (marks[splits[name]] == "-").all()  # type: ignore[index]  # of this type
+        marks[splits[name]] = mark  # type: ignore[index]  # of this type
     assert "".join(marks) == expected
 
 
@@ -88,8 +88,8 @@ def test_test_is_newer_than_eval_is_newer_than_train_and_no_group_is_on_two_side
     days = {name: sorted(row["day"] for row in rows) for name, rows in splits.items()}
     assert days["train"][-1] < days["eval"][0] <= days["eval"][-1] < days["test"][0]
     for column in ("text", *([group] if group else [])):
-        seen = [{row[column] for row in rows} for rows in splits.values()]
-        assert not seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2]
+        values = [{row[column] for row in rows} for rows in splits.values()]
+        assert not values[0] & values[1] | values[0] & values[2] | values[1] & values[2]
     late = [item for item in dropped(tmp_path) if item["check"] == "also in an earlier split"]
     assert 0 < len(late) == summary.dropped["also in an earlier split"] == summary.splits["train"].dropped_rows
     assert len(late) + sum(map(len, splits.values())) == len(rows)
@@ -132,12 +132,12 @@ def test_times_with_faults_are_refused_at_once_with_places(tmp_path: Path, encod
     rows[9]["user"] = ""
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, rows, encoder_tokenizer, group="user")
-    said = "\n".join(caught.value.problems)
+    message = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 4
-    assert "column 'day' (data.time) holds no time in 1 of 200 rows (train.jsonl:1: 'soon')" in said
-    assert "column 'day' (data.time) is empty in 1 of 200 rows (train.jsonl:5)" in said
-    assert "date in 197 rows (train.jsonl:2) and date-time in 1 row (train.jsonl:6)" in said
-    assert "column 'user' (data.group) is empty in 1 of 200 rows (train.jsonl:10)" in said
+    assert "column 'day' (data.time) holds no time in 1 of 200 rows (train.jsonl:1: 'soon')" in message
+    assert "column 'day' (data.time) is empty in 1 of 200 rows (train.jsonl:5)" in message
+    assert "date in 197 rows (train.jsonl:2) and date-time in 1 row (train.jsonl:6)" in message
+    assert "column 'user' (data.group) is empty in 1 of 200 rows (train.jsonl:10)" in message
 
 
 @pytest.mark.parametrize(

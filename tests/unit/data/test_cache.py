@@ -58,16 +58,16 @@ class Runs:
 
 @pytest.fixture
 def runs(tmp_path: Path, encoder_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    made = Runs(tmp_path, encoder_tokenizer)
+    runs = Runs(tmp_path, encoder_tokenizer)
     module = sys.modules["fulltune.data.prepare"]  # the package's name `prepare` is the function
     plain = module.encode
 
     def counted(*arguments: Any) -> Any:
-        made.num_encoded += 1
+        runs.num_encoded += 1
         return plain(*arguments)
 
     monkeypatch.setattr(module, "encode", counted)
-    return made
+    return runs
 
 
 def test_second_run_links_to_the_files_of_the_first(runs: Runs) -> None:
@@ -139,10 +139,10 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(("kept", "is_linked"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("stays", "is_linked"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
 def test_rows_that_were_damaged_are_named_and_made_anew(
-    runs: Runs, damage: Callable[[Path], None], kept: bool, is_linked: bool
+    runs: Runs, damage: Callable[[Path], None], stays: bool, is_linked: bool
 ) -> None:
     """Those of the run, of the cache where both are one file, or of the cache for another run."""
     first = runs.prepare("one")
@@ -151,15 +151,15 @@ def test_rows_that_were_damaged_are_named_and_made_anew(
     if not is_linked:  # on another file system they are copies
         rows.unlink()
         rows.write_bytes(before)
-    damage(rows if kept else runs.cached()[0] / "train" / "rows.arrow")
-    said: list[Event] = []
-    assert runs.prepare("one" if kept else "two", listener=said.append, planned_for=first.fingerprint) == first
-    damaged = [event.text for event in said if isinstance(event, Message)]
-    of_cache = is_linked and (damage is not Path.unlink or not kept)
+    damage(rows if stays else runs.cached()[0] / "train" / "rows.arrow")
+    events: list[Event] = []
+    assert runs.prepare("one" if stays else "two", listener=events.append, planned_for=first.fingerprint) == first
+    damaged = [event.text for event in events if isinstance(event, Message)]
+    of_cache = is_linked and (damage is not Path.unlink or not stays)
     assert runs.num_encoded == (2 if of_cache else 1)
-    assert len(damaged) == kept + of_cache
+    assert len(damaged) == stays + of_cache
     assert all("train/rows.arrow " in one for one in damaged)
-    assert (runs.folder / "runs" / ("one" if kept else "two") / "data" / "train" / "rows.arrow").read_bytes() == before
+    assert (runs.folder / "runs" / ("one" if stays else "two") / "data" / "train" / "rows.arrow").read_bytes() == before
 
 
 def test_other_file_system_gets_a_copy(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,12 +179,12 @@ def test_other_file_system_gets_a_copy(runs: Runs, monkeypatch: pytest.MonkeyPat
 
 
 def test_only_the_five_used_last_are_kept(runs: Runs) -> None:
-    found = [runs.prepare(f"run {seed}", settings={"split_seed": seed}).fingerprint for seed in range(5)]
-    for age, name in enumerate(reversed(found), start=1):
+    fingerprints = [runs.prepare(f"run {seed}", settings={"split_seed": seed}).fingerprint for seed in range(5)]
+    for age, name in enumerate(reversed(fingerprints), start=1):
         os.utime(runs.cache / name, (time.time() - age, time.time() - age))
     runs.prepare("again", settings={"split_seed": 0})  # used now: no longer the oldest
     sixth = runs.prepare("sixth", settings={"split_seed": 5}).fingerprint
-    assert {path.name for path in runs.cached()} == {found[0], *found[2:], sixth}
+    assert {path.name for path in runs.cached()} == {fingerprints[0], *fingerprints[2:], sixth}
     assert runs.files("run 1")
 
 
@@ -253,9 +253,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_is_kept(
     before = getattr(module, moment)
 
     def then_changed(*arguments: Any) -> Any:
-        found = before(*arguments)
+        result = before(*arguments)
         CHANGES[change](runs.file)
-        return found
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(module, moment, then_changed)

@@ -77,14 +77,14 @@ def test_same_as_comparing_every_pair(tmp_path: Path, seed: int) -> None:
         return " ".join(runs).split()
 
     texts, rows = ([written(chance.randrange(1, 6)) for _ in range(60)] for _ in range(2))
-    made = known(tmp_path, *(" ".join(text) for text in texts))
+    forbidden = known(tmp_path, *(" ".join(text) for text in texts))
 
     def shares(row: list[str], text: list[str]) -> bool:
         one, other = ({tuple(words[place : place + 8]) for place in range(len(words) - 7)} for words in (row, text))
         return row == text or (bool(one & other) and 2 * len(one & other) >= min(len(one), len(other)))
 
     expected = [any(shares(row, text) for text in texts) for row in rows]
-    assert [made.occur_in(" ".join(row), is_input=True) for row in rows] == expected
+    assert [forbidden.occur_in(" ".join(row), is_input=True) for row in rows] == expected
     assert 0 < sum(expected) < len(rows)
 
 

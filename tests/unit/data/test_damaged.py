@@ -77,11 +77,11 @@ def test_row_with_half_a_character_in_a_used_column_is_listed(
     tmp_path: Path, prepare: Callable[..., Prepared], column: str
 ) -> None:
     rows = [*ROWS[:20], {**ROWS[20], column: f"bad {SURROGATE} one"}, *ROWS[21:]]
-    made = prepare(json_lines(tmp_path, rows))
-    assert list(made.dropped) == ["a.jsonl:21"]
-    assert "half a character" in made.dropped["a.jsonl:21"]
-    assert len(made.rows) == 39
-    assert made.summary.labels == ("food", "weather")
+    summary = prepare(json_lines(tmp_path, rows))
+    assert list(summary.dropped) == ["a.jsonl:21"]
+    assert "half a character" in summary.dropped["a.jsonl:21"]
+    assert len(summary.rows) == 39
+    assert summary.summary.labels == ("food", "weather")
 
 
 def test_half_a_character_in_an_unused_column_or_name_costs_no_row(
@@ -90,13 +90,13 @@ def test_half_a_character_in_an_unused_column_or_name_costs_no_row(
     rows: list[dict[str, Any]] = [{**row, "note": "😀"} for row in ROWS]
     rows[3] |= {"note": SURROGATE, f"n{SURROGATE}": 1}
     rows[4] |= {"note": {"a": [SURROGATE]}}
-    made = prepare(json_lines(tmp_path, rows))
-    assert not made.dropped
-    assert {place: row["text"] for place, row in made.rows.items()} == {
+    summary = prepare(json_lines(tmp_path, rows))
+    assert not summary.dropped
+    assert {place: row["text"] for place, row in summary.rows.items()} == {
         f"a.jsonl:{number}": row["text"] for number, row in enumerate(ROWS, start=1)
     }
-    assert made.rows["a.jsonl:1"]["note"] == "😀"
-    assert made.rows["a.jsonl:4"] == {**ROWS[3], "note": "\\ud83d", "n\\ud83d": 1}
+    assert summary.rows["a.jsonl:1"]["note"] == "😀"
+    assert summary.rows["a.jsonl:4"] == {**ROWS[3], "note": "\\ud83d", "n\\ud83d": 1}
 
 
 def test_deep_json_is_refused_with_its_line(tmp_path: Path) -> None:
@@ -120,10 +120,10 @@ def test_place_in_a_json_list_is_told_from_a_line(tmp_path: Path) -> None:
 def test_binary_columns_are_read_as_text(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
     columns = {name: [value.encode() for value in values] for name, values in columns_of(ROWS).items()}
     columns["text"][2] = b"caf\xe9"
-    made = prepare(table(tmp_path, columns))
-    assert made.summary.labels == ("food", "weather")
-    assert made.rows["a.parquet:1"] == ROWS[0]
-    assert list(made.dropped) == ["a.parquet:3"]
+    summary = prepare(table(tmp_path, columns))
+    assert summary.summary.labels == ("food", "weather")
+    assert summary.rows["a.parquet:1"] == ROWS[0]
+    assert list(summary.dropped) == ["a.parquet:3"]
 
 
 def test_class_names_that_datasets_keeps_beside_numbers_are_the_labels(
@@ -132,10 +132,10 @@ def test_class_names_that_datasets_keeps_beside_numbers_are_the_labels(
     kind = {"_type": "ClassLabel", "names": ["bad", "good"]}
     known = json.dumps({"info": {"features": {"label": kind, "text": {"dtype": "string", "_type": "Value"}}}})
     numbers = [-1, *(number % 2 for number in range(1, 40))]
-    made = prepare(table(tmp_path, {**columns_of(ROWS), "label": numbers}, {b"huggingface": known.encode()}))
-    assert made.summary.labels == ("bad", "good")
-    assert made.rows["a.parquet:2"]["label"] == "good"
-    assert list(made.dropped) == ["a.parquet:1"]  # -1: without a class
+    summary = prepare(table(tmp_path, {**columns_of(ROWS), "label": numbers}, {b"huggingface": known.encode()}))
+    assert summary.summary.labels == ("bad", "good")
+    assert summary.rows["a.parquet:2"]["label"] == "good"
+    assert list(summary.dropped) == ["a.parquet:1"]  # -1: without a class
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
@@ -173,10 +173,10 @@ def test_target_beyond_32_bits_is_listed_with_its_row(
 ) -> None:
     rows: list[dict[str, Any]] = [{**row, "label": number + 0.5} for number, row in enumerate(ROWS)]
     rows[7]["label"] = wrong
-    made = prepare(json_lines(tmp_path, rows))
-    assert made.summary.problem_type == "regression"
-    assert list(made.dropped) == ["a.jsonl:8"]
-    assert "expected a number of at most 32 bits" in made.dropped["a.jsonl:8"]
+    summary = prepare(json_lines(tmp_path, rows))
+    assert summary.summary.problem_type == "regression"
+    assert list(summary.dropped) == ["a.jsonl:8"]
+    assert "expected a number of at most 32 bits" in summary.dropped["a.jsonl:8"]
 
 
 @pytest.mark.parametrize("token", ["Infinity", "-Infinity", "NaN"])
@@ -186,9 +186,9 @@ def test_json_number_without_an_end_is_no_class(
 ) -> None:
     rows = [{**row, "label": classes[number % 3]} for number, row in enumerate(ROWS)]
     rows[7]["label"] = float(token)
-    made = prepare(json_lines(tmp_path, rows))
-    assert made.summary.labels == tuple(map(str, classes))
-    assert list(made.dropped) == ["a.jsonl:8"]
+    summary = prepare(json_lines(tmp_path, rows))
+    assert summary.summary.labels == tuple(map(str, classes))
+    assert list(summary.dropped) == ["a.jsonl:8"]
 
 
 @pytest.mark.parametrize(
@@ -212,9 +212,9 @@ def test_lists_that_name_no_labels_are_refused(
 def test_few_rows_of_a_file_have_every_label(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
     labels = [f"l{number % 12 if number < 36 else 0}" for number in range(200)]
     path = json_lines(tmp_path, [{"text": f"a text {n} to read", "label": label} for n, label in enumerate(labels)])
-    made = prepare(path, max_rows=40)
-    assert len(made.rows) == 40
-    assert len(made.summary.labels) == len(made.summary.splits["train"].label_counts) == 12
+    summary = prepare(path, max_rows=40)
+    assert len(summary.rows) == 40
+    assert len(summary.summary.labels) == len(summary.summary.splits["train"].label_counts) == 12
     with pytest.raises(DataError, match=r"a.jsonl: 12 labels, but data.max_rows allows only 11 rows; raise it"):
         prepare(path, max_rows=11)
 
@@ -227,11 +227,11 @@ def test_questions_as_squad_publishes_them_are_read(tmp_path: Path, prepare: Cal
     passages = [{"context": f"made by a smith {n} .", "qas": [question(n), question(n)]} for n in range(40)]
     articles = [{"title": "a", "paragraphs": passages[:25]}, {"title": "b", "paragraphs": passages[25:]}]
     (tmp_path / "a.json").write_text(json.dumps({"version": "v2.0", "data": articles}), encoding="utf-8")
-    made = prepare(tmp_path / "a.json", task="question-answering")
-    assert (len(made.rows), made.dropped) == (80, {})
-    assert "columns not used: id" in made.summary.notes
-    target = Target.of(made.summary)
-    answered = [bool(question_answering.answers_of(row, target)) for row in made.rows.values()]
+    summary = prepare(tmp_path / "a.json", task="question-answering")
+    assert (len(summary.rows), summary.dropped) == (80, {})
+    assert "columns not used: id" in summary.summary.notes
+    target = Target.of(summary.summary)
+    answered = [bool(question_answering.answers_of(row, target)) for row in summary.rows.values()]
     assert answered.count(True) == 60
 
 
@@ -249,8 +249,8 @@ def test_answer_start_that_is_no_number_leaves_the_row_out(
         for row in ROWS
     ]
     rows[7]["answers"]["answer_start"] = ["a"]
-    made = prepare(json_lines(tmp_path, rows), task="question-answering")
-    assert made.dropped == {"a.jsonl:8": "answer_start is 'a', expected the number of a character"}
+    summary = prepare(json_lines(tmp_path, rows), task="question-answering")
+    assert summary.dropped == {"a.jsonl:8": "answer_start is 'a', expected the number of a character"}
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------
@@ -299,9 +299,9 @@ def test_images_that_are_broken_links_are_rows(tmp_path: Path) -> None:
     (tmp_path / "i" / "moved").mkdir()
     (tmp_path / "i" / "moved" / "a.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "i" / "same" / "b.png").symlink_to("b.png")
-    found = {place: row["label"] for place, row in locate([str(tmp_path / "i")]).rows()}
-    assert len(found) == 6
-    assert found["moved/a.png"] == "moved"
+    labels = {place: row["label"] for place, row in locate([str(tmp_path / "i")]).rows()}
+    assert len(labels) == 6
+    assert labels["moved/a.png"] == "moved"
     assert content_hash({"train": locate([str(tmp_path / "i")])})
 
 

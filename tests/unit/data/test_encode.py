@@ -53,8 +53,8 @@ def run(job: Job, rows: list[PlacedRow], folder: Path) -> EncodedSource:
     return encode.encode(job, iter(rows), len(rows), folder, lambda done: None, lambda item: None)
 
 
-def numbers(found: EncodedSource) -> dict[str, Any]:
-    values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "folder"}
+def numbers(source: EncodedSource) -> dict[str, Any]:
+    values = {field.name: getattr(source, field.name) for field in dataclasses.fields(source) if field.name != "folder"}
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
 
@@ -63,13 +63,13 @@ def test_many_processes_give_the_files_and_numbers_of_one(
     job: Job, drop: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     job = dataclasses.replace(job, block=DROPPING if drop else BLOCK)
-    one = run(job, placed(ROWS), tmp_path / "one")
+    alone = run(job, placed(ROWS), tmp_path / "one")
     request.getfixturevalue("in_processes")
     done: list[int] = []
     many = encode.encode(job, iter(placed(ROWS)), len(ROWS), tmp_path / "many", done.append, lambda item: None)
 
     assert done == [*range(7, 57, 7), 60]
-    assert numbers(many) == numbers(one)
+    assert numbers(many) == numbers(alone)
     assert (tmp_path / "many" / "rows.arrow").read_bytes() == (tmp_path / "one" / "rows.arrow").read_bytes()
 
 
@@ -87,37 +87,37 @@ def test_work_is_done_in_other_processes(job: Job, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.usefixtures("in_processes")
 def test_order_is_the_files(job: Job, tmp_path: Path) -> None:
-    found = run(job, placed(ROWS), tmp_path)
+    source = run(job, placed(ROWS), tmp_path)
     expected = [place for place, row in placed(ROWS) if row["text"].strip()]
     assert [row["fulltune:place"] for row in texts(tmp_path)] == expected
-    assert np.asarray(found.row_of).tolist() == list(range(59))
-    assert [found.label_sets[number] for number in found.labels[:4]] == [("weather",), ("food",)] * 2
-    kept = [row["label"] for row in ROWS if row["text"].strip()]
-    assert [TARGET.labels[label] for label in Rows(tmp_path)["labels"]] == kept
+    assert np.asarray(source.row_of).tolist() == list(range(59))
+    assert [source.label_sets[number] for number in source.labels[:4]] == [("weather",), ("food",)] * 2
+    labels = [row["label"] for row in ROWS if row["text"].strip()]
+    assert [TARGET.labels[label] for label in Rows(tmp_path)["labels"]] == labels
 
 
 def test_rows_dropped_are_named_with_their_places(job: Job, tmp_path: Path) -> None:
-    found = run(dataclasses.replace(job, block=DROPPING), placed(ROWS), tmp_path)
-    tally = found.tally
+    source = run(dataclasses.replace(job, block=DROPPING), placed(ROWS), tmp_path)
+    tally = source.tally
     assert [tally.first["unusable", "no text"][0][0], tally.first["unfit", "too long"][0][0]] == [
         "train.csv:13",
         "train.csv:14",
     ]
     assert [tally.of(loss).total() for loss in ("unusable", "unfit", "part", "too long")] == [1, 1, 0, 1]
-    assert (found.num_read, found.num_rows, found.num_dropped) == (60, 58, 2)
-    assert len(Rows(tmp_path)) == len(found.lengths) == 58
-    assert Rows(tmp_path)["length"].tolist() == found.lengths.tolist()
-    assert found.longest == max(found.lengths) <= 48
+    assert (source.num_read, source.num_rows, source.num_dropped) == (60, 58, 2)
+    assert len(Rows(tmp_path)) == len(source.lengths) == 58
+    assert Rows(tmp_path)["length"].tolist() == source.lengths.tolist()
+    assert source.longest == max(source.lengths) <= 48
 
 
 def test_row_with_a_label_that_train_lacks_is_counted_and_not_tokenised(job: Job, tmp_path: Path) -> None:
     rows = tiny.topic_rows(6)
     rows[3]["label"] = "sport"
     job = dataclasses.replace(job, source="test", known_labels=frozenset(TARGET.labels))
-    found = run(job, placed(rows), tmp_path)
-    assert found.names == ["food", "sport", "weather"]
-    assert found.num_rows == 6
-    assert np.asarray(found.row_of).tolist() == [0, 1, 2, 4, 5]
+    source = run(job, placed(rows), tmp_path)
+    assert source.names == ["food", "sport", "weather"]
+    assert source.num_rows == 6
+    assert np.asarray(source.row_of).tolist() == [0, 1, 2, 4, 5]
     assert len(Rows(tmp_path)) == 5
 
 

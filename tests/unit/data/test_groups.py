@@ -27,8 +27,8 @@ def drawn(names: list[str], seed: int = 0) -> np.ndarray:
 
 def components(texts: str, values: str) -> list[int]:
     """Numbered in their order, from 0."""
-    found = join_by_value(drawn(list(texts)), drawn(list(values), 1)).tolist()
-    return [list(dict.fromkeys(found)).index(number) for number in found]
+    groups = join_by_value(drawn(list(texts)), drawn(list(values), 1)).tolist()
+    return [list(dict.fromkeys(groups)).index(number) for number in groups]
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,9 @@ def test_near_texts_of_two_users_join_them(tmp_path: Path, encoder_tokenizer: An
     chance, rows = random.Random(0), []
     for pair in range(40):
         for end in ("", " now"):
-            said = ["".join(chance.choices("abcdefghij", k=60)) for _ in range(2)]
-            said[0] = "".join(random.Random(pair).choices("abcdefghij", k=60)) + end
-            rows += [{"text": text, "label": "ab"[pair % 2], "user": f"{pair}{end}", "pair": pair} for text in said]
+            drafts = ["".join(chance.choices("abcdefghij", k=60)) for _ in range(2)]
+            drafts[0] = "".join(random.Random(pair).choices("abcdefghij", k=60)) + end
+            rows += [{"text": text, "label": "ab"[pair % 2], "user": f"{pair}{end}", "pair": pair} for text in drafts]
     prepare(tmp_path, rows, encoder_tokenizer, group="user", near_duplicates=0.7)
     sides = Counter(pair for rows in of_splits(tmp_path).values() for pair in {row["pair"] for row in rows})
     assert set(sides.values()) == {1}
@@ -277,14 +277,14 @@ def test_class_of_one_held_out_user_is_refused_in_words_of_groups(tmp_path: Path
     for user, label in (("one", "x"), ("two", "a")):
         rows += [{"text": f"{label} {number}", "label": label, "user": user} for number in range(3)]
     rows += [{"text": f"z {user}", "label": "z", "user": user} for user in ("one", "two")]
-    said = []
+    messages = []
     for seed in range(6):
         try:
             prepare(tmp_path / str(seed), rows, encoder_tokenizer, group="user", split_seed=seed)
         except DataError as error:
-            said += error.problems
-    assert 0 < len(said) < 6
-    for problem in said:
+            messages += error.problems
+    assert 0 < len(messages) < 6
+    for problem in messages:
         assert "train.jsonl: label 'x' (3 rows of " in problem
         assert "held out by 'user' (data.group)" in problem
         assert "data.split_seed" in problem
@@ -296,9 +296,9 @@ def test_mixed_rows_of_a_scored_user_are_left_out_and_others_need_none(tmp_path:
     mixed += [{"text": f"nobody {number}", "label": "a", "user": None} for number in range(5)]
     summary = prepare(tmp_path, rows, encoder_tokenizer, group="user", mixed=mixed)
     scored = {row["user"] for name in ("eval", "test") for row in of_splits(tmp_path)[name]}
-    kept = [row["user"] for row in texts(tmp_path / "data" / "mixed")]
-    assert kept.count(None) == 5
-    assert set(kept) == {None, *(f"u{user}" for user in range(60))} - scored
+    users = [row["user"] for row in texts(tmp_path / "data" / "mixed")]
+    assert users.count(None) == 5
+    assert set(users) == {None, *(f"u{user}" for user in range(60))} - scored
     assert summary.dropped["also in test"] + summary.dropped["also in eval"] == len(scored)
 
 

@@ -37,8 +37,8 @@ def test_signatures_estimate_the_share_of_common_grams() -> None:
         other = list(words)
         for _ in range(number % 8):
             other[chance.randrange(len(other))] = chance.choice(WORDS)
-        one, two = near.signatures([" ".join(words), " ".join(other)])
-        errors.append((one == two).mean() - jaccard(" ".join(words), " ".join(other)))
+        first, two = near.signatures([" ".join(words), " ".join(other)])
+        errors.append((first == two).mean() - jaccard(" ".join(words), " ".join(other)))
     assert abs(np.mean(errors)) < 0.01
     assert np.std(errors) < 0.06
 
@@ -70,8 +70,8 @@ def test_clusters_find_planted_pairs_and_no_others(threshold: float) -> None:
             texts.append(" ".join(words))
             if jaccard(texts[-2], texts[-1]) >= threshold + 0.05:
                 planted.add((len(texts) - 2, len(texts) - 1))
-    found = near.clusters(near.signatures(texts), threshold)
-    together = {(int(first), place) for place, first in enumerate(found) if first != place}
+    clusters = near.clusters(near.signatures(texts), threshold)
+    together = {(int(first), place) for place, first in enumerate(clusters) if first != place}
     assert len(planted & together) >= 0.97 * len(planted)
     wrong = [pair for pair in together if jaccard(texts[pair[0]], texts[pair[1]]) < threshold - 0.12]
     assert not wrong
@@ -91,12 +91,12 @@ def test_joined_lone_rows_keep_their_number_and_large_clusters_are_not_first() -
     texts = [" ".join(sentence(chance)) for _ in range(100)]
     texts += [f"{text} {word}" for text in texts[:20] for word in ("yes", "no")]
     groups = np.random.default_rng(0).integers(0, 2**63, len(texts)).astype(np.uint64)
-    found = near.join_near(groups, near.signatures(texts), 0.8)
-    assert (found[20:100] == groups[20:100]).all()
+    joined = near.join_near(groups, near.signatures(texts), 0.8)
+    assert (joined[20:100] == groups[20:100]).all()
     for place in range(20):
-        assert found[place] == found[100 + 2 * place] == found[101 + 2 * place]
+        assert joined[place] == joined[100 + 2 * place] == joined[101 + 2 * place]
     # Uniform: with the smallest of three numbers the mean would be a quarter.
-    assert 0.3 < (found[:20] / 2**64).mean() < 0.7
+    assert 0.3 < (joined[:20] / 2**64).mean() < 0.7
 
 
 def variants(count: int) -> list[dict[str, Any]]:

@@ -52,8 +52,8 @@ def blocks(lengths: list[int], tmp_path_factory: pytest.TempPathFactory) -> Rows
 
 
 def test_pack_no_token_is_lost_or_doubled(lengths: list[int], blocks: Rows) -> None:
-    found = Counter(np.concatenate(blocks["input_ids"]).tolist())
-    assert found == Counter(range(sum(lengths)))
+    counts = Counter(np.concatenate(blocks["input_ids"]).tolist())
+    assert counts == Counter(range(sum(lengths)))
 
 
 def test_pack_no_text_is_cut_and_positions_begin_again(lengths: list[int], blocks: Rows) -> None:

@@ -27,10 +27,10 @@ from tests.unit.data.stage import prepare
 def test_prepare_duplicates_stay_on_one_side(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [{**row, "text": text} for row in tiny.topic_rows(60) for text in (row["text"], row["text"].upper() + " ")]
     summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
-    found = {name: {row["text"].strip().lower() for row in texts(tmp_path / "data" / name)} for name in summary.splits}
-    assert not found["train"] & found["eval"]
-    assert not found["train"] & found["test"]
-    assert not found["eval"] & found["test"]
+    splits = {name: {row["text"].strip().lower() for row in texts(tmp_path / "data" / name)} for name in summary.splits}
+    assert not splits["train"] & splits["eval"]
+    assert not splits["train"] & splits["test"]
+    assert not splits["eval"] & splits["test"]
     assert sum(split.rows for split in summary.splits.values()) == 120
     assert {name: split.rows for name, split in summary.splits.items()} == {"train": 96, "eval": 12, "test": 12}
 
@@ -52,10 +52,10 @@ def test_class_with_hardly_any_test_row_is_noted(
 ) -> None:
     rows = [{"text": f"text {number}", "label": "rare" if number < rare else "usual"} for number in range(600)]
     notes = prepare(tmp_path, rows, encoder_tokenizer, "text-classification").notes
-    said = [note for note in notes if "too few to measure" in note]
-    assert bool(said) == is_noted
+    remarks = [note for note in notes if "too few to measure" in note]
+    assert bool(remarks) == is_noted
     assert all(
-        note.startswith("1 of 2 ") and " 5 of the 60 test rows" in note and "'rare' (1)" in note for note in said
+        note.startswith("1 of 2 ") and " 5 of the 60 test rows" in note and "'rare' (1)" in note for note in remarks
     )
 
 
@@ -124,12 +124,12 @@ def test_prepare_strategy_drop_leaves_long_rows_out(tmp_path: Path, decoder_toke
 def test_more_held_out_rows_than_asked_for_are_told(labels: int, tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [{"text": f"row {number}", "label": f"l{number % labels}"} for number in range(90)]
     summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
-    said = [note for note in summary.notes if "instead of the 9 of data." in note]
+    size_notes = [note for note in summary.notes if "instead of the 9 of data." in note]
     if labels == 2:
-        assert said == []
+        assert size_notes == []
     else:
         assert summary.splits["eval"].rows == 30
-        assert [note.split(" instead ")[0] for note in said] == ["30 eval rows", "30 test rows"]
+        assert [note.split(" instead ")[0] for note in size_notes] == ["30 eval rows", "30 test rows"]
 
 
 def _passages(count: int, sentences: int) -> list[dict[str, Any]]:
@@ -172,15 +172,15 @@ def test_answers_are_found_in_all_windows_of_a_long_passage(tmp_path: Path, enco
     places = [row["fulltune:place"] for row in rows]
     assert len(set(places)) * 5 < len(places)
     labels = np.stack([row["labels"] for row in windows])
-    kept = {
+    scores = {
         "first": labels[:, question_answering.START],
         "last": labels[:, question_answering.END],
         "chance": np.where(labels[:, question_answering.START] > 0, -0.1, -9.0),
         "nowhere": np.where(labels[:, question_answering.START] > 0, -9.0, -0.1),
     }
     contexts = [row["context"] for row in rows]
-    found = question_answering.find_answers(kept, windows, places, contexts)
-    assert {place: answer["answer"] for place, answer in found.items()} == {
+    answers = question_answering.find_answers(scores, windows, places, contexts)
+    assert {place: answer["answer"] for place, answer in answers.items()} == {
         row["fulltune:place"]: row["answers"] for row in rows
     }
     # Training reads no places of characters.
@@ -251,8 +251,8 @@ def test_train_rows_are_read_again_only_where_a_column_appears_late(late: bool) 
             yield str(at), row
 
     recipe = Recipe.model_validate({"model": "m", "task": "text-classification", "data": {"train": "x.csv"}})
-    found, counts = describe(recipe.data, task_named(recipe.task), {"train": SourceRows("x.csv", each)})
-    assert (found.labels, counts) == (("a", "b"), {"train": 1500})
+    description, counts = describe(recipe.data, task_named(recipe.task), {"train": SourceRows("x.csv", each)})
+    assert (description.labels, counts) == (("a", "b"), {"train": 1500})
     assert read.count(1499) == 1 + late
 
 

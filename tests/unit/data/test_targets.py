@@ -19,7 +19,7 @@ def test_scale_is_found_whatever_the_size(mean: float, spread: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"),
+    ("numbers", "message"),
     [
         (
             [7.5] * 12,
@@ -32,8 +32,8 @@ def test_scale_is_found_whatever_the_size(mean: float, spread: float) -> None:
         ),
     ],
 )
-def test_targets_without_a_spread_are_refused(numbers: list[float], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_targets_without_a_spread_are_refused(numbers: list[float], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         scale_of(np.array(numbers), "rows.csv", "price")
 
 

@@ -72,10 +72,10 @@ def test_files_of_a_folder_and_beside_a_file_are_found_by_name(
     tmp_path: Path, names: tuple[str, ...], given: str, expected: tuple[list[str], str | None, str | None]
 ) -> None:
     train, *held_out = expected
-    found = split_files(_folder(tmp_path, *names) / given)
+    splits = split_files(_folder(tmp_path, *names) / given)
     named = zip(("eval", "test"), held_out, strict=True)
-    assert found[0] == tuple(tmp_path / name for name in train)
-    assert found[1] == {split: tmp_path / name for split, name in named if name}
+    assert splits[0] == tuple(tmp_path / name for name in train)
+    assert splits[1] == {split: tmp_path / name for split, name in named if name}
 
 
 @pytest.mark.parametrize("has_mark", [False, True])
@@ -85,9 +85,9 @@ def test_folders_named_for_splits_are_taken_as_these(tmp_path: Path, has_mark: b
         _folder(tmp_path, f"{name}/rows.csv")
     if has_mark:  # as DatasetDict.save_to_disk writes it
         (tmp_path / "dataset_dict.json").write_text("{}")
-    found, files = write_recipe(tmp_path, tmp_path / "recipe.yaml", None, False)
+    recipe, files = write_recipe(tmp_path, tmp_path / "recipe.yaml", None, False)
     data = load_recipe(tmp_path / "recipe.yaml").data
-    assert (found.num_rows, files[2]) == (20, ("more: its name does not mention train, eval or test",))
+    assert (recipe.num_rows, files[2]) == (20, ("more: its name does not mention train, eval or test",))
     assert data.train == (f"{tmp_path}/train",)
     assert (data.eval, data.test) == (f"{tmp_path}/validation", f"{tmp_path}/test")
     with pytest.raises(DataError, match=rf"{tmp_path}: is used for training but holds validation, test, whose"):
@@ -107,9 +107,9 @@ def test_folders_of_images_are_splits_only_if_they_hold_classes(tmp_path: Path, 
 
 
 def test_file_that_says_nothing_beside_train_is_named(tmp_path: Path) -> None:
-    found = split_files(_folder(tmp_path, "train.csv", "labels.csv", "test.csv"))
+    splits = split_files(_folder(tmp_path, "train.csv", "labels.csv", "test.csv"))
     unused = ("labels.csv: its name does not mention train, eval or test",)
-    assert found == ((tmp_path / "train.csv",), {"test": tmp_path / "test.csv"}, unused)
+    assert splits == ((tmp_path / "train.csv",), {"test": tmp_path / "test.csv"}, unused)
 
 
 def test_two_files_for_the_same_held_out_rows_are_refused(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_init_leaves_out_test_rows_without_labels_and_says_so(tmp_path: Path) ->
     _folder(tmp_path, "train.csv", "dev.csv")
     tiny.write_csv(tmp_path / "test.csv", [{"index": "0", "text": "soup"}])
     recipe = tmp_path / "new" / "recipe.yaml"
-    found, files = write_recipe(tmp_path, recipe, None, False)
-    assert (found.where, found.num_rows) == ("train.csv", 20)
+    written, files = write_recipe(tmp_path, recipe, None, False)
+    assert (written.where, written.num_rows) == ("train.csv", 20)
     assert files[2] == ("test.csv: has no column 'label', which train has",)
     data = load_recipe(recipe).data
     assert (data.train, data.eval, data.test) == ((str(tmp_path / "train.csv"),), str(tmp_path / "dev.csv"), None)
@@ -154,8 +154,8 @@ def test_corpus_with_words_of_splits_in_its_titles_is_trained_on(tmp_path: Path)
 def test_folder_of_shards_and_a_file_that_the_recipe_names_are_trained_on(tmp_path: Path) -> None:
     _folder(tmp_path / "shards", "train-0.csv", "train-1.csv", "more.csv")
     _folder(tmp_path, "test.csv")
-    found = find_files(_recipe(tmp_path / "shards", tmp_path / "test.csv"))
-    assert [file.name for file in found["train"].files] == ["more.csv", "train-0.csv", "train-1.csv", "test.csv"]
+    files = find_files(_recipe(tmp_path / "shards", tmp_path / "test.csv"))
+    assert [file.name for file in files["train"].files] == ["more.csv", "train-0.csv", "train-1.csv", "test.csv"]
 
 
 def _recipe(*train: Path) -> Recipe:

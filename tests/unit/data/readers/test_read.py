@@ -81,9 +81,9 @@ def test_content_hash_changes_with_content_only(tmp_path: Path) -> None:
 
 
 def test_content_hash_tells_which_split_a_file_belongs_to(tmp_path: Path) -> None:
-    one, two, three = (write(tmp_path / name) for name in ("a.csv", "b.csv", "c.csv"))
-    both = {"train": locate([str(one), str(two)]), "eval": locate([str(three)])}
-    moved = {"train": locate([str(one)]), "eval": locate([str(two), str(three)])}
+    first, two, three = (write(tmp_path / name) for name in ("a.csv", "b.csv", "c.csv"))
+    both = {"train": locate([str(first), str(two)]), "eval": locate([str(three)])}
+    moved = {"train": locate([str(first)]), "eval": locate([str(two), str(three)])}
     assert content_hash(both) != content_hash(moved)
 
 
@@ -109,9 +109,9 @@ def test_csv_with_semicolons_as_spreadsheets_write_it_is_read(tmp_path: Path) ->
 
 def _refusal(path: Path, content: bytes) -> str:
     path.write_bytes(content)
-    with pytest.raises(DataError) as found:
+    with pytest.raises(DataError) as refusal:
         list(locate([str(path)]).rows())
-    return found.value.problems[0].removeprefix(str(path))
+    return refusal.value.problems[0].removeprefix(str(path))
 
 
 def _notes(path: Path) -> list[str]:
@@ -149,8 +149,8 @@ def test_texts_of_several_lines_are_no_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: bytes) -> None:
-    one = b"text,label\nrain,a\nsoup,b\n"
-    assert _refusal(tmp_path / "a.csv", one + mark + one).startswith(":4: repeats the header line")
+    table = b"text,label\nrain,a\nsoup,b\n"
+    assert _refusal(tmp_path / "a.csv", table + mark + table).startswith(":4: repeats the header line")
 
 
 def test_header_among_rows_whose_columns_are_named_is_refused_by_its_line(tmp_path: Path) -> None:
@@ -203,9 +203,9 @@ def test_text_in_another_encoding_is_read_when_it_is_named(tmp_path: Path, kind:
     assert "café" in (row["text"] if "text" in row else row["tokens"][0])
     if encoding != "utf-8":
         place = {"csv": 2, "tsv": 2}.get(kind, 1) if encoding == "cp1252" else 1
-        said = _refusal(path, path.read_bytes())
-        assert said.startswith(f":{place}: ")
-        assert "data.encoding" in said
+        message = _refusal(path, path.read_bytes())
+        assert message.startswith(f":{place}: ")
+        assert "data.encoding" in message
 
 
 def test_encoding_that_python_does_not_know_is_refused() -> None:

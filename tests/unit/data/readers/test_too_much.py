@@ -73,10 +73,10 @@ def test_class_folder_without_an_image_is_refused(tmp_path: Path) -> None:
     for name in ("cat", "dog", "__MACOSX", ".cache"):
         (tmp_path / name).mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(b"")
-    with pytest.raises(DataError) as found:
+    with pytest.raises(DataError) as refusal:
         image_files(tmp_path)
-    assert len(found.value.problems) == 1
-    assert "dog: holds no image" in found.value.problems[0]
+    assert len(refusal.value.problems) == 1
+    assert "dog: holds no image" in refusal.value.problems[0]
     (tmp_path / "dog" / "1.png").write_bytes(b"")
     assert len(image_files(tmp_path)) == 2
 
