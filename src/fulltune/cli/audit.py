@@ -166,7 +166,7 @@ def save(patch: Path, decided: Decisions) -> None:
 def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
     """Return the undecided rows, the costliest and surest first."""
     order, by_row = list(ABOUT), defaultdict[tuple[str, str], list[RowIssue]](list)
-    for issue in sorted(issues, key=lambda one: (order.index(one.check), -one.score)):
+    for issue in sorted(issues, key=lambda issue: (order.index(issue.check), -issue.score)):
         if issue.key not in decided or decided[issue.key].is_open:
             by_row[issue.key].append(issue)
     return list(by_row.values())

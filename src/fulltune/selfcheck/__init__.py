@@ -341,7 +341,7 @@ def in_blocks(page: Page) -> Section:
 def without_names(text: str, most: int = 300) -> str:
     """Shorten an error's text and mask paths, host and user names."""
     text = " ".join(text.split()).replace(str(Path.home()), "~")
-    text = re.sub(r"(?<![\w/])~?(?:/[\w.+@~-]+)+/?", lambda found: found[0].rstrip("/").rpartition("/")[2], text)
+    text = re.sub(r"(?<![\w/])~?(?:/[\w.+@~-]+)+/?", lambda match: match[0].rstrip("/").rpartition("/")[2], text)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # an id without a name, as in some containers

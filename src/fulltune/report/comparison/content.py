@@ -89,7 +89,7 @@ def _near_without_training(comparison: Comparison) -> str:
     if not scored or not trained:
         return ""
     sign = 1 if comparison.decision.greater_is_better else -1
-    best = max(scored, key=lambda one: sign * one.metrics[comparison.decision.metric].value)
+    best = max(scored, key=lambda scores: sign * scores.metrics[comparison.decision.metric].value)
     top = max(trained, key=lambda row: sign * row.metric.value)
     row = next((one for one in trained if one.method == comparison.decision.recommended), top)
     value, write = best.metrics[comparison.decision.metric].value, Writer.of(comparison.decision)

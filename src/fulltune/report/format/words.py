@@ -78,7 +78,7 @@ def status(outcome: str) -> str:
 
 def sanitized(text: str) -> str:
     """Replace control and direction marks by their code, so that nothing obeys them."""
-    return _UNSAFE.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text.replace("\r\n", "\n"))
+    return _UNSAFE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text.replace("\r\n", "\n"))
 
 
 def one_line(text: str) -> str:
