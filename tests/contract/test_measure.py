@@ -123,7 +123,7 @@ def test_run_that_has_begun_to_train_is_not_measured(recipe: Path, tmp_path: Pat
     result = fulltune("plan", recipe, "--measure", "--run-folder", run)
 
     assert result.code == 2
-    assert f"{run}: has begun to train with these settings; measure in a new run (--fresh)" in result.err
+    assert f"{run}: training with these settings has begun; measure in a new run (--fresh)" in result.err
 
 
 def test_probe_stops_after_the_dry_run(recipe: Path, tmp_path: Path) -> None:

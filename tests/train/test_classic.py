@@ -209,7 +209,7 @@ def test_script_with_the_import_changed_and_nothing_else_trains_as_with_a_tokeni
     assert words == {"the", "fp16=True:", "evaluation_strategy='epoch'", *(() if padding else ("rows",))}, notices(
         caught
     )
-    assert "needs a padding token to classify and has none: token 0 is taken, its end token" in "".join(notices(caught))
+    assert "needs a padding token to classify and has none: token 0 is used, its end token" in "".join(notices(caught))
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").config
     assert config.pad_token_id == tokenizer.pad_token_id
     handed_over = script(processing_class=tokenizer)

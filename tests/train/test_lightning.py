@@ -112,7 +112,7 @@ def test_what_cannot_be_had_with_lightning_is_refused_all_at_once(tmp_path: Path
 
 
 def test_numbers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="has numbers, which 'fulltune run' alone learns"):
+    with pytest.raises(RecipeError, match="has numbers, which only 'fulltune run' supports"):
         prepare(written(tmp_path, rows=number_rows(), data={"label": "score"}))
 
 

@@ -472,10 +472,10 @@ CLOSED = "Connection closed by peer"
         (1, {"": "error"}, "interrupted", False, "interrupted", "interrupted before step 1"),
         (1, {"": "error"}, "failed", False, "error", CLOSED),
         # A torchrun that loses the others asks its processes to stop.
-        (1, {"": "interrupted"}, "failed", False, "lost", "torchrun ended on a machine"),
+        (1, {"": "interrupted"}, "failed", False, "lost", "torchrun ended on one machine"),
         (1, {"": "interrupted"}, "failed", True, "interrupted", CLOSED),
         (-9, {"-rank1": "error"}, "failed", False, "killed", "the training process was killed"),
-        (1, {}, "failed", False, "crashed", "the training process ended with code 1 and left no outcome; machine 1"),
+        (1, {}, "failed", False, "crashed", "the training process ended with code 1 and wrote no outcome; machine 1"),
     ],
 )
 def test_what_was_lost_elsewhere_says_more_than_a_closed_connection(

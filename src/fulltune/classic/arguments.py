@@ -66,11 +66,11 @@ IGNORED = {
     "jit_mode_eval": "evaluation no longer traces the model; torch_compile=True compiles it",
     "logging_dir": "report_to='tensorboard' writes to the folder that TENSORBOARD_LOGGING_DIR names",
     "mp_parameters": "SageMaker's launcher sets it itself",
-    "overwrite_output_dir": "training always starts from the model and writes into output_dir; continue with "
+    "overwrite_output_dir": "training always starts from the model and writes to output_dir; resume with "
     "trainer.train(resume_from_checkpoint=True)",
-    "past_index": "the state of one batch is no longer handed to the next",
+    "past_index": "the state of one batch is no longer passed to the next",
     "push_to_hub_organization": "write hub_model_id='ORGANIZATION/MODEL'",
-    "ray_scope": "give scope= to the search itself",
+    "ray_scope": "pass scope= to the search itself",
     "save_safetensors": "weights are always saved as safetensors",
     "sharded_ddp": "FairScale is no longer supported; fsdp shards a model",
     "tpu_num_cores": "the launcher sets it",
@@ -107,7 +107,7 @@ class OldNames:
                 _translate(name, value, arguments)
         optim = arguments.get("optim")
         if str(getattr(optim, "value", optim)) in ("adamw_hf", "adamw_apex_fused"):
-            notice(f"optim={optim!r} is gone; 'adamw_torch' is used, PyTorch's own AdamW")
+            notice(f"optim={optim!r} no longer exists; 'adamw_torch' is used, PyTorch's own AdamW")
             arguments["optim"] = "adamw_torch"
         _stay_trainable_without_gpu(arguments)
         if not torch.accelerator.is_available():

@@ -47,7 +47,7 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
     except (RuntimeError, MemoryError) as error:
         error.add_note(
             f"fulltune: this was the dry-run step before training, on the longest batch ({size}); "
-            "trainer.dry_run = False leaves it out"
+            "trainer.dry_run = False skips it"
         )
         raise
     finally:
@@ -62,10 +62,10 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
 def _rows_for_dry_run(trainer: transformers.Trainer) -> list[int]:
     dataset: Any = trainer.train_dataset
     if type(trainer).get_train_dataloader is not transformers.Trainer.get_train_dataloader:
-        notice("no dry-run step before training: the script makes the batches itself (get_train_dataloader)")
+        notice("no dry-run step before training: the script builds the batches itself (get_train_dataloader)")
         return []
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        notice("no dry-run step before training: the length of the train dataset is not known")
+        notice("no dry-run step before training: the length of the train dataset is unknown")
         return []
     names = getattr(trainer.processing_class, "model_input_names", None) or ["input_ids"]
     with same_randomness():

@@ -30,7 +30,7 @@ class PaddingCollator:
         rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
         if _are_unequal(rows, "input_ids"):
             if not self._has_warned:
-                notice(f"rows of unequal length are filled up with token {self._pad}: no tokenizer or collator pads")
+                notice(f"rows of unequal length are padded with token {self._pad}: no tokenizer or collator pads them")
             self._has_warned = True
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         fills = {"input_ids": self._pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
@@ -66,7 +66,7 @@ def complete(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = pad
         if source:
-            notice(f"the model needs a padding token to classify and has none: token {pad} is taken, {source}")
+            notice(f"the model needs a padding token to classify and has none: token {pad} is used, {source}")
     return PaddingCollator(pad) if lacks and pad is not None else collate
 
 

@@ -62,7 +62,7 @@ class Trainer(Guarded, transformers.Trainer):
     def __init__(self, *positional: Any, tokenizer: PreTrainedTokenizerBase | None = None, **keywords: Any) -> None:
         if tokenizer is not None:
             if keywords.get("processing_class", tokenizer) is not tokenizer:
-                raise ValueError("Trainer: tokenizer and processing_class are two names of one thing; give one of them")
+                raise ValueError("Trainer: tokenizer and processing_class are the same argument; give only one")
             keywords["processing_class"] = tokenizer
             notice("Trainer(tokenizer=...) is now processing_class=...")
         super().__init__(*positional, **keywords)

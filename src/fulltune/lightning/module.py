@@ -84,9 +84,9 @@ class FineTuningModule:
         passes, planned = trainer.accumulate_grad_batches, plan.gradient_accumulation_steps
         if (trainer.world_size, passes) != (plan.num_processes, planned):
             raise SetupError(
-                f"Trainer: has {trainer.world_size} process(es) with accumulate_grad_batches {passes}, and the plan "
-                f"cuts each global batch of {plan.global_batch_size} rows for {plan.num_processes} with {planned}; "
-                f"prepare(..., overrides=['train.num_processes={trainer.world_size}']), and give the Trainer "
+                f"Trainer: it has {trainer.world_size} process(es) and accumulate_grad_batches {passes}, but the plan "
+                f"splits each global batch of {plan.global_batch_size} rows over {plan.num_processes} with {planned}; "
+                f"call prepare(..., overrides=['train.num_processes={trainer.world_size}']), and give the Trainer "
                 "job.trainer_arguments()"
             )
         last = summary.splits["train"].rows + sum(source.rows_per_epoch for source in summary.mixed)

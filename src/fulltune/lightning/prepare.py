@@ -38,7 +38,7 @@ _PACKAGES = ("lightning", "pytorch_lightning")
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _NO_EFFECT = {
     "methods": "give one method of kind full, or compare by 'fulltune compare'",
-    "preserve": "generic text is read by 'fulltune run' alone",
+    "preserve": "only 'fulltune run' uses generic text",
     "train.extra": "it is for transformers' Trainer; give an engine's settings to its strategy",
     "train.max_rollbacks": "a guard that stops the training raises; resume by Trainer.fit(ckpt_path=...)",
     "train.hang_timeout": "set the strategy's timeout, such as DDPStrategy(timeout=...)",
@@ -79,12 +79,12 @@ def problems_of(recipe: Recipe) -> list[str]:
         f"{name}: has no effect under Lightning; {instead}" for name, instead in _NO_EFFECT.items() if name in changed
     ]
     if recipe.method.kind != "full" and not recipe.methods:
-        problems.append(f"method.kind: '{recipe.method.kind}' is not built for Lightning, full is; use 'fulltune run'")
+        problems.append(f"method.kind: Lightning supports full only, not '{recipe.method.kind}'; use 'fulltune run'")
     if recipe.is_searched:
-        problems.append("search: is done by 'fulltune run'; give a setting in its place")
+        problems.append("search: only 'fulltune run' searches; set a value instead")
     if recipe.train.optim not in (None, *PER_TENSOR_OPTIMIZERS):
         optimizers = ", ".join(PER_TENSOR_OPTIMIZERS)
-        problems.append(f"train.optim: '{recipe.train.optim}' is not built for Lightning; take one of {optimizers}")
+        problems.append(f"train.optim: Lightning does not support '{recipe.train.optim}'; choose one of {optimizers}")
     return problems
 
 
@@ -190,9 +190,7 @@ def prepare(
         with folders.locked(folder), folders.not_left_when_refused(folder):
             summary = pipeline.prepare(job)
             if summary.form.is_number:
-                raise RecipeError(
-                    "data.label: has numbers, which 'fulltune run' alone learns; give labels that are names"
-                )
+                raise RecipeError("data.label: has numbers, which only 'fulltune run' supports; give class names")
             plan = pipeline.make_plan(job, summary)
     module = based(FineTuningModule, "LightningModule", package)(*_load(job, plan, summary))
     return FineTuning(folder, module, based(FineTuningData, "LightningDataModule", package)(module))

@@ -85,7 +85,7 @@ def _outcome(
     is_asked = is_asked or any(machine.kind == "interrupted" for machine in lost)
     if outcome is not None and outcome.status == "interrupted" and lost and not is_asked:
         # A torchrun that loses the others sends SIGTERM, at which its ranks save and stop.
-        why = "torchrun ended on a machine, and stopped the processes of all"
+        why = "torchrun ended on one machine and stopped the others"
         reason = f"{why} after step {outcome.steps:,}, which is saved"
         return outcome.model_copy(update={"status": "lost", "reason": reason})
     if outcome is not None and outcome.status not in ("error", "refused"):
@@ -108,7 +108,7 @@ def _outcome(
     if killed:
         return _unwritten(request, "killed", "the training process was killed (SIGKILL)")
     elsewhere = "".join(f"; machine {machine.rank} ({machine.host}): {machine.reason}" for machine in lost)
-    reason = f"the training process ended with code {code} and left no outcome{elsewhere}"
+    reason = f"the training process ended with code {code} and wrote no outcome{elsewhere}"
     return _unwritten(request, "crashed", reason)
 
 
@@ -159,8 +159,8 @@ def _follow(request: Request, child: spawn.WorkerProcess, listener: Listener, st
             when = "before its first step, as soon as the model is loaded and checked"
             if steps_of(request.folder) or request.plan.num_processes > 1:  # several agree at the end of a step
                 when = "after the current step, which is saved"
-            third = "a second signal changes nothing, a third ends it at once without saving"
-            listener(Message(text=f"asked to stop: the training ends {when}; {third}", level="warning"))
+            third = "a second signal changes nothing, a third one ends it at once without saving"
+            listener(Message(text=f"stop requested: training ends {when}; {third}", level="warning"))
         ended = child.poll() is not None
         if path.exists():
             with path.open("rb") as file:

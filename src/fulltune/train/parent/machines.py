@@ -145,8 +145,8 @@ class MachineGroup:
         return SetupError(
             f"{_named(missing)} ({len(self._others) + 1} in all) did not answer in {waited}. Either the command was "
             f"not started there, with the same --rendezvous and version of fulltune, or {self._sign.path.parent} is "
-            "not the same folder there: 'output' must lie on storage that all machines share. The output of the "
-            "command on those machines tells which"
+            "not the same folder there: 'output' must lie on storage that all machines share. The "
+            "command's output on those machines shows which"
         )
 
 

@@ -100,9 +100,9 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
     """Return the plan with the fastest settings that fit, and save all measurements."""
     recipe, plan, folder = trial.recipe, trial.plan, trial.folder
     if trial.hooks.needs_this_process:
-        raise SetupError("measure: compute_loss cannot be handed to the processes that measure")
+        raise SetupError("measure: compute_loss cannot be passed to the processes that measure")
     if any((folder / "attempts").glob("*")):
-        raise SetupError(f"{folder}: has begun to train with these settings; measure in a new run (--fresh)")
+        raise SetupError(f"{folder}: training with these settings has begun; measure in a new run (--fresh)")
     if recipe.train.engine_by:
         raise SetupError("plan --measure: it cannot measure a model that ZeRO shards; omit --measure")
     rows: list[MeasuredSetting] = []
