@@ -52,6 +52,23 @@ def test_columns_that_are_named_tell_the_task(
 
 
 @pytest.mark.parametrize(
+    ("file", "recipe", "train"),
+    [
+        ("rows.csv", "recipe.yaml", "rows.csv"),
+        ("rows.csv", "new/recipe.yaml", "{0}/rows.csv"),
+        ("data/rows.csv", "recipe.yaml", "data/rows.csv"),
+        ("~rows.csv", "recipe.yaml", "{0}/~rows.csv"),
+    ],
+)
+def test_data_below_the_recipe_is_named_relative_to_it(tmp_path: Path, file: str, recipe: str, train: str) -> None:
+    (tmp_path / "data").mkdir()
+    data = _written(tmp_path / file, RESTAURANTS)
+    write_recipe(data, tmp_path / recipe, None, False, hints_of(None, ["prompt=mr", "completion=ref"], None))
+    assert f"\n  train: {train.format(tmp_path)}\n" in (tmp_path / recipe).read_text()
+    assert load_recipe(tmp_path / recipe).data.train == (str(tmp_path / file),)
+
+
+@pytest.mark.parametrize(
     ("task", "roles", "columns", "problem"),
     [
         ("classify", [], None, "--task: expected one of text-classification, .*, found 'classify'"),

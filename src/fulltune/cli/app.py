@@ -239,7 +239,10 @@ def evaluate(
 @app.command()
 def compare(
     targets: Annotated[
-        list[Path], typer.Argument(metavar="RECIPE...", help="A recipe; several recipes are tasks on one base.")
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE|RUN...", help="A recipe, or a comparison's folder; several recipes are tasks on one base."
+        ),
     ],
     set_: options.Overrides = None,
     run_folder: options.RunFolder = None,

@@ -275,16 +275,14 @@ def write_recipe(
     not_used = (*unused, *filter(None, problems.values()))
     model_name = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
     where = "" if model_name.startswith("package:") else ", from the Hub"
-    train = [_yaml(str(file.resolve())) for file in paths]
+    train = [_path(file, recipe) for file in paths]
     names = ", ".join(map(_yaml, inferred.columns or ()))
     some = f": {', '.join(target.labels[:5])}{' ...' if len(target.labels) > 5 else ''}" if target.labels else ""
     data = [
         f"train: {train[0]}" if len(train) == 1 else "\n    - ".join(["train:", *train]),
         *(f"# not used: {reason}" for reason in not_used),
         *(
-            f"{split}: {_yaml(str(held_out[split].resolve()))}"
-            if split in held_out
-            else f"# {split} rows are split off train"
+            f"{split}: {_path(held_out[split], recipe)}" if split in held_out else f"# {split} rows are split off train"
             for split in ("eval", "test")
         ),
         *([f"encoding: {_yaml(encoding)}"] if codec_of(encoding) != UTF_8 else []),
@@ -330,6 +328,13 @@ def lines(inferred: Inferred, files: SplitFiles) -> list[str]:
 
 def _in_words(target: Target) -> str:
     return target.form.words + (f", {counted(len(target.labels), 'label')}" if target.labels else "")
+
+
+def _path(file: Path, recipe: Path) -> str:
+    """Write a path relative to the recipe's folder if it lies there, so that both can be moved together."""
+    whole, folder = file.resolve(), recipe.parent.resolve()
+    is_beside = whole.is_relative_to(folder) and not whole.relative_to(folder).as_posix().startswith(("~", "package:"))
+    return _yaml(str(whole.relative_to(folder) if is_beside else whole))
 
 
 def _yaml(text: str) -> str:
