@@ -22,12 +22,12 @@ from fulltune.text import is_share, typed_seconds
 
 EXPECTATION = f"{FOLDER}/expectation.json"
 FEW_TRAIN_ROWS = 10_000
-"""Below this number five seeds are planned, else three: few rows make seeds differ (Bouthillier et al. 2021; Mosbach et
-al. 2020)."""
+"""Train rows below which five seeds are planned instead of three, as few rows make seeds differ (Bouthillier et al.
+2021; Mosbach et al. 2020)."""
 LEAST_SEEDS = 2
-"""One seed gives no interval."""
+"""Fewest seeds; one gives no interval."""
 GOOD_SEEDS = 3
-"""Two seeds say little about their spread, so a tight budget first drops methods."""
+"""Seeds before which a tight budget rather drops methods, as two say little about their spread."""
 RESERVE = 0.2
 """Share of the remaining time left unplanned, as forecasts err."""
 FORECAST_AGAIN = 1.15

@@ -32,7 +32,7 @@ from fulltune.text import format_metric
 
 _TEXT_SAMPLES = 2000
 middle = statistics.median
-"""Medians, because the first run of a command loads cold files and libraries."""
+"""Average of times; the first run of a command loads cold files and libraries."""
 
 
 def judge(ran: SeedRuns) -> Comparison:

@@ -1,8 +1,4 @@
-"""A run that first searches its learning rate as a comparison does, for one method and seed.
-
-plan → search (on eval rows, in a subfolder) → the best run is moved into the run → evaluate → report
-
-"""
+"""Runs a recipe that first searches its learning rate in a subfolder, from which the best run is moved up."""
 
 from __future__ import annotations
 

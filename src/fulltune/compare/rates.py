@@ -1,9 +1,6 @@
-"""Search a method's learning rate by successive halving on eval rows, as pure functions (docs/guides/compare.md).
+"""Searches a method's learning rate by successive halving on eval rows (docs/guides/compare.md)."""
 
-`tried` and `whole` map rates to eval metrics of short trials and whole runs; `may_extend` is false for the recipe's
-grid.
-
-"""
+# `tried` and `whole` map rates to eval metrics of short trials and whole runs; `may_extend` is false for a recipe's grid.
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Run a comparison. Every part is saved as it finishes, so the same command resumes.
-
-data → rates (halving, on eval rows) → seeds (looks at eval rows) → test rows, once → verdict → report
-
-"""
+"""Runs a comparison: data → rates → seeds → test rows, once → verdict → report. Every finished part is saved."""
 
 from __future__ import annotations
 
