@@ -1,6 +1,6 @@
 """Searches a method's learning rate by successive halving on eval rows (docs/guides/compare.md)."""
 
-# `tried` and `whole` map rates to eval metrics of short trials and whole runs; `may_extend` is false for a recipe's grid.
+# `tried` and `whole` map rates to eval metrics of short trials and whole runs. A recipe's own grid is not extended.
 
 from __future__ import annotations
 
