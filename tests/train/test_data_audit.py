@@ -169,7 +169,7 @@ def test_rows_of_the_highest_loss_are_listed_by_the_trained_model(tmp_path: Path
     wrong = [one for one in train if int(one["place"].rpartition(":")[2]) - 2 < 12]
     assert len(wrong) >= len(train) // 2
     assert "the model predicts" in train[0]["reason"]
-    assert "by heart" in (run / "data.md").read_text(encoding="utf-8")
+    assert "memorised" in (run / "data.md").read_text(encoding="utf-8")
     again = (run / "data" / "issues.jsonl").read_bytes()
     result = fulltune("data", str(run), "--losses", "--no-labels")
     assert result.code == 0, result.err

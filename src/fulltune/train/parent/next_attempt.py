@@ -31,7 +31,7 @@ _MIN_GROWTH_BYTES = 64 * 2**20
 _NO_SECOND_ATTEMPT = "with functions of your own, training runs in this process, which allows no second attempt"
 
 
-Estimate = Callable[[Plan], MemoryNeed | None]
+EstimateMemory = Callable[[Plan], MemoryNeed | None]
 """Computes the memory of a changed plan, or None if it is unknown."""
 
 
@@ -49,7 +49,7 @@ def unknown(plan: Plan) -> None:
 
 
 def next_attempt(
-    recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: Estimate = unknown
+    recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: EstimateMemory = unknown
 ) -> NextAttempt | None:
     """Plan the attempt after the last of `history`, or return None if nothing helps."""
     last = history[-1]
@@ -77,7 +77,7 @@ def next_attempt(
     return None
 
 
-def _changed(plan: Plan, last: Outcome, changes: Changes, need: Estimate) -> Plan:
+def _changed(plan: Plan, last: Outcome, changes: Changes, need: EstimateMemory) -> Plan:
     def reason(old: Setting) -> str:
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
         return f"{planned}{_MARK}{_WHERE[last.phase]} of attempt {last.attempt}"
