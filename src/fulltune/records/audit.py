@@ -1,4 +1,4 @@
-"""Records of an audit: suspicious rows with their reasons, label errors, and what cleaning would change."""
+"""Records of a data audit: suspicious rows with reasons, label errors, and the effects of cleaning steps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from fulltune.records.data import SplitName
 
 ISSUES, AUDIT = "issues.jsonl", "audit.json"
 PROOFS, TRAINED_PROOFS = "proofs.json", "trained_proofs.json"
-"""Files in the run folder's `data`."""
 LOSSES = "losses.jsonl"
-"""File in `data` with place, hash and mean loss of each train and eval row."""
+"""File in `data` with the location, hash and mean loss of each train and eval row."""
 HIGH_LOSS = "high loss"
-"""Check that lists the rows of highest loss, right or wrong."""
+"""Name of the check that lists the rows with the highest loss, whether their labels are right or wrong."""
 
 
 class Remedy(Record):
@@ -28,16 +27,14 @@ class Remedy(Record):
 
 
 class RowDecision(Record):
-    """A decision about a row: a line of a patch file."""
+    """A decision about a row, stored as one line of a patch file."""
 
     row: str
-    """Hash of the row (`row_id`), with `-2` for a second equal row."""
+    """Hash of the row (`row_id`), with the suffix `-2` for a second equal row."""
     remedy: Remedy
     source: str = "train"
-    """Split or file that holds the row."""
     check: str = ""
     place: str = ""
-    """File and line, for readers."""
     text: str = ""
     """Beginning of the row, with secrets masked."""
     reason: str = ""
@@ -45,7 +42,7 @@ class RowDecision(Record):
 
     @property
     def is_open(self) -> bool:
-        """True while nobody has decided; the row is then used unchanged."""
+        """True while the user has not decided. Until then the row is used unchanged."""
         return self.remedy.action == "undecided"
 
     @property
@@ -54,96 +51,92 @@ class RowDecision(Record):
 
 
 class RowIssue(RowDecision):
-    """A row that a check flagged, used unchanged until the user decides: a line of `data/issues.jsonl`."""
+    """A row that a check flagged, stored as one line of `data/issues.jsonl`. It is used unchanged until the user
+    decides."""
 
     split: SplitName
     label: str | None = None
     score: float = 0.0
-    """Confidence of the check; higher is surer."""
+    """Confidence of the check; higher means more certain."""
 
     def decision(self, remedy: Remedy) -> RowDecision:
-        """Return the line of a patch file."""
+        """Return the user's decision about this row, as a line for a patch file."""
         return RowDecision(row=self.row, remedy=remedy, source=self.source, check=self.check, place=self.place)
 
 
 class LabelErrors(Record):
-    """Label quality by cross-validated linear classifiers.
+    """Estimated label quality, from cross-validated linear classifiers.
 
     Recall and precision are measured on labels flipped on purpose.
+
     """
 
     judged_rows: int
     agreement: float
-    """Share of labels that are predicted."""
     suspects: int
     doubtful: int
-    """Rows with a clearly likelier label, of unknown precision."""
+    """Rows for which another label is clearly more likely, with unknown precision."""
     planted: int
-    """Labels flipped on purpose, over all rounds."""
+    """Number of labels flipped on purpose, over all rounds."""
     recall: float
-    """Share of flipped labels that are suspects."""
+    """Share of flipped labels that the check found."""
     precision: float
-    """Estimated share of suspects whose label is wrong."""
+    """Estimated share of suspects whose label is really wrong."""
     estimated_errors: float
     """Estimated number of wrong labels."""
 
 
 class Proof(Record):
-    """Effect of a cleaning step on the same eval rows."""
+    """The measured effect of one cleaning step, on the same eval rows with and without it."""
 
     check: str
     action: Literal["drop", "replace"]
     rows: int
-    """Train rows dropped or changed."""
     before: float
-    """Mean metric without the step."""
     difference: float
-    """Mean metric with the step minus without."""
     low: float
     high: float
-    """Simultaneous 95 % interval over eval rows, and over seeds for trainings."""
+    """Upper end of a simultaneous 95 % interval over eval rows and, for trainings, seeds."""
     patch: str = ""
-    """Patch file of a training's step."""
 
 
 class Proofs(Record):
-    """Effects of cleaning steps, measured by linear classifiers or trainings."""
+    """The measured effects of several cleaning steps, by linear classifiers or by whole trainings."""
 
     fingerprint: str
     eval_rows: int
     repetitions: int
-    """Seeds, or resamples for classifiers."""
+    """Number of seeds, or of resamples for classifiers."""
     proofs: tuple[Proof, ...]
     untried: tuple[str, ...] = ()
-    """Steps with too few or too many rows."""
+    """Steps that were not measured, because they change too few or too many rows."""
     source: Literal["classifiers", "trainings"] = "classifiers"
     metric: str = "accuracy"
     greater_is_better: bool = True
 
     def verdict(self, proof: Proof) -> Literal["helps", "hurts", "no difference found"]:
+        """Return whether a cleaning step helps or hurts; neither if its interval includes 0."""
         if proof.low <= 0 <= proof.high:
             return "no difference found"
         return "helps" if (proof.low > 0) == self.greater_is_better else "hurts"
 
 
 class Audit(Record):
-    """Summary of an audit."""
+    """The summary of an audit."""
 
     fingerprint: str
     version: str = ""
-    """Version of the checks and their missing extras."""
+    """Version of the checks, with the optional packages that were missing."""
     rows: dict[SplitName, int]
     checks: dict[str, int]
-    """Flagged rows of each check, most first."""
     examples: tuple[RowIssue, ...] = ()
-    """Surest rows of each check."""
     clean: tuple[str, ...] = ()
     """Checks that flagged nothing."""
     labels: LabelErrors | None = None
     languages: dict[str, dict[str, int]] = Field(default_factory=dict)
-    """Rows by column and language code; short texts and code are not counted."""
+    """Number of rows by column and language code, without short texts and code."""
     not_run: dict[str, str] = Field(default_factory=dict)
-    """Reason for each check that did not run."""
+    """Reason for each check that did not run, by its name."""
     seconds: float = 0.0
 
     def examples_of(self, check: str) -> list[RowIssue]:
@@ -151,7 +144,7 @@ class Audit(Record):
 
 
 def proofs_of(folder: Path, audit: Audit) -> list[Proofs]:
-    """Load a run's proofs for this audit."""
+    """Load the measured cleaning effects in a run folder that belong to this audit."""
     paths = (folder / "data" / name for name in (PROOFS, TRAINED_PROOFS))
     loaded = [Proofs.load(path) for path in paths if path.exists()]
     return [proofs for proofs in loaded if proofs.fingerprint == audit.fingerprint]

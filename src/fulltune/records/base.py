@@ -1,4 +1,4 @@
-"""Records: frozen values with a fixed schema, each saved as one JSON file."""
+"""The base class of records: frozen values with a fixed schema, each saved as one JSON file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict
 from fulltune.errors import SetupError
 from fulltune.files import write_text
 
-_SHORT = reprlib.Repr()
-_SHORT.maxother = _SHORT.maxstring = 60
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxother = _SHORT_REPR.maxstring = 60
 
 
 class Record(BaseModel):
-    """A frozen value that is saved as JSON and read back; unknown fields are refused."""
+    """A frozen value that is saved as JSON and loaded again. Unknown fields are refused."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -26,21 +26,21 @@ class Record(BaseModel):
     )
 
     def save(self, path: Path) -> None:
-        """Write JSON that only its owner may read, replacing the file atomically."""
+        """Write the record as JSON that only its owner may read, replacing the file atomically."""
         write_text(path, self.model_dump_json(indent=2) + "\n", private=True)
 
     def __repr__(self) -> str:
-        """Show the fields that differ from their defaults, long values shortened."""
+        """Return the fields that differ from their defaults, with long values shortened."""
         fields = type(self).model_fields
         defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
-        changes = [f"{name}={_SHORT.repr(value)}" for name, value in self if value != defaults[name]]
+        changes = [f"{name}={_SHORT_REPR.repr(value)}" for name, value in self if value != defaults[name]]
         return f"{type(self).__name__}({', '.join(changes)})"
 
     __str__ = __repr__
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a saved record; `SetupError` when the file is damaged, another version's, or another user's."""
+        """Load a saved record; raise `SetupError` if the file is damaged, unreadable or from another version."""
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except PermissionError:

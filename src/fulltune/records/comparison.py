@@ -1,8 +1,7 @@
-"""Records of a comparison of methods and of a learning rate search.
+"""Records of a comparison of methods, and of a learning rate search.
 
-Differences are *oriented*: full fine-tuning minus the other method, with the sign turned if smaller is better. Positive
-means that full is better.
-
+Differences are *oriented*: the value of full fine-tuning minus the other method's, with the sign turned if smaller is
+better. A positive difference means that full fine-tuning is better.
 """
 
 from __future__ import annotations
@@ -20,67 +19,65 @@ from fulltune.records.scores import Estimate, Scores
 
 
 class Trial(Record):
-    """One training with a method, a learning rate and a seed."""
+    """One training run with a method, a learning rate and a seed."""
 
     name: str
-    """For example `lora-seed2`, or in a rate search `lora-rate0.002-6.0pct`."""
+    """Name such as `lora-seed2`, or `lora-rate0.002-6.0pct` in a rate search."""
     method: str
     learning_rate: float
     seed: int
     share: float = 1.0
     """Share of a whole run's steps."""
     searches: bool = False
-    """True in a rate search: scored once, without keeping the model."""
+    """True in a learning rate search, where a trial is scored once and its model is not kept."""
 
 
 class TrialResult(Record):
-    """The result of a finished trial. A diverged one keeps the defaults."""
+    """The result of a finished trial. A trial that diverged keeps the defaults."""
 
     trial: Trial
     metric: float
     """Eval metric of the best checkpoint; NaN if the trial diverged."""
     train_seconds: float
-    """From the first import of the process to the saved model, without the checks before step 1."""
+    """Time from the start of the process to the saved model, without the checks before step 1."""
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
     memory_growth_bytes: int = 0
     num_trainable: int = 0
     tokens: int = 0
-    """Tokens seen in training, without padding and virtual tokens."""
+    """Tokens trained on, without padding and virtual tokens."""
     train_flops: float = 0.0
-    """Traced floating-point operations of all steps; 0 if unknown."""
+    """Floating-point operations of all steps, from a trace; 0 if unknown."""
     saved_bytes: int = 0
-    """Size of the saved weights, for PEFT of the adapter alone."""
     seconds_per_row: float | None = None
     problems: tuple[str, ...] = ()
 
 
 class Search(Record):
-    """A method's learning rate search, with NaN for diverged trials."""
+    """A method's learning rate search. Trials that diverged have the metric NaN."""
 
     method: str
     tried: dict[float, float] = Field(default_factory=dict)
-    """Metric of each short trial by rate; empty without a search."""
+    """Metric of each short trial, by learning rate; empty without a search."""
     share: float = 0.0
     """Share of a whole run's steps in a short trial."""
     chosen: float
-    """The rate to use; NaN until it is chosen."""
+    """The learning rate to use; NaN until it is chosen."""
     reason: str = ""
     whole: dict[float, float] = Field(default_factory=dict)
-    """Metric of each whole run by rate; empty if there was only one."""
+    """Metric of each whole run, by learning rate; empty if there was only one."""
     usual: float | None = None
-    """Rate to keep if the eval rows are inconclusive; None with a single rate."""
+    """Learning rate to keep if the eval rows are inconclusive; None with a single rate."""
     on_edge: bool = False
-    """True if the best rate is at the edge of those tried and clearly ahead."""
+    """True if the best rate is clearly ahead and is the smallest or largest one tried."""
     time_was_up: bool = False
-    """True if the budget ended the search; more time continues it."""
+    """True if the time budget ended the search."""
 
 
 class Searched(Record):
-    """The finished learning rate search of a run."""
+    """The finished learning rate search of a single run."""
 
     trial: str
-    """Name of the chosen run in `attempts` and `scores`."""
     rate: Search
     metric_name: str
     eval_rows: int
@@ -93,29 +90,28 @@ class Searched(Record):
 
 
 class Expectation(Record):
-    """The design of a comparison with its forecast cost and detectable differences."""
+    """The design of a comparison, with its forecast cost and the differences that it can detect."""
 
     methods: tuple[str, ...]
     num_seeds: int
-    """Most seeds of full and the best other method, within the budget."""
+    """Most seeds of full fine-tuning and the best other method within the budget."""
     most_seeds: int
     """Most seeds without a budget."""
     num_search_trials: int = 0
     seconds: float = 0.0
-    """Forecast if only full and the leader get all seeds, including time already spent."""
+    """Forecast time if only full fine-tuning and the best other method get all seeds, including time already spent."""
     detectable: tuple[float, float] | None = None
-    """Smallest differences usually detected if seeds differ by half a point and by two; None if unknown."""
+    """Smallest differences usually detected if seeds differ by half a point, and by two points; None if unknown."""
     notes: tuple[str, ...] = ()
     search_share: float = 0.06
-    """Share of a run's steps in a short trial; 0 without a search."""
+    """Share of a whole run's steps in a short trial; 0 without a search."""
     budget_seconds: float | None = None
-    """Budget of the design; None for no limit."""
     sequential: bool = True
-    """True if seeds end as soon as the answer is clear."""
+    """True if no more seeds are run once the answer is clear."""
 
 
 class Finding(Record):
-    """A rule of the lint that the comparison breaks."""
+    """A fairness rule that the comparison breaks."""
 
     rule: str
     level: Literal["unfair", "worth knowing"]
@@ -125,37 +121,37 @@ class Finding(Record):
 
 
 class Look(Record):
-    """A decision on the eval rows about how to continue after some seeds."""
+    """A decision on the eval rows, after some seeds, about which methods continue."""
 
     num_seeds: int
     max_seeds: int
     spent: float
-    """Part of alpha that the verdict may spend if this look ends the seeds."""
+    """Part of alpha that the verdict may use if no more seeds follow."""
     reason: str
     wanted_seeds: dict[str, int] = Field(default_factory=dict)
-    """Wanted seeds of each method before the next look; empty ends the seeds."""
+    """Number of seeds that each method should have before the next look; empty if no more seeds follow."""
     waiting: tuple[str, ...] = ()
-    """Methods with fewer seeds, on which the verdict does not depend for now."""
+    """Methods that stay at fewer seeds, because the verdict does not depend on them for now."""
 
 
 class Opening(Record):
-    """A record of somebody looking at the sealed test rows."""
+    """A record of a command that looked at the sealed test rows."""
 
     time: str
     by: str
     command: str
     trials: tuple[str, ...]
     alpha: float
-    """Permitted chance of a wrong answer in the verdict made then."""
+    """Error probability allowed to the verdict made then."""
     left: float
-    """Permitted chance of a wrong answer left for later verdicts."""
+    """Error probability left for later verdicts."""
 
 
 # ---- the verdict -----------------------------------------------------------------------------------------------
 
 
 class Difference(Record):
-    """Full fine-tuning minus one method."""
+    """The difference between full fine-tuning and one method."""
 
     method: str
     kind: MethodKind
@@ -165,32 +161,33 @@ class Difference(Record):
     estimate: float
     low: float
     high: float
-    """Interval of this difference alone, at `Decision.confidence`."""
+    """Upper end of the interval for this difference alone, at `Decision.confidence`."""
     adjusted_low: float
     adjusted_high: float
-    """Interval that holds jointly for all methods (Holm, spent alpha)."""
+    """Upper end of the interval that holds jointly for all methods (Holm, spent alpha)."""
     adjusted_p: float
     adjusted_equivalence_p: float
-    """The larger p-value of the two one-sided tests against the margin."""
+    """Larger p-value of the two one-sided tests against the margin."""
     equivalent: bool
-    """True if the difference lies within the margin."""
+    """True if the difference certainly lies within the margin."""
     not_worse: bool
-    """True if the method loses less than the margin; it may be better."""
+    """True if the method certainly loses less than the margin; it may be better."""
     full_better: bool
     other_better: bool
-    """Both need a statistically certain difference of at least the margin."""
+    """True if the other method is better. This and `full_better` need a statistically certain difference of at least
+    the margin."""
     seeds_known: bool
-    """False if every method has one seed, so that nothing can be decided."""
+    """False if every method has a single seed."""
     detectable: float
-    """Smallest true difference detected with a chance of 80 %, at least the margin."""
+    """Smallest true difference that is detected with a probability of 80 %, at least the margin."""
     rows_needed: int | None = None
-    """Test rows that would decide if the true difference equals the estimate, if rows alone would."""
+    """Number of test rows that would decide if the estimate were exact; None if no number would."""
     seeds_needed: int | None = None
-    """Seeds of both methods that would decide, if seeds alone would."""
+    """Number of seeds per method that would decide; None if no number would."""
 
     @property
     def is_open(self) -> bool:
-        """True for a deciding difference about which nothing is decided."""
+        """True if the verdict needs this difference but it is not decided yet."""
         return self.decides and not (self.full_better or self.other_better or self.equivalent)
 
 
@@ -199,28 +196,26 @@ VerdictKind = Literal["FULL", "PEFT", "VARIANT", "EQUIVALENT", "UNDECIDED"]
 
 
 class Decision(Record):
-    """The verdict on one set of rows, with everything it rests on."""
+    """The verdict for one set of rows, with the numbers behind it."""
 
     verdict: VerdictKind
     recommended: str
-    """Method to take. If UNDECIDED, the cheapest that loses less than the margin, or an empty string."""
+    """Recommended method. If UNDECIDED, the cheapest that loses less than the margin, or an empty string."""
     metric: str
     greater_is_better: bool
     margin: float
     confidence: float
     alpha: float
-    """Permitted chance of a wrong FULL, PEFT or VARIANT."""
+    """Allowed probability of a wrong FULL, PEFT or VARIANT."""
     num_rows: int
     num_clusters: int
     num_draws: int
     scores: dict[str, Estimate]
     values: dict[str, tuple[float, ...]]
-    """Metric of each seed, by method."""
     seed_sds: dict[str, float]
-    """Standard deviation between a method's seeds beyond the noise of the rows."""
+    """Standard deviation between a method's seeds, without the noise of the rows."""
     differences: tuple[Difference, ...]
     headline: str
-    """The verdict in one sentence without numbers."""
     because: tuple[str, ...]
     would_decide: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -233,32 +228,29 @@ UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan)
 
 
 class MethodRow(Record):
-    """One method's settings, costs (medians, memory as maximum) and scores. An untrained method keeps the defaults."""
+    """One method's settings, costs and scores. Costs are medians, memory is the maximum; an untrained method keeps the
+    defaults."""
 
     method: str
     kind: MethodKind
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the method's own, such as `target_modules` and `rank`."""
     search: Search | None = None
-    """Rate search; None for untrained methods."""
     seeds: tuple[int, ...] = ()
     waited: bool = False
-    """True for fewer seeds, because the verdict did not depend on this method."""
+    """True if the method has fewer seeds, because the verdict did not depend on it."""
     weights_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the stored trained weights."""
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     num_parameters: int = 0
-    """Parameters of the pretrained model with the task's head."""
+    """Number of parameters of the pretrained model with the task's head."""
     num_trainable: int = 0
     metric: Estimate = UNKNOWN
-    """Mean over the seeds on the test rows; the interval covers rows and seeds."""
+    """Mean over the seeds on the test rows, with an interval that covers rows and seeds."""
     gain_share: float | None = None
-    """Share of full fine-tuning's gain over the untouched model, if there is one."""
+    """Share of full fine-tuning's gain over the untouched model that this method reaches, if there is such a gain."""
     train_seconds: float = 0.0
     train_tokens: int = 0
     tokens_per_second: float = 0.0
     train_flops: float = 0.0
-    """Floating-point operations of one whole run."""
     peak_memory_bytes: int = 0
     memory_growth_bytes: int = 0
     saved_bytes: int = 0
@@ -278,7 +270,6 @@ class Comparison(Record):
     task: str
     train_rows: int
     mixed_rows: int = 0
-    """Rows mixed into each epoch beside the train rows."""
     eval_rows: int
     test_rows: int
     decision: Decision
@@ -290,13 +281,12 @@ class Comparison(Record):
     openings: tuple[Opening, ...]
     drift_unit: str
     generic_text: str
-    """Source of the generic texts."""
     num_trials: int
     seconds: float
     """Time of all commands on this comparison."""
     cores: int
     time_was_up: bool = False
-    """True if the budget left fewer seeds or methods than the recipe allows."""
+    """True if the time budget allowed fewer seeds or methods than the recipe."""
     device: str
     data_fingerprint: str
     command: str
@@ -305,13 +295,13 @@ class Comparison(Record):
 
     @property
     def can_resume(self) -> bool:
-        """True if more time could add something and some alpha is left."""
+        """True if more time could change an undecided verdict and some alpha is left."""
         has_alpha = bool(self.openings and self.openings[-1].left)
         return self.time_was_up and self.decision.verdict == "UNDECIDED" and has_alpha
 
     @property
     def verdicts_on_test_rows(self) -> int:
-        """Number of verdicts on the test rows, without repetitions of the same trials."""
+        """Number of verdicts on the test rows, counting the same trials once."""
         return len({(one.trials, one.alpha) for one in self.openings})
 
 
@@ -319,27 +309,25 @@ class Comparison(Record):
 
 
 class MethodOverTasks(Record):
-    """One method over all tasks: a whole model for each, or small parts on one base."""
+    """One method over all tasks, which stores a whole model per task or small parts on a shared base."""
 
     method: str
     kind: MethodKind
     stored_bytes: int
-    """Weights of all tasks, on disk and in memory; methods with parts count the base once."""
+    """Size of the weights for all tasks. Methods with small parts count the base once."""
     bytes_per_task: int
     train_seconds: float
-    """Time of one run for each task."""
     scores: dict[str, Estimate]
     behind: Estimate | None = None
-    """Full minus this method, mean over tasks, with a joint interval. None for full itself, or if a metric is no
-    share."""
+    """Mean over tasks of full fine-tuning's score minus this method's, with a joint interval. None for full itself, or
+    if a metric is not a share."""
 
 
 class ManyTasks(Record):
-    """Full models for several tasks against small parts on one base."""
+    """A comparison of full models for several tasks with small parts on a shared base."""
 
     model: str
     base_bytes: int
     tasks: dict[str, Decision]
-    """Verdicts by the name of recipe and comparison folder."""
+    """Each task's verdict, by the names of recipe and comparison folder."""
     methods: tuple[MethodOverTasks, ...]
-    """Methods that all tasks compared, full first."""

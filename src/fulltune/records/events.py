@@ -1,7 +1,7 @@
-"""Events of a run, one record for each kind, as listeners receive them.
+"""Events of a run, with one record class per kind, as listeners receive them.
 
-An attempt writes its events to `metrics.jsonl`. A new event needs a class here and, to be displayed, a case in
-`cli.show.run.Display`.
+An attempt also writes its events to `metrics.jsonl`. A new event needs a class here and a case in
+`cli.show.run.Display` to be displayed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fulltune.records.training import Check
 
 
 class Event(Record):
-    """Base of all events."""
+    """Base class of all events."""
 
     model_config = ConfigDict(extra="ignore")  # a line of another version may have more fields
     kind: ClassVar[str] = ""
     """Name of the event in `metrics.jsonl`."""
 
     seconds: float = 0.0
-    """Seconds since the attempt's process began."""
+    """Seconds since the attempt's process started."""
 
     def line(self) -> dict[str, Any]:
         return {"kind": self.kind, **self.model_dump(exclude={"seconds"}), "seconds": self.seconds}
@@ -37,7 +37,7 @@ Listener = Callable[[Event], None]
 
 
 def event_of(line: Mapping[str, Any]) -> Event | None:
-    """Parse a line of `metrics.jsonl`; None if this version does not know it."""
+    """Parse a line of `metrics.jsonl`; return None if this version cannot read it."""
     kind = next((event for event in Event.__subclasses__() if event.kind == line.get("kind")), None)
     try:
         return None if kind is None else kind.model_validate(line)
@@ -46,57 +46,55 @@ def event_of(line: Mapping[str, Any]) -> Event | None:
 
 
 class PhaseBegan(Event):
-    """A phase of the run began."""
+    """Sent when a phase of the run begins."""
 
     kind = "phase"
     name: str
 
 
 class RowsRead(Event):
-    """Progress while rows are read outside of training."""
+    """Progress of reading rows outside of training."""
 
     kind = "rows"
     name: str
     done: int
     total: int | None
     share: float | None = None
-    """Share of the work done, if it is not `done / total`."""
 
 
 class DataPrepared(Event):
-    """Rows are checked, tokenised and split."""
+    """Sent when the rows are checked, tokenized and split."""
 
     kind = "data"
     summary: DataSummary
     is_reused: bool = False
-    """True if an earlier command prepared them."""
 
 
 class Planned(Event):
-    """A trial has its plan."""
+    """Sent when the plan of a trial is made."""
 
     kind = "plan"
     plan: Plan
 
 
 class ChecksDone(Event):
-    """The checks before step 1 are done."""
+    """Sent when the checks before step 1 are done."""
 
     kind = "checks"
     checks: tuple[Check, ...]
 
 
 class Forecast(Event):
-    """Duration and memory measured by a dry run."""
+    """Duration and memory, as measured by a dry run."""
 
     kind = "forecast"
     time: TimeNeed
     peak_memory_bytes: int = 0
-    """Peak above the memory used before the model was loaded."""
+    """Peak memory above what was used before the model was loaded."""
 
 
 class StepLogged(Event):
-    """A step whose loss is logged (`train.logging_steps`)."""
+    """A training step whose loss is logged (every `train.logging_steps`)."""
 
     kind = "train"
     step: int
@@ -111,7 +109,7 @@ class StepLogged(Event):
 
 
 class StepSkipped(Event):
-    """A step whose update was skipped."""
+    """A training step whose update was skipped."""
 
     kind = "skipped"
     step: int
@@ -121,18 +119,17 @@ class StepSkipped(Event):
 
 
 class UpdatesMeasured(Event):
-    """Effect of a step on a sample of values."""
+    """How much one step changed a sample of the weights."""
 
     kind = "updates"
     step: int
     changed_share: float
-    """Share of the sampled values that changed."""
     update_ratio: float
-    """Norm of update over weights, median over tensors."""
+    """Norm of the update divided by that of the weights, median over tensors."""
 
 
 class Evaluated(Event):
-    """The eval rows were scored during training."""
+    """Metrics of an evaluation during training."""
 
     kind = "eval"
     step: int
@@ -141,25 +138,24 @@ class Evaluated(Event):
 
 
 class Steered(Event):
-    """The weight of the replayed text was set by the measured drift."""
+    """Sent when the measured drift changed the weight of the replayed text."""
 
     kind = "steered"
     step: int
     drift: float
     error: float
     weight: float
-    """Weight from the next step on."""
 
 
 class Certified(Event):
-    """A point within the budget was chosen and measured on sealed texts."""
+    """Sent when weights within the budget were chosen and measured on the sealed texts."""
 
     kind = "certified"
     result: BudgetResult
 
 
 class Designed(Event):
-    """Cost and power of a comparison."""
+    """Forecast cost and detectable differences of a comparison."""
 
     kind = "expectation"
     expectation: Expectation
@@ -173,21 +169,20 @@ class Message(Event):
     kind = "message"
     text: str
     level: Literal["progress", "resumed", "next attempt", "warning"] = "progress"
-    """Progress of a comparison, a resumed run, why an attempt failed, or a warning."""
+    """Kind of message: a comparison's progress, a resumed run, the reason for another attempt, or a warning."""
 
 
 class JournalEntry(Record):
-    """A rare event for readers: a line of `journal.jsonl`."""
+    """A rare event, stored as one line of `journal.jsonl` for readers."""
 
     model_config = ConfigDict(extra="ignore")
     time: str = "-"
-    """Time in UTC, ISO 8601."""
     event: str = "-"
     detail: str = ""
 
 
 def without_tables(listener: Listener) -> Listener:
-    """Pass on only steps and warnings, for one of many runs."""
+    """Return a listener that passes on only steps and messages other than progress, for one of many runs."""
 
     def listen(event: Event) -> None:
         if isinstance(event, StepLogged) or (isinstance(event, Message) and event.level != "progress"):

@@ -1,6 +1,6 @@
-"""Drift on generic text, and how a run kept its budget for it.
+"""Records of the drift on generic text, and of how a run stayed within its budget for it.
 
-Drift is in nats per token for language models, otherwise 1 - cosine of hidden states.
+Drift is measured in nats per token for language models, otherwise as 1 - cosine of hidden states.
 """
 
 from __future__ import annotations
@@ -10,42 +10,37 @@ import math
 from fulltune.records.base import Record
 
 OF_GENERIC_TEXT = ("drift", "drift_error")
-"""Names of the drift and its standard error among an evaluation's metrics."""
+"""Names of the drift and of its standard error among an evaluation's metrics."""
 ONE_SIDED = 1.645
 """One-sided 95 % quantile of the normal distribution."""
 BUDGET_FILES = "preserve/*.json"
-"""Glob, in the run folder, of the `BudgetResult` of each trial."""
 
 
 def limit_of(budget: float, is_language_model: bool) -> float:
-    """Convert a budget, a share between 0 and 1, into units of drift."""
+    """Convert a budget, a share between 0 and 1, to the units in which drift is measured."""
     return -math.log1p(-budget) if is_language_model else budget
 
 
 class Drift(Record):
-    """Mean drift over some generic texts."""
+    """The mean drift over some generic texts."""
 
     mean: float
     error: float
-    """Standard error of the mean."""
     texts: int
-    """Number of texts."""
 
     @property
     def upper(self) -> float:
-        """Upper bound of the true drift with 95 % confidence."""
+        """Upper bound of the true drift, with 95 % confidence."""
         return self.mean + ONE_SIDED * self.error
 
 
 class InterpolationPoint(Record):
-    """A model between the pretrained and the trained weights."""
+    """A model with weights between the pretrained and the trained ones."""
 
     share: float
     """Position between the pretrained (0) and the trained model (1)."""
     drift: Drift
-    """Drift on the selection texts."""
     metric: float
-    """Metric on the eval rows."""
 
     @property
     def is_start(self) -> bool:
@@ -53,29 +48,26 @@ class InterpolationPoint(Record):
 
 
 class BudgetResult(Record):
-    """How a trial kept its budget for forgetting."""
+    """How a trial stayed within its budget for forgetting."""
 
     trial: str
     budget: float
-    """Most drift accepted, as a share between 0 and 1."""
+    """Most drift to accept, as a share between 0 and 1."""
     limit: float
-    """The budget in units of drift."""
+    """The budget in the units of the drift."""
     is_language_model: bool
-    """Drift is in nats per token."""
     text_source: str
     metric: str
     greater_is_better: bool
     points: tuple[InterpolationPoint, ...]
     choice: InterpolationPoint
-    """The point whose weights are kept."""
     sealed: Drift | None
-    """Drift of the kept weights on the sealed texts; None if the pretrained model was kept."""
+    """Drift of the kept weights on the sealed texts, or None if the pretrained model was kept."""
     weights_digest: str
-    """Digest of the trained weights."""
     weak_texts_reason: str | None = None
-    """Why the texts measure the pretrained model's abilities poorly, if they do."""
+    """Why the texts are a poor measure of the pretrained model's abilities, if they are."""
     opening_times: tuple[str, ...]
-    """Times at which the sealed texts were opened, ISO 8601; each new training opens them again."""
+    """Times (ISO 8601) at which the sealed texts were read; each new training reads them again."""
 
     @property
     def start(self) -> InterpolationPoint:
@@ -89,12 +81,12 @@ class BudgetResult(Record):
 
     @property
     def passed(self) -> bool:
-        """The upper bound of the drift on the sealed texts is within the limit."""
+        """True if the drift's upper bound on the sealed texts is within the limit."""
         return self.sealed is not None and self.sealed.upper <= self.limit
 
     @property
     def weights_reason(self) -> str | None:
-        """Why the kept weights are not the trained ones; None if they are."""
+        """Why the kept weights are not the trained ones, or None if they are."""
         if self.choice.share == 1:
             return None
         if not self.is_feasible:
@@ -107,6 +99,6 @@ class BudgetResult(Record):
         return not self.choice.is_start
 
     def gain_of(self, point: InterpolationPoint) -> float:
-        """Improvement of the metric over the pretrained model; 0 if it is not finite."""
+        """Return a point's improvement of the metric over the pretrained model, or 0 if it is not finite."""
         better = (point.metric - self.start.metric) * (1 if self.greater_is_better else -1)
         return better if math.isfinite(better) else 0.0

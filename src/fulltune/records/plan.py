@@ -1,4 +1,5 @@
-"""Plan of a trial, with reasons, memory, disk space and time. Sizes are in bytes, times in seconds."""
+"""Records of a trial's plan: settings with reasons, memory, disk space and time. Sizes are in bytes, times in
+seconds."""
 
 from __future__ import annotations
 
@@ -10,29 +11,28 @@ from fulltune.records.base import Record
 
 
 class Setting(Record):
-    """A setting with its value and reason."""
+    """A planned setting with its value and the reason for it."""
 
     name: str
     """Dotted name, such as `train.global_batch_size`."""
     value: Any
     reason: str
-    """`from the recipe`, or the rule that set the value."""
+    """`from the recipe`, or the rule that chose the value."""
     is_automatic: bool
-    """True if fulltune set the value."""
 
 
 MemoryKind = Literal["weights", "gradients", "optimizer", "activations", "logits", "buffers"]
 Phase = Literal["loading", "step", "evaluation", "saving", "resuming"]
-"""Parts of an attempt with their own memory peaks."""
+"""Parts of an attempt, each with a memory peak of its own."""
 
 
 class MemoryNeed(Record):
-    """Device memory of a training process, without its libraries."""
+    """The device memory that a training process needs, without Python and libraries."""
 
     kinds: dict[MemoryKind, int]
-    """Bytes alive at the peak of a step."""
+    """Bytes in use at the peak of a step, by what they hold."""
     phases: dict[Phase, int]
-    """Peak memory of each phase."""
+    """Peak memory of each phase in bytes."""
     host: int = 0
     """Bytes that a process offloads to host memory."""
 
@@ -50,13 +50,12 @@ class MemoryNeed(Record):
 
 
 class DiskNeed(Record):
-    """Disk space of a run at its fullest."""
+    """The run's peak disk usage."""
 
     checkpoint_bytes: int
     num_checkpoints: int
-    """Checkpoints on disk at a time."""
     model: int
-    """Size of the finished model and the initial weights."""
+    """Size of the finished model plus the initial weights."""
 
     @property
     def total(self) -> int:
@@ -68,54 +67,52 @@ BASELINES, TRAINED = "scoring the baselines", "scoring the trained model"
 
 
 class TimeNeed(Record):
-    """Duration of a run, computed before it starts or measured in its dry run."""
+    """The duration of a run, computed before it starts or measured in its dry run."""
 
     train_seconds: float
     eval_seconds: float
     save_seconds: float
     tokens: int
-    """Tokens of all steps with padding."""
+    """Number of tokens in all steps, including padding."""
     tokens_per_second: float
     source: str
-    """`arithmetic`, or `dry-run step`."""
     stop_seconds: float = 0.0
-    """Longest time from a stop signal to a saved checkpoint; 0 if unknown."""
+    """Longest time from a stop signal to the saved checkpoint; 0 if unknown."""
     overhead_seconds: dict[str, float] = Field(default_factory=dict)
-    """Time of other phases, keyed by the constants above, in order."""
+    """Time of each phase outside training, in order; the keys are the constants above."""
 
     @property
     def total_seconds(self) -> float:
-        """Training time, evaluations and checkpoints included."""
+        """Training time, including evaluations and checkpoints."""
         return self.train_seconds + self.eval_seconds + self.save_seconds
 
     @property
     def whole_seconds(self) -> float:
-        """Training time plus the known time around it."""
+        """Training time plus the known time before and after it."""
         return self.total_seconds + sum(self.overhead_seconds.values())
 
 
 class GenericTexts(Record):
-    """Generic texts that the run reads against forgetting; 0 for none."""
+    """How many generic texts the run reads to measure and limit forgetting."""
 
     texts_per_evaluation: int = 0
     budget: float | None = None
-    """Most drift accepted, as a share, or None."""
     replay_rows: int = 0
-    """Texts replayed per step."""
+    """Texts that are replayed in each step."""
     steer_steps: int = 0
-    """Steps between updates of the replay weight."""
+    """Number of steps between two updates of the replay weight."""
     texts_read_once: int = 0
-    """Texts read before step 1 and after the last step."""
+    """Texts read before step 1 and again after the last step."""
     scored_rows: int = 0
-    """Eval rows scored after the last step."""
+    """Eval rows that are scored again after the last step."""
 
 
 class MemorySettings(Record):
-    """Settings that change a plan's memory."""
+    """The settings of a plan that affect its memory."""
 
     micro_batch_size: int
     longest_tokens: int
-    """Tokens of the longest row, or of its longest choice."""
+    """Number of tokens of the longest row, or of its longest choice."""
     gradient_accumulation_steps: int = 1
     eval_batch_size: int = 1
     num_processes: int = 1
@@ -130,23 +127,22 @@ class MemorySettings(Record):
     activation_checkpointing: bool = False
     can_recompute: bool = True
     plain_logits: bool = True
-    """False if logits are scaled or capped after the head, or a user's loss needs all of them: the loss is then not
-    chunked."""
+    """False if the loss cannot be chunked, because logits are scaled or capped after the head or a user's loss needs
+    all of them."""
     torch_compile: bool = False
     chunked_loss: bool = False
     generic_first: bool = False
-    """Generic text is trained before a step's rows."""
     num_saves: int | None = None
-    """Checkpoints that the run writes; None for many."""
+    """Number of checkpoints that the run writes, or None for many."""
     probe_bytes: int = 0
-    """Memory of a linear probe, 0 without one."""
+    """Memory of fitting the linear probe, or 0 without one."""
     num_all_parameters: int | None = None
-    """Parameters of model and method, if the method adds some."""
+    """Number of parameters of the model and the method together, or None if the method adds none."""
     num_trainable: int | None = None
-    """Trained parameters, or None for all."""
+    """Number of trained parameters, or None for all."""
 
     def changed(self, **values: Any) -> Self:
-        """Copy the settings with some values replaced."""
+        """Return a copy of the settings with some values replaced."""
         return self.model_copy(update=values)
 
     @property
@@ -155,20 +151,19 @@ class MemorySettings(Record):
 
 
 class Plan(MemorySettings):
-    """All numbers of a trial."""
+    """The complete plan of a trial."""
 
     trial: str
-    """Name such as `full-seed42`."""
+    """Name of the trial, such as `full-seed42`."""
     data_fingerprint: str = ""
     method: str
     model_name: str = ""
-    """Folder in `models`, for one of several trials."""
+    """Folder in `models`, if the run has several trials."""
     seed: int
     learning_rate: float
     head_learning_rate: float | None = None
-    """Learning rate of head and pooler, if it differs."""
+    """Learning rate of head and pooler, or None if it is the same."""
     head_init: Literal["probe", "random"] | None = None
-    """Start of a new head."""
     layerwise_lr_decay: float
     num_train_epochs: float
     total_steps: int
@@ -176,13 +171,12 @@ class Plan(MemorySettings):
     lr_scheduler_type: str
     global_batch_size: int
     placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "deepspeed"] = "single"
-    """Layout over processes; `deepspeed` is a user's file."""
+    """Placement over processes, where `deepspeed` means the user's own settings."""
     offload: str = "none"
     group_by_length: bool = True
     loader_workers: int = 0
-    """Processes that read rows ahead."""
     eval_steps: int
-    """Steps between evaluations; 0 for none before the end."""
+    """Steps between evaluations, or 0 to evaluate only at the end."""
     eval_on_start: bool = True
     generic: GenericTexts = GenericTexts()
     save_steps: int
@@ -191,24 +185,24 @@ class Plan(MemorySettings):
     greater_is_better: bool
     num_parameters: int
     state: dict[MemoryKind, int]
-    """Memory between two steps."""
+    """Bytes in use between two steps, by what they hold."""
     rollbacks: tuple[int, ...] = ()
-    """Steps returned to, oldest first; 0 is the start.
+    """Steps that the run has returned to, oldest first, where 0 is the start.
 
-    Each changes the order of rows. Each but the first to a checkpoint halves the learning rate.
+    Each one changes the order of rows. Each one to a checkpoint, except the first, halves the learning rate.
+
     """
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None
     """Memory available to a process, if known."""
     memory: MemoryNeed | None = None
     sent_bytes_per_micro_batch: int = 0
-    """Bytes that a process sends per micro batch, as many as its machine sends."""
+    """Bytes that a process sends per micro batch; its machine sends as many."""
     sent_bytes_per_update: int = 0
-    """Further bytes that a process sends per optimizer step."""
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
     busy: str = ""
-    """Warning that other programs slowed the measurement of this machine."""
+    """Warning that other programs slowed down the measurement of this machine."""
     settings: tuple[Setting, ...]
 
     @property
@@ -217,24 +211,23 @@ class Plan(MemorySettings):
 
     @property
     def num_frozen_parameters(self) -> int:
-        """Frozen parameters; 0 for full fine-tuning."""
         return (
             0 if self.num_trainable is None else (self.num_all_parameters or self.num_parameters) - self.num_trainable
         )
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that a process sends per optimizer step."""
+        """All bytes that a process sends per optimizer step."""
         return self.gradient_accumulation_steps * self.sent_bytes_per_micro_batch + self.sent_bytes_per_update
 
     @property
     def model_folder(self) -> str:
-        """Folder of the model, relative to the run folder."""
+        """Folder of the finished model, relative to the run folder."""
         return f"models/{self.model_name or self.method}"
 
     @property
     def file(self) -> str:
-        """File of the plan, relative to the run folder."""
+        """Path of the plan's file, relative to the run folder."""
         return f"plan/{self.trial if self.model_name else self.method}.json"
 
 
@@ -242,23 +235,20 @@ class Plan(MemorySettings):
 
 
 class PlacementOption(Record):
-    """One layout of weights, gradients and optimizer state."""
+    """One way to place weights, gradients and optimizer state on the devices."""
 
     name: str
     kinds: dict[MemoryKind, int]
-    """Bytes on each device."""
     device_bytes: int
     host_bytes: int
     """Host memory per machine."""
     micro_batch_size: int
     activation_checkpointing: bool
     shortage: str | None
-    """Missing memory, if the layout does not fit."""
+    """How much memory is missing, or None if the placement fits."""
     tokens_per_second: float | None
-    """Speed over all devices, if known."""
     bound_by: str
     settings: dict[str, Any]
-    """Recipe settings of this layout."""
 
     @property
     def fits(self) -> bool:
@@ -266,23 +256,22 @@ class PlacementOption(Record):
 
 
 class WayOut(Record):
-    """A change that frees memory or disk space."""
+    """A change that frees memory or disk space when a run does not fit."""
 
     change: str
-    """The setting, or what to do."""
+    """The setting to change, or what else to do."""
     frees_bytes: int
     where: Literal["device", "disk"]
     enough: bool
-    """True if the change alone suffices."""
+    """True if this change alone is enough."""
     costs: str
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Recipe settings of the change."""
     hardware: str = ""
-    """Value for `--for`."""
+    """Value for `--for`, if the change is other hardware."""
 
 
 class Advice(Record):
-    """Published experience with a method for such a task."""
+    """What published results say about a method for such a task."""
 
     method: Literal["full fine-tuning", "LoRA", "adapters", "prompt tuning"]
     verdict: Literal["take", "try", "leave"]
@@ -290,11 +279,10 @@ class Advice(Record):
 
 
 class Survey(Record):
-    """What `fulltune plan` shows besides the plan."""
+    """What `fulltune plan` shows in addition to the plan."""
 
     hardware: str
     assumptions: tuple[str, ...] = ()
-    """Values assumed about the hardware."""
     num_devices: int
     num_machines: int = 1
     num_parameters: int
@@ -302,29 +290,23 @@ class Survey(Record):
     train_rows: int
     eval_rows: int
     length_percentiles: dict[str, int]
-    """Tokens per train row: keys `p50`, `p95`, `max`."""
     max_length: int
     fits: bool
-    """True if some layout fits."""
+    """True if some placement fits."""
     full_fits: bool = True
-    """True if full fine-tuning fits."""
     placement: str = ""
-    """Name of the planned layout."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings that the plan adds to the recipe."""
     placements: tuple[PlacementOption, ...]
     disk_free_bytes: int | None = None
     host_free_bytes: int
-    """Free host memory per machine."""
     device_free_bytes: int
-    """Memory available to a process."""
+    """Memory available to each process."""
     price: float | None = None
     currency: str = ""
     ways_out: tuple[WayOut, ...] = ()
     advice: tuple[Advice, ...] = ()
     command: str = ""
-    """Command that runs the plan."""
     comparison: str = ""
-    """Command of a comparison that would settle the advice."""
+    """Command that starts a comparison to settle the advice."""
     notes: tuple[str, ...] = ()
-    """What is missing if nothing fits."""

@@ -1,4 +1,4 @@
-"""Environment of a run, and the log of test rows scored."""
+"""Records of a run's environment, and the log of each scoring of test rows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fulltune.files import lines_of
 from fulltune.records.base import Record
 
 ACCESSES = "test-rows-scored.jsonl"
-"""File beside the run folders that records each scoring of test rows and outlives them."""
+"""File beside the run folders that logs each scoring of test rows, and is kept when they are deleted."""
 COMPARISON = "comparison"
 
 
 class MachineRecord(Record):
-    """One of several machines of a run."""
+    """One of the machines of a run."""
 
     rank: int
     host: str
@@ -25,14 +25,12 @@ class MachineRecord(Record):
     memory_bytes: int
     devices: tuple[str, ...]
     ranks: tuple[int, ...] = ()
-    """Ranks of its training processes."""
 
 
 class Environment(Record):
     """Machine, packages and duration of a run."""
 
     start_time: str
-    """Start, ISO 8601 with time zone."""
     fulltune: str
     python: str
     platform: str
@@ -44,25 +42,22 @@ class Environment(Record):
     commit: str | None = None
     machines: tuple[MachineRecord, ...] = ()
     seconds: float | None = None
-    """Duration of `fulltune run`."""
 
 
 class Access(Record):
-    """A scoring of test rows by a model or by a comparison's verdict."""
+    """One scoring of test rows, by a model or by a comparison's verdict."""
 
     time: str
-    """Time, ISO 8601 with time zone."""
     run: str
     trial: str
-    """Trial, or `comparison`."""
     model: str
     """Hash of the training's outcome; empty for a comparison."""
     rows: str
-    """Order-independent hash of the test rows."""
+    """Hash of the test rows, in any order."""
 
     @classmethod
     def of_same_rows(cls, folder: Path) -> tuple[Self, ...]:
-        """List the scorings of a run's test rows by any run; empty if this run scored none."""
+        """List every scoring of a run's test rows, by this or other runs; empty if this run scored none."""
         folder, accesses = folder.resolve(), []
         for line in lines_of(folder.parent / ACCESSES):
             try:

@@ -1,4 +1,4 @@
-"""Test scores of models and baselines: metrics with intervals, answers, confusions."""
+"""Records of test scores of models and baselines: metrics with intervals, answers and confusion matrices."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ class Estimate(Record):
     low: float
     high: float
     rows: int | None = None
-    """Rows scored, if known; fewer than all for generated answers."""
+    """Number of scored rows, or None if unknown. Generated answers have fewer than all."""
     clusters: int | None = None
-    """Groups of dependent rows that are resampled; None for `rows`."""
+    """Number of groups of dependent rows, which are resampled together. None if each row is its own group."""
 
     @property
     def no_interval_reason(self) -> str | None:
-        """Why there is no interval; None if there is one."""
+        """Why there is no interval, or None if there is one."""
         if self.rows == 1:
             return "one row"
         return "one group of rows" if self.clusters == 1 else None
 
 
 class Calibration(Record):
-    """Agreement of probabilities with accuracy."""
+    """How well predicted probabilities agree with accuracy."""
 
     temperature: float
     expected_calibration_error: float
     expected_calibration_error_scaled: float
-    """The error with the temperature, which is fitted on eval rows."""
+    """The error after temperature scaling, with the temperature fitted on eval rows."""
     note: str | None = None
-    """Why the temperature is 1, if it was not fitted."""
+    """Why no temperature was fitted and it is 1, or None."""
 
 
 class Confusion(Record):
-    """Test rows by true (row) and predicted label (column)."""
+    """Number of test rows by true label (row) and predicted label (column)."""
 
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
 
 
 class Answer(Record):
-    """A test row with a model's answer."""
+    """A test row with the expected answer and the model's."""
 
     text: str
     expected: str
@@ -56,10 +56,10 @@ class Answer(Record):
 
 
 class Scores(Record):
-    """Scores of one model or baseline on the test rows."""
+    """The scores of one model or baseline on the test rows."""
 
     name: str
-    """`majority class`, `nearest centroid (frozen)`, `before training`, or the trial's name."""
+    """Trial's name, or one such as `majority class` or `before training`."""
     kind: Literal["baseline", "untouched", "trained"]
     rows: int
     metrics: dict[str, Estimate]
@@ -67,19 +67,14 @@ class Scores(Record):
     greater_is_better: bool
     confidence: float
     differences: dict[str, Estimate] = Field(default_factory=dict)
-    """Paired differences of the main metric from each named row."""
+    """Paired difference of the main metric from each other model or baseline, by its name."""
     num_leaks: int = 0
-    """Test rows whose content occurs in train."""
     near_leaks: bool = False
-    """True if near duplicates count too."""
     metric_without_leaks: Estimate | None = None
-    """Main metric without leaks, if enough rows remain."""
     seconds: float = 0.0
     calibration: Calibration | None = None
     confusion: Confusion | None = None
     worst: tuple[Answer, ...] = ()
-    """Wrong rows, highest loss first."""
     answers: tuple[Answer, ...] = ()
-    """Generated answers, drawn at random."""
     missing_metrics: str | None = None
-    """Metrics that could not be computed, and why."""
+    """Which metrics could not be computed, and why, or None."""
