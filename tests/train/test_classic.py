@@ -177,7 +177,7 @@ def test_script_with_the_import_changed_and_nothing_else_trains_as_with_a_tokeni
         rows(tokenizer, n, seed).map(lambda row: tokenizer(row["text"], **cut)) for n, seed in ((48, 0), (24, 1))
     )
 
-    def script(**given: Any) -> Any:
+    def script(**settings: Any) -> Any:
         torch.manual_seed(0)  # the head is new
         model = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=2)
         for param in model.parameters():
@@ -199,7 +199,7 @@ def test_script_with_the_import_changed_and_nothing_else_trains_as_with_a_tokeni
             disable_tqdm=True,
             use_cpu=True,
         )
-        trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=val, **given)
+        trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=val, **settings)
         trainer.train()
         trainer.save_model(str(tmp_path / "saved"))
         return trainer
@@ -306,7 +306,7 @@ def test_prediction_with_grouped_lengths_keeps_order_of_rows(tokenizer: Any, tmp
 
 
 @pytest.mark.parametrize(
-    ("given", "name", "value"),
+    ("arguments", "name", "value"),
     [
         ({"evaluation_strategy": "steps", "eval_steps": 5}, "eval_strategy", "steps"),
         ({"warmup_ratio": 0.25}, "warmup_steps", 0.25),
@@ -322,12 +322,12 @@ def test_prediction_with_grouped_lengths_keeps_order_of_rows(tokenizer: Any, tmp
     ],
 )
 def test_arguments_with_old_name_set_new_field(
-    given: dict[str, Any], name: str, value: Any, tmp_path: Path, caught: list[warnings.WarningMessage]
+    arguments: dict[str, Any], name: str, value: Any, tmp_path: Path, caught: list[warnings.WarningMessage]
 ) -> None:
-    args = TrainingArguments(str(tmp_path), use_cpu=True, **given)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, **arguments)
     assert getattr(args, name) == value
     texts = notices(caught)
-    quiet = given in ({"group_by_length": False}, {"logging_nan_inf_filter": True}, {"fsdp_min_num_params": 0})
+    quiet = arguments in ({"group_by_length": False}, {"logging_nan_inf_filter": True}, {"fsdp_min_num_params": 0})
     assert len(texts) == (0 if quiet else 1), texts
     assert "secret" not in "".join(texts)
 
@@ -410,7 +410,7 @@ def test_sft_script_trains_as_with_trl_and_counts_no_dry_run(
     texts = [{"text": "the sun shines and the rain falls " * (1 + number % 3)} for number in range(16)]
     shape = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
     results = []
-    for trainer_class, config_class, given in (
+    for trainer_class, config_class, options in (
         (trl.SFTTrainer, trl.SFTConfig, {"activation_checkpointing": False, "bf16": False, "max_length": 64}),
         (
             fulltune.SFTTrainer,
@@ -419,7 +419,7 @@ def test_sft_script_trains_as_with_trl_and_counts_no_dry_run(
         ),
     ):
         args = config_class(
-            str(tmp_path), **{**QUIET, "logging_strategy": "steps", "logging_steps": 1}, **shape, **given
+            str(tmp_path), **{**QUIET, "logging_strategy": "steps", "logging_steps": 1}, **shape, **options
         )
         trainer = trainer_class(model=str(tmp_path / "model"), args=args, train_dataset=Dataset.from_list(texts))
         trainer.train()
@@ -558,8 +558,8 @@ class _Rises(torch.nn.Module):
 
 
 class _OwnLoss(Trainer):
-    def compute_loss(self, *given: Any, **keywords: Any) -> Any:
-        return super().compute_loss(*given, **keywords)
+    def compute_loss(self, *positional: Any, **keywords: Any) -> Any:
+        return super().compute_loss(*positional, **keywords)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,10 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
     """The trials of a search for LoRA's rate whose metric is this function, and its result."""
     run = job(folder, [METHODS[1], "lora"])
     line = comparing.Context(run, pipeline.prepare(run), "test")
-    asked: list[Trial] = []
+    ran: list[Trial] = []
 
     def trained(_: Any, trial: Trial) -> tuple[Any, Any, TrialResult]:
-        asked.append(trial)
+        ran.append(trial)
         value = metric(trial)
         if np.isnan(value):
             raise Diverged("the loss is not finite")
@@ -44,22 +44,22 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
 
     with mock.patch.object(trials, "trained", trained):
         search = whole_runs.search(line, line.trained_methods[1], budget.expect(line).search_share)
-    return asked, search
+    return ran, search
 
 
 def test_search_best_in_the_middle_ends_it(tmp_path: Path) -> None:
-    asked, search = searched(tmp_path, lambda trial: 1 - abs(np.log10(trial.learning_rate / 8e-4)))
+    ran, search = searched(tmp_path, lambda trial: 1 - abs(np.log10(trial.learning_rate / 8e-4)))
     # 24 steps: ten of them is what a trial needs.
-    assert [trial.learning_rate for trial in asked] == [2.5e-4, 8e-4, 2.5e-3]
+    assert [trial.learning_rate for trial in ran] == [2.5e-4, 8e-4, 2.5e-3]
     assert (search.chosen, search.on_edge) == (8e-4, False)
-    assert all(trial.searches and round(trial.share, 2) == 0.42 for trial in asked)
+    assert all(trial.searches and round(trial.share, 2) == 0.42 for trial in ran)
 
 
 def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path: Path) -> None:
-    asked, search = searched(
+    ran, search = searched(
         tmp_path, lambda trial: float("nan") if trial.learning_rate > 5e-3 else 100 * trial.learning_rate
     )
-    assert [trial.learning_rate for trial in asked] == [2.5e-4, 8e-4, 2.5e-3, 7.9e-3]
+    assert [trial.learning_rate for trial in ran] == [2.5e-4, 8e-4, 2.5e-3, 7.9e-3]
     assert (search.chosen, search.on_edge) == (2.5e-3, False)
 
 
@@ -106,10 +106,10 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
     line = comparing.Context(run, pipeline.prepare(run), "test")
     expectation = budget.expect(line)
     searches = {"full": Search(method="full", chosen=3e-3)} | made_up(line)
-    asked: list[tuple[str, float]] = []
+    rates: list[tuple[str, float]] = []
 
     def trained(_: Any, trial: Trial) -> Any:
-        asked.append((trial.name, trial.learning_rate))
+        rates.append((trial.name, trial.learning_rate))
         if (trial.learning_rate, trial.seed) == (1e-2, diverges):
             raise Diverged("the loss diverged")
         return result_of(trial, 0.95)
@@ -118,7 +118,7 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
         results = SeedRuns(line, searches, expectation).run().results
     assert [(run.trial.seed, run.trial.learning_rate) for run in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
     assert searches["lora"].reason == f"0.01 diverged in a whole run (seed {diverges})"
-    assert len([name for name, _ in asked if name.startswith("full")]) == 2
+    assert len([name for name, _ in rates if name.startswith("full")]) == 2
 
 
 def time_for(*names: str) -> Any:

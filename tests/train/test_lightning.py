@@ -68,8 +68,8 @@ def written(folder: Path, kind: str = "bert", rows: runs.Rows | None = None, **b
 
 def trainer_of(job: FineTuning, *callbacks: Callback, **changes: Any) -> Any:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    given = {**job.trainer_arguments(), **quiet, "enable_model_summary": False, **changes}
-    return L.Trainer(**given, callbacks=list(callbacks))
+    arguments = {**job.trainer_arguments(), **quiet, "enable_model_summary": False, **changes}
+    return L.Trainer(**arguments, callbacks=list(callbacks))
 
 
 def fitted(
@@ -316,8 +316,8 @@ DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs Dee
 @DEEPSPEED
 @pytest.mark.long
 @pytest.mark.zero
-@pytest.mark.parametrize("given", ["lightning", "pytorch_lightning offload"])
-def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, given: str) -> None:
+@pytest.mark.parametrize("options", ["lightning", "pytorch_lightning offload"])
+def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, options: str) -> None:
     """With a strategy of the test's that leaves the refusal out; in a process of its own, which DeepSpeed keeps."""
     plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.02}
     tiny.save_model(tmp_path / "model", "bert", **plain)
@@ -326,7 +326,7 @@ def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, given: str) -
     steps = Steps()
     trainer, job = fitted(tmp_path, steps)
     assert job.module.objective.summary.splits["train"].rows % 4 == 0
-    here = [sys.executable, "-m", "tests.train.lightning_on_cpu", str(tmp_path), *given.split()]
+    here = [sys.executable, "-m", "tests.train.lightning_on_cpu", str(tmp_path), *options.split()]
     done = subprocess.run(here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     curve = torch.load(tmp_path / "deepspeed.pt")

@@ -196,11 +196,11 @@ def test_without_rollbacks_the_run_stops(model: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: RunResult, tmp_path: Path) -> None:
     def stop_at(step: int) -> Callable[[Event], None]:
-        asked: list[int] = []
+        calls: list[int] = []
 
         def listener(event: Event) -> None:
-            if isinstance(event, StepLogged) and event.step == step and not asked:
-                asked.append(step)
+            if isinstance(event, StepLogged) and event.step == step and not calls:
+                calls.append(step)
                 raise KeyboardInterrupt
 
         return listener
@@ -225,7 +225,7 @@ def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: RunResult,
 
 
 def spoilt(layer: Any) -> None:
-    layer.register_forward_hook(lambda module, given, output: output * INF)
+    layer.register_forward_hook(lambda module, inputs, output: output * INF)
 
 
 @pytest.mark.parametrize(
@@ -293,8 +293,8 @@ def test_mixin_guards_a_trainer_of_ones_own(
     rates: list[float] = []
 
     class Looks(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            rates.append(given["optimizer"].param_groups[0]["lr"])
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+            rates.append(keywords["optimizer"].param_groups[0]["lr"])
 
         def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
             first = next(iter(optimizer.state.values()))

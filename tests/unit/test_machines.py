@@ -59,7 +59,7 @@ def silent(phase: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "host", "port", "rendezvous"),
+    ("text", "host", "port", "rendezvous"),
     [
         ("node0", "node0", 29500, "node0:29500"),
         ("node0:1", "node0", 1, "node0:1"),
@@ -67,8 +67,8 @@ def silent(phase: str) -> None:
         ("[fd00::1]", "fd00::1", 29500, "[fd00::1]:29500"),
     ],
 )
-def test_rendezvous_is_read_as_torchrun_reads_it(given: str, host: str, port: int, rendezvous: str) -> None:
-    place = machine_address(several(Path("/o")), 1, given, "90s")
+def test_rendezvous_is_read_as_torchrun_reads_it(text: str, host: str, port: int, rendezvous: str) -> None:
+    place = machine_address(several(Path("/o")), 1, text, "90s")
     assert place == MachineAddress(1, host, port, 90.0)
     assert place.rendezvous == rendezvous
 
@@ -437,7 +437,7 @@ def test_a_machine_that_came_back_otherwise_is_refused(
     place: MachineAddress, answering: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = several(tmp_path)
-    monkeypatch.setattr(spawn, "in_new_process", lambda *given: pytest.fail("it began"))
+    monkeypatch.setattr(spawn, "in_new_process", lambda *_: pytest.fail("it began"))
     with led(place, recipe) as group:
         monkeypatch.setattr(machines, "differences", lambda first, others: ["other versions"])
         with pytest.raises(SetupError, match="other versions"):
@@ -445,11 +445,11 @@ def test_a_machine_that_came_back_otherwise_is_refused(
 
 
 def test_a_port_that_is_taken_is_refused() -> None:
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
         with pytest.raises(SetupError, match=r"port \d+ of this machine cannot be used"):
-            group_of._check_port(MachineAddress(0, "127.0.0.1", taken.getsockname()[1], 1.0))
+            group_of._check_port(MachineAddress(0, "127.0.0.1", listener.getsockname()[1], 1.0))
 
 
 CLOSED = "Connection closed by peer"

@@ -22,9 +22,9 @@ from fulltune.stats.precision import planned_detectable
 from fulltune.text import parse_seconds, typed_seconds
 
 
-@pytest.mark.parametrize(("given", "rows", "seeds"), [(None, 9_999, 5), (None, 10_000, 3), (2, 50, 2)])
-def test_num_seeds_few_rows_need_more(given: int | None, rows: int, seeds: int) -> None:
-    assert budget.num_seeds(given, rows) == seeds
+@pytest.mark.parametrize(("setting", "rows", "seeds"), [(None, 9_999, 5), (None, 10_000, 3), (2, 50, 2)])
+def test_num_seeds_few_rows_need_more(setting: int | None, rows: int, seeds: int) -> None:
+    assert budget.num_seeds(setting, rows) == seeds
 
 
 COSTS = {"full": Cost(100, 3, start=10), "lora": Cost(80, 3, start=10)}
@@ -38,8 +38,8 @@ MANY = (60, *range(400, 4000, 60))
 
 
 def whole(costs: dict[str, Cost], seeds: int, **changes: Any) -> Expectation:
-    given = {"num_seeds": seeds, "most_seeds": seeds, "search_share": 0.1, **changes}
-    return Expectation(methods=tuple(costs), **given)
+    fields = {"num_seeds": seeds, "most_seeds": seeds, "search_share": 0.1, **changes}
+    return Expectation(methods=tuple(costs), **fields)
 
 
 def design_of(
@@ -76,10 +76,10 @@ def test_methods_that_wait_get_one_run_and_head_never_leads() -> None:
 # ---- budgets ---------------------------------------------------------------------------------------------------
 
 
-def fitted(given: float, costs: dict[str, Cost] = FIELD, seeds: int = 5, **limits: Any) -> Expectation | None:
+def fitted(limit: float, costs: dict[str, Cost] = FIELD, seeds: int = 5, **limits: Any) -> Expectation | None:
     """None where it is refused as too short."""
     try:
-        return design_of(costs, seeds, budget=given, end=30, **limits)
+        return design_of(costs, seeds, budget=limit, end=30, **limits)
     except RecipeError:
         return None
 
@@ -89,19 +89,19 @@ def fitted(given: float, costs: dict[str, Cost] = FIELD, seeds: int = 5, **limit
 def test_budget_more_of_it_never_gives_fewer_seeds_or_methods_and_the_forecast_keeps_it(
     costs: dict[str, Cost], sequential: bool
 ) -> None:
-    every = [(given, fitted(given, costs, sequential=sequential)) for given in MANY]
-    fitting = [(given, design) for given, design in every if design is not None]
+    every = [(limit, fitted(limit, costs, sequential=sequential)) for limit in MANY]
+    fitting = [(limit, design) for limit, design in every if design is not None]
     assert every[0][1] is None
     assert fitting[-1][1].num_seeds == (5 if sequential else fitting[-1][1].num_seeds)
-    for given, design in fitting:
-        assert design.seconds <= (1 - budget.RESERVE) * given
+    for limit, design in fitting:
+        assert design.seconds <= (1 - budget.RESERVE) * limit
         assert 2 <= design.num_seeds <= 5
         assert {"full", "lora"} <= set(design.methods) <= set(costs)
     assert all(before.num_seeds <= after.num_seeds for (_, before), (_, after) in pairwise(fitting))
 
 
 def test_budget_gives_up_breadth_before_the_third_and_the_search_after_it() -> None:
-    fitting = [design for given in MANY if (design := fitted(given)) is not None]
+    fitting = [design for limit in MANY if (design := fitted(limit)) is not None]
     assert {design.num_seeds for design in fitting if len(design.methods) < len(FIELD)} == {2, 3}
     assert {design.num_seeds for design in fitting if not design.search_share} == {2}
     assert all(design.methods == ("full", "lora") for design in fitting if not design.search_share)

@@ -65,7 +65,7 @@ FEW = Scale(greater_is_better=True, eval_rows=28, is_share=True)
 
 
 @pytest.mark.parametrize(
-    ("metrics", "scale", "taken"),
+    ("metrics", "scale", "rate"),
     [
         ((24 / 28, 25 / 28, 20 / 28), FEW, 3e-4),
         ((25 / 28, 24 / 28, 20 / 28), FEW, 3e-4),  # one row more is luck, on either side
@@ -82,10 +82,10 @@ FEW = Scale(greater_is_better=True, eval_rows=28, is_share=True)
     ],
 )
 def test_usual_rate_is_kept_unless_another_is_ahead_by_a_standard_error(
-    metrics: tuple[float, float, float], scale: Scale, taken: float
+    metrics: tuple[float, float, float], scale: Scale, rate: float
 ) -> None:
     tried = dict(zip((1e-4, 3e-4, 1e-3), metrics, strict=True))
-    assert rates.choice(tried, scale, 3e-4) == taken
+    assert rates.choice(tried, scale, 3e-4) == rate
 
 
 @pytest.mark.parametrize(("steps", "share"), [(1000, 0.06), (100, 0.1), (20, 0.5), (4, 1.0)])
@@ -118,11 +118,11 @@ def test_finished_takes_the_best_rate() -> None:
 
 def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given() -> None:
     result = Search(method="lora", tried=tried(r1e_3=0.9, r1e_2=0.9), chosen=1e-2)
-    taken = []
+    lower_rates = []
     while (lower := rates.after_divergence(result)) is not None:
         result = rates.replaced(result, lower, "it diverged")
-        taken.append(lower)
-    assert taken == [1e-3, 3.2e-4, 1e-4]
+        lower_rates.append(lower)
+    assert lower_rates == [1e-3, 3.2e-4, 1e-4]
     assert result.on_edge
     assert rates.after_divergence(Search(method="lora", chosen=1e-2)) is None
 
@@ -193,7 +193,7 @@ def test_next_whole_goes_on_while_it_gets_clearly_better(
 
 
 @pytest.mark.parametrize(
-    ("metrics", "scale", "chosen", "on_edge"),
+    ("metrics", "scale", "expected_rate", "on_edge"),
     [
         ((0.919, 0.925), SHARE, 2e-4, False),
         ((0.919, 0.919), SHARE, 2e-4, False),  # equal: the lower one
@@ -206,11 +206,11 @@ def test_next_whole_goes_on_while_it_gets_clearly_better(
     ],
 )
 def test_after_whole_the_better_run_counts(
-    metrics: tuple[float, float], scale: Scale, chosen: float, on_edge: bool
+    metrics: tuple[float, float], scale: Scale, expected_rate: float, on_edge: bool
 ) -> None:
     search = finished(tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE)
     result = rates.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
-    assert (result.chosen, result.on_edge) == (chosen, on_edge)
+    assert (result.chosen, result.on_edge) == (expected_rate, on_edge)
     assert list(result.whole) == [6e-4, 2e-4]
     reasons = {(0.925, 0.919): "the default rate: no other led by more than the eval rows can show, in whole runs"}
     assert result.reason == reasons.get(metrics, "the best of 2 whole runs")

@@ -142,17 +142,17 @@ def test_left_something_where_all_seeds_were_run_but_a_method_was_left_out(most:
 @pytest.mark.parametrize("enough", [False, True])
 def test_looks_and_verdicts_of_all_commands_keep_alpha_together(most: int, enough: bool) -> None:
     """The time was up after each number of seeds in turn (or a method was left out); then all seeds were run."""
-    taken, alpha = 0.0, 0.05
+    total, alpha = 0.0, 0.05
     for count in range(2 if enough else 1, most):  # nothing is enough after one seed
         looks = looks_of(count, most, alpha, ends=enough)
         now, later = left(looks, alpha, time_was_up=True)
         assert 0 < later < alpha
-        taken += passed(looks) + now
+        total += passed(looks) + now
         alpha = later
     looks = looks_of(most, most, alpha, ends=True)
     now, later = left(looks, alpha)
     assert now > 0
-    assert taken + passed(looks) + now == pytest.approx(0.05)
+    assert total + passed(looks) + now == pytest.approx(0.05)
 
 
 def passed(looks: list[Look]) -> float:
@@ -162,8 +162,8 @@ def passed(looks: list[Look]) -> float:
 
 def test_left_where_time_is_up_while_others_catch_up_after_the_last_seeds_is_that_of_the_second_look() -> None:
     two, three = (looked([0.93, 0.915], [count] * 2, spread=0.005, most=3) for count in (2, 3))
-    asked = [one.model_copy(update={"wanted_seeds": {"prompt": 3}}) for one in (two, three)]
-    for now, later in (left(asked, 0.05), left(asked, 0.05, time_was_up=True)):
+    looks = [one.model_copy(update={"wanted_seeds": {"prompt": 3}}) for one in (two, three)]
+    for now, later in (left(looks, 0.05), left(looks, 0.05, time_was_up=True)):
         assert now == pytest.approx(spent(3, 3, 0.05, again=True))
         assert later == 0.0  # full and the leader could have been tested at all that was left
 

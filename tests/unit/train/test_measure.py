@@ -63,7 +63,7 @@ def test_levers_add_up_and_leave_alone_what_the_recipe_gives() -> None:
 
 
 @pytest.mark.parametrize(
-    ("micro", "given", "expected"),
+    ("micro", "settings", "expected"),
     [
         (32, {}, [16, 8]),
         (8, {}, [4, 2, 16, 32]),
@@ -72,11 +72,11 @@ def test_levers_add_up_and_leave_alone_what_the_recipe_gives() -> None:
     ],
 )
 def test_micro_batches_are_the_neighbours_among_the_divisors(
-    micro: int, given: dict[str, Any], expected: list[int]
+    micro: int, settings: dict[str, Any], expected: list[int]
 ) -> None:
     planned = plan(global_batch_size=32, micro_batch_size=micro, gradient_accumulation_steps=32 // micro)
 
-    rows = measure.micro_batches(recipe(**given), planned, {"precision": "bf16"})
+    rows = measure.micro_batches(recipe(**settings), planned, {"precision": "bf16"})
 
     assert [setting.changes["micro_batch_size"] for setting in rows] == expected
     for setting in rows:

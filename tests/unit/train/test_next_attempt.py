@@ -21,12 +21,12 @@ from tests.plans import MIB, need, outcome, plan, recipe
 TRIED = ("micro_batch_size", "eval_batch_size", "activation_checkpointing", "chunked_loss", "optim")
 
 
-def walk(given: Any, start: Plan, phase: str | None = "step", **known: Any) -> list[NextAttempt]:
+def walk(recipe: Any, start: Plan, phase: str | None = "step", **facts: Any) -> list[NextAttempt]:
     """All changes until nothing is left, when every attempt runs out at the same place."""
     present, history, changes = start, [], []
     while True:
         history.append(outcome("out_of_memory", len(history) + 1, phase=phase))
-        change = next_attempt(given, present, history, known.get("need", unknown))
+        change = next_attempt(recipe, present, history, facts.get("need", unknown))
         if change is None:
             return changes
         assert change.resume
@@ -115,10 +115,10 @@ def test_what_the_recipe_gives_is_kept(
 
 
 def test_micro_and_eval_batch_are_halved_also_where_the_recipe_gives_them() -> None:
-    given = recipe(train={"micro_batch_size": 8, "global_batch_size": 8}, evaluate={"batch_size": 16})
+    fixed = recipe(train={"micro_batch_size": 8, "global_batch_size": 8}, evaluate={"batch_size": 16})
 
-    assert walk(given, plan())[0].plan.micro_batch_size == 4
-    assert walk(given, plan(), "evaluation")[0].plan.eval_batch_size == 8
+    assert walk(fixed, plan())[0].plan.micro_batch_size == 4
+    assert walk(fixed, plan(), "evaluation")[0].plan.eval_batch_size == 8
 
 
 def deepspeed(**values: Any) -> dict[str, Any]:
@@ -246,12 +246,12 @@ def test_settings_keep_what_was_planned_with_its_reason() -> None:
 
 
 def test_message_at_the_end_shows_every_fallback() -> None:
-    given = recipe("causal-lm", train={"optim": "adafactor", "chunked_loss": False})
+    fixed = recipe("causal-lm", train={"optim": "adafactor", "chunked_loss": False})
     last = plan(micro_batch_size=1, gradient_accumulation_steps=8, activation_checkpointing=True, optim="adafactor")
     last = last.model_copy(update={"memory": need(last)})
     failed = outcome("out_of_memory", 3, phase="step", reason="MemoryError", memory_growth_bytes=400 * MIB)
 
-    lines = no_way_out(given, last, failed, ["first change", "second change"])
+    lines = no_way_out(fixed, last, failed, ["first change", "second change"])
 
     assert lines == [
         "memory ran out in a training step with 400 MiB in use (by the plan most for optimizer: 200 MiB): MemoryError",
