@@ -22,7 +22,7 @@ from fulltune.train.hooks import Hooks
 from fulltune.train.journal import NEXT, Journal
 from fulltune.train.parent import child
 from fulltune.train.parent.next_attempt import (
-    Estimate,
+    EstimateMemory,
     NextAttempt,
     killed_too_often,
     next_attempt,
@@ -43,7 +43,7 @@ class PlannedTrial:
     folder: Path
     hooks: Hooks
     listener: Listener
-    need: Estimate = unknown
+    need: EstimateMemory = unknown
 
 
 def train(
