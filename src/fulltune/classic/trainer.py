@@ -43,9 +43,6 @@ class Trainer(Guarded, transformers.Trainer):
     A step with a non-finite loss or gradient is skipped with a `FulltuneNotice`; three in a row stop the run. A
     diverging loss gives a notice, unless the script computes its own. One step at the longest length runs before
     training unless `dry_run` is False. After training, `moved` counts the changed values.
-
-    Args:
-        tokenizer: The name of `processing_class` before 4.46.
     """
 
     dry_run: bool = True
@@ -127,7 +124,6 @@ class Trainer(Guarded, transformers.Trainer):
             self.args.train_sampling_strategy = strategy
 
     def _accept_old_overrides(self) -> None:
-        """Accept overridden methods with signatures of before 4.46, which lack an argument."""
         for name, argument in (
             ("compute_loss", "num_items_in_batch"),
             ("training_step", "num_items_in_batch"),
@@ -256,7 +252,6 @@ class _GuardCallback(transformers.TrainerCallback):
 
 
 def _without_argument(method: Callable[..., Result], argument: str) -> Callable[..., Result]:
-    """Return a method that ignores an argument, by name or position."""
     parameters = inspect.signature(method).parameters.values()
     limit = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
