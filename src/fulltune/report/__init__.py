@@ -38,13 +38,13 @@ def write(folder: Path) -> Path:
 
 
 def for_terminal(folder: Path) -> list[Headline | Section | Element]:
-    """Return the part of a run's report for the terminal."""
+    """Return the parts of a run's report that the terminal shows."""
     return content.for_terminal(read_run(Path(folder)))
 
 
 def write_comparison(folder: Path) -> tuple[Path, ...]:
     """Write the pages, plot and `proof.json` of a finished comparison and return their paths."""
-    source = _comparison_in(Path(folder))
+    source = _find_comparison_record(Path(folder))
     comparison = Comparison.load(source)
     target = Path(folder) if Path(folder).is_dir() else source.parent
     card, picture, proof = (target / name for name in ("card.md", "card.png", PROOF))
@@ -59,7 +59,7 @@ def write_comparison(folder: Path) -> tuple[Path, ...]:
     return (card, html, picture, proof) if plots else (card, html, proof)
 
 
-def _comparison_in(folder: Path) -> Path:
+def _find_comparison_record(folder: Path) -> Path:
     if folder.is_file():
         return folder
     source = next((folder / name for name in (RECORD, PROOF) if (folder / name).is_file()), None)
@@ -71,7 +71,7 @@ def _comparison_in(folder: Path) -> Path:
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
-    """Write the model card beside the weights. `scores` are those of a comparison's trial."""
+    """Write the model card beside the weights; for a trial of a comparison, from its `scores`."""
     write_sanitized(Path(model_folder) / "README.md", model_card(read_run(folder, scores), Path(model_folder)))
 
 

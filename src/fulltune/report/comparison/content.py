@@ -1,4 +1,4 @@
-"""The report of a comparison and its summary for the terminal, made from its record."""
+"""Build a comparison's report and its summary for the terminal from its record."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from fulltune.report.format.words import NOTHING, Writer, fine_share, ratio, sho
 from fulltune.text import counted, format_bytes, format_number, format_seconds, listed
 
 _POINTER = "▸ "
-"""Marks the recommended method."""
 _MADE_FROM = Paragraph("This report is made from proof.json beside it, which holds every number.")
 
 
 def build(comparison: Comparison, picture: str = "") -> Report:
+    """Build a comparison's whole report; `picture` is the file of its plots."""
     sections = (
-        _why(comparison),
-        Section("field", "The methods", _methods(comparison)),
-        _plot(comparison, picture),
-        Section("fairness", "Fairness", (_fairness(comparison),)),
+        _why_section(comparison),
+        Section("field", "The methods", _method_tables(comparison)),
+        _plot_section(comparison, picture),
+        Section("fairness", "Fairness", (_fairness_block(comparison),)),
         how(comparison),
         Section("again", "Reproduce", (Code(comparison.command, "sh"), _MADE_FROM)),
     )
@@ -51,19 +51,19 @@ def build(comparison: Comparison, picture: str = "") -> Report:
 
 
 def for_terminal(comparison: Comparison) -> list[Headline | Section | Element]:
-    """Return the parts printed at the end of a comparison."""
+    """Return the parts that are printed at the end of a comparison."""
     parts = (
         _headline(comparison),
-        _why(comparison),
-        Section("field", "The methods", _methods(comparison)),
-        Section("fairness", "Fairness", (_fairness(comparison),)),
+        _why_section(comparison),
+        Section("field", "The methods", _method_tables(comparison)),
+        Section("fairness", "Fairness", (_fairness_block(comparison),)),
         Section("how", "How it was made", (Facts(tuple(one for one in facts(comparison) if one[0] == "took")),)),
     )
     return [part for part in parts if part is not None]
 
 
 def label(decision: Decision) -> str:
-    """Return the verdict in capitals, with the method that it names."""
+    """Return the verdict with the method that it recommends: `PEFT: lora`."""
     name = decision.recommended
     take = {"PEFT": f": {name}", "VARIANT": f": {name}", "EQUIVALENT": f": take {name}"}
     return decision.verdict + take.get(decision.verdict, "")
@@ -76,14 +76,14 @@ def _headline(comparison: Comparison) -> Headline:
     smaller = "" if comparison.decision.greater_is_better else f" Smaller {write.name} is better."
     terms = (
         f"Margin: differences below {write.amount(decision.margin)} of {write.name} do not matter. Confidence: "
-        f"{_level(comparison)}{together}. Measured on {counted(decision.num_rows, 'test row')}.{smaller}"
+        f"{_confidence_level(comparison)}{together}. Measured on {counted(decision.num_rows, 'test row')}.{smaller}"
     )
     sentence = f"{_near_without_training(comparison)} {decision.headline}".lstrip()
     return Headline(decision.verdict.lower(), label(decision), sentence, note=terms, warning=_warning(comparison))
 
 
 def _near_without_training(comparison: Comparison) -> str:
-    """Say that the strongest baseline is near the recommended or best method, or return an empty string."""
+    """Say that the strongest baseline is no worse than the recommended or best method, or return an empty string."""
     scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
     trained = [row for row in comparison.rows if row.seeds]
     if not scored or not trained:
@@ -113,7 +113,7 @@ def _warning(comparison: Comparison) -> str:
     return f"{again}{listed(parts)}: see Fairness." if parts else ""
 
 
-def _level(comparison: Comparison) -> str:
+def _confidence_level(comparison: Comparison) -> str:
     return f"{100 * comparison.decision.confidence:g}%"
 
 
@@ -127,7 +127,7 @@ def _key_figures(comparison: Comparison) -> list[tuple[str, str]]:
     ]
 
 
-def _why(comparison: Comparison) -> Section | None:
+def _why_section(comparison: Comparison) -> Section | None:
     decision, to_do = comparison.decision, list(comparison.decision.would_decide)
     if comparison.can_resume:
         limit = comparison.expectation.budget_seconds
@@ -138,20 +138,20 @@ def _why(comparison: Comparison) -> Section | None:
     return unless_empty("Why", [Bullets(items)] if items else [])
 
 
-def _methods(comparison: Comparison) -> tuple[Element, ...]:
+def _method_tables(comparison: Comparison) -> tuple[Element, ...]:
     fewer = [row.method for row in comparison.rows if row.waited and row.method != comparison.decision.recommended]
-    tables = (_quality(comparison), _cost(comparison))
+    tables = (_quality_table(comparison), _cost_table(comparison))
     if not fewer:
         return tables
     why = f"fewer seeds of {', '.join(fewer)}, which waited for an answer about full and the best other method"
     return (*tables, Bullets((why,)))
 
 
-def _name(row: MethodRow, comparison: Comparison) -> Cell:
+def _method_cell(row: MethodRow, comparison: Comparison) -> Cell:
     return untrusted(f"{_POINTER}{row.method}" if row.method == comparison.decision.recommended else row.method)
 
 
-def _quality(comparison: Comparison) -> Table:
+def _quality_table(comparison: Comparison) -> Table:
     write = Writer.of(comparison.decision)
     behind = {one.method: write.adjusted(one) for one in comparison.decision.differences}
     rows = []
@@ -161,7 +161,7 @@ def _quality(comparison: Comparison) -> Table:
             updated += f" ({fine_share(row.num_trainable / row.num_parameters)})"
         rows.append(
             (
-                _name(row, comparison),
+                _method_cell(row, comparison),
                 updated,
                 write.estimate(row.metric),
                 "reference" if row.kind == "full" else behind.get(row.method, NOTHING),
@@ -171,7 +171,7 @@ def _quality(comparison: Comparison) -> Table:
                 str(len(row.seeds) or NOTHING),
             )
         )
-    level = _level(comparison)
+    level = _confidence_level(comparison)
     recommended = f"{_POINTER}the recommended method. " if comparison.decision.recommended else ""
     spread = "rows and seeds" if known(comparison) else "rows alone, because there is one seed"
     caption = (
@@ -185,10 +185,11 @@ def _quality(comparison: Comparison) -> Table:
     return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
-def _cost(comparison: Comparison) -> Table:
-    full = _full_of(comparison)
+def _cost_table(comparison: Comparison) -> Table:
+    full = _full_row(comparison)
 
     def cell(row: MethodRow, field: str, write: Callable[[float], str]) -> str:
+        """Format a method's cost, followed by its ratio to full fine-tuning."""
         value, whole = float(getattr(row, field)), float(getattr(full, field, 0))
         if value <= 0:
             return NOTHING
@@ -196,7 +197,7 @@ def _cost(comparison: Comparison) -> Table:
 
     rows = tuple(
         (
-            _name(row, comparison),
+            _method_cell(row, comparison),
             cell(row, "train_seconds", format_seconds),
             short(row.tokens_per_second) if row.tokens_per_second else NOTHING,
             cell(row, "train_flops", short),
@@ -216,12 +217,13 @@ def _cost(comparison: Comparison) -> Table:
     return Table(caption, header, rows, frozenset(range(1, len(header))))
 
 
-def _full_of(comparison: Comparison) -> MethodRow | None:
+def _full_row(comparison: Comparison) -> MethodRow | None:
     return next((row for row in comparison.rows if row.kind == "full"), None)
 
 
 def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
-    full, write, drawn = _full_of(comparison), Writer.of(comparison.decision), list[CostPlot]()
+    """Return the plots of quality against time and operations that have measured costs."""
+    full, write, drawn = _full_row(comparison), Writer.of(comparison.decision), list[CostPlot]()
     for cost, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
         if (whole := getattr(full, field, 0.0)) <= 0:
             continue
@@ -239,23 +241,23 @@ def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
     return tuple(drawn)
 
 
-def _plot(comparison: Comparison, picture: str) -> Section | None:
+def _plot_section(comparison: Comparison, picture: str) -> Section | None:
     legend = (
         "Filled: the recommended method. Square: full fine-tuning; the band around it is the margin. "
-        f"Whiskers: {_level(comparison)} intervals."
+        f"Whiskers: {_confidence_level(comparison)} intervals."
     )
     drawn = tuple(map(cost_plot, plots(comparison)))
     blocks = (Figures(drawn, file=picture), Paragraph(legend))
     return Section("plot", "Quality against cost", blocks) if drawn else None
 
 
-def _fairness(comparison: Comparison) -> Element:
+def _fairness_block(comparison: Comparison) -> Element:
     findings = marks(comparison)
     return Bullets(tuple(findings)) if findings else Paragraph("No unfair setting was found.")
 
 
 def marks(comparison: Comparison) -> list[str]:
-    """Return the findings that a reader must know, unfair ones first."""
+    """Return what a reader must know about fairness and power, unfair findings first."""
     lines = [
         f"{'Unfair' if finding.level == 'unfair' else 'Note'}: {finding.where}: {finding.what}. To do: {finding.to_do}."
         for finding in comparison.findings
@@ -276,7 +278,8 @@ def marks(comparison: Comparison) -> list[str]:
 
 
 def how(comparison: Comparison) -> Section:
-    blocks: list[Element] = [Facts(tuple(facts(comparison))), _searches(comparison)]
+    """Build the section on how the comparison was made."""
+    blocks: list[Element] = [Facts(tuple(facts(comparison))), _search_table(comparison)]
     if comparison.baselines:
         write = Writer.of(comparison.decision)
         scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
@@ -294,8 +297,9 @@ def how(comparison: Comparison) -> Section:
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return name and value of facts: rows, openings, time, detectable differences, design."""
     expected, openings = comparison.expectation, comparison.openings
-    cores, full = counted(comparison.cores, "core"), _full_of(comparison)
+    cores, full = counted(comparison.cores, "core"), _full_row(comparison)
     took = f"{format_seconds(comparison.seconds)} in all"
     if full is not None and full.train_seconds > 0:
         full_seconds = full.train_seconds
@@ -325,7 +329,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def expectation(expected: Expectation, write: Writer) -> Section:
-    """Return the section printed before a comparison starts."""
+    """Build the section that is printed before a comparison starts."""
     search, whose = "", "of each method"
     if expected.num_search_trials:
         search = f"{expected.num_search_trials} short trials to choose rates, more if the best is at an edge; then "
@@ -352,7 +356,7 @@ def expectation(expected: Expectation, write: Writer) -> Section:
 
 
 def can_find(expected: Expectation, write: Writer) -> str:
-    """Say which differences are usually detected, as known before the start."""
+    """Describe which differences are usually detected, as expected before the start."""
     if expected.num_seeds < 2:
         return "nothing: one seed does not show the spread between seeds"
     if expected.detectable is None:
@@ -361,13 +365,13 @@ def can_find(expected: Expectation, write: Writer) -> str:
     return f"differences {alike} if seeds differ by half a point, {apart} if by two (power 80 %)"
 
 
-def _searches(comparison: Comparison) -> Table:
+def _search_table(comparison: Comparison) -> Table:
     write = Writer.of(comparison.decision)
     rows = tuple(
         (
             untrusted(search.method),
-            _tried(search.tried, write) or NOTHING,
-            _tried(search.whole, write) or NOTHING,
+            _rates_with_metrics(search.tried, write) or NOTHING,
+            _rates_with_metrics(search.whole, write) or NOTHING,
             chosen_rate(search),
             search.reason,
         )
@@ -380,14 +384,14 @@ def _searches(comparison: Comparison) -> Table:
 
 
 def chosen_rate(search: Search) -> str:
-    """Format a rate, with a star if a better one may lie beyond those tried."""
+    """Format a rate, with a star if a better one may lie beyond the rates tried."""
     return f"{format_number(search.chosen)}{'*' * search.on_edge}"
 
 
-def _tried(tried: Mapping[float, float], write: Writer) -> str:
+def _rates_with_metrics(tried: Mapping[float, float], write: Writer) -> str:
     return " · ".join(f"{format_number(rate)}: {write.value(tried[rate])}" for rate in sorted(tried))
 
 
 def known(comparison: Comparison) -> list[Difference]:
-    """Return the deciding differences with a known spread between seeds."""
+    """Return the deciding differences whose spread between seeds is known."""
     return [one for one in comparison.decision.differences if one.decides and one.seeds_known]

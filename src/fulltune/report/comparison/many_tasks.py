@@ -1,4 +1,4 @@
-"""Several tasks on one base model: the cost of a full model for each against small parts side by side."""
+"""Compare, for several tasks on one base model, a full model for each task with small trained parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fulltune.text import counted, format_bytes, format_seconds, is_share
 
 RECORD, PAGE = "tasks.json", "tasks.md"
 _MARGIN = 0.01
-"""Precision of differences, in points."""
 
 
 def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
@@ -47,7 +46,7 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
             bytes_per_task=round(stored / len(task_rows)),
             train_seconds=round(sum(row.train_seconds for row in task_rows.values()), 1),
             scores={task: row.metric for task, row in task_rows.items()},
-            behind=None if method == full else _behind(method, list(comparisons.values())),
+            behind=None if method == full else _mean_lead_of_full(method, list(comparisons.values())),
         )
 
     return ManyTasks(
@@ -58,9 +57,9 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
     )
 
 
-def _behind(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
-    """Return the mean difference over tasks if all metrics are shares, else None; independent half widths add in
-    squares."""
+def _mean_lead_of_full(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
+    """Return by how much full is better, averaged over tasks, or None unless all metrics are shares. The half widths of
+    independent intervals add in squares."""
     gaps = [one.decision.difference(method) for one in comparisons]
     if not all(is_share(one.decision.metric) for one in comparisons) or not all(gap.seeds_known for gap in gaps):
         return None
@@ -71,12 +70,14 @@ def _behind(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
 
 
 def write_tasks(folder: Path, record: ManyTasks) -> tuple[Path, ...]:
+    """Write the page and record on all tasks and return their paths."""
     record.save(folder / RECORD)
     words.write_sanitized(folder / PAGE, section_in_markdown(on_one_base(record)))
     return folder / PAGE, folder / RECORD
 
 
 def on_one_base(record: ManyTasks) -> Section:
+    """Build the section that compares the methods' costs and scores over all tasks."""
     write, totals, scores, tasks = (
         Writer("accuracy", _MARGIN),
         list[TableRow](),
@@ -101,7 +102,7 @@ def on_one_base(record: ManyTasks) -> Section:
     header = ("task", *(method.method for method in record.methods))
     blocks: tuple[Element, ...] = (
         Paragraph(words.file_name(record.model)),
-        *map(Paragraph, _summary(record)),
+        *map(Paragraph, _summary_sentences(record)),
         Table("Methods, for all tasks together", cost, tuple(totals), frozenset(range(1, len(cost)))),
         Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),
         Table("Scores on each task's test rows", header, tuple(scores), frozenset(range(1, len(header)))),
@@ -109,7 +110,7 @@ def on_one_base(record: ManyTasks) -> Section:
     return Section("tasks", f"{counted(len(record.tasks), 'task')} on one base", blocks)
 
 
-def _summary(record: ManyTasks) -> list[str]:
+def _summary_sentences(record: ManyTasks) -> list[str]:
     full, *others = record.methods
     # A head alone decides nothing; the others count unless they are known to be worse.
     on_base = [method for method in others if method.kind != "variant"]

@@ -1,1 +1,1 @@
-"""Blocks, words and plots of both reports; as Markdown and HTML."""
+

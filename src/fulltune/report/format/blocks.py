@@ -1,4 +1,4 @@
-"""The elements of a report, described once and printed by `pages`."""
+"""The elements of a report, which `pages` prints as HTML, Markdown or on a terminal."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from fulltune.report.format.words import clipped, named
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell that is more than plain text of fulltune's own."""
+    """A table cell with a bar, a shade or untrusted text."""
 
     text: str
     bar: float | None = None
-    """Length of a bar beside the text, 0 to 1."""
     heat: float | None = None
-    """Shade behind the text, 0 to 1; the text holds the number as well."""
     untrusted: bool = False
     """True for text from data or a model, which is escaped and isolated."""
     limit: int | None = None
     """Most characters on a page; elsewhere at most 160, or 80 without a limit."""
 
     def shown(self, on_page: bool = False) -> str:
-        """Return the text cut to the limit, with the number of dropped characters."""
+        """Return the text, cut to the cell's limit if it is untrusted."""
         most = self.limit if on_page else min(self.limit or 80, 160)
         return clipped(self.text, most) if self.untrusted and most else self.text
 
@@ -44,8 +42,6 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """Pairs of names and values."""
-
     rows: tuple[tuple[str, str], ...]
 
 
@@ -54,16 +50,16 @@ class Table:
     """A table whose first column names the rows."""
 
     caption: str
-    """Text above the table; empty if the section's title is enough."""
+    """Text above the table, or empty if the section's title is enough."""
     header: tuple[str, ...]
     rows: tuple[TableRow, ...]
     numeric: frozenset[int] = frozenset()
-    """Columns that are aligned to the right."""
+    """Columns aligned to the right."""
     matrix: bool = False
-    """True for a square of counts, drawn tightly with upright headers."""
+    """True for a square of counts, drawn compactly."""
 
     def only(self, columns: Collection[str]) -> Table:
-        """Return the table with its first column and the named ones."""
+        """Return the table with only its first column and the named ones."""
         places = [place for place, name in enumerate(self.header) if place == 0 or name in columns]
         rows = tuple(tuple(row[place] for place in places) for row in self.rows)
         numeric = frozenset(number for number, place in enumerate(places) if place in self.numeric)
@@ -72,7 +68,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing and a description of it in words."""
+    """A drawing with its description in words."""
 
     svg: str
     title: str
@@ -119,7 +115,7 @@ class Exchanges:
 
 @dataclass(frozen=True)
 class Folded:
-    """A long part that opens on request; Markdown prints it in full."""
+    """A long part that a reader unfolds; Markdown prints it in full."""
 
     title: str
     blocks: tuple[Element, ...]
@@ -151,7 +147,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Report:
-    """The content of a report, before it becomes Markdown or HTML."""
+    """A report's content, before it becomes Markdown or HTML."""
 
     title: str
     subtitle: str
@@ -161,10 +157,10 @@ class Report:
 
 
 def unless_empty(title: str, blocks: Sequence[Element]) -> Section | None:
-    """Return a section, or None without elements."""
+    """Return a section with these blocks, or None if there are none."""
     return Section(title.lower().replace(" ", "-"), title, tuple(blocks)) if blocks else None
 
 
 def untrusted(text: str, limit: int | None = None) -> Cell:
-    """Return a cell for text from data or a model; empty text becomes `(empty)`."""
+    """Return a cell for text from data or a model; blank text becomes `(empty)`."""
     return Cell(named(text), untrusted=True, limit=limit)

@@ -1,8 +1,4 @@
-"""Print reports in three ways: as one HTML file that needs no network, as Markdown, and on a terminal.
-
-The terminal omits folded parts and drawings.
-
-"""
+"""Render reports as one self-contained HTML file, as Markdown, or on a terminal (without folded parts and drawings)."""
 
 from __future__ import annotations
 
@@ -52,11 +48,12 @@ TEMPLATES = jinja2.Environment(
 
 
 def page(report: Report, template: str = "report.html.j2") -> str:
+    """Render a report as HTML."""
     return TEMPLATES.get_template(template).render(report=report)
 
 
 def write_pages(path: Path, report: Report, template: str = "report.html.j2", private: bool = True) -> Path:
-    """Write Markdown and HTML side by side and return the path of the HTML."""
+    """Write a report as Markdown and HTML side by side and return the path of the HTML."""
     write_sanitized(path.with_suffix(".md"), markdown(report), private)
     target = path.with_suffix(".html")
     write_sanitized(target, page(report, template), private)
@@ -68,6 +65,7 @@ _TEXT_LIMIT = 600
 
 
 def markdown(report: Report) -> str:
+    """Render a report as Markdown."""
     lines = [f"# {escaped(report.title)}", "", escaped(report.subtitle), ""]
     lines += [f"**{escaped(report.headline.label)}.** {escaped(report.headline.sentence)}", ""]
     if report.headline.note:
@@ -81,18 +79,19 @@ def markdown(report: Report) -> str:
 
 
 def section_in_markdown(section: Section, level: str = "#") -> str:
-    lines = [f"{level} {section.title}", "", *(line for block in section.blocks for line in _block(block))]
+    """Render a section as Markdown below a heading of `level`."""
+    lines = [f"{level} {section.title}", "", *(line for block in section.blocks for line in _block_in_markdown(block))]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def escaped(text: str) -> str:
-    """Escape text for one line of Markdown: no HTML, table cell, link or image."""
+    """Put text on one line and escape Markdown's HTML, table, link and image signs."""
     text = " ".join(text.split())
     text = re.sub(r"[\\<|`&]", r"\\\g<0>", text)
     return text.replace("](", "]\\(")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[int] = frozenset()) -> str:
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[int] = frozenset()) -> str:
     cells = [[escaped(text) for text in row] for row in (header, *rows)]
     widths = [max(3, *(cell_len(row[index]) for row in cells)) for index in range(len(header))]
     rule = ["-" * (width - 1) + (":" if index in numeric else "-") for index, width in enumerate(widths)]
@@ -106,13 +105,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozen
     return "\n".join(lines)
 
 
-def _fenced(text: str, language: str = "") -> str:
+def _fenced_code(text: str, language: str = "") -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def _block(block: Element) -> Iterator[str]:
+def _block_in_markdown(block: Element) -> Iterator[str]:
+    """Yield the lines of a block in Markdown."""
     match block:
         case Paragraph():
             yield from (escaped(block.text), "")
@@ -122,7 +122,8 @@ def _block(block: Element) -> Iterator[str]:
             yield from (*(f"- {escaped(name)}: {escaped(value)}" for name, value in block.rows), "")
         case Table():
             yield from (f"{escaped(block.caption)}:", "") if block.caption else ()
-            yield _table(block.header, [[_cell(cell) for cell in row] for row in block.rows], block.numeric)
+            rows = [[_cell_in_markdown(cell) for cell in row] for row in block.rows]
+            yield _markdown_table(block.header, rows, block.numeric)
             yield ""
         case Figures(drawn_only=True):
             return
@@ -131,26 +132,26 @@ def _block(block: Element) -> Iterator[str]:
             if block.file:
                 yield from (f"![{escaped(listed([figure.title for figure in block.items]))}]({block.file})", "")
         case Code():
-            yield from (_fenced(block.text, block.language), "")
+            yield from (_fenced_code(block.text, block.language), "")
         case Previews():
             if block.some_trained:
                 yield from ("Trained tokens are between ⟦ and ⟧.", "")
             for segments, label in block.items:
                 text = "".join(f"⟦{one.text}⟧" if one.trained else one.text for one in segments)
-                yield from (_fenced(text), "")
+                yield from (_fenced_code(text), "")
                 if label is not None:
                     yield from (f"{block.target}: {escaped(label)}", "")
         case Exchanges():
             for prompt, replies in block.items:
                 parts = [prompt, *(f"[{who}]\n{what}" for who, what in replies)]
-                yield from (_fenced("\n\n".join(clipped(part, _TEXT_LIMIT) for part in parts)), "")
+                yield from (_fenced_code("\n\n".join(clipped(part, _TEXT_LIMIT) for part in parts)), "")
         case Folded():
             yield from (f"### {escaped(block.title)}", "")
             for inner in block.blocks:
-                yield from _block(inner)
+                yield from _block_in_markdown(inner)
 
 
-def _cell(cell: Cell | str) -> str:
+def _cell_in_markdown(cell: Cell | str) -> str:
     if isinstance(cell, str):
         return cell
     text = cell.shown()
@@ -163,11 +164,10 @@ def _cell(cell: Cell | str) -> str:
 # ---- on a terminal --------------------------------------------------------------------------------------------------
 
 _SHOWN_LIMIT = 300
-"""Most characters of untrusted text outside a table."""
+"""Most characters of an answer on the terminal."""
 _NAME_WIDTH, _TEXT_WIDTH = 40, 28
-"""Widths from which a table's names and other texts wrap; numbers never do."""
+"""Columns after which names and other texts of a table wrap; numbers never do."""
 _GAP = 2
-"""Columns between two columns of a table."""
 _STYLES = {
     **dict.fromkeys(("better", "peft", "variant", "equivalent"), "bold green"),
     "worse": "bold red",
@@ -176,7 +176,7 @@ _STYLES = {
 
 
 def show(console: Console, parts: Iterable[Headline | Section | Element]) -> None:
-    """Print the parts in order. A table wider than the terminal continues below."""
+    """Print the parts of a report. A table wider than the terminal continues below itself."""
     for place, part in enumerate(parts):
         if place and isinstance(part, Table) and part.caption:
             console.print()
@@ -184,12 +184,13 @@ def show(console: Console, parts: Iterable[Headline | Section | Element]) -> Non
             console.print(Text(f"\n{part.title}", style="bold"))
             show(console, part.blocks)
         else:
-            for line in _lines(part, console.width):
+            for line in _part_on_terminal(part, console.width):
                 # A command is for copying: the terminal may break its line, nothing else.
                 console.print(line, soft_wrap=isinstance(part, Code), highlight=False)
 
 
-def _lines(part: Headline | Element, width: int) -> Iterator[RenderableType]:
+def _part_on_terminal(part: Headline | Element, width: int) -> Iterator[RenderableType]:
+    """Yield what Rich prints for one part of a report."""
     match part:
         case Headline():
             style = _STYLES.get(part.kind, "bold yellow")
@@ -198,25 +199,25 @@ def _lines(part: Headline | Element, width: int) -> Iterator[RenderableType]:
         case Paragraph():
             yield Text(one_line(part.text))
         case Bullets():
-            yield _grid([("-", item) for item in part.items], gap=1)
+            yield _two_columns([("-", item) for item in part.items], gap=1)
         case Facts():
-            yield _grid(part.rows)
+            yield _two_columns(part.rows)
         case Table():
             if part.caption:
                 yield Text(one_line(part.caption), style="dim")
-            yield from _tables(part, width)
+            yield from _split_to_width(part, width)
         case Code():
             is_long = part.language == "sh" and len(part.text) > width
             yield Text(re.sub(r"(?<=\S) --set ", " \\\\\n  --set ", part.text) if is_long else part.text)
         case Previews():
-            yield from (_preview(segments, label) for segments, label in part.items)
+            yield from (_preview_on_terminal(segments, label) for segments, label in part.items)
         case Exchanges():
             for prompt, replies in part.items:
-                yield Text(_short(prompt), style="bold")
-                yield _grid([(who, _short(what)) for who, what in replies])
+                yield Text(_shortened(prompt), style="bold")
+                yield _two_columns([(who, _shortened(what)) for who, what in replies])
 
 
-def _grid(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
+def _two_columns(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
     grid = Grid.grid(padding=(0, gap, 0, 0))
     grid.add_column(max_width=_TEXT_WIDTH, style="dim")
     grid.add_column(overflow="fold")
@@ -225,9 +226,9 @@ def _grid(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
     return grid
 
 
-def _tables(table: Table, width: int) -> Iterator[Grid]:
-    """Split a table into ones that fit, each with the first column."""
-    cells = [[_shown_cell(cell) for cell in row] for row in table.rows]
+def _split_to_width(table: Table, width: int) -> Iterator[Grid]:
+    """Split a table into tables that fit the width, each with the first column."""
+    cells = [[_cell_on_terminal(cell) for cell in row] for row in table.rows]
     headers, widest, needed = [], [], []
     for number, name in enumerate(map(one_line, table.header)):
         wide = max((cell_len(row[number]) for row in cells), default=0)
@@ -256,13 +257,13 @@ def _tables(table: Table, width: int) -> Iterator[Grid]:
         yield grid
 
 
-def _shown_cell(cell: Cell | str) -> str:
+def _cell_on_terminal(cell: Cell | str) -> str:
     if isinstance(cell, str):
         return one_line(cell)
     return one_line(cell.shown())
 
 
-def _preview(segments: Iterable[Segment], label: str | None) -> Text:
+def _preview_on_terminal(segments: Iterable[Segment], label: str | None) -> Text:
     line = Text("  ")
     for segment in segments:
         text = one_line(segment.text)
@@ -274,5 +275,5 @@ def _preview(segments: Iterable[Segment], label: str | None) -> Text:
     return line
 
 
-def _short(text: str) -> str:
+def _shortened(text: str) -> str:
     return one_line(text)[:_SHOWN_LIMIT]

@@ -53,7 +53,6 @@ class Mark:
     low: float
     high: float
     text: str
-    """The formatted value."""
     is_full: bool = False
     """True for full fine-tuning, drawn as a square."""
     filled: bool = False
@@ -68,17 +67,16 @@ class Mark:
 
 @dataclass(frozen=True)
 class CostPlot:
-    """Quality against one cost, with a band of the margin around full fine-tuning."""
+    """Quality against one cost, with the margin as a band around full fine-tuning."""
 
     cost: str
     marks: tuple[Mark, ...]
     decision: Decision
-    """Provides the metric and the margin."""
 
 
 @dataclass(frozen=True)
 class PointSeries:
-    """Points with a common name and marker."""
+    """Points drawn with one name and marker."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -87,7 +85,7 @@ class PointSeries:
 
 @contextmanager
 def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Create a figure with plots side by side and fixed settings, ignoring the user's matplotlib configuration."""
+    """Yield a figure with plots side by side, in fixed settings instead of the user's matplotlib configuration."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -110,6 +108,7 @@ def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Ax
 
 
 def _style_axes(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
+    """Remove frame and ticks, and format the values of the axis `along` which the metric lies."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_frame_on(False)
@@ -126,19 +125,20 @@ def _style_axes(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
     axis.set_view_interval(max(0.0, low), min(1.0, high), ignore=True)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _add_legend(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + math.ceil(len(names) / 3) * LINE_HEIGHT / 72)
     figure.legend(handles, names, loc="outside lower left", ncols=3)
 
 
-def _say_nothing_finite(axes: Axes) -> None:
+def _show_no_finite_value(axes: Axes) -> None:
     axes.set_axis_off()
     axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color=QUIET, size=FONT_SIZE)
 
 
-def _drawn(figure: Figure, title: str, description: str) -> blocks.Figure:
+def _to_svg(figure: Figure, title: str, description: str) -> blocks.Figure:
+    """Convert a figure to SVG in the page's colours, with a description for readers without pictures."""
     for artist in figure.findobj():
         artist.set_clip_on(False)  # nothing lies outside, and clipping would need urls
     buffer = io.StringIO()
@@ -159,17 +159,19 @@ def _drawn(figure: Figure, title: str, description: str) -> blocks.Figure:
     return blocks.Figure(svg, title, description)
 
 
-def _short(name: str) -> str:
+def _shortened_name(name: str) -> str:
     name = words.one_line(name)
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
 def _draw_mark(axes: Axes, mark: Mark, place: tuple[float, float], along: Literal["x", "y"], marker: str) -> None:
+    """Draw a value with its interval at a position."""
     colour = BLUE if mark.filled else QUIET
     reach: dict[str, Any] = {f"{along}err": [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]}
     axes.errorbar(
         *place, **reach, fmt=marker, markersize=7, color=colour, markerfacecolor=colour if mark.filled else PAGE,
-        elinewidth=1.75, capsize=5, capthick=1.75, mew=1.75, zorder=4 if mark.filled else 3, label=_short(mark.name),
+        elinewidth=1.75, capsize=5, capthick=1.75, mew=1.75, zorder=4 if mark.filled else 3,
+        label=_shortened_name(mark.name),
     )  # fmt: skip
 
 
@@ -190,7 +192,7 @@ def learning_curve(
     steps, values = [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
     with _new_figure(CURVE_HEIGHT) as (figure, [axes]):
         if all(map(math.isnan, values)):
-            _say_nothing_finite(axes)
+            _show_no_finite_value(axes)
         else:
             _draw_curve(axes, steps, values, metric)
             for marked, low, high, color in ((restarts, -0.03, 0.05, INK), (skipped, 0.94, 1.0, AMBER)):
@@ -200,10 +202,11 @@ def learning_curve(
                 if step == kept_step and not math.isnan(value):
                     axes.axvline(step, **_LIMIT)
                     axes.plot(step, value, "o", markersize=12, color=AMBER, markerfacecolor="none", mew=2)
-        return _drawn(figure, title, _curve_in_words(points, metric, kept_step))
+        return _to_svg(figure, title, _curve_in_words(points, metric, kept_step))
 
 
 def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) -> None:
+    """Draw a curve, on a log scale if its values span over two decades."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     marker = "o" if len(values) <= _MOST_DOTS else "None"
@@ -222,6 +225,7 @@ def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) 
 
 
 def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None) -> str:
+    """Describe a curve by its first, saved, last and non-finite values."""
     finite = [(step, format_metric(metric, value)) for step, value in points if math.isfinite(value)]
     if not finite:
         return "no finite value was logged."
@@ -235,7 +239,7 @@ def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None)
 def series_plot(
     title: str, series: Sequence[PointSeries], metric: str, across: str, marked: float, description: str
 ) -> blocks.Figure:
-    """Draw a metric over another value, with a line at `marked`."""
+    """Draw a metric over another value, with a dashed line at `marked`."""
     markers = itertools.cycle("o^Dv")
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
         for each in series:
@@ -251,12 +255,12 @@ def series_plot(
             axes.set_xticks(rates, [f"{rate:.1g}" for rate in rates])
             axes.set_xticks([], minor=True)
         _style_axes(axes, metric, "y")
-        _legend(figure, axes)
-        return _drawn(figure, title, description)
+        _add_legend(figure, axes)
+        return _to_svg(figure, title, description)
 
 
 def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -> blocks.Figure:
-    """Draw value and interval of every finite mark on one axis."""
+    """Draw the value and interval of every finite mark on one axis."""
     shown = [mark for mark in marks if mark.is_finite]
     names = [textwrap.fill(words.one_line(mark.name), _LONGEST_NAME) for mark in shown]
     lines = sum(max(2, name.count("\n") + 1) for name in names)
@@ -266,17 +270,18 @@ def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -
         axes.set_yticks(range(len(shown)), names)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         _style_axes(axes, metric, "x")
-        return _drawn(figure, title, legend)
+        return _to_svg(figure, title, legend)
 
 
 def cost_plot(plot: CostPlot) -> blocks.Figure:
+    """Draw one plot of quality against cost."""
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
         _draw_costs(axes, plot)
-        _legend(figure, axes)
+        _add_legend(figure, axes)
         description = "; ".join(
             f"{mark.name}: {mark.text} at {mark.cost:.2f}×" for mark in plot.marks if mark.is_finite
         )
-        return _drawn(figure, f"Quality against {plot.cost}", f"{description}.")
+        return _to_svg(figure, f"Quality against {plot.cost}", f"{description}.")
 
 
 def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Path) -> None:
@@ -288,17 +293,18 @@ def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Pat
         figure.suptitle("\n".join(lines), x=0.02, ha="left", color=INK, size=FONT_SIZE)
         for axes, plot in zip(all_axes, plots, strict=True):
             _draw_costs(axes, plot)
-        _legend(figure, all_axes[0])
+        _add_legend(figure, all_axes[0])
         with replacing(path) as part:
             figure.savefig(part, format="png", dpi=_PICTURE_DPI)
 
 
 def _draw_costs(axes: Axes, plot: CostPlot) -> None:
+    """Draw each method's quality against its cost, relative to full fine-tuning."""
     from matplotlib.ticker import MaxNLocator
 
     marks, markers = [mark for mark in plot.marks if mark.is_finite], itertools.cycle("o^DvP<X>*")
     if not marks:
-        _say_nothing_finite(axes)
+        _show_no_finite_value(axes)
         return
     for mark in marks:
         _draw_mark(axes, mark, (mark.cost, mark.value), "y", "s" if mark.is_full else next(markers))

@@ -24,7 +24,7 @@ _UNSAFE = re.compile(
 
 
 OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu")
-"""Metrics of generated answers; the first available one judges them."""
+"""Metrics of generated answers, the preferred one first."""
 
 
 def metric_name(name: str) -> str:
@@ -33,19 +33,19 @@ def metric_name(name: str) -> str:
 
 
 def interval(name: str, estimate: Estimate) -> str:
-    """Format the interval, `[90.4%, 93.6%]`, or the reason why there is none."""
+    """Format an interval, `[90.4%, 93.6%]`, or the reason why there is none."""
     if estimate.no_interval_reason:
         return f"[{estimate.no_interval_reason}]"
     return f"[{format_metric(name, estimate.low)}, {format_metric(name, estimate.high)}]"
 
 
 def estimate(name: str, value: Estimate) -> str:
-    """Format value and interval: `92.1% [90.4%, 93.6%]`."""
+    """Format a value with its interval: `92.1% [90.4%, 93.6%]`."""
     return f"{format_metric(name, value.value)} {interval(name, value)}"
 
 
 def sent(plan: Plan) -> str | None:
-    """Describe the bytes that each process sends per step; None for one process."""
+    """Describe the bytes that each process sends per step, or return None for a single process."""
     if not plan.sent_bytes:
         return None
     each, passes = "", plan.gradient_accumulation_steps
@@ -57,7 +57,7 @@ def sent(plan: Plan) -> str | None:
 
 
 def at_the_peak(kinds: Mapping[MemoryKind, int]) -> str:
-    """Describe the moment of a step with the most memory."""
+    """Describe the moment of a step at which memory peaks."""
     after = "in the backward pass" if kinds.get("activations") else "in the optimizer's update"
     moment = after if kinds.get("gradients") else "before the first gradient"
     # A kind that is 0 at the peak can be large at another moment.
@@ -72,12 +72,12 @@ def setting_value(value: Any) -> str:
 
 
 def status(outcome: str) -> str:
-    """Return the status of an attempt in words; `spiked` counts as diverged."""
+    """Return an attempt's status in words; `spiked` counts as diverged."""
     return "diverged" if outcome == "spiked" else outcome.replace("_", " ")
 
 
 def sanitized(text: str) -> str:
-    """Replace control and direction marks by their code, so that nothing obeys them."""
+    """Replace control and text-direction characters by their codes."""
     return _UNSAFE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text.replace("\r\n", "\n"))
 
 
@@ -87,12 +87,12 @@ def one_line(text: str) -> str:
 
 
 def write_sanitized(path: Path, text: str, private: bool = False) -> None:
-    """Write a sanitized file; every file of a report is written here."""
+    """Write a sanitized file, as every file of a report must be."""
     write_text(path, sanitized(text), private)
 
 
 def clipped(text: str, limit: int) -> str:
-    """Cut text after `limit` characters, at a word's end if possible, and append the number of dropped ones."""
+    """Cut text after `limit` characters, if possible between words, and append how many are missing."""
     if len(text) <= limit:
         return text
     # One more character shows whether the last word ends there; text without spaces, such as Chinese, is cut anywhere.
@@ -105,26 +105,26 @@ _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gguf
 
 
 def file_name(place: str) -> str:
-    """Return a model or file without local folders, except in a Hub id or `package:NAME/PATH`."""
+    """Return a path without its folders; Hub ids and `package:NAME/PATH` stay whole."""
     path = PureWindowsPath(place)  # splits at both kinds of slash
     is_local = place.startswith(("/", "~", ".")) or path.drive or path.suffix.lower() in _FILE_ENDINGS
     return path.name if is_local and not place.startswith("package:") else place
 
 
 def named(text: str) -> str:
-    """Return a label or answer, or `(empty)`."""
+    """Return the text, or `(empty)` if it is blank."""
     return text if text.strip() else "(empty)"
 
 
 def way(share: float) -> str:
-    """Name a point between the untouched and the trained model."""
+    """Name the weights at a share (0 to 1) of the way from the untouched to the trained model."""
     if share in (0, 1):
         return "the trained model" if share else "the untouched model"
     return f"{format_percent(share)} of the way from the untouched to the trained model"
 
 
 def as_share(drift: float, writes: bool) -> str:
-    """Format a drift as a share with two digits, comparable to its budget."""
+    """Format a drift as a percentage, like its budget; a language model's (`writes`) is in nats."""
     share = 100 * (-math.expm1(-drift) if writes else drift)
     if 0.001 <= abs(share) < 0.095:
         return f"{share:.2g}%"
@@ -134,12 +134,11 @@ def as_share(drift: float, writes: bool) -> str:
 # ---- comparisons ----------------------------------------------------------------------------------------------------
 
 NOTHING = "–"
-"""Shown for values that a method does not have."""
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Formats values and differences of a metric with the precision of the margin."""
+    """Formats a metric's values and differences with the margin's precision."""
 
     metric: str
     margin: float
@@ -158,7 +157,7 @@ class Writer:
 
     @property
     def _decimals(self) -> int:
-        """Decimals: one more than the margin has, at least two."""
+        """Decimals of a difference: one more than the margin has, at least two."""
         margin = 100 * self.margin if self.in_points else self.margin
         return min(6, max(2, 1 - math.floor(math.log10(margin) + 1e-9))) if margin > 0 else 3
 
@@ -172,7 +171,7 @@ class Writer:
         return f"{value:,.{max(0, self._decimals - before_point)}f}"
 
     def estimate(self, estimate: Estimate) -> str:
-        """Format value and interval: `92.1% [90.9, 93.3]`."""
+        """Format a value with its interval: `92.1% [90.9, 93.3]`."""
         low, high = (self.value(bound).removesuffix("%") for bound in (estimate.low, estimate.high))
         return f"{self.value(estimate.value)} [{low}, {high}]"
 
@@ -192,14 +191,14 @@ class Writer:
         return self.interval(gap.estimate, gap.adjusted_low, gap.adjusted_high)
 
     def amount(self, value: float) -> str:
-        """Format the size of a difference without a sign: `1 point`, `1.4 points`, `0.013`."""
+        """Format the size of a difference, without a sign: `1 point`, `1.4 points`, `0.013`."""
         if not self.in_points:
             return f"{value:.2g}"
         shown = f"{100 * value:.2g}" if value < 0.995 else f"{100 * value:.0f}"
         return f"{shown} point{'' if shown == '1' else 's'}"
 
     def found_from(self, value: float) -> str:
-        """Format the smallest detected difference: `from 1.4 points on`."""
+        """Format the smallest difference that would be detected: `from 1.4 points on`."""
         return "none, however large" if self.in_points and value >= 1 else f"from {self.amount(value)} on"
 
 

@@ -27,7 +27,7 @@ from fulltune.text import counted, format_number, format_percent
 
 
 def row_words(summary: DataSummary | None) -> Form:
-    """Return the words for a run's rows, by default for rows with one label."""
+    """Return the words that describe a run's rows, or those for rows with one label without a summary."""
     form = summary.form if summary else FORMS["single_label"]
     if summary and has_images(summary):
         return replace(form, kind="images", question="IMAGE.png")
@@ -35,12 +35,12 @@ def row_words(summary: DataSummary | None) -> Form:
 
 
 def has_images(summary: DataSummary) -> bool:
-    """Return whether rows are images, which all have the same size."""
+    """Return whether the rows are images, which all have the same length."""
     return "image" in summary.columns
 
 
 def mixed_words(summary: DataSummary, epochs: float | None = None, trained_shares: Sequence[float] = ()) -> list[str]:
-    """Return a line on each source that is mixed into the train rows."""
+    """Return a line about each source that is mixed into the train rows."""
     lines = []
     for number, source in enumerate(summary.mixed):
         often = source.times_read(1 if epochs is None else epochs)
@@ -69,48 +69,50 @@ _CELL_LIMIT = 300
 
 
 def data(view: RunView) -> Section | None:
+    """Build the section on the data, or return None if no data was prepared."""
     summary = view.summary
     if summary is None:
         return None
     facts = [("kind of rows", row_words(summary).kind)]
     facts += [(f"column for {role.replace('_', ' ')}", column) for role, column in summary.columns.items()]
-    facts += _longest(summary)
+    facts += _longest_row(summary)
     if summary.scale is not None:
         mean, spread = map(format_number, summary.scale)
         facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
     facts.append(("fingerprint of files and settings", summary.fingerprint))
-    blocks: list[Element] = [splits(summary), *_mixed(view, summary), Facts(tuple(facts))]
+    blocks: list[Element] = [splits(summary), *_mixed_sources(view, summary), Facts(tuple(facts))]
     if summary.notes:
         blocks.append(Bullets(tuple(words.clipped(note, _TEXT_LIMIT) for note in summary.notes)))
-    blocks += [*_labels(summary), *_dropped(view, summary), *_previews(summary)]
+    blocks += [*_label_counts(summary), *_dropped_rows(view, summary), *_preview_blocks(summary)]
     return Section("data", "Data", tuple(blocks))
 
 
 def rows_for_terminal(summary: DataSummary) -> list[Element]:
-    """Return the elements printed after the rows are prepared."""
+    """Return the elements that are printed once the rows are prepared."""
     kind = f"{row_words(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
-    facts = [("kind of rows", kind), *_longest(summary)]
-    blocks: list[Element] = [splits(summary), Facts(tuple(facts)), *_previews(summary)]
+    facts = [("kind of rows", kind), *_longest_row(summary)]
+    blocks: list[Element] = [splits(summary), Facts(tuple(facts)), *_preview_blocks(summary)]
     if notes := [*(f"mixed in: {line}" for line in mixed_words(summary)), *summary.notes]:
         blocks.append(Bullets(tuple(notes)))
     return blocks
 
 
-def _longest(summary: DataSummary) -> list[tuple[str, str]]:
+def _longest_row(summary: DataSummary) -> list[tuple[str, str]]:
     if has_images(summary):
         return []
     return [(row_words(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")]
 
 
 def splits(summary: DataSummary) -> Table:
-    lengths = _lengths(summary, next(iter(summary.splits.values())))
+    """Build the table of splits with their row counts, token lengths and sources."""
+    lengths = _token_columns(summary, next(iter(summary.splits.values())))
     row = row_words(summary).row
     header = ("split", f"{row}s", *lengths, "dropped", "source")
     rows: tuple[TableRow, ...] = tuple(
         (
             split,
             f"{counts.rows:,}",
-            *_lengths(summary, counts).values(),
+            *_token_columns(summary, counts).values(),
             f"{counts.dropped_rows:,}",
             Cell(source, untrusted=True),
         )
@@ -125,7 +127,7 @@ def splits(summary: DataSummary) -> Table:
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
 
 
-def _mixed(view: RunView, summary: DataSummary) -> list[Element]:
+def _mixed_sources(view: RunView, summary: DataSummary) -> list[Element]:
     if not summary.mixed:
         return []
     plan, tokens = view.plan, view.outcome.tokens_by_source if view.outcome else ()
@@ -135,8 +137,8 @@ def _mixed(view: RunView, summary: DataSummary) -> list[Element]:
     return [Paragraph(lead), Bullets(tuple(words.clipped(line, _TEXT_LIMIT) for line in lines))]
 
 
-def _lengths(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
-    """Return the columns on tokens; classifiers have none for trained tokens."""
+def _token_columns(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
+    """Return a split's token columns by header, with trained tokens for models that write answers."""
     if has_images(summary):
         return {}
     trained = {"trained tokens": split.trained_tokens} if summary.form.writes_answers else {}
@@ -145,7 +147,8 @@ def _lengths(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
     return {name: "-" if value is None else f"{value:,}" for name, value in columns.items()}
 
 
-def _labels(summary: DataSummary) -> list[Element]:
+def _label_counts(summary: DataSummary) -> list[Element]:
+    """Build a table of rows per label and split, folded if there are many labels."""
     counts = {split: found.label_counts for split, found in summary.splits.items() if found.label_counts}
     if not counts:
         return []
@@ -169,7 +172,8 @@ def _labels(summary: DataSummary) -> list[Element]:
     return [table] if len(rows) <= _LABELS_OPEN else [Folded(f"{len(rows)} {noun}s", (table,))]
 
 
-def _dropped(view: RunView, summary: DataSummary) -> list[Element]:
+def _dropped_rows(view: RunView, summary: DataSummary) -> list[Element]:
+    """List dropped rows by reason, then the first ones."""
     if not summary.dropped:
         return [Paragraph("No row was dropped.")]
     reasons = sorted(summary.dropped.items(), key=lambda item: -item[1])
@@ -186,9 +190,9 @@ def _dropped(view: RunView, summary: DataSummary) -> list[Element]:
     return blocks
 
 
-def _previews(summary: DataSummary) -> list[Element]:
+def _preview_blocks(summary: DataSummary) -> list[Element]:
     shown = [*summary.previews[:_PREVIEWS], *(preview for source in summary.mixed for preview in source.previews)]
-    items = tuple((_beginning(preview.segments), preview.label) for preview in shown)
+    items = tuple((_cut_preview(preview.segments), preview.label) for preview in shown)
     if not items:
         return []
     origin = "" if has_images(summary) else ", decoded from its tokens"
@@ -196,7 +200,7 @@ def _previews(summary: DataSummary) -> list[Element]:
     return [Paragraph(f"What the model sees{origin}{of_mixed}:"), Previews(items, row_words(summary).target)]
 
 
-def _beginning(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+def _cut_preview(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     shown: list[Segment] = []
     left = _TEXT_LIMIT
     for segment in segments:

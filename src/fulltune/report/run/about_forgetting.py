@@ -24,6 +24,7 @@ from fulltune.text import counted, format_metric, format_number, format_percent
 
 
 def section(view: RunView) -> Section | None:
+    """Build the section on forgetting, or return None if no drift was measured."""
     plan, result = view.plan, view.budget
     points, errors = (view.history.evaluation.get(name, ()) for name in ("drift", "drift_error"))
     if not points or plan is None or view.summary is None:
@@ -48,33 +49,32 @@ def section(view: RunView) -> Section | None:
     figures.append(series_plot(title, (tried, kept_at), result.metric, across, result.limit, "see the points below."))
     evidence, helps = budget_advice(result)
     advice = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
-    folded = Folded("all points between the untouched and the trained model", (_points(result),))
+    folded = Folded("all points between the untouched and the trained model", (_points_table(result),))
     blocks = (Paragraph(f"{verdict(result)}{advice}"), drift, Figures(tuple(figures)), folded)
     return Section("forgetting", "Forgetting", blocks)
 
 
 def in_words(points: Sequence[Point], errors: Mapping[int, float], kept_step: int | None, writes: bool) -> str:
-    """Describe a curve of the drift at the step of the saved weights."""
+    """Describe the drift at the step of the saved weights, and when half of it had happened."""
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     if not finite:
         return "The drift on generic text is unknown: none of its values was finite."
     step, value = next((point for point in finite if point[0] == kept_step), finite[-1])
     error = errors.get(step, 0.0)
     if abs(value) <= BEYOND_CHANCE * error:
-        return f"There is no measurable drift on generic text at step {step:,} ({_size(value, error, writes)})."
+        return f"There is no measurable drift on generic text at step {step:,} ({_drift_size(value, error, writes)})."
     if value < 0:
-        return f"Generic text became more likely by step {step:,}: {_size(value, error, writes)}."
+        return f"Generic text became more likely by step {step:,}: {_drift_size(value, error, writes)}."
     half = next(at for at, so_far in finite if so_far >= value / 2)
     when = f", half of it by step {half:,}" if half < step else ""
     if writes:
         share = format_percent(-math.expm1(-value))
-        return (
-            f"A token of generic text became {share} less likely by step {step:,} ({_size(value, error, True)}){when}."
-        )
-    return f"Hidden states of generic text changed by {_size(value, error, False)} by step {step:,}{when}."
+        size = _drift_size(value, error, True)
+        return f"A token of generic text became {share} less likely by step {step:,} ({size}){when}."
+    return f"Hidden states of generic text changed by {_drift_size(value, error, False)} by step {step:,}{when}."
 
 
-def _size(value: float, error: float, writes: bool) -> str:
+def _drift_size(value: float, error: float, writes: bool) -> str:
     size = f"{format_number(value)} ± {format_number(error)}"
     if writes:
         return f"{size} nats per token; ±: standard error"
@@ -82,7 +82,7 @@ def _size(value: float, error: float, writes: bool) -> str:
 
 
 def verdict(result: BudgetResult) -> str:
-    """Say whether the budget was met on the sealed texts, and what that cost."""
+    """Describe whether the budget was met on the sealed texts, and which weights and score were kept."""
     budget = format_percent(result.budget) if result.budget >= 0.001 else f"{100 * result.budget:.2g}%"
     sealed, trained, name = result.sealed, result.end, words.metric_name(result.metric)
     lead = f"Forgetting, budget {budget}: "
@@ -98,8 +98,8 @@ def verdict(result: BudgetResult) -> str:
     by, upper = (words.as_share(one, False) for one in (sealed.mean, sealed.upper))
     what = f"generic text changed by {by} (1 - cosine; with 95% confidence at most {upper})"
     if result.is_language_model:
-        most = f"{'least' if sealed.upper < 0 else 'most'} {_likelier(sealed.upper)}"
-        what = f"a token of generic text became {_likelier(sealed.mean)} (with 95% confidence at {most})"
+        most = f"{'least' if sealed.upper < 0 else 'most'} {_change_of_likelihood(sealed.upper)}"
+        what = f"a token of generic text became {_change_of_likelihood(sealed.mean)} (with 95% confidence at {most})"
     if len(result.opening_times) > 1:
         lead += f" (sealed texts read {len(result.opening_times)} times, because the model was trained again)"
     gain, whole = result.gain_of(result.choice), result.gain_of(trained)
@@ -112,12 +112,13 @@ def verdict(result: BudgetResult) -> str:
     )
 
 
-def _likelier(rise: float) -> str:
+def _change_of_likelihood(rise: float) -> str:
     return f"{words.as_share(abs(math.expm1(-rise)), False)} {'more' if rise < 0 else 'less'} likely"
 
 
 def budget_advice(result: BudgetResult | None) -> tuple[str, str]:
-    """Return what a budget for forgetting prevented and what helps; two empty strings if most of the gain was kept."""
+    """Return what the forgetting budget prevented and what would help, or two empty strings if most of the gain was
+    kept."""
     if result is None:
         return "", ""
     if (limit := limit_for_most_gain(result)) is not None:
@@ -135,12 +136,12 @@ def budget_advice(result: BudgetResult | None) -> tuple[str, str]:
 
 
 def _rounded_up(percent: float) -> str:
-    """Round up to two digits, at most 99 %."""
+    """Round a percentage up to two digits, at most 99 %."""
     places = 1 - math.floor(math.log10(percent))
     return f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
 
 
-def _points(result: BudgetResult) -> Table:
+def _points_table(result: BudgetResult) -> Table:
     rows: tuple[TableRow, ...] = tuple(
         (
             words.way(point.share),

@@ -41,10 +41,11 @@ _LABEL_LIMIT = 60
 
 
 def results(view: RunView) -> Section | None:
+    """Build the section of test scores, or return None if nothing was scored."""
     if not view.scores:
         return None
     leading = view.trained or view.scores[-1]
-    main, level = leading.main_metric, _level(view)
+    main, level = leading.main_metric, _confidence_levels(view)
     title = f"{words.metric_name(main)}, {'larger' if leading.greater_is_better else 'smaller'} is better"
     marks = [
         Mark(
@@ -59,12 +60,12 @@ def results(view: RunView) -> Section | None:
     return Section("results", "Results on the test rows", (score_table(view), *about_table(view), *drawn))
 
 
-def _level(view: RunView) -> str:
+def _confidence_levels(view: RunView) -> str:
     return " and ".join(sorted({f"{100 * row.confidence:g}%" for row in view.scores}))
 
 
 def score_table(view: RunView) -> Table:
-    """Return the table of every model with every metric, the main one first."""
+    """Build the table of all models and metrics, the main metric first."""
     leading = view.trained or view.scores[-1]
     main = leading.main_metric
     metrics = sorted(
@@ -80,13 +81,13 @@ def score_table(view: RunView) -> Table:
         )
         for row in view.scores
     )
-    caption = f"Each metric on the test rows, with its {_level(view)} bootstrap interval in brackets"
+    caption = f"Each metric on the test rows, with its {_confidence_levels(view)} bootstrap interval in brackets"
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
 
 
 def about_table(view: RunView) -> list[Paragraph]:
-    """Return the sentences needed to read the scores."""
-    sentences: list[str | None] = [without_leaks(view.scores, view.summary), _groups(view.scores)]
+    """Return the sentences that a reader of the score table needs."""
+    sentences: list[str | None] = [without_leaks(view.scores, view.summary), _groups_in_words(view.scores)]
     sentences += [about_answers(row) for row in view.scores if row.answers and len(row.answers) < row.rows][-1:]
     sentences += [
         f"{reason[:1].upper()}{reason[1:]}." for reason in {row.missing_metrics: 0 for row in view.scores} if reason
@@ -95,7 +96,7 @@ def about_table(view: RunView) -> list[Paragraph]:
 
 
 def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str | None:
-    """Compare the main metric with and without leaked test rows, if there are any."""
+    """Compare the main metric with and without leaked test rows, or return None if no row leaked."""
     row = trained_row(scores) or scores[-1]
     whole = row.metrics.get(row.main_metric)
     if not row.num_leaks or whole is None:
@@ -109,7 +110,7 @@ def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str 
 
 
 def scored_again(accesses: Sequence[Access]) -> str:
-    """Warn that other runs scored the same test rows; empty if none did."""
+    """Warn that several runs scored the same test rows; the warning is empty otherwise."""
     runs = {(one.run, one.model): one.trial for one in accesses}
     if len(runs) < 2:
         return ""
@@ -121,8 +122,8 @@ def scored_again(accesses: Sequence[Access]) -> str:
     )
 
 
-def _groups(scores: Sequence[Scores]) -> str | None:
-    """Say that intervals rest on groups of dependent rows, if there are any."""
+def _groups_in_words(scores: Sequence[Scores]) -> str | None:
+    """Say that intervals are computed over groups of dependent rows, or return None without groups."""
     sizes = {(one.rows, one.clusters) for row in scores for one in row.metrics.values() if one.rows and one.clusters}
     num_rows, num_groups = max(sizes, default=(0, 0))
     if num_rows == num_groups:
@@ -135,7 +136,7 @@ def _groups(scores: Sequence[Scores]) -> str | None:
 
 
 def about_answers(row: Scores) -> str:
-    """Say for how many test rows answers were generated."""
+    """Say how many test rows got a generated answer, and which metrics are measured on these."""
     names = [words.metric_name(name) for name in row.metrics if name in words.OF_ANSWERS]
     distinct = " with different prompts" if len(row.answers) > 1 else ""
     return (
@@ -145,6 +146,7 @@ def about_answers(row: Scores) -> str:
 
 
 def answers(view: RunView) -> Section | None:
+    """Build the section of answers before and after training, or return None without answers."""
     before = next((row.answers for row in view.scores if row.kind == "untouched" and row.answers), ())
     after = view.trained.answers if view.trained else ()
     exchanges = _pair_answers(before, after)
@@ -159,7 +161,7 @@ def answers(view: RunView) -> Section | None:
 
 
 def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Exchange, ...]:
-    """Pair two models' answers by the row's text; repeated texts are paired in order."""
+    """Pair two models' answers by the row's text, repeated texts in order."""
     waiting: dict[str, deque[Answer]] = defaultdict(deque)
     for answer in before:
         waiting[answer.text].append(answer)
@@ -176,12 +178,13 @@ def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Ex
 
 
 def confusion(view: RunView) -> Section | None:
+    """Build the section on confused labels, or return None without a confusion matrix."""
     counts = view.trained.confusion if view.trained else None
     return Section("confusion", "Confusion", (label_table(counts), _confusion_table(counts))) if counts else None
 
 
 def label_table(confusion: Confusion) -> Table:
-    """Return precision, recall and F1 of each label, of many the lowest F1."""
+    """Build a table of each label's precision, recall and F1; of many labels it shows those with the lowest F1."""
     predicted, rows = [sum(counts) for counts in zip(*confusion.counts, strict=True)], []
     for place, (name, counts) in enumerate(zip(confusion.labels, confusion.counts, strict=True)):
         right, predictions, expected = counts[place], predicted[place], sum(counts)
@@ -199,6 +202,7 @@ def label_table(confusion: Confusion) -> Table:
 
 
 def _confusion_table(confusion: Confusion) -> Table | Paragraph:
+    """Show the confusion matrix, or for many labels the most confused pairs."""
     labels = [untrusted(label, _LABEL_LIMIT) for label in confusion.labels]
     totals = [max(1, sum(counts)) for counts in confusion.counts]
     if len(labels) <= _LARGEST_HEAT_TABLE:
@@ -228,6 +232,7 @@ def _confusion_table(confusion: Confusion) -> Table | Paragraph:
 
 
 def mistakes(view: RunView) -> Section | None:
+    """Build the section of the worst mistakes, or return None without mistakes."""
     worst = view.trained.worst if view.trained else ()
     if not worst:
         return None
@@ -249,11 +254,12 @@ def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
 
 
 def calibration(view: RunView) -> Section | None:
+    """Build the section on calibration, or return None without calibration."""
     return unless_empty("Calibration", calibration_of(view.trained) if view.trained else [])
 
 
 def calibration_of(row: Scores) -> list[Element]:
-    """Return temperature and calibration errors; empty without a calibration."""
+    """Return the blocks on temperature and calibration errors, or none without calibration."""
     calibration = row.calibration
     if calibration is None:
         return []
@@ -268,7 +274,7 @@ def calibration_of(row: Scores) -> list[Element]:
 
 
 def calibration_in_words(calibration: Calibration) -> str:
-    """Describe the temperature, or say why none was fitted."""
+    """Explain the temperature, or why none was fitted."""
     if calibration.note:
         return f"{calibration.note[0].upper()}{calibration.note[1:]}."
     sure = "is right about as often as its probabilities say (temperature near 1)"

@@ -42,12 +42,11 @@ from fulltune.text import (
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
 _EVENTS = {"next attempt": "After", "skipped": "Skipped in", "warning": "Warning of"}
-"""Journal events that are shown in full, with introducing words."""
 _OPEN = 10
-"""Rows of a list that are shown before the rest is folded."""
 
 
 def curves(view: RunView) -> Section | None:
+    """Build the section of learning curves, or return None if nothing was logged."""
     history, plan = view.history, view.plan
     # Interpolated weights belong to no step.
     kept_step = view.outcome.best_step if view.outcome and not (view.budget and view.budget.weights_reason) else None
@@ -75,16 +74,18 @@ def curves(view: RunView) -> Section | None:
         at = first_few([f"{step:,}" for step in history.skipped], _OPEN)
         lead = f"{counted(len(history.skipped), 'skipped step')} (ticks at the top; see the journal)"
         blocks.append(Paragraph(f"{lead}: {at}."))
-    return Section("learning-curves", "Learning curves", (*blocks, *_all_metrics(history.evaluation, plan)))
+    return Section("learning-curves", "Learning curves", (*blocks, *_evaluation_table(history.evaluation, plan)))
 
 
 def fit_of(view: RunView) -> Fit:
+    """Judge from a run's curves whether the model over- or underfits."""
     if view.plan is None or view.outcome is None or view.summary is None or "eval" not in view.summary.splits:
         return Fit("not known")
     return fit(curves_of(view, view.plan))
 
 
 def curves_of(view: RunView, plan: Plan) -> Curves:
+    """Collect the curves from which the fit is judged."""
     history, summary = view.history, view.summary
     return Curves(
         train_loss=history.train.get("loss", ()),
@@ -100,7 +101,7 @@ def curves_of(view: RunView, plan: Plan) -> Curves:
     )
 
 
-def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Element]:
+def _evaluation_table(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Element]:
     series = {name: points for name, points in series.items() if name not in OF_GENERIC_TEXT}
     if plan is None or set(series) <= {plan.metric, "loss"}:
         return []
@@ -116,7 +117,8 @@ def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> lis
 
 
 def training(view: RunView) -> Section | None:
-    blocks: list[Element] = [_attempts(view)] if view.attempts else []
+    """Build the section on attempts, events and changed values, or return None without any."""
+    blocks: list[Element] = [_attempt_table(view)] if view.attempts else []
     journal = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
     # In full, because advice is at their end and a table cell would be cut.
     details = dict.fromkeys(
@@ -128,7 +130,7 @@ def training(view: RunView) -> Section | None:
             events[_OPEN:] = [f"{counted(len(events) - _OPEN, 'more event')}: see the journal"]
         blocks.append(Bullets(tuple(events)))
     if view.outcome:
-        blocks += _facts(view, view.outcome)
+        blocks += _outcome_blocks(view, view.outcome)
     rows = tuple((name, one.time, one.event, Cell(one.detail, untrusted=True)) for name, one in journal)
     if rows:
         table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), rows)
@@ -136,7 +138,7 @@ def training(view: RunView) -> Section | None:
     return unless_empty("Training", blocks)
 
 
-def _attempts(view: RunView) -> Table:
+def _attempt_table(view: RunView) -> Table:
     header = ("attempt", "status", "steps", "time of the process", "tokens/s", "peak memory", "why it ended")
     rows: list[TableRow] = []
     for attempt in view.attempts:
@@ -151,7 +153,7 @@ def _attempts(view: RunView) -> Table:
 
 
 def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
-    """Return facts on trained parameters, the saved step and changed values."""
+    """Return name and value of facts: trained parameters, the saved step, changed values."""
     facts, changes = [], outcome.parameter_changes
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
@@ -169,7 +171,7 @@ def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
     return facts
 
 
-def _facts(view: RunView, outcome: Outcome) -> list[Element]:
+def _outcome_blocks(view: RunView, outcome: Outcome) -> list[Element]:
     facts = changed(view.plan, outcome)
     if updates := view.history.updates:
         facts.append((f"sampled values that changed in step {updates.step:,}", format_share(updates.changed_share)))
@@ -192,6 +194,7 @@ def check_table(checks: Sequence[Check]) -> Table:
 
 
 def settings(view: RunView) -> Section | None:
+    """Build the section of settings with their origin and reason, or return None without any."""
     blocks: list[Element] = []
     if view.plan and view.plan.settings:
         rows = tuple(
@@ -210,6 +213,7 @@ def settings(view: RunView) -> Section | None:
 
 
 def environment(view: RunView) -> Section | None:
+    """Build the section on versions and machines, or return None if they are unknown."""
     env = view.environment
     if env is None:
         return None
@@ -224,10 +228,12 @@ def environment(view: RunView) -> Section | None:
     )
     packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(env.packages.items())))
     folded = Folded("package versions", (packages,))
-    return Section("environment", "Environment", (Facts(facts), *_machines(env), *([folded] if env.packages else [])))
+    return Section(
+        "environment", "Environment", (Facts(facts), *_machine_table(env), *([folded] if env.packages else []))
+    )
 
 
-def _machines(env: Environment) -> tuple[Table, ...]:
+def _machine_table(env: Environment) -> tuple[Table, ...]:
     rows = tuple(
         (
             str(machine.rank),
@@ -249,13 +255,13 @@ _TIME = "time of the training steps, with evaluations and checkpoints"
 
 
 def resources(view: RunView) -> Section | None:
-    """Return the section that compares the plan with measurements."""
+    """Build the section that compares plan and measurements, or return None without a plan."""
     if view.plan is None:
         return None
-    return unless_empty("Plan and actual", [*_kinds(view.plan), *_comparison(view, view.plan)])
+    return unless_empty("Plan and actual", [*_planned_memory(view.plan), *_plan_and_actual(view, view.plan)])
 
 
-def _kinds(plan: Plan) -> list[Element]:
+def _planned_memory(plan: Plan) -> list[Element]:
     need, sent = plan.memory, words.sent(plan)
     if need is None:
         return []
@@ -266,8 +272,8 @@ def _kinds(plan: Plan) -> list[Element]:
     return [table, Paragraph(f"{words.at_the_peak(need.kinds)}.{sent}")]
 
 
-def _comparison(view: RunView, plan: Plan) -> list[Element]:
-    """Compare the last attempt with the plan. A resumed attempt has no planned time."""
+def _plan_and_actual(view: RunView, plan: Plan) -> list[Element]:
+    """Compare the last attempt with its plan. The plan has no time for a resumed attempt."""
     outcome = view.outcome
     if outcome is None:
         return []
@@ -277,17 +283,19 @@ def _comparison(view: RunView, plan: Plan) -> list[Element]:
     if plan.memory or outcome.memory_growth_bytes:
         planned = plan.memory.peak if plan.memory else 0
         actual = max((outcome.memory_growth_bytes, *outcome.memory_growth_per_process))
-        rows.append(_row(_MEMORY, planned, outcome.dry_run_growth_bytes, actual, format_bytes))
+        rows.append(_plan_and_actual_row(_MEMORY, planned, outcome.dry_run_growth_bytes, actual, format_bytes))
     if outcome.forecast or time:
         planned_seconds, forecast = (one.total_seconds if one else 0.0 for one in (time, outcome.forecast))
         # From the first step to the last; 0 if training did not get that far.
         trained = phases.get("saving the model", 0.0) - phases["training"] if "training" in phases else 0.0
-        rows.append(_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
+        rows.append(_plan_and_actual_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
     seconds = view.environment.seconds if view.environment else None
     if time is not None and time.overhead_seconds and seconds and not view.searched:  # which takes several runs
-        rows.append(_row("the whole command", time.whole_seconds, 0, seconds, format_seconds))
+        rows.append(_plan_and_actual_row("the whole command", time.whole_seconds, 0, seconds, format_seconds))
     if plan.disk or outcome.disk_bytes:
-        rows.append(_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes))
+        rows.append(
+            _plan_and_actual_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes)
+        )
     if not rows:
         return []
     caption = f"Attempt {outcome.attempt}: plan and actual; +10% means that the plan was 10% too high"
@@ -298,7 +306,11 @@ def _comparison(view: RunView, plan: Plan) -> list[Element]:
     return blocks
 
 
-def _row(what: str, planned: float, tried: float, actual: float, shown: Callable[[Any], str]) -> TableRow:
+def _plan_and_actual_row(
+    what: str, planned: float, tried: float, actual: float, shown: Callable[[Any], str]
+) -> TableRow:
+    """Return a table row with planned, tried and actual values and the errors of the first two."""
+
     def error(value: float) -> str:
         return f"{round(value / actual - 1, 2) or 0:+.0%}" if value and actual else "-"
 

@@ -1,4 +1,4 @@
-"""A run's report from headline to next commands, in the order of a reader's questions."""
+"""Put a run's report together, in the order of a reader's questions."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from fulltune.report.run.verdict import NOT_MEASURED, facts_of, judge, next_step
 from fulltune.text import format_metric, format_number, format_seconds, format_share
 
 _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", "loss")
-"""Metrics for the terminal's second column, in order of preference."""
 
 
 def build(view: RunView) -> Report:
+    """Build a run's whole report."""
     headline, steps = conclude(view)
     sections = (
-        _missing(view),
+        _missing_section(view),
         about_scores.results(view),
         search(view),
         about_training.curves(view),
@@ -50,7 +50,7 @@ def build(view: RunView) -> Report:
         about_training.resources(view),
         about_training.settings(view),
         about_training.environment(view),
-        Section("next", "What to do next", (*_steps(steps), *_use(view, headline))),
+        Section("next", "What to do next", (*_steps_to_try(steps), *_how_to_use(view, headline))),
     )
     return Report(
         title=view.name,
@@ -65,7 +65,7 @@ _SCORE_AGAIN = "To measure it, delete the run's folder 'scores', then give the r
 
 
 def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
-    """Return the verdict and, unless training helped, what to change."""
+    """Return the verdict and, unless training helped, changes to try."""
     why = next((why for what, why in view.missing if what.startswith("the test scores of")), "")
     headline = judge(view.scores, why)
     note = _SCORE_AGAIN if headline.sentence.endswith(NOT_MEASURED) else about_scores.scored_again(view.accesses)
@@ -75,7 +75,7 @@ def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
 
 
 def for_terminal(view: RunView) -> list[Headline | Section | Element]:
-    """Return the elements printed at the end of a run."""
+    """Return the elements that are printed at the end of a run."""
     headline, steps = conclude(view)
     parts: list[Headline | Section | Element] = []
     if view.scores:
@@ -86,7 +86,7 @@ def for_terminal(view: RunView) -> list[Headline | Section | Element]:
         parts += answers.blocks if answers else ()
     fit = about_training.fit_of(view)
     unfit = [Paragraph(fit.sentence)] if view.trained and fit.kind not in ("sound", "not known") else []
-    return [*parts, headline, *unfit, *_steps(steps)]
+    return [*parts, headline, *unfit, *_steps_to_try(steps)]
 
 
 def _key_figures(view: RunView) -> list[tuple[str, str]]:
@@ -108,20 +108,20 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
     return figures
 
 
-def _missing(view: RunView) -> Section | None:
+def _missing_section(view: RunView) -> Section | None:
     lead = Paragraph("This report is made from the files of the run. Missing, and why:")
     items = Bullets(tuple(f"{what}: {why}" for what, why in view.missing))
     return Section("missing", "What is missing", (lead, items)) if view.missing else None
 
 
-def _steps(steps: tuple[str, ...]) -> list[Element]:
+def _steps_to_try(steps: tuple[str, ...]) -> list[Element]:
     return [Paragraph("Run the same recipe again with one change at a time:"), Bullets(steps)] if steps else []
 
 
-def _use(view: RunView, headline: Headline) -> tuple[Element, ...]:
+def _how_to_use(view: RunView, headline: Headline) -> tuple[Element, ...]:
     folder, question = view.model_folder, row_words(view.summary).question
     if folder is None:
-        blocks: tuple[Element, ...] = (Paragraph(_how_to_go_on(view.outcome.status if view.outcome else None)),)
+        blocks: tuple[Element, ...] = (Paragraph(_how_to_continue(view.outcome.status if view.outcome else None)),)
     else:
         columns = Paragraph("ROWS.jsonl is any file with the columns that the model reads; see 'Data'.")
         blocks = (
@@ -133,7 +133,8 @@ def _use(view: RunView, headline: Headline) -> tuple[Element, ...]:
     return (Folded("how to use this model anyway", blocks),) if headline.kind == "worse" else blocks
 
 
-def _how_to_go_on(status: str | None) -> str:
+def _how_to_continue(status: str | None) -> str:
+    """Say how to get a model, by the status of the last attempt (None without an outcome)."""
     match status:
         case None:
             return "There is no trained model in this run folder. 'fulltune run RECIPE' resumes the run."
@@ -146,6 +147,7 @@ def _how_to_go_on(status: str | None) -> str:
 
 
 def search(view: RunView) -> Section | None:
+    """Build the section on the learning rate search, or return None without a search."""
     searched = view.searched
     if searched is None:
         return None
@@ -156,10 +158,10 @@ def search(view: RunView) -> Section | None:
     late = " The budget ended it early: 'fulltune run' with a larger --budget and --fresh tries more rates."
     took = f"The search took {format_seconds(searched.seconds)}, {times:.1f} times as long as the run it chose"
     cost = f"{took}, on {searched.eval_rows:,} eval rows.{late if rate.time_was_up else ''}"
-    return Section("search", "Search", (Paragraph(choice), *_rates(searched), Paragraph(cost)))
+    return Section("search", "Search", (Paragraph(choice), *_rate_plot_and_table(searched), Paragraph(cost)))
 
 
-def _rates(searched: Searched) -> list[Element]:
+def _rate_plot_and_table(searched: Searched) -> list[Element]:
     name, search = words.metric_name(searched.metric_name), searched.rate
     short, whole = search.tried, search.whole
 

@@ -30,14 +30,13 @@ from fulltune.text import counted, format_percent, format_share, listed
 
 _CELL = 160
 _FEW_SUSPECTS, _FEW_OF_ROWS = 30, 0.02
-"""Data without label errors may have this many suspects, as a number and a share of rows."""
+"""Correct data may have this many suspects (a number, or a share of rows)."""
 _MOST_LANGUAGES = 6
 _MARGIN = 0.01
-"""Precision of differences, in hundredths of a point."""
 
 
 def write_data_page(folder: Path) -> Path:
-    """Write `data.md` and `data.html` into an audited run folder; return the path of `data.html`."""
+    """Write `data.md` and `data.html` into an audited run folder and return the path of `data.html`."""
     view, audit = read_run(folder), Audit.load(folder / "data" / AUDIT)
     rows, dropped = sum(audit.rows.values()), sum(view.summary.dropped.values()) if view.summary else 0
     figures = [("rows looked at", f"{rows:,}"), ("dropped while reading", f"{dropped:,}")]
@@ -53,18 +52,21 @@ def write_data_page(folder: Path) -> Path:
             f"{counted(len(audit.checks), 'check')} found something in {rows:,} rows: {most}{more}.",
             note="Nothing was changed. Each finding is a suspicion with a suggested remedy.",
         )
-    sections = [*audit_for_terminal(audit, proofs_of(folder, audit)), *(_check(audit, check) for check in audit.checks)]
-    sections += [*filter(None, [data(view)]), _next(view, audit)]
+    sections = [
+        *audit_for_terminal(audit, proofs_of(folder, audit)),
+        *(_check_section(audit, check) for check in audit.checks),
+    ]
+    sections += [*filter(None, [data(view)]), _next_section(view, audit)]
     report = Report(view.name, f"The data · {view.task}", headline, tuple(figures), tuple(sections))
     return write_pages(folder / "data", report)
 
 
 def audit_for_terminal(audit: Audit, proofs: Sequence[Proofs]) -> list[Section]:
-    """Return the sections printed after an audit."""
-    return [part for part in (_found(audit), _cleaning(proofs)) if part is not None]
+    """Return the sections that are printed after an audit."""
+    return [part for part in (_findings_section(audit), _cleaning_section(proofs)) if part is not None]
 
 
-def _found(audit: Audit) -> Section:
+def _findings_section(audit: Audit) -> Section:
     total = max(1, sum(audit.rows.values()))
     blocks: list[Element] = []
     if audit.checks:
@@ -79,14 +81,16 @@ def _found(audit: Audit) -> Section:
         blocks.append(Paragraph(f"Checked, nothing found: {', '.join(audit.clean)}."))
     if audit.labels is not None:
         blocks.append(Paragraph(about_labels(audit.labels, audit.rows["train"])))
-    blocks += [Paragraph(_languages(column, counts, total)) for column, counts in audit.languages.items() if counts]
+    blocks += [
+        Paragraph(_languages_in_words(column, counts, total)) for column, counts in audit.languages.items() if counts
+    ]
     if audit.not_run:
         lines = tuple(words.clipped(f"{check}: {why}", 300) for check, why in audit.not_run.items())
         blocks += [Paragraph("Not checked:"), Bullets(lines)]
     return Section("found", "Findings", tuple(blocks))
 
 
-def _languages(column: str, counts: Mapping[str, int], rows: int) -> str:
+def _languages_in_words(column: str, counts: Mapping[str, int], rows: int) -> str:
     most, others = list(counts.items())[:_MOST_LANGUAGES], list(counts.values())[_MOST_LANGUAGES:]
     shares = [f"{code} {format_share(count / rows)}" for code, count in most]
     shares += [f"{counted(len(others), 'other')} {format_share(sum(others) / rows)}"] if others else []
@@ -95,7 +99,7 @@ def _languages(column: str, counts: Mapping[str, int], rows: int) -> str:
 
 
 def about_labels(errors: LabelErrors, of_rows: int) -> str:
-    """Say how reliable suspected label errors are, judged by errors planted on purpose."""
+    """Describe how many suspected label errors are real, estimated with errors planted on purpose."""
     some = "" if errors.judged_rows == of_rows else f" of {of_rows:,}, drawn at random"
     text = (
         f"Linear classifiers on the untouched model judged the labels of {errors.judged_rows:,} train rows{some}, each "
@@ -123,12 +127,12 @@ def about_labels(errors: LabelErrors, of_rows: int) -> str:
     )
 
 
-def _cleaning(all_proofs: Sequence[Proofs]) -> Section | None:
-    blocks = [block for proofs in all_proofs for block in _proved(proofs)]
+def _cleaning_section(all_proofs: Sequence[Proofs]) -> Section | None:
+    blocks = [block for proofs in all_proofs for block in _proof_blocks(proofs)]
     return Section("cleaning", "Would cleaning help?", tuple(blocks)) if blocks else None
 
 
-def _proved(proofs: Proofs) -> list[Element]:
+def _proof_blocks(proofs: Proofs) -> list[Element]:
     if not proofs.proofs:
         return [Paragraph(f"No step could be compared by {proofs.source}.")]
     write, rows = words.Writer(proofs.metric, _MARGIN), list[TableRow]()
@@ -154,13 +158,13 @@ def _proved(proofs: Proofs) -> list[Element]:
         ),
         Table(caption, header, tuple(rows), frozenset({2, 3, 4})),
         Paragraph(
-            f"{_advice(proofs)} The eval rows are not cleaned: if their labels are wrong in the same way, cleaning "
-            "looks worse than it is."
+            f"{_cleaning_advice(proofs)} The eval rows are not cleaned: if their labels are wrong in the same way, "
+            "cleaning looks worse than it is."
         ),
     ]
 
 
-def _advice(proofs: Proofs) -> str:
+def _cleaning_advice(proofs: Proofs) -> str:
     helping = [one for one in proofs.proofs if proofs.verdict(one) == "helps"]
     if not helping:
         return "No step helps measurably: keep the rows as they are, or read some of them first."
@@ -170,7 +174,7 @@ def _advice(proofs: Proofs) -> str:
     return f"Worth a few trainings (--trainings 3): {checks}. What helps classifiers may not help a trained model."
 
 
-def _check(audit: Audit, check: str) -> Section:
+def _check_section(audit: Audit, check: str) -> Section:
     count, examples = audit.checks[check], audit.examples_of(check)
     has_labels = any(one.label for one in examples)
     cells = (
@@ -186,14 +190,14 @@ def _check(audit: Audit, check: str) -> Section:
 
 
 def could_do(remedy: Remedy) -> str:
-    """Return the suggested remedy for a row."""
+    """Describe the remedy suggested for a row."""
     if remedy.action == "drop":
         return "drop the row"
     value = ", ".join(remedy.value) if isinstance(remedy.value, list) else remedy.value
     return f"{remedy.column}: {value}"
 
 
-def _next(view: RunView, audit: Audit) -> Section:
+def _next_section(view: RunView, audit: Audit) -> Section:
     folder = shlex.quote(str(view.folder))
     blocks: list[Element] = []
     if audit.checks:

@@ -1,4 +1,4 @@
-"""The trained model's card: a README.md for the Hub that names no folder of this machine."""
+"""Write the trained model's card, a README.md for the Hub that names no local folder."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged m
 
 
 def model_card(view: RunView, model_folder: Path) -> str:
+    """Return the model card as Markdown, with the Hub's YAML metadata on top."""
     plan, scores = view.plan, view.trained
     trained = "all parameters fine-tuned"
     if plan and plan.num_frozen_parameters:
         trained = f"{plan.num_trainable_parameters:,} parameters trained ({escaped(plan.method)})"
     sections = (
-        _data(view.summary),
-        _metrics(view, scores),
-        _training(view, plan),
-        _versions(view),
+        _data_section(view.summary),
+        _metrics_section(view, scores),
+        _training_section(view, plan),
+        _versions_section(view),
         Section("load", "How to load", how_to_load(model_folder.name, view)),
     )
     lead = f"{escaped(words.file_name(view.model))} with {trained} by fulltune, for {view.task}."
@@ -45,17 +46,18 @@ def model_card(view: RunView, model_folder: Path) -> str:
 
 
 def merged_card(text: str, name: str, task: str) -> str:
-    """Return the trained model's card with instructions to load a whole, merged model."""
+    """Return a merged model's card: the trained model's card with instructions to load a plain model."""
     what = "The trained weights are merged into those of the pretrained model. " + HOW_TO_LOAD["full"]
     blocks = (Paragraph(what), Code(loading_code(name, task, None), "python"))
     return (text or _BARE).partition(_LOADING)[0] + section_in_markdown(Section("load", "How to load", blocks), "##")
 
 
 def _front_matter(view: RunView, scores: Scores | None) -> str:
+    """Return the model card's YAML metadata for the Hub, with the test scores."""
     from huggingface_hub import EvalResult, ModelCardData
 
     facts = FACTS.get(view.task)
-    tested = _place(view.summary.sources.get("test", "-") if view.summary else "-").removeprefix("file ")
+    tested = _without_folders(view.summary.sources.get("test", "-") if view.summary else "-").removeprefix("file ")
     results = [
         EvalResult(
             task_type=facts.hub,
@@ -83,16 +85,16 @@ def _front_matter(view: RunView, scores: Scores | None) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _place(source: str) -> str:
+def _without_folders(source: str) -> str:
     return re.sub(r"\S*[\\/](?=\S)", "", source)
 
 
-def _data(summary: DataSummary | None) -> Section | None:
+def _data_section(summary: DataSummary | None) -> Section | None:
     if summary is None:
         return None
-    places = {split: _place(source) for split, source in summary.sources.items()}
+    places = {split: _without_folders(source) for split, source in summary.sources.items()}
     blocks: list[Element] = [splits(summary.model_copy(update={"sources": places}))]
-    blocks += [Paragraph(f"Mixed in: {_place(line)}.") for line in mixed_words(summary)]
+    blocks += [Paragraph(f"Mixed in: {_without_folders(line)}.") for line in mixed_words(summary)]
     if not has_images(summary):
         longest = row_words(summary).longest.capitalize()
         blocks.append(Paragraph(f"{longest}: {counted(summary.max_length, 'token')}."))
@@ -102,14 +104,14 @@ def _data(summary: DataSummary | None) -> Section | None:
     return Section("data", "Data", tuple(blocks))
 
 
-def _metrics(view: RunView, scores: Scores | None) -> Section:
+def _metrics_section(view: RunView, scores: Scores | None) -> Section:
     if scores is None:
         return Section("metrics", "Metrics", (Paragraph("This model was not scored on test rows."),))
     verdict = Paragraph(f"Test rows were never used to choose anything. {judge(view.scores).sentence}")
     return Section("metrics", "Metrics", (score_table(view), *about_table(view), verdict, *calibration_of(scores)))
 
 
-def _training(view: RunView, plan: Plan | None) -> Section | None:
+def _training_section(view: RunView, plan: Plan | None) -> Section | None:
     if plan is None:
         return None
     head_rate, outcome = plan.head_learning_rate, view.outcome
@@ -129,7 +131,7 @@ def _training(view: RunView, plan: Plan | None) -> Section | None:
     return Section("training", "Training", (Facts(facts),))
 
 
-def _versions(view: RunView) -> Section | None:
+def _versions_section(view: RunView) -> Section | None:
     env = view.environment
     if env is None:
         return None
@@ -139,7 +141,7 @@ def _versions(view: RunView) -> Section | None:
 
 
 ONLY_OURS = ("head", "adapter")
-"""Kinds of methods whose folders only fulltune can read."""
+"""Methods whose folders only fulltune can read."""
 HOW_TO_LOAD = {
     "full": "The model is a plain Hugging Face folder; transformers loads it without fulltune:",
     "peft": "The folder holds the trained weights in PEFT's format; PEFT adds them to the pretrained model:",
@@ -147,11 +149,10 @@ HOW_TO_LOAD = {
         ONLY_OURS, "The folder holds the trained weights; 'fulltune predict' adds them to the pretrained model."
     ),
 }
-"""Loading instructions by kind of method; `peft` also stands for LoRA and prompts."""
 
 
 def how_to_load(folder: str, view: RunView) -> tuple[Element, ...]:
-    """Return instructions to query and load a model, with Python code unless only fulltune can load it."""
+    """Return blocks on how to query and load a model, with Python code unless only fulltune can load it."""
     # A method's name may differ from its kind.
     kinds = (str(one.value) for one in (view.plan.settings if view.plan else ()) if one.name == "method.kind")
     kind = next(kinds, "full")
@@ -164,7 +165,7 @@ def how_to_load(folder: str, view: RunView) -> tuple[Element, ...]:
 
 
 def loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
-    """Return Python code that loads a model, with PEFT around `base`."""
+    """Return Python code that loads a model, with PEFT if `base` names a pretrained model."""
     facts = FACTS.get(task, FACTS["text-classification"])
     package, _, inner = base.removeprefix("package:").partition("/") if base.startswith("package:") else ("", "", "")
     pretrained = json.dumps(words.file_name(base), ensure_ascii=False) if base else ""

@@ -1,4 +1,4 @@
-"""A frozen view of a run folder: the contents of its files, and what is missing with the reason."""
+"""Read a run folder's files into one frozen view, which lists what is missing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CUT = "unreadable: a process was stopped while writing it, or the file was dama
 
 @dataclass(frozen=True)
 class History:
-    """Values measured during training, by series name and in order of steps."""
+    """Values measured during training, by name and in order of steps."""
 
     train: MetricSeries = field(default_factory=dict)
     evaluation: MetricSeries = field(default_factory=dict)
@@ -58,26 +58,25 @@ def before_start(points: Sequence[Point]) -> float | None:
 
 @dataclass(frozen=True)
 class AttemptFiles:
-    """The files of one attempt folder. `outcome` is None if its process ended without writing one."""
+    """The files of one attempt folder. `outcome` is None if the process ended without writing one."""
 
     name: str
     trial: str
     outcome: Outcome | None
     events: tuple[Event, ...]
-    """Events of `metrics.jsonl`, in order."""
     first_step: int | None
-    """Steps of the checkpoint from which the attempt started; None if unreadable."""
+    """Step of the checkpoint from which the attempt started, or None if unreadable."""
     journal: tuple[JournalEntry, ...]
 
     @property
     def steps(self) -> int:
-        """Steps by the outcome, or those logged by an attempt without one."""
+        """Steps by the outcome, or logged steps without one."""
         logged = [event.step for event in self.events if isinstance(event, StepLogged | Evaluated)]
         return (self.outcome.steps if self.outcome else 0) or max(logged, default=0)
 
 
 def merge(attempts: Sequence[AttemptFiles]) -> History:
-    """Join a trial's attempts into one curve, without repeated steps."""
+    """Join the curves of a trial's attempts; of a repeated step the last attempt counts."""
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
     restarts: list[int] = []
@@ -104,10 +103,13 @@ def merge(attempts: Sequence[AttemptFiles]) -> History:
                     skipped.add(event.step)
                 case UpdatesMeasured():
                     updates = event
-    return History(_series(train), _series(evaluation), tuple(restarts), tuple(sorted(skipped)), updates)
+    return History(
+        _points_by_name(train), _points_by_name(evaluation), tuple(restarts), tuple(sorted(skipped)), updates
+    )
 
 
-def _series(rows: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
+def _points_by_name(rows: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
+    """Return each value's points (step, value) in order of steps."""
     names = dict.fromkeys(name for row in rows.values() for name in row)
     series = {
         name: tuple(
@@ -120,7 +122,7 @@ def _series(rows: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
 
 @dataclass(frozen=True)
 class RunView:
-    """The contents of a run folder, for a run or for one trial of a comparison."""
+    """The contents of a run folder, for a run or one trial of a comparison."""
 
     folder: Path
     model: str
@@ -132,7 +134,6 @@ class RunView:
     environment: Environment | None
     summary: DataSummary | None
     dropped: tuple[dict[str, Any], ...]
-    """The first dropped rows."""
     plan: Plan | None
     attempts: tuple[AttemptFiles, ...]
     scores: tuple[Scores, ...]
@@ -142,7 +143,7 @@ class RunView:
     searched: Searched | None = None
     budget: BudgetResult | None = None
     accesses: tuple[Access, ...] = ()
-    """Every scoring of these test rows, also by neighbouring runs."""
+    """Every time that these test rows were scored, also by neighbouring runs."""
 
     @property
     def name(self) -> str:
@@ -154,7 +155,7 @@ class RunView:
 
     @property
     def outcome(self) -> Outcome | None:
-        """Outcome of the last attempt; None if it wrote none."""
+        """Outcome of the last attempt, or None without one."""
         return self.attempts[-1].outcome if self.attempts else None
 
     @cached_property
@@ -163,7 +164,7 @@ class RunView:
 
     @property
     def model_folder(self) -> str | None:
-        """Path of the trained model in the run folder; None without one."""
+        """Path of the trained model in the run folder, or None without one."""
         named = (self.outcome.model_folder if self.outcome else None) or (
             self.plan.model_folder if self.plan else "models/full"
         )
@@ -204,10 +205,10 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
     summary = files.record(DataSummary, folder / "data" / "summary.json")
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
-    task = (summary and summary.task) or settings.get("task") or _from_recipe(recipe_text, "task")
+    task = (summary and summary.task) or settings.get("task") or _recipe_value(recipe_text, "task")
     view = RunView(
         folder=folder,
-        model=str(settings.get("model.name") or _from_recipe(recipe_text, "model") or "unknown model"),
+        model=str(settings.get("model.name") or _recipe_value(recipe_text, "model") or "unknown model"),
         task=str(task or "unknown task"),
         trial=trial,
         recipe_text=recipe_text,
@@ -224,10 +225,11 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         accesses=files.accesses(),
     )
     cut = [(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]
-    return replace(view, missing=(*files.damaged, *cut, *_what_is_missing(view)))
+    return replace(view, missing=(*files.damaged, *cut, *_missing_parts(view)))
 
 
-def _what_is_missing(view: RunView) -> Iterator[tuple[str, str]]:
+def _missing_parts(view: RunView) -> Iterator[tuple[str, str]]:
+    """Yield the parts of the report that cannot be shown, each with the reason."""
     outcome, row = view.outcome, f"the test scores of {view.trial or 'a trained model'}"
     for present, what, why in (
         (view.recipe_text is not None, "the recipe", "recipe.yaml is not in the run folder."),
@@ -257,6 +259,7 @@ def _what_is_missing(view: RunView) -> Iterator[tuple[str, str]]:
 
 
 def _why_unscored(view: RunView) -> str:
+    """Say why the trained model has no test scores."""
     if not view.attempts:
         return "the run folder holds no attempt to train it." if view.trial else "no trial was planned or started."
     if view.outcome is None:
@@ -267,7 +270,7 @@ def _why_unscored(view: RunView) -> str:
 
 
 class _Files:
-    """Reads a run folder's files and notes unreadable files and lines."""
+    """Reads a run folder's files and notes what is unreadable."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -279,7 +282,7 @@ class _Files:
         return next(iter(self.records(kind, [path] if path.is_file() else [])), None)
 
     def records(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
-        """Return all readable records, ordered by file name."""
+        """Return the readable records in order of file names."""
         records = []
         for path in sorted(paths):
             try:
@@ -290,6 +293,7 @@ class _Files:
         return records
 
     def lines(self, path: Path) -> Iterator[dict[str, Any]]:
+        """Yield the entries of a JSON lines file, and note broken lines."""
         if not path.is_file():
             return
         # A process killed while writing can cut a character in two: replace it rather than fail.
@@ -301,7 +305,7 @@ class _Files:
                     self.unreadable.setdefault(path.relative_to(self.folder).as_posix(), []).append(str(number))
 
     def accesses(self) -> tuple[Access, ...]:
-        """Read the accesses to these test rows from the file beside the run folder."""
+        """Read when these test rows were scored, from the file beside the run folder."""
         try:
             return Access.of_same_rows(self.folder)
         except OSError:
@@ -309,6 +313,7 @@ class _Files:
             return ()
 
     def attempts(self) -> Iterator[AttemptFiles]:
+        """Yield the files of each attempt, by trial and number."""
         named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in self.folder.glob("attempts/*"))
         numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
         for trial, _, path in sorted(numbered):
@@ -319,7 +324,7 @@ class _Files:
 
 
 def _first_step(path: Path) -> int | None:
-    """Return the step of a request's checkpoint (0 without one), or None if unreadable."""
+    """Return the step of a request's checkpoint, 0 without one, or None if it is unreadable."""
     try:
         checkpoint = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
         return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
@@ -328,7 +333,7 @@ def _first_step(path: Path) -> int | None:
 
 
 def _may_be_a_plan(path: Path) -> bool:
-    """Return whether a file is a trial's plan or too damaged to tell."""
+    """Return whether a file is a trial's plan, or too damaged to tell."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -336,7 +341,8 @@ def _may_be_a_plan(path: Path) -> bool:
     return isinstance(entry, dict) and {"trial", "settings"} <= entry.keys()
 
 
-def _from_recipe(text: str | None, key: str) -> Any:
+def _recipe_value(text: str | None, key: str) -> Any:
+    """Return a recipe's entry (its `name` if it is a block), or None."""
     import yaml
 
     try:

@@ -1,4 +1,4 @@
-"""The verdict of a run by its test scores, and what to try next."""
+"""Judge a run by its test scores, and suggest what to try next."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ _LABELS = {
     "alone": "Nothing to compare with",
     "none": "No verdict",
 }
-"""Headlines by verdict. `contested`: better by loss only. `unpaired`: no difference on the same rows. `alone`: nothing
-to compare with. `none`: not scored."""
+"""Headlines by verdict. `contested`: better by loss only. `unpaired`: no difference on the same rows."""
 NOT_MEASURED = "Their difference on the same rows was not measured."
 _OTHER_ROWS = "They were scored on different rows, so their difference is unknown."
 _LONE = "The test rows are {}: more rows with other texts are needed to distinguish a difference from chance."
 
 
 def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better: bool) -> Scores | None:
-    """Return the best baseline or untouched model, which training has to beat."""
+    """Return the best finite score of a baseline or the untouched model, or None without one."""
     rows = [row for row in scores if row.kind != "trained" and metric in row.metrics]
     rows = [row for row in rows if math.isfinite(row.metrics[metric].value)]
     sign = 1 if greater_is_better else -1
@@ -43,7 +42,8 @@ def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better
 
 
 def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
-    """Compare the trained model with the best untrained one; better or worse needs an interval without 0."""
+    """Judge the trained model against the best untrained one: better or worse only if the difference's interval
+    excludes 0."""
     row = trained_row(scores)
     if row is None:
         return _headline(
@@ -51,7 +51,7 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
         )
     name = row.main_metric
     mine = row.metrics.get(name)
-    if mine is None or not _finite(mine):
+    if mine is None or not _is_finite(mine):
         return _headline("none", f"{row.name} has no finite {words.metric_name(name)} on the test rows.")
     measured = f"{words.metric_name(name)} {words.estimate(name, mine)}"
     measured += "" if row.greater_is_better else " (smaller is better)"
@@ -63,7 +63,7 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     which = "the model before training" if bar.kind == "untouched" else f"the best baseline, {bar.name}"
     claim = f"{claim}, against {words.estimate(name, bar.metrics[name])}{elsewhere} for {which}"
     ahead = row.differences.get(bar.name)
-    if ahead is None or not _finite(ahead):
+    if ahead is None or not _is_finite(ahead):
         note = (
             _LONE.format(mine.no_interval_reason)
             if mine.no_interval_reason
@@ -88,7 +88,7 @@ def _headline(kind: str, sentence: str) -> Headline:
 
 
 def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
-    """Say that generated answers did not improve or are empty; an empty string if they improved."""
+    """Return a sentence if generated answers are no better or empty, else an empty string."""
     name = next((name for name in words.OF_ANSWERS if name in row.metrics and row.answers), "")
     bar = strongest_untrained(scores, name, greater_is_better=True)
     if bar is None:
@@ -109,7 +109,7 @@ def difference(metric: str, gap: Estimate, confidence: float) -> str:
     return f"{value}{unit} ({100 * confidence:g}% interval: {low} to {high})"
 
 
-def _finite(estimate: Estimate) -> bool:
+def _is_finite(estimate: Estimate) -> bool:
     return all(math.isfinite(value) for value in (estimate.value, estimate.low, estimate.high))
 
 
@@ -118,38 +118,36 @@ def _finite(estimate: Estimate) -> bool:
 _FEW_STEPS = 100
 """Steps within which a pretrained model with a new head has hardly started to learn."""
 _MOST_TIMES = 10
-"""Largest factor by which a longer run is proposed at once."""
+"""Largest factor by which a longer run is suggested."""
 _FEW_ROWS_OF_A_LABEL = 10
-"""Average rows per label below which a label is learned poorly."""
 _ONE_CLASS = 0.98
-"""Share of test rows with the same predicted label from which a model counts as blind."""
+"""Share of test rows predicted as one label from which a model counts as blind."""
 _UNEVEN = 2.0
-"""Ratio to the other labels' average rows from which a label attracts all predictions."""
+"""Ratio to the other labels' mean rows from which a label is the most frequent one."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a finished run's files show about it."""
+    """What a finished run's files show, as the basis of advice."""
 
     verdict: str
-    """Kind of the headline."""
     plan: Plan
     outcome: Outcome
     curves: Curves = field(default_factory=Curves)
     fit: Fit = field(default_factory=lambda: Fit("not known"))
     train_rows: int = 0
     labels: int = 0
-    """Number of labels for rows with one label each, else 0."""
+    """Number of labels if each row has one, else 0."""
     rate_searched: bool = False
-    """True after a rate search: no other rates are proposed."""
+    """True after a rate search, so that no other rates are suggested."""
     bar: str = "the baseline"
-    """Name of what the verdict compares with."""
+    """Name of the model or baseline that the verdict compares with."""
     blind: str = ""
-    """Sentence saying that the model predicts the same for all rows; empty if it does not."""
+    """Sentence saying that the model predicts the same for all rows, or empty."""
     predicts_majority: bool = False
-    """True if the blind model predicts the label that most rows have."""
+    """True if the blind model predicts the most frequent label."""
     budget_advice: tuple[str, str] = ("", "")
-    """What the budget for forgetting prevented, and what helps."""
+    """What the forgetting budget prevented, and what would help."""
 
     @property
     def recipe_settings(self) -> dict[str, object]:
@@ -158,13 +156,13 @@ class RunFacts:
 
 
 def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
-    """Collect the facts on the headline's trial; None without scores or plan."""
+    """Collect the facts for advice, or return None without scores, plan or outcome."""
     row, plan, outcome = view.trained, view.plan, view.outcome
     if row is None or plan is None or outcome is None:
         return None
     summary = view.summary
     train = summary.splits.get("train") if summary else None
-    label, is_usual = _only_label(row.confusion) if row.confusion else ("", False)
+    label, is_usual = _dominant_label(row.confusion) if row.confusion else ("", False)
     entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
     blind = "The model finds no entity in the test rows" if entities and not any(entities) else ""
     if label:
@@ -186,8 +184,8 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     )
 
 
-def _only_label(confusion: Confusion) -> tuple[str, bool]:
-    """Return the label of nearly all predictions, if any, and whether most rows have it."""
+def _dominant_label(confusion: Confusion) -> tuple[str, bool]:
+    """Return the label of nearly all predictions (empty if none) and whether most rows have it."""
     predicted = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
     expected = [sum(counts) for counts in confusion.counts]
     most, place = max(((count, place) for place, count in enumerate(predicted)), default=(0, 0))
@@ -199,12 +197,12 @@ def _only_label(confusion: Confusion) -> tuple[str, bool]:
 
 
 def next_steps(run: RunFacts) -> tuple[str, ...]:
-    """Return single changes to try, with evidence and setting; empty if training helped."""
+    """Return changes to try one at a time, with evidence and setting, or none if training helped."""
     if run.verdict not in ("worse", "unresolved"):
         return ()
     evidence, helps = run.budget_advice
     if evidence:  # the curves belong to a model that was not kept
-        return (f"{_capital(evidence)}. {_capital(helps)}.",)
+        return (f"{_capitalised(evidence)}. {_capitalised(helps)}.",)
     narrower = (
         ["More test rows narrow the interval; four times as many halve it"] if run.verdict == "unresolved" else []
     )
@@ -212,15 +210,17 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
         value = format_metric(run.curves.metric_name, run.curves.metric[-1][1])
         unless = ", unless harder or more test rows show a difference" if narrower else ""
         advice = f"Keep {run.bar}, which needs no training{unless}"
-        return (f"{_capital(run.curves.on_eval)} is {value}: there is nothing left to gain. {advice}.",)
-    steps = [*_more_rows(run), *_other_settings(run)]
+        return (f"{_capitalised(run.curves.on_eval)} is {value}: there is nothing left to gain. {advice}.",)
+    steps = [*_suggest_more_rows(run), *_suggest_settings(run)]
     if not steps:
-        others = f"other rates, {_rate(run, 1 / 3)} or {_rate(run, 3)}, or " if not run.rate_searched else ""
+        others = (
+            f"other rates, {_rate_setting(run, 1 / 3)} or {_rate_setting(run, 3)}, or " if not run.rate_searched else ""
+        )
         steps.append(f"The curves show no reason. Try {others}more than the {run.train_rows:,} train rows")
     return tuple(f"{one}." for one in [*steps, *narrower])
 
 
-def _more_rows(run: RunFacts) -> Iterator[str]:
+def _suggest_more_rows(run: RunFacts) -> Iterator[str]:
     is_limited = run.recipe_settings.get("data.max_rows") is not None
     more = "Use more: remove data.max_rows" if is_limited else "Use more if there are any"
     if run.train_rows < _FEW_ROWS_OF_A_LABEL * run.labels:
@@ -232,7 +232,7 @@ def _more_rows(run: RunFacts) -> Iterator[str]:
         yield f"Only {counted(run.train_rows, 'row')} are used for training. {more}"
 
 
-def _other_settings(run: RunFacts) -> Iterator[str]:
+def _suggest_settings(run: RunFacts) -> Iterator[str]:
     weights_may_help = run.predicts_majority and "train.class_weights" not in run.recipe_settings
     if weights_may_help:
         yield f"{run.blind}, the most frequent one. Give rare labels more weight: --set train.class_weights=balanced"
@@ -240,26 +240,26 @@ def _other_settings(run: RunFacts) -> Iterator[str]:
     high = ended_high(run.curves.losses, evals, run.plan.learning_rate)
     rate, length = "", ""
     if run.fit.kind == "got worse":
-        what = "The eval score was best before step 1" if run.fit.turn == 0 else _capital(run.fit.evidence)
-        rate = f"{what}. Try a lower rate: {_rate(run, 1 / 10 if run.fit.turn == 0 else 1 / 3)}"
+        what = "The eval score was best before step 1" if run.fit.turn == 0 else _capitalised(run.fit.evidence)
+        rate = f"{what}. Try a lower rate: {_rate_setting(run, 1 / 10 if run.fit.turn == 0 else 1 / 3)}"
     elif high.action != "go on":
-        rate = f"{_capital(without_cause(high.reason))}. Try a lower rate: {_rate(run, 1 / 3)}"
+        rate = f"{_capitalised(without_cause(high.reason))}. Try a lower rate: {_rate_setting(run, 1 / 3)}"
     elif run.fit.kind in ("over-fitted", "over-confident") and run.fit.turn is not None:
         length = (
             f"The run is {run.fit.kind} from step {run.fit.turn:,} on (see 'Learning curves'). "
-            f"Stop there: {_length(run, run.fit.turn / run.plan.total_steps)}"
+            f"Stop there: {_length_setting(run, run.fit.turn / run.plan.total_steps)}"
         )
-    elif longer := _reasons_to_go_on(run):
+    elif longer := _reasons_to_train_longer(run):
         times = min(_MOST_TIMES, max(2, math.ceil(_FEW_STEPS / max(1, run.plan.total_steps))))
-        length = f"{_capital(listed(longer))}. Train for longer: {_length(run, times)}"
+        length = f"{_capitalised(listed(longer))}. Train for longer: {_length_setting(run, times)}"
     changes = [one for one in ("" if run.rate_searched else rate, length) if one]
     if run.blind and not weights_may_help:
-        rates = f"Try a lower rate, {_rate(run, 1 / 3)}, or a higher one, {_rate(run, 3)}"
+        rates = f"Try a lower rate, {_rate_setting(run, 1 / 3)}, or a higher one, {_rate_setting(run, 3)}"
         changes[:1] = [f"{run.blind}. {changes[0] if changes else rates if not run.rate_searched else 'Use more rows'}"]
     yield from changes
 
 
-def _reasons_to_go_on(run: RunFacts) -> list[str]:
+def _reasons_to_train_longer(run: RunFacts) -> list[str]:
     curves, steps = run.curves, run.outcome.steps
     was_better = curves.metric and curves.best[1] != curves.metric[-1][1] and not run.outcome.weights_reason
     if steps < run.plan.total_steps or was_better:
@@ -276,18 +276,18 @@ def _reasons_to_go_on(run: RunFacts) -> list[str]:
     return reasons
 
 
-def _capital(text: str) -> str:
+def _capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _length(run: RunFacts, times: float) -> str:
+def _length_setting(run: RunFacts, times: float) -> str:
     """Return the setting for a run `times` as long."""
     if "train.max_steps" in run.recipe_settings:
         return f"--set train.max_steps={round(times * run.plan.total_steps)}"
     return f"--set train.num_train_epochs={float(f'{times * run.plan.num_train_epochs:.2g}'):g}"
 
 
-def _rate(run: RunFacts, factor: float) -> str:
+def _rate_setting(run: RunFacts, factor: float) -> str:
     has_method = any(name.startswith("method.") for name in run.recipe_settings)
     kind = "" if has_method else "--set method.kind=full "
     return f"{kind}--set method.learning_rate={float(f'{factor * run.plan.learning_rate:.2g}'):g}"
