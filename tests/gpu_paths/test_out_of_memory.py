@@ -18,7 +18,7 @@ from fulltune.audit.untouched import Reader
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.evaluate import _explain_out_of_memory
 from fulltune.methods.added import put_peft
-from fulltune.probe import _no_probe_without_memory
+from fulltune.probe import _out_of_memory_as_no_probe
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.methods import LoraMethod
 from fulltune.records.plan import GenericTexts
@@ -77,7 +77,7 @@ def test_scores_that_do_not_fit_say_what_to_do(error: BaseException, found: type
 
 @pytest.mark.parametrize(("error", "found"), [(CardIsFull(), NoProbe), (Fault(), Fault)])
 def test_probe_that_does_not_fit_is_left_out(error: BaseException, found: type[BaseException]) -> None:
-    with pytest.raises(found), _no_probe_without_memory(torch.nn.Linear(1, 1)):
+    with pytest.raises(found), _out_of_memory_as_no_probe(torch.nn.Linear(1, 1)):
         raise error
 
 

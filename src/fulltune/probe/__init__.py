@@ -1,8 +1,8 @@
-"""Linear classifiers on the pretrained model: the start of a new head, and a baseline without training.
+"""Fit linear classifiers on the pretrained model, to initialise a new head and to serve as a baseline.
 
 A random head distorts the body in the first steps (Kumar et al. 2022, arXiv 2202.10054). So the head's last layer
-starts as scikit-learn's classifier on the model's features; a dense layer before it, such as a pooler's, is kept or
-replaced, whichever is best on held-out rows. Test rows are never used.
+starts as scikit-learn's classifier on the model's features. A dense layer before it, such as a pooler's, is kept or
+replaced, whichever is better on held-out rows. Test rows are never used.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ __all__ = ["SEED", "FeatureExtractor", "frozen_classifier", "load_or_fit", "pred
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetensors"
 SEED = 0
-"""Seed of weights that the checkpoint lacks, the same for all trials."""
+"""Seed of weights that the checkpoint lacks, which is the same for all trials."""
 LOSS_TOLERANCE = 0.02
-"""Largest excess of held-out loss, as a share of the best, for a more regularised probe."""
+"""How much higher, relative to the best, the held-out loss of a more regularised probe may be."""
 START_STRENGTH_DIVISOR = 8.0
-"""Divisor of the best strength for the start of training: a head that already fits the train rows leaves no gradient
-for the body (docs/concepts/statistics.md)."""
+"""Divisor of the best strength at the start of training. A head that already fits the train rows leaves no gradient for
+the body (docs/concepts/statistics.md)."""
 _USUAL_HIDDEN_SIZE = 1_024
 
 
@@ -73,54 +73,54 @@ def load_or_fit(
     with_head: bool = True,
     together: bool = False,
 ) -> Probe:
-    """Return the probe of a run folder, fitting it if it is missing; other processes wait.
+    """Load the probe of a run folder, or fit and save it if it is missing while other processes wait.
 
     Args:
         folder: The run folder.
         extract: Creates the feature extractor.
         rows: The prepared train rows.
         eval_rows: The rows that select strength and features.
-        with_head: False for a pretrained head, to fit only the baseline.
-        together: True if all processes must run the model, as they shard its weights.
+        with_head: False to fit only the baseline, as for a pretrained head.
+        together: True if all processes must run the model, because its weights are sharded.
+
     """
-    place = folder / FOLDER
-    place.mkdir(parents=True, exist_ok=True)
+    probe_folder = folder / FOLDER
+    probe_folder.mkdir(parents=True, exist_ok=True)
     if together:
         import torch.distributed as others
 
-        is_first, missing = others.get_rank() == 0, [not (place / RECORD).exists()]
-        others.broadcast_object_list(missing)  # the first one may be done before another has looked
+        is_first, missing = others.get_rank() == 0, [not (probe_folder / RECORD).exists()]
+        others.broadcast_object_list(missing)  # rank 0 may have saved it before another rank looks
         if missing[0]:
-            _fit(place if is_first else None, extract, rows, eval_rows, with_head)
+            _fit_and_save(probe_folder if is_first else None, extract, rows, eval_rows, with_head)
         others.barrier()
-        return Probe.load(place / RECORD)
-    with (place / ".lock").open("w") as lock:
+        return Probe.load(probe_folder / RECORD)
+    with (probe_folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (place / RECORD).exists():
-            _fit(place, extract, rows, eval_rows, with_head)
-    return Probe.load(place / RECORD)
+        if not (probe_folder / RECORD).exists():
+            _fit_and_save(probe_folder, extract, rows, eval_rows, with_head)
+    return Probe.load(probe_folder / RECORD)
 
 
-def _fit(
+def _fit_and_save(
     folder: Path | None,
     extract: Callable[[], FeatureExtractor],
     rows: EncodedRows,
     eval_rows: EncodedRows,
     with_head: bool,
 ) -> None:
-    """Fit the probe and save it, if a folder is given."""
     started = time.monotonic()
     probe, head, start, baseline = fit(extract(), rows, eval_rows, with_head)
     if folder is None:
         return
-    _save(folder / HEAD, head)
-    _save(folder / START, start)
-    _save(folder / FROZEN, {"weight": baseline.weight, "bias": baseline.bias} if baseline else {})
+    _save_tensors(folder / HEAD, head)
+    _save_tensors(folder / START, start)
+    _save_tensors(folder / FROZEN, {"weight": baseline.weight, "bias": baseline.bias} if baseline else {})
     seconds = round(time.monotonic() - started, 3)
     probe.model_copy(update={"seconds": seconds}).save(folder / RECORD)
 
 
-def _save(path: Path, arrays: HeadTensors) -> None:
+def _save_tensors(path: Path, arrays: HeadTensors) -> None:
     from safetensors.numpy import save_file
 
     with replacing(path) as part:
@@ -128,7 +128,7 @@ def _save(path: Path, arrays: HeadTensors) -> None:
 
 
 def put_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False) -> None:
-    """Set a loaded model's head to the run folder's probe, more regularised if `for_training`."""
+    """Set the head of a loaded model to the probe's in the run folder, more regularised if `for_training`."""
     import torch
     from safetensors.torch import load_file
 
@@ -143,7 +143,7 @@ def put_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False
 
 
 def frozen_classifier(folder: Path) -> LinearClassifier:
-    """Load the baseline's classifier of a run."""
+    """Load the baseline's classifier of a run folder."""
     from safetensors.numpy import load_file
 
     tensors = load_file(folder / FOLDER / FROZEN)
@@ -160,20 +160,21 @@ HeadTensors = dict[str, np.ndarray]
 def fit(
     extractor: FeatureExtractor, rows: EncodedRows, eval_rows: EncodedRows, with_head: bool = True
 ) -> tuple[Probe, HeadTensors, HeadTensors, LinearClassifier | None]:
-    """Fit a probe.
+    """Fit the head and the baseline on features of the rows.
 
     Returns:
-        The record, the head's values, the last layer's at the start of training if they differ, and the
-            baseline.
+        The record; the values of the head; the last layer's values for the start of training, if they differ; and the
+        baseline's classifier, or None.
+
     """
     layers, failure = None, None
     try:
         layers = head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     except NoProbe as error:
         failure = str(error)
-    if layers is None and extractor.kind == "span":  # a token has no mean
+    if layers is None and extractor.kind == "span":  # single tokens have no mean
         return Probe(head=None, baseline=None, failure=failure), {}, {}, None
-    width = round(_width(extractor.model, layers) * (PAIRS if extractor.separators else 1))
+    width = round(_feature_width(extractor.model, layers) * (PAIRS if extractor.separators else 1))
     train_rows = sample_rows(rows, extractor.kind, extractor.target.num_choices, width)
     by_eval = len(eval_rows) >= LEAST_HELD_OUT
     try:
@@ -182,21 +183,21 @@ def fit(
         except NoProbe as error:
             if layers is None or extractor.kind == "span":
                 raise
-            layers, failure = None, str(error)  # means may still be read
+            layers, failure = None, str(error)  # means can still be extracted
             train = extractor.features(train_rows, layers)
         held_out = None
         if by_eval:
             sample = sample_rows(eval_rows, extractor.kind, extractor.target.num_choices, width, MOST_HELD_OUT)
             held_out = extractor.features(sample, layers)
-        with _no_probe_without_memory(extractor.model):
+        with _out_of_memory_as_no_probe(extractor.model):
             baseline = best_baseline(extractor, train, held_out)
     except NoProbe as error:
         return Probe(head=None, baseline=None, failure=str(error)), {}, {}, None
     head, values, start = None, HeadTensors(), HeadTensors()
     if layers is not None and with_head:
         try:
-            with _no_probe_without_memory(extractor.model):
-                head, values, start = _head(extractor, layers, train, held_out)
+            with _out_of_memory_as_no_probe(extractor.model):
+                head, values, start = _fit_head(extractor, layers, train, held_out)
         except NoProbe as error:
             failure = str(error)
     record = Probe(
@@ -210,15 +211,16 @@ def fit(
     return record, values, start, baseline[1] if baseline else None
 
 
-def _width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
+def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
     hidden = getattr(model.config.get_text_config(), "hidden_size", None) or 0
     head: Any = None if layers is None else model.get_submodule(layers[0])
     return max(hidden, 0 if head is None else head.in_features) or _USUAL_HIDDEN_SIZE
 
 
 @contextlib.contextmanager
-def _no_probe_without_memory(model: PreTrainedModel) -> Iterator[None]:
-    """Turn exhausted memory into `NoProbe`, unless processes share the weights and must fail together."""
+def _out_of_memory_as_no_probe(model: PreTrainedModel) -> Iterator[None]:
+    """Turn running out of memory into `NoProbe`, unless the weights are sharded and all processes must fail
+    together."""
     try:
         yield
     except Exception as error:
@@ -227,10 +229,10 @@ def _no_probe_without_memory(model: PreTrainedModel) -> Iterator[None]:
         raise NoProbe("memory ran out while it was fitted") from error
 
 
-def _head(
+def _fit_head(
     extractor: FeatureExtractor, layers: HeadLayers, train: Features, held_out: Features | None
 ) -> tuple[HeadStart, HeadTensors, HeadTensors]:
-    """Fit the head's layers; return their values, and the last layer's at the start of training."""
+    """Fit the head's last two layers; return the record, all values of the head, and the last layer's for training."""
     parameters = dict(extractor.model.named_parameters())
     last_layer, dense_layer = layers
     has_bias, dense_has_bias = (f"{layer}.bias" in parameters for layer in layers)
@@ -253,19 +255,19 @@ def _head(
     }
     name, least, strength, last = select_features(spaces, partial(fits, has_bias=has_bias), loss, LOSS_TOLERANCE)
     start = HeadTensors()
-    if extractor.kind != "regression":  # a ridge regression leaves enough
+    if extractor.kind != "regression":  # a ridge regression still leaves a gradient
         [(_, at_start)] = fits(spaces[name][0], has_bias, [strength / START_STRENGTH_DIVISOR])
-        start = _tensors(last_layer, at_start, has_bias)
-    # The rest of the head may be random, and the last layer depends on it.
+        start = _layer_tensors(last_layer, at_start, has_bias)
+    # The rest of the head is saved too: it may be random, and the last layer was fitted on it.
     inside = tuple(f"{module}." for module in names_of(extractor.model, extractor.task_name, ""))
     tensors = {path: to_numpy(values) for path, values in parameters.items() if path.startswith(inside)}
-    tensors |= _tensors(last_layer, last, has_bias)
+    tensors |= _layer_tensors(last_layer, last, has_bias)
     if (dense := options[name]) is not None:
-        tensors |= _tensors(str(dense_layer), dense, dense_has_bias)
+        tensors |= _layer_tensors(str(dense_layer), dense, dense_has_bias)
     return HeadStart.model_validate({"dense": name, "strength": strength, "loss": least}), tensors, start
 
 
-def _tensors(layer: str, values: LinearClassifier, has_bias: bool) -> HeadTensors:
+def _layer_tensors(layer: str, values: LinearClassifier, has_bias: bool) -> HeadTensors:
     return {f"{layer}.weight": values.weight} | ({f"{layer}.bias": values.bias} if has_bias else {})
 
 
@@ -275,7 +277,8 @@ def _tensors(layer: str, values: LinearClassifier, has_bias: bool) -> HeadTensor
 def best_baseline(
     extractor: FeatureExtractor, train: Features, held_out: Features | None
 ) -> tuple[FrozenBaseline, LinearClassifier] | None:
-    """Fit the best simple classifier on pooled embeddings; None if items have none."""
+    """Fit the simple classifier on pooled embeddings that is best on held-out rows, or return None if there are no
+    embeddings."""
     if train.mean is None:
         return None
     usual = "ridge regression" if extractor.kind == "regression" else "logistic regression"
@@ -287,13 +290,13 @@ def best_baseline(
         if extractor.kind in ("single_label", "tags"):
             yield ("nearest centroid", 0.0), centroids(items)
 
-    selection = None if held_out is None else _pooled(held_out)
+    selection = None if held_out is None else _pooled_embeddings(held_out)
     spaces = {
         name: (
             extractor.items(features, train),
             None if selection is None or held_out is None else extractor.items(selection[name], held_out),
         )
-        for name, features in _pooled(train).items()
+        for name, features in _pooled_embeddings(train).items()
         if name != "pair"  # twice as wide as the others
         or solver_bytes(extractor.kind, len(features), extractor.num_outputs, features.shape[1]) <= MOST_SOLVER_BYTES
     }
@@ -301,7 +304,8 @@ def best_baseline(
     return FrozenBaseline.model_validate({"pooling": pooling, "kind": kind, "loss": least}), classifier
 
 
-def _pooled(features: Features) -> dict[Pooling, np.ndarray]:
+def _pooled_embeddings(features: Features) -> dict[Pooling, np.ndarray]:
+    """Return the embeddings [items, hidden] of each pooling that was extracted."""
     embeddings: dict[Pooling, np.ndarray] = {} if features.mean is None else {"mean": features.mean}
     position = features.last if features.dense is None else features.dense
     if position is not None:
@@ -314,7 +318,7 @@ def _pooled(features: Features) -> dict[Pooling, np.ndarray]:
 def predict(
     extractor: FeatureExtractor, rows: EncodedRows, baseline: FrozenBaseline, classifier: LinearClassifier
 ) -> list[tuple[int, np.ndarray]]:
-    """Return each row's index with the baseline's outputs, [items, outputs]."""
+    """Return the baseline's outputs [items, outputs] for each row, with the row's index."""
     layers = (
         None if baseline.pooling != "head" else head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     )
@@ -322,11 +326,11 @@ def predict(
     def run(size: int) -> list[tuple[int, np.ndarray]]:
         answers: list[tuple[int, np.ndarray]] = []
         for part in extractor.batches(rows, layers, size, with_pairs=baseline.pooling == "pair"):
-            if not len(part.rows):  # no word of these rows has a token
+            if not len(part.rows):  # none of these rows' words has a token
                 continue
             numbers, begins = np.unique(part.rows, return_index=True)
             order = np.argsort(begins)
-            outputs = np.split(classifier(_pooled(part)[baseline.pooling]), np.sort(begins)[1:])
+            outputs = np.split(classifier(_pooled_embeddings(part)[baseline.pooling]), np.sort(begins)[1:])
             answers += zip(numbers[order].tolist(), outputs, strict=True)
         return answers
 

@@ -1,5 +1,4 @@
-"""Features of the pretrained model for each item: a row, a tagged word, a choice, or a token that may begin an
-answer."""
+"""Extract features of the pretrained model for each item: a row, a tagged word, a choice, or a token of a window."""
 
 from __future__ import annotations
 
@@ -39,29 +38,27 @@ EncodedRows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Features:
-    """Features of items in row order, float32 [items, hidden]."""
+    """Features of items in row order, as float32 [items, hidden]."""
 
     last: np.ndarray | None
     """Inputs of the head's last layer, if extracted."""
     dense: np.ndarray | None
     """Inputs of the head's dense layer, if it has one."""
     mean: np.ndarray | None
-    """Mean hidden state of length 1; None for single tokens and bodies that pool tokens."""
+    """Mean hidden state, scaled to length 1. None for single tokens and for bodies that pool tokens."""
     labels: np.ndarray
-    """Class or number [items], 0 or 1 per label [items, labels], 1 for the right choice [items], or 1 where the answer
-    begins and ends [items, 2]."""
+    """Labels by kind: class or number [items]; 0 or 1 per label [items, labels]; 1 for the right choice [items]; or 1
+    where the answer begins and ends [items, 2]."""
     rows: np.ndarray
-    """Row of each item [items]."""
     pair: np.ndarray | None = None
-    """Features of pairs whose texts are read alone, [items, 2 hidden + 1]."""
+    """Features of pairs whose texts are read separately, [items, 2 hidden + 1]."""
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Runs prepared rows through the pretrained model."""
+    """Runs the prepared rows through the pretrained model and extracts features."""
 
     model: PreTrainedModel
-    """The loaded model before a method is applied."""
     task_name: TaskName
     target: Target
     pad_token_id: int
@@ -69,7 +66,7 @@ class FeatureExtractor:
     precision: str
     class_weights: Sequence[float] | None = None
     separators: frozenset[int] = frozenset()
-    """Ids of the tokens around the texts of a pair; empty if rows are no pairs."""
+    """Ids of the special tokens around the texts of a pair; empty if rows are not pairs."""
     watch: ProgressCallback = lambda done, total, share: None
 
     @property
@@ -85,27 +82,26 @@ class FeatureExtractor:
         return self.target.form.num_outputs or len(self.target.labels)
 
     def features(self, rows: EncodedRows, layers: HeadLayers | None) -> Features:
-        """Extract the features of all rows, in smaller batches if memory runs out."""
+        """Extract the features of all rows, with smaller batches if memory runs out."""
         return self.within_memory(lambda size: concatenate(self.batches(rows, layers, size)))
 
     def within_memory(self, run: Callable[[int], T]) -> T:
-        """Call `run` with a batch size, and with smaller ones if memory runs out, unless processes share the
-        weights."""
+        """Call `run` with the batch size, and with smaller ones if memory runs out, unless the weights are sharded."""
         if needs_all_ranks(self.model):
             return run(self.batch_size)
         return with_smaller_batches("linear probe", self.batch_size, run)
 
     def items(self, features: np.ndarray, source: Features) -> Items:
-        """Combine features with the labels and rows of `source`."""
         return Items(self.kind, features, source.labels, source.rows, self.num_outputs, self.class_weights)
 
     def batches(
         self, rows: EncodedRows, layers: HeadLayers | None, batch_size: int, with_pairs: bool = True
     ) -> Iterator[Features]:
-        """Extract features batch by batch, longest rows first; without `layers` only means.
+        """Yield the features of each batch, longest rows first; without `layers`, only means.
 
         Raises:
-            NoProbe: If the head's inputs cannot be identified, or a feature is not finite.
+            NoProbe: If the head's inputs cannot be identified, or if a feature is not finite.
+
         """
         import torch
 
@@ -116,24 +112,24 @@ class FeatureExtractor:
                 batch, labels = self._collate(batch_rows)
                 with torch.no_grad(), autocast(model, self.precision):
                     states = read_hidden(model, layers, batch)
-                    features = _of_items(states, batch, labels, batch_rows, self.kind, np.asarray(positions))
+                    features = _item_features(states, batch, labels, batch_rows, self.kind, np.asarray(positions))
                     if with_pairs and self.separators and features.mean is not None:
                         features = replace(features, pair=self._pair_features(batch_rows))
                 yield features
 
     def _pair_features(self, rows: EncodedRows) -> np.ndarray:
-        """Read both texts of each pair alone, in passes no larger than the pairs' own."""
+        """Extract the features of pairs from each text alone, in batches as large as those of the pairs."""
         texts = split_pairs(rows, self.separators)
         means: list[torch.Tensor] = []
         for part in (texts[: len(rows)], texts[len(rows) :]):
             batch, _ = self._collate(part)
-            mean = _mean(read_hidden(self.model, None, batch)[0], batch)
+            mean = _mean_embedding(read_hidden(self.model, None, batch)[0], batch)
             assert mean is not None, "the pair has one"
             means.append(mean)
-        return _finite(pair_features(*means).cpu().numpy())
+        return _check_finite(pair_features(*means).cpu().numpy())
 
     def _collate(self, rows: EncodedRows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return the inputs on the model's device, and the labels on the host."""
+        """Return a batch's inputs on the model's device, and its labels on the CPU."""
         batch = self.task.collate(rows, self.pad_token_id)
         labels = batch["labels"].cpu()
         return {name: tensor.to(self.model.device) for name, tensor in batch.items() if name != "labels"}, labels
@@ -142,7 +138,7 @@ class FeatureExtractor:
 def sample_rows(
     rows: EncodedRows, kind: ProblemType, num_choices: int, width: int, max_rows: int = MOST_ROWS
 ) -> EncodedRows:
-    """Draw at most `max_rows` rows at random, fewer if their features need too much memory."""
+    """Draw at most `max_rows` rows at random, or fewer if their features would need too much memory."""
     words = float(lengths_of(rows).mean()) if kind == "tags" else 0.0
     max_rows = rows_within(kind, items_per_row(kind, words, num_choices), width, max_rows)
     if len(rows) <= max_rows:
@@ -151,7 +147,7 @@ def sample_rows(
 
 
 def concatenate(parts: Iterable[Features]) -> Features:
-    """Concatenate features of batches in row order."""
+    """Concatenate the features of several batches, in row order."""
     batches = list(parts)
     order = np.argsort(np.concatenate([batch.rows for batch in batches]), kind="stable")
     columns: dict[str, Any] = {}
@@ -161,7 +157,7 @@ def concatenate(parts: Iterable[Features]) -> Features:
     return Features(**columns)
 
 
-def _of_items(
+def _item_features(
     states: HiddenStates,
     batch: Mapping[str, torch.Tensor],
     labels: torch.Tensor,
@@ -169,6 +165,7 @@ def _of_items(
     kind: ProblemType,
     positions: np.ndarray,
 ) -> Features:
+    """Select the items of a batch from its hidden states, with their labels and rows."""
     import torch
 
     hidden, last, dense = states
@@ -177,21 +174,21 @@ def _of_items(
     match kind:
         case "tags":
             picked = labels != IGNORED
-            mean, targets = _words(hidden, rows), labels[picked].numpy()
+            mean, targets = _word_embeddings(hidden, rows), labels[picked].numpy()
             counts = picked.sum(dim=1).numpy()
         case "choice":
-            mean = _mean(hidden, {name: tensor.flatten(0, 1) for name, tensor in batch.items()})
+            mean = _mean_embedding(hidden, {name: tensor.flatten(0, 1) for name, tensor in batch.items()})
             counts = np.full(len(positions), len(hidden) // len(positions))
             targets = np.zeros((len(positions), counts[0]), np.int64)
             targets[np.arange(len(positions)), labels.numpy()] = 1
             targets = targets.ravel()
         case "span":
-            places, targets = _tokens(labels.numpy(), positions)
+            places, targets = _choose_tokens(labels.numpy(), positions)
             picked = torch.zeros(hidden.shape[:2], dtype=torch.bool)
             picked[places] = True
             counts = picked.sum(dim=1).numpy()
         case _:
-            mean, targets = _mean(hidden, batch), labels.numpy()
+            mean, targets = _mean_embedding(hidden, batch), labels.numpy()
             counts = np.ones(len(positions), np.int64)
 
     def items(values: torch.Tensor | None) -> np.ndarray | None:
@@ -199,25 +196,26 @@ def _of_items(
             return None
         flat = values.reshape(-1, values.shape[-1])
         flat = flat if picked is None else flat[picked.flatten().to(flat.device)]
-        return _finite(flat.cpu().numpy())
+        return _check_finite(flat.cpu().numpy())
 
     return Features(
         items(last),
         items(dense),
-        None if mean is None else _finite(mean.cpu().numpy()),
+        None if mean is None else _check_finite(mean.cpu().numpy()),
         targets,
         np.repeat(positions, counts),
     )
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
+def _check_finite(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
         raise NoProbe("features of the untouched model are not finite")
     return values
 
 
-def _mean(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Average the hidden states of tokens to length 1; None for bodies that pool tokens, such as Funnel's."""
+def _mean_embedding(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Average the tokens' hidden states and scale to length 1, or return None for bodies that pool tokens, such as
+    Funnel."""
     import torch.nn.functional as F
 
     mask = batch.get("attention_mask")
@@ -226,8 +224,8 @@ def _mean(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tens
     return F.normalize(mean_hidden(hidden, mask), dim=-1)
 
 
-def _words(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
-    """Average the hidden states of each word to length 1, [words of all rows, hidden]."""
+def _word_embeddings(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
+    """Average the hidden states of each word's tokens and scale to length 1: [words of all rows, hidden]."""
     import torch
     import torch.nn.functional as F
 
@@ -236,23 +234,28 @@ def _words(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
         word_ids = torch.from_numpy(np.array(row[WORD_IDS], np.int64)).to(states.device)
         inside = word_ids >= 0
         words, places = word_ids[inside].unique(return_inverse=True)
-        # Scaled to length 1, the sum of a word's sub-words is their mean.
+        # Scaled to length 1, the sum of a word's tokens equals their mean.
         total = torch.zeros(len(words), states.shape[-1], device=states.device)
         means.append(total.index_add_(0, places, states[: len(inside)][inside]))
     return F.normalize(torch.cat(means), dim=-1)
 
 
-def _tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Choose tokens of each window, seeded by its position, and mark where the answer begins and ends."""
+def _choose_tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Choose random tokens of each window and those where its answer begins and ends.
+
+    Returns:
+        Window and position of each token, and 1 where the answer begins and ends [tokens, 2].
+
+    """
     start, end, first, last = (
         labels[:, getattr(question_answering, name)] for name in ("START", "END", "FIRST", "LAST")
     )
     windows, tokens = [], []
     for number, position in enumerate(positions):
         others = np.random.default_rng(int(position)).integers(first[number], last[number] + 1, OTHER_TOKENS)
-        looked_at = np.unique(np.concatenate([others, [start[number], end[number], question_answering.NOWHERE]]))
-        windows.append(np.full(len(looked_at), number))
-        tokens.append(looked_at)
+        chosen_tokens = np.unique(np.concatenate([others, [start[number], end[number], question_answering.NOWHERE]]))
+        windows.append(np.full(len(chosen_tokens), number))
+        tokens.append(chosen_tokens)
     window, token = np.concatenate(windows), np.concatenate(tokens)
     return (window, token), np.stack([token == start[window], token == end[window]], axis=1).astype(np.int64)
 
@@ -261,7 +264,8 @@ def _tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray
 
 
 def separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> frozenset[int]:
-    """Return the ids of the tokens around the texts of a pair; empty without pairs or without such tokens."""
+    """Return the ids of the special tokens around a pair's texts; empty if rows are not pairs or have no such
+    tokens."""
     if "text_pair" not in target.columns:
         return frozenset()
     names = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
@@ -272,7 +276,7 @@ def separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> frozenset[
 
 
 def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str, Any]]:
-    """Return the first texts of all pairs, then the second ones, each with the pair's special tokens."""
+    """Return the first texts of all pairs, then the second ones, each with the special tokens."""
     firsts: list[dict[str, Any]] = []
     seconds: list[dict[str, Any]] = []
     for row in rows:
@@ -282,7 +286,7 @@ def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str,
         inside = is_word[begin:end]
         border = begin + int(inside.argmin()) if not inside.all() else end
         second = border + int(is_word[border:end].argmax()) if border < end else end
-        # Some models need all closing tokens in each row; without a border there are those of both texts.
+        # Some models need all closing tokens in each row. Without a border, `ids[end:]` closes both texts.
         after = ids[end:] if border < end else ids[-1:]
         for texts, text in ((firsts, ids[begin:border]), (seconds, ids[second:end])):
             texts.append({"input_ids": np.concatenate([ids[:begin], text, after]), "labels": row["labels"]})
@@ -290,7 +294,7 @@ def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str,
 
 
 def pair_features(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return difference, product and cosine of two means of length 1: [rows, 2 hidden + 1]."""
+    """Return difference, product and cosine of two means of length 1, as [rows, 2 hidden + 1]."""
     import torch
 
     product = first * second

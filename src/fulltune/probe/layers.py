@@ -1,4 +1,4 @@
-"""The linear layers of a new head: the last one, and a dense one before it, such as a pooler.
+"""Find and replace the linear layers of a new head: the last one, and a dense one before it, such as a pooler's.
 
 A pooler reads one position, from which the mean over all tokens can largely be predicted without labels. A classifier
 on that mean needs fewer rows (docs/concepts/statistics.md).
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ACTIVATIONS = {"tanh": 0.0, "relu": 3.0, "gelu": 3.0, "gelu_new": 3.0, "silu": 3.0, "linear": 0.0}
-"""Activations between dense and last layer (`ACT2FN`), with the input around which each is nearly linear."""
+"""Activations between the dense and the last layer (`ACT2FN`), each with an input around which it is nearly linear."""
 SPREAD = 0.4
-"""Standard deviation of a replaced dense layer's outputs."""
-_RIDGE = tuple(10.0**power for power in range(-2, 6))
-_COMPARED = 16
+_RIDGE_ALPHAS = tuple(10.0**power for power in range(-2, 6))
+_COMPARED_ITEMS = 16
 
 
 HeadLayers = tuple[str, str | None]
-"""Names of a head's last linear layer and of its only square dense layer, if any."""
+"""Names of a head's last linear layer and of its only square dense layer, or None."""
 
 
 def head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> HeadLayers:
-    """Find the linear layers of a head with `num_outputs` logits; `NoProbe` if there are none."""
+    """Return the names of a head's linear layers, of which the last has `num_outputs` outputs; raise `NoProbe` if there
+    is none."""
     from torch.nn import Linear
 
     body_of(model)
@@ -59,7 +59,7 @@ def head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> Hea
 
 
 def body_of(model: PreTrainedModel) -> torch.nn.Module:
-    """Return the model without its head; `NoProbe` if its class does not separate them."""
+    """Return the model without its head; raise `NoProbe` if the model's class does not separate the two."""
     body = getattr(model, model.base_model_prefix, None)
     if body is None:
         raise NoProbe(f"{type(model).__name__} has no separate body")
@@ -67,14 +67,15 @@ def body_of(model: PreTrainedModel) -> torch.nn.Module:
 
 
 HiddenStates = tuple["torch.Tensor", "torch.Tensor | None", "torch.Tensor | None"]
-"""Last hidden states, and inputs of the last and the dense layer, float32 [..., hidden]."""
+"""Last hidden states, and the inputs of the last and the dense layer, as float32 [..., hidden]."""
 
 
 def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]) -> HiddenStates:
-    """Run a batch and return hidden states and inputs of the head's layers.
+    """Run a batch; return the hidden states and the inputs of the head's layers.
 
     Raises:
-        NoProbe: If the logits are not the last layer's outputs, or the body does not run once.
+        NoProbe: If the logits are not the last layer's outputs, or the body does not run exactly once.
+
     """
     import torch
 
@@ -102,7 +103,7 @@ def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mappin
     if layers is None:
         return hidden, None, None
     logits = logits_of(outputs).float()
-    pick = _last_token if len(last_outputs) == 1 and last_outputs[0].numel() != logits.numel() else None
+    pick = _select_last_token if len(last_outputs) == 1 and last_outputs[0].numel() != logits.numel() else None
     outputs_read = [output if pick is None else pick(model, batch, output) for output in last_outputs]
     is_all = len(outputs_read) == 1 and outputs_read[0].numel() == logits.numel()
     if not is_all or not torch.allclose(outputs_read[0].flatten(), logits.flatten(), rtol=0, atol=0, equal_nan=True):
@@ -115,8 +116,8 @@ def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mappin
     return hidden, last, dense_inputs
 
 
-def _last_token(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Select each row's last token that is not padding, as transformers' decoders classify."""
+def _select_last_token(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """Select each row's last token that is not padding, from which transformers' decoders classify."""
     import torch
 
     ids, pad = batch.get("input_ids"), model.config.get_text_config().pad_token_id
@@ -128,7 +129,7 @@ def _last_token(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], state
 
 
 def to_numpy(parameter: torch.Tensor) -> np.ndarray:
-    """Copy values as float32; a view would keep FSDP2 from freeing the gathered tensor."""
+    """Return a float32 copy of a parameter. A view would keep FSDP2 from freeing the gathered tensor."""
     return np.asarray(whole(parameter.detach()).float().cpu().clone().numpy())
 
 
@@ -136,39 +137,46 @@ def to_numpy(parameter: torch.Tensor) -> np.ndarray:
 
 
 Activation = Callable[[np.ndarray], np.ndarray]
-"""Function from the dense layer's outputs to the last layer's inputs."""
 
 
 def recognise_activation(
     model: PreTrainedModel, name: str, dense_inputs: np.ndarray, last_inputs: np.ndarray
 ) -> tuple[float, Activation] | None:
-    """Recognise the function between the dense layer `name` and the last layer, with the input around which it is
-    nearly linear; None if it is none of `ACTIVATIONS`. Inputs are [items, hidden]."""
+    """Find which of `ACTIVATIONS` maps the dense layer's outputs to `last_inputs`.
+
+    Returns:
+        The input around which it is nearly linear, and the function; or None if none of them fits.
+
+    """
     norm = getattr(model.get_submodule(name.rpartition(".")[0]), "norm", None)
     parameters = dict(model.get_submodule(name).named_parameters())
-    values = dense_inputs[:_COMPARED] @ to_numpy(parameters["weight"]).T
+    values = dense_inputs[:_COMPARED_ITEMS] @ to_numpy(parameters["weight"]).T
     values = values + to_numpy(parameters["bias"]) if "bias" in parameters else values
-    expected = last_inputs[:_COMPARED]
-    errors = {name: float(np.abs(_activate(name, norm, values) - expected).max()) for name in ACTIVATIONS}
+    expected = last_inputs[:_COMPARED_ITEMS]
+    errors = {name: float(np.abs(_apply_activation(name, norm, values) - expected).max()) for name in ACTIVATIONS}
     best = min(errors, key=lambda name: errors[name])
-    if errors[best] > 0.05 * float(np.abs(expected).max()):  # bf16 has three digits
+    if errors[best] > 0.05 * float(np.abs(expected).max()):  # bf16 has about three digits
         return None
-    return ACTIVATIONS[best], partial(_activate, best, norm)
+    return ACTIVATIONS[best], partial(_apply_activation, best, norm)
 
 
 def dense_replacements(
     dense_inputs: np.ndarray, mean: np.ndarray | None, has_bias: bool, middle: float
 ) -> dict[str, LinearClassifier]:
-    """Fit replacements of a dense layer: a scaled identity, and a map to the mean over tokens."""
+    """Fit replacements of a dense layer: a scaled identity, and a map to the mean over tokens.
+
+    `middle` is the input around which the activation is nearly linear.
+
+    """
     shift = middle if has_bias else 0.0
     centre, scale = standardization(dense_inputs, has_bias)
-    options = {"scaled": _linear(np.diag(SPREAD * scale), shift - SPREAD * scale * centre)}
+    options = {"scaled": _linear_classifier(np.diag(SPREAD * scale), shift - SPREAD * scale * centre)}
     if mean is not None and mean.shape == dense_inputs.shape:
-        options["mean"] = _mean_predictor(dense_inputs, mean, has_bias, shift)
+        options["mean"] = _fit_mean_predictor(dense_inputs, mean, has_bias, shift)
     return options
 
 
-def _activate(activation: str, norm: torch.nn.Module | None, values: np.ndarray) -> np.ndarray:
+def _apply_activation(activation: str, norm: torch.nn.Module | None, values: np.ndarray) -> np.ndarray:
     import torch
     from transformers.activations import ACT2FN
 
@@ -182,18 +190,18 @@ def _activate(activation: str, norm: torch.nn.Module | None, values: np.ndarray)
     return np.asarray(result.numpy())
 
 
-def _mean_predictor(dense_inputs: np.ndarray, mean: np.ndarray, has_bias: bool, shift: float) -> LinearClassifier:
+def _fit_mean_predictor(dense_inputs: np.ndarray, mean: np.ndarray, has_bias: bool, shift: float) -> LinearClassifier:
     from sklearn.linear_model import RidgeCV
 
     centre, scale = standardization(dense_inputs, has_bias)
     middle = mean.mean(axis=0) if has_bias else np.zeros(mean.shape[1])
     size = LEAST_SPREAD**2 * float((mean**2).mean())
     spread = math.sqrt(max(float(((mean - middle) ** 2).mean()), size, 1e-30))
-    model = RidgeCV(alphas=_RIDGE, fit_intercept=False)
+    model = RidgeCV(alphas=_RIDGE_ALPHAS, fit_intercept=False)
     model.fit((dense_inputs - centre) * scale, (mean - middle) * (SPREAD / spread))
     weight = model.coef_ * scale
-    return _linear(weight, shift - weight @ centre)
+    return _linear_classifier(weight, shift - weight @ centre)
 
 
-def _linear(weight: np.ndarray, bias: np.ndarray) -> LinearClassifier:
+def _linear_classifier(weight: np.ndarray, bias: np.ndarray) -> LinearClassifier:
     return LinearClassifier(weight.astype(np.float32), np.asarray(bias, np.float32))

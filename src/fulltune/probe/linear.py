@@ -1,4 +1,4 @@
-"""Linear classifiers by scikit-learn, fitted at several strengths and selected on held-out rows."""
+"""Fit linear classifiers with scikit-learn at several strengths, and select one on held-out rows."""
 
 from __future__ import annotations
 
@@ -20,29 +20,27 @@ SpaceName = TypeVar("SpaceName", bound=Hashable)
 Result = TypeVar("Result", bound=tuple[Any, ...])
 FOLDS = 5
 STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)
-"""scikit-learn's C times the number of standardised features; `RIDGE` over it is a ridge regression's alpha per
-item."""
+"""Values of scikit-learn's C times the number of standardised features. A ridge regression's alpha per item is `RIDGE`
+divided by the strength."""
 MIDDLE, RIDGE = 16.0, 4.0
 LEAST_SPREAD = 0.1
-"""Smallest relative standard deviation that a feature is divided by."""
 MOST_COMPARED = 4_000
-"""Most items used to compare kinds of features."""
 MOST_STEPS, TOLERANCE = 300, 3e-4
 """The solver's limits. A third of the tolerance took twice as long and gained nothing; three times it gave 5 % more
 errors (2026-11-26)."""
 _MANY_MULTIPLICATIONS = 10**9
-"""Multiplications from which several threads pay, about 0.2 s in one thread."""
+"""Number of multiplications from which several threads are faster, about 0.2 s in one thread."""
 _LEAST_CHANCE = 1e-4
-"""Smallest probability that counts, so that one unseen class does not dominate the loss."""
+"""Lower limit of a probability, so that one unseen class does not dominate the loss."""
 
 
 class NoProbe(Exception):
-    """Raised when no probe can be fitted; the head then starts at random."""
+    """Raised if no probe can be fitted. The head then starts with random weights."""
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """A linear function with weight [outputs, hidden] and bias [outputs]."""
+    """A linear function with `weight` [outputs, hidden] and `bias` [outputs]."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -53,13 +51,13 @@ class LinearClassifier:
 
 @dataclass(frozen=True)
 class Items:
-    """Items with features, labels and rows, to fit or to judge a classifier."""
+    """Features, labels and rows of items, to fit or to evaluate a classifier."""
 
     kind: ProblemType
     features: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
-    """Row of each item; choices or tokens of a row exclude each other."""
+    """Index of each item's row; of a row's choices or tokens only one is right."""
     num_outputs: int
     class_weights: Sequence[float] | None = None
 
@@ -67,7 +65,7 @@ class Items:
         return replace(self, features=self.features[mask], labels=self.labels[mask], rows=self.rows[mask])
 
     def sample(self, max_items: int) -> Items:
-        """Draw whole rows at random with at most `max_items` items."""
+        """Draw whole rows at random, with at most `max_items` items in total."""
         if len(self.rows) <= max_items:
             return self
         rows = np.unique(self.rows)
@@ -78,15 +76,15 @@ class Items:
 def fits(
     items: Items, has_bias: bool = True, strengths: Sequence[float] = STRENGTHS
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit a classifier at each strength, most regularised first; `NoProbe` if none can be fitted."""
+    """Fit a classifier at each strength, most regularised first; raise `NoProbe` if that is impossible."""
     count, width = items.features.shape
     if solver_bytes(items.kind, count, items.num_outputs, width) > MOST_SOLVER_BYTES:
         raise NoProbe(f"{items.num_outputs:,} classes of {width:,} features are too many to fit")
     shift, scale = standardization(items.features, has_bias and items.kind not in ("choice", "span"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the solver may stop early: held-out rows judge its result
+        warnings.simplefilter("ignore")  # the solver may stop early, but held-out rows judge the result
         features = ((items.features - shift) * scale).astype(np.float32)
-        for strength, classifier in _fit_kind(items, features, has_bias, strengths):
+        for strength, classifier in _fit_by_kind(items, features, has_bias, strengths):
             weight = classifier.weight * scale
             yield (
                 strength,
@@ -95,32 +93,34 @@ def fits(
 
 
 def standardization(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return shift and scale of features, the shift only if `centred`.
+    """Return the shift and the scale of each feature; the shift is 0 unless `centred`.
 
-    Features that hardly vary are not magnified fully, as the first training steps would upset such a
-        classifier.
+    Features that hardly vary are not scaled up fully, because the first training steps would upset such a classifier.
+
     """
     centre = features.mean(axis=0, dtype=np.float64) if centred else np.zeros(features.shape[1])
     variance = ((features - centre) ** 2).mean(axis=0)
-    size = np.median((features.astype(np.float64) ** 2).mean(axis=0))  # not the mean: few may be far larger
+    size = np.median((features.astype(np.float64) ** 2).mean(axis=0))  # the mean would follow a few large features
     return centre, 1.0 / np.sqrt(np.maximum(variance, max(LEAST_SPREAD**2 * size, 1e-30)))
 
 
-def _fit_kind(
+def _fit_by_kind(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
     match items.kind:
         case "regression":
-            yield from _ridge(features, items.labels, has_bias, strengths)
+            yield from _fit_ridge(features, items.labels, has_bias, strengths)
         case "multi_label":
-            yield from _each_label(items, features, has_bias, strengths)
+            yield from _fit_each_label(items, features, has_bias, strengths)
         case "choice" | "span":
-            yield from _within_rows(items, features, strengths)
+            yield from _fit_within_rows(items, features, strengths)
         case _:
-            yield from _logistic(features, items.labels, items.num_outputs, strengths, items.class_weights, has_bias)
+            yield from _fit_logistic(
+                features, items.labels, items.num_outputs, strengths, items.class_weights, has_bias
+            )
 
 
-def _logistic(
+def _fit_logistic(
     features: np.ndarray,
     labels: np.ndarray,
     num_outputs: int,
@@ -128,6 +128,7 @@ def _logistic(
     class_weights: Sequence[float] | None = None,
     has_bias: bool = False,
 ) -> Iterator[tuple[float, LinearClassifier]]:
+    """Fit a logistic regression at each strength; classes that do not occur get the lowest bias."""
     from sklearn.linear_model import LogisticRegression
 
     present = np.unique(labels)
@@ -141,17 +142,17 @@ def _logistic(
     )
     for strength in strengths:
         model.C = strength / features.shape[1]
-        with _threads(features.size * num_outputs):
+        with _limit_threads(features.size * num_outputs):
             model.fit(features, labels)
         weight, bias = model.coef_, np.broadcast_to(model.intercept_, len(model.coef_))
-        if len(present) == 2:  # one row, for the second class against the first
+        if len(present) == 2:  # `coef_` has one row: the second class against the first
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
         whole = np.zeros((num_outputs, features.shape[1])), np.full(num_outputs, bias.min() - 1 if has_bias else 0.0)
         whole[0][present], whole[1][present] = weight, bias
         yield strength, LinearClassifier(*whole)
 
 
-def _threads(multiplications: int) -> contextlib.AbstractContextManager[object]:
+def _limit_threads(multiplications: int) -> contextlib.AbstractContextManager[object]:
     """Use one thread for small products: two took 2.4 times as long, and 30 times with other load on two cores."""
     if multiplications > _MANY_MULTIPLICATIONS:
         return contextlib.nullcontext()
@@ -166,17 +167,17 @@ def _thread_pools() -> Any:
     return ThreadpoolController()
 
 
-def _each_label(
+def _fit_each_label(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit a classifier per label, constant if all or no rows have the label."""
+    """Fit a classifier for each label, which is constant if all rows or none have the label."""
     labels = items.labels.astype(np.int64)
     varied = [label for label in range(items.num_outputs) if len(np.unique(labels[:, label])) > 1]
     if not varied:
         raise NoProbe("each label is the same in all train rows")
     all_weights = items.class_weights or [1.0] * items.num_outputs
     paths = [
-        _logistic(features, labels[:, label], 2, strengths, (1.0, all_weights[label]), has_bias) for label in varied
+        _fit_logistic(features, labels[:, label], 2, strengths, (1.0, all_weights[label]), has_bias) for label in varied
     ]
     for several in zip(*paths, strict=True):
         weight = np.zeros((items.num_outputs, features.shape[1]))
@@ -186,42 +187,45 @@ def _each_label(
         yield several[0][0], LinearClassifier(weight, bias)
 
 
-def _ridge(
+def _fit_ridge(
     features: np.ndarray, numbers: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
     from sklearn.linear_model import Ridge
 
-    middle = numbers.mean(dtype=np.float64) if has_bias else 0.0  # scikit-learn takes numbers to the features' type
+    middle = (
+        numbers.mean(dtype=np.float64) if has_bias else 0.0
+    )  # in float64, as scikit-learn casts numbers to the features' type
     for strength in strengths:
         model = Ridge(alpha=len(features) * RIDGE / strength, fit_intercept=has_bias)
         model.fit(features, numbers - middle)
         yield strength, LinearClassifier(model.coef_[None], np.broadcast_to(model.intercept_ + middle, 1))
 
 
-def _within_rows(
+def _fit_within_rows(
     items: Items, features: np.ndarray, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit each row's right item against its others, on differences and without a bias."""
-    outputs = [_differences(features, right, items.rows) for right in items.labels.reshape(len(features), -1).T]
+    """Fit the right item of each row against the others, from their feature differences and without a bias."""
+    outputs = [_feature_differences(features, right, items.rows) for right in items.labels.reshape(len(features), -1).T]
     paths = []
     for differences in outputs:
         if not len(differences):
             raise NoProbe("no train row has a right and a wrong choice")
         signs = np.where(np.arange(len(differences)) % 2, 1, -1)
-        paths.append(list(_logistic(differences * signs[:, None], (signs > 0).astype(np.int64), 2, strengths)))
+        paths.append(list(_fit_logistic(differences * signs[:, None], (signs > 0).astype(np.int64), 2, strengths)))
     for several in zip(*paths, strict=True):
         weight = np.concatenate([2 * binary.weight[1:] for _, binary in several])
         yield several[0][0], LinearClassifier(weight, np.zeros(len(weight)))
 
 
-def _differences(features: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _feature_differences(features: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the features of each row's right item minus those of each wrong one."""
     of_row = dict(zip(rows[right == 1].tolist(), np.flatnonzero(right == 1).tolist(), strict=True))
     wrong = np.array([i for i in np.flatnonzero(right == 0) if int(rows[i]) in of_row], np.int64)
     return features[[of_row[int(rows[i])] for i in wrong]] - features[wrong]
 
 
 def centroids(items: Items) -> LinearClassifier:
-    """Return the nearest-centroid classifier as a linear one."""
+    """Return the nearest-centroid classifier as a linear classifier."""
     weight = np.zeros((items.num_outputs, items.features.shape[1]), np.float32)
     bias = np.full(items.num_outputs, -1e30, np.float32)
     for label in np.unique(items.labels):
@@ -237,21 +241,23 @@ Criterion = Callable[[Items, LinearClassifier], float]
 def select_classifier(
     items: Items, held_out: Items | None, candidates: Candidates[Key], criterion: Criterion, tolerance: float = 0.0
 ) -> tuple[float, Key, LinearClassifier]:
-    """Select the candidate that is best on held-out rows, and fit it on all items; `NoProbe` if none can be fitted.
+    """Select the candidate that is best on held-out rows and fitted on all items; raise `NoProbe` if none can be
+    fitted.
 
     Args:
         items: Items of the train rows.
-        held_out: Items of other rows; None for cross-validation.
+        held_out: Items of other rows, or None for cross-validation.
         candidates: Fits classifiers, each with its key.
-        criterion: Lower is better.
-        tolerance: Excess over the best criterion, as a share, that an earlier candidate may have.
+        criterion: Rates a classifier; lower is better.
+        tolerance: How much worse than the best, as a share, an earlier candidate may be.
 
     Returns:
         Criterion, key and classifier.
+
     """
     if held_out is not None:
         results = [(criterion(held_out, classifier), key, classifier) for key, classifier in candidates(items)]
-        return _first(results, tolerance)
+        return _first_within_tolerance(results, tolerance)
     _, row = np.unique(items.rows, return_inverse=True)
     if row.max() == 0:
         raise NoProbe("there is one train row")
@@ -260,18 +266,19 @@ def select_classifier(
     measured = 0
     for number in range(min(FOLDS, row.max() + 1)):
         fold_items = items.select(fold == number)
-        with contextlib.suppress(NoProbe):  # the other folds may have one class alone
+        with contextlib.suppress(NoProbe):  # the other folds may have a single class
             for key, classifier in candidates(items.select(fold != number)):
                 sums[key] = sums.get(key, 0.0) + criterion(fold_items, classifier) * len(fold_items.rows)
             measured += len(fold_items.rows)
-    if not measured:  # nothing can be compared: the first is the most regularised
+    if not measured:  # nothing can be compared, so take the most regularised
         key, classifier = next(iter(candidates(items)))
         return criterion(items, classifier), key, classifier
-    total, best = _first([(total, key) for key, total in sums.items()], tolerance)
+    total, best = _first_within_tolerance([(total, key) for key, total in sums.items()], tolerance)
     return total / measured, best, next(classifier for key, classifier in candidates(items) if key == best)
 
 
-def _first(results: Sequence[Result], tolerance: float) -> Result:
+def _first_within_tolerance(results: Sequence[Result], tolerance: float) -> Result:
+    """Return the first result whose criterion is within the tolerance of the best."""
     limit = min(result[0] for result in results) * (1 + tolerance)
     return next(result for result in results if result[0] <= limit)
 
@@ -282,23 +289,25 @@ def select_features(
     criterion: Criterion,
     tolerance: float = 0.0,
 ) -> tuple[SpaceName, float, Any, LinearClassifier]:
-    """Select the best features on a sample of items, then the best classifier on them."""
+    """Select the best features on a sample of items, then the best classifier on all items; return both names, the
+    criterion and the classifier."""
     middle = partial(candidates, strengths=(MIDDLE,))
     name = next(iter(spaces))
     if len(spaces) > 1:
-        name = min(spaces, key=lambda name: _compare(*spaces[name], middle, criterion))
+        name = min(spaces, key=lambda name: _compare_features(*spaces[name], middle, criterion))
     return name, *select_classifier(*spaces[name], candidates, criterion, tolerance)
 
 
-def _compare(items: Items, held_out: Items | None, candidates: Candidates[Any], criterion: Criterion) -> float:
-    """Measure features on a sample of items, or on all if the sample lacks a class."""
+def _compare_features(items: Items, held_out: Items | None, candidates: Candidates[Any], criterion: Criterion) -> float:
+    """Return the criterion of features on a sample of items, or on all items if the sample lacks a class."""
     with contextlib.suppress(NoProbe):
         return select_classifier(items.sample(MOST_COMPARED), held_out, candidates, criterion)[0]
     return select_classifier(items, held_out, candidates, criterion)[0]
 
 
 def loss(items: Items, classifier: LinearClassifier) -> float:
-    """Mean cross entropy in nats with class weights, or mean squared error over the variance."""
+    """Return the mean cross entropy in nats with class weights; for numbers, the squared error divided by the
+    variance."""
     weights = None if items.class_weights is None else np.asarray(items.class_weights)
     outputs = classifier(items.features).astype(np.float64)
     match items.kind:
@@ -318,7 +327,7 @@ def loss(items: Items, classifier: LinearClassifier) -> float:
 
 
 def error_rate(items: Items, classifier: LinearClassifier) -> float:
-    """Share of items (or rows of choices) with a wrong highest output; the loss without classes."""
+    """Return the share of items (or of rows with choices) that are predicted wrongly; without classes, the loss."""
     if items.kind in ("regression", "multi_label"):
         return loss(items, classifier)
     outputs = classifier(items.features)
@@ -330,7 +339,7 @@ def error_rate(items: Items, classifier: LinearClassifier) -> float:
 
 
 def _row_losses(outputs: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Cross entropy of each right item among those of its row."""
+    """Return the cross entropy of each right item among all items of its row."""
     _, row = np.unique(rows, return_inverse=True)
     highest = np.full(row.max() + 1, -np.inf)
     np.maximum.at(highest, row, outputs)
