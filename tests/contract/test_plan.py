@@ -250,6 +250,6 @@ def test_plan_says_how_to_compare_what_it_planned(
         max_length=1, fits=True, placements=(), host_free_bytes=1, device_free_bytes=1, settings=settings,
     )  # fmt: skip
 
-    found = cli_plan._with_commands(survey, Path("r.yaml"), [], load_recipe(Path("r.yaml")))
+    found = cli_plan._add_commands(survey, Path("r.yaml"), [], load_recipe(Path("r.yaml")))
 
     assert found.comparison == comparison

@@ -121,7 +121,7 @@ def test_of_several_proposals_for_a_row_leaving_it_out_wins_and_others_are_said_
     assert decided["train", "a"].remedy.value == "y"  # the costlier one first
     assert said == [
         "secret: 1 row, as proposed",
-        "1 row with another change as well: apply the patch and run this again",
+        "1 row with another proposed change: apply the patch, then run this again",
     ]
 
 
@@ -162,9 +162,9 @@ def test_label_is_one_that_there_is_or_a_new_one_typed_twice(
     )
     waiting = iter(typed)
     monkeypatch.setattr(audit.out, "input", lambda prompt: next(waiting))
-    ask = audit._relabel(summary)
+    ask = audit._label_prompt(summary)
     assert ask is not None
     found = ask()
     assert found == (None if value is None else Remedy(action="replace", column="topic", value=value))
     assert next(waiting, None) is None
-    assert audit._relabel(summary.model_copy(update={"problem_type": "regression"})) is None
+    assert audit._label_prompt(summary.model_copy(update={"problem_type": "regression"})) is None

@@ -1,6 +1,6 @@
 """The command line. Results go to stdout, progress and errors to stderr.
 
-Stages are imported inside the commands, so that `--help` and recipe errors never import torch.
+Commands import their stage when they run, so that `--help` and recipe errors never import torch.
 
 """
 
@@ -131,7 +131,7 @@ def data(
     patch: options.PatchFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Read, check, split and tokenise the rows; audit them; show what the model will see."""
+    """Read, check, split and tokenise the rows, audit them, and show what the model will see."""
     from fulltune.cli import audit as cli_audit
 
     wanted = cli_audit.AuditRequest(labels=labels, losses=losses, prove=prove, trainings=trainings, checks=check or [])
@@ -157,7 +157,7 @@ def plan(
     price: options.HourlyPrice = None,
     measure: options.MeasureSettings = False,
 ) -> None:
-    """Choose every setting, each with its reason; show memory, placements, time and ways out."""
+    """Choose every setting, each with its reason, and show memory, placements, time and ways out."""
     from fulltune.cli import plan as cli_plan
     from fulltune.cli.show import plan as display_plan
     from fulltune.records.training import Measurements
@@ -199,7 +199,7 @@ def train(
     rendezvous: options.Rendezvous = None,
     wait_for_machines: options.WaitForMachines = "10m",
 ) -> None:
-    """Train, and save the model in the run's folder models."""
+    """Train, and save the model in the run folder's models."""
     from fulltune.train.journal import run_seconds
 
     with stages.joined(target, set_, machine_rank, rendezvous, wait_for_machines) as group:
@@ -269,7 +269,7 @@ app.command()(launch)
 def report(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
 ) -> None:
-    """Write a run's report.md and report.html again from its files (for a comparison card.md and card.html)."""
+    """Write a run's report.md and report.html (for a comparison card.md and card.html) again from its files."""
     from fulltune import pipeline
     from fulltune.pipeline import Run
     from fulltune.report import write_comparison
@@ -290,7 +290,7 @@ def doctor(
     ],
     as_json: options.Json = False,
 ) -> None:
-    """Say what went wrong in a training, from the log of any Trainer."""
+    """Diagnose what went wrong in training, from the log of any Trainer."""
     from fulltune.doctor import diagnose, in_words, read_log
     from fulltune.report.format import pages
     from fulltune.report.format.blocks import Facts
@@ -317,11 +317,11 @@ def predict(
         typer.Option("--output", "-o", help="Write rows and answers into this csv, tsv, jsonl or parquet file."),
     ] = None,
     force: options.Force = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of a generated answer, in tokens.", min=1)] = 128,
     method: options.MethodName = None,
     as_json: options.Json = False,
 ) -> None:
-    """Answer texts, stdin or a file with a finished model."""
+    """Answer texts, stdin or the rows of a file with a finished model."""
     from fulltune import predict as predicting
     from fulltune.cli import predict as cli_predict
     from fulltune.methods import folder as folders
@@ -368,7 +368,7 @@ def merge(
 
 @app.command()
 def quickstart(
-    chat: Annotated[bool, typer.Option("--chat", help="A language model on chats, not a classifier.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Fine-tune a chat model instead of a classifier.")] = False,
     output: Annotated[Path, typer.Option("--output", help="Where to put data, recipe and runs.")] = Path("runs"),
     set_: options.Overrides = None,
     fresh: options.Fresh = False,
@@ -391,7 +391,7 @@ def selfcheck(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check what this machine decides (precision, speed, attention, memory, two processes); offline, in seconds."""
+    """Check what depends on this machine (precision, speed, attention, memory, two processes), offline in seconds."""
     # Some libraries print a greeting to stdout on import, which must not mix with the page.
     with err.status("starting") as status, redirect_stdout(sys.stderr):
         from fulltune import selfcheck as checking
@@ -416,7 +416,7 @@ def selfcheck(
 
 
 def main() -> None:
-    """Run the `fulltune` command and turn its errors into messages and exit codes."""
+    """Run the `fulltune` command, and turn its errors into messages and exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").propagate = False  # the hub prints its own lines
     signals.answer(stages.end_on_signal, signals.ENDING)

@@ -1,4 +1,4 @@
-"""`fulltune data`: prepare and audit the rows, show the findings, and record decisions in a patch file."""
+"""The command `fulltune data`: audit the rows, show the findings, and record decisions in a patch file."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ Issues = Sequence[RowIssue]
 
 @dataclass(frozen=True)
 class AuditRequest:
-    """What an audit does beside reading the texts."""
+    """What an audit does in addition to reading the texts."""
 
     labels: bool
     """Let the untouched model judge labels and find outliers."""
     losses: bool
     prove: bool
     trainings: int
-    """Seeds of the trainings with and without each cleaning step; 0 for none."""
+    """Seeds for training with and without each cleaning step, or 0 for no training."""
     checks: Sequence[str]
-    """Checks whose steps are trained; empty for all with enough rows."""
+    """Checks whose steps are tried by training; if empty, all with enough rows."""
 
     def refuse(self, target: Path) -> None:
-        """Raise a `RecipeError` for options that do not suit the recipe or run folder."""
+        """Raise a `RecipeError` if the options do not suit the recipe or run folder."""
         from fulltune.system import hardware, run_folder
 
         if self.trainings < 0 or self.trainings == 1:
@@ -78,6 +78,7 @@ def audit(recipe: Recipe, folder: Path, wanted: AuditRequest) -> None:
 
 
 def show(target: Path, folder: Path, as_json: bool) -> None:
+    """Print the data and the audit's findings, or their records as JSON."""
     from fulltune.report.format import pages
     from fulltune.report.run.about_data import rows_for_terminal
     from fulltune.report.run.data_page import audit_for_terminal
@@ -99,16 +100,17 @@ def show(target: Path, folder: Path, as_json: bool) -> None:
 
 
 def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept: Sequence[str], as_json: bool) -> None:
-    """Accept the remedies of some checks, or ask about each row; without a terminal write open decisions.
+    """Write decisions about suspicious rows into a patch file.
 
-    They go to `patch`, else to the recipe's patch, else beside the recipe.
+    They accept the remedies of some checks, come from a review on the terminal, or are left open for editing. The file
+    is `patch`, else the recipe's patch, else one beside the recipe.
 
     """
     from fulltune.system.run_folder import recipe_of
 
     if not (review or accept):
         raise RecipeError("--patch: names the file of decisions; expected --review or --accept (to apply: data.patch)")
-    _refuse_checks(Audit.load(folder / "data" / AUDIT), accept)
+    _check_acceptable(Audit.load(folder / "data" / AUDIT), accept)
     applied, issues, notes = recipe_of(folder).data.patch, load_issues(folder / "data"), list[str]()
     beside = target / "patch.jsonl" if target.is_dir() else target.with_suffix(".patch.jsonl")
     file = patch or Path(applied or beside)
@@ -120,7 +122,7 @@ def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept:
     elif sys.stdin.isatty() and sys.stdout.isatty():
         import typer
 
-        decided = go_through(out, issues, file, before, typer.getchar, _relabel(DataSummary.of_run(folder)))
+        decided = go_through(out, issues, file, before, typer.getchar, _label_prompt(DataSummary.of_run(folder)))
     else:
         decided = dict(before) | {them[0].key: to_decide(them) for them in queue(issues, before)}
     if decided != before:
@@ -140,7 +142,8 @@ def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept:
         out.print(escape(line), soft_wrap=True)
 
 
-def _refuse_checks(audit: Audit, accept: Sequence[str]) -> None:
+def _check_acceptable(audit: Audit, accept: Sequence[str]) -> None:
+    """Raise a `RecipeError` for checks that do not exist, did not run or have no remedy."""
     if HIGH_LOSS in accept:
         raise RecipeError(f"--accept: '{HIGH_LOSS}' has no remedy; use --review to read its rows")
     checks = {*audit.clean, *audit.checks}
@@ -155,7 +158,7 @@ def _refuse_checks(audit: Audit, accept: Sequence[str]) -> None:
 
 
 def save(patch: Path, decided: Decisions) -> None:
-    """Write a patch file, or raise a `SetupError`."""
+    """Write a patch file. Raise a `SetupError` if that is impossible."""
     try:
         save_patch(patch, decided.values())
     except OSError as error:
@@ -164,7 +167,7 @@ def save(patch: Path, decided: Decisions) -> None:
 
 
 def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
-    """Return the undecided rows, the costliest and surest first."""
+    """Return each undecided row's issues, the costliest and most certain first."""
     order, by_row = list(ABOUT), defaultdict[tuple[str, str], list[RowIssue]](list)
     for issue in sorted(issues, key=lambda issue: (order.index(issue.check), -issue.score)):
         if issue.key not in decided or decided[issue.key].is_open:
@@ -172,19 +175,21 @@ def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
     return list(by_row.values())
 
 
-def _change(issues: Issues) -> Remedy | None:
+def _proposed_change(issues: Issues) -> Remedy | None:
+    """Return the first remedy that changes the row, or None."""
     return next((one.remedy for one in issues if one.remedy.action == "replace"), None)
 
 
 def to_decide(issues: Issues) -> RowDecision:
-    """Return an undecided line of a patch file, to be edited there."""
+    """Return an open decision, to be edited in the patch file."""
     reasons = "; ".join(f"{one.check}: {one.reason}" for one in issues)
-    more = {"text": issues[0].text, "reason": reasons, "proposed": _change(issues) or Remedy(action="drop")}
+    more = {"text": issues[0].text, "reason": reasons, "proposed": _proposed_change(issues) or Remedy(action="drop")}
     return issues[0].decision(Remedy(action="undecided")).model_copy(update=more)
 
 
-def _relabel(summary: DataSummary) -> Callable[[], Remedy | None] | None:
-    """Return a function that asks for a row's label (a new one twice), or None if rows have no own label."""
+def _label_prompt(summary: DataSummary) -> Callable[[], Remedy | None] | None:
+    """Return a function that asks for a row's label (twice if it is new), or None if rows have no label of their
+    own."""
     if not summary.form.one_label or summary.task != "text-classification":
         return None
 
@@ -204,13 +209,13 @@ def go_through(
     ask: Callable[[], str],
     relabel: Callable[[], Remedy | None] | None = None,
 ) -> dict[tuple[str, str], RowDecision]:
-    """Ask about each row and save after each key."""
+    """Ask about each undecided row, and save the patch after each key. Return all decisions."""
     decided, waiting = dict(before), queue(issues, before)
     place, history = 0, list[int]()
     with suppress(EOFError):  # Ctrl-D quits
         while place < len(waiting):
             them = waiting[place]
-            change = _change(them)
+            change = _proposed_change(them)
             keys = KEYS if relabel is not None else KEYS.replace("[l]abel  ", "")
             keys = keys if change is not None else keys.replace("[c]hange as proposed  ", "")
             _show_row(console, them, f"{place + 1:,} of {len(waiting):,}", keys)
@@ -244,7 +249,7 @@ def go_through(
 
 
 def _show_row(console: Console, issues: Issues, place: str, keys: str) -> None:
-    first, change = issues[0], _change(issues)
+    first, change = issues[0], _proposed_change(issues)
     lines = [f"\n[bold]{place}[/bold]  [dim]{escape(first.place)} ({first.split})[/dim]", f"  {escape(first.text)}"]
     lines += [f"  label: [bold]{escape(first.label)}[/bold]"] if first.label is not None else []
     lines += [f"  [yellow]{escape(one.check)}[/yellow]: {escape(one.reason)}" for one in issues]
@@ -256,7 +261,7 @@ def _show_row(console: Console, issues: Issues, place: str, keys: str) -> None:
 def accepted(
     issues: Iterable[RowIssue], checks: Sequence[str], before: Decisions
 ) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
-    """Accept the remedies of some checks; return all decisions and notes."""
+    """Accept the remedies of some checks. Return all decisions, and notes on what was accepted."""
     decided, counts, more = dict(before), Counter[str](), 0
     for them in queue(issues, before):
         wanted = [issue for issue in them if issue.check in checks]
@@ -269,5 +274,5 @@ def accepted(
         decided[first.key] = first.decision(first.remedy)
     notes = [f"{check}: {counted(count, 'row')}, as proposed" for check, count in counts.items()]
     if more:
-        notes.append(f"{counted(more, 'row')} with another change as well: apply the patch and run this again")
+        notes.append(f"{counted(more, 'row')} with another proposed change: apply the patch, then run this again")
     return decided, notes

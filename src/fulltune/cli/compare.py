@@ -1,5 +1,3 @@
-"""The command `fulltune compare`. Heavy libraries are imported only after the recipes were checked."""
-
 from __future__ import annotations
 
 import shlex
@@ -34,39 +32,41 @@ _LONGEST_NAME = 100
 def compare(
     targets: list[Path], overrides: list[str], folder: Path | None, fresh: bool, budget: str | None, as_json: bool
 ) -> None:
-    """Compare or resume, and show the verdict; several recipes also get totals on one base."""
-    began, share = time.time(), _share_of(budget, len(targets))
+    """Run or resume a comparison and show its verdict. Several recipes are compared one by one, then as tasks on one
+    base."""
+    began, share = time.time(), _budget_per_task(budget, len(targets))
     if len(targets) > 1:
         if fresh:
             raise SetupError("--fresh: with several recipes name a new --run-folder instead")
-        _compare_many(targets, overrides, folder, share, as_json)
+        _compare_tasks(targets, overrides, folder, share, as_json)
         return
-    recipe, run = _open(targets[0], overrides, folder, fresh)
-    comparison, cards = _run(recipe, run, share, began)
+    recipe, run = _open_folder(targets[0], overrides, folder, fresh)
+    comparison, cards = _run_comparison(recipe, run, share, began)
     if as_json:
         typer.echo(comparison.model_dump_json(indent=2))
     else:
         _show(content.for_terminal(comparison), cards)
 
 
-def _compare_many(
+def _compare_tasks(
     targets: list[Path], overrides: list[str], folder: Path | None, budget: str | None, as_json: bool
 ) -> None:
+    """Run a comparison for each recipe, then show the costs of all tasks together."""
     if folder is not None and (folder / run_folder.IDENTITY).exists():
         what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
         raise SetupError(
             f"{folder}: is the folder of {what}; several recipes need a folder that holds one folder for each: name "
             "another, or omit --run-folder"
         )
-    recipes = _of_one_base(targets, overrides)
+    recipes = _load_tasks(targets, overrides)
     # The same names give the same folder, so that the same command resumes.
     parent = folder or Path(next(iter(recipes.values())).output) / "+".join(recipes)[:_LONGEST_NAME]
     comparisons = {}
     for name, target in zip(recipes, targets, strict=True):
         err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
         began = time.time()
-        recipe, run = _open(target, overrides, parent / name, False)
-        comparisons[name], cards = _run(recipe, run, budget, began)
+        recipe, run = _open_folder(target, overrides, parent / name, False)
+        comparisons[name], cards = _run_comparison(recipe, run, budget, began)
         if not as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
             _show(content.for_terminal(comparisons[name]), cards)
@@ -85,15 +85,15 @@ def _show(parts: Iterable[Headline | Section | Element], files: Sequence[Path]) 
         out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)
 
 
-def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
-    """Load the recipes by name; refuse them unless they share methods and the pretrained model."""
+def _load_tasks(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
+    """Return the recipes by name. Raise a `RecipeError` unless they share the pretrained model and methods."""
     recipes: dict[str, Recipe] = {}
     problems = []
     for target in targets:
         if target.is_dir():
             problems.append(f"{target}: is a folder; to compare several tasks, give their recipes")
             continue
-        recipe = _recipe_of(target, overrides)
+        recipe = _load_comparison(target, overrides)
         name = recipe.name or target.stem
         if name in recipes:
             problems.append(f"{target}: another recipe is also called '{name}'; change its 'name'")
@@ -124,7 +124,8 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
     return recipes
 
 
-def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
+def _load_comparison(target: Path, overrides: list[str]) -> Recipe:
+    """Load a recipe and prepare it for comparison."""
     recipe = load_recipe(target, overrides)
     from fulltune.compare.run import recipe_for  # imported late, so that recipe errors do not wait for libraries
 
@@ -134,14 +135,14 @@ def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
         raise RecipeError([f"{target}: {problem}" for problem in error.problems]) from None
 
 
-def _share_of(budget: str | None, count: int) -> str | None:
+def _budget_per_task(budget: str | None, count: int) -> str | None:
     try:
         return None if budget is None else f"{max(1, round(parse_seconds(budget) / count))}s"
     except ValueError as error:
         raise RecipeError(f"--budget: {error}") from None
 
 
-def _run(recipe: Recipe, folder: Path, budget: str | None, began: float) -> Compared:
+def _run_comparison(recipe: Recipe, folder: Path, budget: str | None, began: float) -> Compared:
     with displayed(details=False) as display:
         from fulltune.compare.run import run_comparison
         from fulltune.pipeline import Run
@@ -150,8 +151,9 @@ def _run(recipe: Recipe, folder: Path, budget: str | None, began: float) -> Comp
         return run_comparison(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
 
 
-def _open(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
-    recipe = run_folder.recipe_of(target) if target.is_dir() else _recipe_of(target, overrides)
+def _open_folder(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
+    """Return the recipe and the new or existing folder of a comparison."""
+    recipe = run_folder.recipe_of(target) if target.is_dir() else _load_comparison(target, overrides)
     if not recipe.methods:  # only a folder's: a file's recipe was refused before
         raise SetupError(
             f"{target}: is the folder of a single run; give a recipe with 'methods', or resume the run: fulltune run "
@@ -161,17 +163,17 @@ def _open(target: Path, overrides: list[str], folder: Path | None, fresh: bool) 
 
 
 UNFAIR = 2
-"""Exit code of `--lint` for unfair settings: the recipe should change."""
+"""Exit code of `--lint` for unfair settings."""
 
 
 def lint(targets: list[Path], overrides: list[str], budget: str | None, as_json: bool) -> None:
-    """Print what would make the comparisons unfair; exit with `UNFAIR` if anything does."""
+    """Print what would make the comparisons unfair, and exit with `UNFAIR` if anything would."""
     if budget is not None:
         raise RecipeError("--budget: has no effect with --lint, which only reads the recipe; remove one of them")
     run_folder.hide_progress_bars()
     from fulltune.compare.lint import lint_recipe
 
-    findings = {target: lint_recipe(_recipe_of(target, overrides)) for target in targets}
+    findings = {target: lint_recipe(_load_comparison(target, overrides)) for target in targets}
     if as_json:
         print_json([{"recipe": str(path), **f.model_dump(mode="json")} for path in findings for f in findings[path]])
     for target, several in () if as_json else findings.items():

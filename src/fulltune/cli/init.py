@@ -1,4 +1,4 @@
-"""Infer the task of a data file and write a commented recipe for it."""
+"""Infer the task of a data file, and write a commented recipe for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL_MODELS = {
     "seq2seq": "google-t5/t5-small",
     "image-classification": "WinKawaks/vit-tiny-patch16-224",
 }
-"""Small models to start with, by task. Other tasks use the encoder that the quickstart installs."""
+"""Small models to start with, by task. Other tasks use `SMALL_ENCODER`."""
 FORMS: tuple[tuple[TaskName, str], ...] = (
     ("causal-lm", "messages"),
     ("token-classification", "tags"),
@@ -46,10 +46,10 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
     ("seq2seq", "target"),
     ("causal-lm", "text"),
 )
-"""Tasks with their marking roles, the clearest first."""
+"""Tasks with the column role that marks them, the clearest first."""
 _HEAD, _FEW = 1000, 100
 _ROWS_OF_A_LABEL = 10
-"""A column whose values repeat this often on average looks like a label."""
+"""Average repetitions of a value from which a column looks like a label."""
 
 TEMPLATE = """\
 # Written by `fulltune init {file}`. Every setting: docs/reference/recipe.md. Run it: fulltune run {recipe}
@@ -74,12 +74,12 @@ output: runs
 
 
 Hints = tuple[TaskName | None, Mapping[str, Any]]
-"""Task and settings of the block `data` from the command line."""
+"""Task and `data` settings from the command line."""
 NO_HINTS: Hints = (None, {})
 
 
 def hints_of(task: str | None, named: Sequence[str], columns: str | None, encoding: str = "utf-8") -> Hints:
-    """Check the command line's hints; `named` holds columns as `ROLE=COLUMN`."""
+    """Check the command line's hints; `named` holds entries `ROLE=COLUMN`."""
     if task is not None and task not in FACTS:
         raise SetupError(f"--task: expected one of {', '.join(FACTS)}, found '{task}'")
     roles = [role for role in USUAL_NAMES if task is None or task in READ_BY[role]]
@@ -106,18 +106,18 @@ def hints_of(task: str | None, named: Sequence[str], columns: str | None, encodi
 
 
 SplitFiles = tuple[tuple[Path, ...], dict[SplitName, Path], tuple[str, ...]]
-"""Train files, files of other splits, and unused files with reasons."""
+"""Train files, the file of each other split, and unused files with reasons."""
 
 
 def split_files(path: Path) -> SplitFiles:
-    """Assign a folder's files to splits by name, or a file and those beside it."""
+    """Assign a folder's files to splits by their names; for a file, find splits beside it."""
     if not path.is_dir():
-        return (path,), _one_each(held_out_beside(path)), ()
+        return (path,), _single_files(held_out_beside(path)), ()
     splits = split_folders(path)
     if not splits and is_image_folder(path):
         return (path,), {}, ()
     splits = splits or by_split(data_files(path))
-    held_out = _one_each({split: splits[split] for split in ("eval", "test") if split in splits})
+    held_out = _single_files({split: splits[split] for split in ("eval", "test") if split in splits})
     unnamed = splits.get(None, [])
     train = splits.get("train", unnamed)
     if not train:
@@ -128,7 +128,8 @@ def split_files(path: Path) -> SplitFiles:
     return tuple(train), held_out, tuple(spare)
 
 
-def _one_each(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Path]:
+def _single_files(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Path]:
+    """Return the only file of each split. Raise a `DataError` if a split has several."""
     for split, files in splits.items():
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
@@ -139,12 +140,13 @@ def _one_each(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Pat
     return {split: files[0] for split, files in splits.items()}
 
 
-def _other_columns(file: Path, inferred: Inferred, encoding: str) -> str | None:
+def _column_mismatch(file: Path, inferred: Inferred, encoding: str) -> str | None:
+    """Return a message if `file` lacks columns that the train file has, else None."""
     if inferred.columns:
         names = names_without_header(locate([str(file)]).files[0], encoding)
         alike = names is not None and len(names) == len(inferred.columns)
         return None if alike else f"{file.name}: has a header line or other columns than train"
-    columns, _ = _head(replace(locate([str(file)]), encoding=encoding), _FEW)
+    columns, _ = _first_rows(replace(locate([str(file)]), encoding=encoding), _FEW)
     missing = [column for column in inferred.target.columns.values() if column not in columns]
     return f"{file.name}: has no column '{missing[0]}', which train has" if missing else None
 
@@ -154,27 +156,27 @@ def _other_columns(file: Path, inferred: Inferred, encoding: str) -> str | None:
 
 @dataclass(frozen=True)
 class Inferred:
-    """What data files turned out to hold."""
+    """What a data file holds."""
 
     task: TaskName
     target: Target
     where: str
     num_rows: int
     columns: tuple[str, ...] | None = None
-    """Column names of tables without a header line."""
     is_guess: bool = False
-    """True if the missing header and the names are a guess."""
+    """True if it is a guess that there is no header line."""
     unused: str = ""
     notes: tuple[str, ...] = ()
 
 
-def _head(files: DataFiles, most: int = _HEAD) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+def _first_rows(files: DataFiles, most: int = _HEAD) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """Return the column names of the first rows, and these rows."""
     head = [row for _, row in islice(files.rows(), most)]
     return tuple(dict.fromkeys(name for row in head for name in row)), head
 
 
 def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
-    """Infer task, rows and target of data files, reading row by row."""
+    """Infer task, target and columns of data files from their rows."""
     # Naming columns of a file implies that it has a header.
     given_task, settings = hints
     roles = {role: column for role, column in settings.items() if role in USUAL_NAMES}
@@ -183,14 +185,14 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     named = settings.get("columns") or guessed
     block = DataBlock.model_validate({"train": tuple(map(str, paths)), "columns": named, **roles})
     files = replace(locate(tuple(map(str, paths)), columns=named), encoding=encoding)
-    columns, head = _head(files)
+    columns, head = _first_rows(files)
     if not roles:
         refuse_preferences(columns, head[:_FEW], files.where)
     for role, column in roles.items():
         if column not in columns:
             raise DataError(f"{files.where}: no column '{column}' (--column {role}=); columns here: {shown(columns)}")
-    forms = list(_forms(columns, given_task, roles))
-    refusals, flags = list[DataError](), _flags(columns, head)
+    forms = list(_possible_tasks(columns, given_task, roles))
+    refusals, flags = list[DataError](), _one_hot_columns(columns, head)
     for task, role in forms:
         if role == "text" and given_task is None and flags:
             continue
@@ -208,20 +210,23 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
         return Inferred(task, target, files.where, counts["train"], named, is_guess, unused, tuple(files.notes))
     if refusals and len({task for task, _ in forms}) == 1:
         raise refusals[0]
-    advice = _advice(columns, head, flags)
+    advice = _how_to_name_columns(columns, head, flags)
     raise DataError(f"{paths[0]}: no known form of data: {advice}; columns here: {shown(columns)}")
 
 
-def _forms(columns: Sequence[str], wanted: TaskName | None, roles: Mapping[str, str]) -> Iterator[tuple[TaskName, str]]:
-    """Yield possible tasks with marking roles. `target` beside `source` is a text, else often a label."""
+def _possible_tasks(
+    columns: Sequence[str], wanted: TaskName | None, roles: Mapping[str, str]
+) -> Iterator[tuple[TaskName, str]]:
+    """Yield tasks with the role that marks them. `target` is a text beside `source`, else often a label."""
     is_pair = {"source", "target"} <= {name.lower() for name in columns}
     for task, role in sorted(FORMS, key=lambda form: is_pair and form[0] != "seq2seq"):
         if wanted in (None, task) and all(task in READ_BY[named] for named in roles):
             yield task, role
 
 
-def _flags(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return columns of only 0 and 1, if several: one-hot labels, where one column of lists is expected."""
+def _one_hot_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns that hold only 0 and 1, if there are several; they are one-hot labels, where one column of
+    lists is expected."""
     kinds = {
         name: {label_name(cell).lower() if isinstance(cell := row.get(name), (str, int, float)) else "" for row in head}
         for name in columns
@@ -230,7 +235,8 @@ def _flags(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[st
     return flags if len(flags) > 1 else []
 
 
-def _advice(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> str:
+def _how_to_name_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> str:
+    """Say which columns are expected, and which options may name those of this file."""
     if flags:
         return (
             f"columns {shown(flags)} hold only 0 and 1, one column per label; expected one column with a list of "
@@ -270,13 +276,13 @@ def write_recipe(
     inferred = infer(*paths, hints=hints)
     target, encoding = inferred.target, hints[1].get("encoding", "utf-8")
     # Official test rows often come without labels: a held-out file without a needed column is not used.
-    problems = {split: _other_columns(file, inferred, codec_of(encoding)) for split, file in files.items()}
+    problems = {split: _column_mismatch(file, inferred, codec_of(encoding)) for split, file in files.items()}
     held_out = {split: file for split, file in files.items() if problems[split] is None}
     not_used = (*unused, *filter(None, problems.values()))
     model_name = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
     where = "" if model_name.startswith("package:") else ", from the Hub"
     train = [_path(file, recipe) for file in paths]
-    names = ", ".join(map(_yaml, inferred.columns or ()))
+    names = ", ".join(map(_yaml_scalar, inferred.columns or ()))
     some = f": {', '.join(target.labels[:5])}{' ...' if len(target.labels) > 5 else ''}" if target.labels else ""
     data = [
         f"train: {train[0]}" if len(train) == 1 else "\n    - ".join(["train:", *train]),
@@ -285,17 +291,17 @@ def write_recipe(
             f"{split}: {_path(held_out[split], recipe)}" if split in held_out else f"# {split} rows are split off train"
             for split in ("eval", "test")
         ),
-        *([f"encoding: {_yaml(encoding)}"] if codec_of(encoding) != UTF_8 else []),
+        *([f"encoding: {_yaml_scalar(encoding)}"] if codec_of(encoding) != UTF_8 else []),
         *([f"columns: [{names}]   # of a file without a header line"] if names else []),
-        *(f"{role}: {_yaml(column)}" for role, column in target.columns.items()),
+        *(f"{role}: {_yaml_scalar(column)}" for role, column in target.columns.items()),
         *([f"# columns not used: {inferred.unused}"] if inferred.unused else []),
-        f"# contents: {counted(inferred.num_rows, 'row')}, {_in_words(target)}{' '.join(some.split())}",
+        f"# contents: {counted(inferred.num_rows, 'row')}, {_target_in_words(target)}{' '.join(some.split())}",
     ]
     text = TEMPLATE.format(
         file=path.name,
         recipe=recipe.name,
-        model=_yaml(model_name)
-        + ("" if model else f"   # a small one to start with{where}: any Hub id, folder or GGUF"),
+        model=_yaml_scalar(model_name)
+        + ("" if model else f"   # a small model to start with{where}: any Hub id, folder or GGUF"),
         task=inferred.task,
         data="\n  ".join(data),
         metric=target.form.metrics[0],
@@ -306,17 +312,17 @@ def write_recipe(
 
 
 def lines(inferred: Inferred, files: SplitFiles) -> list[str]:
+    """Return what the command prints about the inferred files, columns and rows."""
     _, held_out, not_used = files
     output: list[str] = []
     if inferred.is_guess:
         output += [
             f"{inferred.where}: no header line, because the first line looks like a row",
             f"columns: {', '.join(inferred.columns or ())}; other names: --columns NAME,NAME",
-            "if the first line is a header: name one of its columns, such as --column label=NAME",
+            "if the first line is a header, name one of its columns, such as --column label=NAME",
         ]
-    output.append(
-        f"train: {inferred.where}: {counted(inferred.num_rows, 'row')}, {inferred.task} ({_in_words(inferred.target)})"
-    )
+    rows = f"{counted(inferred.num_rows, 'row')}, {inferred.task} ({_target_in_words(inferred.target)})"
+    output.append(f"train: {inferred.where}: {rows}")
     for split in ("eval", "test"):
         file = held_out.get(split)
         output.append(f"{split}:  {file.name if file else 'rows are split off train'}")
@@ -326,7 +332,7 @@ def lines(inferred: Inferred, files: SplitFiles) -> list[str]:
     return output
 
 
-def _in_words(target: Target) -> str:
+def _target_in_words(target: Target) -> str:
     return target.form.words + (f", {counted(len(target.labels), 'label')}" if target.labels else "")
 
 
@@ -334,10 +340,11 @@ def _path(file: Path, recipe: Path) -> str:
     """Write a path relative to the recipe's folder if it lies there, so that both can be moved together."""
     whole, folder = file.resolve(), recipe.parent.resolve()
     is_beside = whole.is_relative_to(folder) and not whole.relative_to(folder).as_posix().startswith(("~", "package:"))
-    return _yaml(str(whole.relative_to(folder) if is_beside else whole))
+    return _yaml_scalar(str(whole.relative_to(folder) if is_beside else whole))
 
 
-def _yaml(text: str) -> str:
+def _yaml_scalar(text: str) -> str:
+    """Quote a text if YAML or OmegaConf would otherwise change it."""
     try:
         plain = yaml.safe_load(f"key: {text}") == {"key": text}
     except yaml.YAMLError:

@@ -1,5 +1,3 @@
-"""The command `fulltune launch`: a recipe as a job for a launcher."""
-
 from __future__ import annotations
 
 import shlex

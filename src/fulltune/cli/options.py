@@ -1,5 +1,3 @@
-"""Names and help texts of the command line's options."""
-
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +51,7 @@ ListLosses = Annotated[
 Accept = Annotated[
     list[str] | None,
     typer.Option(
-        "--accept", help="Accept the remedies for all rows of a check into the patch. Repeatable.", metavar="CHECK"
+        "--accept", help="Write the proposed remedies of a check into the patch. Repeatable.", metavar="CHECK"
     ),
 ]
 Review = Annotated[
@@ -70,11 +68,13 @@ SearchRate = Annotated[
 ]
 SearchBudget = Annotated[
     str | None,
-    typer.Option("--budget", help="Approximate time for a search with its best run: 20m, 2h.", metavar="TIME"),
+    typer.Option("--budget", help="Approximate time for the search and the best run: 20m, 2h.", metavar="TIME"),
 ]
 CompareBudget = Annotated[
     str | None,
-    typer.Option("--budget", help="Most time in total: 30m, 2h. A larger budget later resumes.", metavar="TIME"),
+    typer.Option(
+        "--budget", help="Maximum total time: 30m, 2h. Run again with a larger one to resume.", metavar="TIME"
+    ),
 ]
 MethodName = Annotated[
     str | None,
@@ -107,5 +107,5 @@ HourlyPrice = Annotated[
     str | None, typer.Option("--price", help="Price of one device per hour: 2.5 or '2.5 USD'.", metavar="PRICE")
 ]
 MeasureSettings = Annotated[
-    bool, typer.Option("--measure", help="Measure one step of each setting here; take the fastest that fits.")
+    bool, typer.Option("--measure", help="Measure one step of each setting here and choose the fastest that fits.")
 ]

@@ -1,4 +1,4 @@
-"""The command `fulltune plan`: gathers recipe, model, data and hardware."""
+"""The command `fulltune plan`: plan for a recipe, model and data on this or other hardware."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ Checked = tuple[Fleet | None, DevicePrice | None]
 
 
 def check(hardware: str | None, rows: int | None, tokens: int | None, price: str | None) -> Checked:
+    """Parse the options into hardware and price, or raise a `RecipeError` with all problems."""
     problems: list[str] = []
 
     def read(parse: Callable[[str], Any], text: str | None) -> Any:
@@ -59,7 +60,7 @@ def check(hardware: str | None, rows: int | None, tokens: int | None, price: str
 
 
 def check_measure(hardware: str | None, rows: int | None, tokens: int | None) -> None:
-    """Refuse options that do not go with --measure: other hardware or rows."""
+    """Raise a `RecipeError` if --measure is combined with other hardware or rows."""
     named = (("for", hardware), ("rows", rows), ("tokens", tokens))
     others = " and ".join(f"--{name}" for name, value in named if value is not None)
     if others:
@@ -69,7 +70,7 @@ def check_measure(hardware: str | None, rows: int | None, tokens: int | None) ->
 def without_data(
     target: Path, overrides: list[str], rows: int | None, tokens: int | None, hardware: str | None, price: str | None
 ) -> tuple[Survey, Plan | None]:
-    """Return survey and plan from recipe, model config and two numbers. Nothing else is read or written."""
+    """Survey and plan from the recipe, the model's config and two numbers, without writing files."""
     problems: list[str] = []
     recipe, checked = None, None
     try:
@@ -84,21 +85,25 @@ def without_data(
         problems += error.problems
     if recipe is None or checked is None or rows is None or tokens is None:
         raise RecipeError(problems)
-    survey, plan = _survey(recipe, _imagined(recipe, rows, tokens), checked, None, Path(recipe.output), by_config=True)
-    return _with_commands(survey, target, overrides, recipe), plan
+    survey, plan = _survey_and_plan(
+        recipe, _assumed_data(recipe, rows, tokens), checked, None, Path(recipe.output), by_config=True
+    )
+    return _add_commands(survey, target, overrides, recipe), plan
 
 
 def with_data(
     target: Path, overrides: list[str], recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
 ) -> tuple[Survey, Plan | None]:
-    """Return survey and plan from prepared rows, and save the survey."""
-    survey, planned = _survey(recipe, DataSummary.of_run(folder), checked, plan, folder)
-    survey = survey if target.is_dir() else _with_commands(survey, target, overrides, recipe)
+    """Survey and plan from prepared rows, and save the survey."""
+    survey, planned = _survey_and_plan(recipe, DataSummary.of_run(folder), checked, plan, folder)
+    survey = survey if target.is_dir() else _add_commands(survey, target, overrides, recipe)
     survey.save(folder / "plan" / SURVEY)
     return survey, planned
 
 
-def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
+def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
+    """Add the commands to a survey that run its plan and, where possible, compare methods."""
+
     def command(verb: str, overrides: list[str]) -> str:
         return shlex.join(["fulltune", verb, str(target), *(word for one in overrides for word in ("--set", one))])
 
@@ -116,9 +121,10 @@ def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: R
     return survey.model_copy(update={"command": run, "comparison": comparison})
 
 
-def _survey(
+def _survey_and_plan(
     recipe: Recipe, summary: DataSummary, checked: Checked, plan: Plan | None, place: Path, by_config: bool = False
 ) -> tuple[Survey, Plan | None]:
+    """Plan every placement on the hardware, and return the survey with the chosen plan."""
     from fulltune.footprint.trace import PlannedModel
     from fulltune.models.base import Base
     from fulltune.models.shapes import Shapes
@@ -130,7 +136,7 @@ def _survey(
 
     def of_a_model(changed: Recipe) -> workload.Workload:
         if by_config:
-            _check_config(changed, base(), summary, fleet.here)
+            _check_model_and_length(changed, base(), summary, fleet.here)
         model = PlannedModel(changed, base(), summary)
 
         def traced(weights_dtype: str) -> records.Footprint:
@@ -140,7 +146,7 @@ def _survey(
         return workload.Workload(changed, model.shapes, traced, summary, followed)
 
     def by_another_method(kind: str) -> workload.Workload | None:
-        changed = _by_another_method(spread, kind, base())
+        changed = _with_method(spread, kind, base())
         return None if changed is None else of_a_model(changed)
 
     files = [place / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
@@ -153,8 +159,8 @@ def _survey(
     return survey(load, fleet, price, plan, by_another_method)
 
 
-def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
-    """Return the recipe with another method's defaults, or None if impossible."""
+def _with_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
+    """Return the recipe with another method's defaults, or None if the model does not allow it."""
     from fulltune.pipeline import check_recipe
 
     try:
@@ -166,7 +172,7 @@ def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
     return changed
 
 
-def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
+def _check_model_and_length(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
     from fulltune.models.shapes import position_limit
     from fulltune.pipeline import check_recipe
 
@@ -179,7 +185,8 @@ def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: b
         )
 
 
-def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
+def _assumed_data(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
+    """Return a data summary of `rows` rows of equal length."""
     from fulltune.tasks import Target
 
     data, form = recipe.data, form_of(recipe)
@@ -221,6 +228,6 @@ def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = N
 
 
 def refusal(survey: Survey, shown: bool) -> FulltuneError:
-    """Return the error of a plan that does not fit, with ways out unless `shown`."""
+    """Return the error of a plan that does not fit, with ways out unless they are `shown` already."""
     ways = [] if shown else in_lines(survey.ways_out)
     return DoesNotFitError([*survey.notes, *ways])

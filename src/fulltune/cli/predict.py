@@ -1,4 +1,4 @@
-"""What `fulltune predict` reads, and how it prints answers or writes them to a file, row by row."""
+"""Read the input of `fulltune predict`, and print the answers or write them to a file row by row."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from fulltune.tasks.columns import BadCell, shown
 from fulltune.text import counted
 
 STDIN = "-"
-_IN_PLACE = {True: "an 'error' stands in its place", False: "an empty line stands in its place"}
+_IN_PLACE = {True: "an 'error' is printed instead", False: "an empty line is printed instead"}
 _LISTED = 5
-"""Unanswered rows that are listed one by one."""
+"""Unanswered rows that are listed individually."""
 _WRITTEN = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": ""}
-"""Endings of output files with their delimiter."""
+"""Extensions of output files with their delimiter."""
 _ROWS_AT_ONCE = 1000
 # A lone surrogate, which UTF-8 does not have, becomes `\\ud800`: so JSON writes it, too.
 _ENCODING: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
 Columns = Mapping[str, tuple[tuple[Any, ...], str]]
-"""Added columns, with their path in an answer and type in parquet."""
+"""Added columns, each with its path in an answer and its parquet type."""
 
 
 # ---- input -----------------------------------------------------------------------------------------------------
@@ -52,20 +52,18 @@ Columns = Mapping[str, tuple[tuple[Any, ...], str]]
 
 @dataclass(frozen=True)
 class PredictInput:
-    """The input of `fulltune predict`."""
-
     where: str
     placed: Callable[[], Iterator[tuple[str, dict[str, Any]]]]
-    """Yields each row's place and columns. Rows of stdin can be read only once."""
+    """Yields each row's location and columns. Rows of stdin can be read only once."""
     columns: tuple[str, ...] = ("text",)
     total: int | None = None
     table: Path | None = None
-    """The file or folder of a table; None for lines of text."""
+    """File or folder of a table, or None for lines of text."""
     images_in: Path | None = None
-    """Folder from which a table's image paths start; None for the current folder."""
+    """Base folder of relative image paths, or None for the current folder."""
 
     def rows(self, notes: Row, own: Iterable[dict[str, Any]]) -> Iterator[Row]:
-        """Yield the user's rows in the form that the model takes."""
+        """Yield the user's rows in the form that the model reads."""
         image = notes["columns"].get("image")
         for row in own:
             if self.table is None:
@@ -74,7 +72,7 @@ class PredictInput:
                 yield resolve_image_paths(row, self.images_in, image) if image and self.images_in else row
 
     def types(self) -> dict[str, Any]:
-        """Return the column types of a parquet input; other files hold text."""
+        """Return the types of a parquet table's columns; other input is text."""
         if self.table is None or self.table.suffix.lower() != ".parquet":
             return {}
         schema = parquet.read_schema(self.table)
@@ -83,22 +81,23 @@ class PredictInput:
 
 
 def read_input(texts: Sequence[str], file: Path | None, notes: Row) -> PredictInput:
-    """Return the input: texts, a table (read once to find broken rows), lines of a file, or stdin."""
+    """Return the input: texts, a table, lines of a file, or stdin. A table is read once to find broken rows."""
     if list(texts) == [STDIN] or str(file) == STDIN or (file is None and not texts):
         if file is None and not texts and sys.stdin.isatty():
             raise SetupError("predict: give a text, --file, or '-' for texts on stdin, one per line")
-        return PredictInput("stdin", lambda: _placed(_lines(None), "stdin:"))
+        return PredictInput("stdin", lambda: _number_texts(_read_lines(None), "stdin:"))
     if file is None:
-        return PredictInput("predict", lambda: _placed(texts, "text "), total=len(texts))
+        return PredictInput("predict", lambda: _number_texts(texts, "text "), total=len(texts))
     if file.suffix.lower() == ".txt":
-        total = sum(1 for _ in _lines(file))
-        return PredictInput(str(file), lambda: _placed(_lines(file), f"{file.name}:"), total=total)
-    return _table(file, notes)
+        total = sum(1 for _ in _read_lines(file))
+        return PredictInput(str(file), lambda: _number_texts(_read_lines(file), f"{file.name}:"), total=total)
+    return _read_table(file, notes)
 
 
-def _table(file: Path, notes: Row) -> PredictInput:
+def _read_table(file: Path, notes: Row) -> PredictInput:
+    """Read a table once, and raise a `DataError` for broken rows or missing columns."""
     source = locate([str(file)])
-    if named := _names_without_header(source, notes):
+    if named := _missing_header(source, notes):
         source = replace(source, columns=named)
         note = f"{file}: no header line; columns as in training: {', '.join(named)}"
         err.print(f"[dim]{escape(note)}[/dim]", soft_wrap=True)
@@ -116,10 +115,11 @@ def _table(file: Path, notes: Row) -> PredictInput:
     return PredictInput(str(file), source.rows, tuple(columns), total, file, images_in)
 
 
-def _names_without_header(source: DataFiles, notes: Row) -> tuple[str, ...] | None:
-    """Return the columns of a table without a header line if the train file had none (`data.columns`).
+def _missing_header(source: DataFiles, notes: Row) -> tuple[str, ...] | None:
+    """Return the column names of a table without a header line, or None if it has one.
 
-    A first line with all columns the model reads is a header. A shorter line lacks unread columns, such as the label.
+    A table lacks the header if the train file did and its first line does not hold all columns that the model reads. A
+    shorter line lacks the columns that are not read, such as the label.
 
     """
     names = tuple(notes.get("table_columns") or ())
@@ -137,11 +137,12 @@ def _names_without_header(source: DataFiles, notes: Row) -> tuple[str, ...] | No
     return read if len(first) == len(read) else names
 
 
-def _placed(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _number_texts(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each text as a row, with its location."""
     return ((f"{place}{number}", {"text": text}) for number, text in enumerate(texts, start=1))
 
 
-def _lines(file: Path | None) -> Iterator[str]:
+def _read_lines(file: Path | None) -> Iterator[str]:
     try:
         with contextlib.nullcontext(sys.stdin) if file is None else file.open(encoding="utf-8-sig") as stream:
             for line in stream:
@@ -155,15 +156,15 @@ def _lines(file: Path | None) -> Iterator[str]:
 
 
 def show(predictor: predict.Predictor, what: PredictInput, max_new_tokens: int, as_json: bool) -> None:
-    """Print each answer as text, or as JSON with the row's place."""
+    """Print each row's answer as text, or as JSON with the row's location."""
 
     def put(place: str, row: Row, answer: Row | None, reason: str | None) -> None:
         if as_json:
             typer.echo(json.dumps({"place": place, **(answer or {"error": reason})}, ensure_ascii=False))
         else:
-            typer.echo("" if answer is None else _in_words(answer))
+            typer.echo("" if answer is None else _answer_in_words(answer))
 
-    _answer(predictor, what, put, _IN_PLACE[as_json], max_new_tokens)
+    _answer_rows(predictor, what, put, _IN_PLACE[as_json], max_new_tokens)
 
 
 def write(
@@ -173,14 +174,14 @@ def write(
     max_new_tokens: int,
     watch: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
-    """Write rows with answers to a file, named when complete; return the counts."""
+    """Write rows with their answers to a file that gets its name when complete, and return the counts."""
     new = added(predictor.notes, what.columns)
     *_, reason_column = new
     types = what.types() if output.suffix.lower() == ".parquet" else {}
     try:
         with into(output, what.columns, new, types) as put:
             watch(0, what.total)
-            counts = _answer(
+            counts = _answer_rows(
                 predictor,
                 what,
                 lambda place, row, answer, reason: put(row, cells(new, answer, reason)),
@@ -189,11 +190,11 @@ def write(
                 watch,
             )
     except KeyboardInterrupt:
-        raise InterruptedRun(f"interrupted: {output} was not written; the same command starts again") from None
+        raise InterruptedRun(f"interrupted: {output} was not written; run the same command to start again") from None
     return {"output": str(output), **counts, "columns": list(new)}
 
 
-def _answer(
+def _answer_rows(
     predictor: predict.Predictor,
     what: PredictInput,
     put: Callable[[str, Row, Row | None, str | None], None],
@@ -201,7 +202,8 @@ def _answer(
     max_new_tokens: int,
     watch: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Pass each row's place, columns, and answer or reason to `put`; warnings say what is `instead` of answers."""
+    """Pass each row with its answer, or the reason for none, to `put`, and return the counts. Warnings say what is
+    printed `instead` of answers."""
     placed, again = tee(what.placed())
     rows_to_answer = what.rows(predictor.notes, (row for _, row in again))
     rows = without = cut = 0
@@ -234,7 +236,7 @@ def _warn(line: str) -> None:
     err.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
 
 
-def _in_words(answer: Row) -> str:
+def _answer_in_words(answer: Row) -> str:
     if "answer" in answer:
         return str(answer["answer"])
     if "entities" in answer:
@@ -251,7 +253,7 @@ def _in_words(answer: Row) -> str:
 
 
 def check_output(output: Path, replace: bool) -> None:
-    """Refuse an output file that cannot or must not be written."""
+    """Raise a `SetupError` if the output file cannot be written or must not be replaced."""
     if output.suffix.lower() not in _WRITTEN:
         raise SetupError(f"{output}: cannot be written as '{output.suffix}'; expected {', '.join(_WRITTEN)}")
     if not output.parent.is_dir():
@@ -263,8 +265,8 @@ def check_output(output: Path, replace: bool) -> None:
 
 
 def added(notes: Row, own: Collection[str]) -> Columns:
-    """Return the columns that answers add: `predicted_...`, or `predicted2_...` if taken. The last holds the reason for
-    a missing answer."""
+    """Return the columns that answers add: `predicted_...`, or `predicted2_...` if taken. The last one holds the reason
+    for a missing answer."""
     target = Target.from_notes(notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
     each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()
@@ -276,7 +278,7 @@ def added(notes: Row, own: Collection[str]) -> Columns:
 
 
 def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any]:
-    """Return a row's added cells; without an answer only the reason."""
+    """Return the added columns of one row; a row without an answer has only the reason."""
     if answer is None:
         return {**dict.fromkeys(new), [*new][-1]: reason}
     return {name: reduce(getitem, path, {**answer, "error": None}) for name, (path, _) in new.items()}
@@ -284,23 +286,25 @@ def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any
 
 @contextlib.contextmanager
 def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
-    """Write rows to a file, named when complete. `types` are those of the rows' own columns in parquet."""
+    """Yield a function that writes one row to a file, which gets its name when complete. `types` are the parquet types
+    of the rows' own columns."""
     form = output.suffix.lower()
     with writing(output), replacing(output) as part:
         if form == ".parquet":
-            with _parquet(part, own, new, types) as write:
+            with _write_parquet(part, own, new, types) as write:
                 yield write
             return
         with part.open("w", newline="", **_ENCODING) as stream:  # both writers end their own lines
             if _WRITTEN[form]:
-                yield _separated(stream, _WRITTEN[form], [*own, *new])
+                yield _write_separated(stream, _WRITTEN[form], [*own, *new])
             else:
                 yield lambda row, answer: stream.write(
                     json.dumps({**row, **answer}, ensure_ascii=False, default=readable) + "\n"
                 )
 
 
-def _separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[Row, Row], None]:
+def _write_separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[Row, Row], None]:
+    """Return a function that writes one row to a csv or tsv stream."""
     # The writer quotes a lone \r only if lines end with one, so lines are written with \r\n and then end with \n.
     writer = csv.writer(SimpleNamespace(write=lambda line: stream.write(f"{line[:-2]}\n")), delimiter=delimiter)
     writer.writerow(names)
@@ -308,19 +312,20 @@ def _separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[R
     def write(row: Row, answer: Row) -> None:
         # Seven digits exceed the precision of a model's numbers.
         rounded = {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in answer.items()}
-        writer.writerow([_cell({**row, **rounded}.get(name)) for name in names])
+        writer.writerow([_cell_value({**row, **rounded}.get(name)) for name in names])
 
     return write
 
 
-def _cell(value: Any) -> Any:
+def _cell_value(value: Any) -> Any:
     if isinstance(value, (list, tuple, dict)):
         return json.dumps(value, ensure_ascii=False, default=readable)
     return value if value is None or isinstance(value, (str, int, float)) else readable(value)
 
 
 @contextlib.contextmanager
-def _parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
+def _write_parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
+    """Yield a function that writes one row to a parquet file."""
     kinds = {"list": pa.list_(pa.string()), "json": pa.string(), "string": pa.string()}
     kinds |= {"double": pa.float64(), "int64": pa.int64()}
     fields = {name: types.get(name, pa.string()) for name in own}
@@ -333,10 +338,12 @@ def _parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterat
             waiting.clear()
 
         def write(row: Row, answer: Row) -> None:
-            cells = {name: _cell(answer[name]) if kind == "json" else answer[name] for name, (_, kind) in new.items()}
+            cells = {
+                name: _cell_value(answer[name]) if kind == "json" else answer[name] for name, (_, kind) in new.items()
+            }
             for name, value in ((name, row.get(name)) for name in own):
                 unread = value is None or (name in types and isinstance(value, BadCell))
-                cells[name] = None if unread else value if name in types else str(_cell(value))
+                cells[name] = None if unread else value if name in types else str(_cell_value(value))
             waiting.append(cells)
             if len(waiting) == _ROWS_AT_ONCE:
                 flush()
@@ -347,12 +354,12 @@ def _parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterat
 
 
 def no_merge(run: Path, model_folder: Path) -> str:
-    """Return why a model cannot be merged, and which models of its run can."""
+    """Explain why a model cannot be merged, and which models of its run can."""
     why, models = "is already a whole model", predict.models_of(run)
     if folders.is_partial(model_folder):
         kind = folders.notes_of(model_folder)["method"]["kind"]
         why = f"a method of kind {kind} adds modules to the model and cannot be merged"
     can = [name for name, path in models.items() if folders.can_be_merged(path)]
     if can:
-        return f"{model_folder}: {why}; these can be merged, with --method: {', '.join(can)}"
+        return f"{model_folder}: {why}; name one that can be merged with --method: {', '.join(can)}"
     return f"{model_folder}: {why}" + (f"; {run} has no other model that can be merged" if models else "")

@@ -1,4 +1,4 @@
-"""Steps that several verbs share."""
+"""Steps that several commands share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ out = Console(highlight=False, emoji=False)
 
 
 def shown(error: FulltuneError) -> Iterator[str]:
-    """Yield an error's problems without control characters, data errors with private data masked."""
+    """Yield an error's problems without control characters; in data errors personal data is masked."""
     from fulltune.audit.texts import masked_text
 
     for problem in error.problems:
@@ -39,10 +39,10 @@ def shown(error: FulltuneError) -> Iterator[str]:
 
 
 def end_on_signal(number: int, frame: object) -> None:
-    """End the command at once on a signal outside training, as SIGKILL would, but say that it can resume.
+    """End the command at once, without training to save, and say that it can resume.
 
-    The signal alone would not end the first process of a container. An exception would not do either: where PyTorch
-    calls Python it is lost, or ends the process with SIGABRT.
+    The default signal handler would not end the first process of a container. An exception would be lost, or end the
+    process with SIGABRT, where PyTorch calls Python.
 
     """
     os.write(2, b"stopped by a signal; run the same command to resume or start again\n")
@@ -53,7 +53,7 @@ def end_on_signal(number: int, frame: object) -> None:
 def joined(
     target: Path, overrides: list[str] | None, rank: int | None, rendezvous: str | None, wait: str
 ) -> Iterator[MachineGroup | None]:
-    """On machine 0 run the block and lead the other machines; on others follow it, then exit. Yields None with one
+    """Lead the other machines around the block (machine 0), or follow machine 0 and exit. Yield None on a single
     machine."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
@@ -82,6 +82,7 @@ def joined(
 def open_run(
     target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
 ) -> tuple[Recipe, Path]:
+    """Load the recipe of a single run and return it with its folder, new or to resume."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
 
@@ -101,7 +102,7 @@ def open_run(
 
 
 def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path | None, fresh: bool) -> Path:
-    """Return the folder for a recipe, new or to resume, and print which."""
+    """Return the run folder, new or to resume, and print its path."""
     from fulltune.system import run_folder
 
     run, resumed = target, True
@@ -116,6 +117,7 @@ def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path
 
 
 def finished(recipe: Recipe, folder: Path) -> RunResult | None:
+    """Return the results of a run that is already complete, or None."""
     from fulltune.system import run_folder
 
     reached = run_folder.finished(recipe, folder)
@@ -127,7 +129,7 @@ def finished(recipe: Recipe, folder: Path) -> RunResult | None:
 def reach(
     recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **settings: Any
 ) -> RunResult:
-    """Run the pipeline. `settings` are fields of `Run`."""
+    """Run the pipeline up to a stage while showing progress. `settings` are fields of `Run`."""
     settings = {"began": time.time(), **settings}
     with displayed(details) as display:
         from fulltune.compare.rate_search import run_recipe
@@ -138,7 +140,7 @@ def reach(
 
 @contextmanager
 def displayed(details: bool) -> Iterator[Display]:
-    """Show the progress of the block; Ctrl-C raises `InterruptedRun`."""
+    """Show progress during the block, in which Ctrl-C raises `InterruptedRun`."""
     from fulltune.system import run_folder
 
     run_folder.hide_progress_bars()
@@ -154,7 +156,7 @@ def displayed(details: bool) -> Iterator[Display]:
 
 @contextmanager
 def bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """Show a bar with rows and time left, on a terminal only."""
+    """Show rows done and time left during the block, only on a terminal."""
     from fulltune.cli.show.run import Display
     from fulltune.records.events import RowsRead
 
@@ -166,7 +168,7 @@ def bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def chosen_model(run: Path, method: str | None) -> Path:
-    """Return the folder of a run's model; print to stderr which one a comparison's verdict chose."""
+    """Return the folder of a run's model, and print it if a comparison's verdict chose it."""
     from fulltune import predict as predicting
 
     folder, reason = predicting.choose(run, method)

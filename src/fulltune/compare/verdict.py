@@ -215,7 +215,7 @@ def _notes(differences: Sequence[Difference], verdict: VerdictKind, recommended:
     for shown in differences:
         if not shown.decides and (shown.other_better or shown.equivalent or shown.estimate <= 0):
             how = "is not worse than full" if shown.not_worse else "scores no less than full"
-            yield f"{shown.method}, shown for orientation, {how}: is there anything to learn here?"
+            yield f"{shown.method}, shown for reference, {how}: is there anything to learn here?"
     if fewer := [one.method for one in deciding if one.num_seeds == 1 and one.seeds_known]:
         yield f"{', '.join(fewer)}: one seed; the spread between seeds is taken from the other methods"
     better = [one.method for one in deciding if one.other_better and one.method != recommended]

@@ -71,7 +71,7 @@ def test_table_each_method_has_quality_and_cost(tmp_path: Path) -> None:
 def test_table_method_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert cells(markdown, "prompt")[0][-1] == "2"
-    assert "- fewer seeds of prompt, which waited for an answer about full and the best other method" in markdown
+    assert "- prompt: fewer seeds, because full and the best other method were decided first" in markdown
     assert "- took: 45 min 12 s in all, 10.0× one full run (4 min 31 s); cpu, 2 cores" in markdown
     assert cells(markdown, "head")[0][-2] == "0.0032*"
     assert cells(markdown, "head")[2][3] == "0.0032*"
@@ -103,9 +103,9 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
         (0.62, ""),
         (
             0.9155,
-            "nearest centroid, which trains nothing, has 91.5% on the same test rows, within the interval of lora",
+            "nearest centroid, which needs no training, has 91.5% on the same test rows, within the interval of lora",
         ),
-        (0.955, "No method beats nearest centroid, which trains nothing and has 95.5%."),
+        (0.955, "No method beats nearest centroid, which needs no training and has 95.5%."),
     ],
 )
 def test_headline_leads_with_what_trains_nothing_where_it_comes_near(tmp_path: Path, value: float, lead: str) -> None:

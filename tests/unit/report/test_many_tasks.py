@@ -71,8 +71,9 @@ def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
     assert ManyTasks.load(record) == together()
     text = page.read_text(encoding="utf-8")
     said = (
-        "A full model for each of 2 tasks: 173 MiB of weights on disk, and in memory with all models loaded. One "
-        "base (86.7 MiB) with adapter for each: 89.8 MiB, 0.52×; each further task adds 1.56 MiB instead of 86.7 MiB."
+        "A full model for each of 2 tasks: 173 MiB of weights on disk, and as much memory if all models are loaded. "
+        "One base (86.7 MiB) with adapter for each: 89.8 MiB, 0.52×; each further task adds 1.56 MiB instead of 86.7 "
+        "MiB."
     )
     assert said in text
     assert "full is better by [points], mean over the tasks" in text

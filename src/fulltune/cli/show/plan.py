@@ -1,5 +1,3 @@
-"""A plan as report elements, for the terminal."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -20,22 +18,22 @@ WIDEST_VALUE = 20
 
 
 def sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
-    """Yield the decision, then inputs, memory, placements, time, settings, ways out and advice."""
-    yield _section("plan", Facts(tuple(_decision(survey, plan))))
-    yield _section("inputs", Facts(tuple(_inputs(survey))))
+    """Yield a plan's sections: decision, inputs, memory, placements, time, settings, ways out, advice, commands."""
+    yield _section("plan", Facts(tuple(_fit_and_cost(survey, plan))))
+    yield _section("inputs", Facts(tuple(_input_facts(survey))))
     if plan is not None:
-        yield _section(f"memory of a step, micro batch {plan.micro_batch_size}", *_memory(survey, plan))
-    yield _section("placements", _placements(survey), Paragraph(_legend(survey)))
+        yield _section(f"memory of a step, micro batch {plan.micro_batch_size}", *_memory_blocks(survey, plan))
+    yield _section("placements", _placement_table(survey), Paragraph(_placement_legend(survey)))
     if plan is not None:
         if plan.time:
-            yield _section("time", Facts(tuple(_time(survey, plan, plan.time))))
-        yield _section("settings", *_settings(plan.settings))
+            yield _section("time", Facts(tuple(_time_facts(survey, plan, plan.time))))
+        yield _section("settings", *_setting_blocks(plan.settings))
     if survey.ways_out:
-        yield _section("ways out", *_ways_out(survey))
+        yield _section("ways out", *_ways_out_blocks(survey))
     advice = tuple((one.verdict, one.method, one.rule) for one in survey.advice)
     title = "method: where to start (sources: docs/evidence.md)"
     yield _section(title, Table("", ("", "method", "why"), advice))
-    yield _section("next", *_what_next(survey, plan))
+    yield _section("next", *_next_commands(survey, plan))
 
 
 def _section(title: str, *blocks: Element) -> Section:
@@ -43,7 +41,7 @@ def _section(title: str, *blocks: Element) -> Section:
 
 
 def gib(num_bytes: int) -> str:
-    """Format bytes as GiB with the significant digits."""
+    """Format bytes as a number of GiB."""
     if not num_bytes:
         return "–"
     value = num_bytes / 2**30
@@ -52,7 +50,7 @@ def gib(num_bytes: int) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
 
 
-def _decision(survey: Survey, plan: Plan | None) -> list[tuple[str, str]]:
+def _fit_and_cost(survey: Survey, plan: Plan | None) -> list[tuple[str, str]]:
     if plan is None:
         return [("fits", f"no: {'; '.join(survey.notes[:1])}")]
     peak = f", {gib(plan.memory.peak)} of {gib(survey.device_free_bytes)} GiB" if plan.memory else ""
@@ -69,7 +67,7 @@ def _decision(survey: Survey, plan: Plan | None) -> list[tuple[str, str]]:
     return rows
 
 
-def _inputs(survey: Survey) -> list[tuple[str, str]]:
+def _input_facts(survey: Survey) -> list[tuple[str, str]]:
     lengths = survey.length_percentiles
     tokens = f"median {lengths['p50']:,}, 95th percentile {lengths['p95']:,}, longest {lengths['max']:,}"
     # In GiB as everywhere below; for the host also in GB, as hosts are sold and `--for` counts (1 GiB is 1.07 GB).
@@ -86,7 +84,7 @@ def _inputs(survey: Survey) -> list[tuple[str, str]]:
     return [*rows, ("assumed", "; ".join(survey.assumptions))] if survey.assumptions else rows
 
 
-def _memory(survey: Survey, plan: Plan) -> list[Element]:
+def _memory_blocks(survey: Survey, plan: Plan) -> list[Element]:
     need, disk = plan.memory, plan.disk
     kinds = need.kinds if need else {}
     sizes = [gib(size) for size in (*(kinds.get(kind, 0) for kind in KINDS), sum(kinds.values()))]
@@ -110,7 +108,7 @@ def _memory(survey: Survey, plan: Plan) -> list[Element]:
     return [*blocks, Facts(tuple(facts))]
 
 
-def _placements(survey: Survey) -> Table:
+def _placement_table(survey: Survey) -> Table:
     rows: list[TableRow] = []
     for placement in survey.placements:
         is_chosen = placement.name == survey.placement
@@ -126,12 +124,12 @@ def _placements(survey: Survey) -> Table:
     return Table("", header, tuple(rows), frozenset(range(1, len(header) - 1)))
 
 
-def _legend(survey: Survey) -> str:
+def _placement_legend(survey: Survey) -> str:
     host = "each host" if survey.num_machines > 1 else "the host"
     return f"GiB on each device and {host}; batch: rows per pass on each device, * with activation checkpointing"
 
 
-def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
+def _time_facts(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
     batch = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} x {plan.num_processes}"
     rows = counted(plan.global_batch_size, "row")
     epochs = f"{plan.num_train_epochs:g} {'epoch' if plan.num_train_epochs == 1 else 'epochs'}"
@@ -151,7 +149,7 @@ def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
     ]
 
 
-def _settings(settings: Sequence[Setting]) -> list[Element]:
+def _setting_blocks(settings: Sequence[Setting]) -> list[Element]:
     reasoned = [one for one in settings if one.reason not in ("default", FROM_RECIPE)]
     rows = [(one.name, in_yaml(one.value), one.reason) for one in reasoned]
     long = [Paragraph(f"{name}: {value} ({why})") for name, value, why in rows if len(value) > WIDEST_VALUE]
@@ -168,7 +166,7 @@ def _settings(settings: Sequence[Setting]) -> list[Element]:
     ]
 
 
-def _ways_out(survey: Survey) -> list[Element]:
+def _ways_out_blocks(survey: Survey) -> list[Element]:
     rows = tuple(
         (f"{number} {way.change}", gib(way.frees_bytes), "yes" if way.enough else "no", way.costs)
         for number, way in enumerate(survey.ways_out, 1)
@@ -177,16 +175,16 @@ def _ways_out(survey: Survey) -> list[Element]:
     flags = [
         Code(f"{number}  {flag}", "sh") for number, way in enumerate(survey.ways_out, 1) if (flag := as_flags(way))
     ]
-    lead = Paragraph("to plan one of them, add to the command (--for replaces yours):")
+    lead = Paragraph("to plan one of them, add its options to the command (--for replaces yours):")
     return [table, lead, *flags] if flags else [table]
 
 
-def _what_next(survey: Survey, plan: Plan | None) -> list[Element]:
+def _next_commands(survey: Survey, plan: Plan | None) -> list[Element]:
     if plan is None:
-        return [Paragraph("nothing fits as it is: choose one of the ways out first")]
+        return [Paragraph("nothing fits yet: choose one of the ways out first")]
     blocks: list[Element] = []
     if survey.comparison:
-        blocks.append(Paragraph("to decide on your own rows: a fair comparison, each method at its best rate"))
+        blocks.append(Paragraph("to decide on your own rows: a fair comparison of methods, each at its best rate"))
         blocks.append(Code(survey.comparison, "sh"))
     elif survey.full_fits:
         where = "with methods: [full, lora] instead of method in the recipe, on one machine, without ZeRO"
@@ -198,7 +196,7 @@ def _what_next(survey: Survey, plan: Plan | None) -> list[Element]:
 
 
 def measured(measurements: Measurements) -> Table:
-    """Return memory, speed and loss (as a difference to the first) of one step per setting."""
+    """Build the table of memory, speed and loss in one measured step per setting."""
     first = next((row.loss for row in measurements.rows if row.loss is not None), None)
     rows = tuple(
         (
@@ -206,7 +204,9 @@ def measured(measurements: Measurements) -> Table:
             format_bytes(row.peak_memory_bytes) if row.peak_memory_bytes else "–",
             f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "–",
             # Another micro batch has other rows, so its loss is not comparable.
-            "–" if row.loss is None or first is None or row.kind == "micro batch" else _loss(row.loss, first),
+            "–"
+            if row.loss is None or first is None or row.kind == "micro batch"
+            else _loss_or_difference(row.loss, first),
         )
         for row in measurements.rows
     )
@@ -214,5 +214,6 @@ def measured(measurements: Measurements) -> Table:
     return Table(caption, ("settings", "peak memory", "tokens/s", "loss"), rows, frozenset({1, 2, 3}))
 
 
-def _loss(loss: float, first: float) -> str:
+def _loss_or_difference(loss: float, first: float) -> str:
+    """Format the first loss, or the difference to it."""
     return f"{loss:.4f}" if loss == first else f"{loss - first:+.1e}"

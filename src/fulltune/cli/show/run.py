@@ -1,5 +1,3 @@
-"""Progress of a run on stderr: a live line on a terminal, plain lines elsewhere."""
-
 from __future__ import annotations
 
 import time
@@ -35,11 +33,10 @@ from fulltune.report.run.about_training import check_table
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
 _MOST_ROWS = 8
-"""Most row numbers listed for a skipped step."""
 
 
 class Display:
-    """Shows a run's events on a console, with a live line in a terminal. `details` adds tables of data and plan."""
+    """Prints a run's events to a console, with a live line on a terminal. `details` adds tables of data and plan."""
 
     def __init__(self, console: Console, details: bool = True) -> None:
         self.console, self.details = console, details
@@ -104,6 +101,7 @@ class Display:
             self.console.print(f"[dim]{name}[/dim]")
 
     def _live(self, name: str, done: float | None, total: float | None, facts: str) -> bool:
+        """Update the live line, and return whether there is one."""
         self.progress.update(self.task, description=name, completed=done, total=total, facts=facts)
         return self.progress.live.is_started
 

@@ -94,11 +94,11 @@ def _near_without_training(comparison: Comparison) -> str:
     row = next((one for one in trained if one.method == comparison.decision.recommended), top)
     value, write = best.metrics[comparison.decision.metric].value, Writer.of(comparison.decision)
     if sign * value >= sign * top.metric.value:
-        return f"No method beats {best.name}, which trains nothing and has {write.value(value)}."
+        return f"No method beats {best.name}, which needs no training and has {write.value(value)}."
     if sign * value < min(sign * row.metric.low, sign * row.metric.high):
         return ""
     return (
-        f"{best.name}, which trains nothing, has {write.value(value)} on the same test rows, within the interval of "
+        f"{best.name}, which needs no training, has {write.value(value)} on the same test rows, within the interval of "
         f"{row.method}, {write.estimate(row.metric)}."
     )
 
@@ -143,7 +143,7 @@ def _method_tables(comparison: Comparison) -> tuple[Element, ...]:
     tables = (_quality_table(comparison), _cost_table(comparison))
     if not fewer:
         return tables
-    why = f"fewer seeds of {', '.join(fewer)}, which waited for an answer about full and the best other method"
+    why = f"{', '.join(fewer)}: fewer seeds, because full and the best other method were decided first"
     return (*tables, Bullets((why,)))
 
 
@@ -181,7 +181,7 @@ def _quality_table(comparison: Comparison) -> Table:
     )
     better = f"full is better by{' [points]' if write.in_points else ''}"
     metric = f"{write.name} [{level}]"
-    header = ("method", "parameters updated", metric, better, "of full's gain", "drift", "rate", "seeds")
+    header = ("method", "parameters updated", metric, better, "share of full's gain", "drift", "rate", "seeds")
     return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 

@@ -118,7 +118,7 @@ def _summary_sentences(record: ManyTasks) -> list[str]:
     smallest = min(fair or on_base, key=lambda method: method.stored_bytes, default=None)
     lines = [
         f"A full model for each of {counted(len(record.tasks), 'task')}: {format_bytes(full.stored_bytes)} of weights "
-        "on disk, and in memory with all models loaded."
+        "on disk, and as much memory if all models are loaded."
     ]
     if smallest is not None:
         lines[0] += (
@@ -127,5 +127,5 @@ def _summary_sentences(record: ManyTasks) -> list[str]:
             f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
         )
     if all(method.behind is None for method in others):
-        lines.append("The tasks' metrics cannot be averaged, or have one seed only: see each task's report.")
+        lines.append("The tasks' metrics cannot be averaged, or there is only one seed: see each task's report.")
     return lines

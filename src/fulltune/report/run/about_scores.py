@@ -102,7 +102,7 @@ def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str 
     if not row.num_leaks or whole is None:
         return None
     content = leaked_content(summary.columns if summary else (), row.near_leaks)
-    leaks = f"Of {whole.rows or row.rows:,} test rows {row.num_leaks:,} leak: their {content}"
+    leaks = f"Of {whole.rows or row.rows:,} test rows, {row.num_leaks:,} leak: their {content}"
     if row.metric_without_leaks is None:
         return f"{leaks}. Too few others remain to judge the model on unseen rows."
     name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, row.metric_without_leaks)
@@ -129,9 +129,9 @@ def _groups_in_words(scores: Sequence[Scores]) -> str | None:
     if num_rows == num_groups:
         return None
     return (
-        f"The {counted(num_rows, 'test row')} form {counted(num_groups, 'group')}: rows of a group share their text, "
-        "prompt or passage, or nearly so. Intervals are computed over groups, because dependent rows are not "
-        "independent evidence."
+        f"The {counted(num_rows, 'test row')} form {counted(num_groups, 'group')}: rows of a group have (nearly) the "
+        "same text, prompt or passage. Intervals are computed over groups, because dependent rows are not independent "
+        "evidence."
     )
 
 

@@ -109,7 +109,7 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
 
 
 def _missing_section(view: RunView) -> Section | None:
-    lead = Paragraph("This report is made from the files of the run. Missing, and why:")
+    lead = Paragraph("This report is made from the run's files. These parts are missing:")
     items = Bullets(tuple(f"{what}: {why}" for what, why in view.missing))
     return Section("missing", "What is missing", (lead, items)) if view.missing else None
 

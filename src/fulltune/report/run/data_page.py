@@ -182,7 +182,7 @@ def _check_section(audit: Audit, check: str) -> Section:
         for row in examples
     )
     rows = tuple(tuple(untrusted(text, _CELL) for text in row) for row in cells)
-    first = f"The {len(rows)} surest" if any(one.score for one in examples) else f"The first {len(rows)}"
+    first = f"The {len(rows)} most certain" if any(one.score for one in examples) else f"The first {len(rows)}"
     caption = f"{first} of {count:,}; data/issues.jsonl lists all" if len(rows) < count else "All rows"
     table = Table(caption, ("row", "text", *(["label"] if has_labels else []), "why", "remedy"), rows)
     title = f"{check[0].upper()}{check[1:]}: {counted(count, 'row')}"
@@ -202,7 +202,7 @@ def _next_section(view: RunView, audit: Audit) -> Section:
     blocks: list[Element] = []
     if audit.checks:
         blocks = [
-            Paragraph("Go through these rows, the surest first, and decide: keep, drop or change."),
+            Paragraph("Review these rows, the most certain first, and decide: keep, drop or change."),
             Code(f"fulltune data {folder} --review", "sh"),
             Paragraph(
                 "Your decisions are written to a patch file. Name it as data.patch in the recipe: it is applied "
