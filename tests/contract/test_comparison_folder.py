@@ -191,8 +191,8 @@ def test_only_model_is_taken_without_a_verdict(unfinished: Path) -> None:
         ([], "models/full: is already a whole model; name one that can be merged with --method: lora"),
         (
             ["--method", "adapter"],
-            "models/adapter: a method of kind adapter adds modules to the model and cannot be merged; these can "
-            "be merged, with --method: lora",
+            "models/adapter: a method of kind adapter adds modules to the model and cannot be merged; name "
+            "one that can be merged with --method: lora",
         ),
     ],
 )
