@@ -14,7 +14,7 @@ import transformers
 from accelerate import Accelerator
 from transformers import BertForSequenceClassification
 
-from fulltune.footprint.allocations import _micro_batch
+from fulltune.footprint.allocations import _trace_micro_batch
 from fulltune.inference.run import _in_float32, autocast
 from fulltune.inference.selective_head import _as_computed, _few_roundings, as_its_attention_can
 from fulltune.models import sharding
@@ -135,8 +135,9 @@ def test_traced_pass_computes_as_the_trainer_does(weights: str, found: torch.dty
     )
     watch: Any = SimpleNamespace(place="")
     with formats() as types:
-        _micro_batch(case, model, {"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}, watch, False)
-    assert types["footprint/allocations.py: _micro_batch"] == {found}
+        batch = {"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}
+        _trace_micro_batch(case, model, batch, watch, False)
+    assert types["footprint/allocations.py: _trace_micro_batch"] == {found}
 
 
 @on_the_cpu
@@ -222,5 +223,5 @@ def test_speed_of_bf16_is_that_of_products_in_bf16(monkeypatch: pytest.MonkeyPat
         return output
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    assert hardware._bf16_speedup("cpu", rows=2, width=4) > 0
+    assert hardware._measure_bf16_speedup("cpu", rows=2, width=4) > 0
     assert types[:4] == [torch.float32] * 2 + [torch.bfloat16] * 2

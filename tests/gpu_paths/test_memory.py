@@ -25,7 +25,7 @@ books = pytest.mark.stand_in(
 
 @pytest.mark.stand_in("an A100 and a T4 by a patched torch.cuda", card="that the driver says so")
 def test_cards_of_different_kinds_are_each_read(an_a100_and_a_t4: Cards) -> None:
-    a100, t4 = hardware._gpus()
+    a100, t4 = hardware._list_gpus()
 
     assert (a100.name, a100.memory_bytes, a100.free_bytes, a100.bf16) == (
         "NVIDIA A100-SXM4-40GB",
@@ -39,7 +39,7 @@ def test_cards_of_different_kinds_are_each_read(an_a100_and_a_t4: Cards) -> None
 @pytest.mark.stand_in("cards that a patched torch.cuda counts and cannot use", card="the driver itself")
 def test_cards_whose_driver_is_too_old_are_none(an_a100_and_a_t4: Cards, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert hardware._gpus() == ()
+    assert hardware._list_gpus() == ()
 
 
 @books

@@ -186,8 +186,8 @@ def test_levers_stay_in_the_format_of_a_card_without_fast_bf16() -> None:
     old, new = (plan(device="cuda", precision="fp32", fast_bf16=fast) for fast in (False, True))
     assert levers._half_precision(recipe(), old) == [{"precision": "fp16"}]
     assert levers._half_precision(recipe(), new) == [{"precision": "bf16"}]
-    assert levers._no_narrow_weights(recipe(), old) == "this GPU has no fast bf16"
-    assert levers._no_narrow_weights(recipe(), new) is None
+    assert levers._narrow_weights_obstacle(recipe(), old) == "this GPU has no fast bf16"
+    assert levers._narrow_weights_obstacle(recipe(), new) is None
 
 
 def in_engine(**settings: Any) -> Recipe:

@@ -125,7 +125,7 @@ def _saved_bytes(case: TraceCase) -> int:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    head = tracing._head(case.task, model)
+    head = tracing._selective_head(case.task, model)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if head is None:
             loss = case.task.loss(model(**batch).logits, labels, case.target)

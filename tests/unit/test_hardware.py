@@ -66,7 +66,7 @@ def test_machine_is_described() -> None:
 def test_bf16_speedup_of_a_cpu_without_bf16_is_known_from_a_small_product(
     monkeypatch: pytest.MonkeyPatch, small: float, large: float, expected: float
 ) -> None:
-    monkeypatch.setattr(hardware, "_bf16_speedup", lambda device, rows, width: small if rows == 64 else large)
+    monkeypatch.setattr(hardware, "_measure_bf16_speedup", lambda device, rows, width: small if rows == 64 else large)
     assert hardware.bf16_speedup.__wrapped__("cpu") == expected
 
 

@@ -126,7 +126,7 @@ def test_version_of_a_package_is_the_one_that_is_imported(tmp_path: Path, monkey
         place.mkdir(parents=True)
         (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
-    versions = machines._versions(plans.recipe())
+    versions = machines._package_versions(plans.recipe())
     assert (versions["torch"], versions["transformers"]) == ("1.0", metadata.version("transformers"))
 
 
@@ -137,7 +137,7 @@ def test_of_a_large_file_both_ends_are_compared(tmp_path: Path, monkeypatch: pyt
     contents = []
     for content in (b"abc" + bytes(20) + b"xyz", b"abc" + bytes(20) + b"xyy", b"abb" + bytes(20) + b"xyz", b"abc"):
         file.write_bytes(content)
-        contents.append(machines._content(file.parent))
+        contents.append(machines._content_digest(file.parent))
     assert len(set(contents)) == 4
 
 

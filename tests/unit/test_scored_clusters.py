@@ -60,7 +60,7 @@ def test_difference_in_a_run_rests_on_clusters(tmp_path: Path) -> None:
         kept = {"right": right.astype(float)}
         found = run.estimates(kept, metrics=lambda rows: {"accuracy": float(rows["right"].mean())})
         scored = run.scores(name, kind, 120, found)  # type: ignore[arg-type]  # of this type
-        evaluate._kept(tmp_path / "scores" / f"{name}.json", lambda scored=scored: scored)
+        evaluate._load_or_score(tmp_path / "scores" / f"{name}.json", lambda scored=scored: scored)
     mine = Scores.load(tmp_path / "scores" / "full-seed42.json")
     ahead = evaluate.with_differences(tmp_path, mine, partial(paired, span=1.0, confidence=0.95))
     found = ahead.differences["before-training"]

@@ -52,7 +52,7 @@ def scoring_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, b
 
 def baselines(scoring: Scoring) -> list[Scores]:
     """Score the baselines, such as the majority class or the pretrained model, unless scores exist."""
-    scorer, folder = _scorer(scoring.recipe.task), scoring.data.parent
+    scorer, folder = _scorer_of(scoring.recipe.task), scoring.data.parent
 
     def untouched() -> Scored:
         scores, main = scorer.trained(scoring, *scoring.load(None))
@@ -62,31 +62,31 @@ def baselines(scoring: Scoring) -> list[Scores]:
     scorers |= scorer.baselines(scoring)
     if scoring.task.FACTS.head_is_new:
         with _explain_out_of_memory("the linear probe of the untouched model"):
-            scorers |= _by_the_untouched_model(scoring, scorer)
+            scorers |= _probe_baselines(scoring, scorer)
     shapes = folder / "plan" / SHAPES
     # A checkpoint with a head for the task is scored untrained; a comparison has it as its method `base`.
     if not scoring.recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:
         scorers.setdefault(UNTOUCHED, untouched)
-    return [_kept(folder / "scores" / f"{name}.json", make) for name, make in scorers.items()]
+    return [_load_or_score(folder / "scores" / f"{name}.json", make) for name, make in scorers.items()]
 
 
-def _by_the_untouched_model(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
+def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
     """Return baselines of the pretrained model: with a linear probe as head, and a classifier on embeddings."""
     with_head = scoring.plan.head_init is not None
     if not with_head and scoring.target.form.has_windows:
         return {}
     rows, eval_rows = (opened(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
     # Stored in the run folder; fitted here if training did not need it.
-    fitted = probe.load_or_fit(scoring.data.parent, lambda: _extractor(scoring), rows, eval_rows, with_head)
+    fitted = probe.load_or_fit(scoring.data.parent, lambda: _feature_extractor(scoring), rows, eval_rows, with_head)
     scorers: dict[str, Callable[[], Scored]] = {}
     if (baseline := fitted.baseline) is not None:
-        scorers["baseline-frozen"] = lambda: _frozen(scoring, scorer, fitted, baseline)
+        scorers["baseline-frozen"] = lambda: _score_frozen_classifier(scoring, scorer, fitted, baseline)
     if fitted.head is not None:
-        scorers["baseline-probe"] = lambda: _as_head(scoring, scorer)
+        scorers["baseline-probe"] = lambda: _score_probe_head(scoring, scorer)
     return scorers
 
 
-def _extractor(scoring: Scoring) -> probe.FeatureExtractor:
+def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -105,8 +105,8 @@ def _extractor(scoring: Scoring) -> probe.FeatureExtractor:
     )
 
 
-def _frozen(scoring: Scoring, scorer: ModuleType, fitted: Probe, baseline: FrozenBaseline) -> Scored:
-    extractor, folder = _extractor(scoring), scoring.data.parent
+def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe, baseline: FrozenBaseline) -> Scored:
+    extractor, folder = _feature_extractor(scoring), scoring.data.parent
     if fitted.head is not None:
         probe.put_head(extractor.model, folder)  # for the same embeddings, as the head's other layers may shape them
     rows = opened(scoring.rows("test"), scoring.base.processor)
@@ -116,7 +116,7 @@ def _frozen(scoring: Scoring, scorer: ModuleType, fitted: Probe, baseline: Froze
     return scorer.frozen(scoring, name, probe.predict(extractor, rows, baseline, probe.frozen_classifier(folder)))
 
 
-def _as_head(scoring: Scoring, scorer: ModuleType) -> Scored:
+def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
     model, processor = scoring.load(None)
     probe.put_head(model, scoring.data.parent)
     scores, main = scorer.trained(scoring, model, processor)
@@ -135,13 +135,13 @@ def score(scoring: Scoring, outcome: Outcome) -> Scores:
         path.unlink(missing_ok=True)  # existing scores may lack these metrics
 
     def trained() -> Scored:
-        scores = _scorer(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
+        scores = _scorer_of(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
         note_access(folder, scoring.listener, outcome)
         return scores
 
-    scores = _kept(path, trained)
+    scores = _load_or_score(path, trained)
     if scores.calibration is not None:
-        _note_temperature(model_folder, scores.calibration.temperature)
+        _save_temperature(model_folder, scores.calibration.temperature)
     span = measure_of(scoring.recipe.task, scoring.target, plan.metric).span
     return with_differences(folder, scores, partial(paired, span=span, confidence=scores.confidence))
 
@@ -185,18 +185,18 @@ def with_differences(
 def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
     """Save the temperature of a classifier's probabilities in its folder, fitted on eval rows."""
     if scoring.target.form.is_calibrated:
-        _note_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
+        _save_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
 
 
-def _note_temperature(model_folder: Path, temperature: float) -> None:
+def _save_temperature(model_folder: Path, temperature: float) -> None:
     files.write_json(model_folder / NOTES, notes_of(model_folder) | {"temperature": temperature})
 
 
-def _scorer(task: TaskName) -> ModuleType:
+def _scorer_of(task: TaskName) -> ModuleType:
     return import_module(f"fulltune.evaluate.{FACTS[task].scored_by}")
 
 
-def _kept(path: Path, make: Callable[[], Scored]) -> Scores:
+def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()

@@ -22,7 +22,7 @@ def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
     """Return scorers by file name: the majority class; for choices the usual position, and the longest."""
     scorers: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(majority, scoring)}
     if scoring.target.num_choices:
-        scorers["baseline-longest"] = partial(_longest, scoring)
+        scorers["baseline-longest"] = partial(_score_longest_choice, scoring)
     return scorers
 
 
@@ -47,7 +47,7 @@ def trained(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Scored:
     )
 
 
-def _label_scores(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
+def _score_labels(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
     true = np.array(scoring.rows("test")["labels"])
     metrics = scoring.estimates(
         {"true": true, "predicted": predicted},
@@ -63,21 +63,21 @@ def majority(scoring: Scoring) -> Scored:
     form, train, test = scoring.target.form, scoring.rows("train"), scoring.rows("test")
     dummy = DummyRegressor() if form.is_number else DummyClassifier(strategy="most_frequent")
     dummy.fit(np.zeros((len(train), 1)), np.array(train["labels"]))
-    return _label_scores(scoring, form.majority, dummy.predict(np.zeros((len(test), 1))))
+    return _score_labels(scoring, form.majority, dummy.predict(np.zeros((len(test), 1))))
 
 
-def _longest(scoring: Scoring) -> Scored:
+def _score_longest_choice(scoring: Scoring) -> Scored:
     """Score the choice with the most characters, as right answers are often written with more care."""
     texts = [multiple_choice.choice_texts(row, scoring.target) for row in scoring.texts]
-    return _label_scores(scoring, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
+    return _score_labels(scoring, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
 
 
 def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
     """Score a classifier on embeddings, from each row's number and outputs [items, outputs]."""
     outputs = [values for _, values in sorted(predicted, key=lambda row: row[0])]
     if scoring.target.num_choices:
-        return _label_scores(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))
-    return _label_scores(scoring, name, classes.predict_labels(np.concatenate(outputs), scoring.target))
+        return _score_labels(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))
+    return _score_labels(scoring, name, classes.predict_labels(np.concatenate(outputs), scoring.target))
 
 
 def _confusion(scoring: Scoring, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:

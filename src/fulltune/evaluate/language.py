@@ -20,7 +20,7 @@ def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
     """Return scorers by file name: a copy of the source, if there is one."""
     if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
-    return {"baseline-copy": lambda: _copy(scoring)}
+    return {"baseline-copy": lambda: _score_copied_source(scoring)}
 
 
 def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
@@ -30,8 +30,8 @@ def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> S
     drawn = drawn_rows(scoring)
     answers: tuple[Answer, ...] = ()
     if drawn:
-        generated, positions = _generated(scoring, model, tokenizer, drawn), list(drawn)
-        prompts, expected = _words(scoring, list(drawn.values()))
+        generated, positions = _generate_answers(scoring, model, tokenizer, drawn), list(drawn)
+        prompts, expected = _prompts_and_answers(scoring, list(drawn.values()))
         estimates |= scoring.estimates(scoring.task.score_answers(generated, expected), positions)
         estimates |= scoring.user_estimates(generated, expected, positions)
         answers = tuple(
@@ -45,7 +45,7 @@ def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> S
     )
 
 
-def _generated(
+def _generate_answers(
     scoring: Scoring,
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -69,10 +69,10 @@ def _generated(
     )
 
 
-def _copy(scoring: Scoring) -> Scored:
+def _score_copied_source(scoring: Scoring) -> Scored:
     """Score the source as the answer, which a summary, correction or paraphrase has to beat."""
     drawn = drawn_rows(scoring)
-    sources, expected = _words(scoring, list(drawn.values()))
+    sources, expected = _prompts_and_answers(scoring, list(drawn.values()))
     scores = scoring.task.score_answers([source.strip() for source in sources], expected)
     metrics = scoring.estimates(scores, list(drawn))
     return scoring.scores("copy of the source", "baseline", len(drawn), metrics=metrics)
@@ -99,6 +99,6 @@ def missing_metrics(scoring: Scoring) -> str | None:
     return f"not computed: {', '.join(missing)}; pip install 'fulltune[text-metrics]'" if missing else None
 
 
-def _words(scoring: Scoring, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+def _prompts_and_answers(scoring: Scoring, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     task, target = scoring.task, scoring.target
     return [task.prompt_text(row, target) for row in rows], [task.answer_text(row, target) for row in rows]

@@ -27,9 +27,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
     """Return scorers by file name: the sentence with most of the question's words, and no answer."""
-    scorers = {"baseline-sentence": lambda: _baseline(scoring, "sentence nearest to the question", nearest_sentence)}
-    if any(not accepted for accepted in _accepted(scoring, _questions(scoring))):
-        scorers["baseline-none"] = lambda: _baseline(scoring, "no answer to any question", lambda question, context: "")
+    scorers = {
+        "baseline-sentence": lambda: _score_baseline(scoring, "sentence nearest to the question", nearest_sentence)
+    }
+    if any(not accepted for accepted in _accepted_answers(scoring, _rows_by_question(scoring))):
+        scorers["baseline-none"] = lambda: _score_baseline(
+            scoring, "no answer to any question", lambda question, context: ""
+        )
     return scorers
 
 
@@ -40,9 +44,9 @@ def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> S
     places = [row[PLACE] for row in texts]
     contexts = [context_of(row, target) for row in texts]
     answers = question_answering.find_answers(predictions, windows, places, contexts)
-    questions = _questions(scoring)
+    questions = _rows_by_question(scoring)
     predicted = [answers[place]["answer"] for place in questions]
-    accepted = _accepted(scoring, questions)
+    accepted = _accepted_answers(scoring, questions)
     numbers = {place: number for number, place in enumerate(questions)}
     of = np.array([numbers[place] for place in places])
     # Each question counts the same, however long its context is.
@@ -68,21 +72,21 @@ def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> S
     )
 
 
-def _baseline(scoring: Scoring, name: str, answer: Callable[[str, str], str]) -> Scored:
-    questions = _questions(scoring)
+def _score_baseline(scoring: Scoring, name: str, answer: Callable[[str, str], str]) -> Scored:
+    questions = _rows_by_question(scoring)
     predicted = [
         answer(question_of(row, scoring.target), context_of(row, scoring.target)) for row in questions.values()
     ]
-    scores = compared(predicted, _accepted(scoring, questions))
+    scores = compared(predicted, _accepted_answers(scoring, questions))
     metrics = scoring.estimates(scores, _first_windows(scoring.texts))
     return scoring.scores(name, "baseline", len(questions), metrics=metrics)
 
 
-def _questions(scoring: Scoring) -> dict[str, Row]:
+def _rows_by_question(scoring: Scoring) -> dict[str, Row]:
     return {row[PLACE]: row for row in scoring.texts}
 
 
-def _accepted(scoring: Scoring, questions: Mapping[str, Row]) -> list[list[str]]:
+def _accepted_answers(scoring: Scoring, questions: Mapping[str, Row]) -> list[list[str]]:
     return [[text for text, _ in question_answering.answers_of(row, scoring.target)] for row in questions.values()]
 
 

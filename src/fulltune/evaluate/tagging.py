@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
     """Return scorers by file name: no entity at all, and a lexicon."""
     return {
-        "baseline-no-entity": lambda: _tagged(scoring, "every word O", _nothing(scoring)),
-        "baseline-lexicon": partial(_lexicon, scoring),
+        "baseline-no-entity": lambda: _score_tags(scoring, "every word O", _all_outside_tags(scoring)),
+        "baseline-lexicon": partial(_score_lexicon, scoring),
     }
 
 
@@ -58,17 +58,17 @@ def _words(scoring: Scoring, row: Row) -> list[str]:
     return token_classification.words_and_tags(row, scoring.target.columns)[0]
 
 
-def _tagged(scoring: Scoring, name: str, predicted: Sequence[np.ndarray]) -> Scored:
+def _score_tags(scoring: Scoring, name: str, predicted: Sequence[np.ndarray]) -> Scored:
     gold = [np.asarray(row) for row in scoring.rows("test")[TAGS]]
     counts = token_classification.counts(gold, predicted, scoring.target)
     return scoring.scores(name, "baseline", len(gold), metrics=scoring.estimates(counts))
 
 
-def _nothing(scoring: Scoring) -> list[np.ndarray]:
+def _all_outside_tags(scoring: Scoring) -> list[np.ndarray]:
     return [np.zeros(len(row), np.int64) for row in scoring.rows("test")[TAGS]]
 
 
-def _lexicon(scoring: Scoring) -> Scored:
+def _score_lexicon(scoring: Scoring) -> Scored:
     """Score the most frequent tag of each word in train, with `O` for other words."""
     ids = {label: position for position, label in enumerate(scoring.target.labels)}
     tag_counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
@@ -77,12 +77,12 @@ def _lexicon(scoring: Scoring) -> Scored:
             tag_counts[word][ids[tag]] += 1
     lexicon = {word: min(counts, key=lambda label: (-counts[label], label)) for word, counts in tag_counts.items()}
     predicted = [np.array([lexicon.get(word, 0) for word in _words(scoring, row)]) for row in scoring.texts]
-    return _tagged(scoring, "most frequent tag of each word", predicted)
+    return _score_tags(scoring, "most frequent tag of each word", predicted)
 
 
 def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
     """Score a tagger on embeddings, from each row's number and outputs [words with a token, labels]."""
-    rows, tagged = scoring.rows("test"), _nothing(scoring)
+    rows, tagged = scoring.rows("test"), _all_outside_tags(scoring)
     for position, outputs in predicted:
         tagged[position][token_classification.seen_words(rows[position])] = outputs.argmax(axis=1)
-    return _tagged(scoring, name, tagged)
+    return _score_tags(scoring, name, tagged)

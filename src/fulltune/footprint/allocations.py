@@ -180,7 +180,7 @@ class AllocationLog(TorchDispatchMode):
         self._trained = {tuple(parameter.shape) for parameter in parameters if parameter.requires_grad}
         self._count, self._open = 0, True
         for parameter in parameters:
-            self._add(parameter, None)
+            self._log_storage(parameter, None)
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
@@ -199,7 +199,7 @@ class AllocationLog(TorchDispatchMode):
             if parameter.grad is not None:
                 self._kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"
 
-    def _add(self, tensor: torch.Tensor, func: Any) -> None:
+    def _log_storage(self, tensor: torch.Tensor, func: Any) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._blocks:
@@ -227,7 +227,7 @@ class AllocationLog(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         if func in _INDEXING:
-            args = (args[0], _numbered(args[1], self.num_trainable), *args[2:])
+            args = (args[0], _replace_boolean_masks(args[1], self.num_trainable), *args[2:])
         if func is _aten.nonzero.default:
             out = args[0].new_empty((self.num_trainable, args[0].dim()), dtype=torch.int64)
         elif func is _aten.rand.default and not args[0]:
@@ -240,11 +240,11 @@ class AllocationLog(TorchDispatchMode):
             self.flops += formula(*args, **kwargs, out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._add(leaf, func)
+                self._log_storage(leaf, func)
         return out
 
 
-def _numbered(indices: Any, count: int) -> Any:
+def _replace_boolean_masks(indices: Any, count: int) -> Any:
     return [
         place
         for index in indices
@@ -324,7 +324,7 @@ def run(
             fake: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
             log.begin(list(model.parameters()), count)
             with log, torch.set_grad_enabled(training):
-                _micro_batch(case, model, fake, log, training)
+                _trace_micro_batch(case, model, fake, log, training)
             model.zero_grad(set_to_none=True)
             timelines.append(log.timeline())
             flops.append(log.flops)
@@ -358,10 +358,10 @@ def onto_cpu(model: nn.Module) -> None:
                     tensors[name] = moved(tensor)
 
 
-def _micro_batch(
+def _trace_micro_batch(
     case: TraceCase, model: PreTrainedModel, batch: dict[str, torch.Tensor], log: AllocationLog, training: bool
 ) -> None:
-    head = _head(case.task, model)
+    head = _selective_head(case.task, model)
     log.place = "forward before layers"
     labels = batch.pop("labels")
     inputs = {name: tensor.clone() for name, tensor in batch.items()}
@@ -379,6 +379,6 @@ def _micro_batch(
         log.label_gradients(list(model.parameters()))
 
 
-def _head(task: Task, model: PreTrainedModel) -> SelectiveHead | None:
+def _selective_head(task: Task, model: PreTrainedModel) -> SelectiveHead | None:
     wanted, head = getattr(task, "target_ids", None), model.get_output_embeddings()
     return None if wanted is None or head is None else SelectiveHead(head, wanted, model)

@@ -39,7 +39,7 @@ def points_of(case: TraceCase) -> list[tuple[int, int]]:
 def trace_model(case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool) -> ModelTrace:
     """Trace a model, from copies with few layers if possible."""
     try:
-        traced = _from_copies(case, points, recomputed=recomputed, training=training)
+        traced = _extrapolate_from_copies(case, points, recomputed=recomputed, training=training)
     except FAILURES:
         # A config may refuse another number of layers, and a class may need a list of that length.
         _log.debug("no copies with fewer layers of %s", type(case.config).__name__, exc_info=True)
@@ -47,11 +47,11 @@ def trace_model(case: TraceCase, points: Sequence[tuple[int, int]], *, recompute
     return traced or run(case, depths_of(case), points, recomputed=recomputed, training=training)
 
 
-def _from_copies(
+def _extrapolate_from_copies(
     case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool
 ) -> ModelTrace | None:
     """Extrapolate from a copy of two layers and copies with one more; None if equal layers differ."""
-    start, growths = _copies(case)
+    start, growths = _reduced_copies(case)
     base = run(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
     # Enough points to solve for the terms, and one more to check them.
     checked = list(range(len(points) if len(points) <= len(ROWS) else len(_LENGTHS) + 2))
@@ -73,8 +73,8 @@ def _from_copies(
             traced,
             alive=traced.alive + further * added[:, :-1].reshape(traced.alive.shape),
             flops=traced.flops + further * added[:, -1],
-            shapes=traced.shapes + _added(base.shapes, more.shapes) * further,
-            trained=traced.trained + _added(base.trained, more.trained) * further,
+            shapes=traced.shapes + _added_shapes(base.shapes, more.shapes) * further,
+            trained=traced.trained + _added_shapes(base.trained, more.trained) * further,
         )
     return traced if sum(math.prod(shape) for shape in traced.shapes) == case.num_parameters else None
 
@@ -83,7 +83,7 @@ _Copy = tuple[dict[str, int], tuple[str, ...]]
 """Numbers of layers by attribute of the config, and the kind of each layer."""
 
 
-def _copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
+def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
     """Return the smallest copy, and larger ones with the number of layers still missing."""
     depths, kinds = depths_of(case), layer_kinds(case)
     if kinds:
@@ -110,7 +110,7 @@ def _layer_terms(rows: int, length: int) -> tuple[int, ...]:
     return (1, rows * length, rows * length * length, length * length)
 
 
-def _added(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+def _added_shapes(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     return tuple((Counter(more) - Counter(few)).elements())
 
 
@@ -126,29 +126,31 @@ def traced(case: TraceCase) -> Footprint:
     variants, of_training = [], 0.0
     for recomputed in case.checkpointing:
         stepped = trace_model(case, points, recomputed=recomputed, training=True)
-        first = _moments(stepped, points)
-        later = _later(first, stepped.shapes if case.all_trained else stepped.trained, BYTES[case.weights_dtype])
+        first = _candidate_peaks(stepped, points)
+        later = _later_micro_batch(
+            first, stepped.shapes if case.all_trained else stepped.trained, BYTES[case.weights_dtype]
+        )
         if not recomputed:
-            of_training = _per_token(stepped, points, case)
+            of_training = _flops_per_token(stepped, points, case)
         variants.append(
             Variant(precision=case.precision, activation_checkpointing=recomputed, first=first, later=later)
         )
     return Footprint(
         **tensor_fields(case, evaluated.shapes if case.all_trained else evaluated.trained),
         variants=tuple(variants),
-        evaluation={case.precision: _moments(evaluated, points)},
-        flops_per_token=_per_token(evaluated, points, case),
+        evaluation={case.precision: _candidate_peaks(evaluated, points)},
+        flops_per_token=_flops_per_token(evaluated, points, case),
         train_flops_per_token=of_training,
-        attention_flops_per_pair=float(_solved(evaluated.flops[:, None], points)[3, 0]),
+        attention_flops_per_pair=float(_fit_coefficients(evaluated.flops[:, None], points)[3, 0]),
     )
 
 
-def _per_token(trace: ModelTrace, points: Sequence[tuple[int, int]], case: TraceCase) -> float:
-    return float(_solved(trace.flops[:, None], points)[2 if has_tokens(case) else 1, 0])
+def _flops_per_token(trace: ModelTrace, points: Sequence[tuple[int, int]], case: TraceCase) -> float:
+    return float(_fit_coefficients(trace.flops[:, None], points)[2 if has_tokens(case) else 1, 0])
 
 
-def _moments(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tuple[LiveMemory, ...]:
-    solved = _solved(trace.alive.reshape(len(points), -1), points)
+def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tuple[LiveMemory, ...]:
+    solved = _fit_coefficients(trace.alive.reshape(len(points), -1), points)
     solved = np.round(solved.reshape(6, len(trace.keys), len(KINDS)), 6)
     highest = set()
     lengths = _FAR if _has_lengths(points) else (points[0][1],)
@@ -165,7 +167,7 @@ def _moments(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tuple[Live
     )
 
 
-def _solved(values: np.ndarray, points: Sequence[tuple[int, int]]) -> np.ndarray:
+def _fit_coefficients(values: np.ndarray, points: Sequence[tuple[int, int]]) -> np.ndarray:
     """Return coefficients [6, n] of values [points, n]; images, which have one size, only have the first two."""
     matrix = np.array([terms(*point) for point in points], float)
     used = 6 if _has_lengths(points) else 2
@@ -178,7 +180,9 @@ def _has_lengths(points: Sequence[tuple[int, int]]) -> bool:
     return len({length for _, length in points}) > 1
 
 
-def _later(first: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], size: int) -> tuple[LiveMemory, ...]:
+def _later_micro_batch(
+    first: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], size: int
+) -> tuple[LiveMemory, ...]:
     """Return the moments of a later micro batch, whose gradients are added to earlier ones."""
     total = size * sum(map(math.prod, shapes))
     highest = max(moment.coefficients["gradients"][0] for moment in first)

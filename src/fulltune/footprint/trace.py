@@ -42,9 +42,9 @@ PIXELS_OF_A_TOKEN = 32 * 32
 
 def rough(case: TraceCase, why: str) -> Footprint:
     """Return a footprint by a rule of thumb, with the reason `why` for not tracing."""
-    shapes = _shapes(case)
+    shapes = _parameter_shapes(case)
     num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
-    layers, hidden, vocab = _sizes(case)
+    layers, hidden, vocab = _model_sizes(case)
     tokens = 1
     if case.pixels is not None:
         area = math.prod(case.pixels[1:])
@@ -62,23 +62,25 @@ def rough(case: TraceCase, why: str) -> Footprint:
                 precision=case.precision,
                 activation_checkpointing=recomputed,
                 first=(
-                    _moment(case, "backward head", 0, size * values, logits, copies),
-                    _moment(case, "backward 0:below", weight * num_trainable, size * layer, 0, copies),
+                    _rough_moment(case, "backward head", 0, size * values, logits, copies),
+                    _rough_moment(case, "backward 0:below", weight * num_trainable, size * layer, 0, copies),
                 ),
-                later=(_moment(case, "backward head", weight * num_trainable, size * values, logits, copies),),
+                later=(_rough_moment(case, "backward head", weight * num_trainable, size * values, logits, copies),),
             )
         )
     return Footprint(
         **tensor_fields(case, shapes),
         variants=tuple(variants),
-        evaluation={case.precision: (_moment(case, "forward loss", 0, 2 * size * layer, logits, copies),)},
+        evaluation={case.precision: (_rough_moment(case, "forward loss", 0, 2 * size * layer, logits, copies),)},
         flops_per_token=2.0 * case.num_parameters * tokens,
         attention_flops_per_pair=0.0,
         rough=why,
     )
 
 
-def _moment(case: TraceCase, place: str, gradients: int, activations: int, logits: int, buffers: int) -> LiveMemory:
+def _rough_moment(
+    case: TraceCase, place: str, gradients: int, activations: int, logits: int, buffers: int
+) -> LiveMemory:
     each = 2 if has_tokens(case) else 1  # position in `records.terms`
     sizes = {"gradients": (0, gradients), "activations": (each, activations), "logits": (each, logits)}
     coefficients = {
@@ -88,7 +90,7 @@ def _moment(case: TraceCase, place: str, gradients: int, activations: int, logit
     return LiveMemory.model_validate({"place": place, "coefficients": coefficients})
 
 
-def _shapes(case: TraceCase) -> list[tuple[int, ...]]:
+def _parameter_shapes(case: TraceCase) -> list[tuple[int, ...]]:
     with torch.device("meta"):
         model = getattr(transformers, case.task.FACTS.auto_class).from_config(case.config)
         if not case.all_trained:
@@ -96,7 +98,7 @@ def _shapes(case: TraceCase) -> list[tuple[int, ...]]:
     return [tuple(one.shape) for one in model.parameters() if case.all_trained or one.requires_grad]
 
 
-def _sizes(case: TraceCase) -> tuple[int, int, int]:
+def _model_sizes(case: TraceCase) -> tuple[int, int, int]:
     config = layered(case, case.config)
     layers = sum(getattr(config, "depths", None) or ()) or getattr(config, "num_hidden_layers", None) or USUAL_LAYERS
     layers *= 2 if config.is_encoder_decoder else 1

@@ -1,5 +1,3 @@
-"""Make the plan of a trial, without torch or weights."""
-
 from fulltune.plan.budget import available
 from fulltune.plan.changed import as_begun, is_placed_as, need_of, on_disk, placed_anew
 from fulltune.plan.defaults import learning_rate_of

@@ -1,5 +1,3 @@
-"""Memory and disk that exist, and that settings need."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,14 +14,13 @@ from fulltune.system.parallel_layout import BUCKET_VALUES, ParallelLayout
 from fulltune.text import format_bytes, parse_bytes
 
 LIBRARIES_BYTES = 700 * 2**20
-"""Memory of Python, torch and transformers in a CPU training process."""
+"""Memory of Python, torch and transformers in a process that trains on the CPU."""
 
 
 def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
     """Return the bytes that one process may use on its device, and a description such as `12 GiB of GPU memory`.
 
-    Raises:
-        RecipeError: If `train.memory_limit` is smaller than the libraries.
+    Raises `RecipeError` if `train.memory_limit` is less than the libraries need.
     """
     processes, limit = recipe.train.processes_per_machine, recipe.train.memory_limit
     libraries = 0 if device == "cuda" else LIBRARIES_BYTES
@@ -50,7 +47,7 @@ def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
 
 
 def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
-    """Raise `DoesNotFitError` if host memory is too small for what ZeRO offloads."""
+    """Raise `DoesNotFitError` if host memory is too small for the state that ZeRO offloads."""
     layout = parallel_layout.of(recipe)
     if layout is None or not machine.gpus:
         return
@@ -65,20 +62,21 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout | None) -> MemoryNeed:
-    """Return the memory of one process on its device; without `layout`, it holds the whole state."""
+    """Compute the memory of one process on its device; without `layout`, the process holds the whole training state."""
     if layout is not None and layout.engine == "fsdp2":
         return fsdp2.need(shapes, footprint, settings)
     if layout is not None:
-        of_engine = _on_gpus if settings.device == "cuda" else _on_cpu
+        of_engine = _deepspeed_need_on_gpus if settings.device == "cuda" else _deepspeed_need_on_cpu
         return of_engine(shapes, footprint, settings, layout)
     traced = (footprint.weights_dtype, footprint.traced(settings.precision))
     if (settings.weights_dtype, settings.precision) == traced:
         return memory.need(shapes, footprint, settings)
-    return _of_another_type(shapes, footprint, settings)
+    return _untraced_need(shapes, footprint, settings)
 
 
-def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout) -> MemoryNeed:
-    """Return the memory of a ZeRO process on a GPU, whose bf16 weights need no copies."""
+def _deepspeed_need_on_gpus(
+    shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
+) -> MemoryNeed:
     parameters, processes = shapes.num_parameters, settings.num_processes
     state = layout.parts_at("device", engine_state(parameters, shapes.num_trainable), processes)
     buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
@@ -87,7 +85,7 @@ def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, lay
         layer = (parameters - vocabulary) // max(1, shapes.num_layers)
         buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
     kinds = {**state, **passing(footprint, settings), "buffers": buffers}
-    scoring = _highest(
+    scoring = _peak_activations(
         footprint.evaluation[footprint.traced(settings.precision)], footprint, settings.eval_batch_size, settings
     )
     evaluation = state["weights"] + state["optimizer"] + buffers + sum(scoring.values())
@@ -95,8 +93,9 @@ def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, lay
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
 
-def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout) -> MemoryNeed:
-    """Return the memory of a ZeRO process on a CPU, where offloading frees nothing."""
+def _deepspeed_need_on_cpu(
+    shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
+) -> MemoryNeed:
     alone = settings.changed(precision=footprint.traced(settings.precision), num_processes=1)
     single = memory.need(shapes, footprint, alone)
     kinds = single.kinds | layout.parts(memory.state_of(shapes.num_parameters, settings), settings.num_processes)
@@ -104,8 +103,8 @@ def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layo
     return MemoryNeed(kinds=kinds, phases={phase: max(0, size - spared) for phase, size in single.phases.items()})
 
 
-def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """Return a cautious estimate for types that were not traced."""
+def _untraced_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
+    """Estimate the memory cautiously for types that the trace does not cover."""
     state = memory.state_of(shapes.num_parameters, settings)
     kinds = state | passing(footprint, settings)
     # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
@@ -127,35 +126,36 @@ def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySetti
 # ---- what ZeRO shards --------------------------------------------------------------------------------------------
 
 IN_ENGINE = (2, 4, 12)
-"""ZeRO's bytes per parameter: bf16 weights, fp32 gradients, fp32 weights with both moments."""
+"""ZeRO's bytes per parameter: bf16 weights, fp32 gradients, and fp32 weights with both moments."""
 LIVE_VALUES = 10**9
-"""DeepSpeed's default for gathered weights in memory."""
+"""DeepSpeed's default number of gathered weights."""
 HOST_BUFFERS = 1.22
-"""Factor for pinned host buffers (measured: 176 GB for 18 bytes of each of 8.03 B parameters)."""
+"""Factor for pinned buffers (measured: 176 GB for 18 bytes per parameter of 8.03 B)."""
 
 
 def engine_state(num_parameters: int, num_trainable: int | None = None) -> dict[MemoryKind, int]:
-    """Return bytes of ZeRO's whole state over all processes."""
+    """Return the bytes of ZeRO's whole state by kind, over all processes."""
     weights, gradients, optimizer = IN_ENGINE
     trained = num_parameters if num_trainable is None else num_trainable
     return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}
 
 
 def host_bytes(layout: ParallelLayout, num_parameters: int, num_devices: int, num_trainable: int | None = None) -> int:
-    """Return the host memory of all processes for offloaded state."""
+    """Return the host memory that all processes together need for offloaded state."""
     each = layout.parts_at("host", engine_state(num_parameters, num_trainable), num_devices)
     return round(HOST_BUFFERS * num_devices * sum(each.values()))
 
 
 def passing(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Return the peak bytes of a micro batch's activations and logits."""
+    """Return the peak bytes of the activations and logits of a training micro batch."""
     variant = footprint.variant(footprint.traced(settings.precision), settings.activation_checkpointing)
-    return _highest(variant.first, footprint, settings.micro_batch_size, settings)
+    return _peak_activations(variant.first, footprint, settings.micro_batch_size, settings)
 
 
-def _highest(
+def _peak_activations(
     moments: Sequence[LiveMemory], footprint: Footprint, batch_size: int, settings: MemorySettings
 ) -> dict[MemoryKind, int]:
+    """Return bytes of activations and logits at the moment with the most of both."""
     rows = batch_size * footprint.sequences_per_row
     part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * settings.longest_tokens)) if settings.chunked_loss else 1.0
     alive = [moment.bytes(rows, settings.longest_tokens) for moment in moments]
@@ -168,15 +168,14 @@ def _highest(
 # ---- the disk ----------------------------------------------------------------------------------------------------
 
 ENGINE_BYTES = 16
-"""Bytes per parameter in ZeRO's checkpoints: 12 for fp32 weights and moments, 4 for the weights that passes use."""
+"""Bytes per parameter in ZeRO's checkpoints: 12 for fp32 weights and moments, 4 for the compute weights."""
 MOMENTS_BYTES = 8
-"""Bytes of a parameter's two moments in fp32."""
 SMALL_FILES_BYTES = 16 * 2**20
-"""Room for the other files of a checkpoint: a tokenizer is 1 MB (30,000 words) to 17 MB (128,000)."""
+"""Space for a checkpoint's other files: a tokenizer takes 1 MB to 17 MB."""
 
 
 def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
-    """Return the disk space of the run at its fullest: checkpoints, finished model and initial weights."""
+    """Compute the run's peak disk usage: checkpoints, finished model and initial weights."""
     state = memory.state_of(num_parameters, settings)
     weights = memory.num_trainable(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
     checkpoint = weights + state["optimizer"]
@@ -192,6 +191,7 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
 
 
 def short_by(recipe: Recipe, needed: DiskNeed, free_bytes: int, place: str) -> str:
+    """Return the error message for a disk with too little free space."""
     parts = f"{needed.num_checkpoints} x {format_bytes(needed.checkpoint_bytes)} and {format_bytes(needed.model)}"
     return (
         f"{place or recipe.output}: checkpoints and model need {format_bytes(needed.total)} on disk ({parts}), but "

@@ -1,5 +1,3 @@
-"""Change a finished plan, or place its run elsewhere."""
-
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -30,21 +28,20 @@ _PLACING = (
     *("sent_bytes_per_micro_batch", "sent_bytes_per_update"),
     *("disk", "time", "loader_workers", "fast_bf16"),
 )
-"""Fields of a plan that follow from the placement and do not change the result."""
+"""Fields of a plan that depend on the placement and do not change the result."""
 
 
 def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
-    """Return whether the recipe has the plan's placement, offload, processes and machines."""
+    """Return whether the recipe asks for the plan's placement, offload, processes and machines."""
     train = recipe.train
     same = all(getattr(plan, name) == getattr(train, name) for name in ("num_processes", "num_machines", "offload"))
     return same and train.placed_as in ("auto", plan.placement)
 
 
 def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
-    """Return the recipe for resuming a run elsewhere, with its global batch, precision and optimizer.
+    """Return the recipe for resuming a run elsewhere, with the run's global batch, precision and optimizer.
 
-    Raises:
-        RecipeError: If the processes cannot divide the batch, or cannot run the optimizer.
+    Raises `RecipeError` if the processes cannot divide the batch or run the optimizer.
     """
     train, rows = recipe.train, plan.global_batch_size
     problems = []
@@ -68,7 +65,7 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def placed_anew(plan: Plan, anew: Plan) -> Plan:
-    """Return the plan of a started run with the placement of a new plan."""
+    """Return a started run's plan with the placement fields and settings of the plan `anew`."""
     names = {SETTING_OF.get(name, f"train.{name}") for name in _PLACING} | {"train.oversubscribe"}
     settings = {setting.name: setting for setting in plan.settings}
     settings |= {setting.name: setting for setting in anew.settings if setting.name in names}
@@ -77,13 +74,13 @@ def placed_anew(plan: Plan, anew: Plan) -> Plan:
 
 
 def need_of(changed: Plan, recipe: Recipe, model: PlannedModel) -> MemoryNeed:
-    """Return the memory of a changed plan, whose precision may differ from the recipe's."""
+    """Compute the memory need of a changed plan, whose precision may differ from the recipe's."""
     traced = model.footprint(recipe, changed.device, changed.precision)
     return budget.need(model.shapes, traced, changed, parallel_layout.of(with_placement(recipe, changed.placement)))
 
 
 def on_disk(recipe: Recipe, plan: Plan, free_bytes: int, place: str) -> Plan:
-    """Return the plan with its state and disk need recomputed; raise `DoesNotFitError` if the disk is full."""
+    """Return the plan with its state and disk need recomputed; raise `DoesNotFitError` if the disk is too small."""
     recipe = with_placement(recipe, plan.placement)
     disk = ways_out.refuse_full_disk(recipe, plan.num_parameters, plan, free_bytes, place)
     return plan.model_copy(update={"disk": disk, "state": memory.state_of(plan.num_parameters, plan)})

@@ -1,4 +1,4 @@
-"""Choose the fastest settings that fit, preferring those that keep the result."""
+"""Choose the fastest settings that fit, and prefer those that keep the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.text import format_bytes
 
 COMFORTABLE = 0.9
-"""Share of the memory that a plan prefers to use; the rest is headroom."""
+"""Share of the memory that a plan aims to use."""
 SAME_SPEED = 0.03
 """Relative difference below which two speeds count as equal."""
 PHASE_NAMES = {
@@ -30,48 +30,44 @@ PHASE_NAMES = {
 
 @dataclass(frozen=True)
 class Option:
-    """Settings that a plan could use, with their memory."""
-
     settings: MemorySettings
     memory: MemoryNeed
     why_recomputed: str = ""
-    """Reason for or against activation checkpointing."""
 
 
 def choose(basis: Basis) -> Option:
     """Return the fastest settings that fit; levers that change the result come last.
 
-    Raises:
-        DoesNotFitError: If nothing fits, with the nearest ways out.
+    Raises `DoesNotFitError`, with ways out, if nothing fits.
     """
     for start in _with_levers(basis.recipe, basis.start, same_result=False):
         if option := fastest(replace(basis, start=start)):
             return option
-    raise _does_not_fit(basis)
+    raise _no_fit_error(basis)
 
 
 def fastest(basis: Basis) -> Option | None:
-    """Return the fastest settings that fit and keep the result, with headroom if possible.
+    """Return the fastest settings that fit and keep the result, with headroom if possible, or None if none fit.
 
-    Of equally fast ones, those without checkpointing come first, then larger micro batches.
+    Among equally fast settings, those without checkpointing come first, then larger micro batches.
     """
     for share in (COMFORTABLE, 1.0):
         limit = share * basis.available_bytes
-        options = [_with_eval_batch(basis, settings, limit) for settings in _candidates(basis, basis.start)]
+        options = [_choose_eval_batch(basis, settings, limit) for settings in _candidates(basis, basis.start)]
         if fitting := [(one, basis.speed(one.settings) or 0.0) for one in options if one.memory.peak <= limit]:
             slowest = max(tokens for _, tokens in fitting) / (1 + SAME_SPEED)
             option = next(one for one, tokens in fitting if tokens >= slowest)
-            return replace(option, why_recomputed=_why_recomputed(basis, option, options, limit))
+            return replace(option, why_recomputed=_checkpointing_reason(basis, option, options, limit))
     return None
 
 
 def smallest(basis: Basis, same_numbers: bool = False) -> Option:
-    """Return the settings with the lowest memory; with `same_numbers`, those that keep the result.
+    """Return the settings with the lowest peak memory; with `same_numbers`, only those that keep the result.
 
     Accumulated gradients stay allocated, so this is not always the smallest micro batch.
     """
     options = [
-        _with_eval_batch(basis, settings, 0)
+        _choose_eval_batch(basis, settings, 0)
         for start in ([basis.start] if same_numbers else _with_levers(basis.recipe, basis.start, same_result=False))
         for settings in _candidates(basis, start)
     ]
@@ -79,7 +75,7 @@ def smallest(basis: Basis, same_numbers: bool = False) -> Option:
 
 
 def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
-    """Return every allowed micro batch, with and without levers that keep the result."""
+    """Return every allowed micro batch, with and without the levers that keep the result."""
     rows, size = basis.rows_per_process, basis.recipe.train.micro_batch_size
     sizes = [size] if size is not None else [divisor for divisor in range(rows, 0, -1) if rows % divisor == 0]
     return [
@@ -90,7 +86,7 @@ def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
 
 
 def _with_levers(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
-    """Return the settings with every combination of the levers that a plan may use."""
+    """Return the settings with every combination of the automatic levers that keep (or change) the result."""
     combinations = [start]
     for lever in LEVERS:
         if lever.searched and lever.same_result == same_result and not lever.refusal(recipe, start):
@@ -98,8 +94,8 @@ def _with_levers(recipe: Recipe, start: MemorySettings, same_result: bool) -> li
     return combinations
 
 
-def _with_eval_batch(basis: Basis, settings: MemorySettings, most_bytes: float) -> Option:
-    """Set the eval batch: twice the micro batch, halved until it fits."""
+def _choose_eval_batch(basis: Basis, settings: MemorySettings, most_bytes: float) -> Option:
+    """Set the eval batch to twice the micro batch, halved until it fits."""
     fixed = basis.recipe.evaluate.batch_size
     size = fixed or 2 * settings.micro_batch_size
     while True:
@@ -110,7 +106,7 @@ def _with_eval_batch(basis: Basis, settings: MemorySettings, most_bytes: float) 
         size //= 2
 
 
-def _why_recomputed(basis: Basis, option: Option, options: Sequence[Option], most_bytes: float) -> str:
+def _checkpointing_reason(basis: Basis, option: Option, options: Sequence[Option], most_bytes: float) -> str:
     if not option.settings.can_recompute:
         return "this model does not support it"
     if not option.settings.activation_checkpointing:
@@ -149,7 +145,7 @@ def note(basis: Basis, option: Option, own_loss: bool, reasons: Reasons) -> None
     reasons.add("evaluate.batch_size", recipe.evaluate.batch_size, settings.eval_batch_size, why)
 
 
-def _does_not_fit(basis: Basis) -> DoesNotFitError:
+def _no_fit_error(basis: Basis) -> DoesNotFitError:
     recipe, least = basis.recipe, smallest(basis)
     settings, need = least.settings, least.memory
     words = [f"micro batch {settings.micro_batch_size}", settings.optim]

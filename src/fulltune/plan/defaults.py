@@ -15,18 +15,18 @@ ADAPTER_TIMES = 20.0
 """An adapter's best learning rate relative to full fine-tuning's (Houlsby et al. 2019: 1e-3, up to 3e-3; MiniLM-L6:
 1e-2, where full takes 2e-4)."""
 LORA_TIMES, MAX_LORA = 10.0, 8e-4
-"""LoRA's best learning rate relative to full fine-tuning's (Schulman et al. 2025), and its cap, as MiniLM-L6 loses its
+"""LoRA's best learning rate relative to full fine-tuning's (Schulman et al. 2025), and its limit: MiniLM-L6 loses its
 probe's head at 2e-3 (docs/concepts/statistics.md)."""
 
 RATES = {
     "decoders": ((50, 2e-4), (1_000, 5e-5), (5_000, 2e-5), (15_000, 1e-5), (float("inf"), 5e-6)),
     "encoders": ((50, 2e-4), (200, 5e-5), (500, 2e-5), (float("inf"), 1e-5)),
 }
-"""Peak learning rates by kind of model and maximum size in millions of parameters."""
+"""Peak learning rates for models up to a size in millions of parameters."""
 
 
 def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Return the peak learning rate of full fine-tuning with AdamW, lower for larger models."""
+    """Return full fine-tuning's peak learning rate with AdamW, lower for larger models, and the reason."""
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
     kind = "decoders" if is_decoder else "encoders"
@@ -35,7 +35,7 @@ def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
 
 
 def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Return the peak learning rate of a method, higher for methods that train fewer values."""
+    """Return a method's peak learning rate, higher for methods that train fewer values, and the reason."""
     full, why = learning_rate(num_parameters, is_decoder)
     if method.kind in ("lora", "adapter"):
         rate = min(LORA_TIMES * full, MAX_LORA) if method.kind == "lora" else ADAPTER_TIMES * full
@@ -49,7 +49,7 @@ def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> D
 
 
 def num_train_epochs(task: str, num_rows: int) -> DefaultWithReason:
-    """Return the number of epochs, more for fewer rows."""
+    """Return the number of epochs, more for fewer rows, and the reason."""
     few, usual = (3.0, 2.0) if FACTS[task].writes else (5.0, 3.0)
     if num_rows < 2_000 and not FACTS[task].writes:
         return 10.0, "few rows (below 2,000)"
@@ -57,7 +57,7 @@ def num_train_epochs(task: str, num_rows: int) -> DefaultWithReason:
 
 
 def warmup_ratio(task: str, head_is_kept: bool) -> DefaultWithReason:
-    """Return the share of the steps in which the learning rate rises."""
+    """Return the share of the steps in which the learning rate rises, and the reason."""
     if FACTS[task].writes:
         return 0.03, "usual for language models"
     return 0.1, "usual for this kind of task" if head_is_kept else "usual with a new head"
@@ -67,9 +67,9 @@ MAX_LENGTH_EXPLAINED = 0.25
 
 
 def group_by_length(length_explained: float) -> tuple[bool, str]:
-    """Decide whether to batch rows of similar length: not if such rows mostly share a class.
+    """Return whether to batch rows of similar length, and the reason: not if such rows mostly share a class.
 
-    With labels that follow the length, F1 was 0.75 with grouping and 1.0 without (2026-11-24).
+    When labels followed the length, F1 was 0.75 with grouping and 1.0 without (2026-11-24).
     """
     share = f"the target explains {length_explained:.0%} of the variance in length"
     if length_explained >= MAX_LENGTH_EXPLAINED:

@@ -1,5 +1,3 @@
-"""Make the plan of a trial."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,13 +21,13 @@ from fulltune.text import format_bytes, parse_bytes
 
 
 def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_seconds: float | None = None) -> Plan:
-    """Make the plan of a trial, with a reason for each of its settings.
+    """Make the plan of a trial, with a reason for each setting.
 
     Args:
         workload: The checked recipe, the model and its rows.
         fleet: The hardware.
-        own_loss: True if the user gave `compute_loss`.
-        started_seconds: Seconds that the command has run.
+        own_loss: True if the user passed `compute_loss`.
+        started_seconds: Seconds since the command started.
 
     Raises:
         RecipeError: If settings contradict each other or the machine.
@@ -46,7 +44,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     rate = resolve.rate(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
     try:
-        option, on_disk = _fitting(basis, own_loss, reasons)
+        option, on_disk = _fitting_option(basis, own_loss, reasons)
     except DoesNotFitError as error:
         first, *ways = error.problems
         chose = f" ({PLACEMENT}: {why})" if why and train.num_processes > 1 else ""
@@ -97,7 +95,8 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     return with_time(plan, basis, summary, started_seconds)
 
 
-def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
+def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
+    """Return the settings that fit in memory, and their disk need; raise `DoesNotFitError` otherwise."""
     recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
     budget.refuse_offload(recipe, shapes, fleet.machine)
     option = choose.choose(basis)
@@ -115,8 +114,8 @@ def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Opt
 def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
     """Return the recipe with its placement, and the reason if the recipe left it open.
 
-    Several processes use ddp if it fits, since it sends least, else fsdp2. ZeRO is never chosen here, as it computes in
-    other types and needs installing.
+    Several processes use ddp if it fits, because it sends least, else fsdp2. ZeRO is never chosen here, because it
+    computes in other types and needs installing.
     """
     recipe = workload.recipe
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
@@ -125,7 +124,7 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
         return with_placement(recipe, "single"), "one process"
 
     def peaks(placement: Placement) -> tuple[int, int, int]:
-        """Return the bytes free in each process, and its lowest need without and with a changed result."""
+        """Return the free bytes per process, and the lowest need without and with a changed result."""
         own = with_placement(recipe, placement)
         basis = basis_of(replace(workload, recipe=own), fleet, own_loss=own_loss)
         exact, changed = (choose.smallest(basis, same_numbers=same).memory.peak for same in (True, False))
@@ -147,7 +146,7 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
 
 
 def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | None:
-    """Return the reason why FSDP2 may not be chosen automatically."""
+    """Return the reason why FSDP2 may not be chosen automatically, or None."""
     train = recipe.train
     if train.device == "cpu" and machine.gpus:
         return "it would use the GPUs"
@@ -166,13 +165,12 @@ DISK_BYTES_PER_SECOND = 10**9
 START_SECONDS, LOADS = 20.0, 3
 """Start-up of two processes with torch (measured: 12 to 25 s on two cores), and how often the model is read."""
 CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
-"""Seconds of the checks and of each line of scores; number of baseline lines."""
+"""Seconds that the checks and each score row take, and the number of baseline rows."""
 LONGEST_PASSES = 2
-"""Passes of the longest micro batch in a dry run."""
 
 
 def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: float | None = None) -> Plan:
-    """Return the plan with its time, if the hardware's speed is known."""
+    """Return the plan with its estimated time, or unchanged if the hardware's speed is unknown."""
     fleet, work = basis.fleet, basis.work
     flops = time.device_flops(fleet, plan.precision, basis.shapes.hidden_size)
     if flops is None:
@@ -184,30 +182,29 @@ def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: f
     training = plan.total_steps * step
     need = TimeNeed(
         train_seconds=training,
-        eval_seconds=evaluations * work.forward_flops(_rows(summary, "eval")) / (flops * devices),
+        eval_seconds=evaluations * work.forward_flops(_num_rows(summary, "eval")) / (flops * devices),
         save_seconds=(plan.num_saves or 0) * checkpoint / DISK_BYTES_PER_SECOND,
         tokens=round(plan.total_steps * tokens),
         tokens_per_second=tokens / step,
         source="arithmetic",
-        overhead_seconds=dict(_overhead(plan, basis, summary, training, flops, started_seconds)),
+        overhead_seconds=dict(_stage_seconds(plan, basis, summary, training, flops, started_seconds)),
     )
     return plan.model_copy(update={"time": need, "busy": fleet.machine.busy if plan.device == "cpu" else ""})
 
 
-def _rows(summary: DataSummary, split: str) -> int:
+def _num_rows(summary: DataSummary, split: str) -> int:
     return summary.splits[split].rows if split in summary.splits else 0
 
 
-def _overhead(
+def _stage_seconds(
     plan: Plan, basis: Basis, summary: DataSummary, training: float, flops: float, started_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
-    """Yield the stages before and after training with their seconds."""
+    """Yield each stage before and after training with its estimated seconds."""
     work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
     # Least time of a forward pass, to call the layers; on a GPU, to launch their kernels.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers
 
     def forward(rows: int) -> float:
-        """Return seconds to evaluate some rows."""
         return max(work.forward_flops(rows) / flops, -(-rows // plan.eval_batch_size) * pass_seconds)
 
     spent = START_SECONDS if started_seconds is None else started_seconds
@@ -220,10 +217,10 @@ def _overhead(
     passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
     computing = passes * work.flops_of(tokens, plan.longest_tokens) / flops
     yield DRY_RUN, CHECKS_SECONDS + computing + time.further_seconds(training)
-    if not (test := _rows(summary, "test")):
+    if not (test := _num_rows(summary, "test")):
         return
     # A classifier's temperature is fitted on the eval rows.
-    scored = test + (_rows(summary, "eval") if summary.form.is_calibrated else 0)
+    scored = test + (_num_rows(summary, "eval") if summary.form.is_calibrated else 0)
     # Answers of full length; shorter ones take less. Each token of a batch is a pass that reads all weights.
     answered = min(recipe.evaluate.generate_rows, test) if summary.form.writes_answers else 0
     passes = -(-answered // plan.eval_batch_size) * recipe.evaluate.max_new_tokens

@@ -1,4 +1,4 @@
-"""Memory of one process with FSDP2 (docs/concepts/memory.md)."""
+"""Compute the memory of one process with FSDP2 (docs/concepts/memory.md)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
 FILE_BYTES, MAX_FILES = 2**24, 64
-"""Least size and most number of a checkpoint's files, of which two copies exist at a time."""
+"""Minimum size and maximum number of a checkpoint's files; two copies exist at a time."""
 WHOLE_FILE_BYTES = 2**28
 """Size of the finished model's files, gathered in host memory."""
 TENSORS_OF_BLOCK = 3
-"""Size of a block relative to its largest tensor: BERT's have 7.1 M and 2.4 M parameters."""
+"""Ratio of a block's size to its largest tensor: 7.1 M to 2.4 M parameters in BERT."""
 SENT = {"cpu": 2, "cuda": 1}
-"""Buffers for sent gradients, with a copy for gloo (64 MiB over two processes take 66 MiB more)."""
+"""Buffers for gradients being sent, with a copy for gloo (64 MiB over two processes take 66 MiB more)."""
 
 AT_HEAD = ("backward head", "forward loss")
-"""Places where all blocks' activations are alive."""
+"""Positions at which all blocks' activations are alive."""
 NORM_VALUES = 6
-"""fp32 values per token and hidden unit in the backward pass of a block's first norm (transformers' RMSNorm)."""
+"""fp32 values per token and hidden unit in a block's first norm, backward (transformers' RMSNorm)."""
 
 
 def units_of(shapes: Shapes) -> Units:
-    """Return the model's FSDP units; if unknown, blocks of equal size and a vocabulary outside them."""
+    """Return the model's FSDP units; if unknown, equal blocks and a vocabulary outside them."""
     if shapes.units is not None:
         return shapes.units
     vocabulary = min(shapes.num_parameters, shapes.vocab_size * shapes.hidden_size)
@@ -49,10 +49,11 @@ class _Moment:
     gradients: tuple[int, ...] = ()
     """Bytes of each unit with whole gradients."""
     flat: tuple[int, ...] = ()
-    """Bytes of each buffer that is being sent or received."""
+    """Bytes of each communication buffer."""
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
+    """Compute the memory of one FSDP2 process by kind and phase."""
     on_cpu = settings.device == "cpu"
     settings = settings.changed(precision=footprint.traced(settings.precision))
     state = memory.state_of(shapes.num_parameters, settings)
@@ -60,8 +61,8 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
     value = BYTES[settings.weights_dtype]
     units = Units(**{kind: value * count for kind, count in units_of(shapes).model_dump().items()})  # in bytes
     largest = value * footprint.largest_tensor
-    moments = _moments(shapes, footprint, settings, units)
-    kinds = max((_kinds(one, *parts) for one in moments), key=lambda bytes_of: sum(bytes_of.values()))
+    moments = _candidate_moments(shapes, footprint, settings, units)
+    kinds = max((_bytes_by_kind(one, *parts) for one in moments), key=lambda bytes_of: sum(bytes_of.values()))
     lasting, heap = parts[0] + parts[1], 0.0
     around = round(memory.STATE_SHARE * lasting) if on_cpu else 0
     base = memory.FIRST_CALLS_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
@@ -70,7 +71,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
     base += 2 * largest // settings.num_processes if on_cpu and settings.weights_dtype == "fp32" else 0
     beyond = base + around
     if on_cpu:
-        split = [_small_and_large(one, parts[2], units, footprint, shapes, settings) for one in moments]
+        split = [_heap_split(one, parts[2], units, footprint, shapes, settings) for one in moments]
         heap, peak = memory.resident(split, largest)
         beyond += max(0, lasting + round(peak) - sum(kinds.values()))
     kinds["buffers"] += beyond
@@ -103,8 +104,8 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
 # ---- the moments of a step ---------------------------------------------------------------------------------------
 
 
-def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Moment]:
-    """Return the moments that may be the peak, traced ones and those when gradients are sent."""
+def _candidate_moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Moment]:
+    """Return the moments of a step at which memory may peak, traced or while gradients are sent."""
     rows, value = memory.train_sequences(footprint, settings), BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # gradient shards of earlier micro batches
     copies, length = SENT[settings.device], settings.longest_tokens
@@ -122,7 +123,7 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     # A chunked loss sums the head's gradient in fp32 in the forward pass; the backward pass uses it, or a copy in the
     # weights' type.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
-    own, freed = _of_a_block(traced, units, shapes.num_layers, units.persistent + left, recomputed)
+    own, freed = _block_estimators(traced, units, shapes.num_layers, units.persistent + left, recomputed)
     moments: list[_Moment] = []
     for place, passing in traced:
         # With checkpointing, autocast keeps no copies beside those that autograd saves.
@@ -136,7 +137,7 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
         ended = no_logits | {name: max(0, no_logits[name] - size) for name, size in freed(place).items()}
         ended["activations"] += NORM_VALUES * 4 * rows * length * shapes.hidden_size
         if place.startswith("forward"):
-            moments.append(_Moment(no_logits if summed else without, before, *_forward(units, place)))
+            moments.append(_Moment(no_logits if summed else without, before, *_forward_buffers(units, place)))
         elif place.endswith("below"):
             embeddings, share = (units.root, units.apart), 1 - (units.root + units.apart) / everything
             moments.append(_Moment(without, max(before, share), embeddings, (*embeddings, tied), (units.block,)))
@@ -152,21 +153,21 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             moments.append(_Moment(alive, before, (units.root, units.persistent), gradients, gathered))
         else:
             flat = (units.block, max(units.block, units.apart) if place.endswith(":first") else units.block)
-            moments += _block((without, ended), reduced, units, (left, now), copies, flat)
+            moments += _block_moments((without, ended), reduced, units, (left, now), copies, flat)
         if place in AT_HEAD:
             if summed:
                 moments.append(_Moment(without, before, (units.root, units.persistent), (summed,)))
             # Then the last block, with all its activations and the gradient of its first tensor.
             first = (left, units.block // TENSORS_OF_BLOCK)
             flat = (units.persistent or units.block, units.block)
-            moments += _block((no_logits, ended), before, units, first, copies, flat)
+            moments += _block_moments((no_logits, ended), before, units, first, copies, flat)
             sent = (*(units.persistent,) * copies, units.block)
             moments.append(_Moment(no_logits, before, (units.root,), (units.persistent,), sent))
     nothing: dict[MemoryKind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
     # The first block ends with nearly all gradients reduced and the embeddings already gathered.
     lowest = max(before, 1 - (units.root + units.apart + units.block) / everything)
     flat = (units.block, max(units.block, units.apart))
-    moments += _block((nothing, nothing), lowest, units, (left, units.block), copies, flat)
+    moments += _block_moments((nothing, nothing), lowest, units, (left, units.block), copies, flat)
     # Embeddings, whose input has no gradient, are reduced at the very end: the root first, then unit by unit.
     last = [units.root, units.apart]
     while last:
@@ -175,7 +176,8 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     return [*moments, _Moment(nothing | {"buffers": memory.scratch(part, settings)}, 1.0)]  # the update
 
 
-def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _forward_buffers(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return bytes of gathered weights, whole gradients and communication buffers at a forward position."""
     root, last, block, apart = (units.root,), units.persistent, units.block, units.apart
     if "before" in place:
         return (*root, apart), (), (*root, apart)
@@ -184,10 +186,10 @@ def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...]
     return ((*root, last), (), (last,)) if last > block and "after" in place else ((*root, block), (), (block, block))
 
 
-def _of_a_block(
+def _block_estimators(
     traced: Sequence[tuple[str, dict[MemoryKind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
 ) -> tuple[Callable[[dict[MemoryKind, int]], int], Callable[[str], dict[MemoryKind, int]]]:
-    """Return two functions: bytes of a block's gradients during its backward pass, and what its end frees."""
+    """Return two functions: bytes of a block's gradients during its backward pass, and bytes that its end frees."""
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart
@@ -209,7 +211,7 @@ def _of_a_block(
     return own, freed
 
 
-def _block(
+def _block_moments(
     alive: tuple[dict[MemoryKind, int], dict[MemoryKind, int]],
     reduced: float,
     units: Units,
@@ -217,9 +219,9 @@ def _block(
     copies: int,
     flat: tuple[int, int],
 ) -> Iterator[_Moment]:
-    """Yield three moments of a block: its backward pass, its end, and sending its gradients.
+    """Yield three moments of a block: its backward pass, its end, and the sending of its gradients.
 
-    `alive` and `gradients` hold bytes during and after the pass, `flat` its neighbours' buffers.
+    `alive` and `gradients` hold bytes during and after the pass, `flat` the neighbouring blocks' buffers.
     """
     (passing, ended), root, block = alive, (units.root,), units.block
     all_gradients = (gradients[0], block)
@@ -228,7 +230,7 @@ def _block(
     yield _Moment(ended, reduced, root, all_gradients, (*(block,) * copies, flat[1]))
 
 
-def _kinds(moment: _Moment, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
+def _bytes_by_kind(moment: _Moment, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
     return {
         "weights": weights,
         "gradients": round(moment.reduced * gradients) + sum(moment.gradients),
@@ -239,9 +241,10 @@ def _kinds(moment: _Moment, weights: int, optimizer: int, gradients: int) -> dic
     }
 
 
-def _small_and_large(
+def _heap_split(
     moment: _Moment, part: int, units: Units, footprint: Footprint, shapes: Shapes, settings: MemorySettings
 ) -> tuple[float, int, int]:
+    """Return a moment's bytes for `memory.resident`: small blocks with gaps, large logits, other large blocks."""
     logits, most = moment.passing["logits"], BYTES[settings.weights_dtype] * footprint.largest_tensor
     logits_are_large = 4 * memory.tokens_of_loss(footprint, settings) * shapes.vocab_size >= memory.SMALL_OF_PARTS_BYTES
     pieces = [(round(moment.reduced * part), units.block // settings.num_processes)]

@@ -1,4 +1,4 @@
-"""GPUs by name, and hardware such as `--for "8x A100-80GB, 1TB host"`."""
+"""Look up GPUs by name, and parse hardware such as `--for "8x A100-80GB, 1TB host"`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fulltune.text import listed, near_names, parse_bytes
 
 GB, GIB = 10**9, 2**30
 CPU_FLOPS_PER_CORE = 50 * GB
-"""fp32 FLOP/s of a core with AVX2, assumed for the CPU of other hardware."""
+"""Assumed fp32 FLOP/s of a core with AVX2."""
 DEVICE_RESERVE = 2**29
-"""Memory that the driver takes: torch sees 79.2 of an A100's 80 GiB, 23.6 of an RTX 4090's 24."""
+"""Memory that the driver takes: torch sees 79.2 of an A100's 80 GiB, and 23.6 of an RTX 4090's 24."""
 USUAL_NETWORK = 12.5
-"""Default GB/s between machines, 100 Gb/s as on an a2-highgpu-8g."""
+"""Default GB/s between machines: 100 Gb/s as on an a2-highgpu-8g."""
 NETWORK_ASSUMED = f"{8 * USUAL_NETWORK:.0f} Gb/s between machines"
 
 
 @dataclass(frozen=True)
 class GpuModel:
-    """A kind of GPU; rates are for one direction."""
+    """A GPU model; bandwidths are for one direction."""
 
     name: str
     capability: tuple[int, int]
@@ -39,9 +39,8 @@ class GpuModel:
     link_gb_per_second: float
     """Bandwidth to the host."""
     nvlink_gb_per_second: float
-    """Bandwidth to the machine's other GPUs, if they have a link."""
+    """Bandwidth to the machine's other GPUs, or 0."""
     usual_host_gb: int
-    """Usual host memory for each GPU."""
     aliases: tuple[str, ...]
     flags: tuple[str, ...]
     """`desktop`, or `ecc` for GDDR memory with error correction."""
@@ -52,32 +51,31 @@ class GpuModel:
 
     @property
     def card(self) -> Gpu:
-        """A GPU of this kind with free memory."""
+        """A GPU of this model with its memory free."""
         size = self.memory_bytes
         return Gpu(name=self.name, memory_bytes=size, capability=self.capability, free_bytes=size - DEVICE_RESERVE)
 
     @property
     def host_memory_gb_per_second(self) -> float:
-        """Usual bandwidth of host memory."""
         return 60.0 if "desktop" in self.flags else 200.0
 
 
-def _cell(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
 GPUS = tuple(
-    GpuModel(*map(_cell, row))
+    GpuModel(*map(_as_tuple, row))
     for row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["gpus"]
 )
 
 
 @dataclass(frozen=True)
 class NamedHardware:
-    """Hardware as named by `--for`; None for what it omits."""
+    """Hardware as written in `--for`; omitted details are None."""
 
     gpu: GpuModel | None
-    """None for a CPU."""
+    """The GPU model; None for a CPU."""
     count: int = 1
     """GPUs per machine."""
     machines: int = 1
@@ -88,7 +86,7 @@ class NamedHardware:
     """Bandwidth between machines in Gb/s."""
 
     def __str__(self) -> str:
-        """Return the value of `--for`."""
+        """Return the value for `--for`."""
         machines = f"{self.machines}x " if self.machines > 1 else ""
         words = [machines + (f"{self.count}x {self.gpu.name}" if self.gpu else "cpu")]
         words += [f"{self.cores} cores"] if self.cores else []
@@ -99,67 +97,66 @@ class NamedHardware:
 
 
 class Fleet(Record):
-    """Hardware to plan for: one or several equal machines."""
+    """The hardware to plan for: one or several equal machines."""
 
     name: str
     """Description such as `4 machines, each 8x A100-80GB, 1024GB host`."""
     machine: Machine
-    """One of the machines."""
     num_machines: int = 1
     network_gb_per_second: float = USUAL_NETWORK
-    """Bandwidth from each machine to the others, one direction."""
+    """Bandwidth from each machine to the others."""
     gpu_model: GpuModel | None = None
-    """Kind of GPU; None if unknown, so that no speed can be forecast."""
+    """None if unknown, so that no speed can be estimated."""
     disk_bytes: int | None = None
-    """Free space on the disk of the run folder, if known."""
+    """Free space on the run folder's disk, if known."""
     disk_at: str = ""
     """Folder whose disk was measured; by default the recipe's output."""
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
-    """Usual values for what `--for` omits, in words."""
+    """Usual values for details omitted from `--for`, in words."""
     named: NamedHardware = NamedHardware(None)
-    """The hardware as named by `--for`."""
     here: bool = False
 
     @property
     def num_devices(self) -> int:
-        """GPUs of all machines, or one device for each machine without GPUs."""
+        """Number of GPUs, or of machines if they have none."""
         return self.num_machines * max(1, len(self.machine.gpus))
 
 
 # ---- by name -----------------------------------------------------------------------------------------------------
 
 
-def _key(name: str) -> str:
-    """Normalise a GPU's name: `NVIDIA GeForce RTX 4090` gives `4090`."""
+def _normalised_name(name: str) -> str:
+    """Normalise a GPU's name: `NVIDIA GeForce RTX 4090` becomes `4090`."""
     vendors = r"nvidia|geforce|tesla|quadro|amd|instinct|radeon|rtx|gtx|generation|gpu"
     return re.sub(r"gi?b|[^a-z0-9]", "", re.sub(vendors, "", name.lower()))
 
 
-_BY_KEY = {_key(name): model for model in GPUS for name in (model.name, *model.aliases)}
+_BY_KEY = {_normalised_name(name): model for model in GPUS for name in (model.name, *model.aliases)}
 
 
-def _named(name: str) -> list[GpuModel]:
-    key = _key(name)
+def _models_named(name: str) -> list[GpuModel]:
+    """Return the GPU models with this name, in all memory sizes if the name has none."""
+    key = _normalised_name(name)
     if key in _BY_KEY:
         return [_BY_KEY[key]]
-    return [model for model in GPUS if key and re.fullmatch(re.escape(key) + r"\d{1,3}", _key(model.name))]
+    return [model for model in GPUS if key and re.fullmatch(re.escape(key) + r"\d{1,3}", _normalised_name(model.name))]
 
 
 def gpu_model_of(name: str, memory_bytes: int = 2**60) -> GpuModel | None:
-    """Return the known GPU with the driver's name and the nearest memory size."""
-    return min(_named(name), key=lambda model: abs(model.memory_bytes - memory_bytes), default=None)
+    """Return the known GPU model with the driver's name and the nearest memory size, or None."""
+    return min(_models_named(name), key=lambda model: abs(model.memory_bytes - memory_bytes), default=None)
 
 
 def find(name: str) -> GpuModel:
-    """Return the GPU with a name as users write it; raise `RecipeError` with near names."""
-    models = _named(name)
+    """Return the GPU model with a name as users write it; raise `RecipeError` with similar names."""
+    models = _models_named(name)
     if len(models) == 1:
         return models[0]
     if models:
         sizes = listed([model.name for model in reversed(models)], "or")
         raise RecipeError(f"--for: '{name}' comes in several sizes; write {sizes}")
-    near = [_BY_KEY[key].name for key in near_names(_key(name), _BY_KEY, most=6, cutoff=0.5)]
+    near = [_BY_KEY[key].name for key in near_names(_normalised_name(name), _BY_KEY, most=6, cutoff=0.5)]
     near = list(dict.fromkeys(near))[:3]
     hint = f"did you mean {listed(near, 'or')}?" if near else f"known are {', '.join(one.name for one in GPUS)}, or cpu"
     raise RecipeError(f"--for: unknown GPU '{name}'; {hint}")
@@ -175,15 +172,13 @@ _DETAILS: dict[str, tuple[str, Callable[[str], float]]] = {
     "cores": (r"(\d+)\s*cores?", int),
     "network": (r"(\d+(?:\.\d+)?)\s*Gb(?:/s|ps)?\s*network", float),
 }
-"""Pattern and number parser of each detail of `--for`."""
 
 
 def parse(text: str) -> Fleet:
     """Parse the value of `--for`, such as `1x RTX 4090, 64GB host`, or `4x 8x A100-80GB` for four machines of eight
     GPUs.
 
-    Raises:
-        RecipeError: If parts cannot be read, naming each.
+    Raises `RecipeError` with each part that cannot be read.
     """
     first, *parts = (part.strip() for part in text.split(","))
     problems, details = list[str](), dict[str, Any]()
@@ -215,7 +210,7 @@ def parse(text: str) -> Fleet:
 
 
 def fleet_of(named: NamedHardware) -> Fleet:
-    """Return the hardware of `--for`, with usual values for what it omits."""
+    """Return the hardware that `--for` names, with usual values for omitted details."""
     gpu, count, host, cores = named.gpu, named.count, named.host_bytes, named.cores or 8 * named.count
     each_has, assumed = " in each machine" if named.machines > 1 else "", list[str]()
     if host is None:
@@ -256,7 +251,7 @@ def fleet_of(named: NamedHardware) -> Fleet:
 
 
 def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at: str = "") -> Fleet:
-    """Return the hardware of this command: `num_machines` times this machine, or the weakest of several."""
+    """Return the hardware of this command: `num_machines` machines like `machine`."""
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     gpus = "".join(f"{count}x {name}, " for name, count in Counter(gpu.name for gpu in machine.gpus).items())
     named = f"{num_machines} machines like this one, each" if num_machines > 1 else "this machine:"

@@ -1,4 +1,4 @@
-"""The table of settings that trade something for memory."""
+"""Levers: settings that save memory at the cost of something else."""
 
 from __future__ import annotations
 
@@ -28,47 +28,44 @@ SETTING_OF = {
     "longest_tokens": "data.max_length",
     "torch_compile": "train.torch_compile",
 }
-"""Name of the recipe's setting by field of a plan."""
+"""Recipe setting by field of a plan."""
 MIN_LENGTH = 128
-"""Tokens below which no lever cuts rows."""
+"""Tokens below which no lever shortens rows."""
 ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")
 
 
 @dataclass(frozen=True)
 class Lever:
-    """A setting that trades something else for memory."""
-
     name: str
     setting: str
     costs: str
-    """Price of the saved memory, in words."""
     changes: Changes = field(default_factory=dict)
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
-    """Computes the possible changes, the mildest first, in place of fixed `changes`."""
+    """Computes the possible changes, the mildest first, in place of `changes`."""
     unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
-    """Returns the lever's own reason against it, if there is one."""
+    """Returns a reason against this lever, or None."""
     done: str = ""
-    """Message after it was used, a template with the new values and `now`, the plan before."""
+    """Message after its use: a template with the new values and `now`, the plan before."""
     same_result: bool = True
     searched: bool = False
-    """A plan may use it by itself."""
+    """True if a plan may use it automatically."""
     way_out: bool = False
-    """It is proposed when nothing fits."""
+    """True if it is proposed when nothing fits."""
     fallback: tuple[Phase, ...] = ()
-    """Phases in which running out of memory tries it."""
+    """Phases in which it is tried after memory ran out."""
     measured: str = ""
     """Name in the table of `plan --measure`."""
     also: str = ""
     """A second setting that it changes."""
     respects_recipe: bool = True
-    """False if it may replace the recipe's value, as it changes no result."""
+    """False if it may replace the recipe's value, as the result stays the same."""
 
     def apply(self, recipe: Recipe, now: MemorySettings) -> list[Changes]:
         """Return the possible changes, the mildest first."""
         return [dict(self.changes)] if self.options is None else self.options(recipe, now)
 
     def settings(self, recipe: Recipe, changes: Changes) -> dict[str, Any]:
-        """Return the recipe settings for some changes."""
+        """Return the recipe settings that correspond to these changes."""
         named = {SETTING_OF[name]: value for name, value in changes.items() if "." in SETTING_OF[name]}
         return {
             name: value
@@ -77,7 +74,7 @@ class Lever:
         }
 
     def obstacle(self, recipe: Recipe, now: MemorySettings) -> str | None:
-        """Return the reason why the lever cannot be used at all."""
+        """Return the reason why the lever cannot be used at all, or None."""
         own = [name for name in self.changes if SETTING_OF[name] == self.setting]
         if own and all(getattr(now, name) == self.changes[name] for name in own):
             return "already on"
@@ -86,7 +83,7 @@ class Lever:
         return None if self.apply(recipe, now) else "already at its smallest value"
 
     def refusal(self, recipe: Recipe, now: MemorySettings) -> str | None:
-        """Return the reason why the lever may not be used without asking."""
+        """Return the reason why the lever may not be used automatically, or None."""
         if problem := self.obstacle(recipe, now):
             return problem
         if self.respects_recipe and (value := given(recipe, self.setting)) is not None:
@@ -95,12 +92,12 @@ class Lever:
 
 
 def plain_optim(weights_dtype: str, rounding: str | None) -> str:
-    """Return the default optimizer."""
+    """Return the default optimizer's name."""
     return "adamw_bf16" if weights_dtype == "bf16" and rounding != "nearest" else "adamw_torch_fused"
 
 
 def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str | None:
-    """Return the reason why the loss cannot be chunked."""
+    """Return the reason why the loss cannot be chunked, or None."""
     if not FACTS[recipe.task].writes:
         return f"{recipe.task} has no logits per token"
     if own_loss:
@@ -114,7 +111,7 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    """Return micro batches of half the size (or the largest divisor), and so on, as DeepSpeed allows."""
+    """Return the changes to each smaller micro batch (half, or the largest divisor) that DeepSpeed's settings allow."""
     size, smaller = now.micro_batch_size, []
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)
@@ -124,7 +121,7 @@ def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     return smaller
 
 
-def _no_smaller_batch(recipe: Recipe, now: MemorySettings) -> str | None:
+def _smaller_batch_obstacle(recipe: Recipe, now: MemorySettings) -> str | None:
     if now.micro_batch_size == 1 or _smaller_batches(recipe, now):  # the smallest is an obstacle of every lever
         return None
     return f"{ENGINE_SETTINGS} fixes the micro batch; write {parallel_layout.AUTO!r} there"
@@ -134,7 +131,7 @@ def _half_precision(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     return [{"precision": "bf16" if now.fast_bf16 else "fp16"}]
 
 
-def _no_narrow_weights(recipe: Recipe, now: MemorySettings) -> str | None:
+def _narrow_weights_obstacle(recipe: Recipe, now: MemorySettings) -> str | None:
     if recipe.train.engine_by:
         return "ZeRO keeps weights in fp32"
     return None if now.fast_bf16 else "this GPU has no fast bf16"
@@ -145,7 +142,7 @@ def _half_length(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     return [{"longest_tokens": half}] if half >= MIN_LENGTH else []
 
 
-def _no_offloading(recipe: Recipe, now: MemorySettings) -> str:
+def _offloading_obstacle(recipe: Recipe, now: MemorySettings) -> str:
     if now.device == "cpu":
         return "without a GPU everything is already in host memory"
     if recipe.train.engine_by:
@@ -172,7 +169,7 @@ LEVERS = (
         setting="train.micro_batch_size",
         costs="some speed",
         options=_smaller_batches,
-        unless=_no_smaller_batch,
+        unless=_smaller_batch_obstacle,
         done="micro batch {micro_batch_size} instead of {now.micro_batch_size}, with the same global batch of "
         "{now.global_batch_size}",
         way_out=True,
@@ -229,7 +226,7 @@ LEVERS = (
         setting="model.weights_dtype",
         costs="16-bit weights with stochastic rounding",
         changes=_NARROW,
-        unless=_no_narrow_weights,
+        unless=_narrow_weights_obstacle,
         same_result=False,
         way_out=True,
     ),
@@ -239,7 +236,7 @@ LEVERS = (
         also="train.optim",
         costs="16-bit weights, 8-bit moments",
         changes=_NARROW | {"optim": "adamw_8bit"},
-        unless=_no_narrow_weights,
+        unless=_narrow_weights_obstacle,
         same_result=False,
         way_out=True,
     ),
@@ -255,7 +252,7 @@ LEVERS = (
         name="offload",
         setting=OFFLOAD,
         costs="speed and host memory",
-        unless=_no_offloading,
+        unless=_offloading_obstacle,
         fallback=ANYWHERE,
     ),
 )
@@ -263,7 +260,7 @@ LEVERS = (
 
 
 def what_helps(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
-    """Return settings such as `name: value` that would save memory in a phase."""
+    """Return the settings that would save memory in a phase, each as `name: value`."""
     settings: dict[str, str] = {}
     for lever in LEVERS:
         if lever.way_out and phase in (lever.fallback or ANYWHERE) and not lever.obstacle(recipe, now):

@@ -1,5 +1,3 @@
-"""Compute the memory of a training run: see docs/concepts/memory.md."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -13,24 +11,24 @@ from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 FIRST_CALLS_BYTES = 50 * 2**20
 """Code and tables that the first step loads."""
 GAP_SHARE = 0.24
-"""Gaps between small blocks, as a share of them, that the C library cannot reuse."""
+"""Gaps between small blocks that the C library cannot reuse, relative to the blocks."""
 STATE_SHARE = 0.08
-"""Gaps around weights and optimizer state, as a share of them."""
+"""Gaps around weights and optimizer state, relative to both."""
 SMALL_BYTES = 32 * 2**20
 """Size below which freed blocks stay on the C library's heap."""
 SMALL_OF_PARTS_BYTES = 4 * 2**20
-"""`SMALL_BYTES` with FSDP2: see `train.parent.spawn`."""
+"""`SMALL_BYTES` with FSDP2 (see `train.parent.spawn`)."""
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
-"""Context, cuBLAS workspaces and allocator's rounding on a GPU (from the literature)."""
+"""CUDA context, cuBLAS workspaces and the allocator's rounding (from the literature)."""
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
-"""Tokens in a chunk of a chunked loss."""
+"""Tokens per chunk of a chunked loss."""
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """Return the memory of one process that holds the whole state, in a traced precision."""
+    """Compute the memory of one process that holds the whole training state, in a traced precision."""
     state, on_cpu = state_of(shapes.num_parameters, settings), settings.device == "cpu"
-    moments = _moments(shapes, footprint, settings, state)
+    moments = _step_moments(shapes, footprint, settings, state)
     kinds = max(moments, key=lambda alive: sum(alive.values())).copy()
     beyond, heap = _beyond_tensors(moments, shapes, footprint, settings)
     lasting = state["weights"] + state["optimizer"]
@@ -71,7 +69,7 @@ def train_sequences(footprint: Footprint, settings: MemorySettings) -> int:
 
 
 def tokens_of_loss(footprint: Footprint, settings: MemorySettings) -> int:
-    """Return the number of tokens whose logits exist at a time."""
+    """Return the number of tokens whose logits exist at the same time."""
     tokens = train_sequences(footprint, settings) * settings.longest_tokens
     return min(tokens, CHUNK_TOKENS[settings.device]) if settings.chunked_loss else tokens
 
@@ -79,9 +77,9 @@ def tokens_of_loss(footprint: Footprint, settings: MemorySettings) -> int:
 def _beyond_tensors(
     moments: Sequence[Mapping[MemoryKind, int]], shapes: Shapes, footprint: Footprint, settings: MemorySettings
 ) -> tuple[int, int]:
-    """Return the peak bytes beyond live tensors, and freed bytes that stay on the heap.
+    """Return the peak bytes beyond live tensors, and the freed bytes that stay on the heap.
 
-    The heap keeps the room of freed small blocks, and large blocks of other moments come on top.
+    The heap keeps the space of freed small blocks; large blocks of other moments are added.
     """
     if settings.device == "cuda":
         return CUDA_CONTEXT_BYTES, 0
@@ -103,7 +101,7 @@ def _beyond_tensors(
 
 
 def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
-    """Return the peak bytes of temporary tensors on a CPU: the heap, and the total.
+    """Return the peak bytes of temporary tensors on a CPU: those on the heap, and all.
 
     Args:
         moments: Bytes of small blocks with their gaps, of large blocks, and of large ones that may reuse the heap.
@@ -118,9 +116,10 @@ def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tup
     return heap, max(heap - reused(heap - small, fits) + large + fits for small, large, fits in moments)
 
 
-def _moments(
+def _step_moments(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: dict[MemoryKind, int]
 ) -> list[dict[MemoryKind, int]]:
+    """Return bytes by kind at each moment of a step that may be its peak."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
     rows, length = train_sequences(footprint, settings), settings.longest_tokens
     update: dict[MemoryKind, int] = {"activations": 0, "logits": 0}
@@ -136,14 +135,9 @@ def _moments(
 def with_chunked_loss(
     kinds: dict[MemoryKind, int], shapes: Shapes, settings: MemorySettings, tokens: int, gradients_before: int | None
 ) -> dict[MemoryKind, int]:
-    """Return bytes by kind with a chunk's logits and the head's whole gradient, if the loss is chunked.
+    """Return bytes by kind, with a chunk's logits and the head's whole gradient if the loss is chunked.
 
-    Args:
-        kinds: Bytes by kind with all logits.
-        shapes: The model's sizes.
-        settings: The settings.
-        tokens: Number of tokens with logits.
-        gradients_before: Bytes of earlier gradients; None without a backward pass.
+    `tokens` have logits; `gradients_before` are earlier gradients' bytes, or None without a backward pass.
     """
     if not settings.chunked_loss:
         return kinds
@@ -164,7 +158,7 @@ def with_chunked_loss(
 
 
 def scratch(values: int, settings: MemorySettings) -> int:
-    """Return bytes that the optimizer allocates to update a tensor."""
+    """Return the temporary bytes that the optimizer needs to update a tensor of `values` elements."""
     match settings.optim:
         case "adamw_torch_fused" | "sgd":
             return 0
@@ -187,7 +181,7 @@ _MOMENTS = {
     "adafactor": 0.02,
     "sgd": 0.0,
 }
-"""Bytes of state per parameter by optimizer, whatever the weights' type."""
+"""Bytes of optimizer state per parameter, whatever the weights' type."""
 _AS_WEIGHTS = {
     "adamw_torch": 2,
     "adamw_torch_fused": 2,
@@ -196,26 +190,24 @@ _AS_WEIGHTS = {
     "stable_adamw": 2,
     "ademamix": 3,
 }
-"""Values of state per parameter by optimizer, in the weights' type."""
+"""Values of optimizer state per parameter, in the weights' type."""
 
 
 def has_known_state(optim: str) -> bool:
-    """Return whether the size of the optimizer's state is known."""
     return optim in _MOMENTS or optim in _AS_WEIGHTS
 
 
 def num_trainable(num_parameters: int, settings: MemorySettings) -> int:
-    """Return the number of trained parameters."""
     return num_parameters if settings.num_trainable is None else settings.num_trainable
 
 
 def trained_dtype(settings: MemorySettings) -> str:
-    """Return the type of the trained weights: fp32 for those that a method adds."""
+    """Return the type of the trained weights: fp32 for weights that a method adds."""
     return settings.weights_dtype if settings.num_trainable is None else "fp32"
 
 
 def state_of(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Return bytes of all weights, and of the gradients and optimizer state of the trained ones."""
+    """Return bytes of all weights, and of the trained weights' gradients and optimizer state."""
     total = num_parameters if settings.num_all_parameters is None else settings.num_all_parameters
     trained = num_trainable(num_parameters, settings)
     state = state_bytes(trained, trained_dtype(settings), settings.optim, settings.bf16_rounding)
@@ -225,7 +217,7 @@ def state_of(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, 
 def state_bytes(
     num_parameters: int, weights_dtype: str, optim: str = "adamw_torch_fused", bf16_rounding: str | None = None
 ) -> dict[MemoryKind, int]:
-    """Return bytes of trained weights, of gradients in their type, and of optimizer state."""
+    """Return bytes of trained weights, of gradients in the same type, and of optimizer state."""
     size = BYTES[weights_dtype]
     per_value = _MOMENTS.get(optim)
     if per_value is None:

@@ -1,5 +1,3 @@
-"""The table of placements for some hardware (docs/guides/scale.md)."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -27,10 +25,11 @@ _DEFAULTS = {
 
 def table(basis: Basis) -> tuple[PlacementOption, ...]:
     """Return every sensible placement with its memory and speed."""
-    return tuple(_best(basis, settings) for settings in _layouts(basis))
+    return tuple(_best_option(basis, settings) for settings in _candidate_settings(basis))
 
 
-def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
+def _candidate_settings(basis: Basis) -> Iterator[dict[str, Any]]:
+    """Yield the settings of each placement that the recipe and hardware allow."""
     train = basis.recipe.train
     many = train.num_processes > 1
     plain = _DEFAULTS | {"train.optim": "adamw_torch_fused"}
@@ -59,7 +58,8 @@ def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
         yield plain | unchunked | {PLACEMENT: placement, OFFLOAD: offload}
 
 
-def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
+def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
+    """Return a placement's fastest settings that fit, else its smallest ones, as a row of the table."""
     recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
         weights_dtype=settings["model.weights_dtype"],
@@ -70,10 +70,11 @@ def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
     )
     placed = replace(basis, start=start, layout=parallel_layout.of(recipe))
     option = choose.fastest(placed) or choose.smallest(placed, same_numbers=True)
-    return row(placed, option.settings, option.memory, _changes(basis, settings, placed.layout))
+    return row(placed, option.settings, option.memory, _changed_settings(basis, settings, placed.layout))
 
 
 def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
+    """Return a placement as a row of the table."""
     kinds, layout = dict(memory.kinds), basis.layout
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
@@ -95,6 +96,7 @@ def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dic
 
 
 def name_of(layout: ParallelLayout | None, settings: MemorySettings) -> str:
+    """Return a placement's name for tables and messages."""
     small = settings.optim == "adamw_8bit"
     if layout is None:
         each = f"{settings.num_processes} copies" if settings.num_processes > 1 else "one device"
@@ -108,7 +110,8 @@ def name_of(layout: ParallelLayout | None, settings: MemorySettings) -> str:
     return f"ZeRO-{layout.stage}" + (where if optimizer != "device" else "")
 
 
-def _changes(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | None) -> dict[str, Any]:
+def _changed_settings(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | None) -> dict[str, Any]:
+    """Return the placement's settings that differ from the recipe's current ones."""
     recipe = basis.recipe
     current = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
     current |= {name: value for name in settings if (value := given(recipe, name)) is not None}
@@ -118,6 +121,7 @@ def _changes(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | No
 
 
 def _shortage(basis: Basis, on_device: int, host: int) -> str | None:
+    """Return the missing device and host memory in words, or None."""
     missing = {"device": on_device - basis.available_bytes}
     if host:
         missing["host"] = host - basis.fleet.machine.memory_available_bytes

@@ -1,5 +1,3 @@
-"""Choose each setting with its reason."""
-
 from __future__ import annotations
 
 import math
@@ -23,7 +21,7 @@ from fulltune.text import counted, format_bytes
 MIN_BF16_SPEEDUP = 1.2
 """Speed of bf16 relative to fp32 that is worth its rounding on a CPU."""
 MAX_WORKERS = 8
-"""Most processes that decode images for one GPU."""
+"""Maximum number of processes that decode images for one GPU."""
 MIN_SHARED_BYTES = 2**30
 """Shared memory per GPU: each worker queues two batches, and 32 images of 224 x 224 pixels are 19 MB."""
 
@@ -36,6 +34,7 @@ def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
 
 
 def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
+    """Choose the device; raise `RecipeError` if the machine does not have it."""
     wanted = recipe.train.device
     if wanted == "cuda" and not machine.gpus:
         raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
@@ -49,11 +48,11 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     reason += f" on {'each' if count else 'any'} of {machines} machines" if machines > 1 else ""
     reason += f"; they differ ({machine.differs}): planned for the weakest" if machine.differs else ""
     device = str(reasons.add("train.device", None if wanted == "auto" else wanted, "cuda" if count else "cpu", reason))
-    _refuse_too_many(recipe, machine, device)
+    _refuse_too_many_processes(recipe, machine, device)
     return device
 
 
-def _refuse_too_many(recipe: Recipe, machine: Machine, device: str) -> None:
+def _refuse_too_many_processes(recipe: Recipe, machine: Machine, device: str) -> None:
     train = recipe.train
     room, unit = (len(machine.gpus), "GPU") if device == "cuda" else (machine.num_cores, "CPU core")
     if train.processes_per_machine <= room or (device == "cpu" and train.oversubscribe):
@@ -69,6 +68,7 @@ def _refuse_too_many(recipe: Recipe, machine: Machine, device: str) -> None:
 
 
 def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> Any:
+    """Choose the precision; raise `RecipeError` for fp16 on a CPU."""
     wanted = recipe.train.precision
     if wanted == "fp16" and device == "cpu":
         raise RecipeError(
@@ -83,8 +83,8 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
         reason += "; weights stay fp32" if usual == "bf16" else f"; it is used from {MIN_BF16_SPEEDUP} times on"
     else:
         oldest = oldest_gpu(recipe, machine)
-        usual, reason = _precision_of(oldest)
-        if len({_precision_of(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
+        usual, reason = _gpu_precision(oldest)
+        if len({_gpu_precision(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
             reason += "; other GPUs could do more, but all use the same precision"
         if wanted == "fp16" and oldest.capability < TENSOR_CORES_FROM:
             doubt = f"; {oldest.label} has no tensor cores, so fp16 is no faster than fp32 and less exact"
@@ -106,11 +106,11 @@ KERNELS = {
     # As in transformers 5.24; uses Hopper's instructions, which later cards lack.
     "model.attn_implementation: flash_attention_3": ("8.0 to 9.x (Ampere to Hopper)", (8, 0), (9, 9)),
 }
-"""Compute capability that kernels need: in words, lowest, highest."""
+"""Compute capability that each kernel needs: in words, lowest, highest."""
 
 
 def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
-    """Raise `RecipeError` for kernels that the device or precision does not support."""
+    """Raise `RecipeError` if the device or precision does not support a kernel that the recipe sets."""
     names = [f"train.{name}" for name in ("torch_compile", "use_liger_kernel") if getattr(recipe.train, name)]
     for setting in (*names, f"model.attn_implementation: {recipe.model.attn_implementation}"):
         needed, lowest, highest = KERNELS.get(setting, ("", (0, 0), (99, 0)))
@@ -126,11 +126,12 @@ def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str
 
 
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
-    """Return the used GPU with the lowest compute capability."""
+    """Return the GPU with the lowest compute capability among those that the run uses."""
     return min(machine.gpus[: recipe.train.processes_per_machine], key=lambda gpu: gpu.capability)
 
 
-def _precision_of(gpu: Gpu) -> tuple[str, str]:
+def _gpu_precision(gpu: Gpu) -> tuple[str, str]:
+    """Return a GPU's best precision and the reason."""
     if gpu.bf16:
         return "bf16", f"{gpu.label} computes in bf16; weights stay fp32"
     if gpu.capability >= TENSOR_CORES_FROM:
@@ -140,7 +141,7 @@ def _precision_of(gpu: Gpu) -> tuple[str, str]:
 
 
 def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
-    """Return the optimizer, and the rounding of bf16 weights."""
+    """Choose the optimizer and the rounding of bf16 weights, which is None for fp32."""
     train, dtype = recipe.train, recipe.model.weights_dtype
     rounding, why = None, "AdamW in fp32 with a fused kernel"
     if dtype != "fp32":
@@ -153,7 +154,7 @@ def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
 
 
 def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
-    """Return the number of data-loader workers of each process: 0 except for images on a GPU.
+    """Choose the number of data-loader workers per process: 0 except for images on a GPU.
 
     Collating texts takes 5 % of a step at most; decoding images five times a ViT-base's step on an A100 (measured).
     """
@@ -170,6 +171,7 @@ def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reaso
 
 
 def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
+    """Choose the metric; raise `RecipeError` if the task does not have it."""
     possible = summary.form.metrics
     wanted = recipe.evaluate.metric
     if wanted is not None and wanted not in possible:
@@ -178,6 +180,7 @@ def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
 
 
 def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
+    """Choose the number of rows per step, fewer for small data."""
     train = recipe.train
     per_pass = (train.micro_batch_size or 1) * train.num_processes
     usual = 16 if FACTS[recipe.task].writes else 32
@@ -192,7 +195,7 @@ def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
 
 @dataclass(frozen=True)
 class Steps:
-    """Length of a run, and its steps between evaluations and checkpoints."""
+    """Length of a run, and steps between evaluations and checkpoints."""
 
     epochs: float
     total: int
@@ -201,7 +204,7 @@ class Steps:
 
 
 def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reasons) -> Steps:
-    """Return the length of training and its intervals; mixed-in rows lengthen an epoch."""
+    """Choose the length of training and the intervals; mixed-in rows lengthen an epoch."""
     train, per_epoch = recipe.train, math.ceil(summary.rows_per_epoch / global_batch)
     if train.max_steps is not None:
         reasons.add("train.max_steps", train.max_steps)
@@ -215,7 +218,7 @@ def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reas
 
 
 def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
-    """Return the learning rate; a new head's own rate is recorded too."""
+    """Choose the learning rate; record a new head's own rate as well."""
     method = recipe.method
     rate, why = defaults.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
     why = f"middle of the searched rates: {why}" if method.is_searched else why
@@ -226,7 +229,7 @@ def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
 
 
 def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["probe", "random"] | None:
-    """Return how a new head is initialised, or None without a new head."""
+    """Choose how to initialise a new head, or return None without one."""
     wanted, name = recipe.method.head_init, "method.head_init"
     if not FACTS[recipe.task].head_is_new:
         return None
@@ -242,6 +245,7 @@ def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["prob
 
 
 def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -> int:
+    """Choose the number of warm-up steps; raise `RecipeError` if the run has no more."""
     train = recipe.train
     if train.warmup_steps is not None and train.warmup_steps >= total_steps:
         raise RecipeError(
@@ -269,11 +273,10 @@ def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
 
 
 _NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
-"""Fields that are shown elsewhere."""
 
 
 def everything_else(recipe: Recipe, reasons: Reasons) -> None:
-    """Record all remaining fields for the report."""
+    """Record the recipe's remaining fields for the report."""
     named = {setting.name for setting in reasons.settings}
     for block in ("model", "data", "method", "train", "preserve", "evaluate"):
         values = getattr(recipe, block)

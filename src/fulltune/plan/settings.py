@@ -1,5 +1,3 @@
-"""Read, change and write a recipe's settings by dotted name, such as `train.optim`."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,7 +10,7 @@ from fulltune.records.plan import Setting
 FROM_RECIPE = "from the recipe"
 PLACEMENT, OFFLOAD = "train.placement", "train.offload"
 WHERE = (PLACEMENT, OFFLOAD, ENGINE_SETTINGS)
-"""Settings that place weights, gradients and optimizer state."""
+"""Settings that decide where weights, gradients and optimizer state are stored."""
 
 
 def given(recipe: Recipe, name: str) -> Any:
@@ -37,7 +35,7 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
 
 
 def in_yaml(value: Any) -> str:
-    """Return a value in the form of a recipe or `--set`."""
+    """Return a value as written in a recipe or after `--set`."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {in_yaml(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, bool):
@@ -46,18 +44,18 @@ def in_yaml(value: Any) -> str:
 
 
 class Reasons:
-    """The settings of a plan with their values and reasons."""
+    """Collects the settings of a plan with their values and reasons."""
 
     def __init__(self) -> None:
         self.settings: list[Setting] = []
 
     def add(self, name: str, from_recipe: Any, default: Any = None, reason: str = "", doubt: str = "") -> Any:
-        """Record and return the recipe's value, else the chosen one; `doubt` is appended to either reason."""
+        """Record and return the recipe's value, else `default`; `doubt` is appended to the reason."""
         value, why = (from_recipe, FROM_RECIPE) if from_recipe is not None else (default, reason)
         self.settings.append(Setting(name=name, value=value, reason=why + doubt, is_automatic=from_recipe is None))
         return value
 
     def replace(self, name: str, value: Any, reason: str) -> None:
-        """Replace the value of a setting that was added before."""
+        """Replace the value and reason of a recorded setting."""
         place = next(i for i, setting in enumerate(self.settings) if setting.name == name)
         self.settings[place] = Setting(name=name, value=value, reason=reason, is_automatic=True)

@@ -1,5 +1,3 @@
-"""What `fulltune plan` shows besides the plan."""
-
 from __future__ import annotations
 
 import math
@@ -28,9 +26,9 @@ SMALL_ENCODER, LARGE = 500_000_000, 10**10
 MORE, HOSTS = (2, 4, 8), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 """Numbers of GPUs and machines, and GB of host memory, to propose."""
 WithMethod = Callable[[str], Workload | None]
-"""Returns the workload with another kind of method, if possible."""
+"""Returns the workload with another kind of method, or None if impossible."""
 PlannedSettings = tuple[Plan, dict[str, Any]]
-"""A plan, and its settings that the recipe does not have."""
+"""A plan, and its settings that differ from the recipe."""
 
 
 def survey(
@@ -40,33 +38,33 @@ def survey(
     planned: Plan | None = None,
     other: WithMethod = lambda kind: None,
 ) -> tuple[Survey, Plan | None]:
-    """Survey the possibilities on some hardware, and return a plan if any placement fits.
+    """Survey the possibilities on some hardware; also return a plan, or None if nothing fits.
 
     Args:
         workload: Recipe (see `spread_over`), model and data.
         fleet: The hardware.
-        price: Price of a device.
-        planned: The plan, if it is already made.
+        price: Price of a device per hour.
+        planned: The plan, if already made.
         other: Returns the workload with another method, for the advice.
     """
     basis, kind = basis_of(workload, fleet), workload.recipe.method.kind
     table = placements.table(basis)
-    outcome = _planned(workload, fleet, table) if planned is None else (planned, {})
+    outcome = _plan_or_error(workload, fleet, table) if planned is None else (planned, {})
     fits = not isinstance(outcome, DoesNotFitError)
-    full_fits = fits if kind == "full" else _anywhere(other("full"), fleet, by_asking=True) is not None
+    full_fits = fits if kind == "full" else _plan_or_none(other("full"), fleet, by_asking=True) is not None
     by_lora = other("lora") if kind != "lora" and not full_fits else None
-    lora = _anywhere(by_lora, fleet, by_asking=True)
+    lora = _plan_or_none(by_lora, fleet, by_asking=True)
     lora_fits = fits if kind == "lora" else None if by_lora is None else lora is not None
-    facts = _facts(workload, basis, table, full_fits, lora_fits)
+    facts = _survey_without_plan(workload, basis, table, full_fits, lora_fits)
     if isinstance(outcome, DoesNotFitError):
-        problem, ways = _ways_out(workload, basis, table, outcome.problems[0], lora)
+        problem, ways = _find_ways_out(workload, basis, table, outcome.problems[0], lora)
         notes = (f"{one.name}: {one.value}: {one.reason}" for one in resolve.caveats(basis.footprint))
         return facts.model_copy(update={"ways_out": ways, "notes": (problem, *notes)}), None
     plan, settings = outcome
     if plan.time is None:  # the plan was changed when memory ran out
         plan = with_time(plan, basis, workload.summary)
     if plan.memory is not None:
-        placed = replace(basis, layout=_layout(workload.recipe, outcome))
+        placed = replace(basis, layout=_layout_of(workload.recipe, outcome))
         row = placements.row(placed, plan, plan.memory, settings)
         rows = tuple(row if one.name == row.name else one for one in table)
         rows = rows if row in rows else (row, *rows)
@@ -82,12 +80,12 @@ def survey(
     return facts.model_copy(update=update), plan
 
 
-def _layout(recipe: Recipe, planned: PlannedSettings) -> ParallelLayout | None:
+def _layout_of(recipe: Recipe, planned: PlannedSettings) -> ParallelLayout | None:
     plan, settings = planned
     return parallel_layout.of(with_placement(with_settings(recipe, settings), plan.placement))
 
 
-def _facts(
+def _survey_without_plan(
     workload: Workload, basis: Basis, table: tuple[PlacementOption, ...], full_fits: bool, lora_fits: bool | None
 ) -> Survey:
     summary, shapes, fleet, train = workload.summary, workload.shapes, basis.fleet, workload.recipe.train
@@ -117,56 +115,59 @@ def _facts(
 # ---- the plan ----------------------------------------------------------------------------------------------------
 
 
-def _planned(workload: Workload, fleet: Fleet, table: Sequence[PlacementOption]) -> PlannedSettings | DoesNotFitError:
-    """Return the plan of the recipe; with `--for`, possibly with a better placement."""
+def _plan_or_error(
+    workload: Workload, fleet: Fleet, table: Sequence[PlacementOption]
+) -> PlannedSettings | DoesNotFitError:
+    """Return the recipe's plan, with `--for` perhaps a better placement's, or the error if nothing fits."""
     try:
-        own = _fitted(workload, workload.recipe, fleet)
+        own = _fit_recipe(workload, workload.recipe, fleet)
     except DoesNotFitError as error:
-        return error if fleet.here else _otherwise(workload, fleet, table) or error
+        return error if fleet.here else _plan_with_placement(workload, fleet, table) or error
     if fleet.here or own.num_processes == 1:
         return own, {}
-    exact = [one for one in table if not (_computes_otherwise(one) or one.host_bytes)]
+    exact = [one for one in table if not (_changes_arithmetic(one) or one.host_bytes)]
     if workload.recipe.train.optim is None and own.optim == "adamw_8bit":
         # Sharding the state keeps the arithmetic; 8-bit moments do not.
-        return _otherwise(workload, fleet, exact) or (own, {})
+        return _plan_with_placement(workload, fleet, exact) or (own, {})
     speed = own.time.tokens_per_second if own.time else math.inf
     faster = [one for one in exact if (one.tokens_per_second or 0.0) > MUCH_FASTER * speed]
-    return _otherwise(workload, fleet, faster, f", much faster than {own.placement}, which fits as well") or (own, {})
+    why = f", much faster than {own.placement}, which fits as well"
+    return _plan_with_placement(workload, fleet, faster, why) or (own, {})
 
 
 def ranked(table: Sequence[PlacementOption]) -> list[PlacementOption]:
-    """Return the placements that fit: first those that compute like AdamW in fp32, then the faster."""
+    """Return the placements that fit: first those that compute like AdamW in fp32, then by speed."""
     fitting = (one for one in table if one.fits)
-    return sorted(fitting, key=lambda option: (_computes_otherwise(option), -(option.tokens_per_second or 0.0)))
+    return sorted(fitting, key=lambda option: (_changes_arithmetic(option), -(option.tokens_per_second or 0.0)))
 
 
-def _computes_otherwise(option: PlacementOption) -> bool:
+def _changes_arithmetic(option: PlacementOption) -> bool:
     return option.settings.get("model.weights_dtype") == "bf16" or option.settings.get("train.optim") == "adamw_8bit"
 
 
-def _otherwise(
+def _plan_with_placement(
     workload: Workload, fleet: Fleet, table: Sequence[PlacementOption], why: str = ""
 ) -> PlannedSettings | None:
-    """Return the plan with the best of these placements that fits."""
+    """Return the plan with the best placement that fits, or None."""
     for option in ranked(table):
         conflicts = (given(workload.recipe, name) not in (None, value) for name, value in option.settings.items())
         if not option.settings or any(conflicts):  # the recipe's settings stay; this placement can be a way out
             continue
         try:
-            plan = _fitted(workload, with_settings(workload.recipe, option.settings), fleet)
+            plan = _fit_recipe(workload, with_settings(workload.recipe, option.settings), fleet)
         except DoesNotFitError:
             continue
         names = {"train.extra" if name == ENGINE_SETTINGS else name for name in option.settings}
         installs = f"; {parallel_layout.INSTALL}" if option.name.startswith("ZeRO") else ""
-        return _explained(plan, names, f"placement: {option.name}{why}{installs}"), option.settings
+        return _with_reason(plan, names, f"placement: {option.name}{why}{installs}"), option.settings
     return None
 
 
-def _fitted(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
-    return _explained(fit(replace(workload, recipe=recipe), fleet), set(workload.spread), "from --for")
+def _fit_recipe(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
+    return _with_reason(fit(replace(workload, recipe=recipe), fleet), set(workload.spread), "from --for")
 
 
-def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
+def _with_reason(plan: Plan, names: set[str], reason: str) -> Plan:
     settings = (
         setting.model_copy(update={"is_automatic": True, "reason": reason}) if setting.name in names else setting
         for setting in plan.settings
@@ -174,32 +175,32 @@ def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
     return plan.model_copy(update={"settings": tuple(settings)})
 
 
-def _anywhere(workload: Workload | None, fleet: Fleet, by_asking: bool = False) -> PlannedSettings | None:
-    """Return the plan with the recipe's or an automatic placement; with `by_asking`, else with any."""
+def _plan_or_none(workload: Workload | None, fleet: Fleet, by_asking: bool = False) -> PlannedSettings | None:
+    """Return the plan with the recipe's or an automatic placement, or None; `by_asking` allows any placement."""
     if workload is None:
         return None
     table = placements.table(basis_of(workload, fleet))
-    outcome = _planned(workload, fleet, table)
+    outcome = _plan_or_error(workload, fleet, table)
     if not isinstance(outcome, DoesNotFitError):
         return outcome
-    return _otherwise(workload, fleet, table) if by_asking else None
+    return _plan_with_placement(workload, fleet, table) if by_asking else None
 
 
 # ---- ways out ----------------------------------------------------------------------------------------------------
 
 
-def _ways_out(
+def _find_ways_out(
     workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[WayOut, ...]]:
-    """Return the problem with its ways out, for disk space if only that is short, else for memory."""
+    """Return the problem and its ways out: for the disk if only the disk is too small, else for memory."""
     fleet = basis.fleet
-    outcome = _planned(workload, fleet.model_copy(update={"disk_bytes": None}), table)
+    outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"
     if isinstance(outcome, DoesNotFitError) or fleet.disk_bytes is None:
         least = choose.smallest(basis)
         now = least.memory.peak
-        ways = [*_larger(workload, fleet, now), *ways_out.of_memory(basis, least.settings, table)]
-        ways = [_tried(workload, fleet, way) for way in ways[: ways_out.MAX_WAYS]]
+        ways = [*_larger_hardware(workload, fleet, now), *ways_out.of_memory(basis, least.settings, table)]
+        ways = [_checked_way_out(workload, fleet, way) for way in ways[: ways_out.MAX_WAYS]]
     else:
         plan, settings = outcome
         recipe, where = with_settings(workload.recipe, settings), "disk"
@@ -221,7 +222,7 @@ def _ways_out(
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))
 
 
-def _larger(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut]:
+def _larger_hardware(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut]:
     """Yield the smallest increase of devices or machines, and of host memory, that is enough."""
     named = fleet.named
     if named.gpu is None or fleet.here:
@@ -234,15 +235,16 @@ def _larger(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut
     hosts = [replace(named, host_bytes=size) for size in sizes]
     for larger, costs in ((devices, "more devices"), (hosts, "more host memory")):
         for hardware in larger:
-            if planned := _on(workload, gpus.fleet_of(hardware)):
+            if planned := _plan_on(workload, gpus.fleet_of(hardware)):
                 plan = planned[0]
                 frees = max(0, now_bytes - (plan.memory.peak if plan.memory else 0))
-                words = f"{hardware}, {placements.name_of(_layout(workload.recipe, planned), plan)}"
+                words = f"{hardware}, {placements.name_of(_layout_of(workload.recipe, planned), plan)}"
                 yield ways_out.way({}, frees, True, costs, words).model_copy(update={"hardware": str(hardware)})
                 break
 
 
-def _on(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
+def _plan_on(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
+    """Return the plan on other hardware, or None if it does not fit or cannot divide the batch."""
     recipe, numbers = workload.recipe, {NUM_PROCESSES: fleet.num_devices, NUM_MACHINES: fleet.num_machines}
     left_open = {name for name in SPREAD if name in workload.spread or given(recipe, name) is None}
     recipe = with_settings(recipe, {name: numbers[name] for name in left_open})
@@ -250,14 +252,14 @@ def _on(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
     rows = (train.micro_batch_size or 1) * train.num_processes
     if train.num_processes % fleet.num_machines or (train.global_batch_size or rows) % rows:
         return None
-    return _anywhere(replace(workload, recipe=recipe), fleet)
+    return _plan_or_none(replace(workload, recipe=recipe), fleet)
 
 
-def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
+def _checked_way_out(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
     """Return the way out, no longer `enough` if planning with it fails."""
     if not way.enough or not way.settings or "data.max_length" in way.settings:
         return way
-    if _anywhere(replace(workload, recipe=with_settings(workload.recipe, way.settings)), fleet) is not None:
+    if _plan_or_none(replace(workload, recipe=with_settings(workload.recipe, way.settings)), fleet) is not None:
         return way
     return way.model_copy(update={"enough": False, "costs": f"{way.costs}; more than memory is short"})
 
@@ -268,7 +270,7 @@ def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
 def advise(
     train_rows: int, shapes: Shapes, full_fits: bool, lora_fits: bool | None, device_bytes: int
 ) -> tuple[Advice, ...]:
-    """Return a verdict for each method, the best first, by rules with sources in docs/evidence.md."""
+    """Return a verdict on each method, the best first, by rules with sources in docs/evidence.md."""
     few, small = train_rows < FEW_ROWS, not shapes.is_decoder and shapes.num_parameters < SMALL_ENCODER
     size, where = 2 * shapes.num_parameters / 2**30, " on one device" if full_fits else " either"
     unsure = "" if lora_fits else ", if the activations fit as well"

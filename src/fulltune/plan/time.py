@@ -1,5 +1,3 @@
-"""Time and cost of a run (docs/concepts/memory.md, "Time")."""
-
 from __future__ import annotations
 
 import re
@@ -30,9 +28,9 @@ UPDATE_BYTES, HOST_UPDATE_BYTES = 36, 28
 HOST_SHARE = 0.65
 """Share of the host's bandwidth that a CPU optimizer reaches: 39 of 60 GB/s."""
 PADDING_GROUPED = 1.07
-"""Tokens with padding per token when grouped by length (measured: 6.6 % more, 2026-11-24)."""
+"""Padded tokens per real token when grouped by length (measured: 6.6 % more, 2026-11-24)."""
 GENERIC_TOKENS = 48
-"""Mean tokens of a bundled generic text, cut at 64."""
+"""Mean tokens of a bundled generic text, truncated at 64."""
 PROBE_PARTS = 3.5
 """Peak memory of fitting a linear probe relative to its features."""
 PROBE_SECONDS, PROBE_PASSES, PROBE_FLOPS = 2.0, 150, 2e10
@@ -45,25 +43,25 @@ class Work:
 
     footprint: Footprint
     tokens_per_row: float
-    """Mean tokens of a row with padding; an image is one."""
+    """Mean tokens of a row with padding; an image counts as one."""
     backward: float = 2.0
-    """Cost of a backward pass in forward passes."""
+    """Cost of a backward pass relative to a forward pass."""
 
     def forward_flops(self, rows: float) -> float:
-        """Return operations of a forward pass over some rows."""
+        """Return the operations of a forward pass over some rows."""
         return self.flops_of(rows * self.tokens_per_row, self.tokens_per_row)
 
     def flops_of(self, tokens: float, length: float) -> float:
-        """Return operations of a forward pass over `tokens` in rows of `length`."""
+        """Return the operations of a forward pass over `tokens` in rows of `length`."""
         return tokens * (self.footprint.flops_per_token + self.footprint.attention_flops_per_pair * length)
 
     def step_flops(self, rows: float, recomputed: bool) -> float:
-        """Return operations of a forward and backward pass over some rows."""
+        """Return the operations of a forward and backward pass over some rows."""
         return (1 + self.backward + recomputed) * self.forward_flops(rows)
 
 
 def backward_of(method: str, shapes: Shapes) -> float:
-    """Return the cost of a method's backward pass in forward passes."""
+    """Return the cost of a method's backward pass relative to a forward pass."""
     if shapes.num_trainable is None:
         return 2.0
     share = shapes.num_trainable / (shapes.num_all_parameters or shapes.num_parameters)
@@ -71,7 +69,7 @@ def backward_of(method: str, shapes: Shapes) -> float:
 
 
 def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: int = 0, backward: float = 2.0) -> Work:
-    """Return the work per row; `virtual` tokens come before each text in prompt tuning."""
+    """Return the work per row; prompt tuning adds `virtual` tokens to each text."""
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(footprint, 1.0, backward)
     longest, mean = summary.max_length, summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
@@ -84,7 +82,7 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
 
 
 def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None:
-    """Return FLOP/s of one device in training, if known."""
+    """Return the FLOP/s that a device reaches in training, or None if unknown."""
     if fleet.machine.gpus:
         if fleet.gpu_model is None:
             return None
@@ -100,7 +98,7 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 def step_seconds(
     fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, layout: ParallelLayout | None
 ) -> dict[str, float]:
-    """Return seconds of each part of a step with `rows` rows, if the hardware's speed is known."""
+    """Estimate the seconds of each part of a step of `rows` rows, or none if the speed is unknown."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
         return {}
@@ -142,12 +140,12 @@ def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, lay
 
 
 def together(seconds: Mapping[str, float]) -> float:
-    """Return seconds of a step: the longest of the overlapping parts plus the optimizer."""
+    """Return the seconds of a step: the longest of the overlapping parts plus the optimizer."""
     return max(seconds[name] for name in seconds if name != "optimizer") + seconds["optimizer"]
 
 
 def traffic(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | None) -> tuple[int, int]:
-    """Return bytes that each process sends per micro batch and per step (docs/guides/scale.md, "Traffic")."""
+    """Return the bytes that a process sends per micro batch and per step (docs/guides/scale.md, "Traffic")."""
     processes, trained = settings.num_processes, memory.num_trainable(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
     each_pass, each_step = 0, 0
@@ -165,17 +163,17 @@ def traffic(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | N
 
 
 def further_seconds(training: float) -> float:
-    """Return seconds for more timed passes of a dry run."""
+    """Return the seconds that a dry run spends on further timed passes."""
     return min(20.0, max(0.5, 0.05 * training))
 
 
 def probe_passes(summary: DataSummary) -> int:
-    """Return the most passes of a row through the pretrained model for a probe."""
+    """Return how often, at most, a probe passes a row through the pretrained model."""
     return 2 if "text_pair" in summary.columns else 1
 
 
 def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
-    """Return the rows, host memory and seconds (without the model's passes) of a new head's linear probe."""
+    """Estimate rows, host memory and seconds of a new head's linear probe, without the model's passes."""
     form, train, passes = summary.form, summary.splits["train"], probe_passes(summary)
     words = max(1.0, train.trained_tokens / max(1, train.rows))
     per_row = probe.items_per_row(form.name, words, summary.num_choices)

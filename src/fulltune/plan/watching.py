@@ -1,5 +1,3 @@
-"""Plan how many generic texts are read to measure drift."""
-
 from __future__ import annotations
 
 import math
@@ -16,20 +14,20 @@ from fulltune.records.plan import GenericTexts, Setting
 from fulltune.text import format_percent
 
 SHARE, SHARE_STEERED = 0.01, 0.05
-"""Shares of training spent on generic texts, without and with a budget."""
+"""Shares of the training time for generic texts, without and with a budget."""
 MIN_TEXTS, MAX_TEXTS = 8, 64
 """Bounds on the texts read at each evaluation."""
 STEERED = 20
-"""Number of measurements that set the replay weight."""
+"""Number of times that the replay weight is set."""
 REPLAYED, MIN_REPLAYED = 0.125, 4
-"""Replayed share of a step's tokens, and the fewest texts, as fewer give a noisy gradient."""
+"""Replayed share of a step's tokens, and the minimum number of texts, as fewer give a noisy gradient."""
 
 
 def settle(
     recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
 ) -> GenericTexts:
-    """Plan the generic texts of a run, with reasons."""
-    watched = _watched(recipe, summary, global_batch_size, steps, reasons)
+    """Plan how many generic texts a run reads and replays, with reasons."""
+    watched = _texts_per_evaluation(recipe, summary, global_batch_size, steps, reasons)
     block, total_steps = recipe.preserve, steps.total
     if block.limit is None:
         return GenericTexts(texts_per_evaluation=watched)
@@ -58,8 +56,10 @@ def settle(
     )
 
 
-def _watched(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons) -> int:
-    """Return the number of texts per evaluation, for `SHARE` of the training; 0 if drift is off."""
+def _texts_per_evaluation(
+    recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
+) -> int:
+    """Return the generic texts per evaluation, for `SHARE` of the training time; 0 if drift is off."""
     name, against = "preserve.drift", "images have no generic text" if FACTS[recipe.task].reads != "text" else ""
     against = "only the head is trained" if recipe.method.kind == "head" and not against else against
     if not recipe.preserve.drift or against:

@@ -1,5 +1,3 @@
-"""Changes that help when nothing fits."""
-
 from __future__ import annotations
 
 import shlex
@@ -24,14 +22,11 @@ MIN_SHARE = 0.1
 def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()) -> tuple[WayOut, ...]:
     """Return at most three ways to fit a process in memory, those that are enough first.
 
-    Args:
-        basis: The arithmetic and its memory.
-        smallest: The smallest settings, which do not fit.
-        placements: Other placements, which are ways out if they fit.
+    The `smallest` settings do not fit; other `placements` are ways out if they fit.
     """
     recipe, now = basis.recipe, basis.need(smallest).peak
     ways, mild = [], 0
-    for lever, changed, settings in _possible(recipe, smallest):
+    for lever, changed, settings in _usable_levers(recipe, smallest):
         peak = basis.need(changed).peak
         ways.append(way(settings, now - peak, peak <= basis.available_bytes, lever.costs))
         mild += lever.same_result
@@ -41,17 +36,17 @@ def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[Place
         # the same types, then the fastest.
         fastest = max(others, key=lambda option: option.tokens_per_second or 0.0)
         own = [one for one in others if one.settings.get(PLACEMENT) == "fsdp2" and one is not fastest][:1]
-        ways[mild:mild] = [_as_way_out(one, now) for one in (*own, fastest)]
+        ways[mild:mild] = [_placement_way_out(one, now) for one in (*own, fastest)]
     least = MIN_SHARE * (now - basis.available_bytes)
     ways = [way for way in ways if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
-    enough = [way for way in ways if way.enough] or _together(basis, smallest)
+    enough = [way for way in ways if way.enough] or _combined_levers(basis, smallest)
     if len(enough) < MAX_WAYS and not recipe.train.engine_by:  # ZeRO's weights may be offloaded
-        enough.append(_smaller_model(basis, smallest))
+        enough.append(_smaller_model_way_out(basis, smallest))
     rest = sorted((way for way in ways if not way.enough), key=lambda way: -way.frees_bytes)
     return tuple([*enough, *rest][:MAX_WAYS])
 
 
-def _as_way_out(placement: PlacementOption, now: int) -> WayOut:
+def _placement_way_out(placement: PlacementOption, now: int) -> WayOut:
     host = f", {format_bytes(placement.host_bytes)} on the host" if placement.host_bytes else ""
     speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
     costs = speed or "results differ in the last digits"
@@ -72,20 +67,20 @@ def way(
     return WayOut(change=words, frees_bytes=frees_bytes, where=where, enough=enough, costs=costs, settings=settings)
 
 
-def _possible(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, MemorySettings, dict[str, Any]]]:
-    """Yield each usable lever with the settings after it and the recipe's changes, the mildest first."""
+def _usable_levers(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, MemorySettings, dict[str, Any]]]:
+    """Yield each usable lever with the new memory settings and the recipe's changes, the mildest first."""
     for lever in LEVERS:
         if lever.way_out and not lever.obstacle(recipe, now):
             changes = lever.apply(recipe, now)[-1]
             yield lever, now.changed(**changes), lever.settings(recipe, changes)
 
 
-def _together(basis: Basis, now: MemorySettings) -> list[WayOut]:
-    """Return one way out with the fewest changes that are enough together, if any."""
+def _combined_levers(basis: Basis, now: MemorySettings) -> list[WayOut]:
+    """Return one way out of the fewest levers that are enough together, or none."""
     needed = basis.need(now).peak
     costs: list[str] = []
     named: dict[str, Any] = {}
-    while step := next(_possible(basis.recipe, now), None):
+    while step := next(_usable_levers(basis.recipe, now), None):
         lever, now, settings = step
         named |= settings
         costs += [lever.costs] if lever.costs not in costs else []
@@ -95,7 +90,7 @@ def _together(basis: Basis, now: MemorySettings) -> list[WayOut]:
     return []
 
 
-def _smaller_model(basis: Basis, settings: MemorySettings) -> WayOut:
+def _smaller_model_way_out(basis: Basis, settings: MemorySettings) -> WayOut:
     need = basis.need(settings)
     parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
@@ -118,7 +113,7 @@ def in_lines(ways: Sequence[WayOut]) -> list[str]:
 
 
 def as_flags(way: WayOut) -> str:
-    """Return command-line flags for the way out, quoted for a shell."""
+    """Return the way out as command-line flags, quoted for a shell."""
     words = ["--for", way.hardware] if way.hardware else []
     for name, value in way.settings.items():
         words += ["--set", f"{name}={in_yaml(value)}"]

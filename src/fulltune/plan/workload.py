@@ -1,5 +1,3 @@
-"""The workload of a plan, and what its settings need."""
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -32,7 +30,7 @@ class Workload:
     """Returns the model's footprint for a weight type; tracing takes seconds."""
     summary: DataSummary
     spread: tuple[str, ...] = ()
-    """Names of the settings that `spread_over` added."""
+    """Settings that `spread_over` added."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,12 @@ class Basis:
     global_batch_size: int
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
-    """Initialisation of a new head, if there is one."""
+    """None without a new head."""
     group_by_length: bool
     start: MemorySettings
     """Settings without any lever: a micro batch of one row, no checkpointing."""
     layout: ParallelLayout | None
-    """Sharding of the state, if it is sharded."""
+    """None if the state is not sharded."""
     available_bytes: int
     """Bytes that one process may use on its device."""
     where: str
@@ -62,26 +60,25 @@ class Basis:
 
     @property
     def rows_per_process(self) -> int:
-        """Rows of the global batch for one process."""
         return max(1, self.global_batch_size // self.start.num_processes)
 
     def need(self, settings: MemorySettings) -> MemoryNeed:
-        """Return the memory of one process, with a micro batch of at most all train rows."""
+        """Compute the memory of one process, with a micro batch of at most all train rows."""
         full = settings.changed(micro_batch_size=min(settings.micro_batch_size, max(1, self.train_rows)))
         return budget.need(self.shapes, self.footprint, full, self.layout)
 
     def seconds(self, settings: MemorySettings) -> dict[str, float]:
-        """Return seconds of each part of a step, if the speed is known."""
+        """Estimate the seconds of each part of a step, or none if the speed is unknown."""
         return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.layout)
 
     def speed(self, settings: MemorySettings) -> float | None:
-        """Return tokens per second over all devices, if known."""
+        """Estimate tokens per second over all devices, or None if unknown."""
         seconds = self.seconds(settings)
         return self.global_batch_size * self.work.tokens_per_row / time.together(seconds) if seconds else None
 
 
 def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Choose everything that does not depend on memory; `own_loss` needs all logits at once."""
+    """Choose everything that does not depend on memory; a user's `own_loss` needs all logits at once."""
     recipe, shapes, summary = workload.recipe, workload.shapes, workload.summary
     train, reasons = recipe.train, reasons or Reasons()
     if train.activation_checkpointing and not shapes.can_recompute:
@@ -157,10 +154,9 @@ SPREAD = (NUM_PROCESSES, NUM_MACHINES) = ("train.num_processes", "train.num_mach
 
 
 def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
-    """Return the recipe with a process for each device of the `--for` hardware, and the names of added settings.
+    """Return the recipe with a process for each `--for` device, and the names of added settings.
 
-    Raises:
-        RecipeError: If the devices cannot divide the recipe's batch, or it names other machines.
+    Raises `RecipeError` if the devices cannot divide the batch, or the recipe names other hardware.
     """
     if fleet.here:
         return recipe, ()

@@ -82,10 +82,12 @@ def measure_of(task_name: TaskName, target: Target, metric: str) -> ResamplableM
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
     counts, value = task_named(task_name).sums(target, metric).get(metric, (None, None))
-    return ResamplableMetric(metric, greater_is_better(metric), _alone(task_name, target, metric), counts, value)
+    return ResamplableMetric(
+        metric, greater_is_better(metric), _single_metric(task_name, target, metric), counts, value
+    )
 
 
-def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
+def _single_metric(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
     """Return a function that computes only this metric, as Kendall's tau is slow."""
     if target.form.is_number and metric in NUMBER_METRICS:
         return lambda outputs: NUMBER_METRICS[metric](
@@ -97,14 +99,14 @@ def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predic
 # ---- draws ---------------------------------------------------------------------------------------------------
 
 
-def _times(random: np.random.Generator, num_clusters: int, size: int) -> np.ndarray:
+def _draw_cluster_counts(random: np.random.Generator, num_clusters: int, size: int) -> np.ndarray:
     clusters = random.integers(0, num_clusters, (size, num_clusters), np.int32)
     offsets = np.arange(size, dtype=np.int64)[:, None] * num_clusters
     counts = np.bincount((clusters + offsets).ravel(), minlength=size * num_clusters)
     return counts.reshape(size, num_clusters)
 
 
-def _numbered(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
+def _number_clusters(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
     """Number the clusters from 0, [rows], and count them; by default each row is one."""
     of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     return of_row, int(of_row.max(initial=-1)) + 1
@@ -165,10 +167,10 @@ def resample(
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"{num_rows} rows with the clusters of {len(clusters)}")
-    of_row, num_clusters = _numbered(clusters, num_rows)
+    of_row, num_clusters = _number_clusters(clusters, num_rows)
     random, drawn = np.random.default_rng(seed), []
     for _ in range(samples):
-        rows = np.repeat(np.arange(num_rows), _times(random, num_clusters, 1)[0][of_row])
+        rows = np.repeat(np.arange(num_rows), _draw_cluster_counts(random, num_clusters, 1)[0][of_row])
         drawn.append(metrics({name: array[rows] for name, array in outputs.items()}))
     return {
         name: Resampled(value[name], np.array([values[name] for values in drawn], np.float64), num_rows, num_clusters)
@@ -181,7 +183,7 @@ def gain(measure: ResamplableMetric, before: np.ndarray, now: np.ndarray) -> tup
     assert measure.value is not None
     both = np.stack([before, now], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
-    draws = np.diff(_by_sums(both, measure.value, _MIN_SAMPLES), axis=1)
+    draws = np.diff(_resample_sums(both, measure.value, _MIN_SAMPLES), axis=1)
     return float(measure.sign * difference), float(np.std(draws))
 
 
@@ -216,10 +218,10 @@ def draw(
     if len(rows) > 1 or (clusters is not None and rows != {len(clusters)}):
         raise ValueError(f"trials of {sorted(rows)} rows cannot be compared row by row")
     num_rows = rows.pop()
-    of_row, num_clusters = _numbered(clusters, num_rows)
+    of_row, num_clusters = _number_clusters(clusters, num_rows)
     if measure.counts is not None and measure.value is not None:
         sums = np.stack([_cluster_sums(measure.counts, outputs, of_row) for outputs in trials], axis=1)
-        point, drawn = measure.value(sums.sum(axis=0)), _by_sums(sums, measure.value, samples)
+        point, drawn = measure.value(sums.sum(axis=0)), _resample_sums(sums, measure.value, samples)
     else:
         samples = min(samples, SAMPLES_ANEW)
         anew = [
@@ -242,15 +244,15 @@ def _cluster_sums(count: RowTerms, outputs: Predictions, of_row: np.ndarray) -> 
     return sums
 
 
-def _by_sums(sums: np.ndarray, value: FromSums, samples: int) -> np.ndarray:
+def _resample_sums(sums: np.ndarray, value: FromSums, samples: int) -> np.ndarray:
     """Compute the metric on resamples, [draws, trials], from sums [clusters, trials, k]."""
     num_clusters, *of_trials = sums.shape
     samples = min(samples, max(_MIN_SAMPLES, int(_MAX_PRODUCTS / sums.size)))
     at_once, parts = max(1, _WEIGHTS_AT_ONCE // num_clusters), []
     for start in range(0, samples, at_once):
         size = min(at_once, samples - start)
-        drawn = _times(np.random.default_rng((_SEED, start)), num_clusters, size).astype(np.float64) @ sums.reshape(
-            num_clusters, -1
-        )
+        drawn = _draw_cluster_counts(np.random.default_rng((_SEED, start)), num_clusters, size).astype(
+            np.float64
+        ) @ sums.reshape(num_clusters, -1)
         parts.append(value(drawn.reshape(size, *of_trials)))
     return np.concatenate(parts)

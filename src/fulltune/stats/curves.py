@@ -76,10 +76,10 @@ def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: floa
 def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
     """Stop if the median of the last `2 * LOSS_WINDOW` losses exceeds three times the start (by at least 1), and none
     is below 1.5 times it."""
-    begin, last = _beginning(losses, untrained), losses[-2 * LOSS_WINDOW :]
-    if len(losses) <= 2 * LOSS_WINDOW or not _is_far(begin, last):
+    begin, last = _start_loss(losses, untrained), losses[-2 * LOSS_WINDOW :]
+    if len(losses) <= 2 * LOSS_WINDOW or not _is_far_above(begin, last):
         return GO_ON
-    return GuardDecision("stop", _far(begin, last, learning_rate), len(losses) - 2 * LOSS_WINDOW)
+    return GuardDecision("stop", _divergence_message(begin, last, learning_rate), len(losses) - 2 * LOSS_WINDOW)
 
 
 def ended_high(
@@ -88,11 +88,13 @@ def ended_high(
     """Judge a finished run by the later half of its losses: stop if they are far above the start, warn if slightly."""
     if len(losses) < _MIN_AT_END:
         return GO_ON
-    begin, last = _beginning(losses, untrained), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
+    begin, last = _start_loss(losses, untrained), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
     was_better = any(loss < begin for loss in eval_losses)
-    if _is_far(begin, last):
+    if _is_far_above(begin, last):
         is_sure = len(losses) >= 2 * LOSS_WINDOW or (bool(eval_losses) and min(eval_losses) > _NONE_NEAR * begin)
-        return GuardDecision("stop" if is_sure and not was_better else "warn", _far(begin, last, learning_rate))
+        return GuardDecision(
+            "stop" if is_sure and not was_better else "warn", _divergence_message(begin, last, learning_rate)
+        )
     now = statistics.median(last)
     times = _ABOVE if eval_losses else _ABOVE_UNEVALUATED
     if was_better or begin <= 0 or now <= max(times * begin, begin + _ABOVE_MORE):
@@ -113,7 +115,7 @@ def made_worse(
 ) -> GuardDecision:
     """Stop after `behind` consecutive evaluations worse than before step 1 if the train loss has not fallen;
     overfitting is left to early stopping."""
-    begin, now = _beginning(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
+    begin, now = _start_loss(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if behind < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
     return GuardDecision(
@@ -128,7 +130,7 @@ def ended_worse(
 ) -> GuardDecision:
     """Judge a finished run that is more than two standard errors worse than before step 1: stop if the train loss has
     not fallen either, else warn."""
-    begin, last = _beginning(losses, untrained), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
+    begin, last = _start_loss(losses, untrained), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
     now, worse = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
     if len(losses) < _MIN_AT_END or now < begin:
         return GuardDecision("warn", f"{worse}. Try a lower learning rate (here {learning_rate:g}) or fewer epochs")
@@ -136,16 +138,16 @@ def ended_worse(
     return GuardDecision("stop", f"{worse}, and {fallen}. {_cause(learning_rate)}")
 
 
-def _beginning(losses: Sequence[float], untrained: float | None) -> float:
+def _start_loss(losses: Sequence[float], untrained: float | None) -> float:
     return max([*losses[:1], *([] if untrained is None else [untrained])], default=0.0)
 
 
-def _is_far(begin: float, last: Sequence[float]) -> bool:
+def _is_far_above(begin: float, last: Sequence[float]) -> bool:
     is_above = begin > 0 and statistics.median(last) > max(_FAR * begin, begin + _FAR_MORE)
     return is_above and min(last) > _NONE_NEAR * begin
 
 
-def _far(begin: float, last: Sequence[float], learning_rate: float) -> str:
+def _divergence_message(begin: float, last: Sequence[float], learning_rate: float) -> str:
     return (
         f"the loss diverged: before any update it was at most {begin:.3g}, and the last {len(last)} values are "
         f"between {min(last):.3g} and {max(last):.3g}. {_cause(learning_rate)}"
@@ -285,7 +287,7 @@ def fit(curves: Curves) -> Fit:
     if worse := _worse_than_before(curves):
         return Fit("got worse", worse, 0, helps=_LOWER)
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
-    trained = _train_loss(curves.train_loss, [step for step, _ in evaluations])
+    trained = _train_loss_by_evaluation(curves.train_loss, [step for step, _ in evaluations])
     if len(evaluations) < MIN_EVALUATIONS or len(trained) < len(evaluations):
         few = f"too few evaluations ({len(evaluations)}) to judge over-fitting; three are needed"
         return Fit("not known", few if evaluations else "")
@@ -299,12 +301,14 @@ def fit(curves: Curves) -> Fit:
     since_best, fell = _since_best(curves)
     rose = turn < end and last >= ROSE * least > 0
     if not (rose or fell):
-        return _without_a_turn(curves, evaluations, trained, gap)
+        return _judge_without_turn(curves, evaluations, trained, gap)
     at = curves.best[0] if fell else turn
     what = (
-        since_best if fell else f"the eval loss was lowest at {_place(curves, turn)}, {format_number(least)}, and rose"
+        since_best
+        if fell
+        else f"the eval loss was lowest at {_step_and_epoch(curves, turn)}, {format_number(least)}, and rose"
     )
-    details = f"{gap}{_kept(curves, at)}"
+    details = f"{gap}{_kept_weights_sentence(curves, at)}"
     half = list(trained.values())[(len(trained) - 1) // 2]
     if trained[end] >= HARDLY_FELL * max(trained[turn], half):
         return Fit("got worse", f"{what}, and the train loss did not fall either", at, details, _LOWER)
@@ -318,7 +322,7 @@ def fit(curves: Curves) -> Fit:
     return Fit("over-confident", what, at, details)
 
 
-def _without_a_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
+def _judge_without_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
     """Judge a run that never got worse: did it end too early?"""
     if curves.is_mixed:
         return Fit("not known", "no sign of over-fitting, but the train loss includes mixed-in rows", None, gap)
@@ -334,11 +338,11 @@ def _without_a_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[
     return Fit("sound", "no sign of over- or under-fitting", None, gap)
 
 
-def _place(curves: Curves, step: int) -> str:
+def _step_and_epoch(curves: Curves, step: int) -> str:
     return f"step {step:,} (epoch {format_number(step * curves.epochs_per_step)})"
 
 
-def _kept(curves: Curves, turn: int) -> str:
+def _kept_weights_sentence(curves: Curves, turn: int) -> str:
     """Describe whether the kept weights are from before it got worse."""
     if curves.kept_step is None:
         return ""
@@ -346,7 +350,7 @@ def _kept(curves: Curves, turn: int) -> str:
     return f" The model's weights are from {side} (step {curves.kept_step:,})."
 
 
-def _train_loss(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
+def _train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
     """Average the train loss between evaluations, by the step of each evaluation."""
     means: dict[int, float] = {}
     for before, end in zip([0, *steps], steps, strict=False):
@@ -372,7 +376,7 @@ def _since_best(curves: Curves) -> tuple[str, bool]:
     step, best = curves.best
     lost = abs(best - finite[-1])
     before, after = (format_metric(curves.metric_name, value) for value in (best, finite[-1]))
-    words = f"{curves.on_eval} was best at {_place(curves, step)}, {before}, and {after} at the end"
+    words = f"{curves.on_eval} was best at {_step_and_epoch(curves, step)}, {before}, and {after} at the end"
     return words, len(finite) >= MIN_EVALUATIONS and lost > curves.chance(best)
 
 

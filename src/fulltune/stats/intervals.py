@@ -58,7 +58,7 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 def seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpread | None]:
     """Return each method's variance between seeds; one with a single seed borrows the largest of the others."""
     spreads = [
-        NO_SPREAD if is_fixed else _spread(point, draws, drawn.num_clusters)
+        NO_SPREAD if is_fixed else _estimate_spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True)
     ]
     estimated = [spread for spread in spreads if spread is not None and not spread.is_none]
@@ -68,18 +68,18 @@ def seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpre
     return [widest if spread is None else spread for spread in spreads]
 
 
-def _spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread | None:
+def _estimate_spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread | None:
     """Estimate the variance from `point[seeds]` and `draws[draws, seeds]`; None for a single seed."""
     seeds = len(point)
     if seeds == 1:
         return None
     # Rows move each seed's metric and the seeds' mean; only the part that differs between seeds averages out.
     of_one, of_mean = float(draws.var(axis=0).mean()), float(draws.mean(axis=1).var())
-    by_rows = max(0.0, of_one - of_mean) * seeds / (seeds - 1) * _unbiased(num_clusters)
+    by_rows = max(0.0, of_one - of_mean) * seeds / (seeds - 1) * _unbiased_factor(num_clusters)
     return SeedSpread(seeds, float(point.var(ddof=1)), by_rows, seeds - 1)
 
 
-def _unbiased(num_clusters: int) -> float:
+def _unbiased_factor(num_clusters: int) -> float:
     return num_clusters / max(1, num_clusters - 1)
 
 
@@ -129,7 +129,7 @@ def mean_of_method(
 ) -> UncertainValue:
     """Return a method's metric, averaged over its seeds."""
     centres = drawn.draws[method].mean(axis=1)
-    return _uncertain(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
+    return _uncertain_value(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
 
 
 def difference(
@@ -144,19 +144,21 @@ def difference(
     difference."""
     centres = sign * (drawn.draws[first].mean(axis=1) - drawn.draws[second].mean(axis=1))
     estimate = sign * float(drawn.point[first].mean() - drawn.point[second].mean())
-    return _uncertain(estimate, centres, [spreads[first], spreads[second]], drawn.num_clusters, span)
+    return _uncertain_value(estimate, centres, [spreads[first], spreads[second]], drawn.num_clusters, span)
 
 
-def _uncertain(
+def _uncertain_value(
     estimate: float, centres: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
 ) -> UncertainValue:
     estimated = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
     # Few clusters also tell little about the spread between clusters.
-    stretch = np.sqrt(_unbiased(num_clusters) / _chi_squared(chance, max(1, num_clusters - 1), len(centres)))
+    stretch = np.sqrt(
+        _unbiased_factor(num_clusters) / _draw_chi_squared(chance, max(1, num_clusters - 1), len(centres))
+    )
     centres = estimate + (centres - estimate) * stretch
     surprise = SURPRISES * (0.0 if span is None else span / num_clusters) ** 2
-    between_seeds = variance_of_mean(estimated) / _chi_squared(chance, degrees_of_mean(estimated), len(centres))
+    between_seeds = variance_of_mean(estimated) / _draw_chi_squared(chance, degrees_of_mean(estimated), len(centres))
     beyond = np.maximum(0.0, between_seeds - variance_of_mean(estimated, by_rows=True))
     return UncertainValue(
         estimate=estimate,
@@ -179,7 +181,7 @@ def paired(first: Resampled, second: Resampled, span: float | None, confidence: 
     if not finite.any() or not np.isfinite([first.value, second.value]).all():
         return None
     centres = first.draws[finite] - second.draws[finite]
-    gap = _uncertain(first.value - second.value, centres, [NO_SPREAD, NO_SPREAD], first.num_clusters, span)
+    gap = _uncertain_value(first.value - second.value, centres, [NO_SPREAD, NO_SPREAD], first.num_clusters, span)
     low, high = gap.interval(1 - confidence)
     most = math.inf if span is None else span
     return Estimate(value=gap.estimate, low=max(low, -most), high=min(high, most))
@@ -201,7 +203,7 @@ def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
     return whole**2 / scatter if scatter > 0 else math.inf
 
 
-def _chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.ndarray:
+def _draw_chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.ndarray:
     """Draw chi-squared numbers divided by their degrees of freedom."""
     if math.isinf(degrees):
         return np.ones(count)

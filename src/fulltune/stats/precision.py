@@ -74,14 +74,14 @@ class ComparisonPrecision:
         # The variance to be found scatters around the true one, which is at least the rows' part.
         estimated = ratio * max(variance_of_mean(self.seeds), by_rows)
         beyond = np.maximum(0.0, estimated * inverse - by_rows)
-        return _quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
+        return _mixture_quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
 
     def luck(self, *, same_seeds: bool) -> list[float]:
         """Return equally likely ratios of estimated to true variance between seeds, on other rows."""
         total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
         if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
             return [1.0]
-        shares = [(step + 0.5) / _LUCK for step in range(_LUCK)]
+        shares = [(step + 0.5) / _NUM_RATIOS for step in range(_NUM_RATIOS)]
         if not same_seeds:
             return [float(chdtri(self.degrees, 1 - share)) / self.degrees for share in shares]
         # The models stay, and only the rows' part is drawn again: noncentral chi squared.
@@ -99,7 +99,7 @@ class ComparisonPrecision:
         return float(brentq(lambda size: float(ndtr((size - bounds) / error).mean()) - POWER, -most, most))
 
 
-_LUCK = 20
+_NUM_RATIOS = 20
 
 
 @functools.lru_cache(256)
@@ -112,7 +112,7 @@ def _inverse_chi_squared(degrees: float) -> tuple[np.ndarray, np.ndarray]:
     return np.diff(edges), degrees / chdtri(degrees, 1 - middles)
 
 
-def _quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float:
+def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float:
     """Return the point beyond which a mixture of centred normals leaves alpha / 2 on each side."""
     if not deviations.any():
         return 0.0

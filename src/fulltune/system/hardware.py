@@ -95,12 +95,12 @@ def here() -> Machine:
     total, available = memory_bytes()
     flops, copied, load = cpu_rates()
     return Machine(
-        cpu=_cpu(),
+        cpu=_cpu_name(),
         num_cores=num_cores(),
         memory_bytes=total,
         memory_available_bytes=available,
         cpu_bf16_speedup=bf16_speedup("cpu"),
-        gpus=_gpus(),
+        gpus=_list_gpus(),
         cpu_flops=flops,
         memory_bytes_per_second=copied,
         load_average=load,
@@ -118,7 +118,7 @@ def weakest(machines: Sequence[Machine]) -> Machine:
         memory_available_bytes=min(one.memory_available_bytes for one in machines),
         cpu_bf16_speedup=min(one.cpu_bf16_speedup for one in machines),
         # As many as the machine with the fewest, as each process takes the GPU of its number.
-        gpus=tuple(_least(gpus) for gpus in zip(*(one.gpus for one in machines), strict=False)),
+        gpus=tuple(_weakest_gpu(gpus) for gpus in zip(*(one.gpus for one in machines), strict=False)),
         cpu_flops=min(one.cpu_flops for one in machines),
         memory_bytes_per_second=min(one.memory_bytes_per_second for one in machines),
         load_average=max(one.load_average for one in machines),
@@ -127,7 +127,7 @@ def weakest(machines: Sequence[Machine]) -> Machine:
     )
 
 
-def _least(gpus: Sequence[Gpu]) -> Gpu:
+def _weakest_gpu(gpus: Sequence[Gpu]) -> Gpu:
     oldest = min(gpus, key=lambda gpu: (gpu.capability, gpu.memory_bytes))
     free = min((gpu.available_bytes for gpu in gpus if gpu.free_bytes is not None), default=None)
     return oldest.model_copy(update={"memory_bytes": min(gpu.memory_bytes for gpu in gpus), "free_bytes": free})
@@ -137,16 +137,18 @@ def _differences(machines: Sequence[Machine]) -> str:
     kinds = {tuple(sorted(gpu.name for gpu in one.gpus)) for one in machines}
     names = sorted({name for kind in kinds for name in kind})
     spans = (
-        _span([len(one.gpus) for one in machines], "GPUs"),
+        _range_in_words([len(one.gpus) for one in machines], "GPUs"),
         listed(names) if len(kinds) > 1 and len(names) > 1 else "",
-        _span([one.num_cores for one in machines], "cores"),
-        _span([one.memory_bytes / 2**30 for one in machines], "GiB of memory", digits=1, ratio=ALIKE),
-        _span([one.memory_available_bytes / 2**30 for one in machines], "GiB of free memory", digits=1, ratio=ALIKE),
+        _range_in_words([one.num_cores for one in machines], "cores"),
+        _range_in_words([one.memory_bytes / 2**30 for one in machines], "GiB of memory", digits=1, ratio=ALIKE),
+        _range_in_words(
+            [one.memory_available_bytes / 2**30 for one in machines], "GiB of free memory", digits=1, ratio=ALIKE
+        ),
     )
     return ", ".join(filter(None, spans))
 
 
-def _span(values: Sequence[float], words: str, digits: int = 0, ratio: float = 1.0) -> str:
+def _range_in_words(values: Sequence[float], words: str, digits: int = 0, ratio: float = 1.0) -> str:
     """Return a range such as `16 to 64 cores`; empty if the values are close."""
     least, most = min(values), max(values)
     return f"{least:,.{digits}f} to {most:,.{digits}f} {words}" if least < ratio * most else ""
@@ -156,10 +158,10 @@ def _span(values: Sequence[float], words: str, digits: int = 0, ratio: float = 1
 def bf16_speedup(device: str) -> float:
     """Return the speed of a training step under bf16 autocast relative to fp32, measured once."""
     if device != "cpu":
-        return _bf16_speedup(device, rows=4096, width=2048)
-    small = _bf16_speedup(device, rows=64, width=128)
+        return _measure_bf16_speedup(device, rows=4096, width=2048)
+    small = _measure_bf16_speedup(device, rows=64, width=128)
     # Without bf16 instructions a larger product takes seconds, though the answer is already clear.
-    return small if small < 0.5 else _bf16_speedup(device, rows=256, width=512)
+    return small if small < 0.5 else _measure_bf16_speedup(device, rows=256, width=512)
 
 
 @cache
@@ -182,7 +184,7 @@ def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -
     return 2 * rows * width * 4 * width / product, 2 * source.nbytes / copy
 
 
-def _bf16_speedup(device: str, rows: int, width: int) -> float:
+def _measure_bf16_speedup(device: str, rows: int, width: int) -> float:
     import torch
     from torch.nn import functional as F
 
@@ -211,7 +213,7 @@ def disk_free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _gpus() -> tuple[Gpu, ...]:
+def _list_gpus() -> tuple[Gpu, ...]:
     import torch
 
     if not torch.cuda.is_available():
@@ -226,7 +228,7 @@ def _gpus() -> tuple[Gpu, ...]:
     )
 
 
-def _cpu() -> str:
+def _cpu_name() -> str:
     lines = (line.partition(":") for line in memory.lines_of("/proc/cpuinfo"))
     names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
     return names[0] if names else platform.processor() or platform.machine()

@@ -197,16 +197,16 @@ def member(recipe: Recipe, place: MachineAddress, machine: Machine, token: str =
         host=socket.gethostname(),
         address=own_address(place.host, place.port),
         facts={
-            "versions": _versions(recipe),
+            "versions": _package_versions(recipe),
             "settings": {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()},
-            "files": {path: _content(Path(path)) for path in named_paths(recipe)},
+            "files": {path: _content_digest(Path(path)) for path in named_paths(recipe)},
             "devices": {} if recipe.train.device == "cpu" else {"GPUs": "some" if machine.gpus else "none"},
         },
         machine=machine,
     )
 
 
-def _versions(recipe: Recipe) -> dict[str, str]:
+def _package_versions(recipe: Recipe) -> dict[str, str]:
     versions = {"Python": platform.python_version()}
     for name in ("fulltune", *PACKAGES, "peft", *((parallel_layout.PACKAGE,) if recipe.train.engine_by else ())):
         try:
@@ -216,7 +216,7 @@ def _versions(recipe: Recipe) -> dict[str, str]:
     return versions
 
 
-def _content(path: Path) -> str:
+def _content_digest(path: Path) -> str:
     if not path.exists():
         return "missing"
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -95,7 +95,7 @@ def life_peak_bytes() -> int:
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-_SAID = re.compile(
+_OUT_OF_MEMORY_TEXT = re.compile(
     r"DefaultCPUAllocator"
     r"|\bout of memory\b"  # CUDA, HIP, MPS, NCCL
     r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
@@ -113,7 +113,7 @@ _LAST_WORDS = re.compile(
 _NO_THREAD = re.compile(r"can't start new thread|Thread creation failed: Resource temporarily unavailable")
 _LOST = re.compile(r"error return without exception set|without setting an exception")
 _UNITS = ("bytes", "KiB", "MiB", "GiB")
-_ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?|malloc of size (\d+)", re.IGNORECASE)
+_ALLOCATION_SIZE = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?|malloc of size (\d+)", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -128,7 +128,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     text = str(error)
     # A thread needs memory for its stack; without a limit on memory it is the number of threads that ran out.
-    return _SAID.search(text) is not None or (_NO_THREAD.search(text) is not None and memory_is_limited())
+    return _OUT_OF_MEMORY_TEXT.search(text) is not None or (_NO_THREAD.search(text) is not None and memory_is_limited())
 
 
 def in_last_words(lines: Sequence[str], limited: bool) -> bool:
@@ -144,7 +144,7 @@ def memory_is_limited() -> bool:
 
 def asked_bytes(text: str) -> int:
     """Return bytes that an allocation asked for, from an error's text, or 0."""
-    match = _ASKED.search(text)
+    match = _ALLOCATION_SIZE.search(text)
     if match is None:
         return 0
     return int(match[3]) if match[3] else int(float(match[1]) * 1024 ** _UNITS.index(match[2] or "bytes"))

@@ -53,7 +53,7 @@ def of(recipe: Recipe) -> ParallelLayout | None:
     if not recipe.train.engine_by:
         return None
     block = settings(recipe)["zero_optimization"]
-    optimizer, weights = (_device_of(block, what) != "none" for what in ("optimizer", "param"))
+    optimizer, weights = (_offload_device(block, what) != "none" for what in ("optimizer", "param"))
     return ParallelLayout(block["stage"], optimizer, weights)
 
 
@@ -88,8 +88,8 @@ _BACK = "set the same again, or start a new run (--fresh)"
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Return DeepSpeed's settings, completed for the recipe; raise all problems at once."""
     block = recipe.train.engine_settings
-    read = _of_placement(recipe) if block is None else _read(block)
-    problems = _problems(read, recipe)
+    read = _placement_settings(recipe) if block is None else _read_settings(block)
+    problems = _settings_problems(read, recipe)
     if problems:
         raise RecipeError([f"{recipe.train.engine_by}: {problem}" for problem in problems])
     # Without gradient_clipping DeepSpeed would not clip at all.
@@ -111,7 +111,7 @@ def missing_package(recipe: Recipe) -> list[str]:
 def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """Return DeepSpeed's settings with the plan's numbers; what transformers fills in stays "auto"."""
     sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
-    filled, problems = _filled(recipe, *sizes)
+    filled, problems = _fill_and_check(recipe, *sizes)
     if problems:  # a file can have changed since the plan was made
         raise RecipeError(problems)
     if recipe.train.placement in STAGES:
@@ -126,10 +126,10 @@ def disagreements(
     """Return settings of DeepSpeed that contradict the plan."""
     if not recipe.train.engine_by:
         return []
-    return _filled(recipe, micro_batch_size, accumulation, num_processes, precision)[1]
+    return _fill_and_check(recipe, micro_batch_size, accumulation, num_processes, precision)[1]
 
 
-def _filled(
+def _fill_and_check(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the settings with the plan's numbers for "auto", and contradictions."""
@@ -155,7 +155,7 @@ def _filled(
     return filled, problems
 
 
-def _read(block: Any) -> dict[str, Any]:
+def _read_settings(block: Any) -> dict[str, Any]:
     if isinstance(block, Mapping):
         return dict(json.loads(json.dumps(block)))
     path = Path(str(block))
@@ -172,18 +172,18 @@ def _read(block: Any) -> dict[str, Any]:
     return content
 
 
-def _of_placement(recipe: Recipe) -> dict[str, Any]:
+def _placement_settings(recipe: Recipe) -> dict[str, Any]:
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[recipe.train.offload]
     devices = {f"offload_{what}": {"device": "cpu"} for what in offloaded}
     return {"zero_optimization": {"stage": STAGES[recipe.train.placement], **devices}}
 
 
-def _device_of(block: Mapping[str, Any], what: str) -> Any:
+def _offload_device(block: Mapping[str, Any], what: str) -> Any:
     offload = block.get(f"offload_{what}") or {}
     return offload.get("device", "none") if isinstance(offload, dict) else offload
 
 
-def _problems(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
+def _settings_problems(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
     problems = [
         f"{name}: remove it; set by {instead}" if not instead.startswith("nothing") else f"{name}: remove it; {instead}"
         for name, instead in _LEFT_TO_THE_RECIPE.items()
@@ -201,7 +201,7 @@ def _problems(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
         stage = block.get("stage") if isinstance(block, dict) else None
         return [*problems, f"zero_optimization.stage: expected 0, 1, 2 or 3, found {json.dumps(stage)}"]
     for what in ("optimizer", "param"):
-        if (device := _device_of(block, what)) not in ("none", "cpu"):
+        if (device := _offload_device(block, what)) not in ("none", "cpu"):
             problems.append(f"zero_optimization.offload_{what}: expected the device cpu, found {json.dumps(device)}")
     return problems
 

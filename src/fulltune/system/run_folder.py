@@ -135,7 +135,7 @@ def find_or_make(
 
 def unfinished(output: Path, fingerprint: str) -> list[Path]:
     """Return folders of unfinished runs with this fingerprint, the newest last."""
-    files = [path for path in output.glob(f"*/{IDENTITY}") if _fingerprint(path) == fingerprint]
+    files = [path for path in output.glob(f"*/{IDENTITY}") if _stored_fingerprint(path) == fingerprint]
     files.sort(key=lambda path: path.stat().st_mtime)
     return [path.parent for path in files if not is_complete(path.parent)]
 
@@ -191,10 +191,10 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
     """Make the folder this recipe's, or check that it is; True if it was already."""
     identity = folder / IDENTITY
     if identity.exists():
-        if _fingerprint(identity) != fingerprint:
+        if _stored_fingerprint(identity) != fingerprint:
             raise SetupError(
-                f"{folder}: belongs to a run with other settings{_differing(folder, recipe)}; name another folder, or "
-                "omit --run-folder to start a new run"
+                f"{folder}: belongs to a run with other settings{_differing_settings(folder, recipe)}; name another "
+                "folder, or omit --run-folder to start a new run"
             )
         return True
     if folder.is_file():
@@ -219,13 +219,13 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return settings
 
 
-def _differing(folder: Path, recipe: Recipe) -> str:
+def _differing_settings(folder: Path, recipe: Recipe) -> str:
     before, now = flat(recipe_of(folder).shaping()), flat(recipe.shaping())
     names = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
     return f" ({first_few(names)})" if names else ""
 
 
-def _fingerprint(identity: Path) -> str | None:
+def _stored_fingerprint(identity: Path) -> str | None:
     """Return the stored recipe's fingerprint, with the marks of the user's functions."""
     try:
         stored = str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
@@ -271,7 +271,7 @@ def refuse_comparison(folder: Path) -> None:
 
 def refuse_with_functions(folder: Path, recipe: Recipe) -> None:
     """Raise `SetupError` for a run that was started from Python with functions."""
-    if _fingerprint(folder / IDENTITY) != recipe.fingerprint() and not is_complete(folder):
+    if _stored_fingerprint(folder / IDENTITY) != recipe.fingerprint() and not is_complete(folder):
         raise SetupError(f"{folder}: was started from Python with functions of its own; resume it from there")
 
 
@@ -348,11 +348,11 @@ def environment(machine: Machine) -> Environment:
         num_cores=machine.num_cores,
         memory_bytes=machine.memory_bytes,
         devices=tuple(gpu.name for gpu in machine.gpus),
-        commit=_commit(),
+        commit=_git_commit(),
     )
 
 
-def _commit() -> str | None:
+def _git_commit() -> str | None:
     try:
         result = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5, check=False

@@ -18,10 +18,10 @@ def test_gpu_is_found_by_each_of_its_names(gpu: gpus.GpuModel) -> None:
 
 
 def test_names_are_those_of_one_gpu_each() -> None:
-    names = [gpus._key(name) for gpu in gpus.GPUS for name in (gpu.name, *gpu.aliases)]
+    names = [gpus._normalised_name(name) for gpu in gpus.GPUS for name in (gpu.name, *gpu.aliases)]
     assert len({gpu.name for gpu in gpus.GPUS}) == len(gpus.GPUS) >= 25
-    owners = {name: gpu.name for gpu in gpus.GPUS for name in map(gpus._key, (gpu.name, *gpu.aliases))}
-    assert all(owners[gpus._key(gpu.name)] == gpu.name for gpu in gpus.GPUS)
+    owners = {name: gpu.name for gpu in gpus.GPUS for name in map(gpus._normalised_name, (gpu.name, *gpu.aliases))}
+    assert all(owners[gpus._normalised_name(gpu.name)] == gpu.name for gpu in gpus.GPUS)
     assert len(set(names)) == len(owners)
 
 
