@@ -109,6 +109,7 @@ def _fit_and_save(
     eval_rows: EncodedRows,
     with_head: bool,
 ) -> None:
+    """Fit the probe and save it, unless `folder` is None because another rank saves it."""
     started = time.monotonic()
     probe, head, start, baseline = fit(extract(), rows, eval_rows, with_head)
     if folder is None:
@@ -128,7 +129,7 @@ def _save_tensors(path: Path, arrays: HeadTensors) -> None:
 
 
 def put_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False) -> None:
-    """Set the head of a loaded model to the probe's in the run folder, more regularised if `for_training`."""
+    """Set a loaded model's head to the run folder's probe, or with `for_training` to its more regularised version."""
     import torch
     from safetensors.torch import load_file
 
@@ -232,7 +233,12 @@ def _out_of_memory_as_no_probe(model: PreTrainedModel) -> Iterator[None]:
 def _fit_head(
     extractor: FeatureExtractor, layers: HeadLayers, train: Features, held_out: Features | None
 ) -> tuple[HeadStart, HeadTensors, HeadTensors]:
-    """Fit the head's last two layers; return the record, all values of the head, and the last layer's for training."""
+    """Fit the head's last two layers.
+
+    Returns:
+        The record, all values of the head, and the last layer's values for the start of training.
+
+    """
     parameters = dict(extractor.model.named_parameters())
     last_layer, dense_layer = layers
     has_bias, dense_has_bias = (f"{layer}.bias" in parameters for layer in layers)
@@ -324,14 +330,14 @@ def predict(
     )
 
     def run(size: int) -> list[tuple[int, np.ndarray]]:
-        answers: list[tuple[int, np.ndarray]] = []
-        for part in extractor.batches(rows, layers, size, with_pairs=baseline.pooling == "pair"):
-            if not len(part.rows):  # none of these rows' words has a token
+        row_outputs: list[tuple[int, np.ndarray]] = []
+        for features in extractor.batches(rows, layers, size, with_pairs=baseline.pooling == "pair"):
+            if not len(features.rows):  # none of these rows' words has a token
                 continue
-            numbers, begins = np.unique(part.rows, return_index=True)
+            numbers, begins = np.unique(features.rows, return_index=True)
             order = np.argsort(begins)
-            outputs = np.split(classifier(_pooled_embeddings(part)[baseline.pooling]), np.sort(begins)[1:])
-            answers += zip(numbers[order].tolist(), outputs, strict=True)
-        return answers
+            outputs = np.split(classifier(_pooled_embeddings(features)[baseline.pooling]), np.sort(begins)[1:])
+            row_outputs += zip(numbers[order].tolist(), outputs, strict=True)
+        return row_outputs
 
     return extractor.within_memory(run)

@@ -169,13 +169,13 @@ def _item_features(
     import torch
 
     hidden, last, dense = states
-    picked: torch.Tensor | None = None
+    item_mask: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     match kind:
         case "tags":
-            picked = labels != IGNORED
-            mean, targets = _word_embeddings(hidden, rows), labels[picked].numpy()
-            counts = picked.sum(dim=1).numpy()
+            item_mask = labels != IGNORED
+            mean, targets = _word_embeddings(hidden, rows), labels[item_mask].numpy()
+            counts = item_mask.sum(dim=1).numpy()
         case "choice":
             mean = _mean_embedding(hidden, {name: tensor.flatten(0, 1) for name, tensor in batch.items()})
             counts = np.full(len(positions), len(hidden) // len(positions))
@@ -183,10 +183,10 @@ def _item_features(
             targets[np.arange(len(positions)), labels.numpy()] = 1
             targets = targets.ravel()
         case "span":
-            places, targets = _choose_tokens(labels.numpy(), positions)
-            picked = torch.zeros(hidden.shape[:2], dtype=torch.bool)
-            picked[places] = True
-            counts = picked.sum(dim=1).numpy()
+            token_indices, targets = _choose_tokens(labels.numpy(), positions)
+            item_mask = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+            item_mask[token_indices] = True
+            counts = item_mask.sum(dim=1).numpy()
         case _:
             mean, targets = _mean_embedding(hidden, batch), labels.numpy()
             counts = np.ones(len(positions), np.int64)
@@ -195,7 +195,7 @@ def _item_features(
         if values is None:
             return None
         flat = values.reshape(-1, values.shape[-1])
-        flat = flat if picked is None else flat[picked.flatten().to(flat.device)]
+        flat = flat if item_mask is None else flat[item_mask.flatten().to(flat.device)]
         return _check_finite(flat.cpu().numpy())
 
     return Features(
@@ -233,10 +233,10 @@ def _word_embeddings(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
     for row, states in zip(rows, hidden, strict=True):
         word_ids = torch.from_numpy(np.array(row[WORD_IDS], np.int64)).to(states.device)
         inside = word_ids >= 0
-        words, places = word_ids[inside].unique(return_inverse=True)
+        words, word_of_token = word_ids[inside].unique(return_inverse=True)
         # Scaled to length 1, the sum of a word's tokens equals their mean.
         total = torch.zeros(len(words), states.shape[-1], device=states.device)
-        means.append(total.index_add_(0, places, states[: len(inside)][inside]))
+        means.append(total.index_add_(0, word_of_token, states[: len(inside)][inside]))
     return F.normalize(torch.cat(means), dim=-1)
 
 

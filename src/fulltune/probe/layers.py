@@ -83,11 +83,11 @@ def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mappin
     if layers is not None:
         names = zip(("last", "dense"), layers, strict=True)
         modules |= {key: model.get_submodule(name) for key, name in names if name is not None}
-    read: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+    recorded: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
     last_outputs: list[torch.Tensor] = []
 
     def record(name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        read[name].append((output[0] if name == "body" else inputs[0]).float())
+        recorded[name].append((output[0] if name == "body" else inputs[0]).float())
         if name == "last":
             last_outputs.append(output.float())
 
@@ -97,9 +97,9 @@ def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mappin
     finally:
         for hook in hooks:
             hook.remove()
-    if len(read["body"]) != 1:
+    if len(recorded["body"]) != 1:
         raise NoProbe(f"{type(model).__name__} does not run its body once")
-    [hidden] = read["body"]
+    [hidden] = recorded["body"]
     if layers is None:
         return hidden, None, None
     logits = logits_of(outputs).float()
@@ -108,7 +108,7 @@ def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mappin
     is_all = len(outputs_read) == 1 and outputs_read[0].numel() == logits.numel()
     if not is_all or not torch.allclose(outputs_read[0].flatten(), logits.flatten(), rtol=0, atol=0, equal_nan=True):
         raise NoProbe(f"the logits of {type(model).__name__} are not just those of its last layer")
-    [last], dense = read["last"], read.get("dense", [])
+    [last], dense = recorded["last"], recorded.get("dense", [])
     dense_inputs = dense[0] if len(dense) == 1 and dense[0].shape[:-1] == last.shape[:-1] else None
     if pick is not None:
         last = pick(model, batch, last)
@@ -124,8 +124,8 @@ def _select_last_token(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
     if ids is None or states.shape[:-1] != ids.shape:
         return states
     is_text = torch.ones_like(ids) if pad is None else ids != pad
-    at = (torch.arange(ids.shape[1], device=ids.device) * is_text).argmax(dim=1)
-    return states[torch.arange(len(ids), device=ids.device), at]
+    last_positions = (torch.arange(ids.shape[1], device=ids.device) * is_text).argmax(dim=1)
+    return states[torch.arange(len(ids), device=ids.device), last_positions]
 
 
 def to_numpy(parameter: torch.Tensor) -> np.ndarray:
@@ -177,6 +177,7 @@ def dense_replacements(
 
 
 def _apply_activation(activation: str, norm: torch.nn.Module | None, values: np.ndarray) -> np.ndarray:
+    """Apply an activation, then the layer norm if there is one."""
     import torch
     from transformers.activations import ACT2FN
 
@@ -191,6 +192,7 @@ def _apply_activation(activation: str, norm: torch.nn.Module | None, values: np.
 
 
 def _fit_mean_predictor(dense_inputs: np.ndarray, mean: np.ndarray, has_bias: bool, shift: float) -> LinearClassifier:
+    """Fit a ridge regression from the dense layer's inputs to the mean over tokens."""
     from sklearn.linear_model import RidgeCV
 
     centre, scale = standardization(dense_inputs, has_bias)

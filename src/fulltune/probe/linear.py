@@ -57,7 +57,7 @@ class Items:
     features: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
-    """Index of each item's row; of a row's choices or tokens only one is right."""
+    """Index of each item's row. Only one of a row's choices or tokens is right."""
     num_outputs: int
     class_weights: Sequence[float] | None = None
 
@@ -107,6 +107,7 @@ def standardization(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np
 def _fit_by_kind(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
+    """Fit the kind of classifier that suits the items, at each strength."""
     match items.kind:
         case "regression":
             yield from _fit_ridge(features, items.labels, has_bias, strengths)
@@ -147,9 +148,10 @@ def _fit_logistic(
         weight, bias = model.coef_, np.broadcast_to(model.intercept_, len(model.coef_))
         if len(present) == 2:  # `coef_` has one row: the second class against the first
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-        whole = np.zeros((num_outputs, features.shape[1])), np.full(num_outputs, bias.min() - 1 if has_bias else 0.0)
-        whole[0][present], whole[1][present] = weight, bias
-        yield strength, LinearClassifier(*whole)
+        all_bias = np.full(num_outputs, bias.min() - 1 if has_bias else 0.0)
+        classifier = LinearClassifier(np.zeros((num_outputs, features.shape[1])), all_bias)
+        classifier.weight[present], classifier.bias[present] = weight, bias
+        yield strength, classifier
 
 
 def _limit_threads(multiplications: int) -> contextlib.AbstractContextManager[object]:
@@ -179,17 +181,18 @@ def _fit_each_label(
     paths = [
         _fit_logistic(features, labels[:, label], 2, strengths, (1.0, all_weights[label]), has_bias) for label in varied
     ]
-    for several in zip(*paths, strict=True):
+    for binaries in zip(*paths, strict=True):
         weight = np.zeros((items.num_outputs, features.shape[1]))
         bias = np.where(labels[0], 2.0, -2.0) * has_bias
-        for label, (_, binary) in zip(varied, several, strict=True):
+        for label, (_, binary) in zip(varied, binaries, strict=True):
             weight[label], bias[label] = 2 * binary.weight[1], 2 * binary.bias[1]
-        yield several[0][0], LinearClassifier(weight, bias)
+        yield binaries[0][0], LinearClassifier(weight, bias)
 
 
 def _fit_ridge(
     features: np.ndarray, numbers: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
+    """Fit a ridge regression at each strength."""
     from sklearn.linear_model import Ridge
 
     middle = (
@@ -212,9 +215,9 @@ def _fit_within_rows(
             raise NoProbe("no train row has a right and a wrong choice")
         signs = np.where(np.arange(len(differences)) % 2, 1, -1)
         paths.append(list(_fit_logistic(differences * signs[:, None], (signs > 0).astype(np.int64), 2, strengths)))
-    for several in zip(*paths, strict=True):
-        weight = np.concatenate([2 * binary.weight[1:] for _, binary in several])
-        yield several[0][0], LinearClassifier(weight, np.zeros(len(weight)))
+    for binaries in zip(*paths, strict=True):
+        weight = np.concatenate([2 * binary.weight[1:] for _, binary in binaries])
+        yield binaries[0][0], LinearClassifier(weight, np.zeros(len(weight)))
 
 
 def _feature_differences(features: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -241,8 +244,7 @@ Criterion = Callable[[Items, LinearClassifier], float]
 def select_classifier(
     items: Items, held_out: Items | None, candidates: Candidates[Key], criterion: Criterion, tolerance: float = 0.0
 ) -> tuple[float, Key, LinearClassifier]:
-    """Select the candidate that is best on held-out rows and fitted on all items; raise `NoProbe` if none can be
-    fitted.
+    """Select the candidate that is best on held-out rows, fitted on all items; raise `NoProbe` if none can be fitted.
 
     Args:
         items: Items of the train rows.
@@ -289,8 +291,12 @@ def select_features(
     criterion: Criterion,
     tolerance: float = 0.0,
 ) -> tuple[SpaceName, float, Any, LinearClassifier]:
-    """Select the best features on a sample of items, then the best classifier on all items; return both names, the
-    criterion and the classifier."""
+    """Select the best features on a sample of items, then the best classifier on all items.
+
+    Returns:
+        Name of the features, criterion, key and classifier.
+
+    """
     middle = partial(candidates, strengths=(MIDDLE,))
     name = next(iter(spaces))
     if len(spaces) > 1:

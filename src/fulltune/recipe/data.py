@@ -15,7 +15,7 @@ UTF_8 = "utf-8-sig"
 
 
 _MAX_WEIGHT_SUM = 0.999
-"""Largest allowed sum of weights, at which an epoch has 999 mixed-in rows for each row of the task."""
+"""Largest allowed sum of weights: 999 mixed-in rows for each row of the task."""
 
 
 def codec_of(encoding: str) -> str:
@@ -53,9 +53,9 @@ class DataBlock(Block):
 
     train: _Train
     """File, list of files or folder: csv, tsv, jsonl, json, parquet, arrow, CoNLL or txt; for images, a folder with one
-    folder per class. Files without a weight are the task's rows, from which eval and test are split. To reduce
-    forgetting, mix in other rows by weight: `[task.jsonl, {path: generic.jsonl, weight: 0.05}]`. They need the task's
-    columns; causal-lm also takes another kind of rows, such as raw text. Images cannot be mixed in."""
+    folder per class. Files without a weight hold the task's rows, from which eval and test are split. To reduce
+    forgetting, mix in other rows by weight: `[task.jsonl, {path: generic.jsonl, weight: 0.05}]`. Mixed-in rows need
+    the task's columns, but causal-lm also accepts other kinds of rows, such as raw text. Images cannot be mixed in."""
     eval: str | None = Field(default=None, coerce_numbers_to_str=True)
     """Rows that choose the best checkpoint, early stopping and calibration. Default: split off train."""
     test: str | None = Field(default=None, coerce_numbers_to_str=True)
@@ -64,8 +64,8 @@ class DataBlock(Block):
     """Column names of csv and tsv files without a header line, from left to right, such as `[text, label]`. Default:
     read from the first line."""
     encoding: str = "utf-8"
-    """Character encoding of text files, such as `utf-8`, `cp1252` (Excel's csv in Western Europe), `latin-1`, `utf-16`
-    or `shift_jis`. All files share it."""
+    """Character encoding of all text files, such as `utf-8`, `cp1252` (Excel's csv in Western Europe), `latin-1`,
+    `utf-16` or `shift_jis`."""
     text: str | None = None
     """Column with the text (text-classification, and causal-lm on raw text). By default, this and the other columns are
     recognised by their names."""
@@ -90,22 +90,23 @@ class DataBlock(Block):
     context: str | None = None
     """Column with the passage that contains the answer (question-answering)."""
     answers: str | None = None
-    """Column with the answers (question-answering): `{text: [...], answer_start: [...]}` as in SQuAD, or a text from
-    the context."""
+    """Column with the answers (question-answering): `{text: [...], answer_start: [...]}` as in SQuAD, or a text that
+    occurs in the context."""
     choices: str | None = None
     """Column with a list of possible answers (multiple-choice). Columns such as `choice0`, `choice1` ... are recognised
     too."""
     image: str | None = None
-    """Column with the path or the bytes of an image (image-classification). Not needed for one folder per class."""
+    """Column with the path or the bytes of an image (image-classification). Not needed if each class has its own
+    folder."""
     prompt: str | None = None
-    """Column with the prompt (causal-lm). The prompt itself gets no loss."""
+    """Column with the prompt (causal-lm), which gets no loss."""
     input: str | None = None
     """Column with the input of an instruction (causal-lm). It is put after the prompt and a blank line, unless it is
     empty. Default: `input` or `context`, if the prompt column is called `instruction`."""
     completion: str | None = None
-    """Column with the answer (causal-lm), on which the model is trained."""
+    """Column with the answer (causal-lm), which gets the loss."""
     messages: str | None = None
-    """Column with a list of chat messages (causal-lm). Only assistant turns are trained."""
+    """Column with a list of chat messages (causal-lm). Only assistant turns get a loss."""
     tools: str | None = None
     """Column with the tool definitions for `messages`."""
     problem_type: Literal["auto", "single_label", "multi_label", "regression"] = "auto"
@@ -122,9 +123,10 @@ class DataBlock(Block):
     """Put several short texts into one block of `max_length` tokens, without attention between them (causal-lm on raw
     text). Default: on, if a check shows that the model keeps the texts separate."""
     stride: int | None = Field(default=None, ge=0)
-    """Tokens by which the windows of a long context overlap (question-answering). Default: a third of a window."""
+    """Number of tokens by which the windows of a long context overlap (question-answering). Default: a third of a
+    window."""
     undecodable_images: Literal["error", "drop"] = "error"
-    """`error` lists images that cannot be decoded and stops; `drop` drops and lists them."""
+    """What to do with images that cannot be decoded: `error` lists them and stops, `drop` lists and drops them."""
     truncation_strategy: Literal["truncate", "drop", "error"] = "truncate"
     """What to do with rows longer than `max_length`. Rows whose whole answer would be cut off are always dropped and
     listed."""

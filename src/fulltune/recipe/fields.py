@@ -98,8 +98,8 @@ class Recipe(Block):
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         # These depend on the machine and do not change the result, but a comparison also measures memory and time.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
-        several = self.methods or self.is_searched
-        for name in ("notice", "hang_timeout", *(() if several else placing)):
+        compares_runs = self.methods or self.is_searched
+        for name in ("notice", "hang_timeout", *(() if compares_runs else placing)):
             del settings["train"][name]
         settings["compare"]["budget"] = None  # more time continues the same comparison
         return settings
@@ -113,8 +113,8 @@ class Recipe(Block):
     def with_method(self, method: ComparedMethod) -> Recipe:
         """Return the recipe of a single run with `method`, including that method's own `train` settings."""
         changes = {"method": method, "methods": (), "train": self.train}
-        if own := getattr(method, "train", {}):
-            changes["train"] = TrainBlock.model_validate({**self.train.model_dump(exclude_unset=True), **own})
+        if train_changes := getattr(method, "train", {}):
+            changes["train"] = TrainBlock.model_validate({**self.train.model_dump(exclude_unset=True), **train_changes})
         return self.model_copy(update=changes)
 
     @property
@@ -180,9 +180,9 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
                 "'hf download NAME --repo-type dataset --local-dir FOLDER') and write the file's path"
             )
         else:
-            whole = os.path.realpath(base / _expand_user(path))
-            if (shown := whole.encode("utf-8", "backslashreplace").decode()) == whole:
-                return whole
+            real_path = os.path.realpath(base / _expand_user(path))
+            if (shown := real_path.encode("utf-8", "backslashreplace").decode()) == real_path:
+                return real_path
             problems.append(f"{setting}: expected a path in UTF-8, found {shown}; rename the file or folder")
         return path
 

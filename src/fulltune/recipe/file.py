@@ -72,23 +72,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}{line}  not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected settings such as 'model: ...', found {_type_in_words(values)}")
-    places = list(_setting_lines(node))
-    lines: dict[str, int | str] = dict(places)
+    numbered_keys = list(_setting_lines(node))
+    lines: dict[str, int | str] = dict(numbered_keys)
     # YAML would silently keep the last of two equal keys.
-    counts = Counter(name for name, _ in places)
+    counts = Counter(name for name, _ in numbered_keys)
     twice = [name for name, count in counts.items() if count > 1 and counts.get(name.rpartition(".")[0], 1) == 1]
     problems = [f"{name}: given twice; keep one" for name in twice]
     values = _substitute_variables(values, "", problems)
     problems = [_with_location(text, path, lines) for text in problems]
     for override in overrides:
         try:
-            at = _apply_override(values, override)
+            setting = _apply_override(values, override)
         except ValueError as error:
             problems.append(f"--set {override}: {error}")
             continue
-        others = {name: line for name, line in lines.items() if not f"{name}.".startswith(f"{at}.")}
-        blocks = {at[: dot.start()]: f"--set {override}" for dot in re.finditer(r"\.", at)}
-        lines = {**blocks, **others, at: f"--set {override}"}
+        others = {name: line for name, line in lines.items() if not f"{name}.".startswith(f"{setting}.")}
+        blocks = {setting[: dot.start()]: f"--set {override}" for dot in re.finditer(r"\.", setting)}
+        lines = {**blocks, **others, setting: f"--set {override}"}
     try:
         recipe = check(values, path, lines)
     except RecipeError as error:
@@ -150,17 +150,17 @@ def _correct_kind(item: FieldError, values: PlainSettings) -> bool:
     near = near_names(item["ctx"]["tag"], _quoted_names(item["ctx"]["expected_tags"]))
     if near:
         *blocks, last = _location_in_file(item)
-        place = reduce(getitem, blocks, values)
-        place[last] = {**place[last], "kind": near[0]} if isinstance(place[last], dict) else near[0]
+        block = reduce(getitem, blocks, values)
+        block[last] = {**block[last], "kind": near[0]} if isinstance(block[last], dict) else near[0]
     return bool(near)
 
 
 def _remove_settings(item: FieldError, values: PlainSettings) -> Iterable[str]:
     """Remove the settings that cause a pydantic error from `values`, and yield their names."""
-    block, at = values, _location_in_file(item)
-    if len(at) > 1 and isinstance(values.get(at[0]), dict):
-        block, at = values[at[0]], at[1:]
-    inner, names = block.get(at[0]) if at else block, at[:1]
+    block, location = values, _location_in_file(item)
+    if len(location) > 1 and isinstance(values.get(location[0]), dict):
+        block, location = values[location[0]], location[1:]
+    inner, names = block.get(location[0]) if location else block, location[:1]
     if item["type"] == "value_error" and isinstance(inner, dict):
         named = tuple(name for name in inner if re.search(rf"\b{re.escape(str(name))}\b", item["msg"]))
         block, names = (inner, named) if named else (block, names)
@@ -172,18 +172,18 @@ def _remove_settings(item: FieldError, values: PlainSettings) -> Iterable[str]:
 
 def _describe_error(item: FieldError, values: PlainSettings) -> Iterable[str]:
     """Yield a pydantic error's messages, each starting with the setting's name."""
-    at, value = _location_in_file(item), item.get("input")
-    name = ".".join(map(str, at))
+    location, value = _location_in_file(item), item.get("input")
+    name = ".".join(map(str, location))
     match item["type"]:
         case "extra_forbidden":
-            yield f"{name}: unknown setting; {_suggestion(at, values)}"
+            yield f"{name}: unknown setting; {_suggestion(location, values)}"
         case "missing":
-            yield f"{name}: missing; {_describe_setting(at, values)}"
+            yield f"{name}: missing; {_describe_setting(location, values)}"
         case "value_error":
             for text in str(item["ctx"]["error"]).splitlines():
                 # A block's message begins with the setting's name, a single setting's does not.
                 joint = ": " if text.startswith("expected ") else "."
-                yield f"{name}{joint}{text}" if at else text
+                yield f"{name}{joint}{text}" if location else text
         case "literal_error":
             yield f"{name}: {_expected_and_found(item['ctx']['expected'], value)}"
         case "union_tag_invalid":
@@ -200,7 +200,7 @@ def _describe_error(item: FieldError, values: PlainSettings) -> Iterable[str]:
             allowed = "letters, digits, '.', '_' and '-', with a letter or a digit first"
             yield f"{name}: expected {allowed}, found {value!r}"
         case "too_short" | "string_too_short":
-            yield f"{name}: is empty; {_describe_setting(at, values)}"
+            yield f"{name}: is empty; {_describe_setting(location, values)}"
         case "model_type" | "dict_type":
             yield f"{name}: expected settings (a block), found {_type_in_words(value)}"
         case _:
@@ -229,9 +229,9 @@ _TYPE_NAMES = {"integer": "whole number", "string": "text"}
 _MAX_LISTED_NAMES = 12
 
 
-def _suggestion(at: tuple[str | int, ...], values: PlainSettings) -> str:
+def _suggestion(location: tuple[str | int, ...], values: PlainSettings) -> str:
     """Suggest what to write instead of the unknown setting at a location."""
-    name, block = str(at[-1]), at[:-1]
+    name, block = str(location[-1]), location[:-1]
     if block[:2] != ("data", "train") and (answer := recipe_rules.answer(name)) is not None:
         return answer
     kinds = [kind for kind, member in _METHOD_BLOCKS.items() if name in member.model_fields]
@@ -260,6 +260,7 @@ def _quoted_names(expected: str) -> list[str]:
 
 
 def _expected_and_found(expected: str, value: object) -> str:
+    """Return what was expected and found, with a similar name as a hint."""
     hint = did_you_mean(str(value), _quoted_names(expected))
     return f"expected {expected}, found {value!r}" + (f"; {hint}" if hint else "")
 
@@ -268,6 +269,7 @@ def _expected_and_found(expected: str, value: object) -> str:
 
 
 def _blocks_in_type(annotation: object) -> list[type[Block]]:
+    """List the recipe blocks that a type annotation contains."""
     if isinstance(annotation, type) and issubclass(annotation, Block):
         return [annotation]
     return [block for inner in get_args(annotation) for block in _blocks_in_type(inner)]
@@ -280,18 +282,18 @@ _METHOD_BLOCKS: dict[str, type[Block]] = {
 
 def _location_in_file(item: FieldError) -> tuple[Any, ...]:
     """Return an error's location in the file, without the parts that pydantic inserts."""
-    at = item["loc"]
-    kind_at = {"method": 1, "methods": 2}.get(str(at[0]) if at else "")
-    parts = [part for number, part in enumerate(at) if not (number == kind_at and part in _METHOD_BLOCKS)]
-    own = len(parts) - 1 if item["type"] == "extra_forbidden" else None  # the user's name, whatever it looks like
-    names = [part for number, part in enumerate(parts) if number == own or re.fullmatch(r"\w+", str(part))]
+    location = item["loc"]
+    kind_at = {"method": 1, "methods": 2}.get(str(location[0]) if location else "")
+    parts = [part for number, part in enumerate(location) if not (number == kind_at and part in _METHOD_BLOCKS)]
+    user_name_at = len(parts) - 1 if item["type"] == "extra_forbidden" else None  # kept whatever it looks like
+    names = [part for number, part in enumerate(parts) if number == user_name_at or re.fullmatch(r"\w+", str(part))]
     return tuple(names[:-1] if len(names) > 1 and names[-1] in ("str", "tuple", "int", "float") else names)
 
 
-def _fields_at(at: Sequence[str | int], values: Any = None) -> dict[str, FieldInfo]:
+def _fields_at(location: Sequence[str | int], values: Any = None) -> dict[str, FieldInfo]:
     """Return the fields of the block at a location; for a method, those of all kinds unless `values` names one."""
     blocks: list[type[Block]] = [Recipe]
-    for part in at:
+    for part in location:
         if isinstance(part, str):
             fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
             blocks = [inner for field in fields for inner in _blocks_in_type(field.annotation)]
@@ -300,14 +302,14 @@ def _fields_at(at: Sequence[str | int], values: Any = None) -> dict[str, FieldIn
         except (KeyError, IndexError, TypeError):
             values = None
     kind = str(values.get("kind", "full") if isinstance(values, dict) else values)
-    if at and at[0] in ("method", "methods") and kind in _METHOD_BLOCKS:
+    if location and location[0] in ("method", "methods") and kind in _METHOD_BLOCKS:
         blocks = [_METHOD_BLOCKS[kind]]
     return {name: field for block in blocks for name, field in block.model_fields.items()}
 
 
-def _describe_setting(at: tuple[str | int, ...], values: Any) -> str:
-    """Return the first sentence of a missing setting's documentation."""
-    field = _fields_at(at[:-1], values).get(str(at[-1]))
+def _describe_setting(location: tuple[str | int, ...], values: Any) -> str:
+    """Return what a missing setting is, from the first sentence of its documentation."""
+    field = _fields_at(location[:-1], values).get(str(location[-1]))
     text = (field.description or "") if field else ""
     return "expected: " + " ".join(text.split()).split(". ")[0].rstrip(".") if text else "it is required"
 
@@ -354,14 +356,14 @@ def _apply_override(values: PlainSettings, override: str) -> str:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"the value is not valid YAML: {getattr(error, 'problem', error)}") from None
-    place = values
+    block_values = values
     for block in blocks:
-        inner = place.get(block)
+        inner = block_values.get(block)
         if isinstance(inner, list):
             raise ValueError(f"{block} is a list; set all of it, such as --set '{block}=[...]'")
         if isinstance(inner, str) and block in _SHORT_FORMS:
             inner = {_SHORT_FORMS[block]: inner}
-        place[block] = dict(inner) if isinstance(inner, dict) else {}
-        place = place[block]
-    place[last] = value
+        block_values[block] = dict(inner) if isinstance(inner, dict) else {}
+        block_values = block_values[block]
+    block_values[last] = value
     return name

@@ -38,6 +38,7 @@ class _MethodSettings(Block):
 
     @model_validator(mode="after")
     def _name_must_be_free(self) -> Self:
+        """Refuse a reserved name."""
         if self.name is not None and self.name.lower() in RESERVED_NAMES:  # some file systems ignore case
             raise ValueError(f"name: '{self.name}' is reserved for a file of the run folder; choose another name")
         return self
@@ -70,6 +71,7 @@ class _TrainedMethod(_MethodSettings):
 
     @model_validator(mode="after")
     def _rates_must_be_usable(self) -> _TrainedMethod:
+        """Refuse learning rates that are out of range or contradict each other."""
         rates = self.learning_rates
         pairs = {
             "learning_rate and learning_rates are both given; remove one": (
@@ -101,8 +103,8 @@ class FullMethod(_TrainedMethod):
     kind: Literal["full"]
     """Every parameter is trained."""
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
-    """Ratio of each layer's learning rate to that of the layer above it. 0.8 to 0.95 can help encoders with few rows
-    and a random head; with a linear probe it gained nothing. 1: the same rate everywhere."""
+    """Learning rate of each layer relative to the layer above it. 0.8 to 0.95 can help encoders with few rows and a
+    random head; with a linear probe it gained nothing. 1: the same rate everywhere."""
     train: PlainSettings = Field(default_factory=dict)
     """Settings that differ from the block `train` for this method of a comparison, such as `{label_smoothing_factor:
     0.1}`, to measure their effect. The first `full` is the reference."""
@@ -119,7 +121,7 @@ class LoraMethod(_TrainedMethod):
     """Train low-rank updates of frozen matrices (Hu et al. 2021), and the task's head."""
 
     kind: Literal["lora"]
-    """Two thin matrices are trained beside each frozen one."""
+    """Two low-rank matrices are trained beside each frozen one."""
     rank: int = Field(default=16, ge=1)
     """Rank of the updates."""
     alpha: float | None = Field(default=None, gt=0)

@@ -32,7 +32,7 @@ PlainSettings = dict[str, Any]
 
 
 class Block(BaseModel):
-    """Base of all blocks: frozen, without unknown keys, with fields documented by their docstrings."""
+    """Base class of all blocks: frozen, without unknown keys, with fields documented by their docstrings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -52,7 +52,7 @@ class ModelBlock(Block):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of the stored weights. `bf16` halves their memory; see `train.bf16_rounding`."""
+    """Data type of the stored weights. `bf16` halves their memory; see `train.bf16_rounding`."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Every dropout probability of the model. Default: the model's own values."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
@@ -60,7 +60,8 @@ class ModelBlock(Block):
     a GPU of compute capability 8.0 (Ampere), `flash_attention_3` one of 9.0 (Hopper); both compute in 16 bits.
     fulltune was never run with either."""
     trust_remote_code: bool = False
-    """Run Python files that come with the model. They can do anything that your account can do: read them first."""
+    """Run Python files that come with the model. Read them first, because they can do anything that your account can
+    do."""
     allow_pickled_weights: bool = False
     """Load `pytorch_model.bin`. PyTorch's restricted loader is used, but prefer safetensors: pickle has a history of
     vulnerabilities."""
@@ -91,9 +92,9 @@ class PreserveBlock(Block):
     Python's standard library."""
     budget: ShareText | None = None
     """Most drift to accept on generic text, such as `1%`: how much less likely a token may become (language models), or
-    1 - cosine of the mean hidden states. With a budget, generic text is replayed in training. Of the weights between
-    pretrained and trained, the best ones within the budget are kept, and confirmed on sealed texts. For `full` and
-    `lora`, in a single run."""
+    1 - cosine of the mean hidden states. A budget makes the run replay generic text in training. It then keeps the
+    best weights between pretrained and trained that stay within the budget, and confirms them on sealed texts. For
+    `full` and `lora`, in a single run."""
     replay: str | None = AUTO
     """Text file to replay under a budget. `auto`: a part of the texts of `probe`; `null`: replay nothing."""
 

@@ -61,12 +61,12 @@ def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
         block, _, field = setting.partition(".")
         if block == "preserve" and FACTS[recipe.task].reads == "image":
             continue  # the whole block is refused below
-        for place, method in methods_of(recipe) if block == "method" else [(block, recipe.method)]:
+        for prefix, method in methods_of(recipe) if block == "method" else [(block, recipe.method)]:
             if block == "method" and field not in type(method).model_fields:
                 continue
             value, other_value = (_setting_value(recipe, method, form, name) for name in (setting, other))
             if _matches(value, values) and _matches(other_value, other_values):
-                problems.append(f"{place}.{field}: {reason.format(task=recipe.task, value=value, other=other_value)}")
+                problems.append(f"{prefix}.{field}: {reason.format(task=recipe.task, value=value, other=other_value)}")
     return problems
 
 
@@ -80,7 +80,7 @@ def _matches(value: object, values: bool | str | list[str]) -> bool:
 
 
 def _setting_value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str) -> Any:
-    """Return the value of a dotted name of `excluded.toml`, such as `form.is_number`."""
+    """Return the value of a dotted name, such as `form.is_number`, for `excluded.toml`."""
     block, *fields = name.split(".")
     value: Any = getattr(recipe, block, None)
     if fields:
@@ -99,15 +99,15 @@ def methods_of(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
     """Return each method with its dotted name in the recipe, such as `methods.0`."""
     if not recipe.methods:
         return [("method", recipe.method)]
-    return [(f"methods.{place}", method) for place, method in enumerate(recipe.methods)]
+    return [(f"methods.{number}", method) for number, method in enumerate(recipe.methods)]
 
 
 def _search_problems(recipe: Recipe) -> Iterable[str]:
     """Yield the problems of a learning rate search."""
     if recipe.methods:
-        for place, method in methods_of(recipe):
+        for prefix, method in methods_of(recipe):
             if getattr(method, "is_searched", False):
-                yield f"{place}.learning_rate: a comparison searches each method's rate anyway; remove it"
+                yield f"{prefix}.learning_rate: a comparison searches each method's rate anyway; remove it"
         return
     is_searched = recipe.is_searched
     pairs = {
@@ -137,53 +137,55 @@ SHARED = (
 
 def _method_problems(recipe: Recipe) -> Iterable[str]:
     """Yield the problems of the `train` settings that single methods of a comparison have."""
-    for place, method in methods_of(recipe):
-        own = getattr(method, "train", {})
-        if not own:
+    for prefix, method in methods_of(recipe):
+        changes = getattr(method, "train", {})
+        if not changes:
             continue
         if not recipe.methods:
-            yield f"{place}.train: is only for methods of a comparison; move these settings to the block train"
+            yield f"{prefix}.train: is only for methods of a comparison; move these settings to the block train"
             continue
-        shared = [name for name in own if name in SHARED]
+        shared = [name for name in changes if name in SHARED]
         for name in shared:
-            yield f"{place}.train.{name}: must be the same for all methods of a comparison; move it to the block train"
+            yield f"{prefix}.train.{name}: must be the same for all methods of a comparison; move it to the block train"
         try:
             variant = recipe.with_method(method)
         except ValidationError as error:
-            yield from (f"{place}.train{_describe_variant_error(one, own)}" for one in error.errors())
+            yield from (f"{prefix}.train{_describe_variant_error(one, changes)}" for one in error.errors())
             continue
         if not shared:
             before = _single_run_problems(recipe)
-            yield from (f"{place}.{problem}" for problem in _single_run_problems(variant) if problem not in before)
+            yield from (f"{prefix}.{problem}" for problem in _single_run_problems(variant) if problem not in before)
 
 
-def _describe_variant_error(error: Mapping[str, Any], own: Mapping[str, object]) -> str:
+def _describe_variant_error(error: Mapping[str, Any], changes: Mapping[str, object]) -> str:
     """Return the message for a wrong `train` setting of a method, starting with the setting's name."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(name, list(TrainBlock.model_fields))
         return f".{name}: unknown setting{f'; {hint}' if hint else ''}"
     text = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected").split(", unable")[0]
-    value = f"; found {own[name]!r}" if name in own and "found" not in text else ""
+    value = f"; found {changes[name]!r}" if name in changes and "found" not in text else ""
     return f"{f'.{name}' if name else ''}: {text}{value}"
 
 
 def _extra_problems(recipe: Recipe) -> list[str]:
     """List the problems of `train.extra`, which may only hold further fields of `TrainingArguments`."""
-    own, problems = set(type(recipe.train).model_fields), []
+    train_fields, problems = set(type(recipe.train).model_fields), []
     for name, value in recipe.train.extra.items():
-        arguments, place = training_arguments(), f"train.extra.{name}"
+        arguments, dotted_name = training_arguments(), f"train.extra.{name}"
         if name in pinned():
-            problems.append(f"{place}: cannot be set here; {pinned()[name]}")
-        elif name in own:
-            problems.append(f"{place}: has its own setting; write train.{name}")
+            problems.append(f"{dotted_name}: cannot be set here; {pinned()[name]}")
+        elif name in train_fields:
+            problems.append(f"{dotted_name}: has its train_fields setting; write train.{name}")
         elif name not in arguments:
             hint = answer(name) or did_you_mean(name, arguments)
-            problems.append(f"{place}: transformers.TrainingArguments has no such field{f'; {hint}' if hint else ''}")
+            problems.append(
+                f"{dotted_name}: transformers.TrainingArguments has no such field{f'; {hint}' if hint else ''}"
+            )
         elif name == "accelerator_config" and isinstance(value, dict):
             fields = _annotated_fields("trainer_pt_utils.py", "AcceleratorConfig")
             problems += [
-                f"{place}.{key}: there is no such field; {did_you_mean(str(key), fields) or ', '.join(fields)}"
+                f"{dotted_name}.{key}: there is no such field; {did_you_mean(str(key), fields) or ', '.join(fields)}"
                 for key in value
                 if key not in fields
             ]
@@ -191,7 +193,7 @@ def _extra_problems(recipe: Recipe) -> list[str]:
             try:
                 _type_adapter(arguments[name]).validate_python(value)
             except ValidationError:
-                problems.append(f"{place}: expected {_type_in_words(arguments[name])}, found {value!r}")
+                problems.append(f"{dotted_name}: expected {_type_in_words(arguments[name])}, found {value!r}")
     return problems
 
 
@@ -209,6 +211,7 @@ def _type_adapter(annotation: str) -> TypeAdapter[Any]:
 
 
 def _type_in_words(annotation: str) -> str:
+    """Return a type annotation in words, such as `a whole number or text`."""
     return " or ".join(words for name, words in _TYPE_WORDS.items() if name in annotation.replace(" ", "").split("|"))
 
 
@@ -223,6 +226,7 @@ def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown_optimizers_and_trackers(recipe: Recipe) -> list[str]:
+    """List the names in `optim` and `report_to` that transformers does not know."""
     train = recipe.train
     settings = {
         ("optim", "optimizer"): [] if train.optim in (None, *OWN_OPTIMIZERS) else [train.optim],
@@ -334,6 +338,7 @@ def _parse_transformers_file(file: str) -> list[ast.stmt]:
 
 
 def _find_definition(file: str, name: str) -> Any:
+    """Return the syntax node of a name that a source file of transformers defines."""
     for line in _parse_transformers_file(file):
         if name == getattr(line, "name", None) or (
             isinstance(line, ast.Assign) and name == ast.unparse(line.targets[0])

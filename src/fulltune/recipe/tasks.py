@@ -37,7 +37,7 @@ _SHARED_CONTENT = {
     "tokens": "sentence",
     "image": "image",
 }
-"""What the rows of a group have in common, by the role of its column (otherwise the text)."""
+"""What the rows of a group have in common, by the role of its column; otherwise it is the text."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,16 @@ class Form:
     metrics: tuple[str, ...]
     """Metrics that can choose a checkpoint, the default first."""
     kind: str
-    """The kind of rows in words."""
     target: str = "label"
     """Word for what the model predicts."""
     label: str = "label"
-    """Word for what is counted per label."""
+    """Word for one label in tables."""
     row: str = "row"
-    """Word for what is counted, as a long context becomes several windows."""
+    """Word for one example in tables."""
     longest: str = "longest row"
     """Word for what `max_length` limits."""
     worst: str = "Wrong test rows with the highest loss"
-    """Title of the table of worst mistakes."""
+    """Title of the table of wrong rows."""
     question: str = '"a text"'
     """Example question for `fulltune predict RUN`."""
     how_to_ask: str = ""
@@ -78,9 +77,8 @@ class Form:
     one_label: bool = False
     several_labels: bool = False
     tags_words: bool = False
-    """Each word has a label."""
     row_shares: tuple[str, ...] = ()
-    """Metrics that are shares of items, where rows and items are about equally many."""
+    """Metrics that are a share of about as many items as there are rows."""
     has_windows: bool = False
     """A long row becomes several examples but gets one answer."""
     reads_any_text: bool = False
@@ -115,11 +113,11 @@ class TaskFacts:
     auto_class: str
     """Name of the model class in transformers."""
     models: str
-    """What a message says of a model without that class, after "a 'bert' model"."""
+    """End of the error message for a model without that class, after "a 'bert' model"."""
     hub: str
     """`pipeline_tag` on the Hub."""
     data: tuple[str, ...]
-    """Settings of `data` that this task reads but some other task does not."""
+    """Settings of `data` that not all tasks read, but this one does."""
     types: tuple[ProblemType, ...]
     """Problem types that its rows may have. A plan without rows assumes the first."""
     length_cap: int
@@ -151,7 +149,6 @@ class TaskFacts:
 
     @property
     def choosing(self) -> tuple[str, ...]:
-        """Metrics that can choose the best checkpoint."""
         return tuple(dict.fromkeys(name for form in self.types for name in FORMS[form].metrics))
 
 

@@ -103,7 +103,7 @@ class TrainBlock(Block):
     in long runs. Default: off; `fulltune plan --measure` tries it. Never run on a GPU."""
     use_liger_kernel: bool = False
     """Use Liger's Triton kernels for norms, feed-forward layers and rotary positions (`pip install 'fulltune[liger]'`)
-    to save memory. Needs a GPU; fulltune was never run with it on one."""
+    to save memory. They need a GPU; fulltune was never run with them."""
     memory_limit: Annotated[str, read_by(parse_bytes)] | None = None
     """Most memory per training process, such as `6GiB`: memory of the GPU, or host memory without a GPU (about 0.7 GiB
     of it for Python and libraries). The plan stays below it; exceeding it counts as running out of memory. Without a
@@ -192,6 +192,7 @@ class TrainBlock(Block):
 
     @model_validator(mode="after")
     def _settings_must_agree(self) -> TrainBlock:
+        """Refuse settings that contradict each other."""
         factors = {"micro_batch_size": self.micro_batch_size or 1, "num_processes": self.num_processes}
         factor_words = " x ".join(f"{name} {value}" for name, value in factors.items() if value > 1)
         has_floor = bool({"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs))
@@ -225,27 +226,27 @@ class TrainBlock(Block):
 def _placement_problems(train: TrainBlock) -> dict[str, object]:
     """Return messages about `placement`, `offload`, `num_processes` and `num_machines`, each with whether it
     applies."""
-    place, offload, processes = train.placement, train.offload, train.num_processes
+    placement, offload, processes = train.placement, train.offload, train.num_processes
     has_own_file = train.engine_settings is not None
     least = -(-processes // train.num_machines) * train.num_machines
-    instead = "zero2 or zero3 with an offload" if place == "fsdp2" else "single"
+    instead = "zero2 or zero3 with an offload" if placement == "fsdp2" else "single"
     both = "{} and extra.deepspeed both set the layout; remove one of them"
     fits = ("zero3",) if offload == "all" else ("zero2", "zero3")
     return {
         f"num_processes: {processes} is the total over all machines, expected a multiple of num_machines "
         f"({train.num_machines}), such as {least}": processes % train.num_machines,
         f"placement: single, but num_processes is {processes}; set 1, or another placement": (
-            place == "single" and processes > 1
+            placement == "single" and processes > 1
         ),
-        f"placement: {place} needs num_processes: 2 or more; with one process use {instead}": (
-            place in ("ddp", "fsdp2") and processes == 1
+        f"placement: {placement} needs num_processes: 2 or more; with one process use {instead}": (
+            placement in ("ddp", "fsdp2") and processes == 1
         ),
         f"optim: '{train.optim}' needs whole tensors, but placement: fsdp2 shards them; expected one of "
-        f"{', '.join(SHARDABLE_OPTIMIZERS)}": place == "fsdp2" and train.optim not in (None, *SHARDABLE_OPTIMIZERS),
-        both.format("placement"): has_own_file and place != "auto",
+        f"{', '.join(SHARDABLE_OPTIMIZERS)}": placement == "fsdp2" and train.optim not in (None, *SHARDABLE_OPTIMIZERS),
+        both.format("placement"): has_own_file and placement != "auto",
         both.format("offload"): has_own_file and offload != "none",
-        f"offload: '{offload}' needs placement: {' or '.join(fits)}, found {place}": (
-            offload != "none" and not has_own_file and place not in fits
+        f"offload: '{offload}' needs placement: {' or '.join(fits)}, found {placement}": (
+            offload != "none" and not has_own_file and placement not in fits
         ),
     }
 

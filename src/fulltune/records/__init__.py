@@ -1,1 +1,1 @@
-"""What is written to disk: the records of a run and of a comparison. Reports read these alone."""
+"""The records that runs and comparisons write to disk, from which alone reports are made."""

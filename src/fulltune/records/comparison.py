@@ -111,7 +111,7 @@ class Expectation(Record):
 
 
 class Finding(Record):
-    """A fairness rule that the comparison breaks."""
+    """A rule of fair comparison that this comparison breaks."""
 
     rule: str
     level: Literal["unfair", "worth knowing"]
@@ -174,8 +174,7 @@ class Difference(Record):
     """True if the method certainly loses less than the margin; it may be better."""
     full_better: bool
     other_better: bool
-    """True if the other method is better. This and `full_better` need a statistically certain difference of at least
-    the margin."""
+    """Like `full_better`, True only for a statistically certain difference of at least the margin."""
     seeds_known: bool
     """False if every method has a single seed."""
     detectable: float
@@ -263,7 +262,7 @@ class MethodRow(Record):
 
 
 class Comparison(Record):
-    """A finished comparison. Its report is made from this record."""
+    """A finished comparison, from which its report is made."""
 
     name: str
     model: str

@@ -182,7 +182,7 @@ class JournalEntry(Record):
 
 
 def without_tables(listener: Listener) -> Listener:
-    """Return a listener that passes on only steps and messages other than progress, for one of many runs."""
+    """Return a listener for one of many runs, which ignores everything but steps, warnings and resumes."""
 
     def listen(event: Event) -> None:
         if isinstance(event, StepLogged) or (isinstance(event, Message) and event.level != "progress"):

@@ -171,7 +171,7 @@ class Plan(MemorySettings):
     lr_scheduler_type: str
     global_batch_size: int
     placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "deepspeed"] = "single"
-    """Placement over processes, where `deepspeed` means the user's own settings."""
+    """Placement over processes; `deepspeed` means the user's own settings."""
     offload: str = "none"
     group_by_length: bool = True
     loader_workers: int = 0
@@ -197,7 +197,7 @@ class Plan(MemorySettings):
     """Memory available to a process, if known."""
     memory: MemoryNeed | None = None
     sent_bytes_per_micro_batch: int = 0
-    """Bytes that a process sends per micro batch; its machine sends as many."""
+    """Bytes that a process, and also its whole machine, sends per micro batch."""
     sent_bytes_per_update: int = 0
     disk: DiskNeed | None = None
     time: TimeNeed | None = None

@@ -87,7 +87,7 @@ class Outcome(Record):
     """`memory_growth_bytes` of each process, if there are several."""
     phase: Phase | None = None
     first_bad_step: int | None = None
-    """First step after a spike, whose weights are not trusted."""
+    """First step whose weights cannot be trusted after a spike."""
     forecast: TimeNeed | None = None
     dry_run_growth_bytes: int = 0
     dry_run_loss: float | None = None
