@@ -1,5 +1,3 @@
-"""Choose seeds and rate searches for a time budget."""
-
 from __future__ import annotations
 
 import math
@@ -22,24 +20,22 @@ from fulltune.text import is_share, typed_seconds
 
 EXPECTATION = f"{FOLDER}/expectation.json"
 FEW_TRAIN_ROWS = 10_000
-"""Train rows below which five seeds are planned instead of three, as few rows make seeds differ (Bouthillier et al.
-2021; Mosbach et al. 2020)."""
+"""Number of train rows below which five seeds are planned, else three, because few rows make seeds differ (Bouthillier
+et al. 2021; Mosbach et al. 2020)."""
 LEAST_SEEDS = 2
-"""Fewest seeds; one gives no interval."""
 GOOD_SEEDS = 3
-"""Seeds before which a tight budget rather drops methods, as two say little about their spread."""
+"""Two seeds say little about their spread, so a tight budget first drops methods."""
 RESERVE = 0.2
-"""Share of the remaining time left unplanned, as forecasts err."""
+"""Share of the remaining time left unplanned, because forecasts err."""
 FORECAST_AGAIN = 1.15
-"""Factor on a suggested budget, as speeds vary."""
+"""Factor on a suggested budget, because speeds vary."""
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
 """Standard deviations between seeds assumed in forecasts."""
 START_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 10.0
-"""Seconds to load, score and resample, for small models on a slow CPU; finished trials correct them."""
+"""Seconds to load, score and resample with small models on a slow CPU; finished trials correct these."""
 _FIRST_SECONDS = 13.0
-"""Extra seconds of the first trial."""
 _PASSES_PER_STEP = 3
-"""Forward passes that take as long as one training step."""
+"""Forward passes as long as one training step."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +45,10 @@ class Cost:
     run: float
     """Seconds of one whole run's steps."""
     num_rates: int = 1
-    """Rates in the grid; 1 without a search."""
     decides: bool = True
-    """False for methods for orientation, which get one run."""
+    """False for a method shown for reference, which gets one run."""
     start: float = 0.0
-    """Seconds to start and end a trial."""
     scoring: float = 0.0
-    """Seconds to score a whole run."""
     done: int = 0
     """Finished whole runs at the current rate."""
     searched: bool = False
@@ -69,8 +62,8 @@ def num_seeds(wanted: int | None, train_rows: int) -> int:
 
 
 def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
-    """Return the forecast seconds of unfinished trials; a sequential design counts all seeds only for full (listed
-    first) and its most expensive rival."""
+    """Forecast the seconds of unfinished trials. In a sequential design only full (listed first) and its most expensive
+    rival get all seeds."""
     full, *rivals = (method for method in design.methods if costs[method].decides)
     leader = max(rivals, key=lambda method: costs[method].run, default=full)
     going_on = (full, leader) if design.sequential and design.num_seeds > 1 else design.methods
@@ -87,7 +80,7 @@ def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
 
 
 def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectation]:
-    """Yield designs by preference: whole, fewer seeds (down to three), fewer rivals, two seeds, no rate search."""
+    """Yield smaller and smaller designs: fewer seeds (down to three), fewer rivals, two seeds, no rate search."""
     everyone, deciding = whole.methods, tuple(method for method in whole.methods if costs[method].decides)
     good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
     smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
@@ -100,19 +93,22 @@ def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectati
 
 
 def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spent: float = 0.0) -> Expectation:
-    """Return the first design that fits into the budget less RESERVE, `end` seconds after the last trial and `spent`
-    seconds so far."""
+    """Return the first of `designs` that fits into the budget less RESERVE, or raise a `RecipeError`.
+
+    `spent` seconds are over already, and `end` seconds follow the last trial.
+
+    """
     ordered = list(designs(costs, whole))
     most = math.inf if whole.budget_seconds is None else (1 - RESERVE) * (whole.budget_seconds - spent)
     design = next((each for each in ordered if end + seconds(costs, each) <= most), None)
     if design is None:
-        raise RecipeError(_too_short(ordered[-1], end + seconds(costs, ordered[-1]), spent))
+        raise RecipeError(_budget_too_short(ordered[-1], end + seconds(costs, ordered[-1]), spent))
     num_rates = [costs[name].num_rates for name in design.methods if design.search_share and costs[name].num_rates > 1]
     return design.model_copy(
         update={
             "num_search_trials": sum(num_rates),
             "seconds": round(spent + end + seconds(costs, design), 1),
-            "notes": tuple(_notes(costs, design)),
+            "notes": tuple(_design_notes(costs, design)),
         }
     )
 
@@ -120,7 +116,7 @@ def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spe
 def detectable(
     expected: Expectation, costs: Mapping[str, Cost], margin: float, alpha: float, test_rows: int
 ) -> Expectation:
-    """Return the design with the differences that it can detect."""
+    """Add the smallest differences that the design can detect, for small and large spread between seeds."""
     if expected.num_seeds < GOOD_SEEDS:
         return expected
     limited = expected.num_seeds < expected.most_seeds
@@ -134,7 +130,8 @@ def detectable(
     return expected.model_copy(update={"detectable": (alike, apart)})
 
 
-def _notes(costs: Mapping[str, Cost], design: Expectation) -> Iterator[str]:
+def _design_notes(costs: Mapping[str, Cost], design: Expectation) -> Iterator[str]:
+    """Yield what the design omits to fit into the budget."""
     if design.num_seeds < design.most_seeds:
         yield f"{design.num_seeds} seeds are planned instead of up to {design.most_seeds}; more run if time remains"
     if not design.search_share and any(costs[method].num_rates > 1 for method in design.methods):
@@ -143,7 +140,7 @@ def _notes(costs: Mapping[str, Cost], design: Expectation) -> Iterator[str]:
         yield f"not trained: {', '.join(left_out)}"
 
 
-def _too_short(least: Expectation, need: float, spent: float) -> str:
+def _budget_too_short(least: Expectation, need: float, spent: float) -> str:
     enough = typed_seconds(round_up(spent + FORECAST_AGAIN * need / (1 - RESERVE)))
     each = "one run" if least.num_seeds == 1 else f"{least.num_seeds} runs"
     before = f" ({typed_seconds(spent)} already spent)" if spent > 1 else ""
@@ -155,13 +152,13 @@ def _too_short(least: Expectation, need: float, spent: float) -> str:
 
 
 def round_up(time: float) -> float:
-    """Round up to 10 s, half minutes, minutes or 5 minutes."""
+    """Round seconds up to a multiple of 10 s, 30 s, 1 min or 5 min."""
     step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
     return float(math.ceil(time / step) * step)
 
 
 def why_finished(comparison: Comparison, budget_seconds: float | None) -> str | None:
-    """Return why a finished comparison cannot resume with this budget, or None."""
+    """Return why a finished comparison cannot resume with this budget, or None if it can."""
     before = comparison.expectation.budget_seconds or 0.0
     if not comparison.time_was_up or comparison.decision.verdict != "UNDECIDED":
         why = f"finished: the verdict is {comparison.decision.verdict}; more time adds nothing"
@@ -179,18 +176,19 @@ def why_finished(comparison: Comparison, budget_seconds: float | None) -> str | 
 
 
 def expect(context: Context) -> Expectation:
-    """Return the design with its forecast, stored once per budget."""
+    """Return the design with its forecast, planned once per budget and then stored."""
     path = context.folder / EXPECTATION
     design = Expectation.load(path) if path.exists() else None
     if design is None or design.budget_seconds != context.budget_seconds:
-        design = _settled(context)
+        design = _plan_design(context)
         design.save(path)
     margin = context.recipe.compare.margin
     context.job.listener(Designed(expectation=design, metric=context.measure.name, margin=margin))
     return design
 
 
-def _settled(context: Context) -> Expectation:
+def _plan_design(context: Context) -> Expectation:
+    """Choose the design that fits into the budget, whose speeds a short trial measures first."""
     block, splits = context.recipe.compare, context.summary.splits
     steps = context.setup(context.full.label).plan.total_steps
     context.note_time("preparation")
@@ -223,13 +221,13 @@ def grid(context: Context, method: Method) -> tuple[float, ...]:
 
 
 def usual(context: Context, method: Method) -> float:
-    """Return the rate of the grid nearest to the planned one."""
+    """Return the grid's rate that is closest to the planned one."""
     planned = context.setup(method.label).plan.learning_rate
     return rates.nearest(grid(context, method), rates.rounded(planned))
 
 
 def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
-    """Return the methods' costs, full first, and the seconds after the last trial."""
+    """Forecast each method's costs, full first, and the seconds after the last trial."""
     steps, rest = pace(context)
     results, costs, splits = context.kept_results(), dict[str, Cost](), context.summary.splits
     scored, rows = sum(splits[split].rows for split in ("eval", "test")), sum(one.rows for one in splits.values())
@@ -254,19 +252,19 @@ def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
             decides=method is context.full or context.recipe.compared_kind(method) in RIVALS,
             start=rest * START_SECONDS,
             scoring=scoring,
-            done=0 if search is None else _runs_at_its_rates(search, [one.trial for one in results]),
+            done=0 if search is None else _runs_at_current_rates(search, [one.trial for one in results]),
             searched=search is not None and not search.time_was_up,
         )
     return costs, end
 
 
-def _runs_at_its_rates(search: Search, trials: Sequence[Trial]) -> int:
+def _runs_at_current_rates(search: Search, trials: Sequence[Trial]) -> int:
     whole_runs = [one for one in trials if one.method == search.method and not one.searches]
     return sum(one.learning_rate in (search.chosen, *search.whole) for one in whole_runs)
 
 
 def pace(context: Context) -> tuple[dict[str, float], float]:
-    """Return actual over planned time, of steps by method (empty name: their mean) and of everything else."""
+    """Return actual divided by planned time: of steps by method (empty name: over all), and of everything else."""
     took: defaultdict[str, float] = defaultdict(float)
     for entry in lines_of(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]
@@ -297,7 +295,7 @@ def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bo
 
 
 def to_come(context: Context, counts: Mapping[str, int], seeds: int) -> float:
-    """Return the forecast seconds until full and its most expensive leading rival have `seeds` runs."""
+    """Forecast the seconds until full and its most expensive leading rival have `seeds` runs."""
     costs = {method: cost for method, cost in costs_of(context)[0].items() if cost.decides and method in counts}
 
     def rest(method: str) -> float:

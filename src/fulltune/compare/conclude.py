@@ -1,5 +1,3 @@
-"""Open the test rows once, decide the verdict and write the comparison's record."""
-
 from __future__ import annotations
 
 import getpass
@@ -32,11 +30,11 @@ from fulltune.text import format_metric
 
 _TEXT_SAMPLES = 2000
 middle = statistics.median
-"""Average of times; the first run of a command loads cold files and libraries."""
+"""Median, because the first run of a command loads cold files and libraries."""
 
 
 def judge(ran: SeedRuns) -> Comparison:
-    """Open the test rows, once, and return the comparison with its verdict."""
+    """Open the test rows for the verdict and return the finished comparison."""
     context = ran.context
     context.say("opening the test rows")
     alpha, later = left(ran.looks, context.alpha, time_was_up=ran.lacks_time)
@@ -49,7 +47,7 @@ def judge(ran: SeedRuns) -> Comparison:
             base = load_outputs(context.folder / SEALED / f"{BASE}.npz")
             compared.append(MethodOutputs(name=BASE, kind="base", trials=[base], cost=0.0))
         clusters = np.load(context.folder / "data" / "test" / CLUSTERS)
-        decision = _decided(context, compared, clusters, alpha)
+        decision = _decide_on_rows(context, compared, clusters, alpha)
         leaks = without_leaks(context, compared, clusters, decision)
     note_access(context.folder, context.job.listener)
     comparison = comparison_of(ran, decision, baselines, openings)
@@ -59,7 +57,10 @@ def judge(ran: SeedRuns) -> Comparison:
     return comparison
 
 
-def _decided(context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, alpha: float) -> Decision:
+def _decide_on_rows(
+    context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, alpha: float
+) -> Decision:
+    """Decide from the outputs on the given rows."""
     recipe = context.recipe
     terms = Terms(context.measure, recipe.compare.margin, recipe.evaluate.confidence, alpha)
     drawn = draw(context.measure, [method.trials for method in compared], clusters, SAMPLES)
@@ -69,7 +70,7 @@ def _decided(context: Context, compared: Sequence[MethodOutputs], clusters: np.n
 def without_leaks(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
-    """Return notes with the verdict on the test rows that are not in train; empty without leaks."""
+    """Return a note on the verdict without test rows that occur in train, or nothing if none do."""
     leaked = np.load(context.folder / "data" / "test" / IN_TRAIN)
     if not leaked.any():
         return []
@@ -82,14 +83,14 @@ def without_leaks(
         replace(method, trials=[{name: values[~leaked] for name, values in run.items()} for run in method.trials])
         for method in compared
     ]
-    clean = _decided(context, unseen, clusters[~leaked], decision.alpha)
+    clean = _decide_on_rows(context, unseen, clusters[~leaked], decision.alpha)
     scores = ", ".join(f"{method} {format_metric(clean.metric, one.value)}" for method, one in clean.scores.items())
     same = clean.verdict == decision.verdict
     return [f"{prefix}{scores}, and {'still' if same else f'not {decision.verdict} but'} {clean.verdict}"]
 
 
 def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later: float) -> tuple[Opening, ...]:
-    """Record this opening of the sealed test rows and return all openings."""
+    """Record that the sealed test rows are opened, and return all openings."""
     opening = Opening(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         by=f"{getpass.getuser()}@{platform.node()}",
@@ -103,7 +104,7 @@ def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later:
 
 
 def untouched(context: Context) -> tuple[Scores, ...]:
-    """Return the scores that need no training, the untouched model or the most frequent answer first."""
+    """Return the baselines' scores, the untouched model or most frequent answer first."""
     folder, writes = context.folder, FACTS[context.recipe.task].writes
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
@@ -116,6 +117,7 @@ def untouched(context: Context) -> tuple[Scores, ...]:
 def comparison_of(
     ran: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[Opening, ...]
 ) -> Comparison:
+    """Put together the comparison's record, with findings on its fairness."""
     context, summary = ran.context, ran.context.summary
     rows = rows_of(ran, decision, baselines)
     environment = run_folder.environment(context.machine)
@@ -144,13 +146,13 @@ def comparison_of(
         data_fingerprint=summary.fingerprint,
         command=context.command,
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
-        notes=tuple(_notes(context)),
+        notes=tuple(_data_notes(context)),
     )
     return comparison.model_copy(update={"findings": lint_comparison(ran, comparison)})
 
 
 def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
-    """Return a row per method, the untouched model or first baseline first."""
+    """Return one row per method with its quality and costs, the untouched model or first baseline first."""
     context, scores = ran.context, decision.scores
     num_parameters = context.setup(context.full.label).plan.num_parameters
     base = scores.get(BASE) or (baselines[0].metrics.get(context.measure.name) if baselines else None)
@@ -190,6 +192,7 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
 
 
 def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
+    """Estimate the mean drift of a method's runs, or return None without outputs of the untouched model."""
     folder = context.folder / GENERIC
     if not (folder / f"{BASE}.npz").exists():
         return None
@@ -199,7 +202,8 @@ def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
     return drawn["drift"].estimate(context.recipe.evaluate.confidence)
 
 
-def _notes(context: Context) -> list[str]:
+def _data_notes(context: Context) -> list[str]:
+    """Return notes on dropped rows and on rows in several splits."""
     dropped = [f"rows dropped: {count:,}, {reason}" for reason, count in context.summary.dropped.items()]
     linted = rows_in_train(context.summary)
     notes = [note for note in context.summary.notes if ALSO_OCCURS in note]

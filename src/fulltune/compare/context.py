@@ -1,5 +1,3 @@
-"""Shared state of a comparison: recipe, rows, time and methods."""
-
 from __future__ import annotations
 
 import contextlib
@@ -45,7 +43,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class MethodSetup:
-    """A method's sizes, trace and plan, shared by all its trials."""
+    """A method's shapes, trace and plan, shared by all its trials."""
 
     method: Method
     shapes: Shapes
@@ -55,7 +53,7 @@ class MethodSetup:
 
 @dataclass
 class Context:
-    """A running comparison or rate search."""
+    """State of a running comparison or rate search: recipe, rows, time and methods."""
 
     job: Run
     summary: DataSummary
@@ -63,11 +61,9 @@ class Context:
     budget_seconds: float | None = None
     start: Starter = in_new_process
     began: float = field(default_factory=time.monotonic)
-    """Start of the time not yet recorded in the clock."""
     passed: set[str] = field(default_factory=set)
-    """Methods with a passed dry run, which other trials skip."""
+    """Methods whose dry run passed, so that later trials skip it."""
     alpha_left: float | None = None
-    """Alpha left by the previous verdict."""
     _setups: dict[str, MethodSetup] = field(default_factory=dict)
 
     @property
@@ -88,6 +84,7 @@ class Context:
 
     @cached_property
     def most_tokens(self) -> int:
+        """Return the length limit of generic texts in tokens."""
         limit = self.setup(self.full.label).shapes.position_limit or MOST_TOKENS
         return min(MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
 
@@ -97,7 +94,7 @@ class Context:
 
     @cached_property
     def scale(self) -> Scale:
-        """Return how the eval rows measure a trial; windows of one question are one row."""
+        """Return how the eval rows measure a trial, with windows of one question as one row."""
         num_rows = self.summary.splits["eval"].rows
         if self.summary.form.has_windows:
             num_rows = len({row[PLACE] for row in texts(self.folder / "data" / "eval")})
@@ -115,17 +112,17 @@ class Context:
 
     @property
     def scores_runs(self) -> bool:
-        """True if whole runs are scored for a verdict."""
+        """True in a comparison, whose whole runs are scored for a verdict."""
         return bool(self.recipe.methods)
 
     @property
     def full(self) -> Method:
-        """Return the first full fine-tuning, else the only method."""
+        """Return the first full fine-tuning, or the only method of a rate search."""
         return next((one for one in self.methods if one.kind == "full"), self.recipe.method)
 
     @property
     def trained_methods(self) -> list[Method]:
-        """Return the methods that train, the reference first."""
+        """Return the methods that train, full fine-tuning first."""
         return [self.full, *(one for one in self.methods if one is not self.full and one.kind != "base")]
 
     def result_path(self, name: str) -> Path:
@@ -139,20 +136,20 @@ class Context:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Record the time of the block, even if it is interrupted."""
+        """Record the block's seconds, even if it is interrupted."""
         try:
             yield
         finally:
             self.note_time(what)
 
     def note_time(self, what: str) -> None:
-        """Record the seconds since the last record."""
+        """Record the seconds since the last record under a name."""
         seconds, self.began = time.monotonic() - self.began, time.monotonic()
         append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3)})
 
     @property
     def seconds_spent(self) -> float:
-        """Seconds of all commands on this folder, without the last part of a killed one."""
+        """Recorded seconds of all commands on this folder."""
         return sum(entry["seconds"] for entry in lines_of(self.folder / CLOCK))
 
     @property
@@ -161,13 +158,14 @@ class Context:
 
     @property
     def alpha(self) -> float:
-        """Chance of a wrong verdict that may still be spent."""
+        """Probability of a wrong verdict that may still be spent."""
         return 1 - self.recipe.evaluate.confidence if self.alpha_left is None else self.alpha_left
 
     def say(self, text: str) -> None:
         self.job.listener(Message(text=text))
 
     def setup(self, label: str) -> MethodSetup:
+        """Return a method's setup, planned at the first call."""
         if label not in self._setups:
             method = next(one for one in self.trained_methods if one.label == label)
             recipe = self._recipe_of(method)
@@ -185,6 +183,7 @@ class Context:
         return plan.fit(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
+        """Return the recipe of one trial: its rate, seed and share of the steps."""
         setup = self.setup(trial.method)
         method = setup.method.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
         changes: dict[str, Any] = {"train.seed": trial.seed}
@@ -206,5 +205,5 @@ class Context:
 
 
 def settings_of(method: ComparedMethod) -> dict[str, Any]:
-    """Return a method's settings without kind, name and learning rates."""
+    """Return a method's settings without kind, name and rates."""
     return dict(method.model_dump(mode="json", exclude={"kind", "name", "learning_rate", "learning_rates"}))

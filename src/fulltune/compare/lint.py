@@ -1,5 +1,3 @@
-"""Rules for a fair comparison, checked on a recipe and on a finished comparison."""
-
 from __future__ import annotations
 
 import math
@@ -25,13 +23,12 @@ FEWEST_RATES = 3
 MOST_TEST_IN_EVAL = 0.1
 """Largest share of test rows that may also be in eval."""
 _MOST_TOKENS_APART = 0.02
-"""Tolerated difference in training tokens: a prompt's virtual tokens shorten the rows."""
+"""Tolerated difference in train tokens, because a prompt's virtual tokens shorten the rows."""
 _ATTENTION = {
     *("q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv", "qkv_proj", "in_proj"),
     *("query", "key", "value", "query_key_value", "c_attn", "wq", "wk", "wv", "wo", "to_q", "to_k", "to_v"),
     *("q_lin", "k_lin", "v_lin", "out_lin"),
 }
-"""Names of attention matrices in transformers' models."""
 _MORE_TIME = "give a larger --budget; an undecided comparison then continues"
 _UNFAIR = {
     "rate-not-searched": "leave `learning_rate` unset, or give `learning_rates` with three or more",
@@ -48,7 +45,7 @@ _UNFAIR = {
     "eval-is-test": "choose rows for `data.eval` that are not in `data.test`",
     "quantised-source": "use the model's original weights",
 }
-"""Rules that make a comparison unfair, each with its remedy."""
+"""Rules that make a comparison unfair, with their remedies."""
 _WORTH_KNOWING = {
     "few-rates": "give `learning_rates` with three or more",
     "few-seeds": f"train at least {FEWEST_SEEDS} seeds",
@@ -59,21 +56,21 @@ _WORTH_KNOWING = {
     "test-opened-again": "nothing, unless the recipe was changed because of the earlier report",
     "test-opened-by-others": "use fresh test rows if the recipe was changed because of earlier results",
 }
-"""Rules that a reader should know about, each with its remedy."""
+"""Rules that a reader should know about, with their remedies."""
 RuleHits = Iterator[tuple[str, str, str]]
-"""Rule, place and description of each finding."""
+"""Rule, location and description of each finding."""
 
 
 def lint_comparison(ran: SeedRuns, comparison: Comparison) -> tuple[Finding, ...]:
-    """Return the findings about a comparison whose test rows were opened."""
+    """Check a comparison whose test rows were opened, and return all findings."""
     trained = [row for row in comparison.rows if row.kind != "base"]
     findings = [
-        *_of_rates(trained, full_wins=comparison.decision.verdict == "FULL"),
-        *_of_methods(trained, time_was_up=ran.time_was_up),
-        *_between_methods(trained),
-        *_of_rows(ran, trained),
-        *_of_test_rows(ran.context.folder, rows_in_train(ran.context.summary), comparison.verdicts_on_test_rows),
-        *_of_weights(ran.context.job.base),
+        *_check_rates(trained, full_wins=comparison.decision.verdict == "FULL"),
+        *_check_methods(trained, time_was_up=ran.time_was_up),
+        *_check_equal_terms(trained),
+        *_check_eval_rows(ran, trained),
+        *_check_test_rows(ran.context.folder, rows_in_train(ran.context.summary), comparison.verdicts_on_test_rows),
+        *_check_pretrained_weights(ran.context.job.base),
     ]
     if ran.left_out:
         findings.append(("left-out", ", ".join(ran.left_out), "not trained: the budget is too short"))
@@ -81,7 +78,7 @@ def lint_comparison(ran: SeedRuns, comparison: Comparison) -> tuple[Finding, ...
 
 
 def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
-    """Return the findings that need only the recipe."""
+    """Check a recipe before the comparison, and return all findings."""
     base = Base.of(recipe.model, recipe.task)
     shapes = shapes_of(base, {})
     seeds = recipe.compare.seeds or budget.num_seeds(None, budget.FEW_TRAIN_ROWS)
@@ -103,7 +100,14 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
                 bf16_rounding=recipe.train.bf16_rounding or "stochastic",
             )
         )
-    return _findings([*_of_rates(trained), *_of_methods(trained), *_between_methods(trained), *_of_weights(base)])
+    return _findings(
+        [
+            *_check_rates(trained),
+            *_check_methods(trained),
+            *_check_equal_terms(trained),
+            *_check_pretrained_weights(base),
+        ]
+    )
 
 
 def _findings(findings: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
@@ -119,21 +123,22 @@ def _findings(findings: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
     )
 
 
-def _named(rows: Iterable[MethodRow]) -> str:
+def _method_names(rows: Iterable[MethodRow]) -> str:
     return ", ".join(row.method for row in rows)
 
 
-def _tried(row: MethodRow) -> list[float]:
+def _tried_rates(row: MethodRow) -> list[float]:
     search = row.search
     return sorted({*search.tried, *search.whole}) if search is not None and search.tried else []
 
 
-def _of_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
+def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
+    """Yield findings about searched and unsearched learning rates."""
     weak = "a method may look weak because of a wrong rate"
     full = [row for row in trained if row.kind == "full"]
-    highest = max((max(_tried(row), default=0.0) for row in full), default=0.0)
+    highest = max((max(_tried_rates(row), default=0.0) for row in full), default=0.0)
     for row in trained:
-        tried, search = _tried(row), row.search
+        tried, search = _tried_rates(row), row.search
         assert search is not None, "it is trained"
         if len(tried) < 2 and search.time_was_up:
             late = "the budget is too short to search its learning rate, so it trains at the default one"
@@ -163,7 +168,8 @@ def _of_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleH
             yield "low-peft-rates", row.method, what
 
 
-def _of_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> RuleHits:
+def _check_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> RuleHits:
+    """Yield findings about each method's seeds, LoRA targets and weight precision."""
     for row in trained:
         count = len(set(row.seeds))
         seeds = counted(count, "seed")
@@ -178,7 +184,7 @@ def _of_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> R
         of_peft = config.get("target_modules") if isinstance(config, dict) else None
         targets = (row.settings.get("target_modules") or of_peft or []) if row.kind in ("lora", "peft") else []
         names = [] if isinstance(targets, str) else [str(name) for name in targets]
-        if names and all(map(_is_attention, names)):
+        if names and all(map(_is_attention_matrix, names)):
             what = f"it changes attention only ({', '.join(names)}), which is known to do worse than all linear layers"
             yield "attention-only-lora", row.method, what
         if row.kind == "full" and row.weights_dtype != "fp32" and row.bf16_rounding in (None, "nearest"):
@@ -186,39 +192,41 @@ def _of_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> R
             yield "bf16-full", row.method, f"its weights are stored in {row.weights_dtype} and {rounded}"
 
 
-def _is_attention(name: str) -> bool:
+def _is_attention_matrix(name: str) -> bool:
     """Recognise `q_proj`, `self_attn.q_proj`, `attention.self.query` or `attention.output.dense`."""
     return name.split(".")[-1] in _ATTENTION or any("attn" in part or "attention" in part for part in name.split("."))
 
 
-def _between_methods(trained: Sequence[MethodRow]) -> RuleHits:
-    """Check what methods must have in common. Variants are exempt: their differences are the question."""
+def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
+    """Yield findings about differences between methods. Variants are exempt, because their differences are the
+    question."""
     if (
         len(trained) > 1
         and len({row.learning_rate for row in trained}) == 1
-        and not any(_tried(row) for row in trained)
+        and not any(_tried_rates(row) for row in trained)
     ):
         what = (
             f"all methods are trained at {trained[0].learning_rate:g}; the best rate of LoRA is about ten times that "
             "of full fine-tuning"
         )
-        yield "one-rate-for-all", _named(trained), what
+        yield "one-rate-for-all", _method_names(trained), what
     alike = [row for row in trained if row.kind != VARIANT]
     sized = sorted((row for row in alike if row.train_tokens), key=lambda row: (row.train_tokens, row.kind == "full"))
     if sized and sized[0].train_tokens < (1 - _MOST_TOKENS_APART) * sized[-1].train_tokens:
         least, most = sized[0], sized[-1]
         what = f"{most.method} sees {most.train_tokens:,} tokens in training, {least.method} {least.train_tokens:,}"
-        yield "unequal-tokens", _named((most, least)), what
+        yield "unequal-tokens", _method_names((most, least)), what
     random = [row for row in alike if row.settings.get("head_init") == "random"]
     if random and len(random) < len(alike):
-        what = f"the head of {_named(random)} starts at random; the others start from a linear probe"
+        what = f"the head of {_method_names(random)} starts at random; the others start from a linear probe"
         yield "unequal-heads", "methods", what
 
 
-def _of_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
+def _check_eval_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
+    """Yield findings about eval rows that are too few or occur in test."""
     scale, summary = ran.context.scale, ran.context.summary
     resolution = max(scale.tolerance(row.metric.value) for row in trained) if scale.is_share else 0.0
-    if resolution > ran.context.recipe.compare.margin and any(len(_tried(row)) > 1 for row in trained):
+    if resolution > ran.context.recipe.compare.margin and any(len(_tried_rates(row)) > 1 for row in trained):
         yield (
             "few-eval-rows",
             "eval rows",
@@ -235,7 +243,7 @@ def _of_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
         )
 
 
-def _of_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
+def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, most of all for a method that memorises rows"
     if verdicts > 1:
@@ -250,7 +258,7 @@ def _of_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits
         yield "test-opened-by-others", "test rows", what
 
 
-def _of_weights(base: Base) -> RuleHits:
+def _check_pretrained_weights(base: Base) -> RuleHits:
     if is_quantised(base.path):
         yield (
             "quantised-source",
@@ -261,11 +269,11 @@ def _of_weights(base: Base) -> RuleHits:
 
 
 def rows_in_train(summary: DataSummary) -> str | None:
-    """Return the data stage's note on test rows in train, if there is one."""
+    """Return the data stage's note on test rows that occur in train, or None."""
     return next((one for one in summary.notes if " test rows have " in one and f"{ALSO_OCCURS} train" in one), None)
 
 
 def opened_by_others(folder: Path) -> tuple[str, ...]:
-    """Return the names of other comparisons whose verdict used the same test rows."""
+    """Return the names of other comparisons that used the same test rows for a verdict."""
     noted = Access.of_same_rows(folder)
     return tuple(sorted({one.run for one in noted if one.trial == COMPARISON} - {folder.resolve().name}))

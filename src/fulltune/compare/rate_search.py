@@ -1,4 +1,8 @@
-"""Runs a recipe that first searches its learning rate in a subfolder, from which the best run is moved up."""
+"""Run a recipe that searches its learning rate, as a comparison does for one method and seed.
+
+plan → search (on eval rows, in a subfolder) → the best run is moved into the run → evaluate → report
+
+"""
 
 from __future__ import annotations
 
@@ -28,12 +32,11 @@ from fulltune.train.parent.fork_server import fork_server
 
 RECORD = "search.json"
 FOLDER = "search"
-"""Subfolder of the trials."""
 _RUNS = f"2 to {MOST_WHOLE_RUNS_ALONE} whole runs"
 
 
 def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
-    """Run or resume the stages up to `until`, after a rate search if the recipe asks for one."""
+    """Run or resume all stages up to `until`, after a rate search if the recipe asks for one."""
     if not job.recipe.is_searched:
         return pipeline.run(job, until, measure)
     if measure or (job.folder / "plan" / "measured.json").exists():
@@ -55,7 +58,7 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunR
         summary = pipeline.run(job, "plan").summary
         with run_folder.writing(job.folder), run_folder.locked(job.folder):
             try:
-                searched = _search(job, summary)
+                searched = _search_rate(job, summary)
             except InterruptedRun:
                 raise InterruptedRun(
                     "interrupted during the search; finished trials are kept: run the same command to resume"
@@ -65,10 +68,11 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunR
     searched = Searched.load(record)
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         move_into_run(job, searched)
-    return pipeline.run(replace(job, recipe=_at_its_rate(job.recipe, searched)), until)
+    return pipeline.run(replace(job, recipe=_with_searched_rate(job.recipe, searched)), until)
 
 
-def _search(job: Run, summary: DataSummary) -> Searched:
+def _search_rate(job: Run, summary: DataSummary) -> Searched:
+    """Search the learning rate in a subfolder, delete all runs but the best, and return the result."""
     if job.hooks.compute_loss is not None:
         raise RecipeError(
             "method.learning_rate: search trains in separate processes, which a loss from Python cannot reach; give "
@@ -81,7 +85,7 @@ def _search(job: Run, summary: DataSummary) -> Searched:
     with fork_server() as start:
         seconds = None if limit is None else parse_seconds(limit)
         context = Context(replace(job, folder=folder), summary, "", seconds, start)
-        expectation = _expected(context)
+        expectation = _forecast_search(context)
         ran = SeedRuns(context, search_all(context, expectation), expectation)
         best = ran.best_rate(context.full.label)
     rate_search = ran.searches[best.trial.method]
@@ -100,7 +104,8 @@ def _search(job: Run, summary: DataSummary) -> Searched:
     )
 
 
-def _expected(context: Context) -> Expectation:
+def _forecast_search(context: Context) -> Expectation:
+    """Forecast and announce the search's time. Raises a `RecipeError` if the budget is too short."""
     method, limit = context.full.label, context.budget_seconds
     share = share_of_steps(context.recipe.compare.search_share, context.setup(method).plan.total_steps)
     cost = budget.costs_of(context)[0][method]
@@ -127,7 +132,8 @@ def _expected(context: Context) -> Expectation:
     )
 
 
-def _at_its_rate(recipe: Recipe, searched: Searched) -> Recipe:
+def _with_searched_rate(recipe: Recipe, searched: Searched) -> Recipe:
+    """Return the recipe with the rate that was found instead of a search."""
     method = {
         "method.learning_rate": searched.rate.chosen,
         "method.learning_rates": None,
@@ -137,7 +143,7 @@ def _at_its_rate(recipe: Recipe, searched: Searched) -> Recipe:
 
 
 def move_into_run(job: Run, searched: Searched) -> None:
-    """Move the chosen run into the run folder, its plan last so that the move can resume."""
+    """Move the best run into the run folder. Its plan moves last, so that an interrupted move resumes."""
     run, trial, method = job.folder, job.folder / FOLDER, job.recipe.method.label
     (run / "attempts").mkdir(exist_ok=True)
     for attempt in sorted((trial / "attempts").glob(f"{searched.trial}-*")):
@@ -152,13 +158,13 @@ def move_into_run(job: Run, searched: Searched) -> None:
             target.parent.mkdir(exist_ok=True)
             source.rename(target)
     planned, trial_plan = Plan.load(job.plan_path), Plan.load(trial / "plan" / f"{searched.trial}.json")
-    changes = {"model_name": "", "method": method, "settings": tuple(_settings(trial_plan, planned, searched))}
+    changes = {"model_name": "", "method": method, "settings": tuple(_adopted_settings(trial_plan, planned, searched))}
     if (adopted := trial_plan.model_copy(update=changes)) != planned:
-        run_folder.save_plan(run, _at_its_rate(job.recipe, searched), adopted)
+        run_folder.save_plan(run, _with_searched_rate(job.recipe, searched), adopted)
 
 
-def _settings(trial: Plan, planned: Plan, searched: Searched) -> list[Setting]:
-    """Return the trial's settings, with planned values for those that only made it a trial."""
+def _adopted_settings(trial: Plan, planned: Plan, searched: Searched) -> list[Setting]:
+    """Return the trial's settings, without the changes that only made it a trial."""
     before = {setting.name: setting for setting in planned.settings}
     settings = []
     for setting in trial.settings:

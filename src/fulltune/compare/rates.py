@@ -1,4 +1,9 @@
-"""Searches a method's learning rate by successive halving on eval rows (docs/guides/compare.md)."""
+"""Search a method's learning rate by successive halving on eval rows, as pure functions (docs/guides/compare.md).
+
+`tried` maps the rates of short trials to eval metrics, `whole` those of whole runs. `may_extend` is false for rates
+from the recipe.
+
+"""
 
 # `tried` and `whole` map rates to eval metrics of short trials and whole runs. A recipe's own grid is not extended.
 
@@ -15,9 +20,9 @@ STEP = math.sqrt(10)
 """Factor between neighbouring rates of a grid."""
 MOST_EXTENSIONS = 2
 LEAST_STEPS = 10
-"""Fewest steps of a short trial; with fewer all rates look alike."""
+"""Fewest steps of a short trial, because in fewer all rates look alike."""
 CLEARLY = 2
-"""Standard errors by which one whole run is clearly better."""
+"""Standard errors by which a whole run leads clearly."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,11 @@ class Scale:
     is_share: bool
 
     def oriented(self, metric: float) -> float:
-        """Return the metric with higher as better, NaN as worst."""
+        """Return the metric with its sign changed so that higher is better, and NaN is worst."""
         return -math.inf if math.isnan(metric) else metric if self.greater_is_better else -metric
 
     def tolerance(self, metric: float) -> float:
-        """Return the difference below which trials are equal: a standard error for shares, else 1 %."""
+        """Return the difference below which two trials count as equal: a standard error for shares, else 1 %."""
         if math.isnan(metric):
             return 0.0
         if not self.is_share:
@@ -41,14 +46,14 @@ class Scale:
         return error_of_share(metric, self.eval_rows)
 
     def ahead(self, rate: float, tried: Mapping[float, float]) -> float:
-        """Return the lead of a rate in tolerances; infinite if the others diverged."""
+        """Return a rate's lead over the others in tolerances, infinite if the others diverged."""
         others = max((self.oriented(metric) for other, metric in tried.items() if other != rate), default=math.inf)
         apart, least = self.oriented(tried[rate]) - others, self.tolerance(tried[rate])
         return apart / least if least else math.inf if apart > 0 else 0.0
 
 
 def grid(usual: float, rates: Sequence[float] | None, fixed: float | None) -> tuple[float, ...]:
-    """Return the recipe's rates, else three around the default."""
+    """Return the recipe's rates, or three around the default."""
     if fixed is not None:
         return (fixed,)
     return tuple(sorted(rates)) if rates is not None else tuple(rounded(usual * STEP**power) for power in (-1, 0, 1))
@@ -59,32 +64,35 @@ def rounded(rate: float) -> float:
 
 
 def nearest(rates: Iterable[float], near: float) -> float:
-    """Return the rate closest to `near` on a log scale, the lower of equals."""
+    """Return the rate closest to `near` on a log scale, of equally close ones the lower."""
     return min(sorted(rates), key=lambda rate: round(abs(math.log(rate / near)) / math.log(STEP), 1))
 
 
 def share_of_steps(search_share: float, total_steps: int) -> float:
+    """Return the share of a run's steps that a short trial trains."""
     return min(1.0, max(search_share, LEAST_STEPS / max(1, total_steps)))
 
 
 def search_trial(method: str, rate: float, share: float, seed: int) -> Trial:
+    """Return a short trial of a rate."""
     name = f"{method}-rate{rate:g}-{share:.1%}".replace("%", "pct")
     return Trial(name=name, method=method, learning_rate=rate, seed=seed, share=share, searches=True)
 
 
 def final_trial(method: str, rate: float, seed: int, *, check: bool = False) -> Trial:
-    """Return a whole run; `check` marks a rate that was not chosen."""
+    """Return a whole run; `check` marks a rate that is not the chosen one."""
     name = f"{method}-rate{rate:g}-seed{seed}" if check else f"{method}-seed{seed}"
     return Trial(name=name, method=method, learning_rate=rate, seed=seed)
 
 
 def best_of(tried: Mapping[float, float], scale: Scale) -> list[float]:
+    """Return the rates with the best metric, the lowest first."""
     best = max(scale.oriented(metric) for metric in tried.values())
     return sorted(rate for rate in tried if scale.oriented(tried[rate]) == best)
 
 
 def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> float:
-    """Return the default rate, or the best one if it leads clearly."""
+    """Return the default rate, or the best one if it leads by more than the tolerance."""
     best, *_ = best_of(tried, scale)
     if usual is None or usual not in tried:
         return best
@@ -92,7 +100,7 @@ def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> f
     return best if ahead > scale.tolerance(tried[best]) else usual
 
 
-def _why(tried: Mapping[float, float], rate: float, scale: Scale, what: str) -> str:
+def _choice_reason(tried: Mapping[float, float], rate: float, scale: Scale, what: str) -> str:
     if rate in best_of(tried, scale)[:1]:
         return f"the best of {len(tried)} {what}"
     least = "the eval rows can show" if scale.is_share else "1 %"
@@ -100,7 +108,7 @@ def _why(tried: Mapping[float, float], rate: float, scale: Scale, what: str) -> 
 
 
 def beyond(tried: Mapping[float, float], scale: Scale) -> float | None:
-    """Return the next rate beyond the grid if the best is at its edge and clearly better."""
+    """Return the next rate beyond the grid if the best one is at its edge and leads clearly, else None."""
     rates, best = sorted(tried), best_of(tried, scale)[0]
     if math.isnan(tried[best]):  # nothing learned anything: it can only be too fast
         return rounded(rates[0] / STEP)
@@ -115,17 +123,20 @@ def beyond(tried: Mapping[float, float], scale: Scale) -> float | None:
 
 
 def finished(method: str, tried: Mapping[float, float], share: float, scale: Scale, usual: float) -> Search:
-    """Return the result of the short trials."""
+    """Return the search's result from the short trials."""
     rate = choice(tried, scale, usual)
     on_edge = rate in (min(tried), max(tried)) and scale.ahead(rate, tried) > 1
-    how = _why(tried, rate, scale, f"short runs of {share:.0%} of the steps")
+    how = _choice_reason(tried, rate, scale, f"short runs of {share:.0%} of the steps")
     how += ", at the edge of those tried" * on_edge
     return Search(method=method, tried=dict(tried), share=share, chosen=rate, reason=how, on_edge=on_edge, usual=usual)
 
 
 def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, most: int) -> float | None:
-    """Return the next whole run's rate: the default, the best, then outwards while clearly better. None ends the
-    search."""
+    """Return the rate of the next whole run, or None if no further run is needed.
+
+    The order is the default, the best of the short trials, then outwards while the edge leads clearly.
+
+    """
     short = search.tried
     if len(short) < 2 or search.whole or len(whole) >= most:
         return None
@@ -136,7 +147,7 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
     if len(whole) < 2:
         return nearest(best_of(left, scale), search.chosen) if left else None
     best, *_ = best_of(whole, scale)
-    if best not in (min(whole), max(whole)) or not _is_clear(best, whole, scale):
+    if best not in (min(whole), max(whole)) or not _leads_clearly(best, whole, scale):
         return None
     upwards = best == max(whole)
     if further := [rate for rate in left if (rate > best) == upwards]:
@@ -145,22 +156,22 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
     return rate if may_extend and rate < too_high else None
 
 
-def _is_clear(best: float, whole: Mapping[float, float], scale: Scale) -> bool:
+def _leads_clearly(best: float, whole: Mapping[float, float], scale: Scale) -> bool:
     return CLEARLY < scale.ahead(best, whole) < math.inf
 
 
 def after_whole(search: Search, whole: Mapping[float, float], scale: Scale) -> Search:
-    """Return the lowest of the best whole runs' rates if it clearly beats the default."""
+    """Return the search with the best whole run's rate if it leads, else with the default rate."""
     rate = choice(whole, scale, search.usual)
     rates = {*search.tried, *whole}
-    on_edge = rate in (min(rates), max(rates)) and _is_clear(rate, whole, scale)
-    reason = _why(whole, rate, scale, "whole runs")
+    on_edge = rate in (min(rates), max(rates)) and _leads_clearly(rate, whole, scale)
+    reason = _choice_reason(whole, rate, scale, "whole runs")
     changes = {"chosen": rate, "whole": dict(whole), "reason": reason, "on_edge": on_edge}
     return search.model_copy(update=changes)
 
 
 def after_divergence(search: Search) -> float | None:
-    """Return the lower rate after a divergence, if any."""
+    """Return the next lower rate after a divergence, or None if it is the lowest."""
     if not search.tried:
         return None
     lower, lowest = rounded(search.chosen / STEP), min(search.tried)
@@ -169,7 +180,7 @@ def after_divergence(search: Search) -> float | None:
 
 
 def replaced(search: Search, lower: float, reason: str) -> Search:
-    """Return the search with a lower rate, which voids the short trials."""
+    """Return the search with a lower rate; the diverged rate's metric becomes NaN."""
     tried = {rate: math.nan if rate == search.chosen else metric for rate, metric in search.tried.items()}
     changes = {"tried": tried, "chosen": lower, "reason": reason, "on_edge": lower <= min(tried)}
     return search.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""Runs a comparison: data → rates → seeds → test rows, once → verdict → report. Every finished part is saved."""
+"""Run a comparison: data → rates (on eval rows) → seeds (looks at eval rows) → test rows, once → verdict → report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ Compared = tuple[Comparison, tuple[Path, ...]]
 
 
 def run_comparison(job: Run, command: str, budget: str | None = None) -> Compared:
-    """Compare the recipe's methods, or resume; `budget` limits all commands together, such as `30m`."""
+    """Compare the recipe's methods, or resume. Every part is saved when it finishes. `budget`, such as `30m`, limits
+    all commands together."""
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
@@ -56,7 +57,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
 
 
 def recipe_for(recipe: Recipe) -> Recipe:
-    """Return the recipe with near duplicates on one side of the split."""
+    """Return the recipe with near duplicates kept in one split, or raise a `RecipeError` without methods."""
     if not recipe.methods:
         raise RecipeError("methods: nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'")
     if "near_duplicates" in recipe.data.model_fields_set or FACTS[recipe.task].reads == "image":
@@ -65,6 +66,7 @@ def recipe_for(recipe: Recipe) -> Recipe:
 
 
 def _budget_seconds(job: Run, budget: str | None) -> float | None:
+    """Return the larger of the given and the earlier budget, or None without a limit."""
     text, path = budget or job.recipe.compare.budget, job.folder / EXPECTATION
     seconds = parse_seconds(text) if text else None
     before = Expectation.load(path).budget_seconds if path.exists() and budget is None else None

@@ -1,5 +1,3 @@
-"""Trials of a comparison: rate searches, then whole runs seed by seed until the answer is clear."""
-
 from __future__ import annotations
 
 import shutil
@@ -31,7 +29,8 @@ MOST_WHOLE_RUNS_ALONE = 3
 
 
 def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """Search each method's rate; without time, full and the first rival take the default and others are dropped."""
+    """Search each method's rate. Without time, full and the first rival take the default rate, and other methods are
+    dropped."""
     planned = [one for one in context.trained_methods if one.label in expectation.methods]
     pair = [one.label for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     keep = budget.to_come(
@@ -48,16 +47,17 @@ def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
 
 
 def search(context: Context, method: Method, share: float, keep: float = 0.0) -> Search:
-    """Search a method's rate, leaving `keep` seconds for whole runs."""
+    """Return a method's rate search, finished or new, leaving `keep` seconds for whole runs."""
     path = context.search_path(method.label)
     if path.exists() and not (result := Search.load(path)).time_was_up:
         return result
-    result = _searched(context, method, share, keep)
+    result = _run_short_trials(context, method, share, keep)
     result.save(path)
     return result
 
 
-def _searched(context: Context, method: Method, search_share: float, keep: float) -> Search:
+def _run_short_trials(context: Context, method: Method, search_share: float, keep: float) -> Search:
+    """Try the grid's rates in short trials, then rates beyond its edge while these lead."""
     label, grid, seed = method.label, budget.grid(context, method), context.recipe.train.seed
     if len(grid) == 1:
         return Search(method=label, chosen=grid[0], reason="from the recipe: the only rate, not searched")
@@ -84,7 +84,7 @@ def _searched(context: Context, method: Method, search_share: float, keep: float
 
 @dataclass
 class SeedRuns:
-    """Whole runs of a comparison, and the methods' rates."""
+    """Runs a comparison's whole runs seed by seed until the answer is clear."""
 
     context: Context
     searches: dict[str, Search]
@@ -106,38 +106,38 @@ class SeedRuns:
         return self.time_was_up or bool(self.left_out) or any(one.time_was_up for one in self.searches.values())
 
     def run(self) -> SeedRuns:
-        """Run seeds until the eval rows give a clear answer or time is up."""
+        """Train seeds until the eval rows give a clear answer or the time is up."""
         self.results = {method: [] for method in self.searches}
         at_once = not self.context.recipe.compare.sequential
         wanted = dict.fromkeys(self.searches, self.expectation.most_seeds if at_once else 1)
         while wanted:
-            if not self._train(wanted):
+            if not self._train_seeds(wanted):
                 self.context.say("the budget is used up: the verdict uses the finished runs")
                 self.time_was_up = True
                 break
             if at_once:
                 break
-            wanted = self._look()
+            wanted = self._look_at_eval_rows()
             if not wanted and self.looks[-1].num_seeds > 1:
-                wanted = self._before_full()
+                wanted = self._recheck_rivals()
         return self
 
     def best_rate(self, method: str) -> TrialResult:
-        """Train one seed at the best rate and save the model as `models/<method>`."""
+        """Train one seed at the best rate and save its model as `models/<method>`."""
         self.results[method] = []
         while (result := run_trial(self.context, self._next_trial(method))).problems:
-            self._after_divergence(result)
+            self._lower_rate(result)
         self.results[method].append(result)
         self.check_rate(method)
         return self.results[method][0]
 
-    def _train(self, wanted: Mapping[str, int]) -> bool:
-        """Train until each method has its seeds; false if time is up first."""
+    def _train_seeds(self, wanted: Mapping[str, int]) -> bool:
+        """Train until each method has its number of seeds. Return false if the time is up first."""
         while lacking := {name: len(runs) for name, runs in self.results.items() if len(runs) < wanted.get(name, 0)}:
             methods = [name for name, count in lacking.items() if count == min(lacking.values())]
             method = methods[0]
             runs, most = self.results[method], self.expectation.most_seeds
-            if not runs and (late := self._no_time()):
+            if not runs and (late := self._method_without_time()):
                 self.context.say(f"{late}: not enough time")
                 del self.results[late], self.searches[late]
                 continue
@@ -152,7 +152,7 @@ class SeedRuns:
             result = run_trial(self.context, trials[0])
             if result.problems:
                 # A rate at which one seed diverges is too high for the method: all its seeds get a lower one.
-                self._after_divergence(result)
+                self._lower_rate(result)
                 continue
             runs.append(result)
             keep_best_model(self.context, runs)
@@ -168,8 +168,8 @@ class SeedRuns:
         counts = {method: len(runs) for method, runs in self.results.items()}
         return budget.to_come(self.context, counts, seeds or self.expectation.num_seeds)
 
-    def _no_time(self) -> str | None:
-        """Return a method that no longer fits beside two seeds of full and its first rival."""
+    def _method_without_time(self) -> str | None:
+        """Return a method that no longer fits beside two seeds of full and its first rival, or None."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._reserved_seconds(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
@@ -178,8 +178,8 @@ class SeedRuns:
             (method for method in others if not budget.has_time(context, [self._next_trial(method)], keep)), None
         )
 
-    def _look(self) -> dict[str, int]:
-        """Return the seeds that each method needs by the eval rows; empty ends the runs."""
+    def _look_at_eval_rows(self) -> dict[str, int]:
+        """Judge the runs so far and return the number of seeds that each method needs, empty if no more are needed."""
         context, again = self.context, self._is_second_look(self.looks)
         full = self.results[context.full.label]
         behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
@@ -196,8 +196,8 @@ class SeedRuns:
     def _is_second_look(self, looks: Sequence[Look]) -> bool:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
-    def _before_full(self) -> dict[str, int]:
-        """Give all rivals full's rate search before full wins; return the seeds of those that catch up."""
+    def _recheck_rivals(self) -> dict[str, int]:
+        """Give rivals the same rate search as full before it wins. Return the seeds for those that must catch up."""
         context, scale = self.context, self.context.scale
         kinds = ("full", *RIVALS)
         decisive = {method: runs for method, runs in self.results.items() if self._kind(method) in kinds}
@@ -214,8 +214,8 @@ class SeedRuns:
         better = [method for method in changed if scale.oriented(self.results[method][0].metric) > leader]
         return {} if self._is_second_look(self.looks[:-1]) else dict.fromkeys(better, len(full))
 
-    def _after_divergence(self, result: TrialResult) -> None:
-        """Lower a method's rate after a divergence; raises Diverged at the lowest."""
+    def _lower_rate(self, result: TrialResult) -> None:
+        """Lower a method's rate after a divergence, or raise `Diverged` at the lowest rate."""
         context, trial, search = self.context, result.trial, self.searches[result.trial.method]
         lower = rates.after_divergence(search)
         if lower is None:
@@ -232,7 +232,7 @@ class SeedRuns:
         self.results[trial.method].clear()
 
     def check_rate(self, method: str, keep: float = 0.0) -> bool:
-        """Try whole runs at other rates while `keep` seconds remain; true if the rate changed."""
+        """Try whole runs at other rates while `keep` seconds remain. Return true if the rate changed."""
         context, search, first = self.context, self.searches[method], self.results[method][0]
         may_extend = context.setup(method).method.learning_rates is None
         most = MOST_WHOLE_RUNS if context.recipe.methods else MOST_WHOLE_RUNS_ALONE
@@ -264,7 +264,7 @@ class SeedRuns:
 
 
 def method_outputs(context: Context, results: Results, place: str, waited: Collection[str]) -> list[MethodOutputs]:
-    """Return each method's outputs on a split; methods that waited get a part of alpha."""
+    """Load each method's outputs on a split. Methods in `waited` get a part of alpha."""
     folder, setups = context.folder / place, {method: context.setup(method) for method in results}
     return [
         MethodOutputs(

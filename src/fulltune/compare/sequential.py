@@ -1,4 +1,4 @@
-"""Decides on the eval rows after each seed whether the answer is clear (docs/concepts/statistics.md)."""
+"""Decide on the eval rows after each seed whether the answer is clear (docs/concepts/statistics.md)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from fulltune.stats.precision import ComparisonPrecision
 
 SAMPLES = 2_000
 _LATE = 4.0
-"""Power of the alpha spending function."""
 _SURE = 0.95
-"""Chance of a clear answer on the sealed rows that ends the seeds."""
+"""Probability of a clear answer on the sealed rows from which no more seeds run."""
 _LIKELY = 0.5
-"""Chance of full beating the leader at which others catch up after the last seeds."""
+"""Probability that full wins from which other methods catch up after the last seed."""
 _CLEAR = "clear: the test rows would very likely agree"
 _HOPELESS = 0.2
-"""Chance of a clear answer below which more seeds are a waste; equal methods have about a tenth."""
+"""Probability of a clear answer below which more seeds are a waste; for equal methods it is about a tenth."""
 WAITING_SHARE = 0.25
-"""Part of a look's alpha for methods with fewer seeds; the rest is for a second look when they have caught up."""
+"""Part of a look's alpha for methods with fewer seeds; a second look, once they caught up, gets the rest."""
 
 
 TIME_UP_SHARE = 0.5
-"""Part of the unspent alpha for a verdict when time is up; the rest is for later ones (Bonferroni)."""
+"""Part of the unspent alpha for a verdict when the time is up; later verdicts get the rest (Bonferroni)."""
 
 
 def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
-    """Return the alpha of the look after `num_seeds`; all looks sum to `alpha`."""
+    """Return the alpha that the look after `num_seeds` spends. All looks together spend `alpha`."""
     if not 1 <= num_seeds <= max_seeds:
         raise ValueError(f"look {num_seeds} of {max_seeds}")
     looks = max(1, max_seeds - 1)  # after one seed nothing is decided
@@ -44,7 +43,7 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
 
 
 def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
-    """Return the alpha for the sealed test after these looks, and for everything later."""
+    """Return the alpha for the sealed test after these looks, and the alpha left for later tests."""
     of_seeds: dict[int, float] = {}
     for earlier in looks:
         of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more
@@ -65,22 +64,20 @@ def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> t
 
 @dataclass(frozen=True)
 class Outlook:
-    """Expected result of one rival."""
+    """Expected result of one rival on the sealed rows."""
 
     name: str
     score: float
-    """Eval metric, higher is better."""
     cost: float
     as_many: bool
-    """True with as many seeds as full."""
     chances: tuple[float, float, float]
-    """Chances on the sealed rows if seeds ended now: full better, equal, rival better."""
+    """Probabilities if seeds ended now: full better, equal, rival better."""
     with_all: float
-    """Chance of a clear answer with all planned seeds."""
+    """Probability of a clear answer with all planned seeds."""
 
     @property
     def clear(self) -> float:
-        """Chance of a clear answer now."""
+        """Probability of a clear answer now."""
         return sum(self.chances)
 
     @property
@@ -98,7 +95,8 @@ def look(
     *,
     again: bool = False,
 ) -> Look:
-    """Judge each method by its metrics on resamples of the eval rows; `again` marks a second look."""
+    """Judge each rival on resamples of the eval rows, and return the seeds that each method needs. `again` marks a
+    second look."""
     (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure
     now, spreads = counts[full], seed_spreads(drawn, [method.kind == "base" for method in methods])
@@ -133,7 +131,7 @@ def look(
 def _wanted_seeds(
     full: str, rivals: Sequence[Outlook], now: int, max_seeds: int, *, again: bool
 ) -> tuple[dict[str, int], str]:
-    """Return the seeds that each method needs (empty: enough), and the reason."""
+    """Return the number of seeds that each method needs (empty if no more are needed) and the reason."""
     if now == max_seeds == 1:
         return {}, "all planned seeds are finished"
     if now == 1:
@@ -165,7 +163,8 @@ def _wanted_seeds(
 def _chances(
     gap: UncertainValue, margin: float, level: float, then: ComparisonPrecision, seeds: tuple[int, int]
 ) -> tuple[float, float, float]:
-    """Return the chances of each clear answer on the sealed rows with `seeds` of both methods."""
+    """Estimate the probabilities that the sealed rows clearly favour full, equality or the rival, given both numbers of
+    seeds."""
     now, then = ComparisonPrecision.of(gap), then.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(now.row_variance + then.row_variance + max(0.0, now.seed_variance - then.seed_variance))

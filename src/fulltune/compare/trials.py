@@ -1,5 +1,3 @@
-"""Train one trial of a comparison and save its outputs for each row."""
-
 from __future__ import annotations
 
 import math
@@ -28,8 +26,8 @@ def is_done(context: Context, trial: Trial) -> bool:
 
 
 def run_trial(context: Context, trial: Trial) -> TrialResult:
-    """Return a trial's result, after training it if necessary; a whole run saves model and outputs, test rows
-    sealed."""
+    """Return a trial's result, after training it if necessary. A whole run also saves its model and its outputs, those
+    on test rows sealed."""
     path = context.result_path(trial.name)
     if is_done(context, trial):
         result = TrialResult.load(path)
@@ -52,7 +50,7 @@ def run_trial(context: Context, trial: Trial) -> TrialResult:
 
 
 def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
-    """Train a trial under the train stage's guards; raises Diverged."""
+    """Train a trial with all guards, and return its plan, outcome and result. Raises `Diverged`."""
     recipe = context.trial_recipe(trial)
     planned = context.trial_plan(trial, recipe)
     run_folder.save_plan(context.folder, recipe, planned)
@@ -88,7 +86,7 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
 
 
 def keep_rows(context: Context, trial: Trial, planned: Plan, outcome: Outcome) -> float:
-    """Score a trained model, save its outputs and return the seconds per row."""
+    """Save a trained model's outputs and temperature, and return the seconds per row."""
     model_folder = context.folder / str(outcome.model_folder)
     with context.timed(f"{trial.name}: rows"):
         scoring = evaluate.scoring_of(
@@ -101,13 +99,14 @@ def keep_rows(context: Context, trial: Trial, planned: Plan, outcome: Outcome) -
 
 
 def keep(context: Context, name: str, predictions: Mapping[str, Predictions]) -> None:
-    """Save a model's outputs by split; only the verdict reads the test rows'."""
+    """Save a model's outputs by split. Only the verdict reads those on test rows."""
     for part, place in (("eval", OPEN), ("test", SEALED), ("generic", GENERIC)):
         if part in predictions:
             save_outputs(context.folder / place / f"{name}.npz", predictions[part])
 
 
 def clear(context: Context, trial: Trial) -> None:
+    """Delete a trial's model, checkpoints and initial weights."""
     for folder in ("models", "checkpoints"):
         shutil.rmtree(context.folder / folder / trial.name, ignore_errors=True)
     for initial in (context.folder / "attempts").glob(f"{trial.name}-*/initial*.safetensors"):
@@ -119,7 +118,7 @@ def best_seed(context: Context, results: Sequence[TrialResult]) -> TrialResult:
 
 
 def keep_best_model(context: Context, results: Sequence[TrialResult]) -> None:
-    """Save the best seed's model as `models/<method>`, and delete the others."""
+    """Move the best seed's model to `models/<method>`, and delete the other seeds' models."""
     best = best_seed(context, results).trial
     models = context.folder / "models"
     if (models / best.name).exists():

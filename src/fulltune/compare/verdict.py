@@ -27,11 +27,10 @@ class MethodOutputs:
     name: str
     kind: MethodKind
     trials: Sequence[Predictions]
-    """Outputs by seed; methods may differ in their number."""
+    """Outputs by seed."""
     cost: float
     """Cost in any common unit, here trained parameters."""
     alpha_share: float = 1.0
-    """Part of alpha; below 1 if the method waited."""
 
     @property
     def decides(self) -> bool:
@@ -40,7 +39,7 @@ class MethodOutputs:
 
 @dataclass(frozen=True)
 class Terms:
-    """The question of a comparison: metric, margin and permitted error."""
+    """A comparison's question: metric, margin and permitted error."""
 
     measure: ResamplableMetric
     margin: float
@@ -49,7 +48,7 @@ class Terms:
 
 
 def decide(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Terms) -> Decision:
-    """Compare full fine-tuning with each other method by the metrics of all resamples."""
+    """Compare full fine-tuning with every other method on all resamples, and return the verdict."""
     measure = terms.measure
     (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
     spreads = seed_spreads(drawn, [method.kind == "base" for method in methods])
@@ -60,12 +59,12 @@ def decide(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Term
         tests = holm([gap.p_value() for gap in gaps], terms.alpha)
         equivalence = holm([gap.equivalence_p(terms.margin) for gap in gaps], terms.alpha)
         for place, gap, *tested in zip(group, gaps, tests, equivalence, strict=True):
-            differences.append(_difference(methods[full], methods[place], gap, tested, drawn.num_rows, terms))
-    verdict, recommended = _verdict(differences, methods[full].name, methods)
+            differences.append(_test_difference(methods[full], methods[place], gap, tested, drawn.num_rows, terms))
+    verdict, recommended = _choose_verdict(differences, methods[full].name, methods)
     scores = {}
     for place, method in enumerate(methods):
         mean = mean_of_method(drawn, place, spreads, measure.span)
-        low, high = _within(mean.interval(1 - terms.confidence), measure.bounds)
+        low, high = _clip(mean.interval(1 - terms.confidence), measure.bounds)
         scores[method.name] = Estimate(value=mean.estimate, low=low, high=high)
     return Decision(
         verdict=verdict,
@@ -87,13 +86,15 @@ def decide(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Term
         },
         differences=tuple(differences),
         headline=_headline(verdict, recommended, methods[full].name, differences),
-        because=tuple(_because(one, Writer(measure.name, terms.margin)) for one in differences if one.decides),
-        would_decide=tuple(_would_decide(differences)) if verdict == "UNDECIDED" else (),
-        notes=tuple(_notes(differences, verdict, recommended)),
+        because=tuple(
+            _explain_difference(one, Writer(measure.name, terms.margin)) for one in differences if one.decides
+        ),
+        would_decide=tuple(_what_would_decide(differences)) if verdict == "UNDECIDED" else (),
+        notes=tuple(_verdict_notes(differences, verdict, recommended)),
     )
 
 
-def _difference(
+def _test_difference(
     full: MethodOutputs,
     method: MethodOutputs,
     gap: UncertainValue,
@@ -101,12 +102,12 @@ def _difference(
     num_rows: int,
     terms: Terms,
 ) -> Difference:
-    """Test one difference. `tested` holds p-value and level for a difference and for equivalence."""
+    """Test one difference. `tested` holds p-value and level of the tests for a difference and for equivalence."""
     margin, alpha, span = terms.margin, terms.alpha * method.alpha_share, terms.measure.span
     bounds = None if span is None else (-span, span)
     (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * method.alpha_share) for p, of_test in tested)
-    low, high = _within(gap.interval(1 - terms.confidence), bounds)
-    adjusted_low, adjusted_high = _within(gap.interval(level), bounds)
+    low, high = _clip(gap.interval(1 - terms.confidence), bounds)
+    adjusted_low, adjusted_high = _clip(gap.interval(level), bounds)
     is_tested = gap.seeds_known
     certain = is_tested and adjusted_p <= alpha
     rows, seeds = needed(gap, num_rows, margin, level, equal_level) if is_tested else (None, None)
@@ -134,12 +135,15 @@ def _difference(
     )
 
 
-def _within(interval: tuple[float, float], bounds: tuple[float, float] | None) -> tuple[float, float]:
+def _clip(interval: tuple[float, float], bounds: tuple[float, float] | None) -> tuple[float, float]:
     """Clip an interval to the metric's range."""
     return interval if bounds is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))
 
 
-def _verdict(differences: Sequence[Difference], full: str, methods: Sequence[MethodOutputs]) -> tuple[VerdictKind, str]:
+def _choose_verdict(
+    differences: Sequence[Difference], full: str, methods: Sequence[MethodOutputs]
+) -> tuple[VerdictKind, str]:
+    """Return the verdict and the method that it recommends, or an empty name."""
     cost = {method.name: method.cost for method in methods}
     rivals = [one for one in differences if one.decides]
     if better := [one for one in rivals if one.other_better]:
@@ -174,7 +178,7 @@ def _headline(verdict: VerdictKind, recommended: str, full: str, differences: Se
     return "These rows and seeds cannot distinguish the methods."
 
 
-def _because(rival: Difference, write: Writer) -> str:
+def _explain_difference(rival: Difference, write: Writer) -> str:
     if not rival.seeds_known:
         answer = "one seed, so the spread between seeds is not known"
     elif rival.full_better:
@@ -191,7 +195,8 @@ def _because(rival: Difference, write: Writer) -> str:
     return f"full minus {rival.method}: {write.adjusted(rival)}{points} of {write.name}: {answer}"
 
 
-def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:
+def _what_would_decide(differences: Sequence[Difference]) -> Iterator[str]:
+    """Yield, for each undecided rival, how many rows or seeds would decide."""
     for rival in differences:
         if not rival.is_open:
             continue
@@ -210,7 +215,7 @@ def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:
         yield f"{rival.method}: {what}"
 
 
-def _notes(differences: Sequence[Difference], verdict: VerdictKind, recommended: str) -> Iterator[str]:
+def _verdict_notes(differences: Sequence[Difference], verdict: VerdictKind, recommended: str) -> Iterator[str]:
     deciding = [one for one in differences if one.decides]
     for shown in differences:
         if not shown.decides and (shown.other_better or shown.equivalent or shown.estimate <= 0):

@@ -91,7 +91,7 @@ def test_verdict_without_test_rows_that_stand_in_train(
     line.measure, line.recipe.compare.margin, line.recipe.evaluate.confidence = ACCURACY, 0.2, 0.95
     line.recipe.data.near_duplicates = 1.0
     line.summary.columns = {"text": "t"}
-    decision = conclude._decided(line, methods, rows, 0.05)
+    decision = conclude._decide_on_rows(line, methods, rows, 0.05)
     np.save(line.folder / "data" / "test" / IN_TRAIN, rows < leaked)
     assert without_leaks(line, methods, rows, decision) == expected
 
