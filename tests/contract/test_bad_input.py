@@ -231,7 +231,7 @@ def test_labels_numbers_and_words_are_refused(case: Case) -> None:
         case.data(rows),
         DATA,
         "train.csv: column 'label' mixes words ('food' in 19 rows, 'weather' in 18 rows) and numbers ('3' in 3 rows) "
-        "as labels, first: train.csv:2; expected one kind: rename them, or remove the wrong rows",
+        "as labels, first: train.csv:2; expected one kind: rename the labels, or remove the wrong rows",
     )
 
 

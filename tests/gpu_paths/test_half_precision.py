@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from transformers import BertForSequenceClassification
 
 from fulltune.footprint.allocations import _trace_micro_batch
-from fulltune.inference.run import _in_float32, autocast
-from fulltune.inference.selective_head import _as_computed, _few_roundings, as_its_attention_can
+from fulltune.inference.run import _recompute_in_float32, autocast
+from fulltune.inference.selective_head import _in_autocast_dtype, _rounding_tolerance, as_its_attention_can
 from fulltune.models import sharding
 from fulltune.models.chunked_loss import ChunkedLogits
 from fulltune.recipe.fields import Recipe
@@ -148,7 +148,7 @@ def test_numbers_of_a_regression_are_exact_in_half_precision() -> None:
         layer.bias.zero_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rough = layer(torch.ones(1, 1))
-            exact = _in_float32(layer, (torch.ones(1, 1),), rough)
+            exact = _recompute_in_float32(layer, (torch.ones(1, 1),), rough)
     assert rough.item() == 528_384
     assert (exact.item(), exact.dtype) == (526_580, torch.float32)
 
@@ -157,8 +157,8 @@ def test_numbers_of_a_regression_are_exact_in_half_precision() -> None:
 def test_picked_states_have_the_type_that_the_heads_product_would_have() -> None:
     hidden = torch.ones(2, 3)
     with torch.autocast("cpu", dtype=torch.float16):
-        assert _as_computed(hidden).dtype == torch.float16
-    assert _as_computed(hidden).dtype == torch.float32
+        assert _in_autocast_dtype(hidden).dtype == torch.float16
+    assert _in_autocast_dtype(hidden).dtype == torch.float32
 
 
 @on_the_cpu
@@ -169,7 +169,7 @@ def test_head_is_tried_in_the_types_that_its_attention_knows(attention: str | No
     model = weighted(config=SimpleNamespace(_attn_implementation=attention), dtype=torch.float32)
     with as_its_attention_can(model, "cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == computed
-        assert _few_roundings(model) == torch.finfo(computed).eps ** 0.5
+        assert _rounding_tolerance(model) == torch.finfo(computed).eps ** 0.5
 
 
 @on_the_cpu

@@ -67,12 +67,12 @@ def test_hub_whose_name_is_unknown_is_not_asked(
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(base, "getproxies", dict)
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    base._offline_without_network.cache_clear()
+    base._go_offline_without_network.cache_clear()
     for _ in range(2):
         base.locate(ModelBlock(name="some/model"))
     assert (constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"]) == (not is_known, "01"[not is_known])
     assert caplog.text.count("cannot be reached") == (not is_known)
-    base._offline_without_network.cache_clear()
+    base._go_offline_without_network.cache_clear()
 
 
 def test_files_of_a_model_can_be_read_by_whoever_may_read_its_config(tmp_path: Path) -> None:

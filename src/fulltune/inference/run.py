@@ -173,14 +173,14 @@ def number_head_in_float32(model: PreTrainedModel, target: Target) -> Iterator[N
         yield
         return
     # Before the hook with which an engine frees the weights.
-    hook = layer.register_forward_hook(_in_float32, prepend=True)
+    hook = layer.register_forward_hook(_recompute_in_float32, prepend=True)
     try:
         yield
     finally:
         hook.remove()
 
 
-def _in_float32(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+def _recompute_in_float32(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     import torch
 
     if layer.weight.dtype != torch.float32 or output.dtype == torch.float32:
@@ -307,13 +307,13 @@ class GenericText:
             inner.get_encoder() if inner.config.is_encoder_decoder else getattr(inner, inner.base_model_prefix, inner)
         )
         inputs = {"input_ids": ids, "attention_mask": attention_mask}
-        outputs = _through_model(model, inner, body, inputs) if sharding.needs_all_ranks(model) else body(**inputs)
+        outputs = _body_output(model, inner, body, inputs) if sharding.needs_all_ranks(model) else body(**inputs)
         hidden = outputs.last_hidden_state.float()
         hidden = hidden[:, hidden.shape[1] - ids.shape[1] :]  # without virtual tokens in front
         return (hidden * attention_mask.unsqueeze(-1)).sum(dim=1) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _through_model(model: nn.Module, inner: Any, body: nn.Module, inputs: dict[str, Tensor]) -> Any:
+def _body_output(model: nn.Module, inner: Any, body: nn.Module, inputs: dict[str, Tensor]) -> Any:
     """Return the body's output in a pass of the whole model, which gathers sharded weights outside of its blocks."""
     if inner.config.is_encoder_decoder:
         inputs = {**inputs, "decoder_input_ids": inputs["input_ids"][:, :1]}

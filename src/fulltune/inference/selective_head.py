@@ -51,12 +51,12 @@ class SelectiveHead:
             picked = args[0].flatten(0, 1).index_select(0, at)
             if not chunked:
                 return (picked, *args[1:])
-            states.append(_as_computed(picked))
+            states.append(_in_autocast_dtype(picked))
             return (picked[:0], *args[1:])
 
         def replace_logits(_: object, __: object, outputs: Any) -> None:
             if states:
-                outputs.logits = _chunked(self.model, self.head, states.pop(), outputs.logits)
+                outputs.logits = _chunked_logits(self.model, self.head, states.pop(), outputs.logits)
 
         with contextlib.ExitStack() as hooks:
             hooks.callback(self.head.register_forward_pre_hook(pick).remove)
@@ -65,7 +65,7 @@ class SelectiveHead:
             yield
 
 
-def _as_computed(hidden: Tensor) -> Tensor:
+def _in_autocast_dtype(hidden: Tensor) -> Tensor:
     """Cast hidden states to the type in which autocast would compute the head; the loss runs outside of autocast."""
     import torch
 
@@ -73,7 +73,7 @@ def _as_computed(hidden: Tensor) -> Tensor:
     return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
-def _chunked(model: nn.Module, head: nn.Linear, hidden: Tensor, empty: Tensor) -> ChunkedLogits:
+def _chunked_logits(model: nn.Module, head: nn.Linear, hidden: Tensor, empty: Tensor) -> ChunkedLogits:
     """Make the chunked logits of `hidden[tokens, hidden]`; `empty[0, vocabulary]` is the head's output for no token."""
     from fulltune.models.chunked_loss import ChunkedLogits
 
@@ -93,7 +93,7 @@ BEFORE, TRIED = 4, 16
 a step with a chunked loss."""
 
 
-def _shortened(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cut a batch to a few tokens per row, trained ones among them."""
     first = (batch["labels"] != padding.IGNORED).int().argmax(dim=1)
     start, length = max(0, int(first.min()) - BEFORE), batch["labels"].shape[1]
@@ -117,7 +117,7 @@ def verified(model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]) ->
     if target_ids is None or head is None:
         return None, "off: the task has no logits of tokens" if target_ids is None else "off: the model names no head"
     selective = SelectiveHead(head, target_ids, model)
-    batch = _shortened(batch)
+    batch = _cut_to_few_tokens(batch)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
     with evaluating(model), as_its_attention_can(model, model.device.type), torch.no_grad():
@@ -128,7 +128,7 @@ def verified(model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]) ->
             return None, f"off: the logits became {list(picked.shape)} instead of {list(whole.shape)}"
         difference = float((picked - whole).abs().max()) if len(whole) else 0.0
         # Another order of summation changes some ten roundings; a wrong position changes everything.
-        if not difference <= _few_roundings(model) * float(whole.abs().max()):
+        if not difference <= _rounding_tolerance(model) * float(whole.abs().max()):
             return None, f"off: its logits differ by {difference:.2g}"
         obstacle = _obstacle_to_chunks(selective, inputs, labels)
     same = f"the same up to {difference:.2g}" if difference else "exactly the same"
@@ -146,7 +146,7 @@ def as_its_attention_can(model: nn.Module, kind: str) -> torch.autocast:
     return torch.autocast(kind, dtype=torch.bfloat16)  # each card with flash attention has it
 
 
-def _few_roundings(model: PreTrainedModel) -> float:
+def _rounding_tolerance(model: PreTrainedModel) -> float:
     import torch
 
     kind = model.device.type

@@ -33,10 +33,10 @@ _BYTES_PER_BATCH = 16 * 2**20
 def record_batch(rows: Sequence[RowFeatures], words: Sequence[str]) -> pa.RecordBatch:
     """Make Arrow columns from features, each a number, a text, bytes or a flat list of numbers."""
     names = [*rows[0], WORDS]
-    return pa.record_batch([*(_column([row[name] for row in rows]) for name in rows[0]), pa.array(words)], names=names)
+    return pa.record_batch([*(_array([row[name] for row in rows]) for name in rows[0]), pa.array(words)], names=names)
 
 
-def _column(values: Sequence[Any]) -> pa.Array:
+def _array(values: Sequence[Any]) -> pa.Array:
     if not isinstance(values[0], (list, tuple, np.ndarray)):
         return pa.array(values)
     offsets = np.zeros(len(values) + 1, np.int32)

@@ -189,7 +189,7 @@ class Prompt(nn.Module):
         ahead = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat((ahead, embeddings[:, self.size :]), dim=1)
 
-    def _ahead(self, tensor: torch.Tensor, value: int) -> torch.Tensor:
+    def _prepend(self, tensor: torch.Tensor, value: int) -> torch.Tensor:
         return torch.cat((tensor.new_full((*tensor.shape[:-1], self.size), value), tensor), dim=-1)
 
     def before_body(
@@ -200,7 +200,7 @@ class Prompt(nn.Module):
         cache = inputs.get("past_key_values")
         self.in_front = self.waiting = cache is None or not cache.get_seq_length()
         if inputs.get("attention_mask") is not None:
-            inputs["attention_mask"] = self._ahead(inputs["attention_mask"], 1)
+            inputs["attention_mask"] = self._prepend(inputs["attention_mask"], 1)
         for name in {"position_ids", "cache_position"} & inputs.keys():
             if (places := inputs[name]) is not None:
                 moved = [places + self.size]
@@ -209,9 +209,9 @@ class Prompt(nn.Module):
                     moved.insert(0, first.expand(*places.shape[:-1], -1))
                 inputs[name] = torch.cat(moved, dim=-1)
         if self.in_front:
-            inputs["input_ids"] = self._ahead(inputs["input_ids"], self.filler)
+            inputs["input_ids"] = self._prepend(inputs["input_ids"], self.filler)
             if inputs.get("token_type_ids") is not None:
-                inputs["token_type_ids"] = self._ahead(inputs["token_type_ids"], 0)
+                inputs["token_type_ids"] = self._prepend(inputs["token_type_ids"], 0)
         return (), inputs
 
     def after_embeddings(self, _: object, __: object, embeddings: torch.Tensor) -> torch.Tensor:
@@ -221,7 +221,7 @@ class Prompt(nn.Module):
     def before_decoder(self, _: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Extend the decoder's mask over the encoder's virtual positions."""
         mask = kwargs.get("encoder_attention_mask")
-        return args, kwargs if mask is None else {**kwargs, "encoder_attention_mask": self._ahead(mask, 1)}
+        return args, kwargs if mask is None else {**kwargs, "encoder_attention_mask": self._prepend(mask, 1)}
 
     def after_body(self, _: object, __: object, outputs: Any) -> Any:
         if self.in_front and isinstance(outputs, tuple):
@@ -235,13 +235,13 @@ def put_prompt(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> 
     from fulltune.models.shapes import is_decoder
 
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-    embeddings = _embeddings(body)
+    embeddings = _token_embeddings(body)
     if embeddings is None or body is model:
         lacks = "no embeddings of tokens" if embeddings is None else "no body of its own"
         raise RecipeError(f"method {method.label}: {type(model).__name__} has {lacks}; use lora or adapter")
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     # RoBERTa counts positions of tokens that are not padding.
-    prompt = Prompt(_first(embeddings, method), filler=1 if pad == 0 else 0)
+    prompt = Prompt(_initial_vectors(embeddings, method), filler=1 if pad == 0 else 0)
     model.add_module(PROMPT_MODULE, prompt)
     body.register_forward_pre_hook(prompt.before_body, with_kwargs=True)
     embeddings.register_forward_hook(prompt.after_embeddings)
@@ -251,7 +251,7 @@ def put_prompt(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> 
         body.register_forward_hook(prompt.after_body)
 
 
-def _embeddings(module: Any) -> nn.Embedding | None:
+def _token_embeddings(module: Any) -> nn.Embedding | None:
     try:
         embeddings = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # raised by models that read no tokens
@@ -259,7 +259,7 @@ def _embeddings(module: Any) -> nn.Embedding | None:
     return embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
-def _first(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
+def _initial_vectors(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
     """Draw initial vectors from the vocabulary, or at random with its spread: float32 [tokens, size]."""
     with gathered_to_modify([embeddings.weight]):
         weight, size = whole(embeddings.weight.detach()), method.num_virtual_tokens

@@ -53,7 +53,7 @@ def save(applied: AppliedMethod, folder: Path, task: TaskName, base: str | None)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained(model).items()}
         if applied.method.kind == "prompt":
             config = _prompt_config(applied, task, base, list(tensors))
-            tensors = {_in_peft(name): tensor for name, tensor in tensors.items()}
+            tensors = {_peft_name(name): tensor for name, tensor in tensors.items()}
         else:
             config = {"fulltune_method": applied.method.kind, "base_model_name_or_path": base}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -71,7 +71,7 @@ def share_permissions(folder: Path) -> None:
             file.chmod(mode)
 
 
-def _in_peft(name: str) -> str:
+def _peft_name(name: str) -> str:
     return "prompt_embeddings" if name == _PROMPT else f"{_PEFT_PREFIX}{name}"
 
 
@@ -125,7 +125,7 @@ def load(folder: Path, processor: Any, base: Base | None = None) -> AppliedMetho
         pretrained = base or Base.of(ModelBlock(**notes["base_model"]), notes["task"])
         model = load_model(pretrained, changes, head_is_new=task.FACTS.head_is_new)
         applied = apply(model, method, notes["task"])
-    _restore(applied, folder)
+    _load_saved_parameters(applied, folder)
     if model.can_generate():
         from transformers import GenerationConfig
 
@@ -134,7 +134,7 @@ def load(folder: Path, processor: Any, base: Base | None = None) -> AppliedMetho
     return applied
 
 
-def _restore(applied: AppliedMethod, folder: Path) -> None:
+def _load_saved_parameters(applied: AppliedMethod, folder: Path) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(folder / WEIGHTS)
@@ -142,12 +142,12 @@ def _restore(applied: AppliedMethod, folder: Path) -> None:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         expected = set(get_peft_model_state_dict(applied.peft_model, save_embedding_layers=False))
-        _refuse_others(expected, set(tensors), folder / WEIGHTS)
+        _check_tensor_names(expected, set(tensors), folder / WEIGHTS)
         set_peft_model_state_dict(applied.peft_model, tensors)
         return
     names = trained(applied.model)
     if applied.method.kind == "prompt":
-        tensors = {name: tensors[_in_peft(name)] for name in names if _in_peft(name) in tensors}
+        tensors = {name: tensors[_peft_name(name)] for name in names if _peft_name(name) in tensors}
     load_trained(applied.model, tensors, folder / WEIGHTS)
 
 
@@ -156,7 +156,7 @@ def load_trained(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: P
     import torch
 
     parameters = trained(model)
-    _refuse_others(set(parameters), set(tensors), where)
+    _check_tensor_names(set(parameters), set(tensors), where)
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
@@ -166,7 +166,7 @@ def load_trained(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: P
             parameter.copy_(like(tensors[name], parameter))
 
 
-def _refuse_others(expected: set[str], names: set[str], where: Path) -> None:
+def _check_tensor_names(expected: set[str], names: set[str], where: Path) -> None:
     wrong = sorted(expected ^ names)
     if wrong:
         raise SetupError(f"{where}: does not hold what was trained: {wrong[0]} ({len(wrong)} such tensors)")

@@ -24,7 +24,7 @@ def names_of(model: PreTrainedModel, task: TaskName, method: str) -> tuple[str, 
         raise RecipeError(
             f"method {method}: {type(model).__name__} has no separate body; use method full, without head_learning_rate"
         )
-    return _above_body(model)
+    return _modules_above_body(model)
 
 
 def output_layer_of(model: PreTrainedModel, num_outputs: int) -> nn.Linear | None:
@@ -32,7 +32,7 @@ def output_layer_of(model: PreTrainedModel, num_outputs: int) -> nn.Linear | Non
     from torch import nn
 
     layer = None
-    for name in () if _body_of(model) is None else _above_body(model):
+    for name in () if _body_of(model) is None else _modules_above_body(model):
         for path, module in model.get_submodule(name).named_modules():
             is_original = "original_module" in path.split(".")
             if isinstance(module, nn.Linear) and module.out_features == num_outputs and not is_original:
@@ -44,7 +44,7 @@ def _body_of(model: PreTrainedModel) -> nn.Module | None:
     return getattr(model, model.base_model_prefix, None)
 
 
-def _above_body(model: PreTrainedModel) -> tuple[str, ...]:
+def _modules_above_body(model: PreTrainedModel) -> tuple[str, ...]:
     prefix = model.base_model_prefix
     pooler = [f"{prefix}.pooler"] if _has_weights(getattr(_body_of(model), "pooler", None)) else []
     others = (prefix, PROMPT_MODULE)

@@ -197,7 +197,7 @@ def locate(block: ModelBlock) -> Path | None:
     elif Path(name).is_absolute() or Path(name).exists():
         path = Path(name)
     else:
-        _offline_without_network()
+        _go_offline_without_network()
         return None
     if not path.exists():
         raise SetupError(f"model: {name}: no such file or folder")
@@ -225,7 +225,7 @@ def locate(block: ModelBlock) -> Path | None:
 
 
 @cache
-def _offline_without_network() -> None:
+def _go_offline_without_network() -> None:
     """Switch the Hub off if its host name cannot be resolved: each file would be tried six times, for 30 seconds."""
     from huggingface_hub import constants
 
@@ -261,7 +261,7 @@ def check_weights(base: Base) -> None:
     name, files = base.block.name, sorted(file.name for file in base.path.iterdir())
     whole = [file for file in files if file.endswith(".safetensors")]
     for file in whole:
-        _check_whole(base.path / file, name)
+        _check_safetensors_header(base.path / file, name)
     if not whole and not base.block.allow_pickled_weights:
         if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
             raise SetupError(
@@ -273,7 +273,7 @@ def check_weights(base: Base) -> None:
         )
 
 
-def _check_whole(file: Path, name: str) -> None:
+def _check_safetensors_header(file: Path, name: str) -> None:
     """Read the header of a safetensors file, to notice a broken download before data are prepared."""
     from safetensors import SafetensorError, safe_open
 

@@ -37,7 +37,7 @@ class ChunkedLogits:
     def loss(self, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Sum the cross entropy at token ids `targets[tokens]` to a float32 scalar."""
         inputs = (self.hidden, self.weight, self.bias, targets, label_smoothing)
-        return _Loss.apply(*inputs, torch.is_grad_enabled())
+        return _ChunkedCrossEntropy.apply(*inputs, torch.is_grad_enabled())
 
     @torch.no_grad()
     def scores(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +45,7 @@ class ChunkedLogits:
         losses = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
         right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
         with torch.autocast(self.hidden.device.type, enabled=False):
-            for chunk, logits in _chunks(self.hidden, self.weight.detach().to(self.hidden.dtype), self.bias):
+            for chunk, logits in _logit_chunks(self.hidden, self.weight.detach().to(self.hidden.dtype), self.bias):
                 right[chunk] = logits.argmax(dim=-1) == targets[chunk]
                 losses[chunk] = logits.logsumexp(dim=-1) - logits.gather(1, targets[chunk, None])[:, 0]
         return losses, right
@@ -64,7 +64,7 @@ def token_scores(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor) ->
     return F.cross_entropy(picked, targets, reduction="none"), picked.argmax(dim=-1) == targets
 
 
-class _Loss(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross entropy whose gradients are computed in the forward pass and scaled in the backward pass."""
 
     @staticmethod
@@ -85,16 +85,16 @@ class _Loss(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             cast = weight.detach().to(hidden.dtype)  # once for all chunks
-            for chunk, logits in _chunks(hidden, cast, bias):
+            for chunk, logits in _logit_chunks(hidden, cast, bias):
                 # From here on `logits` becomes their gradient, in place.
                 loss += _sum_and_gradient(logits, targets[chunk], label_smoothing)
                 if bias_grad is not None:
                     bias_grad += logits.sum(dim=0)
                 gradient = logits.to(hidden.dtype)
                 if hidden_grad is not None:
-                    _times_weight(gradient, cast, hidden_grad[chunk])
+                    _multiply_by_weight(gradient, cast, hidden_grad[chunk])
                 if weight_grad is not None:
-                    _add_outer(weight_grad, gradient, hidden[chunk])
+                    _add_weight_gradient(weight_grad, gradient, hidden[chunk])
                 del gradient  # before the next chunk makes its own
         ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
@@ -111,7 +111,7 @@ class _Loss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def _chunks(
+def _logit_chunks(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield each chunk's slice and its float32 logits [rows, vocabulary], in a buffer that the next chunk reuses.
@@ -146,7 +146,7 @@ def _sum_and_gradient(logits: torch.Tensor, targets: torch.Tensor, label_smoothi
     return (total[:, 0].log() - target_logits).sum()
 
 
-def _times_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+def _multiply_by_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """Write `gradient[rows, vocabulary] @ weight[vocabulary, hidden]` to `out[rows, hidden]`, some columns at a time,
     so that each number is a single sum, rounded once."""
     if gradient.dtype == torch.float32:
@@ -156,7 +156,7 @@ def _times_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tenso
         out[:, columns] = gradient @ weight[:, columns]
 
 
-def _add_outer(sums: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+def _add_weight_gradient(sums: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
     if gradient.dtype == sums.dtype:
         sums.addmm_(gradient.t(), hidden)
         return

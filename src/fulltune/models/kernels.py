@@ -44,11 +44,11 @@ def compile_blocks(model: nn.Module, device: str, *, backend: str = "inductor", 
         )
     torch._dynamo.config.recompile_limit = MOST_COMPILED
     for block in blocks:
-        block.forward = _in_training(block, torch.compile(block.forward, backend=backend, dynamic=dynamic))
+        block.forward = _compiled_in_training(block, torch.compile(block.forward, backend=backend, dynamic=dynamic))
     return len(blocks)
 
 
-def _in_training(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled_in_training(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
     plain = block.forward
     return functools.wraps(plain)(lambda *args, **named: (compiled if block.training else plain)(*args, **named))
 

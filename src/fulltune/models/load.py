@@ -83,14 +83,14 @@ def load(
         shared, keywords["distributed_config"] = sharding.sharded_class(base.model_class, config, num_ranks)
         loader = shared.from_pretrained
     before_weights()
-    with _quiet():
+    with _without_transformers_logs():
         model, info = reading(block, "model", lambda: loader(output_loading_info=True, **keywords))
-    missing = _check_loaded(model, info, block, head_is_new)
+    missing = _check_missing(model, info, block, head_is_new)
     if head_is_new:
         head = expected_head(base.config, type(model).__name__, config_changes)
         head = arrange_head(model, missing, head, "id2label" in config_changes)
         on_head(replace(head, drawn=tuple(name for name, _ in model.named_parameters() if name in missing)))
-    _forget_gguf(model)
+    _clear_gguf_marks(model)
     return model
 
 
@@ -100,7 +100,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool) -> set[str]:
+def _check_missing(model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool) -> set[str]:
     prefix = model.base_model_prefix
     missing = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
     body = {key for key in missing if key.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.pooler")}
@@ -115,7 +115,7 @@ def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], block: ModelB
     return missing
 
 
-def _forget_gguf(model: PreTrainedModel) -> None:
+def _clear_gguf_marks(model: PreTrainedModel) -> None:
     """Remove quantization attributes from a model that was dequantised on loading.
 
     transformers 5.24 refuses `save_pretrained` with them. Delete this when it clears them itself.
@@ -134,7 +134,7 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _without_transformers_logs() -> Iterator[None]:
     from transformers import logging as theirs
 
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
@@ -157,10 +157,10 @@ def expected_head(brought: PretrainedConfig, model_class: str, changes: Mapping[
         return _MISSING
     if "id2label" not in changes:
         return _AS_IT_IS
-    return match_labels(_by_row(brought.id2label or {}), _by_row(changes["id2label"]))
+    return match_labels(_labels_by_row(brought.id2label or {}), _labels_by_row(changes["id2label"]))
 
 
-def _by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
+def _labels_by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
     """Sort label names by row: a config file may have the order 0, 1, 10, 11, 2."""
     return tuple(id2label[row] for row in sorted(id2label, key=int))
 
@@ -173,11 +173,11 @@ def match_labels(theirs: tuple[str, ...], ours: tuple[str, ...]) -> HeadOrigin:
         same = f": its {len(ours)} labels are the same"
         return HeadOrigin(order, same if theirs == ours else f"{same}, reordered by name")
     if all(_GENERIC.fullmatch(name) for name in theirs):
-        return HeadOrigin(None, f"the checkpoint's {len(theirs)} labels have no names ({_some(theirs)})")
-    return HeadOrigin(None, f"the checkpoint's {len(theirs)} labels are not these ({_some(theirs)})")
+        return HeadOrigin(None, f"the checkpoint's {len(theirs)} labels have no names ({_first_three(theirs)})")
+    return HeadOrigin(None, f"the checkpoint's {len(theirs)} labels are not these ({_first_three(theirs)})")
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _first_three(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
@@ -192,7 +192,7 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
         return _AS_IT_IS
     if head.order is not None and head.order == tuple(range(len(head.order))):
         return head
-    rows = _rows_of_labels(model)
+    rows = _label_axes(model)
     if not rows:
         raise SetupError(
             f"model: {model.name_or_path}: {type(model).__name__} does not show which values of its head belong to "
@@ -201,7 +201,7 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
     parameters = {name: model.get_parameter(name) for name in rows}
     with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
         if head.order is None:
-            _draw(model, parameters)
+            _draw_parameters(model, parameters)
         else:
             for name, axis in rows.items():
                 values = sharding.whole(parameters[name])
@@ -210,7 +210,7 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
     return head
 
 
-def _rows_of_labels(model: PreTrainedModel) -> dict[str, int]:
+def _label_axes(model: PreTrainedModel) -> dict[str, int]:
     """Return parameters with a row per label, and the axis of rows: those that grow with one more label."""
     import torch
 
@@ -228,7 +228,7 @@ def _rows_of_labels(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+def _draw_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
     """Draw values as transformers does, on an empty copy of the model, where parameters are not sharded."""
     import torch
 
@@ -253,7 +253,7 @@ def draw(model: PreTrainedModel, head: HeadOrigin) -> None:
     sharding.reshard(model)
     parameters = {name: model.get_parameter(name) for name in head.drawn}
     with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
-        _draw(model, parameters)
+        _draw_parameters(model, parameters)
 
 
 def redraw(model: PreTrainedModel, head: HeadOrigin, seed: int) -> None:

@@ -1,8 +1,4 @@
-"""Tasks: each is a module with the functions of the `Task` protocol and a row in `fulltune/recipe/tasks.toml`.
-
-Shared code: `classes` (heads for labels, numbers and choices), `written` (models that write), `padding` (tokens and
-batches), `columns` (columns by role), `labels` (label columns).
-"""
+"""Tasks: each is a module with the functions of the `Task` protocol and a row in `fulltune/recipe/tasks.toml`."""
 
 from __future__ import annotations
 
@@ -27,11 +23,11 @@ else:  # neither framework is imported for the sake of its types
     Tensor = Tokenizer = Any
 
 LENGTH = "length"
-"""Feature that holds a row's cost in tokens, for sorting by length; the model does not read it."""
+"""Feature with a row's cost in tokens, for sorting by length; the model does not read it."""
 PLACE = "fulltune:place"
-"""Key under which a row holds its file and line, unique within a split, beside the user's own columns."""
+"""Key under which a row stores its file and line, unique within a split."""
 Row = Mapping[str, Any]
-"""A row as read from the user's file: column name to value."""
+"""A row of the user's file: column name to value."""
 RowFeatures = Mapping[str, Any]
 """A tokenised example: feature name to a number, a text, or a flat list or array."""
 RowAnswer = dict[str, Any]
@@ -39,9 +35,9 @@ RowAnswer = dict[str, Any]
 Predictions = Mapping[str, np.ndarray]
 """Output of `Task.reduce` for all rows: name to array whose first axis is the row."""
 RowTerms = Callable[[Predictions], np.ndarray]
-"""A function that gives the numbers each row adds to a metric's sums: float64 [rows, k]."""
+"""Computes what each row adds to a metric's sums: float64 [rows, k]."""
 FromSums = Callable[[np.ndarray], np.ndarray]
-"""A function that computes a metric [...] from sums [..., k] over rows."""
+"""Computes a metric [...] from sums over rows [..., k]."""
 
 
 _IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices")
@@ -58,14 +54,13 @@ class Target:
     joint: str = ""
     """Text between prompt and completion, or the prefix of each seq2seq source."""
     num_choices: int = 0
-    """Number of choices per row (multiple choice)."""
     stride: int | None = None
-    """Overlap of a long context's windows in tokens; a third of a window by default."""
+    """Overlap of a long context's windows in tokens; None for a third of a window."""
     scale: tuple[float, float] | None = None
     """Mean and standard deviation of the train rows' numbers, if known; losses are in standard deviations."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
-    """`(shift, factor)` that turns a logit into the user's units: `factor * logit + shift`. It differs from the default
-    only while a head is trained in standardised units (`train/worker/loading.py`)."""
+    """`(shift, factor)`: `factor * logit + shift` is in the user's units. Not the default only while a head is trained
+    in standardised units (`train/worker/loading.py`)."""
 
     @property
     def form(self) -> Form:
@@ -94,7 +89,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a row is dropped: the name of the check, which dropped rows are counted by, and the reason for this row."""
+    """The reason why a row is dropped: the name of its check, by which dropped rows are counted, and a message."""
 
     check: str
     reason: str
@@ -105,66 +100,63 @@ class Example:
     """A tokenised row, or a window of one."""
 
     features: RowFeatures
-    """`input_ids` [tokens], `labels` (a class id, a vector, or [tokens] with -100 where nothing is trained) and
-    whatever else the task needs, of the same kind in every row. There is no attention mask: `collate` makes it. A
-    feature `length` gives the row's cost where that is not the length of `input_ids`."""
+    """`input_ids` [tokens], `labels` (a class id, a vector, or [tokens] with -100 for untrained tokens) and the task's
+    other features. `length` gives the row's cost if that is not the length of `input_ids`."""
     trained_tokens: int
     truncated: bool = False
     refused: Refused | None = None
-    """Why the row is dropped, if only tokenising could tell."""
+    """Reason to drop the row, if it became known only in tokenising."""
     longest: int | None = None
-    """Tokens of the longest sequence that the model reads, if that is not `input_ids`."""
+    """Length of the longest sequence that the model reads, if that is not `input_ids`."""
 
 
 RowExamples = list[list[Example]]
-"""The examples of each row."""
 
 
 class Task(Protocol):
-    """The functions of a task module. Labels of tokens are padded with -100.
+    """The functions of a task module.
 
-    A new task is a module `fulltune/tasks/<name>.py` with these functions and a row of facts in
-    `fulltune/recipe/tasks.toml`. Most of them can be taken from `classes` or `written`; `text_classification` is a
-    short example.
+    A new task is a module `fulltune/tasks/<name>.py` and a row of facts in `fulltune/recipe/tasks.toml`. Most functions
+    can be taken from `classes` or `written`; `text_classification` is a short example.
     """
 
     @property
     def FACTS(self) -> TaskFacts:
-        """Facts about the task that need no torch, from `fulltune.recipe.tasks`."""
+        pass
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
     def find_columns(
         self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
     ) -> dict[str, str]:
-        """Choose the column for each role, by the recipe's `data` block, usual names, or the content of `sample`.
+        """Return role to column name, chosen by the recipe's `data` block, usual names, or the content of `sample`.
 
-        Raises `DataError`, which starts with `where`, if a role has no column.
+        Raises `DataError`, whose message starts with `where`, if a role has no column.
         """
 
     def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
         """Derive problem type and labels from the train rows, or raise `DataError` if nothing can be learned.
 
-        There may be millions of rows: consume the iterator once, to its end, and do not store them.
+        Consume `rows` to the end without storing them: there may be millions.
         """
 
     def refuse(self, row: Row, target: Target) -> Refused | None:
         """Return why the row cannot be used for training or scoring, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
-        """Return a key that duplicates, or questions about one passage, share; splits keep such rows together."""
+        """Return a key shared by duplicates and by questions about one passage, which stay in one split."""
 
     def row_labels(self, row: Row, target: Target) -> list[str]:
-        """Return the row's class names, sorted, by which splits are stratified; empty for tasks without classes."""
+        """Return the row's class names, sorted, for stratified splits; an empty list for tasks without classes."""
 
     def encode(self, rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-        """Tokenise rows that `refuse` accepted. A row may give several examples, such as a long context's windows."""
+        """Tokenise rows that `refuse` accepted. A long row may give several examples, its windows."""
 
     def preview(self, features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
         """Return an example as the model reads it, decoded from its tokens."""
 
     def full_row(self, target: Target, length: int) -> RowFeatures:
-        """Make meaningless features of `length` tokens, with which a plan traces the model."""
+        """Make dummy features of `length` tokens with which a plan traces the model."""
 
     # ---- model ----------------------------------------------------------------------------------------------------
 
@@ -172,9 +164,9 @@ class Task(Protocol):
         """Return values to set on the model's config, such as `id2label`."""
 
     def collate(self, features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-        """Pad a batch on the right: int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`.
+        """Pad a batch on the right to int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`.
 
-        Features that the model does not read (`length` among them) are not included.
+        Labels are padded with -100. Features that the model does not read, such as `length`, are omitted.
         """
 
     def loss(
@@ -188,32 +180,27 @@ class Task(Protocol):
         """Sum the losses of a batch's items to a scalar; the caller divides by `count_items`.
 
         Args:
-            logits: The model's logits [batch, ...], as `fulltune.inference.run.logits_of` returns them: for spans,
-                start and end side by side [batch, tokens, 2].
-            labels: The labels of `collate` [batch, ...]. For models that write, both may be limited to trained tokens:
-                `logits[trained, vocabulary]` with the `target_ids` of these tokens, `labels[trained]`.
+            logits: [batch, ...], as `fulltune.inference.run.logits_of` returns them, or of trained tokens only,
+                `logits[trained, vocabulary]`.
+            labels: The labels of `collate` [batch, ...], or the trained tokens' `target_ids`, `labels[trained]`.
             target: What the model predicts.
             smoothing: Label smoothing.
             class_weights: Weights in the order of the labels.
         """
 
     def count_items(self, labels: Tensor) -> int:
-        """Count the items in the sum of `loss`: rows, or trained tokens."""
+        """Count the items whose losses `loss` sums: rows or trained tokens."""
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def reduce(self, logits: Tensor, labels: Tensor, target: Target) -> Mapping[str, Tensor | np.ndarray]:
-        """Reduce a batch to a few numbers per row, from which `metrics` are computed: name to tensor or array whose
-        first axis is the row. Logits of all tokens would not fit into memory."""
+        """Reduce a batch's logits to a few numbers per row for `metrics`: name to array with rows as first axis."""
 
     def metrics(self, predictions: Predictions, target: Target) -> dict[str, float]:
         """Compute the task's metrics from the output of `reduce`."""
 
     def sums(self, target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
-        """Return the metrics that are functions of sums over rows, with the same values as `metrics`.
-
-        A bootstrap resamples the terms of rows thousands of times, which `metrics` would be too slow for.
-        """
+        """Return the metrics that are functions of sums over rows, for bootstraps that resample thousands of times."""
 
     # ---- prediction -----------------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ sums, full_row = written.sums, written.full_row
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
+    """Choose columns for messages and tools, for raw text, or for prompt, input and completion."""
     forms = {
         "data.messages": data.messages,
         "data.prompt/completion": data.completion if data.prompt is None else data.prompt,
@@ -74,7 +75,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
 
 
 def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str) -> None:
-    """Raise a `DataError` for preference data, whose preferences would be ignored silently."""
+    """Raise `DataError` for preference data (DPO, KTO), whose preferences would be ignored silently."""
 
     def column_of(name: str) -> str | None:
         return usual_name((name,), columns, where)
@@ -97,7 +98,7 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Return chat, raw text or pairs; pairs are joined by a line end if prompt or completion brings no white space."""
+    """Return a target for chat, raw text or pairs; a line end joins pairs if neither side brings white space."""
     glued = False
     for number, row in enumerate(rows):
         if "prompt" in columns and not glued and number < 200:
@@ -112,6 +113,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
+    """Return why a row has no text or no conversation with an answer to train, or None."""
     if "messages" not in target.columns:
         refused = without_text(row, target, *(role for role in target.columns if role != "input"))
         return refused or (not_text(row, target, "input") if "input" in target.columns else None)
@@ -130,6 +132,7 @@ def as_question(row: Row, target: Target) -> Row:
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
+    """Return why a row has no prompt to answer, or None."""
     if "messages" not in target.columns:
         return refuse(row, target)
     try:
@@ -144,15 +147,16 @@ def group_key(row: Row, target: Target) -> str:
 
 
 def prompt_text(row: Row, target: Target) -> str:
-    """Return the prompt, raw text, or the messages before the last answer, as text."""
+    """Return the prompt with its input, the raw text, or the messages before the last answer, as text."""
     if "messages" not in target.columns:
         prompt = as_text(row.get(target.columns["prompt" if "prompt" in target.columns else "text"]))
         more = as_text(row.get(target.columns["input"])) if "input" in target.columns else ""
         return prompt if is_blank(more) else f"{prompt}\n\n{more}"
-    return "\n".join(as_text(message["content"]) for message in _question(row, target))
+    return "\n".join(as_text(message["content"]) for message in _messages_before_answer(row, target))
 
 
 def answer_text(row: Row, target: Target) -> str:
+    """Return the completion, or the last trained message's content or tool calls, as text."""
     if "completion" in target.columns:
         return as_text(row.get(target.columns["completion"])).strip()
     messages = chat.clean(row[target.columns["messages"]])
@@ -160,7 +164,7 @@ def answer_text(row: Row, target: Target) -> str:
     return as_text(last.get("content") or last.get("tool_calls")).strip()
 
 
-def _question(row: Row, target: Target) -> list[dict[str, Any]]:
+def _messages_before_answer(row: Row, target: Target) -> list[dict[str, Any]]:
     messages = chat.clean(row[target.columns["messages"]])
     last = max((i for i, message in enumerate(messages) if chat.is_trained(message)), default=len(messages))
     return messages[:last]
@@ -170,6 +174,7 @@ def _question(row: Row, target: Target) -> list[dict[str, Any]]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
+    """Tokenise conversations, pairs or raw texts; except in raw texts, only the answers are trained."""
     if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
             "the tokenizer has no chat template; use an instruct model, or set data.chat_template to a Jinja file"
@@ -194,12 +199,12 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
             if tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:
                 answer.append(tokenizer.eos_token_id)
             masked = [(prompt + answer, [False] * len(prompt) + [True] * len(answer))]
-        encoded.append([_example(ids, trained, max_length) for ids, trained in masked])
+        encoded.append([_masked_example(ids, trained, max_length) for ids, trained in masked])
     return encoded
 
 
 def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> list[list[Example]]:
-    """Tokenise raw texts with end tokens; all tokens are trained, and a long text gives several examples."""
+    """Tokenise raw texts with end tokens and split long ones into examples; all tokens are trained."""
     end = tokenizer.eos_token_id
     encoded = []
     is_long = any(len(text) > PART_CHARACTERS for text in texts)
@@ -210,7 +215,7 @@ def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> li
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         if len(pieces) > 1 and len(pieces[-1]) == 1:  # a single token has nothing to be predicted from
             pieces.pop()
-        encoded.append([_example(piece, [True] * len(piece), max_length) for piece in pieces])
+        encoded.append([_masked_example(piece, [True] * len(piece), max_length) for piece in pieces])
     return encoded
 
 
@@ -219,7 +224,7 @@ def _tools(row: Row, target: Target) -> chat.Tools:
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokenise a prompt with the tokenizer's opening special tokens and without closing ones."""
+    """Tokenise a prompt with the tokenizer's opening special tokens, but without closing ones."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     while ids and ids[-1] in {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}:
         ids.pop()
@@ -227,7 +232,7 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def with_trained_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
-    """Return the tokenizer to save with a finished model: after training on prompts, its template is replaced."""
+    """Return the tokenizer to save with a finished model: after training on prompts, with a template for them."""
     if "completion" not in target.columns:  # a chat model trained on raw text stays one
         return tokenizer
     tokenizer = copy.copy(tokenizer)
@@ -236,11 +241,8 @@ def with_trained_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
 
 
 def _template_as_trained(target: Target, tokenizer: Tokenizer) -> str | None:
-    """Make a chat template that writes prompts as they were trained, for pipelines and servers.
-
-    Training used prompts without the tokenizer's own template. Returns None if the tokenizer's opening tokens cannot
-    be reproduced by a template.
-    """
+    """Make a chat template that writes prompts as they were trained, or return None if no template can reproduce the
+    tokenizer's opening tokens."""
     opening = tokenizer.bos_token if prompt_ids("a", tokenizer)[:1] == [tokenizer.bos_token_id] else ""
     turn = "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"
     each = f"{turn}{{{{ {json.dumps(target.joint)} }}}}{{% endif %}}"
@@ -257,14 +259,14 @@ _PROBES = ("What is 6 x 7?", "Two lines\nof a prompt:", "name[Zizzi], food[Frenc
 
 
 def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None) -> list[int]:
-    """Return the tokens of the prompt; they are not cut, because `generate` does that on the left."""
+    """Return the prompt's tokens, not cut, because `generate` cuts them on the left."""
     if "messages" not in target.columns:
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
-    text = chat.render(tokenizer, _question(row, target), _tools(row, target), add_generation_prompt=True)
+    text = chat.render(tokenizer, _messages_before_answer(row, target), _tools(row, target), add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _example(ids: list[int], trained: list[bool], max_length: int) -> Example:
+def _masked_example(ids: list[int], trained: list[bool], max_length: int) -> Example:
     labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained, strict=True)]
     # The first token is never predicted: its label would not enter the loss.
     labels[:1] = [IGNORED] * len(labels[:1])
@@ -294,6 +296,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad a batch; packed rows get `position_ids` instead of an attention mask."""
     batch = collated(features, pad_token_id, ("position_ids",), label_per_token=True)
     if "position_ids" not in features[0]:
         return batch
@@ -304,6 +307,7 @@ def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Ten
 
 
 def target_ids(labels: Tensor) -> Tensor:
+    """Return the next token's label for each position: the labels shifted left by one."""
     import torch.nn.functional as F
 
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)

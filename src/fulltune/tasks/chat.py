@@ -1,7 +1,7 @@
 """Tokenise chat messages, with a mask of the assistant's tokens.
 
-If the template has `{% generation %}` marks, the tokenizer makes the mask. Otherwise the conversation is rendered up to
-the start and to the end of each assistant turn; the difference is the turn.
+The tokenizer makes the mask if the template has `{% generation %}` marks. Otherwise an assistant turn is the difference
+between the conversations rendered up to its start and to its end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fulltune.tasks.columns import parsed
 ChatMessage = Mapping[str, Any]
 """A message with `role`, `content` and perhaps `tool_calls` and `weight`."""
 MaskedIds = tuple[list[int], list[bool]]
-"""Token ids, and whether each is trained."""
+"""Token ids, and for each True if it is trained."""
 Tools = list[Any] | None
 
 _ALL, _MANY_TURNS = 2**62, 20
@@ -26,12 +26,10 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assist
 
 
 def clean(messages: Any) -> list[dict[str, Any]]:
-    """Return messages as `{"role", "content", ...}`, also from ShareGPT's `from` and `value`.
-
-    Keys without a value are dropped: parquet gives every message the keys of all messages.
+    """Return messages as `{"role", "content", ...}`, also from ShareGPT's `from` and `value`, without keys of None.
 
     Raises:
-        DataError: When this is no list of messages.
+        DataError: When `messages` is not a list of messages.
     """
     messages = parsed(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
@@ -50,11 +48,12 @@ def clean(messages: Any) -> list[dict[str, Any]]:
             raise DataError(f"a message of '{fields['role']}' has weight {fields['weight']!r}, expected 0 or 1")
         if "content" not in fields and "tool_calls" not in fields:
             raise DataError(f"a message of '{fields['role']}' has neither 'content' nor 'tool_calls'")
-        cleaned.append({"content": "", **fields, **_words_and_calls(fields)})
+        cleaned.append({"content": "", **fields, **_normalised_content_and_calls(fields)})
     return cleaned
 
 
-def _words_and_calls(message: ChatMessage) -> dict[str, Any]:
+def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
+    """Return a message's content as text and its tool calls as a list, where they are of another type."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
@@ -83,36 +82,36 @@ def is_trained(message: ChatMessage) -> bool:
 def encode(
     tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools = None, most: int = _ALL
 ) -> list[MaskedIds]:
-    """Tokenise a conversation with its mask; each turn separately if the template rewrites earlier turns.
+    """Tokenise a conversation with its mask, each turn separately if the template rewrites earlier turns.
 
     Turns beyond `most` tokens may stay untrained.
     """
     has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
     if has_marks and all(message.get("weight") != 0 for message in messages):
-        tokens = _applied(
+        tokens = _apply_chat_template(
             tokenizer, messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         return [(list(tokens["input_ids"]), [bool(value) for value in tokens["assistant_masks"]])]
     whole = render(tokenizer, messages, tools)
     turns = [position for position, message in enumerate(messages) if is_trained(message)]
-    starts = [start for start, _ in _tokens(tokenizer, whole)[1]] if len(turns) > _MANY_TURNS else []
+    starts = [start for start, _ in _ids_and_offsets(tokenizer, whole)[1]] if len(turns) > _MANY_TURNS else []
     end = starts[most] if most < len(starts) else len(whole)
     spans: list[tuple[int, str]] = []
     for turn in turns:
         # Each turn renders all messages before it again.
         if spans and len(spans[-1][1]) > end and all(whole.startswith(text) for _, text in spans):
             break
-        spans.append(_span(tokenizer, messages, turn, tools))
+        spans.append(_turn_span(tokenizer, messages, turn, tools))
     if all(whole.startswith(text) for _, text in spans):
-        return [_mask(tokenizer, whole, [(start, len(text)) for start, text in spans])]
-    return [_mask(tokenizer, text, [(start, len(text))]) for start, text in spans]
+        return [_tokenise_with_mask(tokenizer, whole, [(start, len(text)) for start, text in spans])]
+    return [_tokenise_with_mask(tokenizer, text, [(start, len(text))]) for start, text in spans]
 
 
-def _span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int, tools: Tools) -> tuple[int, str]:
-    """Return where an assistant turn starts, and the text up to its end."""
+def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int, tools: Tools) -> tuple[int, str]:
+    """Return where an assistant turn starts in the rendered text, and the text up to the turn's end."""
     after = render(tokenizer, messages[: turn + 1], tools)
     if turn == 0:
-        start = _first_opening(tokenizer, after)
+        start = _first_turn_start(tokenizer, after)
         return start, after
     before = render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
     if not after.startswith(before):
@@ -122,8 +121,8 @@ def _span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int, tool
     return len(before), after
 
 
-def _first_opening(tokenizer: Tokenizer, text: str) -> int:
-    """Return where the content of a first message by the assistant starts: templates cannot render an empty prefix."""
+def _first_turn_start(tokenizer: Tokenizer, text: str) -> int:
+    """Return where an assistant's first message starts if no prompt precedes it, which templates cannot render."""
     question = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, question, None)
     opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)
@@ -131,10 +130,10 @@ def _first_opening(tokenizer: Tokenizer, text: str) -> int:
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> str:
-    return str(_applied(tokenizer, messages, tools, tokenize=False, **options))
+    return str(_apply_chat_template(tokenizer, messages, tools, tokenize=False, **options))
 
 
-def _applied(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> Any:
+def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> Any:
     import jinja2
 
     try:
@@ -147,20 +146,19 @@ def _applied(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools
         raise DataError(" ".join(str(error).split())[:200]) from None
 
 
-def _mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> MaskedIds:
-    """Tokenise a rendered conversation; tokens that start inside a span, without its trailing white space, are trained.
+def _tokenise_with_mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> MaskedIds:
+    """Tokenise a rendered conversation; tokens that start inside a span of characters are trained.
 
-    The template writes the special tokens. White space after a turn's end token belongs to the next turn: the model
-    never has to produce it.
+    A span's trailing white space is not trained: after the end token it belongs to the next turn.
     """
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
-    ids, places = _tokens(tokenizer, text)
+    ids, places = _ids_and_offsets(tokenizer, text)
     in_span = [False] * len(text)
     for start, end in spans:
         in_span[start:end] = [True] * (end - start)
     return ids, [begin < stop and in_span[begin] for begin, stop in places]
 
 
-def _tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _ids_and_offsets(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return list(tokens["input_ids"]), tokens["offset_mapping"]

@@ -1,5 +1,3 @@
-"""Loss, metrics and answers of heads for one label, several labels, a number or a choice; metrics as sums over rows."""
-
 from __future__ import annotations
 
 import math
@@ -27,7 +25,7 @@ from fulltune.tasks import (
 )
 
 ROWS = ""
-"""Name for `arrays` that stands for a 1 in each row."""
+"""Name that stands for a 1 per row in `arrays`."""
 
 # ---- terms of a row ------------------------------------------------------------------------------------------
 
@@ -37,14 +35,14 @@ def numbers(*values: np.ndarray) -> np.ndarray:
 
 
 def arrays(*names: str) -> RowTerms:
-    """Make a function that stacks the named arrays of predictions, [rows, names]."""
+    """Make a function that stacks the named arrays of predictions to [rows, names]."""
     return lambda predictions: numbers(
         *(predictions[name] if name else np.ones(len(predictions[names[0]])) for name in names)
     )
 
 
 def mean_of(score: Callable[[Predictions], np.ndarray]) -> RowTerms:
-    """Make a function that gives each row's score and 1, whose `ratio` is the mean."""
+    """Make a function that returns each row's score and a 1, so that `ratio` of their sums is the mean."""
 
     def count(predictions: Predictions) -> np.ndarray:
         values = score(predictions)
@@ -93,6 +91,7 @@ def f1_of_present(sums: np.ndarray) -> np.ndarray:
 
 
 def mcc(sums: np.ndarray) -> np.ndarray:
+    """Compute Matthews' correlation from true positives, predictions and targets per class, [..., 3 * classes]."""
     parts = by_three(sums)
     right, predicted, expected = parts[..., 0].sum(axis=-1), parts[..., 1], parts[..., 2]
     rows = predicted.sum(axis=-1)
@@ -109,7 +108,7 @@ def r2(sums: np.ndarray) -> np.ndarray:
 
 
 def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
-    """Return head size, label names, problem type, and the padding token by which decoders find the last token."""
+    """Return head size, label names, problem type, and the padding token with which decoders find the last token."""
     form, labels = target.form, target.labels or ("value",)
     if not (target.labels or form.is_number):
         return {}
@@ -126,6 +125,7 @@ def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
 
 
 def label_words(value: Any, target: Target) -> str:
+    """Return a row's label, labels or number as text."""
     if target.form.is_number:
         return f"{float(value):g}"
     if not target.form.several_labels:
@@ -153,7 +153,7 @@ def row_losses(
     """Compute cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
 
     `logits` are [batch, classes] or, for numbers, [batch, 1]; `labels` are class ids or numbers [batch], or 0/1 per
-    label. Squared errors are in standard deviations of the train rows, if known: predicting their mean costs 1.
+    label. Squared errors are in standard deviations of the train rows, if known.
     """
     import torch.nn.functional as F
 
@@ -189,7 +189,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
-    """Compute scikit-learn's metrics, at 1 % of its time, from class ids, 0/1 matrices [rows, labels] or numbers."""
+    """Compute scikit-learn's metrics, in 1 % of its time, from class ids, 0/1 matrices [rows, labels] or numbers."""
     form = target.form
     if form.is_number:
         both = true.astype(np.float64), predicted.astype(np.float64)
@@ -221,7 +221,7 @@ def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _correlation(name: str, true: np.ndarray, predicted: np.ndarray) -> float:
-    """Compute scipy's rank correlation of this name; 0 for a constant prediction."""
+    """Compute scipy's rank correlation of this name, or 0 for a constant prediction."""
     from scipy import stats
 
     with warnings.catch_warnings():
@@ -246,8 +246,9 @@ def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
 
 
 def worst(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
+    """Yield the `count` wrong rows with the highest loss; for numbers, all rows count as wrong."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
-    wrong = np.ones(len(true), bool) if target.form.is_number else ~_right_classes(predictions, target)
+    wrong = np.ones(len(true), bool) if target.form.is_number else ~_is_right(predictions, target)
     order = [position for position in np.argsort(-predictions["loss"], kind="stable") if wrong[position]]
     for position in order[:count]:
         yield Answer(
@@ -261,7 +262,7 @@ def worst(predictions: Predictions, texts: Sequence[str], target: Target, count:
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Answer with `label`, `probability` and `probabilities`; with `labels` and `probabilities`; or with `value`."""
+    """Return `label`, `probability` and `probabilities` per row; `labels` and `probabilities`; or `value`."""
     if target.form.is_number:
         return [{"value": value} for value in predictions["logits"][:, 0].tolist()]
     labels = target.labels
@@ -282,6 +283,7 @@ def answers(
 
 
 def calibrated(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, list[float]]]:
+    """Yield each row's best class and the probabilities of all classes at a temperature."""
     from scipy.special import softmax
 
     chances = softmax(logits.astype(np.float64) / temperature, axis=-1)
@@ -289,7 +291,7 @@ def calibrated(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, li
 
 
 def with_label(row: Row, target: Target) -> Row:
-    """Put a placeholder into the label column, which checks and tokenising require and no answer depends on."""
+    """Put a placeholder into the label column, which checks and tokenising require."""
     placeholder: object = 0.0 if target.form.is_number else [] if target.form.several_labels else target.labels[0]
     return {**row, target.columns["label"]: placeholder}
 
@@ -297,13 +299,13 @@ def with_label(row: Row, target: Target) -> Row:
 # ---- metrics as sums over rows ---------------------------------------------------------------------------------
 
 
-def _right_classes(predictions: Predictions, target: Target) -> np.ndarray:
+def _is_right(predictions: Predictions, target: Target) -> np.ndarray:
     same = predict_labels(predictions["logits"], target) == predictions["labels"]
     return np.asarray(same.all(axis=-1) if same.ndim > 1 else same)
 
 
 def _matches(predictions: Predictions, target: Target) -> np.ndarray:
-    """Return 0 or 1 for true positive, predicted and expected, [rows, classes, 3]."""
+    """Return true positive, predicted and expected as 0 or 1, [rows, classes, 3]."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     if target.form.several_labels:
         guessed, expected = predicted > 0, true > 0
@@ -313,7 +315,7 @@ def _matches(predictions: Predictions, target: Target) -> np.ndarray:
     return numbers(guessed & expected, guessed, expected)
 
 
-def _squares(predictions: Predictions) -> np.ndarray:
+def _error_terms(predictions: Predictions) -> np.ndarray:
     """Return squared error, 1, centred target and its square, [rows, 4]."""
     true, predicted = (
         np.asarray(values, np.float64) for values in (predictions["labels"], predictions["logits"][:, 0])
@@ -326,8 +328,8 @@ def _squares(predictions: Predictions) -> np.ndarray:
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
     loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (arrays("loss", ROWS), ratio)}
     if target.form.is_number:
-        return loss | {"r2": (_squares, r2), "rmse": (_squares, lambda sums: np.sqrt(ratio(sums)))}
-    right, several = partial(_right_classes, target=target), target.form.several_labels
+        return loss | {"r2": (_error_terms, r2), "rmse": (_error_terms, lambda sums: np.sqrt(ratio(sums)))}
+    right, several = partial(_is_right, target=target), target.form.several_labels
     metrics = loss | {
         "accuracy": (mean_of(right), ratio),
         "f1_macro": (lambda predictions: flat(_matches(predictions, target)), f1_of_all if several else f1_of_present),
@@ -341,6 +343,7 @@ def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
+    """Return the loss of predicting the mean, or of equal probabilities for all classes, with class `weights`."""
     if summary.form.is_number:
         return 1.0
     if summary.num_choices:

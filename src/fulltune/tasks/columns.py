@@ -1,5 +1,3 @@
-"""Columns by role, named in the recipe or recognised by usual names; and reading of cells."""
-
 from __future__ import annotations
 
 import ast
@@ -28,11 +26,10 @@ USUAL_NAMES, CHOICE_NAMES = (
 )
 """Role to usual column names, for all tasks and for multiple choice."""
 USUAL_PAIRS = [(text, pair) for text, pair in _TABLE["pairs"]]
-"""Usual names of two text columns that are read together."""
 
 
 class BadCell:
-    """Placeholder for a cell that could not be read: `reason` for messages, `shown` for files."""
+    """Placeholder for an unreadable cell: `reason` is for messages, `shown` for files."""
 
     def __init__(self, reason: str, shown: str = "") -> None:
         self.reason, self.shown = reason, shown or f"<{reason}>"
@@ -42,7 +39,7 @@ class BadCell:
 
 
 def unreadable(row: Mapping[str, object], columns: Mapping[str, str]) -> str | None:
-    """Return why a row cannot be used, if a cell in a column with a role could not be read."""
+    """Return why a row with an unreadable cell in a column with a role cannot be used, or None."""
     for role, column in columns.items():
         cell = row.get(column)
         if isinstance(cell, BadCell):
@@ -57,11 +54,11 @@ def is_whole(row: Mapping[str, object]) -> bool:
 
 
 MOST_NESTED = 100
-"""Deepest nesting of lists and objects; a deeper cell is damaged or malicious."""
+"""Deepest nesting of lists and objects; deeper cells are damaged or malicious."""
 
 
 def fault(value: object) -> str | None:
-    """Return what makes a value from JSON unusable, if anything: a lone surrogate, or too deep nesting."""
+    """Return the problem that makes a JSON value unusable (a lone surrogate, deep nesting), or None."""
     waiting: list[Iterator[object]] = [iter([value])]  # one per level: a list may hold millions
     while waiting:
         for part in waiting[-1]:
@@ -87,13 +84,13 @@ def may_be_faulty(text: str) -> bool:
 
 
 def literal(text: str) -> list[Any] | dict[str, Any] | None:
-    """Parse a list or object written as JSON, or as Python's literal, which pandas writes; else return None."""
+    """Parse a list or object written as JSON or as a Python literal, as pandas writes it; return None otherwise."""
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        is_wrong = (may_be_faulty(text) and fault(value)) or (parse is not json.loads and _is_glued(text))
+        is_wrong = (may_be_faulty(text) and fault(value)) or (parse is not json.loads and _has_adjacent_strings(text))
         return value if isinstance(value, (list, dict)) and not is_wrong else None
     return None
 
@@ -104,7 +101,7 @@ def parsed(value: Any) -> Any:
     return value if parts is None else parts
 
 
-def _is_glued(text: str) -> bool:
+def _has_adjacent_strings(text: str) -> bool:
     """Return True if strings follow each other without a comma, as numpy prints them."""
     if re.search(r"""['"]\s+['"]""", text) is None:
         return False
@@ -113,7 +110,7 @@ def _is_glued(text: str) -> bool:
 
 
 def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | None:
-    """Return the first column with one of these names, regardless of case and outer spaces, or None."""
+    """Return the first column with one of these names, ignoring case and outer spaces, or None."""
     for name in names:
         alike = [column for column in columns if column.lower().strip() == name]
         if name in alike or len(alike) == 1:
@@ -142,7 +139,7 @@ def named(role: str, name: str | None, columns: Sequence[str], where: str, names
 def required(
     role: str, name: str | None, columns: Sequence[str], where: str, besides: Collection[str | None] = ()
 ) -> str:
-    """Return the column of a required role, other than the columns `besides`. Raises `DataError` if there is none."""
+    """Return the column of a required role, or raise `DataError` if none exists beside the columns `besides`."""
     if name is None:
         column = named(role, None, [column for column in columns if column not in besides], where)
     elif (column := named(role, name, columns, where)) in besides:
@@ -155,6 +152,7 @@ def required(
 def find_columns(
     roles: Sequence[str], columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
 ) -> dict[str, str]:
+    """Return role to column; raise `DataError` if a role has no column, or the column of another role."""
     by_role: dict[str, str] = {}
     for role in roles:
         by_role[role] = required(role, getattr(data, role), columns, where, by_role.values())
@@ -166,11 +164,12 @@ def missing_column(role: str, columns: Sequence[str], where: str) -> str:
 
 
 def shown(columns: Iterable[str]) -> str:
-    """List column names for a message, cut: a broken file may have millions."""
+    """List column names for a message, shortened, because a broken file may have millions."""
     return first_few([name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}..." for name in columns], _SHOWN)
 
 
 def without_text(row: Row, target: Target, *roles: str) -> Refused | None:
+    """Return why one of the roles' columns has no text in this row, or None."""
     for role in roles:
         if refused := not_text(row, target, role):
             return refused
@@ -185,7 +184,7 @@ def not_text(row: Row, target: Target, role: str) -> Refused | None:
 
 
 def second_text(read: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
-    """Find a column without a role with texts like those of column `read`: several words, few duplicates, long."""
+    """Return the first column without a role whose texts resemble those of column `read`, or None."""
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
     def is_like(cells: Sequence[str]) -> bool:
@@ -217,7 +216,7 @@ def windows(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_
     window: list[T] = []
     size = 0
     for row in rows:
-        characters = _characters(row)
+        characters = _count_characters(row)
         if window and (len(window) == most_rows or size + characters > most_characters):
             yield window
             window, size = [], 0
@@ -227,10 +226,10 @@ def windows(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_
         yield window
 
 
-def _characters(value: Any) -> int:
-    """Count characters and bytes in a cell; other values, and entries of a list or object, count as one."""
+def _count_characters(value: Any) -> int:
+    """Count characters and bytes in a cell; other values, and each entry of a list or object, count as one."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, Mapping):
-        return len(value) + sum(map(_characters, value.values()))
-    return len(value) + sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 1
+        return len(value) + sum(map(_count_characters, value.values()))
+    return len(value) + sum(map(_count_characters, value)) if isinstance(value, (list, tuple)) else 1

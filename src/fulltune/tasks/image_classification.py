@@ -1,7 +1,4 @@
-"""Image classification: one class per image, with the losses and metrics of single-label texts.
-
-The functions take an `ImageReader` in place of a tokenizer.
-"""
+"""Image classification: one class per image. The functions take an `ImageReader` in place of a tokenizer."""
 
 from __future__ import annotations
 
@@ -48,6 +45,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
+    """Return why a row has no image or no label, or None."""
     image = row.get(target.columns["image"])
     if not isinstance(image, (str, bytes, Mapping, type(None))):
         return Refused("no image", f"column '{target.columns['image']}' holds {type(image).__name__}, not an image")
@@ -66,7 +64,7 @@ def group_key(row: Row, target: Target) -> str:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_length: int) -> RowExamples:
-    """Decode each image once, as a check, and store its path, or its bytes if it has no path."""
+    """Decode each image once, as a check; the features have its path, or its bytes if it has no path."""
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for row in rows:
@@ -89,6 +87,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: ImageReader) -> Pr
 
 
 def display_text(row: Row, target: Target) -> str:
+    """Return the last two parts of the image's path, or the row's file and line."""
     value = row.get(target.columns["image"])
     path = value.get("path") if isinstance(value, Mapping) else value
     # Stored rows hold words instead of bytes, such as `<812 bytes>`.

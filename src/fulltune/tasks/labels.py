@@ -1,5 +1,3 @@
-"""Label columns: whether they hold a class, several classes or numbers; and the weights of classes in the loss."""
-
 from __future__ import annotations
 
 import json
@@ -25,21 +23,21 @@ _MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
 """Most distinct values that are stored; further numbers are only counted."""
 LabelCounts = list[tuple[Any, int, str]]
-"""Distinct values of a label column in the order of their first row, each with its count and the file and line of that
-row, which may be empty."""
+"""Distinct values of a label column in the order of their first rows, each with its number of rows and the first row's
+file and line, which may be empty."""
 
 
-def _count(counts: LabelCounts, wrong: Callable[[Any], bool]) -> int:
+def _count_rows(counts: LabelCounts, wrong: Callable[[Any], bool]) -> int:
     return sum(count for value, count, _ in counts if wrong(value))
 
 
-def _at(counts: LabelCounts, value: object) -> str:
+def _first_at(counts: LabelCounts, value: object) -> str:
     place = next(place for other, _, place in counts if other is value)
     return f", first: {place}" if place else ""
 
 
 def label_values(rows: Iterable[Row], column: str, where: str) -> tuple[LabelCounts, int]:
-    """Count the distinct values of a label column, and the rows with a label; refuse too many distinct words."""
+    """Count a label column's distinct values and labelled rows; raise `DataError` for none or too many words."""
     distinct: dict[Any, list[Any]] = {}
     beyond = 0
     for row in rows:
@@ -64,26 +62,28 @@ def label_values(rows: Iterable[Row], column: str, where: str) -> tuple[LabelCou
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Derive problem type and class names, sorted (integers by value), from the train rows."""
+    """Derive problem type and sorted class names (integers by value) from the train rows."""
     column = columns["label"]
     counts, total = label_values(rows, column, where)
     strange = [value for value, *_ in counts if isinstance(value, (dict, date, time, timedelta))]
     if strange:
         kind = "objects" if isinstance(strange[0], dict) else "dates or times"
         raise DataError(
-            f"{where}: column '{column}' holds {kind} ({str(strange[0])[:60]}{_at(counts, strange[0])}); expected a "
-            "class name, a list of class names, or a number"
+            f"{where}: column '{column}' holds {kind} ({str(strange[0])[:60]}{_first_at(counts, strange[0])}); "
+            "expected a class name, a list of class names, or a number"
         )
-    match data.problem_type if data.problem_type != "auto" else _problem_type(counts, total):
+    match data.problem_type if data.problem_type != "auto" else _guess_problem_type(counts, total):
         case "regression":
-            return _numbers(counts, columns, where)
+            return _regression_target(counts, columns, where)
         case "multi_label":
-            return _several_labels(counts, columns, where)
+            return _multi_label_target(counts, columns, where)
         case _:
-            return _classes(counts, total, columns, where)
+            return _single_label_target(counts, total, columns, where)
 
 
-def _numbers(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
+def _regression_target(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
+    """Make the target, or raise `DataError` for words or equal numbers."""
+
     def is_word(value: object) -> bool:
         return parsed_number(value) is None and not is_beyond(value)
 
@@ -91,7 +91,7 @@ def _numbers(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Tar
     if wrong:
         raise DataError(
             f"{where}: column '{columns['label']}' must hold numbers for regression; found {str(wrong[0])[:60]!r} "
-            f"({_count(counts, is_word)} such rows{_at(counts, wrong[0])}); repair or remove these rows"
+            f"({_count_rows(counts, is_word)} such rows{_first_at(counts, wrong[0])}); repair or remove these rows"
         )
     # Numbers that are too large are dropped row by row.
     if len({number for value, *_ in counts if (number := parsed_number(value)) is not None}) == 1:
@@ -99,22 +99,23 @@ def _numbers(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Tar
     return Target("regression", columns)
 
 
-def _several_labels(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
+def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
+    """Make the target, or raise `DataError` if rows hold no names, or all the same ones."""
     column, values = columns["label"], [value for value, *_ in counts if not is_broken_list(value)]
     labels = sorted({label for value in values for label in label_list(value)})
     if not labels:
         first = counts[0][0]
         raise DataError(
-            f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{_at(counts, first)}; write names "
-            'such as ["food", "travel"], none of them a list itself'
+            f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{_first_at(counts, first)}; "
+            'write names such as ["food", "travel"], not lists within the list'
         )
     of_each = [label_list(value) for value in values]
-    soft = [value for value in values if any(isinstance(part, float) and part % 1 > 0 for part in _parts(value))]
+    soft = [value for value in values if any(isinstance(part, float) and part % 1 > 0 for part in _list_items(value))]
     if soft or (set(labels) <= {"0", "1"} and len(set(map(len, of_each))) == 1):
         first = (soft or values)[0]
         raise DataError(
             f"{where}: column '{column}' holds a number for each label, soft or one-hot ({str(first)[:60]}"
-            f"{_at(counts, first)}); expected names: write those of the labels that hold, such as [a, c] for [1, 0, 1]"
+            f"{_first_at(counts, first)}); expected the names of the row's labels, such as [a, c] for [1, 0, 1]"
         )
     if len({tuple(sorted(names)) for names in of_each}) == 1:
         raise DataError(f"{where}: every row has the same labels {values[0]!r}; there is nothing to learn")
@@ -123,13 +124,14 @@ def _several_labels(counts: LabelCounts, columns: Mapping[str, str], where: str)
     return Target("multi_label", columns, tuple(labels))
 
 
-def _classes(counts: LabelCounts, total: int, columns: Mapping[str, str], where: str) -> Target:
+def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, str], where: str) -> Target:
+    """Make the target, or raise `DataError` for lists, mixed labels, or one or too many classes."""
     column, values = columns["label"], [value for value, *_ in counts]
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
         raise DataError(
             f"{where}: column '{column}' holds several labels in a row ({str(several[0])[:60]}"
-            f"{_at(counts, several[0])}); expected one, or set data.problem_type: multi_label"
+            f"{_first_at(counts, several[0])}); expected one, or set data.problem_type: multi_label"
         )
     _refuse_mixed(counts, column, where)
     names = {label_name(value) for value in values}
@@ -147,10 +149,11 @@ def _classes(counts: LabelCounts, total: int, columns: Mapping[str, str], where:
     return Target("single_label", columns, tuple(ordered))
 
 
-def _problem_type(counts: LabelCounts, total: int) -> str:
+def _guess_problem_type(counts: LabelCounts, total: int) -> str:
+    """Return `multi_label` for lists, `regression` for numbers with decimals, else `single_label`."""
     values = [value for value, *_ in counts]
     # A few broken lists do not make class names of the others: they are dropped row by row, and listed.
-    if any(isinstance(value, (list, tuple)) for value in values) or _count(counts, _is_listed) > total / 2:
+    if any(isinstance(value, (list, tuple)) for value in values) or _count_rows(counts, _is_list_text) > total / 2:
         return "multi_label"
     numbers = [parsed_number(value) for value in values if not is_beyond(value)]
     if all(number is not None for number in numbers) and any(number != round(number) for number in numbers if number):
@@ -159,21 +162,21 @@ def _problem_type(counts: LabelCounts, total: int) -> str:
 
 
 def _refuse_mixed(counts: LabelCounts, column: str, where: str) -> None:
-    """Refuse numbers among words, such as `1`, `2`, `positive`: most often a broken export."""
+    """Raise `DataError` for numbers among words, such as `1`, `2`, `positive`: most often a broken export."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
     for value, count, _ in counts:
         (words if parsed_number(value) is None else numbers)[str(value)] += count
     if words and numbers:
         rarer = min((words, numbers), key=Counter.total)
-        first = _at(counts, next(value for value, *_ in counts if str(value) in rarer))
+        first = _first_at(counts, next(value for value, *_ in counts if str(value) in rarer))
         raise DataError(
-            f"{where}: column '{column}' mixes words ({_few(words)}) and numbers ({_few(numbers)}) as labels{first}; "
-            "expected one kind: rename them, or remove the wrong rows"
+            f"{where}: column '{column}' mixes words ({_two_most(words)}) and numbers ({_two_most(numbers)}) as labels"
+            f"{first}; expected one kind: rename the labels, or remove the wrong rows"
         )
 
 
-def _few(counts: Counter[str]) -> str:
+def _two_most(counts: Counter[str]) -> str:
     shown = ", ".join(f"'{name}' in {counted(count, 'row')}" for name, count in counts.most_common(2))
     return shown + (f", {len(counts) - 2} more" if len(counts) > 2 else "")
 
@@ -187,17 +190,17 @@ def is_empty(value: object) -> bool:
 
 def parsed_number(value: object) -> float | None:
     """Return a number that float32 can hold, or None."""
-    number = _as_float(value)
+    number = _float_or_none(value)
     return number if number is not None and abs(number) <= _MOST_FLOAT32 else None
 
 
 def is_beyond(value: object) -> bool:
     """Return True for numbers that float32 cannot hold: `1e39`, `1e999`, `inf`, the word `nan`."""
-    number = _as_float(value)
+    number = _float_or_none(value)
     return number is not None and not abs(number) <= _MOST_FLOAT32
 
 
-def _as_float(value: object) -> float | None:
+def _float_or_none(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (str, Real, Decimal)):
         return None
     if isinstance(value, str) and "_" in value:  # Python reads 1_1 as 11; in a label it is a name
@@ -210,7 +213,7 @@ def _as_float(value: object) -> float | None:
         return math.inf
 
 
-def _is_listed(value: object) -> bool:
+def _is_list_text(value: object) -> bool:
     return isinstance(value, str) and value.startswith("[") and value.endswith("]") and parsed_list(value) is not None
 
 
@@ -219,14 +222,14 @@ def is_infinite(value: object) -> bool:
 
 
 def is_broken_list(value: object) -> bool:
-    """Return True for a cut list such as `["a", "b`, and for a list in a list; `a [b]` is a name."""
+    """Return True for a cut list such as `["a", "b`, or a list in a list, but not for a name such as `a [b]`."""
     if not isinstance(value, str) or not (value.startswith("[") or (value.endswith("]") and "[" not in value)):
-        return any(isinstance(part, (list, tuple, dict)) or is_infinite(part) for part in _parts(value))
+        return any(isinstance(part, (list, tuple, dict)) or is_infinite(part) for part in _list_items(value))
     parsed = parsed_list(value)
     return parsed is None or is_broken_list(parsed)
 
 
-def _parts(value: object) -> Sequence[Any]:
+def _list_items(value: object) -> Sequence[Any]:
     parsed = parsed_list(value) if isinstance(value, str) else value
     return parsed if isinstance(parsed, (list, tuple)) else ()
 
@@ -237,6 +240,7 @@ def parsed_list(value: str) -> list[Any] | None:
 
 
 def label_list(value: object) -> list[str]:
+    """Return the label names in a list, a list as text, or text separated by `;` or `|`."""
     if isinstance(value, str):
         parsed = parsed_list(value)
         # `a;b` and `a|b` are the usual forms of several labels in a csv cell.
@@ -254,7 +258,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
 
 
 def label_name(value: object) -> str:
-    """Return a label as class name; `1`, `1.0` and `[1]` are the same."""
+    """Return a label as class name; `1`, `1.0` and `[1]` have the same."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
@@ -268,13 +272,14 @@ def label_name(value: object) -> str:
 
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
+    """Raise `RecipeError` if settings, such as class weights, do not suit the labels."""
     if problems := conflicts(recipe, summary.form):
         raise RecipeError(problems)
     class_weights(recipe, summary)
 
 
 def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
-    """Return `train.class_weights` in the order of the labels; `balanced` gives each class the same total weight."""
+    """Return `train.class_weights` in the order of the labels, or None; `balanced` gives equal total weights."""
     setting, labels, name = recipe.train.class_weights, summary.labels, "train.class_weights"
     if setting is None:
         return None

@@ -1,4 +1,4 @@
-"""Multiple choice: the model reads the question with each choice, scores each, and the highest score wins."""
+"""Multiple choice: the model scores the question with each choice, and the highest score wins."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ metrics, sums, chance_loss = classes.metrics, classes.sums, classes.chance_loss
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+    """Return the target with the most common number of choices, or raise `DataError` if labels cannot be read."""
     column = columns["label"]
     sizes: Counter[int] = Counter()
     one_too_high = 0
@@ -62,6 +63,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
+    """Return why a row's choices or label cannot be used, or None."""
     if (refused := refuse_question(row, target)) is not None:
         return refused
     texts, column = choice_texts(row, target), target.columns["label"]
@@ -77,6 +79,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
+    """Return why a row has another number of choices or an empty one, or None."""
     texts = choice_texts(row, target)
     if len(texts) != target.num_choices:
         return Refused("other number of choices", f"{len(texts)} choices, expected {target.num_choices}")
@@ -84,6 +87,7 @@ def refuse_question(row: Row, target: Target) -> Refused | None:
 
 
 def group_key(row: Row, target: Target) -> str:
+    """Return the normalised passage, or without one the question and the sorted choices."""
     passage = as_text(row.get(target.columns["context"])) if "context" in target.columns else ""
     if passage.strip():
         return normalised(passage)
@@ -96,6 +100,7 @@ def as_question(row: Row, target: Target) -> Row:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
+    """Tokenise each choice with its question; a row's choices are concatenated in one example."""
     choices = [choice_texts(row, target) for row in rows]
     questions = [question_text(row, target) for row in rows]
     texts = [[text for row in choices for text in row]]
@@ -128,6 +133,7 @@ def display_text(row: Row, target: Target) -> str:
 
 
 def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad the choices of all rows to one length: [batch, choices, tokens]."""
     import torch
 
     lengths = np.array([row[CHOICE_LENGTHS] for row in features])
@@ -165,9 +171,9 @@ _STEMS = ("choice", "ending", "option", "candidate", "answer", "sol", "alternati
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Choose columns for `label`, `choices` (or `choice0`, `choice1` ...) and, if there are, `question` and `context`.
+    """Return the columns of `label`, `choices` (or `choice0`, `choice1` ...) and, if present, `question` and `context`.
 
-    Raises `DataError` if a role has no column, or if a column with another name may be the question.
+    Raises `DataError` if a role has no column, or a column of another name may be the question.
     """
     by_role: dict[str, str] = {}
     for role in ("choices", "label", "context", "question"):
@@ -176,7 +182,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
         if column is not None:
             by_role[role] = column
         elif role == "choices":
-            by_role |= {f"choice{number}": column for number, column in enumerate(_numbered(rest))}
+            by_role |= {f"choice{number}": column for number, column in enumerate(_numbered_columns(rest))}
     missing = []
     if not any(role.startswith("choice") for role in by_role):
         missing.append(missing_column("choices (one with lists, or several: choice0, choice1)", columns, where))
@@ -191,7 +197,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     return by_role
 
 
-def _numbered(columns: Sequence[str]) -> list[str]:
+def _numbered_columns(columns: Sequence[str]) -> list[str]:
     """Return columns such as `ending0` to `ending3`, `option_1` to `option_4` or `A` to `E`, in order."""
     for stem in _STEMS:
         places: dict[int, str] = {}
@@ -211,11 +217,11 @@ def _has_sentences(columns: Sequence[str], sample: Sequence[Row]) -> bool:
 
 
 def choice_texts(row: Row, target: Target) -> list[str]:
-    return _texts_and_names(row, target.columns)[0]
+    return _choice_texts_and_names(row, target.columns)[0]
 
 
-def _texts_and_names(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return choices and their names, which ARC and CommonsenseQA give: `{"text": [...], "label": ["A", ...]}`."""
+def _choice_texts_and_names(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return choices and their names, as in ARC and CommonsenseQA: `{"text": [...], "label": ["A", ...]}`."""
     if "choices" not in columns:
         roles = sorted((role for role in columns if role.startswith("choice")), key=lambda role: int(role[6:]))
         texts = [as_text(row.get(columns[role])) for role in roles]
@@ -242,13 +248,13 @@ def question_text(row: Row, target: Target) -> str:
 def right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> int | None:
     """Return the index of the choice that the label names: by the choices' names, else by index, letter or text.
 
-    None if there is no such choice, or the label is the index or letter of one and the text of another.
+    Returns None if there is none, or if the label names one choice by index or letter and another by text.
     """
     value = row.get(columns["label"])
     if is_empty(value) or isinstance(value, (list, tuple, Mapping)):
         return None
     name = label_name(value)
-    if names := _texts_and_names(row, columns)[1]:
+    if names := _choice_texts_and_names(row, columns)[1]:
         return names.index(name) if names.count(name) == 1 else None
     same = [place for place, text in enumerate(texts) if text.strip() == name]
     named = int(name) if re.fullmatch(r"\d+", name) else len(texts)

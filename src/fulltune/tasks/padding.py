@@ -1,5 +1,3 @@
-"""Tokenising texts of any length, and padding rows to tensors."""
-
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence, Sized
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of tokens that are not trained, the `ignore_index` of PyTorch's losses."""
 TRAINED = "trained_places"
-"""Key of a batch's `trained_places`, computed on the host before the batch moves: on a device the host would wait."""
+"""Key of a batch's `trained_places`, computed before the batch moves to a device, for which the host would wait."""
 
 
 def collated(
@@ -26,7 +24,7 @@ def collated(
     label_per_token: bool = False,
 ) -> dict[str, Tensor]:
     """Pad features to `input_ids[batch, tokens]`, `attention_mask[batch, tokens]`, `labels` and the other lists of
-    numbers, except those in `left_out`."""
+    numbers, without those in `left_out`."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
     skipped = {LENGTH, "attention_mask", *left_out, *(() if label_per_token else ("labels",))}
     batch = {
@@ -55,7 +53,7 @@ def padded(values: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor:
 
 
 def ragged(values: Sequence[object]) -> np.ndarray:
-    """Make an object array [rows], even from lists of one length, which numpy would make a second axis of."""
+    """Make an object array [rows], also from lists of equal length, which numpy would make two-dimensional."""
     array = np.empty(len(values), dtype=object)
     for position, value in enumerate(values):
         array[position] = value
@@ -63,11 +61,12 @@ def ragged(values: Sequence[object]) -> np.ndarray:
 
 
 def trained_places(target_ids: Tensor) -> Tensor:
-    """Return where `target_ids[batch, tokens]`, flattened, are not -100: int64 [trained]."""
+    """Return the flat positions where `target_ids[batch, tokens]` are not -100: int64 [trained]."""
     return (target_ids.flatten() != IGNORED).nonzero()[:, 0]
 
 
 def mask(values: Sequence[Sized]) -> Tensor:
+    """Make an int64 attention mask [rows, tokens] for lists that are padded on the right."""
     import torch
 
     lengths = np.array([len(value) for value in values])
@@ -80,7 +79,7 @@ PART_CHARACTERS = 1_000_000
 
 
 def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
-    """Cut a very long text at a space, well beyond `max_length` tokens, if that keeps its first tokens the same."""
+    """Cut a very long text at a space, well beyond `max_length` tokens, if its first tokens stay the same."""
     most = max(_CHARACTERS, _CHARACTERS_PER_TOKEN * max_length)
     if len(text) <= most or getattr(tokenizer, "truncation_side", "right") != "right":
         return text
@@ -92,8 +91,7 @@ def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
 def tokenised(
     tokenizer: Tokenizer, texts: Sequence[Sequence[str] | Sequence[list[str]]], max_length: int, **options: bool
 ) -> tuple[BatchEncoding, list[str], list[bool]]:
-    """Tokenise and cut texts, or pairs of two lists, the longer of a pair first; return also the names of the model's
-    inputs and which texts were cut."""
+    """Tokenise texts, or pairs from two lists, and cut them; return also input names, and True for each cut text."""
     options |= {"return_attention_mask": False, "verbose": False}
     tokens = tokenizer(*texts, truncation=False, **options)  # to count which are too long
     is_cut = [len(ids) > max_length for ids in tokens["input_ids"]]
@@ -104,17 +102,17 @@ def tokenised(
 
 def token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """Tokenise a whole text, in parts if it has millions of characters and parts give the same tokens."""
-    seam = _seam(tokenizer) if len(text) > PART_CHARACTERS else None
-    if seam is not None and (parts := _parts(text, seam)) is not None:
-        ids, closing = _specials(tokenizer)
+    seam = _dropped_at_cuts(tokenizer) if len(text) > PART_CHARACTERS else None
+    if seam is not None and (parts := _cut_at_spaces(text, seam)) is not None:
+        ids, closing = _opening_and_closing_ids(tokenizer)
         for part in parts:
-            ids += _plain(part, tokenizer)
+            ids += _bare_ids(part, tokenizer)
         return ids + closing
     return list(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
 
 
-def _parts(text: str, seam: str) -> list[str] | None:
-    """Cut a text before single spaces, without `seam` at each cut, or return None if spaces are too rare."""
+def _cut_at_spaces(text: str, seam: str) -> list[str] | None:
+    """Cut a text before single spaces and remove `seam` at each cut; return None if spaces are too rare."""
     parts, start = list[str](), 0
     while len(text) - start > PART_CHARACTERS:
         end = start + PART_CHARACTERS
@@ -130,20 +128,21 @@ def _parts(text: str, seam: str) -> list[str] | None:
     return [*parts, text[start:]]
 
 
-def _plain(text: str, tokenizer: Tokenizer) -> list[int]:
+def _bare_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
-def _seam(tokenizer: Tokenizer) -> str | None:
-    """Return what to leave out at a cut before a space: nothing, or the space; None if both change the tokens."""
-    together = _plain("of the rain", tokenizer)
+def _dropped_at_cuts(tokenizer: Tokenizer) -> str | None:
+    """Return what to remove at a cut before a space: nothing, the space, or None if both change the tokens."""
+    together = _bare_ids("of the rain", tokenizer)
     for seam in ("", " "):
-        if together == _plain("of", tokenizer) + _plain(" the rain"[len(seam) :], tokenizer):
+        if together == _bare_ids("of", tokenizer) + _bare_ids(" the rain"[len(seam) :], tokenizer):
             return seam
     return None
 
 
-def _specials(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    whole, plain = list(tokenizer("of", verbose=False)["input_ids"]), _plain("of", tokenizer)
+def _opening_and_closing_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the special tokens that the tokenizer puts before and after a text."""
+    whole, plain = list(tokenizer("of", verbose=False)["input_ids"]), _bare_ids("of", tokenizer)
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return whole[:start], whole[start + len(plain) :]

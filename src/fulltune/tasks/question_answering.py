@@ -1,7 +1,6 @@
-"""Extractive question answering: the model predicts the first and last token of the answer within the context.
+"""Extractive question answering: the model predicts the answer's first and last token within the context.
 
-A long context becomes overlapping windows, each an example. Windows that do not hold the answer, and questions without
-an answer, point at the first token (BERT's CLS).
+Each overlapping window of a long context is an example. Windows without the answer point at the first token (CLS).
 """
 
 from __future__ import annotations
@@ -44,24 +43,24 @@ FACTS = recipe_tasks.FACTS["question-answering"]
 find_columns = partial(columns_of_roles, ("context", "question", "answers"))
 row_labels, config_changes, count_items = labels_of_row, classes.config_changes, classes.count_items
 MOST_ANSWER_TOKENS = 30
-"""Longest answer that is predicted, in tokens; training allows longer ones."""
+"""Longest predicted answer in tokens; training allows longer ones."""
 STARTS, ENDS = "starts", "ends"
-"""Features that the model does not read: where each token starts and ends in the context, in characters [tokens];
--1 for tokens outside of the context."""
+"""Features that the model does not read: the tokens' first and last characters in the context [tokens], or -1."""
 collate = partial(collated, left_out=(STARTS, ENDS))
 IMPOSSIBLE = "is_impossible"
 """Column of SQuAD 2 that marks questions without an answer, whose `answers` may be only plausible."""
 ONLY_FOR_TEST_ROWS = (STARTS, ENDS)
-"""Features that only predictions as text need, not stored for train rows, where they would be half of the bytes."""
+"""Features needed only for predictions as text; in train rows, they would be half of the bytes."""
 START, END, FIRST, LAST, TOKENS = range(5)
 """Positions in `labels` [5]: first and last token of the answer, first and last of the context, number of tokens."""
 NOWHERE = 0
-"""Token that a window without the answer points at."""
+"""Index of the token that a window without the answer points at."""
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+    """Return the target, or raise `DataError` if no row has an answer in its context."""
     target = Target("span", columns, stride=data.stride)
     answered = 0
     for row in rows:
@@ -76,6 +75,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
+    """Return why a row has no question, no context, or an answer outside of the context, or None."""
     if refused := without_text(row, target, "question", "context"):
         return refused
     try:
@@ -93,7 +93,7 @@ refuse_question = refuse
 
 
 def answers_of(row: Row, target: Target) -> list[AnswerSpan]:
-    """Return the accepted answers, the first for training; none if SQuAD 2 marks the question as impossible."""
+    """Return the accepted answers, the first of which is trained, or none for SQuAD 2's impossible questions."""
     if str(row.get(IMPOSSIBLE)).lower() == "true":
         return []
     return accepted(row.get(target.columns["answers"]), context_of(row, target))
@@ -118,11 +118,11 @@ AnswerSpan = tuple[str, int]
 
 
 def accepted(cell: Any, context: str) -> list[AnswerSpan]:
-    """Read answers from SQuAD's `{"text": [...], "answer_start": [...]}`, or from texts, to be located in the context.
+    """Read answers from SQuAD's `{"text": [...], "answer_start": [...]}`, or search answer texts in the context.
 
-    Raises `DataError` if an answer is not where it should be.
+    Raises `DataError` if an answer is not at its `answer_start`, or none is in the context.
     """
-    parts = list(_parts(parsed(cell)))
+    parts = list(_texts_and_starts(parsed(cell)))
     answers: list[AnswerSpan] = []
     for text, start in parts:
         if start is None:
@@ -140,34 +140,35 @@ def accepted(cell: Any, context: str) -> list[AnswerSpan]:
     return answers
 
 
-def _parts(cell: Any) -> Iterator[tuple[str, int | None]]:
+def _texts_and_starts(cell: Any) -> Iterator[tuple[str, int | None]]:
+    """Yield each answer's text, and its `answer_start` or None, from a cell with objects, lists or texts."""
     match cell:
         case {"text": texts, **more}:
-            texts, starts = _listed(texts), _listed(more.get("answer_start"))
+            texts, starts = _as_list(texts), _as_list(more.get("answer_start"))
             if starts and len(starts) != len(texts):
                 raise DataError(f"{len(texts)} answers have {len(starts)} values of answer_start")
             for text, start in zip(texts, starts or [None] * len(texts), strict=True):
                 if str(text).strip():
-                    yield str(text), None if start is None else _place(start)
+                    yield str(text), None if start is None else _as_position(start)
         case dict():
             if cell:
                 raise DataError(f"an object with 'text' and 'answer_start' was expected, found {sorted(cell)}")
         case list() | tuple():
             for part in cell:
-                yield from _parts(part)
+                yield from _texts_and_starts(part)
         case _:
             if not is_empty(cell):
                 yield str(cell).strip(), None
 
 
-def _place(start: Any) -> int:
+def _as_position(start: Any) -> int:
     try:
         return int(start)
     except (ValueError, TypeError, OverflowError):
         raise DataError(f"answer_start is {start!r}, expected the number of a character") from None
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -179,25 +180,26 @@ def _listed(value: Any) -> list[Any]:
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise question and context together, one example per window; windows overlap by the stride, if there is room.
 
-    A row is dropped if no window holds the whole answer: it would teach that there is none. Raises `SetupError` for
-    slow tokenizers, which do not know where tokens are in the text.
+    A row is dropped if no window holds the whole answer, because it would teach that there is none. Slow tokenizers,
+    which do not know the tokens' positions in the text, raise `SetupError`.
     """
     if not tokenizer.is_fast:
         raise SetupError(
             f"{type(tokenizer).__name__} cannot say where a token stands in the text (it is a slow tokenizer, without "
             "tokenizer.json); question-answering needs a fast one: take another model, or convert its tokenizer"
         )
-    return [_windows(row, target, tokenizer, max_length) for row in rows]
+    return [_encode_windows(row, target, tokenizer, max_length) for row in rows]
 
 
-def _windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+def _encode_windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Tokenise a row's windows, or return one refused example if question or answer do not fit."""
     question = question_of(row, target)
     question_ids = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
     # Each window must advance by some tokens, or a long context would give very many windows.
     least = max(1, max_length // 16)
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - len(question_ids)
     if room < least:
-        return [_refused("question too long", f"{len(question_ids)} tokens, with windows of {max_length}")]
+        return [_refused_example("question too long", f"{len(question_ids)} tokens, with windows of {max_length}")]
     cut = tokenizer(
         question,
         context_of(row, target),
@@ -217,17 +219,18 @@ def _windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: int) ->
         examples.append(_example(features, np.array(encoding.offsets, np.int32), inside, answer))
     if answer and all(not window.refused and window.features["labels"][START] == NOWHERE for window in examples):
         reason = f"the answer of {len(answer[0][0])} characters is whole in no window of {max_length} tokens"
-        return [_refused("answer cut off", reason)]
+        return [_refused_example("answer cut off", reason)]
     return examples
 
 
-def _refused(check: str, reason: str) -> Example:
+def _refused_example(check: str, reason: str) -> Example:
     return Example({"input_ids": [], "labels": [], STARTS: [], ENDS: []}, 0, refused=Refused(check, reason))
 
 
 def _example(features: RowFeatures, offsets: np.ndarray, inside: np.ndarray, answer: Sequence[AnswerSpan]) -> Example:
+    """Make a window's example from its tokens' character offsets [tokens, 2] and context mask [tokens]."""
     if not inside.any():
-        return _refused("no context", "the tokenizer makes no token of the context")
+        return _refused_example("no context", "the tokenizer makes no token of the context")
     first, last = np.flatnonzero(inside)[[0, -1]].tolist()
     starts, ends = np.where(inside, offsets[:, 0], -1), np.where(inside, offsets[:, 1], -1)
     start = end = NOWHERE
@@ -267,15 +270,16 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
+    """Sum each window's cross entropy, the mean of first and last token."""
     chances = log_chances(logits, labels)
-    plain = -_at_answer(chances, labels).mean(dim=-1)
+    plain = -_log_chances_at_answer(chances, labels).mean(dim=-1)
     if not smoothing:
         return plain.sum()
     everywhere = -chances.masked_fill(chances.isinf(), 0.0).sum(dim=1).mean(dim=-1) / labels[:, TOKENS]
     return ((1 - smoothing) * plain + smoothing * everywhere).sum()
 
 
-def _at_answer(chances: Tensor, labels: Tensor) -> Tensor:
+def _log_chances_at_answer(chances: Tensor, labels: Tensor) -> Tensor:
     return chances.gather(1, labels[:, None, [START, END]])[:, 0]
 
 
@@ -283,7 +287,7 @@ def _at_answer(chances: Tensor, labels: Tensor) -> Tensor:
 
 
 def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Find the most probable answer of each window, from `logits[batch, tokens, 2]` and `labels[batch, 5]`."""
+    """Find each window's most probable answer, from `logits[batch, tokens, 2]` and `labels[batch, 5]`."""
     import torch
     import torch.nn.functional as F
 
@@ -302,7 +306,7 @@ def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
         "nowhere": chances[:, NOWHERE].sum(dim=-1),
         "true_first": labels[:, START],
         "true_last": labels[:, END],
-        "loss": -_at_answer(chances, labels).mean(dim=-1),
+        "loss": -_log_chances_at_answer(chances, labels).mean(dim=-1),
     }
 
 
@@ -311,6 +315,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def row_scores(predictions: Predictions) -> dict[str, np.ndarray]:
+    """Return F1 over tokens, exact match and loss of each window, or the stored scores of answers as text."""
     if "f1" in predictions:
         return {name: predictions[name] for name in FACTS.metrics if name in predictions}
     none, truly_none = predictions["nowhere"] > predictions["chance"], predictions["true_first"] == NOWHERE
@@ -325,7 +330,7 @@ def row_scores(predictions: Predictions) -> dict[str, np.ndarray]:
 def find_answers(
     predictions: Predictions, windows: Sequence[RowFeatures], questions: Sequence[Hashable], contexts: Sequence[str]
 ) -> dict[Hashable, RowAnswer]:
-    """Return the most probable answer to each question over all its windows, by the question's key."""
+    """Return each question's most probable answer over all its windows, by the question's key."""
     best: dict[Hashable, RowAnswer] = {}
     nowhere: dict[Hashable, float] = {}
     for number, (key, context) in enumerate(zip(questions, contexts, strict=True)):

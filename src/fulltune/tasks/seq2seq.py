@@ -1,5 +1,3 @@
-"""Encoder-decoder models that read a source and write a target, such as a summary or a translation."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,8 +69,7 @@ def answer_text(row: Row, target: Target) -> str:
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise rows; source and target are each cut at `max_length`.
 
-    A cut source keeps its end token, as in generation; a cut target loses it, so that the model does not learn to stop
-    too early.
+    A cut target loses its end token, so that the model does not learn to stop too early.
     """
     # Truncation is off, to count what is cut.
     sources = tokenizer([target.joint + prompt_text(row, target) for row in rows], truncation=False, verbose=False)
@@ -85,7 +82,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
         if end is not None and labels[-1:] != [end]:
             labels.append(end)
         truncated = len(source) > max_length or len(labels) > max_length
-        source, labels = _cut(source, max_length, tokenizer), labels[:max_length]
+        source, labels = _truncate_before_end_token(source, max_length, tokenizer), labels[:max_length]
         features = {"input_ids": source, "labels": labels, LENGTH: len(source) + len(labels)}
         # A target of special tokens alone, such as unknown spaces, teaches nothing.
         count = len(labels) if any(token not in tokenizer.all_special_ids for token in labels) else 0
@@ -93,7 +90,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     return encoded
 
 
-def _cut(ids: Sequence[int], max_length: int | None, tokenizer: Tokenizer) -> list[int]:
+def _truncate_before_end_token(ids: Sequence[int], max_length: int | None, tokenizer: Tokenizer) -> list[int]:
+    """Cut tokens at `max_length`; a special token at the end is kept."""
     if max_length is None or len(ids) <= max_length:
         return list(ids)
     keeps_end = ids[-1] in tokenizer.all_special_ids
@@ -102,7 +100,7 @@ def _cut(ids: Sequence[int], max_length: int | None, tokenizer: Tokenizer) -> li
 
 def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None) -> list[int]:
     ids = tokenizer(target.joint + prompt_text(row, target), truncation=False, verbose=False)["input_ids"]
-    return _cut(ids, max_length, tokenizer)
+    return _truncate_before_end_token(ids, max_length, tokenizer)
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
@@ -111,7 +109,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def decoder_input_ids(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    """Return the decoder's inputs [batch, tokens]: the start token and the labels, shifted by one.
+    """Return the decoder's inputs [batch, tokens]: the start token, then the labels without their last.
 
     Models make them only if they compute the loss themselves.
     """

@@ -1,5 +1,3 @@
-"""Text classification and regression with encoders and decoders: one label, several labels, or a number."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -22,10 +20,11 @@ as_question, collate = classes.with_label, collated
 
 
 def display_text(row: Row, target: Target) -> str:
-    return " / ".join(_texts(row, target))
+    return " / ".join(_text_and_pair(row, target))
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
+    """Choose columns for label, text and, if the recipe or a usual pair of names gives one, a second text."""
     label = required("label", data.label, columns, where)
     rest = [column for column in columns if column != label]
     texts = [column for column in (data.text, data.text_pair) if column is not None]
@@ -48,6 +47,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
+    """Return why a row's text, pair or label cannot be used, or None."""
     if refused := without_text(row, target, "text"):
         return refused
     if (pair := target.columns.get("text_pair")) is not None:
@@ -75,16 +75,16 @@ refuse_question = refuse
 
 
 def group_key(row: Row, target: Target) -> str:
-    return normalised(" \0 ".join(_texts(row, target)))
+    return normalised(" \0 ".join(_text_and_pair(row, target)))
 
 
-def _texts(row: Row, target: Target) -> list[str]:
+def _text_and_pair(row: Row, target: Target) -> list[str]:
     return [as_text(row.get(target.columns[role])) for role in ("text", "text_pair") if role in target.columns]
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise texts or pairs, and turn labels into a class id, a 0/1 vector [labels] or a float."""
-    texts = [[beginning(text, tokenizer, max_length) for text in _texts(row, target)] for row in rows]
+    """Tokenise texts or pairs, and convert labels to a class id, a 0/1 vector [labels] or a float."""
+    texts = [[beginning(text, tokenizer, max_length) for text in _text_and_pair(row, target)] for row in rows]
     tokens, names, is_cut = tokenised(tokenizer, [*map(list, zip(*texts, strict=True))], max_length)
     # Token types of single texts are all 0, the default of models.
     is_pair = "text_pair" in target.columns
@@ -98,6 +98,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float] | None:
+    """Return a class id, a 0/1 vector [labels], or a number (None if unreadable)."""
     if target.form.is_number:
         return labels.parsed_number(row[target.columns["label"]])
     names = row_labels(row, target)

@@ -51,7 +51,7 @@ _SHOWN = 5
 
 
 def word_list(value: Any) -> list[str] | None:
-    """Read the words or tags of a sentence from a list, a list as JSON, or text with spaces; else return None."""
+    """Read a sentence's words or tags from a list, a list as JSON, or text with spaces; return None otherwise."""
     if isinstance(value, str):
         text = value.strip()
         listed = parsed_list(text) if text.startswith("[") and text.endswith("]") else None
@@ -61,7 +61,8 @@ def word_list(value: Any) -> list[str] | None:
     return ["" if part is None else str(part) for part in value]
 
 
-def _cells(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list[str] | None]:
+def _words_and_tags_if_lists(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list[str] | None]:
+    """Read words and tags from a row, each None if it is not a list or text."""
     tokens, tags = row.get(columns["tokens"]), row.get(columns["tags"])
     # With tags separated by spaces, a sentence such as `[1]` is a word and not a list.
     if isinstance(tokens, str) and isinstance(tags, str) and not tags.lstrip().startswith("["):
@@ -70,15 +71,17 @@ def _cells(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list
 
 
 def words_and_tags(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    words, tags = _cells(row, columns)
+    """Return the words and the strict BIO tags of a row that `refuse` accepted."""
+    words, tags = _words_and_tags_if_lists(row, columns)
     assert words is not None, "refuse() drops rows without words"
     assert tags is not None, "refuse() drops rows without tags"
     return words, strict(tags)
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
+    """Return why a row's words and BIO tags are missing, differ in number or are invalid, or None."""
     names = (target.columns["tokens"], target.columns["tags"])
-    words, tags = _cells(row, target.columns)
+    words, tags = _words_and_tags_if_lists(row, target.columns)
     for name, role, cell in zip(names, ("tokens", "tags"), (words, tags), strict=True):
         if cell is None:
             return Refused(f"no {role}", f"column '{name}' holds {str(row.get(name))[:60]!r}, expected a list of words")
@@ -131,14 +134,14 @@ def types(labels: Iterable[str]) -> list[str]:
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Make the labels `O`, then `B-` and `I-` of every entity type, sorted; refuse tags that are not BIO."""
+    """Return the labels `O`, then sorted `B-` and `I-` of each entity type; raise `DataError` if tags are not BIO."""
     known_tags: set[str] = set()
     wrong: list[tuple[str, int, str]] = []
     num_rows = num_wrong = 0
     for row in rows:
         num_rows += 1
         at = str(row.get(PLACE, f"{where}: row {num_rows}"))
-        sentence, tags = (cell or [] for cell in _cells(row, columns))
+        sentence, tags = (cell or [] for cell in _words_and_tags_if_lists(row, columns))
         unknown = [(place, tag) for place, tag in enumerate(tags, start=1) if tag not in known_tags]
         bad = [(at, place, tag) for place, tag in unknown if not _BIO.fullmatch(tag)]
         num_wrong += len(bad)
@@ -211,11 +214,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def as_in_text(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[list[str]]:
-    """Put a space before each further word if the tokenizer needs it to produce the tokens of running text.
-
-    Byte-level vocabularies (RoBERTa, GPT-2) store words with the space before them; without it, every word would look
-    like the inside of another.
-    """
+    """Put a space before all words but the first if the tokenizer, such as GPT-2's, stores words with it."""
     plain = tokenizer("of the", add_special_tokens=False)["input_ids"]
 
     def split(words: list[str]) -> object:
@@ -235,7 +234,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def seen_words(features: RowFeatures) -> np.ndarray:
-    """Return the positions of words that have a token: not cut off, nor ignored by the tokenizer."""
+    """Return the positions of words that have a token, so are neither cut off nor ignored by the tokenizer."""
     return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
 
 
@@ -255,8 +254,8 @@ def count_items(labels: Tensor) -> int:
 
 
 def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarray]:
-    """Return the `counts` of each row, its summed `nll` and number of words `seen`, and of each of these words the
-    `predicted` label and its `probability` (arrays of arrays)."""
+    """Return each row's `counts`, summed `nll` and number of words `seen`, and each such word's `predicted` label and
+    `probability` (arrays of arrays)."""
     is_word = labels != IGNORED
     true = labels[is_word]
     log_probabilities = logits[is_word].float().log_softmax(dim=-1)
@@ -278,7 +277,7 @@ def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarr
 
 
 def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: Target) -> dict[str, np.ndarray]:
-    """Count entities [rows, types, 3] (right, predicted and expected), words and right words of each row."""
+    """Count each row's entities [rows, types, 3] (right, predicted, expected), words and right words."""
     pairs = list(zip(true, predicted, strict=True))
     place = {kind: number for number, kind in enumerate(types(target.labels))}
     entities = np.zeros((len(pairs), len(place), 3), dtype=np.int32)
@@ -297,7 +296,7 @@ def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: 
 
 
 def over_all_words(predictions: Predictions, rows: Sequence[RowFeatures], target: Target) -> dict[str, np.ndarray]:
-    """Count predictions again over all words of the rows; a word that the model did not read counts as `O`."""
+    """Recount predictions over all words of the rows; a word that the model did not read counts as `O`."""
     gold = [np.asarray(row[TAGS]) for row in rows]
     positions = [seen_words(row) for row in rows]
     everywhere = {}
@@ -311,6 +310,7 @@ def over_all_words(predictions: Predictions, rows: Sequence[RowFeatures], target
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
+    """Return each row's words, tags and entities, with the lowest probability of an entity's words."""
     predictions = over_all_words(predictions, [example.features for [example] in examples], target)
     row_answers: list[RowAnswer] = []
     for row, labels, chances in zip(rows, predictions["predicted"], predictions["probability"], strict=True):
@@ -350,16 +350,16 @@ def worst(predictions: Predictions, texts: Sequence[str], target: Target, count:
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
     return {
-        "f1": (_entities, f1),
-        "precision": (_entities, lambda sums: share(sums[..., 0], sums[..., 1])),
-        "recall": (_entities, lambda sums: share(sums[..., 0], sums[..., 2])),
+        "f1": (_entity_counts, f1),
+        "precision": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 1])),
+        "recall": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 2])),
         "f1_macro": (lambda predictions: flat(np.asarray(predictions["entities"], np.float64)), f1_of_present),
         "accuracy": (arrays("right", "words"), ratio),
         "loss": (arrays("nll", "seen"), ratio),
     }
 
 
-def _entities(predictions: Predictions) -> np.ndarray:
+def _entity_counts(predictions: Predictions) -> np.ndarray:
     return np.asarray(predictions["entities"].sum(axis=1), np.float64)
 
 

@@ -1,5 +1,3 @@
-"""Loss over trained tokens and scores of generated answers, for language models and seq2seq."""
-
 from __future__ import annotations
 
 import importlib.util
@@ -17,10 +15,10 @@ if TYPE_CHECKING:
     from fulltune.models.chunked_loss import ChunkedLogits
 
     Logits = Tensor | ChunkedLogits
-    """Logits [batch, tokens, vocabulary], or of the trained tokens alone [trained, vocabulary], perhaps chunked."""
+    """Logits [batch, tokens, vocabulary], or only of trained tokens [trained, vocabulary], perhaps chunked."""
 
 TargetIds = Callable[[Tensor], Tensor]
-"""A task's `target_ids`: from `labels[batch, tokens]` to the token that each logit should predict, or -100."""
+"""Returns the token that each logit should predict, or -100, from `labels[batch, tokens]`."""
 
 
 def loss(
@@ -31,17 +29,16 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the cross entropy of the trained tokens to a scalar.
+    """Sum the trained tokens' cross entropy to a scalar.
 
-    `labels` are [batch, tokens], or the target ids of the trained tokens [trained] with `logits[trained, vocabulary]`.
-    Untrained tokens are dropped before the copy to float32.
+    `labels` are [batch, tokens], or the trained tokens' target ids [trained] with `logits[trained, vocabulary]`.
     """
     from fulltune.models import chunked_loss
 
     if labels.dim() == 2:
         tokens = target_ids(labels)
         is_trained = tokens != IGNORED
-        logits, labels = _picked(logits, is_trained), tokens[is_trained]
+        logits, labels = _logits_at(logits, is_trained), tokens[is_trained]
     return chunked_loss.summed_loss(logits, labels, smoothing)
 
 
@@ -59,7 +56,7 @@ def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target
     is_trained = tokens != IGNORED
     rows = is_trained.nonzero()[:, 0]
     empty = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-    losses, right = token_scores(_picked(logits, is_trained), tokens[is_trained])
+    losses, right = token_scores(_logits_at(logits, is_trained), tokens[is_trained])
     return {
         "nll": empty.index_add(0, rows, losses.double()),
         "tokens": is_trained.sum(dim=1).double(),
@@ -67,17 +64,15 @@ def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target
     }
 
 
-def _picked(logits: Logits, places: Tensor) -> Logits:
+def _logits_at(logits: Logits, places: Tensor) -> Logits:
+    """Select logits by a mask of tokens, unless they are selected or chunked already."""
     from fulltune.models.chunked_loss import ChunkedLogits
 
     return logits if isinstance(logits, ChunkedLogits) or logits.ndim == 2 else logits[places]
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    """Compute loss per token in nats, perplexity, next-token accuracy, and mean scores of answers.
-
-    BLEU is the corpus's, with `exp` smoothing, so that few or short answers do not get 0.
-    """
+    """Compute loss in nats per token, perplexity, next-token accuracy, answers' mean scores, and corpus BLEU."""
     names = set(predictions) | (set(_OF_TOKENS) if "tokens" in predictions else set())
     values = over_all({name: parts for name, parts in sums(target, "").items() if name in names}, predictions)
     if "bleu_counts" in predictions:
@@ -86,6 +81,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
         orders = BLEU().max_ngram_order
         counted = predictions["bleu_counts"].sum(axis=0).tolist()
         matches, totals, lengths = counted[:orders], counted[orders : 2 * orders], counted[2 * orders :]
+        # Of the corpus, smoothed so that few or short answers do not get 0.
         values["bleu"] = BLEU.compute_bleu(matches, totals, lengths[0], lengths[1], smooth_method="exp").score
     return values
 
@@ -116,6 +112,7 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
 
 
 def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
+    """Count each answer's n-gram matches and totals and both lengths, int64 [answers, 10]; empty without sacrebleu."""
     if not can_score("bleu"):
         return {}
     from sacrebleu.metrics.bleu import BLEU
