@@ -1,4 +1,4 @@
-"""Refuses rows that cannot be trained on, and writes notes about those that can."""
+"""Refuses rows that cannot be trained on, and writes notes about the others."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from fulltune.tasks import Target
 from fulltune.text import counted, first_few
 
 MAX_DROPPED = 0.05
-"""Share of a file's rows that may be unusable; more suggests a wrong column or broken export."""
+"""Largest share of unusable rows; more suggest a wrong column or broken export."""
 UNDECODABLE_IMAGE = "undecodable image"
 FEW_EVAL_ROWS = 50
 _FEW_OF_A_CLASS = 5
-"""With fewer rows, one answer moves a class's recall by over 20 points."""
+"""With fewer rows, one answer changes a class's recall by over 20 points."""
 
 
 def refuse_secret_names(target: Target, where: str) -> None:
-    """Refuse labels and columns with secrets in their names, which readers of the finished model see."""
+    """Raise `DataError` if a column or label name, which the finished model shows, contains a secret."""
     names = [("column", name) for name in target.columns.values()] + [("label", name) for name in target.labels]
     secret = [f"{kind} {masked(name)}" for kind, name in names if RE["never_a_name"].search(masked_text(name))]
     if secret:
@@ -45,7 +45,7 @@ def refuse_secret_names(target: Target, where: str) -> None:
 
 
 def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource]) -> None:
-    """Raise `DataError` for too many unusable rows, forbidden lengths, and broken images."""
+    """Raise `DataError` for too many unusable rows, rows of forbidden length, and undecodable images."""
     strategy = recipe.data.truncation_strategy
     # Rows that the recipe tells to drop, and mixed-in rows that do not fit, say nothing against the file.
     allowed = {UNDECODABLE_IMAGE, NEW_LABEL, *(("too long", "answer cut off") if strategy == "drop" else ())}
@@ -61,8 +61,8 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
             )
         if not is_mixed(name):
             problems += column_problems(recipe.data, tally, source.num_rows, where)
-        problems += _too_many(source, "unusable", (), source.num_read)
-        problems += _too_many(source, "unfit", allowed, source.num_read - tally.of("unusable").total())
+        problems += _problem_of_many_dropped(source, "unusable", (), source.num_read)
+        problems += _problem_of_many_dropped(source, "unfit", allowed, source.num_read - tally.of("unusable").total())
         if strategy == "error" and (count := tally.of("too long").total()):
             problems.append(
                 f"{where}: {counted(count, 'row')} of {name} longer than data.max_length; raise it, or set "
@@ -72,7 +72,7 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
         raise DataError(problems)
 
 
-def _too_many(source: EncodedSource, kind: DropKind, allowed: Collection[str], num_rows: int) -> list[str]:
+def _problem_of_many_dropped(source: EncodedSource, kind: DropKind, allowed: Collection[str], num_rows: int) -> list[str]:
     counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed})
     total = counts.total()
     # A single row is never too many, even in a file of ten.
@@ -93,7 +93,7 @@ def _too_many(source: EncodedSource, kind: DropKind, allowed: Collection[str], n
 
 
 def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> None:
-    """Raise `DataError` for classes that train lacks: they cannot be learned."""
+    """Raise `DataError` for classes that train lacks, because they cannot be learned."""
     train = splits["train"].label_counts()
     columns = {"time": block.time, "group": block.group}
     by = "".join(f" by '{column}' (data.{role})" for role, column in columns.items() if column)
@@ -113,11 +113,11 @@ def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> No
 
 
 def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
-    """Note few eval rows, groups in several splits, and classes with similar names or no usable rows."""
+    """Note few eval rows, texts shared by splits, and classes with similar names or no usable rows."""
     dev, remarks = splits["eval"], list[str]()
     if dev.num_rows < FEW_EVAL_ROWS:
         remarks.append(f"only {counted(dev.num_rows, 'eval row')}: too few to tell reliably which weights are better")
-    remarks += _shared(splits, "groups", shared_content(target.columns), " (equal, or nearly so)" if near else "")
+    remarks += _note_shared_groups(splits, "groups", shared_content(target.columns), " (equal, or nearly so)" if near else "")
     counts = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
     if "label" not in target.columns:
         return remarks
@@ -131,7 +131,7 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
     return remarks
 
 
-def _shared(
+def _note_shared_groups(
     splits: Mapping[SplitName, Split], of: Literal["groups", "group_values"], what: str, nearly: str = ""
 ) -> list[str]:
     overlaps: tuple[tuple[SplitName, SplitName], ...] = (("eval", "train"), ("test", "train"), ("test", "eval"))
@@ -144,18 +144,19 @@ def _shared(
 
 
 def note_on_flaws(sources: Iterable[EncodedSource]) -> list[str]:
+    """Note how many rows have each text flaw."""
     counts = sum((source.tally.of("flaw") for source in sources), Counter[str]())
     shown = ", ".join(f"{check} in {counted(count, 'row')}" for check, count in counts.most_common())
     return [f"texts that look wrong: {shown}; 'fulltune data' lists them"] if counts else []
 
 
 def num_shared(split: Split, other: Split, of: Literal["groups", "group_values"] = "groups") -> int:
-    """Count rows whose group (or `data.group`) also occurs in the other split."""
+    """Count rows of `split` whose group (or `data.group` value) also occurs in `other`."""
     return int(np.isin(getattr(split, of), getattr(other, of)).sum())
 
 
 def note_unmeasured(train: Split, test: Split) -> list[str]:
-    """Note classes of train with few test rows or none."""
+    """Note train classes with fewer than five test rows."""
     in_train, in_test = train.label_counts(), test.label_counts()
     scarce = sorted((in_test[name], name) for name in in_train if in_test[name] < _FEW_OF_A_CLASS)
     # With few test rows in total that is obvious.
@@ -172,7 +173,7 @@ IN_EARLIER_SPLIT = "also in an earlier split"
 
 
 def late_rows(splits: Mapping[SplitName, Split]) -> np.ndarray:
-    """Mark rows of the train file in no split, whose group begins in an earlier one: bool [rows]."""
+    """Mark train rows that are in no split because their group begins in an earlier one: bool [rows]."""
     return ~np.logical_or.reduce([split.rows for split in splits.values() if split.source is splits["train"].source])
 
 
@@ -184,11 +185,11 @@ def dropped_late(block: DataBlock, train: EncodedSource, late: np.ndarray) -> It
 
 
 def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> list[str]:
-    """Note how `data.time` and `data.group` split the rows, and which values split files share."""
+    """Report how `data.time` and `data.group` split the rows, and which values two splits share."""
     block, train, remarks = recipe.data, splits["train"].source, list[str]()
     own = {name: splits[name] for name in SPLITS if splits[name].source is train}
     if block.time is not None:
-        remarks.append(_split_by_time(block, own, int(late_rows(splits).sum())))
+        remarks.append(_note_on_time_split(block, own, int(late_rows(splits).sum())))
     elif own.keys() - {"train"}:
         # The fractions mean nothing for splits with their own files.
         fractions = {"eval": block.eval_fraction, "test": block.test_fraction}
@@ -209,10 +210,10 @@ def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> lis
             f"rows with the same '{block.group}' stay in one split: {counted(values, 'value')}{joined}, the largest of "
             f"{counted(largest_group(train.split_groups), 'row')}"
         )
-    return remarks + _shared(splits, "group_values", f"'{block.group}'")
+    return remarks + _note_shared_groups(splits, "group_values", f"'{block.group}'")
 
 
-def _split_by_time(block: DataBlock, own: Mapping[SplitName, Split], late: int) -> str:
+def _note_on_time_split(block: DataBlock, own: Mapping[SplitName, Split], late: int) -> str:
     train = own["train"].source
     kind = next(iter(train.tally.of("kind of time")))
     spans = []
@@ -231,7 +232,7 @@ def _split_by_time(block: DataBlock, own: Mapping[SplitName, Split], late: int) 
 
 
 def notes_on_forbidden(texts: ForbiddenTexts | None, train: Split, mixed: Mapping[SourceName, Split]) -> list[str]:
-    """Note how many trained rows contain a forbidden text."""
+    """Report how many trained rows contain a forbidden text."""
     if texts is None:
         return []
     remarks = []

@@ -1,10 +1,10 @@
-"""Groups rows that a split must not separate: near duplicates, and rows with the same `data.group`; and reads
+"""Groups rows that a split must not separate: near duplicates, and rows with the same `data.group`. Also reads
 `data.time`.
 
-Group numbers are drawn from a seed and a key, so that new rows move few others. Near duplicates are detected by MinHash
-(Broder 1997): a signature holds, for each of 128 hash functions, the smallest hash of a text's character 5-grams. The
-share of equal places estimates the Jaccard similarity of two texts with a standard error of at most 4.5 %. Only rows
-that agree in a band of places are compared.
+Group numbers are drawn from a seed and a key, so that new rows move few others. MinHash (Broder 1997) detects near
+duplicates: a signature holds, for each of 128 hash functions, the smallest hash of a text's character 5-grams. The
+share of equal positions estimates two texts' Jaccard similarity, with a standard error of at most 4.5 %. Only rows that
+agree in a band of positions are compared.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ NUM_HASHES = 128
 _SHINGLE = 5
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _CHARACTERS_AT_ONCE = 50_000
-"""Characters hashed at a time, 128 numbers each: they fit into a core's cache."""
+"""Characters whose 128 hashes each fit into a core's cache."""
 _PAIRS_AT_ONCE = 4_000
-"""Pairs of rows that are compared at a time, for the same reason."""
 _NEIGHBOURS = 16
-"""In a band of many rows, each is compared with this many of the next ones in signature order."""
+"""Rows in signature order with which each row of a large band is compared."""
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
-    """Compute MinHash signatures of 5-grams: uint16 [texts, 128]."""
+    """Compute MinHash signatures of the texts' 5-grams: uint16 [texts, 128]."""
     none = np.empty((0, NUM_HASHES), np.uint16)
     return np.concatenate([none, *map(_signatures, windows(texts, most_characters=_CHARACTERS_AT_ONCE))])
 
@@ -71,13 +70,13 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
 
 
 def jaccard(mine: set[str], theirs: set[str]) -> float:
-    """Compute the share of different 5-grams in common, exactly."""
+    """Compute the Jaccard similarity of two sets of 5-grams."""
     shared = len(mine & theirs)
     return shared / (len(mine) + len(theirs) - shared)
 
 
 def grams(text: str) -> set[str]:
-    """Return the different character 5-grams of a text; a shorter text is padded."""
+    """Return the set of a text's character 5-grams; shorter texts are padded."""
     text = text.ljust(_SHINGLE, "\0")
     return {text[place : place + _SHINGLE] for place in range(len(text) - _SHINGLE + 1)}
 
@@ -92,7 +91,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
     """Return the first member of each row's cluster: int64 [rows].
 
-    A chain of rows, each with a share of `threshold` of the next one's places, forms a cluster.
+    A cluster is a chain of rows in which each signature equals the next in a share `threshold` of positions.
     """
     count = len(signed)
     if count < 2:
@@ -106,7 +105,8 @@ def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarray:
-    keys = _keys(signed[:, places])
+    """Return pairs of similar rows that agree in a band: int64 [2, pairs]."""
+    keys = _hash_band_of_each_row(signed[:, places])
     order = np.argsort(keys)
     agree = keys[order[1:]] == keys[order[:-1]]
     # Few rows agree with another one; only these are sorted.
@@ -125,7 +125,7 @@ def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarr
     return np.concatenate(pairs, axis=1)
 
 
-def _keys(band: np.ndarray) -> np.ndarray:
+def _hash_band_of_each_row(band: np.ndarray) -> np.ndarray:
     words = np.ascontiguousarray(band).view(f"u{min(8, 2 * band.shape[1])}")
     keys = words[:, 0].astype(np.uint64)
     for word in words[:, 1:].T:
@@ -134,7 +134,7 @@ def _keys(band: np.ndarray) -> np.ndarray:
 
 
 def join_near(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.ndarray:
-    """Return group numbers that near rows share, others keep: uint64 [rows]."""
+    """Return group numbers, equal for near duplicates: uint64 [rows]."""
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     of_number = clusters(signed[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))
@@ -160,7 +160,7 @@ def _components(pairs: np.ndarray, count: int) -> np.ndarray:
 def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return numbers shared by rows that a chain of equal groups and equal values connects: uint64 [rows].
 
-    A value that stands alone keeps its drawn number, so added rows move no others.
+    An unconnected value keeps its drawn number, so added rows move no others.
     """
     if not len(groups):
         return groups
@@ -181,7 +181,8 @@ def draw(seed: int, key: str) -> int:
 
 
 def sample(labels: Sequence[Sequence[str]], most: int, seed: int) -> list[int]:
-    """Draw `most` positions, sorted, with at least three of each label if possible; `labels` has those of each row."""
+    """Draw `most` sorted positions with at least three rows of each label if possible. `labels` has each row's
+    labels."""
     drawn = np.fromiter((draw(seed, str(position)) for position in range(len(labels))), np.uint64, len(labels))
     of_each = min(3, most // max(1, len({label for of_row in labels for label in of_row})))
     counts, wanted, others = Counter[str](), list[int](), list[int]()
@@ -197,25 +198,24 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _MAX_PLACES = 10
-_EMPTY = "is empty"
+_IS_EMPTY = "is empty"
 
 
 @dataclass
 class RowCounts:
-    """Counts of faults and properties of rows, with the first places of each."""
+    """Counts rows by kind and name of a fault or property, with the first locations of each."""
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Number of rows by kind and name."""
     first: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
 
     def add(self, kind: str, what: str, place: str, detail: str = "") -> None:
-        """Count a row at a place, with a detail for messages."""
+        """Count a row; `detail` is shown in messages."""
         self.counts[kind, what] += 1
         if self.counts[kind, what] <= _MAX_PLACES:
             self.first.setdefault((kind, what), []).append((place, detail))
 
     def merge(self, other: RowCounts) -> None:
-        """Add the counts of the rows that follow."""
+        """Add the counts of later rows."""
         self.counts.update(other.counts)
         for key, places in other.first.items():
             shown = self.first.setdefault(key, [])
@@ -229,7 +229,8 @@ class RowCounts:
 def groups_and_times(
     rows: Sequence[PlacedRow], group: str | None, time: str | None, seed: int, tally: RowCounts
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read each row's group hash (uint64 [rows]) and time (float64 [rows]), empty if not set; `tally` counts faults."""
+    """Return each row's group hash (uint64 [rows]) and time (float64 [rows]), empty if not set; `tally` counts bad
+    cells."""
     values, times = np.zeros(len(rows) if group else 0, np.uint64), np.zeros(len(rows) if time else 0)
     for number, (place, row) in enumerate(rows):
         if group:
@@ -242,31 +243,31 @@ def groups_and_times(
                 kind, times[number] = parse_time(cell := row.get(time))
                 tally.add("kind of time", kind, place)
             except ValueError as error:
-                is_shown = str(error) != _EMPTY and not isinstance(cell, BadCell)
+                is_shown = str(error) != _IS_EMPTY and not isinstance(cell, BadCell)
                 tally.add("time", str(error), place, f": {masked_text(str(cell))[:40]!r}" if is_shown else "")
     return values, times
 
 
 def parse_group(cell: object) -> str:
-    """Format a `data.group` cell, stripped. Raises `ValueError` with what is wrong."""
+    """Return a `data.group` cell as text. Raises `ValueError` with the fault."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
     if isinstance(cell, (list, tuple, dict, bytes)):
         raise ValueError("holds a list, an object or bytes, expected a text or a number")
     if cell is None or (isinstance(cell, float) and math.isnan(cell)) or is_blank(str(cell)):
-        raise ValueError(_EMPTY)
+        raise ValueError(_IS_EMPTY)
     if isinstance(cell, float) and cell.is_integer():
         return str(int(cell))
     return str(cell).strip()
 
 
 def parse_time(cell: object) -> tuple[str, float]:
-    """Return a time's kind, and seconds since 1970 or the number itself. Raises `ValueError` with what is wrong."""
+    """Return a time's kind, and its seconds since 1970 (or the number). Raises `ValueError` with the fault."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
     is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # NaN, or NaT of pandas
     if cell is None or is_nothing or (isinstance(cell, str) and is_blank(cell)):
-        raise ValueError(_EMPTY)
+        raise ValueError(_IS_EMPTY)
     try:
         value = cell
         if isinstance(cell, str):
@@ -296,7 +297,7 @@ def format_time(kind: str, time: float) -> str:
 
 
 def column_problems(block: DataBlock, tally: RowCounts, num_rows: int, where: str) -> list[str]:
-    """Describe each kind of fault in the `data.group` and `data.time` columns."""
+    """Return error messages about the `data.group` and `data.time` columns."""
     problems, kinds = [], []
     for (kind, what), count in tally.counts.items():
         if kind not in ("group", "time", "kind of time"):

@@ -1,4 +1,4 @@
-"""Limits the length of rows, and packs short texts into rows of full length to avoid padding."""
+"""Limits the length of rows, and packs short texts into full rows to avoid padding."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that the model and the method set for rows."""
+    """Limits that the model and the method set for a row."""
 
     positions: int | None = None
-    """Longest sequence in tokens; None if unlimited."""
+    """Longest sequence in tokens, or None if unlimited."""
     identity: str = ""
-    """Fingerprint of whatever in the model changes prepared rows."""
+    """Fingerprint of everything in the model that changes prepared rows."""
     packing_obstacle: Callable[[], str | None] = lambda: "it was not checked"
     """Returns why packed texts would attend to each other, or None."""
     virtual: int = 0
-    """Virtual tokens that prompt tuning puts before each row; they count as length."""
+    """Virtual tokens that prompt tuning puts before each row."""
 
     @classmethod
     def of(cls, base: Base, recipe: Recipe) -> Limits:
@@ -56,7 +56,7 @@ MIN_LENGTH = 8
 def length_limit(
     recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, str]:
-    """Return the most tokens of a row, and the reason. Raises `RecipeError` for impossible settings."""
+    """Return the maximum tokens per row, and the reason. Raises `RecipeError` for impossible settings."""
     bounds = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
     model_limit = min(bounds, default=10**9)
     cap = causal_lm.BLOCK_LENGTH if target.form.is_raw_text else task.FACTS.length_cap
@@ -82,7 +82,8 @@ def length_limit(
 
 
 def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
-    """Decide whether texts share rows, with notes. Raises `RecipeError` for impossible settings."""
+    """Decide whether to pack texts into shared rows; also return notes. Raises `RecipeError` if `data.packing` is
+    impossible."""
     wanted, is_raw = recipe.data.packing, target.form.is_raw_text
     if wanted is False:
         return False, []
@@ -102,31 +103,30 @@ def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Ta
 
 
 OPEN_BLOCKS = 64
-"""Blocks filled at the same time, by best fit."""
 _BLOCKS_PER_BATCH = 256
 
 
 TokenizedText = tuple[np.ndarray, np.ndarray, str]
-"""Ids, labels and words of a text."""
+"""Token ids, labels and stored cells."""
 
 
 def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:
     """Pack whole texts into blocks of at most `max_length` tokens."""
-    blocks = _fill(parts, max_length)
+    blocks = _fill_blocks_by_best_fit(parts, max_length)
     while full := list(islice(blocks, _BLOCKS_PER_BATCH)):
-        yield record_batch(list(map(_features, full)), [block[0][2] for block in full])
+        yield record_batch(list(map(_concatenate_block, full)), [block[0][2] for block in full])
 
 
-def _features(block: list[TokenizedText]) -> dict[str, np.ndarray | int]:
+def _concatenate_block(block: list[TokenizedText]) -> dict[str, np.ndarray | int]:
     ids, labels = (np.concatenate([text[column] for text in block]) for column in (0, 1))
     # Position ids that start again tell transformers' models where a text begins.
     positions = np.concatenate([np.arange(len(text[0]), dtype=np.int32) for text in block])
     return {"input_ids": ids, "labels": labels, "position_ids": positions, LENGTH: len(ids)}
 
 
-def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[TokenizedText]]:
+def _fill_blocks_by_best_fit(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[TokenizedText]]:
     opened, room = list[list[TokenizedText]](), list[int]()
-    for text in _texts(parts):
+    for text in _iterate_tokenized_texts(parts):
         at = min((at for at, free in enumerate(room) if free >= len(text[0])), key=room.__getitem__, default=None)
         if at is None:
             if len(opened) == OPEN_BLOCKS:
@@ -144,7 +144,7 @@ def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[Tok
     yield from opened
 
 
-def _texts(parts: Iterable[pa.RecordBatch]) -> Iterator[TokenizedText]:
+def _iterate_tokenized_texts(parts: Iterable[pa.RecordBatch]) -> Iterator[TokenizedText]:
     for part in parts:
         ids, labels = (part.column(name) for name in ("input_ids", "labels"))
         ends = ids.offsets.to_numpy()

@@ -1,7 +1,7 @@
-"""Patch files hold decisions about single rows, which are applied each time the data is read.
+"""Applies patch files, which hold decisions about single rows, each time the data is read.
 
 Each line is a JSON object. Its `row` is a hash of all columns (`inference.store.row_id`), so a decision follows its row
-wherever it moves. The second of several equal rows of a source has `-2` appended, and so on.
+when the row moves. The second of several equal rows of a source has `-2` appended, and so on.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from fulltune.records.audit import RowDecision
 from fulltune.text import counted, first_few
 
 CHECK = "patch"
-"""Check by which `dropped.jsonl` lists rows that a patch drops."""
+"""The `check` of rows in `dropped.jsonl` that a patch drops."""
 _SHOWN = 3
 Decisions = Mapping[tuple[str, str], RowDecision]
-"""Decisions by `RowDecision.key`."""
+"""Maps `RowDecision.key` to decisions."""
 
 
 def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str], RowDecision]:
@@ -70,7 +70,7 @@ def save_patch(path: Path, decisions: Iterable[RowDecision]) -> None:
 
 @dataclass
 class PatchedRows:
-    """The rows of a source after a patch, and what it did once they were read."""
+    """Applies a patch to a source's rows, and records what it changed."""
 
     decisions: Decisions
     source: str
@@ -78,13 +78,13 @@ class PatchedRows:
     dropped: list[Dropped] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _copies: Counter[str] = field(default_factory=Counter)
-    """Number of rows so far with each hash that a decision names."""
+    """Rows read so far with each hash that a decision names."""
 
     def __post_init__(self) -> None:
         self.hashes = {row.partition("-")[0] for source, row in self.decisions if source == self.source}
 
     def rows(self, rows: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
-        """Yield the patched rows, without those that are dropped."""
+        """Yield the patched rows, without dropped ones."""
         self.dropped, self.problems, self._copies = [], [], Counter()
         for place, row in rows:
             patched = self._patched(place, row) if self.hashes else row
@@ -92,7 +92,7 @@ class PatchedRows:
                 yield place, patched
 
     def _patched(self, place: str, row: dict[str, Any]) -> dict[str, Any] | None:
-        """Apply decisions to a row, also those about the row that a replacement makes; None drops it."""
+        """Return the row as decided, or None to drop it. A changed row may match another decision."""
         while (row_hash := row_id(row)) in self.hashes:
             self._copies[row_hash] += 1
             decision = self.decisions.get((self.source, numbered(row_hash, self._copies[row_hash])))
@@ -116,18 +116,19 @@ class PatchedRows:
 
 
 def numbered(row: str, number: int) -> str:
-    """Return a row's identity: its hash and, from the second equal row on, its number."""
+    """Return a row's hash; from the second equal row on, with its number appended."""
     return row if number == 1 else f"{row}-{number}"
 
 
 def note_on_patch(path: str | None, sources: Iterable[PatchedRows | None]) -> list[str]:
+    """Note how many rows a patch dropped and changed."""
     patched = [source for source in sources if source is not None]
     done = Counter(source.decisions[key].remedy.action for source in patched for key in source.matched)
     return [f"{path}: {counted(done['drop'], 'row')} dropped, {done['replace']:,} changed (data.patch)"] if path else []
 
 
 def refuse_unmatched(path: str, sources: Sequence[PatchedRows], is_whole: bool) -> None:
-    """Raise `DataError` for columns or, if all rows were read, rows that do not exist."""
+    """Raise `DataError` for patched columns or, if `is_whole`, rows that do not exist."""
     decisions = sources[0].decisions
     matched = set[tuple[str, str]]().union(*(source.matched for source in sources))
     problems = [f"data.patch: {path}: {problem}" for source in sources for problem in source.problems][:_SHOWN]

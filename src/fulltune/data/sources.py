@@ -1,4 +1,4 @@
-"""Reads a recipe's rows once, to find columns, target and numbers of rows."""
+"""Reads a recipe's rows once to determine columns, target and number of rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEAD = 1000
 _SAMPLE = 100
 
 SourceName = str
-"""`train`, `eval` or `test`; mixed-in files are `mixed-1`, `mixed-2` ... in the order of the recipe."""
+"""`train`, `eval`, `test`, or for mixed-in files `mixed-1`, `mixed-2` ... in the recipe's order."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class SourceRows:
     rows: Callable[[list[str] | None], Iterator[PlacedRow]]
     """Reads the rows from the beginning; see `DataFiles.rows`."""
     patched: PatchedRows | None = None
-    """The patch and, once the rows were read, what it did."""
+    """The patch and, after reading, what it changed."""
     notes: Mapping[str, None] = field(default_factory=dict)
-    """Notes that reading the rows produced, in order."""
+    """Notes from reading, in order."""
 
 
 def mixed_names(recipe: Recipe) -> dict[SourceName, MixedFile]:
@@ -55,7 +55,7 @@ def is_mixed(name: SourceName) -> bool:
 
 
 def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
-    """Find the files of each source, train first. Raises `DataError` with all problems at once."""
+    """Return the files of each source, train first. Raises `DataError` with all problems at once."""
     block = recipe.data
     paths: dict[SourceName, Sequence[str]] = {"train": recipe.data.task_files}
     paths |= {name: (path,) for name, path in (("eval", block.eval), ("test", block.test)) if path}
@@ -89,12 +89,12 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
 
 
 def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
-    """List problems of the recipe's files and first train rows that show at once."""
+    """Return problems of the recipe's files and first train rows."""
     try:
         train = find_files(recipe)["train"]
-        columns, rows = _head(SourceRows(train.where, train.rows))
+        columns, rows = _first_rows(SourceRows(train.where, train.rows))
         if preprocess is None:
-            task_named(recipe.task).find_columns(_usable_columns(recipe.data, columns), rows, recipe.data, train.where)
+            task_named(recipe.task).find_columns(_columns_for_roles(recipe.data, columns), rows, recipe.data, train.where)
     except DataError as error:
         return [masked_text(problem) for problem in error.problems]
     return []
@@ -103,9 +103,9 @@ def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
 def read_rows(
     recipe: Recipe, files: DataFiles, preprocess: Preprocess | None, patched: PatchedRows | None = None
 ) -> SourceRows:
-    """Return rows as the recipe wants them: at most `max_rows`, patched, preprocessed."""
+    """Return at most `data.max_rows` rows of a source, patched and preprocessed."""
     most, wanted = recipe.data.max_rows, None
-    if most and len(labels := _labels(recipe, files)) > most:
+    if most and len(labels := _row_labels(recipe, files)) > most:
         if (different := len({label for row_labels in labels for label in row_labels})) > most:
             raise DataError(f"{files.where}: {different} labels, but data.max_rows allows only {most} rows; raise it")
         wanted = set(sample(labels, most, recipe.data.split_seed))
@@ -124,7 +124,7 @@ def read_rows(
     return SourceRows(files.where, lambda problems: iter(preprocessed), patched, files.notes)
 
 
-def _labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
+def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
     """Return each row's labels, none if `describe` will report why."""
     task = task_named(recipe.task)
     try:
@@ -143,13 +143,13 @@ def describe(
 ) -> tuple[Target, dict[SourceName, int]]:
     """Return the target and each source's number of rows, reading everything once.
 
-    Train rows are read twice if columns appear late. Raises `DataError` for every broken file, missing columns, or if
+    Train rows are read twice if columns appear late. Raises `DataError` for broken files, missing columns, or if
     nothing can be learned.
     """
     problems: list[str] = []
     counts, columns = dict.fromkeys(sources, 0), {name: dict[str, None]() for name in sources}
     train, faults, read = sources["train"], Counter[str](), set[SourceName]()
-    first_names, first_rows = _head(train)
+    first_names, first_rows = _first_rows(train)
 
     def rows_of(name: SourceName) -> Iterator[PlacedRow]:
         counts[name] = 0
@@ -168,7 +168,7 @@ def describe(
                 yield {**row, PLACE: place}
 
     def find_target(names: tuple[str, ...]) -> tuple[dict[str, str], Target]:
-        roles = task.find_columns(_usable_columns(block, names), first_rows, block, train.where)
+        roles = task.find_columns(_columns_for_roles(block, names), first_rows, block, train.where)
         _refuse_second_text(block, roles, names, first_rows, train.where)
         try:
             return roles, task.find_target(usable(roles), roles, block, train.where)
@@ -208,8 +208,8 @@ def describe(
 def mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Target:
     """Return a mixed-in source's target, by the recipe's columns or the usual names. Raises `DataError` without
     either."""
-    columns, rows = _head(source)
-    columns = _usable_columns(block, columns)
+    columns, rows = _first_rows(source)
+    columns = _columns_for_roles(block, columns)
     try:
         roles = task.find_columns(columns, rows, block, source.where)
     except DataError:
@@ -218,12 +218,12 @@ def mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Target:
     return task.find_target(rows, roles, block, source.where)
 
 
-def _usable_columns(block: DataBlock, columns: Iterable[str]) -> tuple[str, ...]:
+def _columns_for_roles(block: DataBlock, columns: Iterable[str]) -> tuple[str, ...]:
     named = {getattr(block, role) for role in USUAL_NAMES}
     return tuple(name for name in columns if name in named or name not in (block.group, block.time))
 
 
-def _head(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
+def _first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
     """Return the columns of the first thousand rows, and up to a hundred readable rows."""
     columns: dict[str, None] = {}
 
@@ -241,21 +241,21 @@ def _head(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
 
 
 def unused_columns(block: DataBlock, roles: Mapping[str, str], source: SourceRows) -> list[str]:
-    """List columns without a role among the first thousand rows."""
-    return [name for name in _head(source)[0] if name not in {*roles.values(), block.group, block.time, IMPOSSIBLE}]
+    """Return columns without a role in the first thousand rows."""
+    return [name for name in _first_rows(source)[0] if name not in {*roles.values(), block.group, block.time, IMPOSSIBLE}]
 
 
 def _refuse_second_text(
     block: DataBlock, roles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Row], where: str
 ) -> None:
-    """Refuse a second text column that the recipe does not mention: it may be half of the input."""
-    role = next((role for role in _READ_WITH if role in roles), "")
+    """Refuse a second text column that the recipe does not name, as it may be half of the input."""
+    role = next((role for role in _SECOND_ROLE if role in roles), "")
     # Raw text has no second half, and a recipe that names the column, or the answers, has decided.
-    if not role or _READ_WITH[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:
+    if not role or _SECOND_ROLE[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:
         return
-    if (second := second_text(roles[role], roles, _usable_columns(block, columns), rows)) is not None:
+    if (second := second_text(roles[role], roles, _columns_for_roles(block, columns), rows)) is not None:
         first, last = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
-        beside = _READ_WITH[role]
+        beside = _SECOND_ROLE[role]
         raise DataError(
             f"{where}: columns '{first}' and '{last}' both hold texts, but only one is read; set data.{role}: {first}"
             + (f", and data.{beside}: {last} to read both" if beside else "")
@@ -263,5 +263,5 @@ def _refuse_second_text(
         )
 
 
-_READ_WITH = {"text": "text_pair", "prompt": "input", "source": ""}
-"""Role of a column to that of one read with it, if any."""
+_SECOND_ROLE = {"text": "text_pair", "prompt": "input", "source": ""}
+"""Maps a text column's role to the role of its second half, if any."""

@@ -1,4 +1,4 @@
-"""Assigns rows to splits; eval and test are taken from train without separating duplicates."""
+"""Assigns rows to splits; eval and test are split off train without separating duplicates."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MAX_HELD_OUT_ROWS = 2_000
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a split, or of a mixed-in source."""
+    """Rows of a source in a split, or mixed in."""
 
     source: EncodedSource
     rows: np.ndarray
-    """True for each row of the source in the split: bool [rows]."""
+    """True for rows of the source in the split: bool [source rows]."""
     has_own_file: bool
-    """True if the split has all usable rows of its own file."""
+    """True if the rows come from the split's own file."""
 
     @property
     def num_rows(self) -> int:
@@ -37,7 +37,7 @@ class Split:
 
     @cached_property
     def examples(self) -> np.ndarray:
-        """True for each example of the source in the split: bool [examples]."""
+        """True for examples of the source in the split: bool [source examples]."""
         return self.rows[self.source.row_of]
 
     @property
@@ -51,7 +51,7 @@ class Split:
         return self.source.groups[self.rows]
 
     def label_counts(self, times: np.ndarray | None = None) -> Counter[str]:
-        """Count the split's rows with each label, or sum `times`, one number per source row."""
+        """Count the rows of each label, or sum their `times`, one number per source row."""
         sets, counts = self.source.label_sets, Counter[str]()
         numbers = np.bincount(self.source.labels, self.rows if times is None else times, len(sets))
         for names, count in zip(sets, numbers, strict=True):
@@ -60,7 +60,7 @@ class Split:
 
 
 def assign(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[SplitName, Split]:
-    """Return each split's rows. Raises `DataError` for splits of fewer than 2 rows, or one huge group."""
+    """Split the rows. Raises `DataError` if a split has fewer than 2 rows or one group is too large."""
     block, train = recipe.data, encoded["train"]
     splits = {
         name: Split(encoded[name], np.ones(encoded[name].num_rows, bool), True) for name in HELD_OUT if name in encoded
@@ -75,12 +75,12 @@ def assign(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[SplitNa
     fractions: dict[SplitName, float] = {"test": block.test_fraction, "eval": block.eval_fraction}
     fractions = {name: share for name, share in fractions.items() if name not in splits}
     if block.time is None:
-        rows_of = _drawn(train, _strata(train, block.group is not None), fractions)
+        rows_of = _random_splits(train, _row_strata(train, block.group is not None), fractions)
     else:
         wanted = {name: max(1, held_out_rows(train.num_rows, share)) for name, share in fractions.items()}
         rows_of = split_by_time(train.times, train.split_groups, wanted)
     splits |= {name: Split(train, rows, has_own_file=name == "train") for name, rows in rows_of.items()}
-    _refuse_small(recipe, splits, sum(held_out_rows(train.num_rows, share) for share in fractions.values()))
+    _refuse_small_splits(recipe, splits, sum(held_out_rows(train.num_rows, share) for share in fractions.values()))
     return splits
 
 
@@ -88,9 +88,10 @@ def held_out_rows(rows: int, fraction: float) -> int:
     return min(MAX_HELD_OUT_ROWS, round(fraction * rows))
 
 
-def _drawn(
+def _random_splits(
     train: EncodedSource, strata: np.ndarray, fractions: Mapping[SplitName, float]
 ) -> dict[SplitName, np.ndarray]:
+    """Hold out random groups, a fraction for each split; the rest is train."""
     rows_of, left = dict[SplitName, np.ndarray](), np.ones(train.num_rows, bool)
     for name, fraction in fractions.items():
         rest = np.flatnonzero(left)
@@ -104,7 +105,7 @@ def _drawn(
 
 
 def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose whole groups to hold out, of each stratum about the same share: bool [rows].
+    """Choose whole groups to hold out, about the same share of each stratum: bool [rows].
 
     A stratum (class) of two or more groups gives at least one, so that each class can be measured.
     """
@@ -120,12 +121,12 @@ def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.nda
         wanted = round(int(sizes[members].sum()) * fraction)
         if len(members) > 1:
             wanted = max(1, wanted)
-        is_held_out[members[_filling(sizes[members].tolist(), wanted)]] = True
+        is_held_out[members[_choose_groups(sizes[members].tolist(), wanted)]] = True
     return is_held_out[member_of]
 
 
-def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
-    """Choose groups of about `wanted` rows, never all, skipping those too large for the rest."""
+def _choose_groups(sizes: Sequence[int], wanted: int) -> list[int]:
+    """Choose positions of groups with about `wanted` rows in total, never all groups."""
     positions: list[int] = []
     num_rows = 0
     for position, size in enumerate(sizes):
@@ -139,8 +140,8 @@ def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
     return positions
 
 
-def _strata(source: EncodedSource, by_group: bool) -> np.ndarray:
-    """Return each row's class, the rarest of its labels or its group: int64 [rows], -1 without one."""
+def _row_strata(source: EncodedSource, by_group: bool) -> np.ndarray:
+    """Return each row's class, the rarest of its labels or group: int64 [rows], -1 without one."""
     counts = Split(source, np.ones(source.num_rows, bool), has_own_file=True).label_counts()
     places = {name: place for place, name in enumerate(source.names)}
     rarest = [places[min(names, key=lambda name: (counts[name], name))] if names else -1 for names in source.label_sets]
@@ -149,7 +150,7 @@ def _strata(source: EncodedSource, by_group: bool) -> np.ndarray:
 
 
 def rarest_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
-    """Return the rarest class in each row's group: int64 [rows]."""
+    """Return the rarest class of each row's group: int64 [rows]."""
     _, side = np.unique(split_groups, return_inverse=True)
     kinds, kind, counts = np.unique(strata, return_inverse=True, return_counts=True)
     smallest = np.full(len(strata), np.iinfo(np.int64).max)
@@ -160,7 +161,7 @@ def rarest_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
 def split_by_time(
     times: np.ndarray, split_groups: np.ndarray, wanted: Mapping[SplitName, int]
 ) -> dict[SplitName, np.ndarray]:
-    """Split at points in time, newest rows first in `wanted`, separating no group: bool [rows]."""
+    """Split at points in time, the newest rows into the first split in `wanted`, separating no group: bool [rows]."""
     numbers, group = np.unique(split_groups, return_inverse=True)
     starts = np.full(len(numbers), np.inf)
     np.minimum.at(starts, group, times)
@@ -168,14 +169,14 @@ def split_by_time(
     rows_of: dict[SplitName, np.ndarray] = {}
     before = np.ones(len(times), bool)
     for name, count in wanted.items():
-        start = _boundary(oldest[before], count)
+        start = _start_of_newest(oldest[before], count)
         rows_of[name] = before & (oldest >= start)
         before &= times < start
     return {**rows_of, "train": before}
 
 
-def _boundary(oldest: np.ndarray, wanted: int) -> float:
-    """Return the time from which about `wanted` rows are in groups that begin then, or infinity."""
+def _start_of_newest(oldest: np.ndarray, wanted: int) -> float:
+    """Return a time such that groups beginning then or later have about `wanted` rows, or infinity."""
     starts, counts = np.unique(oldest, return_counts=True)
     if len(starts) < 2:
         return np.inf
@@ -184,7 +185,7 @@ def _boundary(oldest: np.ndarray, wanted: int) -> float:
     return float(starts[-place])
 
 
-def _refuse_small(recipe: Recipe, splits: Mapping[SplitName, Split], wanted: int) -> None:
+def _refuse_small_splits(recipe: Recipe, splits: Mapping[SplitName, Split], wanted: int) -> None:
     block, train = recipe.data, splits["train"].source
     small = [f"{name} has {splits[name].num_rows}" for name in SPLITS if splits[name].num_rows < 2]
     largest = largest_group(train.split_groups)
