@@ -1,4 +1,4 @@
-"""Reads parquet, arrow and feather files in batches, never as a whole."""
+"""Reads parquet, arrow and feather files in batches, never a whole file at once."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 1000
 _BYTES_AT_ONCE = 64 * 2**20
-"""Most bytes read at once: fewer rows if they hold images or books."""
+"""Most bytes read at once, which limits rows with images or books."""
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield row numbers, from 1, and rows. Raises `DataError` for a damaged file or repeated columns.
 
-    Values without a Python equivalent become a `BadCell`, class numbers of `datasets` their names.
+    Values without a Python equivalent become a `BadCell`, and class numbers of `datasets` their names.
     """
     import pyarrow as pa
 
     number = 1
     try:
-        for batch in _batches(file):
+        for batch in _read_batches(file):
             titles, classes = batch.schema.names, class_names(batch.schema.metadata)
             if repeated := [title for title, count in Counter(titles).items() if count > 1]:
                 raise DataError(
@@ -38,7 +38,7 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             at_once = _rows_at_once(len(batch), batch.nbytes)
             for start in range(0, len(batch), at_once):
                 part = batch.slice(start, at_once)
-                columns = [_values(part.column(title), classes.get(title)) for title in titles]
+                columns = [_column_to_python(part.column(title), classes.get(title)) for title in titles]
                 for cells in zip(*columns, strict=True):
                     yield number, dict(zip(titles, cells, strict=True))
                     number += 1
@@ -54,7 +54,7 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from None
 
 
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+def _read_batches(file: Path) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -65,14 +65,14 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
             yield from parts.iter_batches(_rows_at_once(parts.metadata.num_rows, size))
         return
     with pa.memory_map(str(file)) as stream:
-        yield from _arrow_batches(stream)
+        yield from _read_arrow_batches(stream)
 
 
 def _rows_at_once(num_rows: int, num_bytes: int) -> int:
     return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * num_rows // max(1, num_bytes)))
 
 
-def _arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+def _read_arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
     try:
@@ -93,11 +93,11 @@ def _arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
         raise pa.ArrowInvalid(f"cut after {num_rows} rows, its end mark is missing")
 
 
-_NO_VALUE = (ValueError, OverflowError, LookupError)
-"""Errors of pyarrow for values without a Python equivalent, such as far times and text that is not UTF-8."""
+_CONVERSION_ERRORS = (ValueError, OverflowError, LookupError)
+"""Errors of pyarrow for values without a Python equivalent, such as invalid UTF-8."""
 
 
-def _values(column: pa.Array, classes: Sequence[str] | None) -> list[object]:
+def _column_to_python(column: pa.Array, classes: Sequence[str] | None) -> list[object]:
     import pyarrow as pa
 
     try:
@@ -105,16 +105,16 @@ def _values(column: pa.Array, classes: Sequence[str] | None) -> list[object]:
     except pa.ArrowInvalid as error:
         if "UTF8" not in str(error):  # invalid text affects single cells, other damage the file
             raise
-    values = map(_value, column)
-    return list(values) if classes is None else [_class_name(value, classes) for value in values]
+    values = map(_cell_to_python, column)
+    return list(values) if classes is None else [_name_classes(value, classes) for value in values]
 
 
-def _value(cell: pa.Scalar) -> object:
+def _cell_to_python(cell: pa.Scalar) -> object:
     try:
         return cell.as_py()
     except UnicodeDecodeError:
         return BadCell("a text that is not UTF-8")
-    except _NO_VALUE as error:
+    except _CONVERSION_ERRORS as error:
         return BadCell(f"a value of type {cell.type} that cannot be read ({error})")
 
 
@@ -122,7 +122,7 @@ def _value(cell: pa.Scalar) -> object:
 
 
 def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the class names of columns of type `ClassLabel`, or lists of it."""
+    """Return the class names of each column of type `ClassLabel`, or lists of it."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -135,9 +135,9 @@ def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
     return classes
 
 
-def _class_name(value: object, names: Sequence[str]) -> object:
+def _name_classes(value: object, names: Sequence[str]) -> object:
     if isinstance(value, list):
-        return [_class_name(part, names) for part in value]
+        return [_name_classes(part, names) for part in value]
     if not isinstance(value, int):
         return value
     if value == -1:  # in `datasets`, a row without a class

@@ -15,26 +15,26 @@ from fulltune.text import near_names
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
-"""Suffixes read only if the recipe names the file: in folders they may be licences or notes."""
+"""Suffixes read only if the recipe names the file. In folders, such files may be licences or notes."""
 _KINDS = ", ".join(SUFFIXES)
-_ABOUT_ROWS = {"state.json", "dataset_info.json"}
+_METADATA_FILES = {"state.json", "dataset_info.json"}
 _IMAGES = "avif bmp dib gif ico jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in _IMAGES.split())
-"""Suffixes of images that Pillow reads; other files in image folders are ignored."""
-_OF_ARCHIVES = "__MACOSX"
-"""Folder that unpacking an archive leaves on systems other than Apple's."""
+"""Suffixes of images that Pillow reads."""
+_MACOS_FOLDER = "__MACOSX"
+"""Folder left when an archive made on macOS is unpacked elsewhere."""
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
 def data_files(path: Path) -> list[Path]:
-    """Return a data file itself, or a folder's, sorted. Raises `DataError` if there is none that can be read."""
-    status = _status(path)
+    """Return a data file, or the sorted data files of a folder. Raises `DataError` if none can be read."""
+    status = _stat(path)
     if stat.S_ISDIR(status.st_mode):
         with reading(path):
-            return _files_in(path)
-    _refuse_no_file(path, status)
+            return _data_files_in(path)
+    _refuse_special_file(path, status)
     if path.suffix.lower() in _PACKED:
-        raise DataError(_packed(path))
+        raise DataError(_archive_problem(path))
     if not is_data(path):
         raise DataError(f"{path}: unknown file type '{path.suffix}'; expected {_KINDS}: save it as one of them")
     if status.st_size == 0:
@@ -42,7 +42,7 @@ def data_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _no_such_file(path: Path) -> str:
+def _no_such_file_problem(path: Path) -> str:
     if path.is_symlink():
         return f"{path}: is a broken link, expected a file; repair it, or name the file itself"
     parent = path.parent
@@ -57,7 +57,7 @@ def _no_such_file(path: Path) -> str:
     return f"{path}: no such file{hint}; give the path of a data file"
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _data_files_in(folder: Path) -> list[Path]:
     listed = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     names = {file.name for file in listed}
     if "dataset_dict.json" in names:  # what DatasetDict.save_to_disk writes
@@ -65,7 +65,7 @@ def _files_in(folder: Path) -> list[Path]:
             f"{folder}: holds several data sets, expected one; name each of them, for example data.train: "
             f"{folder / 'train'}"
         )
-    if names >= _ABOUT_ROWS:  # what Dataset.save_to_disk writes: the rest is about the rows
+    if names >= _METADATA_FILES:  # what Dataset.save_to_disk writes: the rest is about the rows
         listed = [file for file in listed if file.suffix.lower() != ".json"]
     files = [file for file in listed if file.suffix.lower() in SUFFIXES]
     # The rows of an ignored archive would be missing in silence.
@@ -75,10 +75,10 @@ def _files_in(folder: Path) -> list[Path]:
             f"{folder}: no data file in this folder; expected {_KINDS}: name another folder, or single files, which "
             f"may be in subfolders or end in {', '.join(ONLY_BY_NAME)}"
         )
-    problems = [_packed(file) for file in packed]
+    problems = [_archive_problem(file) for file in packed]
     for file in files:
         try:
-            _refuse_no_file(file, _status(file))
+            _refuse_special_file(file, _stat(file))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -91,21 +91,21 @@ def is_data(file: Path) -> bool:
     return file.suffix.lower() in (*SUFFIXES, *ONLY_BY_NAME)
 
 
-def _packed(file: Path) -> str:
+def _archive_problem(file: Path) -> str:
     return f"{printable(file)}: is an archive ('{file.suffix}'), expected {_KINDS}; unpack it and name its contents"
 
 
-def _status(path: Path) -> os.stat_result:
+def _stat(path: Path) -> os.stat_result:
     if not is_utf8(path):
         raise DataError(f"{printable(path)}: the name is not UTF-8; rename it")
     with reading(path):
         try:
             return path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(_no_such_file(path)) from None
+            raise DataError(_no_such_file_problem(path)) from None
 
 
-def _refuse_no_file(file: Path, status: os.stat_result) -> None:
+def _refuse_special_file(file: Path, status: os.stat_result) -> None:
     """Refuse pipes and devices, which may block or never end."""
     if not stat.S_ISREG(status.st_mode):
         raise DataError(
@@ -127,7 +127,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def state(file: Path) -> tuple[int, ...]:
-    """Return what changes when a file is replaced, written or cut."""
+    """Return numbers that change when a file is replaced, written or truncated; empty if it does not exist."""
     try:
         now = file.stat()
     except OSError:  # broken links to images are listed later
@@ -161,7 +161,7 @@ def is_utf8(name: str | Path) -> bool:
 
 
 def is_image_folder(folder: Path) -> bool:
-    """Return whether a folder or its subfolders hold images, and no table."""
+    """Return whether a folder or its subfolders contain images but no tables."""
     if not folder.is_dir():
         return False
     if any(path.suffix.lower() in SUFFIXES and not path.name.startswith(".") for path in folder.iterdir()):
@@ -172,11 +172,11 @@ def is_image_folder(folder: Path) -> bool:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the images of all classes, sorted. Raises `DataError` unless each class has a folder."""
+    """Return the images of all class folders, sorted. Raises `DataError` if images are not in class folders."""
     expected = "expected one folder per class with the images in it"
     if has_images(folder):
         raise DataError(f"{folder}: images lie directly in this folder; {expected}")
-    classes = [inner for inner in folders_in(folder) if inner.name != _OF_ARCHIVES]
+    classes = [inner for inner in folders_in(folder) if inner.name != _MACOS_FOLDER]
     problems = [
         f"{printable(inner)}: the folder name is not UTF-8, expected a class name; rename the folder"
         for inner in classes
@@ -195,12 +195,12 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Return the folders that are not hidden, sorted."""
+    """Return visible subfolders, sorted."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def has_images(folder: Path) -> bool:
-    """Return whether a folder holds images directly."""
+    """Return whether a folder directly contains images."""
     with os.scandir(folder) as entries:  # stops at the first image of perhaps a hundred thousand
         return any(_is_image(entry.name) for entry in entries)
 
@@ -211,40 +211,40 @@ def _is_image(name: str) -> bool:
 
 # ---- names that say which rows a file holds --------------------------------------------------------------------
 
-_WORDS: dict[str, SplitName] = {
+_SPLIT_WORDS: dict[str, SplitName] = {
     **dict.fromkeys(("test", "testing", "heldout"), "test"),
     **dict.fromkeys(("eval", "evaluation", "dev", "development", "val", "valid", "validate", "validation"), "eval"),
     **dict.fromkeys(("train", "training"), "train"),
 }
-_JOINED: dict[str, SplitName] = {
-    f"{word}{kind}": split for word, split in _WORDS.items() for kind in ("set", "sets", "data", "split", "splits")
+_JOINED_WORDS: dict[str, SplitName] = {
+    f"{word}{kind}": split for word, split in _SPLIT_WORDS.items() for kind in ("set", "sets", "data", "split", "splits")
 }
 _ORDER: tuple[SplitName, ...] = ("test", "eval", "train")
-"""Precedence of splits: a file named test is never trained on."""
+"""Precedence of splits. A file named test is never trained on."""
 _SHARD = re.compile(r"\d+-of-\d+(-[0-9a-f]{8,})?$")
-_LAST_TWO = re.compile(rf"({'|'.join(_WORDS)})[\W_]+((?:set|data|split)s?)(?=[\W\d_v]*$)")
+_LAST_TWO = re.compile(rf"({'|'.join(_SPLIT_WORDS)})[\W_]+((?:set|data|split)s?)(?=[\W\d_v]*$)")
 
 
-def _of_name(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
-    """Return the split in a file name and the other words; suffix, numbers and version are ignored.
+def _split_and_words(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
+    """Return the split in a file name, or None, and the other words without suffix, numbers and version.
 
     A split's word counts alone, last, first of two (`dev_matched`), or joined with its kind (`testset_w_refs`).
     """
     stem = re.sub(r"held[\W_]out", "heldout", _SHARD.sub("", file.stem.lower()))
     parts = [part for part in re.split(r"[\W\d_]+", _LAST_TWO.sub(r"\1\2", stem)) if part and part != "v"]
     ends = parts if len(parts) == 2 else parts[-1:]
-    splits = {_JOINED.get(part) for part in parts} | {_WORDS.get(part) for part in ends}
-    rest = () if _JOINED.keys() & set(parts) else tuple(part for part in parts if part not in _WORDS)
+    splits = {_JOINED_WORDS.get(part) for part in parts} | {_SPLIT_WORDS.get(part) for part in ends}
+    rest = () if _JOINED_WORDS.keys() & set(parts) else tuple(part for part in parts if part not in _SPLIT_WORDS)
     return next((split for split in _ORDER if split in splits), None), rest
 
 
 def by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
     """Group a folder's files by the split in their names, or None.
 
-    A name with further words (`crash_test`) may be a title: it counts beside a file named train, or one that differs in
-    the split's word only.
+    A name with other words (`crash_test`) may be a title. It counts only beside a file named train, or beside one that
+    differs in the split's word only.
     """
-    names = {file: _of_name(file) for file in files}
+    names = {file: _split_and_words(file) for file in files}
     has_train = any(split == "train" for split, _ in names.values())
     splits: dict[SplitName | None, list[Path]] = {}
     for file, (split, rest) in names.items():
@@ -254,7 +254,7 @@ def by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
 
 
 def split_folders(folder: Path) -> dict[SplitName | None, list[Path]]:
-    """Group subfolders by the split in their names, if all rows lie in such folders."""
+    """Group subfolders by the split in their names; empty unless all rows are in such folders."""
     listed = folder.iterdir() if folder.is_dir() else ()
     if any(file.suffix.lower() in SUFFIXES and file.name != "dataset_dict.json" for file in listed):
         return {}
@@ -264,17 +264,17 @@ def split_folders(folder: Path) -> dict[SplitName | None, list[Path]]:
 
 
 def held_out_beside(train: Path) -> dict[SplitName, list[Path]]:
-    """Return files whose names differ from a train file's in the split's word only."""
-    own, splits = _of_name(train), dict[SplitName, list[Path]]()
+    """Return files beside a train file whose names differ in the split's word only."""
+    own, splits = _split_and_words(train), dict[SplitName, list[Path]]()
     for file in sorted(train.parent.iterdir()) if own[0] == "train" and train.parent.is_dir() else ():
-        split, rest = _of_name(file)
+        split, rest = _split_and_words(file)
         if is_data(file) and rest == own[1] and split in ("eval", "test"):
             splits.setdefault(split, []).append(file)
     return splits
 
 
 def refuse_held_out(paths: Sequence[str]) -> None:
-    """Raise `DataError` for training folders with rows named as held out."""
+    """Raise `DataError` for training folders with files named as eval or test."""
     problems = []
     for folder in map(Path, paths):
         with reading(folder):

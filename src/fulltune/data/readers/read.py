@@ -1,4 +1,4 @@
-"""Reads csv, tsv, jsonl, json, parquet, arrow, CoNLL and text row by row; errors name file and line."""
+"""Reads data files of all formats row by row. Errors name file and line."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from fulltune.text import counted
 
 PlacedRow = tuple[str, dict[str, Any]]
 _MAX_SHOWN = 5
-"""Most broken lines of a file that messages list."""
-_PACKED = {
+_FILE_SIGNATURES = {
     b"\x1f\x8b": "packed (gzip)",
     b"BZh": "packed (bzip2)",
     b"\xfd7zXZ\0": "packed (xz)",
@@ -32,15 +31,15 @@ _PACKED = {
     b"SQLite format 3\0": "an SQLite database",
     b"%PDF-": "a PDF document",
 }
-"""First bytes of other kinds of files, whatever their names are."""
-_PAGES = (b"<!doctype html", b"<html", b"<?xml")
-_POINTER = b"version https://git-lfs.github.com/spec/"
-_SAVE = "save it as UTF-8, or set data.encoding (init: --encoding) to its encoding, such as cp1252, which Excel writes"
+"""First bytes of other file types, whatever their suffix."""
+_MARKUP_STARTS = (b"<!doctype html", b"<html", b"<?xml")
+_LFS_POINTER_START = b"version https://git-lfs.github.com/spec/"
+_SAVE_AS_UTF_8 = "save it as UTF-8, or set data.encoding (init: --encoding) to its encoding, such as cp1252, which Excel writes"
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of one source, read anew for each iteration."""
+    """The files of one source, read again in each iteration."""
 
     files: tuple[Path, ...]
     where: str
@@ -54,11 +53,11 @@ class DataFiles:
     """Column names of tables without a header line."""
     encoding: str = UTF_8
     notes: dict[str, None] = field(default_factory=dict, compare=False)
-    """Notes that reading the files produced, in order."""
+    """Notes from reading, in order."""
 
     def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
-        """Yield rows with places such as `train.csv:17`. Raises `DataError` for a broken file, or appends to `problems`
-        and reads on."""
+        """Yield locations such as `train.csv:17`, and rows. Raises `DataError` for a broken file, or appends to
+        `problems` and continues."""
         if self.image_folder is not None:
             for path in self.files:
                 name = printable(path.name)
@@ -71,16 +70,16 @@ class DataFiles:
             broken, is_empty = list[str](), True
             try:
                 with reading(file):
-                    for line, row in self._parsed(file):
+                    for line, row in self._parse(file):
                         is_empty = False
                         if isinstance(row, str):
                             broken.append(f"{file}:{line}: {row}")
                         else:
-                            yield f"{name}:{line}", self._whole(row, file.parent)
+                            yield f"{name}:{line}", self._resolve_paths_and_bytes(row, file.parent)
                 if is_empty:
                     broken = [f"{file}: no rows; add rows, or name another file"]
             except UnicodeError:
-                broken = [f"{file}:{_undecodable(file, self.encoding)}"]
+                broken = [f"{file}:{_encoding_problem(file, self.encoding)}"]
             except DataError as error:
                 broken = list(error.problems)
             if more := broken[_MAX_SHOWN:]:
@@ -90,14 +89,14 @@ class DataFiles:
             elif broken:
                 raise DataError(broken)
 
-    def _parsed(self, file: Path) -> Iterator[tuple[int, text_files.RowOrProblem]]:
+    def _parse(self, file: Path) -> Iterator[tuple[int, text_files.RowOrProblem]]:
         suffix = file.suffix.lower()
-        _refuse_other_kind(file)
+        _refuse_other_file_type(file)
         if suffix in (".parquet", ".arrow", ".feather"):
             yield from columnar.rows(file)
             return
         if b"\0" not in "a".encode(self.encoding):
-            _refuse_binary(file)
+            _refuse_nul_bytes(file)
         match suffix:
             case ".csv" | ".tsv":
                 yield from text_files.separated(file, self.columns, self.encoding, self.notes)
@@ -110,18 +109,18 @@ class DataFiles:
             case _:
                 yield from text_files.sentences(file, self.encoding)
 
-    def _whole(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def _resolve_paths_and_bytes(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Resolve image paths, and decode bytes, which some programs write for text."""
         if self.image_paths:
             row = resolve_image_paths(row, folder, self.image_column)
         if not any(isinstance(value, bytes) for value in row.values()):
             return row
         of_images = _image_columns(row, self.image_column)
-        return {name: value if name in of_images else _decoded(value) for name, value in row.items()}
+        return {name: value if name in of_images else _decode_bytes(value) for name, value in row.items()}
 
 
 def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None) -> DataFiles:
-    """Find the files of paths; nothing is read yet. Raises `DataError` with all problems at once."""
+    """Find the files of paths without reading them. Raises `DataError` with all problems at once."""
     if len(paths) == 1:
         folder = Path(paths[0])
         with reading(folder):
@@ -151,9 +150,9 @@ def _image_columns(row: Row, column: str | None) -> list[str]:
 
 
 def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str, Any]:
-    """Resolve a row's image paths, in one column or those with a usual name, relative to a folder.
+    """Make a row's image paths, in one column or those with a usual name, relative to a folder.
 
-    A cell is a path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` writes it.
+    A cell is a path, bytes, or `{"bytes": ..., "path": ...}` as in `datasets`.
     """
     changed = dict(row)
     for name in _image_columns(row, column):
@@ -168,7 +167,7 @@ def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str,
 
 
 def content_hash(sources: Mapping[str, DataFiles]) -> str:
-    """Hash names and bytes of all files with SHA-256; image folders by paths, sizes and times, which is faster."""
+    """Hash names and bytes of all files with SHA-256. Images are hashed by path, size and time, which is faster."""
     digest = hashlib.sha256()
     for name, source in sources.items():
         digest.update(f"{name}:{len(source.files)}".encode())
@@ -184,39 +183,39 @@ def content_hash(sources: Mapping[str, DataFiles]) -> str:
     return digest.hexdigest()
 
 
-def _undecodable(file: Path, encoding: str) -> str:
-    """Find the first line in another encoding; a decoding error counts from its block's start."""
+def _encoding_problem(file: Path, encoding: str) -> str:
+    """Return a message with the first line that cannot be decoded."""
     with file.open("rb") as stream:
         lines = enumerate(stream, start=1)
-        line = next((number for number, content in lines if isinstance(_decoded(content, encoding), bytes)), 1)
-    return f"{line}: not {'UTF-8' if encoding == UTF_8 else encoding}; {_SAVE}"
+        line = next((number for number, content in lines if isinstance(_decode_bytes(content, encoding), bytes)), 1)
+    return f"{line}: not {'UTF-8' if encoding == UTF_8 else encoding}; {_SAVE_AS_UTF_8}"
 
 
-def _refuse_other_kind(file: Path) -> None:
+def _refuse_other_file_type(file: Path) -> None:
     with file.open("rb") as stream:
         start = stream.read(1000)
     text = start.lstrip(b" \r\n").lower()
     kind = None
-    if text.startswith(_POINTER):
+    if text.startswith(_LFS_POINTER_START):
         kind = "a Git LFS pointer ('git lfs pull' downloads the file itself)"
-    elif text.startswith(_PAGES) and file.suffix.lower() != ".txt":
+    elif text.startswith(_MARKUP_STARTS) and file.suffix.lower() != ".txt":
         kind = "a web page (HTML) or XML, such as a login or error page"
-    elif 0 in start or isinstance(_decoded(start[: start.rfind(b"\n") + 1] or start), bytes):
-        kind = next((kind for sign, kind in _PACKED.items() if start.startswith(sign)), None)
+    elif 0 in start or isinstance(_decode_bytes(start[: start.rfind(b"\n") + 1] or start), bytes):
+        kind = next((kind for sign, kind in _FILE_SIGNATURES.items() if start.startswith(sign)), None)
     if kind:
         to_do = "unpack it, download the real file, or save its rows as csv in UTF-8, and name that"
         raise DataError(f"{file}: is {kind}, expected rows; {to_do}")
 
 
-def _refuse_binary(file: Path) -> None:
+def _refuse_nul_bytes(file: Path) -> None:
     with file.open("rb") as stream:
         line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
     if line is not None:
-        raise DataError(f"{file}:{line}: NUL bytes, as in UTF-16, expected text in UTF-8; {_SAVE}")
+        raise DataError(f"{file}:{line}: NUL bytes, as in UTF-16, expected text in UTF-8; {_SAVE_AS_UTF_8}")
 
 
-def _decoded(value: object, encoding: str = "utf-8") -> object:
-    """Decode bytes; return anything else as it is."""
+def _decode_bytes(value: object, encoding: str = "utf-8") -> object:
+    """Decode bytes, and return anything else, or undecodable bytes, unchanged."""
     try:
         return value.decode(encoding) if isinstance(value, bytes) else value
     except UnicodeError:

@@ -1,6 +1,6 @@
-"""Reads separated values, JSON, plain text and CoNLL, and guesses what a table's first line is.
+"""Reads separated values, JSON, plain text and CoNLL, and guesses whether a table's first line is a header.
 
-Each reader yields line (or row number) and row, or what is wrong with it.
+Each reader yields line (or row number) and row, or an error message about it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _AGAIN = "repeats the header line (were two files concatenated?), expected a row
 _NAMES_AGAIN = "holds the names of data.columns, expected a row; remove this line, or data.columns if it is a header"
 _JOINED = "lines of this row look like rows: if they are, remove the double quotes around the cell"
 _MAX_VALUES = 10_000
-"""Cells of ordinary rows by which rows inside of stray quotes are detected."""
+"""Cells of ordinary rows that are compared with lines inside quotes."""
 _MARK = "a byte order mark before a double quote, as in concatenated files; remove it"
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
@@ -36,7 +36,8 @@ _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 def separated(
     file: Path, columns: Sequence[str] | None, encoding: str, notes: dict[str, None]
 ) -> Iterator[tuple[int, RowOrProblem]]:
-    """Read rows of a csv or tsv file, noting suspicious lines. Raises `DataError` without a header."""
+    """Yield line and row, or problem, of a csv or tsv file; `notes` gets suspicious lines. Raises `DataError` without a
+    header."""
     delimiter, line = delimiter_of(file, encoding), 1
     remedy = f"put a text with {_NAMES[delimiter]} or line ends in double quotes"
     values, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
@@ -57,10 +58,10 @@ def separated(
                     yield line, dict(zip(header, cells, strict=True))
                     if reader.line_num > line:
                         lines = delimiter.join(cells).replace("\r\n", "\n").split("\n")
-                        rows = [[*map(_kind, text.split(delimiter))] for text in lines if text.strip()]
+                        rows = [[*map(_cell_or_zero, text.split(delimiter))] for text in lines if text.strip()]
                         joined += [(line, rows)] if {len(row) for row in rows} == {len(header)} != {1} else []
                     elif len(values) < _MAX_VALUES:
-                        values.update(enumerate(map(_kind, cells)))
+                        values.update(enumerate(map(_cell_or_zero, cells)))
                 line = reader.line_num + 1
         except csv.Error as error:
             yield line, _UNCLOSED if "unexpected end of data" in str(error) else f"not valid csv: {error}; {_DOUBLED}"
@@ -69,8 +70,8 @@ def separated(
             notes[f"{file.name}:{line}: {len(rows):,} {_JOINED}"] = None
 
 
-def _kind(cell: str) -> str:
-    """Return a cell, or the same text for all numbers."""
+def _cell_or_zero(cell: str) -> str:
+    """Return a cell, or "0" for any number."""
     return "0" if is_number(cell) else cell
 
 
@@ -95,30 +96,31 @@ def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
 
 
 def _repeated(names: Sequence[str]) -> list[str]:
-    """Return the names that occur more than once, sorted."""
+    """Return repeated names, sorted."""
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
-    """Read rows of a file with one object on each line."""
+    """Yield line and row, or problem, of a file with one JSON object on each line."""
     expected = "expected an object {...} on each line; repair or remove it"
     with file.open(encoding=encoding) as stream:
         for line, text in enumerate(stream, start=1):
             if not text.strip():
                 continue
             try:
-                row = _from_json(text.rstrip())
+                row = _parse_json(text.rstrip())
             except ValueError as error:
                 yield line, f"not valid JSON: {_json_problem(error)}; {expected}"
                 continue
-            yield line, _row(row, may_be_faulty(text), f"found {type(row).__name__}, {expected}")
+            yield line, _mark_bad_cells(row, may_be_faulty(text), f"found {type(row).__name__}, {expected}")
 
 
 def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
-    """Read rows of a list of objects, alone or in an object. Raises `DataError` for anything else."""
+    """Yield number and row, or problem, of a JSON list of objects, alone or in an object. Raises `DataError` for
+    anything else."""
     text = file.read_text(encoding=encoding)
     try:
-        value = _from_json(text)
+        value = _parse_json(text)
     except ValueError as error:
         is_lines = "Extra data" in str(error)
         to_do = "rename it to .jsonl, as it has one object per line" if is_lines else "repair it, or write it again"
@@ -131,12 +133,12 @@ def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrPro
     if not isinstance(value, list):
         raise DataError(f"{file}: found {type(value).__name__}, {expected}")
     is_doubtful = may_be_faulty(text)
-    for number, row in enumerate(_questions(value), start=1):
-        yield number, _row(row, is_doubtful, f"found {type(row).__name__} in the list, {expected}")
+    for number, row in enumerate(_flatten_squad(value), start=1):
+        yield number, _mark_bad_cells(row, is_doubtful, f"found {type(row).__name__} in the list, {expected}")
 
 
-def _questions(articles: list[Any]) -> list[object]:
-    """Return SQuAD's questions with their passages, any other list as it is."""
+def _flatten_squad(articles: list[Any]) -> list[object]:
+    """Return each SQuAD question with its passage, and any other list unchanged."""
     try:
         passages = [passage for article in articles for passage in article["paragraphs"]]
         return [{"context": passage["context"], **question} for passage in passages for question in passage["qas"]]
@@ -144,16 +146,16 @@ def _questions(articles: list[Any]) -> list[object]:
         return articles
 
 
-def _from_json(text: str) -> object:
-    """Parse JSON; raises `ValueError` also for values that no row can hold."""
+def _parse_json(text: str) -> object:
+    """Parse JSON. Raises `ValueError` also for repeated names and deep nesting."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_without_repeated_names)
     except RecursionError:
         raise ValueError("its lists or objects are nested too deeply") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse repeated names: JSON parsers silently keep the last."""
+def _without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dictionary, refusing repeated names, of which JSON parsers silently keep the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
         repeated = _repeated([name for name, _ in pairs])
@@ -166,51 +168,51 @@ def _json_problem(error: ValueError) -> str:
     return f"{getattr(error, 'msg', error)}{place}"
 
 
-def _row(row: object, is_doubtful: bool, refusal: str) -> RowOrProblem:
-    """Return a row with unusable cells as `BadCell`, or `refusal` for another value."""
+def _mark_bad_cells(row: object, is_doubtful: bool, refusal: str) -> RowOrProblem:
+    """Return a row with a `BadCell` for each unusable value, or `refusal` if it is no object."""
     if not isinstance(row, dict):
         return refusal
     if not is_doubtful:
         return row
     return {
-        _writable(name): BadCell(reason, _writable(value) if isinstance(value, str) else "") if reason else value
+        _replace_surrogates(name): BadCell(reason, _replace_surrogates(value) if isinstance(value, str) else "") if reason else value
         for name, value, reason in ((name, value, fault(value)) for name, value in row.items())
     }
 
 
-def _writable(text: str) -> str:
+def _replace_surrogates(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 # ---- plain text as lines, paragraphs or sections, and CoNLL with a word a line ---------------------------------------
 
 SECTION_CHARACTERS = 4_000
-"""Characters of a section, about a thousand tokens."""
+"""Most characters of a section of several paragraphs, about a thousand tokens."""
 _MAX_LINES_READ = 10_000
 
 
 def text_file(file: Path, text_rows: TextRows, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield lines and texts; `auto` takes sections if blank lines separate paragraphs, otherwise lines."""
+    """Yield line and row of plain text. `auto` reads sections if blank lines separate paragraphs, otherwise lines."""
     if text_rows == "auto":
         text_rows = "section" if has_blank_lines(file, encoding) else "line"
     with file.open(encoding=encoding) as stream:
         lines = ((number, line.rstrip("\n") if line.strip() else "") for number, line in enumerate(stream, start=1))
-        for number, text in lines if text_rows == "line" else _paragraphs(lines, text_rows):
+        for number, text in lines if text_rows == "line" else _join_lines(lines, text_rows):
             if text:
                 yield number, {"text": text}
 
 
 def has_blank_lines(file: Path, encoding: str = UTF_8) -> bool:
-    """Return whether there are blank lines between texts."""
+    """Return whether blank lines separate texts."""
     with file.open(encoding=encoding) as stream:
         marks = "".join("x" if line.strip() else " " for line in islice(stream, _MAX_LINES_READ))
     return " " in marks.strip()
 
 
-def _paragraphs(lines: Iterator[tuple[int, str]], text_rows: TextRows) -> Iterator[tuple[int, str]]:
-    """Yield paragraphs, or sections of several, with their first line."""
+def _join_lines(lines: Iterator[tuple[int, str]], text_rows: TextRows) -> Iterator[tuple[int, str]]:
+    """Yield first line and text of each paragraph, or of sections of several."""
     start, size, section = 1, 0, list[str]()
-    for number, paragraph in _runs(lines):
+    for number, paragraph in _split_at_blank_lines(lines):
         if section and (text_rows == "paragraph" or size + len(paragraph) > SECTION_CHARACTERS):
             yield start, "\n\n".join(section)
             size, section = 0, []
@@ -220,7 +222,7 @@ def _paragraphs(lines: Iterator[tuple[int, str]], text_rows: TextRows) -> Iterat
     yield start, "\n\n".join(section)
 
 
-def _runs(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+def _split_at_blank_lines(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
     for has_text, run in groupby(lines, key=lambda line: bool(line[1])):
         if has_text:
             numbered = list(run)
@@ -231,7 +233,7 @@ _SPACES = re.compile(r"[ \t]+")  # not \s: a no-break space can be a word
 
 
 def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
-    """Read CoNLL sentences, or what is wrong with a line: first column word, last column tag.
+    """Yield first line and row, or problem, of CoNLL sentences: words in the first column, tags in the last.
 
     Columns are separated by tabs if the first line has one, else by spaces. A blank line or `-DOCSTART-` ends a
     sentence.
@@ -251,7 +253,7 @@ def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrPro
             # Spaces at the ends separate nothing; a tab at an end has an empty cell next to it.
             columns = separator.split(content.strip(" ") if separator is _SPACES else content)
             expected = expected or len(columns)
-            if problem := _problem(columns, expected):
+            if problem := _columns_problem(columns, expected):
                 yield line, problem
                 continue
             if not sentence["tokens"]:
@@ -260,7 +262,7 @@ def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrPro
             sentence["tags"].append(columns[-1])
 
 
-def _problem(columns: list[str], expected: int) -> str | None:
+def _columns_problem(columns: list[str], expected: int) -> str | None:
     if len(columns) != expected:
         return (
             f"{counted(len(columns), 'column')}, expected {expected} as in the first line; write a word and its tag on "
@@ -280,8 +282,8 @@ _USUAL = {name for names in USUAL_NAMES.values() for name in names}
 _MAX_CELL = min(sys.maxsize, 2**31 - 1)
 """Most characters of a cell; the csv module's default is 128 Ki."""
 _FEW, _ROWS = 100, 1000
-_MIN_WORDS = 5
-"""Words from which a cell is a text and no column name."""
+_MIN_TEXT_WORDS = 5
+"""Words that make a cell a text, not a column name."""
 
 
 @contextlib.contextmanager
@@ -295,10 +297,8 @@ def csv_reader(
 
 
 def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
-    """Return a table's delimiter.
-
-    In a csv it is a semicolon if the first line has one cell by commas and, by semicolons, as many as most lines.
-    """
+    """Return a table's delimiter: for csv a semicolon if the first line contains no comma and has as many cells by
+    semicolons as most lines."""
     usual = SEPARATED[file.suffix.lower()]
     if usual == "\t":
         return usual
@@ -314,7 +314,7 @@ def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
 
 
 def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] | None:
-    """Return column names if a table's first line looks like a row, otherwise None."""
+    """Guess column names if a table's first line looks like a row, else return None."""
     if file.suffix.lower() not in SEPARATED:
         return None
     try:
@@ -328,17 +328,17 @@ def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] |
     if not rows:
         return None
     columns = list(zip(*rows, strict=True))
-    if not any(_is_value(name, values) for name, values in zip(first, columns, strict=True)):
+    if not any(_looks_like_values(name, values) for name, values in zip(first, columns, strict=True)):
         return None
-    return _names([(name, *values) for name, values in zip(first, columns, strict=True)])
+    return _guess_names([(name, *values) for name, values in zip(first, columns, strict=True)])
 
 
-def _is_value(name: str, values: Sequence[str]) -> bool:
+def _looks_like_values(name: str, values: Sequence[str]) -> bool:
     """Return whether a cell of the first line looks like its column's values."""
     if is_number(name):
         return all(map(is_number, values))
-    if len(name.split()) >= _MIN_WORDS:
-        return sorted(len(value.split()) for value in values)[len(values) // 2] >= _MIN_WORDS
+    if len(name.split()) >= _MIN_TEXT_WORDS:
+        return sorted(len(value.split()) for value in values)[len(values) // 2] >= _MIN_TEXT_WORDS
     return bool(name) and name in values
 
 
@@ -350,7 +350,7 @@ def is_number(text: str) -> bool:
     return True
 
 
-def _names(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def _guess_names(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Name the longest column `text`, and the one with the fewest different values `label`."""
     text = max(range(len(columns)), key=lambda place: sum(map(len, columns[place])))
     kinds = {place: len(set(values)) for place, values in enumerate(columns) if place != text and all(values)}
