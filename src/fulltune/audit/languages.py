@@ -19,22 +19,22 @@ OTHER_LANGUAGE, PACKAGE = "other language", "py3langid"
 SURE = 0.95
 """Probability from which a text counts as being in another language."""
 MIN_BYTES = 20
-"""UTF-8 bytes of letters needed: 20 Latin, 10 Cyrillic or 7 Chinese characters."""
+"""Fewest UTF-8 bytes of letters: 20 Latin, 10 Cyrillic or 7 Chinese characters."""
 _MAX_CHARACTERS = 400
-"""Characters examined, half of them at the text's end."""
+"""Characters examined, half of them from the text's end."""
 _VARIETIES: Mapping[str, str] = PATTERNS["varieties"]
 _RELATED = {code: frozenset(family.split()) for family in PATTERNS["families"] for code in family.split()}
 _LIKELY = 0.5
 """Probability from which a text counts as being in a language."""
 MAIN = 0.05
-"""Share of a column's texts from which a language is one of its main ones."""
+"""Share of a column's texts that makes a language a main one."""
 NEARLY_ALL = 0.9
-"""Share of texts that the main languages must have for others to stand out."""
+"""Share of texts that the main languages must have before other texts are suspects."""
 MIN_ROWS = 20
 
 
 @cache
-def _identifier() -> Any:
+def _load_identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
@@ -42,28 +42,28 @@ def _identifier() -> Any:
 
 def detect_language(text: str) -> tuple[str, float] | None:
     """Return a text's likeliest language and its probability, or None for too few letters."""
-    words = _words(text)
-    return _likeliest(words, ()) if _num_bytes(words) >= MIN_BYTES else None
+    words = _words_to_examine(text)
+    return _likeliest_language(words, ()) if _num_letter_bytes(words) >= MIN_BYTES else None
 
 
 def foreign_language(text: str, main: Collection[str]) -> tuple[str, float] | None:
     """Return a text's language and probability if its halves and uncapitalised words are all likelier in it than in a
-    main one."""
-    words = _words(text).split()
-    language = _likeliest(" ".join(words), main) if words else None
+    main language, or None."""
+    words = _words_to_examine(text).split()
+    language = _likeliest_language(" ".join(words), main) if words else None
     if language is None or language[0] in main or language[1] < SURE:
         return None
     if " ".join(words).isupper():
         words = " ".join(words).lower().split()
     half, plain = len(words) // 2, [word for word in words if word == word.lower()]
-    if 2 * _num_bytes(" ".join(plain)) < MIN_BYTES:
+    if 2 * _num_letter_bytes(" ".join(plain)) < MIN_BYTES:
         return None
     parts = [plain, words[:half], words[half:]] if half else [plain]
-    others = [_likeliest(" ".join(part), main) for part in parts]
+    others = [_likeliest_language(" ".join(part), main) for part in parts]
     return language if all(other is not None and other[0] not in main for other in others) else None
 
 
-def _words(text: str) -> str:
+def _words_to_examine(text: str) -> str:
     text = RE["fenced"].sub(" ", text)
     if len(text) > 2 * _MAX_CHARACTERS:
         # Seldom is more than half of a text removed below.
@@ -74,14 +74,14 @@ def _words(text: str) -> str:
     )
 
 
-def _num_bytes(words: str) -> int:
+def _num_letter_bytes(words: str) -> int:
     return sum(len(letters.encode("utf-8", "replace")) for letters in RE["letters"].findall(words))
 
 
-def _likeliest(words: str, main: Collection[str]) -> tuple[str, float] | None:
-    """Return the likeliest language, and its probability with that of related ones, main ones excluded."""
+def _likeliest_language(words: str, main: Collection[str]) -> tuple[str, float] | None:
+    """Return the likeliest language and its probability, with that of related languages except main ones."""
     shares = Counter[str]()
-    for code, share in _identifier().rank(words):
+    for code, share in _load_identifier().rank(words):
         shares[_VARIETIES.get(code, code)] += share
     best = max(shares, key=lambda code: shares[code])
     close = _RELATED.get(best, frozenset()) - set(main) | {best}
@@ -91,12 +91,12 @@ def _likeliest(words: str, main: Collection[str]) -> tuple[str, float] | None:
 
 @dataclass
 class ColumnLanguages:
-    """Languages of a column's texts, row by row."""
+    """Counts the languages of a column's texts."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """Rows in each likely language."""
+    """Number of rows in each likely language."""
     confident: array[int] = field(default_factory=lambda: array("h"))
-    """Each row's index in `codes`, -1 if unsure."""
+    """Index in `codes` of each row's language, or -1 if unsure."""
     codes: dict[str, int] = field(default_factory=dict)
 
     def add(self, text: str) -> None:
@@ -109,7 +109,7 @@ class ColumnLanguages:
         return [code for code, count in self.counts.most_common() if count >= MAIN * self.counts.total()]
 
     def obstacle(self) -> str | None:
-        """Return why no row can stand out, or None."""
+        """Return why no row can be a suspect, or None."""
         if self.counts.total() < MIN_ROWS:
             return f"fewer than {MIN_ROWS} texts are long enough to detect their language"
         if sum(self.counts[code] for code in self.main_languages()) < NEARLY_ALL * self.counts.total():
@@ -117,7 +117,7 @@ class ColumnLanguages:
         return None
 
     def suspects(self) -> set[int]:
-        """Return rows that seem to be in none of the main languages."""
+        """Return positions of rows that seem to be in none of the main languages."""
         if self.obstacle() is not None:
             return set()
         others = [number for code, number in self.codes.items() if code not in self.main_languages()]
@@ -125,7 +125,7 @@ class ColumnLanguages:
 
 
 def add_languages(languages: dict[str, ColumnLanguages], row: Row, columns: Mapping[str, str]) -> None:
-    """Add a row's texts by column, if the extra is installed."""
+    """Add the languages of a row's texts by column, if the extra is installed."""
     if not is_installed(PACKAGE):
         return
     for column, text in whole_texts(row, columns).items():
@@ -133,7 +133,7 @@ def add_languages(languages: dict[str, ColumnLanguages], row: Row, columns: Mapp
 
 
 def languages_obstacle(languages: Mapping[str, ColumnLanguages]) -> str | None:
-    """Return why rows of some columns cannot stand out, or None."""
+    """Return why no row of some columns can be a suspect, or None."""
     if not is_installed(PACKAGE):
         return "needs the extra 'languages'"
     reasons = {column: column_languages.obstacle() for column, column_languages in languages.items()}

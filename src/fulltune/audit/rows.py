@@ -32,16 +32,16 @@ from fulltune.text import first_few
 
 CHAT_FAULT, CLASS_NAMES = "chat fault", "class names"
 SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
-_TEXT = 300
+_MAX_SHOWN_CHARACTERS = 300
 """Characters of a row shown in a list."""
 _AT_ONCE = 1000
 _IN_KEY = ("image", "text", "text_pair", "prompt", "source")
-"""Roles of columns that the group key contains."""
+"""Roles of columns that are part of the group key."""
 
 
 @dataclass(frozen=True)
 class AuditedRows:
-    """The prepared rows, in the user's own columns."""
+    """Reads the prepared rows, in the user's own columns."""
 
     folder: Path
     task: Task
@@ -49,7 +49,7 @@ class AuditedRows:
     own_files: frozenset[str]
     """Splits with their own files."""
     packed: Recipe | None
-    """Recipe of packed rows, whose files are read again; otherwise None."""
+    """Recipe if rows were packed, as then the files are read again, or None."""
 
     @property
     def has_texts(self) -> bool:
@@ -58,7 +58,7 @@ class AuditedRows:
     def of(self, split: SplitName) -> Iterator[Row]:
         """Yield each row of a split once."""
         if self.packed is not None and split == "train":
-            yield from self._of_files(self.packed)
+            yield from self._rows_of_files(self.packed)
             return
         for _, examples in groupby(texts(self.folder / split), key=itemgetter(PLACE)):
             yield next(examples)
@@ -67,7 +67,7 @@ class AuditedRows:
         for split in SPLITS:
             yield from ((split, row) for row in self.of(split))
 
-    def _of_files(self, recipe: Recipe) -> Iterator[Row]:
+    def _rows_of_files(self, recipe: Recipe) -> Iterator[Row]:
         block, files = recipe.data, find_files(recipe)["train"]
         patched = PatchedRows(load_patch(Path(block.patch)), "train") if block.patch else None
         held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.of(split)}
@@ -81,18 +81,18 @@ class AuditedRows:
         return " | ".join(" ".join(masked_text(text).split()) for text in texts)[:most_characters]
 
     def source_of(self, split: SplitName) -> str:
-        """Return the split whose file holds a split's rows."""
+        """Return the split whose file contains a split's rows."""
         return split if split in self.own_files else "train"
 
     def content(self, row: Row, key: str) -> str:
-        """Return everything that a model learns from a row."""
+        """Return everything in a row that a model learns from, as one text."""
         columns = [column for role, column in self.target.columns.items() if role not in _IN_KEY]
         return "\0".join([key, *(normalised(as_text(row.get(column))) for column in columns)])
 
     def issue(
         self, check: str, of: tuple[SplitName, Row], reason: str, remedy: Remedy | None = None, score: float = 0.0
     ) -> RowIssue:
-        """Describe a problem of a row `of` a split, by default to be dropped. Equal rows are numbered later."""
+        """Describe a problem of a row, to be dropped by default. `with_numbers` numbers equal rows later."""
         split, row = of
         return RowIssue(
             check=check,
@@ -101,7 +101,7 @@ class AuditedRows:
             place=str(row[PLACE]),
             row=row_id(row),
             reason=reason,
-            text=self.beginning(row, _TEXT),
+            text=self.beginning(row, _MAX_SHOWN_CHARACTERS),
             label=", ".join(self.task.row_labels(row, self.target)) or None,
             remedy=remedy or Remedy(action="drop"),
             score=score,
@@ -110,27 +110,25 @@ class AuditedRows:
 
 @dataclass
 class RowScan:
-    """Results of reading all rows once, all splits in order."""
+    """Results of reading all rows once, split by split."""
 
     issues: list[RowIssue] = field(default_factory=list)
     counts: dict[SplitName, int] = field(default_factory=dict)
     ids: array[int] = field(default_factory=lambda: array("Q"))
-    """Each row's `row_id` as a number."""
+    """`row_id` of each row, as a number."""
     keys: array[int] = field(default_factory=lambda: array("Q"))
-    """Hash of each row's input."""
     content_hashes: array[int] = field(default_factory=lambda: array("q"))
-    """Hash of each row's content, valid in this process."""
+    """Hash of each row's content, valid only in this process."""
     signed: np.ndarray = field(default_factory=lambda: signatures([]))
     """MinHash of each row's input: uint16 [rows, hashes]; meaningless for images."""
     labels: array[int] = field(default_factory=lambda: array("q"))
-    """Index of each row's labels in `names`, -1 without any."""
+    """Index in `names` of each row's labels, or -1 without labels."""
     names: dict[tuple[str, ...], int] = field(default_factory=dict)
     languages: dict[str, ColumnLanguages] = field(default_factory=dict)
-    """Languages by column."""
 
 
 def scan_rows(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
-    """Check the texts of all rows, and hash what rows are compared by."""
+    """Check the texts of all rows, and hash what `repeated` compares."""
     scan, checks = RowScan(), checks_of(rows.target.columns)
     signed: list[np.ndarray] = []
     for split in SPLITS:
@@ -163,7 +161,7 @@ def scan_rows(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
 
 
 def with_numbers(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
-    """Number issues of equal rows, counting rows that a patch drops."""
+    """Return the issues with equal rows numbered, counting rows that a patch dropped."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}
     several |= {row.partition("-")[0] for _, row in decided}
@@ -176,7 +174,7 @@ def with_numbers(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decid
 def named(
     rows: AuditedRows, decided: Decisions, among: Collection[str] | None = None
 ) -> Iterator[tuple[SplitName, Row, str]]:
-    """Yield rows with their identities, in which equal rows are numbered; `among` limits them to some hashes."""
+    """Yield split, row and identity, in which equal rows are numbered. `among` limits the rows to some hashes."""
     times = Counter[tuple[str, str]]()
     for split, row in rows.all():
         key = rows.source_of(split), row_id(row)
@@ -197,7 +195,7 @@ def _flaw_issue(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw
 
 
 def in_similar_classes(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """Propose the more frequent of similar class names."""
+    """Propose to replace a class by the most frequent one with a similar name."""
     of_number, counts = Counter(scan.labels), Counter[str]()
     for names, number in scan.names.items():
         counts.update(dict.fromkeys(names, of_number[number]))
@@ -231,19 +229,19 @@ def in_other_languages(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
 
 DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
 NEAR = 0.8
-"""Share of common character 5-grams from which texts are nearly the same."""
+"""Share of common 5-grams from which texts are nearly the same."""
 _CANDIDATE = 0.7
-"""Estimated share from which texts are compared exactly; at NEAR the estimate misses one row of 400."""
+"""Estimated share from which texts are compared exactly. At NEAR, the estimate misses one row of 400."""
 _MAX_QUOTED = 80
 """Characters quoted of a held-out row."""
 _MAX_COMPARED = 5000
 """Most held-out rows of a group that are compared with a train row."""
 _MAX_READ = 10
-"""Most held-out rows, the nearest, whose texts are read for a train row."""
+"""Most held-out rows whose texts are read for a train row."""
 
 
 def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """List train rows that occur earlier, are held out, or have other labels elsewhere."""
+    """List train rows that occur earlier, are also held out, or have other labels elsewhere."""
     keys, contents, labels = (np.frombuffer(one, np.int64) for one in (scan.keys, scan.content_hashes, scan.labels))
     train = np.arange(len(keys)) < scan.counts["train"]
     again = occurs_earlier(contents, train)
@@ -252,12 +250,12 @@ def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
     if rows.has_texts:
         near = join_near(keys.view(np.uint64), scan.signed, _CANDIDATE).view(np.int64)
     twins = _held_out_twins(scan, train, leaks, near)
-    votes = _votes(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
+    votes = _conflicting_label_counts(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
     torn = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
     # Rows with the majority's label stay.
     for position in np.flatnonzero(torn).tolist():
-        torn[position] = _most(votes[int(keys[position])]) != labels[position]
-    held_out = _held_out(rows, scan, set(chain.from_iterable(twins.values())))
+        torn[position] = _majority_label(votes[int(keys[position])]) != labels[position]
+    held_out = _read_held_out(rows, scan, set(chain.from_iterable(twins.values())))
     names = {number: labels for labels, number in scan.names.items()}
     column, is_list = rows.target.columns.get("label"), rows.target.form.several_labels
     issues: list[RowIssue] = []
@@ -282,7 +280,7 @@ def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
             counts = votes[int(keys[position])]
             times = ((", ".join(names[label]), count) for label, count in counts.most_common(3))
             shown = ", ".join(f"'{name}' {'once' if count == 1 else f'{count:,} times'}" for name, count in times)
-            remedy, best = None, _most(counts)
+            remedy, best = None, _majority_label(counts)
             if best is not None and column is not None:
                 remedy = Remedy(action="replace", column=column, value=[*names[best]] if is_list else names[best][0])
             score = float(counts.total() - counts[int(labels[position])])
@@ -299,7 +297,7 @@ def occurs_earlier(contents: np.ndarray, train: np.ndarray) -> np.ndarray:
 
 
 def _held_out_twins(scan: RowScan, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, list[int]]:
-    """Return equal or similar held-out rows by train row, as positions."""
+    """Return the positions of equal or similar held-out rows for each train row."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
         groups.setdefault(int(near[position]), []).append(position)
@@ -319,8 +317,8 @@ def _held_out_twins(scan: RowScan, train: np.ndarray, leaks: np.ndarray, near: n
     return twins
 
 
-def _held_out(rows: AuditedRows, scan: RowScan, wanted: set[int]) -> dict[int, tuple[str, str]]:
-    """Return each wanted held-out row's input, and its place and beginning."""
+def _read_held_out(rows: AuditedRows, scan: RowScan, wanted: set[int]) -> dict[int, tuple[str, str]]:
+    """Return each wanted held-out row's input, and its location and beginning."""
     held_out = chain(rows.of("eval"), rows.of("test")) if wanted else ()
     return {
         position: (rows.task.group_key(row, rows.target), f"{row[PLACE]}: '{rows.beginning(row, _MAX_QUOTED)}'")
@@ -329,7 +327,7 @@ def _held_out(rows: AuditedRows, scan: RowScan, wanted: set[int]) -> dict[int, t
     }
 
 
-def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
+def _conflicting_label_counts(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
     pairs = np.unique(np.stack([keys, labels]), axis=1)
     several, counts = np.unique(pairs[0], return_counts=True)
     torn = np.isin(keys, several[counts > 1])
@@ -339,8 +337,8 @@ def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
     return votes
 
 
-def _most(counts: Counter[int]) -> int | None:
-    """Return the label of more than half, or None."""
+def _majority_label(counts: Counter[int]) -> int | None:
+    """Return the label of more than half of the rows, or None."""
     (best, most), *_ = counts.most_common(1)
     return best if 2 * most > counts.total() else None
 
@@ -352,15 +350,15 @@ Turn = Mapping[str, Any]
 _SYSTEM = ("system", "developer")
 _TOOL = ("tool", "function", "ipython", "observation")
 _MIN_IDENTICAL = 40
-"""Characters from which equal answers are suspicious."""
+"""Fewest characters of suspicious equal answers."""
 
 
 def chat_faults(turns: Sequence[Turn]) -> list[str]:
-    """Describe the faults of a conversation; turns count from 1."""
-    return [*_order(turns), *_emptiness(turns)]
+    """Describe the faults of a conversation, whose turns count from 1."""
+    return [*_turn_order_faults(turns), *_empty_or_repeated_turns(turns)]
 
 
-def _order(turns: Sequence[Turn]) -> Iterator[str]:
+def _turn_order_faults(turns: Sequence[Turn]) -> Iterator[str]:
     for number, (before, turn) in enumerate(pairwise(turns), start=2):
         role = turn["role"]
         if role in _SYSTEM and before["role"] not in _SYSTEM:
@@ -374,7 +372,7 @@ def _order(turns: Sequence[Turn]) -> Iterator[str]:
         yield f"it ends with a {turns[-1]['role']} turn without an answer"
 
 
-def _emptiness(turns: Sequence[Turn]) -> Iterator[str]:
+def _empty_or_repeated_turns(turns: Sequence[Turn]) -> Iterator[str]:
     first_turn: dict[str, int] = {}
     for number, turn in enumerate(turns, start=1):
         text, role = turn["content"].strip(), turn["role"]

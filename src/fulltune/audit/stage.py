@@ -1,4 +1,4 @@
-"""Lists problems of the rows with reasons and remedies."""
+"""Lists problems of the rows, with reasons and remedies."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ from fulltune.text import counted
 LABEL, DOUBTFUL, OUTLIER = "label error", "doubtful label", "outlier"
 SKIPPED = "skipped by --no-labels"
 VERSION = 5
-"""Version of the checks: audits by earlier ones are repeated."""
+"""Version of the checks. Audits by other versions are repeated."""
 _EXAMPLES = 10
 MAX_LOSSES, MAX_LOSS_SHARE = 100, 0.1
-"""Most rows of a split listed for their loss: a number and a share."""
+"""Most rows of a split that are listed for their loss: a number and a share."""
 
 
 def by_model(summary: DataSummary) -> set[str]:
-    """Return the checks that need the untouched model."""
+    """Return the checks that need the pretrained model."""
     checks = {LABEL} if summary.form.one_label else set[str]()
     return checks | {OUTLIER} if summary.task in ("text-classification", "image-classification") else checks
 
@@ -70,7 +70,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
     """Check all prepared rows, and write `issues.jsonl` and `audit.json` into `data`."""
     recipe, folder, summary = reader.recipe, reader.folder, reader.summary
     wanted = by_model(summary) if reads_rows else set[str]()
-    if (earlier := _earlier(folder, summary, wanted)) is not None:
+    if (earlier := _load_complete_audit(folder, summary, wanted)) is not None:
         return earlier
     start = time.monotonic()
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
@@ -100,7 +100,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
         not_run[LABEL] = str(no)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     issues = with_numbers(rows, scan, issues, decided)
-    if _of_same_rows(folder, summary) is not None and (folder / ISSUES).exists():
+    if _load_audit_of_same_rows(folder, summary) is not None and (folder / ISSUES).exists():
         issues += [issue for issue in load_issues(folder) if issue.check == HIGH_LOSS]  # losses are not read again
     issues = [issue for issue in issues if issue.key not in decided or decided[issue.key].is_open]
     save_issues(folder, issues)
@@ -120,7 +120,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
 
 
 def _text_checks(rows: AuditedRows, scan: RowScan) -> set[str]:
-    """Return the checks without a model that apply."""
+    """Return the checks without a model that apply to these rows."""
     further = {
         NEAR_LEAK: rows.has_texts,
         CONFLICT: bool(scan.names),
@@ -132,22 +132,22 @@ def _text_checks(rows: AuditedRows, scan: RowScan) -> set[str]:
     return {*of_texts, DUPLICATE, LEAK, *(check for check, applies in further.items() if applies)}
 
 
-def _earlier(folder: Path, summary: DataSummary, wanted: set[str]) -> Audit | None:
+def _load_complete_audit(folder: Path, summary: DataSummary, wanted: set[str]) -> Audit | None:
     """Return a complete audit of the same rows, or None."""
-    earlier = _of_same_rows(folder, summary) if (folder / ISSUES).exists() else None
+    earlier = _load_audit_of_same_rows(folder, summary) if (folder / ISSUES).exists() else None
     if earlier is None or earlier.version != version():
         return None
     return earlier if all(earlier.not_run.get(check) not in (SKIPPED, OUT_OF_MEMORY) for check in wanted) else None
 
 
 def version() -> str:
-    """Return the version of the checks, with missing extras."""
+    """Return the version of the checks, with the missing extras."""
     audit = ", no audit" if missing() else ""
     languages = "" if is_installed(PACKAGE) else ", no languages"
     return f"{VERSION}{audit}{languages}"
 
 
-def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
+def _load_audit_of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
     try:
         earlier = Audit.load(folder / AUDIT)
     except (OSError, SetupError):
@@ -156,7 +156,7 @@ def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
 
 
 def by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
-    """Count the rows of each check, most first, with examples; issues are sorted."""
+    """Count the rows of each check, most first, with examples. The issues must be sorted."""
     of_check = {check: list(group) for check, group in groupby(issues, key=lambda issue: issue.check)}
     order = sorted(of_check, key=lambda check: (check == HIGH_LOSS, -len(of_check[check])))
     counts = {check: len({(issue.split, issue.place) for issue in of_check[check]}) for check in order}
@@ -246,7 +246,7 @@ def list_losses(
 def _row_losses(
     folder: Path, counts: np.ndarray, answers: Sequence[str | None]
 ) -> list[tuple[float, int, str | None, bool]]:
-    """Return each row's mean loss, items, the model's answer, and whether the loss is among the highest."""
+    """Return each row's mean loss, number of items, predicted answer, and whether its loss is among the highest."""
     losses: list[tuple[float, int, str | None]] = []
     for _, group in groupby(zip(texts(folder), counts, answers, strict=True), key=lambda example: example[0][PLACE]):
         examples = list(group)

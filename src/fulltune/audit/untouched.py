@@ -1,7 +1,7 @@
-"""Finds label errors and outliers by the untouched model's mean hidden states.
+"""Detects label errors and outliers by the pretrained model's mean hidden states.
 
-Linear classifiers judge the labels (docs/guides/data.md: how far to trust them). A label's *margin* is its probability,
-out of fold, minus that of the likeliest other label. A row's distance is the mean of 1 - cosine to its nearest train
+Linear classifiers judge the labels (docs/guides/data.md: how far to trust them). A label's *margin* is its out-of-fold
+probability minus that of the likeliest other label. A row's distance is the mean of 1 - cosine to its nearest train
 rows (arXiv 2207.03061).
 """
 
@@ -38,16 +38,15 @@ OUT_OF_MEMORY = "ran out of memory while the untouched model read the rows"
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads prepared rows with the untouched model, loaded when needed."""
+    """Reads prepared rows with the pretrained model, which is loaded when needed."""
 
     recipe: Recipe
     base: Base
     summary: DataSummary
     folder: Path
-    """The run's `data` folder."""
     listener: Listener
     _read: dict[SplitName, tuple[Items, np.ndarray] | str] = field(default_factory=dict, repr=False, compare=False)
-    """Items and positions of splits, or why they cannot be read."""
+    """Items and positions of each split, or why it cannot be read."""
 
     @cached_property
     def extractor(self) -> probe.FeatureExtractor:
@@ -72,7 +71,8 @@ class Reader:
         )
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Return features, labels and positions of a split's rows, or of a sample. Raises `NoProbe`."""
+        """Return the features, labels and positions of a split's rows, or of a sample. Raises `NoProbe` if it cannot be
+        read."""
         if split not in self._read:
             try:
                 self._read[split] = self._items(split)
@@ -103,14 +103,14 @@ class Reader:
 # ---- labels that are probably wrong --------------------------------------------------------------------------------
 
 PRECISION = 0.75
-"""Wanted share of wrong labels among suspects; about reached on rows with known errors (2026-11-28)."""
+"""Wanted share of wrong labels among suspects, about reached on rows with known errors (2026-11-28)."""
 PLANTED_SHARE, PLANTED, MAX_ROUNDS = 0.05, 200, 5
-"""Share of rows mislabelled per round; rounds repeat until PLANTED errors or MAX_ROUNDS."""
+"""Share of rows mislabelled per round. Rounds repeat until PLANTED errors or MAX_ROUNDS."""
 SURE = (0.25, 0.5)
 """Quantiles of planted errors' margins below which correct labels are rare."""
 MIN_ROWS, MIN_OF_A_CLASS = 100, 3
 MAX_OTHER = 0.5
-"""Share of rows that the first round may reject."""
+"""Largest share of rows that the first round may reject."""
 DOUBT = -0.5
 """Margin below which a label is doubtful."""
 NOT_SEPARABLE = "the untouched model's features do not distinguish the classes"
@@ -118,21 +118,22 @@ NOT_SEPARABLE = "the untouched model's features do not distinguish the classes"
 
 @dataclass(frozen=True)
 class JudgedLabels:
-    """Margins of labels, and how far to trust them."""
+    """The margin of each label, and how far to trust it."""
 
     margins: np.ndarray
-    """float64 [rows], at most 1; the lower, the less likely the label."""
+    """float64 [rows], at most 1. A lower margin makes the label less likely."""
     other: np.ndarray
-    """Likeliest other class [rows]."""
+    """Likeliest other class: int64 [rows]."""
     suspects: np.ndarray
-    """Rows whose label is probably wrong: bool [rows]."""
+    """True for rows whose label is probably wrong: bool [rows]."""
     doubtful: np.ndarray
-    """Other rows with a clearly likelier label: bool [rows]."""
+    """True for further rows with a clearly likelier label: bool [rows]."""
     about: LabelErrors
 
 
 def judge(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
-    """Judge the labels of the train rows, returned after their positions. Raises `NoProbe`."""
+    """Return the positions of the train rows, and the judgement of their labels. Raises `NoProbe` if they cannot be
+    judged."""
     items, positions = reader.items("train")
     return positions, judge_items(items)
 
@@ -146,9 +147,9 @@ def judge_items(items: Items) -> JudgedLabels:
             f"labels cannot be judged with {len(labels):,} rows: expected at least {MIN_ROWS}, and two classes with at "
             f"least {MIN_OF_A_CLASS} rows each"
         )
-    probabilities = _in_two_rounds(items)
+    probabilities = _probabilities_without_errors(items)
     margins, other = margins_of(probabilities, labels)
-    planted = _planted(items, probabilities, margins)
+    planted = _plant_errors(items, probabilities, margins)
     chance = float(((counts / len(labels)) ** 2).sum())
     if not len(planted) or (margins > 0).mean() < chance + 2 * math.sqrt(chance / len(labels)):
         raise NoProbe(NOT_SEPARABLE)
@@ -169,7 +170,8 @@ def judge_items(items: Items) -> JudgedLabels:
 
 
 def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
-    """Return the margin that suspects are below, their recall and precision, and the estimated number of errors."""
+    """Return the margin below which rows are suspects, their recall and precision, and the estimated number of
+    errors."""
     margins, planted = np.sort(margins), np.sort(planted)
     wrong = max(_min_errors(margins, planted, share) for share in SURE)
     cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
@@ -182,15 +184,15 @@ def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, 
 
 
 def _min_errors(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
-    """Estimate errors from margins below a quantile of planted ones, minus one standard error."""
+    """Estimate the number of errors from the margins below a quantile of planted ones, minus one standard error."""
     surely = int(np.searchsorted(margins, np.quantile(planted, share)))
     # Relative standard error of a count of rows, and of a share of the planted errors.
     error = math.sqrt(1 / max(1, surely) + (1 - share) / (share * len(planted)))
     return surely / share * max(0.0, 1 - error)
 
 
-def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """Return margins of planted errors, drawn from what the classifiers confuse."""
+def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:
+    """Return the margins of planted errors, drawn from what the classifiers confuse."""
     good = np.flatnonzero(margins > 0)
     if len(good) < 2 * PLANTED_SHARE * len(margins):
         return np.zeros(0)
@@ -205,21 +207,23 @@ def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np
         wrong = labels.copy()
         cumulative = np.cumsum(others[positions], axis=1)
         wrong[positions] = (cumulative <= generator.random((count, 1)) * cumulative[:, -1:]).sum(axis=1)
-        margins_of_wrong.append(margins_of(_in_two_rounds(replace(items, labels=wrong)), wrong)[0][positions])
+        margins_of_wrong.append(
+            margins_of(_probabilities_without_errors(replace(items, labels=wrong)), wrong)[0][positions]
+        )
     return np.concatenate(margins_of_wrong)
 
 
-def _in_two_rounds(items: Items) -> np.ndarray:
-    """Return out-of-fold probabilities, without training on likely errors: float64 [rows, classes]."""
+def _probabilities_without_errors(items: Items) -> np.ndarray:
+    """Return out-of-fold probabilities of classifiers trained without likely errors: float64 [rows, classes]."""
     every = np.ones(len(items.labels), bool)
-    other = _confidently_other(out_of_fold(items, every, 0), items.labels.astype(np.int64))
+    other = _is_confidently_other(out_of_fold(items, every, 0), items.labels.astype(np.int64))
     if other.mean() > MAX_OTHER:
         raise NoProbe(NOT_SEPARABLE)
     return out_of_fold(items, ~other, 1)
 
 
 def out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
-    """Return probabilities by classifiers trained on other folds: float64 [rows, classes]."""
+    """Return each row's probabilities from a classifier trained on other folds: float64 [rows, classes]."""
     fold = np.random.default_rng(seed).permutation(len(items.rows)) % FOLDS
     probabilities = np.zeros((len(items.rows), items.num_outputs))
     for number in range(FOLDS):
@@ -229,8 +233,8 @@ def out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
     return probabilities
 
 
-def _confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mark rows with a class likelier than its own rows' average: bool [rows]."""
+def _is_confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Mark rows with a class that is likelier than it is on average for its own rows: bool [rows]."""
     rows = np.arange(len(labels))
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
@@ -251,22 +255,21 @@ def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
 
 NEIGHBOURS = 20
 SPREADS = 2.5
-"""Interquartile ranges from the upper quartile to the fence (Tukey 1977: 1.5, or 3 for far out)."""
+"""Distance of the fence from the upper quartile, in interquartile ranges (Tukey 1977: 1.5, or 3 for far out)."""
 MIN_TEXTS = 200
 MAX_FAR = 0.1
-"""Share of texts that may be outliers."""
-_ROUNDS = 10
-_SAME = 1e-8
-"""Squared distance below which vectors belong to one text."""
+"""Largest share of texts that may be outliers."""
+_MAX_FAR_ROUNDS = 10
+_SAME_SQUARE = 1e-8
 
 
 def outliers(
     reader: Reader, train_keys: np.ndarray, counts: Mapping[SplitName, int]
 ) -> tuple[dict[SplitName, dict[int, float]], float, int]:
-    """Find rows far from all train rows. Raises `NoProbe` for too few or too varied rows.
+    """Return rows that are far from all train rows. Raises `NoProbe` for too few or too varied rows.
 
     Args:
-        train_keys: Number of each train row's input; equal ones count once.
+        train_keys: Hash of each train row's input; equal inputs count once.
 
     Returns:
         Positions and distances of such rows by split, the upper quartile of train distances, and the number of rows not
@@ -293,9 +296,9 @@ def outliers(
 
 
 def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return distances, outliers (bool [rows]), the others' upper quartile, and the fence."""
+    """Return distances, outliers (bool [rows]), the others' upper quartile, and the distance that outliers exceed."""
     is_far = np.zeros(len(states), bool)
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_FAR_ROUNDS):
         distances = nearest(states, states[~is_far])
         lower, upper = np.quantile(distances[~is_far], [0.25, 0.75])
         fence = float(upper + SPREADS * (upper - lower))
@@ -307,9 +310,9 @@ def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
 
 
 def nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
-    """Return the mean of 1 - cosine to the nearest others, except an equal one: float64 [rows]."""
+    """Return the mean of 1 - cosine to the `count` nearest others, except an equal one: float64 [rows]."""
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)
     squares = search.kneighbors(states)[0]  # for unit vectors twice 1 - cosine
-    return np.where(squares[:, :1] < _SAME, squares[:, 1:], squares[:, :-1]).mean(axis=1) / 2
+    return np.where(squares[:, :1] < _SAME_SQUARE, squares[:, 1:], squares[:, :-1]).mean(axis=1) / 2

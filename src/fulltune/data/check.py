@@ -72,7 +72,9 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
         raise DataError(problems)
 
 
-def _problem_of_many_dropped(source: EncodedSource, kind: DropKind, allowed: Collection[str], num_rows: int) -> list[str]:
+def _problem_of_many_dropped(
+    source: EncodedSource, kind: DropKind, allowed: Collection[str], num_rows: int
+) -> list[str]:
     counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed})
     total = counts.total()
     # A single row is never too many, even in a file of ten.
@@ -117,7 +119,9 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
     dev, remarks = splits["eval"], list[str]()
     if dev.num_rows < FEW_EVAL_ROWS:
         remarks.append(f"only {counted(dev.num_rows, 'eval row')}: too few to tell reliably which weights are better")
-    remarks += _note_shared_groups(splits, "groups", shared_content(target.columns), " (equal, or nearly so)" if near else "")
+    remarks += _note_shared_groups(
+        splits, "groups", shared_content(target.columns), " (equal, or nearly so)" if near else ""
+    )
     counts = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
     if "label" not in target.columns:
         return remarks

@@ -1,4 +1,4 @@
-"""Finds rows that contain forbidden texts, such as benchmarks, by common runs of 8 words; only hashes stay in
+"""Detects rows that contain forbidden texts, such as benchmarks, by common runs of 8 words. Only hashes stay in
 memory."""
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ from fulltune.text import counted
 
 NUM_WORDS = 8
 MAX_TEXTS = 100
-"""A run of words in more texts is a template's and is ignored."""
+"""A run of words that more texts have comes from a template and is ignored."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
-_word = lru_cache(maxsize=50_000)(partial(draw, 0))
+_hash_word = lru_cache(maxsize=50_000)(partial(draw, 0))
 _NOT_COMPARED = ("label", "tags", "tools", "context")
-"""Prefixes of roles that are not compared: labels, and passages of many questions."""
+"""Prefixes of roles that are not compared: labels, and passages that many questions share."""
 _ANSWERS = ("completion", "target", "answers", "choice", "messages")
-"""Prefixes of roles whose short cells (`yes`) are equal by chance."""
+"""Prefixes of roles whose short cells (`yes`) are often equal by chance."""
 
 
 @dataclass(frozen=True)
 class ForbiddenTexts:
-    """Texts that must not be trained on, as hashes."""
+    """Hashes of texts that must not be trained on."""
 
     source: str
-    """Number of texts and where they come from, for messages."""
+    """Number and origin of the texts, for messages."""
     whole: frozenset[int]
     """Hash (`draw`) of each text."""
     num_runs: np.ndarray
-    """Different runs of 8 words in each text: int32 [texts]."""
+    """Number of different runs of 8 words in each text: int32 [texts]."""
     runs: np.ndarray
-    """Hash of each run of each text, sorted, without runs of many texts: uint64 [runs]."""
+    """Sorted hashes of all texts' runs, without those of more than `MAX_TEXTS` texts: uint64 [runs]."""
     text_of: np.ndarray
     """Index of each run's text: int32 [runs]."""
 
     def occur_in(self, text: str, is_input: bool) -> bool:
-        """Return whether a text is one of these, or shares half of the different runs of the one with fewer.
+        """Return whether `text` equals a forbidden text, or shares half of the runs of the one with fewer.
 
-        Short texts count in inputs only: short answers are often equal.
+        Short texts are compared in inputs only, because short answers are often equal.
         """
         words = text.split()
         if ((is_input and words) or len(words) >= NUM_WORDS) and draw(0, text) in self.whole:
             return True
-        runs = _runs(words)
+        runs = _hash_word_runs(words)
         starts, ends = (np.searchsorted(self.runs, runs, side) for side in ("left", "right"))
         hits = [self.text_of[start:end] for start, end in zip(starts, ends, strict=True) if start < end]
         if not hits:
@@ -64,11 +64,11 @@ class ForbiddenTexts:
         return bool((2 * shared >= np.minimum(self.num_runs[texts], len(runs))).any())
 
 
-def _runs(words: list[str]) -> np.ndarray:
+def _hash_word_runs(words: list[str]) -> np.ndarray:
     count = len(words) - NUM_WORDS + 1
     if count < 1:
         return np.empty(0, np.uint64)
-    numbers = np.fromiter(map(_word, words), np.uint64, len(words))
+    numbers = np.fromiter(map(_hash_word, words), np.uint64, len(words))
     hashes = np.zeros(count, np.uint64)
     for place in range(NUM_WORDS):
         hashes = hashes * _BASE + numbers[place : place + count]
@@ -79,11 +79,13 @@ def _runs(words: list[str]) -> np.ndarray:
 
 
 def forbidden_files(recipe: Recipe) -> tuple[Path, ...]:
-    """Find the files of forbidden texts. Raises `DataError` for a setting without files."""
-    return tuple(file for setting, path in recipe.texts_not_trained_on.items() for file in _files(setting, path))
+    """Return the files of forbidden texts. Raises `DataError` for a setting without files."""
+    return tuple(
+        file for setting, path in recipe.texts_not_trained_on.items() for file in _files_with_texts(setting, path)
+    )
 
 
-def _files(setting: str, path: str) -> Sequence[Path]:
+def _files_with_texts(setting: str, path: str) -> Sequence[Path]:
     try:
         with reading(Path(path)):
             if not Path(path).is_dir():
@@ -106,7 +108,7 @@ def _files(setting: str, path: str) -> Sequence[Path]:
 
 
 def read_texts(names: Mapping[str, str], files: Iterable[Path]) -> ForbiddenTexts:
-    """Hash the texts of all files. Raises `DataError` for broken files or without texts."""
+    """Hash the texts of all files. Raises `DataError` for broken files, or if there is no text."""
     whole: set[int] = set()
     runs, num_runs, problems = [np.empty(0, np.uint64)], list[int](), list[str]()
     for file in files:
@@ -116,7 +118,7 @@ def read_texts(names: Mapping[str, str], files: Iterable[Path]) -> ForbiddenText
             for text in filter(None, map(normalised, cell_texts(row))):
                 if (number := draw(0, text)) not in whole:
                     whole.add(number)
-                    runs.append(_runs(text.split()))
+                    runs.append(_hash_word_runs(text.split()))
                     num_runs.append(len(runs[-1]))
     if problems:
         raise DataError([f"{' and '.join(names)}: {problem}" for problem in problems])
@@ -137,7 +139,7 @@ def read_texts(names: Mapping[str, str], files: Iterable[Path]) -> ForbiddenText
 
 
 def cell_texts(cell: object) -> Iterator[str]:
-    """Yield all texts in a cell, nested ones too; a list of single words is one text."""
+    """Yield all texts in a cell, also nested ones. A list of single words is one text."""
     parts = cell.values() if isinstance(cell, Mapping) else cell if isinstance(cell, (list, tuple)) else ()
     if isinstance(cell, str):
         yield cell
@@ -158,7 +160,8 @@ def _is_word(part: object) -> bool:
 def rows_with_forbidden(
     forbidden: ForbiddenTexts | None, keys: Sequence[str], rows: Sequence[PlacedRow], target: Target
 ) -> np.ndarray:
-    """Mark rows with a forbidden text: bool [rows], or no rows without such texts. `keys` are group keys."""
+    """Mark rows with a forbidden text: bool [rows], empty if no texts are forbidden. `keys` are the rows' group
+    keys."""
     if forbidden is None:
         return np.zeros(0, bool)
     columns = {role: column for role, column in target.columns.items() if not role.startswith(_NOT_COMPARED)}

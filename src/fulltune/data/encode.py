@@ -1,4 +1,4 @@
-"""Checks and tokenises a source once, on all cores, into an arrow file in constant memory."""
+"""Checks and tokenises a source once, on all cores, into an arrow file, in constant memory."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 ROWS_PER_CHUNK = 1000
 CHUNK_BYTES = 2 * 2**20
-"""Text in one chunk; tokenising takes up to 170 times its memory."""
+"""Text in one chunk. Tokenising takes up to 170 times as much memory."""
 ROWS_WORTH_PROCESSES = 20_000
 """Rows from which worker processes save time."""
 
 NEW_LABEL = "label not in train"
 
 DropKind = Literal["unusable", "unfit", "part"]
-"""`unusable`: refused before tokenising. `unfit`: too long, or no trained token. `part`: some examples of a row were
-lost."""
+"""`unusable`: refused before tokenising. `unfit`: too long, or no trained token. `part`: only some of a row's examples
+were dropped."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Settings and texts that every worker needs for a source."""
+    """Settings and texts that every worker needs to encode a source."""
 
     task: TaskName
     block: DataBlock
@@ -57,9 +57,9 @@ class Job:
     where: str = ""
     """Name of the source's file, for messages."""
     is_mixed: bool = False
-    """Mixed-in rows: unknown labels are dropped instead of refused, and `data.group` may be empty."""
+    """True for mixed-in rows: unknown labels are dropped instead of refused, and `data.group` may be empty."""
     known_labels: frozenset[str] | None = None
-    """Labels of the train rows; rows with others are not tokenised, as they will be refused."""
+    """Labels of the train rows. Rows with others are not tokenised, as they will be refused."""
     forbidden: ForbiddenTexts | None = None
     """Texts that must not be trained on."""
 
@@ -73,12 +73,12 @@ class Dropped:
     check: str
     reason: str
     row: dict[str, Any]
-    """The row's cells; empty for all but the first lost example of a row."""
+    """The row's cells; empty for all but its first dropped example."""
 
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """A few numbers per example and per row of a source or chunk."""
+    """The numbers per example and per row that stay in memory for a source or chunk."""
 
     where: str
     target: Target
@@ -92,25 +92,24 @@ class EncodedSource:
     truncated: np.ndarray
     """True for each example that was cut: bool [examples]."""
     groups: np.ndarray
-    """Hash (`draw`) of each row's group key; equal for near duplicates: uint64 [rows]."""
+    """Hash (`draw`) of each row's group key; near duplicates share one: uint64 [rows]."""
     split_groups: np.ndarray
-    """The group of each row that no split separates, by `groups` and `group_values`: uint64 [rows]."""
+    """Group of each row that no split separates, from `groups` and `group_values`: uint64 [rows]."""
     signatures: np.ndarray
-    """MinHash of each row's group key: uint16 [rows, hashes]; empty without near duplicates."""
+    """MinHash of each row's group key: uint16 [rows, hashes]; empty unless near duplicates are grouped."""
     group_values: np.ndarray
     """Hash of each row's `data.group` cell: uint64 [rows]; empty if not set."""
     times: np.ndarray
     """Each row's `data.time` cell as a number: float64 [rows]; empty if not set."""
     holds_forbidden: np.ndarray
-    """True for rows with a forbidden text: bool [rows]; empty if there are none."""
+    """True for rows with a forbidden text: bool [rows]; empty if no texts are forbidden."""
     labels: np.ndarray
     """Index of each row's labels in `label_sets`: int64 [rows]."""
     label_sets: tuple[tuple[str, ...], ...]
     tally: RowCounts
-    """Counts of dropped and too long rows, flaws, and faults of `data.group` and `data.time`."""
+    """Counts of dropped and too long rows, flaws, and faulty `data.group` and `data.time` cells."""
     longest: int
     folder: Path = Path()
-    """Folder with the examples of a whole source."""
 
     @property
     def num_rows(self) -> int:
@@ -124,19 +123,18 @@ class EncodedSource:
 
     @property
     def names(self) -> list[str]:
-        """All labels, sorted."""
         return sorted(set().union(*self.label_sets))
 
 
-_COLUMNS = (
+_ARRAY_FIELDS = (
     *("lengths", "trained_tokens", "truncated"),
     *("groups", "signatures", "group_values", "times", "holds_forbidden"),
 )
 Chunk = tuple[EncodedSource, "pa.RecordBatch | None", list[Dropped]]
-"""Numbers of some rows; features, `length` and words of their examples; dropped rows."""
+"""Numbers of some rows; their examples' features, `length` and stored cells; dropped rows."""
 
 
-def _joined(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
+def _concatenate_chunks(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
     sets: dict[tuple[str, ...], int] = {}
     labels, row_of, tally, num_rows = [], [], RowCounts(), 0
     for part in parts:
@@ -145,7 +143,7 @@ def _joined(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
         row_of.append(part.row_of + num_rows)
         num_rows += part.num_rows
         tally.merge(part.tally)
-    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAY_FIELDS}
     return replace(
         parts[0],
         **columns,
@@ -170,12 +168,14 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
 
     usable: list[PlacedRow] = []
     for place, row in chunk:
-        if refused := _unusable(job, task, row):
+        if refused := _refuse_row(job, task, row):
             drop("unusable", place, row, refused)
         else:
             usable.append((place, row))
     examples, row_of, texts, rows = list[Example](), list[int](), list[str](), list[PlacedRow]()
-    for (place, row), row_examples in zip(usable, _examples(job, task, [row for _, row in usable]), strict=True):
+    for (place, row), row_examples in zip(
+        usable, _encode_known_labels(job, task, [row for _, row in usable]), strict=True
+    ):
         if row_examples is None:
             if job.is_mixed:
                 drop("unfit", place, row, Refused(NEW_LABEL, "no train row of the task has its label"))
@@ -184,7 +184,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
             continue
         if any(example.truncated for example in row_examples):
             tally.add("too long", "", place)
-        refusals = [_refusal(example, block.truncation_strategy == "drop") for example in row_examples]
+        refusals = [_refuse_example(example, block.truncation_strategy == "drop") for example in row_examples]
         good = [example for example, refusal in zip(row_examples, refusals, strict=True) if refusal is None]
         lost = list(filter(None, refusals)) if row_examples else [Refused("nothing to train", "no token")]
         if not good:
@@ -207,7 +207,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     )
     sets: dict[tuple[str, ...], int] = {}
     labels = [sets.setdefault(tuple(task.row_labels(row, job.target)), len(sets)) for _, row in rows]
-    _count_flaws(job, (row for _, row in rows), tally)
+    _count_text_flaws(job, (row for _, row in rows), tally)
     groups = np.array([draw(block.split_seed, key) for key in keys], np.uint64)
     numbers = EncodedSource(
         where=job.where,
@@ -231,7 +231,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     return numbers, record_batch(features, texts) if examples else None, dropped
 
 
-def _unusable(job: Job, task: Task, row: Row) -> Refused | None:
+def _refuse_row(job: Job, task: Task, row: Row) -> Refused | None:
     if problem := unreadable(row, job.target.columns):
         return Refused("unreadable", problem)
     if (refused := task.refuse(row, job.target)) is None:
@@ -240,7 +240,7 @@ def _unusable(job: Job, task: Task, row: Row) -> Refused | None:
     return task.refuse(masked_cells(row), job.target) or refused
 
 
-def _count_flaws(job: Job, rows: Iterable[Row], tally: RowCounts) -> None:
+def _count_text_flaws(job: Job, rows: Iterable[Row], tally: RowCounts) -> None:
     columns = job.target.columns
     checks = checks_of(columns, CHEAP)
     for row in rows:
@@ -248,8 +248,8 @@ def _count_flaws(job: Job, rows: Iterable[Row], tally: RowCounts) -> None:
         tally.counts.update({("flaw", check) for text, of in of_parts for check in found_by(text[:MAX_CHECKED], of)})
 
 
-def _examples(job: Job, task: Task, rows: Sequence[Row]) -> list[list[Example] | None]:
-    """Tokenise rows; a row with an unknown label gives None."""
+def _encode_known_labels(job: Job, task: Task, rows: Sequence[Row]) -> list[list[Example] | None]:
+    """Tokenise rows, and return None for rows with an unknown label."""
     labels = job.known_labels
     is_known = [labels is None or labels.issuperset(task.row_labels(row, job.target)) for row in rows]
     wanted = [row for row, has_known_label in zip(rows, is_known, strict=True) if has_known_label]
@@ -257,7 +257,7 @@ def _examples(job: Job, task: Task, rows: Sequence[Row]) -> list[list[Example] |
     return [next(encoded) if has_known_label else None for has_known_label in is_known]
 
 
-def _refusal(example: Example, drop_truncated: bool) -> Refused | None:
+def _refuse_example(example: Example, drop_truncated: bool) -> Refused | None:
     if example.refused is not None:
         return example.refused
     if example.trained_tokens == 0:
@@ -276,11 +276,12 @@ def encode(
     progress: Callable[[int], None],
     drop: Callable[[Dropped], None],
 ) -> EncodedSource:
-    """Tokenise a source into `folder`. Raises `SetupError` if a worker was killed."""
+    """Tokenise a source into `folder`, calling `drop` for each dropped row. Raises `SetupError` if a worker was
+    killed."""
     parts = list[EncodedSource]()
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for part, batch, dropped in _chunks(job, rows, num_rows):
+        for part, batch, dropped in _encode_chunks(job, rows, num_rows):
             for item in dropped:
                 drop(item)
             if batch is not None:
@@ -289,11 +290,11 @@ def encode(
             progress(sum(done.num_read for done in parts))
 
     write_rows(folder, batches())
-    return _joined(parts, folder)
+    return _concatenate_chunks(parts, folder)
 
 
 def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: float) -> dict[str, EncodedSource]:
-    """Return the sources with near duplicates in one group, and with inseparable groups."""
+    """Return the sources with common groups for near duplicates, and with `split_groups`."""
     if near_duplicates >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
@@ -310,7 +311,7 @@ def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: flo
     }
 
 
-def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:
+def _encode_chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:
     pieces = windows(rows, ROWS_PER_CHUNK, CHUNK_BYTES)
     num_workers = num_cores()
     if num_rows < ROWS_WORTH_PROCESSES or num_workers == 1:
@@ -319,7 +320,7 @@ def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chun
     # A forked worker shares the tokenizer; forking is safe on Linux only.
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     waiting: deque[Future[Chunk]] = deque()
-    with ProcessPoolExecutor(num_workers, context, _keep_job, (job,)) as pool:
+    with ProcessPoolExecutor(num_workers, context, _init_worker, (job,)) as pool:
         try:
             for piece in pieces:
                 waiting.append(pool.submit(_encode_in_worker, piece))
@@ -340,13 +341,13 @@ def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chun
 _job: Job | None = None
 
 
-def _keep_job(job: Job) -> None:
-    """Keep the job in a worker, so that the tokenizer is sent only once."""
+def _init_worker(job: Job) -> None:
+    """Set a worker's job once, so that the tokenizer is not sent with each chunk."""
     global _job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
     _job = job
 
 
 def _encode_in_worker(piece: list[PlacedRow]) -> Chunk:
-    assert _job is not None, "_keep_job runs first"
+    assert _job is not None, "_init_worker runs first"
     return encode_chunk(_job, piece)

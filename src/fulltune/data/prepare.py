@@ -1,4 +1,4 @@
-"""Turns the user's files into tokenised splits that never mix, with an account of every row."""
+"""Turns the user's files into tokenised splits that share no row, and accounts for every row."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 FORMAT = 9
-"""Version of the prepared rows; others are prepared again."""
+"""Version of the format of prepared rows. Rows of other versions are prepared again."""
 MAX_CACHED = 5
-"""Prepared data sets that stay in the cache; runs keep their own links."""
+"""Most prepared data sets in the cache; runs have their own links."""
 _ABANDONED_SECONDS = 24 * 3600
 _PROGRESS_SECONDS = 0.2
-_ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
+_CACHE_ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -91,20 +91,20 @@ class Stage:
 
     recipe: Recipe
     folder: Path
-    """Folder that the rows are written to."""
+    """Folder for the prepared rows."""
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
     preprocess: Preprocess | None = None
     planned_for: str | None = None
-    """Fingerprint of the rows for which the run was planned; others are refused."""
+    """Fingerprint of the rows for which the run was planned; other rows are refused."""
     cache_folder: Path | None = None
     """Folder of prepared rows that runs share."""
     listener: Listener = lambda event: None
 
 
 def prepare(stage: Stage) -> DataSummary:
-    """Read, check, split and tokenise rows, and write the splits. Raises `DataError` if nothing can be learned; earlier
-    rows stay."""
+    """Read, check, split and tokenise the rows, and write the splits. Raises `DataError` if nothing can be learned;
+    earlier prepared rows remain."""
     recipe, folder = stage.recipe, stage.folder
     is_image = FACTS[recipe.task].reads == "image"
     if is_image and recipe.data.near_duplicates < 1:
@@ -124,13 +124,13 @@ def prepare(stage: Stage) -> DataSummary:
         shutil.rmtree(abandoned)
     # A user's function cannot be hashed, so its rows are always prepared again.
     is_hashed = stage.preprocess is None
-    if is_hashed and (earlier := _earlier(folder, fingerprint, stage.listener)) is not None:
+    if is_hashed and (earlier := _load_earlier(folder, fingerprint, stage.listener)) is not None:
         return earlier
     # Rows of images hold only paths, which may differ in another run.
     cached = stage.cache_folder / fingerprint if is_hashed and stage.cache_folder and not is_image else None
     if cached is not None:
         with locked(cached.parent):
-            if (earlier := _earlier(cached, fingerprint, stage.listener)) is not None:
+            if (earlier := _load_earlier(cached, fingerprint, stage.listener)) is not None:
                 link(cached, folder)
                 return earlier
     target = cached or folder
@@ -141,7 +141,7 @@ def prepare(stage: Stage) -> DataSummary:
             forbidden = read_texts(recipe.texts_not_trained_on, of_forbidden) if of_forbidden else None
             patched = {name: None if decisions is None else PatchedRows(decisions, name) for name in files}
             sources = {name: read_rows(recipe, file, stage.preprocess, patched[name]) for name, file in files.items()}
-            summary = _prepare(replace(stage, folder=part), sources, forbidden, fingerprint)
+            summary = _prepare_uncached(replace(stage, folder=part), sources, forbidden, fingerprint)
         seal(part)
         if cached is None:
             put(part, folder)
@@ -155,7 +155,7 @@ def prepare(stage: Stage) -> DataSummary:
     return summary
 
 
-def _prepare(
+def _prepare_uncached(
     stage: Stage, sources: Mapping[SourceName, SourceRows], forbidden: ForbiddenTexts | None, fingerprint: str
 ) -> DataSummary:
     recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, task_named(stage.recipe.task)
@@ -173,7 +173,7 @@ def _prepare(
 
     job = Job(recipe.task, block, target, stage.tokenizer, limit, forbidden=forbidden)
     unused = unused_columns(block, target.columns, sources["train"])  # first: it reads rows, which resets `patched`
-    encoded = _encode(stage, job, sources, targets, counts)
+    encoded = _encode_sources(stage, job, sources, targets, counts)
     refuse_unusable(recipe, encoded)
     # Mixed-in rows do not change the splits.
     own = {name: source for name, source in encoded.items() if not is_mixed(name)}
@@ -196,7 +196,7 @@ def _prepare(
     for source in encoded.values():
         shutil.rmtree(source.folder)
     scale, explained = target_statistics(target, splits["train"], folder / "train")
-    remarks += [_packing_note(splits["train"], written["train"], limit)] if packed else []
+    remarks += [_note_on_packing(splits["train"], written["train"], limit)] if packed else []
     longest = max(source.longest for source in encoded.values())
     shrinks = not packed and not block.max_length and longest < limit
     summary = DataSummary(
@@ -209,8 +209,8 @@ def _prepare(
         scale=scale,
         length_explained=explained,
         splits=written,
-        sources={name: _origin(block, split) for name, split in splits.items()},
-        dropped=_dropped(encoded, sources, also_held_out, int(late.sum())),
+        sources={name: _describe_origin(block, split) for name, split in splits.items()},
+        dropped=_count_dropped(encoded, sources, also_held_out, int(late.sum())),
         notes=tuple(map(masked_text, remarks)),
         test_share_in_eval=num_shared(splits["test"], splits["eval"]) / max(1, splits["test"].num_rows),
         previews=previews(folder / "train", task, target, stage.tokenizer, range(written["train"].rows), 5),
@@ -221,7 +221,7 @@ def _prepare(
     return summary
 
 
-def _encode(
+def _encode_sources(
     stage: Stage,
     job: Job,
     sources: Mapping[SourceName, SourceRows],
@@ -261,7 +261,7 @@ def _encode(
     return encoded
 
 
-def _origin(block: DataBlock, split: Split) -> str:
+def _describe_origin(block: DataBlock, split: Split) -> str:
     if split.has_own_file:
         return f"file {split.source.where}"
     column = block.time or block.group
@@ -269,7 +269,7 @@ def _origin(block: DataBlock, split: Split) -> str:
     return f"split off {split.source.where}{by}{f' (seed {block.split_seed})' if block.time is None else ''}"
 
 
-def _dropped(
+def _count_dropped(
     encoded: Mapping[SourceName, EncodedSource],
     sources: Mapping[SourceName, SourceRows],
     also_held_out: Iterable[Dropped],
@@ -283,8 +283,8 @@ def _dropped(
     return dict(numbers + Counter({IN_EARLIER_SPLIT: late}))
 
 
-def _earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
-    """Return the summary of earlier rows, or None if they differ or (with a warning) are damaged."""
+def _load_earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
+    """Return the summary of earlier prepared rows, or None if they differ or (with a warning) are damaged."""
     try:
         summary = DataSummary.load(folder / SUMMARY)
     except (OSError, SetupError):
@@ -297,7 +297,7 @@ def _earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary 
     return summary
 
 
-def _packing_note(train: Split, summary: SplitSummary, limit: int) -> str:
+def _note_on_packing(train: Split, summary: SplitSummary, limit: int) -> str:
     texts, pieces = train.num_rows, int(train.examples.sum())
     share = summary.tokens / max(1, summary.rows * limit)
     cut = f", cut into {pieces:,} pieces and" if pieces > texts else ""
@@ -337,14 +337,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def put(part: Path, folder: Path) -> None:
-    """Move a finished folder into place."""
+    """Move a finished folder to its final path, replacing an older one."""
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
 
 
 def link(cached: Path, folder: Path) -> None:
-    """Give a run the cached files as hard links, or as copies on another file system."""
+    """Give a run the cached files as hard links, or as copies across file systems."""
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -363,8 +363,8 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def prune(folder: Path) -> None:
-    """Delete all but the last used data sets, and abandoned unfinished ones."""
-    entries = [path for path in folder.iterdir() if _ENTRY.fullmatch(path.name)]
+    """Delete all but the most recently used data sets, and abandoned unfinished ones."""
+    entries = [path for path in folder.iterdir() if _CACHE_ENTRY.fullmatch(path.name)]
     parts = [path for path in entries if ".part-" in path.name]
     complete = sorted({*entries} - {*parts}, key=lambda path: path.stat().st_mtime, reverse=True)
     abandoned = [path for path in parts if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS]

@@ -94,7 +94,9 @@ def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
         train = find_files(recipe)["train"]
         columns, rows = _first_rows(SourceRows(train.where, train.rows))
         if preprocess is None:
-            task_named(recipe.task).find_columns(_columns_for_roles(recipe.data, columns), rows, recipe.data, train.where)
+            task_named(recipe.task).find_columns(
+                _columns_for_roles(recipe.data, columns), rows, recipe.data, train.where
+            )
     except DataError as error:
         return [masked_text(problem) for problem in error.problems]
     return []
@@ -242,7 +244,9 @@ def _first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
 
 def unused_columns(block: DataBlock, roles: Mapping[str, str], source: SourceRows) -> list[str]:
     """Return columns without a role in the first thousand rows."""
-    return [name for name in _first_rows(source)[0] if name not in {*roles.values(), block.group, block.time, IMPOSSIBLE}]
+    return [
+        name for name in _first_rows(source)[0] if name not in {*roles.values(), block.group, block.time, IMPOSSIBLE}
+    ]
 
 
 def _refuse_second_text(

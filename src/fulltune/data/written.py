@@ -1,4 +1,4 @@
-"""Writes, counts and shows the rows of splits and of mixed-in files."""
+"""Writes, counts and previews the rows of splits and of mixed-in files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 DROPPED = "dropped.jsonl"
 _MAX_PREVIEWED = 200
-"""Rows among which the previews are chosen."""
+"""Rows from which the previews are chosen."""
 
 
 def as_line(item: Dropped) -> str:
@@ -52,7 +52,7 @@ def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:
 
 
 def stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yield number, place and cells of the wanted rows of a source, in order."""
+    """Yield number, location and cells of the source rows that `wanted` marks, in order."""
     if not wanted.any():  # a source without rows has no files
         return
     first = np.diff(source.row_of, prepend=-1) > 0  # a row's first example has the row's words
@@ -66,7 +66,7 @@ def stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int
 
 
 def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.RecordBatch]:
-    """Yield a split's examples, without features for generated answers unless `scored`."""
+    """Yield a split's examples, without the features for generated answers unless `scored`."""
     import pyarrow as pa
 
     without = () if scored else getattr(task, "ONLY_FOR_TEST_ROWS", ())
@@ -101,7 +101,7 @@ def summarise(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSumm
 def write_splits(
     folder: Path, task: Task, splits: Mapping[SplitName, Split], packed_to: int | None, late: int
 ) -> dict[SplitName, SplitSummary]:
-    """Write each split, the train rows packed to `packed_to` tokens if given; `late` train rows are in no split."""
+    """Write each split, with train rows packed to `packed_to` tokens if given. `late` train rows are in no split."""
     summaries: dict[SplitName, SplitSummary] = {}
     for name in SPLITS:
         split, source = splits[name], splits[name].source
@@ -125,7 +125,7 @@ def write_splits(
 def previews(
     folder: Path, task: Task, target: Target, tokenizer: Tokenizer, span: range, most: int
 ) -> tuple[Preview, ...]:
-    """Show the first rows as the model reads them, without secrets or personal data."""
+    """Return up to `most` of the first rows as the model reads them, skipping rows with secrets or personal data."""
     rows, shown = Rows(folder), list[Preview]()
     for position, words in enumerate(islice(texts(folder), span.start, min(span.stop, span.start + _MAX_PREVIEWED))):
         if len(shown) == most:
@@ -145,8 +145,7 @@ def previews(
 def without_held_out(
     recipe: Recipe, encoded: Mapping[SourceName, EncodedSource], splits: Mapping[SplitName, Split]
 ) -> tuple[dict[SourceName, Split], list[Dropped]]:
-    """Split mixed-in sources into rows that no held-out split has, and dropped ones. Raises `DataError` if none
-    remain."""
+    """Return the mixed-in rows that no held-out split has, and the dropped ones. Raises `DataError` if none remain."""
     mixed, lost, problems = dict[SourceName, Split](), list[Dropped](), list[str]()
     if not recipe.data.mixed_files:
         return mixed, lost
@@ -185,7 +184,7 @@ def mix_in(
     if not mixed:
         return ()
     task, summaries, ends = task_named(job.task), list[MixedSummary](), [0]
-    drawn = _drawn_rows(recipe, len(Rows(folder / "train")))
+    drawn = _rows_per_epoch(recipe, len(Rows(folder / "train")))
 
     def batches() -> Iterator[pa.RecordBatch]:
         for split in mixed.values():
@@ -212,7 +211,7 @@ def mix_in(
     return tuple(summaries)
 
 
-def _drawn_rows(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
+def _rows_per_epoch(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
     files = mixed_names(recipe)
     numbers = rows_per_epoch(task_rows, [file.weight for file in files.values()])
     none = [
@@ -230,7 +229,7 @@ def _drawn_rows(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
 
 
 def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float]:
-    """Return mean and standard deviation. Raises `DataError` if targets are equal in fp32."""
+    """Return mean and standard deviation of train targets. Raises `DataError` if they are equal in fp32."""
     mean, spread = float(numbers.mean()), float(numbers.std())
     rows = f"{where}: all {len(numbers):,} train rows have"
     if numbers.min() == numbers.max():
@@ -259,14 +258,14 @@ def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
 
 
 def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
-    """Compute the squared correlation of length and a target, 0 if one is constant."""
+    """Compute the squared correlation of length and target, or 0 if either is constant."""
     if np.ptp(lengths) == 0 or np.ptp(values) == 0:
         return 0.0
     return float(np.corrcoef(lengths, values)[0, 1]) ** 2
 
 
 def target_statistics(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
-    """Compute `scale` and `length_explained` of the summary."""
+    """Return `scale` and `length_explained` of the summary."""
     source, in_split = train.source, train.examples
     lengths = source.lengths[in_split]
     if target.form.is_number:

@@ -84,7 +84,7 @@ class Ranks:
 def test_probability_is_that_of_close_languages_but_for_the_column_s_own(
     monkeypatch: pytest.MonkeyPatch, shares: dict[str, float], main: set[str], expected: tuple[str, float] | None
 ) -> None:
-    monkeypatch.setattr(languages, "_identifier", lambda: Ranks(**shares))
+    monkeypatch.setattr(languages, "_load_identifier", lambda: Ranks(**shares))
     language = languages.foreign_language("some words that are long enough to tell", main)
     assert (language and (language[0], round(language[1], 2))) == expected
 

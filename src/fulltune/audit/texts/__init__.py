@@ -1,4 +1,4 @@
-"""Checks single texts, with repairs."""
+"""Checks single texts, and repairs them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ _CHECKS: Mapping[str, Callable[[str], Flaw | None]] = {
 }
 """Checks in the order of their repairs."""
 OF_TEXTS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "refusal")
-"""Checks of texts that a model reads."""
 OF_ANSWERS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "no words")
-"""Checks of texts that a model learns to write: `42` is fine, a refusal is not."""
+"""Checks of texts that a model learns to write. `42` is a good answer, a refusal is not."""
 _PRIVATE: tuple[str, ...] = ("secret", "personal data", "phone number")
 _UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup")
 """Repairs that may restore a secret broken by a zero-width space or a tag."""
@@ -40,7 +39,7 @@ def missing() -> list[str]:
 
 
 def masked_text(text: str) -> str:
-    """Return a text without secrets and personal data. Call it before shortening."""
+    """Return a text with secrets and personal data replaced. Call it before shortening."""
     shown = repaired(text, _PRIVATE)
     whole = repaired(RE["unseen"].sub("", shown), _UNCOVERING)
     if whole == shown == text:
@@ -50,7 +49,7 @@ def masked_text(text: str) -> str:
 
 
 def masked_cells(cell: Any) -> Any:
-    """Apply `masked_text` to all texts in a cell."""
+    """Apply `masked_text` to all texts in a cell, at any depth."""
     if isinstance(cell, dict):
         return {masked_text(str(name)): masked_cells(inner) for name, inner in cell.items()}
     if isinstance(cell, (list, tuple)):
@@ -64,14 +63,14 @@ def found_by(text: str, checks: Collection[str]) -> list[str]:
 
 
 def flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
-    """Return the flaws of a text, with secrets masked."""
+    """Return the flaws that the checks detect, with secrets masked."""
     results = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
     masked = masked_text(text) if results else text
     # If nothing is masked, no repair uncovers anything private either: `masked_text` tries them.
-    return [_shown(flaw, masked) for flaw in results] if masked != text else results
+    return [_mask_flaw(flaw, masked) for flaw in results] if masked != text else results
 
 
-def _shown(flaw: Flaw, masked: str) -> Flaw:
+def _mask_flaw(flaw: Flaw, masked: str) -> Flaw:
     """Mask other private data in a flaw's reason and repair."""
     again = flaw if flaw.check in _PRIVATE else _CHECKS[flaw.check](masked)
     reason = again.reason if again is not None else "in masked text"
@@ -79,7 +78,7 @@ def _shown(flaw: Flaw, masked: str) -> Flaw:
 
 
 def repaired(text: str, checks: Collection[str]) -> str:
-    """Apply the repairs of these checks in order."""
+    """Return the text after the repairs of these checks, in order."""
     absent = missing()
     for check, find in _CHECKS.items():
         if check in checks and check not in absent and (flaw := find(text)) is not None and flaw.fixed is not None:
@@ -89,22 +88,23 @@ def repaired(text: str, checks: Collection[str]) -> str:
 
 # ---- where running text stands in a row, and which checks it gets ----------------------------------------------------
 
-_READ = ("text", "text_pair", "prompt", "input", "source", "question", "context", "messages", "tokens")
-_WRITTEN = ("completion", "target", "messages")
+_READ_ROLES = ("text", "text_pair", "prompt", "input", "source", "question", "context", "messages", "tokens")
+_WRITTEN_ROLES = ("completion", "target", "messages")
 """Roles of running text that a model reads, or learns to write."""
 TextUse = Literal["read", "written"]
 PARTS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "read": (_READ, OF_TEXTS),
-    "written": (_WRITTEN, OF_ANSWERS),
+    "read": (_READ_ROLES, OF_TEXTS),
+    "written": (_WRITTEN_ROLES, OF_ANSWERS),
 }
 CHEAP = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
-"""Checks of every row in every run: 15 % of the time of tokenising short texts, a third with `refusal`."""
+"""Checks of every row in each run. They take 15 % of the time of tokenising short texts, a third of that for
+`refusal`."""
 MAX_CHECKED = 100_000
-"""Characters of a text checked in each run, at several times their memory."""
+"""Most characters of a text that are checked, at several times their memory."""
 
 
 def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[TextUse, list[str]]:
-    """Return the possible checks for read and for written texts."""
+    """Return the checks of read and of written texts that can run."""
     possible = [check for check in wanted if check not in missing()]
     return {
         part: [check for check in of if check in possible]
@@ -114,7 +114,7 @@ def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECK
 
 
 def cells(row: Mapping[str, object], columns: Mapping[str, str], part: TextUse) -> Iterator[tuple[str, str]]:
-    """Yield columns with their running text of this use; of conversations some turns."""
+    """Yield columns and texts that the model reads, or that it learns to write."""
     for role in PARTS[part][0]:
         column = columns.get(role, "")
         cell = row.get(column)
@@ -123,11 +123,11 @@ def cells(row: Mapping[str, object], columns: Mapping[str, str], part: TextUse) 
         elif column and isinstance(cell, list):
             turns = cell if role != "messages" else [turn for turn in cell if _is_answer(turn) == (part == "written")]
             if turns:
-                yield column, " ".join(map(_text_of, turns))
+                yield column, " ".join(map(_part_to_text, turns))
 
 
 def whole_texts(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, str]:
-    """Return each column's running text."""
+    """Return all running text of each column."""
     whole = {columns[role]: "" for roles, _ in PARTS.values() for role in roles if role in columns}
     for part in PARTS:
         for column, text in cells(row, columns, part):
@@ -139,7 +139,7 @@ def _is_answer(turn: object) -> bool:
     return isinstance(turn, dict) and (turn.get("role") or turn.get("from")) in ("assistant", "gpt", "model", "bot")
 
 
-def _text_of(part: object) -> str:
+def _part_to_text(part: object) -> str:
     if isinstance(part, dict):
         part = part.get("value") if part.get("content") is None else part["content"]
     return "" if part is None else str(part)

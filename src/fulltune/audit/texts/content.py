@@ -21,7 +21,7 @@ def empty(text: str) -> Flaw | None:
 
 
 def no_words(text: str) -> Flaw | None:
-    """Detect fewer than two letters and no emoji; one Chinese or Japanese character is enough."""
+    """Detect a text with fewer than two letters and no emoji; one Chinese or Japanese character is enough."""
     if RE["two_letters"].search(text):
         return None
     kinds = Counter(map(unicodedata.category, text))
@@ -35,18 +35,18 @@ def no_words(text: str) -> Flaw | None:
 
 
 STRESSED, MAX_STRESSED = 20, 30
-"""Repeated letters allowed for emphasis: in a text of little else, and in any."""
+"""Repeated letters allowed for emphasis: in a text of little else, and in any text."""
 MIN_WORDS = 8
 MAX_REPEATED = 0.5
-"""Share of a text that may be repetition."""
+"""Largest share of repetition in a text."""
 
 
 def repetition(text: str) -> Flaw | None:
-    """Detect a repetition of over half of a text or 100 words, or a text twice."""
-    return _same_character(text) or _same_words(text)
+    """Detect a text that is mostly repetition, a phrase repeated over 100 words, or a whole text twice."""
+    return _repeated_character(text) or _repeated_words(text)
 
 
-def _same_character(text: str) -> Flaw | None:
+def _repeated_character(text: str) -> Flaw | None:
     match = RE["same_character"].search(text) if RE["run"].search(text) else None
     if match is None and len(text) >= 20 and " " not in text[:60]:
         # Text without blanks is Chinese or the like, or a broken export.
@@ -59,7 +59,7 @@ def _same_character(text: str) -> Flaw | None:
     return Flaw("repetition", f"'{match[1]}' {size // len(match[1])} times in a row")
 
 
-def _same_words(text: str) -> Flaw | None:
+def _repeated_words(text: str) -> Flaw | None:
     rough = text.split()
     if len(rough) < MIN_WORDS or (len(set(rough)) > len(rough) * 0.8 and len(rough) < 100):
         return None
@@ -83,11 +83,11 @@ _OTHER_REPAIRS = (
     *("fix_line_breaks", "fix_surrogates", "remove_control_chars", "normalization", "explain"),
 )
 """Repairs of ftfy that are turned off."""
-_LOST = "\ufffd"
+_REPLACEMENT_CHARACTER = "\ufffd"
 
 
 def broken_encoding(text: str) -> Flaw | None:
-    """Detect mojibake that ftfy can undo, C1 characters, and replacement characters."""
+    """Detect mojibake that ftfy can repair, C1 characters, and replacement characters."""
     if text.isascii():
         return None
     from ftfy import fix_text
@@ -99,7 +99,7 @@ def broken_encoding(text: str) -> Flaw | None:
         start = max(0, place - 10)
         before, after = quoted(text[start : place + 15], 25), quoted(fixed[start : place + 12], 22)
         reasons.append(f"decoded wrongly: {before} should be {after}")
-    if lost := fixed.count(_LOST):
+    if lost := fixed.count(_REPLACEMENT_CHARACTER):
         reasons.append(f"{counted(lost, 'replacement character')} (U+FFFD) for lost letters")
     return Flaw("broken encoding", first_few(reasons), fixed if fixed != text else None) if reasons else None
 
@@ -111,17 +111,17 @@ def control_characters(text: str) -> Flaw | None:
     whole, num_pairs = RE["surrogates"].subn(
         lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text
     )
-    places = _wrong_places(whole)
-    counts = Counter(_name(whole[place]) for place in places)
+    places = _invisible_positions(whole)
+    counts = Counter(_character_name(whole[place]) for place in places)
     if num_pairs:
         counts["character split into two surrogates"] = num_pairs
     if not counts:
         return None
     reason = first_few([f"{count:,} × {name}" for name, count in counts.items()])
-    return Flaw("control characters", reason, _without(whole, set(places)))
+    return Flaw("control characters", reason, _remove_characters(whole, set(places)))
 
 
-def _wrong_places(text: str) -> list[int]:
+def _invisible_positions(text: str) -> list[int]:
     spelling = ["flag", "chinese_variant", "joined_emoji"]
     spelling += ["direction"] if RE["right_to_left"].search(text) else []
     spelling += ["joiner"] if RE["joined_script"].search(text) else []
@@ -129,13 +129,13 @@ def _wrong_places(text: str) -> list[int]:
     return [match.start() for match in RE["suspect"].finditer(text) if match.start() not in spelt]
 
 
-def _without(text: str, places: set[int]) -> str:
-    """Remove characters and terminal colours; separators become line breaks."""
+def _remove_characters(text: str, places: set[int]) -> str:
+    """Remove the characters at `places` and terminal colours; separators become line breaks."""
     text = "".join(sign for at, sign in enumerate(text) if at not in places or sign in "\x0b\x0c\x1b\u2028\u2029")
     return re.sub("[\x0b\x0c\u2028\u2029]", "\n", RE["escape"].sub("", text)).replace("\x1b", "")
 
 
-def _name(character: str) -> str:
+def _character_name(character: str) -> str:
     if "\ud800" <= character <= "\udfff":
         return "lone surrogate"
     return f"{unicodedata.name(character, 'control character').lower()} (U+{ord(character):04X})"
@@ -145,7 +145,7 @@ def _name(character: str) -> str:
 
 
 def _without_code(text: str) -> str:
-    """Blank out code in backticks."""
+    """Replace code in backticks by spaces."""
     return RE["fenced"].sub(lambda match: " " * len(match[0]), text) if "`" in text else text
 
 
@@ -168,15 +168,15 @@ def markup(text: str) -> Flaw | None:
     entities = [entity for entity in RE["entity"].findall(bare) if entity[1] == "#" or entity[1:] in html5]
     if not (tags or entities) or _is_code(RE["any_mark"].sub(" ", bare)):
         return None
-    if not re.search(r"[^\W_]", RE["any_mark"].sub(" ", _shown(text))):
+    if not re.search(r"[^\W_]", RE["any_mark"].sub(" ", _remove_hidden_elements(text))):
         return Flaw("markup", f"only markup: {quoted(text)}")
     counts = Counter([*(f"<{name}>" for name in tags), *entities])
     shown = [f"{name} × {count:,}" if count > 1 else name for name, count in counts.most_common()]
-    return Flaw("markup", f"leftover HTML: {first_few(shown)}", _plain(text))
+    return Flaw("markup", f"leftover HTML: {first_few(shown)}", _remove_markup(text))
 
 
 def _tags(text: str) -> list[str]:
-    """Return names of HTML tags; `<b>` alone may be maths, so it needs a partner."""
+    """Return names of HTML tags. `<b>` alone may be maths, so it needs a partner."""
     tags = [(slash, name.lower(), attributes) for slash, name, attributes in RE["tag"].findall(text)]
     closed = {name for slash, name, _ in tags if slash}
     opened = {name for slash, name, _ in tags if not slash}
@@ -185,22 +185,22 @@ def _tags(text: str) -> list[str]:
     return [name for slash, name, _ in tags if name in sure and not slash]
 
 
-def _plain(text: str) -> str:
+def _remove_markup(text: str) -> str:
     pieces, place = list[str](), 0
     for code in RE["fenced"].finditer(text):
-        pieces += [_stripped(text[place : code.start()]), code[0]]
+        pieces += [_remove_tags(text[place : code.start()]), code[0]]
         place = code.end()
-    return "".join([*pieces, _stripped(text[place:])])
+    return "".join([*pieces, _remove_tags(text[place:])])
 
 
-def _stripped(text: str) -> str:
-    bare = RE["tag"].sub(_in_its_stead, _shown(text))
+def _remove_tags(text: str) -> str:
+    bare = RE["tag"].sub(_replacement_of_tag, _remove_hidden_elements(text))
     if bare != text:
         bare = re.sub(r" ?\n[ \n]*\n ?", "\n\n", re.sub(r"[ \t]{2,}", " ", bare))
     return html.unescape(bare).replace("\u00a0", " ")
 
 
-def _shown(text: str) -> str:
+def _remove_hidden_elements(text: str) -> str:
     for end, pattern in _HIDDEN:
         # After the last end, each start would search the rest of the text in vain.
         if (last := text.lower().rfind(end)) >= 0:
@@ -208,7 +208,7 @@ def _shown(text: str) -> str:
     return text
 
 
-def _in_its_stead(tag: re.Match[str]) -> str:
+def _replacement_of_tag(tag: re.Match[str]) -> str:
     if tag[2].lower() in ("td", "th"):
         return " "
     return "\n" if RE["block"].fullmatch(tag[2]) else ""
@@ -218,7 +218,7 @@ _PLACEHOLDER, _TOKEN = (re.compile("|".join(PATTERNS[name]), re.MULTILINE) for n
 
 
 def placeholder(text: str) -> Flaw | None:
-    """Detect an unfilled template; braces of JSON, code and LaTeX do not count."""
+    """Detect an unfilled template, not braces of JSON, code and LaTeX."""
     if not any(map(text.__contains__, PATTERNS["placeholder_signs"])):
         return None
     bare = _without_code(text)
@@ -246,11 +246,11 @@ def chat_tokens(text: str) -> Flaw | None:
 
 
 _PHRASES = [(signs.split("|"), compiled(pattern)) for signs, pattern in PATTERNS["refusal"]]
-"""Strings to look for before each pattern, which saves 90 % of the time."""
+"""Strings to search for before each pattern, which saves 90 % of the time."""
 
 
 def refusal(text: str) -> Flaw | None:
-    """Detect an answer that declines, or in which an assistant speaks of itself."""
+    """Detect an answer that declines, or in which an assistant refers to itself."""
     lowered = text.lower().replace("’", "'")
     for signs, pattern in _PHRASES:
         if any(map(lowered.__contains__, signs)) and (match := pattern.search(lowered)):
@@ -274,7 +274,7 @@ def similar_names(counts: Mapping[str, int]) -> list[list[str]]:
 
 
 def note_similar_names(counts: Mapping[str, int]) -> str | None:
-    """Describe such classes, or return None."""
+    """Describe classes whose names may be the same, or return None."""
     groups = []
     for names in similar_names(counts):
         shown = repr if len({name.casefold() for name in names}) == 1 else ascii

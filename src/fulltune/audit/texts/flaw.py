@@ -1,4 +1,4 @@
-"""Describes, masks and replaces flaws of texts."""
+"""Describes, masks and repairs flaws of texts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from typing import Any
 from fulltune.text import first_few
 
 PATTERNS: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("checks.toml").read_text(encoding="utf-8"))
-"""Patterns of all checks."""
 ABOUT: Mapping[str, str] = PATTERNS["about"]
-"""Description of each check; the most harmful comes first."""
+"""Description of each check, the most harmful first."""
 
 
 @cache
@@ -26,17 +25,17 @@ def is_installed(package: str) -> bool:
 
 @dataclass(frozen=True)
 class Flaw:
-    """A flaw that a check detected."""
+    """A flaw that a check detected in a text."""
 
     check: str
     reason: str
-    """Reason for a reader; secrets are quoted by their beginning only."""
+    """Reason for a reader, which quotes only the beginning of secrets."""
     fixed: str | None = None
-    """The text after this repair alone, or None."""
+    """The text after this repair alone, or None if it cannot be repaired."""
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """Compile an expression of `PATTERNS` with its words replaced."""
+    """Compile an expression of `PATTERNS` after replacing its `<words>`."""
     for word, meaning in PATTERNS["words"].items():
         pattern = pattern.replace(f"<{word}>", meaning)
     return re.compile(pattern)
@@ -46,10 +45,10 @@ RE = {name: compiled(pattern) for name, pattern in PATTERNS["expressions"].items
 
 
 def redacted(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -> Flaw | None:
-    """Return a flaw that names and masks each place, or None without places.
+    """Return a flaw that masks and lists all hits, or None without hits.
 
     Args:
-        hits: Start, end, kind (`e-mail address`) and replacement (`[EMAIL]`) of each place.
+        hits: Start, end, kind (`e-mail address`) and replacement (`[EMAIL]`) of each hit.
     """
     pieces, named, place = list[str](), list[str](), 0
     for start, end, what, instead in sorted(hits, key=lambda hit: (hit[0], -hit[1])):

@@ -14,15 +14,19 @@ _Hit = tuple[int, int, str, str]
 
 def secret(text: str) -> Flaw | None:
     """Detect keys and tokens in published formats, and passwords."""
-    return redacted("secret", text, _hits("secret", text)) if RE["maybe_secret"].search(text) else None
+    return redacted("secret", text, _matches_of_kind("secret", text)) if RE["maybe_secret"].search(text) else None
 
 
 def personal_data(text: str) -> Flaw | None:
     """Detect personal data except phone numbers, examples and test numbers."""
-    return redacted("personal data", text, _hits("personal", text)) if RE["maybe_personal"].search(text) else None
+    return (
+        redacted("personal data", text, _matches_of_kind("personal", text))
+        if RE["maybe_personal"].search(text)
+        else None
+    )
 
 
-def _hits(kind: str, text: str) -> Iterator[_Hit]:
+def _matches_of_kind(kind: str, text: str) -> Iterator[_Hit]:
     lowered = text.lower()
     for what, signs, pattern, is_valid in _KINDS[kind]:
         if not signs or any(sign in lowered for sign in signs):
@@ -35,10 +39,10 @@ def _hits(kind: str, text: str) -> Iterator[_Hit]:
 # ---- validation of matches ------------------------------------------------------------------------------------------
 
 _MIN_BITS = 3.0
-"""Entropy per character that random values exceed and words do not."""
+"""Entropy per character above which a value is random, not a word."""
 
 
-def _random(value: str) -> bool:
+def _is_random(value: str) -> bool:
     """Return whether a value is random, not words or code."""
     if RE["not_given"].search(value):
         return False
@@ -60,13 +64,13 @@ def _is_card(number: str) -> bool:
 
 
 def passes_mod_97(iban: str) -> bool:
-    """Check an account number by ISO 7064."""
+    """Check an account number's check digits (ISO 7064)."""
     digits = [str(int(character, 36)) for character in iban if character.isalnum()]
     return int("".join(digits[4:] + digits[:4])) % 97 == 1
 
 
 def passes_luhn(digits: str) -> bool:
-    """Check a card number by ISO 7812."""
+    """Check a card number's check digit (ISO 7812)."""
     doubled = (int(digit) * 2 for digit in digits[-2::-2])
     return (sum(map(int, digits[-1::-2])) + sum(value - 9 if value > 9 else value for value in doubled)) % 10 == 0
 
@@ -75,7 +79,7 @@ _VALID: Mapping[str, Callable[[str], bool]] = {
     "": lambda value: True,
     "real": lambda value: not RE["issuers_example"].search(value),
     "given": lambda value: not RE["not_given"].search(value),
-    "random": _random,
+    "random": _is_random,
     "somebody": lambda value: not RE["nobody"].search(value),
     "iban": passes_mod_97,
     "card": _is_card,
@@ -91,12 +95,12 @@ _KINDS = {
 
 
 def phone_number(text: str) -> Flaw | None:
-    """Detect valid phone numbers, international, North American, or named as one."""
+    """Detect valid phone numbers that are international, North American, or named as one."""
     if not RE["maybe_phone"].search(text):
         return None
     from phonenumbers import PhoneNumberMatcher
 
-    hits = list(_hits("phone", text))
+    hits = list(_matches_of_kind("phone", text))
     for number in PhoneNumberMatcher(text, "US"):
         raw, before = number.raw_string, text[: number.start].rstrip(" ")[-1:]
         # Ten digits in a row, or in a sum, may be any number.

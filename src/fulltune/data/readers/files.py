@@ -217,7 +217,9 @@ _SPLIT_WORDS: dict[str, SplitName] = {
     **dict.fromkeys(("train", "training"), "train"),
 }
 _JOINED_WORDS: dict[str, SplitName] = {
-    f"{word}{kind}": split for word, split in _SPLIT_WORDS.items() for kind in ("set", "sets", "data", "split", "splits")
+    f"{word}{kind}": split
+    for word, split in _SPLIT_WORDS.items()
+    for kind in ("set", "sets", "data", "split", "splits")
 }
 _ORDER: tuple[SplitName, ...] = ("test", "eval", "train")
 """Precedence of splits. A file named test is never trained on."""

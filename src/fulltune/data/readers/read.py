@@ -34,7 +34,9 @@ _FILE_SIGNATURES = {
 """First bytes of other file types, whatever their suffix."""
 _MARKUP_STARTS = (b"<!doctype html", b"<html", b"<?xml")
 _LFS_POINTER_START = b"version https://git-lfs.github.com/spec/"
-_SAVE_AS_UTF_8 = "save it as UTF-8, or set data.encoding (init: --encoding) to its encoding, such as cp1252, which Excel writes"
+_SAVE_AS_UTF_8 = (
+    "save it as UTF-8, or set data.encoding (init: --encoding) to its encoding, such as cp1252, which Excel writes"
+)
 
 
 @dataclass(frozen=True)

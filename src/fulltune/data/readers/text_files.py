@@ -175,7 +175,9 @@ def _mark_bad_cells(row: object, is_doubtful: bool, refusal: str) -> RowOrProble
     if not is_doubtful:
         return row
     return {
-        _replace_surrogates(name): BadCell(reason, _replace_surrogates(value) if isinstance(value, str) else "") if reason else value
+        _replace_surrogates(name): BadCell(reason, _replace_surrogates(value) if isinstance(value, str) else "")
+        if reason
+        else value
         for name, value, reason in ((name, value, fault(value)) for name, value in row.items())
     }
 
