@@ -24,7 +24,7 @@ from fulltune import api, load_recipe, pipeline
 from fulltune.train.loop.callbacks import UpdateMeter
 from fulltune.train.loop.trainer import FullTrainer
 
-PARTS = ((FullTrainer, "_judge"), (UpdateMeter, "on_step_begin"), (UpdateMeter, "on_step_end"))
+PARTS = ((FullTrainer, "_judge_step"), (UpdateMeter, "on_step_begin"), (UpdateMeter, "on_step_end"))
 BARS = {"classes-minilm": 0.01, "classes-bert": 0.03}
 
 

@@ -97,7 +97,7 @@ def test_run_of_a_regression_computes_every_pass_in_its_format(tmp_path: Path) -
         "inference/run.py: kept",
         "probe/layers.py: see",
         "train/loop/guarded_step.py: compute_loss",
-        "train/worker/loading.py: _ends_with",
+        "train/worker/loading.py: _returns_output_of",
     }
     assert {name for name, types in found.items() if types != {torch.bfloat16}} == set()
 
@@ -117,7 +117,7 @@ def test_run_of_a_language_model_computes_every_pass_in_its_format(tmp_path: Pat
         "inference/run.py: generate",
         "inference/run.py: kept",
         "train/loop/guarded_step.py: compute_loss",
-        "train/forgetting/generic.py: _logits",
+        "train/forgetting/generic.py: _next_token_logits",
     }
     assert {name for name, types in found.items() if types != {torch.bfloat16}} == exact
 

@@ -93,7 +93,7 @@ def test_norm_that_deepspeed_could_not_take_is_let_pass_in_fp16_alone(fp16: bool
     trainer.accelerator = SimpleNamespace(num_processes=1)
     trainer.state, trainer.is_deepspeed_enabled = transformers.TrainerState(global_step=7), True
     trainer.guard_history = StepHistory(skipped=(5, 6, 7))
-    judged, _, _ = trainer._judge(torch.tensor(1.0), torch.tensor(-1.0))
+    judged, _, _ = trainer._judge_step(torch.tensor(1.0), torch.tensor(-1.0))
     assert judged.action == action
 
 
@@ -106,7 +106,7 @@ def test_replayed_texts_count_as_much_as_the_rows_whose_loss_is_scaled(monkeypat
         assert torch.is_autocast_enabled("cpu")
         return model.weight.sum() * len(positions)
 
-    monkeypatch.setattr(Replay, "_distance", distance)
+    monkeypatch.setattr(Replay, "_distance_from_pretrained", distance)
 
     def gradient(scaler: Any) -> float:
         trainer: Any = SimpleNamespace(

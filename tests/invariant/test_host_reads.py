@@ -35,7 +35,7 @@ ASKING = {
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "equal", "bincount", "repeat_interleave")
 """Operators that wait for the values of their input, be it for the size of what they give."""
 KNOWN = {
-    "guarded_step.py: _summed": "the guard judges loss and norm before the update: once a step",
+    "guarded_step.py: _sum_over_ranks": "the guard judges loss and norm before the update: once a step",
     "trainer.py: _clip_grad_norm": "on a CPU alone",
     "callbacks.py: compare_updates": "whether updates arrive: once in a measured step",
     "optimizers.py: _update_slice": "the count of steps, which lies on the host",
@@ -138,7 +138,7 @@ def reads_of(folder: Path, family: placed.Family, **changes: Any) -> Reads:
 def assert_known(reads: Reads) -> None:
     counts = dict(reads.counts)
     assert {who: count for who, count in counts.items() if who not in KNOWN} == {}
-    assert counts["guarded_step.py: _summed"] == STEPS
+    assert counts["guarded_step.py: _sum_over_ranks"] == STEPS
 
 
 def _tags(_: Path) -> placed.Rows:

@@ -212,7 +212,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
 def test_sealed_texts_are_opened_once(held: Path, tiny_encoder: Path) -> None:
     """The finished run, done once more from its last checkpoint, keeps its certificate and its choice."""
     found, weights = preserved(held), runs.final_weights(held)
-    with mock.patch.object(within_budget, "_choose", side_effect=AssertionError("opened again")):
+    with mock.patch.object(within_budget, "_choose_and_certify", side_effect=AssertionError("opened again")):
         runs.run(held, tiny_encoder, ROWS, until="train", preserve={"budget": "0.3%"}, **BLOCKS)
     assert preserved(held) == found
     assert_same(runs.final_weights(held), weights)

@@ -21,7 +21,7 @@ from fulltune.records.training import Outcome, ParameterChanges
 from fulltune.stats.curves import GuardDecision, diverged, ended_high, stopped_improving
 from fulltune.system import hardware, run_folder
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.loop.step_guard import nothing_learned
+from fulltune.train.loop.step_guard import check_parameters_moved
 from fulltune.train.worker import evaluation
 from fulltune.train.worker import main as worker
 from tests import tiny
@@ -168,7 +168,7 @@ def test_nothing_learned_stops_when_nothing_moved(
         num_values_changed=values_moved,
     )
 
-    decision = nothing_learned(moved, reached, largest)
+    decision = check_parameters_moved(moved, reached, largest)
 
     assert said in decision.reason
     assert decision.action == ("stop" if said else "go on")

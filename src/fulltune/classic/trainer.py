@@ -28,7 +28,7 @@ from fulltune.records.training import ParameterChanges
 from fulltune.stats.curves import diverged, ended_high
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import Guarded
-from fulltune.train.loop.step_guard import StepVerdict, nothing_learned
+from fulltune.train.loop.step_guard import StepVerdict, check_parameters_moved
 from fulltune.train.worker.dry_run import same_randomness
 from fulltune.train.worker.weights import InitialWeights, own_file
 
@@ -219,7 +219,7 @@ class Trainer(Guarded, transformers.Trainer):
         self.moved = self._initial.moved(self.model, self.optimizer, frozenset(names))
         if self.state.global_step == self._first_step + 1 and self.args.learning_rate > 0:
             return  # the schedule's rate may be 0 in a single step
-        decision = nothing_learned(self.moved, bool(names), self.largest_grad_norm)
+        decision = check_parameters_moved(self.moved, bool(names), self.largest_grad_norm)
         if decision.action == "stop" and self._first_step > 0:
             notice(f"since the checkpoint at step {self._first_step}: {decision.reason}")
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +59,16 @@ def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
     write_json(checkpoint / GUARD, {name: value for name, value in state.items() if name not in arrays})
 
 
-def guard_state(checkpoint: Path) -> dict[str, Any]:
+def guard_state(checkpoint: Path, required: Iterable[str] = ()) -> dict[str, Any]:
+    """Read what `save_guard_state` wrote; raises SetupError if one of the `required` names is missing."""
     state: dict[str, Any] = json.loads((checkpoint / GUARD).read_text(encoding="utf-8"))
-    return state | {file.stem: np.load(file, allow_pickle=False) for file in checkpoint.glob("*.npy")}
+    state |= {file.stem: np.load(file, allow_pickle=False) for file in checkpoint.glob("*.npy")}
+    if missing := sorted(set(required) - state.keys()):
+        raise SetupError(
+            f"{checkpoint / GUARD}: it has no {', '.join(missing)}, because another version of fulltune wrote it; "
+            "start a new run (--fresh)"
+        )
+    return state
 
 
 def newest_healthy(folder: Path, before: int) -> Path | None:

@@ -15,23 +15,23 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 
 
-def _description(value: object) -> str:
+def _stable_description(value: object) -> str:
     """Describe a value by text that is the same in another process: a function by its code, defaults and closure."""
     match value:
         case Mapping():
-            return "{" + ",".join(f"{key}:{_description(inner)}" for key, inner in value.items()) + "}"
+            return "{" + ",".join(f"{key}:{_stable_description(inner)}" for key, inner in value.items()) + "}"
         case tuple() | list():
-            return "(" + ",".join(map(_description, value)) + ")"
+            return "(" + ",".join(map(_stable_description, value)) + ")"
         case set() | frozenset():
-            return "{" + ",".join(sorted(map(_description, value))) + "}"
+            return "{" + ",".join(sorted(map(_stable_description, value))) + "}"
         case functools.partial():
-            return f"partial{_description((value.func, value.args, value.keywords))}"
+            return f"partial{_stable_description((value.func, value.args, value.keywords))}"
         case types.CodeType():
-            return f"{value.co_name}:{value.co_code.hex()}:{value.co_names}:{_description(value.co_consts)}"
+            return f"{value.co_name}:{value.co_code.hex()}:{value.co_names}:{_stable_description(value.co_consts)}"
         case types.FunctionType():
             cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
             parts = (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
-            return f"{value.__qualname__}{_description(parts)}"
+            return f"{value.__qualname__}{_stable_description(parts)}"
     text = repr(value)
     # A default representation contains an address, which changes: only the type is used.
     return f"{type(value).__module__}.{type(value).__qualname__}" if " at 0x" in text else text
@@ -55,7 +55,7 @@ class Hooks:
     def digest(self) -> str:
         """Hash the hooks that change rows or weights; an empty string without such hooks."""
         relevant = {name: value for name, value in vars(self).items() if value is not None and name != "metrics"}
-        return "" if not relevant else hashlib.sha256(_description(relevant).encode()).hexdigest()[:16]
+        return "" if not relevant else hashlib.sha256(_stable_description(relevant).encode()).hexdigest()[:16]
 
     def check(self, recipe: Recipe) -> None:
         """Refuse functions that would conflict with a setting."""

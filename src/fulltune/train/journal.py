@@ -86,19 +86,19 @@ def run_seconds(folder: Path, trial: str) -> float:
     """Return the seconds from the first import to the saved model, including the steps of earlier attempts up to the
     resumed checkpoint; without the linear probe and the checks, which only some trials of a comparison run."""
     *earlier, last = attempt_folders(folder, trial)
-    begins = [event for event in _events(last) if isinstance(event, PhaseBegan)]
+    begins = [event for event in _recorded_events(last) if isinstance(event, PhaseBegan)]
     excluded = sum(end.seconds - begin.seconds for begin, end in pairwise(begins) if begin.name in (PROBING, CHECKS))
     seconds = Outcome.load(last / "outcome.json").train_seconds - excluded
     until = Request.load(last / "request.json").first_step
     for attempt in reversed(earlier):
         if not until:
             break
-        seconds += _seconds_of_steps(_events(attempt), until)
+        seconds += _seconds_of_steps(_recorded_events(attempt), until)
         until = Request.load(attempt / "request.json").first_step
     return round(seconds, 3)
 
 
-def _events(attempt: Path) -> list[Event]:
+def _recorded_events(attempt: Path) -> list[Event]:
     # A killed process or a full disk may have truncated a line; the report mentions it.
     return [event for line in lines_of(attempt / "metrics.jsonl") if (event := event_of(line)) is not None]
 

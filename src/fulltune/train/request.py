@@ -44,7 +44,7 @@ class Request(Record):
 
     def initial_weights(self, rank: int) -> Path:
         """File of this rank's weights before step 1, which exists while the attempt runs."""
-        return self._of_rank(INITIAL_WEIGHTS, rank)
+        return self._rank_file(INITIAL_WEIGHTS, rank)
 
     @property
     def all_initial_weights(self) -> list[Path]:
@@ -52,9 +52,9 @@ class Request(Record):
 
     def trained_weights(self, rank: int) -> Path:
         """File of this rank's trained weights, while an interpolation is chosen."""
-        return self._of_rank("trained.safetensors", rank)
+        return self._rank_file("trained.safetensors", rank)
 
-    def _of_rank(self, name: str, rank: int) -> Path:
+    def _rank_file(self, name: str, rank: int) -> Path:
         file = self.folder / name
         return file.with_stem(f"{file.stem}-rank{rank}") if rank else file
 

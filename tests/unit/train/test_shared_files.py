@@ -50,13 +50,13 @@ def test_whole_tensors_are_read_as_parts_are(
 def test_files_stay_small(sizes: list[int], most: int, files: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsdp2, "MIN_FILE_BYTES", most)
     state = {str(number): torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}
-    assert list(fsdp2._files(state).values()) == files
+    assert list(fsdp2._assign_files(state).values()) == files
 
 
 def test_large_states_have_no_more_files_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsdp2, "MIN_FILE_BYTES", 1)
     state = {str(number): torch.zeros(10, dtype=torch.uint8) for number in range(1000)}
-    assert max(fsdp2._files(state).values()) <= 2 * fsdp2.MAX_FILES
+    assert max(fsdp2._assign_files(state).values()) <= 2 * fsdp2.MAX_FILES
 
 
 def test_plan_knows_the_size_of_the_files() -> None:

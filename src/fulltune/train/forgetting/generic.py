@@ -141,7 +141,7 @@ class Replay(TrainingPart):
         """Return the texts of a step, counted from 1. The order is random, and all texts come before one repeats."""
         plan, count = self.inputs.plan, len(self.text.ids)
         places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
-        orders = {cycle: _order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
+        orders = {cycle: _shuffled_order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
         return [orders[place // count][place % count] for place in places]
 
     def remember(self) -> None:
@@ -154,7 +154,7 @@ class Replay(TrainingPart):
             for positions in batches(range(len(self.text.ids)), self.rows_per_pass):
                 between()
                 with autocast(model, self.text.precision):
-                    logs = F.log_softmax(self._logits(positions).float(), dim=-1)
+                    logs = F.log_softmax(self._next_token_logits(positions).float(), dim=-1)
                 top, ids = logs.topk(min(TOP_TOKENS, logs.shape[-1]), dim=-1)
                 sizes = [len(self.text.ids[position]) - 1 for position in positions]
                 stored = (top.half().cpu(), ids.int().cpu())
@@ -178,7 +178,7 @@ class Replay(TrainingPart):
         with evaluating(model):
             for positions, counts in passes:
                 with autocast(model, self.text.precision):
-                    summed = self._distance(positions)
+                    summed = self._distance_from_pretrained(positions)
                 loss = counts * self.weight * share * summed
                 (loss if scaler is None else scaler.scale(loss)).backward()
 
@@ -196,18 +196,18 @@ class Replay(TrainingPart):
     def resume(self, state: Mapping[str, Any]) -> None:
         self.weight = state["replay_weight"]
 
-    def _distance(self, positions: Sequence[int]) -> torch.Tensor:
+    def _distance_from_pretrained(self, positions: Sequence[int]) -> torch.Tensor:
         model, device = self.trainer.model, self.trainer.args.device
         if not self.text.writes:
             stacked = np.stack([self.before[position] for position in positions])
             before = torch.tensor(stacked, dtype=torch.float32, device=device)
             return (1 - F.cosine_similarity(self.text.states(model, positions), before, dim=-1)).sum()
-        logs = F.log_softmax(self._logits(positions).float(), dim=-1)
+        logs = F.log_softmax(self._next_token_logits(positions).float(), dim=-1)
         stored = (np.concatenate([self.before[position][part] for position in positions]) for part in (0, 1))
         before, ids = (torch.as_tensor(part, device=device) for part in stored)
         return divergence(before.float(), logs.gather(-1, ids.long()))
 
-    def _logits(self, positions: Sequence[int]) -> torch.Tensor:
+    def _next_token_logits(self, positions: Sequence[int]) -> torch.Tensor:
         texts, device = [self.text.ids[position] for position in positions], self.trainer.args.device
         ids = padded(texts, self.text.pad_token_id).to(device)
         labels = padded([[IGNORED, *text[1:]] for text in texts], IGNORED).to(device)
@@ -244,7 +244,7 @@ def divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     return (before.exp() * (before - now)).sum() + (rest_before * (rest_before.log() - rest_now.log())).sum()
 
 
-def _order(count: int, seed: int, cycle: int) -> list[int]:
+def _shuffled_order(count: int, seed: int, cycle: int) -> list[int]:
     order = list(range(count))
     random.Random(f"{seed}:replay:{cycle}").shuffle(order)
     return order

@@ -82,7 +82,9 @@ def keep_within(
         result = earlier
         if earlier is None or earlier.weights_digest != digest:
             inputs.recorder.phase(PHASE)
-            result = _choose(inputs, interpolation, monitor, score, earlier.opening_times if earlier else ())
+            result = _choose_and_certify(
+                inputs, interpolation, monitor, score, earlier.opening_times if earlier else ()
+            )
             if inputs.is_main:
                 record.parent.mkdir(exist_ok=True)
                 result.save(record)
@@ -94,7 +96,7 @@ def keep_within(
         after.unlink(missing_ok=True)
 
 
-def _choose(
+def _choose_and_certify(
     inputs: AttemptInputs,
     interpolation: WeightInterpolation,
     monitor: DriftMonitor,
@@ -108,7 +110,7 @@ def _choose(
     selection, sealed = monitor.text_of(texts.selection), monitor.text_of(texts.sealed)
     is_language_model = inputs.summary.form.reads_any_text
     limit = limit_of(budget, is_language_model)
-    rows = _eval_rows(inputs, trainer)
+    rows = _sample_eval_rows(inputs, trainer)
 
     def read(share: float, text: GenericText) -> np.ndarray:
         interpolation.put(share)
@@ -126,7 +128,7 @@ def _choose(
 
     with inputs.journal.during("evaluation"):
         points = [measure(share) for share in (0.0, *SHARES)]
-        points += _refine(points, limit, measure)
+        points += _refine_near_limit(points, limit, measure)
         choice = best(points, limit, plan.greater_is_better)
         sealed_drift = None
         if not choice.is_start:
@@ -154,14 +156,14 @@ def _choose(
     )
 
 
-def _eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[Row]:
+def _sample_eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[Row]:
     rows = trainer.eval_rows
     if len(rows) <= MAX_ROWS:
         return rows
     return RowSubset(rows, sorted(random.Random(inputs.recipe.data.split_seed).sample(range(len(rows)), MAX_ROWS)))
 
 
-def _refine(
+def _refine_near_limit(
     points: list[InterpolationPoint], limit: float, measure: Callable[[float], InterpolationPoint]
 ) -> list[InterpolationPoint]:
     refined: list[InterpolationPoint] = []

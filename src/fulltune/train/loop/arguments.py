@@ -153,14 +153,14 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
     try:
         arguments = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise _refusal(" ".join(str(error).split()), isinstance(error, RuntimeError), plan) from None
+        raise _translate_error(" ".join(str(error).split()), isinstance(error, RuntimeError), plan) from None
     if arguments.n_gpu > 1:
         # The Trainer would split each micro batch over all visible GPUs (DataParallel) and scale the loss.
         arguments._n_gpu = 1
     return arguments
 
 
-def _refusal(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
+def _translate_error(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
     if not is_runtime_error or re.search("gloo|nccl|connect|socket", message, re.IGNORECASE) is None:
         return RecipeError(f"train: transformers refuses these settings: {message}")
     return SetupError(

@@ -27,21 +27,21 @@ from fulltune.train.request import Request
 from fulltune.train.usage import ResourceUsage
 
 MEASUREMENTS = 20
-"""Measured steps per run."""
+"""Number of steps per run whose update is measured."""
 SAMPLED_VALUES = 256
-"""Evenly spaced values sampled from each tensor."""
+"""Number of evenly spaced values that are sampled from each tensor."""
 LOW_IN_A_ROW = 3
-"""Consecutive measurements below `EATEN` that give a warning."""
+"""Consecutive measurements below `EATEN` that trigger a warning."""
 
 
 @dataclass(eq=False)
 class Recorder:
-    """Appends one JSON line per event to `metrics.jsonl`."""
+    """Appends each event as a JSON line to `metrics.jsonl`."""
 
     path: Path | None
-    """The file to append to; None on all ranks but 0."""
+    """The file to append to, or None on all ranks except 0."""
     listener: Listener | None = None
-    """Called with each event, for a display in this process."""
+    """Function that is called with each event, for example to display it."""
     started: float = field(default_factory=time.monotonic)
 
     def write(self, event: Event) -> None:
@@ -71,11 +71,12 @@ class Progress(TrainerCallback):
     usage: ResourceUsage
     begin: Callable[[], None]
     first: tuple[float, int, float] | None = None
-    """Time, step and token count at the start of training."""
+    """Time, step and token count when training started."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
+        """Call `begin`, then record the start of training."""
         self.begin()
         self.recorder.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))
@@ -88,6 +89,7 @@ class Progress(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: object,
     ) -> None:
+        """Record a logged step with its speed and the remaining time."""
         if not state.is_world_process_zero or not logs or "loss" not in logs or self.first is None:
             return
         began, first_step, first_tokens = self.first
@@ -119,6 +121,7 @@ class Progress(TrainerCallback):
     on_substep_end = on_step_end = on_save = on_step_begin
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Record the metrics of an evaluation."""
         self.journal.alive(state.global_step)
         if not state.is_world_process_zero:
             return
@@ -127,13 +130,13 @@ class Progress(TrainerCallback):
 
 
 def logged(state: TrainerState, name: str) -> list[float]:
-    """Return all logged values of one name, oldest first, without those before step 1."""
+    """Return all logged values of one name after step 0, oldest first."""
     return [entry[name] for entry in state.log_history if name in entry and entry["step"]]
 
 
 @dataclass(eq=False)
 class Checkpoints(TrainerCallback):
-    """Saves at each evaluation, seals each checkpoint before it deletes old ones, and stops training early."""
+    """Saves a checkpoint at each evaluation, seals it before old ones are deleted, and stops training early."""
 
     request: Request
     journal: Journal
@@ -150,7 +153,8 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
 
     def is_over(self, state: TrainerState) -> bool:
-        """Decide on early stopping from the logged history; a counter would restart on resume."""
+        """Return whether early stopping ends the run. The logged history decides, because a counter would restart when
+        a run resumes."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and stopped_improving(
             logged(state, f"eval_{plan.metric}"),
@@ -160,6 +164,7 @@ class Checkpoints(TrainerCallback):
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Seal the new checkpoint, then delete old ones."""
         with self.journal.during("saving"):
             if args.world_size > 1:
                 torch.distributed.barrier()  # each rank writes its own random state
@@ -172,7 +177,7 @@ class Checkpoints(TrainerCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """Saves and stops training after a signal; all ranks stop after the same step."""
+    """Saves and stops training after a signal, on all ranks after the same step."""
 
     is_asked = False
 
@@ -197,7 +202,7 @@ class StopOnRequest(TrainerCallback):
 
 @dataclass(eq=False)
 class UpdateMeter(TrainerCallback):
-    """Measures some updates, and warns once if rounding removes them."""
+    """Measures the updates of some steps, and warns once if rounding removes them."""
 
     trainer: Guarded
     plan: Plan
@@ -206,17 +211,19 @@ class UpdateMeter(TrainerCallback):
     _eaten: int = 0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Sample the weights if this step is measured."""
         step, total = state.global_step + 1, self.plan.total_steps
         # Only after the learning rate has risen from 0.
         is_measured = step % max(1, total // MEASUREMENTS) == 0 and step >= min(self.plan.warmup_steps + 2, total // 2)
         if is_measured and not self._before:
-            self._before = _sample(self.trainer.model)
+            self._before = _sample_weights(self.trainer.model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Record how the sampled weights changed in this step."""
         before, self._before = self._before, {}
         if not before or state.global_step in self.trainer.guard_history.skipped or not state.is_world_process_zero:
             return
-        measured = compare_updates(state.global_step, before, _sample(self.trainer.model))
+        measured = compare_updates(state.global_step, before, _sample_weights(self.trainer.model))
         self.recorder.write(measured)
         self._eaten = self._eaten + 1 if measured.changed_share < EATEN else 0
         # With stochastic or Kahan rounding most values stay the same in a step, and nothing is lost.
@@ -230,6 +237,7 @@ class UpdateMeter(TrainerCallback):
 
 
 def compare_updates(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> UpdatesMeasured:
+    """Compute the share of values that a step changed, and the updates' median relative size."""
     numbers = [
         torch.stack([(after[name] != old).sum(), old.float().norm(), (after[name].float() - old.float()).norm()])
         for name, old in before.items()
@@ -244,7 +252,7 @@ def compare_updates(step: int, before: dict[str, torch.Tensor], after: dict[str,
     )
 
 
-def _sample(model: nn.Module) -> dict[str, torch.Tensor]:
+def _sample_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     # Without token embeddings, of which a step updates only the rows of tokens that it read.
     sharding.reshard(model)
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()

@@ -1,4 +1,4 @@
-"""The step guard inside transformers' training step (`Trainer._run_epoch`, 5.24), just before the update."""
+"""Runs the step guard inside transformers' training step (`Trainer._run_epoch`, 5.24), just before the update."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def rows_in(batch: Mapping[str, object]) -> int:
 class Guarded:
     """Mixin for a `Trainer` that skips a bad update, or stops training before it.
 
-    A callback has no veto. Skipping frees the gradients, so the optimizer's moments stay as well. DeepSpeed updates
-    inside its backward pass: there each loss is judged before it, and no step is skipped.
+    A callback cannot prevent an update. Skipping frees the gradients, so the optimizer's moments do not change either.
+    DeepSpeed updates inside its backward pass, so each loss is judged before that pass, and no step is skipped.
 
     Put it before your own Trainer. It raises `Diverged` when skipping does not help:
 
@@ -58,11 +58,11 @@ class Guarded:
     last_losses: tuple[float, ...] = ()
     guard_history: StepHistory = StepHistory()
     skips: bool = True
-    """True skips suspect steps; False skips only non-finite ones."""
+    """If True, suspect steps are skipped; if False, only non-finite ones."""
     batches: Sequence[Mapping[str, object]] = ()
     _losses: torch.Tensor | float = 0.0
     usual_loss: float = 0.0
-    """Loss of the last clean step, which is logged instead of a non-finite loss."""
+    """Loss of the last step that was not skipped; it is logged instead of a non-finite loss."""
 
     _has_trained: bool = False
 
@@ -95,10 +95,11 @@ class Guarded:
         return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-        """Return the Trainer's loss of one micro batch; it is judged here if the backward pass updates."""
+        """Return the Trainer's loss of one micro batch. If the backward pass also updates, a non-finite loss raises
+        Spiked here."""
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
         if self._updates_in_backward and model.training:
-            (total,) = self._summed(loss.detach().float())
+            (total,) = self._sum_over_ranks(loss.detach().float())
             if not math.isfinite(total):
                 step = self.state.global_step + 1
                 reason = f"the loss is {total} at step {step}, before the update: the weights are still good"
@@ -106,8 +107,8 @@ class Guarded:
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
-        """Judge the step. The Trainer calls this between clipping and update, with the norm before clipping (a contract
-        test checks that)."""
+        """Judge the step, and skip it or stop training if it is bad. The Trainer calls this between clipping and
+        update, with the norm before clipping (a contract test checks that)."""
         losses, self._losses = self._losses, 0.0
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
         if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
@@ -121,7 +122,7 @@ class Guarded:
                 if self.is_deepspeed_enabled or parameter.grad is not None
             )
         step = self.state.global_step + 1
-        verdict, loss, mean_norm = self._judge(losses, norm)
+        verdict, loss, mean_norm = self._judge_step(losses, norm)
         norm = mean_norm if mean_norm is not None and math.isfinite(mean_norm) else None
         self.batches = []
         self.guard_history = verdict.history
@@ -141,6 +142,7 @@ class Guarded:
         return norm
 
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
+        """Report a skipped step; a subclass may override this."""
         _log.warning("step %d is skipped: %s", step, verdict.reason)
 
     @property
@@ -148,22 +150,23 @@ class Guarded:
         is_layerwise = any(word in str(self.args.optim).upper() for word in ("LOMO", "LAYERWISE"))
         return is_layerwise or bool(self.is_deepspeed_enabled)
 
-    def _summed(self, *values: torch.Tensor | float) -> list[float]:
+    def _sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
         totals = torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in values])
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
         return totals.tolist()
 
-    def _judge(
+    def _judge_step(
         self, losses: torch.Tensor | float, norm: torch.Tensor | float | None
     ) -> tuple[StepVerdict, float, float | None]:
+        """Return the guard's verdict with the step's loss and gradient norm, averaged over the ranks."""
         in_engine = bool(self.is_deepspeed_enabled)
         if isinstance(norm, torch.Tensor):  # sharded by FSDP2
             norm = sharding.whole(norm)
         rows = sum(rows_in(batch) for batch in self.batches)
         values = [losses, rows] if norm is None else [losses, rows, norm]
         # A norm is the same in each process.
-        loss, rows, *norms = [total / self.accelerator.num_processes for total in self._summed(*values)]
+        loss, rows, *norms = [total / self.accelerator.num_processes for total in self._sum_over_ranks(*values)]
         grad_norm = norms[0] if norms else None
         finite = grad_norm is None or math.isfinite(grad_norm)
         scaler = None if finite else getattr(self.accelerator, "scaler", None)
@@ -187,14 +190,14 @@ def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
 
 
 def explain(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
-    """Describe the first non-finite value in a step's micro batches; gradients stay as they are."""
+    """Describe where the first non-finite value of a step's micro batches comes from. Gradients do not change."""
     try:
-        return _cause(model, batches)
+        return _non_finite_cause(model, batches)
     except Exception as error:  # a model that cannot be called without labels, or memory that runs out
         return f"where it came from could not be found ({type(error).__name__}: {str(error)[:80]})"
 
 
-def _cause(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
+def _non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
     if all(_is_all_masked(batch.get("labels")) for batch in batches):
         return "all its labels are masked, so that there is nothing to learn from"
     for name, parameter in model.named_parameters():
@@ -213,6 +216,7 @@ def _is_all_masked(labels: object) -> bool:
 
 
 def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> str | None:
+    """Return the name and type of the first module with a non-finite output, or None."""
     names: list[str] = []
 
     def watch(name: str, module: nn.Module) -> RemovableHandle:

@@ -1,4 +1,5 @@
-"""The step guard as pure functions of losses and gradient norms (docs/concepts/guards.md), and two guards of a run."""
+"""Judges steps by their losses and gradient norms, in pure functions (docs/concepts/guards.md), and guards a whole
+run."""
 
 from __future__ import annotations
 
@@ -14,21 +15,22 @@ from fulltune.stats.curves import GO_ON, GuardDecision
 from fulltune.text import format_seconds, parse_seconds
 
 BASELINE_WINDOW = 64
-"""Clean steps that a step is compared with. Twice as many detect half as well while the loss falls fast."""
+"""Number of clean steps that a step is compared with. With twice as many, detection is half as good while the loss
+falls fast."""
 MIN_CLEAN_STEPS = 32
-"""Below this many clean steps only non-finite values are suspect."""
+"""With fewer clean steps than this, only non-finite values are suspect."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
-"""Robust standard deviations above the median from which a norm and a loss are outliers."""
+"""A norm and a loss are outliers if they are this many robust standard deviations above the median."""
 MIN_NORM_SPREAD = 0.15
-"""Smallest standard deviation assumed for the logarithm of the norm: three of them are 1.6 times the median."""
+"""Smallest assumed standard deviation of the norm's logarithm; three of them are 1.6 times the median."""
 MIN_LOSS_SPREAD = 0.05
-"""Smallest standard deviation assumed for the loss, as a share of its start: near 0, where a model has memorised its
-rows, a hard row is no spike."""
+"""Smallest assumed standard deviation of the loss, as a share of its start: once a model has memorised its rows and the
+loss is near 0, a hard row is no spike."""
 RECENT_STEPS, STAY_SCORE = 20, 5.0
-"""Stop if the median of the last `RECENT_STEPS` losses is `STAY_SCORE` standard deviations above the baseline, and none
-of them is below it."""
+"""A run stops if the median of its last `RECENT_STEPS` losses is `STAY_SCORE` standard deviations above the baseline,
+and none of them is below it."""
 MIN_RISE = 0.1
-"""The rise that such a stop needs as well, as a share of the loss at the start."""
+"""Smallest rise that such a stop also needs, as a share of the loss at the start."""
 MAX_NON_FINITE = 3
 """Consecutive non-finite steps that stop a run."""
 MAX_SKIPPED = 5
@@ -39,20 +41,21 @@ MAD = 1.4826
 
 @dataclass(frozen=True)
 class StepHistory:
-    """Losses and norms of earlier steps for the step guard; part of each checkpoint."""
+    """Losses and norms of earlier steps, with which the guard compares a step; saved in each checkpoint."""
 
     losses: tuple[float, ...] = ()
     """Losses of the last clean steps, oldest first."""
     log_norms: tuple[float, ...] = ()
     """Natural logarithms of the gradient norms of the last clean steps; a step without a norm adds none."""
     first: float | None = None
-    """Median loss of the first `MIN_CLEAN_STEPS` clean steps. If it is 0, no later loss is judged."""
+    """Median loss of the first `MIN_CLEAN_STEPS` clean steps. If it is 0, later losses are not judged."""
     skipped: tuple[int, ...] = ()
     most_rows: float = 0.0
     """Largest number of rows in a step so far, per process."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
+        """Restore a history from a checkpoint's values; other names are ignored."""
         saved: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
         return cls(**saved)
@@ -66,7 +69,7 @@ class StepVerdict:
     history: StepHistory
     reason: str = ""
     since: int | None = None
-    """For a stop, the first step after which the weights are not trusted."""
+    """If the action is "stop", the first step after which the weights are not trusted."""
     is_finite: bool = True
 
 
@@ -80,21 +83,22 @@ def judge(
     scaled: bool = False,
     finite_only: bool = False,
 ) -> StepVerdict:
-    """Judge a step before its update by comparing it with earlier steps.
+    """Judge a step before its update by comparing its loss and norm with those of earlier steps.
 
-    With a `scaled` fp16 loss a non-finite norm passes, because the scaler skips that step. With `finite_only` every
-    finite step passes."""
+    With a `scaled` fp16 loss a non-finite norm passes, because the gradient scaler skips that step. With `finite_only`
+    every finite step passes.
+    """
     history = replace(history, most_rows=max(history.most_rows, rows))
     if scaled and math.isfinite(loss) and norm is not None and not math.isfinite(norm):
         return StepVerdict("go on", history)
     if non_finite := _non_finite_value(loss, norm):
         causes = "rows without a trained token, values out of range or a type with too small a range"
-        return replace(_skipped(history, step, f"the {non_finite}", causes, MAX_NON_FINITE), is_finite=False)
+        return replace(_skip_or_stop(history, step, f"the {non_finite}", causes, MAX_NON_FINITE), is_finite=False)
     recently = tuple(skip for skip in history.skipped if step - RECENT_STEPS < skip < step)
     if finite_only:
         return StepVerdict("go on", replace(history, skipped=recently))
-    if reason := _outlier(history, loss, norm, rows):
-        return _skipped(history, step, reason, "corrupted rows")
+    if reason := _outlier_reason(history, loss, norm, rows):
+        return _skip_or_stop(history, step, reason, "corrupted rows")
     log_norm = (math.log(norm),) if norm is not None and norm > 0 else ()
     losses = (*history.losses, loss)
     first = statistics.median(losses) if history.first is None and len(losses) == MIN_CLEAN_STEPS else history.first
@@ -106,21 +110,23 @@ def judge(
         first=first,
         skipped=recently,
     )
-    if reason := _stayed_high(extended):
+    if reason := _lasting_rise_reason(extended):
         return StepVerdict("stop", extended, reason, step - RECENT_STEPS - len(recently) + 1)
     return StepVerdict("go on", extended)
 
 
 def _non_finite_value(loss: float, norm: float | None) -> str | None:
+    """Describe the value that is not finite, or return None."""
     if not math.isfinite(loss):
         return f"loss is {loss}"
     return f"gradient norm is {norm}" if norm is not None and not math.isfinite(norm) else None
 
 
-def _skipped(
+def _skip_or_stop(
     history: StepHistory, step: int, reason: str, causes: str, max_in_a_row: int = RECENT_STEPS
 ) -> StepVerdict:
-    """Skip the step, or stop after `max_in_a_row` skips in a row or `MAX_SKIPPED` recent ones."""
+    """Return a verdict that skips the step, or that stops after `max_in_a_row` skips in a row or `MAX_SKIPPED` recent
+    ones."""
     skipped = (*(skip for skip in history.skipped if step - RECENT_STEPS < skip < step), step)
     extended = replace(history, skipped=skipped)
     in_a_row = sum(skip > step - max_in_a_row for skip in skipped)
@@ -134,7 +140,8 @@ def _skipped(
     return StepVerdict("stop", extended, reason, skipped[0])
 
 
-def _outlier(history: StepHistory, loss: float, norm: float | None, rows: float) -> str | None:
+def _outlier_reason(history: StepHistory, loss: float, norm: float | None, rows: float) -> str | None:
+    """Explain that norm and loss are both outliers, or return None; a step with few rows may vary more."""
     if norm is None or norm <= 0 or not history.first or len(history.log_norms) < MIN_CLEAN_STEPS:
         return None
     median, spread = _median_and_spread(history.log_norms, MIN_NORM_SPREAD)
@@ -149,7 +156,8 @@ def _outlier(history: StepHistory, loss: float, norm: float | None, rows: float)
     return f"gradient norm {ratio:.3g} times the median, loss {loss:.3g} where {median_loss:.3g} is usual"
 
 
-def _stayed_high(history: StepHistory) -> str | None:
+def _lasting_rise_reason(history: StepHistory) -> str | None:
+    """Explain that the loss rose and stayed high, or return None."""
     before, recent = history.losses[:-RECENT_STEPS], history.losses[-RECENT_STEPS:]
     if not history.first or len(before) < MIN_CLEAN_STEPS:
         return None
@@ -165,6 +173,7 @@ def _stayed_high(history: StepHistory) -> str | None:
 
 
 def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[float, float]:
+    """Return the median and a robust standard deviation of at least `min_spread`."""
     median = statistics.median(values)
     return median, max(min_spread, MAD * statistics.median(abs(value - median) for value in values))
 
@@ -172,7 +181,8 @@ def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[floa
 # ---- guards of a run ---------------------------------------------------------------------------------------------
 
 
-def nothing_learned(moved: ParameterChanges, reached: bool, largest_grad_norm: float | None) -> GuardDecision:
+def check_parameters_moved(moved: ParameterChanges, reached: bool, largest_grad_norm: float | None) -> GuardDecision:
+    """Return a decision to stop the run, with the reason, if no parameter value changed."""
     if moved.num_values_changed > 0:
         return GO_ON
     if not reached:
@@ -188,7 +198,7 @@ def nothing_learned(moved: ParameterChanges, reached: bool, largest_grad_norm: f
 
 
 def short_notice_warning(notice: str | None, stop_seconds: float) -> str | None:
-    """Warn if `train.notice` is shorter than a step, an evaluation and a checkpoint; None otherwise."""
+    """Return a warning if `train.notice` is shorter than a step, an evaluation and a checkpoint take, else None."""
     if notice is None or stop_seconds <= parse_seconds(notice):
         return None
     return (
@@ -199,11 +209,11 @@ def short_notice_warning(notice: str | None, stop_seconds: float) -> str | None:
 
 
 ROLLBACK_RATE_FACTOR = 0.5
-"""Factor of the learning rate at each rollback but the first."""
+"""Factor by which each rollback reduces the learning rate, except a first one to a checkpoint."""
 
 
 def rate_factor(rollbacks: Sequence[int]) -> float:
-    """Return the factor of the planned learning rate after rollbacks to these steps: `ROLLBACK_RATE_FACTOR` for each,
-    but 1 for a first rollback to a checkpoint, because most causes pass (docs/concepts/guards.md)."""
+    """Return the factor of the planned learning rate after rollbacks to these steps. A first rollback to a checkpoint
+    keeps the rate, because most causes pass (docs/concepts/guards.md)."""
     is_first_free = bool(rollbacks) and rollbacks[0] > 0
     return float(ROLLBACK_RATE_FACTOR ** (len(rollbacks) - is_first_free))

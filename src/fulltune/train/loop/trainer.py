@@ -33,7 +33,7 @@ from fulltune.train.optim.groups import planned_optimizer
 
 _MAX_NAMED_ROWS = 32
 ITEMS = "num_items"
-"""Key of a batch for the number of items in its loss."""
+"""Key under which a batch contains the number of items in its loss."""
 
 Collate = Callable[[list[Row]], dict[str, Any]]
 
@@ -49,8 +49,8 @@ def collated(
     count_items: Callable[[torch.Tensor], int],
     head: SelectiveHead | None,
 ) -> dict[str, Any]:
-    """Collate rows on the host and add values that would be slow to read from the device later: the number of `ITEMS`
-    in the loss, and for a selective head the `TRAINED` positions."""
+    """Collate rows on the host, and add values that would be slow to read from the device later: the number of items in
+    the loss (`ITEMS`) and, for a selective head, the positions with a trained token (`TRAINED`)."""
     batch = collate(rows)
     batch = batch | {ITEMS: count_items(batch["labels"])}
     if head is not None:
@@ -59,7 +59,7 @@ def collated(
 
 
 class TrainingPart(TrainerCallback):
-    """A callback with four more hooks. `train/worker/attempt.py: _parts` lists all parts of a training."""
+    """A Trainer callback with four more hooks; `_parts` in `train/worker/attempt.py` lists all parts of a training."""
 
     def add_gradient(self) -> None:
         """Add gradients before the first micro batch of a step."""
@@ -73,7 +73,7 @@ class TrainingPart(TrainerCallback):
         return {}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Restore from the checkpoint's state, which contains that of all parts."""
+        """Restore the part from a checkpoint's state, which contains the state of all parts."""
 
 
 class FullTrainer(Guarded, Trainer):
@@ -86,7 +86,7 @@ class FullTrainer(Guarded, Trainer):
     """
 
     head: SelectiveHead | None = None
-    """Computes only the logits that the loss uses; None computes all."""
+    """Makes the model compute only the logits that the loss uses; with None it computes all."""
     parts: Sequence[TrainingPart] = ()
     """Parts of the training, in the order in which they act."""
 
@@ -152,35 +152,44 @@ class FullTrainer(Guarded, Trainer):
         for part in parts:
             self.add_callback(part)
 
+    def guard_state(self) -> dict[str, Any]:
+        """Return the state that a checkpoint keeps of the step guard and all parts, by name."""
+        state = asdict(self.guard_history) | {"base_weights": self._base_digest}
+        for part in self.parts:
+            state |= part.state()
+        return state
+
     def resume_parts(self, state: Mapping[str, Any]) -> None:
+        """Restore the step guard's history and all parts from a checkpoint's state."""
         self.guard_history = StepHistory.from_json(state)
         for part in self.parts:
             part.resume(state)
 
     def alive(self, *_: object) -> None:
-        """Write a heartbeat while training; the dry run, which scores rows as well, has none."""
+        """Write a heartbeat during training; the dry run, which also scores rows, writes none."""
         if self.is_in_train:
             self._journal.alive(self.state.global_step)
 
     def agreed(self, value: Any) -> Any:
-        """Return rank 0's value if all ranks work together, else this process's own."""
+        """Return rank 0's value if the ranks share a sharded model, else this process's own value."""
         return broadcast_object_list([value])[0] if self.is_shared or self.is_deepspeed_enabled else value
 
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
+        """Record a skipped step with its reason and train rows."""
         rows = sorted(next(self.sampler.steps(step - 1, step)))
         named = first_few([f"{row + 1:,}" for row in rows], _MAX_NAMED_ROWS)
         self._journal.write("skipped", f"step {step}: {verdict.reason}; train rows {named}")
         self._recorder.write(StepSkipped(step=step, reason=verdict.reason, rows=tuple(rows)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Create the Trainer's schedule, scaled down from the second rollback on and after starting over."""
+        """Create the Trainer's schedule, with its learning rates reduced by rollbacks."""
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
         if (lower := rate_factor(self._plan.rollbacks)) < 1:
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
         return schedule
 
     def lower_rates(self) -> None:
-        """Reset the learning rates restored from the checkpoint to the reduced rate."""
+        """Reduce the learning rates that the checkpoint restored, as rollbacks demand."""
         if rate_factor(self._plan.rollbacks) == 1:
             return
         schedule = getattr(self._schedule, "scheduler", self._schedule)  # accelerate's wrapper
@@ -192,7 +201,8 @@ class FullTrainer(Guarded, Trainer):
     def selecting(
         self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, whole: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Make the model compute only the logits that the loss uses, if it can: chunked if planned, unless `whole`."""
+        """Make the model compute only the logits that the loss uses within this block, if it can. They are chunked if
+        planned, unless `whole`."""
         if self.head is None:
             return contextlib.nullcontext()
         chunked = self.head.can_chunk and self._plan.chunked_loss and not whole
@@ -204,6 +214,7 @@ class FullTrainer(Guarded, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
+        """Train on one micro batch; before a step's first one, the parts add their gradients."""
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()
@@ -253,6 +264,7 @@ class FullTrainer(Guarded, Trainer):
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
     def load_weights(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint that this or another placement saved."""
         if self.is_deepspeed_enabled:
             zero.load_weights(self.model_wrapped, checkpoint)
         elif fsdp2.is_in(checkpoint):
@@ -281,6 +293,7 @@ class FullTrainer(Guarded, Trainer):
         yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, with sharded state and the guard's state, which the Trainer does not save."""
         with self._journal.during("saving"):
             super()._save_checkpoint(model, trial)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -292,18 +305,17 @@ class FullTrainer(Guarded, Trainer):
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
             if self.args.should_save:
-                guard = asdict(self.guard_history) | {"base_weights": self._base_digest}
-                for part in self.parts:
-                    guard |= part.state()
-                checkpoints.save_guard_state(folder, guard)
+                checkpoints.save_guard_state(folder, self.guard_state())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights as the Trainer does; if they are sharded, only create the folder."""
         if self.is_shared or self.is_deepspeed_enabled:  # the Trainer would gather the whole model in one process
             Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # each rank writes its shard beside it
         else:
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save all weights, or only those that a method such as LoRA trains."""
         if not self.trained_only:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
@@ -312,7 +324,7 @@ class FullTrainer(Guarded, Trainer):
             cast("Any", self.processing_class).save_pretrained(folder)
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
-        """Score the eval rows without changing the random state; these metrics decide the best step."""
+        """Score the eval rows without changing the random state, and return the metrics, which decide the best step."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             metrics = {f"eval_{name}": value for part in self.parts for name, value in part.scores().items()}
         if self.args.world_size > 1:
@@ -323,7 +335,8 @@ class FullTrainer(Guarded, Trainer):
         return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the planned optimizer: the Trainer's, except for fulltune's optimizers and several learning rates."""
+        """Create the planned optimizer: the Trainer's, unless it is one of fulltune's or several learning rates are
+        planned."""
         plan, model = self._plan, self.model if model is None else model
         own = optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed) is not None
         if self.optimizer is None and (own or plan.layerwise_lr_decay != 1.0 or plan.head_learning_rate is not None):
@@ -333,7 +346,8 @@ class FullTrainer(Guarded, Trainer):
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
-        """Yield the run's optimizer with rate and decay 0, so that a step changes no weight; not for DeepSpeed."""
+        """Yield an optimizer like the run's, with rate and weight decay 0 so that a step changes no weight; not for
+        DeepSpeed."""
         sharding.reshard(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self.create_optimizer()

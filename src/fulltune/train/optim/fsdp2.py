@@ -38,12 +38,12 @@ def save(
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-    state = {**_weights(model, trained_only), **others}
-    writer = HuggingFaceStorageWriter(str(checkpoint / FOLDER), _files(state), save_distributed=True)
+    state = {**_weights_by_key(model, trained_only), **others}
+    writer = HuggingFaceStorageWriter(str(checkpoint / FOLDER), _assign_files(state), save_distributed=True)
     save_parts(state, storage_writer=writer)
 
 
-def _files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def _assign_files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     sizes = {name: sharding.local(values).nbytes for name, values in state.items()}
     limit = max(MIN_FILE_BYTES, sum(sizes.values()) // MAX_FILES)
     number, file_size, files = 1, 0, dict[str, int]()
@@ -56,7 +56,7 @@ def _files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
     """Load a sharded checkpoint's weights into a model, sharded or not; raises SetupError if their tensors differ."""
-    state = _weights(model, trained_only)
+    state = _weights_by_key(model, trained_only)
     sizes = {name: size for name, (size, _) in tensor_types(checkpoint).items() if name.startswith(WEIGHTS)}
     other_shape = [name for name, tensor in state.items() if tensor.shape != sizes.get(name, tensor.shape)]
     if mismatched := sorted(sizes.keys() ^ state.keys()) or other_shape:
@@ -86,7 +86,9 @@ def tensor_types(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 def write_whole(model: PreTrainedModel, folder: Path, max_bytes: int = GATHERED_FILE_BYTES) -> None:
     """Gather a sharded model's weights into plain safetensors; all ranks must call this."""
-    tensors = {name.removeprefix(WEIGHTS): weight for name, weight in _weights(model, trained_only=False).items()}
+    tensors = {
+        name.removeprefix(WEIGHTS): weight for name, weight in _weights_by_key(model, trained_only=False).items()
+    }
     shapes = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in tensors.items()}
     write_by_file(shapes, lambda name: sharding.whole(tensors[name]), folder, max_bytes)
 
@@ -135,7 +137,7 @@ def whole_state(
     return state
 
 
-def _weights(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
+def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
     """Return parameters (tied ones once) and saved buffers by their names in the files."""
     sharding.reshard(model)
     tensors: dict[str, torch.Tensor] = dict(methods.trained(model) if trained_only else model.named_parameters())
@@ -169,13 +171,13 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, che
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     if is_in(checkpoint):
-        state = _sharded_state(model, checkpoint)
+        state = _read_sharded_state(model, checkpoint)
     else:
         saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)["state"]
         state = {ordered[index]: values for index, values in saved.items()}
     if sharding.is_sharded(model):
         parameters = dict(model.named_parameters())
-        state = {name: _placed(values, parameters[name]) for name, values in state.items()}
+        state = {name: _shard_optimizer_state(values, parameters[name]) for name, values in state.items()}
         if isinstance(optimizer, AdamW):
             for name, values in state.items():
                 local = {kind: sharding.local(value) for kind, value in values.items()}
@@ -186,7 +188,7 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, che
     optimizer.load_state_dict({**optimizer.state_dict(), "state": by_index})
 
 
-def _placed(values: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+def _shard_optimizer_state(values: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     if "exp_avg" in values and values["exp_avg"].shape != parameter.shape:  # fulltune's AdamW, unsharded
         values = in_fp32(values, parameter.shape)
     placed = {}
@@ -196,7 +198,7 @@ def _placed(values: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[st
     return placed
 
 
-def _sharded_state(model: PreTrainedModel, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+def _read_sharded_state(model: PreTrainedModel, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Read this rank's optimizer state by name and kind; moments of 16-bit weights may be fp32."""
     parameters, state = dict(model.named_parameters()), dict[str, torch.Tensor]()
     for key, (size, dtype) in tensor_types(checkpoint).items():

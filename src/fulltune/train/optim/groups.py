@@ -42,21 +42,21 @@ def parameter_groups(
     head's groups come last. The first group's learning rate is logged."""
     body = [name for name in names if name not in head]
     if plan.layerwise_lr_decay == 1.0:
-        groups = _by_decay(body, decayed, weight_decay)
+        groups = _group_by_decay(body, decayed, weight_decay)
     else:
-        groups = _by_depth(body, decayed, plan, weight_decay)
-    of_head = _by_decay([name for name in names if name in head], decayed, weight_decay)
+        groups = _group_by_depth(body, decayed, plan, weight_decay)
+    of_head = _group_by_decay([name for name in names if name in head], decayed, weight_decay)
     return [*groups, *({**group, "lr": plan.head_learning_rate or 0.0} for group in of_head if group["params"])]
 
 
-def _by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: float) -> list[Group]:
+def _group_by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: float) -> list[Group]:
     return [
         {"params": [name for name in names if name in decayed], "weight_decay": weight_decay},
         {"params": [name for name in names if name not in decayed], "weight_decay": 0.0},
     ]
 
 
-def _by_depth(names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float) -> list[Group]:
+def _group_by_depth(names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float) -> list[Group]:
     num_layers = max((int(match.group(1)) + 1 for name in names if (match := _LAYER.search(name))), default=0)
     groups: dict[tuple[int, bool], list[str]] = {}
     for name in names:

@@ -39,28 +39,28 @@ class Noise:
 
     def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
         self._seed = seed
-        self._places = max(2**20, 2 * slice_values) - slice_values
+        self._num_offsets = max(2**20, 2 * slice_values) - slice_values
         drawn = torch.Generator().manual_seed(seed)
-        table = torch.randint(0, 2**16, (self._places + slice_values,), generator=drawn, dtype=torch.int32)
+        table = torch.randint(0, 2**16, (self._num_offsets + slice_values,), generator=drawn, dtype=torch.int32)
         self._bits = table.to(device)
         self._units = self._bits.float().div_(2**16)
 
     def bits(self, count: int, *numbers: int) -> Tensor:
         """Return integers from 0 to 65,535: int32 [count]."""
-        return self._bits.narrow(0, self._place(numbers), count)
+        return self._bits.narrow(0, self._table_offset(numbers), count)
 
     def units(self, count: int, *numbers: int) -> Tensor:
         """Return numbers from 0 to below 1: fp32 [count]."""
-        return self._units.narrow(0, self._place(numbers), count)
+        return self._units.narrow(0, self._table_offset(numbers), count)
 
-    def _place(self, numbers: tuple[int, ...]) -> int:
+    def _table_offset(self, numbers: tuple[int, ...]) -> int:
         mixed = 0
         for number in (self._seed, *numbers):  # splitmix64
             mixed = (mixed + number + 0x9E3779B97F4A7C15) & _64_BITS
             mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
             mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _64_BITS
             mixed ^= mixed >> 31
-        return mixed % self._places
+        return mixed % self._num_offsets
 
 
 _64_BITS = 2**64 - 1
@@ -87,7 +87,7 @@ def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: 
     if moment.dtype != torch.int8:
         values = moment[begin:end]
         return (values if moment.dtype == torch.float32 else out[: end - begin].copy_(values)).mul_(factor)
-    codes, scales = _groups(state, name, begin, end)
+    codes, scales = _overlapping_groups(state, name, begin, end)
     values = out[: len(codes)].copy_(codes)
     if name == "exp_avg":
         values.mul_(values.abs())
@@ -110,8 +110,8 @@ def write(
         if place.data_ptr() != values.data_ptr():
             place.copy_(values)
         return
-    codes, scales = _groups(state, name, begin, begin + len(values))
-    values = _padded(values, len(codes))
+    codes, scales = _overlapping_groups(state, name, begin, begin + len(values))
+    values = _pad_with_zeros(values, len(codes))
     grouped = values.view(-1, GROUP)
     if name == "exp_avg":
         size = torch.abs(values, out=other[: len(values)])
@@ -122,7 +122,7 @@ def write(
         grouped.mul_((_FIRST_TOP * scales.rsqrt()).unsqueeze(1))
         codes.copy_(values.add_(noise.units(len(values), *numbers)).floor_())
         return
-    root(_padded(other, len(codes)), values)
+    root(_pad_with_zeros(other, len(codes)), values)
     torch.amax(grouped, 1, out=scales)
     scales.clamp_min_(_MIN_SCALE)
     grouped.mul_((_SECOND_TOP / scales).unsqueeze(1))
@@ -142,12 +142,12 @@ def root(values: Tensor, out: Tensor) -> Tensor:
     return torch.clamp_min(values, _TINY, out=out).rsqrt_().mul_(values)
 
 
-def _groups(state: Mapping[str, Tensor], name: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
+def _overlapping_groups(state: Mapping[str, Tensor], name: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
     first, last = begin // GROUP, -(-end // GROUP)
     return state[name][first * GROUP : last * GROUP], state[f"{name}_scale"][first:last]
 
 
-def _padded(values: Tensor, length: int) -> Tensor:
+def _pad_with_zeros(values: Tensor, length: int) -> Tensor:
     # The values are in a buffer of whole groups: the rest is set to 0.
     longer = values if len(values) == length else values.as_strided((length,), (1,))
     longer[len(values) :] = 0.0

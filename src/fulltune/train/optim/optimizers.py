@@ -93,10 +93,10 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and local(parameter).numel():
-                    self._update(parameter, local(parameter.grad).reshape(-1), group)
+                    self._update_parameter(parameter, local(parameter.grad).reshape(-1), group)
         return loss
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+    def _update_parameter(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state.update(self._new_state(parameter))
@@ -136,10 +136,10 @@ class AdamW(torch.optim.Optimizer):
             weights.mul_(1 - group["lr"] * group["weight_decay"])
         weights.addcdiv_(first, square_root.add_(group["eps"] * correction), value=-rate)
         if stored.dtype != torch.float32:
-            self._narrow(weights, stored, compensation, buffers, numbers)
+            self._store_rounded(weights, stored, compensation, buffers, numbers)
         moments.write(state, "exp_avg", begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
 
-    def _narrow(
+    def _store_rounded(
         self, weights: Tensor, stored: Tensor, compensation: Tensor | None, buffers: _Buffers, numbers: tuple[int, ...]
     ) -> None:
         """Round fp32 `weights`, which are overwritten, to bf16 `stored`, and the error to `compensation`."""

@@ -19,7 +19,7 @@ from fulltune.train.forgetting.within_budget import keep_within
 from fulltune.train.journal import CHECKS, SCORING
 from fulltune.train.loop.callbacks import Checkpoints, Progress, UpdateMeter
 from fulltune.train.loop.inputs import AttemptInputs
-from fulltune.train.loop.step_guard import nothing_learned, short_notice_warning
+from fulltune.train.loop.step_guard import check_parameters_moved, short_notice_warning
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import distributed, loading, weights
 from fulltune.train.worker.best import Fields, keep_best
@@ -61,9 +61,9 @@ def train(inputs: AttemptInputs) -> Fields:
     # bf16 weights compute in bf16 without autocast; LoRA's layers then need their own casts.
     autocast = plan.precision != "fp32" and plan.weights_dtype == "fp32"
     with methods.without_casts(loaded.applied, autocast):
-        _check(training)
+        _run_checks(training)
         if not inputs.request.probe:
-            return _trained(training)
+            return _train_and_save(training)
     if forecast := inputs.usage.forecast:
         inputs.usage.tokens_per_second = forecast.tokens_per_second
     return {"reason": "probed", "checks": tuple(training.checks)}
@@ -72,7 +72,14 @@ def train(inputs: AttemptInputs) -> Fields:
 def _parts(training: Training) -> list[TrainerCallback]:
     inputs, trainer = training.inputs, training.trainer
     return [
-        Progress(trainer, trainer.sampler, inputs.recorder, inputs.journal, inputs.usage, lambda: _begin(training)),
+        Progress(
+            trainer,
+            trainer.sampler,
+            inputs.recorder,
+            inputs.journal,
+            inputs.usage,
+            lambda: _before_first_step(training),
+        ),
         *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
         training.evaluator,
         training.monitor,
@@ -82,7 +89,7 @@ def _parts(training: Training) -> list[TrainerCallback]:
     ]
 
 
-def _begin(training: Training) -> None:
+def _before_first_step(training: Training) -> None:
     inputs, trainer = training.inputs, training.trainer
     trainer.lower_rates()
     if inputs.in_engine:
@@ -97,7 +104,7 @@ def _begin(training: Training) -> None:
     _stop_before_training(inputs)  # a signal may have come while the eval rows were scored
 
 
-def _trained(training: Training) -> Fields:
+def _train_and_save(training: Training) -> Fields:
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
     request, recorder, journal, usage = inputs.request, inputs.recorder, inputs.journal, inputs.usage
     plan, is_sharded, initial = inputs.plan, inputs.layout is not None, None
@@ -105,7 +112,7 @@ def _trained(training: Training) -> Fields:
     if inputs.is_main or is_sharded:
         file = request.initial_weights(trainer.args.process_index)
         initial = weights.InitialWeights(trainer.model, file, is_sharded)
-    state, optimizer = _fit(training)
+    state, optimizer = _run_trainer(training)
     journal.at_rest()
     if plan.num_processes > 1 and usage.meter is not None:
         usage.memory_growth_per_process = tuple(distributed.all_gather(usage.growth_bytes()))
@@ -114,7 +121,7 @@ def _trained(training: Training) -> Fields:
     if initial is None:  # rank 0 saves and reports
         return {}
     changes = initial.moved(trainer.model, optimizer, trainer.tensors_with_gradient)
-    decision = nothing_learned(changes, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
+    decision = check_parameters_moved(changes, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
     if decision.action == "stop":
         raise GuardStop(decision.reason)
     best = keep_best(inputs, trainer, state)
@@ -142,7 +149,7 @@ def _trained(training: Training) -> Fields:
     }
 
 
-def _check(training: Training) -> None:
+def _run_checks(training: Training) -> None:
     inputs, usage, checks = training.inputs, training.inputs.usage, training.checks
     _stop_before_training(inputs)
     inputs.recorder.phase(CHECKS)
@@ -150,7 +157,7 @@ def _check(training: Training) -> None:
     checks += before_training(inputs, training.loaded, training.trainer)
     passed = all(check.passed for check in checks)
     if passed and inputs.in_engine:
-        return  # `_begin` runs the dry run, once the engine exists
+        return  # `_before_first_step` runs the dry run, once the engine exists
     if passed and inputs.request.dry_run:
         checks += dry_run(inputs, training.trainer, training.evaluator.reduced)
         usage.dry_run_growth_bytes = usage.growth_bytes()
@@ -161,12 +168,12 @@ def _check(training: Training) -> None:
     refuse_failed(checks, inputs.recorder)
 
 
-def _fit(training: Training) -> tuple[TrainerState, torch.optim.Optimizer]:
+def _run_trainer(training: Training) -> tuple[TrainerState, torch.optim.Optimizer]:
     inputs, trainer, request = training.inputs, training.trainer, training.inputs.request
     inputs.journal.at("step" if request.checkpoint is None else "resuming")
     if request.checkpoint is not None:
         checkpoint = Path(request.checkpoint)
-        saved = checkpoints.guard_state(checkpoint)
+        saved = checkpoints.guard_state(checkpoint, trainer.guard_state())
         if len({saved["base_weights"], training.loaded.base_digest} - {None}) > 1:
             raise SetupError(
                 f"model: {inputs.recipe.model.name}: its weights are not those that this run began with; put them "

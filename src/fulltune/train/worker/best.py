@@ -22,10 +22,10 @@ def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) 
     """Load the best weights into the model, unless the last ones are as good; returns their fields of `Outcome`."""
     best, best_metric = state.best_global_step, state.best_metric
     if not inputs.recipe.train.load_best_model_at_end:
-        return _at_end(inputs, state)
+        return _last_weights(inputs, state)
     if best is None or best == state.global_step:
         return {"best_step": state.global_step, "best_metric": best_metric}
-    if as_good := _last(inputs, state):
+    if as_good := _last_weights_if_as_good(inputs, state):
         return as_good
     folder = inputs.request.checkpoints / f"checkpoint-{best}"
     problem = trainer.agreed(files.flaw(folder) if inputs.is_main else None)
@@ -33,18 +33,18 @@ def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) 
         warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
         inputs.journal.write("best weights lost", warning)
         inputs.recorder.warn(warning)
-        return _at_end(inputs, state)
+        return _last_weights(inputs, state)
     trainer.load_weights(folder)
     return {"best_step": best, "best_metric": best_metric}
 
 
-def _at_end(inputs: AttemptInputs, state: TrainerState) -> Fields:
+def _last_weights(inputs: AttemptInputs, state: TrainerState) -> Fields:
     name = f"eval_{inputs.plan.metric}"
     scored = [entry[name] for entry in state.log_history if name in entry and entry["step"] == state.global_step]
     return {"best_step": state.global_step, "best_metric": scored[-1] if scored else None}
 
 
-def _last(inputs: AttemptInputs, state: TrainerState) -> Fields | None:
+def _last_weights_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields | None:
     plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
     if plan.metric not in inputs.summary.form.row_shares:
         return None

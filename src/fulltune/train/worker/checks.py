@@ -44,29 +44,29 @@ def before_training(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTra
     truncated = f"{train.truncated_rows} of {train.rows} at {summary.max_length} tokens"
     processes = f"{world_size}, asked for {plan.num_processes}"
     checks = [
-        _parameters(model, plan),
+        _check_trainable_parameters(model, plan),
         Check(name="processes", result=processes, passed=world_size == plan.num_processes),
         Check(name="truncated rows", result=truncated, passed=True),
-        _dropout(model),
+        _describe_dropout(model),
     ]
     if loaded.head is not None:
         head, start = loaded.head, loaded.head_start
         origin = head.in_words if start is None else f"new, {start.in_words}; {head.why}"
-        problem = _coarse_weights(loaded.scaled, summary.scale)
+        problem = _bf16_problem(loaded.scaled, summary.scale)
         result = problem or "; ".join(filter(None, [origin, loaded.scale_note]))
         checks.append(Check(name="head", result=result, passed=problem is None))
     if writes:
-        checks.append(_trained_tokens(rows))
+        checks.append(_check_trained_tokens(rows))
     if summary.form.writes_answers:
         # Only the task's rows: mixed-in raw text may be cut in the middle.
-        checks.append(_end_tokens(inputs, loaded, Rows(inputs.data / "train")))
+        checks.append(_check_end_tokens(inputs, loaded, Rows(inputs.data / "train")))
     if summary.packed:
-        checks.append(_texts_apart(trainer, model))
+        checks.append(_check_texts_apart(trainer, model))
     if writes:
-        checks.append(_selective_head(trainer, rows, inputs.task, own_loss=inputs.has_own_loss))
+        checks.append(_verify_selective_head(trainer, rows, inputs.task, own_loss=inputs.has_own_loss))
         if plan.chunked_loss:
             is_required = inputs.recipe.train.chunked_loss is True
-            checks.append(_chunked_loss(trainer, checks[-1].result, is_required))
+            checks.append(_check_chunked_loss(trainer, checks[-1].result, is_required))
     return checks
 
 
@@ -78,11 +78,11 @@ def refuse_failed(checks: Sequence[Check], recorder: Recorder) -> None:
         raise GuardStop([f"{check.name}: {check.result}" for check in failed])
 
 
-def _parameters(model: PreTrainedModel, plan: Plan) -> Check:
+def _check_trainable_parameters(model: PreTrainedModel, plan: Plan) -> Check:
     fixed = methods.sinusoidal_tables(model)
     parameters = [parameter for name, parameter in model.named_parameters() if name not in fixed]
-    trainable = sum(_values(parameter) for parameter in parameters if parameter.requires_grad)
-    total = sum(map(_values, parameters))
+    trainable = sum(_num_values(parameter) for parameter in parameters if parameter.requires_grad)
+    total = sum(map(_num_values, parameters))
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
     return Check(
         name="trainable parameters",
@@ -91,19 +91,19 @@ def _parameters(model: PreTrainedModel, plan: Plan) -> Check:
     )
 
 
-def _values(parameter: torch.nn.Parameter) -> int:
+def _num_values(parameter: torch.nn.Parameter) -> int:
     # ZeRO stage 3 leaves an empty tensor and notes its size.
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _dropout(model: PreTrainedModel) -> Check:
+def _describe_dropout(model: PreTrainedModel) -> Check:
     modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
     shares = ", ".join(sorted({f"{module.p:g} becomes {threshold(module.p) / STEPS:.6g}" for module in modules}))
     ours = f"{counted(len(modules), 'module')}, with random numbers of 16 bits for speed ({shares})"
     return Check(name="dropout", result=ours if modules else "torch's own, or none", passed=True)
 
 
-def _last_trained(rows: Rows) -> np.ndarray:
+def _last_trained_tokens(rows: Rows) -> np.ndarray:
     """Return each row's last trained token, or IGNORED if it has none: [rows]."""
     tokens = []
     for flat, offsets in rows.lists("labels"):
@@ -113,12 +113,12 @@ def _last_trained(rows: Rows) -> np.ndarray:
     return np.concatenate(tokens)
 
 
-def _trained_tokens(rows: Rows) -> Check:
-    without = int((_last_trained(rows) == IGNORED).sum())
+def _check_trained_tokens(rows: Rows) -> Check:
+    without = int((_last_trained_tokens(rows) == IGNORED).sum())
     return Check(name="rows with trained tokens", result=f"{len(rows) - without} of {len(rows)}", passed=without == 0)
 
 
-def _texts_apart(trainer: FullTrainer, model: PreTrainedModel) -> Check:
+def _check_texts_apart(trainer: FullTrainer, model: PreTrainedModel) -> Check:
     if trainer.is_deepspeed_enabled:
         result = "on a one-layer copy of the model; not tried on its weights, which ZeRO shards"
         return Check(name=_APART, result=result, passed=True)
@@ -126,7 +126,7 @@ def _texts_apart(trainer: FullTrainer, model: PreTrainedModel) -> Check:
     return Check(name=_APART, result=problem or "yes", passed=problem is None)
 
 
-def _selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:
+def _verify_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:
     if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists once training begins
         result = "off: ZeRO shards the model"
     elif own_loss:  # needs all logits
@@ -137,7 +137,7 @@ def _selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool
     return Check(name=_SELECTIVE, result=result, passed=True)
 
 
-def _chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> Check:
+def _check_chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> Check:
     """Check the chunked loss; without it training needs more memory, which only a recipe that requires it refuses."""
     result = head_result if trainer.head is None else trainer.head.chunking_note
     possible = trainer.head is not None and trainer.head.can_chunk
@@ -146,7 +146,7 @@ def _chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> 
     return Check(name=_CHUNKED, result=result, passed=possible or not is_required)
 
 
-def _end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) -> Check:
+def _check_end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) -> Check:
     """Check that each untruncated answer ends with a trained end token that survives padding and stops generation."""
     tokenizer = loaded.tokenizer
     last, ends = trained_ends(rows, tokenizer)
@@ -167,7 +167,7 @@ def _end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) -> Check
 def trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, int], set[int]]:
     """Return how many rows end with each last trained token, and which of these tokens are special."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    tokens, counts = np.unique(_last_trained(rows), return_counts=True)
+    tokens, counts = np.unique(_last_trained_tokens(rows), return_counts=True)
     last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
     return last, {token for token in last if token in special}
 
@@ -203,7 +203,7 @@ def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
     return check_of(batch, float(loss.detach()), started, passed)
 
 
-def _coarse_weights(scaled: ScaledHead | None, scale: tuple[float, float] | None) -> str | None:
+def _bf16_problem(scaled: ScaledHead | None, scale: tuple[float, float] | None) -> str | None:
     """Describe targets that bf16 weights cannot distinguish; None if they can, or if the weights are not bf16."""
     if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
         return None

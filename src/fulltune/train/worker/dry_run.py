@@ -208,44 +208,44 @@ class PassTimer:
         trainer, rows = self.trainer, self.trainer.train_rows
         if not keep:
             self.optimizer.zero_grad()
-        began = self._now()
+        began = self._synchronized_time()
         self.model.train()
         batch = send_to_device(trainer.collated([rows[i] for i in positions]), trainer.args.device)
         # All ranks run the same rows, and the Trainer multiplies the loss by their number.
         num_items = torch.tensor(batch.pop(ITEMS) * trainer.args.world_size, device=trainer.args.device)
         loss = trainer.compute_loss(self.model, batch, num_items_in_batch=num_items)
         value = float(loss.detach())
-        if self._all(math.isfinite(value)):
+        if self._on_all_ranks(math.isfinite(value)):
             loss.backward()
-        return value, self._since(began)
+        return value, self._seconds_since(began)
 
     def step(self) -> float:
         """Clip, update at a rate of 0 and return the seconds; non-finite gradients are left to the guard of step 1."""
         model = self.trainer.model
-        if not self._all(gradients_are_finite(model.parameters())):
+        if not self._on_all_ranks(gradients_are_finite(model.parameters())):
             return 0.0
-        began = self._now()
+        began = self._synchronized_time()
         if self.trainer.args.max_grad_norm:
             self.trainer._clip_grad_norm(model)
         self.optimizer.step()
-        return self._since(began)
+        return self._seconds_since(began)
 
-    def _all(self, finite: bool) -> bool:
+    def _on_all_ranks(self, finite: bool) -> bool:
         # Ranks with sharded weights must run the same passes.
         return all(distributed.all_gather(finite)) if self.trainer.is_shared else finite
 
     def score(self, positions: Positions) -> float:
-        began = self._now()
+        began = self._synchronized_time()
         self.evaluate(RowSubset(self.trainer.eval_rows, positions))
-        return self._since(began)
+        return self._seconds_since(began)
 
-    def _now(self) -> float:
+    def _synchronized_time(self) -> float:
         if self.inputs.plan.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _since(self, began: float) -> float:
-        seconds = self._now() - began
+    def _seconds_since(self, began: float) -> float:
+        seconds = self._synchronized_time() - began
         return float(distributed.all_gather(seconds)[0]) if self.trainer.args.world_size > 1 else seconds
 
 
@@ -254,7 +254,7 @@ def timed_forecast(
 ) -> TimeNeed:
     """Forecast the time of the remaining training from the `seconds` of two passes at the longest micro batch; further
     passes are timed if they are short."""
-    inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _quadratic(passes.trainer.model)
+    inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _attention_work_ratio(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
     steps = max(0, plan.total_steps - first_step)
     counted = min(steps, -(-MAX_COUNTED_ROWS // plan.global_batch_size))
@@ -263,15 +263,15 @@ def timed_forecast(
     work, [long] = works(shapes, quadratic), works(_shapes(lengths, [longest]), quadratic)
     each = step_seconds + LOOP_SECONDS
     budget = further_seconds(seconds[1] / long * float(work.sum()) * scale + each * steps)
-    pass_time, once = _train_time(passes, parts, work, (float(long), *seconds), budget)
+    pass_time, once = _fit_train_time(passes, parts, work, (float(long), *seconds), budget)
     # Replayed texts per process.
     texts = steps * plan.generic.replay_rows / plan.num_processes
-    all_work = float(work.sum()) * scale + texts * _generic_work(quadratic)
+    all_work = float(work.sum()) * scale + texts * _work_of_generic_text(quadratic)
     once *= 1 if plan.torch_compile else len(np.unique(shapes, axis=0))
     train = pass_time.seconds(len(parts) * scale + texts, all_work) + each * steps + once
     tokens = plan.num_processes * (float(shapes.prod(axis=1).sum()) * scale + texts * GENERIC_TOKENS)
-    evaluation, evaluations = _evaluation(passes, pass_time, quadratic, budget)
-    save = _save_seconds(passes) if inputs.is_main and not inputs.request.probe else 0.0
+    evaluation, evaluations = _forecast_evaluations(passes, pass_time, quadratic, budget)
+    save = _estimate_save_seconds(passes) if inputs.is_main and not inputs.request.probe else 0.0
     splits, overhead = inputs.summary.splits, dict[str, float]()
     if evaluations and splits["eval"].tokens and splits["test"].tokens:
         scoring = round(evaluation * splits["test"].tokens / splits["eval"].tokens, 3)
@@ -291,7 +291,7 @@ def timed_forecast(
     )
 
 
-def _train_time(
+def _fit_train_time(
     passes: PassTimer,
     parts: Sequence[Positions],
     work: np.ndarray,
@@ -315,7 +315,7 @@ def _train_time(
     return fit_pass_time((long, seconds), (float(work[at]), warm)), once
 
 
-def _evaluation(passes: PassTimer, train: PassTime, quadratic: float, budget: float) -> tuple[float, int]:
+def _forecast_evaluations(passes: PassTimer, train: PassTime, quadratic: float, budget: float) -> tuple[float, int]:
     plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
     parts = list(batches(longest_first(lengths), plan.eval_batch_size))
@@ -331,11 +331,11 @@ def _evaluation(passes: PassTimer, train: PassTime, quadratic: float, budget: fl
     texts = plan.generic.texts_per_evaluation * (evaluations + steered) + plan.generic.texts_read_once
     read = texts / max(1.0, more)  # generic texts per evaluation
     mine = parts[:: plan.num_processes]  # ranks take the eval batches in turn
-    work = float(works(_shapes(lengths, mine), quadratic).sum()) + read * _generic_work(quadratic)
+    work = float(works(_shapes(lengths, mine), quadratic).sum()) + read * _work_of_generic_text(quadratic)
     return min(1.0, seconds / both) * train.seconds(len(mine) + read, work), round(more)
 
 
-def _generic_work(quadratic: float) -> float:
+def _work_of_generic_text(quadratic: float) -> float:
     return float(works(np.array([[1, GENERIC_TOKENS]]), quadratic)[0])
 
 
@@ -343,7 +343,7 @@ def _shapes(lengths: np.ndarray, parts: Iterable[Positions]) -> np.ndarray:
     return np.array([(len(part), lengths[list(part)].max()) for part in parts], np.int64).reshape(-1, 2)
 
 
-def _quadratic(model: PreTrainedModel) -> float:
+def _attention_work_ratio(model: PreTrainedModel) -> float:
     """Return the attention work per visible token relative to the work with the weights, without embeddings (Kaplan et
     al. 2020, arXiv 2001.08361, table 1); 0 for a model without layers of one width."""
     config = model.config.get_text_config()
@@ -355,7 +355,7 @@ def _quadratic(model: PreTrainedModel) -> float:
     return 2 * layers * hidden / max(1, others)
 
 
-def _save_seconds(passes: PassTimer) -> float:
+def _estimate_save_seconds(passes: PassTimer) -> float:
     trainer, trial = passes.trainer, passes.inputs.request.checkpoints / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]

@@ -106,9 +106,11 @@ class Evaluator(TrainingPart):
         if state.global_step == 0:
             self.start_counts = now
         elif self.start_counts is not None:
-            self._compare(measure, self.start_counts, now, state)
+            self._compare_with_start(measure, self.start_counts, now, state)
 
-    def _compare(self, measure: ResamplableMetric, start: np.ndarray, now: np.ndarray, state: TrainerState) -> None:
+    def _compare_with_start(
+        self, measure: ResamplableMetric, start: np.ndarray, now: np.ndarray, state: TrainerState
+    ) -> None:
         better, error = gain(measure, start, now)
         is_worse = not math.isfinite(better) or better < -BEYOND_CHANCE * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps

@@ -137,7 +137,7 @@ def scale_head(
         problem = "compute_loss is your own"
     elif layer is None or not layer.weight.requires_grad:
         problem = "no last layer with one output was found in the head"
-    elif batch is not None and not _ends_with(model, layer, batch, precision):
+    elif batch is not None and not _returns_output_of(model, layer, batch, precision):
         problem = "the model changes what its head's last layer gives"
     if problem or layer is None:
         return None, f"it learns the numbers as they are: {problem}"
@@ -154,7 +154,9 @@ def scale_head(
     )
 
 
-def _ends_with(model: PreTrainedModel, layer: torch.nn.Linear, batch: dict[str, torch.Tensor], precision: str) -> bool:
+def _returns_output_of(
+    model: PreTrainedModel, layer: torch.nn.Linear, batch: dict[str, torch.Tensor], precision: str
+) -> bool:
     layer_outputs = list[torch.Tensor]()
     hook = layer.register_forward_hook(lambda _, inputs, output: layer_outputs.append(output))
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -214,7 +216,7 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     base_digest = None if in_zero else checkpoints.weights_digest(model)
     head_start, objective = None, Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and not inputs.request.probe and head is not None and head.order is None:
-        head_start = _start_head(inputs, objective, head, tokenizer, arguments.device)
+        head_start = _start_head_from_probe(inputs, objective, head, tokenizer, arguments.device)
     applied = apply_method(model, recipe)
     model = applied.model
     make_faster(model, recipe, plan, summary)
@@ -308,7 +310,7 @@ def mixed_ranges(summary: DataSummary) -> tuple[MixedSource, ...]:
     )
 
 
-def _start_head(
+def _start_head_from_probe(
     inputs: AttemptInputs,
     objective: Objective,
     head: HeadOrigin,

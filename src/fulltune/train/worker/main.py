@@ -47,7 +47,7 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         journal = Journal(path)
         usage = ResourceUsage()
         try:
-            fields = _train(request, hooks, journal, listener, usage, cleanup)
+            fields = _train_with_limit(request, hooks, journal, listener, usage, cleanup)
             ended = {"status": "done", "reason": "", **fields}
         except BaseException as error:
             status, reason = meaning_of(error, request.folder)
@@ -80,7 +80,7 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         return outcome
 
 
-def _train(
+def _train_with_limit(
     request: Request,
     hooks: Hooks,
     journal: Journal,
@@ -124,7 +124,7 @@ def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
     return "error", f"{name}: {text[:500]}"
 
 
-def _end_with_parent(parent_pid: int) -> None:
+def _exit_with_parent(parent_pid: int) -> None:
     # Otherwise an orphaned worker would train beside the next attempt.
     started_by = os.getppid()
 
@@ -145,7 +145,7 @@ def main(file: str, parent: str | None = None) -> int:
     request = Request.load(Path(file))
     parent_pid = request.parent_pid if parent is None else int(parent)
     if parent_pid is not None:
-        _end_with_parent(parent_pid)
+        _exit_with_parent(parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     outcome = run(request, Hooks())
     return 0 if outcome.status == "done" else 1

@@ -58,7 +58,7 @@ class InitialWeights:
         tensors = {}
         for number, (name, parameter) in enumerate(methods.trained(model).items()):
             values = on_cpu(parameter)
-            if self._counts(number, parameter) or sharding.is_sharded(model):
+            if self._is_counted_here(number, parameter) or sharding.is_sharded(model):
                 tensors[name] = values.contiguous()
         save_file(tensors, path)
 
@@ -76,9 +76,9 @@ class InitialWeights:
             if second is None and name not in with_gradient:
                 continue
             now = on_cpu(parameter)
-            if not self._counts(number, parameter):
+            if not self._is_counted_here(number, parameter):
                 continue
-            changed = now != self._before(name).to(now.dtype)
+            changed = now != self._initial_values(name).to(now.dtype)
             touched = changed.new_ones(changed.shape) if second is None else second > 0
             # `sum` would need eight bytes per value.
             if received := int(touched.count_nonzero()):
@@ -94,13 +94,13 @@ class InitialWeights:
             unchanged_tensors=tuple(unmoved[:20]),
         )
 
-    def _counts(self, number: int, parameter: torch.nn.Parameter) -> bool:
+    def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
         # Replicated parameters are assigned to ranks in turn, so that no rank stores a full copy.
         if not self._is_sharded or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
 
-    def _before(self, name: str) -> torch.Tensor:
+    def _initial_values(self, name: str) -> torch.Tensor:
         # Opened for each tensor, or the whole file would stay in memory.
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
@@ -110,12 +110,12 @@ def own_file(folder: Path, prefix: str) -> Path:
     """Return this process's file for `InitialWeights`, and remove files of processes that were killed."""
     for left in folder.glob(f"{prefix}*.safetensors"):
         process = left.stem.removeprefix(prefix)
-        if process.isdigit() and not _exists(int(process)):
+        if process.isdigit() and not _is_running(int(process)):
             left.unlink(missing_ok=True)
     return folder / f"{prefix}{os.getpid()}.safetensors"
 
 
-def _exists(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -186,7 +186,7 @@ def test_small_files_of_a_checkpoint_are_counted_once_and_its_tensors_by_a_sampl
     inputs = SimpleNamespace(request=SimpleNamespace(checkpoints=tmp_path))
     passes: Any = SimpleNamespace(trainer=trainer, optimizer=optimizer, inputs=inputs)
 
-    assert dry_run._save_seconds(passes) == (5 + 1) + (2 + 1) * 10
+    assert dry_run._estimate_save_seconds(passes) == (5 + 1) + (2 + 1) * 10
     assert not list(tmp_path.iterdir())
 
 
