@@ -1,4 +1,4 @@
-"""Runs from Python, with the user's own functions."""
+"""Run stages from Python, with the user's own functions."""
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
 
 
 def _printing() -> Listener:
+    """Return a listener that prints progress."""
     from rich.console import Console
 
     from fulltune.cli.show.run import Display

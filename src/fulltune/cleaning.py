@@ -1,6 +1,6 @@
 """Compare training with and without each cleaning step on the same eval rows, by classifiers or whole runs.
 
-Finished runs leave patch and eval outputs, so that only missing ones train later. Test rows are never read.
+Finished runs keep their patch and eval outputs, so that only missing runs are trained later. Test rows are never read.
 
 """
 
@@ -45,19 +45,19 @@ LEAST_EVAL_ROWS = 50
 _RESAMPLES = 1000
 Action = Literal["drop", "replace"]
 ALPHA = 0.05
-"""Chance that any of the steps' intervals is wrong (Bonferroni)."""
+"""Probability that any interval is wrong (Bonferroni)."""
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
-"""Bounds on a step's share of the train rows: fewer show no effect, more would be other data."""
+"""Limits of a step's share of the train rows: fewer show no effect, more make different data."""
 
 
 _IDS, _CLUSTERS = "row_ids", "row_clusters"
-"""Arrays beside a run's eval outputs: each row's numbered `row_id` and its cluster."""
+"""Arrays beside a run's eval outputs: row ids and clusters."""
 
 
 @dataclass(frozen=True)
 class CleaningStep:
-    """One change to all train rows that a check found."""
+    """A change to all train rows that a check found: drop them, or apply the remedies."""
 
     check: str
     action: Action
@@ -78,7 +78,7 @@ class CleaningStep:
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
-    """Return each check's steps: drop its train rows, or apply the remedies. Leaks and high losses have none."""
+    """Return the steps of each check, except leaks and high losses: drop its train rows, or apply its remedies."""
     steps = []
     for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
         # A row with several issues of a check, such as in both texts of a pair, counts with its first one.
@@ -91,7 +91,7 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
 
 
 def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
-    """Yield each row's id, numbered among equal rows as in issues; rows that `decided` drops count."""
+    """Yield each row's id, numbered among equal rows as in issues. Rows dropped by `decided` take up numbers."""
     times = Counter[str]()
     of_train = [line for (source, _), line in (decided or {}).items() if source == "train"]
     dropped = {line.row for line in of_train if line.remedy.action == "drop"}
@@ -107,10 +107,10 @@ def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
 
 
 def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> None:
-    """Train with and without each step of `checks` (or all), compare on eval rows and write the proofs."""
+    """Train with and without each step of `checks` (all if empty), compare on eval rows and write the proofs."""
     of_data, folder, number = job.folder / "data", job.folder / FOLDER, 0
     possible = cleaning_steps(load_issues(of_data))
-    steps = _worth_a_training(possible, summary, checks)
+    steps = _steps_to_train(possible, summary, checks)
     job.phase("training with and without each cleaning step")
     folder.mkdir(exist_ok=True)
     before = load_patch(Path(job.recipe.data.patch)) if job.recipe.data.patch else {}
@@ -129,11 +129,11 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
             which = f"training {number} of {(1 + len(steps)) * seeds}"
             job.listener(Message(text=f"{which}: {step or 'rows as they are'}, seed {seed}"))
             recipe = with_settings(job.recipe, {**changes, "train.seed": job.recipe.train.seed + seed})
-            outputs[-1].append(_rows_of_run(replace(job, recipe=recipe, folder=folder / f"{stem.name}-{seed}")))
+            outputs[-1].append(_eval_outputs_of_run(replace(job, recipe=recipe, folder=folder / f"{stem.name}-{seed}")))
     shutil.rmtree(folder / ".fulltune-cache", ignore_errors=True)
     metric = job.recipe.evaluate.metric or summary.form.metrics[0]
     measure = measure_of(job.recipe.task, Target.of(summary), metric)
-    proofs, rows = _compared(measure, steps, patches, outputs)
+    proofs, rows = _compare_runs(measure, steps, patches, outputs)
     Proofs(
         fingerprint=summary.fingerprint,
         eval_rows=rows,
@@ -147,7 +147,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
 
 
 def refuse_proofs(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by_trainings: bool) -> None:
-    """Raise a `RecipeError` for proofs that these rows or this recipe cannot give."""
+    """Raise a `RecipeError` if these rows or this recipe cannot be compared in the requested way."""
     if by_classifiers and not summary.form.one_label:
         raise RecipeError(
             "--prove: needs rows with one label each, the only ones that classifiers can compare in seconds; compare "
@@ -169,7 +169,8 @@ def refuse_proofs(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by
         )
 
 
-def _worth_a_training(steps: Sequence[CleaningStep], summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
+def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
+    """Return the steps to train: those of `checks`, else all with enough rows."""
     steps = [step for step in steps if _leaves_enough(step, summary)]
     if checks:
         available = {step.check for step in steps}
@@ -197,7 +198,8 @@ def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
     return has_all and len(step.issues) <= MOST_SHARE * summary.splits["train"].rows
 
 
-def _rows_of_run(job: Run) -> Predictions:
+def _eval_outputs_of_run(job: Run) -> Predictions:
+    """Train a run unless its eval outputs are saved, and return these."""
     run, saved = job.folder, Path(f"{job.folder}.npz")
     if not saved.exists():
         run_folder.find_or_make(job.recipe, "", run.name, run, fresh=False)
@@ -213,22 +215,24 @@ def _rows_of_run(job: Run) -> Predictions:
     return load_outputs(saved)
 
 
-def _chosen(saved: Predictions, names: np.ndarray) -> Predictions:
+def _select_rows(saved: Predictions, names: np.ndarray) -> Predictions:
+    """Return the outputs of the named rows, in that order."""
     order = np.argsort(saved[_IDS])
     places = order[np.searchsorted(saved[_IDS][order], names)]
     return {name: array[places] for name, array in saved.items()}
 
 
-def _compared(
+def _compare_runs(
     measure: ResamplableMetric,
     steps: Sequence[CleaningStep],
     patches: Sequence[str],
     outputs: Sequence[Sequence[Predictions]],
 ) -> tuple[list[Proof], int]:
+    """Return each step's proof from the runs' outputs, and the number of eval rows that all runs share."""
     common = reduce(np.intersect1d, [one[_IDS] for trials in outputs for one in trials])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give these in a file (data.eval)")
-    same = [[_chosen(one, common) for one in trials] for trials in outputs]
+    same = [[_select_rows(one, common) for one in trials] for trials in outputs]
     drawn = draw(measure, same, same[0][0][_CLUSTERS])
     spreads = seed_spreads(drawn, [False] * len(outputs))
     proofs = []
@@ -254,7 +258,7 @@ def _compared(
 
 
 Change = tuple[CleaningStep, np.ndarray, np.ndarray]
-"""A step, with the mask of rows that stay and their new labels."""
+"""A step with the mask of train rows that stay and their new labels."""
 
 
 def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
@@ -278,7 +282,7 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
                 elif issue.remedy.column == summary.columns.get("label"):
                     labels[place[issue.row]] = summary.labels.index(issue.remedy.value)
             changes.append((step, stays, labels))
-        proofs = list(_fitted(train, held_out, changes, strength, left_out))
+        proofs = list(_fit_and_compare(train, held_out, changes, strength, left_out))
     except NoProbe as error:
         raise SetupError(f"--prove: nothing can be compared: {error}") from None
     Proofs(
@@ -290,15 +294,15 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
     ).save(folder / PROOFS)
 
 
-def _fitted(
+def _fit_and_compare(
     train: Items,
     held_out: Items,
     changes: Sequence[Change],
     strength: float,
     left_out: list[str],
 ) -> Iterator[Proof]:
-    """Yield each step's proof; steps that leave nothing to fit go to `left_out`."""
-    fitted = partial(_right, held_out=held_out, strength=strength)
+    """Yield each step's proof. Steps that leave nothing to fit are added to `left_out`."""
+    fitted = partial(_correct_rows, held_out=held_out, strength=strength)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]
     before = np.mean([fitted(train.select(part)) for part in parts], axis=0)
@@ -328,6 +332,7 @@ def _fitted(
         )
 
 
-def _right(items: Items, held_out: Items, strength: float) -> np.ndarray:
+def _correct_rows(items: Items, held_out: Items, strength: float) -> np.ndarray:
+    """Fit a classifier, and return 1 for each held-out row that it predicts correctly, else 0."""
     [(_, classifier)] = fits(items, strengths=(strength,))
     return (classifier(held_out.features).argmax(axis=1) == held_out.labels).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Diagnose a training from its log, with the same functions as the guards and the report."""
+"""Diagnose a training from its log, with the guards' and the report's functions."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ _GREATER_IS_BETTER = (
     *("accuracy", "f1", "mcc", "matthews", "precision", "recall", "auc", "rouge", "bleu", "meteor", "exact_match"),
     *("pearson", "spearman"),
 )
-"""Parts of names of metrics that are better when larger; without one, the eval loss is judged."""
+"""Parts of metric names for which larger is better. Without such a metric, the eval loss is judged."""
 Diagnosis = tuple[str, str, str]
-"""A diagnosis: name, evidence and advice."""
+"""Name, evidence and advice."""
 
 
 @dataclass(frozen=True)
 class Log:
-    """The measurements of a training."""
+    """A training's measurements."""
 
     where: Path
     curves: Curves
     steps: int
     grad_norm: tuple[Point, ...] = ()
     rate: float = 0.0
-    """Highest learning rate; 0 if unknown."""
+    """Highest learning rate, or 0 if it is unknown."""
     plan: Plan | None = None
-    """Plan of a run of fulltune; None for another Trainer."""
+    """Plan of fulltune's run, or None for another Trainer."""
     outcome: Outcome | None = None
     skipped: tuple[int, ...] = ()
 
 
 def read_log(place: Path) -> Log:
-    """Read the log at a place.
+    """Read the log of a run folder, a Trainer's state or a TensorBoard folder.
 
     Raises:
         SetupError: There is no log, or its format is unknown.
@@ -69,25 +69,25 @@ def read_log(place: Path) -> Log:
     if not place.exists():
         raise SetupError(f"{place}: no such file or folder; expected a run folder, {STATE}, or TensorBoard's folder")
     if place.is_dir() and any((place / name).exists() for name in ("attempts", "plan", "data/summary.json")):
-        return _of_run(place)
+        return _read_run_log(place)
     below = [path for path in place.glob(f"*/{STATE}") if path.parent.name.rpartition("-")[2].isdigit()]
     states = [*place.glob(STATE), *sorted(below, key=lambda path: number_in(path.parent), reverse=True)]
     states = [place] if place.is_file() and place.suffix == ".json" else states
     for number, path in enumerate(states, start=1):  # the latest first: one that was cut off is passed over
         try:
-            return _of_state(path)
+            return _read_trainer_state(path)
         except SetupError:
             if number == len(states):
                 raise
     if events := sorted(place.rglob("events.out.tfevents.*")):
-        return _of_events(place, events)
+        return _read_tensorboard(place, events)
     raise SetupError(
         f"{place}: no known log; expected a run folder of fulltune, transformers' {STATE} (in a checkpoint or a folder "
         "of checkpoints), or a folder with TensorBoard events"
     )
 
 
-def _of_run(folder: Path) -> Log:
+def _read_run_log(folder: Path) -> Log:
     view = read_run(folder)
     plan, history = view.plan, view.history
     if plan is None or not (history.train or history.evaluation):
@@ -99,31 +99,31 @@ def _of_run(folder: Path) -> Log:
     return Log(folder, curves, steps, norms, plan.learning_rate, plan, view.outcome, history.skipped)
 
 
-def _of_state(path: Path) -> Log:
+def _read_trainer_state(path: Path) -> Log:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         series: dict[str, dict[int, float]] = defaultdict(dict)
         for line in state["log_history"]:
             for name, value in line.items():
                 if name != "step":
-                    series[name][int(line["step"])] = _number(value)
+                    series[name][int(line["step"])] = _finite_or_nan(value)
         best_step = state.get("best_global_step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise SetupError(
             f"{path}: is not the state of a Trainer: expected JSON with 'log_history', a list of lines with a 'step'"
         ) from None
-    return _log(path, series, best_step if isinstance(best_step, int) else None)
+    return _log_from_series(path, series, best_step if isinstance(best_step, int) else None)
 
 
-def _number(value: Any) -> float:
-    """Return a logged value, or NaN for non-numbers such as null."""
+def _finite_or_nan(value: Any) -> float:
+    """Return a logged value as a float, or NaN if it is no number or huge."""
     try:
         return float(value) if abs(float(value)) < 1e100 else math.nan
     except (TypeError, ValueError):
         return math.nan
 
 
-def _of_events(folder: Path, files: list[Path]) -> Log:
+def _read_tensorboard(folder: Path, files: list[Path]) -> Log:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
@@ -139,10 +139,11 @@ def _of_events(folder: Path, files: list[Path]) -> Log:
         for tag in read.Tags()["scalars"]:
             name = tag.removeprefix("train/").replace("eval/", "eval_")
             series[name] |= {event.step: float(event.value) for event in read.Scalars(tag)}
-    return _log(newest, series)
+    return _log_from_series(newest, series)
 
 
-def _log(where: Path, series: Mapping[str, Mapping[int, float]], best_step: int | None = None) -> Log:
+def _log_from_series(where: Path, series: Mapping[str, Mapping[int, float]], best_step: int | None = None) -> Log:
+    """Return the log of another Trainer, from values by series and step."""
     points = {name: tuple(sorted(values.items())) for name, values in series.items()}
     if "loss" not in points:
         names = ", ".join(sorted(points)[:6]) or "nothing"
@@ -166,6 +167,7 @@ def _log(where: Path, series: Mapping[str, Mapping[int, float]], best_step: int 
 
 
 def in_words(log: Log) -> str:
+    """Describe how much was logged, and what is judged."""
     curves = log.curves
     evaluations = len(curves.metric or curves.eval_loss)
     by = f", judged by {curves.metric_name} and loss" if curves.metric and curves.metric_name != "loss" else ""
@@ -176,7 +178,11 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     """Return the diagnoses, the most serious first."""
     # A guard's judgement goes first, because it saw more than the curves. A diverged loss explains the rest.
     diverged_by_guard = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
-    diagnoses = (*_ended(log), *([] if diverged_by_guard else [*_height(log)] or [*_shape(log)]), *_steps(log))
+    diagnoses = (
+        *_diagnose_end(log),
+        *([] if diverged_by_guard else [*_diagnose_divergence(log)] or [*_diagnose_fit(log)]),
+        *_diagnose_steps(log),
+    )
     readings, evaluations = len(log.curves.train_loss), len(log.curves.eval_loss)
     unseen = "" if evaluations >= MIN_EVALUATIONS else "; so few evaluations cannot show over-fitting"
     sound = ("sound", f"the curves show no problem{unseen}", "")
@@ -185,7 +191,8 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     return diagnoses or (sound,)
 
 
-def _ended(log: Log) -> Iterator[Diagnosis]:
+def _diagnose_end(log: Log) -> Iterator[Diagnosis]:
+    """Diagnose why a run of fulltune ended early."""
     if log.plan is None:
         return
     if log.outcome is None:
@@ -194,13 +201,14 @@ def _ended(log: Log) -> Iterator[Diagnosis]:
         )
         yield "unfinished", evidence, "if it was killed, run the same command to resume"
     elif (name := words.status(log.outcome.status)) != "done":
-        lower = f"a lower rate: {_rate(log, rate_factor(log.plan.rollbacks) / 10)}"
+        lower = f"a lower rate: {_rate_setting(log, rate_factor(log.plan.rollbacks) / 10)}"
         advice = {"diverged": lower, "interrupted": "run the same command to resume"}.get(name, "")
         yield name, without_cause(log.outcome.reason), advice
 
 
-def _height(log: Log) -> Iterator[Diagnosis]:
-    lower = f"a lower rate: {_rate(log, 1 / 10)}"
+def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
+    """Diagnose values that are not finite, and losses that rose or ended high."""
+    lower = f"a lower rate: {_rate_setting(log, 1 / 10)}"
     last = log.grad_norm[-MIN_FOR_SHAPE:]
     # Occasional non-finite norms are normal with fp16: its loss scaler skips such updates.
     norms = log.grad_norm if sum(not math.isfinite(value) for _, value in last) * 2 > len(last) else ()
@@ -217,20 +225,22 @@ def _height(log: Log) -> Iterator[Diagnosis]:
             return
 
 
-def _shape(log: Log) -> Iterator[Diagnosis]:
+def _diagnose_fit(log: Log) -> Iterator[Diagnosis]:
+    """Diagnose over- and underfitting, and a loss that never fell."""
     judged, losses = fit(log.curves), log.curves.losses
     evidence = f"{judged.evidence}. {judged.details}".rstrip(". ")
     if judged.kind == "got worse":
-        yield judged.kind, evidence, f"{judged.helps}: {_rate(log, 1 / 10 if judged.turn == 0 else 1 / 3)}"
+        yield judged.kind, evidence, f"{judged.helps}: {_rate_setting(log, 1 / 10 if judged.turn == 0 else 1 / 3)}"
     elif stayed_flat(losses):
         stayed = f"the train loss stayed at about {format_number(statistics.median(losses))} from start to end"
-        yield "plateau", stayed, f"a higher rate: {_rate(log, 3)}; do the labels belong to these rows?"
+        yield "plateau", stayed, f"a higher rate: {_rate_setting(log, 3)}; do the labels belong to these rows?"
     elif judged.kind not in ("sound", "not known"):
         calibrate = "'fulltune run' calibrates the probabilities; if in doubt, more eval rows show how good answers are"
         yield judged.kind, evidence, judged.helps or calibrate
 
 
-def _steps(log: Log) -> Iterator[Diagnosis]:
+def _diagnose_steps(log: Log) -> Iterator[Diagnosis]:
+    """Diagnose skipped steps, rollbacks, and updates lost to rounding."""
     rollbacks = log.plan.rollbacks if log.plan else ()
     if log.skipped or rollbacks:
         evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"
@@ -242,6 +252,6 @@ def _steps(log: Log) -> Iterator[Diagnosis]:
         yield "eaten updates", evidence, advice
 
 
-def _rate(log: Log, factor: float) -> str:
+def _rate_setting(log: Log, factor: float) -> str:
     rate = f"{float(f'{factor * log.rate:.2g}'):g}" if log.rate else f"{factor:.2g} times the rate"
     return f"--set method.learning_rate={rate}" if log.plan else rate

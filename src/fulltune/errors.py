@@ -1,5 +1,3 @@
-"""Errors by kind, each with its exit code. Imports nothing of fulltune, torch or transformers."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ class RecipeError(FulltuneError):
 
 
 class SetupError(FulltuneError):
-    """The surroundings are wrong: no such model, unwritable folder, run folder of another recipe, missing extra."""
+    """The environment is wrong: no such model, unwritable folder, another recipe's run folder, missing extra."""
 
     exit_code = 2
 

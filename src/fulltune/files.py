@@ -1,4 +1,4 @@
-"""Write files atomically, seal folders with checksums, and read JSON lines. Imports nothing of fulltune."""
+"""Write files atomically, seal folders with checksums, and read JSON lines."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ SEAL = "checksums.json"
 
 @contextmanager
 def replacing(path: Path, private: bool = False) -> Iterator[Path]:
-    """Yield `<path>.part`, which replaces `path` if the block succeeds. A `private` file is readable by its owner
-    only."""
+    """Yield `<path>.part`, which replaces `path` if the block succeeds. Only its owner can read a `private` file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
@@ -30,13 +29,13 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
 
 
 def make_private(path: Path) -> None:
-    """Create an empty file that only its owner may read."""
+    """Create an empty file that only its owner can read."""
     path.unlink(missing_ok=True)
     path.touch(0o600)
 
 
 def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file atomically, flushed to the disk before it is named."""
+    """Write a file atomically: it is flushed to disk before it gets its name."""
     with replacing(path, private) as part, part.open("wb") as file:
         file.write(content)
         file.flush()
@@ -52,7 +51,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the SHA-256 of each file after flushing all to the disk."""
+    """Write each file's SHA-256 into the folder, after flushing all files to disk."""
     sums = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != SEAL:
@@ -81,7 +80,7 @@ def flaw(folder: Path) -> str | None:
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append a JSON line in one write, so that concurrent processes do not mix."""
+    """Append a JSON line in one write, so that lines of concurrent processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
         # After a full disk the last line may have no end.
@@ -92,13 +91,13 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def entry_of(line: str | bytes) -> dict[str, Any] | None:
-    """Return the entry of a JSON line, or None if it is broken."""
+    """Parse a JSON line into its entry, or return None if it is broken."""
     with suppress(ValueError, RecursionError):
         return entry if isinstance(entry := json.loads(line), dict) else None
     return None
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a file of JSON lines, without broken ones."""
+    """Return the entries of a JSON lines file, without broken lines."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
     return [entry for line in lines if (entry := entry_of(line)) is not None]

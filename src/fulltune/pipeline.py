@@ -1,4 +1,4 @@
-"""The pipeline of a run: data, plan, train, evaluate, report. A stage is skipped if its files exist."""
+"""Run a recipe's stages: data, plan, train, evaluate, report. A stage is skipped if its files exist."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from fulltune.footprint.trace import PlannedModel
 
 Until = Literal["data", "plan", "train", "evaluate", "report"]
-"""The last stage to run."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,10 @@ class Run:
     hooks: Hooks = field(default_factory=Hooks)
     listener: Listener = lambda event: None
     began: float | None = None
-    """Start of the whole command in seconds since 1970; None for single stages."""
+    """Start of the whole command in seconds since 1970, or None for single stages."""
 
     group: MachineGroup | None = None
-    """All machines, on the first of several; None with one machine."""
+    """All machines, on the first of several, or None on a single machine."""
 
     @property
     def plan_path(self) -> Path:
@@ -71,13 +70,13 @@ class Run:
         return PlannedModel(self.recipe, self.base, summary)
 
     def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
-        """Return a function that computes a changed plan's memory; the first call traces the model."""
+        """Return a function that computes the memory of a changed plan. Its first call traces the model."""
         model = cache(lambda: self.model(summary))
         return lambda changed: plan.need_of(changed, self.recipe, model())
 
     @property
     def machine(self) -> Machine:
-        """The machine that training can count on, the weakest of several."""
+        """The machine that training can count on: the weakest of several."""
         return hardware.here() if self.group is None else self.group.weakest
 
     def phase(self, name: str) -> None:
@@ -89,7 +88,7 @@ class Run:
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
-    """Prepare, plan, train, evaluate and report. The same call resumes an interrupted run."""
+    """Run the stages up to `until`, and return their records. The same call resumes an interrupted run."""
     if until not in ("data", "plan") and job.recipe.methods:
         raise RecipeError(
             "methods: a run trains one method; use 'fulltune compare', or give one 'method' instead of 'methods'"
@@ -125,7 +124,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
-    """Run the data stage. With `runs_here` false, requirements of training alone may be missing."""
+    """Run the data stage. If `runs_here` is false, what only training needs may be missing."""
     job.phase("reading the data")
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None
@@ -156,14 +155,14 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
 
 
 def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
-    """Refuse what the libraries, the model or the method forbid, before reading rows."""
+    """Raise an error for settings that the libraries, the model or the method forbid, before rows are read."""
     check_extra(recipe, runs_here=runs_here)
     check_model(recipe, base)
     methods.check(recipe, base.config)
 
 
 def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit:
-    """Audit single rows; with `reads_rows` the untouched model also judges labels and finds outliers."""
+    """Audit the rows. If `reads_rows`, the untouched model also judges labels and finds outliers."""
     if reads_rows and stage.by_model(summary):
         check_weights(job.base)
     job.phase("auditing the rows")
@@ -171,7 +170,7 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
 
 
 def list_losses(job: Run, summary: DataSummary) -> Audit:
-    """Add the trained model's highest losses on train and eval rows to the audit."""
+    """Add the train and eval rows with the trained model's highest losses to the audit."""
     trial = run_folder.trained_plan(job.recipe, job.folder, hardware.here())
     if summary.packed:
         raise SetupError(
@@ -187,7 +186,8 @@ def reader_of(job: Run, summary: DataSummary) -> Reader:
 
 
 def forget_old_speeds(folder: Path, path: Path) -> None:
-    """Remove an unused plan with old or busy-machine speeds, so that it is made again; plans by `--measure` stay."""
+    """Delete an unused plan whose speeds are old or from a busy machine, so that it is made again. Plans by `--measure`
+    stay."""
     if not path.exists() or any((folder / name).exists() for name in ("attempts", "search", "plan/measured.json")):
         return
     if Plan.load(path).busy or time.time() - path.stat().st_mtime > 24 * 3600:
@@ -220,11 +220,11 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
 
 
 def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
-    """Replace settings by the fastest ones measured here, and save the plan."""
+    """Replace settings by the fastest ones measured on this machine, and save the plan."""
     if job.recipe.train.num_machines > 1:
         raise RecipeError("--measure: tries settings on one machine; set train.num_machines=1, and fewer processes")
     available, _ = plan.available(job.recipe, hardware.here(), trial.device)
-    trial = fastest_here(_planned(job, trial, summary), summary, available)
+    trial = fastest_here(_trial_to_train(job, trial, summary), summary, available)
     trial = plan.on_disk(job.recipe, trial, hardware.disk_free_bytes(job.folder), str(job.folder))
     run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
@@ -232,19 +232,20 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
 
 
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
-    """Run the train stage: attempts under guard until one succeeds or nothing is left to try."""
+    """Run the train stage: attempts under guards until one succeeds or nothing is left to try."""
     if job.recipe.is_searched:
         raise RecipeError(
             "method.learning_rate: search needs several runs, and this is one; call fulltune.run, or give the rate"
         )
-    return train(_planned(job, trial, summary), job.start)
+    return train(_trial_to_train(job, trial, summary), job.start)
 
 
-def _planned(job: Run, trial: Plan, summary: DataSummary) -> PlannedTrial:
+def _trial_to_train(job: Run, trial: Plan, summary: DataSummary) -> PlannedTrial:
     return PlannedTrial(job.recipe, trial, job.folder, job.hooks, job.listener, job.need(summary))
 
 
 def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:
+    """Score the baselines on the test rows, unless the recipe turns them off."""
     if not job.recipe.evaluate.baselines:
         return []
     job.phase("scoring the baselines")
@@ -262,7 +263,7 @@ def _scoring(job: Run, trial: Plan, summary: DataSummary, metrics: UserMetrics |
 
 
 def write_report(job: Run) -> Path:
-    """Run the report stage, which reads only files."""
+    """Run the report stage, which reads only files, and return the report's path."""
     job.phase("writing the report")
     if job.began is not None:
         run_folder.note_command(job.folder, job.began)

@@ -1,8 +1,4 @@
-"""Format and parse sizes, times, counts, shares and lists, and suggest near names.
-
-Every message, page and picture formats its numbers here. Imports nothing else of fulltune.
-
-"""
+"""Format and parse sizes, times, counts, shares and lists for all messages and reports, and suggest similar names."""
 
 from __future__ import annotations
 
@@ -89,19 +85,19 @@ def format_seconds(seconds: float) -> str:
     if seconds < 59.5:
         return f"{format_number(seconds) if seconds < 9.5 else round(seconds)} s"
     if seconds < 3599.5:
-        return _in_two(round(seconds), 60, "min", "s")
+        return _two_units(round(seconds), 60, "min", "s")
     if seconds < 86400 - 30:
-        return _in_two(round(seconds / 60), 60, "h", "min")
-    return _in_two(round(seconds / 3600), 24, "d", "h")
+        return _two_units(round(seconds / 60), 60, "h", "min")
+    return _two_units(round(seconds / 3600), 24, "d", "h")
 
 
-def _in_two(amount: int, size: int, large: str, small: str) -> str:
+def _two_units(amount: int, size: int, large: str, small: str) -> str:
     whole, rest = divmod(amount, size)
     return f"{whole} {large}" + (f" {rest} {small}" if rest else "")
 
 
 def typed_seconds(seconds: float) -> str:
-    """Format a time as one types it after an option: `1h30m`, `6m`, `90s`."""
+    """Format seconds as a command-line option takes them: `1h30m`, `6m`, `90s`."""
     return format_seconds(round(seconds)).replace("min", "m").replace(" ", "")
 
 
@@ -123,7 +119,7 @@ def format_percent(share: float) -> str:
 
 
 def format_share(share: float) -> str:
-    """Format a percentage where only exactly all is `100.0%` and exactly nothing `0.0%`."""
+    """Format a percentage in which only exactly all is `100.0%` and only exactly nothing `0.0%`."""
     if 0 < share < 0.0005:
         return "<0.1%"
     return ">99.9%" if 0.9995 <= share < 1 else format_percent(share)
@@ -133,7 +129,7 @@ _SHARES = {"accuracy", "token_accuracy", "exact_match", "f1", "precision", "reca
 
 
 def is_share(metric: str) -> bool:
-    """Return whether a metric is a share, shown in percent with differences in points."""
+    """Return whether a metric is a share, which is shown in percent."""
     return metric in _SHARES or metric.startswith("f1_")
 
 
@@ -165,7 +161,7 @@ def first_few(items: Sequence[str], most: int = 3) -> str:
 
 
 def near_names(name: str, names: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Return the most similar names, nearest first; `cutoff` is the least similarity, 0 to 1."""
+    """Return the most similar names, nearest first, with a similarity of at least `cutoff` (0 to 1)."""
     return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
 
 

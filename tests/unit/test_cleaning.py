@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fulltune.cleaning import CleaningStep, _compared, _fitted, _leaves_enough, cleaning_steps, ids, refuse_proofs
+from fulltune.cleaning import (
+    CleaningStep,
+    _compare_runs,
+    _fit_and_compare,
+    _leaves_enough,
+    cleaning_steps,
+    ids,
+    refuse_proofs,
+)
 from fulltune.data.patch import load_patch, save_patch
 from fulltune.errors import RecipeError
 from fulltune.inference.store import row_id
@@ -96,7 +104,7 @@ def test_runs_are_compared_on_the_rows_that_all_have_held_out_in_whatever_order(
 
     steps = [CleaningStep("a", "drop", ()), CleaningStep("b", "drop", ())]
     methods = [method(0.7, slice(0, 1100)), method(0.8, slice(100, 1200)), method(0.7, slice(0, 1200))]
-    (better, same), rows = _compared(_accuracy(), steps, ["a", "b"], methods)
+    (better, same), rows = _compare_runs(_accuracy(), steps, ["a", "b"], methods)
     assert rows == 1000
     expected = float((hard[100:1100] < 0.8).mean() - (hard[100:1100] < 0.7).mean())
     assert better.difference == pytest.approx(expected, abs=0.02)
@@ -170,7 +178,7 @@ def test_no_row_that_differs_is_no_proof_that_none_would() -> None:
 
     [step] = cleaning_steps([issue("markup", "1")])
     without_the_first = (step, np.arange(200) > 0, np.arange(200) % 2)
-    [proof] = _fitted(rows(200), rows(86), [without_the_first], MIDDLE, [])
+    [proof] = _fit_and_compare(rows(200), rows(86), [without_the_first], MIDDLE, [])
     assert proof.difference == 0
     assert -3.7 / 86 < proof.low < -2.5 / 86
     assert 2.5 / 86 < proof.high < 3.7 / 86

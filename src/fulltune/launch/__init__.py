@@ -1,4 +1,4 @@
-"""Jobs for ssh, Slurm, Kubernetes or SkyPilot: templates filled in from a recipe, for the user to edit."""
+"""Write jobs for ssh, Slurm, Kubernetes or SkyPilot from a recipe and templates, for the user to edit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SKY_NAMES = {
     "V100-PCIe-32GB": "V100-32GB",
     "RTX 6000 Ada": "RTX6000-Ada",
 }
-"""SkyPilot's names for GPUs, if not ours without blanks."""
+"""SkyPilot's names for GPUs that are not ours without blanks."""
 
 
 LAUNCHERS = {
@@ -43,14 +43,14 @@ LAUNCHERS = {
     "kubernetes": ("trainjob.yaml", ("kubectl", "apply", "--filename")),
     "skypilot": ("sky.yaml", ("sky", "jobs", "launch", "--yes", "--detach-run")),
 }
-"""Template (its name ends the job file's name) and submit command of each launcher."""
+"""Template and submit command of each launcher."""
 _GET_THE_FOLDER = ("kubernetes", "skypilot")
 """Launchers whose machines receive only the recipe's folder."""
 
 
 @dataclass(frozen=True)
 class LaunchedJob:
-    """A recipe with everything its command needs."""
+    """A recipe with what is needed to run it by a launcher."""
 
     file: Path
     recipe: Recipe
@@ -67,25 +67,25 @@ class LaunchedJob:
 
     @property
     def gpus(self) -> int:
-        """GPUs per machine: one per process, none on a CPU."""
+        """GPUs per machine: one per process, or none on a CPU."""
         on_cpu = self.recipe.train.device == "cpu" or (self.hardware is not None and self.hardware.gpu_model is None)
         return 0 if on_cpu else self.processes
 
     @property
     def words(self) -> list[str]:
-        """The command in the recipe's folder, without options that differ by machine."""
+        """The words of the command in the recipe's folder, without options that differ by machine."""
         verb = "compare" if self.recipe.methods else "run"
         return ["fulltune", verb, f"./{self.file.name}", *(word for one in self.overrides for word in ("--set", one))]
 
     @property
     def name(self) -> str:
-        """Name of the job, in characters that all launchers accept."""
+        """Job name in characters that all launchers accept."""
         plain = re.sub(r"[^a-z0-9]+", "-", (self.recipe.name or self.file.stem).lower()).strip("-")[:40].strip("-")
         return plain if plain[:1].isalpha() else f"fulltune-{plain}".strip("-")
 
 
 def job_of(file: Path, overrides: Sequence[str], hardware: str | None) -> LaunchedJob:
-    """Load the recipe and parse `--for`.
+    """Load the recipe and parse `--for` into the machines.
 
     Raises:
         RecipeError: With all problems at once.
@@ -113,7 +113,7 @@ def job_of(file: Path, overrides: Sequence[str], hardware: str | None) -> Launch
 
 
 def text_of(job: LaunchedJob, launcher: str) -> str:
-    """Return the launcher's template, filled in."""
+    """Return the job file's text, from the launcher's template."""
     jinja = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         undefined=StrictUndefined,
@@ -123,7 +123,12 @@ def text_of(job: LaunchedJob, launcher: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    jinja.filters |= {"shell": shlex.join, "yaml": _yaml, "yaml_block": _yaml_block, "kubernetes": _kubernetes}
+    jinja.filters |= {
+        "shell": shlex.join,
+        "yaml": _yaml_string,
+        "yaml_block": _yaml_block_string,
+        "kubernetes": _escape_for_kubernetes,
+    }
     gpu = job.hardware.gpu_model if job.hardware else None
     return jinja.get_template(LAUNCHERS[launcher][0]).render(
         job=job,
@@ -138,22 +143,22 @@ def text_of(job: LaunchedJob, launcher: str) -> str:
     )
 
 
-def _yaml(value: str) -> str:
+def _yaml_string(value: str) -> str:
     return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")
 
 
-def _yaml_block(value: str) -> str:
+def _yaml_block_string(value: str) -> str:
     plain = value.replace("\n", "").isprintable()
-    return yaml.safe_dump(value, default_style="|", width=sys.maxsize).rstrip("\n") if plain else _yaml(value)
+    return yaml.safe_dump(value, default_style="|", width=sys.maxsize).rstrip("\n") if plain else _yaml_string(value)
 
 
-def _kubernetes(word: str) -> str:
+def _escape_for_kubernetes(word: str) -> str:
     """Escape $(NAME), which Kubernetes would replace in a container's arguments."""
     return re.sub(r"\$(?=[$(])", "$$", word)
 
 
 def path_of(job: LaunchedJob, launcher: str, output: Path | None) -> Path:
-    """Return the job file's path: beside the recipe, in a folder, or as named."""
+    """Return the job file's path: `output` as a file or folder, else beside the recipe."""
     if output is not None and output.suffix and not output.is_dir():
         return output
     return (output or job.file.parent) / f"{job.file.stem}.{LAUNCHERS[launcher][0]}"
@@ -179,7 +184,7 @@ def write(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]
 
 
 def absent(job: LaunchedJob, launcher: str) -> Iterator[str]:
-    """Warn about files that machines with only the recipe's folder will lack."""
+    """Warn about inputs outside the recipe's folder, if the launcher copies only that."""
     folder = Path(os.path.realpath(job.file.parent))
     outside = [path for path in named_paths(job.recipe) if not Path(path).is_relative_to(folder)]
     if outside and launcher in _GET_THE_FOLDER:

@@ -1,4 +1,4 @@
-"""Predict with a finished model: find and load it, and answer texts or rows in bounded memory."""
+"""Load a finished model, and answer texts or rows in bounded memory."""
 
 from __future__ import annotations
 
@@ -32,10 +32,9 @@ _BATCH, _BATCH_OF_PROMPTS = 32, 8
 
 @dataclass(frozen=True)
 class PredictedRow:
-    """The answer to a row, or why there is none."""
+    """A row's answer, or the reason why there is none."""
 
     answer: RowAnswer | None
-    """The answer, as `Predictor.predict` returns it."""
     refused: Refused | None = None
     is_cut: bool = False
     """True if the model read only the beginning of the row."""
@@ -90,7 +89,7 @@ class Predictor:
         return [row.answer for row in predicted if row.answer is not None]
 
     def cut_in_words(self) -> str:
-        """Describe what happens to a row that is too long, as the end of a sentence."""
+        """Describe how a row that is too long is cut, as the end of a sentence."""
         words = "the words beyond are not read and get O"
         beyond = words if self.target.form.tags_words else "what is beyond is not read"
         return f"is longer than {self.notes['max_length']} tokens: {beyond}"
@@ -101,25 +100,27 @@ class Predictor:
         max_new_tokens: int = 128,
         report: RowProgress = lambda done, total: None,
     ) -> Iterator[PredictedRow]:
-        """Yield an answer, or the reason for none, to each row in order, with some rows in memory at a time."""
+        """Yield each row's answer, or the reason for none, in order and with few rows in memory at a time."""
         writes = self.task.FACTS.writes
         # Models that write are slow: their first answers must not wait for two thousand others.
         for window in windows(rows, _WINDOW_PROMPTS) if writes else windows(rows):
             questions = [self.task.as_question(row, self.target) for row in window]
-            predicted = [PredictedRow(None, self._refused(row)) for row in questions]
+            predicted = [PredictedRow(None, self._refuse(row)) for row in questions]
             usable = [number for number, row in enumerate(predicted) if row.refused is None]
             rest = [questions[number] for number in usable]
-            answers = self._write(rest, max_new_tokens, report) if writes else self._read(rest, report)
+            answers = self._generate_answers(rest, max_new_tokens, report) if writes else self._classify(rest, report)
             for number, answered in zip(usable, answers, strict=True):
                 predicted[number] = answered
             yield from predicted
 
-    def _refused(self, row: Row) -> Refused | None:
+    def _refuse(self, row: Row) -> Refused | None:
+        """Return why a row cannot be answered, or None."""
         if reason := unreadable(row, self.target.columns):
             return Refused("unreadable", reason)
         return self.task.refuse_question(row, self.target)
 
-    def _write(self, rows: Sequence[Row], max_new_tokens: int, report: RowProgress) -> list[PredictedRow]:
+    def _generate_answers(self, rows: Sequence[Row], max_new_tokens: int, report: RowProgress) -> list[PredictedRow]:
+        """Answer rows by generating text."""
         prompts = []
         refused: list[Refused | None] = []
         for row in rows:
@@ -139,7 +140,8 @@ class Predictor:
         )
         return [PredictedRow(None, why) if why else PredictedRow({"answer": next(answers)}) for why in refused]
 
-    def _read(self, rows: Sequence[Row], report: RowProgress) -> list[PredictedRow]:
+    def _classify(self, rows: Sequence[Row], report: RowProgress) -> list[PredictedRow]:
+        """Answer rows with a task that does not generate text, from one pass over their tokens."""
         if not rows:  # tokenizers take no empty list
             return []
         encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
@@ -170,7 +172,7 @@ class Predictor:
 
 
 def load(run: Path, method: str | None = None) -> Predictor:
-    """Load the model of a model folder, or of a run: of `method`, else the only or the recommended one."""
+    """Load a model folder, or a run's model: of `method`, else the only or the recommended one."""
     folder = choose(run, method)[0]
     notes = folders.notes_of(folder)
     base = Base.of(ModelBlock(name=str(folder.resolve())), notes["task"])
@@ -182,7 +184,7 @@ def load(run: Path, method: str | None = None) -> Predictor:
 
 
 def choose(run: Path, method: str | None = None) -> tuple[Path, str]:
-    """Choose a model's folder, and give the reason if a comparison recommends it."""
+    """Return a model's folder, and the reason if a comparison's verdict chose it, else an empty string."""
     there = models_of(run)
     names = ", ".join(there)
     if method is not None:
@@ -209,10 +211,12 @@ def choose(run: Path, method: str | None = None) -> tuple[Path, str]:
 
 
 def models_of(run: Path) -> dict[str, Path]:
+    """Return the folders of a run's finished models by method."""
     return {path.parent.name: path.parent for path in sorted(run.glob(f"models/*/{folders.NOTES}"))}
 
 
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Put one text into the column that the model reads."""
     columns, read = notes["columns"], columns_read(notes)
     if len(read) > 1:
         raise DataError(f"this model reads several columns of a row, give a file with them: {', '.join(read)}")
@@ -222,8 +226,9 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 NOT_READ = ("label", "completion", "tools", "tags", "target", "answers")
-"""Roles of columns that are not needed to predict."""
+"""Column roles that prediction does not need."""
 
 
 def columns_read(notes: Mapping[str, Any]) -> list[str]:
+    """Return the columns that the model reads."""
     return [column for role, column in notes["columns"].items() if role not in NOT_READ]

@@ -1,4 +1,4 @@
-"""Example data from the docstrings of installed Python packages. Nothing is downloaded and no package is imported.
+"""Make example data from the docstrings of installed Python packages, without downloads or imports of these packages.
 
 The same versions of packages (`constraints-quickstart.txt`) and Python give the same bytes. All rows of a source file
 are in the same split.
@@ -29,11 +29,10 @@ _HERE = Path(__file__)
 TOPIC_SOURCES, CHAT_SOURCES = tomllib.loads(_HERE.with_name("sources.toml").read_text(encoding="utf-8")).values()
 _SKIPPED = "tests test testing _internal externals _vendor vendor benchmarks _lib _test utils"
 _TOPIC_WORDS, _ANSWER_WORDS = (8, 32), (4, 40)
-"""Fewest and most words of a text."""
 _ROWS_PER_FILE = 60
-"""Most rows of one file, so that a huge file does not dominate a topic."""
+"""Most rows of one file, so that no file dominates a topic."""
 _TOPIC_ROWS, _CHAT_ROWS = (360, 150), (1200, 150)
-"""Most rows of train and test: for each topic, and in total for the chat."""
+"""Most train and test rows: of each topic, and of the chat in total."""
 _TEST_SHARE = 0.25
 
 _ROLE = re.compile(r":[a-zA-Z][\w:+-]*:`([^`]*)`")
@@ -43,14 +42,14 @@ _NOT_PROSE = re.compile(
     r"^\s*(>>>|\.\.|[-=~*^]{3}|@\w|:param|:return|[*-] |Args:|Arguments:|Parameters\b:?|Returns:|Examples?:?$|Usage)",
     re.MULTILINE,
 )
-"""Starts of sections, lists, code and directives in the NumPy, Google and Sphinx styles."""
+"""Starts of sections, lists, code and directives in NumPy, Google and Sphinx style."""
 _NAME = re.compile(r"^[_\d]|.[A-Z_\d]")
 """Matches an identifier, an acronym or a number."""
 
 
 @dataclass(frozen=True)
 class _Doc:
-    """A public docstring, with the dotted names of its file and of the object inside it."""
+    """A public docstring with the dotted names of its file and of the documented object."""
 
     topic: str
     module: str
@@ -63,7 +62,7 @@ _Row = tuple[_Doc, str]
 
 
 def write_example(output: Path, chat: bool) -> Path:
-    """Write data and recipe of the classifier or the chat model, and return the recipe's path."""
+    """Write data and recipe of the classifier or chat model, and return the recipe's path."""
     if chat:
         write_docstring_chat(output / "chat-data")
     else:
@@ -74,33 +73,33 @@ def write_example(output: Path, chat: bool) -> Path:
 
 
 def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
-    """Write `train.csv` and `test.csv`: first sentences of a docstring, and the topic of its file.
+    """Write `train.csv` and `test.csv` with a docstring's first sentences and its file's topic.
 
     Raises:
         DataError: The installed packages have too few docstrings.
 
     """
-    rows = _without_near_copies(_docs(TOPIC_SOURCES), _topic_text)
-    splits = [_split([row for row in rows if row[0].topic == topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
+    rows = _without_near_copies(_read_docstrings(TOPIC_SOURCES), _first_sentences)
+    splits = [_split_by_file([row for row in rows if row[0].topic == topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "train.csv", folder / "test.csv"
     for file, parts in zip(files, zip(*splits, strict=True), strict=True):
         with file.open("w", encoding="utf-8", newline="") as out:
             writer = csv.writer(out, lineterminator="\n")
             writer.writerow(["text", "label"])
-            writer.writerows([text, doc.topic] for doc, text in _in_order(chain.from_iterable(parts)))
+            writer.writerows([text, doc.topic] for doc, text in _in_digest_order(chain.from_iterable(parts)))
     return files
 
 
 def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `test.jsonl`: questions on what a function does, answered by its docstring's first
-    sentence.
+    """Write `train.jsonl` and `test.jsonl` with questions about functions, answered by the first sentence of their
+    docstrings.
 
     Raises:
         DataError: The installed packages have too few docstrings.
 
     """
-    splits = _split(_without_near_copies(_docs(CHAT_SOURCES), _answer), *_CHAT_ROWS)
+    splits = _split_by_file(_without_near_copies(_read_docstrings(CHAT_SOURCES), _one_sentence_answer), *_CHAT_ROWS)
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "train.jsonl", folder / "test.jsonl"
     for file, rows in zip(files, splits, strict=True):
@@ -114,7 +113,8 @@ def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
 # ---- reading ---------------------------------------------------------------------------------------------------
 
 
-def _docs(sources: dict[str, str]) -> Iterator[_Doc]:
+def _read_docstrings(sources: dict[str, str]) -> Iterator[_Doc]:
+    """Yield the public docstrings of each topic's source files."""
     for topic, entries in sources.items():
         for file, module in (found for entry in entries.split() for found in _source_files(entry)):
             try:
@@ -127,6 +127,7 @@ def _docs(sources: dict[str, str]) -> Iterator[_Doc]:
 
 
 def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
+    """Yield the Python files of an entry `package` or `package/pattern`, with their dotted names."""
     name, _, below = entry.partition("/")
     root = _package_root(name)
     if root is None or not root.exists():
@@ -139,6 +140,7 @@ def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
 
 
 def _package_root(name: str) -> Path | None:
+    """Return a package's folder, a module's file, or None if it is not installed."""
     if name in sys.stdlib_module_names:
         # Some standard modules are frozen, and their import spec then names no file.
         folder = Path(sysconfig.get_path("stdlib")) / name
@@ -168,6 +170,7 @@ def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tupl
 
 
 def _paragraphs(docstring: str) -> Iterator[list[str]]:
+    """Yield the sentences of each paragraph, without markup, up to the first that is not prose."""
     for block in re.split(r"\n\s*\n", docstring.strip()):
         if _NOT_PROSE.search(block):
             return
@@ -181,7 +184,8 @@ def _is_prose(text: str, words: tuple[int, int]) -> bool:
     return words[0] <= len(text.split()) <= words[1] and text.isascii() and not re.search(r"[{}|\\]|::|->|\$", text)
 
 
-def _topic_text(doc: _Doc) -> str:
+def _first_sentences(doc: _Doc) -> str:
+    """Return as many first sentences as fit, or an empty string if they are too short."""
     text = ""
     for sentence in (sentence for paragraph in _paragraphs(doc.docstring) for sentence in paragraph):
         longer = f"{text} {sentence}".strip()
@@ -191,7 +195,8 @@ def _topic_text(doc: _Doc) -> str:
     return text if _is_prose(text, _TOPIC_WORDS) else ""
 
 
-def _answer(doc: _Doc) -> str:
+def _one_sentence_answer(doc: _Doc) -> str:
+    """Return the first sentence if it answers what the function does, else an empty string."""
     if not doc.is_function or not _public_name(doc):
         return ""
     sentences = next(_paragraphs(doc.docstring), [])
@@ -205,8 +210,8 @@ def _answer(doc: _Doc) -> str:
 def _public_name(doc: _Doc) -> str:
     """Return the name under which a function is imported, or an empty string if it is not exported.
 
-    Many packages define `package.area.function` in `package/area/_file.py`, and NumPy defines much in `numpy/lib`. The
-    names in the package's `__init__.py` are public.
+    Many packages define `package.area.function` in `package/area/_file.py`, and NumPy defines much in `numpy/lib`.
+    Public are the names in the package's `__init__.py`.
 
     """
     parts = doc.module.split(".")
@@ -228,7 +233,7 @@ def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
 
 
 def _without_near_copies(docs: Iterable[_Doc], text_of: Callable[[_Doc], str]) -> list[_Row]:
-    """Keep the first of texts that differ only in names, or in one word of six or more."""
+    """Drop texts that differ from an earlier one only in names, or in one word of six or more."""
     known_masks: set[tuple[str, ...]] = set()
     rows: list[_Row] = []
     for doc, text in ((doc, text) for doc in docs if (text := text_of(doc))):
@@ -243,17 +248,19 @@ def _without_near_copies(docs: Iterable[_Doc], text_of: Callable[[_Doc], str]) -
 
 
 def _masked_words(text: str) -> tuple[str, ...]:
+    """Return a text's lowercase words, with `#` in place of names and numbers."""
     words = ("#" if _NAME.search(word) else word.lower() for word in re.findall(r"\w+", text))
     return tuple(word for sign, run in groupby(words) for word in ("#" if sign == "#" else list(run)))
 
 
 def _digest(text: str) -> str:
-    """Return the digest that decides order and split: stable over runs, and independent of the content's meaning."""
+    """Return the hash that decides order and split; it is stable over runs and unrelated to the content."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _split(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row], list[_Row]]:
-    """Assign whole source files to test in digest order until it has its share, and the rest to train."""
+def _split_by_file(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row], list[_Row]]:
+    """Assign whole source files to test, in the order of their digests, until it has its share, and the rest to
+    train."""
     by_module: dict[str, list[_Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _digest(row[1])):
         if len(by_module[row[0].module]) < _ROWS_PER_FILE:
@@ -268,8 +275,8 @@ def _split(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row
             "The installed packages have too few docstrings for the example; install those of "
             "constraints-quickstart.txt, with their .py sources"
         )
-    return _in_order(train)[:most_train], _in_order(test)[:most_test]
+    return _in_digest_order(train)[:most_train], _in_digest_order(test)[:most_test]
 
 
-def _in_order(rows: Iterable[_Row]) -> list[_Row]:
+def _in_digest_order(rows: Iterable[_Row]) -> list[_Row]:
     return sorted(rows, key=lambda row: _digest(row[0].name + row[1]))

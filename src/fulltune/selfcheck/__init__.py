@@ -1,6 +1,6 @@
-"""`fulltune selfcheck`: run hardware-dependent decisions on this machine and show the results on one page.
+"""The command `fulltune selfcheck`: run hardware-dependent decisions on this machine and show the results on one page.
 
-The page holds no names or paths, so it can be shared. The models are tiny and random; nothing is downloaded.
+The page holds no names or paths, so it can be shared. The models are tiny and random, and nothing is downloaded.
 
 """
 
@@ -44,12 +44,12 @@ CheckOutcome = tuple[bool, str]
 
 
 class NotHere(Exception):
-    """Raised by a check that cannot run here, with the reason."""
+    """Raised with the reason by a check that cannot run on this machine."""
 
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCT_BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
-"""Largest relative error of a product; TensorFloat-32 (5e-4) does not pass as fp32."""
+"""Largest relative error of a product. TensorFloat-32 (5e-4) does not pass as fp32."""
 BACKENDS = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -63,7 +63,7 @@ ATTENTION_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
 
 
 def product(device: str, precision: str) -> CheckOutcome:
-    """Check the relative error of a product against float64."""
+    """Check a matrix product's relative error against float64."""
     draw = torch.Generator().manual_seed(0)
     first, second = (torch.randn(256, 256, generator=draw) for _ in range(2))
     here = [matrix.to(device, TYPES[precision]) for matrix in (first, second)]
@@ -72,7 +72,7 @@ def product(device: str, precision: str) -> CheckOutcome:
 
 
 def speed(device: str) -> CheckOutcome:
-    """Measure the speed ratio by which `precision: auto` decides on a CPU."""
+    """Measure how much faster bf16 is than fp32, by which `precision: auto` decides on a CPU."""
     ratio = hardware.bf16_speedup(device)
     precision = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
     auto = f": precision auto is {precision}" if device == "cpu" else ""
@@ -83,7 +83,7 @@ def speed(device: str) -> CheckOutcome:
 
 
 def sdpa(device: str, backend: str | None) -> CheckOutcome:
-    """Check torch's attention with one backend, or the default."""
+    """Check torch's attention with one backend, or with the default if it is None."""
     kernel = contextlib.nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend])
     # On a GPU these two are written for 16-bit types only; on a CPU flash takes fp32 as well.
     half = device == "cuda" and backend in ("flash", "cudnn")
@@ -92,7 +92,7 @@ def sdpa(device: str, backend: str | None) -> CheckOutcome:
 
 
 def flash_attention_2(device: str) -> CheckOutcome:
-    """Check the package flash-attn."""
+    """Check the attention of the package flash-attn."""
     from transformers import utils
 
     if device != "cuda":
@@ -114,10 +114,10 @@ def compare(device: str, implementation: str, precision: str) -> CheckOutcome:
     errors: list[float] = []
     words = []
     for name, attention_mask in (("unpadded", None), ("padded", mask)):
-        expected = _compute(plain, ids, attention_mask)
+        expected = _logits_and_gradients(plain, ids, attention_mask)
         try:
             with autocast(model, precision):
-                results = _compute(model, ids, attention_mask)
+                results = _logits_and_gradients(model, ids, attention_mask)
         except RuntimeError as error:
             # Torch's messages for a kernel that does not exist here, or not for this call.
             if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
@@ -132,8 +132,10 @@ def compare(device: str, implementation: str, precision: str) -> CheckOutcome:
     return (max(errors) <= bound, f"{', '.join(words)}{kind}; bound {bound:.0e}")
 
 
-def _compute(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits of the real tokens [tokens, vocabulary] and all gradients in one vector."""
+def _logits_and_gradients(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the real tokens' logits [tokens, vocabulary] and all gradients in one vector."""
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     model.zero_grad()
     outputs = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(~real, -100))
@@ -146,13 +148,13 @@ def _compute(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[
 
 
 def planned_bytes(device: str) -> CheckOutcome:
-    """Compare planned with allocated bytes of weights, gradients and AdamW's moments."""
+    """Compare planned and allocated bytes of weights, gradients and AdamW's moments."""
     if device != "cuda":
         raise NotHere("needs a GPU; on a CPU the dry run before step 1 measures the process")
     # The first product also allocates a workspace that stays.
     decoder(device)(input_ids=tokens(device)).logits.sum().backward()
     gc.collect()
-    before = _allocated()
+    before = _allocated_bytes()
     torch.cuda.reset_peak_memory_stats()
     model = decoder(device, layers=4, width=256, vocabulary=4096)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -160,13 +162,13 @@ def planned_bytes(device: str) -> CheckOutcome:
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     planned = sum(memory.state_bytes(sum(parameter.numel() for parameter in model.parameters()), "fp32").values())
-    measured = _allocated() - before
+    measured = _allocated_bytes() - before
     error, highest = measured / planned - 1, torch.cuda.max_memory_allocated() - before
     text = f"planned {format_bytes(planned)}, measured {format_bytes(measured)} ({error:+.1%})"
     return (abs(error) <= 0.05, f"{text}, {format_bytes(highest)} with activations; bound 5%")
 
 
-def _allocated() -> int:
+def _allocated_bytes() -> int:
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated()
 
@@ -177,7 +179,7 @@ SECONDS = 60.0
 
 
 def all_reduce(device: str) -> CheckOutcome:
-    """Check that two processes, started as for `num_processes: 2`, sum a tensor."""
+    """Check that two processes, started as for `num_processes: 2`, sum a tensor correctly."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         raise NotHere("needs two GPUs, there is one")
     launcher = [sys.executable, "-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, "--nproc-per-node=2"]
@@ -205,7 +207,7 @@ def all_reduce(device: str) -> CheckOutcome:
 
 
 def add_up(device: str) -> tuple[float, float] | None:
-    """Return the all-reduced and the expected sum, on rank 0 only."""
+    """Sum a tensor over all processes. Return the sum and its expected value on rank 0, else None."""
     import torch.distributed as dist
 
     if device == "cuda":
@@ -224,7 +226,7 @@ def add_up(device: str) -> tuple[float, float] | None:
 
 
 def decoder(device: str, *, layers: int = 2, width: int = 64, vocabulary: int = 128, **options: Any) -> Any:
-    """Return a Llama with fixed weights and head size 32, which every attention kernel supports."""
+    """Return a Llama with fixed random weights and head size 32, which every attention kernel supports."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -242,12 +244,12 @@ def decoder(device: str, *, layers: int = 2, width: int = 64, vocabulary: int = 
 
 
 def tokens(device: str, rows: int = 4, length: int = 24, vocabulary: int = 128) -> torch.Tensor:
-    """Return the same random token ids each time."""
+    """Return random token ids, the same at each call."""
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the relative norm of the difference; infinite for NaN."""
+    """Return the norm of the difference relative to `exact`, infinite for NaN."""
     value, exact = value.detach().cpu().double(), exact.detach().cpu().double()
     error = float((value - exact).norm() / exact.norm())
     return error if math.isfinite(error) else math.inf
@@ -276,16 +278,15 @@ class CheckResult(Record):
 
     device: str
     check: str
-    """Category: `precision`, `attention` ..."""
     ran: str
     status: Literal["pass", "fail", "not here"]
     result: str
-    """Outcome in words, or the reason for `not here`."""
+    """Outcome in words, or the reason why the check cannot run here."""
     seconds: float
 
 
 class Page(Record):
-    """All results, without host name, user name or paths."""
+    """The results of all checks, without host name, user name or paths."""
 
     date: str
     environment: dict[str, str]
@@ -294,7 +295,7 @@ class Page(Record):
 
 
 def run(listener: Callable[[str], None] = lambda line: None) -> Page:
-    """Run every check on every device, announcing each. A check that raises has failed."""
+    """Run every check on every device and announce each. A check that raises counts as failed."""
     started = time.monotonic()
     hide_progress_bars()
     findings = []
@@ -304,12 +305,12 @@ def run(listener: Callable[[str], None] = lambda line: None) -> Page:
         for device in devices():
             for name, ran, function in CHECKS:
                 listener(f"{device}: {ran}")
-                findings.append(_finding(name, ran, function, device))
+                findings.append(_run_check(name, ran, function, device))
     today, seconds = datetime.date.today().isoformat(), round(time.monotonic() - started, 1)
     return Page(date=today, environment=environment(), findings=tuple(findings), seconds=seconds)
 
 
-def _finding(name: str, ran: str, function: Callable[[str], CheckOutcome], device: str) -> CheckResult:
+def _run_check(name: str, ran: str, function: Callable[[str], CheckOutcome], device: str) -> CheckResult:
     started = time.monotonic()
     status: Literal["pass", "fail", "not here"]
     try:
@@ -324,7 +325,7 @@ def _finding(name: str, ran: str, function: Callable[[str], CheckOutcome], devic
 
 
 def in_blocks(page: Page) -> Section:
-    """Return the page as a section."""
+    """Return the page as a report section."""
     rows = tuple(
         (check.ran, check.device, check.status.replace("fail", "FAIL"), check.result, f"{check.seconds:.1f}")
         for check in page.findings
@@ -339,7 +340,7 @@ def in_blocks(page: Page) -> Section:
 
 
 def without_names(text: str, most: int = 300) -> str:
-    """Shorten an error's text and mask paths, host and user names."""
+    """Shorten an error's text, and mask paths, host and user names."""
     text = " ".join(text.split()).replace(str(Path.home()), "~")
     text = re.sub(r"(?<![\w/])~?(?:/[\w.+@~-]+)+/?", lambda match: match[0].rstrip("/").rpartition("/")[2], text)
     try:
@@ -353,13 +354,14 @@ def without_names(text: str, most: int = 300) -> str:
 
 
 def devices() -> tuple[str, ...]:
-    """Return the CPU and, if available, the first GPU."""
+    """Return the CPU and, if there is one, the first GPU."""
     if not torch.cuda.is_available():
         return ("cpu",)
     return "cpu", "rocm" if torch.version.hip else "cuda"
 
 
 def environment() -> dict[str, str]:
+    """Return versions, hardware and relevant environment variables by name."""
     machine = hardware.here()
 
     distributions = importlib.metadata.distributions()
