@@ -1,5 +1,3 @@
-"""Run stages from Python, with the user's own functions."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -95,7 +93,6 @@ def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
 
 
 def _printing() -> Listener:
-    """Return a listener that prints progress."""
     from rich.console import Console
 
     from fulltune.cli.show.run import Display

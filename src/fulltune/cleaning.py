@@ -40,7 +40,6 @@ from fulltune.tasks import Predictions, Target
 from fulltune.text import counted
 
 TIMES, LEFT_OUT = 5, 0.2
-"""Repetitions of the fit, and the share of train rows dropped in each."""
 LEAST_EVAL_ROWS = 50
 _RESAMPLES = 1000
 Action = Literal["drop", "replace"]
@@ -52,7 +51,6 @@ LEAST_SHARE, MOST_SHARE = 0.002, 0.5
 
 
 _IDS, _CLUSTERS = "row_ids", "row_clusters"
-"""Arrays beside a run's eval outputs: row ids and clusters."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,6 @@ def _eval_outputs_of_run(job: Run) -> Predictions:
 
 
 def _select_rows(saved: Predictions, names: np.ndarray) -> Predictions:
-    """Return the outputs of the named rows, in that order."""
     order = np.argsort(saved[_IDS])
     places = order[np.searchsorted(saved[_IDS][order], names)]
     return {name: array[places] for name, array in saved.items()}
@@ -228,7 +225,7 @@ def _compare_runs(
     patches: Sequence[str],
     outputs: Sequence[Sequence[Predictions]],
 ) -> tuple[list[Proof], int]:
-    """Return each step's proof from the runs' outputs, and the number of eval rows that all runs share."""
+    """Return each step's proof, and the number of eval rows common to all runs."""
     common = reduce(np.intersect1d, [one[_IDS] for trials in outputs for one in trials])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give these in a file (data.eval)")
@@ -258,7 +255,7 @@ def _compare_runs(
 
 
 Change = tuple[CleaningStep, np.ndarray, np.ndarray]
-"""A step with the mask of train rows that stay and their new labels."""
+"""A step with its mask of staying rows and their new labels."""
 
 
 def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
@@ -333,6 +330,6 @@ def _fit_and_compare(
 
 
 def _correct_rows(items: Items, held_out: Items, strength: float) -> np.ndarray:
-    """Fit a classifier, and return 1 for each held-out row that it predicts correctly, else 0."""
+    """Return 1 for each held-out row that a fitted classifier predicts correctly, else 0."""
     [(_, classifier)] = fits(items, strengths=(strength,))
     return (classifier(held_out.features).argmax(axis=1) == held_out.labels).astype(np.float64)

@@ -1,5 +1,3 @@
-"""Diagnose a training from its log, with the guards' and the report's functions."""
-
 from __future__ import annotations
 
 import json
@@ -38,15 +36,12 @@ _GREATER_IS_BETTER = (
     *("accuracy", "f1", "mcc", "matthews", "precision", "recall", "auc", "rouge", "bleu", "meteor", "exact_match"),
     *("pearson", "spearman"),
 )
-"""Parts of metric names for which larger is better. Without such a metric, the eval loss is judged."""
+"""Parts of metric names for which larger is better."""
 Diagnosis = tuple[str, str, str]
-"""Name, evidence and advice."""
 
 
 @dataclass(frozen=True)
 class Log:
-    """A training's measurements."""
-
     where: Path
     curves: Curves
     steps: int
@@ -192,7 +187,6 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
 
 
 def _diagnose_end(log: Log) -> Iterator[Diagnosis]:
-    """Diagnose why a run of fulltune ended early."""
     if log.plan is None:
         return
     if log.outcome is None:
@@ -240,7 +234,6 @@ def _diagnose_fit(log: Log) -> Iterator[Diagnosis]:
 
 
 def _diagnose_steps(log: Log) -> Iterator[Diagnosis]:
-    """Diagnose skipped steps, rollbacks, and updates lost to rounding."""
     rollbacks = log.plan.rollbacks if log.plan else ()
     if log.skipped or rollbacks:
         evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"

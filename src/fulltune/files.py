@@ -1,5 +1,3 @@
-"""Write files atomically, seal folders with checksums, and read JSON lines."""
-
 from __future__ import annotations
 
 import hashlib

@@ -170,7 +170,7 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
 
 
 def list_losses(job: Run, summary: DataSummary) -> Audit:
-    """Add the train and eval rows with the trained model's highest losses to the audit."""
+    """Add the rows with the trained model's highest losses to the audit."""
     trial = run_folder.trained_plan(job.recipe, job.folder, hardware.here())
     if summary.packed:
         raise SetupError(

@@ -1,5 +1,3 @@
-"""Format and parse sizes, times, counts, shares and lists for all messages and reports, and suggest similar names."""
-
 from __future__ import annotations
 
 import difflib
@@ -129,7 +127,6 @@ _SHARES = {"accuracy", "token_accuracy", "exact_match", "f1", "precision", "reca
 
 
 def is_share(metric: str) -> bool:
-    """Return whether a metric is a share, which is shown in percent."""
     return metric in _SHARES or metric.startswith("f1_")
 
 
@@ -161,7 +158,7 @@ def first_few(items: Sequence[str], most: int = 3) -> str:
 
 
 def near_names(name: str, names: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Return the most similar names, nearest first, with a similarity of at least `cutoff` (0 to 1)."""
+    """Return the most similar names, nearest first. `cutoff` is the least similarity, 0 to 1."""
     return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
 
 

@@ -1,5 +1,3 @@
-"""The command `fulltune data`: audit the rows, show the findings, and record decisions in a patch file."""
-
 from __future__ import annotations
 
 import os
@@ -31,10 +29,7 @@ Issues = Sequence[RowIssue]
 
 @dataclass(frozen=True)
 class AuditRequest:
-    """What an audit does in addition to reading the texts."""
-
     labels: bool
-    """Let the untouched model judge labels and find outliers."""
     losses: bool
     prove: bool
     trainings: int

@@ -32,8 +32,7 @@ _LONGEST_NAME = 100
 def compare(
     targets: list[Path], overrides: list[str], folder: Path | None, fresh: bool, budget: str | None, as_json: bool
 ) -> None:
-    """Run or resume a comparison and show its verdict. Several recipes are compared one by one, then as tasks on one
-    base."""
+    """Run or resume a comparison and show its verdict. Several recipes are compared one by one, then together."""
     began, share = time.time(), _budget_per_task(budget, len(targets))
     if len(targets) > 1:
         if fresh:
@@ -51,7 +50,7 @@ def compare(
 def _compare_tasks(
     targets: list[Path], overrides: list[str], folder: Path | None, budget: str | None, as_json: bool
 ) -> None:
-    """Run a comparison for each recipe, then show the costs of all tasks together."""
+    """Run a comparison for each recipe, then show all tasks together."""
     if folder is not None and (folder / run_folder.IDENTITY).exists():
         what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
         raise SetupError(
@@ -125,7 +124,6 @@ def _load_tasks(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
 
 
 def _load_comparison(target: Path, overrides: list[str]) -> Recipe:
-    """Load a recipe and prepare it for comparison."""
     recipe = load_recipe(target, overrides)
     from fulltune.compare.run import recipe_for  # imported late, so that recipe errors do not wait for libraries
 
@@ -152,7 +150,7 @@ def _run_comparison(recipe: Recipe, folder: Path, budget: str | None, began: flo
 
 
 def _open_folder(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
-    """Return the recipe and the new or existing folder of a comparison."""
+    """Return the recipe and folder of a comparison, new or to resume."""
     recipe = run_folder.recipe_of(target) if target.is_dir() else _load_comparison(target, overrides)
     if not recipe.methods:  # only a folder's: a file's recipe was refused before
         raise SetupError(
@@ -163,7 +161,6 @@ def _open_folder(target: Path, overrides: list[str], folder: Path | None, fresh:
 
 
 UNFAIR = 2
-"""Exit code of `--lint` for unfair settings."""
 
 
 def lint(targets: list[Path], overrides: list[str], budget: str | None, as_json: bool) -> None:

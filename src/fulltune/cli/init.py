@@ -1,5 +1,3 @@
-"""Infer the task of a data file, and write a commented recipe for it."""
-
 from __future__ import annotations
 
 import json
@@ -74,7 +72,6 @@ output: runs
 
 
 Hints = tuple[TaskName | None, Mapping[str, Any]]
-"""Task and `data` settings from the command line."""
 NO_HINTS: Hints = (None, {})
 
 
@@ -129,7 +126,7 @@ def split_files(path: Path) -> SplitFiles:
 
 
 def _single_files(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Path]:
-    """Return the only file of each split. Raise a `DataError` if a split has several."""
+    """Return the only file of each split, or raise a `DataError`."""
     for split, files in splits.items():
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
@@ -156,8 +153,6 @@ def _column_mismatch(file: Path, inferred: Inferred, encoding: str) -> str | Non
 
 @dataclass(frozen=True)
 class Inferred:
-    """What a data file holds."""
-
     task: TaskName
     target: Target
     where: str
@@ -225,8 +220,7 @@ def _possible_tasks(
 
 
 def _one_hot_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns that hold only 0 and 1, if there are several; they are one-hot labels, where one column of
-    lists is expected."""
+    """Return the columns that hold only 0 and 1 if there are several, as one-hot labels."""
     kinds = {
         name: {label_name(cell).lower() if isinstance(cell := row.get(name), (str, int, float)) else "" for row in head}
         for name in columns
@@ -236,7 +230,7 @@ def _one_hot_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) 
 
 
 def _how_to_name_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> str:
-    """Say which columns are expected, and which options may name those of this file."""
+    """Say which columns are expected, and how to name this file's columns."""
     if flags:
         return (
             f"columns {shown(flags)} hold only 0 and 1, one column per label; expected one column with a list of "

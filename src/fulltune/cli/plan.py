@@ -1,5 +1,3 @@
-"""The command `fulltune plan`: plan for a recipe, model and data on this or other hardware."""
-
 from __future__ import annotations
 
 import re
@@ -37,7 +35,7 @@ Checked = tuple[Fleet | None, DevicePrice | None]
 
 
 def check(hardware: str | None, rows: int | None, tokens: int | None, price: str | None) -> Checked:
-    """Parse the options into hardware and price, or raise a `RecipeError` with all problems."""
+    """Parse the options into hardware and price, or raise a `RecipeError`."""
     problems: list[str] = []
 
     def read(parse: Callable[[str], Any], text: str | None) -> Any:
@@ -102,7 +100,7 @@ def with_data(
 
 
 def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
-    """Add the commands to a survey that run its plan and, where possible, compare methods."""
+    """Add the commands that run the plan and, where possible, compare methods."""
 
     def command(verb: str, overrides: list[str]) -> str:
         return shlex.join(["fulltune", verb, str(target), *(word for one in overrides for word in ("--set", one))])
@@ -124,7 +122,7 @@ def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Re
 def _survey_and_plan(
     recipe: Recipe, summary: DataSummary, checked: Checked, plan: Plan | None, place: Path, by_config: bool = False
 ) -> tuple[Survey, Plan | None]:
-    """Plan every placement on the hardware, and return the survey with the chosen plan."""
+    """Plan every placement, and return the survey with the chosen plan."""
     from fulltune.footprint.trace import PlannedModel
     from fulltune.models.base import Base
     from fulltune.models.shapes import Shapes
@@ -160,7 +158,7 @@ def _survey_and_plan(
 
 
 def _with_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
-    """Return the recipe with another method's defaults, or None if the model does not allow it."""
+    """Return the recipe with another method's defaults, or None if impossible."""
     from fulltune.pipeline import check_recipe
 
     try:

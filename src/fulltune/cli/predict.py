@@ -1,5 +1,3 @@
-"""Read the input of `fulltune predict`, and print the answers or write them to a file row by row."""
-
 from __future__ import annotations
 
 import contextlib
@@ -37,9 +35,8 @@ from fulltune.text import counted
 STDIN = "-"
 _IN_PLACE = {True: "an 'error' is printed instead", False: "an empty line is printed instead"}
 _LISTED = 5
-"""Unanswered rows that are listed individually."""
 _WRITTEN = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": ""}
-"""Extensions of output files with their delimiter."""
+"""Output formats with their delimiter."""
 _ROWS_AT_ONCE = 1000
 # A lone surrogate, which UTF-8 does not have, becomes `\\ud800`: so JSON writes it, too.
 _ENCODING: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -138,7 +135,6 @@ def _missing_header(source: DataFiles, notes: Row) -> tuple[str, ...] | None:
 
 
 def _number_texts(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each text as a row, with its location."""
     return ((f"{place}{number}", {"text": text}) for number, text in enumerate(texts, start=1))
 
 
@@ -202,8 +198,8 @@ def _answer_rows(
     max_new_tokens: int,
     watch: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Pass each row with its answer, or the reason for none, to `put`, and return the counts. Warnings say what is
-    printed `instead` of answers."""
+    """Pass each row with its answer, or the reason for none, to `put`, and return the counts. Warnings say what comes
+    `instead`."""
     placed, again = tee(what.placed())
     rows_to_answer = what.rows(predictor.notes, (row for _, row in again))
     rows = without = cut = 0
@@ -286,8 +282,8 @@ def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any
 
 @contextlib.contextmanager
 def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
-    """Yield a function that writes one row to a file, which gets its name when complete. `types` are the parquet types
-    of the rows' own columns."""
+    """Yield a function that writes one row to a file, which gets its name when complete. `types` are the rows' parquet
+    types."""
     form = output.suffix.lower()
     with writing(output), replacing(output) as part:
         if form == ".parquet":
@@ -304,7 +300,7 @@ def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator
 
 
 def _write_separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[Row, Row], None]:
-    """Return a function that writes one row to a csv or tsv stream."""
+    """Return a function that writes one row as csv or tsv."""
     # The writer quotes a lone \r only if lines end with one, so lines are written with \r\n and then end with \n.
     writer = csv.writer(SimpleNamespace(write=lambda line: stream.write(f"{line[:-2]}\n")), delimiter=delimiter)
     writer.writerow(names)

@@ -1,5 +1,3 @@
-"""Steps that several commands share."""
-
 from __future__ import annotations
 
 import json
@@ -82,7 +80,7 @@ def joined(
 def open_run(
     target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
 ) -> tuple[Recipe, Path]:
-    """Load the recipe of a single run and return it with its folder, new or to resume."""
+    """Return a single run's recipe and its folder, new or to resume."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
 
@@ -117,7 +115,7 @@ def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path
 
 
 def finished(recipe: Recipe, folder: Path) -> RunResult | None:
-    """Return the results of a run that is already complete, or None."""
+    """Return the results of a complete run, or None."""
     from fulltune.system import run_folder
 
     reached = run_folder.finished(recipe, folder)

@@ -20,28 +20,24 @@ from fulltune.text import is_share, typed_seconds
 
 EXPECTATION = f"{FOLDER}/expectation.json"
 FEW_TRAIN_ROWS = 10_000
-"""Number of train rows below which five seeds are planned, else three, because few rows make seeds differ (Bouthillier
-et al. 2021; Mosbach et al. 2020)."""
+"""Train rows below which five seeds are planned instead of three, because few rows make seeds differ (Bouthillier et
+al. 2021; Mosbach et al. 2020)."""
 LEAST_SEEDS = 2
 GOOD_SEEDS = 3
 """Two seeds say little about their spread, so a tight budget first drops methods."""
 RESERVE = 0.2
-"""Share of the remaining time left unplanned, because forecasts err."""
+"""Share of the time left unplanned, because forecasts err."""
 FORECAST_AGAIN = 1.15
-"""Factor on a suggested budget, because speeds vary."""
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
 """Standard deviations between seeds assumed in forecasts."""
 START_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 10.0
-"""Seconds to load, score and resample with small models on a slow CPU; finished trials correct these."""
+"""Seconds for small models on a slow CPU; finished trials correct these."""
 _FIRST_SECONDS = 13.0
 _PASSES_PER_STEP = 3
-"""Forward passes as long as one training step."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Forecast of one method's trials."""
-
     run: float
     """Seconds of one whole run's steps."""
     num_rates: int = 1
@@ -50,7 +46,6 @@ class Cost:
     start: float = 0.0
     scoring: float = 0.0
     done: int = 0
-    """Finished whole runs at the current rate."""
     searched: bool = False
 
     def of(self, trial: Trial) -> float:
@@ -152,7 +147,7 @@ def _budget_too_short(least: Expectation, need: float, spent: float) -> str:
 
 
 def round_up(time: float) -> float:
-    """Round seconds up to a multiple of 10 s, 30 s, 1 min or 5 min."""
+    """Round seconds up to 10 s, 30 s, 1 min or 5 min."""
     step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
     return float(math.ceil(time / step) * step)
 
@@ -176,7 +171,7 @@ def why_finished(comparison: Comparison, budget_seconds: float | None) -> str | 
 
 
 def expect(context: Context) -> Expectation:
-    """Return the design with its forecast, planned once per budget and then stored."""
+    """Return the design with its forecast, planned once per budget."""
     path = context.folder / EXPECTATION
     design = Expectation.load(path) if path.exists() else None
     if design is None or design.budget_seconds != context.budget_seconds:

@@ -30,7 +30,7 @@ from fulltune.text import format_metric
 
 _TEXT_SAMPLES = 2000
 middle = statistics.median
-"""Median, because the first run of a command loads cold files and libraries."""
+"""Median, because a command's first run loads cold files."""
 
 
 def judge(ran: SeedRuns) -> Comparison:
@@ -60,7 +60,6 @@ def judge(ran: SeedRuns) -> Comparison:
 def _decide_on_rows(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, alpha: float
 ) -> Decision:
-    """Decide from the outputs on the given rows."""
     recipe = context.recipe
     terms = Terms(context.measure, recipe.compare.margin, recipe.evaluate.confidence, alpha)
     drawn = draw(context.measure, [method.trials for method in compared], clusters, SAMPLES)
@@ -117,7 +116,7 @@ def untouched(context: Context) -> tuple[Scores, ...]:
 def comparison_of(
     ran: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[Opening, ...]
 ) -> Comparison:
-    """Put together the comparison's record, with findings on its fairness."""
+    """Put together the comparison's record and its findings."""
     context, summary = ran.context, ran.context.summary
     rows = rows_of(ran, decision, baselines)
     environment = run_folder.environment(context.machine)
@@ -152,7 +151,7 @@ def comparison_of(
 
 
 def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
-    """Return one row per method with its quality and costs, the untouched model or first baseline first."""
+    """Return one row per method, the untouched model or first baseline first."""
     context, scores = ran.context, decision.scores
     num_parameters = context.setup(context.full.label).plan.num_parameters
     base = scores.get(BASE) or (baselines[0].metrics.get(context.measure.name) if baselines else None)
@@ -192,7 +191,7 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
 
 
 def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
-    """Estimate the mean drift of a method's runs, or return None without outputs of the untouched model."""
+    """Estimate a method's mean drift, or return None if the untouched model's outputs are missing."""
     folder = context.folder / GENERIC
     if not (folder / f"{BASE}.npz").exists():
         return None

@@ -43,7 +43,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class MethodSetup:
-    """A method's shapes, trace and plan, shared by all its trials."""
+    """A method's shapes, trace and plan, shared by its trials."""
 
     method: Method
     shapes: Shapes
@@ -53,7 +53,7 @@ class MethodSetup:
 
 @dataclass
 class Context:
-    """State of a running comparison or rate search: recipe, rows, time and methods."""
+    """State of a running comparison or rate search."""
 
     job: Run
     summary: DataSummary
@@ -62,7 +62,7 @@ class Context:
     start: Starter = in_new_process
     began: float = field(default_factory=time.monotonic)
     passed: set[str] = field(default_factory=set)
-    """Methods whose dry run passed, so that later trials skip it."""
+    """Methods with a passed dry run, which later trials skip."""
     alpha_left: float | None = None
     _setups: dict[str, MethodSetup] = field(default_factory=dict)
 
@@ -84,7 +84,6 @@ class Context:
 
     @cached_property
     def most_tokens(self) -> int:
-        """Return the length limit of generic texts in tokens."""
         limit = self.setup(self.full.label).shapes.position_limit or MOST_TOKENS
         return min(MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
 
@@ -112,7 +111,7 @@ class Context:
 
     @property
     def scores_runs(self) -> bool:
-        """True in a comparison, whose whole runs are scored for a verdict."""
+        """True in a comparison, which scores whole runs for a verdict."""
         return bool(self.recipe.methods)
 
     @property
@@ -165,7 +164,6 @@ class Context:
         self.job.listener(Message(text=text))
 
     def setup(self, label: str) -> MethodSetup:
-        """Return a method's setup, planned at the first call."""
         if label not in self._setups:
             method = next(one for one in self.trained_methods if one.label == label)
             recipe = self._recipe_of(method)

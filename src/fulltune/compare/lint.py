@@ -21,7 +21,7 @@ from fulltune.text import counted
 FEWEST_SEEDS = 3
 FEWEST_RATES = 3
 MOST_TEST_IN_EVAL = 0.1
-"""Largest share of test rows that may also be in eval."""
+"""Share of test rows that may also be in eval."""
 _MOST_TOKENS_APART = 0.02
 """Tolerated difference in train tokens, because a prompt's virtual tokens shorten the rows."""
 _ATTENTION = {
@@ -45,7 +45,6 @@ _UNFAIR = {
     "eval-is-test": "choose rows for `data.eval` that are not in `data.test`",
     "quantised-source": "use the model's original weights",
 }
-"""Rules that make a comparison unfair, with their remedies."""
 _WORTH_KNOWING = {
     "few-rates": "give `learning_rates` with three or more",
     "few-seeds": f"train at least {FEWEST_SEEDS} seeds",
@@ -56,7 +55,6 @@ _WORTH_KNOWING = {
     "test-opened-again": "nothing, unless the recipe was changed because of the earlier report",
     "test-opened-by-others": "use fresh test rows if the recipe was changed because of earlier results",
 }
-"""Rules that a reader should know about, with their remedies."""
 RuleHits = Iterator[tuple[str, str, str]]
 """Rule, location and description of each finding."""
 
@@ -133,7 +131,7 @@ def _tried_rates(row: MethodRow) -> list[float]:
 
 
 def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
-    """Yield findings about searched and unsearched learning rates."""
+    """Yield findings about the learning rates of each method."""
     weak = "a method may look weak because of a wrong rate"
     full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried_rates(row), default=0.0) for row in full), default=0.0)

@@ -17,7 +17,6 @@ from fulltune.records.comparison import Search, Trial
 from fulltune.stats.curves import error_of_share
 
 STEP = math.sqrt(10)
-"""Factor between neighbouring rates of a grid."""
 MOST_EXTENSIONS = 2
 LEAST_STEPS = 10
 """Fewest steps of a short trial, because in fewer all rates look alike."""
@@ -69,12 +68,11 @@ def nearest(rates: Iterable[float], near: float) -> float:
 
 
 def share_of_steps(search_share: float, total_steps: int) -> float:
-    """Return the share of a run's steps that a short trial trains."""
+    """Return the share of a run's steps for a short trial."""
     return min(1.0, max(search_share, LEAST_STEPS / max(1, total_steps)))
 
 
 def search_trial(method: str, rate: float, share: float, seed: int) -> Trial:
-    """Return a short trial of a rate."""
     name = f"{method}-rate{rate:g}-{share:.1%}".replace("%", "pct")
     return Trial(name=name, method=method, learning_rate=rate, seed=seed, share=share, searches=True)
 
@@ -86,7 +84,7 @@ def final_trial(method: str, rate: float, seed: int, *, check: bool = False) -> 
 
 
 def best_of(tried: Mapping[float, float], scale: Scale) -> list[float]:
-    """Return the rates with the best metric, the lowest first."""
+    """Return the rates with the best metric, in ascending order."""
     best = max(scale.oriented(metric) for metric in tried.values())
     return sorted(rate for rate in tried if scale.oriented(tried[rate]) == best)
 

@@ -47,7 +47,7 @@ def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
 
 
 def search(context: Context, method: Method, share: float, keep: float = 0.0) -> Search:
-    """Return a method's rate search, finished or new, leaving `keep` seconds for whole runs."""
+    """Return a method's finished or new search, leaving `keep` seconds for whole runs."""
     path = context.search_path(method.label)
     if path.exists() and not (result := Search.load(path)).time_was_up:
         return result

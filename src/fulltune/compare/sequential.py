@@ -18,18 +18,18 @@ from fulltune.stats.precision import ComparisonPrecision
 SAMPLES = 2_000
 _LATE = 4.0
 _SURE = 0.95
-"""Probability of a clear answer on the sealed rows from which no more seeds run."""
+"""Probability of a clear answer from which no more seeds run."""
 _LIKELY = 0.5
-"""Probability that full wins from which other methods catch up after the last seed."""
+"""Probability that full wins from which others catch up after the last seed."""
 _CLEAR = "clear: the test rows would very likely agree"
 _HOPELESS = 0.2
-"""Probability of a clear answer below which more seeds are a waste; for equal methods it is about a tenth."""
+"""Probability of a clear answer below which seeds are a waste; equal methods have about a tenth."""
 WAITING_SHARE = 0.25
-"""Part of a look's alpha for methods with fewer seeds; a second look, once they caught up, gets the rest."""
+"""Part of a look's alpha for methods with fewer seeds; the rest is for a second look."""
 
 
 TIME_UP_SHARE = 0.5
-"""Part of the unspent alpha for a verdict when the time is up; later verdicts get the rest (Bonferroni)."""
+"""Part of the unspent alpha for a verdict when time is up; the rest is for later ones (Bonferroni)."""
 
 
 def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
@@ -73,11 +73,9 @@ class Outlook:
     chances: tuple[float, float, float]
     """Probabilities if seeds ended now: full better, equal, rival better."""
     with_all: float
-    """Probability of a clear answer with all planned seeds."""
 
     @property
     def clear(self) -> float:
-        """Probability of a clear answer now."""
         return sum(self.chances)
 
     @property

@@ -27,9 +27,7 @@ class MethodOutputs:
     name: str
     kind: MethodKind
     trials: Sequence[Predictions]
-    """Outputs by seed."""
     cost: float
-    """Cost in any common unit, here trained parameters."""
     alpha_share: float = 1.0
 
     @property

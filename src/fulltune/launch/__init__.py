@@ -1,5 +1,3 @@
-"""Write jobs for ssh, Slurm, Kubernetes or SkyPilot from a recipe and templates, for the user to edit."""
-
 from __future__ import annotations
 
 import os
@@ -34,7 +32,6 @@ _SKY_NAMES = {
     "V100-PCIe-32GB": "V100-32GB",
     "RTX 6000 Ada": "RTX6000-Ada",
 }
-"""SkyPilot's names for GPUs that are not ours without blanks."""
 
 
 LAUNCHERS = {
@@ -43,15 +40,12 @@ LAUNCHERS = {
     "kubernetes": ("trainjob.yaml", ("kubectl", "apply", "--filename")),
     "skypilot": ("sky.yaml", ("sky", "jobs", "launch", "--yes", "--detach-run")),
 }
-"""Template and submit command of each launcher."""
 _GET_THE_FOLDER = ("kubernetes", "skypilot")
 """Launchers whose machines receive only the recipe's folder."""
 
 
 @dataclass(frozen=True)
 class LaunchedJob:
-    """A recipe with what is needed to run it by a launcher."""
-
     file: Path
     recipe: Recipe
     overrides: tuple[str, ...]

@@ -1,5 +1,3 @@
-"""Load a finished model, and answer texts or rows in bounded memory."""
-
 from __future__ import annotations
 
 import logging
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 RowProgress = Callable[[int, int], None]
-"""A function of the rows done and the rows in total."""
 _WINDOW_PROMPTS = 64
 _BATCH, _BATCH_OF_PROMPTS = 32, 8
 
@@ -120,7 +117,6 @@ class Predictor:
         return self.task.refuse_question(row, self.target)
 
     def _generate_answers(self, rows: Sequence[Row], max_new_tokens: int, report: RowProgress) -> list[PredictedRow]:
-        """Answer rows by generating text."""
         prompts = []
         refused: list[Refused | None] = []
         for row in rows:
@@ -141,7 +137,7 @@ class Predictor:
         return [PredictedRow(None, why) if why else PredictedRow({"answer": next(answers)}) for why in refused]
 
     def _classify(self, rows: Sequence[Row], report: RowProgress) -> list[PredictedRow]:
-        """Answer rows with a task that does not generate text, from one pass over their tokens."""
+        """Answer rows of all other tasks in one forward pass each."""
         if not rows:  # tokenizers take no empty list
             return []
         encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
@@ -226,7 +222,6 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 NOT_READ = ("label", "completion", "tools", "tags", "target", "answers")
-"""Column roles that prediction does not need."""
 
 
 def columns_read(notes: Mapping[str, Any]) -> list[str]:

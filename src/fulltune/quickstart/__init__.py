@@ -32,7 +32,6 @@ _TOPIC_WORDS, _ANSWER_WORDS = (8, 32), (4, 40)
 _ROWS_PER_FILE = 60
 """Most rows of one file, so that no file dominates a topic."""
 _TOPIC_ROWS, _CHAT_ROWS = (360, 150), (1200, 150)
-"""Most train and test rows: of each topic, and of the chat in total."""
 _TEST_SHARE = 0.25
 
 _ROLE = re.compile(r":[a-zA-Z][\w:+-]*:`([^`]*)`")
@@ -44,7 +43,6 @@ _NOT_PROSE = re.compile(
 )
 """Starts of sections, lists, code and directives in NumPy, Google and Sphinx style."""
 _NAME = re.compile(r"^[_\d]|.[A-Z_\d]")
-"""Matches an identifier, an acronym or a number."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def _read_docstrings(sources: dict[str, str]) -> Iterator[_Doc]:
 
 
 def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
-    """Yield the Python files of an entry `package` or `package/pattern`, with their dotted names."""
+    """Yield a package's Python files, with their dotted names."""
     name, _, below = entry.partition("/")
     root = _package_root(name)
     if root is None or not root.exists():
@@ -254,13 +252,12 @@ def _masked_words(text: str) -> tuple[str, ...]:
 
 
 def _digest(text: str) -> str:
-    """Return the hash that decides order and split; it is stable over runs and unrelated to the content."""
+    """Return the hash that decides order and split."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _split_by_file(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row], list[_Row]]:
-    """Assign whole source files to test, in the order of their digests, until it has its share, and the rest to
-    train."""
+    """Assign whole source files to test in the order of their digests, then the rest to train."""
     by_module: dict[str, list[_Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _digest(row[1])):
         if len(by_module[row[0].module]) < _ROWS_PER_FILE:

@@ -44,7 +44,7 @@ CheckOutcome = tuple[bool, str]
 
 
 class NotHere(Exception):
-    """Raised with the reason by a check that cannot run on this machine."""
+    """Raised by a check that cannot run on this machine, with the reason."""
 
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,7 +103,7 @@ def flash_attention_2(device: str) -> CheckOutcome:
 
 
 def compare(device: str, implementation: str, precision: str) -> CheckOutcome:
-    """Compare logits and gradients with eager attention in fp32, with and without padding. bf16 means autocast."""
+    """Compare logits and gradients with eager attention in fp32, with and without padding. bf16 uses autocast."""
     ids = tokens(device, rows=3)
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
@@ -270,18 +270,14 @@ CHECKS: tuple[tuple[str, str, Callable[[str], CheckOutcome]], ...] = (
     ("memory", "planned bytes against measured ones, AdamW on 6 M parameters", planned_bytes),
     ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", all_reduce),
 )
-"""Category, description and function of each check."""
 
 
 class CheckResult(Record):
-    """The result of one check on one device."""
-
     device: str
     check: str
     ran: str
     status: Literal["pass", "fail", "not here"]
     result: str
-    """Outcome in words, or the reason why the check cannot run here."""
     seconds: float
 
 

@@ -18,7 +18,7 @@ WIDEST_VALUE = 20
 
 
 def sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
-    """Yield a plan's sections: decision, inputs, memory, placements, time, settings, ways out, advice, commands."""
+    """Yield the sections of a plan, from the decision to the next commands."""
     yield _section("plan", Facts(tuple(_fit_and_cost(survey, plan))))
     yield _section("inputs", Facts(tuple(_input_facts(survey))))
     if plan is not None:

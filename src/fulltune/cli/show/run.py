@@ -36,7 +36,7 @@ _MOST_ROWS = 8
 
 
 class Display:
-    """Prints a run's events to a console, with a live line on a terminal. `details` adds tables of data and plan."""
+    """Prints a run's events, with a live line on a terminal. `details` adds tables of data and plan."""
 
     def __init__(self, console: Console, details: bool = True) -> None:
         self.console, self.details = console, details

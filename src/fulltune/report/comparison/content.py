@@ -1,5 +1,3 @@
-"""Build a comparison's report and its summary for the terminal from its record."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -31,7 +29,6 @@ _MADE_FROM = Paragraph("This report is made from proof.json beside it, which hol
 
 
 def build(comparison: Comparison, picture: str = "") -> Report:
-    """Build a comparison's whole report; `picture` is the file of its plots."""
     sections = (
         _why_section(comparison),
         Section("field", "The methods", _method_tables(comparison)),
@@ -83,7 +80,7 @@ def _headline(comparison: Comparison) -> Headline:
 
 
 def _near_without_training(comparison: Comparison) -> str:
-    """Say that the strongest baseline is no worse than the recommended or best method, or return an empty string."""
+    """Say that the best baseline is no worse than the recommended or best method, or return an empty string."""
     scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
     trained = [row for row in comparison.rows if row.seeds]
     if not scored or not trained:
@@ -189,7 +186,7 @@ def _cost_table(comparison: Comparison) -> Table:
     full = _full_row(comparison)
 
     def cell(row: MethodRow, field: str, write: Callable[[float], str]) -> str:
-        """Format a method's cost, followed by its ratio to full fine-tuning."""
+        """Format a cost with its ratio to full fine-tuning."""
         value, whole = float(getattr(row, field)), float(getattr(full, field, 0))
         if value <= 0:
             return NOTHING
@@ -297,7 +294,7 @@ def how(comparison: Comparison) -> Section:
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return name and value of facts: rows, openings, time, detectable differences, design."""
+    """Return facts about rows, openings, time and design as name and value."""
     expected, openings = comparison.expectation, comparison.openings
     cores, full = counted(comparison.cores, "core"), _full_row(comparison)
     took = f"{format_seconds(comparison.seconds)} in all"

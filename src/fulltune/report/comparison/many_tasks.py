@@ -1,5 +1,3 @@
-"""Compare, for several tasks on one base model, a full model for each task with small trained parts."""
-
 from __future__ import annotations
 
 import math
@@ -58,8 +56,8 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
 
 
 def _mean_lead_of_full(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
-    """Return by how much full is better, averaged over tasks, or None unless all metrics are shares. The half widths of
-    independent intervals add in squares."""
+    """Return by how much full is better on average, or None unless all metrics are shares. Half widths add in
+    squares."""
     gaps = [one.decision.difference(method) for one in comparisons]
     if not all(is_share(one.decision.metric) for one in comparisons) or not all(gap.seeds_known for gap in gaps):
         return None

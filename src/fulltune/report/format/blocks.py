@@ -1,5 +1,3 @@
-"""The elements of a report, which `pages` prints as HTML, Markdown or on a terminal."""
-
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
@@ -11,8 +9,6 @@ from fulltune.report.format.words import clipped, named
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell with a bar, a shade or untrusted text."""
-
     text: str
     bar: float | None = None
     heat: float | None = None
@@ -47,16 +43,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the rows."""
-
     caption: str
-    """Text above the table, or empty if the section's title is enough."""
     header: tuple[str, ...]
     rows: tuple[TableRow, ...]
     numeric: frozenset[int] = frozenset()
-    """Columns aligned to the right."""
     matrix: bool = False
-    """True for a square of counts, drawn compactly."""
 
     def only(self, columns: Collection[str]) -> Table:
         """Return the table with only its first column and the named ones."""
@@ -68,8 +59,6 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its description in words."""
-
     svg: str
     title: str
     words: str
@@ -79,7 +68,7 @@ class Figure:
 class Figures:
     items: tuple[Figure, ...]
     drawn_only: bool = False
-    """True if Markdown omits the drawing because a table has the same numbers."""
+    """True if a table shows the same numbers in Markdown."""
     file: str = ""
     """Picture beside the Markdown file with the same content."""
 
@@ -92,11 +81,10 @@ class Code:
 
 @dataclass(frozen=True)
 class Previews:
-    """Rows as the model sees them, with trained tokens marked."""
+    """Rows as the model sees them."""
 
     items: tuple[tuple[tuple[Segment, ...], str | None], ...]
     target: str = "label"
-    """Name of the text beside each row."""
 
     @property
     def some_trained(self) -> bool:
@@ -115,7 +103,7 @@ class Exchanges:
 
 @dataclass(frozen=True)
 class Folded:
-    """A long part that a reader unfolds; Markdown prints it in full."""
+    """A part that a reader unfolds."""
 
     title: str
     blocks: tuple[Element, ...]
@@ -140,15 +128,11 @@ class Headline:
     label: str
     sentence: str
     note: str = ""
-    """Trial or terms of the verdict."""
     warning: str = ""
-    """Warning to read before believing the verdict."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """A report's content, before it becomes Markdown or HTML."""
-
     title: str
     subtitle: str
     headline: Headline

@@ -35,7 +35,6 @@ from fulltune.report.format.words import clipped, one_line, write_sanitized
 from fulltune.text import listed
 
 LOADING = "loading.py.j2"
-"""Template of Python code that loads a model; it holds no HTML."""
 # Text from data, models and recipes goes through autoescape; only the SVG of `plots`, which escapes its own
 # texts, is marked safe in the template.
 TEMPLATES = jinja2.Environment(
@@ -79,7 +78,7 @@ def markdown(report: Report) -> str:
 
 
 def section_in_markdown(section: Section, level: str = "#") -> str:
-    """Render a section as Markdown below a heading of `level`."""
+    """Render a section as Markdown."""
     lines = [f"{level} {section.title}", "", *(line for block in section.blocks for line in _block_in_markdown(block))]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -164,9 +163,8 @@ def _cell_in_markdown(cell: Cell | str) -> str:
 # ---- on a terminal --------------------------------------------------------------------------------------------------
 
 _SHOWN_LIMIT = 300
-"""Most characters of an answer on the terminal."""
 _NAME_WIDTH, _TEXT_WIDTH = 40, 28
-"""Columns after which names and other texts of a table wrap; numbers never do."""
+"""Width from which texts in a table wrap; numbers never do."""
 _GAP = 2
 _STYLES = {
     **dict.fromkeys(("better", "peft", "variant", "equivalent"), "bold green"),

@@ -30,7 +30,6 @@ COLOURS = {
     "page": "#ffffff", "ink": "#1b1f24", "quiet": "#57606a", "grid": "#e3e8ed", "blue": "#0a5bb5",
     "blue-soft": "#dbeafa", "amber": "#8a5200",
 }  # fmt: skip
-"""Variables of `report.css` with their values in light mode."""
 PAGE, INK, QUIET, GRID, BLUE, BAND, AMBER = COLOURS.values()
 WIDTH, CURVE_HEIGHT, COST_HEIGHT, LINE_HEIGHT = 400, 220, 280, 18
 """Sizes in points, the units of the SVG."""
@@ -40,23 +39,19 @@ _DECADES_FOR_LOG = 2.0
 _LONGEST_NAME = 22
 _PICTURE_DPI = 160
 LEARNING_RATE = "learning rate"
-"""Name of the axis that is drawn on a log scale."""
 _LIMIT: dict[str, Any] = {"color": AMBER, "linewidth": 1.25, "dashes": (4, 3)}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A value with its interval, drawn as one mark."""
-
     name: str
     value: float
     low: float
     high: float
     text: str
     is_full: bool = False
-    """True for full fine-tuning, drawn as a square."""
     filled: bool = False
-    """True for a trained model or, in the cost plot, the recommended method."""
+    """True for a trained or, by cost, the recommended model."""
     cost: float = 0.0
     """Cost relative to full fine-tuning."""
 
@@ -76,8 +71,6 @@ class CostPlot:
 
 @dataclass(frozen=True)
 class PointSeries:
-    """Points drawn with one name and marker."""
-
     name: str
     points: tuple[tuple[float, float], ...]
     filled: bool = False
@@ -108,7 +101,7 @@ def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Ax
 
 
 def _style_axes(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
-    """Remove frame and ticks, and format the values of the axis `along` which the metric lies."""
+    """Remove frame and ticks, and format the axis `along` which the metric lies."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_frame_on(False)
@@ -138,7 +131,7 @@ def _show_no_finite_value(axes: Axes) -> None:
 
 
 def _to_svg(figure: Figure, title: str, description: str) -> blocks.Figure:
-    """Convert a figure to SVG in the page's colours, with a description for readers without pictures."""
+    """Convert a figure to SVG in the page's colours."""
     for artist in figure.findobj():
         artist.set_clip_on(False)  # nothing lies outside, and clipping would need urls
     buffer = io.StringIO()
@@ -225,7 +218,7 @@ def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) 
 
 
 def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None) -> str:
-    """Describe a curve by its first, saved, last and non-finite values."""
+    """Describe a curve's first, saved, last and non-finite values."""
     finite = [(step, format_metric(metric, value)) for step, value in points if math.isfinite(value)]
     if not finite:
         return "no finite value was logged."
@@ -299,7 +292,7 @@ def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Pat
 
 
 def _draw_costs(axes: Axes, plot: CostPlot) -> None:
-    """Draw each method's quality against its cost, relative to full fine-tuning."""
+    """Draw each method's quality against its cost."""
     from matplotlib.ticker import MaxNLocator
 
     marks, markers = [mark for mark in plot.marks if mark.is_finite], itertools.cycle("o^DvP<X>*")

@@ -1,5 +1,3 @@
-"""Formats of reports: metrics with intervals, values and costs of a comparison, settings, and untrusted text."""
-
 from __future__ import annotations
 
 import json
@@ -124,7 +122,7 @@ def way(share: float) -> str:
 
 
 def as_share(drift: float, writes: bool) -> str:
-    """Format a drift as a percentage, like its budget; a language model's (`writes`) is in nats."""
+    """Format a drift as a percentage. A language model's drift (`writes`) is in nats."""
     share = 100 * (-math.expm1(-drift) if writes else drift)
     if 0.001 <= abs(share) < 0.095:
         return f"{share:.2g}%"
@@ -157,7 +155,7 @@ class Writer:
 
     @property
     def _decimals(self) -> int:
-        """Decimals of a difference: one more than the margin has, at least two."""
+        """Decimals of a difference: at least two, and one more than the margin has."""
         margin = 100 * self.margin if self.in_points else self.margin
         return min(6, max(2, 1 - math.floor(math.log10(margin) + 1e-9))) if margin > 0 else 3
 
@@ -198,7 +196,7 @@ class Writer:
         return f"{shown} point{'' if shown == '1' else 's'}"
 
     def found_from(self, value: float) -> str:
-        """Format the smallest difference that would be detected: `from 1.4 points on`."""
+        """Format the smallest detectable difference: `from 1.4 points on`."""
         return "none, however large" if self.in_points and value >= 1 else f"from {self.amount(value)} on"
 
 

@@ -1,5 +1,3 @@
-"""The report's section on the data."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ from fulltune.text import counted, format_number, format_percent
 
 
 def row_words(summary: DataSummary | None) -> Form:
-    """Return the words that describe a run's rows, or those for rows with one label without a summary."""
+    """Return the words that describe a run's rows, by default those for rows with one label."""
     form = summary.form if summary else FORMS["single_label"]
     if summary and has_images(summary):
         return replace(form, kind="images", question="IMAGE.png")
@@ -69,7 +67,7 @@ _CELL_LIMIT = 300
 
 
 def data(view: RunView) -> Section | None:
-    """Build the section on the data, or return None if no data was prepared."""
+    """Build the data section, or return None without prepared data."""
     summary = view.summary
     if summary is None:
         return None
@@ -104,7 +102,7 @@ def _longest_row(summary: DataSummary) -> list[tuple[str, str]]:
 
 
 def splits(summary: DataSummary) -> Table:
-    """Build the table of splits with their row counts, token lengths and sources."""
+    """Build the table of splits, with row counts and token lengths."""
     lengths = _token_columns(summary, next(iter(summary.splits.values())))
     row = row_words(summary).row
     header = ("split", f"{row}s", *lengths, "dropped", "source")
@@ -138,7 +136,7 @@ def _mixed_sources(view: RunView, summary: DataSummary) -> list[Element]:
 
 
 def _token_columns(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
-    """Return a split's token columns by header, with trained tokens for models that write answers."""
+    """Return a split's numbers of tokens by column."""
     if has_images(summary):
         return {}
     trained = {"trained tokens": split.trained_tokens} if summary.form.writes_answers else {}
@@ -148,7 +146,6 @@ def _token_columns(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
 
 
 def _label_counts(summary: DataSummary) -> list[Element]:
-    """Build a table of rows per label and split, folded if there are many labels."""
     counts = {split: found.label_counts for split, found in summary.splits.items() if found.label_counts}
     if not counts:
         return []
@@ -173,7 +170,6 @@ def _label_counts(summary: DataSummary) -> list[Element]:
 
 
 def _dropped_rows(view: RunView, summary: DataSummary) -> list[Element]:
-    """List dropped rows by reason, then the first ones."""
     if not summary.dropped:
         return [Paragraph("No row was dropped.")]
     reasons = sorted(summary.dropped.items(), key=lambda item: -item[1])

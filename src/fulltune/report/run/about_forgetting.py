@@ -1,5 +1,3 @@
-"""The report's section on forgetting: drift on generic text, and a budget for it."""
-
 from __future__ import annotations
 
 import math
@@ -24,7 +22,7 @@ from fulltune.text import counted, format_metric, format_number, format_percent
 
 
 def section(view: RunView) -> Section | None:
-    """Build the section on forgetting, or return None if no drift was measured."""
+    """Build the section on forgetting, or return None without measured drift."""
     plan, result = view.plan, view.budget
     points, errors = (view.history.evaluation.get(name, ()) for name in ("drift", "drift_error"))
     if not points or plan is None or view.summary is None:
@@ -55,7 +53,7 @@ def section(view: RunView) -> Section | None:
 
 
 def in_words(points: Sequence[Point], errors: Mapping[int, float], kept_step: int | None, writes: bool) -> str:
-    """Describe the drift at the step of the saved weights, and when half of it had happened."""
+    """Describe the drift at the saved step, and when half of it had happened."""
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     if not finite:
         return "The drift on generic text is unknown: none of its values was finite."
@@ -117,8 +115,7 @@ def _change_of_likelihood(rise: float) -> str:
 
 
 def budget_advice(result: BudgetResult | None) -> tuple[str, str]:
-    """Return what the forgetting budget prevented and what would help, or two empty strings if most of the gain was
-    kept."""
+    """Return what the forgetting budget prevented and what would help, or two empty strings if little was lost."""
     if result is None:
         return "", ""
     if (limit := limit_for_most_gain(result)) is not None:

@@ -1,5 +1,3 @@
-"""The report's sections on the test rows: results, answers, confusion, mistakes, calibration."""
-
 from __future__ import annotations
 
 from collections import defaultdict, deque
@@ -41,7 +39,7 @@ _LABEL_LIMIT = 60
 
 
 def results(view: RunView) -> Section | None:
-    """Build the section of test scores, or return None if nothing was scored."""
+    """Build the section of test scores, or return None without scores."""
     if not view.scores:
         return None
     leading = view.trained or view.scores[-1]
@@ -110,7 +108,7 @@ def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str 
 
 
 def scored_again(accesses: Sequence[Access]) -> str:
-    """Warn that several runs scored the same test rows; the warning is empty otherwise."""
+    """Warn that several runs scored the same test rows, or return an empty string."""
     runs = {(one.run, one.model): one.trial for one in accesses}
     if len(runs) < 2:
         return ""
@@ -136,7 +134,7 @@ def _groups_in_words(scores: Sequence[Scores]) -> str | None:
 
 
 def about_answers(row: Scores) -> str:
-    """Say how many test rows got a generated answer, and which metrics are measured on these."""
+    """Say how many test rows got generated answers, and which metrics use them."""
     names = [words.metric_name(name) for name in row.metrics if name in words.OF_ANSWERS]
     distinct = " with different prompts" if len(row.answers) > 1 else ""
     return (
@@ -146,7 +144,7 @@ def about_answers(row: Scores) -> str:
 
 
 def answers(view: RunView) -> Section | None:
-    """Build the section of answers before and after training, or return None without answers."""
+    """Build the section of generated answers, or return None without any."""
     before = next((row.answers for row in view.scores if row.kind == "untouched" and row.answers), ())
     after = view.trained.answers if view.trained else ()
     exchanges = _pair_answers(before, after)
@@ -178,13 +176,13 @@ def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Ex
 
 
 def confusion(view: RunView) -> Section | None:
-    """Build the section on confused labels, or return None without a confusion matrix."""
+    """Build the section on confused labels, or return None without counts."""
     counts = view.trained.confusion if view.trained else None
     return Section("confusion", "Confusion", (label_table(counts), _confusion_table(counts))) if counts else None
 
 
 def label_table(confusion: Confusion) -> Table:
-    """Build a table of each label's precision, recall and F1; of many labels it shows those with the lowest F1."""
+    """Build a table of each label's precision, recall and F1, or of the labels with the lowest F1."""
     predicted, rows = [sum(counts) for counts in zip(*confusion.counts, strict=True)], []
     for place, (name, counts) in enumerate(zip(confusion.labels, confusion.counts, strict=True)):
         right, predictions, expected = counts[place], predicted[place], sum(counts)
@@ -202,7 +200,6 @@ def label_table(confusion: Confusion) -> Table:
 
 
 def _confusion_table(confusion: Confusion) -> Table | Paragraph:
-    """Show the confusion matrix, or for many labels the most confused pairs."""
     labels = [untrusted(label, _LABEL_LIMIT) for label in confusion.labels]
     totals = [max(1, sum(counts)) for counts in confusion.counts]
     if len(labels) <= _LARGEST_HEAT_TABLE:
@@ -232,7 +229,7 @@ def _confusion_table(confusion: Confusion) -> Table | Paragraph:
 
 
 def mistakes(view: RunView) -> Section | None:
-    """Build the section of the worst mistakes, or return None without mistakes."""
+    """Build the section of the worst mistakes, or return None without any."""
     worst = view.trained.worst if view.trained else ()
     if not worst:
         return None
@@ -254,12 +251,12 @@ def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
 
 
 def calibration(view: RunView) -> Section | None:
-    """Build the section on calibration, or return None without calibration."""
+    """Build the calibration section, or return None without calibration."""
     return unless_empty("Calibration", calibration_of(view.trained) if view.trained else [])
 
 
 def calibration_of(row: Scores) -> list[Element]:
-    """Return the blocks on temperature and calibration errors, or none without calibration."""
+    """Return the blocks on temperature and calibration errors, if there are any."""
     calibration = row.calibration
     if calibration is None:
         return []

@@ -33,7 +33,6 @@ _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", 
 
 
 def build(view: RunView) -> Report:
-    """Build a run's whole report."""
     headline, steps = conclude(view)
     sections = (
         _missing_section(view),
@@ -134,7 +133,7 @@ def _how_to_use(view: RunView, headline: Headline) -> tuple[Element, ...]:
 
 
 def _how_to_continue(status: str | None) -> str:
-    """Say how to get a model, by the status of the last attempt (None without an outcome)."""
+    """Say how to get a model after an attempt with this status."""
     match status:
         case None:
             return "There is no trained model in this run folder. 'fulltune run RECIPE' resumes the run."
@@ -147,7 +146,7 @@ def _how_to_continue(status: str | None) -> str:
 
 
 def search(view: RunView) -> Section | None:
-    """Build the section on the learning rate search, or return None without a search."""
+    """Build the section on the learning rate search, or return None without one."""
     searched = view.searched
     if searched is None:
         return None

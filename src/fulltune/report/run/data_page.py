@@ -1,5 +1,3 @@
-"""The page on the rows alone, `data.html` and `data.md`, written before training."""
-
 from __future__ import annotations
 
 import shlex
@@ -30,7 +28,7 @@ from fulltune.text import counted, format_percent, format_share, listed
 
 _CELL = 160
 _FEW_SUSPECTS, _FEW_OF_ROWS = 30, 0.02
-"""Correct data may have this many suspects (a number, or a share of rows)."""
+"""Number or share of suspects that correct data may have."""
 _MOST_LANGUAGES = 6
 _MARGIN = 0.01
 

@@ -53,7 +53,7 @@ def merged_card(text: str, name: str, task: str) -> str:
 
 
 def _front_matter(view: RunView, scores: Scores | None) -> str:
-    """Return the model card's YAML metadata for the Hub, with the test scores."""
+    """Return the card's YAML metadata for the Hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
     facts = FACTS.get(view.task)
@@ -141,7 +141,6 @@ def _versions_section(view: RunView) -> Section | None:
 
 
 ONLY_OURS = ("head", "adapter")
-"""Methods whose folders only fulltune can read."""
 HOW_TO_LOAD = {
     "full": "The model is a plain Hugging Face folder; transformers loads it without fulltune:",
     "peft": "The folder holds the trained weights in PEFT's format; PEFT adds them to the pretrained model:",
@@ -165,7 +164,7 @@ def how_to_load(folder: str, view: RunView) -> tuple[Element, ...]:
 
 
 def loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
-    """Return Python code that loads a model, with PEFT if `base` names a pretrained model."""
+    """Return Python code that loads a model, with PEFT if `base` is named."""
     facts = FACTS.get(task, FACTS["text-classification"])
     package, _, inner = base.removeprefix("package:").partition("/") if base.startswith("package:") else ("", "", "")
     pretrained = json.dumps(words.file_name(base), ensure_ascii=False) if base else ""

@@ -37,14 +37,13 @@ _CUT = "unreadable: a process was stopped while writing it, or the file was dama
 
 @dataclass(frozen=True)
 class History:
-    """Values measured during training, by name and in order of steps."""
+    """Values measured during training."""
 
     train: MetricSeries = field(default_factory=dict)
     evaluation: MetricSeries = field(default_factory=dict)
     restarts: tuple[int, ...] = ()
     """First logged step of every attempt after the first."""
     skipped: tuple[int, ...] = ()
-    """Steps whose update was skipped, unless a later attempt repeated them."""
     updates: UpdatesMeasured | None = None
 
 
@@ -65,7 +64,7 @@ class AttemptFiles:
     outcome: Outcome | None
     events: tuple[Event, ...]
     first_step: int | None
-    """Step of the checkpoint from which the attempt started, or None if unreadable."""
+    """Step of the first checkpoint, or None if unreadable."""
     journal: tuple[JournalEntry, ...]
 
     @property
@@ -76,7 +75,7 @@ class AttemptFiles:
 
 
 def merge(attempts: Sequence[AttemptFiles]) -> History:
-    """Join the curves of a trial's attempts; of a repeated step the last attempt counts."""
+    """Join the curves of a trial's attempts. The last attempt counts for a repeated step."""
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
     restarts: list[int] = []
@@ -109,7 +108,6 @@ def merge(attempts: Sequence[AttemptFiles]) -> History:
 
 
 def _points_by_name(rows: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
-    """Return each value's points (step, value) in order of steps."""
     names = dict.fromkeys(name for row in rows.values() for name in row)
     series = {
         name: tuple(
@@ -139,11 +137,10 @@ class RunView:
     scores: tuple[Scores, ...]
     """Baselines, then the untouched and the trained model; by name within a kind."""
     missing: tuple[tuple[str, str], ...] = ()
-    """Parts of the report that cannot be shown, with reasons."""
     searched: Searched | None = None
     budget: BudgetResult | None = None
     accesses: tuple[Access, ...] = ()
-    """Every time that these test rows were scored, also by neighbouring runs."""
+    """Every scoring of these test rows, also by neighbouring runs."""
 
     @property
     def name(self) -> str:
@@ -293,7 +290,6 @@ class _Files:
         return records
 
     def lines(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Yield the entries of a JSON lines file, and note broken lines."""
         if not path.is_file():
             return
         # A process killed while writing can cut a character in two: replace it rather than fail.
@@ -324,7 +320,7 @@ class _Files:
 
 
 def _first_step(path: Path) -> int | None:
-    """Return the step of a request's checkpoint, 0 without one, or None if it is unreadable."""
+    """Return the step of a request's checkpoint (0 without one), or None if unreadable."""
     try:
         checkpoint = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
         return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])

@@ -1,5 +1,3 @@
-"""Judge a run by its test scores, and suggest what to try next."""
-
 from __future__ import annotations
 
 import math
@@ -116,19 +114,17 @@ def _is_finite(estimate: Estimate) -> bool:
 # ---- what to try next -------------------------------------------------------------------------------------------
 
 _FEW_STEPS = 100
-"""Steps within which a pretrained model with a new head has hardly started to learn."""
 _MOST_TIMES = 10
-"""Largest factor by which a longer run is suggested."""
 _FEW_ROWS_OF_A_LABEL = 10
 _ONE_CLASS = 0.98
-"""Share of test rows predicted as one label from which a model counts as blind."""
+"""Share of rows predicted as one label from which a model is blind."""
 _UNEVEN = 2.0
 """Ratio to the other labels' mean rows from which a label is the most frequent one."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a finished run's files show, as the basis of advice."""
+    """Findings on a finished run, from which advice follows."""
 
     verdict: str
     plan: Plan
@@ -139,15 +135,12 @@ class RunFacts:
     labels: int = 0
     """Number of labels if each row has one, else 0."""
     rate_searched: bool = False
-    """True after a rate search, so that no other rates are suggested."""
     bar: str = "the baseline"
-    """Name of the model or baseline that the verdict compares with."""
+    """Name of the baseline or model to beat."""
     blind: str = ""
-    """Sentence saying that the model predicts the same for all rows, or empty."""
+    """Sentence saying that all predictions are the same, or empty."""
     predicts_majority: bool = False
-    """True if the blind model predicts the most frequent label."""
     budget_advice: tuple[str, str] = ("", "")
-    """What the forgetting budget prevented, and what would help."""
 
     @property
     def recipe_settings(self) -> dict[str, object]:
