@@ -213,6 +213,7 @@ def fit(
 
 
 def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
+    """Return the number of features per item."""
     hidden = getattr(model.config.get_text_config(), "hidden_size", None) or 0
     head: Any = None if layers is None else model.get_submodule(layers[0])
     return max(hidden, 0 if head is None else head.in_features) or _USUAL_HIDDEN_SIZE
@@ -250,6 +251,7 @@ def _fit_head(
         options.update(dense_replacements(train.dense, train.mean, dense_has_bias, after[0]))
 
     def last_inputs(features: Features, dense: LinearClassifier | None) -> Items:
+        """Return the last layer's inputs after the dense layer is replaced by `dense`."""
         assert features.last is not None, "extracted with `layers`"
         if dense is None or features.dense is None or after is None:
             return extractor.items(features.last, features)
@@ -292,6 +294,7 @@ def best_baseline(
     def candidates(
         items: Items, strengths: Sequence[float] = STRENGTHS
     ) -> Iterator[tuple[tuple[str, float], LinearClassifier]]:
+        """Yield each classifier with its kind and strength."""
         yield from (((usual, strength), classifier) for strength, classifier in fits(items, strengths=strengths))
         if extractor.kind in ("single_label", "tags"):
             yield ("nearest centroid", 0.0), centroids(items)

@@ -170,6 +170,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     problems: list[str] = []
 
     def absolute(path: str, setting: str) -> str:
+        """Return the absolute path, or record a problem of `setting`."""
         if path.startswith("package:"):
             return path
         if "\0" in path:

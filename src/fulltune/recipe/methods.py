@@ -135,6 +135,7 @@ class LoraMethod(_TrainedMethod):
     head's; updating attention alone is known to be worse."""
 
     def differences(self) -> tuple[str, ...]:
+        """Return parts of a name, such as `r64`."""
         names = () if self.target_modules == "all-linear" else self.target_modules
         return (
             *((f"r{self.rank}",) if self.rank != 16 else ()),
@@ -146,6 +147,7 @@ class LoraMethod(_TrainedMethod):
 
     @model_validator(mode="after")
     def _must_have_targets(self) -> LoraMethod:
+        """Refuse an empty `target_modules`."""
         if not self.target_modules or not all(self.target_modules):
             raise ValueError("target_modules: names no matrix; write all-linear, or names such as [q_proj, v_proj]")
         return self
@@ -162,6 +164,7 @@ class AdapterMethod(_TrainedMethod):
     """Activation of the bottleneck."""
 
     def differences(self) -> tuple[str, ...]:
+        """Return parts of a name, such as `f8`."""
         return (
             *((f"f{self.reduction_factor}",) if self.reduction_factor != 16 else ()),
             *((self.non_linearity,) if self.non_linearity != "gelu" else ()),
@@ -179,6 +182,7 @@ class PromptMethod(_TrainedMethod):
     """Start of the virtual tokens: the vectors of random tokens of the vocabulary, or random numbers of their size."""
 
     def differences(self) -> tuple[str, ...]:
+        """Return parts of a name, such as `40`."""
         return (
             *((str(self.num_virtual_tokens),) if self.num_virtual_tokens != 20 else ()),
             *((self.init,) if self.init != "vocabulary" else ()),
