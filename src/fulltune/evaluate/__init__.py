@@ -35,15 +35,14 @@ from fulltune.tasks.classes import label_words, predict_labels
 from fulltune.tasks.labels import class_weights
 
 UNTOUCHED = "before-training"
-"""File name of the pretrained model's scores."""
 LINEAR_PROBE = "linear probe of the untouched model"
 SPLITS: tuple[SplitName, ...] = ("train", "eval")
 SplitLosses = tuple[np.ndarray, Sequence[str | None]]
-"""Summed loss and items of each example, float64 [examples, 2]; and predicted labels in words."""
+"""Each example's summed loss and number of items, float64 [examples, 2], and its predicted label in words or None."""
 
 
 def scoring_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
-    """Return the scoring of a run's rows."""
+    """Return the `Scoring` of a run's test rows."""
     weights = class_weights(recipe, summary)
     return Scoring(
         recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, class_weights=weights
@@ -51,7 +50,7 @@ def scoring_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, b
 
 
 def baselines(scoring: Scoring) -> list[Scores]:
-    """Score the baselines, such as the majority class or the pretrained model, unless scores exist."""
+    """Score the baselines, such as the majority class or the pretrained model, or load their existing scores."""
     scorer, folder = _scorer_of(scoring.recipe.task), scoring.data.parent
 
     def untouched() -> Scored:
@@ -71,7 +70,8 @@ def baselines(scoring: Scoring) -> list[Scores]:
 
 
 def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
-    """Return baselines of the pretrained model: with a linear probe as head, and a classifier on embeddings."""
+    """Return the scorers of baselines on the pretrained model: the linear probe as a head, and a classifier on
+    embeddings."""
     with_head = scoring.plan.head_init is not None
     if not with_head and scoring.target.form.has_windows:
         return {}
@@ -87,6 +87,7 @@ def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable
 
 
 def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
+    """Load the pretrained model, with seeded weights for a missing head, as a feature extractor."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -125,7 +126,7 @@ def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
 
 
 def score(scoring: Scoring, outcome: Outcome) -> Scores:
-    """Score the trained model on the test rows, log that, and save a classifier's temperature."""
+    """Score the trained model on the test rows, log the access, and save a classifier's temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
@@ -147,7 +148,7 @@ def score(scoring: Scoring, outcome: Outcome) -> Scores:
 
 
 def losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
-    """Return the loss of each train and eval row by the trained model, without test rows, which would bias choices."""
+    """Return the trained model's loss on each train and eval row. Losses on test rows would bias later choices."""
     measure = measure_of(scoring.recipe.task, scoring.target, "loss")
     assert measure.counts is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}
@@ -167,7 +168,7 @@ def losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
 def with_differences(
     folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
 ) -> Scores:
-    """Add a trained model's difference to each baseline to its scores, and save them."""
+    """Add the difference between a trained model and each baseline to its scores, and save them."""
     differences = {}
     path = folder / "scores" / f"{scores.name}.json"
     for other_path in sorted(path.parent.glob("*.json")):
@@ -183,7 +184,7 @@ def with_differences(
 
 
 def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
-    """Save the temperature of a classifier's probabilities in its folder, fitted on eval rows."""
+    """Fit a classifier's temperature on eval rows and save it in the model's folder."""
     if scoring.target.form.is_calibrated:
         _save_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
 

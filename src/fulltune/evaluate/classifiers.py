@@ -1,4 +1,4 @@
-"""Score models that predict labels, numbers or choices, and their baselines."""
+"""Score classifiers, regressors and models that choose among answers, and their baselines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return scorers by file name: the majority class; for choices the usual position, and the longest."""
+    """Return the baselines' scorers by file name: the majority class and, for multiple choice, the longest choice."""
     scorers: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(majority, scoring)}
     if scoring.target.num_choices:
         scorers["baseline-longest"] = partial(_score_longest_choice, scoring)
@@ -27,7 +27,7 @@ def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 
 
 def trained(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Scored:
-    """Score the trained model; its temperature is fitted on the eval rows."""
+    """Score the trained model, with a temperature fitted on the eval rows."""
     test_rows = scoring.run(model, processor)
     metrics = scoring.estimates(test_rows)
     predicted = classes.predict_labels(test_rows["logits"], scoring.target)
@@ -57,7 +57,7 @@ def _score_labels(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
 
 
 def majority(scoring: Scoring) -> Scored:
-    """Score the most frequent class of train (each label's majority, the mean, or the position)."""
+    """Score the baseline that always predicts the most frequent class of train; for numbers, their mean."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
 
     form, train, test = scoring.target.form, scoring.rows("train"), scoring.rows("test")
@@ -67,13 +67,13 @@ def majority(scoring: Scoring) -> Scored:
 
 
 def _score_longest_choice(scoring: Scoring) -> Scored:
-    """Score the choice with the most characters, as right answers are often written with more care."""
+    """Score the choice with the most characters, because right answers are often written with more care."""
     texts = [multiple_choice.choice_texts(row, scoring.target) for row in scoring.texts]
     return _score_labels(scoring, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
 
 
 def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a classifier on embeddings, from each row's number and outputs [items, outputs]."""
+    """Score a classifier on embeddings, given each row's index and outputs [items, outputs]."""
     outputs = [values for _, values in sorted(predicted, key=lambda row: row[0])]
     if scoring.target.num_choices:
         return _score_labels(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))
@@ -81,6 +81,7 @@ def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarra
 
 
 def _confusion(scoring: Scoring, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:
+    """Count the rows by true and predicted label, or return None unless each row has one label."""
     if not scoring.target.form.one_label:
         return None
     from sklearn.metrics import confusion_matrix

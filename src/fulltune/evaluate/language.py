@@ -1,4 +1,4 @@
-"""Score models that write by loss and generated answers."""
+"""Score language models by their loss and their generated answers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return scorers by file name: a copy of the source, if there is one."""
+    """Return the baselines' scorers by file name: a copy of the source, if the rows have one."""
     if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
     return {"baseline-copy": lambda: _score_copied_source(scoring)}
 
 
 def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
-    """Score the trained model by its loss and the answers that it generates."""
+    """Score the trained model by its loss and by the answers that it generates."""
     predictions = scoring.run(model, tokenizer)
     estimates = scoring.estimates(predictions)
     drawn = drawn_rows(scoring)
@@ -70,7 +70,7 @@ def _generate_answers(
 
 
 def _score_copied_source(scoring: Scoring) -> Scored:
-    """Score the source as the answer, which a summary, correction or paraphrase has to beat."""
+    """Score a copy of the source as the answer; a model that summarises or corrects has to beat it."""
     drawn = drawn_rows(scoring)
     sources, expected = _prompts_and_answers(scoring, list(drawn.values()))
     scores = scoring.task.score_answers([source.strip() for source in sources], expected)
@@ -79,7 +79,7 @@ def _score_copied_source(scoring: Scoring) -> Scored:
 
 
 def drawn_rows(scoring: Scoring) -> dict[int, Row]:
-    """Return the position and row of the test rows to answer, drawn from different prompts by `data.split_seed`."""
+    """Return the test rows to answer, by position. They are drawn from different prompts with `data.split_seed`."""
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
         return {}
@@ -94,7 +94,7 @@ def drawn_rows(scoring: Scoring) -> dict[int, Row]:
 
 
 def missing_metrics(scoring: Scoring) -> str | None:
-    """Name the metrics of answers whose packages are missing, and how to install them."""
+    """Name the answer metrics whose packages are not installed, and how to install them; None if all are."""
     missing = [name for name in scoring.task.FACTS.other_metrics if not written.can_score(name)]
     return f"not computed: {', '.join(missing)}; pip install 'fulltune[text-metrics]'" if missing else None
 

@@ -1,4 +1,4 @@
-"""Rows, metrics and loading for scores, and the log of test accesses."""
+"""Score a model or baseline on a run's test rows, and log each access to them."""
 
 from __future__ import annotations
 
@@ -37,16 +37,15 @@ if TYPE_CHECKING:
 
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
-"""Number of worst rows in the report."""
 Scored = tuple[Scores, Resampled | None]
-"""Scores, and the main metric on resamples, if it was computed."""
+"""Scores, with the main metric on resamples or None if it was not computed."""
 MIN_UNSEEN = 20
-"""Groups of test rows needed for a metric without those that occur in train."""
+"""Fewest groups of test rows that do not occur in train for a metric on those rows alone."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """A run's test rows and how they are scored."""
+    """Loads a run's rows and models, and computes scores on the test rows."""
 
     recipe: Recipe
     plan: Plan
@@ -54,14 +53,12 @@ class Scoring:
     target: Target
     data: Path
     base: Base
-    """The pretrained model."""
     user_metrics: UserMetrics | None = None
     listener: Listener = lambda event: None
     class_weights: Sequence[float] | None = None
-    """Weights in the order of the labels."""
 
     def watch(self, name: str) -> ProgressCallback:
-        """Return a callback that reports the progress of a pass to the listener."""
+        """Return a callback that reports a pass's progress to the listener as `name`."""
         return lambda done, total, share: self.listener(RowsRead(name=name, done=done, total=total, share=share))
 
     def rows(self, split: str) -> Rows:
@@ -69,7 +66,7 @@ class Scoring:
 
     @property
     def texts(self) -> list[Row]:
-        """The test rows in the user's own columns, with `place`."""
+        """The test rows in the user's own columns, each with its location in the file."""
         return list(texts(self.data / "test"))
 
     def estimates(
@@ -78,7 +75,8 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Return the task's (or other) metrics on test rows and on resamples, also without rows of train."""
+        """Compute metrics (by default the task's) on the test rows at `positions` and on resamples of them, and also on
+        those rows that do not occur in train."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 
@@ -100,7 +98,7 @@ class Scoring:
     def user_estimates(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Return resamples of the user's metrics; lists reach the function as lists, arrays as arrays."""
+        """Compute the user's metrics as `estimates` does; lists are passed on as lists, arrays as arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
@@ -128,7 +126,7 @@ class Scoring:
         metrics: Mapping[str, Resampled],
         **fields: Any,
     ) -> Scored:
-        """Return the record of a model or baseline, with the intervals of its metrics."""
+        """Return the `Scores` of a model or baseline, with an interval for each metric."""
         confidence, main = self.recipe.evaluate.confidence, metrics.get(self.plan.metric)
         for quoting in fields.keys() & {"worst", "answers"}:
             fields[quoting] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[quoting])
@@ -150,7 +148,7 @@ class Scoring:
         return scores, main
 
     def run(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
-        """Return the task's predictions for each row of a split."""
+        """Return the model's predictions for each row of a split, as the task defines them."""
         rows, pad_token_id = opened(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.
@@ -170,14 +168,15 @@ class Scoring:
     def selective_head(
         self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]
     ) -> SelectiveHead | None:
-        """Return a head that skips the logits of prompts, if a row proves that the others stay the same."""
+        """Return a head that computes no logits for prompts, or None unless a test row shows that the other logits stay
+        the same."""
         if not self.task.FACTS.writes:
             return None
         batch = model_batch(model, self.task, [rows[by_length(rows)[-1]]], pad_token_id)
         return verified(model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()})[0]
 
     def load(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
-        """Return a finished model, or by default the pretrained one, on the plan's device, with its processor."""
+        """Load a finished model, or the pretrained one for None, on the plan's device; return it with its processor."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
             processor = self.base.processor
@@ -195,7 +194,7 @@ class Scoring:
 
 
 def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
-    """Log beside a run folder that its test rows were scored; without `outcome`, by a comparison's verdict."""
+    """Log beside the run folder that its test rows were scored. `outcome` is None for a comparison's verdict."""
     folder = folder.resolve()
     access = Access(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -222,9 +221,11 @@ def outputs(
     most_tokens: int,
     splits: Sequence[str] = ("eval", "test"),
 ) -> tuple[dict[str, Predictions], float]:
-    """Run a model (by default the pretrained one) over the splits' rows and, except for images, generic texts.
+    """Run a model over the rows of the splits and, except for images, over generic texts.
 
-    Returns predictions by split, generic texts under `generic`, and the seconds per row of the last split.
+    Returns:
+        Predictions by split, with those of generic texts under `generic`, and the last split's seconds per row.
+
     """
     model, processor = scoring.load(model_folder)
     by_split: dict[str, Predictions] = {}
@@ -242,13 +243,13 @@ def outputs(
 
 
 def save_outputs(path: Path, predictions: Predictions) -> None:
-    """Save numeric arrays; others would need pickle."""
+    """Save the numeric arrays of predictions. Other arrays would need pickle."""
     numbers: dict[str, Any] = {name: array for name, array in predictions.items() if array.dtype != object}
     with replacing(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **numbers)
 
 
 def load_outputs(path: Path) -> Predictions:
-    """Load the arrays of `save_outputs`."""
+    """Load the arrays that `save_outputs` wrote."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}

@@ -1,4 +1,4 @@
-"""Score answers from a context as texts for each question, and baselines."""
+"""Score models that answer questions from a context, and their baselines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return scorers by file name: the sentence with most of the question's words, and no answer."""
+    """Return the baselines' scorers by file name: the sentence that shares most words with the question, and an empty
+    answer."""
     scorers = {
         "baseline-sentence": lambda: _score_baseline(scoring, "sentence nearest to the question", nearest_sentence)
     }
@@ -38,7 +39,7 @@ def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 
 
 def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
-    """Score the trained model; the windows of a long context give one answer."""
+    """Score the trained model, whose windows of a long context give one answer together."""
     target, windows, texts = scoring.target, scoring.rows("test"), scoring.texts
     predictions = scoring.run(model, tokenizer)
     places = [row[PLACE] for row in texts]
@@ -91,24 +92,24 @@ def _accepted_answers(scoring: Scoring, questions: Mapping[str, Row]) -> list[li
 
 
 def _first_windows(texts: Sequence[Row]) -> list[int]:
-    """Return the position of each question's first window."""
+    """Return the row positions of each question's first window."""
     return sorted(np.unique([row[PLACE] for row in texts], return_index=True)[1].tolist())
 
 
 def nearest_sentence(question: str, context: str) -> str:
-    """Return the first sentence of the context with most of the question's words."""
+    """Return the first of the context's sentences that share most words with the question."""
     wanted = set(plain_words(question))
     sentences = [sentence for sentence in _SENTENCE_END.split(context) if sentence.strip()]
     return max(sentences, key=lambda sentence: len(wanted & set(plain_words(sentence))), default="").strip()
 
 
 def plain_words(text: str) -> list[str]:
-    """Return the words that SQuAD's scores compare: lower case, without punctuation and articles."""
+    """Return the words that SQuAD's metrics compare: in lower case, without punctuation and articles."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def compared(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """Return SQuAD's exact match and F1 of each answer, 0 to 1, the best over the accepted ones."""
+    """Return SQuAD's exact match and F1 (0 to 1) of each answer, taking the best over the accepted answers."""
     pairs = [
         [(plain_words(answer), plain_words(text)) for text in texts or [""]]
         for answer, texts in zip(predicted, accepted, strict=True)
@@ -120,6 +121,7 @@ def compared(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> dic
 
 
 def _f1(answer: Sequence[str], accepted: Sequence[str]) -> float:
+    """Return the F1 of the words of two answers, 0 to 1."""
     if not answer or not accepted:
         return float(answer == accepted)
     return 2 * sum((Counter(answer) & Counter(accepted)).values()) / (len(answer) + len(accepted))

@@ -1,4 +1,4 @@
-"""Score models that tag each word, and baselines."""
+"""Score models that tag words, and their baselines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return scorers by file name: no entity at all, and a lexicon."""
+    """Return the baselines' scorers by file name: no entity at all, and each word's most frequent tag."""
     return {
         "baseline-no-entity": lambda: _score_tags(scoring, "every word O", _all_outside_tags(scoring)),
         "baseline-lexicon": partial(_score_lexicon, scoring),
@@ -32,7 +32,7 @@ def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 
 
 def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
-    """Score the trained model; words that it does not see count as `O`."""
+    """Score the trained model. Words without a token in its input count as `O`."""
     target = scoring.target
     counts = token_classification.over_all_words(scoring.run(model, tokenizer), scoring.rows("test"), target)
     words = int(counts["words"].sum())
@@ -69,7 +69,7 @@ def _all_outside_tags(scoring: Scoring) -> list[np.ndarray]:
 
 
 def _score_lexicon(scoring: Scoring) -> Scored:
-    """Score the most frequent tag of each word in train, with `O` for other words."""
+    """Score the baseline that gives each word its most frequent tag in train, and `O` to unknown words."""
     ids = {label: position for position, label in enumerate(scoring.target.labels)}
     tag_counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for row in store.texts(scoring.data / "train"):  # one by one: there may be many
@@ -81,7 +81,7 @@ def _score_lexicon(scoring: Scoring) -> Scored:
 
 
 def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a tagger on embeddings, from each row's number and outputs [words with a token, labels]."""
+    """Score a tagger on embeddings, given each row's index and outputs [words with a token, labels]."""
     rows, tagged = scoring.rows("test"), _all_outside_tags(scoring)
     for position, outputs in predicted:
         tagged[position][token_classification.seen_words(rows[position])] = outputs.argmax(axis=1)

@@ -213,7 +213,6 @@ def fit(
 
 
 def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
-    """Return the number of features per item."""
     hidden = getattr(model.config.get_text_config(), "hidden_size", None) or 0
     head: Any = None if layers is None else model.get_submodule(layers[0])
     return max(hidden, 0 if head is None else head.in_features) or _USUAL_HIDDEN_SIZE
@@ -294,7 +293,6 @@ def best_baseline(
     def candidates(
         items: Items, strengths: Sequence[float] = STRENGTHS
     ) -> Iterator[tuple[tuple[str, float], LinearClassifier]]:
-        """Yield each classifier with its kind and strength."""
         yield from (((usual, strength), classifier) for strength, classifier in fits(items, strengths=strengths))
         if extractor.kind in ("single_label", "tags"):
             yield ("nearest centroid", 0.0), centroids(items)

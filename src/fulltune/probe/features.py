@@ -192,7 +192,6 @@ def _item_features(
             counts = np.ones(len(positions), np.int64)
 
     def items(values: torch.Tensor | None) -> np.ndarray | None:
-        """Return the items' values [items, hidden]."""
         if values is None:
             return None
         flat = values.reshape(-1, values.shape[-1])

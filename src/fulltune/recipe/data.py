@@ -33,8 +33,8 @@ class MixedFile(Block):
     path: str = Field(min_length=1)
     """File or folder, as in `data.train`."""
     weight: float = Field(gt=0, lt=1)
-    """Share of each epoch's rows that come from this file, such as 0.05. They are drawn at random, and no row is drawn
-    twice before all rows have been used. For raw text, packed rows are counted."""
+    """Share of each epoch's rows that come from this file, such as 0.05. They are drawn at random, none twice before
+    all have been used. For raw text, packed rows are counted."""
 
 
 # pydantic inserts these names, which no setting can have, into an error's location; `file.py` removes them.
@@ -57,9 +57,9 @@ class DataBlock(Block):
     forgetting, mix in other rows by weight: `[task.jsonl, {path: generic.jsonl, weight: 0.05}]`. Mixed-in rows need
     the task's columns, but causal-lm also accepts other kinds of rows, such as raw text. Images cannot be mixed in."""
     eval: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """Rows that choose the best checkpoint, early stopping and calibration. Default: split off train."""
+    """Rows for choosing: best checkpoint, early stopping, calibration. Default: split off train."""
     test: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """Rows that only report the final scores and never choose anything. Default: split off train."""
+    """Rows for the final scores, never used for choosing. Default: split off train."""
     columns: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Column names of csv and tsv files without a header line, from left to right, such as `[text, label]`. Default:
     read from the first line."""
@@ -181,17 +181,14 @@ class DataBlock(Block):
 
     @property
     def task_files(self) -> tuple[str, ...]:
-        """Entries without a weight, which hold the task's rows."""
         return tuple(one for one in self.entries if isinstance(one, str))
 
     @property
     def mixed_files(self) -> tuple[MixedFile, ...]:
-        """Entries with a weight, whose rows are mixed in."""
         return tuple(one for one in self.entries if isinstance(one, MixedFile))
 
     @model_validator(mode="after")
     def _settings_must_agree(self) -> DataBlock:
-        """Refuse settings that contradict each other."""
         mixed, weights = [one.path for one in self.mixed_files], [one.weight for one in self.mixed_files]
         train = (*self.task_files, *mixed)
         held_out = {role: path for role, path in (("eval", self.eval), ("test", self.test)) if path is not None}

@@ -135,7 +135,7 @@ class Recipe(Block):
 
 
 def with_placement(recipe: Recipe, placement: str) -> Recipe:
-    """Return the recipe with the plan's placement, unless the recipe or a DeepSpeed file sets one."""
+    """Return the recipe with the plan's placement, unless the recipe sets one."""
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
         return recipe
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"placement": placement})})
@@ -170,7 +170,6 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     problems: list[str] = []
 
     def absolute(path: str, setting: str) -> str:
-        """Return the absolute path, or record a problem of `setting`."""
         if path.startswith("package:"):
             return path
         if "\0" in path:

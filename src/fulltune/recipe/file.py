@@ -28,7 +28,7 @@ from fulltune.text import did_you_mean, near_names
 
 _VARIABLE_PATTERN = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Lines = Mapping[str, int | str]
-"""Line number, or `--set` override, of each setting by its dotted name, such as `methods.0.rank`."""
+"""Line number, or `--set` override, of each setting by its dotted name."""
 
 FieldError = Mapping[str, Any]
 
@@ -255,7 +255,6 @@ def _suggestion(location: tuple[str | int, ...], values: PlainSettings) -> str:
 
 
 def _quoted_names(expected: str) -> list[str]:
-    """List the names that a pydantic message quotes, such as `'auto', 'cpu' or 'cuda'`."""
     return re.findall(r"'([^']+)'", expected)
 
 
@@ -269,7 +268,6 @@ def _expected_and_found(expected: str, value: object) -> str:
 
 
 def _blocks_in_type(annotation: object) -> list[type[Block]]:
-    """List the recipe blocks that a type annotation contains."""
     if isinstance(annotation, type) and issubclass(annotation, Block):
         return [annotation]
     return [block for inner in get_args(annotation) for block in _blocks_in_type(inner)]
@@ -315,7 +313,6 @@ def _describe_setting(location: tuple[str | int, ...], values: Any) -> str:
 
 
 def _type_in_words(value: object) -> str:
-    """Return the type of a YAML value in words, such as `a list`."""
     names = {dict: "settings", list: "a list", str: "text", type(None): "nothing", bool: "true/false"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 

@@ -38,7 +38,6 @@ class _MethodSettings(Block):
 
     @model_validator(mode="after")
     def _name_must_be_free(self) -> Self:
-        """Refuse a reserved name."""
         if self.name is not None and self.name.lower() in RESERVED_NAMES:  # some file systems ignore case
             raise ValueError(f"name: '{self.name}' is reserved for a file of the run folder; choose another name")
         return self
@@ -71,7 +70,6 @@ class _TrainedMethod(_MethodSettings):
 
     @model_validator(mode="after")
     def _rates_must_be_usable(self) -> _TrainedMethod:
-        """Refuse learning rates that are out of range or contradict each other."""
         rates = self.learning_rates
         pairs = {
             "learning_rate and learning_rates are both given; remove one": (
@@ -88,7 +86,6 @@ class _TrainedMethod(_MethodSettings):
 
     @property
     def is_searched(self) -> bool:
-        """True if the learning rate is to be searched."""
         return self.learning_rate == SEARCH
 
     @property
@@ -135,7 +132,6 @@ class LoraMethod(_TrainedMethod):
     head's; updating attention alone is known to be worse."""
 
     def differences(self) -> tuple[str, ...]:
-        """Return parts of a name, such as `r64`."""
         names = () if self.target_modules == "all-linear" else self.target_modules
         return (
             *((f"r{self.rank}",) if self.rank != 16 else ()),
@@ -147,7 +143,6 @@ class LoraMethod(_TrainedMethod):
 
     @model_validator(mode="after")
     def _must_have_targets(self) -> LoraMethod:
-        """Refuse an empty `target_modules`."""
         if not self.target_modules or not all(self.target_modules):
             raise ValueError("target_modules: names no matrix; write all-linear, or names such as [q_proj, v_proj]")
         return self
@@ -164,7 +159,6 @@ class AdapterMethod(_TrainedMethod):
     """Activation of the bottleneck."""
 
     def differences(self) -> tuple[str, ...]:
-        """Return parts of a name, such as `f8`."""
         return (
             *((f"f{self.reduction_factor}",) if self.reduction_factor != 16 else ()),
             *((self.non_linearity,) if self.non_linearity != "gelu" else ()),
@@ -182,7 +176,6 @@ class PromptMethod(_TrainedMethod):
     """Start of the virtual tokens: the vectors of random tokens of the vocabulary, or random numbers of their size."""
 
     def differences(self) -> tuple[str, ...]:
-        """Return parts of a name, such as `40`."""
         return (
             *((str(self.num_virtual_tokens),) if self.num_virtual_tokens != 20 else ()),
             *((self.init,) if self.init != "vocabulary" else ()),

@@ -24,15 +24,13 @@ def read_by(parse: Callable[[str], float]) -> BeforeValidator:
 
 
 Duration = Annotated[str, read_by(parse_seconds)]
-"""A duration such as `30m`, `2h` or `90s`."""
 
 
 PlainSettings = dict[str, Any]
-"""Settings by name, as in the file."""
 
 
 class Block(BaseModel):
-    """Base class of all blocks: frozen, without unknown keys, with fields documented by their docstrings."""
+    """Base class of all blocks: frozen, without unknown keys, documented by docstrings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -78,7 +76,6 @@ BUNDLED = "docstrings of Python's standard library"
 
 
 ShareText = Annotated[str | float, read_by(parse_share)]
-"""A share such as `1%` or `0.01`."""
 
 
 class PreserveBlock(Block):
@@ -111,8 +108,7 @@ class EvaluateBlock(Block):
     """Metric that chooses the best checkpoint and comes first in the report. Default: accuracy, f1_micro (multi_label),
     spearman (regression), f1 (token-classification, question-answering) or loss (causal-lm, seq2seq)."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Rows per forward pass. Default: twice the micro batch. If memory runs out, it is halved, which does not change
-    the scores."""
+    """Rows per forward pass. Default: twice the micro batch. If memory runs out, it is halved, with the same scores."""
     baselines: bool = True
     """Also score baselines that need no training: the majority class and a linear probe, or the untouched language
     model."""

@@ -24,7 +24,6 @@ from fulltune.recipe.training import OWN_OPTIMIZERS, TrainBlock
 from fulltune.text import did_you_mean
 
 NO_PACKAGES = ("all", "none", "flyte")
-"""Values of `report_to` that need no installed package."""
 
 
 def problems_of(recipe: Recipe) -> list[str]:
@@ -103,7 +102,6 @@ def methods_of(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
 
 
 def _search_problems(recipe: Recipe) -> Iterable[str]:
-    """Yield the problems of a learning rate search."""
     if recipe.methods:
         for prefix, method in methods_of(recipe):
             if getattr(method, "is_searched", False):
@@ -211,7 +209,6 @@ def _type_adapter(annotation: str) -> TypeAdapter[Any]:
 
 
 def _type_in_words(annotation: str) -> str:
-    """Return a type annotation in words, such as `a whole number or text`."""
     return " or ".join(words for name, words in _TYPE_WORDS.items() if name in annotation.replace(" ", "").split("|"))
 
 
@@ -226,7 +223,6 @@ def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown_optimizers_and_trackers(recipe: Recipe) -> list[str]:
-    """List the names in `optim` and `report_to` that transformers does not know."""
     train = recipe.train
     settings = {
         ("optim", "optimizer"): [] if train.optim in (None, *OWN_OPTIMIZERS) else [train.optim],
@@ -243,7 +239,6 @@ def _unknown_optimizers_and_trackers(recipe: Recipe) -> list[str]:
 
 
 SCALABLE = ("full", "lora")
-"""Kinds of methods that support `preserve.budget`."""
 
 
 def _other_problems(recipe: Recipe) -> list[str]:
@@ -316,7 +311,6 @@ def training_arguments() -> Mapping[str, str]:
 
 @cache
 def _annotated_fields(file: str, name: str) -> Mapping[str, str]:
-    """Return a class's annotated fields from a source file of transformers."""
     fields = [line for line in _find_definition(file, name).body if isinstance(line, ast.AnnAssign)]
     return {ast.unparse(line.target): ast.unparse(line.annotation) for line in fields}
 
@@ -338,7 +332,6 @@ def _parse_transformers_file(file: str) -> list[ast.stmt]:
 
 
 def _find_definition(file: str, name: str) -> Any:
-    """Return the syntax node of a name that a source file of transformers defines."""
     for line in _parse_transformers_file(file):
         if name == getattr(line, "name", None) or (
             isinstance(line, ast.Assign) and name == ast.unparse(line.targets[0])

@@ -17,7 +17,6 @@ from fulltune.text import did_you_mean
 
 
 def _check_task_name(name: str) -> str:
-    """Return the name if a task has it; raise `ValueError` with a hint otherwise."""
     if name not in FACTS:
         hint = did_you_mean(name, list(FACTS))
         raise ValueError(f"expected one of {', '.join(FACTS)}, found '{name}'{f'; {hint}' if hint else ''}")
@@ -49,21 +48,17 @@ class Form:
     """Metrics that can choose a checkpoint, the default first."""
     kind: str
     target: str = "label"
-    """Word for what the model predicts."""
     label: str = "label"
     """Word for one label in tables."""
     row: str = "row"
     """Word for one example in tables."""
     longest: str = "longest row"
-    """Word for what `max_length` limits."""
     worst: str = "Wrong test rows with the highest loss"
     """Title of the table of wrong rows."""
     question: str = '"a text"'
-    """Example question for `fulltune predict RUN`."""
     how_to_ask: str = ""
     """Sentence on how to prompt the language model."""
     majority: str = "majority class"
-    """Name of the baseline that always predicts the most frequent target."""
     answer: tuple[tuple[str, str], ...] = (("answer", "string"),)
     """Columns of an answer file, with their types."""
     num_outputs: int | None = None
@@ -111,7 +106,6 @@ class TaskFacts:
     """Facts about one task."""
 
     auto_class: str
-    """Name of the model class in transformers."""
     models: str
     """End of the error message for a model without that class, after "a 'bert' model"."""
     hub: str
@@ -125,18 +119,15 @@ class TaskFacts:
     scored_by: Literal["classifiers", "tagging", "spans", "language"]
     """Module of `fulltune.evaluate` that scores its models."""
     other_metrics: tuple[str, ...] = ()
-    """Metrics that cannot choose a checkpoint."""
     reads: Literal["text", "image"] = "text"
     writes: bool = False
     """The model writes text; models of other tasks have a head."""
     has_classes: bool = False
-    """The task has classes, so they may have weights."""
     has_forms: bool = False
     """One data set may mix rows of several problem types."""
     other_models: tuple[str, ...] = ()
     """Model types that have the class but read or write in a different way."""
     peft: str | None = None
-    """PEFT's task type, or None if it has none."""
 
     @property
     def head_is_new(self) -> bool:

@@ -14,7 +14,7 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
 Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"]
 OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
-"""Optimizers of fulltune's own. In transformers, `adamw_8bit` means `adamw_bnb_8bit` instead."""
+"""Optimizers of fulltune's own. In transformers, `adamw_8bit` means `adamw_bnb_8bit`."""
 
 SHARDABLE_OPTIMIZERS = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that work on sharded tensors (FSDP2)."""
@@ -33,12 +33,11 @@ class TrainBlock(Block):
     max_steps: int | None = Field(default=None, ge=1)
     """Length of the run in optimizer steps, instead of `num_train_epochs`."""
     global_batch_size: int | None = Field(default=None, ge=1)
-    """Rows per optimizer step over all devices. Default: 32, or 16 for language models, and fewer for small data. It
-    determines the gradient accumulation."""
+    """Rows per optimizer step over all devices. Default: 32, or 16 for language models, and fewer for small data.
+    Determines the gradient accumulation."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows per device in one forward and backward pass; must divide the global batch. A lower value saves memory and
-    gives the same result. Default: the fastest size that fits into memory. If memory runs out, it is halved, even if
-    the recipe sets it."""
+    """Rows per device in one forward and backward pass; must divide the global batch. Lower values save memory with the
+    same result. Default: the fastest that fits into memory. If memory runs out, it is halved, even if given."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0 to its peak. Default: chosen by task."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -72,11 +71,10 @@ class TrainBlock(Block):
     """Skip the update of a step whose loss and gradient norm are both outliers among the last 64 steps
     (docs/concepts/guards.md). Non-finite steps are always skipped."""
     max_rollbacks: int = Field(default=3, ge=0)
-    """How often the run may return to its last good checkpoint after it diverged or skipped too many steps. It then
-    continues with the rows in another order, and from the second time on at half the learning rate. 0: the run stops
-    instead."""
+    """How often the run may return to its last good checkpoint after it diverged or skipped too many steps. It
+    continues with another order of rows, and from the second time on at half the learning rate. 0: it stops."""
     hang_timeout: Duration | None = "30m"
-    """How long a training process may show no sign of life before it is ended; the run resumes once from its last
+    """Time without a sign of life after which a training process is ended; the run resumes once from its last
     checkpoint. `null`: no limit."""
     notice: Duration | None = None
     """Time between SIGTERM and the end of the machine, such as `30s` on a spot instance. The run warns if it needs
@@ -93,11 +91,11 @@ class TrainBlock(Block):
     from 7.0 (Volta, Turing), otherwise fp32; on a CPU bf16 if it is faster. With several GPUs, the oldest decides.
     fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
-    """Recompute activations in the backward pass, which needs far less memory but about a third more compute. Default:
-    on if the run would not fit otherwise, or if the larger micro batch makes it faster. `false`: always off."""
+    """Recompute activations in the backward pass: far less memory, about a third more compute. Default: on if the run
+    would not fit otherwise, or if the larger micro batch makes it faster. `false`: off."""
     chunked_loss: bool | None = None
-    """Compute a language model's logits and loss for a few tokens at a time. Default: on if a check shows that the
-    model's head allows it. `false`: always off."""
+    """Compute a language model's logits and loss for a few tokens at a time. Default: on if the model's head allows it,
+    which is checked. `false`: off."""
     torch_compile: bool | None = None
     """Compile the model's repeated blocks (`torch.compile`). This takes a minute or more before step 1, which pays off
     in long runs. Default: off; `fulltune plan --measure` tries it. Never run on a GPU."""
@@ -143,13 +141,12 @@ class TrainBlock(Block):
     num_processes: int = Field(default=1, ge=1)
     """Total number of training processes on all machines: one per GPU, or several on a CPU (gloo)."""
     num_machines: int = Field(default=1, ge=1)
-    """Number of machines, which must have a shared folder and equally many processes (docs/guides/scale.md)."""
+    """Number of machines, with equally many processes and a shared folder (docs/guides/scale.md)."""
     placement: Placement = "auto"
-    """How the processes hold weights, gradients and optimizer state. `single`: one process; `ddp`: everything
-    replicated; `fsdp2`: everything sharded (PyTorch); `zero2`: gradients and optimizer state sharded, `zero3`:
-    weights too (DeepSpeed). `auto`: `single` for one process, otherwise `ddp` if it fits, else `fsdp2`. A run may
-    resume with another number of processes and with another of `single`, `ddp` and `fsdp2`; runs with `zero2` and
-    `zero3` must resume as they began (docs/guides/scale.md)."""
+    """How the processes hold weights, gradients and optimizer state. `single`: one process; `ddp`: replicated; `fsdp2`:
+    all sharded (PyTorch); `zero2`: gradients and state sharded, `zero3`: weights too (DeepSpeed). `auto`: `single`
+    for one process, otherwise `ddp` if it fits, else `fsdp2`. A run may resume with another number of processes and
+    another of `single`, `ddp` and `fsdp2`; with `zero2` and `zero3` only as it began (docs/guides/scale.md)."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What to keep in host memory: `optimizer` (with zero2 or zero3), or `all` (with zero3: weights too). Has no effect
     on a CPU."""
@@ -157,7 +154,7 @@ class TrainBlock(Block):
     """Allow more processes than CPU cores, to try out a placement. This is slow."""
     extra: PlainSettings = Field(default_factory=dict)
     """Any other field of `transformers.TrainingArguments`, except those that fulltune sets itself. `deepspeed` is a
-    JSON file, relative to the recipe's folder, or the content of one."""
+    JSON file, relative to the recipe's folder, or its content."""
 
     @property
     def engine_settings(self) -> str | PlainSettings | None:
@@ -192,7 +189,6 @@ class TrainBlock(Block):
 
     @model_validator(mode="after")
     def _settings_must_agree(self) -> TrainBlock:
-        """Refuse settings that contradict each other."""
         factors = {"micro_batch_size": self.micro_batch_size or 1, "num_processes": self.num_processes}
         factor_words = " x ".join(f"{name} {value}" for name, value in factors.items() if value > 1)
         has_floor = bool({"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs))

@@ -15,7 +15,6 @@ PROOFS, TRAINED_PROOFS = "proofs.json", "trained_proofs.json"
 LOSSES = "losses.jsonl"
 """File in `data` with the location, hash and mean loss of each train and eval row."""
 HIGH_LOSS = "high loss"
-"""Name of the check that lists the rows with the highest loss, whether their labels are right or wrong."""
 
 
 class Remedy(Record):
@@ -36,7 +35,6 @@ class RowDecision(Record):
     check: str = ""
     place: str = ""
     text: str = ""
-    """Beginning of the row, with secrets masked."""
     reason: str = ""
     proposed: Remedy | None = None
 
@@ -57,7 +55,6 @@ class RowIssue(RowDecision):
     split: SplitName
     label: str | None = None
     score: float = 0.0
-    """Confidence of the check; higher means more certain."""
 
     def decision(self, remedy: Remedy) -> RowDecision:
         """Return the user's decision about this row, as a line for a patch file."""
@@ -83,7 +80,6 @@ class LabelErrors(Record):
     precision: float
     """Estimated share of suspects whose label is really wrong."""
     estimated_errors: float
-    """Estimated number of wrong labels."""
 
 
 class Proof(Record):
@@ -106,10 +102,8 @@ class Proofs(Record):
     fingerprint: str
     eval_rows: int
     repetitions: int
-    """Number of seeds, or of resamples for classifiers."""
     proofs: tuple[Proof, ...]
     untried: tuple[str, ...] = ()
-    """Steps that were not measured, because they change too few or too many rows."""
     source: Literal["classifiers", "trainings"] = "classifiers"
     metric: str = "accuracy"
     greater_is_better: bool = True
@@ -131,12 +125,10 @@ class Audit(Record):
     checks: dict[str, int]
     examples: tuple[RowIssue, ...] = ()
     clean: tuple[str, ...] = ()
-    """Checks that flagged nothing."""
     labels: LabelErrors | None = None
     languages: dict[str, dict[str, int]] = Field(default_factory=dict)
     """Number of rows by column and language code, without short texts and code."""
     not_run: dict[str, str] = Field(default_factory=dict)
-    """Reason for each check that did not run, by its name."""
     seconds: float = 0.0
 
     def examples_of(self, check: str) -> list[RowIssue]:

@@ -22,7 +22,6 @@ class Trial(Record):
     """One training run with a method, a learning rate and a seed."""
 
     name: str
-    """Name such as `lora-seed2`, or `lora-rate0.002-6.0pct` in a rate search."""
     method: str
     learning_rate: float
     seed: int
@@ -60,14 +59,13 @@ class Search(Record):
     tried: dict[float, float] = Field(default_factory=dict)
     """Metric of each short trial, by learning rate; empty without a search."""
     share: float = 0.0
-    """Share of a whole run's steps in a short trial."""
     chosen: float
     """The learning rate to use; NaN until it is chosen."""
     reason: str = ""
     whole: dict[float, float] = Field(default_factory=dict)
     """Metric of each whole run, by learning rate; empty if there was only one."""
     usual: float | None = None
-    """Learning rate to keep if the eval rows are inconclusive; None with a single rate."""
+    """Learning rate to keep if the eval rows are inconclusive."""
     on_edge: bool = False
     """True if the best rate is clearly ahead and is the smallest or largest one tried."""
     time_was_up: bool = False
@@ -82,7 +80,6 @@ class Searched(Record):
     metric_name: str
     eval_rows: int
     seconds: float
-    """Time of the whole search, including the chosen run."""
     run_seconds: float
 
 
@@ -104,7 +101,6 @@ class Expectation(Record):
     """Smallest differences usually detected if seeds differ by half a point, and by two points; None if unknown."""
     notes: tuple[str, ...] = ()
     search_share: float = 0.06
-    """Share of a whole run's steps in a short trial; 0 without a search."""
     budget_seconds: float | None = None
     sequential: bool = True
     """True if no more seeds are run once the answer is clear."""
@@ -131,7 +127,6 @@ class Look(Record):
     wanted_seeds: dict[str, int] = Field(default_factory=dict)
     """Number of seeds that each method should have before the next look; empty if no more seeds follow."""
     waiting: tuple[str, ...] = ()
-    """Methods that stay at fewer seeds, because the verdict does not depend on them for now."""
 
 
 class Opening(Record):
@@ -144,7 +139,6 @@ class Opening(Record):
     alpha: float
     """Error probability allowed to the verdict made then."""
     left: float
-    """Error probability left for later verdicts."""
 
 
 # ---- the verdict -----------------------------------------------------------------------------------------------
@@ -176,7 +170,6 @@ class Difference(Record):
     other_better: bool
     """Like `full_better`, True only for a statistically certain difference of at least the margin."""
     seeds_known: bool
-    """False if every method has a single seed."""
     detectable: float
     """Smallest true difference that is detected with a probability of 80 %, at least the margin."""
     rows_needed: int | None = None
@@ -240,7 +233,6 @@ class MethodRow(Record):
     weights_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     num_parameters: int = 0
-    """Number of parameters of the pretrained model with the task's head."""
     num_trainable: int = 0
     metric: Estimate = UNKNOWN
     """Mean over the seeds on the test rows, with an interval that covers rows and seeds."""
@@ -282,10 +274,8 @@ class Comparison(Record):
     generic_text: str
     num_trials: int
     seconds: float
-    """Time of all commands on this comparison."""
     cores: int
     time_was_up: bool = False
-    """True if the time budget allowed fewer seeds or methods than the recipe."""
     device: str
     data_fingerprint: str
     command: str
@@ -328,5 +318,4 @@ class ManyTasks(Record):
     model: str
     base_bytes: int
     tasks: dict[str, Decision]
-    """Each task's verdict, by the names of recipe and comparison folder."""
     methods: tuple[MethodOverTasks, ...]

@@ -26,7 +26,6 @@ class Preview(Record):
 
     @classmethod
     def labelled(cls, text: str, label: str) -> Preview:
-        """Return the preview of a text that has a label instead of trained tokens."""
         return cls(segments=(Segment(text=text, trained=False),), label=label)
 
 
@@ -72,9 +71,7 @@ class DataSummary(Record):
     task: str
     problem_type: ProblemType
     columns: dict[str, str]
-    """Column that has each role, such as `text`."""
     labels: tuple[str, ...] = ()
-    """Class names by class id."""
     joint: str = ""
     """Text between prompt and completion (causal-lm), or text before each source (seq2seq)."""
     num_choices: int = 0
@@ -90,10 +87,8 @@ class DataSummary(Record):
     splits: dict[SplitName, SplitSummary]
     sources: dict[SplitName, str]
     dropped: dict[str, int] = Field(default_factory=dict)
-    """Number of dropped rows by reason."""
     notes: tuple[str, ...] = ()
     test_share_in_eval: float = 0.0
-    """Share of test rows that also occur in eval."""
     previews: tuple[Preview, ...] = ()
     mixed: tuple[MixedSummary, ...] = ()
     fingerprint: str

@@ -24,7 +24,6 @@ class Event(Record):
 
     model_config = ConfigDict(extra="ignore")  # a line of another version may have more fields
     kind: ClassVar[str] = ""
-    """Name of the event in `metrics.jsonl`."""
 
     seconds: float = 0.0
     """Seconds since the attempt's process started."""
@@ -90,7 +89,6 @@ class Forecast(Event):
     kind = "forecast"
     time: TimeNeed
     peak_memory_bytes: int = 0
-    """Peak memory above what was used before the model was loaded."""
 
 
 class StepLogged(Event):
@@ -169,7 +167,6 @@ class Message(Event):
     kind = "message"
     text: str
     level: Literal["progress", "resumed", "next attempt", "warning"] = "progress"
-    """Kind of message: a comparison's progress, a resumed run, the reason for another attempt, or a warning."""
 
 
 class JournalEntry(Record):

@@ -54,7 +54,6 @@ class BudgetResult(Record):
     budget: float
     """Most drift to accept, as a share between 0 and 1."""
     limit: float
-    """The budget in the units of the drift."""
     is_language_model: bool
     text_source: str
     metric: str
@@ -71,12 +70,10 @@ class BudgetResult(Record):
 
     @property
     def start(self) -> InterpolationPoint:
-        """The pretrained model."""
         return next(point for point in self.points if point.is_start)
 
     @property
     def end(self) -> InterpolationPoint:
-        """The trained model."""
         return next(point for point in self.points if point.share == 1)
 
     @property

@@ -14,7 +14,6 @@ class Setting(Record):
     """A planned setting with its value and the reason for it."""
 
     name: str
-    """Dotted name, such as `train.global_batch_size`."""
     value: Any
     reason: str
     """`from the recipe`, or the rule that chose the value."""
@@ -55,7 +54,6 @@ class DiskNeed(Record):
     checkpoint_bytes: int
     num_checkpoints: int
     model: int
-    """Size of the finished model plus the initial weights."""
 
     @property
     def total(self) -> int:
@@ -154,11 +152,9 @@ class Plan(MemorySettings):
     """The complete plan of a trial."""
 
     trial: str
-    """Name of the trial, such as `full-seed42`."""
     data_fingerprint: str = ""
     method: str
     model_name: str = ""
-    """Folder in `models`, if the run has several trials."""
     seed: int
     learning_rate: float
     head_learning_rate: float | None = None
@@ -194,7 +190,6 @@ class Plan(MemorySettings):
     """
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None
-    """Memory available to a process, if known."""
     memory: MemoryNeed | None = None
     sent_bytes_per_micro_batch: int = 0
     """Bytes that a process, and also its whole machine, sends per micro batch."""
@@ -202,7 +197,6 @@ class Plan(MemorySettings):
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
     busy: str = ""
-    """Warning that other programs slowed down the measurement of this machine."""
     settings: tuple[Setting, ...]
 
     @property
@@ -217,7 +211,6 @@ class Plan(MemorySettings):
 
     @property
     def sent_bytes(self) -> int:
-        """All bytes that a process sends per optimizer step."""
         return self.gradient_accumulation_steps * self.sent_bytes_per_micro_batch + self.sent_bytes_per_update
 
     @property
@@ -241,7 +234,6 @@ class PlacementOption(Record):
     kinds: dict[MemoryKind, int]
     device_bytes: int
     host_bytes: int
-    """Host memory per machine."""
     micro_batch_size: int
     activation_checkpointing: bool
     shortage: str | None
@@ -259,7 +251,6 @@ class WayOut(Record):
     """A change that frees memory or disk space when a run does not fit."""
 
     change: str
-    """The setting to change, or what else to do."""
     frees_bytes: int
     where: Literal["device", "disk"]
     enough: bool
@@ -296,12 +287,10 @@ class Survey(Record):
     full_fits: bool = True
     placement: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings that the plan adds to the recipe."""
     placements: tuple[PlacementOption, ...]
     disk_free_bytes: int | None = None
     host_free_bytes: int
     device_free_bytes: int
-    """Memory available to each process."""
     price: float | None = None
     currency: str = ""
     ways_out: tuple[WayOut, ...] = ()

@@ -36,7 +36,7 @@ class Calibration(Record):
     expected_calibration_error_scaled: float
     """The error after temperature scaling, with the temperature fitted on eval rows."""
     note: str | None = None
-    """Why no temperature was fitted and it is 1, or None."""
+    """Why no temperature was fitted, or None."""
 
 
 class Confusion(Record):
@@ -59,7 +59,6 @@ class Scores(Record):
     """The scores of one model or baseline on the test rows."""
 
     name: str
-    """Trial's name, or one such as `majority class` or `before training`."""
     kind: Literal["baseline", "untouched", "trained"]
     rows: int
     metrics: dict[str, Estimate]
@@ -77,4 +76,4 @@ class Scores(Record):
     worst: tuple[Answer, ...] = ()
     answers: tuple[Answer, ...] = ()
     missing_metrics: str | None = None
-    """Which metrics could not be computed, and why, or None."""
+    """Which metrics could not be computed, and why."""

@@ -84,14 +84,12 @@ class Outcome(Record):
     memory_growth_bytes: int = 0
     """Peak memory above what was used before the model was loaded."""
     memory_growth_per_process: tuple[int, ...] = ()
-    """`memory_growth_bytes` of each process, if there are several."""
     phase: Phase | None = None
     first_bad_step: int | None = None
     """First step whose weights cannot be trusted after a spike."""
     forecast: TimeNeed | None = None
     dry_run_growth_bytes: int = 0
     dry_run_loss: float | None = None
-    """Loss of the longest micro batch before any update."""
     disk_bytes: int = 0
     model_folder: str | None = None
     log_tail: tuple[str, ...] = ()
@@ -105,9 +103,7 @@ class MeasuredSetting(Record):
     """Levers are measured on top of each other; other rows change one setting of the best row."""
     changes: dict[str, Any]
     peak_memory_bytes: int = 0
-    """Peak memory above what was used before the model was loaded."""
     tokens_per_second: float = 0.0
-    """Speed over all processes, without padding."""
     train_seconds: float = 0.0
     """Duration of the whole training at this speed."""
     loss: float | None = None

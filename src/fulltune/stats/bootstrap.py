@@ -1,7 +1,7 @@
 """The bootstrap: metrics on thousands of resamples of clusters of rows (docs/concepts/statistics.md).
 
-`resample` recomputes any metric, `draw` computes most from sums over clusters; their random streams differ, for
-compatibility with stored scores.
+`resample` recomputes any metric, while `draw` computes most metrics from sums over clusters. They draw different random
+numbers, so that stored scores stay valid.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fulltune.tasks.classes import NUMBER_METRICS, predict_labels
 
 SAMPLES = 10_000
 SAMPLES_ANEW = 1_000
-"""Resamples for a metric that must be recomputed on each."""
+"""Number of resamples for a metric that must be recomputed on each of them."""
 _MAX_PRODUCTS = 2e10
-"""Most multiplications; a metric with many counts (F1 of 150 classes) gets fewer resamples."""
+"""Most multiplications. A metric with many counts, such as the F1 of 150 classes, gets fewer resamples."""
 _MIN_SAMPLES = 1_000
 _WEIGHTS_AT_ONCE = 3_000_000
 _SEED = 0
@@ -36,28 +36,26 @@ _BOUNDS = {
     **dict.fromkeys(("mcc", "spearman", "kendall"), (-1.0, 1.0)),
     **dict.fromkeys(("chrf", "bleu"), (0.0, 100.0)),
 }
-"""Bounds of metrics that may leave 0 to 1; None if one is missing."""
+"""Bounds of metrics that may leave the range 0 to 1, or None if one bound is missing."""
 
 
 @dataclass(frozen=True)
 class ResamplableMetric:
-    """A metric with all that is needed to resample it."""
+    """A metric with the functions that resampling needs."""
 
     name: str
     greater_is_better: bool
     whole: Callable[[Predictions], float]
-    """Computes the metric as the task does."""
+    """Computes the metric from all predictions, as the task does."""
     counts: RowTerms | None
-    """Terms of each row, for a metric that is a function of sums."""
+    """Computes each row's terms, or None if the metric is not a function of sums."""
     value: FromSums | None
 
     def alone(self, outputs: Predictions) -> dict[str, float]:
-        """Return the metric by its name."""
         return {self.name: self.whole(outputs)}
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """Minimum and maximum, if the metric has both."""
         return bounds_of(self.name)
 
     @property
@@ -67,17 +65,17 @@ class ResamplableMetric:
 
     @property
     def sign(self) -> float:
-        """Return -1 if smaller is better, so that a positive difference is an improvement."""
+        """1, or -1 if smaller is better, so that a positive signed difference is an improvement."""
         return 1.0 if self.greater_is_better else -1.0
 
 
 def bounds_of(metric: str) -> tuple[float, float] | None:
-    """Return a metric's minimum and maximum, if it has both."""
+    """Return the minimum and maximum of a metric, or None if one is missing."""
     return _BOUNDS.get(metric, (0.0, 1.0))
 
 
 def measure_of(task_name: TaskName, target: Target, metric: str) -> ResamplableMetric:
-    """Return a task's metric; raise `SetupError` if the task does not have it."""
+    """Return a task's metric in a form that can be resampled; raise `SetupError` if the task lacks it."""
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
@@ -88,7 +86,7 @@ def measure_of(task_name: TaskName, target: Target, metric: str) -> ResamplableM
 
 
 def _single_metric(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
-    """Return a function that computes only this metric, as Kendall's tau is slow."""
+    """Return a function that computes this metric alone, because others, such as Kendall's tau, are slow."""
     if target.form.is_number and metric in NUMBER_METRICS:
         return lambda outputs: NUMBER_METRICS[metric](
             outputs["labels"].astype(np.float64), predict_labels(outputs["logits"], target).astype(np.float64)
@@ -100,6 +98,7 @@ def _single_metric(task_name: TaskName, target: Target, metric: str) -> Callable
 
 
 def _draw_cluster_counts(random: np.random.Generator, num_clusters: int, size: int) -> np.ndarray:
+    """Draw clusters with replacement, and return how often each was drawn [size, num_clusters]."""
     clusters = random.integers(0, num_clusters, (size, num_clusters), np.int32)
     offsets = np.arange(size, dtype=np.int64)[:, None] * num_clusters
     counts = np.bincount((clusters + offsets).ravel(), minlength=size * num_clusters)
@@ -107,7 +106,8 @@ def _draw_cluster_counts(random: np.random.Generator, num_clusters: int, size: i
 
 
 def _number_clusters(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
-    """Number the clusters from 0, [rows], and count them; by default each row is one."""
+    """Return the cluster number of each row, from 0, and the number of clusters. Without clusters, each row is its
+    own."""
     of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     return of_row, int(of_row.max(initial=-1)) + 1
 
@@ -117,23 +117,22 @@ def _number_clusters(clusters: np.ndarray | None, num_rows: int) -> tuple[np.nda
 
 @dataclass(frozen=True)
 class Resampled:
-    """A metric on all rows and on resamples of them."""
+    """A metric on all rows, and on resamples of them."""
 
     value: float
     draws: np.ndarray
-    """The metric on each resample, float64 [samples]; the same seed and clusters give the same resamples."""
+    """The metric on each resample, float64 [samples]. The same seed and clusters give the same resamples."""
     num_rows: int
     num_clusters: int
-    """Number of clusters; dependent rows are drawn together."""
     num_seen: int = 0
-    """Number of rows that also occur in train."""
     unseen: Resampled | None = None
-    """The metric without rows that occur in train, if enough remain."""
+    """The metric on rows that do not occur in train, or None if too few remain."""
 
     def estimate(self, confidence: float, bounds: tuple[float, float] | None = None) -> Estimate:
         """Return the value with its percentile interval at level `confidence`, such as 0.95.
 
-        If all rows score the same, the interval reaches towards the bounds as far as this number of rows allows.
+        If all rows score the same, the interval is widened towards the bounds as far as this number of rows allows.
+
         """
         tail = (1 - confidence) / 2
         low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))
@@ -163,7 +162,7 @@ def resample(
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Compute metrics on all rows and on resamples of clusters; equal seeds draw equal rows for every model."""
+    """Compute metrics on all rows and on resamples of clusters. Equal seeds draw equal rows for every model."""
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"{num_rows} rows with the clusters of {len(clusters)}")
@@ -179,7 +178,7 @@ def resample(
 
 
 def gain(measure: ResamplableMetric, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
-    """Return the improvement of a metric of sums, and the standard error of this paired difference."""
+    """Return how much a metric of sums improved, with the standard error of this paired difference."""
     assert measure.value is not None
     both = np.stack([before, now], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
@@ -192,12 +191,12 @@ def gain(measure: ResamplableMetric, before: np.ndarray, now: np.ndarray) -> tup
 
 @dataclass(frozen=True)
 class ResampledTrials:
-    """The metric of each method's trials, on all rows and on the same resamples."""
+    """The metric of each method's trials, on all rows and on shared resamples."""
 
     point: tuple[np.ndarray, ...]
-    """Values on all rows, [seeds] for each method."""
+    """Values on all rows: [seeds] for each method."""
     draws: tuple[np.ndarray, ...]
-    """Values on the resamples, [draws, seeds] for each method."""
+    """Values on the resamples: [draws, seeds] for each method."""
     num_clusters: int
     num_rows: int
 
@@ -212,7 +211,7 @@ def draw(
     clusters: np.ndarray | None,
     samples: int = SAMPLES,
 ) -> ResampledTrials:
-    """Compute each trial's metric on the same resamples of clusters; costly metrics get fewer."""
+    """Compute each trial's metric on shared resamples of clusters, with fewer resamples for costly metrics."""
     trials = [outputs for method in methods for outputs in method]
     rows = {len(next(iter(outputs.values()))) for outputs in trials}
     if len(rows) > 1 or (clusters is not None and rows != {len(clusters)}):
@@ -237,7 +236,7 @@ def draw(
 
 
 def _cluster_sums(count: RowTerms, outputs: Predictions, of_row: np.ndarray) -> np.ndarray:
-    """Sum the terms of each cluster's rows, float64 [clusters, k]."""
+    """Sum the terms of the rows of each cluster, float64 [clusters, k]."""
     counts = count(outputs)
     sums = np.zeros((int(of_row.max()) + 1, counts.shape[1]))
     np.add.at(sums, of_row, counts)
@@ -245,7 +244,7 @@ def _cluster_sums(count: RowTerms, outputs: Predictions, of_row: np.ndarray) -> 
 
 
 def _resample_sums(sums: np.ndarray, value: FromSums, samples: int) -> np.ndarray:
-    """Compute the metric on resamples, [draws, trials], from sums [clusters, trials, k]."""
+    """Compute the metric on resamples [draws, trials] from sums over clusters [clusters, trials, k]."""
     num_clusters, *of_trials = sums.shape
     samples = min(samples, max(_MIN_SAMPLES, int(_MAX_PRODUCTS / sums.size)))
     at_once, parts = max(1, _WEIGHTS_AT_ONCE // num_clusters), []

@@ -1,4 +1,4 @@
-"""Expected calibration error, and a temperature fitted on eval rows (Guo et al. 2017, arXiv 1706.04599)."""
+"""Compute the expected calibration error, and fit a temperature (Guo et al. 2017, arXiv 1706.04599)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BINS = 15
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean gap between confidence and accuracy over 15 bins of equally many rows."""
+    """Return the mean gap between confidence and accuracy over 15 bins with equally many rows."""
     probabilities = softmax(logits, axis=-1)
     confidence = probabilities.max(axis=-1)
     right = probabilities.argmax(axis=-1) == labels
@@ -24,7 +24,7 @@ ALL_RIGHT = "every eval row is right, so no temperature can be fitted: it stays 
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return the most likely temperature, 0.05 to 20, or None if every row is right."""
+    """Return the temperature (0.05 to 20) with the highest likelihood, or None if every row is right."""
     if (logits.argmax(axis=-1) == labels).all():
         return None
 
@@ -39,7 +39,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
 def calibrate(
     eval_logits: np.ndarray, eval_labels: np.ndarray, test_logits: np.ndarray, test_labels: np.ndarray
 ) -> Calibration:
-    """Fit the temperature on eval rows and measure calibration on test rows; logits [rows, classes], labels [rows]."""
+    """Fit a temperature on eval rows, and measure the calibration error on test rows.
+
+    Logits are [rows, classes], labels [rows].
+
+    """
     fitted = fit_temperature(eval_logits, eval_labels)
     temperature = fitted or 1.0
     return Calibration(

@@ -1,4 +1,4 @@
-"""Judge curves of losses and metrics: divergence, over- and underfitting (docs/concepts/guards.md)."""
+"""Judge curves of losses and metrics for divergence, overfitting and underfitting (docs/concepts/guards.md)."""
 
 from __future__ import annotations
 
@@ -11,51 +11,49 @@ from typing import Literal
 from fulltune.text import format_metric, format_number, is_share
 
 Point = tuple[int, float]
-"""Optimizer step and value; the value may be NaN or infinite."""
+"""Optimizer step and value, which may be NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class GuardDecision:
-    """What to do, and why."""
+    """What a guard decides, and why."""
 
     action: Literal["go on", "warn", "stop"]
     reason: str = ""
     readings: int = 0
-    """Number of good readings before the loss diverged."""
+    """Number of logged losses before the loss diverged."""
 
 
 GO_ON = GuardDecision("go on")
 BEYOND_CHANCE = 2.0
-"""Standard errors above which a difference counts as real."""
+"""Number of standard errors above which a difference counts as real."""
 
 
 def error_of_share(share: float, count: int) -> float:
-    """Return the standard error of a share of `count` rows, with Laplace's correction."""
+    """Return the standard error of a share measured on `count` rows, with Laplace's correction."""
     more = (share * count + 1) / (count + 2)
     return math.sqrt(max(0.0, more * (1 - more)) / (count + 2))
 
 
 LOSS_WINDOW = 10
-"""Logged losses averaged together, because single ones jump."""
+"""Number of logged losses to average, because single losses fluctuate."""
 _FELL_WELL = 0.75
-"""Ratio of the lowest window's mean to the first's below which the loss had fallen well."""
+"""Largest ratio of the lowest window's mean to the first window's at which the loss had clearly fallen."""
 _SURE = 4.0
-"""Standard errors of a window's mean."""
+"""Standard errors by which the loss must have fallen."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
 _ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
 _MIN_AT_END = 4
-"""Minimum number of logged losses for judging the end of a run."""
 
 
 def diverged(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop a loss that will not recover."""
+    """Decide to stop if the loss has diverged and will not recover."""
     fell = fell_and_rose(losses, learning_rate, untrained)
     return fell if fell.action == "stop" else ran_away(losses, learning_rate, untrained)
 
 
 def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop if the loss had clearly fallen, but the median of its last `2 * LOSS_WINDOW` readings is back at the start
-    and at chance."""
+    """Decide to stop if the loss had clearly fallen, but is now back at its start and at chance level."""
     first, now = statistics.fmean(losses[:LOSS_WINDOW] or [0.0]), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if len(losses) < 4 * LOSS_WINDOW or first <= 0 or now < max(first, untrained or 0.0):
         return GO_ON
@@ -74,8 +72,7 @@ def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: floa
 
 
 def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop if the median of the last `2 * LOSS_WINDOW` losses exceeds three times the start (by at least 1), and none
-    is below 1.5 times it."""
+    """Decide to stop if the loss stays far above its start: three times as a median, and never below 1.5 times."""
     begin, last = _start_loss(losses, untrained), losses[-2 * LOSS_WINDOW :]
     if len(losses) <= 2 * LOSS_WINDOW or not _is_far_above(begin, last):
         return GO_ON
@@ -85,7 +82,7 @@ def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | N
 def ended_high(
     losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a finished run by the later half of its losses: stop if they are far above the start, warn if slightly."""
+    """Judge a finished run by the later half of its losses: stop if far above the start, warn if slightly above."""
     if len(losses) < _MIN_AT_END:
         return GO_ON
     begin, last = _start_loss(losses, untrained), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
@@ -107,14 +104,13 @@ def ended_high(
 
 
 MAX_BEHIND = 2
-"""Consecutive worse evaluations before a run stops."""
 
 
 def made_worse(
     behind: int, what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Stop after `behind` consecutive evaluations worse than before step 1 if the train loss has not fallen;
-    overfitting is left to early stopping."""
+    """Decide to stop after `behind` consecutive evaluations worse than before step 1, if the train loss has not
+    fallen."""
     begin, now = _start_loss(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if behind < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
@@ -128,8 +124,8 @@ def made_worse(
 def ended_worse(
     what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a finished run that is more than two standard errors worse than before step 1: stop if the train loss has
-    not fallen either, else warn."""
+    """Judge a finished run that is over two standard errors worse than before step 1: stop if the train loss has not
+    fallen either, else warn."""
     begin, last = _start_loss(losses, untrained), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
     now, worse = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
     if len(losses) < _MIN_AT_END or now < begin:
@@ -139,6 +135,7 @@ def ended_worse(
 
 
 def _start_loss(losses: Sequence[float], untrained: float | None) -> float:
+    """Return the loss before training: the first one, or the untrained model's if it is higher."""
     return max([*losses[:1], *([] if untrained is None else [untrained])], default=0.0)
 
 
@@ -155,7 +152,7 @@ def _divergence_message(begin: float, last: Sequence[float], learning_rate: floa
 
 
 def without_cause(reason: str) -> str:
-    """Return the observation without its usual cause and the advice."""
+    """Remove the usual cause and the advice from a reason."""
     return reason.partition(". Usual cause")[0]
 
 
@@ -164,7 +161,7 @@ def _cause(learning_rate: float, share: str = "tenth") -> str:
 
 
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
-    """Return whether the last `patience` evaluations brought no improvement over the best before them."""
+    """Return True if the last `patience` evaluations did not improve on the best one before them."""
     best, since = None, 0
     for value in values:
         gain = 0.0 if best is None else (value - best if greater_is_better else best - value)
@@ -183,32 +180,27 @@ MIN_EVALUATIONS = 3
 ROSE = 1.1
 """Ratio of the last to the lowest eval loss that counts as a rise."""
 HARDLY_FELL = 0.97
-"""Ratio of the last to an earlier train loss above which hardly anything was learned."""
+"""Ratio of the last train loss to an earlier one above which the loss hardly fell."""
 CEILING = 0.995
-"""Share of right answers above which nothing is left to gain."""
 ASSUMED_ROWS = 1000
-"""Number of eval rows if unknown."""
 CHANGED = 0.02
-"""Relative change of a metric that is no share that counts as a change."""
+"""Relative change that counts as a change, for metrics that are not shares."""
 NO_GAP = 0.9
-"""Ratio of train to eval loss above which train rows are fitted no better than eval rows."""
+"""Ratio of train to eval loss above which the model fits train rows no better than eval rows."""
 STILL_BETTER = 0.99
-"""Ratio of the last eval loss to that at half the run below which it was still falling."""
+"""Ratio of the last eval loss to the one at half the run below which the loss was still falling."""
 _STILL_FALLING = 0.05
-"""Relative fall of the train loss in the last quarter that counts as falling."""
+"""Relative fall of the train loss in the last quarter above which it is still falling."""
 _LEARNED = 0.05
-"""Share of the first train loss below which the train rows are learned."""
 _FLAT = 0.03
-"""Relative change below which a loss counts as flat."""
 EATEN = 0.5
-"""Share of values with a gradient that must change; below it, rounding loses updates."""
+"""Share of values with a gradient that must change; below it, rounding lost updates."""
 MIN_FOR_SHAPE = 8
-"""Minimum number of logged train losses for judging a curve's shape."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The curves of a training, in order of steps."""
+    """The curves of a training run, in order of steps."""
 
     train_loss: tuple[Point, ...] = ()
     eval_loss: tuple[Point, ...] = ()
@@ -219,27 +211,24 @@ class Curves:
     """Number of eval rows; 0 if unknown."""
     epochs_per_step: float = 0.0
     kept_step: int | None = None
-    """Step of the kept weights."""
     before: float | None = None
-    """The metric before step 1."""
     is_mixed: bool = False
     """True if the train loss includes mixed-in rows, unlike the eval loss."""
 
     @property
     def on_eval(self) -> str:
-        """Name of the metric with its rows: `accuracy on the eval rows`."""
+        """Metric with its rows in words: `accuracy on the eval rows`."""
         return f"{self.metric_name.replace('_', ' ')} on the eval rows"
 
     @property
     def best(self) -> Point:
-        """The first of the best evaluations; NaN at step 0 if none is finite."""
+        """The first of the best evaluations, or NaN at step 0 if none is finite."""
         sign = 1 if self.greater_is_better else -1
         finite = [point for point in self.metric if math.isfinite(point[1])]
         return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))
 
     @property
     def losses(self) -> list[float]:
-        """Finite train losses."""
         return [value for _, value in self.train_loss if math.isfinite(value)]
 
     @property
@@ -249,11 +238,10 @@ class Curves:
 
     @property
     def is_loss(self) -> bool:
-        """True if the metric is the loss or the perplexity."""
         return self.metric_name in ("loss", "perplexity")
 
     def chance(self, *values: float) -> float:
-        """Return how much values of the metric may differ by chance on these eval rows."""
+        """Return by how much values of the metric may differ by chance on these eval rows."""
         if not is_share(self.metric_name):
             return (ROSE - 1 if self.is_loss else CHANGED) * abs(values[0])
         rows = self.eval_rows or ASSUMED_ROWS
@@ -262,18 +250,17 @@ class Curves:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a run fits its rows."""
+    """Whether a run overfitted, underfitted or neither."""
 
     kind: Kind
     evidence: str = ""
     turn: int | None = None
-    """Step after which the eval metric got worse."""
     details: str = ""
     helps: str = ""
 
     @property
     def sentence(self) -> str:
-        """Kind and evidence, or empty without evidence."""
+        """Kind and evidence as a sentence, or an empty string without evidence."""
         return self.evidence and f"{self.kind.capitalize()}: {self.evidence}."
 
 
@@ -283,7 +270,8 @@ _LOWER = "a lower rate"
 
 
 def fit(curves: Curves) -> Fit:
-    """Judge over- and underfitting from a run's curves; over-confident if only the eval loss rises."""
+    """Judge overfitting and underfitting from a run's curves. If only the eval loss rises, the model is
+    over-confident."""
     if worse := _worse_than_before(curves):
         return Fit("got worse", worse, 0, helps=_LOWER)
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
@@ -323,7 +311,7 @@ def fit(curves: Curves) -> Fit:
 
 
 def _judge_without_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
-    """Judge a run that never got worse: did it end too early?"""
+    """Judge whether a run that never got worse ended too early."""
     if curves.is_mixed:
         return Fit("not known", "no sign of over-fitting, but the train loss includes mixed-in rows", None, gap)
     (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
@@ -343,7 +331,7 @@ def _step_and_epoch(curves: Curves, step: int) -> str:
 
 
 def _kept_weights_sentence(curves: Curves, turn: int) -> str:
-    """Describe whether the kept weights are from before it got worse."""
+    """Return a sentence on whether the kept weights are from before the turn, or an empty string."""
     if curves.kept_step is None:
         return ""
     side = "that point" if curves.kept_step == turn else "before that" if curves.kept_step < turn else "after that"
@@ -351,7 +339,7 @@ def _kept_weights_sentence(curves: Curves, turn: int) -> str:
 
 
 def _train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
-    """Average the train loss between evaluations, by the step of each evaluation."""
+    """Return the mean train loss before each evaluation, by the evaluation's step."""
     means: dict[int, float] = {}
     for before, end in zip([0, *steps], steps, strict=False):
         if values := [value for step, value in train if before < step <= end and math.isfinite(value)]:
@@ -360,7 +348,7 @@ def _train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> d
 
 
 def _worse_than_before(curves: Curves) -> str | None:
-    """Return a sentence if every evaluation is worse than before step 1 by more than chance."""
+    """Return a sentence if every evaluation is worse than before step 1 by more than chance, or None."""
     before, best, sign = curves.before, curves.best[1], 1 if curves.greater_is_better else -1
     if before is None or not math.isfinite(before + best) or sign * (before - best) <= curves.chance(before, best):
         return None
@@ -369,7 +357,7 @@ def _worse_than_before(curves: Curves) -> str | None:
 
 
 def _since_best(curves: Curves) -> tuple[str, bool]:
-    """Describe the metric's best and last evaluation, and return whether it fell beyond chance."""
+    """Describe the metric's best and last evaluation; return True with it if the metric fell beyond chance."""
     finite = [value for _, value in curves.metric if math.isfinite(value)]
     if curves.is_loss or not finite:
         return "", False
@@ -381,7 +369,7 @@ def _since_best(curves: Curves) -> tuple[str, bool]:
 
 
 def stayed_flat(losses: Sequence[float]) -> bool:
-    """Return whether the losses' last quarter has the median of the first."""
+    """Return True if the medians of the first and last quarter of the losses are nearly equal."""
     size = len(losses) // 4
     if len(losses) < MIN_FOR_SHAPE:
         return False
@@ -390,7 +378,7 @@ def stayed_flat(losses: Sequence[float]) -> bool:
 
 
 def still_falling(losses: Sequence[float]) -> float | None:
-    """Return the mean of the last quarter of the losses if they still fall."""
+    """Return the mean of the last quarter of the losses if they are still falling, or None."""
     size = len(losses) // 4
     if not size:
         return None

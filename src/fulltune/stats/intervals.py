@@ -1,7 +1,7 @@
-"""Intervals of the difference of two methods over rows and seeds (docs/concepts/statistics.md).
+"""Compute intervals of the difference of two methods over rows and seeds (docs/concepts/statistics.md).
 
-A draw is the difference on resampled rows plus normal noise for the seeds, whose variance is drawn from a scaled
-chi-squared distribution with the degrees of freedom of Welch and Satterthwaite. With seed noise alone this gives
+Each draw is the difference on resampled rows plus normal noise for the seeds. The noise's variance is drawn from a
+scaled chi-squared distribution with the degrees of freedom of Welch and Satterthwaite. With seed noise alone this gives
 Student's t, without it the usual bootstrap. Seeds of two methods count as independent.
 """
 
@@ -19,9 +19,10 @@ from fulltune.records.scores import Estimate
 from fulltune.stats.bootstrap import Resampled, ResampledTrials
 
 SURPRISES = 2.0
-"""Disagreeing rows assumed beyond those observed, as 0 of 20 do not prove equality (rule of three)."""
+"""Number of disagreeing rows to assume besides those observed, because 0 of 20 do not prove equality (rule of
+three)."""
 _MIN_CLUSTERS = 2
-"""With one cluster all resamples are the same."""
+"""With one cluster, all resamples are the same."""
 
 
 # ---- spread between seeds --------------------------------------------------------------------------------------
@@ -29,21 +30,20 @@ _MIN_CLUSTERS = 2
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """The estimated variance of one method's metric between seeds."""
+    """The estimated variance of a method's metric between seeds."""
 
     num_seeds: int
     variance: float
-    """Variance of the metric between seeds on these rows."""
     by_rows: float
-    """Part of the variance that the rows alone cause between equal models."""
+    """Part of the variance that the rows alone would cause between equally good models."""
     degrees: float
-    """Degrees of freedom; inf if the variance is assumed or zero."""
+    """Degrees of freedom, infinite if the variance is assumed or zero."""
     borrowed: bool = False
-    """True if taken from another method because this one has a single seed."""
+    """True if it is another method's, because this method has a single seed."""
 
     @property
     def is_none(self) -> bool:
-        """True for an untrained method, which does not depend on a seed."""
+        """True for an untrained method, whose metric does not depend on a seed."""
         return self.variance == 0 and math.isinf(self.degrees)
 
     @property
@@ -52,11 +52,10 @@ class SeedSpread:
 
 
 NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
-"""The spread of an untrained method."""
 
 
 def seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpread | None]:
-    """Return each method's variance between seeds; one with a single seed borrows the largest of the others."""
+    """Estimate each method's variance between seeds. A method with a single seed borrows the largest of the others."""
     spreads = [
         NO_SPREAD if is_fixed else _estimate_spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True)
@@ -69,7 +68,7 @@ def seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpre
 
 
 def _estimate_spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread | None:
-    """Estimate the variance from `point[seeds]` and `draws[draws, seeds]`; None for a single seed."""
+    """Estimate the variance from `point` [seeds] and `draws` [draws, seeds], or return None for a single seed."""
     seeds = len(point)
     if seeds == 1:
         return None
@@ -88,7 +87,7 @@ def _unbiased_factor(num_clusters: int) -> float:
 
 @dataclass(frozen=True)
 class UncertainValue:
-    """A number with its distribution: a mixture of normal distributions, one per resample."""
+    """A number with its distribution, which is a mixture of one normal distribution per resample."""
 
     estimate: float
     centres: np.ndarray
@@ -98,7 +97,6 @@ class UncertainValue:
     row_variance: float
     """Variance due to the rows, including the noise of single seeds."""
     seeds: tuple[SeedSpread, ...]
-    """Spread of each method involved."""
     seeds_known: bool = True
 
     def below(self, value: float) -> float:
@@ -106,7 +104,7 @@ class UncertainValue:
         return float(ndtr((value - self.centres) / self.spreads).mean())
 
     def quantile(self, share: float) -> float:
-        """Return the quantile at `share`."""
+        """Return the value below which the true number lies with probability `share`."""
         low, high = float((self.centres - 40 * self.spreads).min()), float((self.centres + 40 * self.spreads).max())
         return float(brentq(lambda value: self.below(value) - share, low, high, xtol=1e-8, maxiter=500))
 
@@ -115,19 +113,19 @@ class UncertainValue:
         return self.quantile(alpha / 2), self.quantile(1 - alpha / 2)
 
     def p_value(self, value: float = 0.0) -> float:
-        """Return the two-sided p-value of the true number being `value`."""
+        """Return the two-sided p-value for the true number being `value`."""
         below = self.below(value)
         return min(1.0, 2 * min(below, 1 - below))
 
     def equivalence_p(self, margin: float) -> float:
-        """Return the larger p-value of the two one-sided tests for equivalence (TOST)."""
+        """Return the larger p-value of the two one-sided equivalence tests (TOST)."""
         return max(self.below(-margin), 1 - self.below(margin))
 
 
 def mean_of_method(
     drawn: ResampledTrials, method: int, spreads: Sequence[SeedSpread | None], span: float | None
 ) -> UncertainValue:
-    """Return a method's metric, averaged over its seeds."""
+    """Return the mean of a method's metric over its seeds, with its uncertainty."""
     centres = drawn.draws[method].mean(axis=1)
     return _uncertain_value(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
 
@@ -140,8 +138,11 @@ def difference(
     sign: float,
     span: float | None,
 ) -> UncertainValue:
-    """Return one method's mean over its seeds minus another's; `sign` is -1 if smaller is better, `span` the largest
-    difference."""
+    """Return one method's mean over its seeds minus another's, with its uncertainty.
+
+    `sign` is -1 if smaller is better; `span` is the largest possible difference, or None.
+
+    """
     centres = sign * (drawn.draws[first].mean(axis=1) - drawn.draws[second].mean(axis=1))
     estimate = sign * float(drawn.point[first].mean() - drawn.point[second].mean())
     return _uncertain_value(estimate, centres, [spreads[first], spreads[second]], drawn.num_clusters, span)
@@ -172,8 +173,8 @@ def _uncertain_value(
 
 
 def paired(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """Return the difference of two models on the same resamples with its interval over rows, unless rows or finite
-    values are too few."""
+    """Return the difference of two models on the same resamples with its interval over rows, or None if there are too
+    few rows or finite values."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
     if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:
         return None
@@ -188,12 +189,12 @@ def paired(first: Resampled, second: Resampled, span: float | None, confidence: 
 
 
 def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
-    """Return the variance between seeds of the methods' means, or the part of it caused by the rows."""
+    """Return the variance of the methods' means due to seeds, or with `by_rows` only the part caused by the rows."""
     return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in spreads)
 
 
 def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
-    """Return that variance's degrees of freedom (Welch and Satterthwaite); borrowing adds none."""
+    """Return the degrees of freedom of `variance_of_mean` (Welch and Satterthwaite). Borrowed spreads add none."""
     if any(spread.borrowed for spread in spreads):
         return min(spread.degrees for spread in spreads)
     # A variance below the rows' part only says that the seeds' part is small.
@@ -204,7 +205,6 @@ def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
 
 
 def _draw_chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.ndarray:
-    """Draw chi-squared numbers divided by their degrees of freedom."""
     if math.isinf(degrees):
         return np.ones(count)
     return np.maximum(chance.chisquare(degrees, count) / degrees, 1e-12)
@@ -214,8 +214,8 @@ def _draw_chi_squared(chance: np.random.Generator, degrees: float, count: int) -
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[tuple[float, float]]:
-    """Return adjusted p-value and level of each test, so that together they are wrong in at most `alpha` of cases (Holm
-    1979)."""
+    """Return each test's adjusted p-value and level, so that any of them is wrong with probability `alpha` at most
+    (Holm 1979)."""
     adjusted, highest = {}, 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
         left = len(p_values) - rank

@@ -1,4 +1,4 @@
-"""What a comparison can detect, and how many rows or seeds would decide it."""
+"""Compute which differences a comparison can detect, and how many rows or seeds would decide it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _DISCORDANCE = 0.1
 
 @dataclass(frozen=True)
 class ComparisonPrecision:
-    """The variances of an `UncertainValue` difference, from which other numbers of rows or seeds follow."""
+    """The variances of a difference, from which those for other numbers of rows or seeds follow."""
 
     shared: float
-    """Variance from the rows, shared by all seeds of a method."""
+    """Variance due to the rows that all seeds of a method share."""
     seeds: tuple[SeedSpread, ...]
 
     @classmethod
@@ -34,7 +34,7 @@ class ComparisonPrecision:
         return cls(max(0.0, uncertain.row_variance - variance_of_mean(uncertain.seeds, by_rows=True)), uncertain.seeds)
 
     def with_rows(self, factor: float) -> ComparisonPrecision:
-        """Return the precision with `factor` times the rows."""
+        """Return the precision for `factor` times as many rows."""
 
         def changed(spread: SeedSpread) -> SeedSpread:
             by_rows = spread.by_rows / factor
@@ -43,7 +43,7 @@ class ComparisonPrecision:
         return ComparisonPrecision(self.shared / factor, tuple(changed(one) for one in self.seeds))
 
     def with_seeds(self, counts: Sequence[int]) -> ComparisonPrecision:
-        """Return the precision with `counts` seeds per method; a single seed borrows the other's spread."""
+        """Return the precision for `counts` seeds per method. A single seed borrows the other method's spread."""
         most = max(counts)
 
         def changed(spread: SeedSpread, count: int) -> SeedSpread:
@@ -68,7 +68,11 @@ class ComparisonPrecision:
         return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
 
     def half_width(self, alpha: float, ratio: float = 1.0) -> float:
-        """Return half the two-sided interval, if the estimated variance between seeds is `ratio` times the true one."""
+        """Return half the width of the two-sided interval.
+
+        `ratio` is the estimated variance between seeds divided by the true one.
+
+        """
         shares, inverse = _inverse_chi_squared(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
         # The variance to be found scatters around the true one, which is at least the rows' part.
@@ -77,7 +81,7 @@ class ComparisonPrecision:
         return _mixture_quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
 
     def luck(self, *, same_seeds: bool) -> list[float]:
-        """Return equally likely ratios of estimated to true variance between seeds, on other rows."""
+        """Return equally likely ratios of the estimated to the true variance between seeds, on other rows."""
         total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
         if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
             return [1.0]
@@ -90,7 +94,7 @@ class ComparisonPrecision:
         return [float(chndtrix(share, self.degrees, apart)) * scale / most for share in shares]
 
     def detectable(self, margin: float, alpha: float) -> float:
-        """Return the smallest true difference detected with a power of 80 %."""
+        """Return the smallest true difference that is detected with a power of 80 %."""
         bounds = np.array([max(margin, self.half_width(alpha, ratio)) for ratio in self.luck(same_seeds=False)])
         error = math.sqrt(self.row_variance + self.seed_variance)
         if not error:
@@ -104,7 +108,7 @@ _NUM_RATIOS = 20
 
 @functools.lru_cache(256)
 def _inverse_chi_squared(degrees: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return quadrature nodes of degrees / chi squared with their weights."""
+    """Return the weights and nodes of a quadrature of degrees / chi squared."""
     if math.isinf(degrees):
         return np.ones(1), np.ones(1)
     edges = np.concatenate([[0.0], np.geomspace(1e-7, 1.0, 160)])
@@ -113,7 +117,7 @@ def _inverse_chi_squared(degrees: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float:
-    """Return the point beyond which a mixture of centred normals leaves alpha / 2 on each side."""
+    """Return the value that a mixture of centred normal distributions exceeds with probability `alpha` / 2."""
     if not deviations.any():
         return 0.0
 
@@ -125,7 +129,7 @@ def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) 
 
 
 def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
-    """Return the difference detected with a power of 80 %, before anything is trained."""
+    """Return the difference that a planned comparison would detect with a power of 80 %."""
     # All rows on which runs disagree count as noise of single runs, which averages out over seeds.
     by_rows = _DISCORDANCE / num_rows / 2
     spread = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
@@ -135,7 +139,8 @@ def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: fl
 def needed(
     uncertain: UncertainValue, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """Return how many test rows, or seeds of both methods, would decide if the estimate were true."""
+    """Return how many test rows, and how many seeds of both methods, would decide if the estimate were exact; None if
+    no number would."""
     now, size = ComparisonPrecision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: ComparisonPrecision) -> bool:
