@@ -13,7 +13,7 @@ import torch
 from accelerate.state import PartialState
 
 from fulltune import classic
-from fulltune.classic.arguments import _stay_trainable_without_gpu
+from fulltune.classic.arguments import _use_cpu_for_bf16
 from fulltune.classic.dry_run import dry_run
 from fulltune.errors import SetupError
 from fulltune.models import kernels
@@ -142,7 +142,7 @@ def test_script_in_fp16_without_a_card_is_told_what_it_gets(tmp_path: Path, recw
 def test_script_in_bf16_is_left_alone_on_a_device_of_another_maker(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"bf16": True}
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    _stay_trainable_without_gpu(given)
+    _use_cpu_for_bf16(given)
     assert given == {"bf16": True}
 
 
@@ -156,8 +156,8 @@ def test_dry_run_of_a_script_goes_through_what_splits_its_rows(cards: int, monke
     )  # fmt: skip
     went = list[Any]()
     monkeypatch.setattr("fulltune.classic.dry_run._rows_for_dry_run", lambda trainer: [0])
-    monkeypatch.setattr("fulltune.classic.dry_run._length_of", lambda batch: "")
-    monkeypatch.setattr("fulltune.classic.dry_run._step_without_rate", lambda trainer: None)
+    monkeypatch.setattr("fulltune.classic.dry_run._describe_length", lambda batch: "")
+    monkeypatch.setattr("fulltune.classic.dry_run._step_at_rate_zero", lambda trainer: None)
     monkeypatch.setattr(
         "fulltune.classic.dry_run._forward_and_backward", lambda trainer, model, batch: went.append(model) or 1.0
     )

@@ -27,7 +27,6 @@ _RELATED = {code: frozenset(family.split()) for family in PATTERNS["families"] f
 _LIKELY = 0.5
 """Probability from which a text counts as being in a language."""
 MAIN = 0.05
-"""Share of a column's texts that makes a language a main one."""
 NEARLY_ALL = 0.9
 """Share of texts that the main languages must have before other texts are suspects."""
 MIN_ROWS = 20

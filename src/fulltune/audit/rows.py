@@ -36,7 +36,6 @@ _MAX_SHOWN_CHARACTERS = 300
 """Characters of a row shown in a list."""
 _AT_ONCE = 1000
 _IN_KEY = ("image", "text", "text_pair", "prompt", "source")
-"""Roles of columns that are part of the group key."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,6 @@ class AuditedRows:
 
 @dataclass
 class RowScan:
-    """Results of reading all rows once, split by split."""
-
     issues: list[RowIssue] = field(default_factory=list)
     counts: dict[SplitName, int] = field(default_factory=dict)
     ids: array[int] = field(default_factory=lambda: array("Q"))

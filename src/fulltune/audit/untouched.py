@@ -71,8 +71,7 @@ class Reader:
         )
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Return the features, labels and positions of a split's rows, or of a sample. Raises `NoProbe` if it cannot be
-        read."""
+        """Return features, labels and positions of a split's rows, or of a sample. Raises `NoProbe` if impossible."""
         if split not in self._read:
             try:
                 self._read[split] = self._items(split)
@@ -132,8 +131,7 @@ class JudgedLabels:
 
 
 def judge(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
-    """Return the positions of the train rows, and the judgement of their labels. Raises `NoProbe` if they cannot be
-    judged."""
+    """Return the train rows' positions and the judgement of their labels. Raises `NoProbe` if impossible."""
     items, positions = reader.items("train")
     return positions, judge_items(items)
 
@@ -170,8 +168,7 @@ def judge_items(items: Items) -> JudgedLabels:
 
 
 def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
-    """Return the margin below which rows are suspects, their recall and precision, and the estimated number of
-    errors."""
+    """Return the margin that suspects are below, their recall and precision, and the estimated number of errors."""
     margins, planted = np.sort(margins), np.sort(planted)
     wrong = max(_min_errors(margins, planted, share) for share in SURE)
     cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
@@ -234,7 +231,7 @@ def out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _is_confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mark rows with a class that is likelier than it is on average for its own rows: bool [rows]."""
+    """Mark rows with a class that is likelier than usual for its own rows: bool [rows]."""
     rows = np.arange(len(labels))
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
@@ -255,7 +252,7 @@ def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
 
 NEIGHBOURS = 20
 SPREADS = 2.5
-"""Distance of the fence from the upper quartile, in interquartile ranges (Tukey 1977: 1.5, or 3 for far out)."""
+"""Interquartile ranges from the upper quartile to the fence (Tukey 1977: 1.5, or 3 for far out)."""
 MIN_TEXTS = 200
 MAX_FAR = 0.1
 """Largest share of texts that may be outliers."""

@@ -17,14 +17,14 @@ from fulltune.text import did_you_mean
 
 
 class FulltuneNotice(UserWarning):
-    """Warns that something in the script was interpreted differently."""
+    """Warns that an argument or call of the script was interpreted differently."""
 
 
 _NOT_THE_SCRIPT = ("fulltune", "transformers", "accelerate", "torch", "trl")
 
 
 def notice(text: str) -> None:
-    """Warn at the line of the user's script, so that Python shows each text once."""
+    """Issue a `FulltuneNotice` at the line of the user's script, so that Python shows each text once."""
     level, frame = 1, sys._getframe()
     while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _NOT_THE_SCRIPT:
         level, frame = level + 1, frame.f_back
@@ -51,7 +51,7 @@ SWITCHES: dict[str, tuple[str, str | list[str]]] = {
     "include_tokens_per_second": ("include_num_input_tokens_seen", "all"),
     "tpu_metrics_debug": ("debug", "tpu_metrics_debug"),
 }
-"""Old flags, with the new name and value for True."""
+"""Maps old flags to the new name and the value for True."""
 INSIDE = {
     "dispatch_batches": "accelerator_config",
     "fsdp_min_num_params": "fsdp_config",
@@ -78,20 +78,20 @@ IGNORED = {
     "use_legacy_prediction_loop": "there is only one prediction loop",
     "use_mps_device": "Apple's GPU is used whenever there is one; use_cpu=True avoids it",
 }
-"""Old names without effect, and why."""
+"""Old names without effect, and the reason."""
 OLD_NAMES = (*RENAMED, *SWITCHES, *INSIDE, *IGNORED)
 
 
 class OldNames:
-    """Mixin that makes arguments of transformers or TRL accept the names of transformers 3 and 4.
+    """Mixin with which arguments of transformers or TRL accept the names of transformers 3 and 4.
 
-    `logging_nan_inf_filter` is always off, as it would log a loss of 0.0 while all weights are NaN.
+    `logging_nan_inf_filter` is always off, because it would log a loss of 0.0 while all weights are NaN.
 
     Args:
-        **keywords: New or old names (`OLD_NAMES`); each old one gives a `FulltuneNotice`.
+        **keywords: New or old names (`OLD_NAMES`). Each old one causes a `FulltuneNotice`.
 
     Raises:
-        TypeError: An unknown name.
+        TypeError: A name is unknown.
         ValueError: An old and a new name contradict each other.
     """
 
@@ -104,12 +104,12 @@ class OldNames:
         arguments = {name: value for name, value in keywords.items() if name not in OLD_NAMES}
         for name, value in keywords.items():
             if name in OLD_NAMES and value is not None:
-                _translate(name, value, arguments)
+                _translate_old_name(name, value, arguments)
         optim = arguments.get("optim")
         if str(getattr(optim, "value", optim)) in ("adamw_hf", "adamw_apex_fused"):
             notice(f"optim={optim!r} no longer exists; 'adamw_torch' is used, PyTorch's own AdamW")
             arguments["optim"] = "adamw_torch"
-        _stay_trainable_without_gpu(arguments)
+        _use_cpu_for_bf16(arguments)
         if not torch.accelerator.is_available():
             arguments["dataloader_pin_memory"] = False  # it has no effect, and torch warns at each loader
         super().__init__(*positional, **(arguments | {"logging_nan_inf_filter": False}))
@@ -125,7 +125,7 @@ class Seq2SeqTrainingArguments(OldNames, transformers.Seq2SeqTrainingArguments):
     """`transformers.Seq2SeqTrainingArguments` with `OldNames`."""
 
 
-def _translate(name: str, value: Any, arguments: dict[str, Any]) -> None:
+def _translate_old_name(name: str, value: Any, arguments: dict[str, Any]) -> None:
     if name in IGNORED:
         notice(f"{name} is ignored: {IGNORED[name]}")
         return
@@ -157,7 +157,7 @@ def _translate(name: str, value: Any, arguments: dict[str, Any]) -> None:
     notice(f"{before} is now {after}")
 
 
-def _stay_trainable_without_gpu(keywords: dict[str, Any]) -> None:
+def _use_cpu_for_bf16(keywords: dict[str, Any]) -> None:
     """Set `use_cpu` for bf16 without a GPU, which transformers refuses otherwise."""
     bf16_names = [name for name in ("bf16", "bf16_full_eval") if keywords.get(name)]
     has_gpu = torch.accelerator.is_available() or is_torch_bf16_gpu_available() or is_torch_xla_available()

@@ -1,4 +1,4 @@
-"""The dry-run step of the classic `Trainer`."""
+"""Runs the dry-run step of the classic `Trainer`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_MEASURED_ROWS = 2000
 
 
 def dry_run(trainer: transformers.Trainer) -> float | None:
-    """Run one step on the longest rows at rate 0, and return its loss, or None if it cannot run.
+    """Run one step on the longest rows at learning rate 0. Return its loss, or None if it cannot run.
 
     Random state, buffers and optimizer are restored, but not the generator of a collator or dataset.
     """
@@ -41,9 +41,9 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
             collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
             dataset: Any = trainer.train_dataset
             batch = collate([dataset[i] for i in rows])
-            size += _length_of(batch)
+            size += _describe_length(batch)
             loss = _forward_and_backward(trainer, model, batch)
-            _step_without_rate(trainer)
+            _step_at_rate_zero(trainer)
     except (RuntimeError, MemoryError) as error:
         error.add_note(
             f"fulltune: this was the dry-run step before training, on the longest batch ({size}); "
@@ -87,7 +87,7 @@ def longest(dataset: Sequence[object], count: int, name: str) -> list[int]:
 
 
 def _column_lengths(dataset: Any, name: str) -> list[int] | None:
-    """Return the lengths of a list column of a `datasets.Dataset` without reading values, else None."""
+    """Return each row's length in a list column of a `datasets.Dataset` without reading values, else None."""
     feature = (getattr(dataset, "features", None) or {}).get(name)
     if not hasattr(dataset, "with_format") or not hasattr(feature, "feature") or dataset.format["type"] == "custom":
         return None
@@ -96,6 +96,7 @@ def _column_lengths(dataset: Any, name: str) -> list[int] | None:
 
 
 def row_length(row: object, name: str) -> int | None:
+    """Return the length of a row's value, or None without one."""
     value = row.get(name) if isinstance(row, Mapping) else None
     try:
         return None if value is None else len(value)
@@ -103,7 +104,7 @@ def row_length(row: object, name: str) -> int | None:
         return None
 
 
-def _length_of(batch: object) -> str:
+def _describe_length(batch: object) -> str:
     tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return f" of {tokens.shape[1]} tokens" if torch.is_tensor(tokens) and tokens.ndim > 1 else ""
 
@@ -119,7 +120,7 @@ def _forward_and_backward(trainer: transformers.Trainer, model: torch.nn.Module,
     return float(loss.detach())
 
 
-def _step_without_rate(trainer: transformers.Trainer) -> None:
+def _step_at_rate_zero(trainer: transformers.Trainer) -> None:
     optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) or optimizer.state:
         return

@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class PaddingCollator:
-    """transformers' `default_data_collator` that also pads. Masked positions get the model's padding token, as a
+    """transformers' `default_data_collator` with padding. Masked positions get the model's padding token, because a
     decoder classifies by the last other token."""
 
     def __init__(self, pad: int) -> None:
@@ -28,13 +28,13 @@ class PaddingCollator:
 
     def __call__(self, features: Sequence[object]) -> dict[str, torch.Tensor]:
         rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
-        if _are_unequal(rows, "input_ids"):
+        if _have_unequal_lengths(rows, "input_ids"):
             if not self._has_warned:
                 notice(f"rows of unequal length are padded with token {self._pad}: no tokenizer or collator pads them")
             self._has_warned = True
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         fills = {"input_ids": self._pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
-        for name in [name for name in fills if _are_unequal(rows, name)]:
+        for name in [name for name in fills if _have_unequal_lengths(rows, name)]:
             for row, values in zip(rows, padded([row[name] for row in rows], fills[name]), strict=True):
                 row[name] = values
         batch = transformers.default_data_collator(rows)
@@ -44,12 +44,12 @@ class PaddingCollator:
         return batch
 
 
-def _are_unequal(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+def _have_unequal_lengths(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     return len({row_length(row, name) for row in rows}) > 1
 
 
 def complete(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -> DataCollator:
-    """Set a missing padding token of the model, and return a collator that can pad."""
+    """Set the model's padding token if it is missing, and return a collator that can pad."""
     reader = collate if tokenizer is None else tokenizer
     pad_of_reader = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
     lacks = collate is transformers.default_data_collator or type(collate) is PaddingCollator
@@ -60,7 +60,7 @@ def complete(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     pad, source = getattr(text, "pad_token_id", None) if pad_of_reader is None else pad_of_reader, ""
     if is_missing := pad is None:
-        pad, source = _padding_token(config, text)
+        pad, source = _choose_padding_token(config, text)
     if pad_of_reader is not None or (is_missing and "SequenceClassification" in type(model).__name__):
         for part in (config, text):
             if getattr(part, "pad_token_id", None) is None:
@@ -70,7 +70,7 @@ def complete(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -
     return PaddingCollator(pad) if lacks and pad is not None else collate
 
 
-def _padding_token(config: PretrainedConfig, text: PretrainedConfig) -> tuple[int | None, str]:
+def _choose_padding_token(config: PretrainedConfig, text: PretrainedConfig) -> tuple[int | None, str]:
     name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers makes an empty one

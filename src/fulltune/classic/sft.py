@@ -27,14 +27,14 @@ class SFTConfig(OldNames, trl.SFTConfig):
 
 
 class SFTTrainer(Trainer, trl.SFTTrainer):
-    """`trl.SFTTrainer` with fulltune's guards: see `Trainer`."""
+    """`trl.SFTTrainer` with fulltune's guards (see `Trainer`)."""
 
     _metrics: dict[str, dict[str, list[float]]]
     _total_train_tokens: int
     _loss_scaling_known = True  # TRL divides the loss by itself
 
     def before_first_step(self) -> None:
-        """Run the dry-run step without adding to TRL's token count and metrics."""
+        """Run the dry-run step without changing TRL's token count and metrics."""
         metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
         super().before_first_step()
         self._metrics, self._total_train_tokens = metrics, tokens

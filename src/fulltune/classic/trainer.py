@@ -41,8 +41,8 @@ class Trainer(Guarded, transformers.Trainer):
     """`transformers.Trainer` for scripts of transformers 3 and 4, with fulltune's guards.
 
     A step with a non-finite loss or gradient is skipped with a `FulltuneNotice`; three in a row stop the run. A
-    diverging loss gives a notice, unless the script computes its own. One step at the longest length runs before
-    training unless `dry_run` is False. After training, `moved` counts the changed values.
+    diverging loss causes a notice, unless the script computes its own loss. Before training, one step at the longest
+    length runs unless `dry_run` is False. After training, `moved` counts the changed values.
     """
 
     dry_run: bool = True
@@ -51,7 +51,7 @@ class Trainer(Guarded, transformers.Trainer):
 
     _initial: InitialWeights | None = None
     _first_step: int = 0
-    _may_rise: bool = False
+    _ignores_divergence: bool = False
     _untrained_loss: float | None = None
     _loss_scaling_known: bool = False
     _loss_is_mean: bool = False
@@ -83,7 +83,7 @@ class Trainer(Guarded, transformers.Trainer):
         return model
 
     def train(self, *positional: object, **keywords: object) -> TrainOutput:
-        """Train, check the final loss and count the changed values.
+        """Train, judge the final loss and count the changed values.
 
         Raises:
             GuardStop: Several steps were non-finite, or no value changed.
@@ -94,11 +94,13 @@ class Trainer(Guarded, transformers.Trainer):
         self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
         self._untrained_loss = None
         # A script's own loss may rise for good reason.
-        self._may_rise = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
+        self._ignores_divergence = (
+            self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
+        )
         try:
             result = super().train(*positional, **keywords)
-            self._judge_end()
-            self._count_moved()
+            self._judge_final_loss()
+            self._count_changed_values()
         finally:
             if self._initial is not None:
                 self._initial.path.unlink(missing_ok=True)
@@ -124,6 +126,7 @@ class Trainer(Guarded, transformers.Trainer):
             self.args.train_sampling_strategy = strategy
 
     def _accept_old_overrides(self) -> None:
+        """Accept overridden methods with signatures from before 4.46, which lack an argument."""
         for name, argument in (
             ("compute_loss", "num_items_in_batch"),
             ("training_step", "num_items_in_batch"),
@@ -139,10 +142,10 @@ class Trainer(Guarded, transformers.Trainer):
     def _find_loss_scaling(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int
     ) -> None:
-        """Find out whether the loss is divided by `num_items_in_batch`: twice as many items should halve it.
+        """Determine whether the loss is divided by `num_items_in_batch`: twice as many items should halve it.
 
-        transformers 5.24 assumes so, but most models' sequence classification returns a mean: the gradient would be
-        too large by the number of accumulation steps and processes. Delete this when transformers finds out by itself.
+        transformers 5.24 assumes so, but most models' sequence classification returns a mean. The gradient would be too
+        large by the number of accumulation steps and processes. Delete this when transformers detects it.
         """
         self._loss_scaling_known = True
         accumulates = self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1
@@ -165,31 +168,33 @@ class Trainer(Guarded, transformers.Trainer):
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
 
     def before_first_step(self) -> None:
+        """Save the initial weights and run the dry-run step, unless the model is sharded."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
             _log.info("the model is sharded: no dry-run step, and changed values are not counted")
             return
         if self._initial is None:
             self._first_step = self.state.global_step
-            self._keep_initial_weights()
+            self._save_initial_weights()
         if self.dry_run:
             loss = dry_run(self)
             self._untrained_loss = loss if self._first_step == 0 else None
 
     def judge_logged(self) -> None:
         """Warn once if the logged loss has diverged."""
-        if self._may_rise:
+        if self._ignores_divergence:
             return
         losses = logged(self.state, "loss")
         if self._first_step == 0 and self.first_loss is not None:
             losses.insert(0, self.first_loss)
         decision = diverged(losses, self.args.learning_rate, self._untrained_loss)
         if decision.action == "stop":
-            self._may_rise = True
+            self._ignores_divergence = True
             notice(decision.reason)
 
-    def _judge_end(self) -> None:
+    def _judge_final_loss(self) -> None:
+        """Warn if the loss of the last steps is high."""
         # By the last steps, as a script may log none of them; not after resuming.
-        if self._may_rise or self.first_loss is None or self._first_step > 0:
+        if self._ignores_divergence or self.first_loss is None or self._first_step > 0:
             return
         losses = (self.first_loss, *self.last_losses[-(self.state.global_step - 1) :])
         eval_losses = logged(self.state, "eval_loss")
@@ -197,7 +202,7 @@ class Trainer(Guarded, transformers.Trainer):
         if decision.action != "go on":
             notice(decision.reason)
 
-    def _keep_initial_weights(self) -> None:
+    def _save_initial_weights(self) -> None:
         if not self.is_world_process_zero():
             return
         folder, path = Path(str(self.args.output_dir)), None
@@ -211,7 +216,8 @@ class Trainer(Guarded, transformers.Trainer):
                 path.unlink(missing_ok=True)
             notice(f"changed values will not be counted: the weights could not be saved in {folder} ({error})")
 
-    def _count_moved(self) -> None:
+    def _count_changed_values(self) -> None:
+        """Count the changed values, and stop or warn if none or few changed."""
         if self._initial is None or self.state.global_step <= self._first_step:
             return
         # DDP and torch.compile put prefixes before the names.
@@ -252,6 +258,7 @@ class _GuardCallback(transformers.TrainerCallback):
 
 
 def _without_argument(method: Callable[..., Result], argument: str) -> Callable[..., Result]:
+    """Return a method that ignores an argument, by name or position."""
     parameters = inspect.signature(method).parameters.values()
     limit = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 

@@ -1,4 +1,4 @@
-"""Arithmetic of the budget for forgetting: dual ascent on the replay weight, then interpolation of the weights
+"""Computes the replay weight by dual ascent on a budget for forgetting, and chooses among interpolated weights
 (Wortsman et al. 2022, arXiv 2109.01903)."""
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 
 MIN_TEXTS, MAX_TEXTS, MAX_REPLAYED = 40, 600, 1100
-"""Limits for the number of selection texts (there are as many sealed ones) and of replayed texts."""
+"""Limits for the number of selection texts (and equally many sealed ones), and of replayed texts."""
 SELECTION_TOKENS = 12_800
 SHARES = (1.0, 0.75, 0.5, 0.25)
-"""Interpolation points that are tried first, besides the pretrained model (0)."""
+"""Interpolation points that are tried first; 0 is the pretrained model."""
 REFINEMENTS = 2
 """Further points between the largest share within the budget and the next one."""
 NUM_POINTS = 1 + len(SHARES) + REFINEMENTS
 MIN_SHARE_STEP = 0.01
-"""Smallest distance of a further point from a share within the budget."""
 MAX_ROWS = 300
 SAFETY_ERRORS = 1.28
-"""Distance from the limit, in standard errors of a difference of two halves: the sealed texts then agree in nine of ten
+"""Distance from the limit in standard errors of a difference of two halves: the sealed texts then agree in nine of ten
 cases."""
 
 
@@ -28,12 +27,13 @@ LANGUAGE_WEIGHTS, STATE_WEIGHTS = (0.1, 1.0), (0.005, 0.03)
 """Smallest (initial) and largest replay weight, times the limit: for language models (loss in nats per token), and for
 others (loss 1 - cosine of hidden states). Larger weights slowed learning and hardly reduced forgetting (2026-11-27)."""
 MAX_EXCESS = 1.0
-"""Drift allowed above the limit at the peak learning rate, as a multiple of the limit; it falls to 0 with the rate."""
+"""Drift allowed above the limit at the peak learning rate, as a multiple of the limit. It falls with the rate to 0."""
 MAX_FACTOR = 1.5
-"""Largest change of the replay weight after one measurement, as a factor."""
+"""Largest factor by which one measurement changes the replay weight."""
 
 
 def next_weight(weight: float, measured: Drift, limit: float, rate: float, bounds: tuple[float, float]) -> float:
+    """Return the replay weight after a measurement; `rate` is the share of the peak learning rate."""
     allowed = limit * (1 + MAX_EXCESS * rate)
     if not math.isfinite(measured.upper):
         return weight
@@ -55,7 +55,8 @@ MOST_GAIN = 0.9
 
 
 def limit_for_most_gain(result: BudgetResult) -> float | None:
-    """Return the smallest limit that keeps `MOST_GAIN` of the trained model's gain, or None if the choice keeps it."""
+    """Return the smallest limit at which `MOST_GAIN` of the trained model's gain is possible, or None if the choice has
+    it."""
     most = result.gain_of(result.end)
     if result.gain_of(result.choice) >= MOST_GAIN * most:
         return None
@@ -70,7 +71,7 @@ def crossing(inside: InterpolationPoint, outside: InterpolationPoint, limit: flo
 
 
 def best(points: Sequence[InterpolationPoint], limit: float, greater_is_better: bool) -> InterpolationPoint:
-    """Return the point with the best metric among those within the limit; among equals the one with least drift."""
+    """Return the point with the best metric among those within the limit, and among equals the one with least drift."""
     sign = 1 if greater_is_better else -1
     possible = [point for point in points if point.is_start or is_within(point.drift, limit)]
 

@@ -1,4 +1,5 @@
-"""Generic texts, unlike the task's: from the user's file, or docstrings of Python's standard library."""
+"""Generic texts, unlike the task's, from the user's file or docstrings of Python's standard library, and drift on
+them."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ from fulltune.text import counted
 
 NUM_TEXTS = 200
 MAX_PARAGRAPH_LINES = 30
-"""Most lines of a paragraph, on average; a file with more has a text on each line."""
+"""Average lines of a paragraph above which each line of a file is a text."""
 _KEY_WORDS, _DOCUMENTATION_KEY_WORDS = 64, 8
-"""First words that identify a text, and a docstring (those with the same beginning are boilerplate)."""
-_WORDS = (20, 120)
+"""First words that identify a text or a docstring, as boilerplate begins alike."""
+_MIN_MAX_WORDS = (20, 120)
 _READ_WORDS = 48
-"""Words that are read of a text: it is truncated to 64 tokens, and a word has about 4/3 tokens."""
+"""Words of a text that a model reads: 64 tokens, of which a word has about 4/3."""
 _WORD_BYTES = 6
 _EXCLUDED = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
 
@@ -38,10 +39,10 @@ _EXCLUDED = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "tu
 def generic_texts(
     file: str | None = None, count: int = NUM_TEXTS, setting: str = "preserve.probe"
 ) -> tuple[list[str], str]:
-    """Return at most `count` texts of the file, or docstrings of the standard library, and their source. They are the
-    same each time."""
+    """Return at most `count` texts of the file, or docstrings of the standard library, and their source. The order is
+    fixed."""
     if file is None:
-        return _distinct_in_fixed_order(_documentation(count))[:count], BUNDLED
+        return _distinct_in_fixed_order(_docstrings_of_standard_library(count))[:count], BUNDLED
     if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
         raise DataError(
             f"{setting}: {file}: expected plain text, a line or a paragraph each; write the texts into a .txt file"
@@ -70,15 +71,16 @@ class BudgetTexts:
     """Disjoint generic texts of a run with a budget."""
 
     selection: list[str]
-    """Texts that steer the training and choose among interpolation points."""
+    """Texts that steer the training and select an interpolation point."""
     sealed: list[str]
     """Texts that are read only for the final measurement."""
     replayed: list[str]
-    """Texts of which each step replays some; empty without replay."""
+    """Texts from which each step replays some; empty without replay."""
     source: str
 
 
 def budget_texts(block: PreserveBlock) -> BudgetTexts:
+    """Return the texts of a run with a budget. Raises `DataError` for too few."""
     replays_probe = block.replay == AUTO
     texts, source = generic_texts(block.probe, 2 * MAX_TEXTS + MAX_REPLAYED * replays_probe)
     each = min(MAX_TEXTS, enough(texts, SELECTION_TOKENS), len(texts) // (3 if replays_probe else 2))
@@ -108,6 +110,7 @@ def enough(texts: Sequence[str], tokens: int) -> int:
 
 
 def check_texts(block: PreserveBlock) -> None:
+    """Raise `DataError` if the recipe's generic texts cannot be used."""
     if block.budget is not None:
         budget_texts(block)
     elif block.probe is not None:
@@ -120,12 +123,12 @@ def _distinct_in_fixed_order(texts: Iterable[str]) -> list[str]:
 
 
 def text_key(text: str, words: int = _KEY_WORDS) -> str:
-    """Return the first words of a text, which identify it: a model does not read more."""
+    """Return the first words of a text, which identify it because a model reads no more."""
     return " ".join(normalised(text).split()[:words])
 
 
 @cache
-def _documentation(count: int) -> tuple[str, ...]:
+def _docstrings_of_standard_library(count: int) -> tuple[str, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = (path.relative_to(root) for path in (*root.glob("*.py"), *root.glob("*/*.py")))
     included = [path for path in modules if not any(part in _EXCLUDED for part in path.parts)]
@@ -133,12 +136,12 @@ def _documentation(count: int) -> tuple[str, ...]:
     for path in sorted(included, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
         if len(paragraphs) >= count:
             break
-        for text in _paragraphs(root / path):
+        for text in _docstring_paragraphs(root / path):
             paragraphs.setdefault(text_key(text, _DOCUMENTATION_KEY_WORDS), text)
     return tuple(paragraphs.values())
 
 
-def _paragraphs(file: Path) -> Iterator[str]:
+def _docstring_paragraphs(file: Path) -> Iterator[str]:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8", errors="ignore"))
     except (SyntaxError, ValueError, RecursionError):
@@ -148,7 +151,7 @@ def _paragraphs(file: Path) -> Iterator[str]:
             for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
                 text = " ".join(paragraph.split())
                 letters = sum(character.isalpha() or character == " " for character in text)
-                if _WORDS[0] <= len(text.split(" ")) <= _WORDS[1] and letters > 0.9 * len(text):
+                if _MIN_MAX_WORDS[0] <= len(text.split(" ")) <= _MIN_MAX_WORDS[1] and letters > 0.9 * len(text):
                     yield text
 
 
@@ -164,7 +167,7 @@ def weak_texts_reason(
     """Explain why drift on these texts says little about the pretrained model's abilities, or return None.
 
     Args:
-        first: What `GenericText.read` returned for the pretrained model.
+        first: Result of `GenericText.read` for the pretrained model.
     """
     advice = "such texts say little about what the model could do before; name texts that it knows in preserve.probe"
     tokens = [token for ids in text.ids for token in ids]
@@ -184,7 +187,7 @@ def mean_drift(before: np.ndarray, after: np.ndarray) -> Drift:
 
 
 def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return each text's drift: the increase of its loss in nats, or 1 - cosine of its two states: float64 [texts]."""
+    """Return each text's drift, the increase of its loss in nats or 1 - cosine of its two states: float64 [texts]."""
     if before.ndim == 1:
         return after - before
     # For equal states the product may differ from 1 by rounding.

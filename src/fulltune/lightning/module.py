@@ -37,9 +37,9 @@ PREFIX = "eval_"
 
 
 class FineTuningModule:
-    """Fine-tunes all parameters of a model as planned; `prepare.based` adds `LightningModule`.
+    """Fine-tunes all parameters of a model as planned; `prepare.based` adds `LightningModule` as a base.
 
-    It logs `train_loss`, each step's loss over all processes, and `eval_loss`, `eval_accuracy` and other eval metrics.
+    It logs `train_loss` of each step over all processes, `eval_loss`, `eval_accuracy` and other eval metrics.
     """
 
     # Attributes of `LightningModule`.
@@ -75,7 +75,7 @@ class FineTuningModule:
         self.model.train()  # it is loaded in evaluation mode, and Lightning does not change that
 
     def on_fit_start(self) -> None:
-        """Refuse a Trainer that would train other global batches than planned."""
+        """Refuse a Trainer whose global batches differ from the plan."""
         trainer, plan, summary = self.trainer, self.plan, self.objective.summary
         kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
         in_deepspeed = "DeepSpeedStrategy" in kinds  # a subclass of DDPStrategy
@@ -135,7 +135,7 @@ class FineTuningModule:
             return self.objective.loss(self.model(**batch), wanted)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip a non-finite or suspect step; raises Spiked if skipping does not help."""
+        """Skip a non-finite or suspect step. Raises `Spiked` if skipping does not help."""
         if not self._is_last:
             return  # DeepSpeed's strategy calls this after each micro batch
         trainer, step = self.trainer, self.trainer.global_step + 1
@@ -166,7 +166,7 @@ class FineTuningModule:
         self.guard_history = step_guard.StepHistory.from_json(checkpoint["fulltune"])
 
     def validation_step(self, batch: object, batch_idx: int) -> None:
-        """Log the task's metrics of all eval rows."""
+        """Log the task's metrics on all eval rows."""
         trainer, plan, objective = self.trainer, self.plan, self.objective
         order, size = by_length(self.eval_rows), plan.eval_batch_size
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
@@ -177,6 +177,7 @@ class FineTuningModule:
             self.log(PREFIX + name, float(value), prog_bar=name == plan.metric, sync_dist=True, batch_size=1)
 
     def configure_optimizers(self) -> dict[str, Any]:
+        """Return the planned optimizer and its learning rate schedule."""
         plan, recipe = self.plan, self.objective.recipe
         # With mixed precision Lightning 2.6.6 does not clip gradients of a fused optimizer.
         is_mixed = plan.precision != "fp32" and plan.weights_dtype == "fp32"
@@ -201,9 +202,10 @@ class FineTuningModule:
 
 
 class TrainBatches:
-    """Iterates over one process's micro batches, each with the process's number of `ITEMS` in the whole step.
+    """Iterates over one process's micro batches, each with the number of `ITEMS` of the process in the whole step.
 
-    `state_dict` lets Lightning resume inside an epoch. It is no `DataLoader`, whose sampler Lightning would replace.
+    `state_dict` lets Lightning resume inside an epoch. It is not a `DataLoader`, because Lightning would replace the
+    sampler.
     """
 
     def __init__(self, module: FineTuningModule, trainer: Any) -> None:
@@ -250,7 +252,7 @@ class TrainBatches:
 
 
 class FineTuningData:
-    """The rows of a recipe in the order of a run; `prepare.based` adds `LightningDataModule`."""
+    """The rows of a recipe in a run's order; `prepare.based` adds `LightningDataModule` as a base."""
 
     trainer: Any
 

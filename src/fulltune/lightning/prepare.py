@@ -1,4 +1,4 @@
-"""Prepares a recipe for a Lightning `Trainer`: data, plan and model."""
+"""Prepares data, plan and model of a recipe for a Lightning `Trainer`."""
 
 from __future__ import annotations
 
@@ -50,11 +50,12 @@ _NO_EFFECT = {
     "train.early_stopping_threshold": "give the Trainer EarlyStopping(**job.monitor(), min_delta=...)",
     "train.report_to": "give the Trainer its loggers",
 }
-"""Settings without effect under Lightning, and alternatives."""
+"""Settings without effect under Lightning, and their alternatives."""
 
 
 def usable(package: str | None) -> str:
-    """Return the named, imported or installed package of the two, each of which accepts only its own classes.
+    """Return `lightning` or `pytorch_lightning`: the named, imported or installed package. Each accepts only its own
+    classes.
 
     Raises:
         SetupError: The package is missing.
@@ -68,11 +69,12 @@ def usable(package: str | None) -> str:
 
 @cache
 def based(ours: type, base: str, package: str) -> Any:
-    """Derive a class from ours and a base of the package."""
+    """Return a subclass of ours and of a base class of the package."""
     return type(ours.__name__, (ours, getattr(import_module(package), base)), {"__doc__": ours.__doc__})
 
 
 def problems_of(recipe: Recipe) -> list[str]:
+    """Return an error message for each setting that Lightning does not support."""
     changed = recipe.model_dump(exclude_defaults=True)
     changed |= {f"train.{name}": value for name, value in changed.get("train", {}).items()}
     problems = [
@@ -98,6 +100,7 @@ class FineTuning:
     data: FineTuningData
 
     def trainer_arguments(self) -> dict[str, Any]:
+        """Return keyword arguments for the `Trainer` that follow the plan."""
         plan, train = self.module.plan, self.module.objective.recipe.train
         values: dict[str, Any] = {
             "accelerator": "cpu" if plan.device == "cpu" else "gpu",
@@ -129,7 +132,7 @@ class FineTuning:
         return {"monitor": PREFIX + plan.metric, "mode": "max" if plan.greater_is_better else "min"}
 
     def save(self, folder: str | Path, checkpoint: str | Path | None = None) -> None:
-        """Write a Hugging Face model folder by rank 0.
+        """Write a Hugging Face model folder from rank 0.
 
         Args:
             folder: Its older model is replaced once the new one is complete.
@@ -161,15 +164,15 @@ def prepare(
     run_folder: str | Path | None = None,
     package: str | None = None,
 ) -> FineTuning:
-    """Prepare the rows, plan and load the model, as a run does before training.
+    """Prepare rows, plan and model, as a run does before training.
 
     Each process calls this; the first one does the work.
 
     Args:
         recipe: Path of the recipe.
         overrides: Settings as for `--set`, such as `train.num_processes=2`.
-        run_folder: Folder for rows and plan; by default one in `output`.
-        package: Package of the `Trainer`, `lightning` or `pytorch_lightning`; by default the imported one.
+        run_folder: Folder for rows and plan, by default one in `output`.
+        package: Package of the `Trainer`, by default the imported one.
 
     Raises:
         FulltuneError: The recipe or the data is wrong, or the run does not fit.
@@ -192,11 +195,11 @@ def prepare(
             if summary.form.is_number:
                 raise RecipeError("data.label: has numbers, which only 'fulltune run' supports; give class names")
             plan = pipeline.make_plan(job, summary)
-    module = based(FineTuningModule, "LightningModule", package)(*_load(job, plan, summary))
+    module = based(FineTuningModule, "LightningModule", package)(*_load_objective_and_rows(job, plan, summary))
     return FineTuning(folder, module, based(FineTuningData, "LightningDataModule", package)(module))
 
 
-def _load(
+def _load_objective_and_rows(
     job: Run, plan: Plan, summary: DataSummary
 ) -> tuple[Objective, transformers.PreTrainedTokenizerBase, selective_head.SelectiveHead | None, Rows, Rows]:
     recipe, task, data = job.recipe, task_named(job.recipe.task), job.folder / "data"

@@ -29,7 +29,7 @@ OF_ANSWERS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "no w
 """Checks of texts that a model learns to write. `42` is a good answer, a refusal is not."""
 _PRIVATE: tuple[str, ...] = ("secret", "personal data", "phone number")
 _UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup")
-"""Repairs that may restore a secret broken by a zero-width space or a tag."""
+"""Repairs that may restore a secret."""
 
 
 def missing() -> list[str]:

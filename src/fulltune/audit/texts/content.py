@@ -82,7 +82,6 @@ _OTHER_REPAIRS = (
     *("unescape_html", "remove_terminal_escapes", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes"),
     *("fix_line_breaks", "fix_surrogates", "remove_control_chars", "normalization", "explain"),
 )
-"""Repairs of ftfy that are turned off."""
 _REPLACEMENT_CHARACTER = "\ufffd"
 
 
