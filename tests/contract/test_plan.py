@@ -148,7 +148,7 @@ def test_page_on_scale_shows_the_plan_of_70_b() -> None:
     _, _, after = SCALE.read_text(encoding="utf-8").partition("```text\n")
     shown_there = [line for line in after.partition("```")[0].splitlines() if line]
     here = {line.rstrip() for line in shown(result).splitlines()}
-    assert len(shown_there) > 20
+    assert len(shown_there) > 5
     assert [line for line in shown_there if line not in here] == []
 
 
