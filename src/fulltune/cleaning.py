@@ -173,16 +173,14 @@ def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks:
     if checks:
         available = {step.check for step in steps}
         if unknown := [check for check in checks if check not in available]:
-            raise RecipeError(
-                f"--check: '{unknown[0]}' found no train rows to clean, or too many; expected one of "
-                f"{', '.join(sorted(available)) or 'none: nothing was found'}"
-            )
+            others = f"expected one of {', '.join(sorted(available))}" if available else "nor did any other check"
+            raise RecipeError(f"--check: '{unknown[0]}' found no train rows to clean, or too many; {others}")
         return [step for step in steps if step.check in checks]
     least = LEAST_SHARE * summary.splits["train"].rows
     if not (worth := [step for step in steps if len(step.issues) >= least]):
         raise RecipeError(
-            f"--trainings: no check found {LEAST_SHARE:.1%} of the train rows, and fewer are too few for a few "
-            "trainings to show an effect; to try one anyway, name it (--check)"
+            f"--trainings: no check found {LEAST_SHARE:.1%} of the train rows, and with fewer a few "
+            "trainings cannot show an effect; to try a step anyway, name its check (--check)"
         )
     return worth
 

@@ -242,7 +242,7 @@ def _diagnose_steps(log: Log) -> Iterator[Diagnosis]:
     if changes is not None and changes.share < EATEN:
         evidence = f"only {format_share(changes.share)} of the values that received a gradient changed"
         advice = "fp32 weights, --set model.weights_dtype=fp32, or --set train.bf16_rounding=stochastic"
-        yield "eaten updates", evidence, advice
+        yield "lost updates", evidence, advice
 
 
 def _rate_setting(log: Log, factor: float) -> str:

@@ -166,7 +166,11 @@ def test_model_is_the_one_that_the_verdict_recommends(verdict: str, recommended:
     [
         (None, "", "has several models and there is no verdict yet; name one with --method: adapter, full, lora"),
         ("UNDECIDED", "lora", "has several models and the verdict is UNDECIDED; name one with --method: adapter, full"),
-        ("PEFT", "prompt", "the verdict is PEFT and recommends 'prompt', which is not here; name one with --method: a"),
+        (
+            "PEFT",
+            "prompt",
+            "the verdict is PEFT and recommends 'prompt', which is not in this folder; name one with --method: a",
+        ),
     ],
 )
 def test_model_without_a_recommendation_must_be_named(

@@ -64,7 +64,7 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunR
                     "interrupted during the search; finished trials are kept: run the same command to resume"
                 ) from None
             searched.save(record)
-        job.listener(Message(text=f"search: taking the learning rate {searched.rate.chosen:g}: {searched.rate.reason}"))
+        job.listener(Message(text=f"search: using the learning rate {searched.rate.chosen:g}: {searched.rate.reason}"))
     searched = Searched.load(record)
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         move_into_run(job, searched)

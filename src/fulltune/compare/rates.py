@@ -101,8 +101,8 @@ def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> f
 def _choice_reason(tried: Mapping[float, float], rate: float, scale: Scale, what: str) -> str:
     if rate in best_of(tried, scale)[:1]:
         return f"the best of {len(tried)} {what}"
-    least = "the eval rows can show" if scale.is_share else "1 %"
-    return f"the default rate: no other led by more than {least}, in {what}"
+    least = "the error of the eval rows" if scale.is_share else "1 %"
+    return f"the default rate: no other led by more than {least} in {what}"
 
 
 def beyond(tried: Mapping[float, float], scale: Scale) -> float | None:

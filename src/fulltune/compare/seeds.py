@@ -42,7 +42,7 @@ def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
         if rate_search.tried or not rate_search.time_was_up or method.label in pair:
             searches[method.label] = rate_search
         else:
-            context.say(f"{method.label}: not enough time")
+            context.say(f"{method.label}: not trained, because there is not enough time")
     return searches
 
 
@@ -138,7 +138,7 @@ class SeedRuns:
             method = methods[0]
             runs, most = self.results[method], self.expectation.most_seeds
             if not runs and (late := self._method_without_time()):
-                self.context.say(f"{late}: not enough time")
+                self.context.say(f"{late}: not trained, because there is not enough time")
                 del self.results[late], self.searches[late]
                 continue
             if len(runs) == 1:  # a second seed follows, so now the rate matters
@@ -221,7 +221,7 @@ class SeedRuns:
         if lower is None:
             raise Diverged(result.problems)
         reason = f"{search.chosen:g} diverged in a whole run (seed {trial.seed})"
-        context.say(f"{trial.method}: {reason}; taking {lower:g}")
+        context.say(f"{trial.method}: {reason}; using {lower:g} instead")
         clear(context, trial)
         # The lower rate may have had its run, but its model was deleted when a higher one was better.
         shutil.rmtree(context.folder / "models" / trial.method, ignore_errors=True)
@@ -255,7 +255,7 @@ class SeedRuns:
             self.searches[method] = improved
             for dropped in runs.values():
                 shutil.rmtree(context.folder / "models" / dropped.trial.name, ignore_errors=True)
-            context.say(f"{method}: taking {improved.chosen:g}")
+            context.say(f"{method}: using {improved.chosen:g}")
         keep_best_model(context, self.results[method])
         return self.results[method][0] is not first
 

@@ -134,7 +134,7 @@ def _wanted_seeds(
         return {}, "all planned seeds are finished"
     if now == 1:
         leader = max(rivals, key=lambda rival: (rival.score, -rival.cost)).name
-        best = f"of the methods beside {full} the best is {leader}; " if len(rivals) > 1 else ""
+        best = f"the best method other than {full} is {leader}; " if len(rivals) > 1 else ""
         return {full: 2, leader: 2}, f"{best}one seed does not show the spread between seeds"
     leading = [one for one in rivals if one.as_many]
     if any(one.clear >= _SURE and not one.full_wins for one in leading):

@@ -182,4 +182,4 @@ def absent(job: LaunchedJob, launcher: str) -> Iterator[str]:
     folder = Path(os.path.realpath(job.file.parent))
     outside = [path for path in named_paths(job.recipe) if not Path(path).is_relative_to(folder)]
     if outside and launcher in _GET_THE_FOLDER:
-        yield f"outside {folder}, so make sure that the machines have: {listed(outside)}"
+        yield f"not in {folder}, so copy to the machines yourself: {listed(outside)}"

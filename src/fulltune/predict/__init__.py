@@ -87,8 +87,8 @@ class Predictor:
 
     def cut_in_words(self) -> str:
         """Describe how a row that is too long is cut, as the end of a sentence."""
-        words = "the words beyond are not read and get O"
-        beyond = words if self.target.form.tags_words else "what is beyond is not read"
+        words = "the remaining words are not read and get the tag O"
+        beyond = words if self.target.form.tags_words else "the rest is not read"
         return f"is longer than {self.notes['max_length']} tokens: {beyond}"
 
     def answer_each(
@@ -141,7 +141,7 @@ class Predictor:
         if not rows:  # tokenizers take no empty list
             return []
         encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
-        no_token = Refused("no token", "the tokenizer makes no token of it")  # it ignores all characters
+        no_token = Refused("no token", "the tokenizer returns no token for it")  # it ignores all characters
         refused = [
             first.refused or (no_token if len(first.features.get("input_ids", "?")) == 0 else None)
             for first, *_ in encoded
@@ -185,7 +185,7 @@ def choose(run: Path, method: str | None = None) -> tuple[Path, str]:
     names = ", ".join(there)
     if method is not None:
         if method not in there:
-            here = f"; here are: {names}" if there else ""
+            here = f"; this folder has: {names}" if there else ""
             raise SetupError(f"{run}: no finished model of method '{method}'{here}")
         return there[method], ""
     if (run / folders.NOTES).exists():
@@ -201,7 +201,8 @@ def choose(run: Path, method: str | None = None) -> tuple[Path, str]:
     recommended, reason = comparison.decision.recommended, f"the verdict is {comparison.decision.verdict}"
     if recommended not in there:
         raise SetupError(
-            f"{run}: {reason} and recommends '{recommended}', which is not here; name one with --method: {names}"
+            f"{run}: {reason} and recommends '{recommended}', which is not in this folder; name one with --method: "
+            f"{names}"
         )
     return there[recommended], reason
 

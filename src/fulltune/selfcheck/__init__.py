@@ -181,7 +181,7 @@ SECONDS = 60.0
 def all_reduce(device: str) -> CheckOutcome:
     """Check that two processes, started as for `num_processes: 2`, sum a tensor correctly."""
     if device == "cuda" and torch.cuda.device_count() < 2:
-        raise NotHere("needs two GPUs, there is one")
+        raise NotHere("needs two GPUs, but this machine has one")
     launcher = [sys.executable, "-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, "--nproc-per-node=2"]
     child = subprocess.Popen(
         [*launcher, __file__, device],

@@ -113,7 +113,7 @@ def test_finished_takes_the_best_rate() -> None:
     assert (near.chosen, near.on_edge) == (1e-4, False)  # as good as its neighbour: nothing says that it gets better
     default = finished(tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, 3e-4)
     assert (default.chosen, default.on_edge) == (3e-4, False)
-    assert default.reason == "the default rate: no other led by more than 1 %, in short runs of 6% of the steps"
+    assert default.reason == "the default rate: no other led by more than 1 % in short runs of 6% of the steps"
 
 
 def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given() -> None:
@@ -212,5 +212,5 @@ def test_after_whole_the_better_run_counts(
     result = rates.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
     assert (result.chosen, result.on_edge) == (expected_rate, on_edge)
     assert list(result.whole) == [6e-4, 2e-4]
-    reasons = {(0.925, 0.919): "the default rate: no other led by more than the eval rows can show, in whole runs"}
+    reasons = {(0.925, 0.919): "the default rate: no other led by more than the error of the eval rows in whole runs"}
     assert result.reason == reasons.get(metrics, "the best of 2 whole runs")

@@ -113,7 +113,7 @@ def test_what_is_not_in_the_recipes_folder_is_named_for_machines_elsewhere(
 ) -> None:
     rows = tmp_path / "elsewhere.csv"
     said = place.launch(launcher, "--set", f"data.train={rows}")
-    assert f"outside {place.work}, so make sure that the machines have: {rows}\n" in said.out
+    assert f"not in {place.work}, so copy to the machines yourself: {rows}\n" in said.out
     assert "outside" not in place.launch(launcher, "--force").out
 
 
