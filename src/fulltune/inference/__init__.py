@@ -1,1 +1,1 @@
-"""Rows through a model, reduced batch by batch."""
+

@@ -1,5 +1,3 @@
-"""Run rows or generic texts through a model, and reduce the outputs to a few numbers of each."""
-
 from __future__ import annotations
 
 import contextlib
@@ -23,9 +21,9 @@ if TYPE_CHECKING:
 MOST_TOKENS = 64
 """Tokens after which a generic text is cut."""
 BATCH, STATES_BATCH = 8, 32
-"""Generic texts in a batch, for language models, whose logits take memory, and for other models."""
+"""Generic texts per batch, for language models, whose logits take memory, and for other models."""
 ProgressCallback = Callable[[int, int, float], None]
-"""A function of the rows done, the rows in total, and the share of the work done."""
+"""Receives the rows done, the rows in total, and the share of the work done."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,6 @@ class Batching:
     batch_size: int
     precision: str = "fp32"
     head: SelectiveHead | None = None
-    """Head that skips or chunks logits, if the model has one."""
     on_progress: ProgressCallback = lambda done, total, share: None
     """Called before the first batch and after each."""
 
@@ -48,10 +45,8 @@ def run_rows(
     pad_token_id: int,
     batching: Batching,
 ) -> Predictions:
-    """Run the model over tokenised rows with `labels`, longest first, and return what `task.reduce` makes of each row.
-
-    The model is put into evaluation mode and then back into its own.
-    """
+    """Run the model in evaluation mode over tokenised rows with `labels`, longest first, and return what `task.reduce`
+    makes of each row."""
     import torch
 
     head = batching.head
@@ -81,6 +76,7 @@ def run_rows(
 def model_batch(
     model: PreTrainedModel, task: Task, rows: Sequence[RowFeatures], pad_token_id: int
 ) -> dict[str, Tensor]:
+    """Collate rows; for seq2seq, add `decoder_input_ids`."""
     batch = task.collate(rows, pad_token_id)
     if task.FACTS is seq2seq.FACTS:
         batch["decoder_input_ids"] = seq2seq.decoder_input_ids(model, batch["labels"])
@@ -112,8 +108,8 @@ def generate(
 ) -> list[str]:
     """Generate greedy answers to tokenised prompts, decoded without special tokens.
 
-    A decoder's prompts are padded on the left. For encoder-decoders, the checkpoint's own beams and lengths are
-    ignored: they often suit other texts, such as summaries of at least 56 tokens.
+    An encoder-decoder's own beams and lengths are ignored, because they often suit other texts, such as summaries of at
+    least 56 tokens.
     """
     import torch
 
@@ -151,7 +147,7 @@ def generate(
 
 
 def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context that computes in `precision`; cast weights are cached unless they are sharded."""
+    """Return a context that computes in `precision`, in which cast weights are cached unless they are sharded."""
     import torch
 
     if precision == "fp32":
@@ -162,7 +158,7 @@ def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractConte
 
 @contextlib.contextmanager
 def number_head_in_float32(model: PreTrainedModel, target: Target) -> Iterator[None]:
-    """Compute the last layer of a regression head in float32, like its weights, inside the context.
+    """Compute a regression head's last layer in float32, like its weights, inside the context.
 
     In bf16, 526,580 and 528,000 are equal; fp16 ends at 65,504.
     """
@@ -181,6 +177,7 @@ def number_head_in_float32(model: PreTrainedModel, target: Target) -> Iterator[N
 
 
 def _recompute_in_float32(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Return a linear layer's output in float32 (a forward hook); unchanged for 16-bit weights."""
     import torch
 
     if layer.weight.dtype != torch.float32 or output.dtype == torch.float32:
@@ -214,6 +211,7 @@ def longest_first(lengths: np.ndarray) -> list[int]:
 
 
 def lengths_of(rows: Sequence[RowFeatures]) -> np.ndarray:
+    """Return each row's `length`, or its number of `input_ids`: int64 [rows]."""
     # Prepared rows have a column of lengths; reading row by row would decode all images.
     if not isinstance(rows, (list, tuple)):
         return np.asarray(rows[LENGTH])  # type: ignore[call-overload]  # columns have names
@@ -227,7 +225,7 @@ def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 def reported_batches(
     order: Sequence[int], size: int, work: np.ndarray, report: ProgressCallback
 ) -> Iterator[Sequence[int]]:
-    """Yield `batches`, and report progress after each, by the `work` of each row in any unit [rows]."""
+    """Yield `batches`, and report progress after each by the rows' `work`, in any unit [rows]."""
     shares = np.cumsum(np.asarray(work, np.float64)[list(order)]) if len(order) else np.zeros(1)
     report(0, len(order), 0.0)
     done = 0
@@ -285,6 +283,7 @@ class GenericText:
         return outputs["nll"] / outputs["tokens"]
 
     def _read_states(self, model: PreTrainedModel, between: Callable[[], None]) -> np.ndarray:
+        """Return each text's mean hidden state, normalised to length 1: float64 [texts, hidden]."""
         import torch
         import torch.nn.functional as F
 
@@ -300,6 +299,7 @@ class GenericText:
         return np.stack([by_position[position] for position in range(len(self.ids))])
 
     def states(self, model: PreTrainedModel, positions: Sequence[int]) -> Tensor:
+        """Average the body's last hidden states over each text's tokens: float32 [positions, hidden]."""
         texts = [self.ids[position] for position in positions]
         ids, attention_mask = padded(texts, self.pad_token_id).to(model.device), mask(texts).to(model.device)
         inner = getattr(model, "module", model)  # an engine wraps the model
@@ -314,7 +314,7 @@ class GenericText:
 
 
 def _body_output(model: nn.Module, inner: Any, body: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    """Return the body's output in a pass of the whole model, which gathers sharded weights outside of its blocks."""
+    """Run the whole model, which gathers sharded weights outside of its blocks, and return the body's output."""
     if inner.config.is_encoder_decoder:
         inputs = {**inputs, "decoder_input_ids": inputs["input_ids"][:, :1]}
     if type(inner).__name__.endswith("MultipleChoice"):

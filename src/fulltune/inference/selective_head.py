@@ -1,7 +1,7 @@
-"""Apply a language model's head only to tokens that are trained or scored: logits [tokens, vocabulary].
+"""Apply a language model's head only to trained or scored tokens: logits [tokens, vocabulary].
 
-A hook in front of the head selects the hidden states that are needed; the logits of prompts would take much time and
-most of the memory. If only a bias follows the head, the loss can be chunked, too. `verified` tries both on the model.
+Prompts' logits would take much time and most of the memory. `verified` tries on the model whether this, and a chunked
+loss, gives the same numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SelectiveHead:
 
     @contextlib.contextmanager
     def only(self, labels: Tensor, trained: Tensor | None = None, *, chunked: bool = False) -> Iterator[None]:
-        """Make the model compute only the logits that `labels[batch, length]` need, or chunks of them, in the context.
+        """Compute, inside the context, only the logits that `labels[batch, length]` need, or chunks of them.
 
         `trained` is the result of `padding.trained_places`, if known.
         """
@@ -66,7 +66,7 @@ class SelectiveHead:
 
 
 def _in_autocast_dtype(hidden: Tensor) -> Tensor:
-    """Cast hidden states to the type in which autocast would compute the head; the loss runs outside of autocast."""
+    """Cast hidden states to the dtype in which autocast would compute the head."""
     import torch
 
     kind = hidden.device.type
@@ -83,18 +83,16 @@ def _chunked_logits(model: nn.Module, head: nn.Linear, hidden: Tensor, empty: Te
 
 
 def _later_bias(model: nn.Module) -> Tensor | None:
-    """Return the untrained bias [vocabulary] that BART and Marian add to the logits."""
+    """Return the untrained bias [vocabulary] that BART and Marian add to the logits, or None."""
     bias = getattr(model, "final_logits_bias", None)
     return None if bias is None else bias[0]
 
 
 BEFORE, TRIED = 4, 16
-"""Tokens before the first trained one, and in total, with which the head is verified; more would need more memory than
-a step with a chunked loss."""
+"""Tokens before the first trained one, and in total, with which the head is verified."""
 
 
 def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut a batch to a few tokens per row, trained ones among them."""
     first = (batch["labels"] != padding.IGNORED).int().argmax(dim=1)
     start, length = max(0, int(first.min()) - BEFORE), batch["labels"].shape[1]
 
@@ -106,9 +104,9 @@ def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def verified(model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]) -> tuple[SelectiveHead | None, str]:
-    """Make a model's selective head if it gives the same logits on a few tokens of each row; and say so in words.
+    """Return a selective head, or None if its logits differ from the whole model's on a few tokens; and the reason.
 
-    `batch` is a collated batch on the model's device, tensors [rows, length] with `labels`.
+    `batch` is collated and on the model's device.
     """
     import torch
 
@@ -138,7 +136,7 @@ def verified(model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]) ->
 
 
 def as_its_attention_can(model: nn.Module, kind: str) -> torch.autocast:
-    """Return an autocast that is off, unless flash attention needs a 16-bit type: full precision shows more."""
+    """Return an autocast that is off, unless flash attention needs a 16-bit dtype: full precision shows more."""
     import torch
 
     if "flash" not in (getattr(getattr(model, "config", None), "_attn_implementation", None) or ""):
@@ -147,6 +145,7 @@ def as_its_attention_can(model: nn.Module, kind: str) -> torch.autocast:
 
 
 def _rounding_tolerance(model: PreTrainedModel) -> float:
+    """Return the relative difference that rounding may cause: the square root of the compute dtype's epsilon."""
     import torch
 
     kind = model.device.type
@@ -155,9 +154,9 @@ def _rounding_tolerance(model: PreTrainedModel) -> float:
 
 
 def _obstacle_to_chunks(selective: SelectiveHead, inputs: Mapping[str, Tensor], labels: Tensor) -> str | None:
-    """Return why logits cannot be chunked, or None: the head is no linear layer, or the model changes its logits.
+    """Return why logits cannot be chunked (the head is no linear layer, or the model changes its logits), or None.
 
-    The head's output is replaced by logits far from zero, where a soft cap shows.
+    The test uses logits far from zero, where a soft cap shows.
     """
     import torch
 

@@ -1,5 +1,3 @@
-"""Storage of prepared rows: one memory-mapped Arrow stream per split, with features and the original row as text."""
-
 from __future__ import annotations
 
 import hashlib
@@ -18,14 +16,14 @@ from fulltune.tasks import PLACE, Row, RowFeatures
 
 FILE = "rows.arrow"
 CLUSTERS = "clusters.npy"
-"""File beside eval or test rows: the cluster of each row (duplicates, one passage, one customer), int64 [rows]."""
+"""File beside eval or test rows: each row's cluster (duplicates, one passage, one customer), int64 [rows]."""
 IN_TRAIN = "in_train.npy"
-"""File beside test rows: whether each shares its text, prompt or passage with a train row, bool [rows]."""
+"""File beside test rows: True where a train row has the same text, prompt or passage, bool [rows]."""
 MIXED = "mixed"
 """Folder of the rows that are mixed into the train rows, source after source."""
 WORDS = "words"
-"""Column with the original row and its place as JSON. Further examples of a row have only the place, or the file would
-grow with the square of a row's length."""
+"""Column with a row and its place as JSON; a row's further examples have only the place, or the file would grow with
+the square of the row's length."""
 _ROWS_PER_BATCH = 8192
 _BYTES_PER_BATCH = 16 * 2**20
 
@@ -37,6 +35,7 @@ def record_batch(rows: Sequence[RowFeatures], words: Sequence[str]) -> pa.Record
 
 
 def _array(values: Sequence[Any]) -> pa.Array:
+    """Convert one feature of all rows to an Arrow array: lists of float32 or int32, or plain values."""
     if not isinstance(values[0], (list, tuple, np.ndarray)):
         return pa.array(values)
     offsets = np.zeros(len(values) + 1, np.int32)
@@ -51,6 +50,7 @@ def _array(values: Sequence[Any]) -> pa.Array:
 
 
 def write_rows(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
+    """Write batches to the folder's Arrow file, merged to at least 8,192 rows or 16 MiB each."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting: list[pa.RecordBatch] = []
     parts = iter(parts)
@@ -74,10 +74,10 @@ def batches(folder: Path) -> Iterator[pa.RecordBatch]:
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """The memory-mapped features of a split, or of several folders, one after the other.
+    """The memory-mapped features of one or several folders.
 
-    `rows[i]` is a dictionary with numpy arrays (views of the file) for lists and plain values for the rest.
-    `rows["length"]` is one feature of all rows, an array or a list.
+    `rows[i]` is a dictionary of plain values and numpy views of lists; `rows["length"]` is one feature of all rows, an
+    array or a list.
     """
 
     def __init__(self, *folders: Path) -> None:
@@ -130,12 +130,12 @@ class Rows(Sequence[dict[str, Any]]):
         return row
 
     def lists(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield, for each part of a column of lists, all values, and where each list starts and the last one ends."""
+        """Yield the values of each part of a column of lists, and the offsets at which lists start and end."""
         return (lists[name] for lists in self._lists)
 
 
 def texts(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the original row and place of each example; examples of one row share one dictionary.
+    """Yield each example's original row and place; examples of one row share one dictionary.
 
     A packed block gives the row of its first text, or only the place if that text started in another block.
     """
@@ -156,6 +156,7 @@ def row_id(row: Row) -> str:
 
 
 def rows_id(folder: Path) -> str:
+    """Hash a folder's rows, ignoring their order."""
     # The windows of a long row share one dictionary.
     ids = {row_id(next(same)) for _, same in groupby(texts(folder), key=id)}
     return hashlib.sha256("".join(sorted(ids)).encode()).hexdigest()[:16]
@@ -167,7 +168,7 @@ def words(place: str, row: Row) -> str:
 
 
 def readable(value: Any) -> Any:
-    """Convert values that JSON lacks: arrays to lists, bytes to their number, others to text."""
+    """Convert a value that JSON lacks: arrays to lists, bytes to their number, others to text."""
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -1,5 +1,3 @@
-"""Methods: which parameters of a model are trained, and what is added to it."""
-
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,18 +18,17 @@ if TYPE_CHECKING:
 
 
 BY_HOOKS = ("adapter", "prompt")
-"""Kinds of methods that add hooks to the model, which cannot be merged into its weights."""
+"""Methods that add hooks, which cannot be merged into the model's weights."""
 
 
 @dataclass(frozen=True)
 class AppliedMethod:
-    """A model that is prepared for a method."""
+    """A model prepared for a method."""
 
     model: PreTrainedModel
     """Model of its plain Hugging Face class; trained parameters have `requires_grad`."""
     method: Method
     peft_model: PeftModel | None = None
-    """PEFT's wrapper around the same modules, for the methods that use PEFT."""
 
 
 def apply(model: PreTrainedModel, method: Method, task: TaskName) -> AppliedMethod:
@@ -61,7 +58,7 @@ def apply(model: PreTrainedModel, method: Method, task: TaskName) -> AppliedMeth
 
 
 def without_casts(applied: AppliedMethod, autocast: bool) -> AbstractContextManager[None]:
-    """Stop LoRA's layers from copying their input to float32 under autocast, which would cast it back."""
+    """Stop LoRA's layers from casting their input to float32 under autocast, which would cast it back."""
     if applied.method.kind != "lora" or applied.peft_model is None or not autocast:
         return nullcontext()
     from peft.helpers import disable_input_dtype_casting
@@ -71,7 +68,7 @@ def without_casts(applied: AppliedMethod, autocast: bool) -> AbstractContextMana
 
 
 def sinusoidal_tables(model: nn.Module) -> dict[str, Parameter]:
-    """Return the position tables that follow from a formula (Marian, Pegasus, RoFormer); they are not always saved."""
+    """Return position tables computed by a formula (Marian, Pegasus, RoFormer), which are not always saved."""
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
@@ -85,7 +82,7 @@ def trained(model: nn.Module) -> dict[str, Parameter]:
 
 
 def virtual_tokens(recipe: Recipe) -> int:
-    """Return the most virtual tokens of any method, by which rows of all methods are shortened."""
+    """Return the most virtual tokens of any method, by which the rows of all methods are shortened."""
     return max(
         (
             method.num_virtual_tokens
@@ -102,13 +99,14 @@ def virtual_tokens_of(model: nn.Module) -> int:
 
 
 def check(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Raise `RecipeError` if a method cannot do the recipe's task with this model."""
     lines = [line for method in recipe.methods or (recipe.method,) for line in problems(recipe, config, method)]
     if lines:
         raise RecipeError(lines)
 
 
 def problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -> list[str]:
-    """List why a method cannot do the recipe's task with a model of this config."""
+    """Return why a method cannot do the recipe's task with a model of this config, one line per reason."""
     from fulltune.models.shapes import position_limit
 
     lines = []

@@ -1,5 +1,3 @@
-"""Parts that methods add to a frozen model: Houlsby's adapters, PEFT's modules, or virtual tokens."""
-
 from __future__ import annotations
 
 import inspect
@@ -33,7 +31,7 @@ PROJECTIONS = (
     *("self_attention.dense", "mlp.dense_4h_to_h", "attention.dense"),  # Bloom, Falcon, GPT-NeoX
     *("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),  # T5
 )
-"""Name endings of projections back to the hidden size, which adapters follow."""
+"""Name endings of the projections back to the hidden size, after which adapters are added."""
 _IN_LAYER = re.compile(r"\.\d+\.")
 STANDARD_DEVIATION = 1e-2
 """Standard deviation of an adapter's initial weights, truncated at twice that (section 3.6 of the paper)."""
@@ -60,6 +58,7 @@ class Bottleneck(nn.Module):
 
 
 def put_adapters(model: PreTrainedModel, method: AdapterMethod, heads: tuple[str, ...]) -> None:
+    """Add an adapter after each projection in the layers, and make it and the layer norms trainable."""
     projections = [(name, module) for name, module in model.named_modules() if _is_projection(name, module, heads)]
     if not projections:
         raise RecipeError(
@@ -78,6 +77,7 @@ def put_adapters(model: PreTrainedModel, method: AdapterMethod, heads: tuple[str
 
 
 def _is_projection(name: str, module: nn.Module, heads: tuple[str, ...]) -> bool:
+    """Return True for a linear layer in `PROJECTIONS` that is in a layer and not in a head."""
     from transformers.pytorch_utils import Conv1D
 
     ends = any(name.endswith(f".{end}") for end in PROJECTIONS)
@@ -105,6 +105,7 @@ _OURS = {"peft_type", "task_type", "inference_mode", "modules_to_save", "base_mo
 
 
 def peft_problems(method: PeftMethod) -> list[str]:
+    """Return why PEFT's type or config fields cannot be used, one line per reason."""
     from peft import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -129,6 +130,7 @@ def peft_problems(method: PeftMethod) -> list[str]:
 def put_peft(
     model: PreTrainedModel, method: LoraMethod | PeftMethod, task: TaskName, heads: tuple[str, ...]
 ) -> PeftModel:
+    """Add PEFT's modules to the model, or raise `RecipeError` if PEFT does not support it."""
     from peft import LoraConfig, get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -167,10 +169,10 @@ _TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
 
 
 class Prompt(nn.Module):
-    """Virtual tokens, float32 `weight[tokens, size]`, and the hooks that feed them to a model.
+    """Virtual tokens (Lester et al. 2021, arXiv 2104.08691), float32 `weight[tokens, size]`, and the hooks that feed
+    them to a model.
 
-    Prompt tuning is by Lester et al. 2021, arXiv 2104.08691. PEFT's own fails with token heads, finds the wrong last
-    token in decoders that classify, and ignores position ids.
+    PEFT's own fail with token heads, find the wrong last token in decoders that classify, and ignore position ids.
     """
 
     def __init__(self, weight: torch.Tensor, filler: int) -> None:
@@ -185,7 +187,7 @@ class Prompt(nn.Module):
         """True if this pass has virtual tokens in front, and does not continue from a cache."""
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Replace the first of `embeddings[rows, tokens, size]`; as a call, so that ZeRO gathers the weight."""
+        """Replace the first of `embeddings[rows, tokens, size]`; a call, so that ZeRO gathers the weight."""
         ahead = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat((ahead, embeddings[:, self.size :]), dim=1)
 
@@ -224,6 +226,7 @@ class Prompt(nn.Module):
         return args, kwargs if mask is None else {**kwargs, "encoder_attention_mask": self._prepend(mask, 1)}
 
     def after_body(self, _: object, __: object, outputs: Any) -> Any:
+        """Remove the virtual tokens' hidden states from the body's output."""
         if self.in_front and isinstance(outputs, tuple):
             return (outputs[0][:, self.size :], *outputs[1:])
         if self.in_front:
@@ -232,6 +235,7 @@ class Prompt(nn.Module):
 
 
 def put_prompt(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> None:
+    """Add virtual tokens before the model's input, or raise `RecipeError` if it has no separate body or embeddings."""
     from fulltune.models.shapes import is_decoder
 
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model

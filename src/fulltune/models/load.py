@@ -1,5 +1,3 @@
-"""Load pretrained weights into a model with the task's head, taken from the checkpoint by label names, or new."""
-
 from __future__ import annotations
 
 import contextlib
@@ -26,13 +24,13 @@ _GENERIC = re.compile(r"LABEL_\d+")
 
 @dataclass(frozen=True)
 class HeadOrigin:
-    """Where the weights of a model's head come from."""
+    """Origin of the weights in a model's head."""
 
     order: tuple[int, ...] | None
-    """Row of each label in the checkpoint's head; empty for a head without rows for labels; None for a new head."""
+    """Row of each label in the checkpoint's head; empty for a head without labels; None for a new head."""
     why: str
     drawn: tuple[str, ...] = ()
-    """Parameters that are missing in the checkpoint, or have another shape there, in the model's order."""
+    """Parameters that the checkpoint lacks or has in another shape, in the model's order."""
 
     @property
     def in_words(self) -> str:
@@ -58,7 +56,7 @@ def load(
         base: The pretrained model.
         config_changes: Values to set on the config.
         head_is_new: Draw a head that the checkpoint lacks or has with other labels.
-        before_weights: Called before the weights take memory, when all libraries are loaded.
+        before_weights: Called after imports, before the weights take memory.
         on_head: Called with the origin of a head that may be new.
         num_ranks: Number of ranks that shard the weights; all of them call this.
 
@@ -101,6 +99,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def _check_missing(model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool) -> set[str]:
+    """Return the names of missing parameters, or raise `SetupError` if any must not be missing."""
     prefix = model.base_model_prefix
     missing = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
     body = {key for key in missing if key.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.pooler")}
@@ -161,11 +160,12 @@ def expected_head(brought: PretrainedConfig, model_class: str, changes: Mapping[
 
 
 def _labels_by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
-    """Sort label names by row: a config file may have the order 0, 1, 10, 11, 2."""
+    """Sort label names by row, because a config file may have the order 0, 1, 10, 11, 2."""
     return tuple(id2label[row] for row in sorted(id2label, key=int))
 
 
 def match_labels(theirs: tuple[str, ...], ours: tuple[str, ...]) -> HeadOrigin:
+    """Return the origin of a head: kept if both have the same label names, in any order, else new."""
     if len(theirs) == len(ours) == 1:
         return HeadOrigin((0,), "")  # regression heads have one row
     if len(set(theirs)) == len(theirs) and set(theirs) == set(ours):
@@ -182,7 +182,7 @@ def _first_three(names: tuple[str, ...]) -> str:
 
 
 def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigin, has_labels: bool) -> HeadOrigin:
-    """Reorder or redraw the head of a loaded model as expected; return the origin it has now."""
+    """Reorder or redraw a loaded model's head as expected, and return its actual origin."""
     import torch
 
     above = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
@@ -211,7 +211,7 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
 
 
 def _label_axes(model: PreTrainedModel) -> dict[str, int]:
-    """Return parameters with a row per label, and the axis of rows: those that grow with one more label."""
+    """Return the parameters with a row per label, and the rows' axis, by building the model with one more label."""
     import torch
 
     larger: Any = copy.deepcopy(model.config)
@@ -229,7 +229,7 @@ def _label_axes(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _draw_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Draw values as transformers does, on an empty copy of the model, where parameters are not sharded."""
+    """Draw values as transformers does, on an empty copy of the model, where they are not sharded."""
     import torch
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -248,6 +248,7 @@ def _draw_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.nn.P
 
 
 def draw(model: PreTrainedModel, head: HeadOrigin) -> None:
+    """Redraw the parameters that the checkpoint lacks."""
     import torch
 
     sharding.reshard(model)
@@ -257,6 +258,7 @@ def draw(model: PreTrainedModel, head: HeadOrigin) -> None:
 
 
 def redraw(model: PreTrainedModel, head: HeadOrigin, seed: int) -> None:
+    """Redraw the parameters that the checkpoint lacks from `seed`, without changing torch's random state."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _ROUNDINGS = 4
-"""Units in the last place by which the largest logit may differ through another order of summation."""
+"""Largest difference of logits through another order of summation, in units in the last place."""
 _BREAKS = (12, 8)
 """Position of the second text in each of two rows."""
 _TOKENS = 24
@@ -20,6 +20,7 @@ _VOCABULARY = 1000
 
 
 def obstacle(config: PretrainedConfig, attn_implementation: str | None = None) -> str | None:
+    """Return why texts cannot be packed for this model, or None."""
     import torch
     import transformers
 

@@ -1,5 +1,3 @@
-"""Images: decoding and preprocessing, each time a row is indexed."""
-
 from __future__ import annotations
 
 import hashlib
@@ -27,7 +25,6 @@ class ImageReader:
 
     processor: Any
     num_patches: int
-    """Patches of an image, 1 if unknown."""
     pad_token_id: int = 0
 
     @property
@@ -41,6 +38,7 @@ class ImageReader:
         self.processor.save_pretrained(folder)
 
     def shape(self) -> tuple[int, int, int]:
+        """Return channels, height and width of a preprocessed image."""
         from PIL import Image
 
         blank = Image.new("RGB", (512, 512))
@@ -48,7 +46,7 @@ class ImageReader:
         return channels, height, width
 
     def pixels(self, path: str, content: bytes) -> np.ndarray:
-        """Decode and preprocess an image to float32 [channels, height, width]. Raises `DataError` if that fails."""
+        """Decode and preprocess an image to float32 [channels, height, width], or raise `DataError`."""
         prepared = self.processor(decode(path, content), return_tensors="np")[PIXELS][0]
         return np.asarray(prepared, np.float32)
 
@@ -59,7 +57,7 @@ def num_patches(config: PretrainedConfig) -> int:
 
 
 def where_from(value: Any) -> tuple[str, bytes]:
-    """Return path and content, of which one is empty, of a path, bytes, or `{"bytes": ..., "path": ...}`."""
+    """Return path and content (one is empty) of a path, bytes, or `{"bytes": ..., "path": ...}`."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -68,6 +66,7 @@ def where_from(value: Any) -> tuple[str, bytes]:
 
 
 def decode(path: str, content: bytes) -> Image.Image:
+    """Open an image upright in 8-bit RGB, or raise `DataError` if it cannot be decoded."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # only twice as many pixels are refused
@@ -93,7 +92,7 @@ def decode(path: str, content: bytes) -> Image.Image:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Keep the upper 8 of 16 bits per value; Pillow would turn all above 255 to white."""
+    """Reduce 16 bits per value to the upper 8; Pillow would make all above 255 white."""
     from PIL import Image
 
     # Older versions of Pillow open 16-bit images in mode I.

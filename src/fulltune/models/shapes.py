@@ -1,5 +1,3 @@
-"""Facts about a model without its weights: its sizes, and whether it fits a task."""
-
 from __future__ import annotations
 
 import contextlib
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Shapes(Record):
-    """Sizes and facts of a model that a plan needs."""
+    """Model dimensions and properties needed to make a plan."""
 
     model_type: str
     is_decoder: bool
@@ -38,7 +36,7 @@ class Shapes(Record):
     head_is_kept: bool = False
     """True if, by its config, the checkpoint has a head for this task's labels."""
     plain_logits: bool = True
-    """True if, by its config, nothing scales or caps logits after the head; verified before step 1."""
+    """True if, by the config, nothing scales or caps logits after the head; verified before step 1."""
     units: Units | None = None
     """Units that FSDP2 would gather; None without repeated blocks or full fine-tuning."""
 
@@ -83,7 +81,7 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
 
 
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
-"""Config fields of changes to logits (Gemma, Cohere, Granite, Falcon-H1, xLSTM)."""
+"""Config fields that change logits after the head (Gemma, Cohere, Granite, Falcon-H1, xLSTM)."""
 _POSITIONS_AFTER_PADDING = {
     *("camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
@@ -113,6 +111,7 @@ def is_decoder(config: PretrainedConfig) -> bool:
 
 
 def check_model(recipe: Recipe, base: Base) -> None:
+    """Raise `SetupError` if the model is an adapter, a mixture of experts, or unfit for the task."""
     if base.path is not None and (base.path / "adapter_config.json").exists():
         # Training would use the pretrained model instead.
         raise SetupError(

@@ -1,5 +1,3 @@
-"""Sharding of weights over processes with PyTorch's FSDP2, through transformers' `DistributedConfig`."""
-
 from __future__ import annotations
 
 import contextlib
@@ -17,24 +15,24 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _FREED = "free_full_weight"
-"""transformers' name of the style that gathers a block only during its own pass."""
+"""transformers' name for gathering a block only during its own pass."""
 OLDEST = (5, 24)
-"""Oldest version of transformers whose FSDP2 support is complete enough."""
+"""Oldest version of transformers with complete enough FSDP2 support."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 class Units(Record):
-    """Numbers of parameters in the units that FSDP2 gathers one at a time. Tied parameters count once, in the root."""
+    """Parameter counts of the units that FSDP2 gathers one at a time. Tied parameters count once, in the root."""
 
     root: int
     """Parameters outside of all units, gathered from the forward pass to the end of the backward pass."""
     persistent: int
-    """Parameters of units gathered from their forward to their backward pass, such as a language model's head."""
+    """Parameters of units, such as a language model's head, that stay gathered from forward to backward pass."""
     freed: int
     """Parameters of all units that are gathered only during their own passes."""
     block: int
     apart: int
-    """Parameters of the largest other freed unit, such as the embeddings of newer classes; 0 without one."""
+    """Parameters of the largest freed unit that is no block, such as the embeddings of newer classes, or 0."""
 
     @property
     def gathered(self) -> int:
@@ -48,6 +46,7 @@ class Units(Record):
 
 
 def sharded_class(auto_class: Any, config: PretrainedConfig, num_processes: int) -> tuple[Any, Any]:
+    """Return a model class that ties weights before sharding, and its `DistributedConfig`."""
     import torch
     import transformers
     from transformers.distributed.configuration_utils import DistributedConfig
@@ -127,6 +126,7 @@ def lists_of_blocks(model: nn.Module) -> list[str]:
 
 
 def units_of(model: PreTrainedModel) -> Units:
+    """Count the parameters that FSDP2 would gather, unit by unit."""
     blocks = blocks_of(model)
     rules = without_tied(model, (model.fsdp_plan or {}) | blocks)
     styles = {
@@ -161,7 +161,7 @@ def needs_all_ranks(model: nn.Module) -> bool:
 
 
 def gathered_to_modify(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Gather tensors that ZeRO's stage 3 shards inside the context; changes of the first rank go to all."""
+    """Gather ZeRO-3's sharded tensors inside the context; changes of the first rank go to all ranks."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return contextlib.nullcontext()
     import deepspeed
@@ -171,7 +171,7 @@ def gathered_to_modify(parameters: list[Any]) -> contextlib.AbstractContextManag
 
 @contextlib.contextmanager
 def gathered_by_block(model: nn.Module) -> Iterator[None]:
-    """Make a model that DeepSpeed's stage 3 shards usable before its engine exists, inside the context.
+    """Make a model that ZeRO-3 shards usable before its engine exists, inside the context.
 
     Each repeated block is gathered for its own pass; other weights stay gathered.
     """
@@ -199,7 +199,7 @@ def gathered_by_block(model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights: after a pass without gradients, the last modules still hold copies of trained shards."""
+    """Free weights that the last modules still hold gathered after a pass without gradients."""
     if not is_sharded(model):
         return
     from torch.distributed.fsdp import FSDPModule
@@ -213,7 +213,7 @@ def reshard(model: nn.Module) -> None:
 def gathered_while_copied(model: nn.Module, modules: Sequence[str]) -> Iterator[None]:
     """Gather the parameters of some modules inside the context, in which a method copies them.
 
-    The copies are replicated; the Trainer averages their gradients over the ranks.
+    The copies are replicated; the Trainer averages their gradients.
     """
     from torch.nn import Parameter
 
@@ -243,7 +243,7 @@ def local(values: torch.Tensor) -> torch.Tensor:
 
 
 def part(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Make a sharded tensor like the parameter from this rank's shard."""
+    """Make a tensor sharded like the parameter from this rank's shard."""
     if not hasattr(parameter, "placements"):
         return shard
     from torch.distributed.tensor import DTensor
@@ -255,6 +255,7 @@ def part(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Shard `values`, which all ranks have in full, like the parameter."""
     if not hasattr(parameter, "placements"):
         return values
     from torch.distributed.tensor import distribute_tensor

@@ -31,7 +31,6 @@ Row = Mapping[str, Any]
 RowFeatures = Mapping[str, Any]
 """A tokenised example: feature name to a number, a text, or a flat list or array."""
 RowAnswer = dict[str, Any]
-"""The answer to one row, ready for JSON: field name to value."""
 Predictions = Mapping[str, np.ndarray]
 """Output of `Task.reduce` for all rows: name to array whose first axis is the row."""
 RowTerms = Callable[[Predictions], np.ndarray]
@@ -89,7 +88,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Refused:
-    """The reason why a row is dropped: the name of its check, by which dropped rows are counted, and a message."""
+    """The reason why a row is dropped: a check's name, for counts, and a message."""
 
     check: str
     reason: str
@@ -129,9 +128,9 @@ class Task(Protocol):
     def find_columns(
         self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
     ) -> dict[str, str]:
-        """Return role to column name, chosen by the recipe's `data` block, usual names, or the content of `sample`.
+        """Return role to column name, by the recipe's `data` block, usual names, or the content of `sample`.
 
-        Raises `DataError`, whose message starts with `where`, if a role has no column.
+        Raises `DataError`, starting with `where`, if a role has no column.
         """
 
     def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -164,10 +163,8 @@ class Task(Protocol):
         """Return values to set on the model's config, such as `id2label`."""
 
     def collate(self, features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-        """Pad a batch on the right to int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`.
-
-        Labels are padded with -100. Features that the model does not read, such as `length`, are omitted.
-        """
+        """Pad a batch on the right to int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`
+        (with -100), without features that the model does not read."""
 
     def loss(
         self,

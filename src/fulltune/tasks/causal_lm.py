@@ -1,5 +1,3 @@
-"""Causal language models on prompts and conversations, whose answers alone are trained, or on raw text."""
-
 from __future__ import annotations
 
 import copy

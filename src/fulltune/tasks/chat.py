@@ -1,7 +1,7 @@
 """Tokenise chat messages, with a mask of the assistant's tokens.
 
-The tokenizer makes the mask if the template has `{% generation %}` marks. Otherwise an assistant turn is the difference
-between the conversations rendered up to its start and to its end.
+Without `{% generation %}` marks in the template, an assistant turn is the difference between the conversations rendered
+up to its start and to its end.
 """
 
 from __future__ import annotations
@@ -147,10 +147,9 @@ def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], 
 
 
 def _tokenise_with_mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> MaskedIds:
-    """Tokenise a rendered conversation; tokens that start inside a span of characters are trained.
-
-    A span's trailing white space is not trained: after the end token it belongs to the next turn.
-    """
+    """Tokenise a rendered conversation; tokens that start inside a span, without its trailing white space, are
+    trained."""
+    # White space after a turn's end token belongs to the next turn: the model never has to produce it.
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     ids, places = _ids_and_offsets(tokenizer, text)
     in_span = [False] * len(text)

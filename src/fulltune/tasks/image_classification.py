@@ -1,5 +1,3 @@
-"""Image classification: one class per image. The functions take an `ImageReader` in place of a tokenizer."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +62,7 @@ def group_key(row: Row, target: Target) -> str:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_length: int) -> RowExamples:
-    """Decode each image once, as a check; the features have its path, or its bytes if it has no path."""
+    """Check that each image can be decoded; the features have its path, or its bytes without one."""
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for row in rows:

@@ -1,5 +1,3 @@
-"""Multiple choice: the model scores the question with each choice, and the highest score wins."""
-
 from __future__ import annotations
 
 import re
@@ -95,8 +93,7 @@ def group_key(row: Row, target: Target) -> str:
 
 
 def as_question(row: Row, target: Target) -> Row:
-    """Return the row itself: `encode` takes a missing label as the first choice."""
-    return row
+    return row  # `encode` takes a missing label as the first choice
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
@@ -173,7 +170,7 @@ _STEMS = ("choice", "ending", "option", "candidate", "answer", "sol", "alternati
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
     """Return the columns of `label`, `choices` (or `choice0`, `choice1` ...) and, if present, `question` and `context`.
 
-    Raises `DataError` if a role has no column, or a column of another name may be the question.
+    Raises `DataError` also if a column of another name may be the question.
     """
     by_role: dict[str, str] = {}
     for role in ("choices", "label", "context", "question"):
@@ -246,9 +243,9 @@ def question_text(row: Row, target: Target) -> str:
 
 
 def right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> int | None:
-    """Return the index of the choice that the label names: by the choices' names, else by index, letter or text.
+    """Return the index of the choice that the label names, by the choice's name, index, letter or text.
 
-    Returns None if there is none, or if the label names one choice by index or letter and another by text.
+    Returns None if it names no choice, or two of them.
     """
     value = row.get(columns["label"])
     if is_empty(value) or isinstance(value, (list, tuple, Mapping)):

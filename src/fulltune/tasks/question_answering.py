@@ -75,7 +75,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return why a row has no question, no context, or an answer outside of the context, or None."""
+    """Return why a row lacks a question or a context, or has an answer outside of the context, or None."""
     if refused := without_text(row, target, "question", "context"):
         return refused
     try:
@@ -181,7 +181,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     """Tokenise question and context together, one example per window; windows overlap by the stride, if there is room.
 
     A row is dropped if no window holds the whole answer, because it would teach that there is none. Slow tokenizers,
-    which do not know the tokens' positions in the text, raise `SetupError`.
+    which do not know tokens' positions, raise `SetupError`.
     """
     if not tokenizer.is_fast:
         raise SetupError(

@@ -109,10 +109,8 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def decoder_input_ids(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    """Return the decoder's inputs [batch, tokens]: the start token, then the labels without their last.
-
-    Models make them only if they compute the loss themselves.
-    """
+    """Return the decoder's inputs [batch, tokens]: the start token, then the labels without their last."""
+    # Models make these inputs only if they compute the loss themselves.
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
         return shift(labels=labels)

@@ -24,7 +24,7 @@ def display_text(row: Row, target: Target) -> str:
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Choose columns for label, text and, if the recipe or a usual pair of names gives one, a second text."""
+    """Choose columns for label, text and, if named in the recipe or part of a usual pair, a second text."""
     label = required("label", data.label, columns, where)
     rest = [column for column in columns if column != label]
     texts = [column for column in (data.text, data.text_pair) if column is not None]

@@ -187,7 +187,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise word by word; a word's first sub-word has its label, all other tokens -100.
 
-    Raises `SetupError` for slow tokenizers, which do not know the words of tokens.
+    Slow tokenizers, which do not know the words of tokens, raise `SetupError`.
     """
     if not tokenizer.is_fast:
         raise SetupError(
@@ -214,7 +214,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def as_in_text(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[list[str]]:
-    """Put a space before all words but the first if the tokenizer, such as GPT-2's, stores words with it."""
+    """Put a space before all words but the first if the tokenizer stores words with it, as GPT-2's does."""
     plain = tokenizer("of the", add_special_tokens=False)["input_ids"]
 
     def split(words: list[str]) -> object:
@@ -234,7 +234,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def seen_words(features: RowFeatures) -> np.ndarray:
-    """Return the positions of words that have a token, so are neither cut off nor ignored by the tokenizer."""
+    """Return the positions of words with a token, so neither cut off nor ignored by the tokenizer."""
     return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
 
 

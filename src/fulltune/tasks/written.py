@@ -29,10 +29,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the trained tokens' cross entropy to a scalar.
-
-    `labels` are [batch, tokens], or the trained tokens' target ids [trained] with `logits[trained, vocabulary]`.
-    """
+    """Sum the trained tokens' cross entropy to a scalar."""
     from fulltune.models import chunked_loss
 
     if labels.dim() == 2:
