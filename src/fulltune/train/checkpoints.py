@@ -1,4 +1,4 @@
-"""Checkpoints: one counts only if it matches its checksums, which are written last."""
+"""Finds, saves and loads checkpoints. One counts only if it matches its checksums, which are written last."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GUARD = "guard.json"
-"""File with the state of the step guard and of the parts of a training."""
+"""File with the state of the step guard and the trainer's parts."""
 STATE = "trainer_state.json"
 """transformers' file with the state of the Trainer."""
 WEIGHTS = "model.safetensors"
@@ -31,7 +31,7 @@ _DIGEST_VALUES = 64
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest sound checkpoint, and a line for each newer one that is damaged."""
+    """Return the newest undamaged checkpoint, or None, and a warning for each newer one that is damaged."""
     damaged: list[str] = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
         problem = flaw(checkpoint)
@@ -52,7 +52,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of the step guard and of the parts of a training; each array gets a file of its own."""
+    """Write the state of the step guard and the trainer's parts; each array gets a file of its own."""
     arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
     for name, values in arrays.items():
         np.save(checkpoint / f"{name}.npy", values)
@@ -72,20 +72,20 @@ def guard_state(checkpoint: Path, required: Iterable[str] = ()) -> dict[str, Any
 
 
 def newest_healthy(folder: Path, before: int) -> Path | None:
-    """Return the newest sound checkpoint of a step before `before` with no skipped step just before it, or None."""
+    """Return the newest undamaged checkpoint before step `before` without recently skipped steps, or None."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True)
     sound = (path for path in newest_first if number_in(path) < before and flaw(path) is None)
     return next((path for path in sound if not guard_state(path).get("skipped")), None)
 
 
 def last_saved(folder: Path) -> int:
-    """Return the step of the newest sealed checkpoint, or 0 without one."""
+    """Return the step of the newest complete checkpoint, or 0 if there is none."""
     return max((number_in(path) for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), default=0)
 
 
 def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
-    """Delete all sealed checkpoints but the newest `limit`, the best one, and those that were the best when these were
-    saved: after a rollback they are the best again."""
+    """Delete all complete checkpoints but the newest `limit`, the best one, and each that was the best when one of
+    these was saved, because a rollback makes it the best again."""
     sealed = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
     states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in sealed[-limit:]]
     best_steps = {best_step, *(state["best_global_step"] for state in states)}
@@ -116,8 +116,8 @@ def save_trained(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a checkpoint's weights into the model: with `trained_only` those of `save_trained`, else through
-    `from_pretrained`, as transformers 5.24 saves some tensors under other names."""
+    """Load a checkpoint's weights into the model. `trained_only` reads what `save_trained` wrote; otherwise
+    `from_pretrained` is used, because transformers 5.24 saves some tensors under other names."""
     if trained_only:
         from safetensors.torch import load_file
 
@@ -129,7 +129,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = 
 
 
 def load_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a checkpoint as a second model, sharded like this one; raises SetupError if their tensors differ."""
+    """Load a checkpoint as a second model, sharded like `model`; raises SetupError if their tensors differ."""
     import torch
 
     model_class: Any = type(model)

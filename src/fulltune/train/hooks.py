@@ -16,7 +16,7 @@ from fulltune.records.data import DataSummary
 
 
 def _stable_description(value: object) -> str:
-    """Describe a value by text that is the same in another process: a function by its code, defaults and closure."""
+    """Describe a value by text that is the same in another process; a function by its code, defaults and closure."""
     match value:
         case Mapping():
             return "{" + ",".join(f"{key}:{_stable_description(inner)}" for key, inner in value.items()) + "}"
@@ -39,7 +39,7 @@ def _stable_description(value: object) -> str:
 
 @dataclass(frozen=True)
 class Hooks:
-    """The user's functions; with `compute_loss` training runs in this process."""
+    """The user's functions; with `compute_loss` training runs in the user's process."""
 
     metrics: Callable[..., Mapping[str, float]] | None = None
     """`metrics(predictions, references)`: further metrics of the test rows, also called for each bootstrap sample. Both
@@ -53,12 +53,12 @@ class Hooks:
     divided by `num_items_in_batch`, the number of rows (or trained tokens) of the global batch."""
 
     def digest(self) -> str:
-        """Hash the hooks that change rows or weights; an empty string without such hooks."""
+        """Hash the hooks that change rows or weights; returns an empty string if there are none."""
         relevant = {name: value for name, value in vars(self).items() if value is not None and name != "metrics"}
         return "" if not relevant else hashlib.sha256(_stable_description(relevant).encode()).hexdigest()[:16]
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse functions that would conflict with a setting."""
+        """Refuse functions that conflict with a setting."""
         train, own = recipe.train, self.compute_loss is not None
         answers = not FACTS[recipe.task].writes or recipe.evaluate.generate_rows
         pairs = {

@@ -1,4 +1,4 @@
-"""The journal of an attempt with its phase and heartbeat, and the duration of a run over all attempts."""
+"""The journal, phase and heartbeat of an attempt, and the duration of a run over all attempts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fulltune.records.training import Outcome
 from fulltune.train.request import Request, attempt_folders
 
 PHASE_FILE = "phase"
-"""File with the attempt's phase, for the parent of a killed process."""
+"""File with the attempt's phase, which the parent reads if the process is killed."""
 HEARTBEAT = "heartbeat"
-"""File with the number of completed steps, which rank 0 rewrites at each heartbeat."""
+"""File to which rank 0 writes the number of completed steps at each heartbeat."""
 NEXT = "next attempt"
-"""Event with which the parent records, in the journal of a failed attempt, the next one and its reason."""
+"""Event with which the parent records why it starts another attempt."""
 PROBING = "fitting a linear probe of the pretrained model"
 CHECKS, TRAINING = "checking, with one dry-run step at the longest length", "training"
 SCORING = "scoring the eval rows before step 1"
@@ -29,20 +29,22 @@ SCORING = "scoring the eval rows before step 1"
 
 
 def phase_of(folder: Path) -> Phase | None:
-    """Return the last phase of an attempt, or None if it had hardly begun."""
+    """Return the last phase that an attempt recorded, or None."""
     path = folder / PHASE_FILE
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return next((phase for phase in get_args(Phase) if phase == text), None)
 
 
 def steps_of(folder: Path) -> int:
+    """Return the completed steps at an attempt's last heartbeat, or 0."""
     path = folder / HEARTBEAT
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return int(text) if text.isdigit() else 0
 
 
 class Journal:
-    """Writes rare events to `journal.jsonl`, a JSON line each, and the heartbeat beside it; nothing without a path."""
+    """Writes rare events to `journal.jsonl`, one JSON line each, and the heartbeat beside it; without a path it writes
+    nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -58,19 +60,19 @@ class Journal:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Set the phase for the duration of a block; after an error it stays, as the phase in which it happened."""
+        """Set the phase for the duration of a block; after an error it stays, to name where the error happened."""
         before = self.phase
         self.at(phase)
         yield
         self.at(before)
 
     def alive(self, steps: int) -> None:
-        """Write a heartbeat; the parent ends a process without one."""
+        """Write a heartbeat; the parent ends a process whose heartbeat stops."""
         if self._heartbeat is not None:
             self._heartbeat.write_text(str(steps), encoding="ascii")
 
     def at_rest(self) -> None:
-        """Stop the heartbeat, and with it the parent's watch."""
+        """Remove the heartbeat, so that the parent no longer expects one."""
         if self._heartbeat is not None:
             self._heartbeat.unlink(missing_ok=True)
 
@@ -83,8 +85,9 @@ class Journal:
 
 
 def run_seconds(folder: Path, trial: str) -> float:
-    """Return the seconds from the first import to the saved model, including the steps of earlier attempts up to the
-    resumed checkpoint; without the linear probe and the checks, which only some trials of a comparison run."""
+    """Return a trial's seconds from the first import to the saved model, including earlier attempts' steps up to the
+    resumed checkpoint. The linear probe and the checks are excluded, because only some trials of a comparison run
+    them."""
     *earlier, last = attempt_folders(folder, trial)
     begins = [event for event in _recorded_events(last) if isinstance(event, PhaseBegan)]
     excluded = sum(end.seconds - begin.seconds for begin, end in pairwise(begins) if begin.name in (PROBING, CHECKS))
@@ -104,6 +107,7 @@ def _recorded_events(attempt: Path) -> list[Event]:
 
 
 def _seconds_of_steps(events: list[Event], until: int) -> float:
+    """Return the seconds that an attempt took for scoring and training up to step `until`."""
     begins = [event.seconds for event in events if isinstance(event, PhaseBegan) and event.name in (SCORING, TRAINING)]
     done = [event.seconds for event in events if isinstance(event, StepLogged | Evaluated) and event.step <= until]
     return max(0.0, done[-1] - begins[0]) if begins and done else 0.0

@@ -1,4 +1,4 @@
-"""The request file from the parent to a worker, and the paths of an attempt's files."""
+"""The request that the parent writes for a worker, and the paths of an attempt's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INITIAL_WEIGHTS = "initial.safetensors"
 
 
 class Request(Record):
-    """The request for one attempt."""
+    """A request to run one attempt."""
 
     run_folder: str
     recipe: Recipe
@@ -21,15 +21,15 @@ class Request(Record):
     checkpoint: str | None
     """Checkpoint to resume from; None starts from the pretrained weights."""
     parent_pid: int | None
-    """Process whose end also ends the worker."""
+    """Process id of the parent, with which the worker ends."""
     probe: bool = False
     """Stop after the dry-run step and write only the outcome: no weights, no checkpoint, no model."""
     dry_run: bool = True
-    """False if an attempt with the same shapes has passed it."""
+    """False if an attempt with the same shapes has passed the dry run."""
 
     @property
     def first_step(self) -> int:
-        """Step of the checkpoint, or 0."""
+        """Step of the checkpoint, or 0 without one."""
         return 0 if self.checkpoint is None else number_in(Path(self.checkpoint))
 
     @property
@@ -43,7 +43,7 @@ class Request(Record):
         return Path(self.run_folder) / "attempts" / f"{self.plan.trial}-{self.attempt:02d}"
 
     def initial_weights(self, rank: int) -> Path:
-        """File of this rank's weights before step 1, which exists while the attempt runs."""
+        """Return the file of a rank's weights before step 1, which exists while the attempt runs."""
         return self._rank_file(INITIAL_WEIGHTS, rank)
 
     @property
@@ -51,7 +51,7 @@ class Request(Record):
         return sorted(self.folder.glob(f"{Path(INITIAL_WEIGHTS).stem}*.safetensors"))
 
     def trained_weights(self, rank: int) -> Path:
-        """File of this rank's trained weights, while an interpolation is chosen."""
+        """Return the file of a rank's trained weights, which exists while an interpolation is chosen."""
         return self._rank_file("trained.safetensors", rank)
 
     def _rank_file(self, name: str, rank: int) -> Path:
@@ -81,5 +81,5 @@ def number_in(folder: Path) -> int:
 
 
 def attempt_folders(run_folder: Path, trial: str) -> list[Path]:
-    """Return the folders of a trial's attempts, by number."""
+    """Return the folders of a trial's attempts, ordered by number."""
     return sorted((run_folder / "attempts").glob(f"{trial}-[0-9]*"), key=number_in)

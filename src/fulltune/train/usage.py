@@ -1,4 +1,4 @@
-"""Resource usage of an attempt, and the limit of its memory."""
+"""Measures the resources of an attempt, and limits its memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fulltune.text import format_bytes
 
 @dataclass
 class ResourceUsage:
-    """Resources that an attempt has used so far, also for the outcome of a failed one."""
+    """Resources that an attempt has used so far, for its outcome even if it fails."""
 
     meter: Meter | None = None
     """Memory meter, created before the weights are loaded."""
     forecast: TimeNeed | None = None
     tokens_per_second: float = 0.0
-    """Speed of the training so far; in a measuring dry run the forecast."""
+    """Training speed so far; in a measuring attempt, the forecast speed."""
     dry_run_growth_bytes: int = 0
     dry_run_loss: float | None = None
     disk_bytes: int = 0
@@ -32,22 +32,23 @@ class ResourceUsage:
     """Memory growth in bytes of each rank at the end of training."""
 
     def measure(self, device: str, writes: bool) -> None:
-        """Start measuring memory, after importing what the first evaluation would import."""
+        """Start measuring memory, after importing libraries that the first evaluation would import."""
         if not writes:
             for name in ("scipy.stats", "sklearn.metrics"):
                 importlib.import_module(name)
         self.meter = Meter(device)
 
     def growth_bytes(self) -> int:
-        """Return the peak memory so far in bytes, beyond what was used before loading the weights."""
+        """Return the peak memory so far in bytes, less what was used before the weights were loaded."""
         return 0 if self.meter is None else self.meter.growth_bytes()
 
     def disk(self, *paths: Path) -> None:
-        """Update the peak disk use with the current size of these files and folders."""
+        """Update the peak disk usage with the current size of these files and folders."""
         files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
         self.disk_bytes = max(self.disk_bytes, sum(file.stat().st_size for file in files if file.is_file()))
 
     def for_outcome(self) -> dict[str, Any]:
+        """Return the measurements as fields of `Outcome`."""
         fields = {name: value for name, value in vars(self).items() if name != "meter"}
         if self.meter is not None:
             fields["peak_memory_bytes"] = self.meter.peak_bytes()
@@ -59,10 +60,11 @@ class ResourceUsage:
 
 @contextlib.contextmanager
 def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Make allocations beyond `train.memory_limit` fail like exhausted memory; enter it after importing the libraries.
+    """Make allocations beyond `train.memory_limit` fail as if memory had run out; enter this after importing the
+    libraries.
 
     On CUDA torch's allocator is limited to a share of the card. On the CPU RLIMIT_DATA is set to VmData + (limit -
-    VmRSS): it counts reserved memory, of which libraries reserve far more than they use.
+    VmRSS), because it counts reserved memory, of which libraries reserve far more than they use.
 
     Raises:
         DoesNotFitError: More memory than the limit is already in use.
@@ -86,6 +88,7 @@ def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], Non
 
 
 def _data_limit(limit_bytes: int, before: tuple[int, int]) -> int:
+    """Return the RLIMIT_DATA in bytes that allows `limit_bytes` of resident memory."""
     used = status_bytes("VmRSS")
     if limit_bytes <= used:
         raise DoesNotFitError(

@@ -31,7 +31,7 @@ from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 
 TOP_TOKENS = 64
-"""Most likely next tokens whose pretrained probabilities are stored; all others count as one token."""
+"""Most likely next tokens whose pretrained probabilities are stored; all other tokens count as one."""
 _MIN_REST = 1e-6
 _MAX_LOGITS = 2**24
 """Most logits of replayed text in one pass: 64 MiB."""
@@ -43,11 +43,11 @@ class DriftMonitor(TrainingPart):
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer) -> None:
         self.inputs, self.trainer = inputs, trainer
         self.text: GenericText | None = None
-        """Texts that are measured; None if the plan has none, or if this model cannot be measured."""
+        """Texts on which drift is measured, or None if the plan has none or this model cannot be measured."""
         self.identity = ""
         """Digest of all generic texts of the run."""
         self.start: np.ndarray | None = None
-        """Result of `GenericText.read` for the pretrained model."""
+        """Output of `GenericText.read` for the pretrained model."""
         plan, preserve = inputs.plan, inputs.recipe.preserve
         if num_texts := plan.generic.texts_per_evaluation:
             split = None if plan.generic.budget is None else budget_texts(preserve)
@@ -70,17 +70,18 @@ class DriftMonitor(TrainingPart):
         return GenericText.of(texts, self.trainer.processing_class, writes, plan.precision, self.max_tokens, batch)
 
     def weak_texts_reason(self, text: GenericText, first: np.ndarray) -> str | None:
+        """Explain why drift on these texts says little about this model, or return None."""
         tokenizer: Any = self.trainer.processing_class
         vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", None)
         return weak_texts_reason(text, first, vocabulary, tokenizer.unk_token_id)
 
     def scores(self) -> dict[str, float]:
-        """Return `drift` and its standard error `drift_error`, if they can be measured."""
+        """Return `drift` and its standard error `drift_error`, or nothing if they cannot be measured."""
         drift = self.read()
         return {} if drift is None else {"drift": drift.mean, "drift_error": drift.error}
 
     def read(self) -> Drift | None:
-        """Measure the drift; None if it cannot be measured."""
+        """Measure the drift from the pretrained model, or return None if that is impossible."""
         trainer, plan = self.trainer, self.inputs.plan
         is_start = trainer.state.global_step == 0
         # Without a start there is nothing to compare with.
@@ -110,7 +111,7 @@ class DriftMonitor(TrainingPart):
         self.start = state.get("generic")
 
     def _check_texts(self, identity: str | None) -> None:
-        """Refuse texts other than the checkpoint's if there is a budget, else stop measuring."""
+        """Refuse texts other than the checkpoint's if there is a budget for forgetting, else stop measuring."""
         if self.text is None or identity in (None, self.identity):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED
@@ -122,9 +123,11 @@ class DriftMonitor(TrainingPart):
 
 
 class Replay(TrainingPart):
-    """Adds to each step the gradient of a distillation from the pretrained model on some generic texts.
+    """Adds to each step the gradient of a distillation loss, which compares the model with the pretrained one on
+    generic texts.
 
-    Its weight is adjusted to the drift every `steer_steps` steps, so that the budget for forgetting is kept."""
+    The loss weight is adjusted to the drift every `steer_steps` steps, so that the run keeps its budget for forgetting.
+    """
 
     def __init__(
         self, inputs: AttemptInputs, monitor: DriftMonitor, text: GenericText, rows_per_pass: int, budget: float
@@ -135,16 +138,17 @@ class Replay(TrainingPart):
         self.weight = self.bounds[0] / self.limit
         self.before: Sequence[Any] = ()
         """The pretrained model's outputs for each text: a language model's log probabilities and ids, float16 and int32
-        [tokens, `TOP_TOKENS`]; of others the mean hidden state, float64 [hidden]."""
+        [tokens, `TOP_TOKENS`]; for others the mean hidden state, float64 [hidden]."""
 
     def rows_of(self, step: int) -> list[int]:
-        """Return the texts of a step, counted from 1. The order is random, and all texts come before one repeats."""
+        """Return the texts of a step, counted from 1, in a random order in which all texts come before one repeats."""
         plan, count = self.inputs.plan, len(self.text.ids)
         places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
         orders = {cycle: _shuffled_order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
         return [orders[place // count][place % count] for place in places]
 
     def remember(self) -> None:
+        """Store the pretrained model's outputs for all texts."""
         model, between = self.trainer.model, self.trainer.alive
         if not self.text.writes:
             self.before = list(self.text.read(model, between=between))
@@ -197,6 +201,7 @@ class Replay(TrainingPart):
         self.weight = state["replay_weight"]
 
     def _distance_from_pretrained(self, positions: Sequence[int]) -> torch.Tensor:
+        """Return the summed distance between these texts' outputs and the pretrained model's."""
         model, device = self.trainer.model, self.trainer.args.device
         if not self.text.writes:
             stacked = np.stack([self.before[position] for position in positions])
@@ -218,7 +223,7 @@ class Replay(TrainingPart):
 
 
 def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
-    """Create the replay of generic text, if planned; the model must still have its pretrained weights."""
+    """Return the replay of generic text if planned, else no parts; the model must still have its pretrained weights."""
     plan, rows, budget = inputs.plan, inputs.plan.generic.replay_rows, inputs.plan.generic.budget
     if budget is None or not rows or inputs.request.probe:
         return []
@@ -238,7 +243,7 @@ def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingP
 
 
 def divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Return the sum of KL divergences in nats from log probabilities [places, tokens]; the rest of the vocabulary
+    """Return the sum of KL divergences in nats from log probabilities [positions, tokens]; the rest of the vocabulary
     counts as one more token."""
     rest_before, rest_now = ((1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (before, now))
     return (before.exp() * (before - now)).sum() + (rest_before * (rest_before.log() - rest_now.log())).sum()

@@ -1,5 +1,5 @@
-"""Chooses the best interpolation between pretrained and trained weights within the budget for forgetting, and certifies
-it on sealed texts."""
+"""Chooses the best interpolation between pretrained and trained weights that keeps the budget for forgetting, and
+certifies it on sealed texts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PHASE = "choosing how far to go within the budget for forgetting"
 
 
 class WeightInterpolation:
-    """Sets a model's trained weights anywhere between those before step 1 and those after training."""
+    """Interpolates a model's trained weights between those before step 1 and those after training."""
 
     def __init__(self, model: PreTrainedModel, before: Path, after: Path) -> None:
         sharding.reshard(model)
@@ -53,7 +53,8 @@ class WeightInterpolation:
         self.digest = digest.hexdigest()[:16]
 
     def put(self, share: float) -> None:
-        """Set the weights at this share. Of LoRA's matrices only B is scaled, and with it their product."""
+        """Set the weights to `share` of the way from pretrained (0) to trained (1). Of LoRA's two matrices only B is
+        scaled, which scales their product."""
         sharding.reshard(self.model)
         with safe_open(self.before, "pt") as before, safe_open(self.after, "pt") as after, torch.no_grad():
             for name, parameter in self.trained.items():
@@ -67,8 +68,8 @@ class WeightInterpolation:
 def keep_within(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Sequence[Row]], float]
 ) -> BudgetResult | None:
-    """Move the model's weights back until it keeps its budget; None if the recipe has no budget. An earlier result for
-    the same weights is reused. `score` returns the metric of eval rows."""
+    """Interpolate the model's weights so that drift stays within the budget, or return None if the recipe has no
+    budget. A saved result for the same weights is reused. `score` returns the metric of eval rows."""
     plan, request = inputs.plan, inputs.request
     if plan.generic.budget is None:
         return None
@@ -166,6 +167,7 @@ def _sample_eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[R
 def _refine_near_limit(
     points: list[InterpolationPoint], limit: float, measure: Callable[[float], InterpolationPoint]
 ) -> list[InterpolationPoint]:
+    """Measure further points where the drift crosses the limit."""
     refined: list[InterpolationPoint] = []
     for _ in range(REFINEMENTS):
         tried = sorted([*points, *refined], key=lambda point: point.share)

@@ -1,4 +1,4 @@
-"""Maps settings to `transformers.TrainingArguments`, in this place only."""
+"""Maps settings to `transformers.TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
     """Refuse a recipe that cannot be trained, before any row is read.
 
-    Checks the recipe, DeepSpeed's settings and, with `runs_here`, the installed packages."""
+    Checks the recipe, DeepSpeed's settings and, with `runs_here`, the installed packages.
+    """
     problems = recipe_rules.problems_of(recipe)
     if recipe.train.engine_by:
         try:
@@ -38,6 +39,7 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
 
 
 def _missing_packages(recipe: Recipe) -> list[str]:
+    """Return an error message for each package that the recipe needs and this machine lacks."""
     problems = []
     if recipe.train.report_to:
         from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -62,7 +64,7 @@ def _missing_packages(recipe: Recipe) -> list[str]:
 
 
 def package_of(optim: str) -> tuple[str, str]:
-    """Return the module and the package that an optimizer needs; empty strings for torch's and fulltune's own."""
+    """Return the module and the package that an optimizer needs, or empty strings for torch's and fulltune's own."""
     if optim in OWN_OPTIMIZERS:
         return "", ""
     if optim in ("adamw_torch_4bit", "adamw_torch_8bit"):
@@ -87,13 +89,14 @@ _KERNELS = {
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
-"""Modules of which an attention implementation needs one; with `kernels`, transformers loads it from the Hub."""
+"""Modules by attention implementation, one of which must be installed; with `kernels`, transformers loads it from the
+Hub."""
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
-"""Packages of trackers, if named differently."""
+"""Packages of trackers with another name than the tracker's."""
 
 
 def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> TrainingArguments:
-    """Map recipe and plan to transformers' arguments; other arguments keep their defaults."""
+    """Map recipe and plan to transformers' arguments; all others keep their defaults."""
     from transformers import TrainingArguments
 
     train = recipe.train
@@ -161,6 +164,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
 
 
 def _translate_error(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
+    """Return an error for settings that transformers refuses, or for processes that cannot connect."""
     if not is_runtime_error or re.search("gloo|nccl|connect|socket", message, re.IGNORECASE) is None:
         return RecipeError(f"train: transformers refuses these settings: {message}")
     return SetupError(

@@ -29,7 +29,7 @@ from fulltune.train.usage import ResourceUsage
 MEASUREMENTS = 20
 """Number of steps per run whose update is measured."""
 SAMPLED_VALUES = 256
-"""Number of evenly spaced values that are sampled from each tensor."""
+"""Number of evenly spaced values sampled from each tensor."""
 LOW_IN_A_ROW = 3
 """Consecutive measurements below `EATEN` that trigger a warning."""
 
@@ -76,7 +76,6 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Call `begin`, then record the start of training."""
         self.begin()
         self.recorder.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))
@@ -89,7 +88,6 @@ class Progress(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: object,
     ) -> None:
-        """Record a logged step with its speed and the remaining time."""
         if not state.is_world_process_zero or not logs or "loss" not in logs or self.first is None:
             return
         began, first_step, first_tokens = self.first
@@ -121,7 +119,6 @@ class Progress(TrainerCallback):
     on_substep_end = on_step_end = on_save = on_step_begin
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Record the metrics of an evaluation."""
         self.journal.alive(state.global_step)
         if not state.is_world_process_zero:
             return
@@ -164,7 +161,6 @@ class Checkpoints(TrainerCallback):
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Seal the new checkpoint, then delete old ones."""
         with self.journal.during("saving"):
             if args.world_size > 1:
                 torch.distributed.barrier()  # each rank writes its own random state
@@ -211,7 +207,6 @@ class UpdateMeter(TrainerCallback):
     _eaten: int = 0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Sample the weights if this step is measured."""
         step, total = state.global_step + 1, self.plan.total_steps
         # Only after the learning rate has risen from 0.
         is_measured = step % max(1, total // MEASUREMENTS) == 0 and step >= min(self.plan.warmup_steps + 2, total // 2)
@@ -219,7 +214,6 @@ class UpdateMeter(TrainerCallback):
             self._before = _sample_weights(self.trainer.model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Record how the sampled weights changed in this step."""
         before, self._before = self._before, {}
         if not before or state.global_step in self.trainer.guard_history.skipped or not state.is_world_process_zero:
             return

@@ -142,7 +142,6 @@ class Guarded:
         return norm
 
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
-        """Report a skipped step; a subclass may override this."""
         _log.warning("step %d is skipped: %s", step, verdict.reason)
 
     @property

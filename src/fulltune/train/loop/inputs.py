@@ -22,7 +22,7 @@ from fulltune.train.usage import ResourceUsage
 
 @dataclass(frozen=True)
 class AttemptInputs:
-    """The request of an attempt, its data and its listeners; constant while it runs."""
+    """An attempt's request, data and listeners; constant while it runs."""
 
     request: Request
     hooks: Hooks
@@ -60,18 +60,18 @@ class AttemptInputs:
 
     @property
     def highest_rate(self) -> float:
-        """Highest learning rate of body and head, after rollbacks."""
+        """Highest learning rate of body and head, reduced by rollbacks."""
         highest = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
         return highest * rate_factor(self.plan.rollbacks)
 
     @cached_property
     def layout(self) -> ParallelLayout | None:
-        """Layout of the sharded state; None if every rank holds all."""
+        """How training state is sharded, or None if every rank holds all of it."""
         return parallel_layout.of(self.recipe)
 
     @property
     def in_engine(self) -> bool:
-        """True if DeepSpeed's engine trains; it exists only once training starts."""
+        """True if DeepSpeed's engine trains; it is created only when training starts."""
         return self.layout is not None and self.layout.engine == "zero"
 
     def warn(self, text: str) -> None:

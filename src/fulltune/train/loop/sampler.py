@@ -119,7 +119,6 @@ class GlobalBatchSampler:
             yield from epochs.global_batches()[max(0, first_step - begin) : last_step - begin]
 
     def global_batches(self) -> list[list[int]]:
-        """Return the epoch's global batches as lists of row numbers."""
         mixed = [row for source in self.mixed for row in source.drawn(self.seed, self.epoch)]
         batches = self._shuffled_batches([*range(self._task_rows), *mixed], f"{self.seed}:{self.epoch}")
         for number, step in enumerate(self.rollbacks, start=1):

@@ -55,7 +55,6 @@ class StepHistory:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
-        """Restore a history from a checkpoint's values; other names are ignored."""
         saved: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
         return cls(**saved)
@@ -116,7 +115,6 @@ def judge(
 
 
 def _non_finite_value(loss: float, norm: float | None) -> str | None:
-    """Describe the value that is not finite, or return None."""
     if not math.isfinite(loss):
         return f"loss is {loss}"
     return f"gradient norm is {norm}" if norm is not None and not math.isfinite(norm) else None
@@ -173,7 +171,6 @@ def _lasting_rise_reason(history: StepHistory) -> str | None:
 
 
 def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[float, float]:
-    """Return the median and a robust standard deviation of at least `min_spread`."""
     median = statistics.median(values)
     return median, max(min_spread, MAD * statistics.median(abs(value - median) for value in values))
 

@@ -175,7 +175,6 @@ class FullTrainer(Guarded, Trainer):
         return broadcast_object_list([value])[0] if self.is_shared or self.is_deepspeed_enabled else value
 
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
-        """Record a skipped step with its reason and train rows."""
         rows = sorted(next(self.sampler.steps(step - 1, step)))
         named = first_few([f"{row + 1:,}" for row in rows], _MAX_NAMED_ROWS)
         self._journal.write("skipped", f"step {step}: {verdict.reason}; train rows {named}")
@@ -214,7 +213,6 @@ class FullTrainer(Guarded, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Train on one micro batch; before a step's first one, the parts add their gradients."""
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()
@@ -264,7 +262,6 @@ class FullTrainer(Guarded, Trainer):
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Load the weights of a checkpoint that this or another placement saved."""
         if self.is_deepspeed_enabled:
             zero.load_weights(self.model_wrapped, checkpoint)
         elif fsdp2.is_in(checkpoint):
@@ -293,7 +290,7 @@ class FullTrainer(Guarded, Trainer):
         yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, with sharded state and the guard's state, which the Trainer does not save."""
+        """Save a checkpoint, including sharded state and guard state, which the Trainer does not save."""
         with self._journal.during("saving"):
             super()._save_checkpoint(model, trial)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -315,7 +312,6 @@ class FullTrainer(Guarded, Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save all weights, or only those that a method such as LoRA trains."""
         if not self.trained_only:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:

@@ -1,4 +1,4 @@
-"""Checkpoints and final weights of sharded models: each rank writes its shards, and any world size reads them."""
+"""Checkpoints and final weights of sharded models. Each rank writes its shards, and any world size reads them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from fulltune.train.optim.optimizers import AdamW, in_fp32
 FOLDER = "shared"
 WHOLE = "model.safetensors"
 MIN_FILE_BYTES, MAX_FILES = 2**24, 64
-"""Smallest size of a file and most files of a rank: torch 2.13's writer and safetensors each copy a file in memory."""
+"""Smallest file size in bytes and most files per rank: torch 2.13's writer and safetensors each copy a whole file in
+memory."""
 WEIGHTS = "weights."
 OPTIMIZER = "optimizer."
-"""Prefix of a parameter's name; `.step` or another name of its state follows."""
+"""Prefix of a parameter's name in a key; `.step` or another state's name follows."""
 GATHERED_FILE_BYTES = 2**28
 
 
@@ -34,7 +35,7 @@ def is_in(checkpoint: Path) -> bool:
 def save(
     model: PreTrainedModel, others: Mapping[str, torch.Tensor], checkpoint: Path, trained_only: bool = False
 ) -> None:
-    """Write this rank's shards of a model's weights and of further tensors; all ranks must call this."""
+    """Write this rank's shards of the model's weights and of `others`; all ranks must call this."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
@@ -44,6 +45,7 @@ def save(
 
 
 def _assign_files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the number of each tensor's file; a file takes tensors up to a size limit."""
     sizes = {name: sharding.local(values).nbytes for name, values in state.items()}
     limit = max(MIN_FILE_BYTES, sum(sizes.values()) // MAX_FILES)
     number, file_size, files = 1, 0, dict[str, int]()
@@ -66,7 +68,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = 
 
 
 def read(state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
-    """Fill tensors from a sharded checkpoint; if they are sharded, all ranks must call this."""
+    """Fill tensors in place from a sharded checkpoint; if they are sharded, all ranks must call this."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -76,6 +78,7 @@ def read(state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
 
 
 def tensor_types(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return the shape and dtype of each tensor in a sharded checkpoint, by key."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -85,7 +88,7 @@ def tensor_types(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def write_whole(model: PreTrainedModel, folder: Path, max_bytes: int = GATHERED_FILE_BYTES) -> None:
-    """Gather a sharded model's weights into plain safetensors; all ranks must call this."""
+    """Gather a sharded model's weights and write them as plain safetensors; all ranks must call this."""
     tensors = {
         name.removeprefix(WEIGHTS): weight for name, weight in _weights_by_key(model, trained_only=False).items()
     }
@@ -122,7 +125,7 @@ def is_first() -> bool:
 def whole_state(
     model: PreTrainedModel, whole: Callable[[Any], torch.Tensor] = sharding.whole
 ) -> dict[str, torch.Tensor]:
-    """Gather a sharded model's tensors on the host of rank 0, tied ones once; other ranks return nothing."""
+    """Gather a sharded model's state dict on the CPU of rank 0, tied tensors once; other ranks return an empty dict."""
     sharding.reshard(model)
     state: dict[str, torch.Tensor] = {}
     first_name: dict[int, str] = {}
@@ -138,7 +141,7 @@ def whole_state(
 
 
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
-    """Return parameters (tied ones once) and saved buffers by their names in the files."""
+    """Return parameters (tied ones once) and persistent buffers by their keys in the checkpoint."""
     sharding.reshard(model)
     tensors: dict[str, torch.Tensor] = dict(methods.trained(model) if trained_only else model.named_parameters())
     if not trained_only:
@@ -151,7 +154,7 @@ def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, tor
 
 
 def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return a sharded model's optimizer state by name and kind, each tensor sharded as its parameter."""
+    """Return a sharded model's optimizer state by key in the checkpoint, each tensor sharded like its parameter."""
     sharding.reshard(model)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -189,6 +192,7 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, che
 
 
 def _shard_optimizer_state(values: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Shard the unsharded tensors of a parameter's state like the parameter."""
     if "exp_avg" in values and values["exp_avg"].shape != parameter.shape:  # fulltune's AdamW, unsharded
         values = in_fp32(values, parameter.shape)
     placed = {}
@@ -199,7 +203,7 @@ def _shard_optimizer_state(values: dict[str, torch.Tensor], parameter: torch.Ten
 
 
 def _read_sharded_state(model: PreTrainedModel, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Read this rank's optimizer state by name and kind; moments of 16-bit weights may be fp32."""
+    """Read this rank's optimizer state by parameter and state name; moments of 16-bit weights may be fp32."""
     parameters, state = dict(model.named_parameters()), dict[str, torch.Tensor]()
     for key, (size, dtype) in tensor_types(checkpoint).items():
         if key.startswith(OPTIMIZER):

@@ -1,4 +1,4 @@
-"""Parameter groups by weight decay, by depth (`layerwise_lr_decay`), and for a head with its own learning rate."""
+"""Splits parameters into optimizer groups by weight decay, by depth (`layerwise_lr_decay`), and for the head."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ Group = dict[str, Any]
 def planned_optimizer(
     model: nn.Module, plan: Plan, arguments: TrainingArguments | SimpleNamespace, head_modules: Sequence[str]
 ) -> tuple[type[torch.optim.Optimizer], list[Group], dict[str, Any]]:
+    """Return the planned optimizer's class, parameter groups and arguments."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(cast("TrainingArguments", arguments), cast("Any", model))
     if (own := optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)) is not None:
         kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own
@@ -38,8 +39,8 @@ def planned_optimizer(
 def parameter_groups(
     names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float, head: Collection[str] = ()
 ) -> list[Group]:
-    """Group parameter names: two groups in transformers' order, so that checkpoints fit, or by depth from the top; the
-    head's groups come last. The first group's learning rate is logged."""
+    """Split parameter names into groups: two in transformers' order, so that checkpoints fit, or one per depth from the
+    top down. The head's groups come last. The first group's learning rate is logged."""
     body = [name for name in names if name not in head]
     if plan.layerwise_lr_decay == 1.0:
         groups = _group_by_decay(body, decayed, weight_decay)

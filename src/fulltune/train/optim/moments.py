@@ -26,9 +26,9 @@ GROUP = 128
 SMALL = 4096
 """Tensors with fewer values keep fp32 moments instead of 8 bits: norms and biases, 0.1 % of a model."""
 _FIRST_TOP, _SECOND_TOP = 126.99, 254.99
-"""Largest codes; with noise below 1 they stay below 127 and 256."""
+"""Largest codes; with noise below 1 they stay below 128 and 256."""
 _SHIFT = 128.0
-"""Offset of second codes, 0 to 255, stored as int8: converting from fp32 is five times as fast as to uint8."""
+"""Offset that stores second-moment codes 0 to 255 as int8: fp32 converts five times as fast to int8 as to uint8."""
 _TINY = torch.finfo(torch.float32).tiny
 _MIN_SCALE = 1e-30
 
@@ -46,14 +46,15 @@ class Noise:
         self._units = self._bits.float().div_(2**16)
 
     def bits(self, count: int, *numbers: int) -> Tensor:
-        """Return integers from 0 to 65,535: int32 [count]."""
+        """Return `count` integers from 0 to 65,535, which `numbers` determine: int32 [count]."""
         return self._bits.narrow(0, self._table_offset(numbers), count)
 
     def units(self, count: int, *numbers: int) -> Tensor:
-        """Return numbers from 0 to below 1: fp32 [count]."""
+        """Return `count` values in [0, 1), which `numbers` determine: fp32 [count]."""
         return self._units.narrow(0, self._table_offset(numbers), count)
 
     def _table_offset(self, numbers: tuple[int, ...]) -> int:
+        """Hash the seed and `numbers` to an offset in the table."""
         mixed = 0
         for number in (self._seed, *numbers):  # splitmix64
             mixed = (mixed + number + 0x9E3779B97F4A7C15) & _64_BITS
@@ -67,7 +68,8 @@ _64_BITS = 2**64 - 1
 
 
 def start(num_values: int, moments: Format, device: torch.device) -> State:
-    """Create `exp_avg` and `exp_avg_sq` of 0 [values]; with 8 bits padded to groups, with `*_scale` [groups]."""
+    """Create both moments with value 0: [values]; in 8 bits they are padded to whole groups, with `*_scale`
+    [groups]."""
     if moments == "8bit" and num_values >= SMALL:
         groups = -(-num_values // GROUP)
         return {
@@ -81,8 +83,8 @@ def start(num_values: int, moments: Format, device: torch.device) -> State:
 
 
 def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: float, out: Tensor) -> Tensor:
-    """Return `factor` times a moment: fp32 [end - begin]. fp32 moments are multiplied in place and returned; others are
-    written to the buffer `out`, padded to groups."""
+    """Return `factor` times a moment from `begin` to `end`: fp32 [end - begin]. An fp32 moment is multiplied in place;
+    any other is written to `out`, a buffer of whole groups."""
     moment = state[name]
     if moment.dtype != torch.int8:
         values = moment[begin:end]
@@ -101,8 +103,8 @@ def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: 
 def write(
     state: State, name: Name, begin: int, values: Tensor, other: Tensor, noise: Noise, numbers: tuple[int, ...]
 ) -> None:
-    """Store a moment's fp32 values[count] from `begin` on. Their buffer, padded to groups, is overwritten; `other` is a
-    buffer for the first moment, and the square root of the second."""
+    """Store a moment's fp32 values[count] at `begin`. Their buffer of whole groups is overwritten. `other` contains the
+    square root of the second moment; for the first it is scratch space."""
     place = state[name][begin : begin + len(values)]
     if place.dtype == torch.bfloat16:
         round_at_random(values, noise.bits(len(values), *numbers))
@@ -133,16 +135,17 @@ def write(
 
 
 def round_at_random(values: Tensor, bits: Tensor) -> None:
-    """Round fp32 values[count] to bf16 in place, stochastically by bits[count]."""
+    """Round fp32 values[count] to bf16 in place, up or down at random by bits[count]."""
     values.view(torch.int32).add_(bits).bitwise_and_(-(2**16))
 
 
 def root(values: Tensor, out: Tensor) -> Tensor:
-    """Write square roots of values[count] to out[count]; on the CPU torch.sqrt takes five times as long."""
+    """Write the square roots of values[count] to out[count]; on a CPU torch.sqrt takes five times as long."""
     return torch.clamp_min(values, _TINY, out=out).rsqrt_().mul_(values)
 
 
 def _overlapping_groups(state: Mapping[str, Tensor], name: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Return the codes and scales of the groups that overlap `begin` to `end`."""
     first, last = begin // GROUP, -(-end // GROUP)
     return state[name][first * GROUP : last * GROUP], state[f"{name}_scale"][first:last]
 

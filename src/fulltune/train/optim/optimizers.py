@@ -25,17 +25,17 @@ GPU_SLICE = 2**20
 """Values per slice on a GPU, with 20 MiB of buffers and 16 MiB of noise: fewer kernel launches."""
 _GROUP_KEYS = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
 _WEIGHT, _FIRST, _SECOND = range(3)
-"""Purposes of random numbers."""
+"""Numbers that give each purpose noise of its own."""
 
 
 def settings(optim: str, rounding: Rounding | None, seed: int) -> dict[str, Any] | None:
-    """Return the arguments of `AdamW` for fulltune's optimizers, or None for transformers'."""
+    """Return the arguments of `AdamW` for fulltune's optimizers, or None for transformers' optimizers."""
     formats: dict[str, Format] = {"adamw_8bit": "8bit", "adamw_bf16": "bf16"}
     return {"moments_format": formats[optim], "rounding": rounding, "seed": seed} if optim in formats else None
 
 
 class _Buffers:
-    """fp32 scratch tensors of a device, one slice long each."""
+    """Scratch tensors of one device in fp32, each as long as a slice."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.size = CPU_SLICE if device.type == "cpu" else GPU_SLICE
@@ -46,7 +46,7 @@ class _Buffers:
 
 
 def in_fp32(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
-    """Convert a tensor's state to that of torch's AdamW: the step, and fp32 moments of this shape."""
+    """Convert a parameter's state to that of torch's AdamW: the step, and fp32 moments of this shape."""
     count = shape.numel()
     converted = {"step": state["step"]}
     for name in ("exp_avg", "exp_avg_sq"):
@@ -59,7 +59,7 @@ def in_fp32(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]
 
 
 class AdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW` with compact moments and bf16 weights. Its state dict has torch's names and it loads
+    """`torch.optim.AdamW` with compact moments and bf16 weights. Its state dict has torch's names, and it loads
     torch's; stochastic rounding depends only on seed, step and position."""
 
     def __init__(
@@ -87,7 +87,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]  # any loss
-        """Update all tensors with a gradient; a `closure`, as Lightning passes, is called first."""
+        """Update all parameters that have a gradient, after calling `closure`, which Lightning passes."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -112,6 +112,7 @@ class AdamW(torch.optim.Optimizer):
     def _update_slice(
         self, parameter: Tensor, stored: Tensor, gradient: Tensor, group: Mapping[str, Any], begin: int
     ) -> None:
+        """Update a slice `stored` of the weights, which starts at `begin`, and its moments."""
         state, buffers = self.state[parameter], self._buffers(parameter)
         end, step = begin + len(stored), int(state["step"])
         numbers = (step, self._places[parameter], begin)
@@ -142,7 +143,7 @@ class AdamW(torch.optim.Optimizer):
     def _store_rounded(
         self, weights: Tensor, stored: Tensor, compensation: Tensor | None, buffers: _Buffers, numbers: tuple[int, ...]
     ) -> None:
-        """Round fp32 `weights`, which are overwritten, to bf16 `stored`, and the error to `compensation`."""
+        """Round fp32 `weights` to bf16 `stored`, and the rounding error to `compensation`; `weights` is overwritten."""
         noise = buffers.noise.bits(len(weights), *numbers, _WEIGHT)
         if self._rounding == "stochastic":
             moments.round_at_random(weights, noise)
@@ -168,13 +169,13 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def second_moment(self, parameter: Tensor) -> Tensor | None:
         """Return the running mean of squared gradients, in fp32 and the shape of this rank's shard, or None before the
-        first update. It is positive exactly where a gradient was not 0."""
+        first update. It is positive exactly where some gradient was not 0."""
         state = self.state.get(parameter)
         return in_fp32(state, local(parameter).shape)["exp_avg_sq"] if state else None
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state; moments in another format are converted, not cast as torch would."""
+        """Load groups and state; moments in another format are converted, where torch would cast them."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for group in self.param_groups:
             for key in group.keys() - _GROUP_KEYS:
@@ -186,7 +187,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def take_over(self, saved: Mapping[str, Any], parameter: Tensor) -> None:
-        """Set the state of a parameter, or of this rank's shard, from a saved one in any format."""
+        """Set the state of a parameter, or of this rank's shard, from saved state in any moment format."""
         missing = {"step", "exp_avg", "exp_avg_sq"} - set(saved)
         if missing:
             raise SetupError(

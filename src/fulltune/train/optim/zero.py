@@ -1,4 +1,4 @@
-"""Models sharded by DeepSpeed's ZeRO: preparation, gathered tensors and fixes; all ranks must call these functions."""
+"""Prepares, gathers and saves models sharded by DeepSpeed's ZeRO; all ranks must call these functions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def connect(arguments: TrainingArguments) -> None:
 
 
 def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str], None]) -> None:
-    """Compile missing DeepSpeed extensions that a run needs; rank 0 does this for all."""
+    """Compile DeepSpeed extensions that the run needs and that are missing; rank 0 does this for all."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
@@ -51,8 +51,8 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str
 
 
 def unify_dtype(model: PreTrainedModel) -> None:
-    """Cast parameters that a method has added to the dtype of a model under ZeRO stage 3, which DeepSpeed 0.19.8 does
-    not do."""
+    """Cast parameters that a method has added to the dtype of a ZeRO stage 3 model, which DeepSpeed 0.19.8 does not
+    do."""
     dtypes = [parameter.dtype for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     for parameter in model.parameters() if dtypes else ():
         if not hasattr(parameter, "ds_id"):
@@ -60,7 +60,7 @@ def unify_dtype(model: PreTrainedModel) -> None:
 
 
 def forget_unused_conversions(model: PreTrainedModel) -> None:
-    """Drop renamings that no tensor of the checkpoint needed.
+    """Remove name conversions that no tensor of the checkpoint needed.
 
     transformers 5.24 does not do that under DeepSpeed, and would save every `LayerNorm.weight` as `LayerNorm.gamma`.
     Delete this when it does.
@@ -75,7 +75,7 @@ def is_in_engine(parameter: torch.Tensor) -> bool:
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """Gather a parameter or a buffer in fp32: of a trained parameter DeepSpeed's fp32 copy."""
+    """Gather a parameter or buffer in fp32; for a trained parameter this is DeepSpeed's fp32 master copy."""
     import deepspeed
 
     if is_in_engine(parameter):
@@ -92,8 +92,8 @@ def second_moment(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def link(zero: Any) -> None:
-    """Link the moments of all groups: DeepSpeed 0.19.8 (stages 1 and 2) does so after the first group's first step,
-    when the second has none. Delete this when it does."""
+    """Link the moments of all groups to their parameters. DeepSpeed 0.19.8 (stages 1 and 2) does this after the first
+    group's first step, when the second group has none. Delete this when it is fixed."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -120,7 +120,7 @@ def write_whole(model: PreTrainedModel, folder: Path) -> None:
 
 
 def put(parameter: Any, value: torch.Tensor) -> None:
-    """Set all values of a trained parameter, so that they are saved after training."""
+    """Set all values of a trained parameter in DeepSpeed's fp32 copy, from which it is saved."""
     import deepspeed
 
     if not hasattr(parameter, "ds_id"):

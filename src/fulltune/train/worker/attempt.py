@@ -31,7 +31,7 @@ from fulltune.train.worker.loading import LoadedModel
 
 @dataclass(frozen=True)
 class Training:
-    """The loaded model and rows with their trainer and its parts."""
+    """The loaded model and rows, with their trainer and its parts."""
 
     inputs: AttemptInputs
     loaded: LoadedModel
@@ -43,7 +43,8 @@ class Training:
 
 
 def train(inputs: AttemptInputs) -> Fields:
-    """Load, check, train, choose the weights and save; returns fields of `Outcome`, none on ranks but 0."""
+    """Load, check, train, choose the weights and save. Returns fields of `Outcome`, which are empty on ranks other than
+    0."""
     plan = inputs.plan
     loaded = loading.load_for_training(inputs)
     trainer = loading.make_trainer(inputs, loaded)
@@ -150,6 +151,7 @@ def _train_and_save(training: Training) -> Fields:
 
 
 def _run_checks(training: Training) -> None:
+    """Run and record the checks and the dry run; raises GuardStop if one fails."""
     inputs, usage, checks = training.inputs, training.inputs.usage, training.checks
     _stop_before_training(inputs)
     inputs.recorder.phase(CHECKS)
@@ -198,7 +200,7 @@ def _run_trainer(training: Training) -> tuple[TrainerState, torch.optim.Optimize
 
 
 def _stop_before_training(inputs: AttemptInputs) -> None:
-    """Stop if a signal came while the model was loaded or checked; several processes agree only after a step."""
+    """Raise InterruptedRun if a signal came before training; several processes agree only after a step."""
     if inputs.stop.is_asked and inputs.plan.num_processes == 1:
         step = inputs.request.first_step
         raise InterruptedRun(

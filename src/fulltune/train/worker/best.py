@@ -19,7 +19,8 @@ FALLING = ("linear", "cosine", "polynomial")
 
 
 def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) -> Fields:
-    """Load the best weights into the model, unless the last ones are as good; returns their fields of `Outcome`."""
+    """Load the best checkpoint's weights unless the last ones are as good; returns the choice as fields of
+    `Outcome`."""
     best, best_metric = state.best_global_step, state.best_metric
     if not inputs.recipe.train.load_best_model_at_end:
         return _last_weights(inputs, state)
@@ -45,6 +46,7 @@ def _last_weights(inputs: AttemptInputs, state: TrainerState) -> Fields:
 
 
 def _last_weights_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields | None:
+    """Return fields of `Outcome` for the last weights if they are as good as the best ones, else None."""
     plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
     if plan.metric not in inputs.summary.form.row_shares:
         return None

@@ -37,7 +37,7 @@ _CHUNKED = "chunked loss"
 
 
 def before_training(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer) -> list[Check]:
-    """Run all checks but the dry run; the caller refuses to train if one fails."""
+    """Run all checks but the dry run; the caller must stop if one fails."""
     plan, summary, rows = inputs.plan, inputs.summary, loaded.rows
     writes, model = inputs.task.FACTS.writes, loaded.objective.model
     train, world_size = summary.splits["train"], trainer.args.world_size
@@ -127,6 +127,7 @@ def _check_texts_apart(trainer: FullTrainer, model: PreTrainedModel) -> Check:
 
 
 def _verify_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:
+    """Give the trainer a head that computes only the logits of trained tokens, if its results are the same."""
     if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists once training begins
         result = "off: ZeRO shards the model"
     elif own_loss:  # needs all logits
@@ -138,7 +139,8 @@ def _verify_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_los
 
 
 def _check_chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> Check:
-    """Check the chunked loss; without it training needs more memory, which only a recipe that requires it refuses."""
+    """Check the chunked loss. Without it training needs more memory, which fails the check only if the recipe requires
+    it."""
     result = head_result if trainer.head is None else trainer.head.chunking_note
     possible = trainer.head is not None and trainer.head.can_chunk
     if is_required and not possible:
@@ -165,7 +167,7 @@ def _check_end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) ->
 
 
 def trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, int], set[int]]:
-    """Return how many rows end with each last trained token, and which of these tokens are special."""
+    """Count rows by their last trained token, and return which of these tokens are special."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     tokens, counts = np.unique(_last_trained_tokens(rows), return_counts=True)
     last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
@@ -173,7 +175,8 @@ def trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[i
 
 
 def stop_generation_at(model: PreTrainedModel, ends: set[int]) -> None:
-    """Add end tokens to the model's generation config: a chat turn often ends with another than the tokenizer's."""
+    """Add end tokens to the model's generation config, because a chat turn often ends with another token than the
+    tokenizer's."""
     if not ends:
         return
     eos = model.generation_config.eos_token_id
@@ -183,7 +186,8 @@ def stop_generation_at(model: PreTrainedModel, ends: set[int]) -> None:
 
 
 def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
-    """Run one pass at the longest length through DeepSpeed's engine, with a loss of 0 times itself."""
+    """Run one forward and backward pass at the longest length through DeepSpeed's engine, with the loss multiplied by
+    0."""
     engine: Any = trainer.model_wrapped
     batch = batch_of(trainer, [rows[i] for i in by_length(rows)[: plan.micro_batch_size]])
     started = time.monotonic()
@@ -204,7 +208,7 @@ def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
 
 
 def _bf16_problem(scaled: ScaledHead | None, scale: tuple[float, float] | None) -> str | None:
-    """Describe targets that bf16 weights cannot distinguish; None if they can, or if the weights are not bf16."""
+    """Explain that bf16 weights cannot distinguish the targets, or return None if they can or have another type."""
     if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
         return None
     size, spread = max(abs(scale[0]), scale[1]), scale[1]

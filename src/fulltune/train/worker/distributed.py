@@ -1,4 +1,4 @@
-"""Exchange between the ranks of a training, and how they split the eval rows."""
+"""Exchanges values between the ranks of a training, and splits the eval rows over them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def sum_counts(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Sum pairs of counts by name over all ranks."""
     parts = all_gather(dict(counts))
     of_name = {name: [part[name] for part in parts if name in part] for part in parts for name in part}
     return {name: (sum(first for first, _ in pairs), sum(last for _, last in pairs)) for name, pairs in of_name.items()}
@@ -31,9 +32,10 @@ def sum_counts(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, in
 
 
 def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) -> tuple[list[int], int]:
-    """Return the positions of the rows that one rank scores (every n-th batch) and how many of them count.
+    """Return the row positions that one rank scores (every n-th batch), and how many of them count.
 
-    A rank with one batch fewer scores the last row again: with sharded weights all ranks must run equally many passes.
+    A rank with one batch fewer scores the last row again, uncounted, because with sharded weights all ranks must run
+    equally many passes.
     """
     chunks = list(batches(order, batch_size))
     mine = chunks[rank::num_processes]
@@ -45,8 +47,8 @@ def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) 
 
 
 def gather_rows(mine: Mapping[str, np.ndarray], positions: Sequence[int]) -> dict[str, np.ndarray]:
-    """Gather the values of all ranks in row order, by name: [rows, ...]. Each rank passes one value per position; those
-    beyond its positions are ignored."""
+    """Gather the values of all ranks in row order, by name: [rows, ...]. A rank's values beyond its positions are
+    ignored."""
     parts = all_gather((list(positions), {name: values[: len(positions)] for name, values in mine.items()}))
     order = np.argsort([position for positions, _ in parts for position in positions])
     return {name: np.concatenate([values[name] for _, values in parts])[order] for name in parts[0][1]}

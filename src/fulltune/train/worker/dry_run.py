@@ -1,5 +1,5 @@
-"""The dry run before step 1: real steps on the longest batches, which change nothing, and a forecast of the training
-time, linear in the work of two timed passes."""
+"""The dry run before step 1: it runs real steps on the longest batches, changes nothing, and forecasts the training
+time from two timed passes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[RowSubset], object]) -> list[Check]:
     """Run two steps at the longest micro batch, an evaluation at the longest eval batch and timed passes, then restore
-    everything. Loss and forecast (None for a non-finite loss) go to `inputs.usage`."""
+    everything. Stores loss and forecast (None if the loss is non-finite) in `inputs.usage`."""
     began, plan, rows = time.monotonic(), inputs.plan, trainer.train_rows
     longest = by_length(rows)[: plan.micro_batch_size]
     forecast: TimeNeed | None = None
@@ -74,7 +74,7 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
 
 @contextlib.contextmanager
 def _restored(trainer: FullTrainer, plan: Plan) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
-    """Yield the prepared model and the optimizer; afterwards restore model, buffers and random state."""
+    """Yield the prepared model and the optimizer; restore model, buffers and random state afterwards."""
     model, accelerator = trainer.model, trainer.accelerator
     own = {name: model.__dict__[name] for name in _WRAPPED if name in model.__dict__}
     if plan.activation_checkpointing:  # the Trainer does it again when training begins
@@ -97,7 +97,7 @@ def _restored(trainer: FullTrainer, plan: Plan) -> Iterator[tuple[nn.Module, tor
 
 @contextlib.contextmanager
 def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
-    """Restore the state of all random generators afterwards; `on_gpu` initialises the GPUs."""
+    """Restore all random generators after the block; `on_gpu` includes the GPUs', which initialises them."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
@@ -109,8 +109,8 @@ def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore all buffers afterwards, also those that `forward` replaced, enlarged or added, and numbers and tensors
-    among the attributes of their modules."""
+    """Restore all buffers after the block, also those that `forward` replaced, enlarged or added, and plain values
+    among their modules' attributes."""
     before = [
         (
             module,
@@ -135,6 +135,7 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def check_of(batch: Mapping[str, torch.Tensor], loss: float, began: float, passed: bool = True) -> Check:
+    """Return the dry run's check, which fails if the loss is non-finite."""
     # Without tokens it is an image: channels, height and width.
     first = batch["input_ids" if "input_ids" in batch else "pixel_values"]
     size = " x ".join(map(str, first.shape[1:])) + (" tokens" if "input_ids" in batch else " values")
@@ -155,7 +156,7 @@ def batch_of(trainer: FullTrainer, rows: Sequence[Row]) -> dict[str, torch.Tenso
 
 Positions = Sequence[int]
 MAX_COUNTED_ROWS = 200_000
-"""With more rows than this, only the first steps are counted, and the rest extrapolated."""
+"""Most rows of which each step's work is computed; later steps are extrapolated."""
 LOOP_SECONDS = 0.002
 """Seconds per step for transformers' loop and a log line, measured with a tiny model."""
 SAMPLE_BYTES = 2**25
@@ -163,7 +164,7 @@ SAMPLE_BYTES = 2**25
 
 
 def works(shapes: np.ndarray, quadratic: float) -> np.ndarray:
-    """Compute the work of each pass from the rows and the tokens of the longest row: shapes[passes, 2]. `quadratic` is
+    """Compute the work of each pass from its rows and the tokens of its longest row: shapes[passes, 2]. `quadratic` is
     the attention work per token and visible token, relative to the work with the weights."""
     rows, length = shapes.astype(float).T
     return rows * length * (1 + quadratic * length)
@@ -171,7 +172,7 @@ def works(shapes: np.ndarray, quadratic: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds of a pass as a linear function of its work."""
+    """Duration of a pass in seconds as a linear function of its work."""
 
     fixed: float
     per_work: float
@@ -181,7 +182,8 @@ class PassTime:
 
 
 def fit_pass_time(longest: tuple[float, float], typical: tuple[float, float] | None) -> PassTime:
-    """Fit a line to the (work, seconds) of two passes, through the origin if its slope or start would be negative."""
+    """Fit a line to the (work, seconds) of two passes; it goes through the origin if its slope or intercept would be
+    negative."""
     work, seconds = longest if typical is None else typical
     through_origin = PassTime(0.0, seconds / work)
     if typical is None or longest[0] <= typical[0]:
@@ -193,7 +195,7 @@ def fit_pass_time(longest: tuple[float, float], typical: tuple[float, float] | N
 
 @dataclass(frozen=True)
 class PassTimer:
-    """Runs passes and times them. All ranks use rank 0's seconds, so that they decide on the same further passes."""
+    """Runs and times passes. All ranks use rank 0's seconds, so that they decide on the same further passes."""
 
     inputs: AttemptInputs
     trainer: FullTrainer
@@ -204,7 +206,7 @@ class PassTimer:
     """Scores eval rows as an evaluation does."""
 
     def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
-        """Run forward and backward on rows and return loss and seconds; `keep` adds to the present gradients."""
+        """Run forward and backward on rows; returns loss and seconds. `keep` adds to the present gradients."""
         trainer, rows = self.trainer, self.trainer.train_rows
         if not keep:
             self.optimizer.zero_grad()
@@ -220,7 +222,8 @@ class PassTimer:
         return value, self._seconds_since(began)
 
     def step(self) -> float:
-        """Clip, update at a rate of 0 and return the seconds; non-finite gradients are left to the guard of step 1."""
+        """Clip, update at a rate of 0 and return the seconds, or 0 if a gradient is non-finite, which the guard judges
+        in step 1."""
         model = self.trainer.model
         if not self._on_all_ranks(gradients_are_finite(model.parameters())):
             return 0.0
@@ -235,11 +238,13 @@ class PassTimer:
         return all(distributed.all_gather(finite)) if self.trainer.is_shared else finite
 
     def score(self, positions: Positions) -> float:
+        """Return the seconds of scoring eval rows."""
         began = self._synchronized_time()
         self.evaluate(RowSubset(self.trainer.eval_rows, positions))
         return self._seconds_since(began)
 
     def _synchronized_time(self) -> float:
+        """Return the time in seconds, once the GPU is idle."""
         if self.inputs.plan.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -252,8 +257,8 @@ class PassTimer:
 def timed_forecast(
     passes: PassTimer, longest: Positions, seconds: tuple[float, float], step_seconds: float
 ) -> TimeNeed:
-    """Forecast the time of the remaining training from the `seconds` of two passes at the longest micro batch; further
-    passes are timed if they are short."""
+    """Forecast the remaining training time from the `seconds` of two passes at the longest micro batch; further passes
+    are timed if they are short."""
     inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _attention_work_ratio(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
     steps = max(0, plan.total_steps - first_step)
@@ -298,8 +303,8 @@ def _fit_train_time(
     longest: tuple[float, float, float],
     budget: float,
 ) -> tuple[PassTime, float]:
-    """Fit the pass time to the longest pass (work, seconds cold and warm) and a typical one; also return the one-time
-    seconds, for compiling or per shape."""
+    """Fit the pass time to the longest pass (work, seconds cold and warm) and a typical one. Also returns the one-time
+    seconds of compiling, or of each shape."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
     at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0
@@ -316,6 +321,7 @@ def _fit_train_time(
 
 
 def _forecast_evaluations(passes: PassTimer, train: PassTime, quadratic: float, budget: float) -> tuple[float, int]:
+    """Return the seconds of one evaluation, and the number of evaluations."""
     plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
     parts = list(batches(longest_first(lengths), plan.eval_batch_size))
@@ -344,8 +350,8 @@ def _shapes(lengths: np.ndarray, parts: Iterable[Positions]) -> np.ndarray:
 
 
 def _attention_work_ratio(model: PreTrainedModel) -> float:
-    """Return the attention work per visible token relative to the work with the weights, without embeddings (Kaplan et
-    al. 2020, arXiv 2001.08361, table 1); 0 for a model without layers of one width."""
+    """Return the attention work per visible token, relative to the work with the weights, without embeddings (Kaplan et
+    al. 2020, arXiv 2001.08361, table 1), or 0 for a model without layers of one width."""
     config = model.config.get_text_config()
     layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
     if not isinstance(layers, int) or not isinstance(hidden, int):
@@ -356,6 +362,7 @@ def _attention_work_ratio(model: PreTrainedModel) -> float:
 
 
 def _estimate_save_seconds(passes: PassTimer) -> float:
+    """Estimate the seconds of a checkpoint from writing a sample."""
     trainer, trial = passes.trainer, passes.inputs.request.checkpoints / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]

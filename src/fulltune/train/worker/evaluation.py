@@ -1,4 +1,4 @@
-"""Scores the eval rows while training, and ends a run that diverges or gets worse than the model before step 1."""
+"""Scores the eval rows while training, and stops a run that diverges or gets worse than before step 1."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MIN_ROWS = 30
 
 
 class Evaluator(TrainingPart):
-    """Scores the eval rows and judges the curves; a loss of the user's own is not judged."""
+    """Scores the eval rows and judges the curves, except those of a user's own loss."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, head_is_new: bool) -> None:
         self.inputs, self.trainer, self.target, self.head_is_new = inputs, trainer, target, head_is_new
         self.start_counts: np.ndarray | None = None
         """Contributions of the eval rows to the metric before step 1: float64 [rows, k]."""
         self.num_worse, self.worse_by = 0, ""
-        """Consecutive evaluations worse than before step 1, and the size of the last difference in words."""
+        """Consecutive evaluations worse than before step 1, and a description of the last difference."""
         self.matched_start = False
         """True once an evaluation was not worse than before step 1."""
         self._predictions: Predictions = {}
@@ -51,7 +51,7 @@ class Evaluator(TrainingPart):
         return self.inputs.task.metrics(self._predictions, self.target)
 
     def metric_of(self, rows: Sequence[Row]) -> float:
-        """Return the run's metric of these rows, scored by this process alone."""
+        """Return the run's metric of these rows; only this process scores them."""
         return float(self.inputs.task.metrics(self.reduced(rows), self.target)[self.inputs.plan.metric])
 
     def reduced(self, rows: Sequence[Row]) -> Predictions:
@@ -78,7 +78,8 @@ class Evaluator(TrainingPart):
 
     @property
     def untrained_loss(self) -> float | None:
-        """Loss of the dry run; for a new head at least the chance loss, as one from a linear probe starts below it."""
+        """Loss of the dry run. For a new head it is at least the chance loss, because a head from a linear probe starts
+        lower."""
         inputs = self.inputs
         measured = inputs.usage.dry_run_loss
         if not self.head_is_new:
@@ -111,6 +112,7 @@ class Evaluator(TrainingPart):
     def _compare_with_start(
         self, measure: ResamplableMetric, start: np.ndarray, now: np.ndarray, state: TrainerState
     ) -> None:
+        """Count consecutive worse evaluations; raises Diverged if training made the model worse."""
         better, error = gain(measure, start, now)
         is_worse = not math.isfinite(better) or better < -BEYOND_CHANCE * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps
@@ -125,7 +127,7 @@ class Evaluator(TrainingPart):
             raise Diverged(decision.reason)
 
     def judge_end(self, state: TrainerState) -> None:
-        """Stop or warn if the loss ended high, or if the final weights are worse than those before step 1."""
+        """Raise Diverged or warn if the loss ended high, or if the final weights are worse than those before step 1."""
         inputs, rate = self.inputs, self.inputs.highest_rate
         if inputs.has_own_loss:
             return

@@ -46,7 +46,7 @@ def load_pretrained(
     before_weights: Callable[[], None] = lambda: None,
     num_ranks: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, HeadOrigin | None]:
-    """Load the pretrained model with the task's head; returns it with its processor and the origin of the head."""
+    """Load the pretrained model with the task's head; returns it with its processor and the head's origin."""
     base, heads = Base.of(recipe.model, recipe.task, recipe.data.chat_template), list[HeadOrigin]()
     model = load(
         base,
@@ -71,7 +71,7 @@ def apply_method(model: PreTrainedModel, recipe: Recipe) -> methods.AppliedMetho
 
 @dataclass(frozen=True)
 class Objective:
-    """Makes batches from rows and computes their loss, for transformers' Trainer and Lightning's."""
+    """Collates rows and computes their loss, for transformers' Trainer and Lightning's."""
 
     recipe: Recipe
     plan: Plan
@@ -111,7 +111,7 @@ class ScaledHead:
     factor: float
 
     def fold(self, model: PreTrainedModel) -> None:
-        """Rescale the layer, so that the trained model predicts in the user's units."""
+        """Rescale the layer so that the trained model predicts in the user's units."""
         parameters = dict(self.layer.named_parameters())
         if not any(map(zero.is_in_engine, parameters.values())):
             sharding.reshard(model)
@@ -131,7 +131,8 @@ def scale_head(
     gives_numbers: bool,
     own_loss: bool = False,
 ) -> tuple[ScaledHead | None, str]:
-    """Make the head's last layer learn numbers in units of their spread, if possible; returns it, and a note."""
+    """Make the head's last layer learn numbers in units of their spread. Returns it, or None if that is impossible, and
+    a note."""
     layer, problem = output_layer_of(model, 1), ""
     if own_loss:
         problem = "compute_loss is your own"
@@ -157,6 +158,7 @@ def scale_head(
 def _returns_output_of(
     model: PreTrainedModel, layer: torch.nn.Linear, batch: dict[str, torch.Tensor], precision: str
 ) -> bool:
+    """Return whether the model's outputs are this layer's outputs."""
     layer_outputs = list[torch.Tensor]()
     hook = layer.register_forward_hook(lambda _, inputs, output: layer_outputs.append(output))
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -186,14 +188,15 @@ class LoadedModel:
     head_start: Probe | None
     """The linear probe that a new head starts from."""
     scaled: ScaledHead | None
-    """The last layer, for numbers learned in units of their spread."""
+    """The last layer, if it learns numbers in units of their spread."""
     scale_note: str | None
-    """A note on these units, or on why the user's are used; None if no numbers are learned."""
+    """A note on these units, or on why they are the user's; None if no numbers are learned."""
     base_digest: str | None
     """Digest of the pretrained weights, or None if they are sharded by ZeRO."""
 
 
 def load_for_training(inputs: AttemptInputs) -> LoadedModel:
+    """Load model and rows, apply the method, and prepare them as planned."""
     plan, recipe, task, summary = inputs.plan, inputs.recipe, inputs.task, inputs.summary
     target = Target.of(summary)
     inputs.recorder.phase("loading the model")
@@ -282,7 +285,7 @@ def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
 
 
 def make_faster(model: PreTrainedModel, recipe: Recipe, plan: Plan, summary: DataSummary) -> None:
-    """Install Liger's kernels, compile blocks or, on a CPU without compiling, install a faster dropout."""
+    """Install Liger's kernels and compile blocks as planned, or install a faster dropout on a CPU without compiling."""
     if recipe.train.use_liger_kernel:
         put_kernels(model)
     if plan.torch_compile:
@@ -303,6 +306,7 @@ def rows_with_mixed(data: Path, summary: DataSummary, tokenizer: PreTrainedToken
 
 
 def mixed_ranges(summary: DataSummary) -> tuple[MixedSource, ...]:
+    """Return the row numbers of each mixed-in source."""
     ends = accumulate((source.counts.rows for source in summary.mixed), initial=summary.splits["train"].rows)
     return tuple(
         MixedSource(range(start, end), source.rows_per_epoch)
@@ -330,7 +334,7 @@ def _start_head_from_probe(
 def start_from_probe(
     objective: Objective, head: HeadOrigin, tokenizer: PreTrainedTokenizerBase, folder: Path, device: torch.device
 ) -> Probe:
-    """Start a new head from the run folder's linear probe, which is fitted if missing; at random if that fails."""
+    """Start a new head from the run folder's linear probe, which is fitted if missing, or at random if that fails."""
     model, recipe, plan, target = objective.model, objective.recipe, objective.plan, objective.target
     together, reading = sharding.needs_all_ranks(model), contextlib.ExitStack()
 

@@ -39,7 +39,7 @@ _MEANINGS: dict[type[BaseException], OutcomeStatus] = {
 
 
 def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Outcome:
-    """Run an attempt and return its outcome, whatever happens; rank 0 also writes it to `outcome.json`."""
+    """Run an attempt and return its outcome even if it fails; rank 0 also writes it to `outcome.json`."""
     with contextlib.ExitStack() as cleanup:  # in the user's own process Ctrl-C must work again after training
         started = time.monotonic()
         rank = int(os.environ.get("RANK", "0"))
@@ -109,7 +109,7 @@ def _train_with_limit(
 
 
 def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
-    """Return the status and the reason for an exception of an attempt that writes into this folder."""
+    """Return the status and reason of an attempt that ended with this exception; `folder` is the attempt's."""
     if failures := getattr(error, "failures", None):  # torch's `CheckpointException`, with each rank's error
         return meaning_of(next(iter(failures.values()))[0], folder)
     text = " ".join(str(error).split())
@@ -125,6 +125,7 @@ def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
 
 
 def _exit_with_parent(parent_pid: int) -> None:
+    """Exit when the parent does; an orphan would train beside the next attempt."""
     # Otherwise an orphaned worker would train beside the next attempt.
     started_by = os.getppid()
 
@@ -141,7 +142,7 @@ def _exit_with_parent(parent_pid: int) -> None:
 
 
 def main(file: str, parent: str | None = None) -> int:
-    """Run the request in `file`; `parent` is the process to end with, on machines other than the request's."""
+    """Run the request in `file` and return the exit code; on other machines `parent` is the process to end with."""
     request = Request.load(Path(file))
     parent_pid = request.parent_pid if parent is None else int(parent)
     if parent_pid is not None:

@@ -1,4 +1,4 @@
-"""Weights before, during and after training; for a sharded model all ranks must call these functions."""
+"""Copies, compares and saves weights; for a sharded model all ranks must call these functions."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def on_cpu(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def second_moment(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor | None:
-    """Return AdamW's running mean of squared gradients on the CPU, in the shape of `on_cpu`; None for other optimizers.
-    It is positive where a value has received a gradient."""
+    """Return AdamW's running mean of squared gradients on the CPU, in the shape of `on_cpu`, or None for other
+    optimizers. It is positive where a value has received a gradient."""
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # wrappers of accelerate and DeepSpeed
     if zero.is_in_engine(parameter):
@@ -50,7 +50,7 @@ def second_moment(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor
 
 
 class InitialWeights:
-    """The trainable weights before step 1, on disk; if sharded, each rank writes and compares its shard."""
+    """The trainable weights before step 1, on disk; if they are sharded, each rank writes and compares its shard."""
 
     def __init__(self, model: PreTrainedModel, path: Path, is_sharded: bool = False) -> None:
         sharding.reshard(model)
@@ -63,8 +63,8 @@ class InitialWeights:
         save_file(tensors, path)
 
     def moved(self, model: PreTrainedModel, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
-        """Count over all ranks the values that received a gradient (their second moment is positive, so embeddings of
-        unused tokens are not counted) and those that changed."""
+        """Count, over all ranks, the values that received a gradient (their second moment is positive, which excludes
+        embeddings of unused tokens) and those that changed."""
         sharding.reshard(model)
         inner = optimizer
         while inner is not None:
@@ -107,7 +107,7 @@ class InitialWeights:
 
 
 def own_file(folder: Path, prefix: str) -> Path:
-    """Return this process's file for `InitialWeights`, and remove files of processes that were killed."""
+    """Return this process's file for `InitialWeights`, and delete the files of processes that were killed."""
     for left in folder.glob(f"{prefix}*.safetensors"):
         process = left.stem.removeprefix(prefix)
         if process.isdigit() and not _is_running(int(process)):
@@ -126,6 +126,7 @@ def _is_running(process: int) -> bool:
 
 
 def load_finished(trainer: FullTrainer, checkpoint: Path, total_steps: int) -> torch.optim.Optimizer:
+    """Load weights and optimizer of a checkpoint that needs no more steps."""
     # Only optimizers without second moments need this; an earlier attempt saw the gradients.
     trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
     if trainer.is_deepspeed_enabled:
@@ -190,7 +191,7 @@ def _gather_trained(model: PreTrainedModel) -> None:
 
 
 def _save_full(model: PreTrainedModel, folder: Path, is_first: bool) -> None:
-    """Save like `save_pretrained`; sharded weights file by file, so that no rank holds all of them."""
+    """Save like `save_pretrained`; sharded weights are written file by file, so that no rank holds all of them."""
     in_engine = zero.holds(model)
     is_shared = in_engine or sharding.is_sharded(model)
     # `save_pretrained` converts tensors that have other names in files.
