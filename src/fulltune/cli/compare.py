@@ -44,7 +44,7 @@ def compare(
     if as_json:
         typer.echo(comparison.model_dump_json(indent=2))
     else:
-        _show(content.for_terminal(comparison), cards)
+        _print_results(content.for_terminal(comparison), cards)
 
 
 def _compare_tasks(
@@ -68,17 +68,17 @@ def _compare_tasks(
         comparisons[name], cards = _run_comparison(recipe, run, budget, began)
         if not as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
-            _show(content.for_terminal(comparisons[name]), cards)
+            _print_results(content.for_terminal(comparisons[name]), cards)
     together = many_tasks(comparisons)
     with run_folder.writing(parent):
         files = report.write_tasks(parent, together)
     if as_json:
         typer.echo(together.model_dump_json(indent=2))
     else:
-        _show([on_one_base(together)], files)
+        _print_results([on_one_base(together)], files)
 
 
-def _show(parts: Iterable[Headline | Section | Element], files: Sequence[Path]) -> None:
+def _print_results(parts: Iterable[Headline | Section | Element], files: Sequence[Path]) -> None:
     pages.show(out, parts)
     for path in files:
         out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)

@@ -38,14 +38,15 @@ def check(hardware: str | None, rows: int | None, tokens: int | None, price: str
     """Parse the options into hardware and price, or raise a `RecipeError`."""
     problems: list[str] = []
 
-    def read(parse: Callable[[str], Any], text: str | None) -> Any:
+    def parse_or_note(parse: Callable[[str], Any], text: str | None) -> Any:
+        """Parse an option, or note its problems and return None."""
         try:
             return None if text is None else parse(text)
         except RecipeError as error:
             problems.extend(error.problems)
             return None
 
-    fleet, hourly = read(gpus.parse, hardware), read(time.parse_price, price)
+    fleet, hourly = parse_or_note(gpus.parse, hardware), parse_or_note(time.parse_price, price)
     for name, value, what in (("rows", rows, "train rows"), ("tokens", tokens, "tokens of a row")):
         if value is not None and value < 1:
             problems.append(f"--{name}: {value}, but the number of {what} must be at least 1")
@@ -132,7 +133,7 @@ def _survey_and_plan(
     spread, followed = workload.spread_over(recipe, fleet)
     base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, not by_config))
 
-    def of_a_model(changed: Recipe) -> workload.Workload:
+    def workload_of(changed: Recipe) -> workload.Workload:
         if by_config:
             _check_model_and_length(changed, base(), summary, fleet.here)
         model = PlannedModel(changed, base(), summary)
@@ -143,9 +144,9 @@ def _survey_and_plan(
 
         return workload.Workload(changed, model.shapes, traced, summary, followed)
 
-    def by_another_method(kind: str) -> workload.Workload | None:
+    def workload_with_method(kind: str) -> workload.Workload | None:
         changed = _with_method(spread, kind, base())
-        return None if changed is None else of_a_model(changed)
+        return None if changed is None else workload_of(changed)
 
     files = [place / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
     if fleet.here and plan is not None and all(file.exists() for file in files):
@@ -153,8 +154,8 @@ def _survey_and_plan(
         shapes, footprint = Shapes.load(files[0]), records.Footprint.load(files[1])
         load = workload.Workload(spread, shapes, lambda weights_dtype: footprint, summary, followed)
     else:
-        load = of_a_model(spread)
-    return survey(load, fleet, price, plan, by_another_method)
+        load = workload_of(spread)
+    return survey(load, fleet, price, plan, workload_with_method)
 
 
 def _with_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
@@ -194,7 +195,7 @@ def _assumed_data(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     percentiles = {"p50": length, "p95": length, "max": length}
     choices = USUAL_CHOICES if recipe.task == "multiple-choice" else 0
 
-    def of_rows(number: int) -> SplitSummary:
+    def split_of(number: int) -> SplitSummary:
         return SplitSummary(
             rows=number,
             tokens=number * length * max(1, choices),
@@ -204,7 +205,7 @@ def _assumed_data(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
             length_percentiles=percentiles,
         )
 
-    splits: Any = {name: of_rows(number) for name, number in {"train": rows, **counts}.items()}
+    splits: Any = {name: split_of(number) for name, number in {"train": rows, **counts}.items()}
     labels = ("a", "b") if recipe.task.endswith("classification") else ()
     target = Target(form.name if form else FACTS[recipe.task].types[0], {}, labels, num_choices=choices)
     return DataSummary(

@@ -308,12 +308,13 @@ def _write_separated(stream: Any, delimiter: str, names: Sequence[str]) -> Calla
     def write(row: Row, answer: Row) -> None:
         # Seven digits exceed the precision of a model's numbers.
         rounded = {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in answer.items()}
-        writer.writerow([_cell_value({**row, **rounded}.get(name)) for name in names])
+        writer.writerow([_plain_value({**row, **rounded}.get(name)) for name in names])
 
     return write
 
 
-def _cell_value(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
+    """Return a value as text or number, lists and dictionaries as JSON."""
     if isinstance(value, (list, tuple, dict)):
         return json.dumps(value, ensure_ascii=False, default=readable)
     return value if value is None or isinstance(value, (str, int, float)) else readable(value)
@@ -335,11 +336,11 @@ def _write_parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> 
 
         def write(row: Row, answer: Row) -> None:
             cells = {
-                name: _cell_value(answer[name]) if kind == "json" else answer[name] for name, (_, kind) in new.items()
+                name: _plain_value(answer[name]) if kind == "json" else answer[name] for name, (_, kind) in new.items()
             }
             for name, value in ((name, row.get(name)) for name in own):
                 unread = value is None or (name in types and isinstance(value, BadCell))
-                cells[name] = None if unread else value if name in types else str(_cell_value(value))
+                cells[name] = None if unread else value if name in types else str(_plain_value(value))
             waiting.append(cells)
             if len(waiting) == _ROWS_AT_ONCE:
                 flush()

@@ -164,6 +164,7 @@ class Context:
         self.job.listener(Message(text=text))
 
     def setup(self, label: str) -> MethodSetup:
+        """Return a method's setup, planned at the first call."""
         if label not in self._setups:
             method = next(one for one in self.trained_methods if one.label == label)
             recipe = self._recipe_of(method)

@@ -72,7 +72,7 @@ def lint_comparison(ran: SeedRuns, comparison: Comparison) -> tuple[Finding, ...
     ]
     if ran.left_out:
         findings.append(("left-out", ", ".join(ran.left_out), "not trained: the budget is too short"))
-    return _findings(findings)
+    return _to_findings(findings)
 
 
 def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
@@ -98,7 +98,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
                 bf16_rounding=recipe.train.bf16_rounding or "stochastic",
             )
         )
-    return _findings(
+    return _to_findings(
         [
             *_check_rates(trained),
             *_check_methods(trained),
@@ -108,7 +108,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
     )
 
 
-def _findings(findings: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
+def _to_findings(findings: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
     return tuple(
         Finding(
             rule=rule,
@@ -242,6 +242,7 @@ def _check_eval_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
 
 
 def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
+    """Yield findings about test rows in train or in earlier verdicts."""
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, most of all for a method that memorises rows"
     if verdicts > 1:

@@ -167,16 +167,17 @@ def _chances(
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(now.row_variance + then.row_variance + max(0.0, now.seed_variance - then.seed_variance))
     chances = [
-        _chances_at(gap.estimate, scatter, then.half_width(level, luck), then.half_width(2 * level, luck), margin)
+        _normal_chances(gap.estimate, scatter, then.half_width(level, luck), then.half_width(2 * level, luck), margin)
         for luck in then.luck(same_seeds=same_seeds)
     ]
     full, equal, rival = (float(np.mean(each)) for each in zip(*chances, strict=True))
     return full, equal, rival
 
 
-def _chances_at(
+def _normal_chances(
     estimate: float, scatter: float, half: float, half_one_sided: float, margin: float
 ) -> tuple[float, float, float]:
+    """Return the probabilities of each clear answer for a normal estimate and these half widths."""
     needed, room = max(margin, half), margin - half_one_sided
     normal = NormalDist(estimate, max(scatter, 1e-12))
     equal = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0

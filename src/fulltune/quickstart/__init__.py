@@ -154,6 +154,7 @@ _Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tuple[str, _Documented]]:
+    """Yield public functions, classes and methods with their dotted names."""
     for node in body:
         if isinstance(node, _Documented):
             if not node.name.startswith("_"):

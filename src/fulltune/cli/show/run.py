@@ -65,22 +65,22 @@ class Display:
     def __call__(self, event: Event) -> None:
         match event:
             case PhaseBegan(name=name):
-                self._phase(name)
+                self._show_phase(name)
             case RowsRead():
-                self._rows(event)
+                self._show_rows_read(event)
             case StepLogged():
-                self._step(event)
+                self._show_step(event)
             case Evaluated():
-                self._eval(event)
+                self._show_evaluation(event)
             case DataPrepared():
-                self._data(event.summary, event.is_reused)
+                self._show_data(event.summary, event.is_reused)
             case Planned(plan=plan):
                 self.metric = plan.metric
-                self._plan(plan)
+                self._show_plan(plan)
             case ChecksDone(checks=checks):
                 pages.show(self.console, [check_table(checks)])
             case Forecast():
-                self._forecast(event)
+                self._show_forecast(event)
             case Message(text=text, level="progress" | "resumed"):
                 self.console.print(escape(text))
             case Message(text=text, level="next attempt"):
@@ -95,17 +95,17 @@ class Display:
                 named = first_few([f"{row + 1:,}" for row in rows], _MOST_ROWS)
                 self.console.print(f"[yellow]step {step}: skipped:[/yellow] {escape(reason)}; train rows {named}")
 
-    def _phase(self, name: str) -> None:
+    def _show_phase(self, name: str) -> None:
         self.last_line = time.monotonic()
-        if not self._live(name, None, None, ""):
+        if not self._update_live_line(name, None, None, ""):
             self.console.print(f"[dim]{name}[/dim]")
 
-    def _live(self, name: str, done: float | None, total: float | None, facts: str) -> bool:
+    def _update_live_line(self, name: str, done: float | None, total: float | None, facts: str) -> bool:
         """Update the live line, and return whether there is one."""
         self.progress.update(self.task, description=name, completed=done, total=total, facts=facts)
         return self.progress.live.is_started
 
-    def _rows(self, event: RowsRead) -> None:
+    def _show_rows_read(self, event: RowsRead) -> None:
         now = time.monotonic()
         if event.done == 0 or event.name != self.rows_of:
             self.rows_of, self.rows_began = event.name, now
@@ -113,22 +113,25 @@ class Display:
         facts = f"{event.done:,} rows" if event.total is None else f"{event.done:,} of {event.total:,} rows"
         if share and share < 1:
             facts += f", {format_seconds(round((now - self.rows_began) * (1 - share) / share))} left"
-        if not self._live(event.name, share, None if share is None else 1.0, facts) and now - self.last_line > 5:
+        if (
+            not self._update_live_line(event.name, share, None if share is None else 1.0, facts)
+            and now - self.last_line > 5
+        ):
             self.last_line = now
             self.console.print(f"[dim]{event.name}: {facts}[/dim]")
 
-    def _step(self, event: StepLogged) -> None:
+    def _show_step(self, event: StepLogged) -> None:
         # Images have no tokens.
         speed = f"{event.tokens_per_second:,.0f} tok/s  " if event.tokens_per_second else ""
         facts = f"loss {event.loss:.3f}{self.last_metric}  {speed}{format_seconds(round(event.seconds_left))} left"
         step, total, now = event.step, event.total_steps, time.monotonic()
-        if not self._live(f"step {step}/{total}", step, total, facts) and (
+        if not self._update_live_line(f"step {step}/{total}", step, total, facts) and (
             now - self.last_line > 5 or step in (1, total)
         ):
             self.last_line = now
             self.console.print(f"step {step}/{total}  {facts}")
 
-    def _eval(self, event: Evaluated) -> None:
+    def _show_evaluation(self, event: Evaluated) -> None:
         metrics = event.metrics
         names, drift = [name for name in metrics if name not in (self.metric, *OF_GENERIC_TEXT)], OF_GENERIC_TEXT[0]
         shown = [self.metric, *names[: 1 if drift in metrics else 2], drift]
@@ -137,7 +140,7 @@ class Display:
             self.last_metric = f"  eval {self.metric} {format_metric(self.metric, metrics[self.metric])}"
         self.console.print(f"step {event.step:>5}  epoch {event.epoch:.2f}  eval {values}")
 
-    def _data(self, summary: DataSummary, is_known: bool) -> None:
+    def _show_data(self, summary: DataSummary, is_known: bool) -> None:
         self.summary = summary
         if self.details and is_known:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
@@ -145,7 +148,7 @@ class Display:
         elif self.details:
             pages.show(self.console, rows_for_terminal(summary))
 
-    def _plan(self, plan: Plan) -> None:
+    def _show_plan(self, plan: Plan) -> None:
         if self.details:
             trained = f"{plan.num_trainable_parameters:,} trained" if plan.num_frozen_parameters else "all trained"
             self.console.print(
@@ -159,7 +162,7 @@ class Display:
             for line in mixed_words(self.summary, plan.num_train_epochs) if self.summary else ():
                 self.console.print(f"mixed in: {escape(line)}")
 
-    def _forecast(self, event: Forecast) -> None:
+    def _show_forecast(self, event: Forecast) -> None:
         memory = f", about {format_bytes(event.peak_memory_bytes)} of memory" if event.peak_memory_bytes else ""
         self.console.print(
             f"training with evaluations and checkpoints will take about "

@@ -34,7 +34,7 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
     # A full model's file holds the base and a small head.
     base = min(one[full].saved_bytes for one in rows.values())
 
-    def way(method: str) -> MethodOverTasks:
+    def totals_of(method: str) -> MethodOverTasks:
         task_rows = {task: one[method] for task, one in rows.items()}
         stored, kind = sum(row.saved_bytes for row in task_rows.values()), task_rows[next(iter(task_rows))].kind
         return MethodOverTasks(
@@ -51,7 +51,7 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
         model=first.model,
         base_bytes=base,
         tasks={task: one.decision for task, one in comparisons.items()},
-        methods=tuple(map(way, (full, *methods))),
+        methods=tuple(map(totals_of, (full, *methods))),
     )
 
 

@@ -73,7 +73,7 @@ def data(view: RunView) -> Section | None:
         return None
     facts = [("kind of rows", row_words(summary).kind)]
     facts += [(f"column for {role.replace('_', ' ')}", column) for role, column in summary.columns.items()]
-    facts += _longest_row(summary)
+    facts += _longest_row_fact(summary)
     if summary.scale is not None:
         mean, spread = map(format_number, summary.scale)
         facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
@@ -88,14 +88,14 @@ def data(view: RunView) -> Section | None:
 def rows_for_terminal(summary: DataSummary) -> list[Element]:
     """Return the elements that are printed once the rows are prepared."""
     kind = f"{row_words(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
-    facts = [("kind of rows", kind), *_longest_row(summary)]
+    facts = [("kind of rows", kind), *_longest_row_fact(summary)]
     blocks: list[Element] = [splits(summary), Facts(tuple(facts)), *_preview_blocks(summary)]
     if notes := [*(f"mixed in: {line}" for line in mixed_words(summary)), *summary.notes]:
         blocks.append(Bullets(tuple(notes)))
     return blocks
 
 
-def _longest_row(summary: DataSummary) -> list[tuple[str, str]]:
+def _longest_row_fact(summary: DataSummary) -> list[tuple[str, str]]:
     if has_images(summary):
         return []
     return [(row_words(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")]

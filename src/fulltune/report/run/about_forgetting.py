@@ -60,19 +60,21 @@ def in_words(points: Sequence[Point], errors: Mapping[int, float], kept_step: in
     step, value = next((point for point in finite if point[0] == kept_step), finite[-1])
     error = errors.get(step, 0.0)
     if abs(value) <= BEYOND_CHANCE * error:
-        return f"There is no measurable drift on generic text at step {step:,} ({_drift_size(value, error, writes)})."
+        return (
+            f"There is no measurable drift on generic text at step {step:,} ({_drift_in_words(value, error, writes)})."
+        )
     if value < 0:
-        return f"Generic text became more likely by step {step:,}: {_drift_size(value, error, writes)}."
+        return f"Generic text became more likely by step {step:,}: {_drift_in_words(value, error, writes)}."
     half = next(at for at, so_far in finite if so_far >= value / 2)
     when = f", half of it by step {half:,}" if half < step else ""
     if writes:
         share = format_percent(-math.expm1(-value))
-        size = _drift_size(value, error, True)
+        size = _drift_in_words(value, error, True)
         return f"A token of generic text became {share} less likely by step {step:,} ({size}){when}."
-    return f"Hidden states of generic text changed by {_drift_size(value, error, False)} by step {step:,}{when}."
+    return f"Hidden states of generic text changed by {_drift_in_words(value, error, False)} by step {step:,}{when}."
 
 
-def _drift_size(value: float, error: float, writes: bool) -> str:
+def _drift_in_words(value: float, error: float, writes: bool) -> str:
     size = f"{format_number(value)} ± {format_number(error)}"
     if writes:
         return f"{size} nats per token; ±: standard error"

@@ -256,10 +256,10 @@ def resources(view: RunView) -> Section | None:
     """Compare plan and measurements in a section, or return None without a plan."""
     if view.plan is None:
         return None
-    return unless_empty("Plan and actual", [*_planned_memory(view.plan), *_plan_and_actual(view, view.plan)])
+    return unless_empty("Plan and actual", [*_planned_memory_blocks(view.plan), *_plan_and_actual(view, view.plan)])
 
 
-def _planned_memory(plan: Plan) -> list[Element]:
+def _planned_memory_blocks(plan: Plan) -> list[Element]:
     need, sent = plan.memory, words.sent(plan)
     if need is None:
         return []

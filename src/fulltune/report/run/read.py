@@ -108,6 +108,7 @@ def merge(attempts: Sequence[AttemptFiles]) -> History:
 
 
 def _points_by_name(rows: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
+    """Return each value's points (step, value) in order of steps."""
     names = dict.fromkeys(name for row in rows.values() for name in row)
     series = {
         name: tuple(
@@ -290,6 +291,7 @@ class _Files:
         return records
 
     def lines(self, path: Path) -> Iterator[dict[str, Any]]:
+        """Yield the entries of a JSON lines file, and note broken lines."""
         if not path.is_file():
             return
         # A process killed while writing can cut a character in two: replace it rather than fail.
