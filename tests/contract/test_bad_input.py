@@ -598,7 +598,7 @@ def test_output_below_a_file_is_refused(case: Case) -> None:
     assert result.code == RECIPE
     assert "Traceback" not in result.err
     assert result.problems[0].startswith(f"{case.folder}/train.csv/runs/recipe-")
-    assert result.problems[0].endswith(": cannot be written (not a directory); choose another place")
+    assert result.problems[0].endswith(": cannot be written (not a directory); choose another folder")
 
 
 # ---- folders, disk, memory -------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_init_output_that_is_a_folder_is_refused(tmp_path: Path) -> None:
     data = tiny.write_csv(tmp_path / "train.csv", tiny.topic_rows(20))
     result = fulltune("init", data, "-o", tmp_path, "--force")
     assert result.code == 2
-    assert result.problems == [f"{tmp_path}: cannot be written (is a directory); choose another place"]
+    assert result.problems == [f"{tmp_path}: cannot be written (is a directory); choose another folder"]
 
 
 def test_init_unknown_form_of_data_is_refused(tmp_path: Path) -> None:

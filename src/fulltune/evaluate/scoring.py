@@ -110,8 +110,8 @@ class Scoring:
             except Exception as error:
                 raise SetupError(
                     f"metrics: your function failed on {len(predicted)} rows ({type(error).__name__}: {error}); it "
-                    "must return names and numbers for any selection of the test rows; repair it and call again, the "
-                    "model is kept"
+                    "must return names and numbers for any selection of the test rows. Correct it and call again; the "
+                    "trained model is kept"
                 ) from error
 
         both = {"predicted": predictions, "true": references}

@@ -1,4 +1,4 @@
-"""Log what is alive while a model runs on tensors without values."""
+"""Log the storages that are alive while a model runs on tensors without values."""
 
 from __future__ import annotations
 
@@ -46,23 +46,22 @@ class TraceCase:
     """A model to trace, and how it is trained."""
 
     config: PretrainedConfig
-    """Config with the task's changes and the dropout; tracing does not change it."""
+    """The config with the task's changes and the dropout; tracing does not modify it."""
     task: Task
     target: Target
     prepare: Callable[[PreTrainedModel], object]
     """Changes the model as training does; equal functions have the same `repr`."""
     num_parameters: int
-    """Parameters of the model and its method, tied ones once."""
+    """Number of parameters of the model and its method, counting tied ones once."""
     all_trained: bool = True
-    """False if only those with `requires_grad` after `prepare` are trained."""
+    """False if only parameters with `requires_grad` after `prepare` are trained."""
     precision: str = "fp32"
     checkpointing: tuple[bool, ...] = (False, True)
-    """Values of activation checkpointing to trace."""
     weights_dtype: str = "fp32"
     attn_implementation: str | None = None
     packed: bool = False
     pixels: tuple[int, int, int] | None = None
-    """Channels, height and width of images."""
+    """Channels, height and width of an image."""
 
 
 def build(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:
@@ -79,14 +78,14 @@ _DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_lay
 
 
 def layered(case: TraceCase, config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config that names the number of layers."""
+    """Return the part of the config that holds the number of layers."""
     if not has_tokens(case):
         return getattr(config, "vision_config", config)
     return config if config.is_encoder_decoder else config.get_text_config()
 
 
 def depths_of(case: TraceCase) -> dict[str, int]:
-    """Return numbers of layers by attribute of the config."""
+    """Return the numbers of layers by attribute of the config."""
     config = layered(case, case.config)
     usual = _DEPTHS[:-1] if config.is_encoder_decoder else _DEPTHS[-1:]
     names = next((some for some in usual if all(isinstance(getattr(config, name, None), int) for name in some)), ())
@@ -94,7 +93,7 @@ def depths_of(case: TraceCase) -> dict[str, int]:
 
 
 def layer_kinds(case: TraceCase) -> tuple[str, ...]:
-    """Return the kind of each layer, if there are several kinds."""
+    """Return the kind of each layer, or an empty tuple if all layers are of one kind."""
     config = layered(case, case.config)
     kinds = tuple(getattr(config, "layer_types", None) or ())
     is_complete = not config.is_encoder_decoder and len(kinds) == getattr(config, "num_hidden_layers", None)
@@ -117,7 +116,7 @@ def with_depths(case: TraceCase, depths: Mapping[str, int], kinds: Sequence[str]
 
 
 def batch_of(case: TraceCase, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Return a batch of full rows, collated by the task."""
+    """Return a batch of `rows` rows with `length` tokens each, collated by the task."""
     row = dict(case.task.full_row(case.target, length))
     if case.packed:
         row["position_ids"] = np.arange(length)
@@ -127,12 +126,12 @@ def batch_of(case: TraceCase, rows: int, length: int) -> dict[str, torch.Tensor]
 
 
 def has_tokens(case: TraceCase) -> bool:
-    """Return whether the model reads text, not images."""
+    """Return whether the model reads text and not images."""
     return case.task.FACTS.reads == "text"
 
 
 def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """Return the footprint's fields about trained tensors."""
+    """Return the footprint's fields that describe the trained tensors."""
     return {
         "weights_dtype": case.weights_dtype,
         "largest_tensor": max(map(math.prod, shapes)),
@@ -146,21 +145,19 @@ def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[st
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """Traces of a model at several points: arrays [points, moments, kinds] and [points]."""
+    """Traces of a model for several batch sizes and lengths (points); `alive` has shape [points, moments, kinds]."""
 
     keys: tuple[tuple[str, int], ...]
-    """Place of each moment, and its allocation's number there."""
+    """Position of each moment in the step, and the number of its allocation at that position."""
     alive: np.ndarray
-    """Bytes after the allocation."""
+    """Bytes alive after each allocation."""
     flops: np.ndarray
     shapes: tuple[tuple[int, ...], ...]
-    """Shapes of all parameters."""
     trained: tuple[tuple[int, ...], ...]
-    """Shapes of the trained parameters."""
 
 
 class AllocationLog(TorchDispatchMode):
-    """Logs allocated and freed storages by `place`; a last axis of `vocab_size` marks logits."""
+    """Logs allocated and freed storages by `place` in the step; a last axis of `vocab_size` marks logits."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -171,7 +168,7 @@ class AllocationLog(TorchDispatchMode):
         super().__exit__(*failure)
 
     def begin(self, parameters: list[torch.Tensor], num_trainable: int) -> None:
-        """Start a new log, with the parameters already allocated."""
+        """Start a new log in which the parameters are already allocated."""
         self.num_trainable, self.place, self.flops = num_trainable, "", 0.0
         self._changes: list[tuple[str, int, int]] = []  # place, block, bytes (negative when freed)
         self._kinds: dict[int, str] = {}  # by block; the others are activations
@@ -184,7 +181,7 @@ class AllocationLog(TorchDispatchMode):
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return bytes by kind after each allocation, without layers between the first and the last."""
+        """Return the bytes by kind after each allocation, except in layers between the first and the last."""
         alive, counts, after = np.zeros(len(KINDS)), Counter[str](), {}
         for place, block, size in self._changes:
             alive[KINDS.index(self._kinds.get(block, "activations"))] += size
@@ -194,12 +191,13 @@ class AllocationLog(TorchDispatchMode):
         return after
 
     def label_gradients(self, parameters: list[torch.Tensor]) -> None:
-        """Mark the blocks of the parameters' gradients."""
+        """Mark the storages of the parameters' gradients."""
         for parameter in parameters:
             if parameter.grad is not None:
                 self._kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"
 
     def _log_storage(self, tensor: torch.Tensor, func: Any) -> None:
+        """Log a new storage, its kind and later its release."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._blocks:
@@ -223,6 +221,7 @@ class AllocationLog(TorchDispatchMode):
             self._kinds[block] = "logits"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and log its new storages and floating-point operations."""
         if func is _DEVICE:  # two of three calls, without an allocation
             return args[0].fake_device
         kwargs = kwargs or {}
@@ -245,6 +244,7 @@ class AllocationLog(TorchDispatchMode):
 
 
 def _replace_boolean_masks(indices: Any, count: int) -> Any:
+    """Replace boolean masks in an index by integer indices for `count` positions."""
     return [
         place
         for index in indices
@@ -257,7 +257,7 @@ def _replace_boolean_masks(indices: Any, count: int) -> Any:
 
 
 def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
-    """Have the log's place follow the layers: `forward 0:first`, `backward 1:last`, `backward 0:below` ..."""
+    """Set the log's `place` as layers run: `forward 0:first`, `backward 1:last`, `backward 0:below` ..."""
 
     def pass_by(hidden: object, forward: str, backward: str) -> None:
         if log.place.startswith("backward"):
@@ -306,7 +306,7 @@ def run(
     training: bool,
     kinds: Sequence[str] = (),
 ) -> ModelTrace:
-    """Trace micro batches, forward and in training backward, in a copy with `depths` layers."""
+    """Trace the forward pass, and in training the backward pass, of a copy with `depths` layers at each point."""
     config = with_depths(case, depths, kinds)
     batches = [batch_of(case, *point) for point in points]
     counts = [case.task.count_items(batch["labels"]) for batch in batches]
@@ -340,7 +340,7 @@ def run(
 
 
 def onto_cpu(model: nn.Module) -> None:
-    """Move all tensors of a model from `meta` to a fake CPU; tied ones stay tied."""
+    """Move all tensors of a model from `meta` to a fake CPU; tied tensors stay tied."""
     copies: dict[int, torch.Tensor] = {}
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -361,6 +361,7 @@ def onto_cpu(model: nn.Module) -> None:
 def _trace_micro_batch(
     case: TraceCase, model: PreTrainedModel, batch: dict[str, torch.Tensor], log: AllocationLog, training: bool
 ) -> None:
+    """Run a micro batch forward, and in training backward, and name the positions in the log."""
     head = _selective_head(case.task, model)
     log.place = "forward before layers"
     labels = batch.pop("labels")

@@ -19,25 +19,25 @@ from fulltune.footprint.records import BYTES, KINDS, Footprint, LiveMemory, Vari
 _log = logging.getLogger(__name__)
 
 ROWS = (2, 3)
-"""More than one, as several need copies where one allows a view."""
+"""More than one, because several rows need copies where one allows a view."""
 _LENGTHS = (16, 24, 40)
-"""Multiples of eight, so that no block is rounded up."""
+"""Multiples of eight, so that no storage is rounded up."""
 
 FAILURES = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
     StrictDataclassError,
     RecipeError,
 )
-"""Errors of a class at an unusual config or tensors without values: its own, torch's, and ours."""
+"""Errors that a model class raises for an unusual config or for tensors without values."""
 
 
 def points_of(case: TraceCase) -> list[tuple[int, int]]:
-    """Return rows and lengths to trace; an image has length 1."""
+    """Return the numbers of rows and tokens to trace; an image has length 1."""
     return list(itertools.product(ROWS, _LENGTHS if has_tokens(case) else (1,)))
 
 
 def trace_model(case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool) -> ModelTrace:
-    """Trace a model, from copies with few layers if possible."""
+    """Trace a model, if possible by extrapolating from copies with few layers."""
     try:
         traced = _extrapolate_from_copies(case, points, recomputed=recomputed, training=training)
     except FAILURES:
@@ -50,7 +50,7 @@ def trace_model(case: TraceCase, points: Sequence[tuple[int, int]], *, recompute
 def _extrapolate_from_copies(
     case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool
 ) -> ModelTrace | None:
-    """Extrapolate from a copy of two layers and copies with one more; None if equal layers differ."""
+    """Extrapolate from a copy of two layers and copies with one more, or return None if the layers differ."""
     start, growths = _reduced_copies(case)
     base = run(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
     # Enough points to solve for the terms, and one more to check them.
@@ -84,7 +84,7 @@ _Copy = tuple[dict[str, int], tuple[str, ...]]
 
 
 def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
-    """Return the smallest copy, and larger ones with the number of layers still missing."""
+    """Return the smallest copy, and one larger copy per kind of layer with the number of missing layers."""
     depths, kinds = depths_of(case), layer_kinds(case)
     if kinds:
         (name,) = depths
@@ -116,11 +116,11 @@ def _added_shapes(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...],
 
 _MANY = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
-"""Micro batches and lengths at which the peak is searched."""
+"""Micro batches and lengths for which the peak is searched."""
 
 
 def traced(case: TraceCase) -> Footprint:
-    """Trace a model and fit its footprint."""
+    """Trace a model and return its footprint."""
     points = points_of(case)
     evaluated = trace_model(case, points, recomputed=False, training=False)
     variants, of_training = [], 0.0
@@ -150,6 +150,7 @@ def _flops_per_token(trace: ModelTrace, points: Sequence[tuple[int, int]], case:
 
 
 def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tuple[LiveMemory, ...]:
+    """Return the moments that are the peak for some micro batch and length."""
     solved = _fit_coefficients(trace.alive.reshape(len(points), -1), points)
     solved = np.round(solved.reshape(6, len(trace.keys), len(KINDS)), 6)
     highest = set()
@@ -168,7 +169,7 @@ def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tu
 
 
 def _fit_coefficients(values: np.ndarray, points: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return coefficients [6, n] of values [points, n]; images, which have one size, only have the first two."""
+    """Return coefficients [6, n] fitted to values [points, n]; images, which have one size, use only the first two."""
     matrix = np.array([terms(*point) for point in points], float)
     used = 6 if _has_lengths(points) else 2
     coefficients = np.zeros((6, values.shape[1]))

@@ -1,4 +1,4 @@
-"""Sizes and memory of a recipe's model, without its weights."""
+"""Compute a model's dimensions and memory without its weights."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ VALUES, VALUES_RECOMPUTED = 2 * 34, 2
 """Values saved per token, layer and hidden unit, without and with checkpointing (Korthikanti et al. 2022, arXiv
 2205.05198, section 4.1; doubled for attention in windows)."""
 VALUES_PER_STATE = 12
-"""More values for each state of a state-space layer: six arrays of twice the hidden size."""
+"""Additional values per state of a state-space layer: six arrays of twice the hidden size."""
 LOGITS_BYTES = 3 * 4
 """Bytes of a logit, its probability and its gradient in fp32."""
 USUAL_LAYERS = 12
 PIXELS_OF_A_TOKEN = 32 * 32
-"""Pixels per position where convolutions end."""
+"""Pixels per position after the last convolution."""
 
 
 def rough(case: TraceCase, why: str) -> Footprint:
-    """Return a footprint by a rule of thumb, with the reason `why` for not tracing."""
+    """Return a footprint by a rule of thumb; `why` is the reason for not tracing."""
     shapes = _parameter_shapes(case)
     num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
     layers, hidden, vocab = _model_sizes(case)
@@ -81,6 +81,7 @@ def rough(case: TraceCase, why: str) -> Footprint:
 def _rough_moment(
     case: TraceCase, place: str, gradients: int, activations: int, logits: int, buffers: int
 ) -> LiveMemory:
+    """Return a moment with a constant number of gradients and buffers, and the other bytes per token or image."""
     each = 2 if has_tokens(case) else 1  # position in `records.terms`
     sizes = {"gradients": (0, gradients), "activations": (each, activations), "logits": (each, logits)}
     coefficients = {
@@ -91,6 +92,7 @@ def _rough_moment(
 
 
 def _parameter_shapes(case: TraceCase) -> list[tuple[int, ...]]:
+    """Return the shapes of the trained parameters."""
     with torch.device("meta"):
         model = getattr(transformers, case.task.FACTS.auto_class).from_config(case.config)
         if not case.all_trained:
@@ -99,6 +101,7 @@ def _parameter_shapes(case: TraceCase) -> list[tuple[int, ...]]:
 
 
 def _model_sizes(case: TraceCase) -> tuple[int, int, int]:
+    """Return the number of layers, the hidden size and the vocabulary size, 0 without one."""
     config = layered(case, case.config)
     layers = sum(getattr(config, "depths", None) or ()) or getattr(config, "num_hidden_layers", None) or USUAL_LAYERS
     layers *= 2 if config.is_encoder_decoder else 1
@@ -126,12 +129,12 @@ class PlannedModel:
 
     @cached_property
     def shapes(self) -> Shapes:
-        """The model's sizes, with those of the recipe's method."""
+        """The model's dimensions, including the parameters of the recipe's method."""
         apply = preparing(self.recipe, on_cpu=False) if self.recipe.method.kind != "full" else None
         return shapes_of(self.base, self.changes, apply)
 
     def footprint(self, recipe: Recipe, device: str, precision: str) -> Footprint:
-        """Return the model's footprint for a recipe, whose weight type and attention may differ."""
+        """Return the model's footprint for a recipe with another weight type or attention."""
         pixels, assumed = self.base.image_shape
         attention = recipe.model.attn_implementation
         footprint = trace(
@@ -155,13 +158,13 @@ class PlannedModel:
         return footprint.model_copy(update={"assumed": assumed})
 
     def save(self, footprint: Footprint, folder: Path) -> None:
-        """Save sizes and memory beside a run's plan."""
+        """Save the footprint and the model's dimensions beside a run's plan."""
         footprint.save(folder / "plan" / FOOTPRINT)
         self.shapes.save(folder / "plan" / SHAPES)
 
 
 def preparing(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel], None]:
-    """Return the changes to a model before training."""
+    """Return a function that changes a model as training does before it starts."""
     same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
     if recipe.method.kind == "full":
         same["train"] = {}
@@ -177,11 +180,10 @@ def prepare(method: Method, task: TaskName, on_cpu: bool, model: PreTrainedModel
 
 
 _TRACED: dict[str, Footprint] = {}
-"""Footprints that this process has traced."""
 
 
 def trace(case: TraceCase) -> Footprint:
-    """Return the footprint of a model, rough if it cannot be traced."""
+    """Return the footprint of a model, by a rule of thumb if it cannot be traced."""
     config = {name: value for name, value in case.config.to_dict().items() if name != "_name_or_path"}
     key = repr((type(case.config).__name__, config, replace(case, config=PretrainedConfig())))
     if key not in _TRACED:

@@ -14,7 +14,7 @@ from fulltune.system.parallel_layout import BUCKET_VALUES, ParallelLayout
 from fulltune.text import format_bytes, parse_bytes
 
 LIBRARIES_BYTES = 700 * 2**20
-"""Memory of Python, torch and transformers in a process that trains on the CPU."""
+"""Memory of Python, torch and transformers in a CPU process."""
 
 
 def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:

@@ -29,9 +29,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         own_loss: True if the user passed `compute_loss`.
         started_seconds: Seconds since the command started.
 
-    Raises:
-        RecipeError: If settings contradict each other or the machine.
-        DoesNotFitError: If memory or disk is too small, with ways out.
+    Raises `RecipeError` for contradictory settings, and `DoesNotFitError` if memory or disk is too small.
     """
     shapes, summary, reasons = workload.shapes, workload.summary, Reasons()
     recipe, why = placed(workload, fleet, own_loss)

@@ -77,7 +77,6 @@ class NamedHardware:
     gpu: GpuModel | None
     """The GPU model; None for a CPU."""
     count: int = 1
-    """GPUs per machine."""
     machines: int = 1
     host_bytes: int | None = None
     disk_bytes: int | None = None

@@ -22,7 +22,6 @@ SMALL_OF_PARTS_BYTES = 4 * 2**20
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """CUDA context, cuBLAS workspaces and the allocator's rounding (from the literature)."""
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
-"""Tokens per chunk of a chunked loss."""
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:

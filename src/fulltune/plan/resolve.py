@@ -21,7 +21,6 @@ from fulltune.text import counted, format_bytes
 MIN_BF16_SPEEDUP = 1.2
 """Speed of bf16 relative to fp32 that is worth its rounding on a CPU."""
 MAX_WORKERS = 8
-"""Maximum number of processes that decode images for one GPU."""
 MIN_SHARED_BYTES = 2**30
 """Shared memory per GPU: each worker queues two batches, and 32 images of 224 x 224 pixels are 19 MB."""
 
@@ -80,7 +79,9 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
         ratio = machine.cpu_bf16_speedup
         usual = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
         reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
-        reason += "; weights stay fp32" if usual == "bf16" else f"; it is used from {MIN_BF16_SPEEDUP} times on"
+        reason += (
+            "; weights stay fp32" if usual == "bf16" else f"; it is used if at least {MIN_BF16_SPEEDUP} times as fast"
+        )
     else:
         oldest = oldest_gpu(recipe, machine)
         usual, reason = _gpu_precision(oldest)
@@ -136,7 +137,7 @@ def _gpu_precision(gpu: Gpu) -> tuple[str, str]:
         return "bf16", f"{gpu.label} computes in bf16; weights stay fp32"
     if gpu.capability >= TENSOR_CORES_FROM:
         needs = "{}.{}".format(*BF16_FROM)
-        return "fp16", f"{gpu.label} has no bf16 (from {needs} on): fp16 with loss scaling; weights stay fp32"
+        return "fp16", f"{gpu.label} has no bf16 (which needs {needs}): fp16 with loss scaling; weights stay fp32"
     return "fp32", f"{gpu.label} has no tensor cores: fp16 would be no faster and less exact"
 
 

@@ -40,12 +40,7 @@ def survey(
 ) -> tuple[Survey, Plan | None]:
     """Survey the possibilities on some hardware; also return a plan, or None if nothing fits.
 
-    Args:
-        workload: Recipe (see `spread_over`), model and data.
-        fleet: The hardware.
-        price: Price of a device per hour.
-        planned: The plan, if already made.
-        other: Returns the workload with another method, for the advice.
+    `planned` is the plan if already made; `other` returns the workload with another method, for the advice.
     """
     basis, kind = basis_of(workload, fleet), workload.recipe.method.kind
     table = placements.table(basis)
@@ -261,7 +256,7 @@ def _checked_way_out(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
         return way
     if _plan_or_none(replace(workload, recipe=with_settings(workload.recipe, way.settings)), fleet) is not None:
         return way
-    return way.model_copy(update={"enough": False, "costs": f"{way.costs}; more than memory is short"})
+    return way.model_copy(update={"enough": False, "costs": f"{way.costs}; memory is not the only problem"})
 
 
 # ---- advice ------------------------------------------------------------------------------------------------------
@@ -298,7 +293,7 @@ def advise(
             (shapes.is_decoder and few, "take", "few rows (below 10,000)"),
             (True, "try", "cheaper (all layers, rate tuned): two thirds of the operations, far less state"),
         ),
-        "adapters": ((True, "leave", "worth it from five tasks on: one model, and a small file for each task"),),
+        "adapters": ((True, "leave", "worthwhile for five tasks or more: one model, and a small file for each"),),
         "prompt tuning": (
             (shapes.num_parameters >= LARGE, "try", "on a par with full at about 11 B parameters"),
             (True, "leave", "far behind full below 1 B parameters, on a par at about 11 B"),

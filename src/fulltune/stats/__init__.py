@@ -1,1 +1,0 @@
-"""Bootstrap, intervals, precision, calibration and training curves."""

@@ -20,7 +20,7 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(sum(len(part) * abs(confidence[part].mean() - right[part].mean()) for part in parts) / len(labels))
 
 
-ALL_RIGHT = "every eval row is right, so no temperature can be fitted: it stays 1"
+ALL_RIGHT = "every eval row is predicted correctly, so no temperature can be fitted and it stays 1"
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:

@@ -1,1 +1,0 @@
-"""Hardware, memory, the run folder, several machines, and the parallel layout."""

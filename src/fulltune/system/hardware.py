@@ -1,5 +1,3 @@
-"""Measure this machine."""
-
 from __future__ import annotations
 
 import errno
@@ -18,7 +16,7 @@ from fulltune.system import memory
 from fulltune.text import counted, listed
 
 BUSY = 1.5
-"""Load per core from which speeds cannot be trusted; this command causes about 1."""
+"""Load per core above which measured speeds are unreliable; this command itself causes about 1."""
 
 ALIKE = 0.9
 """Ratio of two memory sizes from which machines count as equal."""
@@ -28,22 +26,20 @@ COMPUTE_32F)."""
 
 
 _REPEATS = 8
-"""Measurements of a speed, of which the best counts."""
+"""Number of measurements, of which the fastest counts."""
 
 
 class Gpu(Record):
-    """A CUDA device."""
-
     name: str
     memory_bytes: int
     capability: tuple[int, int]
     """CUDA compute capability; for AMD, the architecture as torch reports it."""
     free_bytes: int | None = None
-    """Memory that other programs leave free, if measured."""
+    """Memory that other programs leave free, or None if not measured."""
 
     @property
     def bf16(self) -> bool:
-        """True if it computes in bf16; cards before Ampere only emulate it, slowly."""
+        """True if it computes in bf16; GPUs before Ampere only emulate bf16, slowly."""
         return self.capability >= BF16_FROM
 
     @property
@@ -57,16 +53,16 @@ class Gpu(Record):
 
 
 class Machine(Record):
-    """The hardware of a machine, with a snapshot of free memory."""
+    """The hardware of a machine, with the memory that was free when measured."""
 
     cpu: str
     num_cores: int
     memory_bytes: int
     memory_available_bytes: int
     cpu_bf16_speedup: float
-    """Measured speed of bf16 training relative to fp32 on the CPU."""
+    """Measured speed of bf16 training on the CPU, relative to fp32."""
     gpus: tuple[Gpu, ...] = ()
-    """GPUs in torch's order; each process uses the one of its number."""
+    """In torch's order; local process i uses GPU i."""
     cpu_flops: float = 0.0
     """Measured FLOP/s of fp32 matrix products; 0 if unknown."""
     memory_bytes_per_second: float = 0.0
@@ -76,11 +72,11 @@ class Machine(Record):
     load_average: float = 0.0
     """Mean number of running tasks in the minute of the measurement."""
     differs: str = ""
-    """Differences of several machines that this one stands for, such as `16 to 64 cores`."""
+    """How several machines differ that this record summarises, such as `16 to 64 cores`."""
 
     @property
     def busy(self) -> str:
-        """A warning if other programs slow this machine down."""
+        """A warning if other programs slow this machine down, else empty."""
         if self.load_average < BUSY * self.num_cores:
             return ""
         cores = counted(self.num_cores, "core")
@@ -91,7 +87,7 @@ class Machine(Record):
 
 
 def here() -> Machine:
-    """Measure this machine; torch is imported only to list GPUs."""
+    """Measure this machine; torch is imported to measure speeds and list GPUs."""
     total, available = memory_bytes()
     flops, copied, load = cpu_rates()
     return Machine(
@@ -109,7 +105,7 @@ def here() -> Machine:
 
 
 def weakest(machines: Sequence[Machine]) -> Machine:
-    """Return a machine with the lowest values of several."""
+    """Return a record with the lowest value of each property of several machines."""
     shared = [one.shared_memory_bytes for one in machines if one.shared_memory_bytes is not None]
     return Machine(
         cpu=" / ".join(dict.fromkeys(one.cpu for one in machines)),
@@ -134,6 +130,7 @@ def _weakest_gpu(gpus: Sequence[Gpu]) -> Gpu:
 
 
 def _differences(machines: Sequence[Machine]) -> str:
+    """Return how machines differ in GPUs, cores and memory, in words; empty if they do not."""
     kinds = {tuple(sorted(gpu.name for gpu in one.gpus)) for one in machines}
     names = sorted({name for kind in kinds for name in kind})
     spans = (
@@ -149,14 +146,14 @@ def _differences(machines: Sequence[Machine]) -> str:
 
 
 def _range_in_words(values: Sequence[float], words: str, digits: int = 0, ratio: float = 1.0) -> str:
-    """Return a range such as `16 to 64 cores`; empty if the values are close."""
+    """Return a range such as `16 to 64 cores`, or an empty text if the values are close."""
     least, most = min(values), max(values)
     return f"{least:,.{digits}f} to {most:,.{digits}f} {words}" if least < ratio * most else ""
 
 
 @cache
 def bf16_speedup(device: str) -> float:
-    """Return the speed of a training step under bf16 autocast relative to fp32, measured once."""
+    """Return the speed of a training step under bf16 autocast relative to fp32; it is measured once."""
     if device != "cpu":
         return _measure_bf16_speedup(device, rows=4096, width=2048)
     small = _measure_bf16_speedup(device, rows=64, width=128)
@@ -166,7 +163,7 @@ def bf16_speedup(device: str) -> float:
 
 @cache
 def cpu_rates() -> tuple[float, float, float]:
-    """Return FLOP/s of fp32 matrix products, bytes per second of a copy in memory, and the load during both."""
+    """Return the FLOP/s of fp32 matrix products, the bytes per second of a copy in memory, and the load meanwhile."""
     # The load is of the whole computer, of which a container or CPU set may have only a part.
     load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     return (*_measure_cpu_rates(), load)
@@ -207,7 +204,7 @@ def _measure_bf16_speedup(device: str, rows: int, width: int) -> float:
 
 
 def disk_free_bytes(path: Path) -> int:
-    """Return free bytes on the disk of `path`, or of its nearest existing parent."""
+    """Return the free bytes on the disk of `path` or its nearest existing parent."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
@@ -235,7 +232,7 @@ def _cpu_name() -> str:
 
 
 def num_cores() -> int:
-    """Return cores that this process may use."""
+    """Return the number of cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = "".join(memory.lines_of("/sys/fs/cgroup/cpu.max")).split()
     if len(quota) == 2 and quota[0] != "max":
@@ -244,7 +241,7 @@ def num_cores() -> int:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Return total and free memory for this process; outside Linux all counts as free."""
+    """Return the total and free memory for this process; outside Linux, all memory counts as free."""
     sizes = memory.sizes_of("/proc/meminfo")
     total = sizes.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux
     available = sizes.get("MemAvailable", total)
@@ -259,9 +256,9 @@ def memory_bytes() -> tuple[int, int]:
 
 
 _DISK_FULL = ("No space left", "PytorchStreamWriter failed", "enforce fail at inline_container")
-"""Errors of safetensors and torch on a full disk."""
+"""Error texts of safetensors and torch on a full disk."""
 _MAYBE_DISK_FULL = ("iostream error", "requested and")
-"""Errors of C++ and numpy on a full disk and elsewhere; less than a free MiB decides."""
+"""Error texts of C++ and numpy that may have other causes; free space below 1 MiB decides."""
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:

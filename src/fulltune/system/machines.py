@@ -1,4 +1,4 @@
-"""Several machines that train one model, with heartbeat files in a shared folder; machine 0's names the attempt."""
+"""Several machines that train one model, coordinated by heartbeat files in a shared folder."""
 
 from __future__ import annotations
 
@@ -34,20 +34,19 @@ from fulltune.text import first_few, format_bytes, parse_seconds
 _log = logging.getLogger(__name__)
 
 FOLDER = ".fulltune-machines"
-"""Folder in the recipe's `output`, with a folder for each rendezvous."""
+"""Folder in the recipe's `output`, with a subfolder per rendezvous."""
 DEFAULT_PORT = 29500
-"""torchrun's default port."""
 HEARTBEAT_SECONDS = 2.0
 LOST_SECONDS = 60.0
-"""Time without a heartbeat after which a machine counts as lost; file servers may lag by half."""
+"""Time without a heartbeat after which a machine counts as lost; file servers may lag by half of it."""
 POLL_SECONDS = 0.2
 LINGER_SECONDS = 10.0
 """How long an ending command waits for the other machines to notice."""
 GO_ON = "run the same command on all machines to resume"
 _END_BYTES = 32 * 2**20
-"""Bytes compared at both ends of a file."""
+"""Bytes compared at each end of a file."""
 _MAX_READ = 1000
-"""Files of a folder above which only names and sizes are compared."""
+"""Number of files above which only a folder's names and sizes are compared."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +58,20 @@ class MachineAddress:
     port: int
     wait_seconds: float
     attempt: str = ""
-    """The attempt that this machine takes part in."""
     address: str = ""
     """This machine's address in that attempt."""
 
     @property
     def rendezvous(self) -> str:
-        """The rendezvous in torchrun's form."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def file_of(self, recipe: Recipe, rank: int) -> Path:
-        """Return the heartbeat file of a machine."""
+        """Return the path of a machine's heartbeat file."""
         return Path(recipe.output) / FOLDER / f"{self.host}-{self.port}".replace(":", "-") / f"machine-{rank}.json"
 
 
 def machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> MachineAddress | None:
-    """Parse this machine's command-line options; None for a recipe of one machine."""
+    """Parse this machine's command-line options; return None if the recipe uses one machine."""
     machines = recipe.train.num_machines
     if machines == 1:
         if rank is None and rendezvous is None:
@@ -110,7 +107,7 @@ def machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wa
 
 
 def missing_machines(recipe: Recipe) -> str:
-    """Return the error of a command without a rank."""
+    """Return the error message for a command without a rank."""
     return (
         f"train.num_machines: {recipe.train.num_machines}, but this command would train on one machine; start it on "
         "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set train.num_machines=1"
@@ -118,7 +115,8 @@ def missing_machines(recipe: Recipe) -> str:
 
 
 def own_address(host: str, port: int) -> str:
-    """Return this machine's address on the interface to the host, as its own name may mean the loopback."""
+    """Return this machine's address on the network interface that leads to the host; its own name may mean the
+    loopback."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -139,9 +137,8 @@ class SharedAttempt(Record):
 
     name: str
     request: str
-    """Path of the request's file."""
     instances: tuple[str, ...]
-    """Commands of the other machines that take part; one that starts later waits."""
+    """Commands of the other machines that take part; one started later must wait."""
 
 
 class AttemptEnd(Record):
@@ -149,7 +146,7 @@ class AttemptEnd(Record):
 
     attempt: str
     lost: LostMachine | None
-    """The failure, if there was one."""
+    """The failure, or None."""
 
 
 class Member(Record):
@@ -157,24 +154,22 @@ class Member(Record):
 
     rank: int
     token: str
-    """Identifies machine 0's command; the others repeat it."""
+    """Identifies machine 0's command; the other machines repeat it."""
     heartbeats: int = 0
     instance: str
-    """Identifies this command, as a restarted machine cannot rejoin an attempt."""
+    """Identifies this command, because a restarted machine cannot rejoin an attempt."""
     host: str
     address: str
-    """Address that the other machines connect to."""
+    """Address to which the other machines connect."""
     facts: dict[str, dict[str, str]]
-    """Values that all machines must share, by kind and name."""
+    """Values that must be the same on all machines, by kind and name."""
     machine: Machine
     exit_code: int | None = None
-    """Exit code of a command that has ended."""
     problems: tuple[str, ...] = ()
-    """Errors of a command that has ended."""
     attempt: SharedAttempt | None = None
     """The current attempt, written by machine 0."""
     last_part: AttemptEnd | None = None
-    """The end of the last attempt on this machine, written by the others."""
+    """How the last attempt ended on this machine, written by the other machines."""
 
     def is_awaited(self, attempt: SharedAttempt | None) -> bool:
         """Return whether this machine takes part in the attempt and has not ended it."""
@@ -188,7 +183,7 @@ class Member(Record):
 
 
 def member(recipe: Recipe, place: MachineAddress, machine: Machine, token: str = "") -> Member:
-    """Return this machine's record for the others."""
+    """Return this machine's heartbeat record."""
     settings = flat(recipe.model_dump(mode="json"))
     return Member(
         rank=place.rank,
@@ -217,6 +212,7 @@ def _package_versions(recipe: Recipe) -> dict[str, str]:
 
 
 def _content_digest(path: Path) -> str:
+    """Return a file's or folder's total size and a digest of its content, or `missing`."""
     if not path.exists():
         return "missing"
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
@@ -242,7 +238,7 @@ _COMPARED = (
 
 
 def differences(first: Member, others: Sequence[Member]) -> list[str]:
-    """Return facts that the machines do not have in common, a line for each machine and kind."""
+    """Return one line per machine and kind of fact that differs from machine 0's."""
     lines = []
     for other in others:
         for kind, problem, joint, remedy in _COMPARED:
@@ -301,7 +297,7 @@ class Heartbeat:
 
 
 class Peer:
-    """Reads another machine's file, and measures how long it has not changed."""
+    """Reads another machine's file, and measures how long the file has not changed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -311,7 +307,7 @@ class Peer:
         self._since, self._looked = time.monotonic(), -math.inf
 
     def read(self) -> Member | None:
-        """Return the newest record, read at most twice per heartbeat."""
+        """Return the newest record, or None; the file is read at most twice per heartbeat."""
         if time.monotonic() - self._looked < HEARTBEAT_SECONDS / 2:
             return self.member
         member = self.member
@@ -324,7 +320,7 @@ class Peer:
         return self.member
 
     def answers(self, token: str) -> bool:
-        """Return whether it repeats the token of machine 0's command."""
+        """Return whether the machine repeats the token of machine 0's command."""
         member = self.read()
         return member is not None and member.token == token
 
@@ -335,7 +331,7 @@ class Peer:
 
 @contextlib.contextmanager
 def heartbeat(path: Path, record: Member, others_know: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
-    """Write heartbeats during the block, then its end, and wait until the others know."""
+    """Write heartbeats during the block, then how it ended; wait until the other machines have noticed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:

@@ -1,5 +1,3 @@
-"""Memory, running out of it, and torch's GPU allocator."""
-
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +16,7 @@ from fulltune.errors import DoesNotFitError
 
 
 def lines_of(path: str) -> list[str]:
-    """Return a file's lines, or none if it cannot be read."""
+    """Return a file's lines, or an empty list if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -32,14 +30,14 @@ def sizes_of(path: str) -> dict[str, int]:
 
 
 def limit_bytes() -> int | None:
-    """Return the user's memory limit for a process (`ulimit -d`, `ulimit -v`), if set."""
+    """Return the user's memory limit per process (`ulimit -d`, `ulimit -v`), or None."""
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
     limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
     return min(limits, default=None)
 
 
 class Meter:
-    """Measures the growth of memory since `begin`."""
+    """Measures how memory use grows after `begin`."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
@@ -51,6 +49,7 @@ class Meter:
         self.base_bytes = self.held_bytes()
 
     def held_bytes(self) -> int:
+        """Return the memory in use now."""
         if self.on_gpu:
             import torch
 
@@ -66,7 +65,7 @@ class Meter:
         return status_bytes("VmHWM") or life_peak_bytes()
 
     def growth_bytes(self) -> int:
-        """Return the peak memory since `begin`, beyond that in use then."""
+        """Return how far the peak since `begin` exceeds the memory in use at that time."""
         return max(0, self.peak_bytes() - self.base_bytes)
 
     def forget_peak(self) -> None:
@@ -132,7 +131,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_last_words(lines: Sequence[str], limited: bool) -> bool:
-    """Return whether the log of a process that died says that memory ran out."""
+    """Return whether the log of a dead process says that memory ran out."""
     text = "\n".join(lines)
     return _LAST_WORDS.search(text) is not None or (limited and _NO_THREAD.search(text) is not None)
 
@@ -143,7 +142,7 @@ def memory_is_limited() -> bool:
 
 
 def asked_bytes(text: str) -> int:
-    """Return bytes that an allocation asked for, from an error's text, or 0."""
+    """Return the size of the failed allocation from an error's text, or 0."""
     match = _ALLOCATION_SIZE.search(text)
     if match is None:
         return 0
@@ -151,7 +150,7 @@ def asked_bytes(text: str) -> int:
 
 
 def kernel_kills() -> int:
-    """Return how many processes the kernel killed for lack of memory, in this container or machine."""
+    """Return how many processes the kernel killed in this container or machine because memory ran out."""
     groups = dict(line.split(":", 2)[1:] for line in lines_of("/proc/self/cgroup"))
     for file in (
         f"/sys/fs/cgroup{groups.get('', '/')}/memory.events",
@@ -168,7 +167,7 @@ def kernel_kills() -> int:
 
 
 def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) -> T:
-    """Call `run` with the batch size, halved each time memory runs out."""
+    """Call `run` with the batch size, and halve it each time memory runs out."""
     while True:
         try:
             return run(batch_size)
@@ -185,7 +184,7 @@ def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) ->
 
 
 def does_not_fit(what: str, error: BaseException, ways_out: str) -> DoesNotFitError:
-    """Return the error when no batch is small enough."""
+    """Return the error for when even the smallest batch does not fit."""
     return DoesNotFitError(f"{what}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {ways_out}")
 
 
@@ -196,7 +195,7 @@ EXPANDABLE = "expandable_segments:True"
 def allocator_variables(variables: Mapping[str, str], system: str, release: str) -> dict[str, str]:
     """Return environment variables for expandable GPU memory segments, which avoid fragmentation.
 
-    Empty if the user has set one, outside Linux, and on WSL (pytorch issue 192330).
+    None are returned if the user has set one, outside Linux, and on WSL (pytorch issue 192330).
     """
     if system != "Linux" or "microsoft" in release.lower() or any(name in variables for name in ALLOCATOR_NAMES):
         return {}

@@ -1,5 +1,3 @@
-"""How training state is sharded and offloaded, by placement or DeepSpeed's settings."""
-
 from __future__ import annotations
 
 import importlib.util
@@ -19,7 +17,7 @@ MemoryTier = Literal["device", "host"]
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Which state is sharded, by ZeRO's stages, and which is offloaded."""
+    """Which state is sharded, in ZeRO's stages, and which is offloaded."""
 
     stage: int
     """1 shards the optimizer's state; 2 also gradients; 3 also weights."""
@@ -28,17 +26,17 @@ class ParallelLayout:
     engine: Literal["zero", "fsdp2"] = "zero"
 
     def tier(self, kind: MemoryKind) -> MemoryTier:
-        """Return where a kind of tensors is stored between steps; gradients are with the optimizer."""
+        """Return where a kind of tensors is stored between steps; gradients are stored with the optimizer state."""
         offloaded = self.offload_weights if kind == "weights" else self.offload_optimizer
         return "host" if offloaded else "device"
 
     def parts_at(self, tier: MemoryTier, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
-        """Return bytes of each kind that one process stores in a tier between steps."""
+        """Return the bytes by kind that one process stores on the device or the host between steps."""
         parts = self.parts(state, num_processes)
         return {kind: size if self.tier(kind) == tier else 0 for kind, size in parts.items()}
 
     def parts(self, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
-        """Return bytes of each kind that belong to one process."""
+        """Return the bytes by kind that one process owns."""
         from_stage: dict[MemoryKind, int] = {"weights": 3, "gradients": 2, "optimizer": 1}
         return {
             name: -(-state[name] // num_processes) if self.stage >= stage else state[name]
@@ -47,7 +45,7 @@ class ParallelLayout:
 
 
 def of(recipe: Recipe) -> ParallelLayout | None:
-    """Return the recipe's sharding; None if each process holds the whole state."""
+    """Return how the recipe shards the training state, or None if each process holds all of it."""
     if recipe.train.placement == "fsdp2":
         return ParallelLayout(3, False, False, engine="fsdp2")
     if not recipe.train.engine_by:
@@ -73,11 +71,10 @@ _LEFT_TO_THE_RECIPE = {
     "curriculum_learning": "nothing: fulltune orders the rows",
 }
 STAGES = {"zero2": 2, "zero3": 3}
-"""ZeRO stage by placement."""
 BUCKET_VALUES = 5 * 10**8
-"""DeepSpeed's default for the values of a gradient bucket."""
+"""DeepSpeed's default number of values per gradient bucket."""
 LATEST = "latest"
-"""DeepSpeed's file with the name of the folder of shards."""
+"""DeepSpeed's file that names the folder of shards."""
 _OF_WEIGHTS = "zero_pp_rank_*_model_states.pt"
 """Shards of the weights, which only stage 3 writes."""
 _OF_OPTIMIZER = "*_optim_states.pt"
@@ -86,7 +83,7 @@ _BACK = "set the same again, or start a new run (--fresh)"
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Return DeepSpeed's settings, completed for the recipe; raise all problems at once."""
+    """Return DeepSpeed's settings, completed for the recipe; raise `RecipeError` with all problems."""
     block = recipe.train.engine_settings
     read = _placement_settings(recipe) if block is None else _read_settings(block)
     problems = _settings_problems(read, recipe)
@@ -102,7 +99,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def missing_package(recipe: Recipe) -> list[str]:
-    """Return a problem if DeepSpeed is needed but not installed."""
+    """Return a problem if DeepSpeed is needed but not installed, else an empty list."""
     if not recipe.train.engine_by or importlib.util.find_spec(PACKAGE) is not None:
         return []
     return [f"{recipe.train.engine_by}: needs DeepSpeed; {INSTALL}"]
@@ -123,7 +120,7 @@ def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 def disagreements(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> list[str]:
-    """Return settings of DeepSpeed that contradict the plan."""
+    """Return a problem for each DeepSpeed setting that contradicts the plan."""
     if not recipe.train.engine_by:
         return []
     return _fill_and_check(recipe, micro_batch_size, accumulation, num_processes, precision)[1]
@@ -132,7 +129,7 @@ def disagreements(
 def _fill_and_check(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings with the plan's numbers for "auto", and contradictions."""
+    """Replace "auto" in the settings by the plan's numbers; also return the contradictions."""
     filled, problems = settings(recipe), []
     planned: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
@@ -156,6 +153,7 @@ def _fill_and_check(
 
 
 def _read_settings(block: Any) -> dict[str, Any]:
+    """Return the settings of a block or of the JSON file that it names."""
     if isinstance(block, Mapping):
         return dict(json.loads(json.dumps(block)))
     path = Path(str(block))
@@ -184,6 +182,7 @@ def _offload_device(block: Mapping[str, Any], what: str) -> Any:
 
 
 def _settings_problems(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Return what is wrong with DeepSpeed's settings."""
     problems = [
         f"{name}: remove it; set by {instead}" if not instead.startswith("nothing") else f"{name}: remove it; {instead}"
         for name, instead in _LEFT_TO_THE_RECIPE.items()
@@ -207,7 +206,7 @@ def _settings_problems(block_settings: Mapping[str, Any], recipe: Recipe) -> lis
 
 
 def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
-    """Return the reason why the recipe cannot resume from a checkpoint, for DeepSpeed's sake."""
+    """Return the reason why the recipe cannot resume from a checkpoint because of DeepSpeed, or None."""
     layout = of(recipe)
     in_engine = layout is not None and layout.engine == "zero"
     latest = checkpoint / LATEST

@@ -1,5 +1,3 @@
-"""A run's files, the folder that a recipe resumes, and its lock."""
-
 from __future__ import annotations
 
 import contextlib
@@ -34,13 +32,13 @@ from fulltune.system.hardware import Machine, is_disk_full
 from fulltune.text import first_few
 
 IDENTITY = "recipe.json"
-"""The checked recipe with its fingerprint, which identify a folder."""
+"""The checked recipe and its fingerprint, by which a run folder is found."""
 REPORT = "report.html"
 ENVIRONMENT = "environment.json"
 CARD = "card.html"
 """The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
-"""Files with the record of a finished comparison: the first written, and a copy."""
+"""Files with the record of a finished comparison; the second is a copy."""
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "scikit-learn", "numpy")
 
 
@@ -66,7 +64,7 @@ class RunResult:
 
 
 def finished(recipe: Recipe, folder: Path) -> RunResult | None:
-    """Return the results of a finished run from its files."""
+    """Return the results of a finished run from its files, or None if the run is unfinished."""
     plan_path, summary_path = folder / "plan" / f"{recipe.method.label}.json", folder / "data" / "summary.json"
     if not (is_complete(folder) and plan_path.exists() and summary_path.exists()):
         return None
@@ -83,7 +81,7 @@ def finished(recipe: Recipe, folder: Path) -> RunResult | None:
 
 
 def plan_to_continue(path: Path, machine: Machine) -> Plan:
-    """Return the plan of a started run, even if memory or cores have changed."""
+    """Return the plan of a started run; raise `SetupError` if its GPU is missing."""
     plan = Plan.load(path)
     if plan.device == "cuda" and not machine.gpus:
         raise SetupError(f"{path.parents[1]}: was planned for a GPU, but there is none here; start a new run (--fresh)")
@@ -91,7 +89,7 @@ def plan_to_continue(path: Path, machine: Machine) -> Plan:
 
 
 def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
-    """Return the plan of a run with a trained model."""
+    """Return the plan of a run with a trained model; raise `SetupError` if the folder has none."""
     if recipe.methods:
         raise SetupError(f"{folder}: is the folder of a comparison, expected one of a run with a trained model")
     path = folder / "plan" / f"{recipe.method.label}.json"
@@ -115,11 +113,10 @@ def find_or_make(
 ) -> tuple[Path, bool]:
     """Return the folder of a recipe's run, and whether it resumes an earlier run.
 
-    It is the given one, else the newest unfinished one unless `fresh`, else a new one; `marks` identify the user's
+    It is `wanted_folder`, else the newest unfinished run unless `fresh`, else a new folder; `marks` identify the user's
     functions.
 
-    Raises:
-        SetupError: If the folder belongs to another recipe or cannot be written.
+    Raises `SetupError` if the folder belongs to another recipe or cannot be written.
     """
     fingerprint = recipe.fingerprint() + marks
     if wanted_folder is not None:
@@ -134,14 +131,14 @@ def find_or_make(
 
 
 def unfinished(output: Path, fingerprint: str) -> list[Path]:
-    """Return folders of unfinished runs with this fingerprint, the newest last."""
+    """Return the folders of unfinished runs with this fingerprint, the newest last."""
     files = [path for path in output.glob(f"*/{IDENTITY}") if _stored_fingerprint(path) == fingerprint]
     files.sort(key=lambda path: path.stat().st_mtime)
     return [path.parent for path in files if not is_complete(path.parent)]
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a report follows the trained model's scores, or a comparison cannot be resumed."""
+    """Return whether a run has a report newer than its scores, or a comparison has ended and cannot be resumed."""
     if (folder / CARD).exists():
         return not _can_resume(folder)
     scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
@@ -150,12 +147,12 @@ def is_complete(folder: Path) -> bool:
 
 
 def finished_at(folder: Path) -> datetime:
-    """Return time when a run's trained model was scored."""
+    """Return the time when a run's trained model was scored."""
     return datetime.fromtimestamp(max(path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")))
 
 
 def note_command(folder: Path, began: float) -> None:
-    """Record the duration of a command that made the whole run, from plan to report."""
+    """Record the command's duration if it made the whole run, from plan to report."""
     files = [path for part in ("plan", "attempts/*", "scores") for path in folder.glob(f"{part}/*.json")]
     is_scored = any(folder.glob("scores/*-seed*.json"))
     if is_scored and all(path.stat().st_mtime >= began for path in files):
@@ -169,7 +166,7 @@ def change_environment(folder: Path, **changes: Any) -> None:
 
 
 def lost_weights(model_folder: Path) -> Path | None:
-    """Return the first missing file of a model's weights, if any."""
+    """Return the first missing file of a model's weights, or None."""
     index = model_folder / "model.safetensors.index.json"
     if index.exists():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -180,6 +177,7 @@ def lost_weights(model_folder: Path) -> Path | None:
 
 
 def _can_resume(folder: Path) -> bool:
+    """Return whether the folder has a finished comparison that can be resumed."""
     try:
         comparison = comparison_of(folder)
     except SetupError:  # written by another version
@@ -188,7 +186,7 @@ def _can_resume(folder: Path) -> bool:
 
 
 def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
-    """Make the folder this recipe's, or check that it is; True if it was already."""
+    """Make the folder this recipe's, or return True if it already is."""
     identity = folder / IDENTITY
     if identity.exists():
         if _stored_fingerprint(identity) != fingerprint:
@@ -205,7 +203,7 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError:
-            raise SetupError(f"{folder}: cannot be created here; choose another place") from None
+            raise SetupError(f"{folder}: cannot be created here; choose another folder") from None
         write_json(identity, {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")})
         write_text(folder / "recipe.yaml", recipe_text)
     return False
@@ -220,13 +218,14 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _differing_settings(folder: Path, recipe: Recipe) -> str:
+    """Return the names of settings that differ from the folder's recipe, in brackets."""
     before, now = flat(recipe_of(folder).shaping()), flat(recipe.shaping())
     names = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
     return f" ({first_few(names)})" if names else ""
 
 
 def _stored_fingerprint(identity: Path) -> str | None:
-    """Return the stored recipe's fingerprint, with the marks of the user's functions."""
+    """Return the stored recipe's fingerprint with the marks of the user's functions, or None if unreadable."""
     try:
         stored = str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
         fingerprint = recipe_of(identity.parent).fingerprint()
@@ -236,7 +235,7 @@ def _stored_fingerprint(identity: Path) -> str | None:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """Return the checked recipe of a run folder; raise `SetupError` for another folder."""
+    """Return a run folder's checked recipe; raise `SetupError` for another folder."""
     identity = folder / IDENTITY
     if not identity.exists():
         raise SetupError(f"{folder}: is not a run folder of fulltune ({IDENTITY} is missing)")
@@ -249,18 +248,18 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def is_comparison(folder: Path) -> bool:
-    """Return true for the folder of a comparison, finished or not."""
+    """Return whether the folder belongs to a comparison, finished or not."""
     return (folder / IDENTITY).exists() and bool(recipe_of(folder).methods)
 
 
 def comparison_of(folder: Path) -> Comparison | None:
-    """Return the record of a finished comparison, if there is one."""
+    """Return the record of a finished comparison, or None."""
     record = next((folder / name for name in COMPARISONS if (folder / name).exists()), None)
     return None if record is None else Comparison.load(record)
 
 
 def refuse_comparison(folder: Path) -> None:
-    """Raise `SetupError` if a command for single runs gets a comparison's folder."""
+    """Raise `SetupError` if the folder belongs to a comparison."""
     if is_comparison(folder):
         raise SetupError(
             f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' resumes it, "
@@ -270,7 +269,7 @@ def refuse_comparison(folder: Path) -> None:
 
 
 def refuse_with_functions(folder: Path, recipe: Recipe) -> None:
-    """Raise `SetupError` for a run that was started from Python with functions."""
+    """Raise `SetupError` for an unfinished run that was started from Python with functions."""
     if _stored_fingerprint(folder / IDENTITY) != recipe.fingerprint() and not is_complete(folder):
         raise SetupError(f"{folder}: was started from Python with functions of its own; resume it from there")
 
@@ -295,13 +294,13 @@ def writing(folder: Path) -> Iterator[None]:
             ) from None
         if error.errno in refusals:
             raise SetupError(
-                f"{folder}: cannot be written ({str(error.strerror).lower()}); choose another place"
+                f"{folder}: cannot be written ({str(error.strerror).lower()}); choose another folder"
             ) from None
         raise
 
 
 def _is_about(error: OSError, folder: Path) -> bool:
-    """Return whether the error's file is in the folder, beside or above it, or unknown."""
+    """Return whether the error's file is in, beside or above the folder, or unknown."""
     if not isinstance(error.filename, str):
         return True
     file, folder = Path.cwd() / error.filename, Path.cwd() / folder
@@ -310,7 +309,7 @@ def _is_about(error: OSError, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the run folder during the block; raise `SetupError` if another command holds it."""
+    """Lock the run folder during the block; raise `SetupError` if another command has locked it."""
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -321,7 +320,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def not_left_when_refused(folder: Path, *except_for: type[FulltuneError]) -> Iterator[None]:
-    """Remove a new run's files if it is refused before any work, unless by an `except_for` error."""
+    """Remove a new run's files if the block refuses the run before any work, unless by an `except_for` error."""
     began = (folder / "data" / "summary.json").exists()
     try:
         yield

@@ -1,5 +1,3 @@
-"""Signals that ask a command to stop."""
-
 from __future__ import annotations
 
 import contextlib
@@ -13,12 +11,11 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 STOPPING = (signal.SIGINT, *ENDING)
 Handler = Callable[[int, FrameType | None], object]
 Handlers = Mapping[int, Any]
-"""Handlers by signal, as `signal.signal` returns them."""
 _TERMINALS = [number for number in (1, 2) if os.isatty(number)]
 
 
 def answer(handler: Handler, numbers: Sequence[int] = STOPPING) -> Handlers:
-    """Have these signals call `handler`, except an ignored SIGHUP (`nohup`); return the previous handlers."""
+    """Make these signals call `handler`, except an ignored SIGHUP (`nohup`); return the previous handlers."""
 
     def hung_up(number: int, frame: FrameType | None) -> None:
         for terminal in _TERMINALS:
@@ -31,14 +28,14 @@ def answer(handler: Handler, numbers: Sequence[int] = STOPPING) -> Handlers:
 
 
 def put_back(handlers: Handlers) -> None:
-    """Restore handlers."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def answered(handler: Handler, numbers: Sequence[int] = STOPPING) -> Iterator[Handlers]:
-    """Have these signals call `handler` in the block, which gets the previous handlers; only in the main thread."""
+    """Make these signals call `handler` during the block, which gets the previous handlers; works only in the main
+    thread."""
     try:
         before: Handlers = answer(handler, numbers)
     except ValueError:
