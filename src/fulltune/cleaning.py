@@ -89,7 +89,7 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
 
 
 def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
-    """Yield each row's id, numbered among equal rows as in issues. Rows dropped by `decided` take up numbers."""
+    """Yield each row's id, numbered among equal rows as in issues. Numbers of rows that `decided` drops are skipped."""
     times = Counter[str]()
     of_train = [line for (source, _), line in (decided or {}).items() if source == "train"]
     dropped = {line.row for line in of_train if line.remedy.action == "drop"}
@@ -186,7 +186,7 @@ def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks:
 
 
 def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
-    """Return whether at least half of the train rows and some of each label remain."""
+    """Return whether a step leaves at least half of the train rows and some of each label."""
     if step.action == "replace":
         return True
     labels, counts = Counter(one.label for one in step.issues), summary.splits["train"].label_counts
@@ -223,7 +223,7 @@ def _compare_runs(
     patches: Sequence[str],
     outputs: Sequence[Sequence[Predictions]],
 ) -> tuple[list[Proof], int]:
-    """Return each step's proof, and the number of eval rows common to all runs."""
+    """Return each step's comparison with the runs without it, and the number of common eval rows."""
     common = reduce(np.intersect1d, [one[_IDS] for trials in outputs for one in trials])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give these in a file (data.eval)")
@@ -296,7 +296,8 @@ def _fit_and_compare(
     strength: float,
     left_out: list[str],
 ) -> Iterator[Proof]:
-    """Yield each step's proof. Steps that leave nothing to fit are added to `left_out`."""
+    """Yield the comparison of fits with and without each step. Steps that leave nothing to fit are added to
+    `left_out`."""
     fitted = partial(_correct_rows, held_out=held_out, strength=strength)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]

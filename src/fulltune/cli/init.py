@@ -76,7 +76,7 @@ NO_HINTS: Hints = (None, {})
 
 
 def hints_of(task: str | None, named: Sequence[str], columns: str | None, encoding: str = "utf-8") -> Hints:
-    """Check the command line's hints; `named` holds entries `ROLE=COLUMN`."""
+    """Check and return the command line's hints; `named` holds entries `ROLE=COLUMN`."""
     if task is not None and task not in FACTS:
         raise SetupError(f"--task: expected one of {', '.join(FACTS)}, found '{task}'")
     roles = [role for role in USUAL_NAMES if task is None or task in READ_BY[role]]
@@ -107,7 +107,7 @@ SplitFiles = tuple[tuple[Path, ...], dict[SplitName, Path], tuple[str, ...]]
 
 
 def split_files(path: Path) -> SplitFiles:
-    """Assign a folder's files to splits by their names; for a file, find splits beside it."""
+    """Assign a folder's files to splits by their names. For a single file, find the splits beside it."""
     if not path.is_dir():
         return (path,), _single_files(held_out_beside(path)), ()
     splits = split_folders(path)
@@ -165,7 +165,7 @@ class Inferred:
 
 
 def _first_rows(files: DataFiles, most: int = _HEAD) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """Return the column names of the first rows, and these rows."""
+    """Return the columns of the first `most` rows, and these rows."""
     head = [row for _, row in islice(files.rows(), most)]
     return tuple(dict.fromkeys(name for row in head for name in row)), head
 
@@ -212,7 +212,7 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
 def _possible_tasks(
     columns: Sequence[str], wanted: TaskName | None, roles: Mapping[str, str]
 ) -> Iterator[tuple[TaskName, str]]:
-    """Yield tasks with the role that marks them. `target` is a text beside `source`, else often a label."""
+    """Yield each possible task with the column role that identifies it."""
     is_pair = {"source", "target"} <= {name.lower() for name in columns}
     for task, role in sorted(FORMS, key=lambda form: is_pair and form[0] != "seq2seq"):
         if wanted in (None, task) and all(task in READ_BY[named] for named in roles):
@@ -220,7 +220,7 @@ def _possible_tasks(
 
 
 def _one_hot_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns that hold only 0 and 1 if there are several, as one-hot labels."""
+    """Return the columns that hold only 0 and 1 (one-hot labels) if there are several."""
     kinds = {
         name: {label_name(cell).lower() if isinstance(cell := row.get(name), (str, int, float)) else "" for row in head}
         for name in columns

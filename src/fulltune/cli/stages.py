@@ -37,10 +37,10 @@ def shown(error: FulltuneError) -> Iterator[str]:
 
 
 def end_on_signal(number: int, frame: object) -> None:
-    """End the command at once, without training to save, and say that it can resume.
+    """End the command at once on a signal outside training, and say that it can resume.
 
-    The default signal handler would not end the first process of a container. An exception would be lost, or end the
-    process with SIGABRT, where PyTorch calls Python.
+    The default handler would not end the first process of a container. An exception would be lost, or end the process
+    with SIGABRT, where PyTorch calls Python.
 
     """
     os.write(2, b"stopped by a signal; run the same command to resume or start again\n")
@@ -51,8 +51,8 @@ def end_on_signal(number: int, frame: object) -> None:
 def joined(
     target: Path, overrides: list[str] | None, rank: int | None, rendezvous: str | None, wait: str
 ) -> Iterator[MachineGroup | None]:
-    """Lead the other machines around the block (machine 0), or follow machine 0 and exit. Yield None on a single
-    machine."""
+    """On machine 0, lead the other machines during the block; on others, follow machine 0 and exit. Yield None on a
+    single machine."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
     from fulltune.system.machines import machine_address

@@ -1,4 +1,4 @@
-"""Render reports as one self-contained HTML file, as Markdown, or on a terminal (without folded parts and drawings)."""
+"""Render reports as HTML, as Markdown or on a terminal."""
 
 from __future__ import annotations
 

@@ -51,7 +51,6 @@ class Mark:
     text: str
     is_full: bool = False
     filled: bool = False
-    """True for a trained or, by cost, the recommended model."""
     cost: float = 0.0
     """Cost relative to full fine-tuning."""
 
@@ -78,7 +77,7 @@ class PointSeries:
 
 @contextmanager
 def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure with plots side by side, in fixed settings instead of the user's matplotlib configuration."""
+    """Yield a figure with plots side by side, ignoring the user's matplotlib settings."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -28,7 +28,6 @@ from fulltune.text import counted, format_percent, format_share, listed
 
 _CELL = 160
 _FEW_SUSPECTS, _FEW_OF_ROWS = 30, 0.02
-"""Number or share of suspects that correct data may have."""
 _MOST_LANGUAGES = 6
 _MARGIN = 0.01
 

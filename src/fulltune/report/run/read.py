@@ -69,7 +69,7 @@ class AttemptFiles:
 
     @property
     def steps(self) -> int:
-        """Steps by the outcome, or logged steps without one."""
+        """Number of steps done, by the outcome or, without one, by the log."""
         logged = [event.step for event in self.events if isinstance(event, StepLogged | Evaluated)]
         return (self.outcome.steps if self.outcome else 0) or max(logged, default=0)
 
@@ -125,7 +125,6 @@ class RunView:
 
     folder: Path
     model: str
-    """Name from the plan, else from the recipe, else `unknown model`."""
     task: str
     trial: str
     """Method and seed, such as `full-seed42`; empty if unknown."""
