@@ -414,7 +414,7 @@ def test_what_became_of_another_machine(
         record = member(recipe, 1, token=group.members[0].token, instance="i")
         sign = Heartbeat(place.file_of(recipe, 1), record)
         group.begin(silent)
-        attempt = group_of._OnAllMachines(ran, group._sign, "a", {group._others[1]: "i"})
+        attempt = group_of._AttemptOnAllMachines(ran, group._sign, "a", {group._others[1]: "i"})
         if gives_none:
             sign.end()
         else:
@@ -428,7 +428,9 @@ def test_what_became_of_another_machine(
 def test_an_attempt_goes_on_until_the_others_have_ended(place: MachineAddress, tmp_path: Path) -> None:
     recipe = several(tmp_path)
     with led(place, recipe) as group:
-        attempt = group_of._OnAllMachines(Ran(0), group._sign, "a", {group._others[1]: group.members[1].instance})
+        attempt = group_of._AttemptOnAllMachines(
+            Ran(0), group._sign, "a", {group._others[1]: group.members[1].instance}
+        )
         assert attempt.poll() is None, "the first process may be there, saving the model"
 
 
@@ -487,7 +489,7 @@ def test_what_was_lost_elsewhere_says_more_than_a_closed_connection(
         outcome = Outcome(status=status_of_rank, reason=CLOSED, trial=request.plan.trial, attempt=1, steps=19)
         outcome.save(request.folder / f"outcome{rank}.json")
     lost = [] if kind is None else [LostMachine(rank=1, host="b", reason="went", kind=kind)]
-    result = child._outcome(request, code, stop_requested, lost=lost)
+    result = child._determine_outcome(request, code, stop_requested, lost=lost)
     assert (result.status, result.reason.startswith(words)) == (status, True), result.reason
 
 

@@ -52,7 +52,9 @@ def test_spent_second_look_after_catching_up_is_paid_for_by_those_that_waited() 
 def test_look_one_seed_full_and_the_leader_go_on_and_the_rest_waits() -> None:
     result = looked([0.93, 0.85, 0.91], [1, 1, 1])
     assert result.wanted_seeds == {"full": 2, "prompt": 2}
-    assert result.reason.endswith("the best method other than full is prompt; one seed does not show the spread between seeds")
+    assert result.reason.endswith(
+        "the best method other than full is prompt; one seed does not show the spread between seeds"
+    )
 
 
 def test_look_one_seed_planned_is_enough() -> None:

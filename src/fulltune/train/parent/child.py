@@ -24,56 +24,60 @@ _POLL_SECONDS = 0.1
 
 
 def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_new_process) -> Outcome:
-    """Run an attempt's worker, forward its events and save its outcome."""
+    """Run an attempt's worker, forward its events to `listener`, and save and return its outcome."""
     kills, began = kernel_kills(), time.monotonic()
     child = start(request, request.folder / "log.txt")
     with forwarding_signals(child) as stop_signals:
         hangs = _follow(request, child, listener, stop_signals)
     code, by_kernel = child.wait(), kernel_kills() > kills
-    if hangs and not stop_signals and not _written(request):
+    if hangs and not stop_signals and not _saved_outcomes(request):
         where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase_of(request.folder) or "", "")
         step, seconds = steps_of(request.folder), round(time.monotonic() - began, 1)
         limit = f"{request.recipe.train.hang_timeout} (train.hang_timeout)"
         reason = f"the training process sent no heartbeat for {limit} after step {step:,}{where}, and was ended"
-        outcome = _unwritten(request, "hung", reason).model_copy(update={"steps": step, "train_seconds": seconds})
+        outcome = _outcome_without_file(request, "hung", reason).model_copy(
+            update={"steps": step, "train_seconds": seconds}
+        )
     else:
         lost: Sequence[LostMachine] = getattr(child, "lost", ())  # of several machines
-        outcome = _outcome(request, code, bool(stop_signals), by_kernel, lost)
+        outcome = _determine_outcome(request, code, bool(stop_signals), by_kernel, lost)
     outcome.save(request.folder / "outcome.json")
     return outcome
 
 
-def _unwritten(request: Request, status: OutcomeStatus, reason: str) -> Outcome:
+def _outcome_without_file(request: Request, status: OutcomeStatus, reason: str) -> Outcome:
+    """Return the outcome of a worker that could not write one."""
     return Outcome(
         status=status,
         reason=reason,
         trial=request.plan.trial,
         attempt=request.attempt,
         phase=phase_of(request.folder),
-        log_tail=tuple(_tail(request)) if status in ("crashed", "hung") else (),
+        log_tail=tuple(_last_log_lines(request)) if status in ("crashed", "hung") else (),
     )
 
 
-def _written(request: Request) -> list[Outcome]:
-    """Read the ranks' outcomes; other ranks than 0 write one if they fail."""
+def _saved_outcomes(request: Request) -> list[Outcome]:
+    """Load the outcomes that ranks saved; ranks other than 0 save one only if they fail."""
     files = (request.folder / "outcome.json", *sorted(request.folder.glob("outcome-rank*.json")))
     return [Outcome.load(file) for file in files if file.exists()]
 
 
-def _tail(request: Request) -> list[str]:
+def _last_log_lines(request: Request) -> list[str]:
     logs = (request.folder / "log.txt", *sorted(request.folder.glob("log-machine*.txt")))
     return [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]]
 
 
-def _outcome(
+def _determine_outcome(
     request: Request,
     code: int,
     is_asked: bool = False,
     killed_by_kernel: bool = False,
     lost: Sequence[LostMachine] = (),
 ) -> Outcome:
-    written = _written(request)
-    tail = _tail(request)
+    """Return a saved outcome, or derive one from exit code, log and lost machines."""
+    written = _saved_outcomes(request)
+    tail = _last_log_lines(request)
     # torchrun logs the signal if one of several ranks was killed; the others only saw a closed connection.
     killed = code == -signal.SIGKILL or any("Signal 9 (SIGKILL)" in line for line in tail)
     limited = request.plan.memory_limit_bytes is not None or memory_is_limited()
@@ -91,32 +95,32 @@ def _outcome(
     if outcome is not None and outcome.status not in ("error", "refused"):
         return outcome
     if lost and not is_asked and lost[0].kind != "failed":
-        return _unwritten(request, *_of_lost(lost[0]))
+        return _outcome_without_file(request, *_explain_lost_machine(lost[0]))
     if outcome is not None and not (is_asked and lost):
         return outcome
     if is_asked:
         done, saved = steps_of(request.folder), last_saved(request.checkpoints)
         checkpoint = f"; step {saved:,} is saved" if saved else "; there is no checkpoint yet"
         when = f"after step {done:,}{checkpoint}" if done else f"before step {saved + 1:,}{checkpoint if saved else ''}"
-        return _unwritten(request, "interrupted", f"interrupted {when}")
+        return _outcome_without_file(request, "interrupted", f"interrupted {when}")
     if killed and killed_by_kernel:
         reason = "the kernel killed the training process because memory ran out"
-        return _unwritten(request, "out_of_memory", reason)
+        return _outcome_without_file(request, "out_of_memory", reason)
     if about_memory:
         reason = f"the training process ended with code {code}: {about_memory[-1]}"
-        return _unwritten(request, "out_of_memory", reason)
+        return _outcome_without_file(request, "out_of_memory", reason)
     if killed:
-        return _unwritten(request, "killed", "the training process was killed (SIGKILL)")
+        return _outcome_without_file(request, "killed", "the training process was killed (SIGKILL)")
     elsewhere = "".join(f"; machine {machine.rank} ({machine.host}): {machine.reason}" for machine in lost)
     reason = f"the training process ended with code {code} and wrote no outcome{elsewhere}"
-    return _unwritten(request, "crashed", reason)
+    return _outcome_without_file(request, "crashed", reason)
 
 
 _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
-"""Kinds of lost machines, those that explain others first."""
+"""Kinds of lost machines; an earlier kind can be the cause of a later one."""
 
 
-def _of_lost(part: LostMachine) -> tuple[OutcomeStatus, str]:
+def _explain_lost_machine(part: LostMachine) -> tuple[OutcomeStatus, str]:
     name = f"machine {part.rank} ({part.host})"
     meanings: dict[str, tuple[OutcomeStatus, str]] = {
         "out_of_memory": ("out_of_memory", f"the kernel killed a training process of {name} because memory ran out"),
@@ -127,7 +131,7 @@ def _of_lost(part: LostMachine) -> tuple[OutcomeStatus, str]:
 
 @contextlib.contextmanager
 def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
-    """Forward stop signals to the worker and kill it at the third; yields the received signals."""
+    """Forward stop signals to the worker, and kill it at the third one; yields the received signals."""
     received: list[int] = []
 
     def forward(number: int, _: object) -> None:
@@ -147,8 +151,8 @@ def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
 
 
 def _follow(request: Request, child: spawn.WorkerProcess, listener: Listener, stop_signals: Sequence[int]) -> bool:
-    """Forward events until the child has ended; return true if it was killed because its heartbeat stopped. The
-    monotonic clock pauses while the machine sleeps."""
+    """Forward events until the child ends; return True if it was killed because its heartbeat stopped. The monotonic
+    clock does not advance while the machine sleeps."""
     path, position, answered = request.folder / "metrics.jsonl", 0, False
     heartbeat, last_beat, since = request.folder / HEARTBEAT, 0, time.monotonic()
     timeout = request.recipe.train.hang_timeout

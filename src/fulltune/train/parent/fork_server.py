@@ -1,6 +1,6 @@
-"""A process with the libraries loaded that forks a worker for each attempt.
+"""A process that has imported the libraries and forks a worker for each attempt.
 
-It saves each short trial seven seconds of imports; multiprocessing's server would import the user's main script.
+It saves each short trial seven seconds of imports. multiprocessing's server would import the user's main script.
 
     parent ──{"request": ..., "log": ...}──▶ server ──fork──▶ worker (own group, own log)
     parent ◀── the worker's process id, and later its exit code, a line each
@@ -29,7 +29,7 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """Yield a starter that forks one worker at a time where that is safe."""
+    """Yield a starter that forks one worker at a time where that is safe, and starts a new process elsewhere."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start(request: Request, log: Path) -> WorkerProcess:
@@ -42,7 +42,7 @@ def fork_server() -> Iterator[Starter]:
         log.touch()  # the parent must report a folder that is not writable
         line = json.dumps({"request": str(request.folder / "request.json"), "log": str(log)})
         # If the server died while importing, a new process writes the reason into the log.
-        return _fork(servers[-1], line) or in_new_process(request, log)
+        return _request_fork(servers[-1], line) or in_new_process(request, log)
 
     try:
         yield start
@@ -64,7 +64,8 @@ def _start_server(variables: dict[str, str]) -> subprocess.Popen[bytes]:
     )
 
 
-def _fork(server: subprocess.Popen[bytes], line: str) -> ForkedWorker | None:
+def _request_fork(server: subprocess.Popen[bytes], line: str) -> ForkedWorker | None:
+    """Ask the server to fork a worker; returns it, or None if the server died."""
     assert server.stdin is not None, "a pipe"
     assert server.stdout is not None, "a pipe"
     with contextlib.suppress(BrokenPipeError):
@@ -106,7 +107,7 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             os.close(answers)
-            _be_worker(json.loads(line), server)
+            _run_as_worker(json.loads(line), server)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it may have ended
             os.setpgid(pid, pid)  # before the parent knows the pid, as signals go to its group
         os.write(answers, f"{pid}\n".encode())
@@ -114,7 +115,7 @@ def serve() -> None:
         os.write(answers, f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _be_worker(request: dict[str, str], server: int) -> None:
+def _run_as_worker(request: dict[str, str], server: int) -> None:
     code = 1
     try:
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -1,4 +1,4 @@
-"""Runs attempts on several machines, led by machine 0."""
+"""Runs attempts on several machines, which machine 0 leads."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from fulltune.train.parent.child import forwarding_signals
 from fulltune.train.request import Request
 
 GRACE_SECONDS = 30.0
-"""Seconds for this machine's processes to end after those of another."""
+"""Seconds that this machine's processes have to end after another machine's have ended."""
 _CHECKING = "looking at this machine and the recipe's files"
 
 
 @contextlib.contextmanager
 def leading(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> Iterator[MachineGroup]:
-    """Write machine 0's heartbeat during a block, whose end also ends the other machines."""
+    """Write machine 0's heartbeat within this block, and yield the group of machines; its end also ends the others."""
     phase(_CHECKING)
     own = machines.member(recipe, place, hardware.here(), uuid.uuid4().hex)
     others = {rank: Peer(place.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
@@ -74,27 +74,27 @@ class MachineGroup:
 
     @property
     def weakest(self) -> Machine:
-        """The least of each resource over all machines."""
+        """The smallest amount of each resource over all machines."""
         return hardware.weakest([member.machine for member in self.members])
 
     def gather(self) -> None:
-        """Wait for all machines, and refuse those that would train something else."""
+        """Wait for all machines, and raise SetupError if one would train something else."""
         until, named = time.monotonic() + self._place.wait_seconds, None
         missing = list(self._others)
         # A machine is waited for only once, as a file server may show changes late.
-        while missing := [rank for rank in missing if not self._is_here(self._others[rank])]:
+        while missing := [rank for rank in missing if not self._is_ready(self._others[rank])]:
             if missing != named:
-                self._phase(f"waiting for {_named(missing)} ({len(self._others) + 1} in all)")
+                self._phase(f"waiting for {_machine_names(missing)} ({len(self._others) + 1} in all)")
                 named = missing
             if time.monotonic() > until:
-                raise self._not_here(missing)
+                raise self._absence_error(missing)
             time.sleep(POLL_SECONDS)
         first, *others = self.members
         if problems := machines.differences(first, others):
             raise SetupError(problems)
 
     def start(self, request: Request, log: Path) -> spawn.WorkerProcess:
-        """Start the attempt's processes on all machines; a `Starter`."""
+        """Start the attempt's processes on all machines."""
         try:
             self.gather()
         except InterruptedRun as error:
@@ -127,9 +127,11 @@ class MachineGroup:
             for member in self.members
         )
         change_environment(Path(request.run_folder), machines=used)
-        return _OnAllMachines(child, self._sign, name, {self._others[other.rank]: other.instance for other in others})
+        return _AttemptOnAllMachines(
+            child, self._sign, name, {self._others[other.rank]: other.instance for other in others}
+        )
 
-    def _is_here(self, heard: Peer) -> bool:
+    def _is_ready(self, heard: Peer) -> bool:
         is_silent = heard.silent_seconds > 4 * machines.HEARTBEAT_SECONDS
         if not heard.answers(self._sign.record.token) or is_silent or heard.member is None:
             return False
@@ -137,25 +139,26 @@ class MachineGroup:
             raise ended_as(heard.member)
         return True
 
-    def _not_here(self, missing: Sequence[int]) -> FulltuneError:
+    def _absence_error(self, missing: Sequence[int]) -> FulltuneError:
+        """Return the error for machines that did not answer in time."""
         waited = format_seconds(round(self._place.wait_seconds))
         if self._has_begun:
             labels = [member.label for member in self.members if member.rank in missing]
             return InterruptedRun(f"{listed(labels)} did not come back in {waited}; {GO_ON}")
         return SetupError(
-            f"{_named(missing)} ({len(self._others) + 1} in all) did not answer in {waited}. Either the command was "
-            f"not started there, with the same --rendezvous and version of fulltune, or {self._sign.path.parent} is "
-            "not the same folder there: 'output' must lie on storage that all machines share. The "
-            "command's output on those machines shows which"
+            f"{_machine_names(missing)} ({len(self._others) + 1} in all) did not answer in {waited}. Either the "
+            "command was not started there, with the same --rendezvous and version of fulltune, or "
+            f"{self._sign.path.parent} is not the same folder there: 'output' must lie on storage that all machines "
+            "share. The command's output on those machines shows which"
         )
 
 
-def _named(ranks: Sequence[int]) -> str:
+def _machine_names(ranks: Sequence[int]) -> str:
     return f"{'machines' if len(ranks) > 1 else 'machine'} {listed([str(rank) for rank in ranks])}"
 
 
 def ended_as(member: Member) -> FulltuneError:
-    """Return the error that ended another machine."""
+    """Return the error that corresponds to another machine's exit code."""
     problems = [f"{member.label}: {problem}" for problem in member.problems]
     problems = problems or [f"{member.label}: its command has ended"]
     if member.exit_code == InterruptedRun.exit_code:
@@ -177,8 +180,8 @@ def _check_port(place: MachineAddress) -> None:
             ) from None
 
 
-class _OnAllMachines:
-    """A running attempt, which ends here soon after it has ended on another machine."""
+class _AttemptOnAllMachines:
+    """A running attempt. Its processes here end soon after those on another machine."""
 
     def __init__(self, child: spawn.WorkerProcess, sign: Heartbeat, attempt: str, others: Mapping[Peer, str]) -> None:
         self._child, self._sign, self._attempt = child, sign, attempt
@@ -191,7 +194,7 @@ class _OnAllMachines:
     def poll(self) -> int | None:
         code: int | None = self._child.poll()
         for heard, instance in list(self._running.items()):
-            is_over, lost = _part_of(heard, self._attempt, instance)
+            is_over, lost = _status_elsewhere(heard, self._attempt, instance)
             if is_over:
                 del self._running[heard]
             self.lost += [lost] if lost else []
@@ -215,7 +218,8 @@ class _OnAllMachines:
         return code
 
 
-def _part_of(heard: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
+def _status_elsewhere(heard: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
+    """Return whether an attempt is over on another machine, and how that machine was lost, if it was."""
     member = heard.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)
@@ -233,7 +237,7 @@ def _part_of(heard: Peer, attempt: str, instance: str) -> tuple[bool, LostMachin
 
 
 def meeting(place: MachineAddress, attempt: str, address: str) -> MachineAddress:
-    """Return where torchrun meets the other machines; machine 0 listens on `address` only."""
+    """Return the address at which torchrun meets the other machines; machine 0 listens on `address` only."""
     return replace(place, host=place.host if place.rank else address, attempt=attempt, address=address)
 
 
@@ -241,22 +245,22 @@ def meeting(place: MachineAddress, attempt: str, address: str) -> MachineAddress
 
 
 def follow(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> None:
-    """Take part in all attempts until machine 0's command ends."""
+    """Take part in all attempts until machine 0's command ends; raises its error if it failed."""
     phase(_CHECKING)
     own = machines.member(recipe, place, hardware.here())
     with machines.heartbeat(place.file_of(recipe, place.rank), own) as sign:
         leader = Peer(place.file_of(recipe, 0))
         phase(f"waiting for machine 0 ({place.rendezvous})")
-        while (member := _next(leader, place, sign, phase)).exit_code is None:
-            assert member.attempt is not None  # `_next` waits for it
-            _take_part(member.attempt, leader, place, sign, phase)
+        while (member := _await_attempt(leader, place, sign, phase)).exit_code is None:
+            assert member.attempt is not None  # `_await_attempt` waits for it
+            _run_attempt(member.attempt, leader, place, sign, phase)
         if member.exit_code:
             raise ended_as(member)
         phase("machine 0 has finished")
 
 
-def _next(leader: Peer, place: MachineAddress, sign: Heartbeat, phase: Callable[[str], None]) -> Member:
-    """Return machine 0's record once it awaits this machine or has ended."""
+def _await_attempt(leader: Peer, place: MachineAddress, sign: Heartbeat, phase: Callable[[str], None]) -> Member:
+    """Return machine 0's record once it awaits this machine in an attempt, or has ended."""
     until = time.monotonic() + place.wait_seconds
     while True:
         member, own = leader.read(), sign.record
@@ -268,11 +272,12 @@ def _next(leader: Peer, place: MachineAddress, sign: Heartbeat, phase: Callable[
             if member.exit_code is not None or own.is_awaited(member.attempt):
                 return member
         elif time.monotonic() > until:
-            raise _no_answer(leader, place, sign)
+            raise _silence_error(leader, place, sign)
         time.sleep(POLL_SECONDS)
 
 
-def _no_answer(leader: Peer, place: MachineAddress, sign: Heartbeat) -> FulltuneError:
+def _silence_error(leader: Peer, place: MachineAddress, sign: Heartbeat) -> FulltuneError:
+    """Return the error for a machine 0 that did not answer in time."""
     waited = format_seconds(round(place.wait_seconds))
     if sign.record.token and leader.member is not None:
         return InterruptedRun(f"{leader.member.label} sent no heartbeat and did not come back in {waited}; {GO_ON}")
@@ -283,9 +288,10 @@ def _no_answer(leader: Peer, place: MachineAddress, sign: Heartbeat) -> Fulltune
     )
 
 
-def _take_part(
+def _run_attempt(
     attempt: SharedAttempt, leader: Peer, place: MachineAddress, sign: Heartbeat, phase: Callable[[str], None]
 ) -> None:
+    """Run this machine's part of an attempt and report how it ended."""
     path, until = Path(attempt.request), time.monotonic() + machines.LOST_SECONDS
     while not path.exists():
         if time.monotonic() > until:

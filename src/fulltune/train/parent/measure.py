@@ -22,9 +22,9 @@ from fulltune.train.parent.retry import PlannedTrial
 from fulltune.train.request import Request
 
 MARGIN = 0.03
-"""Relative difference of times that is noise."""
+"""Relative difference of times that is only noise."""
 MIN_SECONDS_TO_COMPILE = 600.0
-"""Shortest run that wins back the minute or two of compiling."""
+"""Shortest run in seconds that regains the minute or two of compiling."""
 _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 """Settings that follow from the micro batch and keep their reason."""
 
@@ -33,7 +33,8 @@ _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 
 
 def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
-    """Return rows with one more lever each, as far as the recipe leaves them open."""
+    """Return settings to measure: the plan's without levers, then with one more lever each, unless the recipe forbids
+    it."""
     measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
     plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
     now: Changes = {}
@@ -51,7 +52,8 @@ def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
 
 
 def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSetting]:
-    """Return rows with the next two smaller and larger divisors of a rank's share of the global batch."""
+    """Return settings with the next two smaller and larger micro batches that divide a rank's share of the global
+    batch."""
     if recipe.train.micro_batch_size is not None:
         return []
     share = plan.global_batch_size // plan.num_processes
@@ -74,7 +76,7 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSet
 
 
 def compilations(recipe: Recipe, best: MeasuredSetting, missing: str | None) -> list[MeasuredSetting]:
-    """Return a row with torch.compile unless the recipe sets it; `missing` names a missing tool."""
+    """Return a setting with torch.compile, unless the recipe decides on it. `missing` names a missing tool."""
     train = recipe.train
     if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
         return []
@@ -97,7 +99,7 @@ def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
 
 
 def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> Plan:
-    """Return the plan with the fastest settings that fit, and save all measurements."""
+    """Return the plan with the fastest settings that fit, and save all measurements in the run folder."""
     recipe, plan, folder = trial.recipe, trial.plan, trial.folder
     if trial.hooks.needs_this_process:
         raise SetupError("measure: compute_loss cannot be passed to the processes that measure")
@@ -108,7 +110,7 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
     rows: list[MeasuredSetting] = []
 
     def run(candidates: Sequence[MeasuredSetting]) -> list[MeasuredSetting]:
-        results = [_probe(trial, candidate, tokens, available_bytes) for candidate in candidates]
+        results = [_measure_setting(trial, candidate, tokens, available_bytes) for candidate in candidates]
         rows.extend(results)
         return results
 
@@ -156,7 +158,7 @@ def measured(row: MeasuredSetting, outcome: Outcome, tokens: float, available_by
     )
 
 
-def _probe(trial: PlannedTrial, row: MeasuredSetting, tokens: float, available_bytes: int) -> MeasuredSetting:
+def _measure_setting(trial: PlannedTrial, row: MeasuredSetting, tokens: float, available_bytes: int) -> MeasuredSetting:
     if row.problem:
         return row
     trial.listener(PhaseBegan(name=f"measuring: {row.name}"))

@@ -1,4 +1,4 @@
-"""Plans the attempt after a failed one, as pure functions."""
+"""Plans the attempt that follows a failed one, in pure functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fulltune.text import format_bytes
 from fulltune.train.loop.step_guard import rate_factor
 
 MAX_UNCHANGED: dict[OutcomeStatus, int] = {"hung": 1, "killed": 4, "lost": 20}
-"""Most resumes of a command with an unchanged plan, by status; preemptible machines are often lost."""
+"""How often a command resumes with an unchanged plan, by status; preemptible machines are often lost."""
 _MARK = "; memory ran out"
 _WHERE: dict[Phase | None, str] = {
     None: "",
@@ -27,17 +27,17 @@ _WHERE: dict[Phase | None, str] = {
 }
 _MIN_REPORTED_BYTES = 2**20
 _MIN_GROWTH_BYTES = 64 * 2**20
-"""Memory growth below which libraries alone allocate."""
+"""Memory growth in bytes below which only libraries have allocated."""
 _NO_SECOND_ATTEMPT = "with functions of your own, training runs in this process, which allows no second attempt"
 
 
 EstimateMemory = Callable[[Plan], MemoryNeed | None]
-"""Computes the memory of a changed plan, or None if it is unknown."""
+"""Estimates the memory of a changed plan, or returns None if it is unknown."""
 
 
 @dataclass(frozen=True)
 class NextAttempt:
-    """Plan of the next attempt, and whether it resumes."""
+    """The plan of the next attempt, and whether it resumes."""
 
     plan: Plan
     resume: bool
@@ -45,13 +45,13 @@ class NextAttempt:
 
 
 def unknown(plan: Plan) -> None:
-    """Return None as an unknown need."""
+    """Return None: the memory is not estimated."""
 
 
 def next_attempt(
     recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: EstimateMemory = unknown
 ) -> NextAttempt | None:
-    """Plan the attempt after the last of `history`, or return None if nothing helps."""
+    """Plan the attempt after the last one in `history`, or return None if no change would help."""
     last = history[-1]
     if sum(outcome.status == last.status for outcome in history) <= MAX_UNCHANGED.get(last.status, 0):
         there = " when all machines are back" if last.status == "lost" else ""
@@ -73,11 +73,11 @@ def next_attempt(
     for _, changes, text in fallbacks(recipe, plan, last.phase, fits):
         if changes is not None:
             reason = f"{short_of(last, plan)}; {text}"
-            return NextAttempt(_changed(plan, last, changes, need), True, reason)
+            return NextAttempt(_changed_plan(plan, last, changes, need), True, reason)
     return None
 
 
-def _changed(plan: Plan, last: Outcome, changes: Changes, need: EstimateMemory) -> Plan:
+def _changed_plan(plan: Plan, last: Outcome, changes: Changes, need: EstimateMemory) -> Plan:
     def reason(old: Setting) -> str:
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
         return f"{planned}{_MARK}{_WHERE[last.phase]} of attempt {last.attempt}"
@@ -93,7 +93,7 @@ def _changed(plan: Plan, last: Outcome, changes: Changes, need: EstimateMemory) 
 
 
 def short_of(outcome: Outcome, plan: Plan) -> str:
-    """Describe where memory ran out, with bytes in use and requested."""
+    """Describe where memory ran out, and how many bytes were in use and requested."""
     parts = [f"memory ran out{_WHERE[outcome.phase]}"]
     if outcome.memory_growth_bytes >= _MIN_REPORTED_BYTES:
         parts.append(f"with {format_bytes(outcome.memory_growth_bytes)} in use")
@@ -107,7 +107,7 @@ def short_of(outcome: Outcome, plan: Plan) -> str:
 
 
 def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
-    """Return the plan's settings with new values and reasons."""
+    """Return the plan's settings with changed values and their reasons."""
     present = {setting.name: setting for setting in plan.settings}
     for field, value in changes.items():
         name, before = SETTING_OF[field], getattr(plan, field)
@@ -119,7 +119,7 @@ def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str])
 
 
 def killed_too_often(last: Outcome) -> str:
-    """Return the message that something keeps killing the training."""
+    """Return an error message: something keeps killing the training."""
     return (
         f"{last.reason}. This happened {MAX_UNCHANGED['killed'] + 1} times in this command, without a sign that memory "
         "ran out. A person, a scheduler or a memory watcher (earlyoom, systemd-oomd) may have done it. Prevent that, "
@@ -128,7 +128,7 @@ def killed_too_often(last: Outcome) -> str:
 
 
 def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
-    """Return the messages that memory ran out and no setting can help."""
+    """Return an error message: memory ran out, and no setting can help."""
     lines = [f"{short_of(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
     for name, changes, text in fallbacks(recipe, plan, last.phase, lambda changes: True):
@@ -141,7 +141,7 @@ def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) 
 
 
 def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
-    """Plan the attempt after a spike, or return None if that cannot help."""
+    """Plan the attempt after a spike in the loss, or return None if a rollback cannot help."""
     since = outcome.first_bad_step
     # Since step 1: no healthy checkpoint exists, and starting over would spike again.
     if outcome.status != "spiked" or since is None or since <= 1 or len(plan.rollbacks) >= most:
@@ -163,8 +163,8 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
 def fallbacks(
     recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]
 ) -> Iterator[tuple[str, Changes | None, str]]:
-    """Yield name, changes and description of what saves memory in a phase (default: a step), mildest first; impossible
-    changes are None. The recipe's own settings never change."""
+    """Yield name, changes and description of each lever that saves memory in a phase (default: a step), mildest first.
+    Changes are None if the recipe or the plan rules them out."""
     for lever in LEVERS:
         if (phase or "step") not in lever.fallback:
             continue

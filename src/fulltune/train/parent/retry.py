@@ -54,7 +54,7 @@ def train(
     done = earlier_outcomes(folder, plan.trial)
     model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
     if model_folder is not None and lost_weights(folder / model_folder) is None:
-        _tidy(folder, plan.trial)
+        _delete_resume_files(folder, plan.trial)
         return done[-1]
     if recipe.train.num_machines > 1 and start is in_new_process:
         raise RecipeError(missing_machines(recipe))
@@ -72,7 +72,7 @@ def train(
             dry_run=dry_run or bool(history),
         )
         saved = done[-1].steps if done and not history and done[-1].status == "interrupted" else 0
-        request = _with_folders(request, change.resume, listener, saved)
+        request = _prepare_folders(request, change.resume, listener, saved)
         if hooks.needs_this_process:
             from fulltune.train.worker import main as worker
 
@@ -81,13 +81,13 @@ def train(
             outcome = child.run(request, listener, start)
         history.append(outcome)
         if outcome.status == "done":
-            _tidy(folder, plan.trial)
+            _delete_resume_files(folder, plan.trial)
             return outcome
-        following = _rolled_back(request, outcome, most_rollbacks)
+        following = _plan_rollback(request, outcome, most_rollbacks)
         if following is None and not hooks.needs_this_process:
             following = next_attempt(recipe, change.plan, history, trial.need)
         if following is None:
-            raise _error(request, outcome, tried)
+            raise _final_error(request, outcome, tried)
         Journal(request.folder / "journal.jsonl").write(NEXT, following.reason)
         if following.plan != request.plan:
             save_plan(folder, recipe, following.plan)
@@ -98,7 +98,8 @@ def train(
         change = following
 
 
-def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAttempt | None:
+def _plan_rollback(request: Request, outcome: Outcome, most: int | None) -> NextAttempt | None:
+    """Plan a rollback to the newest healthy checkpoint and delete later ones, or return None."""
     most = request.recipe.train.max_rollbacks if most is None else most
     healthy = checkpoints.newest_healthy(request.checkpoints, outcome.first_bad_step or 0)
     step = 0 if healthy is None else number_in(healthy)
@@ -108,8 +109,8 @@ def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAt
     return following
 
 
-def _with_folders(request: Request, resume: bool, listener: Listener, saved: int) -> Request:
-    """Create the attempt's folders, and add the newest sound checkpoint."""
+def _prepare_folders(request: Request, resume: bool, listener: Listener, saved: int) -> Request:
+    """Create the attempt's folders; returns the request with the newest undamaged checkpoint."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, damaged = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
     if sound is not None and (problem := parallel_layout.misfit(sound, request.recipe)):
@@ -132,8 +133,9 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
     return request
 
 
-def _tidy(folder: Path, trial: str) -> None:
-    """Delete what only resuming needs, after the outcome is saved: a run killed in between would train again."""
+def _delete_resume_files(folder: Path, trial: str) -> None:
+    """Delete files that only resuming needs. The outcome must be saved, or a run killed in between would train
+    again."""
     checkpoints.drop_after(folder / "checkpoints" / trial, -1)
     with contextlib.suppress(OSError):  # not empty, or gone
         (folder / "checkpoints" / trial).rmdir()
@@ -152,7 +154,8 @@ def earlier_outcomes(folder: Path, trial: str) -> list[Outcome]:
     return outcomes
 
 
-def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> FulltuneError:
+def _final_error(request: Request, outcome: Outcome, tried: Sequence[str]) -> FulltuneError:
+    """Return the error that ends the command after its last attempt."""
     reason, log = outcome.reason, f"log: {request.folder / 'log.txt'}"
     match outcome.status:
         case "interrupted":

@@ -25,12 +25,12 @@ ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
 """glibc settings on a CPU that merge freed small blocks at once: a 58 M Llama with activation checkpointing peaked at
 1.63 GB instead of 2.13 (docs/concepts/memory.md)."""
 FSDP2_ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.arena_max=1"
-"""glibc settings with FSDP2 that return blocks from 4 MiB on and give threads no heaps: a 39 M Llama on two ranks
-peaked at 745 MB instead of 1,020 to 1,100, in steps 15 and 23 % longer."""
+"""glibc settings for FSDP2 that return blocks from 4 MiB to the system and give threads no heaps: a 39 M Llama on two
+ranks peaked at 745 MB instead of 1,020 to 1,100, in steps 15 and 23 % longer."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Limits of the kernels that oneDNN and PyTorch (both variables are needed) cache per shape: the default of 1,024 took
-280 MiB for 57 lengths in bf16; a step needs fewer than 64."""
+"""Limits of how many kernels oneDNN and PyTorch cache (both variables are needed): the default of 1,024 took 280 MiB
+for 57 lengths in bf16; a step needs fewer than 64."""
 
 
 LAUNCHER = ranks.__name__  # starts several processes
@@ -54,7 +54,7 @@ Starter = Callable[[Request, Path], WorkerProcess]
 
 
 def in_new_process(request: Request, log: Path, meeting: MachineAddress | None = None) -> WorkerProcess:
-    """Start this machine's worker processes, several under torchrun."""
+    """Start this machine's worker processes; several run under torchrun."""
     with log.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
             command(request, request.folder / "request.json", meeting),
@@ -102,20 +102,21 @@ def environment(request: Request) -> dict[str, str]:
 
 
 def of_machine(meeting: MachineAddress) -> dict[str, str]:
-    """Return variables for several machines; gloo's default is often the loopback."""
+    """Return environment variables for one of several machines; gloo's default interface is often the loopback."""
     variables = dict(_PREFIX)
-    if (interface := _interface_of(meeting.address)) is not None:
+    if (interface := _interface_with(meeting.address)) is not None:
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     return variables
 
 
 def on_loopback() -> dict[str, str]:
-    """Return variables that keep one machine's processes on its loopback."""
-    name = _interface_of("127.0.0.1") or "lo"
+    """Return environment variables that keep one machine's processes on its loopback."""
+    name = _interface_with("127.0.0.1") or "lo"
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
-def _interface_of(address: str) -> str | None:
+def _interface_with(address: str) -> str | None:
+    """Return the network interface with this IP address, or None."""
     if ":" in address:
         packed = ip_address(address).packed
         entries = (line.split() for line in memory.lines_of("/proc/net/if_inet6"))
@@ -131,9 +132,9 @@ def _interface_of(address: str) -> str | None:
 
 
 def ask_to_stop(child: WorkerProcess) -> None:
-    """Send SIGTERM to the workers only: torchrun would kill them after 30 seconds."""
+    """Send SIGTERM to the workers only, because torchrun would kill them after 30 seconds."""
     launched = isinstance(child.args, Sequence) and LAUNCHER in map(str, child.args)
-    workers = _children(child.pid) if launched else []
+    workers = _child_processes(child.pid) if launched else []
     with contextlib.suppress(ProcessLookupError):
         if not workers:
             os.killpg(child.pid, signal.SIGTERM)
@@ -143,10 +144,10 @@ def ask_to_stop(child: WorkerProcess) -> None:
 
 
 def end(child: WorkerProcess) -> None:
-    """Kill all descendants; torchrun's workers have other process groups."""
-    below = _children(child.pid)
+    """Kill all descendants, including torchrun's workers, which have process groups of their own."""
+    below = _child_processes(child.pid)
     for pid in below:
-        below += _children(pid)
+        below += _child_processes(pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     for pid in below:
@@ -154,14 +155,14 @@ def end(child: WorkerProcess) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _children(parent: int) -> list[int]:
+def _child_processes(parent: int) -> list[int]:
     # Fields after the name, which is in brackets and may contain anything: state, parent ...
     stats = ("".join(memory.lines_of(str(file))) for file in Path("/proc").glob("[0-9]*/stat"))
     return [int(stat.split()[0]) for stat in stats if stat and int(stat.rpartition(")")[2].split()[1]) == parent]
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel (Linux) kill this process when its parent ends."""
+    """Make the Linux kernel kill this process when its parent ends."""
     import ctypes
 
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
