@@ -83,7 +83,7 @@ def test_questions_rest_on_the_clusters_of_their_windows(tmp_path: Path) -> None
 
 
 def test_more_cluster_numbers_than_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 rows with the clusters of 2"):
+    with pytest.raises(ValueError, match="a cluster for each of 3 rows, found 2"):
         resample({"x": np.ones(3)}, lambda rows: {"a": 1.0}, samples=2, clusters=np.array([0, 1]))
 
 

@@ -63,7 +63,7 @@ def baselines(scoring: Scoring) -> list[Scores]:
         with _explain_out_of_memory("the linear probe of the untouched model"):
             scorers |= _probe_baselines(scoring, scorer)
     shapes = folder / "plan" / SHAPES
-    # A checkpoint with a head for the task is scored untrained; a comparison has it as its method `base`.
+    # A checkpoint that already has a head for the task is also scored untrained. A comparison does so as `base`.
     if not scoring.recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:
         scorers.setdefault(UNTOUCHED, untouched)
     return [_load_or_score(folder / "scores" / f"{name}.json", make) for name, make in scorers.items()]
@@ -76,7 +76,7 @@ def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable
     if not with_head and scoring.target.form.has_windows:
         return {}
     rows, eval_rows = (opened(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
-    # Stored in the run folder; fitted here if training did not need it.
+    # The probe is in the run folder if training needed it, otherwise it is fitted here.
     fitted = probe.load_or_fit(scoring.data.parent, lambda: _feature_extractor(scoring), rows, eval_rows, with_head)
     scorers: dict[str, Callable[[], Scored]] = {}
     if (baseline := fitted.baseline) is not None:
@@ -91,7 +91,7 @@ def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(probe.SEED)  # missing weights of the head are drawn
+        torch.manual_seed(probe.SEED)  # weights that the head lacks are drawn at random
         model, processor = scoring.load(None)
     return probe.FeatureExtractor(
         model,
@@ -109,11 +109,11 @@ def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
 def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe, baseline: FrozenBaseline) -> Scored:
     extractor, folder = _feature_extractor(scoring), scoring.data.parent
     if fitted.head is not None:
-        probe.put_head(extractor.model, folder)  # for the same embeddings, as the head's other layers may shape them
+        probe.put_head(extractor.model, folder)  # the head's other layers may affect the embeddings
     rows = opened(scoring.rows("test"), scoring.base.processor)
-    of = f" of {fitted.train_rows:,} train rows" if fitted.train_rows < fitted.available_rows else ""
-    read = ", each text read alone" if baseline.pooling == "pair" else ""
-    name = f"{baseline.kind} (frozen embeddings{of}{read})"
+    rows_note = f" of {fitted.train_rows:,} train rows" if fitted.train_rows < fitted.available_rows else ""
+    pair_note = ", each text read alone" if baseline.pooling == "pair" else ""
+    name = f"{baseline.kind} (frozen embeddings{rows_note}{pair_note})"
     return scorer.frozen(scoring, name, probe.predict(extractor, rows, baseline, probe.frozen_classifier(folder)))
 
 
@@ -129,7 +129,7 @@ def score(scoring: Scoring, outcome: Outcome) -> Scores:
     """Score the trained model on the test rows, log the access, and save a classifier's temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
-        raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
+        raise SetupError(f"{folder}: attempt {outcome.attempt} saved no model to evaluate")
     model_folder = folder / outcome.model_folder
     path = folder / "scores" / f"{plan.trial}.json"
     if scoring.user_metrics is not None:

@@ -51,7 +51,7 @@ def _generate_answers(
     tokenizer: Tokenizer,
     drawn: Mapping[int, Row],
 ) -> list[str]:
-    if "source" in scoring.target.columns:  # one example a row, truncated as in training
+    if "source" in scoring.target.columns:  # one example per row, truncated as in training
         test = scoring.rows("test")
         prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
     else:
@@ -85,7 +85,7 @@ def drawn_rows(scoring: Scoring) -> dict[int, Row]:
         return {}
     rows, first = scoring.texts, dict[str, int]()
     for position, row in enumerate(rows):
-        # A conversation can be several examples, and one without a question has nothing to answer.
+        # A conversation may give several examples; a row without a question cannot be answered.
         if scoring.task.prompt_text(row, scoring.target).strip():
             first.setdefault(scoring.task.group_key(row, scoring.target), position)
     seed = scoring.recipe.data.split_seed

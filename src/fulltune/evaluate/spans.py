@@ -42,16 +42,18 @@ def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> S
     """Score the trained model, whose windows of a long context give one answer together."""
     target, windows, texts = scoring.target, scoring.rows("test"), scoring.texts
     predictions = scoring.run(model, tokenizer)
-    places = [row[PLACE] for row in texts]
+    locations = [row[PLACE] for row in texts]
     contexts = [context_of(row, target) for row in texts]
-    answers = question_answering.find_answers(predictions, windows, places, contexts)
+    answers = question_answering.find_answers(predictions, windows, locations, contexts)
     questions = _rows_by_question(scoring)
     predicted = [answers[place]["answer"] for place in questions]
     accepted = _accepted_answers(scoring, questions)
     numbers = {place: number for number, place in enumerate(questions)}
-    of = np.array([numbers[place] for place in places])
-    # Each question counts the same, however long its context is.
-    scores = compared(predicted, accepted) | {"loss": np.bincount(of, predictions["loss"]) / np.bincount(of)}
+    question_of_window = np.array([numbers[place] for place in locations])
+    # Average over windows, so that a question with a long context does not count more.
+    scores = compared(predicted, accepted) | {
+        "loss": np.bincount(question_of_window, predictions["loss"]) / np.bincount(question_of_window)
+    }
     rows, first = list(questions.values()), _first_windows(texts)
     # The questions with the highest loss among those with a wrong answer.
     wrong = [row for row in np.argsort(-scores["loss"], kind="stable") if scores["exact_match"][row] < 1]

@@ -44,7 +44,7 @@ def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> S
         )
     sentences = [_words(scoring, row) for row in scoring.texts]
     counts["tokens"] = ragged(sentences)
-    # Only sums per row are resampled, which is fast.
+    # Resampling only sums per row is fast.
     metrics = scoring.estimates({name: array for name, array in counts.items() if array.dtype != object})
     predicted, gold = (
         [[target.labels[label] for label in row] for row in counts[name]] for name in ("predicted", "gold")
@@ -72,7 +72,7 @@ def _score_lexicon(scoring: Scoring) -> Scored:
     """Score the baseline that gives each word its most frequent tag in train, and `O` to unknown words."""
     ids = {label: position for position, label in enumerate(scoring.target.labels)}
     tag_counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
-    for row in store.texts(scoring.data / "train"):  # one by one: there may be many
+    for row in store.texts(scoring.data / "train"):  # read one at a time, as there may be many
         for word, tag in zip(*token_classification.words_and_tags(row, scoring.target.columns), strict=True):
             tag_counts[word][ids[tag]] += 1
     lexicon = {word: min(counts, key=lambda label: (-counts[label], label)) for word, counts in tag_counts.items()}

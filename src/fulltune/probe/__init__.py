@@ -227,7 +227,7 @@ def _out_of_memory_as_no_probe(model: PreTrainedModel) -> Iterator[None]:
     except Exception as error:
         if needs_all_ranks(model) or not is_out_of_memory(error):
             raise
-        raise NoProbe("memory ran out while it was fitted") from error
+        raise NoProbe("memory ran out while fitting the linear probe") from error
 
 
 def _fit_head(

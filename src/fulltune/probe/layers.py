@@ -107,7 +107,7 @@ def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mappin
     outputs_read = [output if pick is None else pick(model, batch, output) for output in last_outputs]
     is_all = len(outputs_read) == 1 and outputs_read[0].numel() == logits.numel()
     if not is_all or not torch.allclose(outputs_read[0].flatten(), logits.flatten(), rtol=0, atol=0, equal_nan=True):
-        raise NoProbe(f"the logits of {type(model).__name__} are not just those of its last layer")
+        raise NoProbe(f"the logits of {type(model).__name__} are not the outputs of its last layer")
     [last], dense = recorded["last"], recorded.get("dense", [])
     dense_inputs = dense[0] if len(dense) == 1 and dense[0].shape[:-1] == last.shape[:-1] else None
     if pick is not None:

@@ -137,7 +137,7 @@ def _fit_logistic(
         raise NoProbe("all train rows have the same class")
     weights = None if class_weights is None else {int(label): class_weights[label] for label in present}
     if weights is not None and not any(weights.values()):
-        raise NoProbe("all train rows have a class that train.class_weights leaves out")
+        raise NoProbe("all train rows have a class whose weight in train.class_weights is 0")
     model = LogisticRegression(
         max_iter=MOST_STEPS, tol=TOLERANCE, warm_start=True, fit_intercept=has_bias, class_weight=weights
     )
@@ -261,7 +261,7 @@ def select_classifier(
         return _first_within_tolerance(results, tolerance)
     _, row = np.unique(items.rows, return_inverse=True)
     if row.max() == 0:
-        raise NoProbe("there is one train row")
+        raise NoProbe("there is only one train row")
     fold = np.random.default_rng(0).permutation(row.max() + 1)[row] % FOLDS
     sums: dict[Key, float] = {}
     measured = 0

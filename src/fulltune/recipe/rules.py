@@ -174,7 +174,7 @@ def _extra_problems(recipe: Recipe) -> list[str]:
         if name in pinned():
             problems.append(f"{dotted_name}: cannot be set here; {pinned()[name]}")
         elif name in train_fields:
-            problems.append(f"{dotted_name}: has its train_fields setting; write train.{name}")
+            problems.append(f"{dotted_name}: has its own setting; write train.{name}")
         elif name not in arguments:
             hint = answer(name) or did_you_mean(name, arguments)
             problems.append(

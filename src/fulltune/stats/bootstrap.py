@@ -137,7 +137,7 @@ class Resampled:
         tail = (1 - confidence) / 2
         low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))
         if bounds is not None and bounds[0] <= low == high == self.value <= bounds[1]:
-            # No resample has a mistake, or a right answer, that no row has (Clopper and Pearson 1934).
+            # Resamples of equal rows do not vary, so use an exact bound (Clopper and Pearson 1934).
             share = tail ** (1 / max(1, self.num_clusters))
             low, high = (bound + share * (self.value - bound) for bound in bounds)
         return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
@@ -165,7 +165,7 @@ def resample(
     """Compute metrics on all rows and on resamples of clusters. Equal seeds draw equal rows for every model."""
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
-        raise ValueError(f"{num_rows} rows with the clusters of {len(clusters)}")
+        raise ValueError(f"expected a cluster for each of {num_rows} rows, found {len(clusters)}")
     of_row, num_clusters = _number_clusters(clusters, num_rows)
     random, drawn = np.random.default_rng(seed), []
     for _ in range(samples):
@@ -215,7 +215,7 @@ def draw(
     trials = [outputs for method in methods for outputs in method]
     rows = {len(next(iter(outputs.values()))) for outputs in trials}
     if len(rows) > 1 or (clusters is not None and rows != {len(clusters)}):
-        raise ValueError(f"trials of {sorted(rows)} rows cannot be compared row by row")
+        raise ValueError(f"expected trials and clusters of the same rows, found trials of {sorted(rows)} rows")
     num_rows = rows.pop()
     of_row, num_clusters = _number_clusters(clusters, num_rows)
     if measure.counts is not None and measure.value is not None:
@@ -226,7 +226,7 @@ def draw(
         anew = [
             resample(outputs, measure.alone, samples=samples, clusters=clusters)[measure.name] for outputs in trials
         ]
-        # A metric that a resample leaves undefined counts as 0.
+        # A metric that is undefined on a resample counts as 0.
         point, drawn = (
             np.array([model.value for model in anew]),
             np.nan_to_num(np.stack([model.draws for model in anew], axis=1)),

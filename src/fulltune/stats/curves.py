@@ -31,8 +31,8 @@ BEYOND_CHANCE = 2.0
 
 def error_of_share(share: float, count: int) -> float:
     """Return the standard error of a share measured on `count` rows, with Laplace's correction."""
-    more = (share * count + 1) / (count + 2)
-    return math.sqrt(max(0.0, more * (1 - more)) / (count + 2))
+    smoothed = (share * count + 1) / (count + 2)
+    return math.sqrt(max(0.0, smoothed * (1 - smoothed)) / (count + 2))
 
 
 LOSS_WINDOW = 10
@@ -48,8 +48,8 @@ _MIN_AT_END = 4
 
 def diverged(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
     """Decide to stop if the loss has diverged and will not recover."""
-    fell = fell_and_rose(losses, learning_rate, untrained)
-    return fell if fell.action == "stop" else ran_away(losses, learning_rate, untrained)
+    decision = fell_and_rose(losses, learning_rate, untrained)
+    return decision if decision.action == "stop" else ran_away(losses, learning_rate, untrained)
 
 
 def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
@@ -277,8 +277,8 @@ def fit(curves: Curves) -> Fit:
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
     trained = _train_loss_by_evaluation(curves.train_loss, [step for step, _ in evaluations])
     if len(evaluations) < MIN_EVALUATIONS or len(trained) < len(evaluations):
-        few = f"too few evaluations ({len(evaluations)}) to judge over-fitting; three are needed"
-        return Fit("not known", few if evaluations else "")
+        reason = f"too few evaluations ({len(evaluations)}) to judge over-fitting; three are needed"
+        return Fit("not known", reason if evaluations else "")
     turn, least = min(evaluations, key=lambda point: point[1])
     end, last = evaluations[-1]
     mixed = ", mixed ones included" if curves.is_mixed else ""
@@ -290,24 +290,24 @@ def fit(curves: Curves) -> Fit:
     rose = turn < end and last >= ROSE * least > 0
     if not (rose or fell):
         return _judge_without_turn(curves, evaluations, trained, gap)
-    at = curves.best[0] if fell else turn
-    what = (
+    turn_step = curves.best[0] if fell else turn
+    evidence = (
         since_best
         if fell
         else f"the eval loss was lowest at {_step_and_epoch(curves, turn)}, {format_number(least)}, and rose"
     )
-    details = f"{gap}{_kept_weights_sentence(curves, at)}"
+    details = f"{gap}{_kept_weights_sentence(curves, turn_step)}"
     half = list(trained.values())[(len(trained) - 1) // 2]
     if trained[end] >= HARDLY_FELL * max(trained[turn], half):
-        return Fit("got worse", f"{what}, and the train loss did not fall either", at, details, _LOWER)
-    what = f"{what}, while the train loss still fell"
+        return Fit("got worse", f"{evidence}, and the train loss did not fall either", turn_step, details, _LOWER)
+    evidence = f"{evidence}, while the train loss still fell"
     if fell or not since_best:
-        return Fit("over-fitted", what, at, details, _FEWER)
+        return Fit("over-fitted", evidence, turn_step, details, _FEWER)
     chance = curves.chance(curves.best[1])
-    most = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
+    chance_in_words = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
     rows = f"{curves.eval_rows:,}" if curves.eval_rows else f"{ASSUMED_ROWS:,} (assumed)"
-    what = f"{what}; {since_best}, and with {rows} rows a difference of up to {most} may be chance"
-    return Fit("over-confident", what, at, details)
+    evidence = f"{evidence}; {since_best}, and with {rows} rows a difference of up to {chance_in_words} may be chance"
+    return Fit("over-confident", evidence, turn_step, details)
 
 
 def _judge_without_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
@@ -352,8 +352,8 @@ def _worse_than_before(curves: Curves) -> str | None:
     before, best, sign = curves.before, curves.best[1], 1 if curves.greater_is_better else -1
     if before is None or not math.isfinite(before + best) or sign * (before - best) <= curves.chance(before, best):
         return None
-    was, became = (format_metric(curves.metric_name, value) for value in (before, best))
-    return f"{curves.on_eval} was {was} before step 1 and never better than {became} afterwards"
+    metric_before, metric_best = (format_metric(curves.metric_name, value) for value in (before, best))
+    return f"{curves.on_eval} was {metric_before} before step 1 and never better than {metric_best} afterwards"
 
 
 def _since_best(curves: Curves) -> tuple[str, bool]:

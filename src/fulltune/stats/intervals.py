@@ -72,7 +72,7 @@ def _estimate_spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) ->
     seeds = len(point)
     if seeds == 1:
         return None
-    # Rows move each seed's metric and the seeds' mean; only the part that differs between seeds averages out.
+    # Rows affect each seed's metric and the mean over seeds; only what differs between seeds averages out.
     of_one, of_mean = float(draws.var(axis=0).mean()), float(draws.mean(axis=1).var())
     by_rows = max(0.0, of_one - of_mean) * seeds / (seeds - 1) * _unbiased_factor(num_clusters)
     return SeedSpread(seeds, float(point.var(ddof=1)), by_rows, seeds - 1)
@@ -153,7 +153,7 @@ def _uncertain_value(
 ) -> UncertainValue:
     estimated = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
-    # Few clusters also tell little about the spread between clusters.
+    # With few clusters, the spread between clusters is uncertain as well.
     stretch = np.sqrt(
         _unbiased_factor(num_clusters) / _draw_chi_squared(chance, max(1, num_clusters - 1), len(centres))
     )
@@ -164,7 +164,7 @@ def _uncertain_value(
     return UncertainValue(
         estimate=estimate,
         centres=centres,
-        # Never exactly 0: a step of a distribution function has no quantile.
+        # Never exactly 0, because a step function has no inverse.
         spreads=np.sqrt(beyond + surprise) + 1e-12 * (1 + abs(estimate)),
         row_variance=float(centres.var()) + surprise,
         seeds=estimated,
@@ -184,8 +184,8 @@ def paired(first: Resampled, second: Resampled, span: float | None, confidence: 
     centres = first.draws[finite] - second.draws[finite]
     gap = _uncertain_value(first.value - second.value, centres, [NO_SPREAD, NO_SPREAD], first.num_clusters, span)
     low, high = gap.interval(1 - confidence)
-    most = math.inf if span is None else span
-    return Estimate(value=gap.estimate, low=max(low, -most), high=min(high, most))
+    limit = math.inf if span is None else span
+    return Estimate(value=gap.estimate, low=max(low, -limit), high=min(high, limit))
 
 
 def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
@@ -197,11 +197,11 @@ def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
     """Return the degrees of freedom of `variance_of_mean` (Welch and Satterthwaite). Borrowed spreads add none."""
     if any(spread.borrowed for spread in spreads):
         return min(spread.degrees for spread in spreads)
-    # A variance below the rows' part only says that the seeds' part is small.
+    # A variance below the rows' part only shows that the seeds' part is small.
     parts = [(max(one.variance, one.by_rows) / one.num_seeds, one.degrees) for one in spreads]
-    whole = sum(variance for variance, _ in parts)
+    total = sum(variance for variance, _ in parts)
     scatter = sum(variance**2 / degrees for variance, degrees in parts)
-    return whole**2 / scatter if scatter > 0 else math.inf
+    return total**2 / scatter if scatter > 0 else math.inf
 
 
 def _draw_chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.ndarray:
@@ -217,8 +217,8 @@ def holm(p_values: Sequence[float], alpha: float) -> list[tuple[float, float]]:
     """Return each test's adjusted p-value and level, so that any of them is wrong with probability `alpha` at most
     (Holm 1979)."""
     adjusted, highest = {}, 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         left = len(p_values) - rank
-        highest = max(highest, min(1.0, left * p_values[place]))
-        adjusted[place] = (highest, alpha / left)
-    return [adjusted[place] for place in range(len(p_values))]
+        highest = max(highest, min(1.0, left * p_values[index]))
+        adjusted[index] = (highest, alpha / left)
+    return [adjusted[index] for index in range(len(p_values))]

@@ -75,7 +75,7 @@ class ComparisonPrecision:
         """
         shares, inverse = _inverse_chi_squared(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
-        # The variance to be found scatters around the true one, which is at least the rows' part.
+        # The estimated variance scatters around the true one, which is at least the rows' part.
         estimated = ratio * max(variance_of_mean(self.seeds), by_rows)
         beyond = np.maximum(0.0, estimated * inverse - by_rows)
         return _mixture_quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
@@ -88,7 +88,7 @@ class ComparisonPrecision:
         shares = [(step + 0.5) / _NUM_RATIOS for step in range(_NUM_RATIOS)]
         if not same_seeds:
             return [float(chdtri(self.degrees, 1 - share)) / self.degrees for share in shares]
-        # The models stay, and only the rows' part is drawn again: noncentral chi squared.
+        # The models stay the same and only the rows change, so the ratio is noncentral chi squared.
         scale, apart = by_rows / self.degrees, self.seed_variance * self.degrees / by_rows
         most = max(total, by_rows)
         return [float(chndtrix(share, self.degrees, apart)) * scale / most for share in shares]
@@ -130,7 +130,7 @@ def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) 
 
 def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
     """Return the difference that a planned comparison would detect with a power of 80 %."""
-    # All rows on which runs disagree count as noise of single runs, which averages out over seeds.
+    # Disagreement between runs is assumed to be noise of single runs, which averages out over seeds.
     by_rows = _DISCORDANCE / num_rows / 2
     spread = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
     return ComparisonPrecision(0.0, (spread, spread)).detectable(margin, alpha)
@@ -149,9 +149,9 @@ def needed(
 
     # More rows or seeds only narrow the interval, so bisection finds the first number that decides.
     factors: list[float] = np.geomspace(1, MAX_ROWS_FACTOR, 100).tolist()[1:]
-    place = bisect_left(factors, True, key=lambda factor: decided(now.with_rows(factor)))
-    rows = math.ceil(num_rows * factors[place]) if place < len(factors) else None
+    index = bisect_left(factors, True, key=lambda factor: decided(now.with_rows(factor)))
+    rows = math.ceil(num_rows * factors[index]) if index < len(factors) else None
     fewest = min((one.num_seeds for one in now.seeds if not one.is_none), default=1)
     counts = range(fewest + 1, MAX_SEEDS + 1)
-    place = bisect_left(counts, True, key=lambda count: decided(now.with_seeds([count] * len(now.seeds))))
-    return rows, counts[place] if place < len(counts) else None
+    index = bisect_left(counts, True, key=lambda count: decided(now.with_seeds([count] * len(now.seeds))))
+    return rows, counts[index] if index < len(counts) else None

@@ -179,12 +179,12 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
     batch = extractor_of(model, "text-classification", "single_label").task.collate(rows[:4], PAD)
     del batch["labels"]
     with pytest.raises(
-        NoProbe, match="the logits of BertForSequenceClassification are not just those of its last layer"
+        NoProbe, match="the logits of BertForSequenceClassification are not the outputs of its last layer"
     ):
         read_hidden(model, layers, batch)
     probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert probe.head is None
-    assert "not just those of its last layer" in str(probe.failure)
+    assert "not the outputs of its last layer" in str(probe.failure)
     assert probe.baseline is not None
     assert probe.baseline.pooling == "mean"
     before = {name: one.clone() for name, one in model.state_dict().items()}

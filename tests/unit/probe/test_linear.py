@@ -159,7 +159,7 @@ def test_class_weights_move_the_border_towards_the_others() -> None:
         (items("tags", drawn(9, HIDDEN), np.zeros(9, np.int64), 3), "all train rows have the same class"),
         (
             items("single_label", drawn(40, HIDDEN), np.arange(40) % 2, 3, class_weights=(0.0, 0.0, 1.0)),
-            "all train rows have a class that train.class_weights leaves out",
+            "all train rows have a class whose weight in train.class_weights is 0",
         ),
         (
             items("multi_label", drawn(9, HIDDEN), np.tile([0, 1], (9, 1)), 2),
