@@ -55,7 +55,7 @@ def test_card_classification_has_front_matter_numbers_and_no_machine_path(classi
         ("prompt_completion", "\n", ('prompt = "..." + "\\n"  # as in training', "without the chat template")),
         ("prompt_completion", "", ('prompt = "..."  # as in training', "without the chat template")),
         ("chat", "", ("apply_chat_template(messages, add_generation_prompt=True", "add_special_tokens=False")),
-        ("text", "", ('prompt = "..."  # the model goes on from here', "trained on raw text")),
+        ("text", "", ('prompt = "..."  # the model continues from here', "trained on raw text")),
     ],
 )
 def test_card_of_a_language_model_says_how_to_ask(

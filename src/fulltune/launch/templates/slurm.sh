@@ -7,14 +7,14 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #
-# edit: cores of each node, GPUs of each (or --gres=gpu:a100:8), and how many seconds before the time limit to save
+# edit: cores and GPUs of each node (or --gres=gpu:a100:8), and how many seconds before the time limit to save
 #SBATCH --cpus-per-task={{ cores }}
 {% if job.gpus %}
 #SBATCH --gpus-per-node={{ job.gpus }}
 {% endif %}
 #SBATCH --signal=TERM@120
 #
-# edit: what your cluster asks for; a line with ## is off
+# edit: what your cluster requires; lines with ## have no effect
 ##SBATCH --partition=gpu
 ##SBATCH --account=NAME
 ##SBATCH --qos=NAME
@@ -38,14 +38,14 @@ export PATH="$PATH":{{ [programs] | shell }}
 # edit: the command; add --wait-for-machines 30m where the nodes do not start at once
 command=({{ job.words | shell }})
 
-# Slurm tells this shell, too, that the end is near; it stays, to see how the tasks end.
+# Slurm also signals this shell before the time limit. It keeps running to see how the tasks end.
 trap ':' TERM
 {% if several %}
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 rendezvous="$first:$((10000 + SLURM_JOB_ID % 20000))"
 export rendezvous
 {% endif %}
-# A machine that was interrupted has saved: no failure, for which srun would end others that still save.
+# An interrupted machine has saved. It exits with 0, because srun would otherwise end the ones that still save.
 interrupted="fulltune-$SLURM_JOB_ID.interrupted"
 export interrupted
 rm -f "$interrupted"
@@ -56,8 +56,8 @@ code=$?
 if ((code == 75)); then : > "$interrupted"; exit 0; fi
 exit "$code"
 '
-# Without --mpi=none libraries would take the variables of Slurm's MPI for those of a launcher of their own. Since Slurm
-# 22.05 a step does not inherit the cores of its job's tasks.
+# Without --mpi=none, libraries would mistake the variables of Slurm's MPI for those of their own launcher. Since Slurm
+# 22.05 a step does not inherit --cpus-per-task.
 srun --mpi=none --kill-on-bad-exit=1{{ ' --label' if several }} ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
     bash -c "$task" fulltune-machine "${command[@]}"
 code=$?
@@ -65,7 +65,7 @@ if ((code == 0)) && [[ -e "$interrupted" ]]; then
     code=75
 fi
 rm -f "$interrupted"
-# Not after scancel, and not where Slurm itself queues the job again: then it is no longer running.
+# After scancel, or if Slurm itself requeues the job, it is no longer running and is not requeued here.
 if ((code == 75)) && [[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" == RUNNING ]]; then
     if ((${SLURM_RESTART_COUNT:-0} < max_requeues)); then
         echo "interrupted and saved; queued again"

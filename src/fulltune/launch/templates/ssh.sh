@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Written by fulltune launch
-# Ctrl-C or TERM has all machines save and end, a third one ends them at once. Exit code: that of machine 0.
+# Ctrl-C or TERM makes all machines save and end; a third signal ends them at once. The exit code is machine 0's.
 # Names are quoted so that nothing in them is expanded:
 # shellcheck disable=SC2016
 set -u
@@ -26,7 +26,7 @@ export PATH="$PATH":{{ [programs] | shell }}
 SETUP
 # edit: the command; add --wait-for-machines 30m where the machines do not start at once
 command=({{ job.words | shell }})
-# edit: a folder here for what they write
+# edit: a local folder for their output
 logs="${0%.sh}.logs"
 
 if ((${#targets[@]} != {{ job.num_machines }})); then
@@ -42,7 +42,7 @@ cd "$place" 2>/dev/null || { echo "has no folder $1"; exit 2; }
 eval "$3"
 command -v fulltune >/dev/null || { echo "has no fulltune on its PATH"; exit 2; }
 '
-# What to do comes over the connection, as names of signals. Where the connection ends, the run is told to save.
+# Signals arrive by name over the connection. If the connection ends, the run gets TERM to save.
 work="$enter"'
 shift 3
 "$@" </dev/null &
@@ -55,7 +55,7 @@ kill "$reader" 2>/dev/null
 exit "$code"
 '
 
-on_machine() { # rank, words: in place of this shell, which would keep the others' connections open
+on_machine() { # rank, words; replaces this shell, which would keep the others' connections open
     local line="exec" mark="'\\''" word
     for word in "${@:2}"; do line+=" '${word//\'/$mark}'"; done
     trap '' INT TERM HUP # this script passes them on
@@ -65,7 +65,7 @@ on_machine() { # rank, words: in place of this shell, which would keep the other
 temporary="$(mktemp -d)" || exit 1
 trap 'rm -rf "$temporary"' EXIT
 
-# ---- before anything is started: does each host answer, with fulltune and the recipe in the shared folder?
+# ---- before the start: check that each host answers and has fulltune and the recipe
 pids=()
 for rank in "${!targets[@]}"; do
     on_machine "$rank" bash -c "$enter" bash "$folder" "$recipe" "$setup" \
@@ -107,7 +107,7 @@ for rank in "${!targets[@]}"; do
         on_machine "$rank" "${words[@]}" <"$temporary/$rank.in" >>"$log" 2>&1 &
     fi
     pids+=($!)
-    # Open for as long as this script is there, so that a machine knows when it is not.
+    # Kept open while this script runs, so that a machine notices when it ends.
     eval "exec $((10 + rank))>\"\$temporary/\$rank.in\""
 done
 told=0
@@ -123,7 +123,7 @@ trap stop INT TERM HUP
 trap '' PIPE
 echo "started on ${#targets[@]} machines; output in $logs/machine-RANK.log, that of machine 0 here" >&2
 
-# ---- wait for all; where one fails, the others are told to save
+# ---- wait for all; if one fails, the others save and end
 codes=()
 left=${#targets[@]}
 while ((left)); do
