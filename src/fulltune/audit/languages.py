@@ -17,7 +17,6 @@ from fulltune.tasks import Row
 
 OTHER_LANGUAGE, PACKAGE = "other language", "py3langid"
 SURE = 0.95
-"""Probability from which a text counts as being in another language."""
 MIN_BYTES = 20
 """Fewest UTF-8 bytes of letters: 20 Latin, 10 Cyrillic or 7 Chinese characters."""
 _MAX_CHARACTERS = 400
@@ -25,7 +24,6 @@ _MAX_CHARACTERS = 400
 _VARIETIES: Mapping[str, str] = PATTERNS["varieties"]
 _RELATED = {code: frozenset(family.split()) for family in PATTERNS["families"] for code in family.split()}
 _LIKELY = 0.5
-"""Probability from which a text counts as being in a language."""
 MAIN = 0.05
 NEARLY_ALL = 0.9
 """Share of texts that the main languages must have before other texts are suspects."""
@@ -46,8 +44,8 @@ def detect_language(text: str) -> tuple[str, float] | None:
 
 
 def foreign_language(text: str, main: Collection[str]) -> tuple[str, float] | None:
-    """Return a text's language and probability if its halves and uncapitalised words are all likelier in it than in a
-    main language, or None."""
+    """Return a text's language and probability, or None unless its halves and uncapitalised words are all likelier in
+    it than in a main language."""
     words = _words_to_examine(text).split()
     language = _likeliest_language(" ".join(words), main) if words else None
     if language is None or language[0] in main or language[1] < SURE:

@@ -33,7 +33,6 @@ from fulltune.text import first_few
 CHAT_FAULT, CLASS_NAMES = "chat fault", "class names"
 SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
 _MAX_SHOWN_CHARACTERS = 300
-"""Characters of a row shown in a list."""
 _AT_ONCE = 1000
 _IN_KEY = ("image", "text", "text_pair", "prompt", "source")
 
@@ -158,7 +157,7 @@ def scan_rows(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
 
 
 def with_numbers(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
-    """Return the issues with equal rows numbered, counting rows that a patch dropped."""
+    """Return the issues with equal rows numbered, also counting rows that a patch dropped."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}
     several |= {row.partition("-")[0] for _, row in decided}
@@ -192,7 +191,7 @@ def _flaw_issue(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw
 
 
 def in_similar_classes(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """Propose to replace a class by the most frequent one with a similar name."""
+    """List rows of classes that may be misspelt, with the more frequent similar class as remedy."""
     of_number, counts = Counter(scan.labels), Counter[str]()
     for names, number in scan.names.items():
         counts.update(dict.fromkeys(names, of_number[number]))
@@ -230,7 +229,6 @@ NEAR = 0.8
 _CANDIDATE = 0.7
 """Estimated share from which texts are compared exactly. At NEAR, the estimate misses one row of 400."""
 _MAX_QUOTED = 80
-"""Characters quoted of a held-out row."""
 _MAX_COMPARED = 5000
 """Most held-out rows of a group that are compared with a train row."""
 _MAX_READ = 10
@@ -325,6 +323,7 @@ def _read_held_out(rows: AuditedRows, scan: RowScan, wanted: set[int]) -> dict[i
 
 
 def _conflicting_label_counts(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
+    """Count the labels of each key that has several."""
     pairs = np.unique(np.stack([keys, labels]), axis=1)
     several, counts = np.unique(pairs[0], return_counts=True)
     torn = np.isin(keys, several[counts > 1])

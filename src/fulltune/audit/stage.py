@@ -120,7 +120,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
 
 
 def _text_checks(rows: AuditedRows, scan: RowScan) -> set[str]:
-    """Return the checks without a model that apply to these rows."""
+    """Return the checks that need no model and apply to these rows."""
     further = {
         NEAR_LEAK: rows.has_texts,
         CONFLICT: bool(scan.names),
@@ -156,7 +156,7 @@ def _load_audit_of_same_rows(folder: Path, summary: DataSummary) -> Audit | None
 
 
 def by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
-    """Count the rows of each check, most first, with examples. The issues must be sorted."""
+    """Return counts and examples of sorted issues by check, most frequent first."""
     of_check = {check: list(group) for check, group in groupby(issues, key=lambda issue: issue.check)}
     order = sorted(of_check, key=lambda check: (check == HIGH_LOSS, -len(of_check[check])))
     counts = {check: len({(issue.split, issue.place) for issue in of_check[check]}) for check in order}

@@ -50,6 +50,7 @@ class Reader:
 
     @cached_property
     def extractor(self) -> probe.FeatureExtractor:
+        """Return the feature extractor of the pretrained model, loaded on first use."""
         import torch
 
         task, target = task_named(self.recipe.task), Target.of(self.summary)
@@ -71,7 +72,8 @@ class Reader:
         )
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Return features, labels and positions of a split's rows, or of a sample. Raises `NoProbe` if impossible."""
+        """Return features, labels and positions of a split's rows, or of a sample. Raises `NoProbe` if they cannot be
+        read."""
         if split not in self._read:
             try:
                 self._read[split] = self._items(split)
@@ -111,7 +113,6 @@ MIN_ROWS, MIN_OF_A_CLASS = 100, 3
 MAX_OTHER = 0.5
 """Largest share of rows that the first round may reject."""
 DOUBT = -0.5
-"""Margin below which a label is doubtful."""
 NOT_SEPARABLE = "the untouched model's features do not distinguish the classes"
 
 
@@ -131,7 +132,7 @@ class JudgedLabels:
 
 
 def judge(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
-    """Return the train rows' positions and the judgement of their labels. Raises `NoProbe` if impossible."""
+    """Return the train rows' positions and the judgement of their labels. Raises `NoProbe` if that is impossible."""
     items, positions = reader.items("train")
     return positions, judge_items(items)
 
@@ -255,7 +256,6 @@ SPREADS = 2.5
 """Interquartile ranges from the upper quartile to the fence (Tukey 1977: 1.5, or 3 for far out)."""
 MIN_TEXTS = 200
 MAX_FAR = 0.1
-"""Largest share of texts that may be outliers."""
 _MAX_FAR_ROUNDS = 10
 _SAME_SQUARE = 1e-8
 
@@ -293,7 +293,8 @@ def outliers(
 
 
 def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return distances, outliers (bool [rows]), the others' upper quartile, and the distance that outliers exceed."""
+    """Return distances, outliers (bool [rows]), the others' upper quartile, and the distance above which rows are
+    outliers."""
     is_far = np.zeros(len(states), bool)
     for _ in range(_MAX_FAR_ROUNDS):
         distances = nearest(states, states[~is_far])

@@ -75,6 +75,7 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
 def _problem_of_many_dropped(
     source: EncodedSource, kind: DropKind, allowed: Collection[str], num_rows: int
 ) -> list[str]:
+    """Return an error message if too many rows were dropped, not counting `allowed` checks; else an empty list."""
     counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed})
     total = counts.total()
     # A single row is never too many, even in a file of ten.
@@ -115,7 +116,7 @@ def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> No
 
 
 def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
-    """Note few eval rows, texts shared by splits, and classes with similar names or no usable rows."""
+    """Note few eval rows, groups in several splits, and classes with similar names or no usable rows."""
     dev, remarks = splits["eval"], list[str]()
     if dev.num_rows < FEW_EVAL_ROWS:
         remarks.append(f"only {counted(dev.num_rows, 'eval row')}: too few to tell reliably which weights are better")
@@ -138,6 +139,7 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
 def _note_shared_groups(
     splits: Mapping[SplitName, Split], of: Literal["groups", "group_values"], what: str, nearly: str = ""
 ) -> list[str]:
+    """Report how many rows of each split have a group that another split contains."""
     overlaps: tuple[tuple[SplitName, SplitName], ...] = (("eval", "train"), ("test", "train"), ("test", "eval"))
     return [
         f"{count:,} of {splits[name].num_rows:,} {name} rows have a {what} that {ALSO_OCCURS} {other}{nearly}"
@@ -182,6 +184,7 @@ def late_rows(splits: Mapping[SplitName, Split]) -> np.ndarray:
 
 
 def dropped_late(block: DataBlock, train: EncodedSource, late: np.ndarray) -> Iterator[Dropped]:
+    """Yield the train rows that `late` marks, with the reason."""
     same = f"its text, or its '{block.group}'," if block.group else "its text"
     reason = f"{same} also occurs before the time at which this split by '{block.time}' begins"
     for _, place, row in stored_rows(train, late):

@@ -39,7 +39,6 @@ class ForbiddenTexts:
     source: str
     """Number and origin of the texts, for messages."""
     whole: frozenset[int]
-    """Hash (`draw`) of each text."""
     num_runs: np.ndarray
     """Number of different runs of 8 words in each text: int32 [texts]."""
     runs: np.ndarray
@@ -166,7 +165,7 @@ def rows_with_forbidden(
         return np.zeros(0, bool)
     columns = {role: column for role, column in target.columns.items() if not role.startswith(_NOT_COMPARED)}
 
-    def holds_one(key: str, row: Row) -> bool:
+    def contains_forbidden(key: str, row: Row) -> bool:
         return ("context" not in target.columns and forbidden.occur_in(key, is_input=True)) or any(
             forbidden.occur_in(text, is_input=not role.startswith(_ANSWERS))
             for role, column in columns.items()
@@ -174,4 +173,4 @@ def rows_with_forbidden(
             if text != key
         )
 
-    return np.array([holds_one(key, row) for key, (_, row) in zip(keys, rows, strict=True)], bool)
+    return np.array([contains_forbidden(key, row) for key, (_, row) in zip(keys, rows, strict=True)], bool)

@@ -35,7 +35,6 @@ ROWS_PER_CHUNK = 1000
 CHUNK_BYTES = 2 * 2**20
 """Text in one chunk. Tokenising takes up to 170 times as much memory."""
 ROWS_WORTH_PROCESSES = 20_000
-"""Rows from which worker processes save time."""
 
 NEW_LABEL = "label not in train"
 
@@ -55,13 +54,11 @@ class Job:
     max_length: int
     source: str = "train"
     where: str = ""
-    """Name of the source's file, for messages."""
     is_mixed: bool = False
     """True for mixed-in rows: unknown labels are dropped instead of refused, and `data.group` may be empty."""
     known_labels: frozenset[str] | None = None
-    """Labels of the train rows. Rows with others are not tokenised, as they will be refused."""
+    """Labels of the train rows. Rows with other labels are refused without tokenising."""
     forbidden: ForbiddenTexts | None = None
-    """Texts that must not be trained on."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,11 @@ class EncodedSource:
     row_of: np.ndarray
     """Index of each example's row: int64 [examples]."""
     lengths: np.ndarray
-    """Tokens of each example: int32 [examples]."""
+    """int32 [examples], in tokens."""
     trained_tokens: np.ndarray
-    """Trained tokens of each example: int32 [examples]."""
+    """int32 [examples]."""
     truncated: np.ndarray
-    """True for each example that was cut: bool [examples]."""
+    """bool [examples]."""
     groups: np.ndarray
     """Hash (`draw`) of each row's group key; near duplicates share one: uint64 [rows]."""
     split_groups: np.ndarray
@@ -131,7 +128,7 @@ _ARRAY_FIELDS = (
     *("groups", "signatures", "group_values", "times", "holds_forbidden"),
 )
 Chunk = tuple[EncodedSource, "pa.RecordBatch | None", list[Dropped]]
-"""Numbers of some rows; their examples' features, `length` and stored cells; dropped rows."""
+"""Numbers of some rows, stored columns of their examples, and dropped rows."""
 
 
 def _concatenate_chunks(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
@@ -159,7 +156,7 @@ def _concatenate_chunks(parts: Sequence[EncodedSource], folder: Path) -> Encoded
 
 
 def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
-    """Check and tokenise some rows."""
+    """Check and tokenise some rows. Returns numbers, examples and dropped rows."""
     task, block, tally, dropped = task_named(job.task), job.block, RowCounts(), list[Dropped]()
 
     def drop(kind: DropKind, place: str, row: Row, refused: Refused) -> None:
@@ -294,7 +291,7 @@ def encode(
 
 
 def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: float) -> dict[str, EncodedSource]:
-    """Return the sources with common groups for near duplicates, and with `split_groups`."""
+    """Return the sources with `groups` joined for near duplicates, and with `split_groups`."""
     if near_duplicates >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]

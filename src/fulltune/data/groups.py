@@ -39,10 +39,10 @@ _NEIGHBOURS = 16
 def signatures(texts: Sequence[str]) -> np.ndarray:
     """Compute MinHash signatures of the texts' 5-grams: uint16 [texts, 128]."""
     none = np.empty((0, NUM_HASHES), np.uint16)
-    return np.concatenate([none, *map(_signatures, windows(texts, most_characters=_CHARACTERS_AT_ONCE))])
+    return np.concatenate([none, *map(_signatures_of_window, windows(texts, most_characters=_CHARACTERS_AT_ONCE))])
 
 
-def _signatures(texts: Sequence[str]) -> np.ndarray:
+def _signatures_of_window(texts: Sequence[str]) -> np.ndarray:
     padded = [text.ljust(_SHINGLE, "\0") for text in texts]
     letters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     lengths = np.array([len(text) for text in padded])
@@ -89,9 +89,10 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
-    """Return the first member of each row's cluster: int64 [rows].
+    """Return the index of the first member of each row's cluster: int64 [rows].
 
-    A cluster is a chain of rows in which each signature equals the next in a share `threshold` of positions.
+    A cluster is a chain of rows, each of which has at least a share `threshold` of equal signature positions with the
+    next.
     """
     count = len(signed)
     if count < 2:
@@ -158,7 +159,7 @@ def _components(pairs: np.ndarray, count: int) -> np.ndarray:
 
 
 def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return numbers shared by rows that a chain of equal groups and equal values connects: uint64 [rows].
+    """Return a common number for rows that a chain of equal groups and equal values connects: uint64 [rows].
 
     An unconnected value keeps its drawn number, so added rows move no others.
     """
@@ -209,7 +210,7 @@ class RowCounts:
     first: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
 
     def add(self, kind: str, what: str, place: str, detail: str = "") -> None:
-        """Count a row; `detail` is shown in messages."""
+        """Count a row under a kind and name; `detail` is for messages."""
         self.counts[kind, what] += 1
         if self.counts[kind, what] <= _MAX_PLACES:
             self.first.setdefault((kind, what), []).append((place, detail))

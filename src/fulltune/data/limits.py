@@ -107,7 +107,6 @@ _BLOCKS_PER_BATCH = 256
 
 
 TokenizedText = tuple[np.ndarray, np.ndarray, str]
-"""Token ids, labels and stored cells."""
 
 
 def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:

@@ -24,7 +24,6 @@ from fulltune.records.audit import RowDecision
 from fulltune.text import counted, first_few
 
 CHECK = "patch"
-"""The `check` of rows in `dropped.jsonl` that a patch drops."""
 _SHOWN = 3
 Decisions = Mapping[tuple[str, str], RowDecision]
 """Maps `RowDecision.key` to decisions."""
@@ -87,11 +86,11 @@ class PatchedRows:
         """Yield the patched rows, without dropped ones."""
         self.dropped, self.problems, self._copies = [], [], Counter()
         for place, row in rows:
-            patched = self._patched(place, row) if self.hashes else row
+            patched = self._apply_decisions(place, row) if self.hashes else row
             if patched is not None:
                 yield place, patched
 
-    def _patched(self, place: str, row: dict[str, Any]) -> dict[str, Any] | None:
+    def _apply_decisions(self, place: str, row: dict[str, Any]) -> dict[str, Any] | None:
         """Return the row as decided, or None to drop it. A changed row may match another decision."""
         while (row_hash := row_id(row)) in self.hashes:
             self._copies[row_hash] += 1
@@ -128,7 +127,7 @@ def note_on_patch(path: str | None, sources: Iterable[PatchedRows | None]) -> li
 
 
 def refuse_unmatched(path: str, sources: Sequence[PatchedRows], is_whole: bool) -> None:
-    """Raise `DataError` for patched columns or, if `is_whole`, rows that do not exist."""
+    """Raise `DataError` if a patch names columns or, with all rows read (`is_whole`), rows that do not exist."""
     decisions = sources[0].decisions
     matched = set[tuple[str, str]]().union(*(source.matched for source in sources))
     problems = [f"data.patch: {path}: {problem}" for source in sources for problem in source.problems][:_SHOWN]

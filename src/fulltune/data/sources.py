@@ -43,7 +43,6 @@ class SourceRows:
     patched: PatchedRows | None = None
     """The patch and, after reading, what it changed."""
     notes: Mapping[str, None] = field(default_factory=dict)
-    """Notes from reading, in order."""
 
 
 def mixed_names(recipe: Recipe) -> dict[SourceName, MixedFile]:
@@ -127,7 +126,7 @@ def read_rows(
 
 
 def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
-    """Return each row's labels, none if `describe` will report why."""
+    """Return each row's labels, or no labels if `describe` will raise an error."""
     task = task_named(recipe.task)
     try:
         target, _ = describe(recipe.data, task, {"train": SourceRows(files.where, files.rows)})
@@ -208,8 +207,8 @@ def describe(
 
 
 def mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Target:
-    """Return a mixed-in source's target, by the recipe's columns or the usual names. Raises `DataError` without
-    either."""
+    """Return a mixed-in source's target, by the recipe's columns or the usual names. Raises `DataError` if neither
+    exist."""
     columns, rows = _first_rows(source)
     columns = _columns_for_roles(block, columns)
     try:
@@ -229,13 +228,13 @@ def _first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
     """Return the columns of the first thousand rows, and up to a hundred readable rows."""
     columns: dict[str, None] = {}
 
-    def whole() -> Iterator[Row]:
+    def readable_rows() -> Iterator[Row]:
         for _, row in islice(source.rows([]), _HEAD):
             columns.update(dict.fromkeys(row))
             if is_whole(row):
                 yield row
 
-    rest = windows(whole(), _SAMPLE)
+    rest = windows(readable_rows(), _SAMPLE)
     head = next(rest, [])
     for _ in rest:  # for their columns
         pass

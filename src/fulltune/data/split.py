@@ -51,7 +51,7 @@ class Split:
         return self.source.groups[self.rows]
 
     def label_counts(self, times: np.ndarray | None = None) -> Counter[str]:
-        """Count the rows of each label, or sum their `times`, one number per source row."""
+        """Count the rows of each label; `times` weights each source row."""
         sets, counts = self.source.label_sets, Counter[str]()
         numbers = np.bincount(self.source.labels, self.rows if times is None else times, len(sets))
         for names, count in zip(sets, numbers, strict=True):
@@ -91,7 +91,7 @@ def held_out_rows(rows: int, fraction: float) -> int:
 def _random_splits(
     train: EncodedSource, strata: np.ndarray, fractions: Mapping[SplitName, float]
 ) -> dict[SplitName, np.ndarray]:
-    """Hold out random groups, a fraction for each split; the rest is train."""
+    """Hold out a fraction of the rows for each split in whole groups; the rest is train."""
     rows_of, left = dict[SplitName, np.ndarray](), np.ones(train.num_rows, bool)
     for name, fraction in fractions.items():
         rest = np.flatnonzero(left)
@@ -126,7 +126,7 @@ def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.nda
 
 
 def _choose_groups(sizes: Sequence[int], wanted: int) -> list[int]:
-    """Choose positions of groups with about `wanted` rows in total, never all groups."""
+    """Return positions of groups with about `wanted` rows in total, never all groups."""
     positions: list[int] = []
     num_rows = 0
     for position, size in enumerate(sizes):

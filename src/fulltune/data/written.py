@@ -145,7 +145,7 @@ def previews(
 def without_held_out(
     recipe: Recipe, encoded: Mapping[SourceName, EncodedSource], splits: Mapping[SplitName, Split]
 ) -> tuple[dict[SourceName, Split], list[Dropped]]:
-    """Return the mixed-in rows that no held-out split has, and the dropped ones. Raises `DataError` if none remain."""
+    """Return mixed-in rows that occur in no held-out split, and the dropped ones. Raises `DataError` if none remain."""
     mixed, lost, problems = dict[SourceName, Split](), list[Dropped](), list[str]()
     if not recipe.data.mixed_files:
         return mixed, lost
@@ -247,7 +247,8 @@ def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float
 
 
 def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
-    """Compute the share of length variance between classes, corrected for chance (epsilon squared, Kelley 1935)."""
+    """Compute the share of length variance that classes explain, corrected for chance (epsilon squared, Kelley
+    1935)."""
     counts, total = np.bincount(classes), float(len(lengths) * np.var(lengths))
     num_groups = int((counts > 0).sum())
     if total == 0 or len(lengths) <= num_groups:
@@ -265,7 +266,7 @@ def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
 
 
 def target_statistics(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
-    """Return `scale` and `length_explained` of the summary."""
+    """Return the summary's `scale` (None for classes) and `length_explained`."""
     source, in_split = train.source, train.examples
     lengths = source.lengths[in_split]
     if target.form.is_number:

@@ -118,6 +118,7 @@ def check_texts(block: PreserveBlock) -> None:
 
 
 def _distinct_in_fixed_order(texts: Iterable[str]) -> list[str]:
+    """Return the texts without repetitions, ordered by their hash."""
     distinct = {text_key(text): text for text in texts if text}
     return sorted(distinct.values(), key=lambda text: hashlib.sha256(text.encode()).digest())
 
@@ -181,6 +182,7 @@ def weak_texts_reason(
 
 
 def mean_drift(before: np.ndarray, after: np.ndarray) -> Drift:
+    """Return the mean drift of texts and its standard error."""
     drifts = drift(before, after)
     error = float(drifts.std(ddof=1)) / math.sqrt(len(drifts)) if len(drifts) > 1 else 0.0
     return Drift(mean=float(drifts.mean()), error=error, texts=len(drifts))

@@ -38,7 +38,6 @@ STRESSED, MAX_STRESSED = 20, 30
 """Repeated letters allowed for emphasis: in a text of little else, and in any text."""
 MIN_WORDS = 8
 MAX_REPEATED = 0.5
-"""Largest share of repetition in a text."""
 
 
 def repetition(text: str) -> Flaw | None:
@@ -264,7 +263,7 @@ _TO_JOIN = "to join them run 'fulltune data RECIPE --accept \"class names\"' and
 
 
 def similar_names(counts: Mapping[str, int]) -> list[list[str]]:
-    """Group names that may be the same, the most frequent first."""
+    """Group names that may mean the same, the most frequent first."""
     groups = defaultdict[str, list[str]](list)
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
@@ -273,7 +272,7 @@ def similar_names(counts: Mapping[str, int]) -> list[list[str]]:
 
 
 def note_similar_names(counts: Mapping[str, int]) -> str | None:
-    """Describe classes whose names may be the same, or return None."""
+    """Describe classes whose names may mean the same, or return None."""
     groups = []
     for names in similar_names(counts):
         shown = repr if len({name.casefold() for name in names}) == 1 else ascii

@@ -20,7 +20,6 @@ _KINDS = ", ".join(SUFFIXES)
 _METADATA_FILES = {"state.json", "dataset_info.json"}
 _IMAGES = "avif bmp dib gif ico jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in _IMAGES.split())
-"""Suffixes of images that Pillow reads."""
 _MACOS_FOLDER = "__MACOSX"
 """Folder left when an archive made on macOS is unpacked elsewhere."""
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".tgz", ".7z", ".rar")
@@ -28,7 +27,7 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".
 
 def data_files(path: Path) -> list[Path]:
     """Return a data file, or the sorted data files of a folder. Raises `DataError` if none can be read."""
-    status = _stat(path)
+    status = _stat_utf8_path(path)
     if stat.S_ISDIR(status.st_mode):
         with reading(path):
             return _data_files_in(path)
@@ -78,7 +77,7 @@ def _data_files_in(folder: Path) -> list[Path]:
     problems = [_archive_problem(file) for file in packed]
     for file in files:
         try:
-            _refuse_special_file(file, _stat(file))
+            _refuse_special_file(file, _stat_utf8_path(file))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -95,7 +94,7 @@ def _archive_problem(file: Path) -> str:
     return f"{printable(file)}: is an archive ('{file.suffix}'), expected {_KINDS}; unpack it and name its contents"
 
 
-def _stat(path: Path) -> os.stat_result:
+def _stat_utf8_path(path: Path) -> os.stat_result:
     if not is_utf8(path):
         raise DataError(f"{printable(path)}: the name is not UTF-8; rename it")
     with reading(path):

@@ -55,7 +55,6 @@ class DataFiles:
     """Column names of tables without a header line."""
     encoding: str = UTF_8
     notes: dict[str, None] = field(default_factory=dict, compare=False)
-    """Notes from reading, in order."""
 
     def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
         """Yield locations such as `train.csv:17`, and rows. Raises `DataError` for a broken file, or appends to
@@ -152,7 +151,7 @@ def _image_columns(row: Row, column: str | None) -> list[str]:
 
 
 def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str, Any]:
-    """Make a row's image paths, in one column or those with a usual name, relative to a folder.
+    """Prepend a folder to a row's image paths, in `column` or in columns with a usual name.
 
     A cell is a path, bytes, or `{"bytes": ..., "path": ...}` as in `datasets`.
     """

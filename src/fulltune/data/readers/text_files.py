@@ -36,8 +36,8 @@ _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 def separated(
     file: Path, columns: Sequence[str] | None, encoding: str, notes: dict[str, None]
 ) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield line and row, or problem, of a csv or tsv file; `notes` gets suspicious lines. Raises `DataError` without a
-    header."""
+    """Yield line and row, or problem, of a csv or tsv file, adding suspicious lines to `notes`. Raises `DataError`
+    without a header."""
     delimiter, line = delimiter_of(file, encoding), 1
     remedy = f"put a text with {_NAMES[delimiter]} or line ends in double quotes"
     values, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
@@ -101,7 +101,7 @@ def _repeated(names: Sequence[str]) -> list[str]:
 
 
 def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield line and row, or problem, of a file with one JSON object on each line."""
+    """Yield line number and row, or problem, of a file with one JSON object per line."""
     expected = "expected an object {...} on each line; repair or remove it"
     with file.open(encoding=encoding) as stream:
         for line, text in enumerate(stream, start=1):
@@ -189,7 +189,7 @@ def _replace_surrogates(text: str) -> str:
 # ---- plain text as lines, paragraphs or sections, and CoNLL with a word a line ---------------------------------------
 
 SECTION_CHARACTERS = 4_000
-"""Most characters of a section of several paragraphs, about a thousand tokens."""
+"""About a thousand tokens."""
 _MAX_LINES_READ = 10_000
 
 
@@ -212,7 +212,7 @@ def has_blank_lines(file: Path, encoding: str = UTF_8) -> bool:
 
 
 def _join_lines(lines: Iterator[tuple[int, str]], text_rows: TextRows) -> Iterator[tuple[int, str]]:
-    """Yield first line and text of each paragraph, or of sections of several."""
+    """Yield the first line number and text of each paragraph, or of sections of several paragraphs."""
     start, size, section = 1, 0, list[str]()
     for number, paragraph in _split_at_blank_lines(lines):
         if section and (text_rows == "paragraph" or size + len(paragraph) > SECTION_CHARACTERS):
