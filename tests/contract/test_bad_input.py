@@ -113,7 +113,7 @@ def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
         (
             "train.csv",
             CSV + "a,b,c\n",
-            ":42: 3 cells, expected 2 as in the header; put a text with commas or line ends in double quotes",
+            ":42: 3 cells, expected 2 as in the header; put a text with commas or line breaks in double quotes",
         ),
         (
             "train.csv",

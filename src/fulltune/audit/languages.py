@@ -110,7 +110,7 @@ class ColumnLanguages:
         if self.counts.total() < MIN_ROWS:
             return f"fewer than {MIN_ROWS} texts are long enough to detect their language"
         if sum(self.counts[code] for code in self.main_languages()) < NEARLY_ALL * self.counts.total():
-            return f"its texts are in {len(self.counts)} languages, and the main ones do not cover nearly all of them"
+            return f"its texts are in {len(self.counts)} languages, and the main ones cover too few of them"
         return None
 
     def suspects(self) -> set[int]:

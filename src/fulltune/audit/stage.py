@@ -186,8 +186,8 @@ def _outlier_issues(rows: AuditedRows, reader: Reader, scan: RowScan, not_run: d
             if (distance := distances.get(position)) is None:
                 continue
             reason = (
-                f"mean cosine {1 - distance:.2f} to the {NEIGHBOURS} nearest train rows; three train rows in four have "
-                f"at least {1 - usual:.2f}"
+                f"mean cosine {1 - distance:.2f} to the {NEIGHBOURS} nearest train rows; three quarters of the train "
+                f"rows have at least {1 - usual:.2f}"
             )
             issues.append(rows.issue(OUTLIER, (split, row), reason, score=round(distance, 4)))
     if num_unread:

@@ -279,7 +279,7 @@ def outliers(
     states = items.features[first]
     distances, is_far, usual, fence = far_out(states)
     if is_far.mean() > MAX_FAR:
-        raise NoProbe(f"{is_far.mean():.0%} of the train rows are far from the others: they are of several kinds")
+        raise NoProbe(f"{is_far.mean():.0%} of the train rows are far from the others: the rows are of several kinds")
     num_unread = counts["train"] - len(positions)
     far: dict[SplitName, dict[int, float]] = {
         "train": {int(positions[at]): float(distances[of]) for at, of in enumerate(inverse) if is_far[of]}

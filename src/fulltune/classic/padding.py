@@ -76,7 +76,7 @@ def _choose_padding_token(config: PretrainedConfig, text: PretrainedConfig) -> t
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers makes an empty one
             pad = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False).pad_token_id
     except (OSError, ValueError, KeyError, ImportError) as error:
-        _log.info("%s: no tokenizer that can be read: %s", name, error)
+        _log.info("%s: no readable tokenizer: %s", name, error)
     end = end[0] if isinstance(end, Sequence) and end else end
     for token, source in ((pad, f"that of the tokenizer in {name}"), (end, "its end token")):
         if isinstance(token, int) and 0 <= token < text.vocab_size:

@@ -137,7 +137,7 @@ class Trainer(Guarded, transformers.Trainer):
             if argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 continue
             setattr(self, name, _without_argument(method, argument))
-            _log.info("%s.%s has the signature of before transformers 4.46", type(self).__name__, name)
+            _log.info("%s.%s has a signature from before transformers 4.46", type(self).__name__, name)
 
     def _find_loss_scaling(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int

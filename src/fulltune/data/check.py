@@ -65,8 +65,8 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
         problems += _problem_of_many_dropped(source, "unfit", allowed, source.num_read - tally.of("unusable").total())
         if strategy == "error" and (count := tally.of("too long").total()):
             problems.append(
-                f"{where}: {counted(count, 'row')} of {name} longer than data.max_length; raise it, or set "
-                "data.truncation_strategy to truncate or drop"
+                f"{where}: data.max_length is less than the length of {counted(count, 'row')} of {name}; raise it, or "
+                "set data.truncation_strategy to truncate or drop"
             )
     if problems:
         raise DataError(problems)
@@ -100,7 +100,7 @@ def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> No
     train = splits["train"].label_counts()
     columns = {"time": block.time, "group": block.group}
     by = "".join(f" by '{column}' (data.{role})" for role, column in columns.items() if column)
-    why = f": all its rows were held out{by}; add rows with it, remove these, or change data.split_seed"
+    why = f": all its rows were held out{by}; add rows with this label, remove these rows, or change data.split_seed"
     problems = [
         f"{splits[name].source.where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train"
         f"{'; add rows to train or remove them here' if splits[name].has_own_file else why}"
@@ -143,7 +143,7 @@ def _note_shared_groups(
     overlaps: tuple[tuple[SplitName, SplitName], ...] = (("eval", "train"), ("test", "train"), ("test", "eval"))
     return [
         f"{count:,} of {splits[name].num_rows:,} {name} rows have a {what} that {ALSO_OCCURS} {other}{nearly}"
-        f"{': scores on them are optimistic' if other == 'train' else ', which chooses the checkpoint'}"
+        f"{': scores on them are optimistic' if other == 'train' else ', which is used to choose the checkpoint'}"
         for name, other in overlaps
         if (count := num_shared(splits[name], splits[other], of))
     ]
@@ -186,7 +186,7 @@ def late_rows(splits: Mapping[SplitName, Split]) -> np.ndarray:
 def dropped_late(block: DataBlock, train: EncodedSource, late: np.ndarray) -> Iterator[Dropped]:
     """Yield the train rows that `late` marks, with the reason."""
     same = f"its text, or its '{block.group}'," if block.group else "its text"
-    reason = f"{same} also occurs before the time at which this split by '{block.time}' begins"
+    reason = f"{same} also occurs in an earlier split by '{block.time}'"
     for _, place, row in stored_rows(train, late):
         yield Dropped("train", place, IN_EARLIER_SPLIT, reason, row)
 
@@ -204,18 +204,18 @@ def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> lis
             rows, wanted = own[name].num_rows, held_out_rows(train.num_rows, fractions[name])
             if abs(rows - wanted) > 0.1 * wanted + 1:
                 remarks.append(
-                    f"{counted(rows, f'{name} row')} instead of the {wanted:,} of data.{name}_fraction: groups are "
-                    "never separated, and each label with several texts gives at least one"
+                    f"{counted(rows, f'{name} row')} instead of the {wanted:,} that data.{name}_fraction asks for: "
+                    "groups are never separated, and each label with several texts contributes at least one"
                 )
     if block.group is None:
         return remarks
     if len(own) > 1:
         # Values with a text in common form one group.
         values, groups = (len(np.unique(numbers)) for numbers in (train.group_values, train.split_groups))
-        joined = f", joined by common texts to {counted(groups, 'group')}" if groups < values else ""
+        joined = f" in {counted(groups, 'group')}, as some share texts" if groups < values else ""
         remarks.append(
-            f"rows with the same '{block.group}' stay in one split: {counted(values, 'value')}{joined}, the largest of "
-            f"{counted(largest_group(train.split_groups), 'row')}"
+            f"rows with the same '{block.group}' stay in one split: {counted(values, 'value')}{joined}; the largest "
+            f"group has {counted(largest_group(train.split_groups), 'row')}"
         )
     return remarks + _note_shared_groups(splits, "group_values", f"'{block.group}'")
 

@@ -100,7 +100,7 @@ def _files_with_texts(setting: str, path: str) -> Sequence[Path]:
         raise DataError([f"{setting}: {problem}" for problem in error.problems]) from None
     if not files:
         raise DataError(
-            f"{setting}: {path}: no file with texts in this folder; expected txt, csv, jsonl or other tables: "
+            f"{setting}: {path}: no text file or table in this folder; expected txt, csv, jsonl or similar: "
             "name another folder, or a file"
         )
     return files
@@ -122,7 +122,7 @@ def read_texts(names: Mapping[str, str], files: Iterable[Path]) -> ForbiddenText
     if problems:
         raise DataError([f"{' and '.join(names)}: {problem}" for problem in problems])
     if not whole:
-        raise DataError(f"{' and '.join(names)}: no text in it; name a file or a folder with texts")
+        raise DataError(f"{' and '.join(names)}: no text was found; name a file or a folder with texts")
     sources = [f"{os.path.basename(path)} ({setting})" for setting, path in names.items()]  # noqa: PTH119  # as written
     hashes = np.concatenate(runs)
     order = np.argsort(hashes, kind="stable")

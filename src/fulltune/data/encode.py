@@ -175,7 +175,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     ):
         if row_examples is None:
             if job.is_mixed:
-                drop("unfit", place, row, Refused(NEW_LABEL, "no train row of the task has its label"))
+                drop("unfit", place, row, Refused(NEW_LABEL, "its label does not occur in the task's train rows"))
             else:
                 rows.append((place, row))
             continue
@@ -258,7 +258,7 @@ def _refuse_example(example: Example, drop_truncated: bool) -> Refused | None:
     if example.refused is not None:
         return example.refused
     if example.trained_tokens == 0:
-        cut_off = Refused("answer cut off", "the whole answer lies beyond data.max_length")
+        cut_off = Refused("answer cut off", "the whole answer is beyond data.max_length")
         return cut_off if example.truncated else Refused("nothing to train", "no token is trained")
     if example.truncated and drop_truncated:
         return Refused("too long", "longer than data.max_length")
@@ -330,7 +330,7 @@ def _encode_chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterat
             raise
         except BrokenProcessPool:
             raise SetupError(
-                "data: a process that tokenises was killed, most often by the kernel because memory ran out; close "
+                "data: a tokenising process was killed, most likely by the kernel because memory ran out; close "
                 "other programs, or split the file"
             ) from None
 

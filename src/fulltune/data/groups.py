@@ -252,9 +252,9 @@ def groups_and_times(
 def parse_group(cell: object) -> str:
     """Return a `data.group` cell as text. Raises `ValueError` with the fault."""
     if isinstance(cell, BadCell):
-        raise ValueError(f"holds {cell.reason}")
+        raise ValueError(f"contains {cell.reason}")
     if isinstance(cell, (list, tuple, dict, bytes)):
-        raise ValueError("holds a list, an object or bytes, expected a text or a number")
+        raise ValueError("contains a list, an object or bytes instead of a text or a number")
     if cell is None or (isinstance(cell, float) and math.isnan(cell)) or is_blank(str(cell)):
         raise ValueError(_IS_EMPTY)
     if isinstance(cell, float) and cell.is_integer():
@@ -265,7 +265,7 @@ def parse_group(cell: object) -> str:
 def parse_time(cell: object) -> tuple[str, float]:
     """Return a time's kind, and its seconds since 1970 (or the number). Raises `ValueError` with the fault."""
     if isinstance(cell, BadCell):
-        raise ValueError(f"holds {cell.reason}")
+        raise ValueError(f"contains {cell.reason}")
     is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # NaN, or NaT of pandas
     if cell is None or is_nothing or (isinstance(cell, str) and is_blank(cell)):
         raise ValueError(_IS_EMPTY)
@@ -284,7 +284,7 @@ def parse_time(cell: object) -> tuple[str, float]:
             return "number", float(value)
     except (ValueError, OverflowError):
         pass
-    raise ValueError("holds no time")
+    raise ValueError("contains no time")
 
 
 def format_time(kind: str, time: float) -> str:

@@ -65,7 +65,7 @@ def length_limit(
     elif model_limit <= cap:
         length, why = model_limit, "the model's limit"
     else:
-        length, why = cap, f"the usual bound for {recipe.task}"
+        length, why = cap, f"the default for {recipe.task}"
     if length > model_limit:
         raise RecipeError(
             f"data.max_length: {length} tokens, but the model takes at most {model_limit}; set data.max_length: "
@@ -78,7 +78,7 @@ def length_limit(
             f"data.max_length: {limits.virtual} virtual tokens leave {max(0, length - limits.virtual)} of {length} for "
             f"the text; expected at least {MIN_LENGTH}: use fewer virtual tokens, or raise data.max_length"
         )
-    return length - limits.virtual, f"{why}, less {limits.virtual} virtual tokens"
+    return length - limits.virtual, f"{why}, minus {limits.virtual} virtual tokens"
 
 
 def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:

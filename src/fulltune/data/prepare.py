@@ -108,7 +108,9 @@ def prepare(stage: Stage) -> DataSummary:
     recipe, folder = stage.recipe, stage.folder
     is_image = FACTS[recipe.task].reads == "image"
     if is_image and recipe.data.near_duplicates < 1:
-        raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
+        raise RecipeError(
+            "data.near_duplicates: near duplicates are detected in texts only, not in images; remove the setting"
+        )
     decisions = load_patch(Path(recipe.data.patch)) if recipe.data.patch else None
     files = find_files(recipe)
     of_forbidden = forbidden_files(recipe)

@@ -260,7 +260,7 @@ def _refuse_second_text(
         first, last = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
         beside = _SECOND_ROLE[role]
         raise DataError(
-            f"{where}: columns '{first}' and '{last}' both hold texts, but only one is read; set data.{role}: {first}"
+            f"{where}: columns '{first}' and '{last}' both have texts, but only one is read; set data.{role}: {first}"
             + (f", and data.{beside}: {last} to read both" if beside else "")
             + f" (init: --column {role}={first}{f' --column {beside}={last}' if beside else ''})"
         )

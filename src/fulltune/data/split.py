@@ -200,7 +200,7 @@ def _refuse_small_splits(recipe: Recipe, splits: Mapping[SplitName, Split], want
     sections = ""
     if recipe.data.text_rows == "auto" and any(file.lower().endswith(".txt") for file in recipe.data.task_files):
         sections = (
-            f"; paragraphs of a .txt are joined into rows of about {SECTION_CHARACTERS:,} characters: for one row a "
+            f"; paragraphs of a .txt are joined into rows of about {SECTION_CHARACTERS:,} characters: for one row per "
             "paragraph set data.text_rows: paragraph"
         )
     each = f", at least {sum(not split.has_own_file for split in splits.values()) + 1} different ones of each label"

@@ -215,7 +215,7 @@ def _rows_per_epoch(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
     files = mixed_names(recipe)
     numbers = rows_per_epoch(task_rows, [file.weight for file in files.values()])
     none = [
-        f"data.train: {file.path}: a weight of {file.weight:g} with {counted(task_rows, 'train row')} gives no row; "
+        f"data.train: {file.path}: a weight of {file.weight:g} with {counted(task_rows, 'train row')} selects no row; "
         "raise the weight, or remove the file"
         for file, number in zip(files.values(), numbers, strict=True)
         if not number

@@ -45,7 +45,8 @@ def generic_texts(
         return _distinct_in_fixed_order(_docstrings_of_standard_library(count))[:count], BUNDLED
     if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
         raise DataError(
-            f"{setting}: {file}: expected plain text, a line or a paragraph each; write the texts into a .txt file"
+            f"{setting}: {file}: expected plain text with one text per line or paragraph; write the texts into a .txt "
+            "file"
         )
     try:
         text = Path(file).read_text(encoding="utf-8")

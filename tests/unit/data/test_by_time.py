@@ -134,7 +134,7 @@ def test_times_with_faults_are_refused_at_once_with_places(tmp_path: Path, encod
         prepare(tmp_path, rows, encoder_tokenizer, group="user")
     message = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 4
-    assert "column 'day' (data.time) holds no time in 1 of 200 rows (train.jsonl:1: 'soon')" in message
+    assert "column 'day' (data.time) contains no time in 1 of 200 rows (train.jsonl:1: 'soon')" in message
     assert "column 'day' (data.time) is empty in 1 of 200 rows (train.jsonl:5)" in message
     assert "date in 197 rows (train.jsonl:2) and date-time in 1 row (train.jsonl:6)" in message
     assert "column 'user' (data.group) is empty in 1 of 200 rows (train.jsonl:10)" in message

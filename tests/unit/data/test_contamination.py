@@ -127,10 +127,10 @@ def test_words_of_a_list_are_one_text() -> None:
 @pytest.mark.parametrize(
     ("files", "fact"),
     [
-        ({}, "no file with texts in this folder"),
-        ({"notes.md": "text"}, "no file with texts in this folder"),
+        ({}, "no text file or table in this folder"),
+        ({"notes.md": "text"}, "no text file or table in this folder"),
         ({"a.txt": ""}, "a.txt: no rows"),
-        ({"a.jsonl": '{"number": 3}\n'}, "no text in it"),
+        ({"a.jsonl": '{"number": 3}\n'}, "no text was found"),
         ({"a.jsonl": "{broken\n"}, "a.jsonl:1: not valid JSON"),
     ],
     ids=["empty", "other kinds", "empty file", "numbers", "broken"],

@@ -152,7 +152,7 @@ def test_arrow_stream_that_was_cut_between_batches_is_refused(tmp_path: Path, is
         reader.read_next_batch()
         cut = file.tell()
     path.write_bytes(path.read_bytes()[:cut])
-    assert "a.arrow: not a valid arrow file: cut after 20 rows, its end mark is missing" in refusal(path)
+    assert "a.arrow: not a valid arrow file: truncated after 20 rows: its end mark is missing" in refusal(path)
 
 
 def test_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_killed_worker_is_a_setup_error(job: Job, tmp_path: Path, monkeypatch: p
         return plain(job, chunk)
 
     monkeypatch.setattr(encode, "encode_chunk", killed)
-    with pytest.raises(SetupError, match=r"a process that tokenises was killed.* because memory ran out; close other"):
+    with pytest.raises(SetupError, match=r"a tokenising process was killed.* because memory ran out; close other"):
         run(job, placed(ROWS), tmp_path)
 
 

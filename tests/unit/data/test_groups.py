@@ -107,17 +107,17 @@ def test_time_of_what_is_a_time(cell: object, kind: str, time: float) -> None:
         (None, "is empty"),
         ("  ", "is empty"),
         (math.nan, "is empty"),
-        ("yesterday", "holds no time"),
-        ("28.11.2026", "holds no time"),
-        ("2026-13-01", "holds no time"),
-        ("nan", "holds no time"),
-        ("1_000", "holds no time"),
-        (math.inf, "holds no time"),
-        (10**400, "holds no time"),
-        (True, "holds no time"),
-        (["2026-11-28"], "holds no time"),
-        (datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=2))), "holds no time"),
-        (BadCell("a text that is not UTF-8"), "holds a text that is not UTF-8"),
+        ("yesterday", "contains no time"),
+        ("28.11.2026", "contains no time"),
+        ("2026-13-01", "contains no time"),
+        ("nan", "contains no time"),
+        ("1_000", "contains no time"),
+        (math.inf, "contains no time"),
+        (10**400, "contains no time"),
+        (True, "contains no time"),
+        (["2026-11-28"], "contains no time"),
+        (datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=2))), "contains no time"),
+        (BadCell("a text that is not UTF-8"), "contains a text that is not UTF-8"),
     ],
 )
 def test_time_of_what_is_none(cell: object, reason: str) -> None:
@@ -141,7 +141,7 @@ def test_value_of_what_is_somebody(cell: object, value: str) -> None:
 
 @pytest.mark.parametrize("cell", [None, "", " \t", "\u200b", math.nan, [], ["a"], {"a": 1}, b"\xff", BadCell("damage")])
 def test_value_of_what_is_nobody(cell: object) -> None:
-    with pytest.raises(ValueError, match=r"^(is empty|holds )"):
+    with pytest.raises(ValueError, match=r"^(is empty|contains )"):
         parse_group(cell)
 
 
@@ -186,7 +186,7 @@ def test_no_user_and_no_text_is_on_two_sides(tmp_path: Path, encoder_tokenizer: 
         assert set(sides.values()) == {1}
     assert sum(map(len, splits.values())) == len(rows)
     assert all(20 <= len(splits[name]) <= 40 for name in ("eval", "test"))
-    assert any("'user' stay in one split: 60 values, joined by common texts to " in note for note in summary.notes)
+    assert any("'user' stay in one split: 60 values in " in note for note in summary.notes)
     assert "by 'user' (seed" in summary.sources["test"]
     users = [row["user"] for row in splits["test"]]
     clusters = np.load(tmp_path / "data" / "test" / CLUSTERS).tolist()
@@ -237,7 +237,7 @@ def test_rows_of_own_files_that_share_a_user_with_train_are_noted(tmp_path: Path
     dev = [{"text": f"dev {number}", "label": "b", "user": "new"} for number in range(7)]
     notes = prepare(tmp_path, rows, encoder_tokenizer, group="user", test=test, eval=dev).notes
     assert "10 of 17 test rows have a 'user' that also occurs in train: scores on them are optimistic" in notes
-    assert "7 of 17 test rows have a 'user' that also occurs in eval, which chooses the checkpoint" in notes
+    assert "7 of 17 test rows have a 'user' that also occurs in eval, which is used to choose the checkpoint" in notes
     assert not any("eval rows have a 'user'" in note or "test rows have a text" in note for note in notes)
 
 
@@ -261,7 +261,9 @@ def test_few_users_are_refused_or_noted(tmp_path: Path, encoder_tokenizer: Any) 
     with pytest.raises(DataError, match="100 rows of 2 labels in 2 groups that are never separated, by 'user'"):
         prepare(tmp_path / "2", rows_of(2), encoder_tokenizer, group="user")
     notes = prepare(tmp_path / "3", rows_of(3), encoder_tokenizer, group="user").notes
-    assert any("50 test rows instead of the 15 of data.test_fraction: groups are never" in note for note in notes)
+    assert any(
+        "50 test rows instead of the 15 that data.test_fraction asks for: groups are never" in note for note in notes
+    )
 
 
 def rows_of(users: int) -> list[dict[str, Any]]:

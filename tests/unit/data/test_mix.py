@@ -205,7 +205,7 @@ def test_raw_text_beside_other_forms_is_not_packed(tmp_path: Path, decoder_token
             r"no row can be mixed in \(9 x label",
         ),
         ([{"text": "x", "topic": "food"}], 0.1, "no column 'label' .data.label."),
-        ([{"text": "x", "label": "food"}], 0.001, "a weight of 0.001 with 32 train rows gives no row"),
+        ([{"text": "x", "label": "food"}], 0.001, "a weight of 0.001 with 32 train rows selects no row"),
         ([{"text": "", "label": "food"}] * 9, 0.1, "9 of 9 rows cannot be used"),
     ],
 )

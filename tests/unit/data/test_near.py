@@ -142,7 +142,7 @@ def test_prepare_near_duplicates_of_images_are_refused(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(
         {"model": "x", "task": "image-classification", "data": {"train": str(tmp_path), "near_duplicates": 0.8}}
     )
-    with pytest.raises(RecipeError, match="only texts can be nearly the same"):
+    with pytest.raises(RecipeError, match="near duplicates are detected in texts only"):
         data.prepare(data.Stage(recipe, tmp_path / "data", None, data.Limits(None)))  # type: ignore[arg-type]  # not reached
 
 

@@ -68,7 +68,7 @@ def test_class_of_which_no_row_can_be_used_is_noted(tmp_path: Path, encoder_toke
 def test_rows_of_files_that_stand_in_another_split_are_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
     test, dev = (tiny.write_csv(tmp_path / f"{name}.csv", tiny.topic_rows(50)[40:]) for name in ("test", "dev"))
     notes = prepare(tmp_path, tiny.topic_rows(40), encoder_tokenizer, test=str(test), eval=str(dev)).notes
-    assert "10 of 10 test rows have a text that also occurs in eval, which chooses the checkpoint" in notes
+    assert "10 of 10 test rows have a text that also occurs in eval, which is used to choose the checkpoint" in notes
 
 
 @pytest.mark.parametrize("pad", [None, "<|im_end|>", "<|pad|>"], ids=["no pad", "pad is end", "own pad"])
@@ -124,7 +124,7 @@ def test_prepare_strategy_drop_leaves_long_rows_out(tmp_path: Path, decoder_toke
 def test_more_held_out_rows_than_asked_for_are_told(labels: int, tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [{"text": f"row {number}", "label": f"l{number % labels}"} for number in range(90)]
     summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
-    size_notes = [note for note in summary.notes if "instead of the 9 of data." in note]
+    size_notes = [note for note in summary.notes if "instead of the 9 that data." in note]
     if labels == 2:
         assert size_notes == []
     else:

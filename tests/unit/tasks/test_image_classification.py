@@ -71,8 +71,8 @@ def test_folder_with_a_table_beside_the_images_is_read_by_its_table(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("1.png", "images lie directly in this folder; expected one folder per class"),
-        ("train/cat/1.png", "train: holds no image, expected one folder per class"),
+        ("1.png", "images are directly in this folder; expected one folder per class"),
+        ("train/cat/1.png", "train: contains no image, expected one folder per class"),
     ],
 )
 def test_images_that_are_not_in_one_folder_per_class_are_refused(tmp_path: Path, name: str, said: str) -> None:

@@ -50,7 +50,7 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         after = f", after row {number - 1}" if number > 1 else ""
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{file}: not a valid {file.suffix[1:]} file: {text[:200]}{after}; copy it or write it again"
+            f"{file}: not a valid {file.suffix[1:]} file: {text[:200]}{after}; copy or export it again"
         ) from None
 
 
@@ -90,7 +90,7 @@ def _read_arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     end = stream.tell()
     stream.seek(max(0, end - len(_END_OF_STREAM)))
     if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
-        raise pa.ArrowInvalid(f"cut after {num_rows} rows, its end mark is missing")
+        raise pa.ArrowInvalid(f"truncated after {num_rows} rows: its end mark is missing")
 
 
 _CONVERSION_ERRORS = (ValueError, OverflowError, LookupError)

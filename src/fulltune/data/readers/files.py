@@ -61,7 +61,7 @@ def _data_files_in(folder: Path) -> list[Path]:
     names = {file.name for file in listed}
     if "dataset_dict.json" in names:  # what DatasetDict.save_to_disk writes
         raise DataError(
-            f"{folder}: holds several data sets, expected one; name each of them, for example data.train: "
+            f"{folder}: contains several data sets, expected one; name each of them, for example data.train: "
             f"{folder / 'train'}"
         )
     if names >= _METADATA_FILES:  # what Dataset.save_to_disk writes: the rest is about the rows
@@ -172,9 +172,9 @@ def is_image_folder(folder: Path) -> bool:
 
 def image_files(folder: Path) -> list[Path]:
     """Return the images of all class folders, sorted. Raises `DataError` if images are not in class folders."""
-    expected = "expected one folder per class with the images in it"
+    expected = "expected one folder per class that contains its images"
     if has_images(folder):
-        raise DataError(f"{folder}: images lie directly in this folder; {expected}")
+        raise DataError(f"{folder}: images are directly in this folder; {expected}")
     classes = [inner for inner in folders_in(folder) if inner.name != _MACOS_FOLDER]
     problems = [
         f"{printable(inner)}: the folder name is not UTF-8, expected a class name; rename the folder"
@@ -182,8 +182,8 @@ def image_files(folder: Path) -> list[Path]:
         if not is_utf8(inner.name)
     ]
     problems += [
-        f"{printable(inner)}: holds no image, {expected}; add images, or remove the folder; if its subfolders are the "
-        "classes, set data.train to it"
+        f"{printable(inner)}: contains no image, {expected}; add images, or remove the folder; if its subfolders are "
+        "the classes, set data.train to it"
         for inner in classes
         if not has_images(inner)
     ]
@@ -284,8 +284,8 @@ def refuse_held_out(paths: Sequence[str]) -> None:
                 splits = by_split(data_files(folder))
         if held_out := [file.name for split in ("eval", "test") for file in splits.get(split, ())]:
             problems.append(
-                f"{folder}: is used for training but holds {', '.join(held_out)}, whose names say held-out rows; set "
-                "data.train to its other files, and data.eval and data.test to these, or to a folder of each"
+                f"{folder}: is used for training but contains {', '.join(held_out)}, whose names suggest held-out "
+                "rows; set data.train to its other files, and data.eval and data.test to these, or to a folder of each"
             )
     if problems:
         raise DataError(problems)

@@ -25,7 +25,7 @@ RowOrProblem = dict[str, Any] | str
 _UNCLOSED = "a double quote in this row is never closed; close it at the end of the cell"
 _DOUBLED = "double each double quote inside a quoted text"
 _AGAIN = "repeats the header line (were two files concatenated?), expected a row; remove the line"
-_NAMES_AGAIN = "holds the names of data.columns, expected a row; remove this line, or data.columns if it is a header"
+_NAMES_AGAIN = "contains the names of data.columns, expected a row; remove this line, or data.columns if it is a header"
 _JOINED = "lines of this row look like rows: if they are, remove the double quotes around the cell"
 _MAX_VALUES = 10_000
 """Cells of ordinary rows that are compared with lines inside quotes."""
@@ -39,7 +39,7 @@ def separated(
     """Yield line and row, or problem, of a csv or tsv file, adding suspicious lines to `notes`. Raises `DataError`
     without a header."""
     delimiter, line = delimiter_of(file, encoding), 1
-    remedy = f"put a text with {_NAMES[delimiter]} or line ends in double quotes"
+    remedy = f"put a text with {_NAMES[delimiter]} or line breaks in double quotes"
     values, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
     with csv_reader(file, delimiter, encoding, strict=True) as reader:
         try:

@@ -90,7 +90,7 @@ def test_folders_named_for_splits_are_taken_as_these(tmp_path: Path, has_mark: b
     assert (recipe.num_rows, files[2]) == (20, ("more: its name does not mention train, eval or test",))
     assert data.train == (f"{tmp_path}/train",)
     assert (data.eval, data.test) == (f"{tmp_path}/validation", f"{tmp_path}/test")
-    with pytest.raises(DataError, match=rf"{tmp_path}: is used for training but holds validation, test, whose"):
+    with pytest.raises(DataError, match=rf"{tmp_path}: is used for training but contains validation, test, whose"):
         find_files(_recipe(tmp_path))
     if not has_mark:
         _folder(tmp_path, "rows.csv")
@@ -140,7 +140,7 @@ def test_folder_with_test_rows_is_not_trained_on(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
         find_files(_recipe(tmp_path))
     assert refusal.value.problems == (
-        f"{tmp_path}: is used for training but holds dev.csv, test.csv, whose names say held-out rows; set "
+        f"{tmp_path}: is used for training but contains dev.csv, test.csv, whose names suggest held-out rows; set "
         "data.train to its other files, and data.eval and data.test to these, or to a folder of each",
     )
 

@@ -155,7 +155,7 @@ def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: b
 
 def test_header_among_rows_whose_columns_are_named_is_refused_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\nrain,a\n")
-    with pytest.raises(DataError, match=r"a\.csv:1: holds the names of data\.columns, expected a row"):
+    with pytest.raises(DataError, match=r"a\.csv:1: contains the names of data\.columns, expected a row"):
         list(locate([str(tmp_path / "a.csv")], columns=("text", "label")).rows())
 
 

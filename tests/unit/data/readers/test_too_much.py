@@ -76,7 +76,7 @@ def test_class_folder_without_an_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
         image_files(tmp_path)
     assert len(refusal.value.problems) == 1
-    assert "dog: holds no image" in refusal.value.problems[0]
+    assert "dog: contains no image" in refusal.value.problems[0]
     (tmp_path / "dog" / "1.png").write_bytes(b"")
     assert len(image_files(tmp_path)) == 2
 
