@@ -134,7 +134,7 @@ class Scoring:
             name=name,
             kind=kind,
             rows=rows,
-            metrics={metric: resampled.estimate(confidence, bounds_of(metric)) for metric, resampled in metrics.items()},
+            metrics={metric: value.estimate(confidence, bounds_of(metric)) for metric, value in metrics.items()},
             main_metric=self.plan.metric,
             greater_is_better=self.plan.greater_is_better,
             confidence=confidence,
