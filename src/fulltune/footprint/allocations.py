@@ -85,7 +85,7 @@ def layered(case: TraceCase, config: PretrainedConfig) -> PretrainedConfig:
 
 
 def depths_of(case: TraceCase) -> dict[str, int]:
-    """Return the numbers of layers by attribute of the config."""
+    """Return the numbers of layers by the config attributes that hold them."""
     config = layered(case, case.config)
     usual = _DEPTHS[:-1] if config.is_encoder_decoder else _DEPTHS[-1:]
     names = next((some for some in usual if all(isinstance(getattr(config, name, None), int) for name in some)), ())
@@ -150,7 +150,6 @@ class ModelTrace:
     keys: tuple[tuple[str, int], ...]
     """Position of each moment in the step, and the number of its allocation at that position."""
     alive: np.ndarray
-    """Bytes alive after each allocation."""
     flops: np.ndarray
     shapes: tuple[tuple[int, ...], ...]
     trained: tuple[tuple[int, ...], ...]
@@ -259,7 +258,8 @@ def _replace_boolean_masks(indices: Any, count: int) -> Any:
 def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
     """Set the log's `place` as layers run: `forward 0:first`, `backward 1:last`, `backward 0:below` ..."""
 
-    def pass_by(hidden: object, forward: str, backward: str) -> None:
+    def set_place(hidden: object, forward: str, backward: str) -> None:
+        """Set the log's position to `forward`, and to `backward` when the gradient of `hidden` is computed."""
         if log.place.startswith("backward"):
             return  # recomputed
 
@@ -272,10 +272,10 @@ def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
 
     def enter(name: str, _: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         below = f"backward {name.replace('first', 'below')}" if name.endswith("first") else ""
-        pass_by(args[0] if args else kwargs.get("hidden_states"), f"forward {name}", below)
+        set_place(args[0] if args else kwargs.get("hidden_states"), f"forward {name}", below)
 
     def leave(name: str, _: nn.Module, __: object, out: Any) -> None:
-        pass_by(out if isinstance(out, torch.Tensor) else out[0], f"forward after {name}", f"backward {name}")
+        set_place(out if isinstance(out, torch.Tensor) else out[0], f"forward after {name}", f"backward {name}")
 
     for stack, layers in enumerate(stacks):
         for layer, module in enumerate(layers):
@@ -343,7 +343,7 @@ def onto_cpu(model: nn.Module) -> None:
     """Move all tensors of a model from `meta` to a fake CPU; tied tensors stay tied."""
     copies: dict[int, torch.Tensor] = {}
 
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
+    def on_fake_cpu(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in copies:
             like = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -355,13 +355,13 @@ def onto_cpu(model: nn.Module) -> None:
         for tensors in holders:
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
-                    tensors[name] = moved(tensor)
+                    tensors[name] = on_fake_cpu(tensor)
 
 
 def _trace_micro_batch(
     case: TraceCase, model: PreTrainedModel, batch: dict[str, torch.Tensor], log: AllocationLog, training: bool
 ) -> None:
-    """Run a micro batch forward, and in training backward, and name the positions in the log."""
+    """Run a micro batch's forward pass, and in training its backward pass, and set the log's position."""
     head = _selective_head(case.task, model)
     log.place = "forward before layers"
     labels = batch.pop("labels")

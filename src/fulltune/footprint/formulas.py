@@ -80,7 +80,6 @@ def _extrapolate_from_copies(
 
 
 _Copy = tuple[dict[str, int], tuple[str, ...]]
-"""Numbers of layers by attribute of the config, and the kind of each layer."""
 
 
 def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
@@ -116,7 +115,6 @@ def _added_shapes(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...],
 
 _MANY = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
-"""Micro batches and lengths for which the peak is searched."""
 
 
 def traced(case: TraceCase) -> Footprint:
@@ -189,9 +187,9 @@ def _later_micro_batch(
     highest = max(moment.coefficients["gradients"][0] for moment in first)
     waiting = max(0.0, highest - total) + size * max(map(math.prod, shapes))
 
-    def adding(moment: LiveMemory) -> LiveMemory:
+    def with_earlier_gradients(moment: LiveMemory) -> LiveMemory:
         constant, *rest = moment.coefficients["gradients"]
         gradients = (total + min(constant, waiting), *rest)
         return moment.model_copy(update={"coefficients": {**moment.coefficients, "gradients": gradients}})
 
-    return tuple(map(adding, first))
+    return tuple(map(with_earlier_gradients, first))

@@ -81,7 +81,7 @@ def rough(case: TraceCase, why: str) -> Footprint:
 def _rough_moment(
     case: TraceCase, place: str, gradients: int, activations: int, logits: int, buffers: int
 ) -> LiveMemory:
-    """Return a moment with a constant number of gradients and buffers, and the other bytes per token or image."""
+    """Return a moment whose gradients and buffers have a constant size; its other bytes are per token or image."""
     each = 2 if has_tokens(case) else 1  # position in `records.terms`
     sizes = {"gradients": (0, gradients), "activations": (each, activations), "logits": (each, logits)}
     coefficients = {
@@ -134,7 +134,7 @@ class PlannedModel:
         return shapes_of(self.base, self.changes, apply)
 
     def footprint(self, recipe: Recipe, device: str, precision: str) -> Footprint:
-        """Return the model's footprint for a recipe with another weight type or attention."""
+        """Return the model's footprint for a variant of the recipe with another weight type or attention."""
         pixels, assumed = self.base.image_shape
         attention = recipe.model.attn_implementation
         footprint = trace(

@@ -75,7 +75,7 @@ def smallest(basis: Basis, same_numbers: bool = False) -> Option:
 
 
 def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
-    """Return every allowed micro batch, with and without the levers that keep the result."""
+    """Return the settings for every allowed micro batch, with and without the levers that keep the result."""
     rows, size = basis.rows_per_process, basis.recipe.train.micro_batch_size
     sizes = [size] if size is not None else [divisor for divisor in range(rows, 0, -1) if rows % divisor == 0]
     return [
@@ -86,7 +86,8 @@ def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
 
 
 def _with_levers(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
-    """Return the settings with every combination of the automatic levers that keep (or change) the result."""
+    """Return the settings with every combination of automatic levers that keep the result, or without `same_result`,
+    change it."""
     combinations = [start]
     for lever in LEVERS:
         if lever.searched and lever.same_result == same_result and not lever.refusal(recipe, start):
@@ -95,7 +96,7 @@ def _with_levers(recipe: Recipe, start: MemorySettings, same_result: bool) -> li
 
 
 def _choose_eval_batch(basis: Basis, settings: MemorySettings, most_bytes: float) -> Option:
-    """Set the eval batch to twice the micro batch, halved until it fits."""
+    """Return the settings with an eval batch of twice the micro batch, halved until it fits."""
     fixed = basis.recipe.evaluate.batch_size
     size = fixed or 2 * settings.micro_batch_size
     while True:

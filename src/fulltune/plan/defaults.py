@@ -26,7 +26,7 @@ RATES = {
 
 
 def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Return full fine-tuning's peak learning rate with AdamW, lower for larger models, and the reason."""
+    """Return the peak learning rate of full fine-tuning with AdamW (lower for larger models), and the reason."""
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
     kind = "decoders" if is_decoder else "encoders"
@@ -35,7 +35,7 @@ def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
 
 
 def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Return a method's peak learning rate, higher for methods that train fewer values, and the reason."""
+    """Return a method's peak learning rate (higher if it trains fewer values), and the reason."""
     full, why = learning_rate(num_parameters, is_decoder)
     if method.kind in ("lora", "adapter"):
         rate = min(LORA_TIMES * full, MAX_LORA) if method.kind == "lora" else ADAPTER_TIMES * full
@@ -49,7 +49,7 @@ def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> D
 
 
 def num_train_epochs(task: str, num_rows: int) -> DefaultWithReason:
-    """Return the number of epochs, more for fewer rows, and the reason."""
+    """Return the number of epochs (more for fewer rows), and the reason."""
     few, usual = (3.0, 2.0) if FACTS[task].writes else (5.0, 3.0)
     if num_rows < 2_000 and not FACTS[task].writes:
         return 10.0, "few rows (below 2,000)"
@@ -67,7 +67,7 @@ MAX_LENGTH_EXPLAINED = 0.25
 
 
 def group_by_length(length_explained: float) -> tuple[bool, str]:
-    """Return whether to batch rows of similar length, and the reason: not if such rows mostly share a class.
+    """Return whether to batch rows of similar length, and the reason; not if such rows mostly share a class.
 
     When labels followed the length, F1 was 0.75 with grouping and 1.0 without (2026-11-24).
     """

@@ -28,7 +28,7 @@ NORM_VALUES = 6
 
 
 def units_of(shapes: Shapes) -> Units:
-    """Return the model's FSDP units; if unknown, equal blocks and a vocabulary outside them."""
+    """Return the model's FSDP units, or an estimate with equal blocks if they are unknown."""
     if shapes.units is not None:
         return shapes.units
     vocabulary = min(shapes.num_parameters, shapes.vocab_size * shapes.hidden_size)
@@ -105,7 +105,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
 
 
 def _candidate_moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Moment]:
-    """Return the moments of a step at which memory may peak, traced or while gradients are sent."""
+    """Return the moments of a step at which memory may peak: traced ones, and those of sending gradients."""
     rows, value = memory.train_sequences(footprint, settings), BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # gradient shards of earlier micro batches
     copies, length = SENT[settings.device], settings.longest_tokens
@@ -123,14 +123,14 @@ def _candidate_moments(shapes: Shapes, footprint: Footprint, settings: MemorySet
     # A chunked loss sums the head's gradient in fp32 in the forward pass; the backward pass uses it, or a copy in the
     # weights' type.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
-    own, freed = _block_estimators(traced, units, shapes.num_layers, units.persistent + left, recomputed)
+    block_gradients, freed = _block_estimators(traced, units, shapes.num_layers, units.persistent + left, recomputed)
     moments: list[_Moment] = []
     for place, passing in traced:
         # With checkpointing, autocast keeps no copies beside those that autograd saves.
         if recomputed and not place.endswith("below"):
             saved = units.persistent + left if place in AT_HEAD else units.block
             passing = passing | {"buffers": min(passing["buffers"], saved // 2)}
-        now = own(passing)
+        now = block_gradients(passing)
         reduced = max(before, min(1.0, max(0, passing["gradients"] - left - now) / everything))
         without, no_logits = passing | {"gradients": 0}, passing | {"gradients": 0, "logits": 0}
         # At a block's end all its gradients exist, and its activations and copies are freed.
@@ -189,7 +189,8 @@ def _forward_buffers(units: Units, place: str) -> tuple[tuple[int, ...], tuple[i
 def _block_estimators(
     traced: Sequence[tuple[str, dict[MemoryKind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
 ) -> tuple[Callable[[dict[MemoryKind, int]], int], Callable[[str], dict[MemoryKind, int]]]:
-    """Return two functions: bytes of a block's gradients during its backward pass, and bytes that its end frees."""
+    """Return two functions: one computes the bytes of a block's gradients in its backward pass, the other the bytes
+    that the end of the pass frees."""
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart
@@ -200,7 +201,7 @@ def _block_estimators(
     share = (waiting or most) // blocks
     passes = max(0, most - waiting) if waiting else 0  # recomputed and temporary activations
 
-    def own(passing: dict[MemoryKind, int]) -> int:
+    def block_gradients(passing: dict[MemoryKind, int]) -> int:
         # Only with equal blocks do the gradients show how far the last one is.
         are_equal = units.block and of_blocks % units.block == 0
         return (passing["gradients"] - head) % units.block if are_equal else units.block
@@ -208,7 +209,7 @@ def _block_estimators(
     def freed(place: str) -> dict[MemoryKind, int]:
         return {"activations": share + (0 if place in AT_HEAD else passes), "buffers": units.block // 2}
 
-    return own, freed
+    return block_gradients, freed
 
 
 def _block_moments(

@@ -31,7 +31,6 @@ class GpuModel:
 
     name: str
     capability: tuple[int, int]
-    """CUDA compute capability; for AMD, the architecture as torch reports it."""
     memory_gib: float
     tflops: float
     """Dense 16-bit matrix products in 1e12 operations per second."""
@@ -135,7 +134,7 @@ _BY_KEY = {_normalised_name(name): model for model in GPUS for name in (model.na
 
 
 def _models_named(name: str) -> list[GpuModel]:
-    """Return the GPU models with this name, in all memory sizes if the name has none."""
+    """Return the GPU models with this name; a name without a memory size matches all sizes."""
     key = _normalised_name(name)
     if key in _BY_KEY:
         return [_BY_KEY[key]]

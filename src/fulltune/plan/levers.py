@@ -30,7 +30,6 @@ SETTING_OF = {
 }
 """Recipe setting by field of a plan."""
 MIN_LENGTH = 128
-"""Tokens below which no lever shortens rows."""
 ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")
 
 
@@ -54,7 +53,6 @@ class Lever:
     fallback: tuple[Phase, ...] = ()
     """Phases in which it is tried after memory ran out."""
     measured: str = ""
-    """Name in the table of `plan --measure`."""
     also: str = ""
     """A second setting that it changes."""
     respects_recipe: bool = True
@@ -111,7 +109,8 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    """Return the changes to each smaller micro batch (half, or the largest divisor) that DeepSpeed's settings allow."""
+    """Return the changes to smaller micro batches that DeepSpeed's settings allow, each half of the one before or its
+    largest divisor."""
     size, smaller = now.micro_batch_size, []
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)
@@ -256,7 +255,6 @@ LEVERS = (
         fallback=ANYWHERE,
     ),
 )
-"""All levers, the mildest first."""
 
 
 def what_helps(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:

@@ -134,9 +134,10 @@ def _step_moments(
 def with_chunked_loss(
     kinds: dict[MemoryKind, int], shapes: Shapes, settings: MemorySettings, tokens: int, gradients_before: int | None
 ) -> dict[MemoryKind, int]:
-    """Return bytes by kind, with a chunk's logits and the head's whole gradient if the loss is chunked.
+    """Adjust bytes by kind for a chunked loss: only a chunk's logits exist, but the head's whole gradient.
 
-    `tokens` have logits; `gradients_before` are earlier gradients' bytes, or None without a backward pass.
+    `tokens` is the number of tokens with logits; `gradients_before` are earlier gradients' bytes, or None without a
+    backward pass.
     """
     if not settings.chunked_loss:
         return kinds

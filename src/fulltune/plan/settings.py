@@ -10,7 +10,6 @@ from fulltune.records.plan import Setting
 FROM_RECIPE = "from the recipe"
 PLACEMENT, OFFLOAD = "train.placement", "train.offload"
 WHERE = (PLACEMENT, OFFLOAD, ENGINE_SETTINGS)
-"""Settings that decide where weights, gradients and optimizer state are stored."""
 
 
 def given(recipe: Recipe, name: str) -> Any:

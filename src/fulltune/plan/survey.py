@@ -24,7 +24,6 @@ MUCH_FASTER = 1.25
 FEW_ROWS, MANY_ROWS = 10_000, 100_000
 SMALL_ENCODER, LARGE = 500_000_000, 10**10
 MORE, HOSTS = (2, 4, 8), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
-"""Numbers of GPUs and machines, and GB of host memory, to propose."""
 WithMethod = Callable[[str], Workload | None]
 """Returns the workload with another kind of method, or None if impossible."""
 PlannedSettings = tuple[Plan, dict[str, Any]]
@@ -113,7 +112,7 @@ def _survey_without_plan(
 def _plan_or_error(
     workload: Workload, fleet: Fleet, table: Sequence[PlacementOption]
 ) -> PlannedSettings | DoesNotFitError:
-    """Return the recipe's plan, with `--for` perhaps a better placement's, or the error if nothing fits."""
+    """Return the recipe's plan, or with `--for` perhaps a better placement's; return the error if nothing fits."""
     try:
         own = _fit_recipe(workload, workload.recipe, fleet)
     except DoesNotFitError as error:
@@ -143,7 +142,7 @@ def _changes_arithmetic(option: PlacementOption) -> bool:
 def _plan_with_placement(
     workload: Workload, fleet: Fleet, table: Sequence[PlacementOption], why: str = ""
 ) -> PlannedSettings | None:
-    """Return the plan with the best placement that fits, or None."""
+    """Return the plan with the best of these placements that fits, or None."""
     for option in ranked(table):
         conflicts = (given(workload.recipe, name) not in (None, value) for name, value in option.settings.items())
         if not option.settings or any(conflicts):  # the recipe's settings stay; this placement can be a way out
@@ -163,6 +162,7 @@ def _fit_recipe(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
 
 
 def _with_reason(plan: Plan, names: set[str], reason: str) -> Plan:
+    """Return the plan with `reason` for the named settings."""
     settings = (
         setting.model_copy(update={"is_automatic": True, "reason": reason}) if setting.name in names else setting
         for setting in plan.settings
@@ -218,7 +218,7 @@ def _find_ways_out(
 
 
 def _larger_hardware(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut]:
-    """Yield the smallest increase of devices or machines, and of host memory, that is enough."""
+    """Yield the smallest increase of devices or machines, and of host memory, that makes the run fit."""
     named = fleet.named
     if named.gpu is None or fleet.here:
         return

@@ -98,7 +98,7 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 def step_seconds(
     fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, layout: ParallelLayout | None
 ) -> dict[str, float]:
-    """Estimate the seconds of each part of a step of `rows` rows, or none if the speed is unknown."""
+    """Estimate the seconds of each part of a step of `rows` rows; empty if the speed is unknown."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
         return {}
@@ -173,7 +173,7 @@ def probe_passes(summary: DataSummary) -> int:
 
 
 def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
-    """Estimate rows, host memory and seconds of a new head's linear probe, without the model's passes."""
+    """Estimate the rows, host memory and seconds of fitting a new head's linear probe, without the model's passes."""
     form, train, passes = summary.form, summary.splits["train"], probe_passes(summary)
     words = max(1.0, train.trained_tokens / max(1, train.rows))
     per_row = probe.items_per_row(form.name, words, summary.num_choices)
@@ -191,7 +191,7 @@ def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
 
 
 def occasions(total_steps: int, *intervals: int, after: int = -1) -> int:
-    """Return the number of evaluations or checkpoints after step `after`."""
+    """Return the number of evaluations or checkpoints after step `after`, at these intervals and at the end."""
     at = {step for every in intervals if every for step in range(every, total_steps + 1, every)}
     return sum(step > after for step in at | {total_steps})
 
@@ -201,7 +201,7 @@ DevicePrice = tuple[float, str]
 
 
 def parse_price(text: str) -> DevicePrice:
-    """Parse a price per device and hour, such as `2.5 USD`; raise `RecipeError` if it is none."""
+    """Parse a price per device and hour, such as `2.5 USD`; raise `RecipeError` if the text is not a price."""
     match = re.fullmatch(r"\s*([^\d\s.+-]{0,3})\s*(\d+(?:\.\d+)?)\s*([^\d\s.+-]*)\s*", text)
     if match is None:
         raise RecipeError(f"--price: '{text}' is not a price; write the cost of one device per hour, such as 2.5")

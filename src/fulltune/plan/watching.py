@@ -59,7 +59,8 @@ def settle(
 def _texts_per_evaluation(
     recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
 ) -> int:
-    """Return the generic texts per evaluation, for `SHARE` of the training time; 0 if drift is off."""
+    """Return how many generic texts to read per evaluation, so that they take `SHARE` of the training time; 0 if drift
+    is off."""
     name, against = "preserve.drift", "images have no generic text" if FACTS[recipe.task].reads != "text" else ""
     against = "only the head is trained" if recipe.method.kind == "head" and not against else against
     if not recipe.preserve.drift or against:

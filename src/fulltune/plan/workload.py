@@ -42,7 +42,6 @@ class Basis:
     footprint: Footprint
     fleet: Fleet
     train_rows: int
-    """Rows per epoch."""
     global_batch_size: int
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
@@ -63,12 +62,12 @@ class Basis:
         return max(1, self.global_batch_size // self.start.num_processes)
 
     def need(self, settings: MemorySettings) -> MemoryNeed:
-        """Compute the memory of one process, with a micro batch of at most all train rows."""
+        """Compute the memory of one process; its micro batch is at most the number of train rows."""
         full = settings.changed(micro_batch_size=min(settings.micro_batch_size, max(1, self.train_rows)))
         return budget.need(self.shapes, self.footprint, full, self.layout)
 
     def seconds(self, settings: MemorySettings) -> dict[str, float]:
-        """Estimate the seconds of each part of a step, or none if the speed is unknown."""
+        """Estimate the seconds of each part of a step; empty if the speed is unknown."""
         return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.layout)
 
     def speed(self, settings: MemorySettings) -> float | None:
@@ -78,7 +77,7 @@ class Basis:
 
 
 def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Choose everything that does not depend on memory; a user's `own_loss` needs all logits at once."""
+    """Choose everything that does not depend on memory; a user's loss (`own_loss`) needs all logits at once."""
     recipe, shapes, summary = workload.recipe, workload.shapes, workload.summary
     train, reasons = recipe.train, reasons or Reasons()
     if train.activation_checkpointing and not shapes.can_recompute:

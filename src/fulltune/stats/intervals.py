@@ -151,6 +151,7 @@ def difference(
 def _uncertain_value(
     estimate: float, centres: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
 ) -> UncertainValue:
+    """Return an estimate with its distribution over resamples (`centres`) and seeds."""
     estimated = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
     # With few clusters, the spread between clusters is uncertain as well.

@@ -70,7 +70,6 @@ class Machine(Record):
     shared_memory_bytes: int | None = None
     """Free bytes in /dev/shm, through which processes pass tensors."""
     load_average: float = 0.0
-    """Mean number of running tasks in the minute of the measurement."""
     differs: str = ""
     """How several machines differ that this record summarises, such as `16 to 64 cores`."""
 
@@ -124,6 +123,7 @@ def weakest(machines: Sequence[Machine]) -> Machine:
 
 
 def _weakest_gpu(gpus: Sequence[Gpu]) -> Gpu:
+    """Return a GPU with the lowest capability and memory of several."""
     oldest = min(gpus, key=lambda gpu: (gpu.capability, gpu.memory_bytes))
     free = min((gpu.available_bytes for gpu in gpus if gpu.free_bytes is not None), default=None)
     return oldest.model_copy(update={"memory_bytes": min(gpu.memory_bytes for gpu in gpus), "free_bytes": free})

@@ -59,7 +59,6 @@ class MachineAddress:
     wait_seconds: float
     attempt: str = ""
     address: str = ""
-    """This machine's address in that attempt."""
 
     @property
     def rendezvous(self) -> str:

@@ -186,7 +186,7 @@ def _can_resume(folder: Path) -> bool:
 
 
 def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
-    """Make the folder this recipe's, or return True if it already is."""
+    """Mark an empty folder as this recipe's; return True if it already is."""
     identity = folder / IDENTITY
     if identity.exists():
         if _stored_fingerprint(identity) != fingerprint:
@@ -320,7 +320,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def not_left_when_refused(folder: Path, *except_for: type[FulltuneError]) -> Iterator[None]:
-    """Remove a new run's files if the block refuses the run before any work, unless by an `except_for` error."""
+    """Remove a new run's files if the block raises an error before any work, except those in `except_for`."""
     began = (folder / "data" / "summary.json").exists()
     try:
         yield
