@@ -454,7 +454,7 @@ def test_model_code_is_never_run_unless_trusted(case: Case, broken_model: Path) 
     refused(
         case.data(CSV, model=broken_model),
         RECIPE,
-        f"model: {broken_model}: brings Python code of its own; read it, then set model.trust_remote_code: true",
+        f"model: {broken_model}: needs its own Python code; read the code, then set model.trust_remote_code: true",
     )
     assert not (case.folder / "ran").exists()
 
@@ -464,7 +464,7 @@ def test_model_weights_missing_are_named(case: Case, broken_model: Path) -> None
     refused(
         case.data(CSV, model=broken_model),
         RECIPE,
-        f"model: {broken_model}: config.json is there but no weights (*.safetensors)",
+        f"model: {broken_model}: has a config.json but no weights (*.safetensors)",
     )
 
 
@@ -473,7 +473,7 @@ def test_model_weights_cut_short_are_refused(case: Case, broken_model: Path) -> 
     weights.write_bytes(weights.read_bytes()[:-100])
     result = case.data(CSV, model=broken_model)
     assert result.code == RECIPE
-    assert result.problems[0].startswith(f"model: {broken_model}: model.safetensors is not a whole safetensors file (")
+    assert result.problems[0].startswith(f"model: {broken_model}: model.safetensors is not a complete safetensors file")
     assert result.problems[0].endswith("); copy or download it again")
 
 

@@ -204,7 +204,7 @@ def test_tensors_of_another_method_are_refused(done: Any, tmp_path: Path) -> Non
     shutil.copytree(done("tagger", "adapter").model_folder, tmp_path / "model")
     other = done("tagger", "head").model_folder / "adapter_model.safetensors"
     shutil.copy(other, tmp_path / "model" / "adapter_model.safetensors")
-    with pytest.raises(SetupError, match="does not hold what was trained"):
+    with pytest.raises(SetupError, match="tensors are missing or unexpected"):
         predict.load(tmp_path / "model")
 
 
@@ -260,12 +260,12 @@ def test_prompt_generation_padded_on_the_left_equals_one_by_one(done: Any) -> No
             "classifier",
             {"kind": "peft", "type": "prefix_tuning"},
             "method peft-prefix_tuning: type: PREFIX_TUNING is more than modules in layers (virtual tokens: 'kind: "
-            "prompt'); known here: ",
+            "prompt'); supported types: ",
         ),
         (
             "classifier",
             {"kind": "peft", "type": "IA3", "config": {"target_module": ["x"]}},
-            "method peft-ia3: config.target_module: IA3 has no such field that can be set here; did you mean "
+            "method peft-ia3: config.target_module: IA3 has no field of this name that can be set; did you mean "
             "'target_modules'?",
         ),
     ],
@@ -284,7 +284,7 @@ def test_method_that_cannot_do_it_is_refused_before_the_data_are_read(
 
 def test_matrices_that_are_not_there_are_refused_before_training(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert")
-    with pytest.raises(RecipeError, match="method lora-q_proj: PEFT cannot do it with BertForSequenceClassification"):
+    with pytest.raises(RecipeError, match="method lora-q_proj: PEFT cannot apply it to BertForSequenceClassification"):
         runs.run(tmp_path, model, tiny.topic_rows(), method={"kind": "lora", "target_modules": ["q_proj"]}, train=STEPS)
     assert not (tmp_path / "run" / "attempts").exists()
 

@@ -35,10 +35,10 @@ def test_run_means_its_trained_model(tmp_path: Path) -> None:
 
 def test_run_without_a_model_or_with_several_says_what_to_write(tmp_path: Path) -> None:
     run = _run(tmp_path / "run")
-    with pytest.raises(SetupError, match=f"is a run without a finished model; end it with 'fulltune run {run}'"):
+    with pytest.raises(SetupError, match=f"is a run without a finished model; finish it with 'fulltune run {run}'"):
         base.locate(ModelBlock(name=str(run)))
     _run(run, "full", "lora")
-    with pytest.raises(SetupError, match=f"several models; write one: {run}/models/full, {run}/models/lora"):
+    with pytest.raises(SetupError, match=f"several models; name one: {run}/models/full, {run}/models/lora"):
         base.locate(ModelBlock(name=str(run)))
 
 
@@ -50,7 +50,7 @@ def test_part_of_a_model_is_not_trained_on(tmp_path: Path) -> None:
     check_model(recipe, found)
     assert found.path is not None
     (found.path / "adapter_config.json").write_text("{}")
-    with pytest.raises(SetupError, match=r"holds only what a method trained .* 'fulltune merge .*models/lora --output"):
+    with pytest.raises(SetupError, match=r"holds only the parameters that a method trained; .* 'fulltune merge .*models/lora --output"):
         check_model(recipe, found)
 
 

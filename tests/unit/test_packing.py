@@ -1,4 +1,4 @@
-"""Which models keep texts in one row apart: tried on a one-layer copy."""
+"""Which models keep packed texts separate: tried on a one-layer copy."""
 
 from __future__ import annotations
 

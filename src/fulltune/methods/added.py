@@ -114,13 +114,13 @@ def peft_problems(method: PeftMethod) -> list[str]:
     in_layers = {kind for kind, config in configs.items() if not issubclass(config, PromptLearningConfig)}
     usable = sorted(in_layers - UNUSABLE)
     if name not in usable:
-        here = f"known here: {', '.join(usable)}"
+        here = f"supported types: {', '.join(usable)}"
         if name not in configs:
             return [f"type: PEFT has no '{method.type}'; {did_you_mean(name, usable) or here}"]
         return [f"type: {name} is more than modules in layers (virtual tokens: 'kind: prompt'); {here}"]
     fields = sorted(set(configs[name].__dataclass_fields__) - _OURS)
     return [
-        f"config.{field}: {name} has no such field that can be set here; "
+        f"config.{field}: {name} has no field of this name that can be set; "
         + (did_you_mean(field, fields) or f"it has {', '.join(fields)}")
         for field in method.config
         if field not in fields
@@ -162,7 +162,7 @@ def put_peft(
         if is_out_of_memory(error):  # a RuntimeError, but not the recipe's fault
             raise
         text = " ".join(str(error).split())[:300]
-        raise RecipeError(f"method {method.label}: PEFT cannot do it with {type(model).__name__}: {text}") from error
+        raise RecipeError(f"method {method.label}: PEFT cannot apply it to {type(model).__name__}: {text}") from error
 
 
 _TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
@@ -241,7 +241,7 @@ def put_prompt(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> 
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     embeddings = _token_embeddings(body)
     if embeddings is None or body is model:
-        lacks = "no embeddings of tokens" if embeddings is None else "no body of its own"
+        lacks = "no token embeddings" if embeddings is None else "no separate body"
         raise RecipeError(f"method {method.label}: {type(model).__name__} has {lacks}; use lora or adapter")
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     # RoBERTa counts positions of tokens that are not padding.

@@ -169,7 +169,7 @@ def _check_tensor_names(expected: set[str], names: set[str], where: Path) -> Non
     """Raise `SetupError` if a file's tensors are not exactly the trained ones."""
     wrong = sorted(expected ^ names)
     if wrong:
-        raise SetupError(f"{where}: does not hold what was trained: {wrong[0]} ({len(wrong)} such tensors)")
+        raise SetupError(f"{where}: {len(wrong)} tensors are missing or unexpected, for example {wrong[0]}")
 
 
 def merge(folder: Path, output: Path) -> None:
@@ -178,7 +178,7 @@ def merge(folder: Path, output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         raise SetupError(f"{output}: is not empty; name a new folder")
     if not can_be_merged(folder):
-        raise SetupError(f"{folder}: adds to what the model computes, or is a whole model; it cannot be merged")
+        raise SetupError(f"{folder}: cannot be merged: it is a whole model, or its method adds hooks to the model")
     notes, processor = notes_of(folder), processor_of(folder)
     applied = load(folder, processor)
     try:

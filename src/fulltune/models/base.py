@@ -204,9 +204,9 @@ def locate(block: ModelBlock) -> Path | None:
     if (path / IDENTITY).exists():
         trained = sorted(config.parent for config in path.glob("models/*/config.json"))
         if not trained:
-            raise SetupError(f"model: {name}: is a run without a finished model; end it with 'fulltune run {path}'")
+            raise SetupError(f"model: {name}: is a run without a finished model; finish it with 'fulltune run {path}'")
         if len(trained) > 1:
-            raise SetupError(f"model: {name}: is a run with several models; write one: {', '.join(map(str, trained))}")
+            raise SetupError(f"model: {name}: is a run with several models; name one: {', '.join(map(str, trained))}")
         path = trained[0]
     if path.is_file():
         if path.suffix != ".gguf":
@@ -269,9 +269,7 @@ def check_weights(base: Base) -> None:
                 f"model: {name}: holds only pickled weights, and unpickling can run foreign code; convert them to "
                 "safetensors, or set model.allow_pickled_weights: true if you trust their source"
             )
-        raise SetupError(
-            f"model: {name}: config.json is there but no weights (*.safetensors); only plan --for needs none"
-        )
+        raise SetupError(f"model: {name}: has a config.json but no weights (*.safetensors); only plan --for needs none")
 
 
 def _check_safetensors_header(file: Path, name: str) -> None:
@@ -285,7 +283,7 @@ def _check_safetensors_header(file: Path, name: str) -> None:
     except (SafetensorError, OSError) as error:
         why = getattr(error, "strerror", None) or error
         raise SetupError(
-            f"model: {name}: {file.name} is not a whole safetensors file ({why}); copy or download it again"
+            f"model: {name}: {file.name} is not a complete safetensors file ({why}); copy or download it again"
         ) from None
 
 
@@ -312,7 +310,7 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             raise SetupError(
-                f"model: {block.name}: brings Python code of its own; read it, then set model.trust_remote_code: true"
+                f"model: {block.name}: needs its own Python code; read the code, then set model.trust_remote_code: true"
             ) from None
         if isinstance(error, OSError) and not Path(block.name).exists() and not block.name.startswith("package:"):
             raise SetupError(

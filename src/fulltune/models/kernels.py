@@ -33,7 +33,7 @@ def compile_blocks(model: nn.Module, device: str, *, backend: str = "inductor", 
 
     if missing := missing_compiler(device):
         raise SetupError(
-            f"train.torch_compile: needs a {missing}, which is not here; install it, or remove the setting"
+            f"train.torch_compile: needs a {missing}, which was not found; install it, or remove the setting"
         )
     blocks = [block for path in lists_of_blocks(model) for block in model.get_submodule(path).children()]
     if not blocks:

@@ -69,7 +69,7 @@ def leak(model: PreTrainedModel, name: str) -> str | None:
     except (ValueError, TypeError, RuntimeError) as error:
         return f"a '{name}' model cannot be tried with position ids ({' '.join(str(error).split())})"
     if difference > max(1e-4, _ROUNDINGS * torch.finfo(model.dtype).eps) * max(1.0, largest):
-        return f"a '{name}' model does not keep texts in one row apart (its logits differ by {difference:.2g})"
+        return f"a '{name}' model does not keep packed texts separate (its logits differ by {difference:.2g})"
     return None
 
 

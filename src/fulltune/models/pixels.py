@@ -73,7 +73,7 @@ def decode(path: str, content: bytes) -> Image.Image:
     try:
         # Opening a pipe waits for a writer, and some devices never end.
         if not content and Path(path).exists() and not Path(path).is_file():
-            raise OSError("is no file, but a folder, a pipe or a device")
+            raise OSError("is not a file, but a folder, a pipe or a device")
         with Image.open(io.BytesIO(content) if content else path) as image:
             ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image takes another 500 MB
             plain = _in_8_bits(image)
@@ -87,7 +87,7 @@ def decode(path: str, content: bytes) -> Image.Image:
             raise DataError(f"{name}: no such file") from None
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # its text names the file once more
-            text = "is of no known kind"
+            text = "is in no known image format"
         raise DataError(f"{name}: cannot be decoded: {text[:200]}") from None
 
 
@@ -100,7 +100,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     if has_16:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"its values have 32 bits (mode {image.mode}), so black and white are unknown")
+        raise ValueError(f"its values have 32 bits (mode {image.mode}), so the values of black and white are unknown")
     return image
 
 

@@ -115,14 +115,14 @@ def check_model(recipe: Recipe, base: Base) -> None:
     if base.path is not None and (base.path / "adapter_config.json").exists():
         # Training would use the pretrained model instead.
         raise SetupError(
-            f"model: {base.block.name}: holds only what a method trained beside its pretrained model; make them one "
-            f"(LoRA, head) with 'fulltune merge {base.path} --output WHOLE', and write model: WHOLE"
+            f"model: {base.block.name}: holds only the parameters that a method trained; merge them into the "
+            f"pretrained model (LoRA, head) with 'fulltune merge {base.path} --output MERGED', and set model: MERGED"
         )
     problem = unfit(base.config, FACTS[recipe.task])
     experts = [getattr(base.config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
     if problem is None and any(isinstance(count, int) and count > 1 for count in experts):
         # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
-        problem = "is a mixture of experts, which cannot be trained here yet"
+        problem = "is a mixture of experts, which fulltune cannot train yet"
     if problem is not None:
         raise SetupError(f"model: {recipe.model.name}: {problem}")
 

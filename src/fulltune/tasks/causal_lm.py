@@ -81,17 +81,17 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str
     chosen, rejected = column_of("chosen"), column_of("rejected")
     if chosen and rejected:
         raise DataError(
-            f"{where}: columns '{chosen}' and '{rejected}' hold preferences, which are not trained here yet (TRL's "
-            f"DPOTrainer does that); to train on the chosen answers alone write data.completion: {chosen}, or where "
-            f"they are whole conversations data.messages or data.text: {chosen} (init: --column completion={chosen})"
+            f"{where}: columns '{chosen}' and '{rejected}' hold preferences, which fulltune cannot train on yet "
+            f"(TRL's DPOTrainer can); to train on the chosen answers alone, set data.completion: {chosen}, or if they "
+            f"are whole conversations data.messages or data.text: {chosen} (init: --column completion={chosen})"
         )
     good, judged = column_of("label"), column_of("completion")
     judgements = {str(row.get(good)).lower() for row in sample} if good else set[str]()
     if judged and column_of("prompt") and judgements and judgements <= {"true", "false"}:
         raise DataError(
-            f"{where}: column '{good}' says which answers in '{judged}' are good, and such judgements are not trained "
-            f"here (TRL's KTOTrainer does that); to train on the good answers alone keep the rows whose '{good}' is "
-            f"true, and write data.completion: {judged} (init: --column completion={judged})"
+            f"{where}: column '{good}' says which answers in '{judged}' are good, but fulltune cannot train on "
+            f"judgements (TRL's KTOTrainer can); to train on the good answers alone, keep the rows whose '{good}' is "
+            f"true, and set data.completion: {judged} (init: --column completion={judged})"
         )
 
 
@@ -137,7 +137,7 @@ def refuse_question(row: Row, target: Target) -> Refused | None:
         asks = bool(prompt_text(row, target).strip())
     except DataError as error:
         return Refused("no conversation", str(error))
-    return None if asks else Refused("no text", "no message asks anything")
+    return None if asks else Refused("no text", "no message before the answer has text")
 
 
 def group_key(row: Row, target: Target) -> str:

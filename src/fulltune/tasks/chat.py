@@ -43,7 +43,7 @@ def clean(messages: Any) -> list[dict[str, Any]]:
         if "role" not in fields:
             raise DataError("a message has no 'role'")
         if not isinstance(fields["role"], str):
-            raise DataError(f"a message has the role {fields['role']!r}, expected a word")
+            raise DataError(f"a message has the role {fields['role']!r}, expected text")
         if fields.get("weight", 1) not in (0, 1):
             raise DataError(f"a message of '{fields['role']}' has weight {fields['weight']!r}, expected 0 or 1")
         if "content" not in fields and "tool_calls" not in fields:

@@ -118,7 +118,7 @@ def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | Non
         if alike:
             shown = " and ".join(repr(column) for column in alike)
             raise DataError(
-                f"{where}: columns {shown} differ in case or spaces only, expected one '{name}'; rename one, or name "
+                f"{where}: columns {shown} differ only in case or spaces, expected one '{name}'; rename one, or name "
                 "the right one in the recipe"
             )
     return None
@@ -143,7 +143,7 @@ def required(
     if name is None:
         column = named(role, None, [column for column in columns if column not in besides], where)
     elif (column := named(role, name, columns, where)) in besides:
-        raise DataError(f"{where}: column '{name}' (data.{role}) already has another role; name that column, too")
+        raise DataError(f"{where}: column '{name}' (data.{role}) already has another role; set that role's column, too")
     if column is None:
         raise DataError(missing_column(role, columns, where))
     return column

@@ -283,11 +283,11 @@ def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
     if setting is None:
         return None
     if not labels:
-        raise RecipeError(f"{name}: the data have no classes ({summary.form.words}); remove it")
+        raise RecipeError(f"{name}: the data have no classes ({summary.form.words}); remove the setting")
     if isinstance(setting, str):
         if summary.form.tags_words:
             raise RecipeError(
-                f"{name}: 'balanced' counts the rows of a class, and tags belong to words; give each tag its weight: "
+                f"{name}: 'balanced' counts the rows of a class, but tags belong to words; give a weight for each tag: "
                 f"{', '.join(labels[:3])} ..."
             )
         counts = summary.splits["train"].label_counts

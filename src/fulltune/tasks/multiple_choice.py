@@ -54,7 +54,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     number = sizes.most_common(1)[0][0]
     if one_too_high:
         raise DataError(
-            f"{where}: column '{column}' holds the number of choices in {one_too_high} rows; the first choice is 0, "
+            f"{where}: column '{column}' counts choices from 1 ({one_too_high} rows hold their number of choices), "
             f"expected 0 to {number - 1}: subtract 1 from all, or write letters (A, B ...) or the text of the choice"
         )
     return Target("choice", columns, num_choices=number)

@@ -67,9 +67,8 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         answered += refuse(row, target) is None and bool(answers_of(row, target))
     if not answered:
         raise DataError(
-            f"{where}: no row has an answer in column '{columns['answers']}' that stands in '{columns['context']}' "
-            "(at its answer_start, where one is given); repair them, or name other columns with data.answers and "
-            "data.context"
+            f"{where}: no row has an answer in column '{columns['answers']}' that occurs in '{columns['context']}' (at "
+            "its answer_start, if given); repair the answers, or set data.answers and data.context to other columns"
         )
     return target
 
@@ -152,7 +151,7 @@ def _texts_and_starts(cell: Any) -> Iterator[tuple[str, int | None]]:
                     yield str(text), None if start is None else _as_position(start)
         case dict():
             if cell:
-                raise DataError(f"an object with 'text' and 'answer_start' was expected, found {sorted(cell)}")
+                raise DataError(f"expected an object with 'text' and 'answer_start', found {sorted(cell)}")
         case list() | tuple():
             for part in cell:
                 yield from _texts_and_starts(part)
@@ -185,8 +184,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     """
     if not tokenizer.is_fast:
         raise SetupError(
-            f"{type(tokenizer).__name__} cannot say where a token stands in the text (it is a slow tokenizer, without "
-            "tokenizer.json); question-answering needs a fast one: take another model, or convert its tokenizer"
+            f"{type(tokenizer).__name__} does not know the positions of tokens in the text (it is a slow tokenizer, "
+            "without tokenizer.json); question-answering needs a fast one: use another model, or convert its tokenizer"
         )
     return [_encode_windows(row, target, tokenizer, max_length) for row in rows]
 
@@ -218,7 +217,7 @@ def _encode_windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: 
         # The offsets of all windows at once (`return_offsets_mapping`) would take most of the memory.
         examples.append(_example(features, np.array(encoding.offsets, np.int32), inside, answer))
     if answer and all(not window.refused and window.features["labels"][START] == NOWHERE for window in examples):
-        reason = f"the answer of {len(answer[0][0])} characters is whole in no window of {max_length} tokens"
+        reason = f"no window of {max_length} tokens holds the whole answer of {len(answer[0][0])} characters"
         return [_refused_example("answer cut off", reason)]
     return examples
 

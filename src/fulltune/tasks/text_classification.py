@@ -67,7 +67,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
         expected = "a number of at most 32 bits (up to 3.4e38)" if labels.is_beyond(value) else "a number"
         return Refused("no number", f"{content}, expected {expected}")
     if is_list and labels.is_broken_list(value):
-        return Refused("no list", f"{content}, expected a whole list of names")
+        return Refused("no list", f"{content}, expected a complete list of names")
     return None
 
 

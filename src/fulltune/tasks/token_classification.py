@@ -152,8 +152,8 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     if wrong:
         advice = (
             f"{where}: column '{columns['tags']}' holds tags that are not BIO, expected O, B-TYPE (first word of an "
-            "entity) or I-TYPE (each further word): rename them (S- and U- of other schemes are B-, E-, L- and M- are "
-            f"I-; numbers are places in a data set's list of labels) ({num_wrong} such tags)"
+            "entity) or I-TYPE (each further word): rename them (S- and U- in other schemes mean B-; E-, L- and M- "
+            f"mean I-; numbers are positions in a data set's list of labels) ({num_wrong} such tags)"
         )
         raise DataError([advice, *(f"{at}, word {place}: tag {tag[:60]!r}" for at, place, tag in wrong)])
     kinds = sorted(types(known_tags))
@@ -191,8 +191,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     """
     if not tokenizer.is_fast:
         raise SetupError(
-            f"{type(tokenizer).__name__} cannot say which word a token belongs to (it is a slow tokenizer, without "
-            "tokenizer.json); token-classification needs a fast one: take another model, or convert its tokenizer"
+            f"{type(tokenizer).__name__} does not know which word a token belongs to (it is a slow tokenizer, without "
+            "tokenizer.json); token-classification needs a fast one: use another model, or convert its tokenizer"
         )
     parsed = [words_and_tags(row, target.columns) for row in rows]
     sentences = [[beginning(word, tokenizer, max_length) for word in words] for words, _ in parsed]

@@ -258,7 +258,7 @@ def test_answer_start_that_is_no_number_leaves_the_row_out(
 
 def test_column_names_that_differ_in_case_only_are_refused(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
     rows = [{"Text": row["text"], "TEXT": "", "label": row["label"]} for row in ROWS]
-    with pytest.raises(DataError, match="columns 'Text' and 'TEXT' differ in case or spaces only"):
+    with pytest.raises(DataError, match="columns 'Text' and 'TEXT' differ only in case or spaces"):
         prepare(tiny.write_csv(tmp_path / "a.csv", rows))
 
 
@@ -287,7 +287,7 @@ def test_model_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: p
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(SetupError, match=r"model.safetensors is not a whole safetensors file \(Permission denied\)"):
+    with pytest.raises(SetupError, match=r"model.safetensors is not a complete safetensors file \(Permission denied\)"):
         model_base._check_safetensors_header(tmp_path / "model.safetensors", "m")
 
 

@@ -54,7 +54,7 @@ def test_cell_with_answers_in_each_form_is_read(cell: Any, found: list[tuple[str
         ({"text": ["sun"], "answer_start": [5]}, "at character 5 of the context is 'un ', not the answer 'sun'"),
         ({"text": ["sun"], "answer_start": [999]}, "at character 999 of the context is '', not the answer 'sun'"),
         ({"text": ["sun"], "answer_start": [4, 5]}, "1 answers have 2 values of answer_start"),
-        ({"answer": "sun"}, "an object with 'text' and 'answer_start' was expected, found ['answer']"),
+        ({"answer": "sun"}, "expected an object with 'text' and 'answer_start', found ['answer']"),
     ],
 )
 def test_answer_that_does_not_stand_in_the_context_is_refused(cell: Any, problem: str) -> None:

@@ -89,7 +89,7 @@ def test_inside_tag_that_continues_nothing_begins_an_entity(found: str, repaired
     [
         (["O PERSON", "B-a"], "holds tags that are not BIO, expected O, B-TYPE (first word of an entity) or I-TYPE"),
         (["0 3 0", "B-a"], "numbers are places in a data set's list of labels"),
-        (["S-PER O", "B-a"], "S- and U- of other schemes are B-"),
+        (["S-PER O", "B-a"], "S- and U- in other schemes mean B-"),
         (["O B-", "B-a"], "holds tags that are not BIO"),
         (["O o", "B-a"], "holds tags that are not BIO"),
     ],
@@ -203,7 +203,7 @@ def test_byte_level_tokens_are_those_of_the_sentence(prefix: bool) -> None:
 def test_slow_tokenizer_is_refused() -> None:
     from transformers import CanineTokenizer
 
-    with pytest.raises(SetupError, match="CanineTokenizer cannot say which word a token belongs to"):
+    with pytest.raises(SetupError, match="CanineTokenizer does not know which word a token belongs to"):
         encoded(CanineTokenizer(), SENTENCE)
 
 
