@@ -137,21 +137,6 @@ def test_page_on_scale_says_what_the_plan_says(row: list[str]) -> None:
     assert plan.time.tokens_per_second == pytest.approx(float(speed.replace(",", "")), abs=51)
 
 
-@pytest.mark.long
-@pytest.mark.slow
-def test_page_on_scale_shows_the_plan_of_70_b() -> None:
-    """Line by line, as it stands on an 80-column terminal."""
-    result = fulltune(
-        *("plan", EXAMPLES / "plan-70b.yaml", "--rows", 50_000, "--tokens", 2048, "--json"),
-        *("--for", "8x 8x H100-80GB, 3200Gb network"),
-    )
-    _, _, after = SCALE.read_text(encoding="utf-8").partition("```text\n")
-    shown_there = [line for line in after.partition("```")[0].splitlines() if line]
-    here = {line.rstrip() for line in shown(result).splitlines()}
-    assert len(shown_there) > 5
-    assert [line for line in shown_there if line not in here] == []
-
-
 def test_plan_with_data_here_is_the_runs_plan_and_keeps_the_survey(recipe: Path, tmp_path: Path) -> None:
     result = fulltune("plan", recipe, "--run-folder", tmp_path / "run", "--json")
     assert result.code == 0, result.err
