@@ -68,7 +68,7 @@ def read_log(place: Path) -> Log:
     below = [path for path in place.glob(f"*/{STATE}") if path.parent.name.rpartition("-")[2].isdigit()]
     states = [*place.glob(STATE), *sorted(below, key=lambda path: number_in(path.parent), reverse=True)]
     states = [place] if place.is_file() and place.suffix == ".json" else states
-    for number, path in enumerate(states, start=1):  # the latest first: one that was cut off is passed over
+    for number, path in enumerate(states, start=1):  # the latest first; truncated ones are skipped
         try:
             return _read_trainer_state(path)
         except SetupError:
@@ -171,7 +171,7 @@ def in_words(log: Log) -> str:
 
 def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     """Return the diagnoses, the most serious first."""
-    # A guard's judgement goes first, because it saw more than the curves. A diverged loss explains the rest.
+    # A guard's judgement goes first, because it is based on more than the curves. A diverged loss explains the rest.
     diverged_by_guard = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
     diagnoses = (
         *_diagnose_end(log),

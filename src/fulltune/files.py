@@ -81,7 +81,7 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
     """Append a JSON line in one write, so that lines of concurrent processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
-        # After a full disk the last line may have no end.
+        # If the disk was full, the last line may be incomplete.
         if size := file.seek(0, os.SEEK_END):
             file.seek(size - 1)
         whole = not size or file.read(1) == b"\n"

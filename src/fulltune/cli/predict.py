@@ -210,7 +210,9 @@ def _answer_rows(
         cut += answered.is_cut
         reason = None
         if refused := answered.refused:
-            reason = refused.check if what.table is None else refused.reason  # a line has no column
+            reason = (
+                refused.check if what.table is None else refused.reason
+            )  # a line of text has no column that the reason could name
             without += 1
             if without <= _LISTED:
                 first.append(f"{place}: {reason}")

@@ -237,7 +237,7 @@ class SeedRuns:
         may_extend = context.setup(method).method.learning_rates is None
         most = MOST_WHOLE_RUNS if context.recipe.methods else MOST_WHOLE_RUNS_ALONE
         runs = {search.chosen: first}
-        while search.share < first.trial.share:  # else the short trials were whole runs
+        while search.share < first.trial.share:  # otherwise the short trials were whole runs
             whole = {rate: one.metric for rate, one in runs.items()}
             rate = rates.next_whole(search, whole, context.scale, may_extend, most)
             if rate is None:

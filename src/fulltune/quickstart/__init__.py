@@ -114,11 +114,11 @@ def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
 def _read_docstrings(sources: dict[str, str]) -> Iterator[_Doc]:
     """Yield the public docstrings of each topic's source files."""
     for topic, entries in sources.items():
-        for file, module in (found for entry in entries.split() for found in _source_files(entry)):
+        for file, module in (source for entry in entries.split() for source in _source_files(entry)):
             try:
                 tree = ast.parse(file.read_bytes())
             except (SyntaxError, ValueError):
-                continue  # templates and sources for another Python version lie about in some packages
+                continue  # some packages contain templates and sources for another Python version
             for name, node in _public_objects(tree.body):
                 if docstring := ast.get_docstring(node):
                     yield _Doc(topic, module, name, isinstance(node, ast.FunctionDef) and "." not in name, docstring)

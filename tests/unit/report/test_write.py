@@ -181,7 +181,7 @@ def test_reports_resumed_attempts_say_where_they_continued(classification: Path,
     kit.write_lines(second / "metrics.jsonl", kit.curve_lines(210, 300))
     kit.outcome(attempt=2).save(second / "outcome.json")
     for text in both(classification):
-        assert "One curve over 2 attempts" in text
+        assert "The curve joins 2 attempts" in text
         assert "step 210" in text
 
 

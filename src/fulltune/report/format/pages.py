@@ -183,7 +183,7 @@ def show(console: Console, parts: Iterable[Headline | Section | Element]) -> Non
             show(console, part.blocks)
         else:
             for line in _part_on_terminal(part, console.width):
-                # A command is for copying: the terminal may break its line, nothing else.
+                # Commands are for copying: only the terminal may wrap them.
                 console.print(line, soft_wrap=isinstance(part, Code), highlight=False)
 
 

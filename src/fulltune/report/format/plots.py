@@ -113,7 +113,7 @@ def _style_axes(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
         axis.set_major_formatter(lambda value, _: format_number(value))
         return
     axis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):g}%" if 0 <= value <= 1 else "")
-    low, high = axis.get_view_interval()  # no share lies below 0 or above 1
+    low, high = axis.get_view_interval()  # a share is between 0 and 1
     axis.set_view_interval(max(0.0, low), min(1.0, high), ignore=True)
 
 
@@ -132,7 +132,7 @@ def _show_no_finite_value(axes: Axes) -> None:
 def _to_svg(figure: Figure, title: str, description: str) -> blocks.Figure:
     """Convert a figure to SVG in the page's colours."""
     for artist in figure.findobj():
-        artist.set_clip_on(False)  # nothing lies outside, and clipping would need urls
+        artist.set_clip_on(False)  # nothing is outside, and clipping would need URLs
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     drawn = buffer.getvalue()

@@ -58,7 +58,7 @@ def at_the_peak(kinds: Mapping[MemoryKind, int]) -> str:
     """Describe the moment of a step at which memory peaks."""
     after = "in the backward pass" if kinds.get("activations") else "in the optimizer's update"
     moment = after if kinds.get("gradients") else "before the first gradient"
-    # A kind that is 0 at the peak can be large at another moment.
+    # A kind without bytes at the peak can be large at another moment.
     return f"Memory by kind at the peak of a step, {moment}"
 
 
@@ -196,8 +196,8 @@ class Writer:
         return f"{shown} point{'' if shown == '1' else 's'}"
 
     def found_from(self, value: float) -> str:
-        """Format the smallest detectable difference: `from 1.4 points on`."""
-        return "none, however large" if self.in_points and value >= 1 else f"from {self.amount(value)} on"
+        """Format the smallest detectable difference: `of 1.4 points or more`."""
+        return "of no size" if self.in_points and value >= 1 else f"of {self.amount(value)} or more"
 
 
 def ratio(value: float) -> str:

@@ -146,21 +146,21 @@ def _token_columns(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
 
 
 def _label_counts(summary: DataSummary) -> list[Element]:
-    counts = {split: found.label_counts for split, found in summary.splits.items() if found.label_counts}
+    counts = {split: rows.label_counts for split, rows in summary.splits.items() if rows.label_counts}
     if not counts:
         return []
-    # The labels of words are tags; the counts are of the entities that they mark.
+    # The labels of words are tags, but entities are counted.
     noun = summary.form.label
     named = summary.labels if noun == "label" else ()
-    names = dict.fromkeys([*named, *(label for found in counts.values() for label in found)])
-    order = sorted(names, key=lambda label: tuple(-found.get(label, 0) for found in counts.values()))
+    names = dict.fromkeys([*named, *(label for of_split in counts.values() for label in of_split)])
+    order = sorted(names, key=lambda label: tuple(-of_split.get(label, 0) for of_split in counts.values()))
     first, *others = counts.values()
     most = max(1, *first.values())
     rows: tuple[TableRow, ...] = tuple(
         (
             untrusted(label, _CELL_LIMIT),
             Cell(f"{first.get(label, 0):,}", bar=first.get(label, 0) / most),
-            *(f"{found.get(label, 0):,}" for found in others),
+            *(f"{of_split.get(label, 0):,}" for of_split in others),
         )
         for label in order
     )

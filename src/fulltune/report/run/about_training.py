@@ -66,7 +66,7 @@ def curves(view: RunView) -> Section | None:
     blocks.append(Figures(tuple(learning_curve(*drawn, history.restarts, history.skipped) for drawn in series)))
     if history.restarts:
         at = listed([f"{step:,}" for step in dict.fromkeys(history.restarts)])
-        lead = f"One curve over {len(history.restarts) + 1} attempts; ticks on the axis mark where one began"
+        lead = f"The curve joins {len(history.restarts) + 1} attempts; ticks on the axis mark where each one began"
         blocks.append(Paragraph(f"{lead}: at step {at}."))
     if history.skipped:
         at = first_few([f"{step:,}" for step in history.skipped], _OPEN)
@@ -118,7 +118,7 @@ def training(view: RunView) -> Section | None:
     """Build the section on attempts, events and changes, or return None without any."""
     blocks: list[Element] = [_attempt_table(view)] if view.attempts else []
     journal = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
-    # In full, because advice is at their end and a table cell would be cut.
+    # Not in a table, whose cells would cut the advice at their end.
     details = dict.fromkeys(
         f"{_EVENTS[entry.event]} {name}: {entry.detail}" for name, entry in journal if entry.event in _EVENTS
     )
@@ -288,7 +288,7 @@ def _plan_and_actual(view: RunView, plan: Plan) -> list[Element]:
         trained = phases.get("saving the model", 0.0) - phases["training"] if "training" in phases else 0.0
         rows.append(_plan_and_actual_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
     seconds = view.environment.seconds if view.environment else None
-    if time is not None and time.overhead_seconds and seconds and not view.searched:  # which takes several runs
+    if time is not None and time.overhead_seconds and seconds and not view.searched:  # a search takes several runs
         rows.append(_plan_and_actual_row("the whole command", time.whole_seconds, 0, seconds, format_seconds))
     if plan.disk or outcome.disk_bytes:
         rows.append(
