@@ -204,7 +204,7 @@ def test_last_weights_are_kept_where_eval_rows_cannot_tell_them_from_the_best(
         assert outcome.weights_reason is None
     else:
         assert (outcome.best_step, outcome.best_metric) == (outcome.steps, values[-1])
-        said = f"the best {metric} was {values[1]:.1%} at step {outcome.steps // 2}, above by less than two standard "
+        said = f"the best {metric} was {values[1]:.1%} at step {outcome.steps // 2}, higher by less than two standard "
         assert outcome.weights_reason.startswith(said + "errors of a share of 8 eval rows (")
 
 

@@ -106,7 +106,7 @@ def test_head_without_a_bias_learns_their_size(tmp_path: Path) -> None:
     reached = go(tmp_path, model, (3.0, 1.0))
     assert reached.summary.scale is not None
     size = np.hypot(*reached.summary.scale)
-    assert f"it learns number / {size:.6g}, and gives the numbers themselves when it is saved" in about_head(tmp_path)
+    assert f"it learns number / {size:.6g}; the saved model predicts the numbers themselves" in about_head(tmp_path)
     rows, folder = rows_in((3.0, 1.0))[:8], reached.folder / "models" / "full"
     np.testing.assert_allclose(answers(folder, rows), plain(folder, rows), atol=1e-4)
     assert reached.scores[-1].metrics["r2"].value > 0.8
@@ -164,7 +164,7 @@ def test_own_loss_is_given_the_users_units(encoder: Path, tmp_path: Path) -> Non
 
     options = {"compute_loss": compute_loss}
     go(tmp_path, encoder, (3.0, 1.0), "train", train={"max_steps": 2}, options=options)
-    assert about_head(tmp_path).endswith("it learns the numbers as they are: compute_loss is your own")
+    assert about_head(tmp_path).endswith("it learns the numbers unscaled: compute_loss is your own")
     assert 1 <= float(seen[-1].min()) < float(seen[-1].max()) <= 5
 
 

@@ -191,7 +191,7 @@ def test_torn_checkpoint_is_passed_over_with_a_message(
 
     found, passed_over = checkpoints.newest_sound(tmp_path / "checkpoints")
     assert found == before
-    assert passed_over == [f"checkpoint-10: {message}; going back to the one before"]
+    assert passed_over == [f"checkpoint-10: {message}; trying the checkpoint before it"]
 
 
 @pytest.fixture(scope="module")

@@ -241,7 +241,7 @@ def spoilt(layer: Any) -> None:
             lambda model, batch: spoilt(model.bert.encoder.layer[1].output.dense),
             "bert.encoder.layer.1.output.dense (Linear) is the first module whose output is not finite in fp32",
         ),
-        (lambda model, batch: batch.update(position_ids=torch.tensor([[10**6]])), "could not be found ("),
+        (lambda model, batch: batch.update(position_ids=torch.tensor([[10**6]])), "could not be determined ("),
     ],
 )
 def test_batch_is_looked_at_and_run_again(change: Callable[[Any, dict[str, Any]], None], words: str) -> None:

@@ -1,1 +1,1 @@
-"""The train stage: attempts in processes of their own (`worker/attempt.py`), retried by `parent/retry.py`."""
+"""Trains in attempts, each in a process of its own."""

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 GUARD = "guard.json"
 """File with the state of the step guard and the trainer's parts."""
 STATE = "trainer_state.json"
-"""transformers' file with the state of the Trainer."""
 WEIGHTS = "model.safetensors"
 _DIGEST_VALUES = 64
 
@@ -37,7 +36,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
         problem = flaw(checkpoint)
         if problem is None:
             return checkpoint, damaged
-        damaged.append(f"{checkpoint.name}: {problem}; going back to the one before")
+        damaged.append(f"{checkpoint.name}: {problem}; trying the checkpoint before it")
     return None, damaged
 
 
@@ -52,7 +51,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of the step guard and the trainer's parts; each array gets a file of its own."""
+    """Write the state of the step guard and the trainer's parts, each array to its own file."""
     arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
     for name, values in arrays.items():
         np.save(checkpoint / f"{name}.npy", values)
@@ -84,8 +83,8 @@ def last_saved(folder: Path) -> int:
 
 
 def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
-    """Delete all complete checkpoints but the newest `limit`, the best one, and each that was the best when one of
-    these was saved, because a rollback makes it the best again."""
+    """Delete all complete checkpoints but the newest `limit`, the best one, and each that was best when one of these
+    was saved: a rollback makes it the best again."""
     sealed = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
     states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in sealed[-limit:]]
     best_steps = {best_step, *(state["best_global_step"] for state in states)}
@@ -116,8 +115,8 @@ def save_trained(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a checkpoint's weights into the model. `trained_only` reads what `save_trained` wrote; otherwise
-    `from_pretrained` is used, because transformers 5.24 saves some tensors under other names."""
+    """Load a checkpoint's weights into the model: with `trained_only` what `save_trained` wrote, else through
+    `from_pretrained`, because transformers 5.24 renames some tensors."""
     if trained_only:
         from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""Functions that a user passes from Python, since a recipe cannot contain them."""
+"""Functions that a user passes from Python."""
 
 from __future__ import annotations
 

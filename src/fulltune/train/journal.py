@@ -1,4 +1,4 @@
-"""The journal, phase and heartbeat of an attempt, and the duration of a run over all attempts."""
+"""The journal, phase, heartbeat and duration of attempts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def steps_of(folder: Path) -> int:
 
 
 class Journal:
-    """Writes rare events to `journal.jsonl`, one JSON line each, and the heartbeat beside it; without a path it writes
+    """Writes rare events to `journal.jsonl`, one JSON line each, and the heartbeat; without a path it writes
     nothing."""
 
     def __init__(self, path: Path | None) -> None:
@@ -60,7 +60,7 @@ class Journal:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Set the phase for the duration of a block; after an error it stays, to name where the error happened."""
+        """Set the phase within a block; after an error it stays, to name where the error happened."""
         before = self.phase
         self.at(phase)
         yield
@@ -85,9 +85,8 @@ class Journal:
 
 
 def run_seconds(folder: Path, trial: str) -> float:
-    """Return a trial's seconds from the first import to the saved model, including earlier attempts' steps up to the
-    resumed checkpoint. The linear probe and the checks are excluded, because only some trials of a comparison run
-    them."""
+    """Return a trial's seconds from the first import to the saved model, with earlier attempts' steps up to the resumed
+    checkpoint, but without the linear probe and the checks, which only some trials run."""
     *earlier, last = attempt_folders(folder, trial)
     begins = [event for event in _recorded_events(last) if isinstance(event, PhaseBegan)]
     excluded = sum(end.seconds - begin.seconds for begin, end in pairwise(begins) if begin.name in (PROBING, CHECKS))

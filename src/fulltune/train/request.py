@@ -1,4 +1,4 @@
-"""The request that the parent writes for a worker, and the paths of an attempt's files."""
+"""The request for an attempt, and the paths of its files."""
 
 from __future__ import annotations
 

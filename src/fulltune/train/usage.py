@@ -18,10 +18,9 @@ from fulltune.text import format_bytes
 
 @dataclass
 class ResourceUsage:
-    """Resources that an attempt has used so far, for its outcome even if it fails."""
+    """Resources that an attempt has used so far."""
 
     meter: Meter | None = None
-    """Memory meter, created before the weights are loaded."""
     forecast: TimeNeed | None = None
     tokens_per_second: float = 0.0
     """Training speed so far; in a measuring attempt, the forecast speed."""
@@ -39,7 +38,7 @@ class ResourceUsage:
         self.meter = Meter(device)
 
     def growth_bytes(self) -> int:
-        """Return the peak memory so far in bytes, less what was used before the weights were loaded."""
+        """Return the peak memory in bytes beyond what was used before the weights were loaded."""
         return 0 if self.meter is None else self.meter.growth_bytes()
 
     def disk(self, *paths: Path) -> None:
@@ -83,7 +82,7 @@ def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], Non
             resource.setrlimit(resource.RLIMIT_DATA, (_data_limit(limit_bytes, before), before[1]))
             undo.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
         elif limit_bytes is not None:
-            warn("memory limit: only the plan keeps to it, because this system cannot enforce it")
+            warn("train.memory_limit: only the plan respects it, because this system cannot enforce it")
         yield
 
 

@@ -76,7 +76,7 @@ class DriftMonitor(TrainingPart):
         return weak_texts_reason(text, first, vocabulary, tokenizer.unk_token_id)
 
     def scores(self) -> dict[str, float]:
-        """Return `drift` and its standard error `drift_error`, or nothing if they cannot be measured."""
+        """Return `drift` and its standard error `drift_error`, if they can be measured."""
         drift = self.read()
         return {} if drift is None else {"drift": drift.mean, "drift_error": drift.error}
 
@@ -111,7 +111,7 @@ class DriftMonitor(TrainingPart):
         self.start = state.get("generic")
 
     def _check_texts(self, identity: str | None) -> None:
-        """Refuse texts other than the checkpoint's if there is a budget for forgetting, else stop measuring."""
+        """Refuse texts other than the checkpoint's if there is a budget, else stop measuring."""
         if self.text is None or identity in (None, self.identity):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED
@@ -126,7 +126,7 @@ class Replay(TrainingPart):
     """Adds to each step the gradient of a distillation loss, which compares the model with the pretrained one on
     generic texts.
 
-    The loss weight is adjusted to the drift every `steer_steps` steps, so that the run keeps its budget for forgetting.
+    Its weight follows the drift, measured every `steer_steps` steps, so that the run keeps its budget for forgetting.
     """
 
     def __init__(

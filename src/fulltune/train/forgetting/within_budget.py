@@ -1,5 +1,4 @@
-"""Chooses the best interpolation between pretrained and trained weights that keeps the budget for forgetting, and
-certifies it on sealed texts."""
+"""Interpolates between pretrained and trained weights to keep the budget for forgetting."""
 
 from __future__ import annotations
 
@@ -68,8 +67,8 @@ class WeightInterpolation:
 def keep_within(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Sequence[Row]], float]
 ) -> BudgetResult | None:
-    """Interpolate the model's weights so that drift stays within the budget, or return None if the recipe has no
-    budget. A saved result for the same weights is reused. `score` returns the metric of eval rows."""
+    """Interpolate the weights so that drift stays within the budget and certify them on sealed texts; returns None
+    without a budget. A saved result for the same weights is reused. `score` returns the metric of eval rows."""
     plan, request = inputs.plan, inputs.request
     if plan.generic.budget is None:
         return None

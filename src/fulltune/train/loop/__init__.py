@@ -1,1 +1,1 @@
-"""transformers' Trainer, and what is ours in it."""
+"""transformers' Trainer, and fulltune's additions to it."""

@@ -1,4 +1,4 @@
-"""Trainer callbacks that record progress, seal checkpoints, stop on request and measure updates."""
+"""Trainer callbacks for progress, checkpoints, stop requests and measured updates."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from fulltune.train.request import Request
 from fulltune.train.usage import ResourceUsage
 
 MEASUREMENTS = 20
-"""Number of steps per run whose update is measured."""
+"""Measured steps per run."""
 SAMPLED_VALUES = 256
-"""Number of evenly spaced values sampled from each tensor."""
+"""Evenly spaced values sampled from each tensor."""
 LOW_IN_A_ROW = 3
 """Consecutive measurements below `EATEN` that trigger a warning."""
 
@@ -39,9 +39,9 @@ class Recorder:
     """Appends each event as a JSON line to `metrics.jsonl`."""
 
     path: Path | None
-    """The file to append to, or None on all ranks except 0."""
+    """File to append to; None except on rank 0."""
     listener: Listener | None = None
-    """Function that is called with each event, for example to display it."""
+    """Function that receives each event, for example to display it."""
     started: float = field(default_factory=time.monotonic)
 
     def write(self, event: Event) -> None:
@@ -150,8 +150,8 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
 
     def is_over(self, state: TrainerState) -> bool:
-        """Return whether early stopping ends the run. The logged history decides, because a counter would restart when
-        a run resumes."""
+        """Return whether early stopping ends the run; the logged history decides, because a counter would restart on
+        resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and stopped_improving(
             logged(state, f"eval_{plan.metric}"),

@@ -95,8 +95,8 @@ class Guarded:
         return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-        """Return the Trainer's loss of one micro batch. If the backward pass also updates, a non-finite loss raises
-        Spiked here."""
+        """Return the Trainer's loss of one micro batch; a non-finite one raises Spiked if the backward pass also
+        updates."""
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
         if self._updates_in_backward and model.training:
             (total,) = self._sum_over_ranks(loss.detach().float())
@@ -107,8 +107,8 @@ class Guarded:
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
-        """Judge the step, and skip it or stop training if it is bad. The Trainer calls this between clipping and
-        update, with the norm before clipping (a contract test checks that)."""
+        """Judge the step, and skip it or stop if it is bad. The Trainer calls this between clipping and update, with
+        the unclipped norm (a contract test checks that)."""
         losses, self._losses = self._losses, 0.0
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
         if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
@@ -189,16 +189,16 @@ def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
 
 
 def explain(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
-    """Describe where the first non-finite value of a step's micro batches comes from. Gradients do not change."""
+    """Describe where the first non-finite value of a step's micro batches comes from."""
     try:
         return _non_finite_cause(model, batches)
     except Exception as error:  # a model that cannot be called without labels, or memory that runs out
-        return f"where it came from could not be found ({type(error).__name__}: {str(error)[:80]})"
+        return f"its origin could not be determined ({type(error).__name__}: {str(error)[:80]})"
 
 
 def _non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
     if all(_is_all_masked(batch.get("labels")) for batch in batches):
-        return "all its labels are masked, so that there is nothing to learn from"
+        return "all its labels are masked, so there is nothing to learn from"
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             return f"the weights of {name} are not finite"

@@ -1,5 +1,4 @@
-"""Judges steps by their losses and gradient norms, in pure functions (docs/concepts/guards.md), and guards a whole
-run."""
+"""Judges steps by loss and gradient norm, in pure functions (docs/concepts/guards.md)."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from fulltune.stats.curves import GO_ON, GuardDecision
 from fulltune.text import format_seconds, parse_seconds
 
 BASELINE_WINDOW = 64
-"""Number of clean steps that a step is compared with. With twice as many, detection is half as good while the loss
-falls fast."""
+"""Number of clean steps that a step is compared with; twice as many detect half as well while the loss falls fast."""
 MIN_CLEAN_STEPS = 32
 """With fewer clean steps than this, only non-finite values are suspect."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
@@ -24,13 +22,13 @@ NORM_SCORE, LOSS_SCORE = 3.0, 6.0
 MIN_NORM_SPREAD = 0.15
 """Smallest assumed standard deviation of the norm's logarithm; three of them are 1.6 times the median."""
 MIN_LOSS_SPREAD = 0.05
-"""Smallest assumed standard deviation of the loss, as a share of its start: once a model has memorised its rows and the
-loss is near 0, a hard row is no spike."""
+"""Smallest assumed standard deviation of the loss, as a share of its start: once the loss is near 0, a hard row is no
+spike."""
 RECENT_STEPS, STAY_SCORE = 20, 5.0
 """A run stops if the median of its last `RECENT_STEPS` losses is `STAY_SCORE` standard deviations above the baseline,
 and none of them is below it."""
 MIN_RISE = 0.1
-"""Smallest rise that such a stop also needs, as a share of the loss at the start."""
+"""Smallest rise for such a stop, as a share of the loss at the start."""
 MAX_NON_FINITE = 3
 """Consecutive non-finite steps that stop a run."""
 MAX_SKIPPED = 5
@@ -41,17 +39,17 @@ MAD = 1.4826
 
 @dataclass(frozen=True)
 class StepHistory:
-    """Losses and norms of earlier steps, with which the guard compares a step; saved in each checkpoint."""
+    """Losses and norms of earlier steps, with which the guard compares a step."""
 
     losses: tuple[float, ...] = ()
     """Losses of the last clean steps, oldest first."""
     log_norms: tuple[float, ...] = ()
-    """Natural logarithms of the gradient norms of the last clean steps; a step without a norm adds none."""
+    """Natural logarithms of the last clean steps' gradient norms; a step without a norm adds none."""
     first: float | None = None
     """Median loss of the first `MIN_CLEAN_STEPS` clean steps. If it is 0, later losses are not judged."""
     skipped: tuple[int, ...] = ()
     most_rows: float = 0.0
-    """Largest number of rows in a step so far, per process."""
+    """Most rows of a step so far, per process."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
@@ -62,13 +60,13 @@ class StepHistory:
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """The guard's decision about a step, and the history that includes it."""
+    """The guard's decision about a step, and the history including it."""
 
     action: Literal["go on", "skip", "stop"]
     history: StepHistory
     reason: str = ""
     since: int | None = None
-    """If the action is "stop", the first step after which the weights are not trusted."""
+    """For a stop, the first step after which the weights are not trusted."""
     is_finite: bool = True
 
 
@@ -82,7 +80,7 @@ def judge(
     scaled: bool = False,
     finite_only: bool = False,
 ) -> StepVerdict:
-    """Judge a step before its update by comparing its loss and norm with those of earlier steps.
+    """Judge a step before its update by comparing its loss and norm with earlier steps'.
 
     With a `scaled` fp16 loss a non-finite norm passes, because the gradient scaler skips that step. With `finite_only`
     every finite step passes.
@@ -139,7 +137,7 @@ def _skip_or_stop(
 
 
 def _outlier_reason(history: StepHistory, loss: float, norm: float | None, rows: float) -> str | None:
-    """Explain that norm and loss are both outliers, or return None; a step with few rows may vary more."""
+    """Explain that norm and loss are both outliers, or return None."""
     if norm is None or norm <= 0 or not history.first or len(history.log_norms) < MIN_CLEAN_STEPS:
         return None
     median, spread = _median_and_spread(history.log_norms, MIN_NORM_SPREAD)
@@ -165,9 +163,7 @@ def _lasting_rise_reason(history: StepHistory) -> str | None:
     noise = MAD * statistics.median(abs(a - b) for a, b in pairwise(baseline)) / math.sqrt(2)
     if min(recent) <= usual or now - usual <= max(STAY_SCORE * noise, MIN_RISE * abs(history.first)):
         return None
-    return (
-        f"the loss rose and stays: {usual:.3g} was usual, and the median of the last {RECENT_STEPS} steps is {now:.3g}"
-    )
+    return f"the loss rose and stays high: median {now:.3g} in the last {RECENT_STEPS} steps, {usual:.3g} before"
 
 
 def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[float, float]:
@@ -211,6 +207,6 @@ ROLLBACK_RATE_FACTOR = 0.5
 
 def rate_factor(rollbacks: Sequence[int]) -> float:
     """Return the factor of the planned learning rate after rollbacks to these steps. A first rollback to a checkpoint
-    keeps the rate, because most causes pass (docs/concepts/guards.md)."""
+    keeps the rate: most causes pass (docs/concepts/guards.md)."""
     is_first_free = bool(rollbacks) and rollbacks[0] > 0
     return float(ROLLBACK_RATE_FACTOR ** (len(rollbacks) - is_first_free))

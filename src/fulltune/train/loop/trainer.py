@@ -1,4 +1,4 @@
-"""The `Trainer` of a run, with fulltune's row order, evaluation, checkpoints and optimizers."""
+"""The `Trainer` of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fulltune.train.optim.groups import planned_optimizer
 
 _MAX_NAMED_ROWS = 32
 ITEMS = "num_items"
-"""Key under which a batch contains the number of items in its loss."""
+"""Key of a batch for the number of items in its loss."""
 
 Collate = Callable[[list[Row]], dict[str, Any]]
 
@@ -49,8 +49,8 @@ def collated(
     count_items: Callable[[torch.Tensor], int],
     head: SelectiveHead | None,
 ) -> dict[str, Any]:
-    """Collate rows on the host, and add values that would be slow to read from the device later: the number of items in
-    the loss (`ITEMS`) and, for a selective head, the positions with a trained token (`TRAINED`)."""
+    """Collate rows on the host, and add values that are slow to read from the device: the number of items in the loss
+    and, for a selective head, the trained positions."""
     batch = collate(rows)
     batch = batch | {ITEMS: count_items(batch["labels"])}
     if head is not None:
@@ -86,7 +86,7 @@ class FullTrainer(Guarded, Trainer):
     """
 
     head: SelectiveHead | None = None
-    """Makes the model compute only the logits that the loss uses; with None it computes all."""
+    """Makes the model compute only the logits that the loss uses; None computes all."""
     parts: Sequence[TrainingPart] = ()
     """Parts of the training, in the order in which they act."""
 
@@ -153,7 +153,7 @@ class FullTrainer(Guarded, Trainer):
             self.add_callback(part)
 
     def guard_state(self) -> dict[str, Any]:
-        """Return the state that a checkpoint keeps of the step guard and all parts, by name."""
+        """Return the state of the step guard and all parts for a checkpoint, by name."""
         state = asdict(self.guard_history) | {"base_weights": self._base_digest}
         for part in self.parts:
             state |= part.state()

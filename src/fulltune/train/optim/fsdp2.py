@@ -1,4 +1,4 @@
-"""Checkpoints and final weights of sharded models. Each rank writes its shards, and any world size reads them."""
+"""Checkpoints of sharded models: each rank writes its shards, and any world size reads them."""
 
 from __future__ import annotations
 

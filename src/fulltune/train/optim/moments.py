@@ -22,7 +22,6 @@ Name = Literal["exp_avg", "exp_avg_sq"]
 State = dict[str, Tensor]
 
 GROUP = 128
-"""Number of values that share a scale."""
 SMALL = 4096
 """Tensors with fewer values keep fp32 moments instead of 8 bits: norms and biases, 0.1 % of a model."""
 _FIRST_TOP, _SECOND_TOP = 126.99, 254.99

@@ -187,7 +187,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def take_over(self, saved: Mapping[str, Any], parameter: Tensor) -> None:
-        """Set the state of a parameter, or of this rank's shard, from saved state in any moment format."""
+        """Set the state of a parameter, or of this rank's shard, from a saved one in any format."""
         missing = {"step", "exp_avg", "exp_avg_sq"} - set(saved)
         if missing:
             raise SetupError(

@@ -51,8 +51,7 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str
 
 
 def unify_dtype(model: PreTrainedModel) -> None:
-    """Cast parameters that a method has added to the dtype of a ZeRO stage 3 model, which DeepSpeed 0.19.8 does not
-    do."""
+    """Cast parameters that a method has added to the dtype of a ZeRO stage 3 model; DeepSpeed 0.19.8 does not."""
     dtypes = [parameter.dtype for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     for parameter in model.parameters() if dtypes else ():
         if not hasattr(parameter, "ds_id"):
@@ -92,8 +91,8 @@ def second_moment(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def link(zero: Any) -> None:
-    """Link the moments of all groups to their parameters. DeepSpeed 0.19.8 (stages 1 and 2) does this after the first
-    group's first step, when the second group has none. Delete this when it is fixed."""
+    """Link all groups' moments to their parameters. DeepSpeed 0.19.8 (stages 1 and 2) does so after the first group's
+    first step, when the second has none. Delete this when it does."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()

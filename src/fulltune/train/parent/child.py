@@ -24,7 +24,7 @@ _POLL_SECONDS = 0.1
 
 
 def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_new_process) -> Outcome:
-    """Run an attempt's worker, forward its events to `listener`, and save and return its outcome."""
+    """Run an attempt's worker, forward its events, and save and return its outcome."""
     kills, began = kernel_kills(), time.monotonic()
     child = start(request, request.folder / "log.txt")
     with forwarding_signals(child) as stop_signals:
@@ -152,7 +152,7 @@ def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
 
 def _follow(request: Request, child: spawn.WorkerProcess, listener: Listener, stop_signals: Sequence[int]) -> bool:
     """Forward events until the child ends; return True if it was killed because its heartbeat stopped. The monotonic
-    clock does not advance while the machine sleeps."""
+    clock pauses while the machine sleeps."""
     path, position, answered = request.folder / "metrics.jsonl", 0, False
     heartbeat, last_beat, since = request.folder / HEARTBEAT, 0, time.monotonic()
     timeout = request.recipe.train.hang_timeout

@@ -42,7 +42,7 @@ _CHECKING = "looking at this machine and the recipe's files"
 
 @contextlib.contextmanager
 def leading(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> Iterator[MachineGroup]:
-    """Write machine 0's heartbeat within this block, and yield the group of machines; its end also ends the others."""
+    """Write machine 0's heartbeat within this block, whose end also ends the other machines."""
     phase(_CHECKING)
     own = machines.member(recipe, place, hardware.here(), uuid.uuid4().hex)
     others = {rank: Peer(place.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
@@ -219,7 +219,7 @@ class _AttemptOnAllMachines:
 
 
 def _status_elsewhere(heard: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
-    """Return whether an attempt is over on another machine, and how that machine was lost, if it was."""
+    """Return whether an attempt is over on another machine, and if it was lost, how."""
     member = heard.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)

@@ -103,7 +103,7 @@ def short_of(outcome: Outcome, plan: Plan) -> str:
     if plan.memory is None or outcome.phase not in (None, "step"):
         return text
     largest = plan.memory.largest
-    return f"{text} (by the plan most for {largest}: {format_bytes(plan.memory.kinds[largest])})"
+    return f"{text} (in the plan, mostly {largest}: {format_bytes(plan.memory.kinds[largest])})"
 
 
 def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:

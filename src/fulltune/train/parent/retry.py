@@ -36,8 +36,6 @@ from fulltune.train.request import Request, attempt_folders, number_in
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """A trial with its plan and run folder."""
-
     recipe: Recipe
     plan: Plan
     folder: Path
@@ -134,8 +132,7 @@ def _prepare_folders(request: Request, resume: bool, listener: Listener, saved: 
 
 
 def _delete_resume_files(folder: Path, trial: str) -> None:
-    """Delete files that only resuming needs. The outcome must be saved, or a run killed in between would train
-    again."""
+    """Delete files that only resuming needs; the outcome must be saved first, or a killed run would train again."""
     checkpoints.drop_after(folder / "checkpoints" / trial, -1)
     with contextlib.suppress(OSError):  # not empty, or gone
         (folder / "checkpoints" / trial).rmdir()

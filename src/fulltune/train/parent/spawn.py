@@ -35,12 +35,9 @@ for 57 lengths in bf16; a step needs fewer than 64."""
 
 LAUNCHER = ranks.__name__  # starts several processes
 _PREFIX = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
-"""Prefix of each rank's lines in a machine's log."""
 
 
 class WorkerProcess(Protocol):
-    """A running worker process."""
-
     pid: int
     args: Any
 

@@ -1,4 +1,4 @@
-"""Runs an attempt from the pretrained weights to the saved model; `main` turns the result into an `Outcome`."""
+"""Runs an attempt from the pretrained weights to the saved model."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ from fulltune.train.worker.loading import LoadedModel
 
 @dataclass(frozen=True)
 class Training:
-    """The loaded model and rows, with their trainer and its parts."""
-
     inputs: AttemptInputs
     loaded: LoadedModel
     trainer: FullTrainer
@@ -43,8 +41,7 @@ class Training:
 
 
 def train(inputs: AttemptInputs) -> Fields:
-    """Load, check, train, choose the weights and save. Returns fields of `Outcome`, which are empty on ranks other than
-    0."""
+    """Load, check, train, choose the weights and save; returns fields of `Outcome`, none except on rank 0."""
     plan = inputs.plan
     loaded = loading.load_for_training(inputs)
     trainer = loading.make_trainer(inputs, loaded)

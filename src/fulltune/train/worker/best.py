@@ -1,5 +1,4 @@
-"""Chooses the final weights: the last ones if the learning rate falls to 0 and they are within two standard errors of
-the best ones, else the best checkpoint (docs/concepts/statistics.md)."""
+"""Chooses the final weights (docs/concepts/statistics.md)."""
 
 from __future__ import annotations
 
@@ -46,7 +45,8 @@ def _last_weights(inputs: AttemptInputs, state: TrainerState) -> Fields:
 
 
 def _last_weights_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields | None:
-    """Return fields of `Outcome` for the last weights if they are as good as the best ones, else None."""
+    """Return fields of `Outcome` for the last weights, or None. They are as good if the rate fell to 0 and they are
+    within two standard errors of the best ones."""
     plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
     if plan.metric not in inputs.summary.form.row_shares:
         return None
@@ -57,7 +57,7 @@ def _last_weights_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fiel
     if not is_complete or plan.lr_scheduler_type not in FALLING or last < best - errors:
         return None
     why = (
-        f"the best {plan.metric} was {best:.1%} at step {state.best_global_step:,}, above by less than "
+        f"the best {plan.metric} was {best:.1%} at step {state.best_global_step:,}, higher by less than "
         f"two standard errors of a share of {counted(rows, 'eval row')} ({100 * errors:.1f} points)"
     )
     return {"best_step": step, "best_metric": last, "weights_reason": why if last < best else None}

@@ -34,8 +34,8 @@ def sum_counts(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, in
 def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) -> tuple[list[int], int]:
     """Return the row positions that one rank scores (every n-th batch), and how many of them count.
 
-    A rank with one batch fewer scores the last row again, uncounted, because with sharded weights all ranks must run
-    equally many passes.
+    A rank with one batch fewer repeats the last row, uncounted, because sharded weights need equally many passes on all
+    ranks.
     """
     chunks = list(batches(order, batch_size))
     mine = chunks[rank::num_processes]

@@ -1,5 +1,4 @@
-"""The dry run before step 1: it runs real steps on the longest batches, changes nothing, and forecasts the training
-time from two timed passes."""
+"""The dry run before step 1, and its forecast of the training time."""
 
 from __future__ import annotations
 
@@ -156,7 +155,7 @@ def batch_of(trainer: FullTrainer, rows: Sequence[Row]) -> dict[str, torch.Tenso
 
 Positions = Sequence[int]
 MAX_COUNTED_ROWS = 200_000
-"""Most rows of which each step's work is computed; later steps are extrapolated."""
+"""Most rows whose work is computed; later steps are extrapolated."""
 LOOP_SECONDS = 0.002
 """Seconds per step for transformers' loop and a log line, measured with a tiny model."""
 SAMPLE_BYTES = 2**25
@@ -200,10 +199,9 @@ class PassTimer:
     inputs: AttemptInputs
     trainer: FullTrainer
     model: nn.Module
-    """The model as the Trainer's loop prepares it, with autocast, compiled and wrapped by DDP."""
+    """The model with autocast, compiled and wrapped as the Trainer's loop prepares it."""
     optimizer: torch.optim.Optimizer
     evaluate: Callable[[RowSubset], object]
-    """Scores eval rows as an evaluation does."""
 
     def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
         """Run forward and backward on rows; returns loss and seconds. `keep` adds to the present gradients."""
@@ -222,8 +220,8 @@ class PassTimer:
         return value, self._seconds_since(began)
 
     def step(self) -> float:
-        """Clip, update at a rate of 0 and return the seconds, or 0 if a gradient is non-finite, which the guard judges
-        in step 1."""
+        """Clip, update at a rate of 0 and return the seconds; with non-finite gradients, which step 1's guard judges,
+        return 0."""
         model = self.trainer.model
         if not self._on_all_ranks(gradients_are_finite(model.parameters())):
             return 0.0
@@ -303,8 +301,8 @@ def _fit_train_time(
     longest: tuple[float, float, float],
     budget: float,
 ) -> tuple[PassTime, float]:
-    """Fit the pass time to the longest pass (work, seconds cold and warm) and a typical one. Also returns the one-time
-    seconds of compiling, or of each shape."""
+    """Fit the pass time to the longest pass (work, seconds cold and warm) and a typical one; also returns the one-time
+    seconds of compiling or of each shape."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
     at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0

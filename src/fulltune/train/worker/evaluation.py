@@ -78,7 +78,7 @@ class Evaluator(TrainingPart):
 
     @property
     def untrained_loss(self) -> float | None:
-        """Loss of the dry run. For a new head it is at least the chance loss, because a head from a linear probe starts
+        """Loss of the dry run; for a new head at least the chance loss, because a head from a linear probe starts
         lower."""
         inputs = self.inputs
         measured = inputs.usage.dry_run_loss
@@ -127,7 +127,7 @@ class Evaluator(TrainingPart):
             raise Diverged(decision.reason)
 
     def judge_end(self, state: TrainerState) -> None:
-        """Raise Diverged or warn if the loss ended high, or if the final weights are worse than those before step 1."""
+        """Raise Diverged or warn if the loss ended high, or the final weights are worse than before step 1."""
         inputs, rate = self.inputs, self.inputs.highest_rate
         if inputs.has_own_loss:
             return

@@ -46,7 +46,7 @@ def load_pretrained(
     before_weights: Callable[[], None] = lambda: None,
     num_ranks: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, HeadOrigin | None]:
-    """Load the pretrained model with the task's head; returns it with its processor and the head's origin."""
+    """Load the pretrained model with the task's head; returns it, its processor and the head's origin."""
     base, heads = Base.of(recipe.model, recipe.task, recipe.data.chat_template), list[HeadOrigin]()
     model = load(
         base,
@@ -80,7 +80,6 @@ class Objective:
     model: PreTrainedModel
     pad_token_id: int
     target: Target
-    """The labels or numbers to learn, with the scale of the logits."""
 
     @cached_property
     def _class_weights(self) -> Sequence[float] | None:
@@ -139,9 +138,9 @@ def scale_head(
     elif layer is None or not layer.weight.requires_grad:
         problem = "no last layer with one output was found in the head"
     elif batch is not None and not _returns_output_of(model, layer, batch, precision):
-        problem = "the model changes what its head's last layer gives"
+        problem = "the model changes the output of its head's last layer"
     if problem or layer is None:
-        return None, f"it learns the numbers as they are: {problem}"
+        return None, f"it learns the numbers unscaled: {problem}"
     mean, spread = scale
     # Without a bias the numbers can only be divided.
     shift, factor = (mean, spread) if layer.bias is not None else (0.0, math.hypot(mean, spread))
@@ -151,7 +150,7 @@ def scale_head(
     minus = f"(number - {shift:.6g})" if shift else "number"
     return (
         ScaledHead(layer, shift, factor),
-        f"it learns {minus} / {factor:.6g}, and gives the numbers themselves when it is saved",
+        f"it learns {minus} / {factor:.6g}; the saved model predicts the numbers themselves",
     )
 
 
@@ -175,8 +174,6 @@ def _returns_output_of(
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Model, rows and arguments at the start of training."""
-
     arguments: TrainingArguments
     applied: methods.AppliedMethod
     tokenizer: PreTrainedTokenizerBase
@@ -184,13 +181,12 @@ class LoadedModel:
     eval_rows: Rows
     objective: Objective
     head: HeadOrigin | None
-    """Origin of the head, for tasks that may need a new one."""
     head_start: Probe | None
     """The linear probe that a new head starts from."""
     scaled: ScaledHead | None
     """The last layer, if it learns numbers in units of their spread."""
     scale_note: str | None
-    """A note on these units, or on why they are the user's; None if no numbers are learned."""
+    """A note on these units, or on why they are not used; None if no numbers are learned."""
     base_digest: str | None
     """Digest of the pretrained weights, or None if they are sharded by ZeRO."""
 

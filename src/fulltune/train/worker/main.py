@@ -35,7 +35,6 @@ _MEANINGS: dict[type[BaseException], OutcomeStatus] = {
     DoesNotFitError: "does_not_fit",
     FulltuneError: "refused",
 }
-"""Status by exception class; the first match counts."""
 
 
 def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Outcome:

@@ -63,7 +63,7 @@ class InitialWeights:
         save_file(tensors, path)
 
     def moved(self, model: PreTrainedModel, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
-        """Count, over all ranks, the values that received a gradient (their second moment is positive, which excludes
+        """Count, over all ranks, the values that received a gradient (those with a positive second moment, so not
         embeddings of unused tokens) and those that changed."""
         sharding.reshard(model)
         inner = optimizer

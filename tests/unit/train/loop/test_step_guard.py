@@ -148,7 +148,7 @@ def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float],
     assert (verdicts[-1].action == "stop") == stops
     if stops:
         assert verdicts[-1].since == 201
-        assert verdicts[-1].reason.startswith("the loss rose and stays: ")
+        assert verdicts[-1].reason.startswith("the loss rose and stays high: ")
         among: list[tuple[float, float | None]] = [(loss, 2.0) for loss in losses]
         among[3:3] = [(9.0, 200.0)] * 2
         assert several(after(200), among)[-1].since == 201, "skipped steps are between them"
