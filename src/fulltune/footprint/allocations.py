@@ -163,7 +163,7 @@ class AllocationLog(TorchDispatchMode):
         self.vocab_size = vocab_size
 
     def __exit__(self, *failure: object) -> None:
-        self._open = False  # from now on the model itself is freed
+        self._open = False  # later releases are those of the model itself
         super().__exit__(*failure)
 
     def begin(self, parameters: list[torch.Tensor], num_trainable: int) -> None:
@@ -214,14 +214,14 @@ class AllocationLog(TorchDispatchMode):
         if func is _aten._to_copy.default and tuple(tensor.shape) in self._parameters:
             self._kinds[block] = "buffers"
         elif tensor.dim() > 1 and tuple(tensor.shape) in self._trained:
-            if self.place.startswith("backward"):  # before it is summed, or given the weights' type
+            if self.place.startswith("backward"):  # before it is summed or cast to the weights' type
                 self._kinds[block] = "gradients"
         elif tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size:
             self._kinds[block] = "logits"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and log its new storages and floating-point operations."""
-        if func is _DEVICE:  # two of three calls, without an allocation
+        if func is _DEVICE:  # two of three calls; allocates nothing
             return args[0].fake_device
         kwargs = kwargs or {}
         if func in _INDEXING:
@@ -311,7 +311,7 @@ def run(
     batches = [batch_of(case, *point) for point in points]
     counts = [case.task.count_items(batch["labels"]) for batch in batches]
     timelines, flops = [], []
-    with torch.device("meta"):  # outside the fake mode, where a class's own constants have values
+    with torch.device("meta"):  # outside the fake mode, so that the class's constants have values
         model = build(case, config)
     with FakeTensorMode() as mode:
         onto_cpu(model)

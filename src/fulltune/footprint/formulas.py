@@ -53,7 +53,7 @@ def _extrapolate_from_copies(
     """Extrapolate from a copy of two layers and copies with one more, or return None if the layers differ."""
     start, growths = _reduced_copies(case)
     base = run(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
-    # Enough points to solve for the terms, and one more to check them.
+    # As many points as terms, and one more as a check.
     checked = list(range(len(points) if len(points) <= len(ROWS) else len(_LENGTHS) + 2))
     matrix, wanted = (
         np.array([_layer_terms(*points[at]) for at in places], float) for places in (checked, range(len(points)))
@@ -89,7 +89,7 @@ def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], 
         (name,) = depths
         first, *between, last = kinds
         ends = Counter((first, last))
-        # Two layers of each kind if possible, so that tensors that they share live as long as with more.
+        # Two layers of each kind if possible, so that shared tensors live as long as in the whole model.
         inner = [[kind] * min(between.count(kind), max(0, 2 - ends[kind])) for kind in sorted(set(between))]
         few = (first, *itertools.chain(*inner), last)
         growths = [

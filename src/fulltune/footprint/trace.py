@@ -146,10 +146,10 @@ class PlannedModel:
                 self.shapes.num_all_parameters or self.shapes.num_parameters,
                 all_trained=self.shapes.num_trainable is None,
                 precision=precision,
-                # Both, as the one that the recipe does not choose can be a way out.
+                # Both, because the value that the recipe does not set can be a way out.
                 checkpointing=(False, True) if self.shapes.can_recompute else (False,),
                 weights_dtype=recipe.model.weights_dtype,
-                # Has the same tensors as flash attention, without a GPU or a package.
+                # Allocates the same tensors as flash attention, but needs no GPU or package.
                 attn_implementation="sdpa" if (attention or "").startswith("flash") else attention,
                 packed=self.summary.packed,
                 pixels=pixels,
@@ -190,7 +190,7 @@ def trace(case: TraceCase) -> Footprint:
         try:
             _TRACED[key] = traced(case)
         except FAILURES as error:
-            # This does not stop a run, as the class works with real values and the dry run measures it.
+            # The run continues, because the class works with real values and the dry run measures its memory.
             _log.debug("%s cannot be traced", type(case.config).__name__, exc_info=True)
             _TRACED[key] = rough(case, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
     return _TRACED[key]

@@ -80,7 +80,7 @@ def _deepspeed_need_on_gpus(
     parameters, processes = shapes.num_parameters, settings.num_processes
     state = layout.parts_at("device", engine_state(parameters, shapes.num_trainable), processes)
     buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
-    if layout.stage == 3:  # gathered at a time: at least a layer, or the vocabulary
+    if layout.stage == 3:  # weights gathered at a time: at least a layer or the vocabulary
         vocabulary = shapes.vocab_size * shapes.hidden_size
         layer = (parameters - vocabulary) // max(1, shapes.num_layers)
         buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
@@ -107,7 +107,7 @@ def _untraced_need(shapes: Shapes, footprint: Footprint, settings: MemorySetting
     """Estimate the memory cautiously for types that the trace does not cover."""
     state = memory.state_of(shapes.num_parameters, settings)
     kinds = state | passing(footprint, settings)
-    # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
+    # Only fp32 weights are cast for 16-bit computations.
     cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
     kinds["buffers"] = memory.CUDA_CONTEXT_BYTES
     if settings.device == "cpu":
@@ -179,7 +179,7 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
     state = memory.state_of(num_parameters, settings)
     weights = memory.num_trainable(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
     checkpoint = weights + state["optimizer"]
-    if recipe.train.placement == "fsdp2":  # its checkpoints have fp32 moments, whatever the optimizer keeps
+    if recipe.train.placement == "fsdp2":  # checkpoints have fp32 moments with every optimizer
         checkpoint = weights + max(state["optimizer"], MOMENTS_BYTES * memory.num_trainable(num_parameters, settings))
     if recipe.train.engine_by:
         checkpoint = num_parameters * ENGINE_BYTES

@@ -59,7 +59,7 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
     if problems:
         raise RecipeError(problems)
     same: dict[str, Any] = {"global_batch_size": rows, "precision": plan.precision}
-    if plan.optim in OWN_OPTIMIZERS:  # any other comes from the recipe or is the default
+    if plan.optim in OWN_OPTIMIZERS:  # other optimizers come from the recipe or the defaults
         same["optim"] = plan.optim
     return recipe.model_copy(update={"train": train.model_copy(update=same)})
 

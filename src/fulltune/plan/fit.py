@@ -199,7 +199,7 @@ def _stage_seconds(
 ) -> Iterator[tuple[str, float]]:
     """Yield each stage before and after training with its estimated seconds."""
     work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
-    # Least time of a forward pass, to call the layers; on a GPU, to launch their kernels.
+    # Minimum time of a forward pass: calling the layers, or launching their kernels on a GPU.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers
 
     def forward(rows: int) -> float:
@@ -210,7 +210,7 @@ def _stage_seconds(
     probed_rows, _, probing = time.probe_cost(summary, basis.shapes.hidden_size)
     if plan.head_init == "probe":
         yield PROBE, forward(probed_rows) + probing
-    # Passes of the longest micro batch, and some more where they are a small part of the training.
+    # Passes of the longest micro batch, and further ones if they take a small part of the training time.
     tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * plan.longest_tokens
     passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
     computing = passes * work.flops_of(tokens, plan.longest_tokens) / flops
@@ -219,7 +219,7 @@ def _stage_seconds(
         return
     # A classifier's temperature is fitted on the eval rows.
     scored = test + (_num_rows(summary, "eval") if summary.form.is_calibrated else 0)
-    # Answers of full length; shorter ones take less. Each token of a batch is a pass that reads all weights.
+    # Assume answers of full length. Each generated token is a pass that reads all weights.
     answered = min(recipe.evaluate.generate_rows, test) if summary.form.writes_answers else 0
     passes = -(-answered // plan.eval_batch_size) * recipe.evaluate.max_new_tokens
     rate = 1e9 * (gpu.memory_gb_per_second if gpu else basis.fleet.host_memory_gb_per_second)
@@ -231,8 +231,8 @@ def _stage_seconds(
         if not FACTS[summary.task].writes:
             pretrained_rows = time.probe_passes(summary) * test if not summary.form.has_windows else 0
             pretrained_rows += probed_rows if plan.head_init != "probe" else 0
-            pretrained_rows += scored if plan.head_init is not None else 0  # with the probe as its head
-        # A baseline that reads no row with the model writes no answers either.
+            pretrained_rows += scored if plan.head_init is not None else 0  # with the probe as head
+        # Without a baseline that uses the model, no answers are generated.
         yield (
             BASELINES,
             BASELINE_LINES * SCORING_SECONDS + (forward(pretrained_rows) + answers if pretrained_rows else 0.0),

@@ -76,15 +76,15 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
         beyond += max(0, lasting + round(peak) - sum(kinds.values()))
     kinds["buffers"] += beyond
     scoring = memory.scoring(shapes, footprint, settings)
-    # 16-bit copies exist only of the gathered unit.
+    # Only the gathered unit has 16-bit copies.
     scoring["buffers"] = min(scoring["buffers"], max(units.block, units.persistent, units.root) // 2)
     # Without gradients the last units stay gathered until they are freed.
     last_units = units.root + units.persistent + (2 + on_cpu) * max(units.block, units.apart)
     file = max(min(lasting, FILE_BYTES), lasting // MAX_FILES)
-    # Gathering a tensor of the finished model: the result, with gloo a received copy, and the shard that is sent.
+    # To gather a tensor of the finished model takes the result, with gloo a received copy, and the sent shard.
     gathered = (1 + on_cpu) * largest + largest // settings.num_processes
-    gathered += min(value * shapes.num_parameters, WHOLE_FILE_BYTES) if on_cpu else 0  # those before it in its file
-    # Checkpoints have fp32 moments, whatever the optimizer keeps, of the whole shard at once (`train.optim.fsdp2`).
+    gathered += min(value * shapes.num_parameters, WHOLE_FILE_BYTES) if on_cpu else 0  # earlier tensors of the file
+    # Checkpoints convert the moments of the whole shard to fp32 at once (`train.optim.fsdp2`).
     widened = 2 * 4 * (-(-shapes.num_parameters // settings.num_processes)) if settings.optim in OWN_OPTIMIZERS else 0
     phases: dict[Phase, int] = {
         "loading": parts[0] + base,
@@ -94,7 +94,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
         + sum(scoring.values())
         + last_units
         + base,
-        # Checkpoints are written file by file, and so is the finished model, by the first process.
+        # Checkpoints and the finished model (by the first process) are written file by file.
         "saving": lasting + base + around + round(heap / (1 + memory.GAP_SHARE)) + max(2 * file + widened, gathered),
         "resuming": lasting + base + widened,
     }
@@ -117,8 +117,8 @@ def _candidate_moments(shapes: Shapes, footprint: Footprint, settings: MemorySet
     # The head's gradient stays in the root unit; with logits, it has the vocabulary's size.
     head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0)
     head = value * shapes.vocab_size * shapes.hidden_size if any(one["logits"] for _, one in traced) else head
-    left = 0 if units.persistent > head else min(units.root, head)  # with a tied head, the kept unit is its norm alone
-    # Tied embeddings have a gradient of their own until both are summed.
+    left = 0 if units.persistent > head else min(units.root, head)  # tied: the persistent unit is only the norm
+    # Tied embeddings have a separate gradient until both are summed.
     tied = left if any(one["logits"] for _, one in traced) else 0
     # A chunked loss sums the head's gradient in fp32 in the forward pass; the backward pass uses it, or a copy in the
     # weights' type.
@@ -126,7 +126,7 @@ def _candidate_moments(shapes: Shapes, footprint: Footprint, settings: MemorySet
     block_gradients, freed = _block_estimators(traced, units, shapes.num_layers, units.persistent + left, recomputed)
     moments: list[_Moment] = []
     for place, passing in traced:
-        # With checkpointing, autocast keeps no copies beside those that autograd saves.
+        # With checkpointing, only the copies that autograd saves stay alive.
         if recomputed and not place.endswith("below"):
             saved = units.persistent + left if place in AT_HEAD else units.block
             passing = passing | {"buffers": min(passing["buffers"], saved // 2)}
@@ -145,9 +145,9 @@ def _candidate_moments(shapes: Shapes, footprint: Footprint, settings: MemorySet
             gradients: tuple[int, ...] = (passing["gradients"],)
             if summed:
                 gradients = (units.persistent + left, summed if value < 4 else 0)
-            elif settings.device == "cpu":  # as measured, both exist at once
+            elif settings.device == "cpu":  # both exist at the same time (measured)
                 gradients = (max(passing["gradients"], units.persistent),)
-            # The next unit is gathered when the head's own backward pass begins, after the loss's.
+            # The next unit is gathered when the head's backward pass begins, after that of the loss.
             gathered = (units.block,) if any(gradients) else ()
             alive = no_logits if summed else without
             moments.append(_Moment(alive, before, (units.root, units.persistent), gradients, gathered))
@@ -157,7 +157,7 @@ def _candidate_moments(shapes: Shapes, footprint: Footprint, settings: MemorySet
         if place in AT_HEAD:
             if summed:
                 moments.append(_Moment(without, before, (units.root, units.persistent), (summed,)))
-            # Then the last block, with all its activations and the gradient of its first tensor.
+            # Next comes the last block, with all its activations and the gradient of its first tensor.
             first = (left, units.block // TENSORS_OF_BLOCK)
             flat = (units.persistent or units.block, units.block)
             moments += _block_moments((no_logits, ended), before, units, first, copies, flat)
@@ -195,14 +195,14 @@ def _block_estimators(
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart
     blocks = max(1, num_layers, of_blocks // max(1, units.block))
-    if recomputed and not waiting:  # without a head: from the last block to the first, all others' inputs are freed
+    if recomputed and not waiting:  # without a head, all other blocks' inputs are freed before the first block
         first = max((one["activations"] for place, one in traced if place.endswith(":first")), default=most)
         waiting = min(most, (most - first) * blocks // max(1, blocks - 1))
     share = (waiting or most) // blocks
     passes = max(0, most - waiting) if waiting else 0  # recomputed and temporary activations
 
     def block_gradients(passing: dict[MemoryKind, int]) -> int:
-        # Only with equal blocks do the gradients show how far the last one is.
+        # The gradients show how far a block is only if all blocks are equal.
         are_equal = units.block and of_blocks % units.block == 0
         return (passing["gradients"] - head) % units.block if are_equal else units.block
 

@@ -121,7 +121,7 @@ def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
 
 
 def _smaller_batch_obstacle(recipe: Recipe, now: MemorySettings) -> str | None:
-    if now.micro_batch_size == 1 or _smaller_batches(recipe, now):  # the smallest is an obstacle of every lever
+    if now.micro_batch_size == 1 or _smaller_batches(recipe, now):  # `obstacle` reports a batch of one row
         return None
     return f"{ENGINE_SETTINGS} fixes the micro batch; write {parallel_layout.AUTO!r} there"
 

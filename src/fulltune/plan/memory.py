@@ -33,23 +33,23 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
     lasting = state["weights"] + state["optimizer"]
     around = round(STATE_SHARE * lasting) if on_cpu else 0
     kinds["buffers"] += beyond + around
-    if settings.num_processes > 1:  # DistributedDataParallel sends gradients from buckets of its own
+    if settings.num_processes > 1:  # DistributedDataParallel has its own gradient buckets
         kinds["buffers"] += state["gradients"]
     passing = scoring(shapes, footprint, settings)
     base = FIRST_CALLS_BYTES if on_cpu else CUDA_CONTEXT_BYTES
-    # Weights are converted beside those of the file; for a GPU this happens in host memory.
+    # The file's weights and their converted copies exist together; for a GPU, in host memory.
     read = 4 * shapes.num_parameters if settings.weights_dtype == "bf16" and on_cpu else 0
     phases: dict[Phase, int] = {
         "loading": state["weights"] + read + base,
         "step": sum(kinds.values()),
         # The pretrained model is scored without optimizer state, but with the features of a linear probe.
         "evaluation": max(lasting + around, state["weights"] + settings.probe_bytes) + sum(passing.values()) + base,
-        # Tensors are written without a copy (safetensors 0.8, torch.save); one is compared with its initial values.
+        # Tensors are written without a copy (safetensors 0.8, torch.save); one at a time is compared with its start.
         "saving": lasting + base + around + heap + (4 * footprint.largest_tensor if on_cpu else 0),
         # A second model reads the checkpoint's weights and is freed before the optimizer's state is read.
         "resuming": state["weights"] + max(state["weights"] + read if on_cpu else 0, state["optimizer"]) + base,
     }
-    if settings.num_trainable is not None:  # a checkpoint holds only what is trained
+    if settings.num_trainable is not None:  # a checkpoint holds only trained weights
         phases["resuming"] = state["weights"] + state["gradients"] + state["optimizer"] + base
     return MemoryNeed(kinds=kinds, phases=phases)
 
@@ -147,12 +147,12 @@ def with_chunked_loss(
     logits, gradients = 0, kinds["gradients"]
     if kinds["logits"]:
         logits = min(tokens, CHUNK_TOKENS[settings.device]) * shapes.vocab_size * (4 + halves)
-        if settings.weights_dtype == "fp32":  # the head's copy in 16 bits, beside autocast's
+        if settings.weights_dtype == "fp32":  # the head's 16-bit copy, in addition to autocast's
             logits += halves * head
-        if has_gradient and settings.device == "cuda":  # a chunk's share of the head's gradient; small blocks on a CPU
+        if has_gradient and settings.device == "cuda":  # a chunk's part of the head's gradient; small on a CPU
             logits += halves * head
         gradients = max(gradients, (gradients_before or 0) + 4 * head * has_gradient)
-    # A tied embedding's gradient is added to the head's in place, unlike with all logits.
+    # Unlike with all logits, a tied embedding's gradient is added to the head's in place.
     most = BYTES[settings.weights_dtype] * num_trainable(shapes.num_parameters, settings) + 4 * head * has_gradient
     return {**kinds, "logits": logits, "gradients": min(gradients, most)}
 

@@ -185,7 +185,7 @@ def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
     train = recipe.train
     per_pass = (train.micro_batch_size or 1) * train.num_processes
     usual = 16 if FACTS[recipe.task].writes else 32
-    # Small data needs at least eight steps an epoch for enough updates.
+    # Small data needs at least eight steps per epoch to get enough updates.
     while usual > 4 and summary.rows_per_epoch < 8 * usual:
         usual //= 2
     rounded = math.ceil(usual / per_pass) * per_pass
@@ -257,7 +257,7 @@ def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -
         return int(reasons.add("train.warmup_steps", train.warmup_steps))
     ratio, why = defaults.warmup_ratio(recipe.task, shapes.head_is_kept)
     ratio = reasons.add("train.warmup_ratio", train.warmup_ratio, ratio, why)
-    # Rounded down, as a warm-up over the whole of a very short run would never leave rate 0.
+    # Rounded down, because a warm-up over all of a very short run would keep the rate at 0.
     return int(ratio * total_steps)
 
 

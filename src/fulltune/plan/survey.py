@@ -121,7 +121,7 @@ def _plan_or_error(
         return own, {}
     exact = [one for one in table if not (_changes_arithmetic(one) or one.host_bytes)]
     if workload.recipe.train.optim is None and own.optim == "adamw_8bit":
-        # Sharding the state keeps the arithmetic; 8-bit moments do not.
+        # Sharding does not change the arithmetic, but 8-bit moments do.
         return _plan_with_placement(workload, fleet, exact) or (own, {})
     speed = own.time.tokens_per_second if own.time else math.inf
     faster = [one for one in exact if (one.tokens_per_second or 0.0) > MUCH_FASTER * speed]
@@ -145,7 +145,7 @@ def _plan_with_placement(
     """Return the plan with the best of these placements that fits, or None."""
     for option in ranked(table):
         conflicts = (given(workload.recipe, name) not in (None, value) for name, value in option.settings.items())
-        if not option.settings or any(conflicts):  # the recipe's settings stay; this placement can be a way out
+        if not option.settings or any(conflicts):  # the same as the recipe, or contradicts it
             continue
         try:
             plan = _fit_recipe(workload, with_settings(workload.recipe, option.settings), fleet)

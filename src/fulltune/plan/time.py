@@ -74,7 +74,7 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
         return Work(footprint, 1.0, backward)
     longest, mean = summary.max_length, summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
     splits = [summary.splits["train"], *(source.counts for source in summary.mixed)]
-    # Without grouping, a batch is about as long as a long row of it.
+    # Without grouping, rows are padded to the longest row of the batch.
     p95 = max(split.length_percentiles.get("p95", longest) for split in splits)
     tokens = mean if summary.packed else mean * PADDING_GROUPED if grouped else max(mean, p95)
     tokens = max(1.0, min(tokens, longest * max(1, footprint.sequences_per_row)))

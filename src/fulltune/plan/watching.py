@@ -44,7 +44,7 @@ def settle(
         often = f"every {every} steps" if every > 1 else "at each step"
         why = f"{rows} generic texts replayed in each step ({share} of its tokens); their weight is set {often}"
         reasons.add("preserve.replay", None, block.replay, why)
-    # The selection texts at each point, and the sealed ones twice.
+    # Selection texts are read at each point, sealed ones twice.
     at_end = (NUM_POINTS + 2) * (SELECTION_TOKENS // GENERIC_TOKENS)
     return GenericTexts(
         texts_per_evaluation=watched,
@@ -67,7 +67,8 @@ def _texts_per_evaluation(
         reasons.add(name, None if recipe.preserve.drift else False, False, against)
         return 0
     train = summary.splits["train"]
-    passes = 3 * steps.total * global_batch_size * train.tokens / max(1, train.rows)  # forward, and twice backward
+    # A backward pass costs two forward passes.
+    passes = 3 * steps.total * global_batch_size * train.tokens / max(1, train.rows)
     times, part = occasions(steps.total, steps.between_evaluations) + 1, SHARE
     if recipe.preserve.budget is not None:
         times, part = times + STEERED, SHARE_STEERED

@@ -141,7 +141,7 @@ def of_disk(
     needed = budget.disk_need(recipe, num_parameters, settings)
     missing = needed.total - free_bytes
     ways: list[WayOut] = []
-    # Three always remain: a kept one, the best, and the one being written.
+    # Three always remain: the newest one, the best, and the one being written.
     fewer = max(0, needed.num_checkpoints - 3) * needed.checkpoint_bytes
     if fewer and recipe.train.save_total_limit > 1:
         costs = "fewer checkpoints to roll back to"

@@ -112,7 +112,7 @@ def weakest(machines: Sequence[Machine]) -> Machine:
         memory_bytes=min(one.memory_bytes for one in machines),
         memory_available_bytes=min(one.memory_available_bytes for one in machines),
         cpu_bf16_speedup=min(one.cpu_bf16_speedup for one in machines),
-        # As many as the machine with the fewest, as each process takes the GPU of its number.
+        # The fewest GPUs of any machine, because local process i uses GPU i.
         gpus=tuple(_weakest_gpu(gpus) for gpus in zip(*(one.gpus for one in machines), strict=False)),
         cpu_flops=min(one.cpu_flops for one in machines),
         memory_bytes_per_second=min(one.memory_bytes_per_second for one in machines),
@@ -157,14 +157,14 @@ def bf16_speedup(device: str) -> float:
     if device != "cpu":
         return _measure_bf16_speedup(device, rows=4096, width=2048)
     small = _measure_bf16_speedup(device, rows=64, width=128)
-    # Without bf16 instructions a larger product takes seconds, though the answer is already clear.
+    # Without bf16 instructions, a larger product would take seconds and not change the answer.
     return small if small < 0.5 else _measure_bf16_speedup(device, rows=256, width=512)
 
 
 @cache
 def cpu_rates() -> tuple[float, float, float]:
     """Return the FLOP/s of fp32 matrix products, the bytes per second of a copy in memory, and the load meanwhile."""
-    # The load is of the whole computer, of which a container or CPU set may have only a part.
+    # The load is that of the whole computer, but a container or CPU set may have only some of its cores.
     load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     return (*_measure_cpu_rates(), load)
 
@@ -197,7 +197,7 @@ def _measure_bf16_speedup(device: str, rows: int, width: int) -> float:
         loss = outputs.float().square().mean()
         torch.autograd.grad(loss, (up, down))[0].sum().item()  # waits for a GPU
 
-    # In turns, so that other programs slow both.
+    # Alternate, so that other programs slow both equally.
     times = [[timeit.timeit(partial(step, bf16), number=1) for bf16 in (False, True)] for _ in range(_REPEATS)]
     fp32, bf16 = map(min, zip(*times, strict=True))
     return fp32 / bf16
@@ -248,7 +248,7 @@ def memory_bytes() -> tuple[int, int]:
     limit, used = ("".join(memory.lines_of(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
     if limit.isdigit() and used.isdigit():
         total = min(total, int(limit))
-        # Page cache counts as used in a cgroup although the kernel gives it back on demand.
+        # A cgroup counts page cache as used, although the kernel frees it on demand.
         counts = dict(line.split(" ", 1) for line in memory.lines_of("/sys/fs/cgroup/memory.stat"))
         available = min(available, int(limit) - int(used) + int(counts.get("file", 0)))
     own = memory.limit_bytes() or total

@@ -261,7 +261,7 @@ class Heartbeat:
 
     def __init__(self, path: Path, record: Member) -> None:
         self.path, self.record = path, record
-        # Reentrant, as a signal handler may write during a write.
+        # Reentrant, because a signal handler may interrupt a write and write itself.
         self._lock, self._ends = threading.RLock(), threading.Event()
         self.write()
         self._thread = threading.Thread(target=self._write_until_end, daemon=True)
@@ -290,7 +290,7 @@ class Heartbeat:
 
     def _write_until_end(self) -> None:
         while not self._ends.wait(HEARTBEAT_SECONDS):
-            # The file server may be away for a moment, in which the others see no heartbeat.
+            # The file server may be unreachable for a moment.
             with contextlib.suppress(OSError):
                 self.write()
 
@@ -310,7 +310,7 @@ class Peer:
         if time.monotonic() - self._looked < HEARTBEAT_SECONDS / 2:
             return self.member
         member = self.member
-        # Missing, being replaced on a file server, or of another version.
+        # The file may be missing, half replaced, or from another version.
         with contextlib.suppress(OSError, SetupError):
             member = Member.load(self.path)
         if member != self.member:
@@ -351,7 +351,7 @@ def heartbeat(path: Path, record: Member, others_know: Callable[[], bool] = lamb
             before[number](number, frame)
 
         try:
-            # Signals that the caller ignores, or that end the process at once, stay that way.
+            # Ignored signals, and those with the default action, keep their handlers.
             handled = [number for number in signals.ENDING if callable(signal.getsignal(number))]
             with signals.answered(write_and_end, handled) as before:
                 yield sign
@@ -362,7 +362,7 @@ def heartbeat(path: Path, record: Member, others_know: Callable[[], bool] = lamb
             ended = error
             raise
         finally:
-            with contextlib.suppress(OSError):  # on a full disk, the error that is raised already says more
+            with contextlib.suppress(OSError):  # the error that is already raised says more than a full disk
                 sign.write_end(ended)
                 until = time.monotonic() + LINGER_SECONDS
                 while time.monotonic() < until and not others_know():

@@ -76,7 +76,7 @@ class Meter:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             return
-        with contextlib.suppress(OSError):  # not Linux, or not permitted: the peak is that of the whole life
+        with contextlib.suppress(OSError):  # not Linux or not permitted, so the peak is the whole process's
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
@@ -98,15 +98,15 @@ _OUT_OF_MEMORY_TEXT = re.compile(
     r"DefaultCPUAllocator"
     r"|\bout of memory\b"  # CUDA, HIP, MPS, NCCL
     r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
-    r"|std::bad_alloc"  # C++; torch makes a RuntimeError of it
-    r"|cannot allocate memory"  # the system's own words, for example safetensors' when it maps a file
-    # oneDNN. With "primitive descriptor" it means something that it cannot do.
+    r"|std::bad_alloc"  # C++; torch raises it as a RuntimeError
+    r"|cannot allocate memory"  # the system's message, for example when safetensors maps a file
+    # oneDNN; "primitive descriptor" instead means an unsupported operation
     r"|could not create a (memory object|primitive(?! descriptor))",
     re.IGNORECASE,
 )
 _LAST_WORDS = re.compile(
-    r"what\(\):\s+std::bad_alloc"  # C++ in a thread of its own: the process is aborted
-    r"|memory allocation of \d+ bytes failed"  # Rust (tokenizers, safetensors): aborted as well
+    r"what\(\):\s+std::bad_alloc"  # C++ in a separate thread, which aborts the process
+    r"|memory allocation of \d+ bytes failed"  # Rust (tokenizers, safetensors), which aborts as well
     r"|Cannot allocate memory"
 )
 _NO_THREAD = re.compile(r"can't start new thread|Thread creation failed: Resource temporarily unavailable")
@@ -121,12 +121,12 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    if isinstance(error, SystemError):  # what is left of a MemoryError that a C extension lost
+    if isinstance(error, SystemError):  # a C extension has lost the MemoryError
         return _LOST.search(str(error)) is not None and memory_is_limited()
     if not isinstance(error, (RuntimeError, OSError)) and type(error).__name__ != "SafetensorError":
         return False
     text = str(error)
-    # A thread needs memory for its stack; without a limit on memory it is the number of threads that ran out.
+    # A thread needs memory for its stack. Without a memory limit, the limit on threads was reached.
     return _OUT_OF_MEMORY_TEXT.search(text) is not None or (_NO_THREAD.search(text) is not None and memory_is_limited())
 
 
@@ -154,7 +154,7 @@ def kernel_kills() -> int:
     groups = dict(line.split(":", 2)[1:] for line in lines_of("/proc/self/cgroup"))
     for file in (
         f"/sys/fs/cgroup{groups.get('', '/')}/memory.events",
-        "/sys/fs/cgroup/memory.events",  # inside a container the group's own path is hidden
+        "/sys/fs/cgroup/memory.events",  # inside a container, the group's path is hidden
         f"/sys/fs/cgroup/memory{groups.get('memory', '/')}/memory.oom_control",
         "/sys/fs/cgroup/memory/memory.oom_control",
         "/proc/vmstat",
@@ -174,12 +174,12 @@ def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) ->
         except Exception as error:
             if batch_size == 1 or not is_out_of_memory(error):
                 raise
-            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the batch that was too large
+            traceback.clear_frames(error.__traceback__)  # the frames refer to tensors of the failed batch
         batch_size = batch_size // 2
         gc.collect()
         torch = sys.modules.get("torch")
         if torch is not None:
-            torch.cuda.empty_cache()  # does nothing where no card is in use
+            torch.cuda.empty_cache()  # has no effect if no GPU is in use
         _log.warning("%s: memory ran out; continuing with batches of %d rows", what, batch_size)
 
 
@@ -199,7 +199,7 @@ def allocator_variables(variables: Mapping[str, str], system: str, release: str)
     """
     if system != "Linux" or "microsoft" in release.lower() or any(name in variables for name in ALLOCATOR_NAMES):
         return {}
-    # torch 2.9 reads the second name alone, later ones the first.
+    # torch 2.9 reads only the second name, later versions the first.
     return dict.fromkeys(ALLOCATOR_NAMES[:2], EXPANDABLE)
 
 

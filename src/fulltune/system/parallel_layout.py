@@ -109,10 +109,10 @@ def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """Return DeepSpeed's settings with the plan's numbers; what transformers fills in stays "auto"."""
     sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
     filled, problems = _fill_and_check(recipe, *sizes)
-    if problems:  # a file can have changed since the plan was made
+    if problems:  # the file may have changed since the plan was made
         raise RecipeError(problems)
     if recipe.train.placement in STAGES:
-        # DeepSpeed would allocate a bucket of its default size, 2 GB in fp32, even for the smallest model.
+        # By default, DeepSpeed allocates a bucket of 2 GB in fp32 even for the smallest model.
         filled["zero_optimization"]["reduce_bucket_size"] = min(plan.num_parameters, BUCKET_VALUES)
     return filled
 
@@ -214,7 +214,7 @@ def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
         problem = f"was not written by DeepSpeed, which only reads its own checkpoints ({recipe.train.engine_by})"
         return f"{checkpoint}: {problem}; {_BACK}" if in_engine else None
     parts = checkpoint / latest.read_text(encoding="utf-8").strip()
-    processes = len(list(parts.glob(_OF_OPTIMIZER))) or recipe.train.num_processes  # stage 0 has no parts
+    processes = len(list(parts.glob(_OF_OPTIMIZER))) or recipe.train.num_processes  # stage 0 writes no shards
     stage = 3 if list(parts.glob(_OF_WEIGHTS)) else 2
     same_stage = in_engine and layout is not None and (stage == 3) == (layout.stage == 3)
     if same_stage and processes == recipe.train.num_processes:

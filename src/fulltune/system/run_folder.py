@@ -103,7 +103,7 @@ def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
     settings = (folder / plan.file).with_suffix(parallel_layout.SETTINGS_FILE)
     if recipe.train.engine_by:
         write_json(settings, parallel_layout.completed(recipe, plan))
-    else:  # perhaps left by an earlier placement
+    else:  # an earlier placement may have written it
         settings.unlink(missing_ok=True)
     plan.save(folder / plan.file)
 
@@ -330,7 +330,7 @@ def not_left_when_refused(folder: Path, *except_for: type[FulltuneError]) -> Ite
                 shutil.rmtree(folder / own, ignore_errors=True)
             for name in (IDENTITY, "recipe.yaml", ENVIRONMENT, ".lock"):
                 (folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # somebody else's files
+            with contextlib.suppress(OSError):  # other files are left in it
                 folder.rmdir()
         raise
 
