@@ -57,7 +57,7 @@ def _score_labels(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
 
 
 def majority(scoring: Scoring) -> Scored:
-    """Score the baseline that always predicts the most frequent class of train; for numbers, their mean."""
+    """Score the baseline that always predicts the most frequent class of train, or the mean of numbers."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
 
     form, train, test = scoring.target.form, scoring.rows("train"), scoring.rows("test")

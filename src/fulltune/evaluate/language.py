@@ -70,7 +70,7 @@ def _generate_answers(
 
 
 def _score_copied_source(scoring: Scoring) -> Scored:
-    """Score a copy of the source as the answer; a model that summarises or corrects has to beat it."""
+    """Score a copy of the source as the answer, which a model that summarises or corrects has to beat."""
     drawn = drawn_rows(scoring)
     sources, expected = _prompts_and_answers(scoring, list(drawn.values()))
     scores = scoring.task.score_answers([source.strip() for source in sources], expected)
@@ -94,7 +94,7 @@ def drawn_rows(scoring: Scoring) -> dict[int, Row]:
 
 
 def missing_metrics(scoring: Scoring) -> str | None:
-    """Name the answer metrics whose packages are not installed, and how to install them; None if all are."""
+    """Name the answer metrics whose packages are not installed, and how to install them, or return None if all are."""
     missing = [name for name in scoring.task.FACTS.other_metrics if not written.can_score(name)]
     return f"not computed: {', '.join(missing)}; pip install 'fulltune[text-metrics]'" if missing else None
 

@@ -98,7 +98,7 @@ class Scoring:
     def user_estimates(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Compute the user's metrics as `estimates` does; lists are passed on as lists, arrays as arrays."""
+        """Compute the user's metrics as `estimates` does, on lists if `predictions` is a list, otherwise on arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
@@ -176,7 +176,7 @@ class Scoring:
         return verified(model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()})[0]
 
     def load(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
-        """Load a finished model, or the pretrained one for None, on the plan's device; return it with its processor."""
+        """Return a finished model, or the pretrained one for None, on the plan's device, and its processor."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
             processor = self.base.processor
@@ -225,7 +225,6 @@ def outputs(
 
     Returns:
         Predictions by split, with those of generic texts under `generic`, and the last split's seconds per row.
-
     """
     model, processor = scoring.load(model_folder)
     by_split: dict[str, Predictions] = {}

@@ -82,7 +82,6 @@ def load_or_fit(
         eval_rows: The rows that select strength and features.
         with_head: False to fit only the baseline, as for a pretrained head.
         together: True if all processes must run the model, because its weights are sharded.
-
     """
     probe_folder = folder / FOLDER
     probe_folder.mkdir(parents=True, exist_ok=True)
@@ -164,9 +163,8 @@ def fit(
     """Fit the head and the baseline on features of the rows.
 
     Returns:
-        The record; the values of the head; the last layer's values for the start of training, if they differ; and the
-        baseline's classifier, or None.
-
+        The record, the values of the head, the last layer's values for the start of training (if they differ), and
+        the baseline's classifier (or None).
     """
     layers, failure = None, None
     try:
@@ -237,7 +235,6 @@ def _fit_head(
 
     Returns:
         The record, all values of the head, and the last layer's values for the start of training.
-
     """
     parameters = dict(extractor.model.named_parameters())
     last_layer, dense_layer = layers

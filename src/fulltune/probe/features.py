@@ -66,7 +66,7 @@ class FeatureExtractor:
     precision: str
     class_weights: Sequence[float] | None = None
     separators: frozenset[int] = frozenset()
-    """Ids of the special tokens around the texts of a pair; empty if rows are not pairs."""
+    """Ids of the special tokens around the texts of a pair, or an empty set if rows are not pairs."""
     watch: ProgressCallback = lambda done, total, share: None
 
     @property
@@ -97,11 +97,10 @@ class FeatureExtractor:
     def batches(
         self, rows: EncodedRows, layers: HeadLayers | None, batch_size: int, with_pairs: bool = True
     ) -> Iterator[Features]:
-        """Yield the features of each batch, longest rows first; without `layers`, only means.
+        """Yield the features of each batch, longest rows first. Without `layers`, only means are extracted.
 
         Raises:
             NoProbe: If the head's inputs cannot be identified, or if a feature is not finite.
-
         """
         import torch
 
@@ -245,7 +244,6 @@ def _choose_tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.
 
     Returns:
         Window and position of each token, and 1 where the answer begins and ends [tokens, 2].
-
     """
     start, end, first, last = (
         labels[:, getattr(question_answering, name)] for name in ("START", "END", "FIRST", "LAST")
@@ -264,7 +262,7 @@ def _choose_tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.
 
 
 def separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> frozenset[int]:
-    """Return the ids of the special tokens around a pair's texts; empty if rows are not pairs or have no such
+    """Return the ids of the special tokens around a pair's texts, or an empty set if rows are not pairs or have no such
     tokens."""
     if "text_pair" not in target.columns:
         return frozenset()

@@ -71,11 +71,10 @@ HiddenStates = tuple["torch.Tensor", "torch.Tensor | None", "torch.Tensor | None
 
 
 def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]) -> HiddenStates:
-    """Run a batch; return the hidden states and the inputs of the head's layers.
+    """Run a batch, and return the hidden states and the inputs of the head's layers.
 
     Raises:
         NoProbe: If the logits are not the last layer's outputs, or the body does not run exactly once.
-
     """
     import torch
 
@@ -145,8 +144,7 @@ def recognise_activation(
     """Find which of `ACTIVATIONS` maps the dense layer's outputs to `last_inputs`.
 
     Returns:
-        The input around which it is nearly linear, and the function; or None if none of them fits.
-
+        The input around which it is nearly linear, and the function, or None if none of them fits.
     """
     norm = getattr(model.get_submodule(name.rpartition(".")[0]), "norm", None)
     parameters = dict(model.get_submodule(name).named_parameters())
@@ -166,7 +164,6 @@ def dense_replacements(
     """Fit replacements of a dense layer: a scaled identity, and a map to the mean over tokens.
 
     `middle` is the input around which the activation is nearly linear.
-
     """
     shift = middle if has_bias else 0.0
     centre, scale = standardization(dense_inputs, has_bias)

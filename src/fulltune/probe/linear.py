@@ -26,8 +26,8 @@ MIDDLE, RIDGE = 16.0, 4.0
 LEAST_SPREAD = 0.1
 MOST_COMPARED = 4_000
 MOST_STEPS, TOLERANCE = 300, 3e-4
-"""The solver's limits. A third of the tolerance took twice as long and gained nothing; three times it gave 5 % more
-errors (2026-11-26)."""
+"""The solver's limits. A third of the tolerance took twice as long and gained nothing. Three times the tolerance gave 5
+% more errors (2026-11-26)."""
 _MANY_MULTIPLICATIONS = 10**9
 """Number of multiplications from which several threads are faster, about 0.2 s in one thread."""
 _LEAST_CHANCE = 1e-4
@@ -93,10 +93,9 @@ def fits(
 
 
 def standardization(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shift and the scale of each feature; the shift is 0 unless `centred`.
+    """Return the shift and the scale of each feature. The shift is 0 unless `centred`.
 
     Features that hardly vary are not scaled up fully, because the first training steps would upset such a classifier.
-
     """
     centre = features.mean(axis=0, dtype=np.float64) if centred else np.zeros(features.shape[1])
     variance = ((features - centre) ** 2).mean(axis=0)
@@ -129,7 +128,7 @@ def _fit_logistic(
     class_weights: Sequence[float] | None = None,
     has_bias: bool = False,
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit a logistic regression at each strength; classes that do not occur get the lowest bias."""
+    """Fit a logistic regression at each strength, with zero weights for classes that do not occur."""
     from sklearn.linear_model import LogisticRegression
 
     present = np.unique(labels)
@@ -254,7 +253,6 @@ def select_classifier(
 
     Returns:
         Criterion, key and classifier.
-
     """
     if held_out is not None:
         results = [(criterion(held_out, classifier), key, classifier) for key, classifier in candidates(items)]
@@ -294,7 +292,6 @@ def select_features(
 
     Returns:
         Name of the features, criterion, key and classifier.
-
     """
     middle = partial(candidates, strengths=(MIDDLE,))
     name = next(iter(spaces))
@@ -311,7 +308,7 @@ def _compare_features(items: Items, held_out: Items | None, candidates: Candidat
 
 
 def loss(items: Items, classifier: LinearClassifier) -> float:
-    """Return the mean cross entropy in nats with class weights; for numbers, the squared error divided by the
+    """Return the mean cross entropy in nats with class weights, or for numbers the squared error divided by the
     variance."""
     weights = None if items.class_weights is None else np.asarray(items.class_weights)
     outputs = classifier(items.features).astype(np.float64)
@@ -332,7 +329,8 @@ def loss(items: Items, classifier: LinearClassifier) -> float:
 
 
 def error_rate(items: Items, classifier: LinearClassifier) -> float:
-    """Return the share of items (or of rows with choices) that are predicted wrongly; without classes, the loss."""
+    """Return the share of items (or of rows with choices) that are predicted wrongly, or the loss if there are no
+    classes."""
     if items.kind in ("regression", "multi_label"):
         return loss(items, classifier)
     outputs = classifier(items.features)

@@ -86,7 +86,7 @@ class DataBlock(Block):
     source_prefix: str | None = None
     """Text put before each source (seq2seq), such as `"summarize: "` for T5."""
     question: str | None = None
-    """Column with the question (question-answering; optional for multiple-choice)."""
+    """Column with the question (question-answering, and optionally multiple-choice)."""
     context: str | None = None
     """Column with the passage that contains the answer (question-answering)."""
     answers: str | None = None
@@ -114,7 +114,7 @@ class DataBlock(Block):
     chat_template: str | None = None
     """Jinja file with a chat template, for tokenizers without one."""
     max_length: int | None = Field(default=None, ge=8)
-    """Longest row in tokens; lower it to save memory. Default: the longest row in the data, up to the model's limit and
+    """Longest row in tokens. Lower it to save memory. Default: the longest row in the data, up to the model's limit and
     at most 512 (classification), 2048 (causal-lm) or 1024 (raw text)."""
     text_rows: TextRows = "auto"
     """Rows of a .txt file: lines, paragraphs (up to a blank line), or sections of paragraphs with about 4,000
@@ -141,8 +141,8 @@ class DataBlock(Block):
     equal texts; 0.8 also finds texts that differ in a word or two."""
     group: str | None = None
     """Column that identifies the owner of a row, such as a customer, patient or document. Rows of one group never fall
-    into two splits. Every row of the task needs a value. Eval and test files that share groups with train are
-    reported; mixed-in rows of a scored group are dropped."""
+    into two splits. Every row of the task needs a value. If eval or test files share groups with train, this is
+    reported. Mixed-in rows of a scored group are dropped."""
     time: str | None = None
     """Column with the time of each row: ISO dates (`2026-11-28`), date-times, or numbers such as Unix seconds. The
     newest rows become the test rows, and those before them the eval rows. Rows with the same time stay together. A

@@ -35,12 +35,12 @@ class Recipe(Block):
     """A recipe: model, task, data, method, training, evaluation and output of a run."""
 
     model: ModelBlock
-    """The pretrained model; a plain name is short for `{name: ...}`."""
+    """The pretrained model. A plain name is short for `{name: ...}`."""
     task: TaskName
     """What the model learns."""
     data: DataBlock
     method: Method = FullMethod(kind="full")
-    """How the parameters are trained; `lora` is short for `{kind: lora}`, and the default kind is `full`."""
+    """How the parameters are trained. `lora` is short for `{kind: lora}`, and the default kind is `full`."""
     methods: tuple[ComparedMethod, ...] = ()
     """Methods for `fulltune compare`, instead of `method`: each a method or its kind."""
     train: TrainBlock = TrainBlock()
@@ -90,7 +90,7 @@ class Recipe(Block):
         return self
 
     def fingerprint(self) -> str:
-        """Return a hash of the settings that affect the result; a recipe with the same hash resumes an existing run."""
+        """Return a hash of the settings that affect the result. A recipe with the same hash resumes an existing run."""
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()[:16]
 
     def shaping(self) -> PlainSettings:

@@ -48,7 +48,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Example:
         >>> recipe = load_recipe("banking77.yaml", ["train.num_train_epochs=1"])  # doctest: +SKIP
-
     """
     path = Path(path)
     try:
@@ -144,7 +143,7 @@ def _without_removed(problems: Iterable[str], removed: set[str]) -> list[str]:
 
 
 def _correct_kind(item: FieldError, values: PlainSettings) -> bool:
-    """Replace a misspelt kind in `values`, so that the block's other settings are checked; return True if done."""
+    """Replace a misspelt kind in `values`, so that the block's other settings are checked, and return True if done."""
     if item["type"] != "union_tag_invalid":
         return False
     near = near_names(item["ctx"]["tag"], _quoted_names(item["ctx"]["expected_tags"]))
@@ -289,7 +288,8 @@ def _location_in_file(item: FieldError) -> tuple[Any, ...]:
 
 
 def _fields_at(location: Sequence[str | int], values: Any = None) -> dict[str, FieldInfo]:
-    """Return the fields of the block at a location; for a method, those of all kinds unless `values` names one."""
+    """Return the fields of the block at a location. For a method, return those of all kinds unless `values` names
+    one."""
     blocks: list[type[Block]] = [Recipe]
     for part in location:
         if isinstance(part, str):

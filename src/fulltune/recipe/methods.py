@@ -101,7 +101,7 @@ class FullMethod(_TrainedMethod):
     """Every parameter is trained."""
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of each layer relative to the layer above it. 0.8 to 0.95 can help encoders with few rows and a
-    random head; with a linear probe it gained nothing. 1: the same rate everywhere."""
+    random head, but gained nothing with a linear probe. 1: the same rate everywhere."""
     train: PlainSettings = Field(default_factory=dict)
     """Settings that differ from the block `train` for this method of a comparison, such as `{label_smoothing_factor:
     0.1}`, to measure their effect. The first `full` is the reference."""
@@ -129,7 +129,7 @@ class LoraMethod(_TrainedMethod):
     """Scale by alpha / sqrt(rank), so that high ranks do not learn slower (Kalajdzievski 2023)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Matrices to update, by the ends of their names, such as `[q_proj, v_proj]`. `all-linear`: all matrices except the
-    head's; updating attention alone is known to be worse."""
+    head's. Updating attention alone is known to be worse."""
 
     def differences(self) -> tuple[str, ...]:
         names = () if self.target_modules == "all-linear" else self.target_modules
@@ -200,7 +200,7 @@ class BaseMethod(_MethodSettings):
     """Train nothing, and score the pretrained model for comparison."""
 
     kind: Literal["base"]
-    """Language models are scored as they are; classifiers always answer with the most frequent class."""
+    """Language models are scored as they are, while classifiers always answer with the most frequent class."""
 
 
 Method = Annotated[

@@ -36,7 +36,7 @@ class Block(BaseModel):
 
 
 def refuse(problems: Mapping[str, object]) -> None:
-    """Raise a `ValueError` with every message whose condition is true, one per line; do nothing if none is."""
+    """Raise a `ValueError` with every message whose condition is true, one per line."""
     if texts := [text for text, is_wrong in problems.items() if is_wrong]:
         raise ValueError("\n".join(texts))
 
@@ -50,12 +50,12 @@ class ModelBlock(Block):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Data type of the stored weights. `bf16` halves their memory; see `train.bf16_rounding`."""
+    """Data type of the stored weights. `bf16` halves their memory (see `train.bf16_rounding`)."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Every dropout probability of the model. Default: the model's own values."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
     """Attention kernel. Default: chosen by transformers, mostly `sdpa`. `flash_attention_2` (package flash-attn) needs
-    a GPU of compute capability 8.0 (Ampere), `flash_attention_3` one of 9.0 (Hopper); both compute in 16 bits.
+    a GPU of compute capability 8.0 (Ampere), `flash_attention_3` one of 9.0 (Hopper). Both compute in 16 bits.
     fulltune was never run with either."""
     trust_remote_code: bool = False
     """Run Python files that come with the model. Read them first, because they can do anything that your account can
@@ -128,7 +128,7 @@ class CompareBlock(Block):
     seeds."""
 
     margin: float = Field(default=0.01, gt=0, lt=1)
-    """Smallest difference of the metric that matters to you; smaller ones count as equivalent."""
+    """Smallest difference of the metric that matters to you. Smaller ones count as equivalent."""
     seeds: int | None = Field(default=None, ge=1)
     """Most seeds per method. Default: 3, or 5 below 10,000 train rows."""
     sequential: bool = True
@@ -137,5 +137,5 @@ class CompareBlock(Block):
     """Length of each trial of the learning rate search as a share of a whole run, at least 10 steps. Methods that
     continue also get whole runs at their two best rates, or at more while that helps."""
     budget: Duration | None = None
-    """Most time for all commands on a comparison together, such as `30m` or `2h`; a later `--budget` continues an
+    """Most time for all commands on a comparison together, such as `30m` or `2h`. A later `--budget` continues an
     undecided comparison. With `learning_rate: search`: most time for the search, including the final run."""

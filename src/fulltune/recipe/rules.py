@@ -54,7 +54,8 @@ def form_of(recipe: Recipe) -> Form | None:
 
 
 def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
-    """List the combinations of settings that `excluded.toml` forbids; `form` is the form of the rows, if known."""
+    """List the combinations of settings that `excluded.toml` forbids. `form` is the form of the rows, or None if
+    unknown."""
     problems = []
     for setting, values, other, other_values, reason in _load_table("excluded")["excluded"]:
         block, _, field = setting.partition(".")

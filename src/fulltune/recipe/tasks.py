@@ -36,7 +36,7 @@ _SHARED_CONTENT = {
     "tokens": "sentence",
     "image": "image",
 }
-"""What the rows of a group have in common, by the role of its column; otherwise it is the text."""
+"""What the rows of a group have in common, by the role of its column (by default the text)."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class TaskFacts:
     other_metrics: tuple[str, ...] = ()
     reads: Literal["text", "image"] = "text"
     writes: bool = False
-    """The model writes text; models of other tasks have a head."""
+    """The model writes text, while models of other tasks have a head."""
     has_classes: bool = False
     has_forms: bool = False
     """One data set may mix rows of several problem types."""
@@ -161,7 +161,7 @@ def shared_content(columns: Collection[str]) -> str:
 
 
 ALSO_OCCURS = "also occurs in"
-"""Words in each note on rows that occur in two splits; comparisons search for them."""
+"""Words in each note on rows that occur in two splits, for which comparisons search."""
 
 
 def leaked_content(columns: Collection[str], near: bool) -> str:

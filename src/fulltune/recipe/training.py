@@ -36,8 +36,8 @@ class TrainBlock(Block):
     """Rows per optimizer step over all devices. Default: 32, or 16 for language models, and fewer for small data.
     Determines the gradient accumulation."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows per device in one forward and backward pass; must divide the global batch. Lower values save memory with the
-    same result. Default: the fastest that fits into memory. If memory runs out, it is halved, even if given."""
+    """Rows per device in one forward and backward pass. It must divide the global batch. Lower values save memory with
+    the same result. Default: the fastest that fits into memory. If memory runs out, it is halved, even if given."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0 to its peak. Default: chosen by task."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -66,7 +66,7 @@ class TrainBlock(Block):
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """Small number that prevents AdamW from dividing by zero."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Largest global norm of the gradients; larger ones are scaled down. 0: no clipping."""
+    """Largest global norm of the gradients, above which they are scaled down. 0: no clipping."""
     skip_suspect_steps: bool = True
     """Skip the update of a step whose loss and gradient norm are both outliers among the last 64 steps
     (docs/concepts/guards.md). Non-finite steps are always skipped."""
@@ -74,7 +74,7 @@ class TrainBlock(Block):
     """How often the run may return to its last good checkpoint after it diverged or skipped too many steps. It
     continues with another order of rows, and from the second time on at half the learning rate. 0: it stops."""
     hang_timeout: Duration | None = "30m"
-    """Time without a sign of life after which a training process is ended; the run resumes once from its last
+    """Time without a sign of life after which a training process is ended. The run then resumes once from its last
     checkpoint. `null`: no limit."""
     notice: Duration | None = None
     """Time between SIGTERM and the end of the machine, such as `30s` on a spot instance. The run warns if it needs
@@ -98,14 +98,14 @@ class TrainBlock(Block):
     which is checked. `false`: off."""
     torch_compile: bool | None = None
     """Compile the model's repeated blocks (`torch.compile`). This takes a minute or more before step 1, which pays off
-    in long runs. Default: off; `fulltune plan --measure` tries it. Never run on a GPU."""
+    in long runs. Default: off, but `fulltune plan --measure` tries it. Never run on a GPU."""
     use_liger_kernel: bool = False
     """Use Liger's Triton kernels for norms, feed-forward layers and rotary positions (`pip install 'fulltune[liger]'`)
-    to save memory. They need a GPU; fulltune was never run with them."""
+    to save memory. They need a GPU, and fulltune was never run with them."""
     memory_limit: Annotated[str, read_by(parse_bytes)] | None = None
     """Most memory per training process, such as `6GiB`: memory of the GPU, or host memory without a GPU (about 0.7 GiB
-    of it for Python and libraries). The plan stays below it; exceeding it counts as running out of memory. Without a
-    GPU this needs Linux, and mapped files do not count."""
+    of it for Python and libraries). The plan stays below it, and exceeding it counts as running out of memory.
+    Without a GPU this needs Linux, and mapped files do not count."""
     group_by_length: bool | None = None
     """Put rows of similar length into the same batch, to save padding. Default: on, unless the target explains a
     quarter of the length's variance, because batches would then have similar targets."""
@@ -168,7 +168,7 @@ class TrainBlock(Block):
 
     @property
     def placed_as(self) -> Placement | Literal["deepspeed"]:
-        """Name of the placement as a plan shows it; `deepspeed` for the recipe's own DeepSpeed settings."""
+        """Name of the placement as a plan shows it, or `deepspeed` for the recipe's own DeepSpeed settings."""
         return self.placement if self.engine_settings is None else "deepspeed"
 
     @property

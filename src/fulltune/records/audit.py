@@ -65,7 +65,6 @@ class LabelErrors(Record):
     """Estimated label quality, from cross-validated linear classifiers.
 
     Recall and precision are measured on labels flipped on purpose.
-
     """
 
     judged_rows: int
@@ -109,7 +108,7 @@ class Proofs(Record):
     greater_is_better: bool = True
 
     def verdict(self, proof: Proof) -> Literal["helps", "hurts", "no difference found"]:
-        """Return whether a cleaning step helps or hurts; neither if its interval includes 0."""
+        """Return whether a cleaning step helps or hurts, or that no difference was found if its interval includes 0."""
         if proof.low <= 0 <= proof.high:
             return "no difference found"
         return "helps" if (proof.low > 0) == self.greater_is_better else "hurts"

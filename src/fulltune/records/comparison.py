@@ -36,7 +36,7 @@ class TrialResult(Record):
 
     trial: Trial
     metric: float
-    """Eval metric of the best checkpoint; NaN if the trial diverged."""
+    """Eval metric of the best checkpoint, or NaN if the trial diverged."""
     train_seconds: float
     """Time from the start of the process to the saved model, without the checks before step 1."""
     tokens_per_second: float = 0.0
@@ -46,7 +46,7 @@ class TrialResult(Record):
     tokens: int = 0
     """Tokens trained on, without padding and virtual tokens."""
     train_flops: float = 0.0
-    """Floating-point operations of all steps, from a trace; 0 if unknown."""
+    """Floating-point operations of all steps, from a trace, or 0 if unknown."""
     saved_bytes: int = 0
     seconds_per_row: float | None = None
     problems: tuple[str, ...] = ()
@@ -57,13 +57,13 @@ class Search(Record):
 
     method: str
     tried: dict[float, float] = Field(default_factory=dict)
-    """Metric of each short trial, by learning rate; empty without a search."""
+    """Metric of each short trial, by learning rate."""
     share: float = 0.0
     chosen: float
-    """The learning rate to use; NaN until it is chosen."""
+    """The learning rate to use, or NaN until it is chosen."""
     reason: str = ""
     whole: dict[float, float] = Field(default_factory=dict)
-    """Metric of each whole run, by learning rate; empty if there was only one."""
+    """Metric of each whole run, by learning rate. Empty if there was only one."""
     usual: float | None = None
     """Learning rate to keep if the eval rows are inconclusive."""
     on_edge: bool = False
@@ -98,7 +98,7 @@ class Expectation(Record):
     seconds: float = 0.0
     """Forecast time if only full fine-tuning and the best other method get all seeds, including time already spent."""
     detectable: tuple[float, float] | None = None
-    """Smallest differences usually detected if seeds differ by half a point, and by two points; None if unknown."""
+    """Smallest differences usually detected if seeds differ by half a point, and by two points, or None if unknown."""
     notes: tuple[str, ...] = ()
     search_share: float = 0.06
     budget_seconds: float | None = None
@@ -125,7 +125,7 @@ class Look(Record):
     """Part of alpha that the verdict may use if no more seeds follow."""
     reason: str
     wanted_seeds: dict[str, int] = Field(default_factory=dict)
-    """Number of seeds that each method should have before the next look; empty if no more seeds follow."""
+    """Number of seeds that each method should have before the next look, or empty if no more seeds follow."""
     waiting: tuple[str, ...] = ()
 
 
@@ -165,7 +165,7 @@ class Difference(Record):
     equivalent: bool
     """True if the difference certainly lies within the margin."""
     not_worse: bool
-    """True if the method certainly loses less than the margin; it may be better."""
+    """True if the method certainly loses less than the margin. It may also be better."""
     full_better: bool
     other_better: bool
     """Like `full_better`, True only for a statistically certain difference of at least the margin."""
@@ -173,9 +173,9 @@ class Difference(Record):
     detectable: float
     """Smallest true difference that is detected with a probability of 80 %, at least the margin."""
     rows_needed: int | None = None
-    """Number of test rows that would decide if the estimate were exact; None if no number would."""
+    """Number of test rows that would decide if the estimate were exact, or None if no number would."""
     seeds_needed: int | None = None
-    """Number of seeds per method that would decide; None if no number would."""
+    """Number of seeds per method that would decide, or None if no number would."""
 
     @property
     def is_open(self) -> bool:
@@ -220,7 +220,7 @@ UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan)
 
 
 class MethodRow(Record):
-    """One method's settings, costs and scores. Costs are medians, memory is the maximum; an untrained method keeps the
+    """One method's settings, costs and scores. Costs are medians, memory is the maximum. An untrained method keeps the
     defaults."""
 
     method: str

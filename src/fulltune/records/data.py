@@ -12,7 +12,7 @@ from fulltune.records.base import Record
 
 
 class Segment(Record):
-    """Part of a decoded row; `trained` tells whether it has a loss."""
+    """Part of a decoded row, which has a loss if `trained`."""
 
     text: str
     trained: bool
@@ -38,7 +38,7 @@ class SplitSummary(Record):
     rows: int
     tokens: int
     trained_tokens: int
-    """Number of tokens with a loss; for classifiers, of rows."""
+    """Number of tokens with a loss, or of rows for classifiers."""
     truncated_rows: int
     dropped_rows: int
     length_percentiles: dict[str, int]

@@ -102,7 +102,7 @@ class StepLogged(Event):
     grad_norm: float | None = None
     learning_rate: float | None = None
     tokens_per_second: float = 0.0
-    """Training speed; 0 for images."""
+    """Training speed, or 0 for images."""
     seconds_left: float = 0.0
 
 

@@ -66,7 +66,7 @@ class BudgetResult(Record):
     weak_texts_reason: str | None = None
     """Why the texts are a poor measure of the pretrained model's abilities, if they are."""
     opening_times: tuple[str, ...]
-    """Times (ISO 8601) at which the sealed texts were read; each new training reads them again."""
+    """Times (ISO 8601) at which the sealed texts were read, once for each new training."""
 
     @property
     def start(self) -> InterpolationPoint:

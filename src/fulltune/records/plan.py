@@ -75,9 +75,9 @@ class TimeNeed(Record):
     tokens_per_second: float
     source: str
     stop_seconds: float = 0.0
-    """Longest time from a stop signal to the saved checkpoint; 0 if unknown."""
+    """Longest time from a stop signal to the saved checkpoint, or 0 if unknown."""
     overhead_seconds: dict[str, float] = Field(default_factory=dict)
-    """Time of each phase outside training, in order; the keys are the constants above."""
+    """Time of each phase outside training, in order. The keys are the constants above."""
 
     @property
     def total_seconds(self) -> float:
@@ -167,7 +167,7 @@ class Plan(MemorySettings):
     lr_scheduler_type: str
     global_batch_size: int
     placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "deepspeed"] = "single"
-    """Placement over processes; `deepspeed` means the user's own settings."""
+    """Placement over processes, or `deepspeed` for the user's own settings."""
     offload: str = "none"
     group_by_length: bool = True
     loader_workers: int = 0
@@ -186,7 +186,6 @@ class Plan(MemorySettings):
     """Steps that the run has returned to, oldest first, where 0 is the start.
 
     Each one changes the order of rows. Each one to a checkpoint, except the first, halves the learning rate.
-
     """
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None

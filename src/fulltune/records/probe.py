@@ -17,7 +17,8 @@ PAIRS = 5 / 3
 """Size of a pair's features relative to a single text's: five vectors instead of three, as each text is also read
 alone."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
-"""Number of eval rows that select strength and features; with fewer, cross-validation on train rows selects them."""
+"""Limits of the number of eval rows that select strength and features. With fewer, cross-validation on train rows
+selects."""
 
 
 def items_per_row(kind: str, words: float, num_choices: int) -> float:
@@ -35,7 +36,6 @@ def solver_bytes(kind: str, num_items: int, num_outputs: int, width: int) -> int
     """Return the memory that L-BFGS needs, in bytes.
 
     It holds ten changes of all weights and gradients, and the logits with their gradients, in 64 bits.
-
     """
     logits = 2 * num_items if kind in ("single_label", "tags") else 0
     return 8 * num_outputs * (25 * width + logits)
@@ -48,7 +48,7 @@ class HeadStart(Record):
     """Dense layer before the last one: `loaded` from the checkpoint, a `scaled` identity, or a linear map to the `mean`
     over all tokens. None if there is no dense layer."""
     strength: float
-    """One of `fulltune.probe.linear.STRENGTHS`; larger means less regularised."""
+    """One of `fulltune.probe.linear.STRENGTHS`. Larger means less regularised."""
     loss: float
     """Held-out loss: cross entropy in nats, or the unexplained share of the variance for numbers."""
 
@@ -57,12 +57,12 @@ class FrozenBaseline(Record):
     """The best simple classifier on embeddings of the frozen model."""
 
     pooling: Pooling
-    """Embedding: the `mean` over all tokens; the vector that the model's `head` reads; or features of a `pair` whose
+    """Embedding: the `mean` over all tokens, the vector that the model's `head` reads, or features of a `pair` whose
     texts are read alone."""
     kind: Literal["logistic regression", "ridge regression", "nearest centroid"]
     loss: float
-    """Held-out loss: share of errors; for numbers, the unexplained share of the variance; for several labels, cross
-    entropy."""
+    """Held-out loss: the share of errors, for numbers the unexplained share of the variance, for several labels the
+    cross entropy."""
 
 
 class Probe(Record):

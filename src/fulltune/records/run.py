@@ -51,13 +51,13 @@ class Access(Record):
     run: str
     trial: str
     model: str
-    """Hash of the training's outcome; empty for a comparison."""
+    """Hash of the training's outcome, or empty for a comparison."""
     rows: str
     """Hash of the test rows, in any order."""
 
     @classmethod
     def of_same_rows(cls, folder: Path) -> tuple[Self, ...]:
-        """List every scoring of a run's test rows, by this or other runs; empty if this run scored none."""
+        """List every scoring of a run's test rows, by this or other runs. The list is empty if this run scored none."""
         folder, accesses = folder.resolve(), []
         for line in lines_of(folder.parent / ACCESSES):
             try:

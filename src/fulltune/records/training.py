@@ -56,7 +56,7 @@ class LostMachine(Record):
     host: str
     reason: str
     kind: Literal["machine", "killed", "out_of_memory", "failed", "interrupted"] = "machine"
-    """How the machine's processes ended; `machine` if the whole machine disappeared."""
+    """How the machine's processes ended, or `machine` if the whole machine disappeared."""
 
 
 class Outcome(Record):
@@ -74,13 +74,13 @@ class Outcome(Record):
     weights_reason: str | None = None
     """Why the kept weights are not those of the best evaluation, or None if they are."""
     tokens_by_source: tuple[int, ...] = ()
-    """Number of tokens trained on, of the task and of each mixed-in source; empty without mixed-in sources."""
+    """Number of tokens trained on, of the task and of each mixed-in source. Empty without mixed-in sources."""
     parameter_changes: ParameterChanges | None = None
     checks: tuple[Check, ...] = ()
     train_seconds: float = 0.0
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
-    """Peak memory of the training process; on a GPU, the peak reserved there."""
+    """Peak memory of the training process, or on a GPU the peak reserved there."""
     memory_growth_bytes: int = 0
     """Peak memory above what was used before the model was loaded."""
     memory_growth_per_process: tuple[int, ...] = ()
@@ -100,7 +100,7 @@ class MeasuredSetting(Record):
 
     name: str
     kind: Literal["lever", "micro batch", "compile"]
-    """Levers are measured on top of each other; other rows change one setting of the best row."""
+    """Levers are measured on top of each other, while other rows change one setting of the best row."""
     changes: dict[str, Any]
     peak_memory_bytes: int = 0
     tokens_per_second: float = 0.0

@@ -132,7 +132,6 @@ class Resampled:
         """Return the value with its percentile interval at level `confidence`, such as 0.95.
 
         If all rows score the same, the interval is widened towards the bounds as far as this number of rows allows.
-
         """
         tail = (1 - confidence) / 2
         low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))

@@ -42,7 +42,6 @@ def calibrate(
     """Fit a temperature on eval rows, and measure the calibration error on test rows.
 
     Logits are [rows, classes], labels [rows].
-
     """
     fitted = fit_temperature(eval_logits, eval_labels)
     temperature = fitted or 1.0

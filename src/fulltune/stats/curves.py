@@ -194,7 +194,7 @@ _STILL_FALLING = 0.05
 _LEARNED = 0.05
 _FLAT = 0.03
 EATEN = 0.5
-"""Share of values with a gradient that must change; below it, rounding lost updates."""
+"""Share of values with a gradient that must change. Below it, rounding lost updates."""
 MIN_FOR_SHAPE = 8
 
 
@@ -208,7 +208,7 @@ class Curves:
     metric_name: str = "accuracy"
     greater_is_better: bool = True
     eval_rows: int = 0
-    """Number of eval rows; 0 if unknown."""
+    """Number of eval rows, or 0 if unknown."""
     epochs_per_step: float = 0.0
     kept_step: int | None = None
     before: float | None = None
@@ -339,7 +339,7 @@ def _kept_weights_sentence(curves: Curves, turn: int) -> str:
 
 
 def _train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
-    """Return the mean train loss before each evaluation, by the evaluation's step."""
+    """Return the mean train loss since the previous evaluation, by each evaluation's step."""
     means: dict[int, float] = {}
     for before, end in zip([0, *steps], steps, strict=False):
         if values := [value for step, value in train if before < step <= end and math.isfinite(value)]:
@@ -357,7 +357,7 @@ def _worse_than_before(curves: Curves) -> str | None:
 
 
 def _since_best(curves: Curves) -> tuple[str, bool]:
-    """Describe the metric's best and last evaluation; return True with it if the metric fell beyond chance."""
+    """Return a sentence on the metric's best and last evaluation, and True if it fell beyond chance."""
     finite = [value for _, value in curves.metric if math.isfinite(value)]
     if curves.is_loss or not finite:
         return "", False

@@ -140,8 +140,7 @@ def difference(
 ) -> UncertainValue:
     """Return one method's mean over its seeds minus another's, with its uncertainty.
 
-    `sign` is -1 if smaller is better; `span` is the largest possible difference, or None.
-
+    `sign` is -1 if smaller is better. `span` is the largest possible difference, or None.
     """
     centres = sign * (drawn.draws[first].mean(axis=1) - drawn.draws[second].mean(axis=1))
     estimate = sign * float(drawn.point[first].mean() - drawn.point[second].mean())

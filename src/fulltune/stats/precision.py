@@ -71,7 +71,6 @@ class ComparisonPrecision:
         """Return half the width of the two-sided interval.
 
         `ratio` is the estimated variance between seeds divided by the true one.
-
         """
         shares, inverse = _inverse_chi_squared(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
@@ -139,8 +138,8 @@ def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: fl
 def needed(
     uncertain: UncertainValue, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """Return how many test rows, and how many seeds of both methods, would decide if the estimate were exact; None if
-    no number would."""
+    """Return how many test rows, and how many seeds of both methods, would decide if the estimate were exact, or None
+    if no number would."""
     now, size = ComparisonPrecision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: ComparisonPrecision) -> bool:
