@@ -126,7 +126,7 @@ def test_trainings_compare_each_step_and_further_seeds_take_only_further_runs(au
     assert result.code == 0, result.err
     assert "training 6 of 6: label error" in " ".join(result.err.split())
     proofs = Proofs.load(run / "data" / "trained_proofs.json")
-    assert (proofs.by, proofs.metric, proofs.times) == ("trainings", "accuracy", 2)
+    assert (proofs.source, proofs.metric, proofs.repetitions) == ("trainings", "accuracy", 2)
     assert {(one.check, one.action) for one in proofs.proofs} == {("label error", "drop"), ("label error", "replace")}
     assert all(one.low <= one.difference <= one.high for one in proofs.proofs)
     assert "By trainings" in (run / "data.md").read_text(encoding="utf-8")
