@@ -155,7 +155,7 @@ def test_dry_run_of_a_script_goes_through_what_splits_its_rows(cards: int, monke
         data_collator=None, _get_collator_with_removed_columns=lambda collator: lambda rows: {},
     )  # fmt: skip
     went = list[Any]()
-    monkeypatch.setattr("fulltune.classic.dry_run._rows_for_dry_run", lambda trainer: [0])
+    monkeypatch.setattr("fulltune.classic.dry_run._positions_for_dry_run", lambda trainer: [0])
     monkeypatch.setattr("fulltune.classic.dry_run._describe_length", lambda batch: "")
     monkeypatch.setattr("fulltune.classic.dry_run._step_at_rate_zero", lambda trainer: None)
     monkeypatch.setattr(

@@ -47,7 +47,7 @@ class AuditedRows:
     own_files: frozenset[str]
     """Splits with their own files."""
     packed: Recipe | None
-    """Recipe if rows were packed, as then the files are read again, or None."""
+    """Recipe of packed rows, whose files are read again; otherwise None."""
 
     @property
     def has_texts(self) -> bool:
@@ -56,7 +56,7 @@ class AuditedRows:
     def of(self, split: SplitName) -> Iterator[Row]:
         """Yield each row of a split once."""
         if self.packed is not None and split == "train":
-            yield from self._rows_of_files(self.packed)
+            yield from self._reread_train_rows(self.packed)
             return
         for _, examples in groupby(texts(self.folder / split), key=itemgetter(PLACE)):
             yield next(examples)
@@ -65,7 +65,7 @@ class AuditedRows:
         for split in SPLITS:
             yield from ((split, row) for row in self.of(split))
 
-    def _rows_of_files(self, recipe: Recipe) -> Iterator[Row]:
+    def _reread_train_rows(self, recipe: Recipe) -> Iterator[Row]:
         block, files = recipe.data, find_files(recipe)["train"]
         patched = PatchedRows(load_patch(Path(block.patch)), "train") if block.patch else None
         held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.of(split)}
@@ -239,29 +239,29 @@ def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
     """List train rows that occur earlier, are also held out, or have other labels elsewhere."""
     keys, contents, labels = (np.frombuffer(one, np.int64) for one in (scan.keys, scan.content_hashes, scan.labels))
     train = np.arange(len(keys)) < scan.counts["train"]
-    again = occurs_earlier(contents, train)
+    repeats = occurs_earlier(contents, train)
     leaks = train & np.isin(keys, keys[~train])
     near = keys
     if rows.has_texts:
         near = join_near(keys.view(np.uint64), scan.signed, _CANDIDATE).view(np.int64)
     twins = _held_out_twins(scan, train, leaks, near)
     votes = _conflicting_label_counts(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
-    torn = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
+    conflicting = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
     # Rows with the majority's label stay.
-    for position in np.flatnonzero(torn).tolist():
-        torn[position] = _majority_label(votes[int(keys[position])]) != labels[position]
+    for position in np.flatnonzero(conflicting).tolist():
+        conflicting[position] = _majority_label(votes[int(keys[position])]) != labels[position]
     held_out = _read_held_out(rows, scan, set(chain.from_iterable(twins.values())))
     names = {number: labels for labels, number in scan.names.items()}
     column, is_list = rows.target.columns.get("label"), rows.target.form.several_labels
     issues: list[RowIssue] = []
-    wanted = again | torn
+    wanted = repeats | conflicting
     wanted[list(twins)] = True
     for position, row in zip(range(scan.counts["train"]), rows.of("train"), strict=True):
         if not wanted[position]:
             continue
         others = [held_out[other] for other in twins.get(position, ())]
         issue = partial(rows.issue, of=("train", row))
-        if again[position]:
+        if repeats[position]:
             issues.append(issue(DUPLICATE, reason="the same row, label or answer included, occurs earlier in train"))
         if leaks[position]:
             issues.append(issue(LEAK, reason=f"the same text is held out: {others[0][1]}"))
@@ -271,7 +271,7 @@ def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
             if (share := max(shares)) >= NEAR:
                 shown = others[shares.index(share)][1]
                 issues.append(issue(NEAR_LEAK, reason=f"nearly the same text is held out: {shown}", score=share))
-        if torn[position]:
+        if conflicting[position]:
             counts = votes[int(keys[position])]
             times = ((", ".join(names[label]), count) for label, count in counts.most_common(3))
             shown = ", ".join(f"'{name}' {'once' if count == 1 else f'{count:,} times'}" for name, count in times)
@@ -286,13 +286,13 @@ def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
 
 def occurs_earlier(contents: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Mark train rows whose hash occurs earlier in train: bool [rows]."""
-    again = train.copy()
-    again[np.unique(np.where(train, contents, 0), return_index=True)[1]] = False
-    return again
+    repeats = train.copy()
+    repeats[np.unique(np.where(train, contents, 0), return_index=True)[1]] = False
+    return repeats
 
 
 def _held_out_twins(scan: RowScan, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, list[int]]:
-    """Return the positions of equal or similar held-out rows for each train row."""
+    """Return positions of equal or similar held-out rows by position of train row."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
         groups.setdefault(int(near[position]), []).append(position)
@@ -326,9 +326,9 @@ def _conflicting_label_counts(keys: np.ndarray, labels: np.ndarray) -> dict[int,
     """Count the labels of each key that has several."""
     pairs = np.unique(np.stack([keys, labels]), axis=1)
     several, counts = np.unique(pairs[0], return_counts=True)
-    torn = np.isin(keys, several[counts > 1])
+    conflicting = np.isin(keys, several[counts > 1])
     votes: dict[int, Counter[int]] = {}
-    for key, label in zip(keys[torn].tolist(), labels[torn].tolist(), strict=True):
+    for key, label in zip(keys[conflicting].tolist(), labels[conflicting].tolist(), strict=True):
         votes.setdefault(key, Counter())[label] += 1
     return votes
 

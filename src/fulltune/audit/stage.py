@@ -88,16 +88,16 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
         if OUTLIER in wanted:
             issues += _outlier_issues(rows, reader, scan, not_run)
             checks.add(OUTLIER)
-    except NoProbe as no:
-        not_run[OUTLIER] = str(no)
+    except NoProbe as error:
+        not_run[OUTLIER] = str(error)
     try:
         if LABEL in wanted:
             positions, judged = judge(reader)
             issues += _label_issues(rows, positions, judged)
             labels = judged.about
             checks |= {LABEL, DOUBTFUL}
-    except NoProbe as no:
-        not_run[LABEL] = str(no)
+    except NoProbe as error:
+        not_run[LABEL] = str(error)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     issues = with_numbers(rows, scan, issues, decided)
     if _load_audit_of_same_rows(folder, summary) is not None and (folder / ISSUES).exists():
@@ -179,6 +179,7 @@ def load_issues(folder: Path) -> list[RowIssue]:
 
 
 def _outlier_issues(rows: AuditedRows, reader: Reader, scan: RowScan, not_run: dict[str, str]) -> list[RowIssue]:
+    """Return an issue for each outlier; `not_run` gets the number of unsampled rows."""
     far, usual, num_unread = outliers(reader, np.array(scan.keys[: scan.counts["train"]], np.uint64), scan.counts)
     issues: list[RowIssue] = []
     for split, distances in far.items():

@@ -183,10 +183,10 @@ def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, 
 
 def _min_errors(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
     """Estimate the number of errors from the margins below a quantile of planted ones, minus one standard error."""
-    surely = int(np.searchsorted(margins, np.quantile(planted, share)))
+    num_below = int(np.searchsorted(margins, np.quantile(planted, share)))
     # Relative standard error of a count of rows, and of a share of the planted errors.
-    error = math.sqrt(1 / max(1, surely) + (1 - share) / (share * len(planted)))
-    return surely / share * max(0.0, 1 - error)
+    error = math.sqrt(1 / max(1, num_below) + (1 - share) / (share * len(planted)))
+    return num_below / share * max(0.0, 1 - error)
 
 
 def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
 
     Random state, buffers and optimizer are restored, but not the generator of a collator or dataset.
     """
-    rows = _rows_for_dry_run(trainer)
+    rows = _positions_for_dry_run(trainer)
     if not rows:
         return None
     model = trainer.model_wrapped if trainer.args.n_gpu > 1 else trainer.model
@@ -59,7 +59,7 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
     return loss
 
 
-def _rows_for_dry_run(trainer: transformers.Trainer) -> list[int]:
+def _positions_for_dry_run(trainer: transformers.Trainer) -> list[int]:
     dataset: Any = trainer.train_dataset
     if type(trainer).get_train_dataloader is not transformers.Trainer.get_train_dataloader:
         notice("no dry-run step before training: the script builds the batches itself (get_train_dataloader)")

@@ -71,6 +71,7 @@ def complete(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -
 
 
 def _choose_padding_token(config: PretrainedConfig, text: PretrainedConfig) -> tuple[int | None, str]:
+    """Return the tokenizer's padding token or the model's end token, and its origin."""
     name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers makes an empty one

@@ -303,8 +303,8 @@ def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: flo
     split_groups = join_by_value(groups, values) if len(values) else groups
     parts = zip(np.split(groups, ends), np.split(split_groups, ends), strict=True)
     return {
-        name: replace(source, groups=of_groups, split_groups=of_sides)
-        for (name, source), (of_groups, of_sides) in zip(sources.items(), parts, strict=True)
+        name: replace(source, groups=of_groups, split_groups=of_split_groups)
+        for (name, source), (of_groups, of_split_groups) in zip(sources.items(), parts, strict=True)
     }
 
 

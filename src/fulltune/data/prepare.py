@@ -160,6 +160,7 @@ def prepare(stage: Stage) -> DataSummary:
 def _prepare_uncached(
     stage: Stage, sources: Mapping[SourceName, SourceRows], forbidden: ForbiddenTexts | None, fingerprint: str
 ) -> DataSummary:
+    """Prepare rows into `stage.folder`, which is new."""
     recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, task_named(stage.recipe.task)
     target, counts = describe(block, task, sources)
     if block.patch:
@@ -239,16 +240,16 @@ def _encode_sources(
         def drop(item: Dropped) -> None:
             file.write(as_line(item))
 
-        def progress(done_here: int) -> None:
+        def progress(done_in_source: int) -> None:
             nonlocal reported
-            done = done_here + sum(source.num_read for source in encoded.values())
+            done = done_in_source + sum(source.num_read for source in encoded.values())
             if time.monotonic() - reported > _PROGRESS_SECONDS or done == total:
                 reported = time.monotonic()
                 stage.listener(RowsRead(name="tokenising", done=done, total=total))
 
         for name, source in sources.items():
             is_train = name == "train"
-            here = replace(
+            source_job = replace(
                 job,
                 source=name,
                 where=source.where,
@@ -257,7 +258,8 @@ def _encode_sources(
                 known_labels=None if is_train else frozenset(encoded["train"].names),
                 forbidden=job.forbidden if is_train or is_mixed(name) else None,
             )
-            encoded[name] = encode(here, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
+            path = folder / f"{name}-whole"
+            encoded[name] = encode(source_job, source.rows(None), counts[name], path, progress, drop)
             for item in source.patched.dropped if source.patched else ():
                 drop(item)
     return encoded

@@ -151,11 +151,11 @@ def _row_strata(source: EncodedSource, by_group: bool) -> np.ndarray:
 
 def rarest_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
     """Return the rarest class of each row's group: int64 [rows]."""
-    _, side = np.unique(split_groups, return_inverse=True)
+    _, group_of = np.unique(split_groups, return_inverse=True)
     kinds, kind, counts = np.unique(strata, return_inverse=True, return_counts=True)
     smallest = np.full(len(strata), np.iinfo(np.int64).max)
-    np.minimum.at(smallest, side, counts[kind] * len(kinds) + kind)
-    return np.asarray(kinds[smallest[side] % len(kinds)]) if len(strata) else strata
+    np.minimum.at(smallest, group_of, counts[kind] * len(kinds) + kind)
+    return np.asarray(kinds[smallest[group_of] % len(kinds)]) if len(strata) else strata
 
 
 def split_by_time(

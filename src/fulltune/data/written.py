@@ -180,7 +180,7 @@ def without_held_out(
 def mix_in(
     recipe: Recipe, folder: Path, job: Job, mixed: Mapping[SourceName, Split], packed: bool
 ) -> tuple[MixedSummary, ...]:
-    """Write the rows of all mixed-in sources. Raises `DataError` for each weight that gives no row."""
+    """Write the rows of all mixed-in sources. Raises `DataError` for each weight that selects no row."""
     if not mixed:
         return ()
     task, summaries, ends = task_named(job.task), list[MixedSummary](), [0]
