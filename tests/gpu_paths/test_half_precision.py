@@ -94,7 +94,7 @@ def test_run_of_a_regression_computes_every_pass_in_its_format(tmp_path: Path) -
         runs.run(tmp_path, model, rows, until="evaluate", train=TRAIN, **blocks)
     assert set(found) == {
         "inference/run.py: states",
-        "inference/run.py: reduced",
+        "inference/run.py: reduce_batch",
         "probe/layers.py: read_hidden",
         "train/loop/guarded_step.py: compute_loss",
         "train/worker/loading.py: _returns_output_of",
@@ -115,7 +115,7 @@ def test_run_of_a_language_model_computes_every_pass_in_its_format(tmp_path: Pat
     exact = {name for name in found if name.startswith(EXACT)}
     assert set(found) - exact == {
         "inference/run.py: generate",
-        "inference/run.py: reduced",
+        "inference/run.py: reduce_batch",
         "train/loop/guarded_step.py: compute_loss",
         "train/forgetting/generic.py: _next_token_logits",
     }

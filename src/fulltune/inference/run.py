@@ -34,7 +34,6 @@ class Batching:
     precision: str = "fp32"
     head: SelectiveHead | None = None
     on_progress: ProgressCallback = lambda done, total, share: None
-    """Called before the first batch and after each."""
 
 
 def run_rows(
@@ -51,7 +50,7 @@ def run_rows(
 
     head = batching.head
 
-    def reduced(positions: Sequence[int]) -> dict[str, np.ndarray]:
+    def reduce_batch(positions: Sequence[int]) -> dict[str, np.ndarray]:
         # Not pinned: results are read back before the next batch is made, so nothing overlaps.
         batch = model_batch(model, task, [rows[i] for i in positions], pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -66,7 +65,7 @@ def run_rows(
     order = longest_first(lengths)
     with evaluating(model), torch.no_grad():
         parts = [
-            reduced(positions)
+            reduce_batch(positions)
             for positions in reported_batches(order, batching.batch_size, lengths, batching.on_progress)
         ]
     place = np.argsort(order)

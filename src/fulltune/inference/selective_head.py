@@ -28,7 +28,7 @@ class SelectiveHead:
 
     head: Any
     target_ids: Callable[[Tensor], Tensor]
-    """The task's `target_ids`: the token that each logit should predict, or -100, from labels [batch, length]."""
+    """Returns the token that each logit should predict, or -100, from labels [batch, length]."""
     model: nn.Module
     can_chunk: bool = False
     """True if loss and scores can be computed from chunks of logits."""
@@ -44,7 +44,7 @@ class SelectiveHead:
         at = padding.trained_places(self.target_ids(labels)) if trained is None else trained
         states: list[Tensor] = []
 
-        def pick(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        def select_hidden(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             # Inputs that are not hidden states of these rows pass: logits stay 3-dimensional, and tasks select.
             if not args or args[0].shape[:2] != labels.shape:
                 return None
@@ -59,7 +59,7 @@ class SelectiveHead:
                 outputs.logits = _chunked_logits(self.model, self.head, states.pop(), outputs.logits)
 
         with contextlib.ExitStack() as hooks:
-            hooks.callback(self.head.register_forward_pre_hook(pick).remove)
+            hooks.callback(self.head.register_forward_pre_hook(select_hidden).remove)
             if chunked:
                 hooks.callback(self.model.register_forward_hook(replace_logits).remove)
             yield

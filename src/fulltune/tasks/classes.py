@@ -25,7 +25,7 @@ from fulltune.tasks import (
 )
 
 ROWS = ""
-"""Name that stands for a 1 per row in `arrays`."""
+"""Name for a 1 per row in `arrays`."""
 
 # ---- terms of a row ------------------------------------------------------------------------------------------
 
@@ -326,6 +326,7 @@ def _error_terms(predictions: Predictions) -> np.ndarray:
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+    """Return the metrics of classes or numbers as functions of sums over rows."""
     loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (arrays("loss", ROWS), ratio)}
     if target.form.is_number:
         return loss | {"r2": (_error_terms, r2), "rmse": (_error_terms, lambda sums: np.sqrt(ratio(sums)))}

@@ -24,7 +24,6 @@ _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="u
 USUAL_NAMES, CHOICE_NAMES = (
     {role: tuple(names) for role, names in _TABLE[kind].items()} for kind in ("roles", "choices")
 )
-"""Role to usual column names, for all tasks and for multiple choice."""
 USUAL_PAIRS = [(text, pair) for text, pair in _TABLE["pairs"]]
 
 
@@ -139,7 +138,7 @@ def named(role: str, name: str | None, columns: Sequence[str], where: str, names
 def required(
     role: str, name: str | None, columns: Sequence[str], where: str, besides: Collection[str | None] = ()
 ) -> str:
-    """Return the column of a required role, or raise `DataError` if none exists beside the columns `besides`."""
+    """Return the column of a required role, or raise `DataError` if none exists besides the columns `besides`."""
     if name is None:
         column = named(role, None, [column for column in columns if column not in besides], where)
     elif (column := named(role, name, columns, where)) in besides:
@@ -187,12 +186,12 @@ def second_text(read: str, roles: Mapping[str, str], columns: Iterable[str], sam
     """Return the first column without a role whose texts resemble those of column `read`, or None."""
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
-    def is_like(cells: Sequence[str]) -> bool:
+    def is_similar(cells: Sequence[str]) -> bool:
         words = sum(sum(map(str.isalpha, cell.split())) for cell in cells)
         is_long = 2 * sum(map(len, cells)) >= sum(map(len, texts.get(read, ())))
         return is_long and words > 2 * len(cells) < 4 * len(set(cells))
 
-    return next((name for name, cells in texts.items() if name not in roles.values() and is_like(cells)), None)
+    return next((name for name, cells in texts.items() if name not in roles.values() and is_similar(cells)), None)
 
 
 def as_text(value: object) -> str:

@@ -148,7 +148,7 @@ def _texts_and_starts(cell: Any) -> Iterator[tuple[str, int | None]]:
                 raise DataError(f"{len(texts)} answers have {len(starts)} values of answer_start")
             for text, start in zip(texts, starts or [None] * len(texts), strict=True):
                 if str(text).strip():
-                    yield str(text), None if start is None else _as_position(start)
+                    yield str(text), None if start is None else _parse_answer_start(start)
         case dict():
             if cell:
                 raise DataError(f"expected an object with 'text' and 'answer_start', found {sorted(cell)}")
@@ -160,7 +160,7 @@ def _texts_and_starts(cell: Any) -> Iterator[tuple[str, int | None]]:
                 yield str(cell).strip(), None
 
 
-def _as_position(start: Any) -> int:
+def _parse_answer_start(start: Any) -> int:
     try:
         return int(start)
     except (ValueError, TypeError, OverflowError):

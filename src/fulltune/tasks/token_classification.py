@@ -171,6 +171,7 @@ refuse_question, config_changes = refuse, classes.config_changes
 
 
 def as_question(row: Row, target: Target) -> Row:
+    """Return only the row's words, with a tag `O` each."""
     tokens = target.columns["tokens"]
     words = word_list(row.get(tokens))
     return {tokens: row.get(tokens) if words is None else words, target.columns["tags"]: ["O"] * len(words or ())}
@@ -349,6 +350,7 @@ def worst(predictions: Predictions, texts: Sequence[str], target: Target, count:
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+    """Return the metrics of entities and words as functions of sums over rows."""
     return {
         "f1": (_entity_counts, f1),
         "precision": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 1])),

@@ -121,6 +121,7 @@ def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+    """Return the metrics of tokens and answers as functions of sums over rows."""
     return {
         "loss": (arrays("nll", "tokens"), ratio),
         "perplexity": (arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(ratio(sums), 700.0))),
