@@ -63,7 +63,7 @@ def foreign_language(text: str, main: Collection[str]) -> tuple[str, float] | No
 def _words_to_examine(text: str) -> str:
     text = RE["fenced"].sub(" ", text)
     if len(text) > 2 * _MAX_CHARACTERS:
-        # Seldom is more than half of a text removed below.
+        # The next step seldom removes more than half of a text.
         text = f"{text[:_MAX_CHARACTERS]} {text[-_MAX_CHARACTERS:]}"
     words = " ".join(RE["no_language"].sub(" ", text).split())
     return (

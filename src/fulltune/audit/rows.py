@@ -247,7 +247,7 @@ def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
     twins = _held_out_twins(scan, train, leaks, near)
     votes = _conflicting_label_counts(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
     conflicting = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
-    # Rows with the majority's label stay.
+    # Rows with the majority label have no conflict.
     for position in np.flatnonzero(conflicting).tolist():
         conflicting[position] = _majority_label(votes[int(keys[position])]) != labels[position]
     held_out = _read_held_out(rows, scan, set(chain.from_iterable(twins.values())))

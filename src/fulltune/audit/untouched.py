@@ -78,7 +78,7 @@ class Reader:
             try:
                 self._read[split] = self._items(split)
             except NoProbe as error:
-                self._read[split] = str(error)  # the error itself would keep the batch that did not fit
+                self._read[split] = str(error)  # the error itself would keep the batch that did not fit in memory
         items = self._read[split]
         if isinstance(items, str):
             raise NoProbe(items)
@@ -312,5 +312,5 @@ def nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> 
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)
-    squares = search.kneighbors(states)[0]  # for unit vectors twice 1 - cosine
+    squares = search.kneighbors(states)[0]  # for unit vectors, twice 1 - cosine
     return np.where(squares[:, :1] < _SAME_SQUARE, squares[:, 1:], squares[:, :-1]).mean(axis=1) / 2

@@ -130,7 +130,7 @@ def _step_at_rate_zero(trainer: transformers.Trainer) -> None:
     try:
         for group in optimizer.param_groups:
             group.update(lr=0.0, weight_decay=0.0)
-        # Not `optimizer.step`, which scheduler and scaler patch to count its calls.
+        # Scheduler and scaler patch `optimizer.step` to count its calls, so it is not called here.
         type(optimizer).step(optimizer)
     finally:
         for group, (rate, decay) in zip(optimizer.param_groups, settings, strict=True):

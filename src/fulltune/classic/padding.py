@@ -74,7 +74,7 @@ def _choose_padding_token(config: PretrainedConfig, text: PretrainedConfig) -> t
     """Return the tokenizer's padding token or the model's end token, and its origin."""
     name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
     try:
-        if name and get_tokenizer_config(name, local_files_only=True):  # else transformers makes an empty one
+        if name and get_tokenizer_config(name, local_files_only=True):  # else transformers creates an empty one
             pad = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False).pad_token_id
     except (OSError, ValueError, KeyError, ImportError) as error:
         _log.info("%s: no readable tokenizer: %s", name, error)

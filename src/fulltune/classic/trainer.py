@@ -158,7 +158,7 @@ class Trainer(Guarded, transformers.Trainer):
             with same_randomness(), torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, copied(inputs), num_items_in_batch=num_items_in_batch * factor)
             losses.append(loss.detach().float().mean())  # a tensor, as no outputs are requested
-        # Summed over processes, so that all decide the same.
+        # Summed over processes, so that all make the same decision.
         once, twice = self.accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
         if once == 0:
             self._loss_scaling_known = False
@@ -193,7 +193,7 @@ class Trainer(Guarded, transformers.Trainer):
 
     def _judge_final_loss(self) -> None:
         """Warn if the loss of the last steps is high."""
-        # By the last steps, as a script may log none of them; not after resuming.
+        # The last steps are used because a script may log none of them. After resuming, nothing is judged.
         if self._ignores_divergence or self.first_loss is None or self._first_step > 0:
             return
         losses = (self.first_loss, *self.last_losses[-(self.state.global_step - 1) :])

@@ -47,7 +47,7 @@ def refuse_secret_names(target: Target, where: str) -> None:
 def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource]) -> None:
     """Raise `DataError` for too many unusable rows, rows of forbidden length, and undecodable images."""
     strategy = recipe.data.truncation_strategy
-    # Rows that the recipe tells to drop, and mixed-in rows that do not fit, say nothing against the file.
+    # Rows dropped as the recipe asks, and mixed-in rows of unknown labels, do not suggest a broken file.
     allowed = {UNDECODABLE_IMAGE, NEW_LABEL, *(("too long", "answer cut off") if strategy == "drop" else ())}
     problems: list[str] = []
     for name, source in encoded.items():
@@ -165,7 +165,7 @@ def note_unmeasured(train: Split, test: Split) -> list[str]:
     """Note train classes with fewer than five test rows."""
     in_train, in_test = train.label_counts(), test.label_counts()
     scarce = sorted((in_test[name], name) for name in in_train if in_test[name] < _FEW_OF_A_CLASS)
-    # With few test rows in total that is obvious.
+    # With few test rows in total, the note would be obvious.
     if not scarce or (scarce[0][0] and test.num_rows < FEW_EVAL_ROWS):
         return []
     shown = ", ".join(f"'{name}' ({count})" for count, name in scarce[:3])
@@ -210,7 +210,7 @@ def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> lis
     if block.group is None:
         return remarks
     if len(own) > 1:
-        # Values with a text in common form one group.
+        # Values that share a text form one group.
         values, groups = (len(np.unique(numbers)) for numbers in (train.group_values, train.split_groups))
         joined = f" in {counted(groups, 'group')}, as some share texts" if groups < values else ""
         remarks.append(

@@ -187,11 +187,11 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         if not good:
             drop("unfit", place, row, lost[0])
             continue
-        for number, refused in enumerate(lost):  # the row is listed once, however many examples are lost
+        for number, refused in enumerate(lost):  # the row is listed once, however many examples are dropped
             drop("part", place, {} if number else row, refused)
         examples += good
         row_of += [len(rows)] * len(good)
-        # A row's cells are stored with its first example, only its place with the others.
+        # A row's cells are stored with its first example only, its location with each.
         texts += [words(place, row), *[words(place, {})] * (len(good) - 1)]
         rows.append((place, row))
     features = [
@@ -233,7 +233,7 @@ def _refuse_row(job: Job, task: Task, row: Row) -> Refused | None:
         return Refused("unreadable", problem)
     if (refused := task.refuse(row, job.target)) is None:
         return None
-    # The second call gives a reason that quotes nothing private.
+    # The second call returns a reason that quotes no private data.
     return task.refuse(masked_cells(row), job.target) or refused
 
 
@@ -314,7 +314,7 @@ def _encode_chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterat
     if num_rows < ROWS_WORTH_PROCESSES or num_workers == 1:
         yield from (encode_chunk(job, piece) for piece in pieces)
         return
-    # A forked worker shares the tokenizer; forking is safe on Linux only.
+    # A forked worker shares the tokenizer, but forking is safe only on Linux.
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     waiting: deque[Future[Chunk]] = deque()
     with ProcessPoolExecutor(num_workers, context, _init_worker, (job,)) as pool:
@@ -341,7 +341,7 @@ _job: Job | None = None
 def _init_worker(job: Job) -> None:
     """Set a worker's job once, so that the tokenizer is not sent with each chunk."""
     global _job
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # other workers use the other cores
     _job = job
 
 

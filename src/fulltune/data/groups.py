@@ -52,7 +52,7 @@ def _signatures_of_window(texts: Sequence[str]) -> np.ndarray:
         grams = grams * _BASE + letters[place : place + count]
     grams = _mixed(grams)
     starts = np.cumsum(lengths) - lengths
-    # A gram that reaches into the next text is replaced by its own text's first one.
+    # A gram that extends into the next text is replaced by the first gram of its own text.
     of_text = np.repeat(np.arange(len(texts)), lengths)[:count]
     reaches = np.arange(count) > (starts + lengths - _SHINGLE)[of_text]
     grams[reaches] = grams[starts[of_text[reaches]]]
@@ -60,11 +60,11 @@ def _signatures_of_window(texts: Sequence[str]) -> np.ndarray:
     high |= np.uint32(1)
     smallest = np.empty((NUM_HASHES, len(texts)), np.uint32)
     for row in smallest:
-        # Double hashing: as good as 128 functions of their own (Kirsch and Mitzenmacher 2006), once mixed.
+        # Double hashing, once mixed, is as good as 128 separate functions (Kirsch and Mitzenmacher 2006).
         hashes = (low ^ (low >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
         np.minimum.reduceat(hashes ^ (hashes >> np.uint32(12)), starts, out=row)
         low += high
-    # The smallest hash is not uniform: for long texts all would start with zeros.
+    # The smallest hash is not uniform: for long texts, all hashes would start with zeros.
     smallest *= np.uint32(0x297A2D39)
     return np.ascontiguousarray(((smallest ^ (smallest >> np.uint32(15))) >> np.uint32(8)).astype(np.uint16).T)
 
@@ -110,7 +110,7 @@ def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarr
     keys = _hash_band_of_each_row(signed[:, places])
     order = np.argsort(keys)
     agree = keys[order[1:]] == keys[order[:-1]]
-    # Few rows agree with another one; only these are sorted.
+    # Few rows agree with another one, so only these are sorted.
     several = np.sort(order[np.append(agree, False) | np.append(False, agree)])
     # Within a band they are sorted by another part of the signature, so that similar rows are neighbours.
     order = several[np.lexsort((signed[several, places.stop % NUM_HASHES], keys[several]))]
@@ -139,7 +139,7 @@ def join_near(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.nd
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     of_number = clusters(signed[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))
-    # A new number is drawn from the first member: the smallest of several would put large clusters first.
+    # A new number is drawn from the first member, because the smallest of several would put large clusters first.
     shared = np.where(sizes[of_number] > 1, rehash(numbers[of_number]), numbers)
     return np.asarray(shared[inverse], np.uint64)
 
@@ -171,7 +171,7 @@ def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     labels = _components(pairs, len(numbers) + len(names))[: len(numbers)]
     # Values are sorted, so the first one of a component is its smallest.
     _, first, component, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
-    # A new number is drawn from it: the smallest of several would put large components first.
+    # A new number is drawn from it, because the smallest of several would put large components first.
     drawn = np.where(sizes > 1, rehash(numbers[first]), numbers[first])
     return np.asarray(drawn[component][of_value], np.uint64)
 

@@ -118,7 +118,7 @@ def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.Record
 
 def _concatenate_block(block: list[TokenizedText]) -> dict[str, np.ndarray | int]:
     ids, labels = (np.concatenate([text[column] for text in block]) for column in (0, 1))
-    # Position ids that start again tell transformers' models where a text begins.
+    # Position ids that restart at 0 tell transformers' models where a text begins.
     positions = np.concatenate([np.arange(len(text[0]), dtype=np.int32) for text in block])
     return {"input_ids": ids, "labels": labels, "position_ids": positions, LENGTH: len(ids)}
 

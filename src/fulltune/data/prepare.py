@@ -128,7 +128,7 @@ def prepare(stage: Stage) -> DataSummary:
     is_hashed = stage.preprocess is None
     if is_hashed and (earlier := _load_earlier(folder, fingerprint, stage.listener)) is not None:
         return earlier
-    # Rows of images hold only paths, which may differ in another run.
+    # Image rows contain only paths, which may differ in another run.
     cached = stage.cache_folder / fingerprint if is_hashed and stage.cache_folder and not is_image else None
     if cached is not None:
         with locked(cached.parent):

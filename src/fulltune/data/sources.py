@@ -80,7 +80,7 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
     except DataError as error:
         problems += error.problems
     if problems:
-        for readable in files.values():  # reports problems inside of these files as well
+        for readable in files.values():  # reports problems inside these files as well
             for _ in readable.rows(problems):
                 pass
         raise DataError(problems)
@@ -118,7 +118,7 @@ def read_rows(
     if preprocess is None:
         return SourceRows(files.where, rows, patched, files.notes)
     problems: list[str] = []
-    # A user's function expects readable cells; a row without them is listed as it is.
+    # A user's function expects readable cells; a row with others is reported unchanged.
     preprocessed = [(place, preprocess(row) if is_whole(row) else row) for place, row in rows(problems)]
     if problems:
         raise DataError(problems)
@@ -253,7 +253,7 @@ def _refuse_second_text(
 ) -> None:
     """Refuse a second text column that the recipe does not name, as it may be half of the input."""
     role = next((role for role in _SECOND_ROLE if role in roles), "")
-    # Raw text has no second half, and a recipe that names the column, or the answers, has decided.
+    # Raw text has no second half, and a recipe that names the column or the answers is unambiguous.
     if not role or _SECOND_ROLE[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:
         return
     if (second := second_text(roles[role], roles, _columns_for_roles(block, columns), rows)) is not None:

@@ -95,7 +95,7 @@ def _random_splits(
     rows_of, left = dict[SplitName, np.ndarray](), np.ones(train.num_rows, bool)
     for name, fraction in fractions.items():
         rest = np.flatnonzero(left)
-        # The second split gets its share of all rows, not of those that the first one left.
+        # The second split gets its share of all rows, not of the remaining ones.
         share = min(0.5, fraction * train.num_rows / max(1, len(rest)))
         rows = np.zeros(train.num_rows, bool)
         rows[rest[split_off(train.split_groups[rest], strata[rest], share)]] = True
@@ -112,7 +112,7 @@ def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.nda
     fraction = min(fraction, MAX_HELD_OUT_ROWS / max(1, len(groups)))
     if not len(groups):
         return np.zeros(0, bool)
-    # Groups are sorted by their drawn number: a pseudo-random order.
+    # Groups are in the pseudo-random order of their drawn numbers.
     _, first, member_of, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     stratum_of = strata[first]
     is_held_out = np.zeros(len(first), bool)
@@ -196,7 +196,7 @@ def _refuse_small_splits(recipe: Recipe, splits: Mapping[SplitName, Split], want
     by = [*(f"'{column}' (data.{role})" for role, column in columns.items() if column), "their texts"]
     of_labels = f" of {counted(len(train.names), 'label')}" if train.names else ""
     groups = counted(len(np.unique(train.split_groups)), "group")
-    # A text file with blank lines gives far fewer rows than it has paragraphs.
+    # A text file with blank lines has far fewer rows than paragraphs.
     sections = ""
     if recipe.data.text_rows == "auto" and any(file.lower().endswith(".txt") for file in recipe.data.task_files):
         sections = (

@@ -55,7 +55,7 @@ def stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int
     """Yield number, location and cells of the source rows that `wanted` marks, in order."""
     if not wanted.any():  # a source without rows has no files
         return
-    first = np.diff(source.row_of, prepend=-1) > 0  # a row's first example has the row's words
+    first = np.diff(source.row_of, prepend=-1) > 0  # the row's cells are stored with its first example
     start = 0
     for batch in batches(source.folder):
         row_of, is_first = source.row_of[start : start + len(batch)], first[start : start + len(batch)]

@@ -225,7 +225,7 @@ class TrainBatches:
         plan, objective, head = self.module.plan, self.module.objective, self.module.head
         self.sampler.set_epoch(self.trainer.current_epoch)
         self.position, self.first = self.first, 0
-        # In turn, as accelerate distributes them.
+        # Processes take batches in turn, as in accelerate.
         own = list(islice(self.sampler, self.trainer.global_rank, None, self.sampler.num_processes))
         loader: DataLoader[Any] = DataLoader(
             cast("Any", self.module.rows),

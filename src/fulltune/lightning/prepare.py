@@ -122,7 +122,7 @@ class FineTuning:
             return values | {"limit_val_batches": 0}
         if train.eval_strategy == "epoch" and plan.total_steps > plan.eval_steps:
             return values | {"check_val_every_n_epoch": 1}
-        # Also for a training that ends in its first epoch.
+        # This also works for a training that ends in its first epoch.
         batches = plan.eval_steps * plan.gradient_accumulation_steps
         return values | {"val_check_interval": batches, "check_val_every_n_epoch": None}
 

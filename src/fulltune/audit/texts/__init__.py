@@ -54,7 +54,7 @@ def masked_cells(cell: Any) -> Any:
         return {masked_text(str(name)): masked_cells(inner) for name, inner in cell.items()}
     if isinstance(cell, (list, tuple)):
         return list(map(masked_cells, cell))
-    text = str(cell) if isinstance(cell, int) else cell  # a card's number may be one
+    text = str(cell) if isinstance(cell, int) else cell  # a card number may be an int
     return masked if isinstance(text, str) and (masked := masked_text(text)) != text else cell
 
 
@@ -66,7 +66,7 @@ def flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
     """Return the flaws that the checks detect, with secrets masked."""
     results = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
     masked = masked_text(text) if results else text
-    # If nothing is masked, no repair uncovers anything private either: `masked_text` tries them.
+    # If nothing was masked, repairs uncover nothing private either, because `masked_text` tries them.
     return [_mask_flaw(flaw, masked) for flaw in results] if masked != text else results
 
 

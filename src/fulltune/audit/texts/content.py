@@ -48,7 +48,7 @@ def repetition(text: str) -> Flaw | None:
 def _repeated_character(text: str) -> Flaw | None:
     match = RE["same_character"].search(text) if RE["run"].search(text) else None
     if match is None and len(text) >= 20 and " " not in text[:60]:
-        # Text without blanks is Chinese or the like, or a broken export.
+        # A text without blanks is in a script such as Chinese, or a broken export.
         match = RE["same_piece"].search(text)
     if match is None:
         return None
@@ -200,7 +200,7 @@ def _remove_tags(text: str) -> str:
 
 def _remove_hidden_elements(text: str) -> str:
     for end, pattern in _HIDDEN:
-        # After the last end, each start would search the rest of the text in vain.
+        # After the last end, each start would be searched for in vain.
         if (last := text.lower().rfind(end)) >= 0:
             text = pattern.sub(" ", text[: last + len(end)]) + text[last + len(end) :]
     return text

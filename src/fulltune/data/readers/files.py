@@ -64,10 +64,10 @@ def _data_files_in(folder: Path) -> list[Path]:
             f"{folder}: contains several data sets, expected one; name each of them, for example data.train: "
             f"{folder / 'train'}"
         )
-    if names >= _METADATA_FILES:  # what Dataset.save_to_disk writes: the rest is about the rows
+    if names >= _METADATA_FILES:  # what Dataset.save_to_disk writes: the other files describe the rows
         listed = [file for file in listed if file.suffix.lower() != ".json"]
     files = [file for file in listed if file.suffix.lower() in SUFFIXES]
-    # The rows of an ignored archive would be missing in silence.
+    # The rows of an ignored archive would be missing without a message.
     packed = [file for file in listed if file.suffix.lower() in _PACKED and is_data(Path(file.stem))]
     if not files and not packed:
         raise DataError(
@@ -129,7 +129,7 @@ def state(file: Path) -> tuple[int, ...]:
     """Return numbers that change when a file is replaced, written or truncated; empty if it does not exist."""
     try:
         now = file.stat()
-    except OSError:  # broken links to images are listed later
+    except OSError:  # broken links to images are reported later
         return ()
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
@@ -189,7 +189,7 @@ def image_files(folder: Path) -> list[Path]:
     ]
     if problems:
         raise DataError(problems)
-    # Broken links count: an image that cannot be read is listed, never dropped in silence.
+    # Broken links are included, so that an unreadable image is reported instead of dropped silently.
     return [path for inner in classes for path in sorted(inner.iterdir()) if _is_image(path.name) and not path.is_dir()]
 
 

@@ -175,7 +175,7 @@ def content_hash(sources: Mapping[str, DataFiles]) -> str:
         for file in source.files:
             digest.update(os.fsencode(file.name))
             if source.image_folder is not None:
-                status = file.stat() if file.exists() else file.lstat()  # broken links are listed later
+                status = file.stat() if file.exists() else file.lstat()  # broken links are reported later
                 digest.update(os.fsencode(os.path.realpath(file)))
                 digest.update(f":{status.st_size}:{status.st_mtime_ns}".encode())
                 continue

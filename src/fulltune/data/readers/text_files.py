@@ -47,7 +47,7 @@ def separated(
             _check_header(file, header, delimiter)
             line = reader.line_num + 1
             for cells in reader:
-                # After the mark a quote would not open a cell, so the cell's text would be split.
+                # After a byte order mark, a quote does not open a cell, so the cell's text would be split.
                 if cells and cells[0].startswith('\ufeff"'):
                     yield line, _MARK
                 elif cells and len(cells) != len(header):
@@ -252,7 +252,7 @@ def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrPro
                 continue
             if not expected and "\t" in content:
                 separator = re.compile("\t")
-            # Spaces at the ends separate nothing; a tab at an end has an empty cell next to it.
+            # Spaces at the ends separate nothing, but a tab at an end has an empty cell next to it.
             columns = separator.split(content.strip(" ") if separator is _SPACES else content)
             expected = expected or len(columns)
             if problem := _columns_problem(columns, expected):
@@ -310,7 +310,7 @@ def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
             with csv_reader(file, sign, encoding, errors="replace") as reader:
                 counts.append([len(row) for row in islice(filter(None, reader), _FEW)] or [1])
     except csv.Error:
-        return usual  # the reader says what is wrong with the file
+        return usual  # the reader will report what is wrong with the file
     by_commas, by_semicolons = counts
     return ";" if by_commas[0] == 1 < by_semicolons[0] == Counter(by_semicolons).most_common(1)[0][0] else usual
 
@@ -323,7 +323,7 @@ def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] |
         with csv_reader(file, delimiter_of(file, encoding), encoding) as reader:
             first, *rows = islice(reader, _ROWS)
     except (OSError, ValueError, csv.Error):
-        return None  # the reader says what is wrong with the file
+        return None  # the reader will report what is wrong with the file
     if _USUAL & {name.lower().strip() for name in first}:
         return None
     rows = [row for row in rows if len(row) == len(first)]
