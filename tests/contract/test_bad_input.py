@@ -658,7 +658,7 @@ def test_run_folder_in_use_is_refused(case: Case) -> None:
         refused(
             fulltune("data", path, "--run-folder", run),
             RECIPE,
-            f"{run}: another fulltune command is working in this run folder",
+            f"{run}: another fulltune command is using this run folder",
         )
 
 

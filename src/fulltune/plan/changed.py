@@ -48,12 +48,12 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
     if rows % ((train.micro_batch_size or 1) * train.num_processes):
         micro = f" in micro batches of {train.micro_batch_size}" if (train.micro_batch_size or 1) > 1 else ""
         problems.append(
-            f"train.num_processes: {train.num_processes}: the run started with {rows} rows a step, which cannot be "
+            f"train.num_processes: {train.num_processes}: the run started with {rows} rows per step, which cannot be "
             f"divided among {train.num_processes} processes{micro}; set a number that divides {rows}"
         )
     if plan.optim in OWN_OPTIMIZERS and train.engine_by:
         problems.append(
-            f"{train.engine_by}: the run started with {plan.optim}, which cannot run inside ZeRO; set another "
+            f"{train.engine_by}: the run started with {plan.optim}, which ZeRO does not support; set another "
             "placement, or start a new run (--fresh)"
         )
     if problems:

@@ -42,7 +42,7 @@ def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> D
         return rate, f"{rate / full:g} times the rate of full fine-tuning ({full:g}, the {why})"
     usual: dict[str, DefaultWithReason] = {
         "head": (1e-3, "usual for a head alone"),
-        "prompt": (3e-2, "virtual tokens are few and need long steps (Lester et al. 2021: 0.3 with Adafactor)"),
+        "prompt": (3e-2, "the few virtual tokens need large steps (Lester et al. 2021: 0.3 with Adafactor)"),
         "peft": (3e-3, "usual for methods that train scales (Liu et al. 2022, IA3: 3e-3)"),
     }
     return usual.get(method.kind, (full, why))
@@ -73,5 +73,5 @@ def group_by_length(length_explained: float) -> tuple[bool, str]:
     """
     share = f"the target explains {length_explained:.0%} of the variance in length"
     if length_explained >= MAX_LENGTH_EXPLAINED:
-        return False, f"{share}: batches of similar length would be one-sided"
+        return False, f"{share}: rows of similar length would have similar targets"
     return True, f"less padding; {share}" if length_explained else "less padding"

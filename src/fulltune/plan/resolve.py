@@ -86,7 +86,7 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
         oldest = oldest_gpu(recipe, machine)
         usual, reason = _gpu_precision(oldest)
         if len({_gpu_precision(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
-            reason += "; other GPUs could do more, but all use the same precision"
+            reason += "; other GPUs support more, but all use the same precision"
         if wanted == "fp16" and oldest.capability < TENSOR_CORES_FROM:
             doubt = f"; {oldest.label} has no tensor cores, so fp16 is no faster than fp32 and less exact"
         elif "bf16" in (wanted, recipe.model.weights_dtype) and wanted in ("auto", "bf16") and not oldest.bf16:
@@ -149,7 +149,7 @@ def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
         why = "with rounding to nearest, bf16 weights lose small updates"
         rounding = reasons.add("train.bf16_rounding", train.bf16_rounding, "stochastic", why)
         why = "the weights are bf16"
-    usual, doubt = plain_optim(dtype, rounding), "; its state is planned as large as AdamW's, as its size is unknown"
+    usual, doubt = plain_optim(dtype, rounding), "; the size of its state is unknown and planned like AdamW's"
     doubt = "" if memory.has_known_state(train.optim or usual) else doubt
     return str(reasons.add("train.optim", train.optim, usual, why, doubt)), rounding
 
@@ -268,7 +268,7 @@ def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
         why = f"this model cannot be traced ({footprint.rough}), so a rule of thumb is used; the dry run measures it"
         rows.insert(0, ("memory", "rough", why))
     if compiled:
-        why = "planned for blocks that are not compiled, without the compiler's host memory; the dry run measures it"
+        why = "the plan ignores compiled blocks and the compiler's host memory; the dry run measures both"
         rows.append(("memory.torch_compile", "not counted", why))
     return [Setting(name=name, value=value, reason=why, is_automatic=True) for name, value, why in rows]
 

@@ -91,7 +91,7 @@ def plan_to_continue(path: Path, machine: Machine) -> Plan:
 def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
     """Return the plan of a run with a trained model; raise `SetupError` if the folder has none."""
     if recipe.methods:
-        raise SetupError(f"{folder}: is the folder of a comparison, expected one of a run with a trained model")
+        raise SetupError(f"{folder}: belongs to a comparison, expected the folder of a trained run")
     path = folder / "plan" / f"{recipe.method.label}.json"
     if not path.exists() or lost_weights(folder / Plan.load(path).model_folder) is not None:
         raise SetupError(f"{folder}: has no trained model; train it first: fulltune run {folder}")
@@ -314,7 +314,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SetupError(f"{folder}: another fulltune command is working in this run folder") from None
+            raise SetupError(f"{folder}: another fulltune command is using this run folder") from None
         yield
 
 

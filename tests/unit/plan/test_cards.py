@@ -71,7 +71,7 @@ def test_oldest_of_the_cards_that_are_used_decides_and_the_one_with_the_least_me
     label = "Tesla T4 (compute capability 7.5)"
     assert (value, reason) == (
         "fp16",
-        FP16.format(label) + "; other GPUs could do more, but all use the same precision",
+        FP16.format(label) + "; other GPUs support more, but all use the same precision",
     )
     assert "could do more" not in precision(machine(A100, H100), num_processes=2)[1]
     fleet = gpus.here(mixed, 10 * GIB)

@@ -89,7 +89,7 @@ def test_run_that_goes_on_keeps_the_rows_of_its_steps() -> None:
     begun = plans.plan(global_batch_size=32)
     assert planning.as_begun(plans.recipe(train={"num_processes": 2}), begun).train.global_batch_size == 32
     with pytest.raises(
-        RecipeError, match="started with 32 rows a step, which cannot be divided among 3 processes; set a"
+        RecipeError, match="started with 32 rows per step, which cannot be divided among 3 processes; set a"
     ):
         planning.as_begun(plans.recipe(train={"num_processes": 3}), begun)
     with pytest.raises(RecipeError, match="cannot be divided among 2 processes in micro batches of 24"):
