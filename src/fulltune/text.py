@@ -20,7 +20,7 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"expected a size such as 6GiB, 512MiB or 24GB, found '{text}'")
     amount = float(match[1])
     if not amount:
-        raise ValueError(f"expected more than nothing, such as 6GiB, found '{text}'")
+        raise ValueError(f"expected more than 0, such as 6GiB, found '{text}'")
     return int(amount * (1024 if match[3] else 1000) ** _POWERS[match[2]])
 
 
@@ -51,7 +51,7 @@ def parse_seconds(text: str) -> float:
         raise ValueError(f"expected a time such as 30m, 2h or 90s, found '{text}'")
     seconds = sum(float(part or 0) * size for part, size in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
     if not seconds:
-        raise ValueError(f"expected more than nothing, such as 30m, found '{text}'")
+        raise ValueError(f"expected more than 0, such as 30m, found '{text}'")
     return seconds
 
 
@@ -66,7 +66,7 @@ def parse_share(value: str | float) -> float:
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        point = "; decimals stand behind a point" if "," in text else ""
+        point = "; write decimals after a point, not a comma" if "," in text else ""
         raise ValueError(f"expected a share such as 1% or 0.01, found '{value}'{point}") from None
     if not 0 < share < 1:
         meant = f"; for {text}% write '{text}%'" if 1 <= share < 100 and not text.endswith("%") else ""

@@ -76,7 +76,7 @@ GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
         (log(FALLING, *GOOD, plan=plan(), outcome=outcome("disk_full")), ["disk full"]),
         (log(FALLING, *GOOD, plan=plan(), outcome=outcome("spiked")), ["diverged"]),
         (log([1.1] + [9.0] * 30, plan=plan(), outcome=outcome("diverged")), ["diverged"]),
-        (log(FALLING, *GOOD, outcome=outcome("done", parameter_changes=HARDLY_MOVED)), ["eaten updates"]),
+        (log(FALLING, *GOOD, outcome=outcome("done", parameter_changes=HARDLY_MOVED)), ["lost updates"]),
     ],
 )
 def test_findings_of_curves(given: Log, names: list[str]) -> None:

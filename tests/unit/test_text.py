@@ -45,7 +45,7 @@ def test_bytes_have_three_digits_and_a_binary_unit(size: int, expected: str) -> 
 
 
 def test_memory_limit_of_nothing_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"expected more than nothing, such as 6GiB, found ' 0\.0GiB'"):
+    with pytest.raises(ValidationError, match=r"expected more than 0, such as 6GiB, found ' 0\.0GiB'"):
         TrainBlock(memory_limit=" 0.0GiB")
     assert TrainBlock(memory_limit="6 GiB").memory_limit == "6 GiB"
 
@@ -78,7 +78,7 @@ def test_time_that_is_not_finite_is_said_to_be() -> None:
 def test_parse_seconds_refuses_anything_else(written: str) -> None:
     with pytest.raises(ValueError, match="expected a time such as 30m, 2h or 90s"):
         text.parse_seconds(written)
-    with pytest.raises(ValueError, match="expected more than nothing, such as 30m, found '0m'"):
+    with pytest.raises(ValueError, match="expected more than 0, such as 30m, found '0m'"):
         text.parse_seconds("0m")
 
 

@@ -86,7 +86,7 @@ MachineRank = Annotated[
 ]
 Rendezvous = Annotated[
     str | None,
-    typer.Option("--rendezvous", help="Where several machines meet: the name of machine 0.", metavar="HOST[:PORT]"),
+    typer.Option("--rendezvous", help="Address where several machines meet: that of machine 0.", metavar="HOST[:PORT]"),
 ]
 WaitForMachines = Annotated[
     str, typer.Option("--wait-for-machines", help="How long machines wait for each other.", metavar="TIME")
@@ -101,8 +101,8 @@ Hardware = Annotated[
     str | None,
     typer.Option("--for", help='Plan for other hardware: "8x A100-80GB", "1x RTX 4090, 64GB host", "cpu".'),
 ]
-NumRows = Annotated[int | None, typer.Option("--rows", help="Plan without data: the number of train rows ...")]
-NumTokens = Annotated[int | None, typer.Option("--tokens", help="... and of tokens in each.")]
+NumRows = Annotated[int | None, typer.Option("--rows", help="Plan without data: number of train rows (with --tokens).")]
+NumTokens = Annotated[int | None, typer.Option("--tokens", help="Plan without data: tokens per row (with --rows).")]
 HourlyPrice = Annotated[
     str | None, typer.Option("--price", help="Price of one device per hour: 2.5 or '2.5 USD'.", metavar="PRICE")
 ]

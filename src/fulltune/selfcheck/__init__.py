@@ -96,7 +96,7 @@ def flash_attention_2(device: str) -> CheckOutcome:
     from transformers import utils
 
     if device != "cuda":
-        raise NotHere("needs a GPU of NVIDIA or AMD")
+        raise NotHere("needs an NVIDIA or AMD GPU")
     if not utils.is_flash_attn_2_available():  # type: ignore[attr-defined]  # exported lazily
         raise NotHere("the package flash-attn is not installed")
     return compare(device, "flash_attention_2", "bf16")
@@ -267,7 +267,7 @@ CHECKS: tuple[tuple[str, str, Callable[[str], CheckOutcome]], ...] = (
     ("attention", "sdpa, as torch chooses, against eager", partial(sdpa, backend=None)),
     *(("attention", f"sdpa {kind} against eager", partial(sdpa, backend=kind)) for kind in BACKENDS),
     ("attention", "flash_attention_2 against eager", flash_attention_2),
-    ("memory", "planned bytes against measured ones, AdamW on 6 M parameters", planned_bytes),
+    ("memory", "planned against measured bytes, AdamW on 6 M parameters", planned_bytes),
     ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", all_reduce),
 )
 

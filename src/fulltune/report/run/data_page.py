@@ -100,7 +100,8 @@ def about_labels(errors: LabelErrors, of_rows: int) -> str:
     some = "" if errors.judged_rows == of_rows else f" of {of_rows:,}, drawn at random"
     text = (
         f"Linear classifiers on the untouched model judged the labels of {errors.judged_rows:,} train rows{some}, each "
-        f"row by a classifier that had not seen it. They agree with {format_percent(errors.agreement)} of the labels. "
+        "row by a classifier that was not fitted on it. They agree with "
+        f"{format_percent(errors.agreement)} of the labels. "
         f"To measure their reliability, {counted(errors.planted, 'row')} got a wrong label on purpose."
     )
     doubt = (
