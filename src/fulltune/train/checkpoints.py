@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GUARD = "guard.json"
-"""File with the state of the step guard and the trainer's parts."""
 STATE = "trainer_state.json"
 WEIGHTS = "model.safetensors"
 _DIGEST_VALUES = 64

@@ -17,11 +17,10 @@ from fulltune.records.training import Outcome
 from fulltune.train.request import Request, attempt_folders
 
 PHASE_FILE = "phase"
-"""File with the attempt's phase, which the parent reads if the process is killed."""
 HEARTBEAT = "heartbeat"
-"""File to which rank 0 writes the number of completed steps at each heartbeat."""
+"""File with the number of completed steps, which rank 0 rewrites."""
 NEXT = "next attempt"
-"""Event with which the parent records why it starts another attempt."""
+"""Event with which the parent records why another attempt starts."""
 PROBING = "fitting a linear probe of the pretrained model"
 CHECKS, TRAINING = "checking, with one dry-run step at the longest length", "training"
 SCORING = "scoring the eval rows before step 1"
@@ -52,6 +51,7 @@ class Journal:
         self.phase: Phase = "loading"
 
     def at(self, phase: Phase) -> None:
+        """Set the current phase and write it to the phase file."""
         if phase == self.phase:
             return
         self.phase = phase

@@ -19,11 +19,11 @@ class Request(Record):
     plan: Plan
     attempt: int
     checkpoint: str | None
-    """Checkpoint to resume from; None starts from the pretrained weights."""
+    """Checkpoint to resume from, or None."""
     parent_pid: int | None
     """Process id of the parent, with which the worker ends."""
     probe: bool = False
-    """Stop after the dry-run step and write only the outcome: no weights, no checkpoint, no model."""
+    """True to stop after the dry run and write only the outcome."""
     dry_run: bool = True
     """False if an attempt with the same shapes has passed the dry run."""
 

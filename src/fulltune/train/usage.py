@@ -23,12 +23,12 @@ class ResourceUsage:
     meter: Meter | None = None
     forecast: TimeNeed | None = None
     tokens_per_second: float = 0.0
-    """Training speed so far; in a measuring attempt, the forecast speed."""
+    """Training speed so far; in a measuring attempt, the forecast."""
     dry_run_growth_bytes: int = 0
     dry_run_loss: float | None = None
     disk_bytes: int = 0
     memory_growth_per_process: tuple[int, ...] = ()
-    """Memory growth in bytes of each rank at the end of training."""
+    """Memory growth in bytes by rank, at the end of training."""
 
     def measure(self, device: str, writes: bool) -> None:
         """Start measuring memory, after importing libraries that the first evaluation would import."""

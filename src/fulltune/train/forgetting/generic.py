@@ -31,10 +31,10 @@ from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 
 TOP_TOKENS = 64
-"""Most likely next tokens whose pretrained probabilities are stored; all other tokens count as one."""
+"""Most likely next tokens whose probabilities are stored; all others count as one token."""
 _MIN_REST = 1e-6
 _MAX_LOGITS = 2**24
-"""Most logits of replayed text in one pass: 64 MiB."""
+"""Most logits in one pass: 64 MiB."""
 
 
 class DriftMonitor(TrainingPart):
@@ -64,6 +64,7 @@ class DriftMonitor(TrainingPart):
         return min(MOST_TOKENS, (position_limit(model.config) or MOST_TOKENS) - virtual_tokens_of(model))
 
     def text_of(self, texts: Sequence[str]) -> GenericText:
+        """Tokenise texts for this model."""
         plan, writes = self.inputs.plan, self.inputs.summary.form.reads_any_text
         # Not above the eval batch size, which falls when an evaluation runs out of memory.
         batch = min(BATCH if writes else STATES_BATCH, plan.eval_batch_size)
@@ -187,6 +188,7 @@ class Replay(TrainingPart):
                 (loss if scaler is None else scaler.scale(loss)).backward()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Adjust the loss weight to the measured drift."""
         plan, step = self.inputs.plan, state.global_step
         if step % plan.generic.steer_steps or step >= plan.total_steps or (drift := self.monitor.read()) is None:
             return

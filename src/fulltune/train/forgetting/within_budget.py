@@ -103,6 +103,7 @@ def _choose_and_certify(
     score: Callable[[Sequence[Row]], float],
     opening_times: tuple[str, ...],
 ) -> BudgetResult:
+    """Choose the best point within the budget, and measure its drift on sealed texts."""
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None
@@ -157,6 +158,7 @@ def _choose_and_certify(
 
 
 def _sample_eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[Row]:
+    """Return the eval rows, or a fixed sample of `MAX_ROWS` of them."""
     rows = trainer.eval_rows
     if len(rows) <= MAX_ROWS:
         return rows

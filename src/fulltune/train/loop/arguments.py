@@ -89,10 +89,8 @@ _KERNELS = {
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
-"""Modules by attention implementation, one of which must be installed; with `kernels`, transformers loads it from the
-Hub."""
+"""Modules by attention implementation, one of which is needed; with `kernels`, transformers loads it from the Hub."""
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
-"""Packages of trackers with another name than the tracker's."""
 
 
 def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> TrainingArguments:

@@ -29,9 +29,8 @@ from fulltune.train.usage import ResourceUsage
 MEASUREMENTS = 20
 """Measured steps per run."""
 SAMPLED_VALUES = 256
-"""Evenly spaced values sampled from each tensor."""
 LOW_IN_A_ROW = 3
-"""Consecutive measurements below `EATEN` that trigger a warning."""
+"""Consecutive measurements below `EATEN` that cause a warning."""
 
 
 @dataclass(eq=False)
@@ -41,7 +40,6 @@ class Recorder:
     path: Path | None
     """File to append to; None except on rank 0."""
     listener: Listener | None = None
-    """Function that receives each event, for example to display it."""
     started: float = field(default_factory=time.monotonic)
 
     def write(self, event: Event) -> None:
@@ -76,6 +74,7 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
+        """Call `begin`, then record the start of training."""
         self.begin()
         self.recorder.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))
@@ -88,6 +87,7 @@ class Progress(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: object,
     ) -> None:
+        """Record a logged step with speed and remaining time."""
         if not state.is_world_process_zero or not logs or "loss" not in logs or self.first is None:
             return
         began, first_step, first_tokens = self.first
@@ -119,6 +119,7 @@ class Progress(TrainerCallback):
     on_substep_end = on_step_end = on_save = on_step_begin
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Record an evaluation's metrics."""
         self.journal.alive(state.global_step)
         if not state.is_world_process_zero:
             return
@@ -144,6 +145,7 @@ class Checkpoints(TrainerCallback):
             control.should_save = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Stop training early if the eval metric no longer improves."""
         if self.is_over(state):
             metric, patience = self.request.plan.metric, self.request.recipe.train.early_stopping_patience
             self.journal.write("early stop", f"no better {metric} in {patience} evaluations")
@@ -161,6 +163,7 @@ class Checkpoints(TrainerCallback):
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Seal the new checkpoint, then delete old ones."""
         with self.journal.during("saving"):
             if args.world_size > 1:
                 torch.distributed.barrier()  # each rank writes its own random state
@@ -188,6 +191,7 @@ class StopOnRequest(TrainerCallback):
         return any_asked
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Save and stop if any rank was asked to."""
         # The evaluation before step 1 has no step to save.
         if state.global_step and self.any_asked(args):
             control.should_save = True
@@ -207,6 +211,7 @@ class UpdateMeter(TrainerCallback):
     _eaten: int = 0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Sample the weights if this step is measured."""
         step, total = state.global_step + 1, self.plan.total_steps
         # Only after the learning rate has risen from 0.
         is_measured = step % max(1, total // MEASUREMENTS) == 0 and step >= min(self.plan.warmup_steps + 2, total // 2)
@@ -214,6 +219,7 @@ class UpdateMeter(TrainerCallback):
             self._before = _sample_weights(self.trainer.model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Record how the sampled weights changed."""
         before, self._before = self._before, {}
         if not before or state.global_step in self.trainer.guard_history.skipped or not state.is_world_process_zero:
             return
@@ -247,6 +253,7 @@ def compare_updates(step: int, before: dict[str, torch.Tensor], after: dict[str,
 
 
 def _sample_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy evenly spaced values of each trained weight, by name, except token embeddings."""
     # Without token embeddings, of which a step updates only the rows of tokens that it read.
     sharding.reshard(model)
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()

@@ -34,8 +34,8 @@ def rows_in(batch: Mapping[str, object]) -> int:
 class Guarded:
     """Mixin for a `Trainer` that skips a bad update, or stops training before it.
 
-    A callback cannot prevent an update. Skipping frees the gradients, so the optimizer's moments do not change either.
-    DeepSpeed updates inside its backward pass, so each loss is judged before that pass, and no step is skipped.
+    Skipping frees the gradients, so the optimizer's moments do not change either. DeepSpeed updates inside its backward
+    pass, so each loss is judged before that pass, and no step is skipped.
 
     Put it before your own Trainer. It raises `Diverged` when skipping does not help:
 
@@ -54,15 +54,15 @@ class Guarded:
     tensors_with_gradient: frozenset[str] = frozenset()
     largest_grad_norm: float | None = None
     first_loss: float | None = None
-    """Loss of the first step of this training, before its update."""
+    """Loss of the first step, before its update."""
     last_losses: tuple[float, ...] = ()
     guard_history: StepHistory = StepHistory()
     skips: bool = True
-    """If True, suspect steps are skipped; if False, only non-finite ones."""
+    """If True, suspect steps are skipped; else only non-finite ones."""
     batches: Sequence[Mapping[str, object]] = ()
     _losses: torch.Tensor | float = 0.0
     usual_loss: float = 0.0
-    """Loss of the last step that was not skipped; it is logged instead of a non-finite loss."""
+    """Loss of the last clean step, logged instead of a non-finite one."""
 
     _has_trained: bool = False
 

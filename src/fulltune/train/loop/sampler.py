@@ -13,15 +13,15 @@ import numpy as np
 
 POOL = 50
 """Global batches whose rows are sorted by length together, as in transformers. Banking77 in batches of 32 has 6.6 %
-padding (pool of 20: 11.7 %, 100: 4.1 %, random order: 65 %); a larger pool makes the order less random."""
+padding (pool of 20: 11.7 %, 100: 4.1 %, random order: 65 %)."""
 
 
 @dataclass(frozen=True)
 class MixedSource:
-    """A source of mixed-in rows, some of which are used in each epoch."""
+    """A source of mixed-in rows, some of which each epoch uses."""
 
     rows: range
-    """Row numbers of the source; they follow the task's rows."""
+    """Row numbers, after the task's rows."""
     rows_per_epoch: int
 
     def drawn(self, seed: int, epoch: int) -> list[int]:
@@ -32,12 +32,12 @@ class MixedSource:
         drawn: list[int] = []
         while start < end:
             round_, first = divmod(start, size)
-            part = self._shuffled(seed, round_)[first : first + end - start]
+            part = self._shuffled_rows(seed, round_)[first : first + end - start]
             drawn += part.tolist()
             start += len(part)
         return drawn
 
-    def _shuffled(self, seed: int, round_: int) -> np.ndarray:
+    def _shuffled_rows(self, seed: int, round_: int) -> np.ndarray:
         # An array: a generic source may have far more rows than the task.
         name = f"{seed}:from {self.rows.start}:{round_}".encode()
         # RandomState gives the same numbers in all versions of NumPy, which resuming needs.

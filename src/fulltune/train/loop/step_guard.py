@@ -16,17 +16,16 @@ from fulltune.text import format_seconds, parse_seconds
 BASELINE_WINDOW = 64
 """Number of clean steps that a step is compared with; twice as many detect half as well while the loss falls fast."""
 MIN_CLEAN_STEPS = 32
-"""With fewer clean steps than this, only non-finite values are suspect."""
+"""With fewer clean steps, only non-finite values are suspect."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
-"""A norm and a loss are outliers if they are this many robust standard deviations above the median."""
+"""Norm and loss are outliers this many robust standard deviations above the median."""
 MIN_NORM_SPREAD = 0.15
-"""Smallest assumed standard deviation of the norm's logarithm; three of them are 1.6 times the median."""
+"""Smallest assumed standard deviation of the norm's logarithm."""
 MIN_LOSS_SPREAD = 0.05
-"""Smallest assumed standard deviation of the loss, as a share of its start: once the loss is near 0, a hard row is no
-spike."""
+"""Smallest assumed standard deviation of the loss, as a share of its start: near a loss of 0 a hard row is no spike."""
 RECENT_STEPS, STAY_SCORE = 20, 5.0
-"""A run stops if the median of its last `RECENT_STEPS` losses is `STAY_SCORE` standard deviations above the baseline,
-and none of them is below it."""
+"""A run stops if the median of the last `RECENT_STEPS` losses is `STAY_SCORE` standard deviations above the baseline,
+and all are above it."""
 MIN_RISE = 0.1
 """Smallest rise for such a stop, as a share of the loss at the start."""
 MAX_NON_FINITE = 3
@@ -34,7 +33,7 @@ MAX_NON_FINITE = 3
 MAX_SKIPPED = 5
 """Skipped steps among the last `RECENT_STEPS` that stop a run."""
 MAD = 1.4826
-"""Factor from the median absolute deviation to the standard deviation of normal values."""
+"""Factor from the median absolute deviation to the standard deviation."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class StepHistory:
     losses: tuple[float, ...] = ()
     """Losses of the last clean steps, oldest first."""
     log_norms: tuple[float, ...] = ()
-    """Natural logarithms of the last clean steps' gradient norms; a step without a norm adds none."""
+    """Logarithms of the last clean steps' gradient norms."""
     first: float | None = None
-    """Median loss of the first `MIN_CLEAN_STEPS` clean steps. If it is 0, later losses are not judged."""
+    """Median loss of the first `MIN_CLEAN_STEPS` clean steps; if it is 0, later losses are not judged."""
     skipped: tuple[int, ...] = ()
     most_rows: float = 0.0
     """Most rows of a step so far, per process."""
@@ -202,7 +201,6 @@ def short_notice_warning(notice: str | None, stop_seconds: float) -> str | None:
 
 
 ROLLBACK_RATE_FACTOR = 0.5
-"""Factor by which each rollback reduces the learning rate, except a first one to a checkpoint."""
 
 
 def rate_factor(rollbacks: Sequence[int]) -> float:

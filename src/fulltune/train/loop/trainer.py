@@ -59,7 +59,7 @@ def collated(
 
 
 class TrainingPart(TrainerCallback):
-    """A Trainer callback with four more hooks; `_parts` in `train/worker/attempt.py` lists all parts of a training."""
+    """A Trainer callback with four more hooks; `_create_parts` in `worker/attempt.py` lists them all."""
 
     def add_gradient(self) -> None:
         """Add gradients before the first micro batch of a step."""
@@ -86,9 +86,8 @@ class FullTrainer(Guarded, Trainer):
     """
 
     head: SelectiveHead | None = None
-    """Makes the model compute only the logits that the loss uses; None computes all."""
+    """Makes the model compute only logits that the loss uses; None computes all."""
     parts: Sequence[TrainingPart] = ()
-    """Parts of the training, in the order in which they act."""
 
     def __init__(
         self,
@@ -148,6 +147,7 @@ class FullTrainer(Guarded, Trainer):
         return cast("Sequence[Row]", self.eval_dataset)
 
     def add_parts(self, parts: Sequence[TrainerCallback]) -> None:
+        """Add callbacks; `TrainingPart`s among them also get their other hooks."""
         self.parts = [*self.parts, *(part for part in parts if isinstance(part, TrainingPart))]
         for part in parts:
             self.add_callback(part)
@@ -213,6 +213,7 @@ class FullTrainer(Guarded, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
+        """Train on one micro batch; at the start of a step, the parts add gradients first."""
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()
@@ -262,6 +263,7 @@ class FullTrainer(Guarded, Trainer):
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
     def load_weights(self, checkpoint: Path) -> None:
+        """Load a checkpoint's weights, sharded or not."""
         if self.is_deepspeed_enabled:
             zero.load_weights(self.model_wrapped, checkpoint)
         elif fsdp2.is_in(checkpoint):

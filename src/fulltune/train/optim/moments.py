@@ -23,18 +23,18 @@ State = dict[str, Tensor]
 
 GROUP = 128
 SMALL = 4096
-"""Tensors with fewer values keep fp32 moments instead of 8 bits: norms and biases, 0.1 % of a model."""
+"""Tensors with fewer values keep fp32 moments: norms and biases, 0.1 % of a model."""
 _FIRST_TOP, _SECOND_TOP = 126.99, 254.99
 """Largest codes; with noise below 1 they stay below 128 and 256."""
 _SHIFT = 128.0
-"""Offset that stores second-moment codes 0 to 255 as int8: fp32 converts five times as fast to int8 as to uint8."""
+"""Offset of second-moment codes stored as int8: fp32 converts to it five times as fast as to uint8."""
 _TINY = torch.finfo(torch.float32).tiny
 _MIN_SCALE = 1e-30
 
 
 class Noise:
     """Random numbers for rounding that depend only on seed, step and position. They come from a table, because drawing
-    them would take longer than the whole update."""
+    them takes longer than an update."""
 
     def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
         self._seed = seed

@@ -1,7 +1,7 @@
-"""AdamW with moments in 32, 16 or 8 bits (`adamw_bf16`, `adamw_8bit`), in eager torch for CPU and CUDA.
+"""AdamW with moments in 32, 16 or 8 bits (`adamw_bf16`, `adamw_8bit`) for CPU and CUDA.
 
-Updates are computed in fp32 on slices of a fixed size; each rank updates its shards. bf16 weights are rounded
-stochastically, to nearest, or to nearest with the rounding error added to the next update (kahan).
+Updates are computed in fp32 on slices of a fixed size. bf16 weights are rounded stochastically, to nearest, or to
+nearest with the rounding error added to the next update (kahan).
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from fulltune.train.optim.moments import Format, Noise
 Rounding = Literal["stochastic", "kahan", "nearest"]
 
 CPU_SLICE = 2**16
-"""Values per slice on a CPU: 1.3 MiB of buffers fit into a core's cache; the noise is 8 MiB."""
+"""Values per slice on a CPU: 1.3 MiB of buffers fit into a core's cache."""
 GPU_SLICE = 2**20
-"""Values per slice on a GPU, with 20 MiB of buffers and 16 MiB of noise: fewer kernel launches."""
+"""Values per slice on a GPU, where larger slices need fewer kernel launches: 20 MiB of buffers."""
 _GROUP_KEYS = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
 _WEIGHT, _FIRST, _SECOND = range(3)
-"""Numbers that give each purpose noise of its own."""
 
 
 def settings(optim: str, rounding: Rounding | None, seed: int) -> dict[str, Any] | None:

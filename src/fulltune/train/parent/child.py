@@ -117,7 +117,7 @@ def _determine_outcome(
 
 
 _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
-"""Kinds of lost machines; an earlier kind can be the cause of a later one."""
+"""Kinds of lost machines; an earlier kind can cause a later one."""
 
 
 def _explain_lost_machine(part: LostMachine) -> tuple[OutcomeStatus, str]:

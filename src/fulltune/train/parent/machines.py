@@ -36,7 +36,7 @@ from fulltune.train.parent.child import forwarding_signals
 from fulltune.train.request import Request
 
 GRACE_SECONDS = 30.0
-"""Seconds that this machine's processes have to end after another machine's have ended."""
+"""Seconds in which this machine's processes must end after another's."""
 _CHECKING = "looking at this machine and the recipe's files"
 
 
@@ -132,6 +132,7 @@ class MachineGroup:
         )
 
     def _is_ready(self, heard: Peer) -> bool:
+        """Return whether a machine answers; raises its error if it has ended."""
         is_silent = heard.silent_seconds > 4 * machines.HEARTBEAT_SECONDS
         if not heard.answers(self._sign.record.token) or is_silent or heard.member is None:
             return False
@@ -192,6 +193,7 @@ class _AttemptOnAllMachines:
         self.lost: list[LostMachine] = []
 
     def poll(self) -> int | None:
+        """Return the exit code once the attempt has ended on all machines, else None."""
         code: int | None = self._child.poll()
         for heard, instance in list(self._running.items()):
             is_over, lost = _status_elsewhere(heard, self._attempt, instance)

@@ -24,9 +24,9 @@ from fulltune.train.request import Request
 MARGIN = 0.03
 """Relative difference of times that is only noise."""
 MIN_SECONDS_TO_COMPILE = 600.0
-"""Shortest run in seconds that regains the minute or two of compiling."""
+"""Shortest run that regains the minute or two of compiling."""
 _DERIVED = ("gradient accumulation", "evaluate.batch_size")
-"""Settings that follow from the micro batch and keep their reason."""
+"""Settings that follow from the micro batch."""
 
 
 # ---- what is measured, and the choice: pure functions ------------------------------------------------------------
@@ -90,6 +90,7 @@ def compilations(recipe: Recipe, best: MeasuredSetting, missing: str | None) -> 
 
 
 def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
+    """Return the first row that is within `MARGIN` of the fastest fitting one, or None."""
     fitting = [row for row in rows if not row.problem]
     least = min((row.train_seconds for row in fitting), default=0.0)
     return next((row for row in fitting if row.train_seconds <= least * (1 + MARGIN)), None)
@@ -141,6 +142,7 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
 
 
 def measured(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
+    """Add an attempt's measurements to a row, or the problem that it had."""
     forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
         problem = f"memory ran out: {problem}"

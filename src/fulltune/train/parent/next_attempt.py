@@ -15,7 +15,7 @@ from fulltune.text import format_bytes
 from fulltune.train.loop.step_guard import rate_factor
 
 MAX_UNCHANGED: dict[OutcomeStatus, int] = {"hung": 1, "killed": 4, "lost": 20}
-"""How often a command resumes with an unchanged plan, by status; preemptible machines are often lost."""
+"""Most resumes with an unchanged plan, by status; preemptible machines are often lost."""
 _MARK = "; memory ran out"
 _WHERE: dict[Phase | None, str] = {
     None: "",
@@ -27,7 +27,7 @@ _WHERE: dict[Phase | None, str] = {
 }
 _MIN_REPORTED_BYTES = 2**20
 _MIN_GROWTH_BYTES = 64 * 2**20
-"""Memory growth in bytes below which only libraries have allocated."""
+"""Memory growth that libraries alone cause."""
 _NO_SECOND_ATTEMPT = "with functions of your own, training runs in this process, which allows no second attempt"
 
 
@@ -171,12 +171,12 @@ def fallbacks(
         if refusal := lever.refusal(recipe, plan):
             yield lever.name, None, refusal
             continue
-        options = [_with_eval_batch(plan, changes) for changes in lever.apply(recipe, plan)]
+        options = [_scale_eval_batch(plan, changes) for changes in lever.apply(recipe, plan)]
         changes = next((option for option in options if fits(option)), options[-1])
         yield lever.name, changes, lever.done.format(now=plan, **changes)
 
 
-def _with_eval_batch(plan: Plan, changes: Changes) -> Changes:
+def _scale_eval_batch(plan: Plan, changes: Changes) -> Changes:
     # The eval batch falls with the micro batch: it is twice as large by default.
     size = changes.get("micro_batch_size")
     if size is None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 ONE_MACHINE = ("listen", "127.0.0.1:0")
-"""Role and endpoint on one machine: a free port of the loopback."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Trains one trial in as many attempts as it takes."""
+"""Trains a trial in as many attempts as it takes."""
 
 from __future__ import annotations
 

@@ -22,15 +22,15 @@ from fulltune.train.request import Request
 
 _JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
-"""glibc settings on a CPU that merge freed small blocks at once: a 58 M Llama with activation checkpointing peaked at
-1.63 GB instead of 2.13 (docs/concepts/memory.md)."""
+"""glibc settings that merge freed small blocks at once: a 58 M Llama with activation checkpointing peaked at 1.63 GB
+instead of 2.13 (docs/concepts/memory.md)."""
 FSDP2_ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.arena_max=1"
-"""glibc settings for FSDP2 that return blocks from 4 MiB to the system and give threads no heaps: a 39 M Llama on two
-ranks peaked at 745 MB instead of 1,020 to 1,100, in steps 15 and 23 % longer."""
+"""glibc settings that return blocks from 4 MiB on and give threads no heaps: a 39 M Llama on two ranks peaked at 745 MB
+instead of 1,020 to 1,100, in steps 15 and 23 % longer."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Limits of how many kernels oneDNN and PyTorch cache (both variables are needed): the default of 1,024 took 280 MiB
-for 57 lengths in bf16; a step needs fewer than 64."""
+"""Limits of the kernels that oneDNN and PyTorch cache per shape: the default of 1,024 took 280 MiB for 57 lengths in
+bf16; a step needs fewer than 64."""
 
 
 LAUNCHER = ranks.__name__  # starts several processes
@@ -47,7 +47,7 @@ class WorkerProcess(Protocol):
 
 
 Starter = Callable[[Request, Path], WorkerProcess]
-"""Starts a request's worker, which writes to a log file."""
+"""Starts a worker, which writes to a log file."""
 
 
 def in_new_process(request: Request, log: Path, meeting: MachineAddress | None = None) -> WorkerProcess:
@@ -64,6 +64,7 @@ def in_new_process(request: Request, log: Path, meeting: MachineAddress | None =
 
 
 def command(request: Request, file: Path, meeting: MachineAddress | None = None) -> list[str]:
+    """Return the command that starts this machine's workers."""
     worker = ["-m", "fulltune.train.worker.main", str(file)]
     processes = request.plan.num_processes
     torchrun = [sys.executable, "-m", LAUNCHER]
@@ -81,6 +82,7 @@ def command(request: Request, file: Path, meeting: MachineAddress | None = None)
 
 
 def environment(request: Request) -> dict[str, str]:
+    """Return the workers' environment variables."""
     # A file in the user's folder must not shadow a library of the same name.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
     # DeepSpeed installs ninja, which torch compiles with, beside a Python that may not be in PATH.

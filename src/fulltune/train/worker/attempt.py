@@ -55,7 +55,7 @@ def train(inputs: AttemptInputs) -> Fields:
         checkpoints=Checkpoints(inputs.request, inputs.journal, inputs.usage),
         checks=[],
     )
-    trainer.add_parts(_parts(training))
+    trainer.add_parts(_create_parts(training))
     # bf16 weights compute in bf16 without autocast; LoRA's layers then need their own casts.
     autocast = plan.precision != "fp32" and plan.weights_dtype == "fp32"
     with methods.without_casts(loaded.applied, autocast):
@@ -67,7 +67,7 @@ def train(inputs: AttemptInputs) -> Fields:
     return {"reason": "probed", "checks": tuple(training.checks)}
 
 
-def _parts(training: Training) -> list[TrainerCallback]:
+def _create_parts(training: Training) -> list[TrainerCallback]:
     inputs, trainer = training.inputs, training.trainer
     return [
         Progress(
@@ -168,6 +168,7 @@ def _run_checks(training: Training) -> None:
 
 
 def _run_trainer(training: Training) -> tuple[TrainerState, torch.optim.Optimizer]:
+    """Train from the start or the checkpoint; returns the last state and the optimizer."""
     inputs, trainer, request = training.inputs, training.trainer, training.inputs.request
     inputs.journal.at("step" if request.checkpoint is None else "resuming")
     if request.checkpoint is not None:

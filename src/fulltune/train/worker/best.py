@@ -14,7 +14,7 @@ from fulltune.train.loop.trainer import FullTrainer
 
 Fields = dict[str, Any]
 FALLING = ("linear", "cosine", "polynomial")
-"""Schedules whose learning rate ends near 0."""
+"""Schedules that end near a rate of 0."""
 
 
 def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) -> Fields:
@@ -22,7 +22,7 @@ def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) 
     `Outcome`."""
     best, best_metric = state.best_global_step, state.best_metric
     if not inputs.recipe.train.load_best_model_at_end:
-        return _last_weights(inputs, state)
+        return _fields_of_last_weights(inputs, state)
     if best is None or best == state.global_step:
         return {"best_step": state.global_step, "best_metric": best_metric}
     if as_good := _last_weights_if_as_good(inputs, state):
@@ -33,12 +33,12 @@ def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) 
         warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
         inputs.journal.write("best weights lost", warning)
         inputs.recorder.warn(warning)
-        return _last_weights(inputs, state)
+        return _fields_of_last_weights(inputs, state)
     trainer.load_weights(folder)
     return {"best_step": best, "best_metric": best_metric}
 
 
-def _last_weights(inputs: AttemptInputs, state: TrainerState) -> Fields:
+def _fields_of_last_weights(inputs: AttemptInputs, state: TrainerState) -> Fields:
     name = f"eval_{inputs.plan.metric}"
     scored = [entry[name] for entry in state.log_history if name in entry and entry["step"] == state.global_step]
     return {"best_step": state.global_step, "best_metric": scored[-1] if scored else None}

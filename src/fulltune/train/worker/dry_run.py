@@ -33,7 +33,7 @@ from fulltune.train.worker import distributed
 
 _PLAIN = (bool, int, float, str, torch.Tensor)
 _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
-"""Attributes that accelerate sets on a model that it prepares."""
+"""Attributes that accelerate sets on a model."""
 
 
 def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[RowSubset], object]) -> list[Check]:
@@ -157,9 +157,9 @@ Positions = Sequence[int]
 MAX_COUNTED_ROWS = 200_000
 """Most rows whose work is computed; later steps are extrapolated."""
 LOOP_SECONDS = 0.002
-"""Seconds per step for transformers' loop and a log line, measured with a tiny model."""
+"""Seconds per step for transformers' loop and a log line."""
 SAMPLE_BYTES = 2**25
-"""Bytes written to measure the speed of the disk."""
+"""Bytes written to measure the disk's speed."""
 
 
 def works(shapes: np.ndarray, quadratic: float) -> np.ndarray:

@@ -22,7 +22,7 @@ from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 from fulltune.train.worker import distributed
 
 MAX_COUNTS = 8
-"""Numbers per eval row that a checkpoint may contain."""
+"""Most numbers per eval row in a checkpoint."""
 MIN_ROWS = 30
 """Fewer eval rows give no useful standard error."""
 
@@ -88,6 +88,7 @@ class Evaluator(TrainingPart):
         return max(measured or 0.0, inputs.task.chance_loss(inputs.summary, weights))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Raise Spiked if the loss has diverged."""
         if self.inputs.has_own_loss or "loss" not in event["logs"]:
             return
         decision = diverged(logged(state, "loss"), self.inputs.highest_rate, self.untrained_loss)
@@ -96,6 +97,7 @@ class Evaluator(TrainingPart):
             raise Spiked(decision.reason, steps[decision.readings - 1] + 1 if decision.readings else 1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Compare the eval rows' scores with those before step 1."""
         inputs, predictions = self.inputs, self._predictions
         self._predictions = {}
         if inputs.has_own_loss or inputs.summary.splits["eval"].rows < MIN_ROWS:

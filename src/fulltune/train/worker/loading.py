@@ -182,13 +182,13 @@ class LoadedModel:
     objective: Objective
     head: HeadOrigin | None
     head_start: Probe | None
-    """The linear probe that a new head starts from."""
+    """The linear probe from which a new head starts."""
     scaled: ScaledHead | None
     """The last layer, if it learns numbers in units of their spread."""
     scale_note: str | None
     """A note on these units, or on why they are not used; None if no numbers are learned."""
     base_digest: str | None
-    """Digest of the pretrained weights, or None if they are sharded by ZeRO."""
+    """Digest of the pretrained weights, or None if ZeRO shards them."""
 
 
 def load_for_training(inputs: AttemptInputs) -> LoadedModel:

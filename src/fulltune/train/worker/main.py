@@ -1,5 +1,4 @@
-"""Entry point of an attempt: `python -m fulltune.train.worker.main request.json`, or `run` in the parent's process if
-the user supplies the loss."""
+"""Entry point of an attempt: `python -m fulltune.train.worker.main request.json`."""
 
 from __future__ import annotations
 
