@@ -183,7 +183,7 @@ def expect(context: Context) -> Expectation:
 
 
 def _plan_design(context: Context) -> Expectation:
-    """Choose the design that fits into the budget, whose speeds a short trial measures first."""
+    """Choose the design that fits into the budget, after measuring the speed in a short trial."""
     block, splits = context.recipe.compare, context.summary.splits
     steps = context.setup(context.full.label).plan.total_steps
     context.note_time("preparation")
@@ -259,7 +259,8 @@ def _runs_at_current_rates(search: Search, trials: Sequence[Trial]) -> int:
 
 
 def pace(context: Context) -> tuple[dict[str, float], float]:
-    """Return actual divided by planned time: of steps by method (empty name: over all), and of everything else."""
+    """Return ratios of actual to planned time: for steps by method (empty name: all methods), and for everything
+    else."""
     took: defaultdict[str, float] = defaultdict(float)
     for entry in lines_of(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]

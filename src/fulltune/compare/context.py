@@ -93,7 +93,7 @@ class Context:
 
     @cached_property
     def scale(self) -> Scale:
-        """Return how the eval rows measure a trial, with windows of one question as one row."""
+        """Return the eval metric's direction and number of rows. Windows of one question count as one row."""
         num_rows = self.summary.splits["eval"].rows
         if self.summary.form.has_windows:
             num_rows = len({row[PLACE] for row in texts(self.folder / "data" / "eval")})

@@ -133,7 +133,7 @@ def _forecast_search(context: Context) -> Expectation:
 
 
 def _with_searched_rate(recipe: Recipe, searched: Searched) -> Recipe:
-    """Return the recipe with the rate that was found instead of a search."""
+    """Return the recipe with the searched rate in place of the search."""
     method = {
         "method.learning_rate": searched.rate.chosen,
         "method.learning_rates": None,

@@ -5,8 +5,6 @@ from the recipe.
 
 """
 
-# `tried` and `whole` map rates to eval metrics of short trials and whole runs. A recipe's own grid is not extended.
-
 from __future__ import annotations
 
 import math
@@ -78,7 +76,7 @@ def search_trial(method: str, rate: float, share: float, seed: int) -> Trial:
 
 
 def final_trial(method: str, rate: float, seed: int, *, check: bool = False) -> Trial:
-    """Return a whole run; `check` marks a rate that is not the chosen one."""
+    """Return the trial of a whole run; `check` marks a rate that is only tried."""
     name = f"{method}-rate{rate:g}-seed{seed}" if check else f"{method}-seed{seed}"
     return Trial(name=name, method=method, learning_rate=rate, seed=seed)
 

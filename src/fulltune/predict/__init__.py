@@ -168,7 +168,7 @@ class Predictor:
 
 
 def load(run: Path, method: str | None = None) -> Predictor:
-    """Load a model folder, or a run's model: of `method`, else the only or the recommended one."""
+    """Load the model of a model folder, or of a run: `method`'s, else the only or recommended one."""
     folder = choose(run, method)[0]
     notes = folders.notes_of(folder)
     base = Base.of(ModelBlock(name=str(folder.resolve())), notes["task"])

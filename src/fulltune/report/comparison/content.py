@@ -219,7 +219,7 @@ def _full_row(comparison: Comparison) -> MethodRow | None:
 
 
 def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
-    """Return the plots of quality against time and operations that have measured costs."""
+    """Return a plot of quality against each measured cost: training time and operations."""
     full, write, drawn = _full_row(comparison), Writer.of(comparison.decision), list[CostPlot]()
     for cost, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
         if (whole := getattr(full, field, 0.0)) <= 0:
