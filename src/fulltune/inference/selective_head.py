@@ -104,7 +104,7 @@ def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def verified(model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]) -> tuple[SelectiveHead | None, str]:
-    """Return a selective head, or None if its logits differ from the whole model's on a few tokens; and the reason.
+    """Return a selective head (None if its logits differ from the whole model's on a few tokens), and the reason.
 
     `batch` is collated and on the model's device.
     """
@@ -136,7 +136,7 @@ def verified(model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]) ->
 
 
 def as_its_attention_can(model: nn.Module, kind: str) -> torch.autocast:
-    """Return an autocast that is off, unless flash attention needs a 16-bit dtype: full precision shows more."""
+    """Return a disabled autocast, because full precision shows more, or a bf16 one for flash attention."""
     import torch
 
     if "flash" not in (getattr(getattr(model, "config", None), "_attn_implementation", None) or ""):

@@ -187,7 +187,8 @@ class Prompt(nn.Module):
         """True if this pass has virtual tokens in front, and does not continue from a cache."""
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Replace the first of `embeddings[rows, tokens, size]`; a call, so that ZeRO gathers the weight."""
+        """Replace the first `embeddings[rows, tokens, size]` by virtual tokens; a call, for ZeRO to gather the
+        weight."""
         ahead = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat((ahead, embeddings[:, self.size :]), dim=1)
 

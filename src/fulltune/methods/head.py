@@ -75,7 +75,7 @@ def rescale(layer: nn.Linear, shift: float, factor: float) -> None:
 
 
 def rescaled(tensors: Mapping[str, torch.Tensor], shift: float, factor: float) -> dict[str, torch.Tensor]:
-    """Return a layer's `weight` and `bias` as after `rescale`, in their dtypes."""
+    """Return a layer's `weight` and `bias`, changed as by `rescale`, in their dtypes."""
     shifts = {"bias": shift}
     return {
         name: (values.double() * factor + shifts.get(name, 0.0)).to(values.dtype) for name, values in tensors.items()

@@ -226,7 +226,7 @@ def locate(block: ModelBlock) -> Path | None:
 
 @cache
 def _go_offline_without_network() -> None:
-    """Switch the Hub off if its host name cannot be resolved; each file would be tried six times in 30 seconds."""
+    """Go offline if the Hub's host name cannot be resolved: each file would be tried six times, for 30 seconds."""
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT).hostname

@@ -42,7 +42,7 @@ class Shapes(Record):
 
 
 def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[Any], object] | None = None) -> Shapes:
-    """Count a model's parameters on the meta device, without reading weights."""
+    """Measure a model's dimensions on the meta device, without reading weights."""
     import torch
 
     config = base.configured(config_changes)

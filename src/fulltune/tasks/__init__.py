@@ -128,7 +128,7 @@ class Task(Protocol):
     def find_columns(
         self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
     ) -> dict[str, str]:
-        """Return role to column name, by the recipe's `data` block, usual names, or the content of `sample`.
+        """Map each role to a column, by the recipe's `data` block, usual names, or the content of `sample`.
 
         Raises `DataError`, starting with `where`, if a role has no column.
         """
@@ -140,7 +140,7 @@ class Task(Protocol):
         """
 
     def refuse(self, row: Row, target: Target) -> Refused | None:
-        """Return why the row cannot be used for training or scoring, or None."""
+        """Return the reason why a row cannot be used for training or scoring, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
         """Return a key shared by duplicates and by questions about one passage, which stay in one split."""
@@ -205,7 +205,7 @@ class Task(Protocol):
         """Fill in a placeholder for the unknown label or answer, so that `encode` accepts the row."""
 
     def refuse_question(self, row: Row, target: Target) -> Refused | None:
-        """Return why the model cannot answer this row, or None."""
+        """Return the reason why the model cannot answer a row, or None."""
 
     # ---- only tasks with a head on the features: answers come from the output of `reduce` ------------------------
 

@@ -111,7 +111,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return why a row has no text or no conversation with an answer to train, or None."""
+    """Return the reason to drop a row without text or without a trained answer, or None."""
     if "messages" not in target.columns:
         refused = without_text(row, target, *(role for role in target.columns if role != "input"))
         return refused or (not_text(row, target, "input") if "input" in target.columns else None)
@@ -130,7 +130,7 @@ def as_question(row: Row, target: Target) -> Row:
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
-    """Return why a row has no prompt to answer, or None."""
+    """Return the reason to drop a row without a prompt, or None."""
     if "messages" not in target.columns:
         return refuse(row, target)
     try:
@@ -230,7 +230,7 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def with_trained_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
-    """Return the tokenizer to save with a finished model: after training on prompts, with a template for them."""
+    """Return the tokenizer to save with a finished model, whose template writes prompts as they were trained."""
     if "completion" not in target.columns:  # a chat model trained on raw text stays one
         return tokenizer
     tokenizer = copy.copy(tokenizer)
@@ -257,7 +257,7 @@ _PROBES = ("What is 6 x 7?", "Two lines\nof a prompt:", "name[Zizzi], food[Frenc
 
 
 def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None) -> list[int]:
-    """Return the prompt's tokens, not cut, because `generate` cuts them on the left."""
+    """Return the prompt's token ids, uncut because `generate` cuts them on the left."""
     if "messages" not in target.columns:
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
     text = chat.render(tokenizer, _messages_before_answer(row, target), _tools(row, target), add_generation_prompt=True)

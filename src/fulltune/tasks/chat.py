@@ -26,7 +26,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assist
 
 
 def clean(messages: Any) -> list[dict[str, Any]]:
-    """Return messages as `{"role", "content", ...}`, also from ShareGPT's `from` and `value`, without keys of None.
+    """Return messages as `{"role", "content", ...}`, also from ShareGPT's `from` and `value`, without empty keys.
 
     Raises:
         DataError: When `messages` is not a list of messages.
@@ -122,7 +122,7 @@ def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int,
 
 
 def _first_turn_start(tokenizer: Tokenizer, text: str) -> int:
-    """Return where an assistant's first message starts if no prompt precedes it, which templates cannot render."""
+    """Return where the first message starts if it is the assistant's; templates cannot render the prompt before it."""
     question = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, question, None)
     opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)

@@ -262,7 +262,7 @@ def worst(predictions: Predictions, texts: Sequence[str], target: Target, count:
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Return `label`, `probability` and `probabilities` per row; `labels` and `probabilities`; or `value`."""
+    """Answer each row with a label and probabilities, with several labels and probabilities, or with a number."""
     if target.form.is_number:
         return [{"value": value} for value in predictions["logits"][:, 0].tolist()]
     labels = target.labels
@@ -305,7 +305,7 @@ def _is_right(predictions: Predictions, target: Target) -> np.ndarray:
 
 
 def _matches(predictions: Predictions, target: Target) -> np.ndarray:
-    """Return true positive, predicted and expected as 0 or 1, [rows, classes, 3]."""
+    """Return indicators of true positives, predictions and targets, 0 or 1 [rows, classes, 3]."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     if target.form.several_labels:
         guessed, expected = predicted > 0, true > 0
@@ -316,7 +316,7 @@ def _matches(predictions: Predictions, target: Target) -> np.ndarray:
 
 
 def _error_terms(predictions: Predictions) -> np.ndarray:
-    """Return squared error, 1, centred target and its square, [rows, 4]."""
+    """Return each row's squared error, 1, centred target and its square, [rows, 4]."""
     true, predicted = (
         np.asarray(values, np.float64) for values in (predictions["labels"], predictions["logits"][:, 0])
     )

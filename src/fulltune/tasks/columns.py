@@ -38,7 +38,7 @@ class BadCell:
 
 
 def unreadable(row: Mapping[str, object], columns: Mapping[str, str]) -> str | None:
-    """Return why a row with an unreadable cell in a column with a role cannot be used, or None."""
+    """Return the problem if a cell in a column with a role is unreadable, else None."""
     for role, column in columns.items():
         cell = row.get(column)
         if isinstance(cell, BadCell):
@@ -151,7 +151,7 @@ def required(
 def find_columns(
     roles: Sequence[str], columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
 ) -> dict[str, str]:
-    """Return role to column; raise `DataError` if a role has no column, or the column of another role."""
+    """Map each role to its column; raise `DataError` if a role has no column, or shares one with another."""
     by_role: dict[str, str] = {}
     for role in roles:
         by_role[role] = required(role, getattr(data, role), columns, where, by_role.values())
@@ -168,7 +168,7 @@ def shown(columns: Iterable[str]) -> str:
 
 
 def without_text(row: Row, target: Target, *roles: str) -> Refused | None:
-    """Return why one of the roles' columns has no text in this row, or None."""
+    """Return the reason to drop a row that lacks text in one of the roles' columns, or None."""
     for role in roles:
         if refused := not_text(row, target, role):
             return refused

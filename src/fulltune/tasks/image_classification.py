@@ -43,7 +43,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return why a row has no image or no label, or None."""
+    """Return the reason to drop a row without an image or a label, or None."""
     image = row.get(target.columns["image"])
     if not isinstance(image, (str, bytes, Mapping, type(None))):
         return Refused("no image", f"column '{target.columns['image']}' holds {type(image).__name__}, not an image")

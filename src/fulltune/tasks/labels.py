@@ -36,7 +36,7 @@ def _first_at(counts: LabelCounts, value: object) -> str:
 
 
 def label_values(rows: Iterable[Row], column: str, where: str) -> tuple[LabelCounts, int]:
-    """Count a label column's distinct values and labelled rows; raise `DataError` for none or too many words."""
+    """Count a label column's values and labelled rows; raise `DataError` for no labels or too many words."""
     distinct: dict[Any, list[Any]] = {}
     beyond = 0
     for row in rows:
@@ -81,7 +81,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def _regression_target(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
-    """Make the target, or raise `DataError` for words or equal numbers."""
+    """Return the target, or raise `DataError` if labels are words, or all the same number."""
 
     def is_word(value: object) -> bool:
         return parsed_number(value) is None and not is_beyond(value)
@@ -99,7 +99,7 @@ def _regression_target(counts: LabelCounts, columns: Mapping[str, str], where: s
 
 
 def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
-    """Make the target, or raise `DataError` if rows hold no names, or all the same ones."""
+    """Return the target, or raise `DataError` if no row names labels, or all name the same ones."""
     column, values = columns["label"], [value for value, *_ in counts if not is_broken_list(value)]
     labels = sorted({label for value in values for label in label_list(value)})
     if not labels:
@@ -124,7 +124,7 @@ def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], where: 
 
 
 def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, str], where: str) -> Target:
-    """Make the target, or raise `DataError` for lists, mixed labels, or one or too many classes."""
+    """Return the target, or raise `DataError` for lists, mixed labels, a single class or too many."""
     column, values = columns["label"], [value for value, *_ in counts]
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
@@ -257,7 +257,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
 
 
 def label_name(value: object) -> str:
-    """Return a label as class name; `1`, `1.0` and `[1]` have the same."""
+    """Return a label's class name, which is the same for `1`, `1.0` and `[1]`."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if isinstance(value, float) and value.is_integer():

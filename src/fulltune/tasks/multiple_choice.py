@@ -61,7 +61,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return why a row's choices or label cannot be used, or None."""
+    """Return the reason to drop a row with unusable choices or label, or None."""
     if (refused := refuse_question(row, target)) is not None:
         return refused
     texts, column = choice_texts(row, target), target.columns["label"]
@@ -77,7 +77,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
-    """Return why a row has another number of choices or an empty one, or None."""
+    """Return the reason to drop a row with another number of choices or an empty one, or None."""
     texts = choice_texts(row, target)
     if len(texts) != target.num_choices:
         return Refused("other number of choices", f"{len(texts)} choices, expected {target.num_choices}")

@@ -24,7 +24,7 @@ def collated(
     label_per_token: bool = False,
 ) -> dict[str, Tensor]:
     """Pad features to `input_ids[batch, tokens]`, `attention_mask[batch, tokens]`, `labels` and the other lists of
-    numbers, without those in `left_out`."""
+    numbers, except those in `left_out`."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
     skipped = {LENGTH, "attention_mask", *left_out, *(() if label_per_token else ("labels",))}
     batch = {
@@ -133,7 +133,7 @@ def _bare_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _dropped_at_cuts(tokenizer: Tokenizer) -> str | None:
-    """Return what to remove at a cut before a space: nothing, the space, or None if both change the tokens."""
+    """Return what to remove at a cut before a space (nothing or the space), or None if both change the tokens."""
     together = _bare_ids("of the rain", tokenizer)
     for seam in ("", " "):
         if together == _bare_ids("of", tokenizer) + _bare_ids(" the rain"[len(seam) :], tokenizer):

@@ -74,7 +74,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return why a row lacks a question or a context, or has an answer outside of the context, or None."""
+    """Return the reason to drop a row without question or context, or with an answer outside of it, or None."""
     if refused := without_text(row, target, "question", "context"):
         return refused
     try:
@@ -92,7 +92,7 @@ refuse_question = refuse
 
 
 def answers_of(row: Row, target: Target) -> list[AnswerSpan]:
-    """Return the accepted answers, the first of which is trained, or none for SQuAD 2's impossible questions."""
+    """Return the accepted answers, the first of which is trained; an empty list for SQuAD 2's impossible questions."""
     if str(row.get(IMPOSSIBLE)).lower() == "true":
         return []
     return accepted(row.get(target.columns["answers"]), context_of(row, target))
@@ -179,8 +179,7 @@ def _as_list(value: Any) -> list[Any]:
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise question and context together, one example per window; windows overlap by the stride, if there is room.
 
-    A row is dropped if no window holds the whole answer, because it would teach that there is none. Slow tokenizers,
-    which do not know tokens' positions, raise `SetupError`.
+    Slow tokenizers, which do not know tokens' positions, raise `SetupError`.
     """
     if not tokenizer.is_fast:
         raise SetupError(
@@ -216,6 +215,7 @@ def _encode_windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: 
         inside = np.array([part == 1 for part in encoding.sequence_ids])
         # The offsets of all windows at once (`return_offsets_mapping`) would take most of the memory.
         examples.append(_example(features, np.array(encoding.offsets, np.int32), inside, answer))
+    # Without a window that holds the whole answer, the row would teach that there is none.
     if answer and all(not window.refused and window.features["labels"][START] == NOWHERE for window in examples):
         reason = f"no window of {max_length} tokens holds the whole answer of {len(answer[0][0])} characters"
         return [_refused_example("answer cut off", reason)]
@@ -269,7 +269,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum each window's cross entropy, the mean of first and last token."""
+    """Sum the windows' cross entropy, averaged over first and last token."""
     chances = log_chances(logits, labels)
     plain = -_log_chances_at_answer(chances, labels).mean(dim=-1)
     if not smoothing:

@@ -67,10 +67,7 @@ def answer_text(row: Row, target: Target) -> str:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise rows; source and target are each cut at `max_length`.
-
-    A cut target loses its end token, so that the model does not learn to stop too early.
-    """
+    """Tokenise rows; source and target are each cut at `max_length`."""
     # Truncation is off, to count what is cut.
     sources = tokenizer([target.joint + prompt_text(row, target) for row in rows], truncation=False, verbose=False)
     written = tokenizer(text_target=[as_text(row.get(target.columns["target"])) for row in rows], verbose=False)
@@ -82,6 +79,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
         if end is not None and labels[-1:] != [end]:
             labels.append(end)
         truncated = len(source) > max_length or len(labels) > max_length
+        # A cut target loses its end token, so that the model does not learn to stop too early.
         source, labels = _truncate_before_end_token(source, max_length, tokenizer), labels[:max_length]
         features = {"input_ids": source, "labels": labels, LENGTH: len(source) + len(labels)}
         # A target of special tokens alone, such as unknown spaces, teaches nothing.

@@ -47,7 +47,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return why a row's text, pair or label cannot be used, or None."""
+    """Return the reason to drop a row with an unusable text, pair or label, or None."""
     if refused := without_text(row, target, "text"):
         return refused
     if (pair := target.columns.get("text_pair")) is not None:

@@ -79,7 +79,7 @@ def words_and_tags(row: Row, columns: Mapping[str, str]) -> tuple[list[str], lis
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return why a row's words and BIO tags are missing, differ in number or are invalid, or None."""
+    """Return the reason to drop a row whose words or BIO tags are missing, invalid or unequal in number, or None."""
     names = (target.columns["tokens"], target.columns["tags"])
     words, tags = _words_and_tags_if_lists(row, target.columns)
     for name, role, cell in zip(names, ("tokens", "tags"), (words, tags), strict=True):
