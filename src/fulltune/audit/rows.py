@@ -108,6 +108,8 @@ class AuditedRows:
 
 @dataclass
 class RowScan:
+    """Results of reading all rows once, split by split."""
+
     issues: list[RowIssue] = field(default_factory=list)
     counts: dict[SplitName, int] = field(default_factory=dict)
     ids: array[int] = field(default_factory=lambda: array("Q"))

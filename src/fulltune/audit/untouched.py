@@ -232,7 +232,7 @@ def out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _is_confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mark rows with a class that is likelier than usual for its own rows: bool [rows]."""
+    """Mark rows for which another class is likelier than it usually is for its own rows: bool [rows]."""
     rows = np.arange(len(labels))
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])

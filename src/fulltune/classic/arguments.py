@@ -83,7 +83,7 @@ OLD_NAMES = (*RENAMED, *SWITCHES, *INSIDE, *IGNORED)
 
 
 class OldNames:
-    """Mixin with which arguments of transformers or TRL accept the names of transformers 3 and 4.
+    """Mixin that lets arguments of transformers or TRL accept the names of transformers 3 and 4.
 
     `logging_nan_inf_filter` is always off, because it would log a loss of 0.0 while all weights are NaN.
 

@@ -246,6 +246,8 @@ class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
 
 
 class _GuardCallback(transformers.TrainerCallback):
+    """Calls the trainer's dry-run step and loss check."""
+
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 

@@ -23,7 +23,7 @@ MAX_HELD_OUT_ROWS = 2_000
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a source in a split, or mixed in."""
+    """Rows of a source that belong to a split or are mixed in."""
 
     source: EncodedSource
     rows: np.ndarray

@@ -55,8 +55,8 @@ MOST_GAIN = 0.9
 
 
 def limit_for_most_gain(result: BudgetResult) -> float | None:
-    """Return the smallest limit at which `MOST_GAIN` of the trained model's gain is possible, or None if the choice has
-    it."""
+    """Return the smallest limit at which `MOST_GAIN` of the trained model's gain is possible, or None if the chosen
+    point has it."""
     most = result.gain_of(result.end)
     if result.gain_of(result.choice) >= MOST_GAIN * most:
         return None

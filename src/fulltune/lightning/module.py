@@ -84,8 +84,8 @@ class FineTuningModule:
         passes, planned = trainer.accumulate_grad_batches, plan.gradient_accumulation_steps
         if (trainer.world_size, passes) != (plan.num_processes, planned):
             raise SetupError(
-                f"Trainer: it has {trainer.world_size} process(es) and accumulate_grad_batches {passes}, but the plan "
-                f"splits each global batch of {plan.global_batch_size} rows over {plan.num_processes} with {planned}; "
+                f"Trainer: has world_size={trainer.world_size} and accumulate_grad_batches={passes}, but the plan "
+                f"expects {plan.num_processes} and {planned} for a global batch of {plan.global_batch_size} rows; "
                 f"call prepare(..., overrides=['train.num_processes={trainer.world_size}']), and give the Trainer "
                 "job.trainer_arguments()"
             )

@@ -28,7 +28,7 @@ _AGAIN = "repeats the header line (were two files concatenated?), expected a row
 _NAMES_AGAIN = "contains the names of data.columns, expected a row; remove this line, or data.columns if it is a header"
 _JOINED = "lines of this row look like rows: if they are, remove the double quotes around the cell"
 _MAX_VALUES = 10_000
-"""Cells of ordinary rows that are compared with lines inside quotes."""
+"""Most cells of ordinary rows with which lines inside quotes are compared."""
 _MARK = "a byte order mark before a double quote, as in concatenated files; remove it"
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
@@ -299,8 +299,8 @@ def csv_reader(
 
 
 def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
-    """Return a table's delimiter: for csv a semicolon if the first line contains no comma and has as many cells by
-    semicolons as most lines."""
+    """Return a table's delimiter: for csv a semicolon if the first line has no comma and, by semicolons, as many cells
+    as most lines."""
     usual = SEPARATED[file.suffix.lower()]
     if usual == "\t":
         return usual
