@@ -51,6 +51,7 @@ def _generate_answers(
     tokenizer: Tokenizer,
     drawn: Mapping[int, Row],
 ) -> list[str]:
+    """Generate the model's answers to the drawn rows."""
     if "source" in scoring.target.columns:  # one example per row, truncated as in training
         test = scoring.rows("test")
         prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]

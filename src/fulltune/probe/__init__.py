@@ -121,6 +121,7 @@ def _fit_and_save(
 
 
 def _save_tensors(path: Path, arrays: HeadTensors) -> None:
+    """Save arrays as a safetensors file."""
     from safetensors.numpy import save_file
 
     with replacing(path) as part:
@@ -211,6 +212,7 @@ def fit(
 
 
 def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
+    """Return the number of features per item."""
     hidden = getattr(model.config.get_text_config(), "hidden_size", None) or 0
     head: Any = None if layers is None else model.get_submodule(layers[0])
     return max(hidden, 0 if head is None else head.in_features) or _USUAL_HIDDEN_SIZE
@@ -327,7 +329,7 @@ def predict(
         None if baseline.pooling != "head" else head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     )
 
-    def run(size: int) -> list[tuple[int, np.ndarray]]:
+    def predict_in_batches(size: int) -> list[tuple[int, np.ndarray]]:
         row_outputs: list[tuple[int, np.ndarray]] = []
         for features in extractor.batches(rows, layers, size, with_pairs=baseline.pooling == "pair"):
             if not len(features.rows):  # none of these rows' words has a token
@@ -338,4 +340,4 @@ def predict(
             row_outputs += zip(numbers[order].tolist(), outputs, strict=True)
         return row_outputs
 
-    return extractor.within_memory(run)
+    return extractor.within_memory(predict_in_batches)

@@ -191,6 +191,7 @@ def _fit_each_label(
 def _fit_ridge(
     features: np.ndarray, numbers: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
+    """Fit a ridge regression at each strength."""
     from sklearn.linear_model import Ridge
 
     middle = (

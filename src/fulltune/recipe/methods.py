@@ -70,6 +70,7 @@ class _TrainedMethod(_MethodSettings):
 
     @model_validator(mode="after")
     def _rates_must_be_usable(self) -> _TrainedMethod:
+        """Refuse learning rates that are out of range or contradict each other."""
         rates = self.learning_rates
         pairs = {
             "learning_rate and learning_rates are both given; remove one": (

@@ -189,6 +189,7 @@ class TrainBlock(Block):
 
     @model_validator(mode="after")
     def _settings_must_agree(self) -> TrainBlock:
+        """Refuse settings that contradict each other."""
         factors = {"micro_batch_size": self.micro_batch_size or 1, "num_processes": self.num_processes}
         factor_words = " x ".join(f"{name} {value}" for name, value in factors.items() if value > 1)
         has_floor = bool({"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs))

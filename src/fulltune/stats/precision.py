@@ -80,7 +80,8 @@ class ComparisonPrecision:
         return _mixture_quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
 
     def luck(self, *, same_seeds: bool) -> list[float]:
-        """Return equally likely ratios of the estimated to the true variance between seeds, on other rows."""
+        """Return equally likely ratios of the estimated to the true variance between seeds, had other rows been
+        drawn."""
         total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
         if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
             return [1.0]
