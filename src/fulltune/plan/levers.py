@@ -1,5 +1,3 @@
-"""Levers: settings that save memory at the cost of something else."""
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -35,6 +33,8 @@ ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resum
 
 @dataclass(frozen=True)
 class Lever:
+    """A setting that saves memory at the cost of something else."""
+
     name: str
     setting: str
     costs: str
@@ -109,8 +109,8 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    """Return the changes to smaller micro batches that DeepSpeed's settings allow, each half of the one before or its
-    largest divisor."""
+    """Return changes to ever smaller micro batches, each a divisor of the one before, that DeepSpeed's settings
+    allow."""
     size, smaller = now.micro_batch_size, []
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)

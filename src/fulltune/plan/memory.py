@@ -1,3 +1,5 @@
+"""Compute the memory of a training run (docs/concepts/memory.md)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

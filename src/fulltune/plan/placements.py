@@ -1,3 +1,5 @@
+"""Compare placements on some hardware (docs/guides/scale.md)."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

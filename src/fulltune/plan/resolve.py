@@ -205,7 +205,7 @@ class Steps:
 
 
 def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reasons) -> Steps:
-    """Choose the length of training and the intervals; mixed-in rows lengthen an epoch."""
+    """Choose how long to train and how often to evaluate and save; mixed-in rows lengthen an epoch."""
     train, per_epoch = recipe.train, math.ceil(summary.rows_per_epoch / global_batch)
     if train.max_steps is not None:
         reasons.add("train.max_steps", train.max_steps)
@@ -246,7 +246,7 @@ def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["prob
 
 
 def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -> int:
-    """Choose the number of warm-up steps; raise `RecipeError` if the run has no more."""
+    """Choose the number of warm-up steps; raise `RecipeError` if it is not below the total."""
     train = recipe.train
     if train.warmup_steps is not None and train.warmup_steps >= total_steps:
         raise RecipeError(

@@ -23,7 +23,7 @@ def given(recipe: Recipe, name: str) -> Any:
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """Return a copy of the recipe with new values."""
+    """Return a copy of the recipe with new values for these settings."""
     for name, value in settings.items():
         block, _, field = name.partition(".")
         values = getattr(recipe, block)

@@ -1,3 +1,5 @@
+"""Estimate the time and cost of a run (docs/concepts/memory.md, "Time")."""
+
 from __future__ import annotations
 
 import re
