@@ -81,9 +81,9 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
     for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
         # A row with several issues of a check, such as in both texts of a pair, counts with its first one.
         of_row = {one.key: one for one in reversed(issues) if one.check == check and one.split == "train"}
-        them = list(reversed(of_row.values()))
-        changed = [one for one in them if one.remedy.action == "replace"]
-        both: tuple[tuple[Action, list[RowIssue]], ...] = (("drop", them), ("replace", changed))
+        train_issues = list(reversed(of_row.values()))
+        changed = [one for one in train_issues if one.remedy.action == "replace"]
+        both: tuple[tuple[Action, list[RowIssue]], ...] = (("drop", train_issues), ("replace", changed))
         steps += [CleaningStep(check, action, tuple(rows)) for action, rows in both if rows]
     return steps
 

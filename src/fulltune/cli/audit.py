@@ -119,7 +119,7 @@ def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept:
 
         decided = go_through(out, issues, file, before, typer.getchar, _label_prompt(DataSummary.of_run(folder)))
     else:
-        decided = dict(before) | {them[0].key: to_decide(them) for them in queue(issues, before)}
+        decided = dict(before) | {row_issues[0].key: to_decide(row_issues) for row_issues in queue(issues, before)}
     if decided != before:
         save(file, decided)
     if as_json:
@@ -209,11 +209,11 @@ def go_through(
     place, history = 0, list[int]()
     with suppress(EOFError):  # Ctrl-D quits
         while place < len(waiting):
-            them = waiting[place]
-            change = _proposed_change(them)
+            row_issues = waiting[place]
+            change = _proposed_change(row_issues)
             keys = KEYS if relabel is not None else KEYS.replace("[l]abel  ", "")
             keys = keys if change is not None else keys.replace("[c]hange as proposed  ", "")
-            _show_row(console, them, f"{place + 1:,} of {len(waiting):,}", keys)
+            _show_row(console, row_issues, f"{place + 1:,} of {len(waiting):,}", keys)
             match ask():
                 case "k":
                     remedy = Remedy(action="keep")
@@ -236,7 +236,7 @@ def go_through(
                     break
                 case _:
                     continue
-            decided[them[0].key] = them[0].decision(remedy)
+            decided[row_issues[0].key] = row_issues[0].decision(remedy)
             history.append(place)
             save(patch, decided)
             place += 1
@@ -258,8 +258,8 @@ def accepted(
 ) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
     """Accept the remedies of some checks. Return all decisions, and notes on what was accepted."""
     decided, counts, more = dict(before), Counter[str](), 0
-    for them in queue(issues, before):
-        wanted = [issue for issue in them if issue.check in checks]
+    for row_issues in queue(issues, before):
+        wanted = [issue for issue in row_issues if issue.check in checks]
         if not wanted:
             continue
         # A row dropped by one check needs no other change.

@@ -266,7 +266,6 @@ def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -
 
 
 def cost_plot(plot: CostPlot) -> blocks.Figure:
-    """Draw one plot of quality against cost."""
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
         _draw_costs(axes, plot)
         _add_legend(figure, axes)

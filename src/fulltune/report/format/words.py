@@ -22,7 +22,6 @@ _UNSAFE = re.compile(
 
 
 OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu")
-"""Metrics of generated answers, the preferred one first."""
 
 
 def metric_name(name: str) -> str:
