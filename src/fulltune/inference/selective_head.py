@@ -45,7 +45,7 @@ class SelectiveHead:
         states: list[Tensor] = []
 
         def select_hidden(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            # Inputs that are not hidden states of these rows pass: logits stay 3-dimensional, and tasks select.
+            # Inputs that are not these rows' hidden states pass unchanged: logits stay 3-dimensional, and tasks select.
             if not args or args[0].shape[:2] != labels.shape:
                 return None
             picked = args[0].flatten(0, 1).index_select(0, at)
@@ -125,7 +125,7 @@ def verified(model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]) ->
         if picked.shape != whole.shape:
             return None, f"off: the logits became {list(picked.shape)} instead of {list(whole.shape)}"
         difference = float((picked - whole).abs().max()) if len(whole) else 0.0
-        # Another order of summation changes some ten roundings; a wrong position changes everything.
+        # Another order of summation changes about ten roundings; a wrong position changes everything.
         if not difference <= _rounding_tolerance(model) * float(whole.abs().max()):
             return None, f"off: its logits differ by {difference:.2g}"
         obstacle = _obstacle_to_chunks(selective, inputs, labels)
@@ -141,7 +141,7 @@ def as_its_attention_can(model: nn.Module, kind: str) -> torch.autocast:
 
     if "flash" not in (getattr(getattr(model, "config", None), "_attn_implementation", None) or ""):
         return torch.autocast(kind, enabled=False)
-    return torch.autocast(kind, dtype=torch.bfloat16)  # each card with flash attention has it
+    return torch.autocast(kind, dtype=torch.bfloat16)  # every GPU with flash attention has bf16
 
 
 def _rounding_tolerance(model: PreTrainedModel) -> float:

@@ -16,9 +16,9 @@ from fulltune.tasks import PLACE, Row, RowFeatures
 
 FILE = "rows.arrow"
 CLUSTERS = "clusters.npy"
-"""File beside eval or test rows: each row's cluster (duplicates, one passage, one customer), int64 [rows]."""
+"""File next to eval or test rows: each row's cluster (duplicates, one passage, one customer), int64 [rows]."""
 IN_TRAIN = "in_train.npy"
-"""File beside test rows: True where a train row has the same text, prompt or passage, bool [rows]."""
+"""File next to test rows: True where a train row has the same text, prompt or passage, bool [rows]."""
 MIXED = "mixed"
 """Folder of the mixed-in rows, source after source."""
 WORDS = "words"
@@ -116,7 +116,7 @@ class Rows(Sequence[dict[str, Any]]):
             return [value for array in arrays for value in array.to_pylist()]
         if isinstance(key, slice):
             return [self[i] for i in range(len(self))[key]]
-        position = range(len(self))[key]  # also from the end
+        position = range(len(self))[key]  # also negative
         part = bisect_right(self._starts, position) - 1
         inner = position - self._starts[part]
         batch, lists = self._batches[part], self._lists[part]

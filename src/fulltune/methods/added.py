@@ -93,7 +93,7 @@ UNUSABLE = {
     *("ADAMSS", "BOFT", "FROD", "UNILORA"),  # derive trained parameters from weights, which no plan reads
     "ADALORA",  # needs a call after each step
     "ADAPTION_PROMPT",  # replaces the attention of a few kinds of models
-    "OSF",  # takes matrices apart, and trains most of them
+    "OSF",  # decomposes matrices, and trains most of them
     "POLY",  # needs a task's number with each row
     "SHADOW",  # runs a second model next to the first
     "SUPERTUNING",  # needs more than the model

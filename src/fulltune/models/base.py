@@ -302,7 +302,7 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
     """Run one of transformers' loaders, and raise its errors as `SetupError` with advice."""
     try:
         return read()
-    except UnpicklingError as error:  # torch's own words advise to read it without the restriction
+    except UnpicklingError as error:  # torch's message advises to switch the check off
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"they hold more than tensors ({match[1]}), which would run as code" if match else "they are damaged"
         raise SetupError(f"model: {block.name}: its pickled weights were not read: {why}; use safetensors") from None

@@ -69,7 +69,7 @@ def decode(path: str, content: bytes) -> Image.Image:
     """Open an image upright in 8-bit RGB, or raise `DataError` if it cannot be decoded."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # only twice as many pixels are refused
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow refuses only twice as many pixels
     try:
         # Opening a pipe waits for a writer, and some devices never end.
         if not content and Path(path).exists() and not Path(path).is_file():
@@ -86,7 +86,7 @@ def decode(path: str, content: bytes) -> Image.Image:
         if isinstance(error, FileNotFoundError):
             raise DataError(f"{name}: no such file") from None
         text = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # its text names the file once more
+        if isinstance(error, UnidentifiedImageError):  # its text repeats the file's name
             text = "is in no known image format"
         raise DataError(f"{name}: cannot be decoded: {text[:200]}") from None
 

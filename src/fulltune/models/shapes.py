@@ -132,7 +132,7 @@ def unfit(config: PretrainedConfig, facts: TaskFacts) -> str | None:
     from transformers.models.auto import modeling_auto
 
     can = config.model_type in getattr(modeling_auto, facts.auto_class)._model_mapping._model_mapping
-    if facts.writes:  # these lists also name encoders, and models that listen
+    if facts.writes:  # these lists also name encoders and speech models
         can &= bool(config.is_encoder_decoder if facts.auto_class.endswith("Seq2SeqLM") else is_decoder(config))
     return (
         None if can and config.model_type not in facts.other_models else f"a '{config.model_type}' model {facts.models}"

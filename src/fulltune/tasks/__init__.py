@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Tensor = torch.Tensor
     Tokenizer = PreTrainedTokenizerBase
-else:  # neither framework is imported for the sake of its types
+else:  # torch and transformers are not imported only for types
     Tensor = Tokenizer = Any
 
 LENGTH = "length"
@@ -58,8 +58,8 @@ class Target:
     scale: tuple[float, float] | None = None
     """Mean and standard deviation of the train rows' numbers, if known; losses are in standard deviations."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
-    """`(shift, factor)`: `factor * logit + shift` is in the user's units. Not the default only while a head is trained
-    in standardised units (`train/worker/loading.py`)."""
+    """`(shift, factor)`: `factor * logit + shift` is in the user's units. Differs from the default only while a head is
+    trained in standardised units (`train/worker/loading.py`)."""
 
     @property
     def form(self) -> Form:
@@ -104,7 +104,7 @@ class Example:
     trained_tokens: int
     truncated: bool = False
     refused: Refused | None = None
-    """Reason to drop the row, if it became known only in tokenising."""
+    """Reason to drop the row, if tokenising revealed one."""
     longest: int | None = None
     """Length of the longest sequence that the model reads, if that is not `input_ids`."""
 

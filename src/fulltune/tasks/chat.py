@@ -18,7 +18,7 @@ from fulltune.tasks.columns import parsed
 ChatMessage = Mapping[str, Any]
 """A message with `role`, `content` and perhaps `tool_calls` and `weight`."""
 MaskedIds = tuple[list[int], list[bool]]
-"""Token ids, and for each True if it is trained."""
+"""Token ids, and True for each that is trained."""
 Tools = list[Any] | None
 
 _ALL, _MANY_TURNS = 2**62, 20

@@ -25,7 +25,7 @@ from fulltune.tasks import (
 )
 
 ROWS = ""
-"""Name for a 1 per row in `arrays`."""
+"""Name in `arrays` that stands for a 1 per row."""
 
 # ---- terms of a row ------------------------------------------------------------------------------------------
 
@@ -161,7 +161,9 @@ def row_losses(
     weights = None if class_weights is None else logits.new_tensor(list(class_weights))
     if target.form.is_number:
         shift, factor = target.logit_scale
-        expected = ((labels.double() - shift) / factor).float()  # in logit units: fp32 cannot tell 1e8 from 1e8 + 1
+        expected = (
+            (labels.double() - shift) / factor
+        ).float()  # in logit units: fp32 cannot distinguish 1e8 and 1e8 + 1
         unit = target.scale[1] if target.scale else 1.0
         return ((logits.squeeze(-1) - expected) * (factor / unit)).square()
     if target.form.several_labels:

@@ -21,7 +21,7 @@ from fulltune.text import counted
 
 _MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
-"""Most distinct values that are stored; further numbers are only counted."""
+"""Most distinct label values that are stored; further numbers are only counted."""
 LabelCounts = list[tuple[Any, int, str]]
 """Distinct values of a label column, each with its number of rows and the first row's file and line (may be empty)."""
 
@@ -151,7 +151,7 @@ def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, 
 def _guess_problem_type(counts: LabelCounts, total: int) -> str:
     """Return `multi_label` for lists, `regression` for numbers with decimals, else `single_label`."""
     values = [value for value, *_ in counts]
-    # A few broken lists do not make class names of the others: they are dropped row by row, and listed.
+    # A few broken lists do not turn the others into class names: broken ones are dropped row by row, and listed.
     if any(isinstance(value, (list, tuple)) for value in values) or _count_rows(counts, _is_list_text) > total / 2:
         return "multi_label"
     numbers = [parsed_number(value) for value in values if not is_beyond(value)]

@@ -45,7 +45,7 @@ row_labels, config_changes, count_items = labels_of_row, classes.config_changes,
 MOST_ANSWER_TOKENS = 30
 """Longest predicted answer in tokens; training allows longer ones."""
 STARTS, ENDS = "starts", "ends"
-"""Features that the model does not read: the tokens' first and last characters in the context [tokens], or -1."""
+"""Features that the model does not read: each token's start and end in the context, in characters [tokens], or -1."""
 collate = partial(collated, left_out=(STARTS, ENDS))
 IMPOSSIBLE = "is_impossible"
 """Column of SQuAD 2 that marks questions without an answer, whose `answers` may be only plausible."""
@@ -54,7 +54,7 @@ ONLY_FOR_TEST_ROWS = (STARTS, ENDS)
 START, END, FIRST, LAST, TOKENS = range(5)
 """Positions in `labels` [5]: first and last token of the answer, first and last of the context, number of tokens."""
 NOWHERE = 0
-"""Index of the token that a window without the answer points at."""
+"""Index of the token at which a window without the answer points."""
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
     if refused := without_text(row, target, "text"):
         return refused
     if (pair := target.columns.get("text_pair")) is not None:
-        if row.get(pair) is None:  # an empty text is one
+        if row.get(pair) is None:  # an empty text is a text
             return Refused("no text", f"column '{pair}' is missing")
         if refused := not_text(row, target, "text_pair"):
             return Refused("no text", refused.reason)
