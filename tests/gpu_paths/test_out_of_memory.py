@@ -87,10 +87,10 @@ def test_rows_that_cannot_be_read_for_want_of_memory_are_not_judged(
 ) -> None:
     reader: Any = Reader.__new__(Reader)
     vars(reader).update(folder=tmp_path, base=SimpleNamespace(processor=None))
-    monkeypatch.setitem(Reader._items.__globals__, "Rows", lambda folder: [])
-    monkeypatch.setitem(Reader._items.__globals__, "opened", raising(error))
+    monkeypatch.setitem(Reader._read_items.__globals__, "Rows", lambda folder: [])
+    monkeypatch.setitem(Reader._read_items.__globals__, "opened", raising(error))
     with pytest.raises(found):
-        reader._items("train")
+        reader._read_items("train")
 
 
 @pytest.mark.parametrize(("error", "found"), [(CardIsFull(), torch.OutOfMemoryError), (Fault(), RecipeError)])

@@ -325,7 +325,7 @@ def _read_held_out(rows: AuditedRows, scan: RowScan, wanted: set[int]) -> dict[i
 
 
 def _conflicting_label_counts(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
-    """Count the labels of each key that has several."""
+    """Count the labels of each key that has several labels."""
     pairs = np.unique(np.stack([keys, labels]), axis=1)
     several, counts = np.unique(pairs[0], return_counts=True)
     conflicting = np.isin(keys, several[counts > 1])

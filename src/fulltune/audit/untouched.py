@@ -76,7 +76,7 @@ class Reader:
         read."""
         if split not in self._read:
             try:
-                self._read[split] = self._items(split)
+                self._read[split] = self._read_items(split)
             except NoProbe as error:
                 self._read[split] = str(error)  # the error itself would keep the batch that did not fit in memory
         items = self._read[split]
@@ -84,7 +84,7 @@ class Reader:
             raise NoProbe(items)
         return items
 
-    def _items(self, split: SplitName) -> tuple[Items, np.ndarray]:
+    def _read_items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         try:
             rows = opened(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()
@@ -171,7 +171,7 @@ def judge_items(items: Items) -> JudgedLabels:
 def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
     """Return the margin that suspects are below, their recall and precision, and the estimated number of errors."""
     margins, planted = np.sort(margins), np.sort(planted)
-    wrong = max(_min_errors(margins, planted, share) for share in SURE)
+    wrong = max(_estimate_min_errors(margins, planted, share) for share in SURE)
     cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
     for cut in cuts:
         suspects, recall = int(np.searchsorted(margins, cut)), float(np.searchsorted(planted, cut)) / len(planted)
@@ -181,7 +181,7 @@ def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, 
     return -math.inf, 0.0, 0.0, wrong
 
 
-def _min_errors(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
+def _estimate_min_errors(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
     """Estimate the number of errors from the margins below a quantile of planted ones, minus one standard error."""
     num_below = int(np.searchsorted(margins, np.quantile(planted, share)))
     # Relative standard error of a count of rows, and of a share of the planted errors.

@@ -60,6 +60,7 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
 
 
 def _positions_for_dry_run(trainer: transformers.Trainer) -> list[int]:
+    """Return positions of the longest train rows, or an empty list if unknown."""
     dataset: Any = trainer.train_dataset
     if type(trainer).get_train_dataloader is not transformers.Trainer.get_train_dataloader:
         notice("no dry-run step before training: the script builds the batches itself (get_train_dataloader)")
@@ -121,6 +122,7 @@ def _forward_and_backward(trainer: transformers.Trainer, model: torch.nn.Module,
 
 
 def _step_at_rate_zero(trainer: transformers.Trainer) -> None:
+    """Run the optimizer at rate 0, which allocates its memory, and clear its state."""
     optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) or optimizer.state:
         return

@@ -156,7 +156,7 @@ def _concatenate_chunks(parts: Sequence[EncodedSource], folder: Path) -> Encoded
 
 
 def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
-    """Check and tokenise some rows. Returns numbers, examples and dropped rows."""
+    """Check and tokenise some rows. Return numbers, examples and dropped rows."""
     task, block, tally, dropped = task_named(job.task), job.block, RowCounts(), list[Dropped]()
 
     def drop(kind: DropKind, place: str, row: Row, refused: Refused) -> None:

@@ -26,7 +26,6 @@ from fulltune.text import counted, first_few
 CHECK = "patch"
 _SHOWN = 3
 Decisions = Mapping[tuple[str, str], RowDecision]
-"""Maps `RowDecision.key` to decisions."""
 
 
 def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str], RowDecision]:

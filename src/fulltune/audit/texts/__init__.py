@@ -104,7 +104,7 @@ MAX_CHECKED = 100_000
 
 
 def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[TextUse, list[str]]:
-    """Return the checks of read and of written texts that can run."""
+    """Return the checks that can run, for texts that are read and for texts that are written."""
     possible = [check for check in wanted if check not in missing()]
     return {
         part: [check for check in of if check in possible]

@@ -21,7 +21,6 @@ _METADATA_FILES = {"state.json", "dataset_info.json"}
 _IMAGES = "avif bmp dib gif ico jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in _IMAGES.split())
 _MACOS_FOLDER = "__MACOSX"
-"""Folder left when an archive made on macOS is unpacked elsewhere."""
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
@@ -220,8 +219,8 @@ _JOINED_WORDS: dict[str, SplitName] = {
     for word, split in _SPLIT_WORDS.items()
     for kind in ("set", "sets", "data", "split", "splits")
 }
-_ORDER: tuple[SplitName, ...] = ("test", "eval", "train")
-"""Precedence of splits. A file named test is never trained on."""
+_PRECEDENCE: tuple[SplitName, ...] = ("test", "eval", "train")
+"""A file named test is never trained on."""
 _SHARD = re.compile(r"\d+-of-\d+(-[0-9a-f]{8,})?$")
 _LAST_TWO = re.compile(rf"({'|'.join(_SPLIT_WORDS)})[\W_]+((?:set|data|split)s?)(?=[\W\d_v]*$)")
 
@@ -236,7 +235,7 @@ def _split_and_words(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
     ends = parts if len(parts) == 2 else parts[-1:]
     splits = {_JOINED_WORDS.get(part) for part in parts} | {_SPLIT_WORDS.get(part) for part in ends}
     rest = () if _JOINED_WORDS.keys() & set(parts) else tuple(part for part in parts if part not in _SPLIT_WORDS)
-    return next((split for split in _ORDER if split in splits), None), rest
+    return next((split for split in _PRECEDENCE if split in splits), None), rest
 
 
 def by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:

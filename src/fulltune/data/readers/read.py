@@ -31,7 +31,6 @@ _FILE_SIGNATURES = {
     b"SQLite format 3\0": "an SQLite database",
     b"%PDF-": "a PDF document",
 }
-"""First bytes of other file types, whatever their suffix."""
 _MARKUP_STARTS = (b"<!doctype html", b"<html", b"<?xml")
 _LFS_POINTER_START = b"version https://git-lfs.github.com/spec/"
 _SAVE_AS_UTF_8 = (
