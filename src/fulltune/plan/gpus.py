@@ -36,7 +36,6 @@ class GpuModel:
     """Dense 16-bit matrix products in 1e12 operations per second."""
     memory_gb_per_second: float
     link_gb_per_second: float
-    """Bandwidth to the host."""
     nvlink_gb_per_second: float
     """Bandwidth to the machine's other GPUs, or 0."""
     usual_host_gb: int
@@ -98,7 +97,6 @@ class Fleet(Record):
     """The hardware to plan for: one or several equal machines."""
 
     name: str
-    """Description such as `4 machines, each 8x A100-80GB, 1024GB host`."""
     machine: Machine
     num_machines: int = 1
     network_gb_per_second: float = USUAL_NETWORK

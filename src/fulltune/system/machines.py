@@ -159,14 +159,12 @@ class Member(Record):
     """Identifies this command, because a restarted machine cannot rejoin an attempt."""
     host: str
     address: str
-    """Address to which the other machines connect."""
     facts: dict[str, dict[str, str]]
     """Values that must be the same on all machines, by kind and name."""
     machine: Machine
     exit_code: int | None = None
     problems: tuple[str, ...] = ()
     attempt: SharedAttempt | None = None
-    """The current attempt, written by machine 0."""
     last_part: AttemptEnd | None = None
     """How the last attempt ended on this machine, written by the other machines."""
 
