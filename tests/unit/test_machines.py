@@ -414,7 +414,7 @@ def test_what_became_of_another_machine(
         record = member(recipe, 1, token=group.members[0].token, instance="i")
         sign = Heartbeat(place.file_of(recipe, 1), record)
         group.begin(silent)
-        attempt = group_of._AttemptOnAllMachines(ran, group._sign, "a", {group._others[1]: "i"})
+        attempt = group_of._AttemptOnAllMachines(ran, group._heartbeat, "a", {group._others[1]: "i"})
         if gives_none:
             sign.end()
         else:
@@ -429,7 +429,7 @@ def test_an_attempt_goes_on_until_the_others_have_ended(place: MachineAddress, t
     recipe = several(tmp_path)
     with led(place, recipe) as group:
         attempt = group_of._AttemptOnAllMachines(
-            Ran(0), group._sign, "a", {group._others[1]: group.members[1].instance}
+            Ran(0), group._heartbeat, "a", {group._others[1]: group.members[1].instance}
         )
         assert attempt.poll() is None, "the first process may be there, saving the model"
 

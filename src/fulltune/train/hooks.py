@@ -16,7 +16,7 @@ from fulltune.records.data import DataSummary
 
 
 def _stable_description(value: object) -> str:
-    """Describe a value by text that is the same in another process; a function by its code, defaults and closure."""
+    """Describe a value by text that is the same in every process: a function by its code, defaults and closure."""
     match value:
         case Mapping():
             return "{" + ",".join(f"{key}:{_stable_description(inner)}" for key, inner in value.items()) + "}"

@@ -52,7 +52,7 @@ class DriftMonitor(TrainingPart):
         if num_texts := plan.generic.texts_per_evaluation:
             split = None if plan.generic.budget is None else budget_texts(preserve)
             texts = split.selection if split else generic_texts(preserve.probe, num_texts)[0]
-            # Steering needs a precise drift: of short texts more are read, at the same cost.
+            # Steering needs a precise drift. Short texts cost less, so more of them are read.
             count = max(num_texts, enough(texts, num_texts * GENERIC_TOKENS)) if split else len(texts)
             self.text = self.text_of(texts[:count])
             all_texts = [*split.selection, *split.sealed, *split.replayed] if split else texts
@@ -231,8 +231,8 @@ def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingP
         return []
     with inputs.journal.during("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
         text = monitor.text_of(budget_texts(inputs.recipe.preserve).replayed[: plan.total_steps * rows])
-    # At most the tokens of a micro batch, and few logits. One text with activation checkpointing, which does nothing in
-    # evaluation mode.
+    # Read at most the tokens of a micro batch, and few logits; with activation checkpointing one text, as that does
+    # nothing in evaluation mode.
     at_once = plan.micro_batch_size * inputs.summary.max_length // monitor.max_tokens
     if text.writes:
         at_once = min(at_once, _MAX_LOGITS // (monitor.max_tokens * monitor.trainer.model.config.vocab_size))

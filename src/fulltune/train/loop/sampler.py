@@ -38,7 +38,7 @@ class MixedSource:
         return drawn
 
     def _shuffled_rows(self, seed: int, round_: int) -> np.ndarray:
-        # An array: a generic source may have far more rows than the task.
+        # An array saves memory, as a generic source may have far more rows than the task.
         name = f"{seed}:from {self.rows.start}:{round_}".encode()
         # RandomState gives the same numbers in all versions of NumPy, which resuming needs.
         draw = np.random.RandomState(np.frombuffer(hashlib.sha256(name).digest(), "<u4"))

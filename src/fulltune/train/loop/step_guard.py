@@ -158,7 +158,7 @@ def _lasting_rise_reason(history: StepHistory) -> str | None:
         return None
     baseline = before[-BASELINE_WINDOW:]
     usual, now = statistics.median(baseline), statistics.median(recent)
-    # Noise from step to step: a loss that falls fast varies widely around its median, without any noise.
+    # Noise is measured from step to step: a fast-falling loss varies widely around its median even without noise.
     noise = MAD * statistics.median(abs(a - b) for a, b in pairwise(baseline)) / math.sqrt(2)
     if min(recent) <= usual or now - usual <= max(STAY_SCORE * noise, MIN_RISE * abs(history.first)):
         return None

@@ -175,6 +175,7 @@ class FullTrainer(Guarded, Trainer):
         return broadcast_object_list([value])[0] if self.is_shared or self.is_deepspeed_enabled else value
 
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
+        """Record a skipped step with its reason and train rows."""
         rows = sorted(next(self.sampler.steps(step - 1, step)))
         named = first_few([f"{row + 1:,}" for row in rows], _MAX_NAMED_ROWS)
         self._journal.write("skipped", f"step {step}: {verdict.reason}; train rows {named}")
@@ -228,7 +229,7 @@ class FullTrainer(Guarded, Trainer):
             return super().compute_loss(model, inputs, *rest, **keywords)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # We do not log it, and the Trainer walks through all modules at each micro batch.
+        # This is not logged, and the Trainer would walk through all modules at each micro batch.
         return 0
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:

@@ -185,7 +185,7 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, che
                 local = {kind: sharding.local(value) for kind, value in values.items()}
                 optimizer.take_over(local, parameters[name])
             return
-    # Through the optimizer, which may store moments in another format or steps on the device.
+    # The optimizer loads the state: it may store moments in another format, or steps on the device.
     by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": by_index})
 

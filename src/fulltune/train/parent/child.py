@@ -120,13 +120,13 @@ _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
 """Kinds of lost machines; an earlier kind can cause a later one."""
 
 
-def _explain_lost_machine(part: LostMachine) -> tuple[OutcomeStatus, str]:
-    name = f"machine {part.rank} ({part.host})"
+def _explain_lost_machine(machine: LostMachine) -> tuple[OutcomeStatus, str]:
+    name = f"machine {machine.rank} ({machine.host})"
     meanings: dict[str, tuple[OutcomeStatus, str]] = {
         "out_of_memory": ("out_of_memory", f"the kernel killed a training process of {name} because memory ran out"),
         "killed": ("killed", f"the training processes of {name} were killed (SIGKILL)"),
     }
-    return meanings.get(part.kind, ("lost", f"{name} was lost: it {part.reason}"))
+    return meanings.get(machine.kind, ("lost", f"{name} was lost: it {machine.reason}"))
 
 
 @contextlib.contextmanager

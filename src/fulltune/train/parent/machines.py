@@ -48,17 +48,17 @@ def leading(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None])
     others = {rank: Peer(place.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
 
     def all_know() -> bool:
-        return all(heard.answers(own.token) for heard in others.values())
+        return all(peer.answers(own.token) for peer in others.values())
 
-    with machines.heartbeat(place.file_of(recipe, 0), own, all_know) as sign:
-        yield MachineGroup(place, sign, others)
+    with machines.heartbeat(place.file_of(recipe, 0), own, all_know) as heartbeat:
+        yield MachineGroup(place, heartbeat, others)
 
 
 class MachineGroup:
     """All machines of a run, as machine 0 sees them."""
 
-    def __init__(self, place: MachineAddress, sign: Heartbeat, others: Mapping[int, Peer]) -> None:
-        self._place, self._sign, self._others = place, sign, others
+    def __init__(self, place: MachineAddress, heartbeat: Heartbeat, others: Mapping[int, Peer]) -> None:
+        self._place, self._heartbeat, self._others = place, heartbeat, others
         self._has_begun = False
 
     def begin(self, phase: Callable[[str], None]) -> None:
@@ -70,7 +70,7 @@ class MachineGroup:
 
     @property
     def members(self) -> list[Member]:
-        return [self._sign.record, *(other.member for other in self._others.values() if other.member is not None)]
+        return [self._heartbeat.record, *(other.member for other in self._others.values() if other.member is not None)]
 
     @property
     def weakest(self) -> Machine:
@@ -112,7 +112,7 @@ class MachineGroup:
         child = spawn.in_new_process(request, log, meeting(place, name, address))
         path = str((request.folder / "request.json").resolve())
         attempt = SharedAttempt(name=name, request=path, instances=tuple(other.instance for other in others))
-        self._sign.write(attempt=attempt)
+        self._heartbeat.write(attempt=attempt)
         each = request.recipe.train.processes_per_machine
         used = tuple(
             MachineRecord(
@@ -128,16 +128,16 @@ class MachineGroup:
         )
         change_environment(Path(request.run_folder), machines=used)
         return _AttemptOnAllMachines(
-            child, self._sign, name, {self._others[other.rank]: other.instance for other in others}
+            child, self._heartbeat, name, {self._others[other.rank]: other.instance for other in others}
         )
 
-    def _is_ready(self, heard: Peer) -> bool:
+    def _is_ready(self, peer: Peer) -> bool:
         """Return whether a machine answers; raises its error if it has ended."""
-        is_silent = heard.silent_seconds > 4 * machines.HEARTBEAT_SECONDS
-        if not heard.answers(self._sign.record.token) or is_silent or heard.member is None:
+        is_silent = peer.silent_seconds > 4 * machines.HEARTBEAT_SECONDS
+        if not peer.answers(self._heartbeat.record.token) or is_silent or peer.member is None:
             return False
-        if heard.member.exit_code is not None:
-            raise ended_as(heard.member)
+        if peer.member.exit_code is not None:
+            raise ended_as(peer.member)
         return True
 
     def _absence_error(self, missing: Sequence[int]) -> FulltuneError:
@@ -149,8 +149,8 @@ class MachineGroup:
         return SetupError(
             f"{_machine_names(missing)} ({len(self._others) + 1} in all) did not answer in {waited}. Either the "
             "command was not started there, with the same --rendezvous and version of fulltune, or "
-            f"{self._sign.path.parent} is not the same folder there: 'output' must lie on storage that all machines "
-            "share. The command's output on those machines shows which"
+            f"{self._heartbeat.path.parent} is not the same folder there: 'output' must lie on storage that all "
+            "machines share. The command's output on those machines shows which"
         )
 
 
@@ -184,8 +184,10 @@ def _check_port(place: MachineAddress) -> None:
 class _AttemptOnAllMachines:
     """A running attempt. Its processes here end soon after those on another machine."""
 
-    def __init__(self, child: spawn.WorkerProcess, sign: Heartbeat, attempt: str, others: Mapping[Peer, str]) -> None:
-        self._child, self._sign, self._attempt = child, sign, attempt
+    def __init__(
+        self, child: spawn.WorkerProcess, heartbeat: Heartbeat, attempt: str, others: Mapping[Peer, str]
+    ) -> None:
+        self._child, self._heartbeat, self._attempt = child, heartbeat, attempt
         self._running = dict(others)
         self._over_at = 0.0
         self._was_ended = False
@@ -195,10 +197,10 @@ class _AttemptOnAllMachines:
     def poll(self) -> int | None:
         """Return the exit code once the attempt has ended on all machines, else None."""
         code: int | None = self._child.poll()
-        for heard, instance in list(self._running.items()):
-            is_over, lost = _status_elsewhere(heard, self._attempt, instance)
+        for peer, instance in list(self._running.items()):
+            is_over, lost = _status_elsewhere(peer, self._attempt, instance)
             if is_over:
-                del self._running[heard]
+                del self._running[peer]
             self.lost += [lost] if lost else []
         if code is None:
             self._over_at = self._over_at or (time.monotonic() if self.lost else 0.0)
@@ -208,8 +210,8 @@ class _AttemptOnAllMachines:
                 spawn.end(self._child)
                 self._was_ended = True
             return None
-        if code and self._sign.record.attempt is not None:
-            self._sign.write(attempt=None)  # ends it on all machines
+        if code and self._heartbeat.record.attempt is not None:
+            self._heartbeat.write(attempt=None)  # ends it on all machines
         if self._running:
             return None
         return 1 if self._was_ended else code
@@ -220,9 +222,9 @@ class _AttemptOnAllMachines:
         return code
 
 
-def _status_elsewhere(heard: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
+def _status_elsewhere(peer: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
     """Return whether an attempt is over on another machine, and if it was lost, how."""
-    member = heard.read()
+    member = peer.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)
     if member.instance != instance:
@@ -233,8 +235,8 @@ def _status_elsewhere(heard: Peer, attempt: str, instance: str) -> tuple[bool, L
         is_stopped = member.exit_code == InterruptedRun.exit_code
         kind: Literal["interrupted", "machine"] = "interrupted" if is_stopped else "machine"
         return True, lost(kind=kind, reason=f"ended with code {member.exit_code}")
-    if heard.silent_seconds > machines.LOST_SECONDS:
-        return True, lost(reason=f"sent no heartbeat for {format_seconds(round(heard.silent_seconds))}")
+    if peer.silent_seconds > machines.LOST_SECONDS:
+        return True, lost(reason=f"sent no heartbeat for {format_seconds(round(peer.silent_seconds))}")
     return False, None
 
 
@@ -250,38 +252,38 @@ def follow(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) 
     """Take part in all attempts until machine 0's command ends; raises its error if it failed."""
     phase(_CHECKING)
     own = machines.member(recipe, place, hardware.here())
-    with machines.heartbeat(place.file_of(recipe, place.rank), own) as sign:
+    with machines.heartbeat(place.file_of(recipe, place.rank), own) as heartbeat:
         leader = Peer(place.file_of(recipe, 0))
         phase(f"waiting for machine 0 ({place.rendezvous})")
-        while (member := _await_attempt(leader, place, sign, phase)).exit_code is None:
+        while (member := _await_attempt(leader, place, heartbeat, phase)).exit_code is None:
             assert member.attempt is not None  # `_await_attempt` waits for it
-            _run_attempt(member.attempt, leader, place, sign, phase)
+            _run_attempt(member.attempt, leader, place, heartbeat, phase)
         if member.exit_code:
             raise ended_as(member)
         phase("machine 0 has finished")
 
 
-def _await_attempt(leader: Peer, place: MachineAddress, sign: Heartbeat, phase: Callable[[str], None]) -> Member:
+def _await_attempt(leader: Peer, place: MachineAddress, heartbeat: Heartbeat, phase: Callable[[str], None]) -> Member:
     """Return machine 0's record once it awaits this machine in an attempt, or has ended."""
     until = time.monotonic() + place.wait_seconds
     while True:
-        member, own = leader.read(), sign.record
+        member, own = leader.read(), heartbeat.record
         if member is not None and leader.is_alive and leader.silent_seconds < machines.LOST_SECONDS:
             until = time.monotonic() + place.wait_seconds
             if member.token != own.token:
-                sign.write(token=member.token)
+                heartbeat.write(token=member.token)
                 phase(f"found machine 0 ({member.host}); waiting for an attempt")
             if member.exit_code is not None or own.is_awaited(member.attempt):
                 return member
         elif time.monotonic() > until:
-            raise _silence_error(leader, place, sign)
+            raise _silence_error(leader, place, heartbeat)
         time.sleep(POLL_SECONDS)
 
 
-def _silence_error(leader: Peer, place: MachineAddress, sign: Heartbeat) -> FulltuneError:
+def _silence_error(leader: Peer, place: MachineAddress, heartbeat: Heartbeat) -> FulltuneError:
     """Return the error for a machine 0 that did not answer in time."""
     waited = format_seconds(round(place.wait_seconds))
-    if sign.record.token and leader.member is not None:
+    if heartbeat.record.token and leader.member is not None:
         return InterruptedRun(f"{leader.member.label} sent no heartbeat and did not come back in {waited}; {GO_ON}")
     return SetupError(
         f"machine 0 did not answer in {waited}: it writes {leader.path} every {machines.HEARTBEAT_SECONDS:g} s. "
@@ -291,7 +293,7 @@ def _silence_error(leader: Peer, place: MachineAddress, sign: Heartbeat) -> Full
 
 
 def _run_attempt(
-    attempt: SharedAttempt, leader: Peer, place: MachineAddress, sign: Heartbeat, phase: Callable[[str], None]
+    attempt: SharedAttempt, leader: Peer, place: MachineAddress, heartbeat: Heartbeat, phase: Callable[[str], None]
 ) -> None:
     """Run this machine's part of an attempt and report how it ended."""
     path, until = Path(attempt.request), time.monotonic() + machines.LOST_SECONDS
@@ -306,7 +308,7 @@ def _run_attempt(
     phase(f"taking part in attempt {request.attempt} of {request.plan.trial} (log: {path.parent})")
     kills, over_at = kernel_kills(), 0.0
     log = path.with_name(f"log-machine{place.rank}.txt")
-    child = spawn.in_new_process(request, log, meeting(place, attempt.name, sign.record.address))
+    child = spawn.in_new_process(request, log, meeting(place, attempt.name, heartbeat.record.address))
     with forwarding_signals(child) as stop_signals:
         while (code := child.poll()) is None:
             now = leader.read()
@@ -317,7 +319,7 @@ def _run_attempt(
             if over_at and time.monotonic() - over_at > GRACE_SECONDS:
                 spawn.end(child)
             time.sleep(POLL_SECONDS)
-    lost = partial(LostMachine, rank=place.rank, host=sign.record.host)
+    lost = partial(LostMachine, rank=place.rank, host=heartbeat.record.host)
     part = None
     if stop_signals:
         part = lost(kind="interrupted", reason="was asked to stop")
@@ -325,7 +327,7 @@ def _run_attempt(
         part = lost(kind="out_of_memory", reason="the kernel killed a process")
     elif code:
         part = lost(kind="killed" if code < 0 else "failed", reason=f"torchrun ended with code {code}")
-    sign.write(last_part=AttemptEnd(attempt=attempt.name, lost=part))
+    heartbeat.write(last_part=AttemptEnd(attempt=attempt.name, lost=part))
     if stop_signals:
         raise InterruptedRun(f"interrupted; {GO_ON}")
     phase("waiting for machine 0")

@@ -109,7 +109,7 @@ def of_machine(meeting: MachineAddress) -> dict[str, str]:
 
 
 def on_loopback() -> dict[str, str]:
-    """Return environment variables that keep one machine's processes on its loopback."""
+    """Return environment variables that restrict one machine's processes to its loopback."""
     name = _interface_with("127.0.0.1") or "lo"
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 

@@ -50,7 +50,7 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
             parameters = trainer.model.named_parameters()
             unreached = tuple(name for name, weight in parameters if weight.requires_grad and weight.grad is None)
             passes.step()
-            # Only with accumulation does a pass add to gradients of the pass before; parts may add some.
+            # Only with accumulation does a pass add to earlier gradients; parts may add gradients too.
             if plan.gradient_accumulation_steps == 1:
                 optimizer.zero_grad()
             for part in trainer.parts:
@@ -58,7 +58,7 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
             _, seconds = passes.train(longest, keep=True)
             step_seconds = passes.step()
             optimizer.zero_grad()
-            # As between steps: optimizer state, but no gradients.
+            # Measured as between steps, with optimizer state but without gradients.
             forecast = timed_forecast(passes, longest, (first_seconds, seconds), step_seconds)
     del passes, model, optimizer
     if plan.num_processes > 1:
@@ -135,7 +135,7 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 
 def check_of(batch: Mapping[str, torch.Tensor], loss: float, began: float, passed: bool = True) -> Check:
     """Return the dry run's check, which fails if the loss is non-finite."""
-    # Without tokens it is an image: channels, height and width.
+    # An image has no tokens; its shape is channels, height and width.
     first = batch["input_ids" if "input_ids" in batch else "pixel_values"]
     size = " x ".join(map(str, first.shape[1:])) + (" tokens" if "input_ids" in batch else " values")
     return Check(
@@ -280,7 +280,7 @@ def timed_forecast(
         scoring = round(evaluation * splits["test"].tokens / splits["eval"].tokens, 3)
         overhead = {"scoring one model on the test rows": scoring}
     to_stop = save + (evaluation if evaluations else 0.0)
-    # Also at each evaluation.
+    # A checkpoint is also saved at each evaluation.
     saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps, after=first_step)
     return TimeNeed(
         train_seconds=round(train, 3),
