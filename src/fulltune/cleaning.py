@@ -1,8 +1,4 @@
-"""Compare training with and without each cleaning step on the same eval rows, by classifiers or whole runs.
-
-Finished runs keep their patch and eval outputs, so that only missing runs are trained later. Test rows are never read.
-
-"""
+"""Compare training with and without each cleaning step on the same eval rows, by classifiers or whole runs."""
 
 from __future__ import annotations
 

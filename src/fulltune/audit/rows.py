@@ -229,7 +229,7 @@ DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "confli
 NEAR = 0.8
 """Share of common 5-grams from which texts are nearly the same."""
 _CANDIDATE = 0.7
-"""Estimated share from which texts are compared exactly. At NEAR, the estimate misses one row of 400."""
+"""Estimated share from which texts are compared exactly."""
 _MAX_QUOTED = 80
 _MAX_COMPARED = 5000
 """Most held-out rows of a group that are compared with a train row."""

@@ -263,14 +263,10 @@ _SAME_SQUARE = 1e-8
 def outliers(
     reader: Reader, train_keys: np.ndarray, counts: Mapping[SplitName, int]
 ) -> tuple[dict[SplitName, dict[int, float]], float, int]:
-    """Return rows that are far from all train rows. Raises `NoProbe` for too few or too varied rows.
+    """Return positions and distances, by split, of rows that are far from all train rows.
 
-    Args:
-        train_keys: Hash of each train row's input; equal inputs count once.
-
-    Returns:
-        Positions and distances of such rows by split, the upper quartile of train distances, and the number of rows not
-        sampled.
+    Also returns the upper quartile of train distances, and the number of rows not sampled. Equal `train_keys` count
+    once. Raises `NoProbe` for too few or too varied rows.
     """
     items, positions = reader.items("train")
     unique_keys, first, inverse = np.unique(train_keys[positions], return_index=True, return_inverse=True)

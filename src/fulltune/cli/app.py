@@ -1,8 +1,4 @@
-"""The command line. Results go to stdout, progress and errors to stderr.
-
-Commands import their stage when they run, so that `--help` and recipe errors never import torch.
-
-"""
+"""The command line. Results go to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 

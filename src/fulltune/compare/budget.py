@@ -20,8 +20,7 @@ from fulltune.text import is_share, typed_seconds
 
 EXPECTATION = f"{FOLDER}/expectation.json"
 FEW_TRAIN_ROWS = 10_000
-"""Train rows below which five seeds are planned instead of three, because few rows make seeds differ (Bouthillier et
-al. 2021; Mosbach et al. 2020)."""
+"""Train rows below which five seeds are planned instead of three (Bouthillier et al. 2021; Mosbach et al. 2020)."""
 LEAST_SEEDS = 2
 GOOD_SEEDS = 3
 """Two seeds say little about their spread, so a tight budget first drops methods."""

@@ -1,9 +1,4 @@
-"""Search a method's learning rate by successive halving on eval rows, as pure functions (docs/guides/compare.md).
-
-`tried` maps the rates of short trials to eval metrics, `whole` those of whole runs. `may_extend` is false for rates
-from the recipe.
-
-"""
+"""Search a method's learning rate by successive halving on eval rows, as pure functions (docs/guides/compare.md)."""
 
 from __future__ import annotations
 

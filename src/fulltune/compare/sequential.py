@@ -23,13 +23,13 @@ _LIKELY = 0.5
 """Probability that full wins from which others catch up after the last seed."""
 _CLEAR = "clear: the test rows would very likely agree"
 _HOPELESS = 0.2
-"""Probability of a clear answer below which seeds are a waste; equal methods have about a tenth."""
+"""Probability of a clear answer below which more seeds are a waste."""
 WAITING_SHARE = 0.25
-"""Part of a look's alpha for methods with fewer seeds; the rest is for a second look."""
+"""Part of a look's alpha for methods with fewer seeds."""
 
 
 TIME_UP_SHARE = 0.5
-"""Part of the unspent alpha for a verdict when time is up; the rest is for later ones (Bonferroni)."""
+"""Part of the unspent alpha for a verdict when time is up (Bonferroni)."""
 
 
 def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:

@@ -1,10 +1,8 @@
-"""Groups rows that a split must not separate: near duplicates, and rows with the same `data.group`. Also reads
-`data.time`.
+"""Groups rows that a split must not separate: near duplicates, and rows with the same `data.group`.
 
-Group numbers are drawn from a seed and a key, so that new rows move few others. MinHash (Broder 1997) detects near
-duplicates: a signature holds, for each of 128 hash functions, the smallest hash of a text's character 5-grams. The
-share of equal positions estimates two texts' Jaccard similarity, with a standard error of at most 4.5 %. Only rows that
-agree in a band of positions are compared.
+MinHash (Broder 1997) detects near duplicates: a signature holds, for each of 128 hash functions, the smallest hash of a
+text's character 5-grams. The share of equal positions estimates two texts' Jaccard similarity, with a standard error of
+at most 4.5 %.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Applies patch files, which hold decisions about single rows, each time the data is read.
 
-Each line is a JSON object. Its `row` is a hash of all columns (`inference.store.row_id`), so a decision follows its row
-when the row moves. The second of several equal rows of a source has `-2` appended, and so on.
+A line's `row` is a hash of all columns (`inference.store.row_id`), so a decision follows its row. The second of several
+equal rows has `-2` appended.
 """
 
 from __future__ import annotations

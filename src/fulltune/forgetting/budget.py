@@ -19,13 +19,12 @@ NUM_POINTS = 1 + len(SHARES) + REFINEMENTS
 MIN_SHARE_STEP = 0.01
 MAX_ROWS = 300
 SAFETY_ERRORS = 1.28
-"""Distance from the limit in standard errors of a difference of two halves: the sealed texts then agree in nine of ten
-cases."""
+"""Distance from the limit in standard errors: the sealed texts then agree in nine of ten cases."""
 
 
 LANGUAGE_WEIGHTS, STATE_WEIGHTS = (0.1, 1.0), (0.005, 0.03)
-"""Smallest (initial) and largest replay weight, times the limit: for language models (loss in nats per token), and for
-others (loss 1 - cosine of hidden states). Larger weights slowed learning and hardly reduced forgetting (2026-11-27)."""
+"""Smallest (initial) and largest replay weight, times the limit: for language models (nats per token), and for others
+(1 - cosine). Larger ones slowed learning (2026-11-27)."""
 MAX_EXCESS = 1.0
 """Drift allowed above the limit at the peak learning rate, as a multiple of the limit. It falls with the rate to 0."""
 MAX_FACTOR = 1.5

@@ -1,8 +1,4 @@
-"""Apply a language model's head only to trained or scored tokens: logits [tokens, vocabulary].
-
-Prompts' logits would take much time and most of the memory. `verified` tries on the model whether this, and a chunked
-loss, gives the same numbers.
-"""
+"""Apply a language model's head only to trained or scored tokens, which saves time and memory."""
 
 from __future__ import annotations
 

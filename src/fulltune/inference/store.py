@@ -22,8 +22,7 @@ IN_TRAIN = "in_train.npy"
 MIXED = "mixed"
 """Folder of the mixed-in rows, source after source."""
 WORDS = "words"
-"""Column with a row and its place as JSON; a row's further examples have only the place, or the file would grow with
-the square of the row's length."""
+"""Column with a row and its place as JSON; a row's further examples have only the place."""
 _ROWS_PER_BATCH = 8192
 _BYTES_PER_BATCH = 16 * 2**20
 

@@ -1,7 +1,4 @@
-"""A recipe's model as a `LightningModule` with a step guard, and its rows as a `LightningDataModule`.
-
-If the strategy shards gradients (DeepSpeed, FSDP), the guard judges only the loss, and stops instead of skipping.
-"""
+"""A recipe's model as a `LightningModule` with a step guard, and its rows as a `LightningDataModule`."""
 
 from __future__ import annotations
 

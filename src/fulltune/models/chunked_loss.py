@@ -1,8 +1,4 @@
-"""Chunked cross entropy of a language model's head: logits [tokens, vocabulary] never exist as a whole.
-
-Gradients are computed in the forward pass. torch's `linear_cross_entropy` (2.13) is slower than whole logits on a CPU
-and rounds the loss to bf16; Liger's kernels need a GPU.
-"""
+"""Chunked cross entropy of a language model's head: logits [tokens, vocabulary] never exist as a whole."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ ROWS = {"cpu": 256}
 """Tokens per chunk, by device type."""
 ROWS_ELSEWHERE = 1024
 _BLOCK_NUMBERS = 2**21
-"""Numbers in the temporary copies of a product: a 16-bit result, and the weights, which oneDNN repacks."""
+"""Numbers in the temporary copies of a product."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,9 @@ from fulltune.recipe.tasks import FACTS
 
 DefaultWithReason = tuple[float, str]
 ADAPTER_TIMES = 20.0
-"""An adapter's best learning rate relative to full fine-tuning's (Houlsby et al. 2019: 1e-3, up to 3e-3; MiniLM-L6:
-1e-2, where full takes 2e-4)."""
+"""An adapter's best learning rate relative to full fine-tuning's (Houlsby et al. 2019: 1e-3, up to 3e-3)."""
 LORA_TIMES, MAX_LORA = 10.0, 8e-4
-"""LoRA's best learning rate relative to full fine-tuning's (Schulman et al. 2025), and its limit: MiniLM-L6 loses its
-probe's head at 2e-3 (docs/concepts/statistics.md)."""
+"""LoRA's best learning rate relative to full fine-tuning's (Schulman et al. 2025), and its limit."""
 
 RATES = {
     "decoders": ((50, 2e-4), (1_000, 5e-5), (5_000, 2e-5), (15_000, 1e-5), (float("inf"), 5e-6)),

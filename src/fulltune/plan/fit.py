@@ -23,13 +23,8 @@ from fulltune.text import format_bytes, parse_bytes
 def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_seconds: float | None = None) -> Plan:
     """Make the plan of a trial, with a reason for each setting.
 
-    Args:
-        workload: The checked recipe, the model and its rows.
-        fleet: The hardware.
-        own_loss: True if the user passed `compute_loss`.
-        started_seconds: Seconds since the command started.
-
-    Raises `RecipeError` for contradictory settings, and `DoesNotFitError` if memory or disk is too small.
+    `own_loss` is True if the user passed `compute_loss`. Raises `RecipeError` for contradictory settings, and
+    `DoesNotFitError` if memory or disk is too small.
     """
     shapes, summary, reasons = workload.shapes, workload.summary, Reasons()
     recipe, why = placed(workload, fleet, own_loss)
@@ -161,7 +156,7 @@ def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | No
 
 DISK_BYTES_PER_SECOND = 10**9
 START_SECONDS, LOADS = 20.0, 3
-"""Start-up of two processes with torch (measured: 12 to 25 s on two cores), and how often the model is read."""
+"""Start-up of two processes with torch (12 to 25 s on two cores), and how often the model is read."""
 CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
 """Seconds that the checks and each score row take, and the number of baseline rows."""
 LONGEST_PASSES = 2

@@ -17,9 +17,9 @@ FILE_BYTES, MAX_FILES = 2**24, 64
 WHOLE_FILE_BYTES = 2**28
 """Size of the finished model's files, gathered in host memory."""
 TENSORS_OF_BLOCK = 3
-"""Ratio of a block's size to its largest tensor: 7.1 M to 2.4 M parameters in BERT."""
+"""Ratio of a block's size to its largest tensor, as in BERT."""
 SENT = {"cpu": 2, "cuda": 1}
-"""Buffers for gradients being sent, with a copy for gloo (64 MiB over two processes take 66 MiB more)."""
+"""Buffers for gradients being sent, with a copy for gloo."""
 
 AT_HEAD = ("backward head", "forward loss")
 """Positions at which all blocks' activations are alive."""

@@ -19,7 +19,7 @@ GB, GIB = 10**9, 2**30
 CPU_FLOPS_PER_CORE = 50 * GB
 """Assumed fp32 FLOP/s of a core with AVX2."""
 DEVICE_RESERVE = 2**29
-"""Memory that the driver takes: torch sees 79.2 of an A100's 80 GiB, and 23.6 of an RTX 4090's 24."""
+"""Memory that the driver takes: torch sees 79.2 of an A100's 80 GiB."""
 USUAL_NETWORK = 12.5
 """Default GB/s between machines: 100 Gb/s as on an a2-highgpu-8g."""
 NETWORK_ASSUMED = f"{8 * USUAL_NETWORK:.0f} Gb/s between machines"

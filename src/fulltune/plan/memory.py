@@ -104,9 +104,8 @@ def _beyond_tensors(
 def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
     """Return the peak bytes of temporary tensors on a CPU: those on the heap, and all.
 
-    Args:
-        moments: Bytes of small blocks with their gaps, of large blocks, and of large ones that may reuse the heap.
-        block_bytes: Size of the largest block that may reuse the heap.
+    `moments` holds bytes of small blocks with their gaps, of large blocks, and of large ones that may reuse the heap in
+    blocks up to `block_bytes`.
     """
     heap = max(small for small, _, _ in moments)
 

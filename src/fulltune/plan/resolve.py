@@ -22,7 +22,7 @@ MIN_BF16_SPEEDUP = 1.2
 """Speed of bf16 relative to fp32 that is worth its rounding on a CPU."""
 MAX_WORKERS = 8
 MIN_SHARED_BYTES = 2**30
-"""Shared memory per GPU: each worker queues two batches, and 32 images of 224 x 224 pixels are 19 MB."""
+"""Shared memory per GPU, where each worker queues two batches."""
 
 
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:

@@ -57,8 +57,8 @@ SEED = 0
 LOSS_TOLERANCE = 0.02
 """How much higher, relative to the best, the held-out loss of a more regularised probe may be."""
 START_STRENGTH_DIVISOR = 8.0
-"""Divisor of the best strength at the start of training. A head that already fits the train rows leaves no gradient for
-the body (docs/concepts/statistics.md)."""
+"""Divisor of the best strength at the start of training: a head that already fits the train rows leaves no gradient for
+the body."""
 _USUAL_HIDDEN_SIZE = 1_024
 
 
@@ -75,13 +75,8 @@ def load_or_fit(
 ) -> Probe:
     """Load the probe of a run folder, or fit and save it if it is missing while other processes wait.
 
-    Args:
-        folder: The run folder.
-        extract: Creates the feature extractor.
-        rows: The prepared train rows.
-        eval_rows: The rows that select strength and features.
-        with_head: False to fit only the baseline, as for a pretrained head.
-        together: True if all processes must run the model, because its weights are sharded.
+    `extract` creates the feature extractor. Without `with_head`, only the baseline is fitted. `together` is True if all
+    processes must run the model, because its weights are sharded.
     """
     probe_folder = folder / FOLDER
     probe_folder.mkdir(parents=True, exist_ok=True)

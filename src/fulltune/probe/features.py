@@ -1,4 +1,4 @@
-"""Extract features of the pretrained model for each item: a row, a tagged word, a choice, or a token of a window."""
+"""Extract features of the pretrained model for each item."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Find and replace the linear layers of a new head: the last one, and a dense one before it, such as a pooler's.
-
-A pooler reads one position, from which the mean over all tokens can largely be predicted without labels. A classifier
-on that mean needs fewer rows (docs/concepts/statistics.md).
-"""
+"""Find and replace the linear layers of a new head: the last one, and a dense one before it, such as a pooler's."""
 
 from __future__ import annotations
 

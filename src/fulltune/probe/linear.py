@@ -20,14 +20,12 @@ SpaceName = TypeVar("SpaceName", bound=Hashable)
 Result = TypeVar("Result", bound=tuple[Any, ...])
 FOLDS = 5
 STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)
-"""Values of scikit-learn's C times the number of standardised features. A ridge regression's alpha per item is `RIDGE`
-divided by the strength."""
+"""Values of scikit-learn's C times the number of standardised features."""
 MIDDLE, RIDGE = 16.0, 4.0
 LEAST_SPREAD = 0.1
 MOST_COMPARED = 4_000
 MOST_STEPS, TOLERANCE = 300, 3e-4
-"""The solver's limits. A third of the tolerance took twice as long and gained nothing. Three times the tolerance gave 5
-% more errors (2026-11-26)."""
+"""The solver's limits: three times the tolerance gave 5 % more errors (2026-11-26)."""
 _MANY_MULTIPLICATIONS = 10**9
 """Number of multiplications from which several threads are faster, about 0.2 s in one thread."""
 _LEAST_CHANCE = 1e-4
@@ -245,15 +243,8 @@ def select_classifier(
 ) -> tuple[float, Key, LinearClassifier]:
     """Select the candidate that is best on held-out rows, fitted on all items; raise `NoProbe` if none can be fitted.
 
-    Args:
-        items: Items of the train rows.
-        held_out: Items of other rows, or None for cross-validation.
-        candidates: Fits classifiers, each with its key.
-        criterion: Rates a classifier; lower is better.
-        tolerance: How much worse than the best, as a share, an earlier candidate may be.
-
-    Returns:
-        Criterion, key and classifier.
+    Without `held_out`, cross-validation decides. An earlier candidate wins if it is at most `tolerance` worse than the
+    best, as a share. Returns criterion (lower is better), key and classifier.
     """
     if held_out is not None:
         results = [(criterion(held_out, classifier), key, classifier) for key, classifier in candidates(items)]

@@ -1,8 +1,6 @@
-"""Make example data from the docstrings of installed Python packages, without downloads or imports of these packages.
+"""Make example data from the docstrings of installed Python packages, without importing them.
 
-The same versions of packages (`constraints-quickstart.txt`) and Python give the same bytes. All rows of a source file
-are in the same split.
-
+The same package and Python versions give the same bytes. All rows of a source file are in the same split.
 """
 
 import ast

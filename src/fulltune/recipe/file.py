@@ -1,7 +1,4 @@
-"""Read a recipe file (YAML with `${NAME}` variables and `--set` overrides) and report all problems at once.
-
-This module imports neither torch nor transformers, so that errors appear within half a second.
-"""
+"""Read a recipe file (YAML with `${NAME}` variables and `--set` overrides) and report all problems at once."""
 
 from __future__ import annotations
 

@@ -215,4 +215,4 @@ MethodKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prom
 """Kinds of compared methods. `variant` is a `full` after the first, with other settings."""
 VARIANT: MethodKind = "variant"
 RIVALS = ("lora", "adapter", "prompt", "peft", VARIANT)
-"""Kinds that full fine-tuning is compared with. `base` and `head` are shown for reference and decide nothing."""
+"""Kinds that full fine-tuning is compared with."""

@@ -1,7 +1,4 @@
-"""Check rules across settings: settings without effect, unknown names, and combinations that exclude each other.
-
-This module imports neither torch nor transformers.
-"""
+"""Check rules across settings: settings without effect, unknown names, and excluded combinations."""
 
 from __future__ import annotations
 

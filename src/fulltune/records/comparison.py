@@ -1,7 +1,6 @@
 """Records of a comparison of methods, and of a learning rate search.
 
-Differences are *oriented*: the value of full fine-tuning minus the other method's, with the sign turned if smaller is
-better. A positive difference means that full fine-tuning is better.
+Differences are *oriented*: positive means that full fine-tuning is better.
 """
 
 from __future__ import annotations

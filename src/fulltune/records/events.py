@@ -1,8 +1,4 @@
-"""Events of a run, with one record class per kind, as listeners receive them.
-
-An attempt also writes its events to `metrics.jsonl`. A new event needs a class here and a case in
-`cli.show.run.Display` to be displayed.
-"""
+"""Events of a run, one record class per kind, as listeners receive them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Records of the drift on generic text, and of how a run stayed within its budget for it.
-
-Drift is measured in nats per token for language models, otherwise as 1 - cosine of hidden states.
-"""
+"""Records of the drift on generic text, and of how a run stayed within its budget for it."""
 
 from __future__ import annotations
 

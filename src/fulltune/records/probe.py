@@ -17,8 +17,7 @@ PAIRS = 5 / 3
 """Size of a pair's features relative to a single text's: five vectors instead of three, as each text is also read
 alone."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
-"""Limits of the number of eval rows that select strength and features. With fewer, cross-validation on train rows
-selects."""
+"""Limits of the eval rows that select strength and features; with fewer, cross-validation does."""
 
 
 def items_per_row(kind: str, words: float, num_choices: int) -> float:

@@ -11,7 +11,7 @@ from fulltune.files import lines_of
 from fulltune.records.base import Record
 
 ACCESSES = "test-rows-scored.jsonl"
-"""File beside the run folders that logs each scoring of test rows, and is kept when they are deleted."""
+"""File beside the run folders that logs each scoring of test rows."""
 COMPARISON = "comparison"
 
 

@@ -1,8 +1,5 @@
-"""The command `fulltune selfcheck`: run hardware-dependent decisions on this machine and show the results on one page.
-
-The page holds no names or paths, so it can be shared. The models are tiny and random, and nothing is downloaded.
-
-"""
+"""The command `fulltune selfcheck`: run hardware-dependent decisions on this machine and show the results on one
+page."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The bootstrap: metrics on thousands of resamples of clusters of rows (docs/concepts/statistics.md).
-
-`resample` recomputes any metric, while `draw` computes most metrics from sums over clusters. They draw different random
-numbers, so that stored scores stay valid.
-"""
+"""The bootstrap: metrics on resamples of clusters of rows (docs/concepts/statistics.md)."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ SAMPLES = 10_000
 SAMPLES_ANEW = 1_000
 """Number of resamples for a metric that must be recomputed on each of them."""
 _MAX_PRODUCTS = 2e10
-"""Most multiplications. A metric with many counts, such as the F1 of 150 classes, gets fewer resamples."""
+"""Most multiplications; a metric with many counts gets fewer resamples."""
 _MIN_SAMPLES = 1_000
 _WEIGHTS_AT_ONCE = 3_000_000
 _SEED = 0

@@ -19,8 +19,7 @@ from fulltune.records.scores import Estimate
 from fulltune.stats.bootstrap import Resampled, ResampledTrials
 
 SURPRISES = 2.0
-"""Number of disagreeing rows to assume besides those observed, because 0 of 20 do not prove equality (rule of
-three)."""
+"""Disagreeing rows to assume besides those observed: 0 of 20 do not prove equality (rule of three)."""
 _MIN_CLUSTERS = 2
 """With one cluster, all resamples are the same."""
 

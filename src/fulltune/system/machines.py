@@ -38,7 +38,7 @@ FOLDER = ".fulltune-machines"
 DEFAULT_PORT = 29500
 HEARTBEAT_SECONDS = 2.0
 LOST_SECONDS = 60.0
-"""Time without a heartbeat after which a machine counts as lost; file servers may lag by half of it."""
+"""Time without a heartbeat after which a machine counts as lost."""
 POLL_SECONDS = 0.2
 LINGER_SECONDS = 10.0
 """How long an ending command waits for the other machines to notice."""

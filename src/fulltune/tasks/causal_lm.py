@@ -33,7 +33,7 @@ from fulltune.tasks.padding import IGNORED, PART_CHARACTERS, collated, padded, t
 
 FACTS = recipe_tasks.FACTS["causal-lm"]
 BLOCK_LENGTH = 1024
-"""Upper bound of the default `max_length` for raw text, which is split and packed instead of truncated."""
+"""Upper bound of the default `max_length` for raw text, which is packed."""
 row_labels, config_changes = labels_of_row, classes.config_changes
 metrics, score_answers = written.metrics, written.score_answers
 sums, full_row = written.sums, written.full_row

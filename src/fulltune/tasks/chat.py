@@ -1,8 +1,4 @@
-"""Tokenise chat messages, with a mask of the assistant's tokens.
-
-Without `{% generation %}` marks in the template, an assistant turn is the difference between the conversations rendered
-up to its start and to its end.
-"""
+"""Tokenise chat messages, with a mask of the assistant's tokens."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ collate = partial(collated, left_out=(STARTS, ENDS))
 IMPOSSIBLE = "is_impossible"
 """Column of SQuAD 2 that marks questions without an answer, whose `answers` may be only plausible."""
 ONLY_FOR_TEST_ROWS = (STARTS, ENDS)
-"""Features needed only for predictions as text; in train rows, they would be half of the bytes."""
+"""Features needed only for predictions as text."""
 START, END, FIRST, LAST, TOKENS = range(5)
 """Positions in `labels` [5]: first and last token of the answer, first and last of the context, number of tokens."""
 NOWHERE = 0

@@ -26,7 +26,7 @@ _CHECKS: Mapping[str, Callable[[str], Flaw | None]] = {
 """Checks in the order of their repairs."""
 OF_TEXTS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "refusal")
 OF_ANSWERS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "no words")
-"""Checks of texts that a model learns to write. `42` is a good answer, a refusal is not."""
+"""Checks of texts that a model learns to write."""
 _PRIVATE: tuple[str, ...] = ("secret", "personal data", "phone number")
 _UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup")
 """Repairs that may restore a secret."""
@@ -97,8 +97,7 @@ PARTS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "written": (_WRITTEN_ROLES, OF_ANSWERS),
 }
 CHEAP = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
-"""Checks of every row in each run. They take 15 % of the time of tokenising short texts, a third of that for
-`refusal`."""
+"""Checks of every row in each run, which take 15 % of the time of tokenising short texts."""
 MAX_CHECKED = 100_000
 """Most characters of a text that are checked, at several times their memory."""
 

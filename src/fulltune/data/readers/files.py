@@ -15,7 +15,7 @@ from fulltune.text import near_names
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
-"""Suffixes read only if the recipe names the file. In folders, such files may be licences or notes."""
+"""Suffixes read only if the recipe names the file."""
 _KINDS = ", ".join(SUFFIXES)
 _METADATA_FILES = {"state.json", "dataset_info.json"}
 _IMAGES = "avif bmp dib gif ico jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"

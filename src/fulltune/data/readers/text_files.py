@@ -1,7 +1,4 @@
-"""Reads separated values, JSON, plain text and CoNLL, and guesses whether a table's first line is a header.
-
-Each reader yields line (or row number) and row, or an error message about it.
-"""
+"""Reads separated values, JSON, plain text and CoNLL."""
 
 from __future__ import annotations
 

@@ -173,15 +173,10 @@ def trained_row(scores: Sequence[Scores]) -> Scores | None:
 
 
 def read_run(folder: Path, scores: Scores | None = None) -> RunView:
-    """Read a run folder, any of whose files may be missing.
+    """Read the folder of a run or comparison, any of whose files may be missing.
 
-    Args:
-        folder: Folder of a run or of a comparison.
-        scores: Scores of one trial of a comparison, which has no file of its own.
-
-    Raises:
-        SetupError: The folder holds nothing of a run.
-
+    `scores` are those of a comparison's trial, which has no file of its own. Raises `SetupError` if the folder holds
+    nothing of a run.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -14,7 +14,7 @@ from fulltune.stats.curves import GO_ON, GuardDecision
 from fulltune.text import format_seconds, parse_seconds
 
 BASELINE_WINDOW = 64
-"""Number of clean steps that a step is compared with; twice as many detect half as well while the loss falls fast."""
+"""Number of clean steps that a step is compared with."""
 MIN_CLEAN_STEPS = 32
 """With fewer clean steps, only non-finite values are suspect."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
@@ -22,7 +22,7 @@ NORM_SCORE, LOSS_SCORE = 3.0, 6.0
 MIN_NORM_SPREAD = 0.15
 """Smallest assumed standard deviation of the norm's logarithm."""
 MIN_LOSS_SPREAD = 0.05
-"""Smallest assumed standard deviation of the loss, as a share of its start: near a loss of 0 a hard row is no spike."""
+"""Smallest assumed standard deviation of the loss, as a share of its start."""
 RECENT_STEPS, STAY_SCORE = 20, 5.0
 """A run stops if the median of the last `RECENT_STEPS` losses is `STAY_SCORE` standard deviations above the baseline,
 and all are above it."""

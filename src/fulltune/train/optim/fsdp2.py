@@ -20,7 +20,7 @@ from fulltune.train.optim.optimizers import AdamW, in_fp32
 FOLDER = "shared"
 WHOLE = "model.safetensors"
 MIN_FILE_BYTES, MAX_FILES = 2**24, 64
-"""Smallest file and most files per rank: torch 2.13's writer and safetensors each copy a file in memory."""
+"""Smallest file and most files per rank."""
 WEIGHTS = "weights."
 OPTIMIZER = "optimizer."
 """Prefix of a parameter's name in a key."""

@@ -27,7 +27,7 @@ SMALL = 4096
 _FIRST_TOP, _SECOND_TOP = 126.99, 254.99
 """Largest codes; with noise below 1 they stay below 128 and 256."""
 _SHIFT = 128.0
-"""Offset of second-moment codes stored as int8: fp32 converts to it five times as fast as to uint8."""
+"""Offset of second-moment codes stored as int8, to which fp32 converts fastest."""
 _TINY = torch.finfo(torch.float32).tiny
 _MIN_SCALE = 1e-30
 

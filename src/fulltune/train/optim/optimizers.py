@@ -1,7 +1,7 @@
 """AdamW with moments in 32, 16 or 8 bits (`adamw_bf16`, `adamw_8bit`) for CPU and CUDA.
 
-Updates are computed in fp32 on slices of a fixed size. bf16 weights are rounded stochastically, to nearest, or to
-nearest with the rounding error added to the next update (kahan).
+Updates are computed in fp32. bf16 weights are rounded stochastically, to nearest, or to nearest with the error added to
+the next update (kahan).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rounding = Literal["stochastic", "kahan", "nearest"]
 CPU_SLICE = 2**16
 """Values per slice on a CPU: 1.3 MiB of buffers fit into a core's cache."""
 GPU_SLICE = 2**20
-"""Values per slice on a GPU, where larger slices need fewer kernel launches: 20 MiB of buffers."""
+"""Values per slice on a GPU: 20 MiB of buffers."""
 _GROUP_KEYS = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
 _WEIGHT, _FIRST, _SECOND = range(3)
 

@@ -1,6 +1,4 @@
-"""A process that has imported the libraries and forks a worker for each attempt.
-
-It saves each short trial seven seconds of imports. multiprocessing's server would import the user's main script.
+"""A process that has imported the libraries and forks a worker for each attempt, which saves seven seconds each.
 
     parent ──{"request": ..., "log": ...}──▶ server ──fork──▶ worker (own group, own log)
     parent ◀── the worker's process id, and later its exit code, a line each

@@ -22,15 +22,15 @@ from fulltune.train.request import Request
 
 _JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
-"""glibc settings that merge freed small blocks at once: a 58 M Llama with activation checkpointing peaked at 1.63 GB
-instead of 2.13 (docs/concepts/memory.md)."""
+"""glibc settings that merge freed small blocks at once: 1.63 GB instead of 2.13 at the peak
+(docs/concepts/memory.md)."""
 FSDP2_ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.arena_max=1"
-"""glibc settings that return blocks from 4 MiB on and give threads no heaps: a 39 M Llama on two ranks peaked at 745 MB
-instead of 1,020 to 1,100, in steps 15 and 23 % longer."""
+"""glibc settings that return blocks from 4 MiB on and give threads no heaps: two ranks peaked at 745 MB instead of
+1,020 to 1,100, in steps 15 to 23 % longer."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Limits of the kernels that oneDNN and PyTorch cache per shape: the default of 1,024 took 280 MiB for 57 lengths in
-bf16; a step needs fewer than 64."""
+"""Limits of the kernels that oneDNN and PyTorch cache per shape: the default of 1,024 took 280 MiB; a step needs fewer
+than 64."""
 
 
 LAUNCHER = ranks.__name__  # starts several processes
