@@ -161,9 +161,7 @@ def row_losses(
     weights = None if class_weights is None else logits.new_tensor(list(class_weights))
     if target.form.is_number:
         shift, factor = target.logit_scale
-        expected = (
-            (labels.double() - shift) / factor
-        ).float()  # in logit units: fp32 cannot distinguish 1e8 and 1e8 + 1
+        expected = ((labels.double() - shift) / factor).float()  # in logit units: in fp32, 1e8 and 1e8 + 1 are equal
         unit = target.scale[1] if target.scale else 1.0
         return ((logits.squeeze(-1) - expected) * (factor / unit)).square()
     if target.form.several_labels:

@@ -64,7 +64,7 @@ def test_label_of_named_choices_is_one_of_their_names() -> None:
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ((1, 2, 3, 4), "counts choices from 1 (1 rows hold their number of choices), expected 0 to 3"),
+        ((1, 2, 3, 4), "counts choices from 1 .1 rows hold their number of choices., expected 0 to 3"),
         ((None, ""), "no row has two choices or more and a label"),
     ],
 )
