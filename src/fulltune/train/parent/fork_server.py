@@ -1,7 +1,7 @@
 """A process that has imported the libraries and forks a worker for each attempt, which saves seven seconds each.
 
-    parent ──{"request": ..., "log": ...}──▶ server ──fork──▶ worker (own group, own log)
-    parent ◀── the worker's process id, and later its exit code, a line each
+parent ──{"request": ..., "log": ...}──▶ server ──fork──▶ worker (own group, own log)
+parent ◀── the worker's process id, and later its exit code, a line each
 """
 
 from __future__ import annotations
