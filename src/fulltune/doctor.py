@@ -54,31 +54,31 @@ class Log:
     skipped: tuple[int, ...] = ()
 
 
-def read_log(place: Path) -> Log:
+def read_log(source: Path) -> Log:
     """Read the log of a run folder, a Trainer's state or a TensorBoard folder.
 
     Raises:
         SetupError: There is no log, or its format is unknown.
 
     """
-    if not place.exists():
-        raise SetupError(f"{place}: no such file or folder; expected a run folder, {STATE}, or TensorBoard's folder")
-    if place.is_dir() and any((place / name).exists() for name in ("attempts", "plan", "data/summary.json")):
-        return _read_run_log(place)
-    below = [path for path in place.glob(f"*/{STATE}") if path.parent.name.rpartition("-")[2].isdigit()]
-    states = [*place.glob(STATE), *sorted(below, key=lambda path: number_in(path.parent), reverse=True)]
-    states = [place] if place.is_file() and place.suffix == ".json" else states
+    if not source.exists():
+        raise SetupError(f"{source}: no such file or folder; expected a run folder, {STATE}, or TensorBoard's folder")
+    if source.is_dir() and any((source / name).exists() for name in ("attempts", "plan", "data/summary.json")):
+        return _read_run_log(source)
+    below = [path for path in source.glob(f"*/{STATE}") if path.parent.name.rpartition("-")[2].isdigit()]
+    states = [*source.glob(STATE), *sorted(below, key=lambda path: number_in(path.parent), reverse=True)]
+    states = [source] if source.is_file() and source.suffix == ".json" else states
     for number, path in enumerate(states, start=1):  # the latest first; truncated ones are skipped
         try:
             return _read_trainer_state(path)
         except SetupError:
             if number == len(states):
                 raise
-    if events := sorted(place.rglob("events.out.tfevents.*")):
-        return _read_tensorboard(place, events)
+    if events := sorted(source.rglob("events.out.tfevents.*")):
+        return _read_tensorboard(source, events)
     raise SetupError(
-        f"{place}: no known log; expected a run folder of fulltune, transformers' {STATE} (in a checkpoint or a folder "
-        "of checkpoints), or a folder with TensorBoard events"
+        f"{source}: no known log; expected a run folder of fulltune, transformers' {STATE} (in a checkpoint or a "
+        "folder of checkpoints), or a folder with TensorBoard events"
     )
 
 

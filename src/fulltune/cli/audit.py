@@ -206,14 +206,14 @@ def go_through(
 ) -> dict[tuple[str, str], RowDecision]:
     """Ask about each undecided row, and save the patch after each key. Return all decisions."""
     decided, waiting = dict(before), queue(issues, before)
-    place, history = 0, list[int]()
+    index, history = 0, list[int]()
     with suppress(EOFError):  # Ctrl-D quits
-        while place < len(waiting):
-            row_issues = waiting[place]
+        while index < len(waiting):
+            row_issues = waiting[index]
             change = _proposed_change(row_issues)
             keys = KEYS if relabel is not None else KEYS.replace("[l]abel  ", "")
             keys = keys if change is not None else keys.replace("[c]hange as proposed  ", "")
-            _show_row(console, row_issues, f"{place + 1:,} of {len(waiting):,}", keys)
+            _show_row(console, row_issues, f"{index + 1:,} of {len(waiting):,}", keys)
             match ask():
                 case "k":
                     remedy = Remedy(action="keep")
@@ -224,12 +224,12 @@ def go_through(
                 case "l" if relabel is not None and (other := relabel()) is not None:
                     remedy = other
                 case "n":
-                    place += 1
+                    index += 1
                     continue
                 case "u":
                     if history:
-                        place = history.pop()
-                        decided.pop(waiting[place][0].key)
+                        index = history.pop()
+                        decided.pop(waiting[index][0].key)
                         save(patch, decided)
                     continue
                 case "q" | "\x03" | "\x1b":
@@ -237,9 +237,9 @@ def go_through(
                 case _:
                     continue
             decided[row_issues[0].key] = row_issues[0].decision(remedy)
-            history.append(place)
+            history.append(index)
             save(patch, decided)
-            place += 1
+            index += 1
     return decided
 
 

@@ -121,7 +121,7 @@ def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Re
 
 
 def _survey_and_plan(
-    recipe: Recipe, summary: DataSummary, checked: Checked, plan: Plan | None, place: Path, by_config: bool = False
+    recipe: Recipe, summary: DataSummary, checked: Checked, plan: Plan | None, folder: Path, by_config: bool = False
 ) -> tuple[Survey, Plan | None]:
     """Plan every placement, and return the survey with the chosen plan."""
     from fulltune.footprint.trace import PlannedModel
@@ -129,7 +129,9 @@ def _survey_and_plan(
     from fulltune.models.shapes import Shapes
 
     fleet, price = checked
-    fleet = fleet or gpus.here(hardware.here(), hardware.disk_free_bytes(place), recipe.train.num_machines, str(place))
+    fleet = fleet or gpus.here(
+        hardware.here(), hardware.disk_free_bytes(folder), recipe.train.num_machines, str(folder)
+    )
     spread, followed = workload.spread_over(recipe, fleet)
     base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, not by_config))
 
@@ -148,7 +150,7 @@ def _survey_and_plan(
         changed = _with_method(spread, kind, base())
         return None if changed is None else workload_of(changed)
 
-    files = [place / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
+    files = [folder / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
     if fleet.here and plan is not None and all(file.exists() for file in files):
         # This machine's plan was made from these files; a plan of an earlier version lacks them.
         shapes, footprint = Shapes.load(files[0]), records.Footprint.load(files[1])

@@ -59,8 +59,8 @@ def joined(
 
     recipe = run_folder.recipe_of(target) if target.is_dir() else load_recipe(target, overrides or [])
     alone = rank is None and rendezvous is None and target.is_dir()  # refused later if something is left to train
-    place = None if alone else machine_address(recipe, rank, rendezvous, wait)
-    if place is None:
+    address = None if alone else machine_address(recipe, rank, rendezvous, wait)
+    if address is None:
         yield None
         return
     with run_folder.writing(Path(recipe.output)):
@@ -69,11 +69,11 @@ def joined(
         def show(phase: str) -> None:
             err.print(f"[dim]{escape(phase)}[/dim]", soft_wrap=True)
 
-        if place.rank == 0:
-            with leading(place, recipe, show) as group:
+        if address.rank == 0:
+            with leading(address, recipe, show) as group:
                 yield group
             return
-        follow(place, recipe, show)
+        follow(address, recipe, show)
     raise typer.Exit
 
 

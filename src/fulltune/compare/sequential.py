@@ -95,24 +95,24 @@ def look(
 ) -> Look:
     """Judge each rival on resamples of the eval rows, and return the seeds that each method needs. `again` marks a
     second look."""
-    (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
+    (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure
     now, spreads = counts[full], seed_spreads(drawn, [method.kind == "base" for method in methods])
-    rivals = [place for place, method in enumerate(methods) if method.decides]
+    rivals = [index for index, method in enumerate(methods) if method.decides]
     level, last = spent(now, max_seeds, terms.alpha, again=again), spent(max_seeds, max_seeds, terms.alpha)
     outlooks = []
-    for place in rivals:
-        gap = difference(drawn, full, place, spreads, measure.sign, measure.span)
-        as_many = counts[place] == now
+    for index in rivals:
+        gap = difference(drawn, full, index, spreads, measure.sign, measure.span)
+        as_many = counts[index] == now
         share = (1.0 if as_many else WAITING_SHARE) / len(rivals)
         stopped = planned = (0.0, 0.0, 0.0)  # one seed each gives no spread between seeds
         if now > 1:
             then = ComparisonPrecision.of(gap).with_rows(test_rows / drawn.num_rows)
-            with_all = (max_seeds, max_seeds if as_many else counts[place])
-            stopped = _chances(gap, terms.margin, share * level, then, (now, counts[place]))
+            with_all = (max_seeds, max_seeds if as_many else counts[index])
+            stopped = _chances(gap, terms.margin, share * level, then, (now, counts[index]))
             planned = _chances(gap, terms.margin, share * last, then, with_all)
-        score = measure.sign * float(drawn.point[place].mean())
-        outlooks.append(Outlook(methods[place].name, score, methods[place].cost, as_many, stopped, sum(planned)))
+        score = measure.sign * float(drawn.point[index].mean())
+        outlooks.append(Outlook(methods[index].name, score, methods[index].cost, as_many, stopped, sum(planned)))
     wanted, reason = _wanted_seeds(methods[full].name, outlooks, now, max_seeds, again=again)
     return Look(
         num_seeds=now,

@@ -100,9 +100,9 @@ def keep_rows(context: Context, trial: Trial, planned: Plan, outcome: Outcome) -
 
 def keep(context: Context, name: str, predictions: Mapping[str, Predictions]) -> None:
     """Save a model's outputs by split. Only the verdict reads those on test rows."""
-    for part, place in (("eval", OPEN), ("test", SEALED), ("generic", GENERIC)):
+    for part, subfolder in (("eval", OPEN), ("test", SEALED), ("generic", GENERIC)):
         if part in predictions:
-            save_outputs(context.folder / place / f"{name}.npz", predictions[part])
+            save_outputs(context.folder / subfolder / f"{name}.npz", predictions[part])
 
 
 def clear(context: Context, trial: Trial) -> None:

@@ -48,20 +48,20 @@ class Terms:
 def decide(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Terms) -> Decision:
     """Compare full fine-tuning with every other method on all resamples, and return the verdict."""
     measure = terms.measure
-    (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
+    (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
     spreads = seed_spreads(drawn, [method.kind == "base" for method in methods])
     differences = []
     for decides in (True, False):  # methods that share the chance of a wrong answer
-        group = [place for place, method in enumerate(methods) if place != full and method.decides == decides]
-        gaps = [difference(drawn, full, place, spreads, measure.sign, measure.span) for place in group]
+        group = [index for index, method in enumerate(methods) if index != full and method.decides == decides]
+        gaps = [difference(drawn, full, index, spreads, measure.sign, measure.span) for index in group]
         tests = holm([gap.p_value() for gap in gaps], terms.alpha)
         equivalence = holm([gap.equivalence_p(terms.margin) for gap in gaps], terms.alpha)
-        for place, gap, *tested in zip(group, gaps, tests, equivalence, strict=True):
-            differences.append(_test_difference(methods[full], methods[place], gap, tested, drawn.num_rows, terms))
+        for index, gap, *tested in zip(group, gaps, tests, equivalence, strict=True):
+            differences.append(_test_difference(methods[full], methods[index], gap, tested, drawn.num_rows, terms))
     verdict, recommended = _choose_verdict(differences, methods[full].name, methods)
     scores = {}
-    for place, method in enumerate(methods):
-        mean = mean_of_method(drawn, place, spreads, measure.span)
+    for index, method in enumerate(methods):
+        mean = mean_of_method(drawn, index, spreads, measure.span)
         low, high = _clip(mean.interval(1 - terms.confidence), measure.bounds)
         scores[method.name] = Estimate(value=mean.estimate, low=low, high=high)
     return Decision(

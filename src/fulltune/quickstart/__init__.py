@@ -212,7 +212,7 @@ def _public_name(doc: _Doc) -> str:
 
     """
     parts = doc.module.split(".")
-    shown = next((parts[:place] for place, part in enumerate(parts) if part.startswith("_")), parts)
+    shown = next((parts[:index] for index, part in enumerate(parts) if part.startswith("_")), parts)
     if shown == parts:
         return f"{doc.module}.{doc.name}"
     shown = ["numpy"] if shown == ["numpy", "lib"] else shown

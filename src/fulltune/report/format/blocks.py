@@ -51,10 +51,10 @@ class Table:
 
     def only(self, columns: Collection[str]) -> Table:
         """Return the table with only its first column and the named ones."""
-        places = [place for place, name in enumerate(self.header) if place == 0 or name in columns]
-        rows = tuple(tuple(row[place] for place in places) for row in self.rows)
-        numeric = frozenset(number for number, place in enumerate(places) if place in self.numeric)
-        return replace(self, header=tuple(self.header[place] for place in places), rows=rows, numeric=numeric)
+        indices = [index for index, name in enumerate(self.header) if index == 0 or name in columns]
+        rows = tuple(tuple(row[index] for index in indices) for row in self.rows)
+        numeric = frozenset(number for number, index in enumerate(indices) if index in self.numeric)
+        return replace(self, header=tuple(self.header[index] for index in indices), rows=rows, numeric=numeric)
 
 
 @dataclass(frozen=True)

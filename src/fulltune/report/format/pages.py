@@ -175,8 +175,8 @@ _STYLES = {
 
 def show(console: Console, parts: Iterable[Headline | Section | Element]) -> None:
     """Print the parts of a report. A table wider than the terminal continues below itself."""
-    for place, part in enumerate(parts):
-        if place and isinstance(part, Table) and part.caption:
+    for index, part in enumerate(parts):
+        if index and isinstance(part, Table) and part.caption:
             console.print()
         if isinstance(part, Section):
             console.print(Text(f"\n{part.title}", style="bold"))
@@ -243,8 +243,8 @@ def _split_to_width(table: Table, width: int) -> Iterator[Grid]:
         # Gaps are columns, because Rich would add padding behind the last column as well.
         grid = Grid(box=None, pad_edge=False, header_style="dim", padding=0)
         left = width - sum(needed[number] + _GAP for number in group) + _GAP
-        for place, number in enumerate(group):
-            if place:
+        for index, number in enumerate(group):
+            if index:
                 grid.add_column(width=_GAP)
             more = min(max(0, left), widest[number] - needed[number])
             left -= more

@@ -156,12 +156,12 @@ def _shortened_name(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
-def _draw_mark(axes: Axes, mark: Mark, place: tuple[float, float], along: Literal["x", "y"], marker: str) -> None:
+def _draw_mark(axes: Axes, mark: Mark, position: tuple[float, float], along: Literal["x", "y"], marker: str) -> None:
     """Draw a value with its interval at a position."""
     colour = BLUE if mark.filled else QUIET
     reach: dict[str, Any] = {f"{along}err": [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]}
     axes.errorbar(
-        *place, **reach, fmt=marker, markersize=7, color=colour, markerfacecolor=colour if mark.filled else PAGE,
+        *position, **reach, fmt=marker, markersize=7, color=colour, markerfacecolor=colour if mark.filled else PAGE,
         elinewidth=1.75, capsize=5, capthick=1.75, mew=1.75, zorder=4 if mark.filled else 3,
         label=_shortened_name(mark.name),
     )  # fmt: skip
@@ -236,9 +236,9 @@ def series_plot(
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
         for each in series:
             colour, marker = BLUE if each.filled else QUIET, next(markers)
-            if places := [place for place in each.points if all(map(math.isfinite, place))]:
+            if finite_points := [point for point in each.points if all(map(math.isfinite, point))]:
                 look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if each.filled else PAGE}
-                axes.plot(*zip(*places, strict=True), marker=marker, linewidth=0, label=each.name, **look)
+                axes.plot(*zip(*finite_points, strict=True), marker=marker, linewidth=0, label=each.name, **look)
         axes.axvline(marked, **_LIMIT)
         axes.set_xlabel(across)
         if across == LEARNING_RATE:
@@ -257,8 +257,8 @@ def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -
     names = [textwrap.fill(words.one_line(mark.name), _LONGEST_NAME) for mark in shown]
     lines = sum(max(2, name.count("\n") + 1) for name in names)
     with _new_figure((lines + 2) * LINE_HEIGHT) as (figure, [axes]):
-        for place, mark in enumerate(shown):
-            _draw_mark(axes, mark, (mark.value, place), "x", "o")
+        for row, mark in enumerate(shown):
+            _draw_mark(axes, mark, (mark.value, row), "x", "o")
         axes.set_yticks(range(len(shown)), names)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         _style_axes(axes, metric, "x")

@@ -101,11 +101,11 @@ def clipped(text: str, limit: int) -> str:
 _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gguf", ".txt", ".jinja")
 
 
-def file_name(place: str) -> str:
+def file_name(source: str) -> str:
     """Return a path without its folders; Hub ids and `package:NAME/PATH` stay whole."""
-    path = PureWindowsPath(place)  # splits at both kinds of slash
-    is_local = place.startswith(("/", "~", ".")) or path.drive or path.suffix.lower() in _FILE_ENDINGS
-    return path.name if is_local and not place.startswith("package:") else place
+    path = PureWindowsPath(source)  # splits at both kinds of slash
+    is_local = source.startswith(("/", "~", ".")) or path.drive or path.suffix.lower() in _FILE_ENDINGS
+    return path.name if is_local and not source.startswith("package:") else source
 
 
 def named(text: str) -> str:

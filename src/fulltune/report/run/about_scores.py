@@ -184,8 +184,8 @@ def confusion(view: RunView) -> Section | None:
 def label_table(confusion: Confusion) -> Table:
     """Build a table of each label's precision, recall and F1, or of the labels with the lowest F1."""
     predicted, rows = [sum(counts) for counts in zip(*confusion.counts, strict=True)], []
-    for place, (name, counts) in enumerate(zip(confusion.labels, confusion.counts, strict=True)):
-        right, predictions, expected = counts[place], predicted[place], sum(counts)
+    for index, (name, counts) in enumerate(zip(confusion.labels, confusion.counts, strict=True)):
+        right, predictions, expected = counts[index], predicted[index], sum(counts)
         if predictions + expected:
             f1 = 2 * right / (predictions + expected)
             precision = format_percent(right / predictions) if predictions else "-"

@@ -181,12 +181,12 @@ def _dominant_label(confusion: Confusion) -> tuple[str, bool]:
     """Return the label of nearly all predictions (empty if none) and whether most rows have it."""
     predicted = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
     expected = [sum(counts) for counts in confusion.counts]
-    most, place = max(((count, place) for place, count in enumerate(predicted)), default=(0, 0))
+    most, index = max(((count, index) for index, count in enumerate(predicted)), default=(0, 0))
     several = max(expected, default=0) < _ONE_CLASS * sum(expected)
     if not several or most < _ONE_CLASS * max(1, sum(predicted)):
         return "", False
-    usual = expected.pop(place)
-    return confusion.labels[place], usual >= _UNEVEN * statistics.mean(expected)
+    usual = expected.pop(index)
+    return confusion.labels[index], usual >= _UNEVEN * statistics.mean(expected)
 
 
 def next_steps(run: RunFacts) -> tuple[str, ...]:
