@@ -40,7 +40,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Hash some values of each weight of the model's body, without the head."""
+    """Hash some values of each weight in the model's body."""
     digest = hashlib.sha256()
     for name, values in model.base_model.named_parameters():
         flat = sharding.whole(values.detach()).reshape(-1)
@@ -99,7 +99,7 @@ def drop_unfinished(folder: Path) -> None:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Delete checkpoints of later steps, which a resumed run writes again."""
+    """Delete checkpoints of later steps."""
     for checkpoint in folder.glob("checkpoint-*"):
         if number_in(checkpoint) > step:
             shutil.rmtree(checkpoint)

@@ -86,7 +86,7 @@ class Journal:
 
 def run_seconds(folder: Path, trial: str) -> float:
     """Return a trial's seconds from the first import to the saved model, with earlier attempts' steps up to the resumed
-    checkpoint, but without the linear probe and the checks, which only some trials run."""
+    checkpoint, without the linear probe and the checks, which only some trials run."""
     *earlier, last = attempt_folders(folder, trial)
     begins = [event for event in _recorded_events(last) if isinstance(event, PhaseBegan)]
     excluded = sum(end.seconds - begin.seconds for begin, end in pairwise(begins) if begin.name in (PROBING, CHECKS))

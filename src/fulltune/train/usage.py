@@ -31,7 +31,7 @@ class ResourceUsage:
     """Memory growth in bytes by rank, at the end of training."""
 
     def measure(self, device: str, writes: bool) -> None:
-        """Start measuring memory, after importing libraries that the first evaluation would import."""
+        """Start measuring memory, after importing libraries that evaluation needs."""
         if not writes:
             for name in ("scipy.stats", "sklearn.metrics"):
                 importlib.import_module(name)
@@ -42,7 +42,7 @@ class ResourceUsage:
         return 0 if self.meter is None else self.meter.growth_bytes()
 
     def disk(self, *paths: Path) -> None:
-        """Update the peak disk usage with the current size of these files and folders."""
+        """Update the peak disk usage with these files' and folders' current size."""
         files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
         self.disk_bytes = max(self.disk_bytes, sum(file.stat().st_size for file in files if file.is_file()))
 
@@ -62,8 +62,8 @@ def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], Non
     """Make allocations beyond `train.memory_limit` fail as if memory had run out; enter this after importing the
     libraries.
 
-    On CUDA torch's allocator is limited to a share of the card. On the CPU RLIMIT_DATA is set to VmData + (limit -
-    VmRSS), because it counts reserved memory, of which libraries reserve far more than they use.
+    On CUDA torch's allocator is limited. On the CPU RLIMIT_DATA is set to VmData + (limit - VmRSS): it counts reserved
+    memory, and libraries reserve far more than they use.
 
     Raises:
         DoesNotFitError: More memory than the limit is already in use.

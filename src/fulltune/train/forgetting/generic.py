@@ -167,8 +167,7 @@ class Replay(TrainingPart):
         self.before = outputs
 
     def add_gradient(self) -> None:
-        """Add the gradient of this rank's texts, without dropout, so that no random number is drawn. With FSDP2 all
-        ranks run equally many passes."""
+        """Add the gradient of this rank's texts, without dropout, so that no random number is drawn."""
         trainer = self.trainer
         model, arguments = trainer.model, trainer.args
         texts = self.rows_of(trainer.state.global_step + 1)
@@ -179,7 +178,7 @@ class Replay(TrainingPart):
         passes = [(list(positions), 1.0) for positions in batches(mine, self.rows_per_pass)]
         if trainer.is_shared:
             most = -(-len(texts[:: arguments.world_size]) // self.rows_per_pass)
-            passes += [(texts[:1], 0.0)] * (most - len(passes))
+            passes += [(texts[:1], 0.0)] * (most - len(passes))  # as many as on the other ranks
         with evaluating(model):
             for positions, counts in passes:
                 with autocast(model, self.text.precision):
@@ -245,8 +244,8 @@ def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingP
 
 
 def divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Return the sum of KL divergences in nats from log probabilities [positions, tokens]; the rest of the vocabulary
-    counts as one more token."""
+    """Return the summed KL divergence in nats from log probabilities [positions, tokens]; the rest of the vocabulary
+    counts as one token."""
     rest_before, rest_now = ((1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (before, now))
     return (before.exp() * (before - now)).sum() + (rest_before * (rest_before.log() - rest_now.log())).sum()
 

@@ -152,8 +152,7 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
 
     def is_over(self, state: TrainerState) -> bool:
-        """Return whether early stopping ends the run; the logged history decides, because a counter would restart on
-        resume."""
+        """Return whether early stopping ends the run, from the logged history, as a counter would restart on resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and stopped_improving(
             logged(state, f"eval_{plan.metric}"),

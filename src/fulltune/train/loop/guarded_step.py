@@ -158,7 +158,7 @@ class Guarded:
     def _judge_step(
         self, losses: torch.Tensor | float, norm: torch.Tensor | float | None
     ) -> tuple[StepVerdict, float, float | None]:
-        """Return the guard's verdict with the step's loss and gradient norm, averaged over the ranks."""
+        """Return the guard's verdict with the step's mean loss and gradient norm over the ranks."""
         in_engine = bool(self.is_deepspeed_enabled)
         if isinstance(norm, torch.Tensor):  # sharded by FSDP2
             norm = sharding.whole(norm)

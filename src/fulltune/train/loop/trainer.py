@@ -73,7 +73,7 @@ class TrainingPart(TrainerCallback):
         return {}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Restore the part from a checkpoint's state, which contains the state of all parts."""
+        """Restore the part from a checkpoint's state of all parts."""
 
 
 class FullTrainer(Guarded, Trainer):
@@ -171,7 +171,7 @@ class FullTrainer(Guarded, Trainer):
             self._journal.alive(self.state.global_step)
 
     def agreed(self, value: Any) -> Any:
-        """Return rank 0's value if the ranks share a sharded model, else this process's own value."""
+        """Return rank 0's value if ranks share a sharded model, else this process's own."""
         return broadcast_object_list([value])[0] if self.is_shared or self.is_deepspeed_enabled else value
 
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
@@ -201,8 +201,8 @@ class FullTrainer(Guarded, Trainer):
     def selecting(
         self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, whole: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Make the model compute only the logits that the loss uses within this block, if it can. They are chunked if
-        planned, unless `whole`."""
+        """Make the model compute only logits that the loss uses within this block, chunked if planned, unless
+        `whole`."""
         if self.head is None:
             return contextlib.nullcontext()
         chunked = self.head.can_chunk and self._plan.chunked_loss and not whole
@@ -334,8 +334,7 @@ class FullTrainer(Guarded, Trainer):
         return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the planned optimizer: the Trainer's, unless it is one of fulltune's or several learning rates are
-        planned."""
+        """Create the planned optimizer: the Trainer's, or fulltune's own, with several learning rates if planned."""
         plan, model = self._plan, self.model if model is None else model
         own = optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed) is not None
         if self.optimizer is None and (own or plan.layerwise_lr_decay != 1.0 or plan.head_learning_rate is not None):
@@ -345,7 +344,7 @@ class FullTrainer(Guarded, Trainer):
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
-        """Yield an optimizer like the run's, with rate and weight decay 0 so that a step changes no weight; not for
+        """Yield an optimizer like the run's with rate and weight decay 0, which changes no weight; not for
         DeepSpeed."""
         sharding.reshard(self.model)
         present, self.optimizer = self.optimizer, None

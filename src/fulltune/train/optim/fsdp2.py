@@ -124,7 +124,7 @@ def is_first() -> bool:
 def whole_state(
     model: PreTrainedModel, whole: Callable[[Any], torch.Tensor] = sharding.whole
 ) -> dict[str, torch.Tensor]:
-    """Gather a sharded model's state dict on the CPU of rank 0, tied tensors once; other ranks return an empty dict."""
+    """Gather a sharded model's state dict on the CPU of rank 0, tied tensors once; other ranks return {}."""
     sharding.reshard(model)
     state: dict[str, torch.Tensor] = {}
     first_name: dict[int, str] = {}

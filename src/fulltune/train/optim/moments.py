@@ -67,8 +67,7 @@ _64_BITS = 2**64 - 1
 
 
 def start(num_values: int, moments: Format, device: torch.device) -> State:
-    """Create both moments with value 0: [values]; in 8 bits they are padded to whole groups, with `*_scale`
-    [groups]."""
+    """Create both moments with value 0: [values]; 8-bit ones are padded to whole groups, with `*_scale` [groups]."""
     if moments == "8bit" and num_values >= SMALL:
         groups = -(-num_values // GROUP)
         return {

@@ -33,8 +33,7 @@ _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 
 
 def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
-    """Return settings to measure: the plan's without levers, then with one more lever each, unless the recipe forbids
-    it."""
+    """Return settings to measure: the plan's without levers, then with one more lever each."""
     measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
     plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
     now: Changes = {}
@@ -52,8 +51,7 @@ def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
 
 
 def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSetting]:
-    """Return settings with the next two smaller and larger micro batches that divide a rank's share of the global
-    batch."""
+    """Return settings with the next two smaller and larger micro batches that divide a rank's batch."""
     if recipe.train.micro_batch_size is not None:
         return []
     share = plan.global_batch_size // plan.num_processes
@@ -100,7 +98,7 @@ def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
 
 
 def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> Plan:
-    """Return the plan with the fastest settings that fit, and save all measurements in the run folder."""
+    """Return the plan with the fastest settings that fit, and save all measurements."""
     recipe, plan, folder = trial.recipe, trial.plan, trial.folder
     if trial.hooks.needs_this_process:
         raise SetupError("measure: compute_loss cannot be passed to the processes that measure")

@@ -163,8 +163,8 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
 def fallbacks(
     recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]
 ) -> Iterator[tuple[str, Changes | None, str]]:
-    """Yield name, changes and description of each lever that saves memory in a phase (default: a step), mildest first.
-    Changes are None if the recipe or the plan rules them out."""
+    """Yield name, changes and description of each lever that saves memory in a phase (default: a step), mildest first;
+    changes are None if it is ruled out."""
     for lever in LEVERS:
         if (phase or "step") not in lever.fallback:
             continue

@@ -47,7 +47,7 @@ class PlannedTrial:
 def train(
     trial: PlannedTrial, start: Starter = in_new_process, dry_run: bool = True, most_rollbacks: int | None = None
 ) -> Outcome:
-    """Train a trial in as many attempts as are allowed, save changed plans, and return the final outcome."""
+    """Train a trial in as many attempts as are allowed, and return the final outcome."""
     recipe, plan, folder, hooks, listener = trial.recipe, trial.plan, trial.folder, trial.hooks, trial.listener
     done = earlier_outcomes(folder, plan.trial)
     model_folder = done[-1].model_folder if done and done[-1].status == "done" else None

@@ -127,7 +127,7 @@ def _check_texts_apart(trainer: FullTrainer, model: PreTrainedModel) -> Check:
 
 
 def _verify_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:
-    """Give the trainer a head that computes only the logits of trained tokens, if its results are the same."""
+    """Give the trainer a head that computes only trained tokens' logits, if its results are the same."""
     if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists once training begins
         result = "off: ZeRO shards the model"
     elif own_loss:  # needs all logits
@@ -167,7 +167,7 @@ def _check_end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) ->
 
 
 def trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, int], set[int]]:
-    """Count rows by their last trained token, and return which of these tokens are special."""
+    """Count rows by their last trained token; also return which of these tokens are special."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     tokens, counts = np.unique(_last_trained_tokens(rows), return_counts=True)
     last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
@@ -175,8 +175,7 @@ def trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[i
 
 
 def stop_generation_at(model: PreTrainedModel, ends: set[int]) -> None:
-    """Add end tokens to the model's generation config, because a chat turn often ends with another token than the
-    tokenizer's."""
+    """Add end tokens to the model's generation config, as a chat turn often ends with another than the tokenizer's."""
     if not ends:
         return
     eos = model.generation_config.eos_token_id
@@ -208,7 +207,7 @@ def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
 
 
 def _bf16_problem(scaled: ScaledHead | None, scale: tuple[float, float] | None) -> str | None:
-    """Explain that bf16 weights cannot distinguish the targets, or return None if they can or have another type."""
+    """Explain that bf16 weights cannot distinguish the targets, or return None."""
     if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
         return None
     size, spread = max(abs(scale[0]), scale[1]), scale[1]

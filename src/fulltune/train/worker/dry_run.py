@@ -108,8 +108,8 @@ def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore all buffers after the block, also those that `forward` replaced, enlarged or added, and plain values
-    among their modules' attributes."""
+    """Restore all buffers after the block, even if `forward` replaced, enlarged or added some, and plain attributes
+    beside them."""
     before = [
         (
             module,
@@ -194,7 +194,7 @@ def fit_pass_time(longest: tuple[float, float], typical: tuple[float, float] | N
 
 @dataclass(frozen=True)
 class PassTimer:
-    """Runs and times passes. All ranks use rank 0's seconds, so that they decide on the same further passes."""
+    """Runs and times passes. All ranks use rank 0's seconds, so that they time the same passes."""
 
     inputs: AttemptInputs
     trainer: FullTrainer
@@ -255,8 +255,8 @@ class PassTimer:
 def timed_forecast(
     passes: PassTimer, longest: Positions, seconds: tuple[float, float], step_seconds: float
 ) -> TimeNeed:
-    """Forecast the remaining training time from the `seconds` of two passes at the longest micro batch; further passes
-    are timed if they are short."""
+    """Forecast the remaining training time from the `seconds` of two passes at the longest micro batch and, if they are
+    short, further passes."""
     inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _attention_work_ratio(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
     steps = max(0, plan.total_steps - first_step)

@@ -281,7 +281,7 @@ def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
 
 
 def make_faster(model: PreTrainedModel, recipe: Recipe, plan: Plan, summary: DataSummary) -> None:
-    """Install Liger's kernels and compile blocks as planned, or install a faster dropout on a CPU without compiling."""
+    """Install Liger's kernels and compile blocks as planned, or install a faster dropout on a CPU."""
     if recipe.train.use_liger_kernel:
         put_kernels(model)
     if plan.torch_compile:

@@ -37,7 +37,7 @@ def on_cpu(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 def second_moment(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor | None:
     """Return AdamW's running mean of squared gradients on the CPU, in the shape of `on_cpu`, or None for other
-    optimizers. It is positive where a value has received a gradient."""
+    optimizers."""
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # wrappers of accelerate and DeepSpeed
     if zero.is_in_engine(parameter):
@@ -95,8 +95,8 @@ class InitialWeights:
         )
 
     def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
-        """Return whether this rank counts a parameter. Replicated ones are assigned to ranks in turn, so that no rank
-        stores a full copy."""
+        """Return whether this rank counts a parameter: replicated ones take turns, so that no rank stores a full
+        copy."""
         if not self._is_sharded or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
@@ -108,7 +108,7 @@ class InitialWeights:
 
 
 def own_file(folder: Path, prefix: str) -> Path:
-    """Return this process's file for `InitialWeights`, and delete the files of processes that were killed."""
+    """Return this process's file for `InitialWeights`, and delete killed processes' files."""
     for left in folder.glob(f"{prefix}*.safetensors"):
         process = left.stem.removeprefix(prefix)
         if process.isdigit() and not _is_running(int(process)):
