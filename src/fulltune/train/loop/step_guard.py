@@ -27,7 +27,7 @@ RECENT_STEPS, STAY_SCORE = 20, 5.0
 """A run stops if the median of the last `RECENT_STEPS` losses is `STAY_SCORE` standard deviations above the baseline,
 and all are above it."""
 MIN_RISE = 0.1
-"""Smallest rise for such a stop, as a share of the loss at the start."""
+"""Smallest rise of the loss that stops a run, as a share of its start."""
 MAX_NON_FINITE = 3
 """Consecutive non-finite steps that stop a run."""
 MAX_SKIPPED = 5

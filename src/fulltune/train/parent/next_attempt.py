@@ -45,7 +45,7 @@ class NextAttempt:
 
 
 def unknown(plan: Plan) -> None:
-    """Return None: the memory is not estimated."""
+    """Return None because the memory is not estimated."""
 
 
 def next_attempt(
@@ -119,7 +119,7 @@ def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str])
 
 
 def killed_too_often(last: Outcome) -> str:
-    """Return an error message: something keeps killing the training."""
+    """Return the error message for a training that is killed again and again."""
     return (
         f"{last.reason}. This happened {MAX_UNCHANGED['killed'] + 1} times in this command, without a sign that memory "
         "ran out. A person, a scheduler or a memory watcher (earlyoom, systemd-oomd) may have done it. Prevent that, "
@@ -128,7 +128,7 @@ def killed_too_often(last: Outcome) -> str:
 
 
 def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
-    """Return an error message: memory ran out, and no setting can help."""
+    """Return the error message for exhausted memory when no setting can help."""
     lines = [f"{short_of(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
     for name, changes, text in fallbacks(recipe, plan, last.phase, lambda changes: True):
