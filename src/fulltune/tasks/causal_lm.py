@@ -265,6 +265,7 @@ def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: i
 
 
 def _masked_example(ids: list[int], trained: list[bool], max_length: int) -> Example:
+    """Make an example whose labels are -100 for untrained tokens."""
     labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained, strict=True)]
     # The first token is never predicted: its label would not enter the loss.
     labels[:1] = [IGNORED] * len(labels[:1])
@@ -279,6 +280,7 @@ def end_token(features: RowFeatures) -> int | None:
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
+    """Decode an example to alternating trained and untrained segments."""
     segments: list[Segment] = []
     ids, labels = features["input_ids"], features["labels"]
     start = 0

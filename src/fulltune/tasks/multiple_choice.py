@@ -118,6 +118,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
+    """Decode each choice with its question, and show the right index."""
     ends = np.cumsum(features[CHOICE_LENGTHS])[:-1]
     parts = [tokenizer.decode(ids.tolist()) for ids in np.split(np.asarray(features["input_ids"]), ends)]
     text = "\n".join(f"({place}) {part}" for place, part in enumerate(parts))
@@ -147,6 +148,7 @@ def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Ten
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
+    """Return each row's best choice, with all probabilities."""
     return [
         {
             "index": best,

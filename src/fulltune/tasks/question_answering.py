@@ -244,6 +244,7 @@ def _example(features: RowFeatures, offsets: np.ndarray, inside: np.ndarray, ans
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
+    """Decode a window and its answer."""
     ids = list(features["input_ids"])
     start, end = features["labels"][START], features["labels"][END]
     answer = str(tokenizer.decode(ids[start : end + 1])).strip()
@@ -353,6 +354,7 @@ def find_answers(
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
+    """Return each row's most probable answer over all windows."""
     numbers = [number for number, windows in enumerate(examples) for _ in windows]
     features = [example.features for windows in examples for example in windows]
     best = find_answers(predictions, features, numbers, [context_of(rows[number], target) for number in numbers])

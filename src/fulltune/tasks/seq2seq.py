@@ -38,6 +38,7 @@ sums, full_row = written.sums, written.full_row
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+    """Return a target with the recipe's source prefix."""
     for _ in rows:
         pass
     return Target("source_target", columns, joint=data.source_prefix or "")

@@ -227,6 +227,7 @@ def as_in_text(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[lis
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
+    """Decode a sentence, and bracket its entities."""
     ids, word_ids = np.asarray(features["input_ids"]), np.asarray(features[WORD_IDS])
     positions = seen_words(features)
     words = [str(tokenizer.decode(ids[word_ids == word].tolist())).strip() for word in positions]
