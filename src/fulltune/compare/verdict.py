@@ -85,7 +85,9 @@ def decide(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Term
         differences=tuple(differences),
         headline=_headline(verdict, recommended, methods[full].name, differences),
         because=tuple(
-            _explain_difference(one, Writer(measure.name, terms.margin)) for one in differences if one.decides
+            _explain_difference(difference, Writer(measure.name, terms.margin))
+            for difference in differences
+            if difference.decides
         ),
         would_decide=tuple(_what_would_decide(differences)) if verdict == "UNDECIDED" else (),
         notes=tuple(_verdict_notes(differences, verdict, recommended)),
