@@ -66,7 +66,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout:
     if layout is not None and layout.engine == "fsdp2":
         return fsdp2.need(shapes, footprint, settings)
     if layout is not None:
-        of_engine = _deepspeed_need_on_gpus if settings.device == "cuda" else _deepspeed_need_on_cpu
+        of_engine = _zero_need_on_gpus if settings.device == "cuda" else _zero_need_on_cpu
         return of_engine(shapes, footprint, settings, layout)
     traced = (footprint.weights_dtype, footprint.traced(settings.precision))
     if (settings.weights_dtype, settings.precision) == traced:
@@ -74,7 +74,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout:
     return _untraced_need(shapes, footprint, settings)
 
 
-def _deepspeed_need_on_gpus(
+def _zero_need_on_gpus(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
 ) -> MemoryNeed:
     parameters, processes = shapes.num_parameters, settings.num_processes
@@ -93,7 +93,7 @@ def _deepspeed_need_on_gpus(
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
 
-def _deepspeed_need_on_cpu(
+def _zero_need_on_cpu(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
 ) -> MemoryNeed:
     alone = settings.changed(precision=footprint.traced(settings.precision), num_processes=1)
@@ -128,7 +128,7 @@ def _untraced_need(shapes: Shapes, footprint: Footprint, settings: MemorySetting
 IN_ENGINE = (2, 4, 12)
 """ZeRO's bytes per parameter: bf16 weights, fp32 gradients, and fp32 weights with both moments."""
 LIVE_VALUES = 10**9
-"""DeepSpeed's default number of gathered weights."""
+"""ZeRO's default number of gathered weights."""
 HOST_BUFFERS = 1.22
 """Factor for pinned buffers (measured: 176 GB for 18 bytes per parameter of 8.03 B)."""
 

@@ -117,7 +117,7 @@ def _changed_settings(basis: Basis, settings: dict[str, Any], layout: ParallelLa
     recipe = basis.recipe
     current = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
     current |= {name: value for name in settings if (value := given(recipe, name)) is not None}
-    if layout is not None and layout == basis.layout:  # perhaps by the user's DeepSpeed file
+    if layout is not None and layout == basis.layout:  # perhaps by the user's own ZeRO settings
         current |= {name: settings.get(name) for name in WHERE}
     return {name: value for name, value in settings.items() if current.get(name) != value}
 

@@ -146,7 +146,7 @@ def of_disk(
     if fewer and recipe.train.save_total_limit > 1:
         costs = "fewer checkpoints to roll back to"
         ways.append(way({"train.save_total_limit": 1}, fewer, fewer >= missing, costs, where="disk"))
-    # DeepSpeed has its own optimizer, so nothing is freed there.
+    # ZeRO has its own optimizer, so nothing is freed there.
     smaller = needed.total - budget.disk_need(recipe, num_parameters, settings.changed(optim="adamw_8bit")).total
     if smaller > 0 and not recipe.train.engine_by:
         ways.append(way({"train.optim": "adamw_8bit"}, smaller, smaller >= missing, "8-bit moments", where="disk"))

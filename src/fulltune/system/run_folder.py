@@ -99,7 +99,7 @@ def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
 
 
 def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
-    """Write DeepSpeed's settings, if used, and then the plan."""
+    """Write ZeRO's settings, if used, and then the plan."""
     settings = (folder / plan.file).with_suffix(parallel_layout.SETTINGS_FILE)
     if recipe.train.engine_by:
         write_json(settings, parallel_layout.completed(recipe, plan))

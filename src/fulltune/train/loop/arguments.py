@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
     """Refuse a recipe that cannot be trained, before any row is read.
 
-    Checks the recipe, DeepSpeed's settings and, with `runs_here`, the installed packages.
+    Checks the recipe, ZeRO's settings and, with `runs_here`, the installed packages.
     """
     problems = recipe_rules.problems_of(recipe)
     if recipe.train.engine_by:

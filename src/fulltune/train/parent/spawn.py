@@ -85,7 +85,7 @@ def environment(request: Request) -> dict[str, str]:
     """Return the workers' environment variables."""
     # A file in the user's folder must not shadow a library of the same name.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
-    # DeepSpeed installs ninja, which torch compiles with, beside a Python that may not be in PATH.
+    # A package may have installed ninja, which torch compiles with, beside a Python that is not in PATH.
     variables["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), str(Path(sys.executable).parent)])
     if request.plan.device != "cpu":
         return variables | memory.allocator_variables(variables, platform.system(), platform.release())

@@ -139,7 +139,7 @@ class Evaluator(TrainingPart):
         if decision.action == "stop" or (decision.action == "warn" and inputs.plan.rollbacks):
             raise Diverged(decision.reason)
         has_good_weights = self.matched_start and inputs.recipe.train.load_best_model_at_end
-        # With a budget for forgetting, the pretrained weights are kept instead.
+        # With a budget, the pretrained weights are kept instead.
         if self.num_worse and not has_good_weights and inputs.plan.generic.budget is None:
             decision = ended_worse(self.worse_by, losses, rate, self.untrained_loss)
             if decision.action == "stop":
