@@ -400,7 +400,7 @@ def test_rows_that_cannot_be_read_are_tried_once(monkeypatch: pytest.MonkeyPatch
         tried.append(split)
         cannot("no states")
 
-    monkeypatch.setattr(Reader, "_items", fail)
+    monkeypatch.setattr(Reader, "_read_items", fail)
     reader = Reader(*[None] * 5)  # type: ignore[arg-type]  # reads nothing
     for _ in range(2):
         with pytest.raises(NoProbe, match="no states"):
