@@ -57,7 +57,7 @@ def first_step(folder: Path, model: Path, **blocks: Any) -> dict[str, float]:
 
     def moved(self: InitialWeights, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Any:
         for name, parameter in methods.trained(model).items():
-            ways[name] = float((parameter.detach().float() - self._before(name).float()).abs().max())
+            ways[name] = float((parameter.detach().float() - self._initial_values(name).float()).abs().max())
         return original(self, model, optimizer, with_gradient)
 
     with pytest.MonkeyPatch.context() as patch:
