@@ -85,7 +85,8 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
 
 
 def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
-    """Yield each row's id, numbered among equal rows as in issues. Numbers of rows that `decided` drops are skipped."""
+    """Yield each row's id, with equal rows numbered as in the issues. Numbers of rows that `decided` drops are
+    skipped."""
     times = Counter[str]()
     of_train = [line for (source, _), line in (decided or {}).items() if source == "train"]
     dropped = {line.row for line in of_train if line.remedy.action == "drop"}

@@ -162,7 +162,7 @@ def _log_from_series(where: Path, series: Mapping[str, Mapping[int, float]], bes
 
 
 def in_words(log: Log) -> str:
-    """Describe how much was logged, and what is judged."""
+    """Describe how much was logged, and by which metric it is judged."""
     curves = log.curves
     evaluations = len(curves.metric or curves.eval_loss)
     by = f", judged by {curves.metric_name} and loss" if curves.metric and curves.metric_name != "loss" else ""
@@ -201,7 +201,6 @@ def _diagnose_end(log: Log) -> Iterator[Diagnosis]:
 
 
 def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
-    """Diagnose values that are not finite, and losses that rose or ended high."""
     lower = f"a lower rate: {_rate_setting(log, 1 / 10)}"
     last = log.grad_norm[-MIN_FOR_SHAPE:]
     # Occasional non-finite norms are normal with fp16: its loss scaler skips such updates.
@@ -220,7 +219,6 @@ def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
 
 
 def _diagnose_fit(log: Log) -> Iterator[Diagnosis]:
-    """Diagnose over- and underfitting, and a loss that never fell."""
     judged, losses = fit(log.curves), log.curves.losses
     evidence = f"{judged.evidence}. {judged.details}".rstrip(". ")
     if judged.kind == "got worse":

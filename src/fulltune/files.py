@@ -60,7 +60,7 @@ def seal(folder: Path) -> None:
 
 
 def flaw(folder: Path) -> str | None:
-    """Return what is wrong with a sealed folder, or None."""
+    """Return what is wrong with a sealed folder, or None if nothing is."""
     try:
         sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:

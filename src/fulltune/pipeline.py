@@ -124,7 +124,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
-    """Run the data stage. If `runs_here` is false, what only training needs may be missing."""
+    """Run the data stage. If `runs_here` is false, dependencies needed only for training may be missing."""
     job.phase("reading the data")
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None

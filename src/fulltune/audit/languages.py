@@ -38,7 +38,7 @@ def _load_identifier() -> Any:
 
 
 def detect_language(text: str) -> tuple[str, float] | None:
-    """Return a text's likeliest language and its probability, or None for too few letters."""
+    """Return a text's likeliest language and its probability, or None if the text has too few letters."""
     words = _words_to_examine(text)
     return _likeliest_language(words, ()) if _num_letter_bytes(words) >= MIN_BYTES else None
 
@@ -106,7 +106,7 @@ class ColumnLanguages:
         return [code for code, count in self.counts.most_common() if count >= MAIN * self.counts.total()]
 
     def obstacle(self) -> str | None:
-        """Return why no row can be a suspect, or None."""
+        """Return why rows in an unexpected language cannot be flagged in this column, or None if they can."""
         if self.counts.total() < MIN_ROWS:
             return f"fewer than {MIN_ROWS} texts are long enough to detect their language"
         if sum(self.counts[code] for code in self.main_languages()) < NEARLY_ALL * self.counts.total():
@@ -114,7 +114,7 @@ class ColumnLanguages:
         return None
 
     def suspects(self) -> set[int]:
-        """Return positions of rows that seem to be in none of the main languages."""
+        """Return the positions of rows that seem to be in none of the main languages."""
         if self.obstacle() is not None:
             return set()
         others = [number for code, number in self.codes.items() if code not in self.main_languages()]
@@ -130,7 +130,7 @@ def add_languages(languages: dict[str, ColumnLanguages], row: Row, columns: Mapp
 
 
 def languages_obstacle(languages: Mapping[str, ColumnLanguages]) -> str | None:
-    """Return why no row of some columns can be a suspect, or None."""
+    """Return why rows in an unexpected language cannot be flagged in some columns, or None if they can."""
     if not is_installed(PACKAGE):
         return "needs the extra 'languages'"
     reasons = {column: column_languages.obstacle() for column, column_languages in languages.items()}

@@ -159,7 +159,7 @@ def scan_rows(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
 
 
 def with_numbers(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
-    """Return the issues with equal rows numbered, also counting rows that a patch dropped."""
+    """Return the issues with equal rows numbered; rows that a patch dropped are counted too."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}
     several |= {row.partition("-")[0] for _, row in decided}
@@ -172,7 +172,8 @@ def with_numbers(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decid
 def named(
     rows: AuditedRows, decided: Decisions, among: Collection[str] | None = None
 ) -> Iterator[tuple[SplitName, Row, str]]:
-    """Yield split, row and identity, in which equal rows are numbered. `among` limits the rows to some hashes."""
+    """Yield split, row and identity of each row; equal rows get numbered identities. `among` limits the rows to some
+    hashes."""
     times = Counter[tuple[str, str]]()
     for split, row in rows.all():
         key = rows.source_of(split), row_id(row)
@@ -193,7 +194,7 @@ def _flaw_issue(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw
 
 
 def in_similar_classes(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """List rows of classes that may be misspelt, with the more frequent similar class as remedy."""
+    """Return issues for rows of classes that may be misspelt; the remedy is the similar class that is more frequent."""
     of_number, counts = Counter(scan.labels), Counter[str]()
     for names, number in scan.names.items():
         counts.update(dict.fromkeys(names, of_number[number]))
@@ -211,7 +212,7 @@ def in_similar_classes(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
 
 
 def in_other_languages(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """List rows in a language that is rare in their column."""
+    """Return issues for rows in a language that is rare in their column."""
     issues = list[RowIssue]()
     suspects = {column: languages.suspects() for column, languages in scan.languages.items()}
     main = {column: languages.main_languages() for column, languages in scan.languages.items()}
@@ -238,7 +239,7 @@ _MAX_READ = 10
 
 
 def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """List train rows that occur earlier, are also held out, or have other labels elsewhere."""
+    """Return issues for train rows that occur earlier, are also held out, or have different labels elsewhere."""
     keys, contents, labels = (np.frombuffer(one, np.int64) for one in (scan.keys, scan.content_hashes, scan.labels))
     train = np.arange(len(keys)) < scan.counts["train"]
     repeats = occurs_earlier(contents, train)
@@ -287,7 +288,7 @@ def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
 
 
 def occurs_earlier(contents: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Mark train rows whose hash occurs earlier in train: bool [rows]."""
+    """Mark train rows whose content hash also occurs earlier in train: bool [rows]."""
     repeats = train.copy()
     repeats[np.unique(np.where(train, contents, 0), return_index=True)[1]] = False
     return repeats
@@ -325,7 +326,6 @@ def _read_held_out(rows: AuditedRows, scan: RowScan, wanted: set[int]) -> dict[i
 
 
 def _conflicting_label_counts(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
-    """Count the labels of each key that has several labels."""
     pairs = np.unique(np.stack([keys, labels]), axis=1)
     several, counts = np.unique(pairs[0], return_counts=True)
     conflicting = np.isin(keys, several[counts > 1])
@@ -336,7 +336,6 @@ def _conflicting_label_counts(keys: np.ndarray, labels: np.ndarray) -> dict[int,
 
 
 def _majority_label(counts: Counter[int]) -> int | None:
-    """Return the label of more than half of the rows, or None."""
     (best, most), *_ = counts.most_common(1)
     return best if 2 * most > counts.total() else None
 

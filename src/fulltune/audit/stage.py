@@ -61,13 +61,13 @@ MAX_LOSSES, MAX_LOSS_SHARE = 100, 0.1
 
 
 def by_model(summary: DataSummary) -> set[str]:
-    """Return the checks that need the pretrained model."""
+    """Return the names of the checks that need the pretrained model."""
     checks = {LABEL} if summary.form.one_label else set[str]()
     return checks | {OUTLIER} if summary.task in ("text-classification", "image-classification") else checks
 
 
 def audit(reader: Reader, reads_rows: bool) -> Audit:
-    """Check all prepared rows, and write `issues.jsonl` and `audit.json` into `data`."""
+    """Check all prepared rows; write `issues.jsonl` and `audit.json` into `data`."""
     recipe, folder, summary = reader.recipe, reader.folder, reader.summary
     wanted = by_model(summary) if reads_rows else set[str]()
     if (earlier := _load_complete_audit(folder, summary, wanted)) is not None:
@@ -133,7 +133,7 @@ def _text_checks(rows: AuditedRows, scan: RowScan) -> set[str]:
 
 
 def _load_complete_audit(folder: Path, summary: DataSummary, wanted: set[str]) -> Audit | None:
-    """Return a complete audit of the same rows, or None."""
+    """Load the saved audit if it covers the same rows, this version and all `wanted` checks; otherwise return None."""
     earlier = _load_audit_of_same_rows(folder, summary) if (folder / ISSUES).exists() else None
     if earlier is None or earlier.version != version():
         return None
@@ -156,7 +156,7 @@ def _load_audit_of_same_rows(folder: Path, summary: DataSummary) -> Audit | None
 
 
 def by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
-    """Return counts and examples of sorted issues by check, most frequent first."""
+    """Return the number and examples of sorted issues for each check, most frequent first."""
     of_check = {check: list(group) for check, group in groupby(issues, key=lambda issue: issue.check)}
     order = sorted(of_check, key=lambda check: (check == HIGH_LOSS, -len(of_check[check])))
     counts = {check: len({(issue.split, issue.place) for issue in of_check[check]}) for check in order}

@@ -72,8 +72,8 @@ class Reader:
         )
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Return features, labels and positions of a split's rows, or of a sample. Raises `NoProbe` if they cannot be
-        read."""
+        """Return features, labels and positions of a split's rows, or of a sample of them. Raises `NoProbe` if the rows
+        cannot be read."""
         if split not in self._read:
             try:
                 self._read[split] = self._read_items(split)
@@ -138,7 +138,7 @@ def judge(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
 
 
 def judge_items(items: Items) -> JudgedLabels:
-    """Judge labels. Raises `NoProbe` for too few rows or useless features."""
+    """Judge labels. Raises `NoProbe` if there are too few rows or the features are useless."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
     if len(labels) < MIN_ROWS or np.count_nonzero(counts >= MIN_OF_A_CLASS) < 2:
@@ -169,7 +169,8 @@ def judge_items(items: Items) -> JudgedLabels:
 
 
 def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
-    """Return the margin that suspects are below, their recall and precision, and the estimated number of errors."""
+    """Return the margin below which labels are suspects, the suspects' recall and precision, and the estimated number
+    of errors."""
     margins, planted = np.sort(margins), np.sort(planted)
     wrong = max(_estimate_min_errors(margins, planted, share) for share in SURE)
     cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
@@ -304,7 +305,7 @@ def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
 
 
 def nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
-    """Return the mean of 1 - cosine to the `count` nearest others, except an equal one: float64 [rows]."""
+    """Return the mean of 1 - cosine to the `count` nearest others, ignoring one that is equal: float64 [rows]."""
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)

@@ -97,7 +97,7 @@ def _column_lengths(dataset: Any, name: str) -> list[int] | None:
 
 
 def row_length(row: object, name: str) -> int | None:
-    """Return the length of a row's value, or None without one."""
+    """Return the length of a row's value, or None if it has none."""
     value = row.get(name) if isinstance(row, Mapping) else None
     try:
         return None if value is None else len(value)

@@ -118,7 +118,7 @@ class Trainer(Guarded, transformers.Trainer):
         return super().training_step(model, inputs, None if self._loss_is_mean else num_items_in_batch)
 
     def predict(self, *positional: Any, **keywords: Any) -> PredictionOutput:
-        """Predict in row order, which `group_by_length` would change (transformers 4.46 to 5.24)."""
+        """Predict in row order, which `group_by_length` would otherwise change (transformers 4.46 to 5.24)."""
         strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
         try:
             return super().predict(*positional, **keywords)

@@ -153,7 +153,7 @@ def plan(
     price: options.HourlyPrice = None,
     measure: options.MeasureSettings = False,
 ) -> None:
-    """Choose every setting, each with its reason, and show memory, placements, time and ways out."""
+    """Choose every setting and explain it; show memory, placements, time, and alternatives if the run does not fit."""
     from fulltune.cli import plan as cli_plan
     from fulltune.cli.show import plan as display_plan
     from fulltune.records.training import Measurements

@@ -162,7 +162,7 @@ def save(patch: Path, decided: Decisions) -> None:
 
 
 def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
-    """Return each undecided row's issues, the costliest and most certain first."""
+    """Return the issues of each undecided row, with the costliest and most certain first."""
     order, by_row = list(ABOUT), defaultdict[tuple[str, str], list[RowIssue]](list)
     for issue in sorted(issues, key=lambda issue: (order.index(issue.check), -issue.score)):
         if issue.key not in decided or decided[issue.key].is_open:

@@ -50,7 +50,6 @@ def compare(
 def _compare_tasks(
     targets: list[Path], overrides: list[str], folder: Path | None, budget: str | None, as_json: bool
 ) -> None:
-    """Run a comparison for each recipe, then show all tasks together."""
     if folder is not None and (folder / run_folder.IDENTITY).exists():
         what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
         raise SetupError(
@@ -150,7 +149,6 @@ def _run_comparison(recipe: Recipe, folder: Path, budget: str | None, began: flo
 
 
 def _open_folder(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
-    """Return the recipe and folder of a comparison, new or to resume."""
     recipe = run_folder.recipe_of(target) if target.is_dir() else _load_comparison(target, overrides)
     if not recipe.methods:  # only a folder's: a file's recipe was refused before
         raise SetupError(

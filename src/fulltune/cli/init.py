@@ -126,7 +126,6 @@ def split_files(path: Path) -> SplitFiles:
 
 
 def _single_files(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Path]:
-    """Return the only file of each split, or raise a `DataError`."""
     for split, files in splits.items():
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
@@ -230,7 +229,6 @@ def _one_hot_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) 
 
 
 def _how_to_name_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> str:
-    """Say which columns are expected, and how to name this file's columns."""
     if flags:
         return (
             f"columns {shown(flags)} hold only 0 and 1, one column per label; expected one column with a list of "

@@ -69,7 +69,7 @@ def check_measure(hardware: str | None, rows: int | None, tokens: int | None) ->
 def without_data(
     target: Path, overrides: list[str], rows: int | None, tokens: int | None, hardware: str | None, price: str | None
 ) -> tuple[Survey, Plan | None]:
-    """Survey and plan from the recipe, the model's config and two numbers, without writing files."""
+    """Make a survey and a plan from the recipe, the model's config and two numbers, without writing files."""
     problems: list[str] = []
     recipe, checked = None, None
     try:
@@ -93,7 +93,7 @@ def without_data(
 def with_data(
     target: Path, overrides: list[str], recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
 ) -> tuple[Survey, Plan | None]:
-    """Survey and plan from prepared rows, and save the survey."""
+    """Make a survey and a plan from prepared rows, and save the survey."""
     survey, planned = _survey_and_plan(recipe, DataSummary.of_run(folder), checked, plan, folder)
     survey = survey if target.is_dir() else _add_commands(survey, target, overrides, recipe)
     survey.save(folder / "plan" / SURVEY)
@@ -123,7 +123,6 @@ def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Re
 def _survey_and_plan(
     recipe: Recipe, summary: DataSummary, checked: Checked, plan: Plan | None, folder: Path, by_config: bool = False
 ) -> tuple[Survey, Plan | None]:
-    """Plan every placement, and return the survey with the chosen plan."""
     from fulltune.footprint.trace import PlannedModel
     from fulltune.models.base import Base
     from fulltune.models.shapes import Shapes
@@ -161,7 +160,6 @@ def _survey_and_plan(
 
 
 def _with_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
-    """Return the recipe with another method's defaults, or None if impossible."""
     from fulltune.pipeline import check_recipe
 
     try:
@@ -187,7 +185,6 @@ def _check_model_and_length(recipe: Recipe, base: Base, summary: DataSummary, ru
 
 
 def _assumed_data(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
-    """Return a data summary of `rows` rows of equal length."""
     from fulltune.tasks import Target
 
     data, form = recipe.data, form_of(recipe)

@@ -55,7 +55,7 @@ class PredictInput:
     columns: tuple[str, ...] = ("text",)
     total: int | None = None
     table: Path | None = None
-    """File or folder of a table, or None for lines of text."""
+    """Path to a table file or to a folder of them, or None if the input is lines of text."""
     images_in: Path | None = None
     """Base folder of relative image paths, or None for the current folder."""
 
@@ -251,7 +251,7 @@ def _answer_in_words(answer: Row) -> str:
 
 
 def check_output(output: Path, replace: bool) -> None:
-    """Raise a `SetupError` if the output file cannot be written or must not be replaced."""
+    """Raise a `SetupError` if the output file cannot be written or may not be replaced."""
     if output.suffix.lower() not in _WRITTEN:
         raise SetupError(f"{output}: cannot be written as '{output.suffix}'; expected {', '.join(_WRITTEN)}")
     if not output.parent.is_dir():
@@ -302,7 +302,6 @@ def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator
 
 
 def _write_separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[Row, Row], None]:
-    """Return a function that writes one row as csv or tsv."""
     # The writer quotes a lone \r only if lines end with one, so lines are written with \r\n and then end with \n.
     writer = csv.writer(SimpleNamespace(write=lambda line: stream.write(f"{line[:-2]}\n")), delimiter=delimiter)
     writer.writerow(names)
@@ -324,7 +323,6 @@ def _plain_value(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _write_parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
-    """Yield a function that writes one row to a parquet file."""
     kinds = {"list": pa.list_(pa.string()), "json": pa.string(), "string": pa.string()}
     kinds |= {"double": pa.float64(), "int64": pa.int64()}
     fields = {name: types.get(name, pa.string()) for name in own}

@@ -37,11 +37,10 @@ def shown(error: FulltuneError) -> Iterator[str]:
 
 
 def end_on_signal(number: int, frame: object) -> None:
-    """End the command at once on a signal outside training, and say that it can resume.
+    """End the command at once if a signal comes outside training, and say that it can resume.
 
     The default handler would not end the first process of a container. An exception would be lost, or end the process
     with SIGABRT, where PyTorch calls Python.
-
     """
     os.write(2, b"stopped by a signal; run the same command to resume or start again\n")
     os._exit(InterruptedRun.exit_code)
@@ -51,8 +50,8 @@ def end_on_signal(number: int, frame: object) -> None:
 def joined(
     target: Path, overrides: list[str] | None, rank: int | None, rendezvous: str | None, wait: str
 ) -> Iterator[MachineGroup | None]:
-    """On machine 0, lead the other machines during the block; on others, follow machine 0 and exit. Yield None on a
-    single machine."""
+    """On machine 0, lead the other machines during the block; on others, follow machine 0 and exit. If the run uses one
+    machine, yield None."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
     from fulltune.system.machines import machine_address
@@ -115,7 +114,7 @@ def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path
 
 
 def finished(recipe: Recipe, folder: Path) -> RunResult | None:
-    """Return the results of a complete run, or None."""
+    """Return the results of a run if it is complete, else None."""
     from fulltune.system import run_folder
 
     reached = run_folder.finished(recipe, folder)

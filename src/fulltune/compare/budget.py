@@ -74,7 +74,8 @@ def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
 
 
 def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectation]:
-    """Yield smaller and smaller designs: fewer seeds (down to three), fewer rivals, two seeds, no rate search."""
+    """Yield ever smaller designs: with fewer seeds (down to three), fewer rivals, two seeds, and finally no rate
+    search."""
     everyone, deciding = whole.methods, tuple(method for method in whole.methods if costs[method].decides)
     good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
     smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
@@ -87,10 +88,9 @@ def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectati
 
 
 def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spent: float = 0.0) -> Expectation:
-    """Return the first of `designs` that fits into the budget less RESERVE, or raise a `RecipeError`.
+    """Return the first of `designs` that fits into the budget, less RESERVE, or raise a `RecipeError`.
 
     `spent` seconds are over already, and `end` seconds follow the last trial.
-
     """
     ordered = list(designs(costs, whole))
     most = math.inf if whole.budget_seconds is None else (1 - RESERVE) * (whole.budget_seconds - spent)
@@ -125,7 +125,7 @@ def detectable(
 
 
 def _design_notes(costs: Mapping[str, Cost], design: Expectation) -> Iterator[str]:
-    """Yield what the design omits to fit into the budget."""
+    """Yield a note for each thing the budget cuts: fewer seeds, no rate search, methods not trained."""
     if design.num_seeds < design.most_seeds:
         yield f"{design.num_seeds} seeds are planned instead of up to {design.most_seeds}; more run if time remains"
     if not design.search_share and any(costs[method].num_rates > 1 for method in design.methods):

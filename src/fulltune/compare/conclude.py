@@ -69,7 +69,8 @@ def _decide_on_rows(
 def without_leaks(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
-    """Return a note on the verdict without test rows that occur in train, or nothing if none do."""
+    """Return a note on the verdict computed without test rows that occur in train, or nothing if there are no such
+    rows."""
     leaked = np.load(context.folder / "data" / "test" / IN_TRAIN)
     if not leaked.any():
         return []
@@ -103,7 +104,7 @@ def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later:
 
 
 def untouched(context: Context) -> tuple[Scores, ...]:
-    """Return the baselines' scores, the untouched model or most frequent answer first."""
+    """Return the baselines' scores, starting with the untouched model or the most frequent answer."""
     folder, writes = context.folder, FACTS[context.recipe.task].writes
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
@@ -151,7 +152,7 @@ def comparison_of(
 
 
 def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
-    """Return one row per method, the untouched model or first baseline first."""
+    """Return one row per method, starting with the untouched model or the first baseline."""
     context, scores = ran.context, decision.scores
     num_parameters = context.setup(context.full.label).plan.num_parameters
     base = scores.get(BASE) or (baselines[0].metrics.get(context.measure.name) if baselines else None)
@@ -202,7 +203,6 @@ def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
 
 
 def _data_notes(context: Context) -> list[str]:
-    """Return notes on dropped rows and on rows in several splits."""
     dropped = [f"rows dropped: {count:,}, {reason}" for reason, count in context.summary.dropped.items()]
     linted = rows_in_train(context.summary)
     notes = [note for note in context.summary.notes if ALSO_OCCURS in note]

@@ -131,7 +131,6 @@ def _tried_rates(row: MethodRow) -> list[float]:
 
 
 def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
-    """Yield findings about the learning rates of each method."""
     weak = "a method may look weak because of a wrong rate"
     full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried_rates(row), default=0.0) for row in full), default=0.0)
@@ -167,7 +166,6 @@ def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> Ru
 
 
 def _check_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> RuleHits:
-    """Yield findings about each method's seeds, LoRA targets and weight precision."""
     for row in trained:
         count = len(set(row.seeds))
         seeds = counted(count, "seed")
@@ -221,7 +219,6 @@ def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
 
 
 def _check_eval_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
-    """Yield findings about eval rows that are too few or occur in test."""
     scale, summary = ran.context.scale, ran.context.summary
     resolution = max(scale.tolerance(row.metric.value) for row in trained) if scale.is_share else 0.0
     if resolution > ran.context.recipe.compare.margin and any(len(_tried_rates(row)) > 1 for row in trained):
@@ -242,7 +239,6 @@ def _check_eval_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
 
 
 def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
-    """Yield findings about test rows in train or in earlier verdicts."""
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, most of all for a method that memorises rows"
     if verdicts > 1:

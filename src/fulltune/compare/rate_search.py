@@ -36,7 +36,7 @@ _RUNS = f"2 to {MOST_WHOLE_RUNS_ALONE} whole runs"
 
 
 def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
-    """Run or resume all stages up to `until`, after a rate search if the recipe asks for one."""
+    """Run or resume all stages up to `until`, first searching the learning rate if the recipe asks for it."""
     if not job.recipe.is_searched:
         return pipeline.run(job, until, measure)
     if measure or (job.folder / "plan" / "measured.json").exists():
@@ -133,7 +133,6 @@ def _forecast_search(context: Context) -> Expectation:
 
 
 def _with_searched_rate(recipe: Recipe, searched: Searched) -> Recipe:
-    """Return the recipe with the searched rate in place of the search."""
     method = {
         "method.learning_rate": searched.rate.chosen,
         "method.learning_rates": None,

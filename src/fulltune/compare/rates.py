@@ -38,7 +38,7 @@ class Scale:
         return error_of_share(metric, self.eval_rows)
 
     def ahead(self, rate: float, tried: Mapping[float, float]) -> float:
-        """Return a rate's lead over the others in tolerances, infinite if the others diverged."""
+        """Return a rate's lead over the others in tolerances, or infinity if all others diverged."""
         others = max((self.oriented(metric) for other, metric in tried.items() if other != rate), default=math.inf)
         apart, least = self.oriented(tried[rate]) - others, self.tolerance(tried[rate])
         return apart / least if least else math.inf if apart > 0 else 0.0
@@ -99,7 +99,7 @@ def _choice_reason(tried: Mapping[float, float], rate: float, scale: Scale, what
 
 
 def beyond(tried: Mapping[float, float], scale: Scale) -> float | None:
-    """Return the next rate beyond the grid if the best one is at its edge and leads clearly, else None."""
+    """Return the next rate beyond the grid if the best rate is at the grid's edge and leads clearly, else None."""
     rates, best = sorted(tried), best_of(tried, scale)[0]
     if math.isnan(tried[best]):  # nothing learned anything: it can only be too fast
         return rounded(rates[0] / STEP)
@@ -171,7 +171,8 @@ def after_divergence(search: Search) -> float | None:
 
 
 def replaced(search: Search, lower: float, reason: str) -> Search:
-    """Return the search with a lower rate; the diverged rate's metric becomes NaN."""
+    """Return the search with a lower rate; this invalidates the short trials, and the diverged rate's metric becomes
+    NaN."""
     tried = {rate: math.nan if rate == search.chosen else metric for rate, metric in search.tried.items()}
     changes = {"tried": tried, "chosen": lower, "reason": reason, "on_edge": lower <= min(tried)}
     return search.model_copy(update=changes)

@@ -57,7 +57,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
 
 
 def recipe_for(recipe: Recipe) -> Recipe:
-    """Return the recipe with near duplicates kept in one split, or raise a `RecipeError` without methods."""
+    """Return the recipe with near duplicates kept in one split; raise a `RecipeError` if it names no methods."""
     if not recipe.methods:
         raise RecipeError("methods: nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'")
     if "near_duplicates" in recipe.data.model_fields_set or FACTS[recipe.task].reads == "image":
@@ -66,7 +66,7 @@ def recipe_for(recipe: Recipe) -> Recipe:
 
 
 def _budget_seconds(job: Run, budget: str | None) -> float | None:
-    """Return the larger of the given and the earlier budget, or None without a limit."""
+    """Return the larger of the given and the earlier budget, or None if there is no limit."""
     text, path = budget or job.recipe.compare.budget, job.folder / EXPECTATION
     seconds = parse_seconds(text) if text else None
     before = Expectation.load(path).budget_seconds if path.exists() and budget is None else None

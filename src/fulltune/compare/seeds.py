@@ -29,8 +29,8 @@ MOST_WHOLE_RUNS_ALONE = 3
 
 
 def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """Search each method's rate. Without time, full and the first rival take the default rate, and other methods are
-    dropped."""
+    """Search each method's rate. If time runs out, full and the first rival take the default rate, and other methods
+    are dropped."""
     planned = [one for one in context.trained_methods if one.label in expectation.methods]
     pair = [one.label for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     keep = budget.to_come(
@@ -264,7 +264,8 @@ class SeedRuns:
 
 
 def method_outputs(context: Context, results: Results, place: str, waited: Collection[str]) -> list[MethodOutputs]:
-    """Load each method's outputs on a split. Methods in `waited` get a part of alpha."""
+    """Load every trial's saved outputs from folder `place`, one entry per method. Methods in `waited` get a part of
+    alpha."""
     folder, setups = context.folder / place, {method: context.setup(method) for method in results}
     return [
         MethodOutputs(

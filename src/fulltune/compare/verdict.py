@@ -136,7 +136,6 @@ def _test_difference(
 
 
 def _clip(interval: tuple[float, float], bounds: tuple[float, float] | None) -> tuple[float, float]:
-    """Clip an interval to the metric's range."""
     return interval if bounds is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))
 
 

@@ -45,7 +45,7 @@ def refuse_secret_names(target: Target, where: str) -> None:
 
 
 def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource]) -> None:
-    """Raise `DataError` for too many unusable rows, rows of forbidden length, and undecodable images."""
+    """Raise `DataError` for too many unusable rows, rows longer than allowed, and undecodable images."""
     strategy = recipe.data.truncation_strategy
     # Rows dropped as the recipe asks, and mixed-in rows of unknown labels, do not suggest a broken file.
     allowed = {UNDECODABLE_IMAGE, NEW_LABEL, *(("too long", "answer cut off") if strategy == "drop" else ())}
@@ -116,7 +116,7 @@ def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> No
 
 
 def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
-    """Note few eval rows, groups in several splits, and classes with similar names or no usable rows."""
+    """Return notes on few eval rows, groups in several splits, and classes with similar names or no usable rows."""
     dev, remarks = splits["eval"], list[str]()
     if dev.num_rows < FEW_EVAL_ROWS:
         remarks.append(f"only {counted(dev.num_rows, 'eval row')}: too few to tell reliably which weights are better")
@@ -139,7 +139,6 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
 def _note_shared_groups(
     splits: Mapping[SplitName, Split], of: Literal["groups", "group_values"], what: str, nearly: str = ""
 ) -> list[str]:
-    """Report how many rows of each split have a group that another split contains."""
     overlaps: tuple[tuple[SplitName, SplitName], ...] = (("eval", "train"), ("test", "train"), ("test", "eval"))
     return [
         f"{count:,} of {splits[name].num_rows:,} {name} rows have a {what} that {ALSO_OCCURS} {other}{nearly}"
@@ -150,7 +149,7 @@ def _note_shared_groups(
 
 
 def note_on_flaws(sources: Iterable[EncodedSource]) -> list[str]:
-    """Note how many rows have each text flaw."""
+    """Report how many rows have each text flaw."""
     counts = sum((source.tally.of("flaw") for source in sources), Counter[str]())
     shown = ", ".join(f"{check} in {counted(count, 'row')}" for check, count in counts.most_common())
     return [f"texts that look wrong: {shown}; 'fulltune data' lists them"] if counts else []
@@ -162,7 +161,7 @@ def num_shared(split: Split, other: Split, of: Literal["groups", "group_values"]
 
 
 def note_unmeasured(train: Split, test: Split) -> list[str]:
-    """Note train classes with fewer than five test rows."""
+    """Return a note on train classes with fewer than five test rows."""
     in_train, in_test = train.label_counts(), test.label_counts()
     scarce = sorted((in_test[name], name) for name in in_train if in_test[name] < _FEW_OF_A_CLASS)
     # With few test rows in total, the note would be obvious.
@@ -179,12 +178,12 @@ IN_EARLIER_SPLIT = "also in an earlier split"
 
 
 def late_rows(splits: Mapping[SplitName, Split]) -> np.ndarray:
-    """Mark train rows that are in no split because their group begins in an earlier one: bool [rows]."""
+    """Mark the train rows that are used in no split, because their group begins in an earlier split: bool [rows]."""
     return ~np.logical_or.reduce([split.rows for split in splits.values() if split.source is splits["train"].source])
 
 
 def dropped_late(block: DataBlock, train: EncodedSource, late: np.ndarray) -> Iterator[Dropped]:
-    """Yield the train rows that `late` marks, with the reason."""
+    """Yield the train rows marked in `late`, each with the reason why it was dropped."""
     same = f"its text, or its '{block.group}'," if block.group else "its text"
     reason = f"{same} also occurs in an earlier split by '{block.time}'"
     for _, place, row in stored_rows(train, late):
@@ -192,7 +191,7 @@ def dropped_late(block: DataBlock, train: EncodedSource, late: np.ndarray) -> It
 
 
 def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> list[str]:
-    """Report how `data.time` and `data.group` split the rows, and which values two splits share."""
+    """Report how `data.time` and `data.group` split the rows, and which values occur in more than one split."""
     block, train, remarks = recipe.data, splits["train"].source, list[str]()
     own = {name: splits[name] for name in SPLITS if splits[name].source is train}
     if block.time is not None:

@@ -78,7 +78,7 @@ def _hash_word_runs(words: list[str]) -> np.ndarray:
 
 
 def forbidden_files(recipe: Recipe) -> tuple[Path, ...]:
-    """Return the files of forbidden texts. Raises `DataError` for a setting without files."""
+    """Return the files of forbidden texts. Raises `DataError` if the setting matches no file."""
     return tuple(
         file for setting, path in recipe.texts_not_trained_on.items() for file in _files_with_texts(setting, path)
     )
@@ -159,7 +159,7 @@ def _is_word(part: object) -> bool:
 def rows_with_forbidden(
     forbidden: ForbiddenTexts | None, keys: Sequence[str], rows: Sequence[PlacedRow], target: Target
 ) -> np.ndarray:
-    """Mark rows with a forbidden text: bool [rows], empty if no texts are forbidden. `keys` are the rows' group
+    """Mark rows that contain a forbidden text: bool [rows], empty if no texts are forbidden. `keys` are the rows' group
     keys."""
     if forbidden is None:
         return np.zeros(0, bool)

@@ -156,7 +156,7 @@ def _concatenate_chunks(parts: Sequence[EncodedSource], folder: Path) -> Encoded
 
 
 def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
-    """Check and tokenise some rows. Return numbers, examples and dropped rows."""
+    """Check and tokenise some rows; return their numbers, examples and dropped rows."""
     task, block, tally, dropped = task_named(job.task), job.block, RowCounts(), list[Dropped]()
 
     def drop(kind: DropKind, place: str, row: Row, refused: Refused) -> None:
@@ -291,7 +291,7 @@ def encode(
 
 
 def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: float) -> dict[str, EncodedSource]:
-    """Return the sources with `groups` joined for near duplicates, and with `split_groups`."""
+    """Return the sources with near duplicates joined in `groups`, and with `split_groups`."""
     if near_duplicates >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]

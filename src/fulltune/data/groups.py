@@ -133,7 +133,7 @@ def _hash_band_of_each_row(band: np.ndarray) -> np.ndarray:
 
 
 def join_near(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.ndarray:
-    """Return group numbers, equal for near duplicates: uint64 [rows]."""
+    """Return group numbers that are equal for near duplicates: uint64 [rows]."""
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     of_number = clusters(signed[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))
@@ -143,7 +143,7 @@ def join_near(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.nd
 
 
 def rehash(numbers: np.ndarray) -> np.ndarray:
-    """Map numbers to uniform ones, equal numbers to equal ones: uint64."""
+    """Map numbers to uniformly distributed ones; equal numbers stay equal: uint64."""
     return _mixed(numbers + _BASE)
 
 
@@ -175,12 +175,12 @@ def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def draw(seed: int, key: str) -> int:
-    """Return a pseudo-random number below 2^64."""
+    """Return a pseudo-random number below 2^64 that depends only on `seed` and `key`."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
 
 
 def sample(labels: Sequence[Sequence[str]], most: int, seed: int) -> list[int]:
-    """Draw `most` sorted positions with at least three rows of each label if possible. `labels` has each row's
+    """Draw `most` sorted positions, with at least three rows of each label if possible. `labels` holds each row's
     labels."""
     drawn = np.fromiter((draw(seed, str(position)) for position in range(len(labels))), np.uint64, len(labels))
     of_each = min(3, most // max(1, len({label for of_row in labels for label in of_row})))
@@ -248,7 +248,7 @@ def groups_and_times(
 
 
 def parse_group(cell: object) -> str:
-    """Return a `data.group` cell as text. Raises `ValueError` with the fault."""
+    """Return a `data.group` cell as text. Raises `ValueError` if the cell is faulty."""
     if isinstance(cell, BadCell):
         raise ValueError(f"contains {cell.reason}")
     if isinstance(cell, (list, tuple, dict, bytes)):
@@ -261,7 +261,8 @@ def parse_group(cell: object) -> str:
 
 
 def parse_time(cell: object) -> tuple[str, float]:
-    """Return a time's kind, and its seconds since 1970 (or the number). Raises `ValueError` with the fault."""
+    """Return a time's kind, and its seconds since 1970 (or the number itself). Raises `ValueError` if the cell is
+    faulty."""
     if isinstance(cell, BadCell):
         raise ValueError(f"contains {cell.reason}")
     is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # NaN, or NaT of pandas

@@ -56,7 +56,8 @@ MIN_LENGTH = 8
 def length_limit(
     recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, str]:
-    """Return the maximum tokens per row, and the reason. Raises `RecipeError` for impossible settings."""
+    """Return the maximum number of tokens per row, and the reason for it. Raises `RecipeError` for impossible
+    settings."""
     bounds = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
     model_limit = min(bounds, default=10**9)
     cap = causal_lm.BLOCK_LENGTH if target.form.is_raw_text else task.FACTS.length_cap
@@ -82,7 +83,7 @@ def length_limit(
 
 
 def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
-    """Decide whether to pack texts into shared rows; also return notes. Raises `RecipeError` if `data.packing` is
+    """Return whether to pack several texts into one row, and notes if not. Raises `RecipeError` if `data.packing` is
     impossible."""
     wanted, is_raw = recipe.data.packing, target.form.is_raw_text
     if wanted is False:

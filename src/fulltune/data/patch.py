@@ -29,7 +29,7 @@ Decisions = Mapping[tuple[str, str], RowDecision]
 
 
 def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str], RowDecision]:
-    """Return the last decision about each row. Raises `DataError` with the first bad lines."""
+    """Return the last decision about each row in a patch file. Raises `DataError` with the first invalid lines."""
     expected = "expected a patch file, as 'fulltune data RECIPE --review' writes it"
     try:
         # splitlines would also split at characters that a text may contain.
@@ -82,7 +82,7 @@ class PatchedRows:
         self.hashes = {row.partition("-")[0] for source, row in self.decisions if source == self.source}
 
     def rows(self, rows: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
-        """Yield the patched rows, without dropped ones."""
+        """Yield the patched rows, omitting those that the patch drops."""
         self.dropped, self.problems, self._copies = [], [], Counter()
         for place, row in rows:
             patched = self._apply_decisions(place, row) if self.hashes else row
@@ -114,12 +114,12 @@ class PatchedRows:
 
 
 def numbered(row: str, number: int) -> str:
-    """Return a row's hash; from the second equal row on, with its number appended."""
+    """Return a row's hash; from the second equal row on, its number is appended."""
     return row if number == 1 else f"{row}-{number}"
 
 
 def note_on_patch(path: str | None, sources: Iterable[PatchedRows | None]) -> list[str]:
-    """Note how many rows a patch dropped and changed."""
+    """Report how many rows a patch dropped and changed."""
     patched = [source for source in sources if source is not None]
     done = Counter(source.decisions[key].remedy.action for source in patched for key in source.matched)
     return [f"{path}: {counted(done['drop'], 'row')} dropped, {done['replace']:,} changed (data.patch)"] if path else []

@@ -91,7 +91,6 @@ class Stage:
 
     recipe: Recipe
     folder: Path
-    """Folder for the prepared rows."""
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
     preprocess: Preprocess | None = None
@@ -160,7 +159,6 @@ def prepare(stage: Stage) -> DataSummary:
 def _prepare_uncached(
     stage: Stage, sources: Mapping[SourceName, SourceRows], forbidden: ForbiddenTexts | None, fingerprint: str
 ) -> DataSummary:
-    """Prepare rows into `stage.folder`, which is new."""
     recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, task_named(stage.recipe.task)
     target, counts = describe(block, task, sources)
     if block.patch:
@@ -312,7 +310,6 @@ def _note_on_packing(train: Split, summary: SplitSummary, limit: int) -> str:
 
 
 def _fingerprint(stage: Stage, files: Mapping[SourceName, DataFiles], of_forbidden: tuple[Path, ...]) -> str:
-    """Hash everything that the prepared rows depend on."""
     from importlib.metadata import version
 
     block, limits = stage.recipe.data, stage.limits
@@ -348,7 +345,7 @@ def put(part: Path, folder: Path) -> None:
 
 
 def link(cached: Path, folder: Path) -> None:
-    """Give a run the cached files as hard links, or as copies across file systems."""
+    """Give a run the cached files as hard links, or as copies if it is on another file system."""
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -88,7 +88,7 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
 
 
 def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
-    """Return problems of the recipe's files and first train rows."""
+    """Return the problems found in the recipe's files and first train rows."""
     try:
         train = find_files(recipe)["train"]
         columns, rows = _first_rows(SourceRows(train.where, train.rows))
@@ -104,7 +104,7 @@ def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
 def read_rows(
     recipe: Recipe, files: DataFiles, preprocess: Preprocess | None, patched: PatchedRows | None = None
 ) -> SourceRows:
-    """Return at most `data.max_rows` rows of a source, patched and preprocessed."""
+    """Return the rows of a source, patched and preprocessed; `data.max_rows` limits their number."""
     most, wanted = recipe.data.max_rows, None
     if most and len(labels := _row_labels(recipe, files)) > most:
         if (different := len({label for row_labels in labels for label in row_labels})) > most:
@@ -207,7 +207,7 @@ def describe(
 
 
 def mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Target:
-    """Return a mixed-in source's target, by the recipe's columns or the usual names. Raises `DataError` if neither
+    """Return a mixed-in source's target, from the recipe's columns or the usual names. Raises `DataError` if neither
     exist."""
     columns, rows = _first_rows(source)
     columns = _columns_for_roles(block, columns)

@@ -51,7 +51,7 @@ class Split:
         return self.source.groups[self.rows]
 
     def label_counts(self, times: np.ndarray | None = None) -> Counter[str]:
-        """Count the rows of each label; `times` weights each source row."""
+        """Count the rows of each label; `times` says how often each source row counts."""
         sets, counts = self.source.label_sets, Counter[str]()
         numbers = np.bincount(self.source.labels, self.rows if times is None else times, len(sets))
         for names, count in zip(sets, numbers, strict=True):
@@ -60,7 +60,7 @@ class Split:
 
 
 def assign(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[SplitName, Split]:
-    """Split the rows. Raises `DataError` if a split has fewer than 2 rows or one group is too large."""
+    """Assign the rows to splits. Raises `DataError` if a split has fewer than 2 rows or one group is too large."""
     block, train = recipe.data, encoded["train"]
     splits = {
         name: Split(encoded[name], np.ones(encoded[name].num_rows, bool), True) for name in HELD_OUT if name in encoded
@@ -161,7 +161,8 @@ def rarest_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
 def split_by_time(
     times: np.ndarray, split_groups: np.ndarray, wanted: Mapping[SplitName, int]
 ) -> dict[SplitName, np.ndarray]:
-    """Split at points in time, the newest rows into the first split in `wanted`, separating no group: bool [rows]."""
+    """Split at points in time without separating a group: the newest rows go to the first split in `wanted`: bool
+    [rows]."""
     numbers, group = np.unique(split_groups, return_inverse=True)
     starts = np.full(len(numbers), np.inf)
     np.minimum.at(starts, group, times)

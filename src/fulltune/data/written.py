@@ -66,7 +66,7 @@ def stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int
 
 
 def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.RecordBatch]:
-    """Yield a split's examples, without the features for generated answers unless `scored`."""
+    """Yield a split's examples; unless `scored`, features needed only to generate answers are omitted."""
     import pyarrow as pa
 
     without = () if scored else getattr(task, "ONLY_FOR_TEST_ROWS", ())
@@ -101,7 +101,7 @@ def summarise(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSumm
 def write_splits(
     folder: Path, task: Task, splits: Mapping[SplitName, Split], packed_to: int | None, late: int
 ) -> dict[SplitName, SplitSummary]:
-    """Write each split, with train rows packed to `packed_to` tokens if given. `late` train rows are in no split."""
+    """Write each split; pack train rows to `packed_to` tokens unless it is None. `late` train rows are in no split."""
     summaries: dict[SplitName, SplitSummary] = {}
     for name in SPLITS:
         split, source = splits[name], splits[name].source
@@ -145,7 +145,8 @@ def previews(
 def without_held_out(
     recipe: Recipe, encoded: Mapping[SourceName, EncodedSource], splits: Mapping[SplitName, Split]
 ) -> tuple[dict[SourceName, Split], list[Dropped]]:
-    """Return mixed-in rows that occur in no held-out split, and the dropped ones. Raises `DataError` if none remain."""
+    """Return the mixed-in rows that occur in no held-out split, and the rows dropped. Raises `DataError` if none
+    remain."""
     mixed, lost, problems = dict[SourceName, Split](), list[Dropped](), list[str]()
     if not recipe.data.mixed_files:
         return mixed, lost
@@ -247,7 +248,7 @@ def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float
 
 
 def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
-    """Compute the share of length variance that classes explain, corrected for chance (epsilon squared, Kelley
+    """Compute how much of the variance in length the classes explain, corrected for chance (epsilon squared, Kelley
     1935)."""
     counts, total = np.bincount(classes), float(len(lengths) * np.var(lengths))
     num_groups = int((counts > 0).sum())

@@ -198,7 +198,6 @@ def _scorer_of(task: TaskName) -> ModuleType:
 
 
 def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
-    """Load the scores in a file, or compute and save them."""
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return the baselines' scorers by file name: a copy of the source, if the rows have one."""
+    """Return the baselines' scorers by file name: a copy of the source, if the rows have a source."""
     if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
     return {"baseline-copy": lambda: _score_copied_source(scoring)}
@@ -51,7 +51,6 @@ def _generate_answers(
     tokenizer: Tokenizer,
     drawn: Mapping[int, Row],
 ) -> list[str]:
-    """Generate the model's answers to the drawn rows."""
     if "source" in scoring.target.columns:  # one example per row, truncated as in training
         test = scoring.rows("test")
         prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
@@ -80,7 +79,7 @@ def _score_copied_source(scoring: Scoring) -> Scored:
 
 
 def drawn_rows(scoring: Scoring) -> dict[int, Row]:
-    """Return the test rows to answer, by position. They are drawn from different prompts with `data.split_seed`."""
+    """Pick up to `evaluate.generate_rows` test rows, at most one per prompt, in an order fixed by `data.split_seed`."""
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
         return {}

@@ -176,7 +176,8 @@ class Scoring:
         return verified(model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()})[0]
 
     def load(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
-        """Return a finished model, or the pretrained one for None, on the plan's device, and its processor."""
+        """Return a finished model, or the pretrained one if `model_folder` is None, on the plan's device, and its
+        processor."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
             processor = self.base.processor

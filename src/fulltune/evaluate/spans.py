@@ -99,7 +99,7 @@ def _first_windows(texts: Sequence[Row]) -> list[int]:
 
 
 def nearest_sentence(question: str, context: str) -> str:
-    """Return the first of the context's sentences that share most words with the question."""
+    """Return the context's first sentence among those that share the most words with the question."""
     wanted = set(plain_words(question))
     sentences = [sentence for sentence in _SENTENCE_END.split(context) if sentence.strip()]
     return max(sentences, key=lambda sentence: len(wanted & set(plain_words(sentence))), default="").strip()

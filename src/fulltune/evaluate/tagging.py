@@ -69,7 +69,7 @@ def _all_outside_tags(scoring: Scoring) -> list[np.ndarray]:
 
 
 def _score_lexicon(scoring: Scoring) -> Scored:
-    """Score the baseline that gives each word its most frequent tag in train, and `O` to unknown words."""
+    """Score a baseline that gives each word its most frequent training tag, and `O` to unseen words."""
     ids = {label: position for position, label in enumerate(scoring.target.labels)}
     tag_counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for row in store.texts(scoring.data / "train"):  # read one at a time, as there may be many

@@ -92,7 +92,6 @@ def _rough_moment(
 
 
 def _parameter_shapes(case: TraceCase) -> list[tuple[int, ...]]:
-    """Return the shapes of the trained parameters."""
     with torch.device("meta"):
         model = getattr(transformers, case.task.FACTS.auto_class).from_config(case.config)
         if not case.all_trained:

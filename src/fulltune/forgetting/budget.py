@@ -32,7 +32,7 @@ MAX_FACTOR = 1.5
 
 
 def next_weight(weight: float, measured: Drift, limit: float, rate: float, bounds: tuple[float, float]) -> float:
-    """Return the replay weight after a measurement; `rate` is the share of the peak learning rate."""
+    """Return the replay weight to use after a drift measurement; `rate` is the share of the peak learning rate."""
     allowed = limit * (1 + MAX_EXCESS * rate)
     if not math.isfinite(measured.upper):
         return weight
@@ -55,7 +55,7 @@ MOST_GAIN = 0.9
 
 def limit_for_most_gain(result: BudgetResult) -> float | None:
     """Return the smallest limit at which `MOST_GAIN` of the trained model's gain is possible, or None if the chosen
-    point has it."""
+    point already reaches it."""
     most = result.gain_of(result.end)
     if result.gain_of(result.choice) >= MOST_GAIN * most:
         return None
@@ -63,7 +63,8 @@ def limit_for_most_gain(result: BudgetResult) -> float | None:
 
 
 def crossing(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:
-    """Estimate the share between two points at which the drift reaches the limit (false position)."""
+    """Return the share at which drift is expected to reach `limit`, by linear interpolation between a point within it
+    and one beyond."""
     low, high = (min_limit(point.drift) - limit for point in (inside, outside))
     fraction = low / (low - high) if math.isfinite(low - high) else 0.5
     return round(inside.share + fraction * (outside.share - inside.share), 3)

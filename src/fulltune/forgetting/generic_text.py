@@ -81,7 +81,7 @@ class BudgetTexts:
 
 
 def budget_texts(block: PreserveBlock) -> BudgetTexts:
-    """Return the texts of a run with a budget. Raises `DataError` for too few."""
+    """Return the texts of a run with a budget. Raises `DataError` if there are too few."""
     replays_probe = block.replay == AUTO
     texts, source = generic_texts(block.probe, 2 * MAX_TEXTS + MAX_REPLAYED * replays_probe)
     each = min(MAX_TEXTS, enough(texts, SELECTION_TOKENS), len(texts) // (3 if replays_probe else 2))
@@ -103,7 +103,7 @@ def budget_texts(block: PreserveBlock) -> BudgetTexts:
 
 
 def enough(texts: Sequence[str], tokens: int) -> int:
-    """Return how many of the first texts contain about this many tokens, each truncated as a model reads it."""
+    """Return how many texts, from the first on, contain about this many tokens, each truncated as a model reads it."""
     # Scripts without spaces, or with several bytes per letter, have more tokens than words.
     sizes = (max(len(text.split()), len(text.encode()) // _WORD_BYTES) for text in texts)
     words = accumulate(min(size, _READ_WORDS) for size in sizes)
@@ -183,7 +183,8 @@ def weak_texts_reason(
 
 
 def mean_drift(before: np.ndarray, after: np.ndarray) -> Drift:
-    """Return the mean drift of texts and its standard error."""
+    """Compute each text's drift between `before` and `after`; return the mean, its standard error and the number of
+    texts."""
     drifts = drift(before, after)
     error = float(drifts.std(ddof=1)) / math.sqrt(len(drifts)) if len(drifts) > 1 else 0.0
     return Drift(mean=float(drifts.mean()), error=error, texts=len(drifts))

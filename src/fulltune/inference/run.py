@@ -44,8 +44,8 @@ def run_rows(
     pad_token_id: int,
     batching: Batching,
 ) -> Predictions:
-    """Run the model in evaluation mode over tokenised rows with `labels`, longest first, and return what `task.reduce`
-    makes of each row."""
+    """Run the model in evaluation mode over tokenised rows with `labels`, longest first; return the result of
+    `task.reduce` for each row."""
     import torch
 
     head = batching.head

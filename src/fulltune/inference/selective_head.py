@@ -100,7 +100,8 @@ def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def verified(model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]) -> tuple[SelectiveHead | None, str]:
-    """Return a selective head (None if its logits differ from the whole model's on a few tokens), and the reason.
+    """Return a selective head and the reason; the head is None if its logits differ from the whole model's on a few
+    tokens.
 
     `batch` is collated and on the model's device.
     """

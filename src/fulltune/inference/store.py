@@ -73,7 +73,7 @@ def batches(folder: Path) -> Iterator[pa.RecordBatch]:
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """The memory-mapped features of one or several folders.
+    """The memory-mapped features of one split, or of several folders concatenated.
 
     `rows[i]` is a dictionary of plain values and numpy views of lists; `rows["length"]` is one feature of all rows, an
     array or a list.
@@ -167,7 +167,7 @@ def words(place: str, row: Row) -> str:
 
 
 def readable(value: Any) -> Any:
-    """Convert a value that JSON lacks: arrays to lists, bytes to their number, others to text."""
+    """Convert a value that JSON cannot represent: arrays to lists, bytes to their number, others to text."""
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     return value.tolist() if hasattr(value, "tolist") else str(value)

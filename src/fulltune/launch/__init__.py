@@ -178,7 +178,7 @@ def write(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]
 
 
 def absent(job: LaunchedJob, launcher: str) -> Iterator[str]:
-    """Yield a warning about inputs outside the recipe's folder, if the launcher copies only that folder."""
+    """Yield a warning about inputs outside the recipe's folder if the launcher copies only that folder."""
     folder = Path(os.path.realpath(job.file.parent))
     outside = [path for path in named_paths(job.recipe) if not Path(path).is_relative_to(folder)]
     if outside and launcher in _GET_THE_FOLDER:

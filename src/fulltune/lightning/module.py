@@ -58,7 +58,7 @@ class FineTuningModule:
         self.objective, self.plan, self.model = objective, objective.plan, objective.model
         self.tokenizer, self.rows, self.eval_rows = tokenizer, rows, eval_rows
         self.head = head
-        """Computes only the logits that the loss uses; None computes all."""
+        """Computes only the logits that the loss needs; if None, all logits are computed."""
         self.sharded_by = ""
         """Strategy that shards weights and gradients, or an empty string."""
         self.guard_history = step_guard.StepHistory()

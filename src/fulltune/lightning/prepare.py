@@ -69,7 +69,7 @@ def usable(package: str | None) -> str:
 
 @cache
 def based(ours: type, base: str, package: str) -> Any:
-    """Return a subclass of ours and of a base class of the package."""
+    """Return a class that inherits from `ours` and from a base class of the package."""
     return type(ours.__name__, (ours, getattr(import_module(package), base)), {"__doc__": ours.__doc__})
 
 
@@ -127,7 +127,7 @@ class FineTuning:
         return values | {"val_check_interval": batches, "check_val_every_n_epoch": None}
 
     def monitor(self) -> dict[str, str]:
-        """Return the eval metric and its direction for `EarlyStopping` and `ModelCheckpoint`."""
+        """Return the eval metric and its direction, as arguments for `EarlyStopping` and `ModelCheckpoint`."""
         plan = self.module.plan
         return {"monitor": PREFIX + plan.metric, "mode": "max" if plan.greater_is_better else "min"}
 

@@ -82,7 +82,8 @@ def trained(model: nn.Module) -> dict[str, Parameter]:
 
 
 def virtual_tokens(recipe: Recipe) -> int:
-    """Return the most virtual tokens of any method, by which the rows of all methods are shortened."""
+    """Return the largest `num_virtual_tokens` of any prompt method, or 0; rows of every method are shortened by this
+    many tokens."""
     return max(
         (
             method.num_virtual_tokens
@@ -106,7 +107,7 @@ def check(recipe: Recipe, config: PretrainedConfig) -> None:
 
 
 def problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -> list[str]:
-    """Return why a method cannot do the recipe's task with a model of this config, one line per reason."""
+    """Return why a method cannot do the recipe's task with a model of this config, one message per reason."""
     from fulltune.models.shapes import position_limit
 
     lines = []

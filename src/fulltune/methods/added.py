@@ -99,13 +99,13 @@ UNUSABLE = {
     "SUPERTUNING",  # needs more than the model
     "XLORA",  # mixes adapters that are trained already
 }
-"""PEFT types that are not supported, because they are more than modules in layers."""
+"""PEFT types that are not supported, because they do more than add modules to layers."""
 _OURS = {"peft_type", "task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision"}
 """Fields of PEFT's configs that follow from the recipe and cannot be set."""
 
 
 def peft_problems(method: PeftMethod) -> list[str]:
-    """Return why PEFT's type or config fields cannot be used, one line per reason."""
+    """Return why PEFT's type or config fields cannot be used, one message per reason."""
     from peft import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -236,7 +236,8 @@ class Prompt(nn.Module):
 
 
 def put_prompt(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> None:
-    """Add virtual tokens before the model's input, or raise `RecipeError` if it has no separate body or embeddings."""
+    """Add virtual tokens before the model's input; raise `RecipeError` if the model has no separate body or
+    embeddings."""
     from fulltune.models.shapes import is_decoder
 
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model

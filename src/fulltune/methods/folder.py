@@ -74,7 +74,6 @@ def _peft_name(name: str) -> str:
 
 
 def _prompt_config(applied: AppliedMethod, task: TaskName, base: str | None, names: list[str]) -> dict[str, Any]:
-    """Return PEFT's `adapter_config.json` for virtual tokens."""
     text = applied.model.config.get_text_config()
     size = trained(applied.model)[_PROMPT].shape
     heads = {name.rpartition(".")[0] for name in names if name != _PROMPT}
@@ -166,7 +165,6 @@ def load_trained(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: P
 
 
 def _check_tensor_names(expected: set[str], names: set[str], where: Path) -> None:
-    """Raise `SetupError` if a file's tensors are not exactly the trained ones."""
     wrong = sorted(expected ^ names)
     if wrong:
         raise SetupError(f"{where}: {len(wrong)} tensors are missing or unexpected, for example {wrong[0]}")

@@ -190,7 +190,7 @@ def source_of(block: ModelBlock, path: Path | None) -> dict[str, Any]:
 
 
 def locate(block: ModelBlock) -> Path | None:
-    """Return the folder or .gguf file of the recipe's `model`, or None for a model on the Hub."""
+    """Return the folder or .gguf file that the recipe's `model` names, or None for a model on the Hub."""
     name = block.name
     if name.startswith("package:"):
         path = _package_path(name)
@@ -241,7 +241,6 @@ def _go_offline_without_network() -> None:
 
 
 def _package_path(name: str) -> Path:
-    """Return the path in an installed package for `package:NAME/PATH`."""
     package, _, inner = name.removeprefix("package:").partition("/")
     try:
         spec = importlib.util.find_spec(package)

@@ -19,7 +19,7 @@ MOST_COMPILED = 64
 
 
 def missing_compiler(device: str) -> str | None:
-    """Return the name of the compiler that `torch.compile` lacks for this device, or None."""
+    """Return the name of the compiler that `torch.compile` needs for this device but that is missing, or None."""
     if device == "cuda":
         return None if importlib.util.find_spec("triton") is not None else "triton (pip install triton)"
     compilers = (os.environ.get("CXX") or "g++", "clang++")
@@ -56,7 +56,7 @@ OURS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def put_kernels(model: PreTrainedModel) -> None:
-    """Replace the modules that Liger has kernels for; names of weights stay the same."""
+    """Replace the modules for which Liger has kernels; the names of weights stay the same."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 

@@ -165,7 +165,7 @@ def _labels_by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
 
 
 def match_labels(theirs: tuple[str, ...], ours: tuple[str, ...]) -> HeadOrigin:
-    """Return the origin of a head: kept if both have the same label names, in any order, else new."""
+    """Return the origin of a head: it is kept if both have the same label names, in any order, and otherwise new."""
     if len(theirs) == len(ours) == 1:
         return HeadOrigin((0,), "")  # regression heads have one row
     if len(set(theirs)) == len(theirs) and set(theirs) == set(ours):
@@ -248,7 +248,7 @@ def _draw_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.nn.P
 
 
 def draw(model: PreTrainedModel, head: HeadOrigin) -> None:
-    """Redraw the parameters that the checkpoint lacks."""
+    """Reinitialise the parameters that are missing from the checkpoint."""
     import torch
 
     sharding.reshard(model)
@@ -258,7 +258,8 @@ def draw(model: PreTrainedModel, head: HeadOrigin) -> None:
 
 
 def redraw(model: PreTrainedModel, head: HeadOrigin, seed: int) -> None:
-    """Redraw the parameters that the checkpoint lacks from `seed`, without changing torch's random state."""
+    """Reinitialise the parameters that are missing from the checkpoint from `seed`, without changing torch's random
+    state."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

@@ -51,7 +51,7 @@ def obstacle(config: PretrainedConfig, attn_implementation: str | None = None) -
 
 
 def leak(model: PreTrainedModel, name: str) -> str | None:
-    """Return a problem if the second of two packed texts attends to the first, else None."""
+    """Return a problem if the second of two packed texts attends to the first, or None if it does not."""
     import torch
 
     vocabulary = min(model.config.get_text_config().vocab_size, _VOCABULARY)

@@ -57,7 +57,7 @@ def num_patches(config: PretrainedConfig) -> int:
 
 
 def where_from(value: Any) -> tuple[str, bytes]:
-    """Return path and content (one is empty) of a path, bytes, or `{"bytes": ..., "path": ...}`."""
+    """Return path and content of a path, bytes, or `{"bytes": ..., "path": ...}`; one of the two is empty."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -127,7 +127,8 @@ class ImageRows(Sequence[dict[str, Any]]):
 
 
 def content_hash(path: str, content: bytes) -> str:
-    """Return the SHA-256 of an image file's bytes, or of its path if it cannot be read."""
+    """Return the SHA-256 of `content`, or of the file at `path` if `content` is empty, or of the path if it cannot be
+    read."""
     try:
         content = content or Path(path).read_bytes()
     except OSError:

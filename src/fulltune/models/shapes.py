@@ -128,7 +128,7 @@ def check_model(recipe: Recipe, base: Base) -> None:
 
 
 def unfit(config: PretrainedConfig, facts: TaskFacts) -> str | None:
-    """Return why models of this type cannot do a task, or None."""
+    """Return why models of this type cannot do a task, or None if they can."""
     from transformers.models.auto import modeling_auto
 
     can = config.model_type in getattr(modeling_auto, facts.auto_class)._model_mapping._model_mapping

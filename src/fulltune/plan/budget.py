@@ -62,7 +62,8 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout | None) -> MemoryNeed:
-    """Compute the memory of one process on its device; without `layout`, the process holds the whole training state."""
+    """Compute the memory of one process on its device. If `layout` is None, the process holds the whole training
+    state."""
     if layout is not None and layout.engine == "fsdp2":
         return fsdp2.need(shapes, footprint, settings)
     if layout is not None:
@@ -147,7 +148,7 @@ def host_bytes(layout: ParallelLayout, num_parameters: int, num_devices: int, nu
 
 
 def passing(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Return the peak bytes of the activations and logits of a training micro batch."""
+    """Return the peak bytes of activations and logits in a training micro batch."""
     variant = footprint.variant(footprint.traced(settings.precision), settings.activation_checkpointing)
     return _peak_activations(variant.first, footprint, settings.micro_batch_size, settings)
 
@@ -155,7 +156,6 @@ def passing(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, 
 def _peak_activations(
     moments: Sequence[LiveMemory], footprint: Footprint, batch_size: int, settings: MemorySettings
 ) -> dict[MemoryKind, int]:
-    """Return bytes of activations and logits at the moment with the most of both."""
     rows = batch_size * footprint.sequences_per_row
     part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * settings.longest_tokens)) if settings.chunked_loss else 1.0
     alive = [moment.bytes(rows, settings.longest_tokens) for moment in moments]

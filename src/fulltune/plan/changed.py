@@ -39,7 +39,7 @@ def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
 
 
 def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
-    """Return the recipe for resuming a run elsewhere, with the run's global batch, precision and optimizer.
+    """Return the recipe for resuming a run on other hardware with the run's global batch, precision and optimizer.
 
     Raises `RecipeError` if the processes cannot divide the batch or run the optimizer.
     """
@@ -65,7 +65,7 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def placed_anew(plan: Plan, anew: Plan) -> Plan:
-    """Return a started run's plan with the placement fields and settings of the plan `anew`."""
+    """Return a started run's plan with placement fields and settings taken from the plan `anew`."""
     names = {SETTING_OF.get(name, f"train.{name}") for name in _PLACING} | {"train.oversubscribe"}
     settings = {setting.name: setting for setting in plan.settings}
     settings |= {setting.name: setting for setting in anew.settings if setting.name in names}
@@ -74,7 +74,7 @@ def placed_anew(plan: Plan, anew: Plan) -> Plan:
 
 
 def need_of(changed: Plan, recipe: Recipe, model: PlannedModel) -> MemoryNeed:
-    """Compute the memory need of a changed plan, whose precision may differ from the recipe's."""
+    """Compute the memory need of a changed plan; its precision may differ from the recipe's."""
     traced = model.footprint(recipe, changed.device, changed.precision)
     return budget.need(model.shapes, traced, changed, parallel_layout.of(with_placement(recipe, changed.placement)))
 

@@ -36,9 +36,9 @@ class Option:
 
 
 def choose(basis: Basis) -> Option:
-    """Return the fastest settings that fit; levers that change the result come last.
+    """Return the fastest settings that fit; settings that change the result are tried last.
 
-    Raises `DoesNotFitError`, with ways out, if nothing fits.
+    Raises `DoesNotFitError`, with ways to make the run fit, if nothing fits.
     """
     for start in _with_levers(basis.recipe, basis.start, same_result=False):
         if option := fastest(replace(basis, start=start)):
@@ -62,7 +62,8 @@ def fastest(basis: Basis) -> Option | None:
 
 
 def smallest(basis: Basis, same_numbers: bool = False) -> Option:
-    """Return the settings with the lowest peak memory; with `same_numbers`, only those that keep the result.
+    """Return the settings with the lowest peak memory. If `same_numbers`, only settings that keep the result are
+    considered.
 
     Accumulated gradients stay allocated, so this is not always the smallest micro batch.
     """

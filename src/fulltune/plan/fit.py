@@ -108,7 +108,7 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
     """Return the recipe with its placement, and the reason if the recipe left it open.
 
     Several processes use ddp if it fits, because it sends least, else fsdp2. ZeRO is never chosen here, because it
-    computes in other types and needs installing.
+    computes in other types and must be installed.
     """
     recipe = workload.recipe
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
@@ -192,7 +192,6 @@ def _num_rows(summary: DataSummary, split: str) -> int:
 def _stage_seconds(
     plan: Plan, basis: Basis, summary: DataSummary, training: float, flops: float, started_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
-    """Yield each stage before and after training with its estimated seconds."""
     work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
     # Minimum time of a forward pass: calling the layers, or launching their kernels on a GPU.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers

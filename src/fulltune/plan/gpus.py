@@ -33,7 +33,7 @@ class GpuModel:
     capability: tuple[int, int]
     memory_gib: float
     tflops: float
-    """Dense 16-bit matrix products in 1e12 operations per second."""
+    """Dense 16-bit matrix-multiply throughput, in TFLOP/s."""
     memory_gb_per_second: float
     link_gb_per_second: float
     nvlink_gb_per_second: float
@@ -83,7 +83,6 @@ class NamedHardware:
     """Bandwidth between machines in Gb/s."""
 
     def __str__(self) -> str:
-        """Return the value for `--for`."""
         machines = f"{self.machines}x " if self.machines > 1 else ""
         words = [machines + (f"{self.count}x {self.gpu.name}" if self.gpu else "cpu")]
         words += [f"{self.cores} cores"] if self.cores else []
@@ -140,12 +139,13 @@ def _models_named(name: str) -> list[GpuModel]:
 
 
 def gpu_model_of(name: str, memory_bytes: int = 2**60) -> GpuModel | None:
-    """Return the known GPU model with the driver's name and the nearest memory size, or None."""
+    """Return the known GPU model with this driver name and the nearest memory size, or None."""
     return min(_models_named(name), key=lambda model: abs(model.memory_bytes - memory_bytes), default=None)
 
 
 def find(name: str) -> GpuModel:
-    """Return the GPU model with a name as users write it; raise `RecipeError` with similar names."""
+    """Return the GPU model with this name, as users write it; raise `RecipeError` with similar names if there is
+    none."""
     models = _models_named(name)
     if len(models) == 1:
         return models[0]
@@ -247,7 +247,7 @@ def fleet_of(named: NamedHardware) -> Fleet:
 
 
 def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at: str = "") -> Fleet:
-    """Return the hardware of this command: `num_machines` machines like `machine`."""
+    """Return the hardware of a cluster of `num_machines` machines identical to `machine`."""
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     gpus = "".join(f"{count}x {name}, " for name, count in Counter(gpu.name for gpu in machine.gpus).items())
     named = f"{num_machines} machines like this one, each" if num_machines > 1 else "this machine:"

@@ -95,7 +95,7 @@ def plain_optim(weights_dtype: str, rounding: str | None) -> str:
 
 
 def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str | None:
-    """Return the reason why the loss cannot be chunked, or None."""
+    """Return the reason why the loss cannot be computed in chunks, or None."""
     if not FACTS[recipe.task].writes:
         return f"{recipe.task} has no logits per token"
     if own_loss:

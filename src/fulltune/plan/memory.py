@@ -70,7 +70,7 @@ def train_sequences(footprint: Footprint, settings: MemorySettings) -> int:
 
 
 def tokens_of_loss(footprint: Footprint, settings: MemorySettings) -> int:
-    """Return the number of tokens whose logits exist at the same time."""
+    """Return the number of tokens whose logits are in memory at the same time."""
     tokens = train_sequences(footprint, settings) * settings.longest_tokens
     return min(tokens, CHUNK_TOKENS[settings.device]) if settings.chunked_loss else tokens
 
@@ -102,10 +102,10 @@ def _beyond_tensors(
 
 
 def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
-    """Return the peak bytes of temporary tensors on a CPU: those on the heap, and all.
+    """Return (peak heap bytes, peak total bytes) of temporary tensors on a CPU.
 
-    `moments` holds bytes of small blocks with their gaps, of large blocks, and of large ones that may reuse the heap in
-    blocks up to `block_bytes`.
+    Each of `moments` is (bytes in small blocks with their gaps, in large blocks, in large blocks that may reuse free
+    heap in blocks of up to `block_bytes`).
     """
     heap = max(small for small, _, _ in moments)
 

@@ -26,12 +26,11 @@ _DEFAULTS = {
 
 
 def table(basis: Basis) -> tuple[PlacementOption, ...]:
-    """Return every sensible placement with its memory and speed."""
+    """Return every sensible placement, each with its memory and speed."""
     return tuple(_best_option(basis, settings) for settings in _candidate_settings(basis))
 
 
 def _candidate_settings(basis: Basis) -> Iterator[dict[str, Any]]:
-    """Yield the settings of each placement that the recipe and hardware allow."""
     train = basis.recipe.train
     many = train.num_processes > 1
     plain = _DEFAULTS | {"train.optim": "adamw_torch_fused"}
@@ -76,7 +75,7 @@ def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
 
 
 def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
-    """Return a placement as a row of the table."""
+    """Return a placement with these settings as a row of the table."""
     kinds, layout = dict(memory.kinds), basis.layout
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
@@ -113,7 +112,6 @@ def name_of(layout: ParallelLayout | None, settings: MemorySettings) -> str:
 
 
 def _changed_settings(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | None) -> dict[str, Any]:
-    """Return the placement's settings that differ from the recipe's current ones."""
     recipe = basis.recipe
     current = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
     current |= {name: value for name in settings if (value := given(recipe, name)) is not None}

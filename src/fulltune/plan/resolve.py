@@ -33,7 +33,7 @@ def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
 
 
 def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
-    """Choose the device; raise `RecipeError` if the machine does not have it."""
+    """Choose the device; raise `RecipeError` if the machine does not have this device."""
     wanted = recipe.train.device
     if wanted == "cuda" and not machine.gpus:
         raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
@@ -132,7 +132,6 @@ def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
 
 
 def _gpu_precision(gpu: Gpu) -> tuple[str, str]:
-    """Return a GPU's best precision and the reason."""
     if gpu.bf16:
         return "bf16", f"{gpu.label} computes in bf16; weights stay fp32"
     if gpu.capability >= TENSOR_CORES_FROM:
@@ -142,7 +141,7 @@ def _gpu_precision(gpu: Gpu) -> tuple[str, str]:
 
 
 def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
-    """Choose the optimizer and the rounding of bf16 weights, which is None for fp32."""
+    """Choose the optimizer, and how bf16 weights are rounded (None for fp32 weights)."""
     train, dtype = recipe.train, recipe.model.weights_dtype
     rounding, why = None, "AdamW in fp32 with a fused kernel"
     if dtype != "fp32":
@@ -172,7 +171,7 @@ def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reaso
 
 
 def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
-    """Choose the metric; raise `RecipeError` if the task does not have it."""
+    """Choose the metric; raise `RecipeError` if the task has no such metric."""
     possible = summary.form.metrics
     wanted = recipe.evaluate.metric
     if wanted is not None and wanted not in possible:
@@ -181,7 +180,7 @@ def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
 
 
 def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
-    """Choose the number of rows per step, fewer for small data."""
+    """Choose the number of rows per step, which is lower for small data sets."""
     train = recipe.train
     per_pass = (train.micro_batch_size or 1) * train.num_processes
     usual = 16 if FACTS[recipe.task].writes else 32
@@ -219,7 +218,7 @@ def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reas
 
 
 def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
-    """Choose the learning rate; record a new head's own rate as well."""
+    """Choose the learning rate, and record a new head's own rate as well."""
     method = recipe.method
     rate, why = defaults.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
     why = f"middle of the searched rates: {why}" if method.is_searched else why
@@ -230,7 +229,7 @@ def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
 
 
 def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["probe", "random"] | None:
-    """Choose how to initialise a new head, or return None without one."""
+    """Choose how to initialise a new head; return None if the head is not new."""
     wanted, name = recipe.method.head_init, "method.head_init"
     if not FACTS[recipe.task].head_is_new:
         return None
@@ -262,7 +261,7 @@ def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -
 
 
 def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
-    """Return reasons why the plan's memory may be inexact."""
+    """Return plan entries that explain why the memory estimate may be inexact."""
     rows = [("memory.inputs", "assumed", footprint.assumed)] if footprint.assumed else []
     if footprint.rough:
         why = f"this model cannot be traced ({footprint.rough}), so a rule of thumb is used; the dry run measures it"

@@ -49,7 +49,7 @@ class Reasons:
         self.settings: list[Setting] = []
 
     def add(self, name: str, from_recipe: Any, default: Any = None, reason: str = "", doubt: str = "") -> Any:
-        """Record and return the recipe's value, else `default`; `doubt` is appended to the reason."""
+        """Record and return the recipe's value, or `default` if it has none; `doubt` is appended to the reason."""
         value, why = (from_recipe, FROM_RECIPE) if from_recipe is not None else (default, reason)
         self.settings.append(Setting(name=name, value=value, reason=why + doubt, is_automatic=from_recipe is None))
         return value

@@ -37,9 +37,9 @@ def survey(
     planned: Plan | None = None,
     other: WithMethod = lambda kind: None,
 ) -> tuple[Survey, Plan | None]:
-    """Survey the possibilities on some hardware; also return a plan, or None if nothing fits.
+    """Survey the placements possible on some hardware; also return a plan, or None if nothing fits.
 
-    `planned` is the plan if already made; `other` returns the workload with another method, for the advice.
+    `planned` is the plan, if already made; `other` returns the workload with another method, for the advice.
     """
     basis, kind = basis_of(workload, fleet), workload.recipe.method.kind
     table = placements.table(basis)
@@ -142,7 +142,6 @@ def _changes_arithmetic(option: PlacementOption) -> bool:
 def _plan_with_placement(
     workload: Workload, fleet: Fleet, table: Sequence[PlacementOption], why: str = ""
 ) -> PlannedSettings | None:
-    """Return the plan with the best of these placements that fits, or None."""
     for option in ranked(table):
         conflicts = (given(workload.recipe, name) not in (None, value) for name, value in option.settings.items())
         if not option.settings or any(conflicts):  # the same as the recipe, or contradicts it
@@ -162,7 +161,6 @@ def _fit_recipe(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
 
 
 def _with_reason(plan: Plan, names: set[str], reason: str) -> Plan:
-    """Return the plan with `reason` for the named settings."""
     settings = (
         setting.model_copy(update={"is_automatic": True, "reason": reason}) if setting.name in names else setting
         for setting in plan.settings

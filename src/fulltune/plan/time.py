@@ -63,7 +63,7 @@ class Work:
 
 
 def backward_of(method: str, shapes: Shapes) -> float:
-    """Return the cost of a method's backward pass relative to a forward pass."""
+    """Return what a method's backward pass costs, relative to a forward pass."""
     if shapes.num_trainable is None:
         return 2.0
     share = shapes.num_trainable / (shapes.num_all_parameters or shapes.num_parameters)
@@ -100,7 +100,8 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 def step_seconds(
     fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, layout: ParallelLayout | None
 ) -> dict[str, float]:
-    """Estimate the seconds of each part of a step of `rows` rows; empty if the speed is unknown."""
+    """Estimate how many seconds each part of a step of `rows` rows takes; return an empty dictionary if the speed is
+    unknown."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
         return {}
@@ -142,7 +143,7 @@ def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, lay
 
 
 def together(seconds: Mapping[str, float]) -> float:
-    """Return the seconds of a step: the longest of the overlapping parts plus the optimizer."""
+    """Return the seconds of a step: the longest of the parts that overlap, plus the optimizer."""
     return max(seconds[name] for name in seconds if name != "optimizer") + seconds["optimizer"]
 
 
@@ -170,7 +171,7 @@ def further_seconds(training: float) -> float:
 
 
 def probe_passes(summary: DataSummary) -> int:
-    """Return how often, at most, a probe passes a row through the pretrained model."""
+    """Return how many times, at most, a probe runs each row through the pretrained model."""
     return 2 if "text_pair" in summary.columns else 1
 
 
@@ -193,7 +194,7 @@ def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
 
 
 def occasions(total_steps: int, *intervals: int, after: int = -1) -> int:
-    """Return the number of evaluations or checkpoints after step `after`, at these intervals and at the end."""
+    """Return how many evaluations or checkpoints follow step `after`, at these intervals and at the end."""
     at = {step for every in intervals if every for step in range(every, total_steps + 1, every)}
     return sum(step > after for step in at | {total_steps})
 

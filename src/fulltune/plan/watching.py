@@ -18,7 +18,7 @@ SHARE, SHARE_STEERED = 0.01, 0.05
 MIN_TEXTS, MAX_TEXTS = 8, 64
 """Bounds on the texts read at each evaluation."""
 STEERED = 20
-"""Number of times that the replay weight is set."""
+"""How many times the replay weight is set in a run."""
 REPLAYED, MIN_REPLAYED = 0.125, 4
 """Replayed share of a step's tokens, and the minimum number of texts, as fewer give a noisy gradient."""
 

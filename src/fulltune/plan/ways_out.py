@@ -20,9 +20,9 @@ MIN_SHARE = 0.1
 
 
 def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()) -> tuple[WayOut, ...]:
-    """Return at most three ways to fit a process in memory, those that are enough first.
+    """Return at most three ways to make a process fit in memory; those that are enough alone come first.
 
-    The `smallest` settings do not fit; other `placements` are ways out if they fit.
+    The `smallest` settings do not fit; other `placements` are proposed if they fit.
     """
     recipe, now = basis.recipe, basis.need(smallest).peak
     ways, mild = [], 0
@@ -100,7 +100,7 @@ def _smaller_model_way_out(basis: Basis, settings: MemorySettings) -> WayOut:
 
 
 def in_lines(ways: Sequence[WayOut]) -> list[str]:
-    """Return one line per way out, for an error message."""
+    """Format the ways to make a run fit for an error message, one per line."""
     lines = []
     for way in ways:
         named = way.hardware or any(name not in way.change for name in way.settings)
@@ -137,7 +137,7 @@ def refuse_full_disk(
 def of_disk(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, place: str = ""
 ) -> tuple[WayOut, ...]:
-    """Return the nearest ways to fit the run on its disk."""
+    """Return ways to make the run fit on its disk; those that are enough alone come first."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     missing = needed.total - free_bytes
     ways: list[WayOut] = []

@@ -48,7 +48,7 @@ class Basis:
     """None without a new head."""
     group_by_length: bool
     start: MemorySettings
-    """Settings without any lever: a micro batch of one row, no checkpointing."""
+    """Settings that save no memory: a micro batch of one row, no checkpointing."""
     layout: ParallelLayout | None
     """None if the state is not sharded."""
     available_bytes: int
@@ -67,7 +67,7 @@ class Basis:
         return budget.need(self.shapes, self.footprint, full, self.layout)
 
     def seconds(self, settings: MemorySettings) -> dict[str, float]:
-        """Estimate the seconds of each part of a step; empty if the speed is unknown."""
+        """Estimate how many seconds each part of a step takes; return an empty dictionary if the speed is unknown."""
         return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.layout)
 
     def speed(self, settings: MemorySettings) -> float | None:
@@ -77,7 +77,7 @@ class Basis:
 
 
 def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Choose everything that does not depend on memory; a user's loss (`own_loss`) needs all logits at once."""
+    """Choose everything that does not depend on memory. A user's loss (`own_loss`) needs all logits at once."""
     recipe, shapes, summary = workload.recipe, workload.shapes, workload.summary
     train, reasons = recipe.train, reasons or Reasons()
     if train.activation_checkpointing and not shapes.can_recompute:
@@ -153,7 +153,7 @@ SPREAD = (NUM_PROCESSES, NUM_MACHINES) = ("train.num_processes", "train.num_mach
 
 
 def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
-    """Return the recipe with a process for each `--for` device, and the names of added settings.
+    """Return the recipe with one process for each `--for` device, and the names of the settings added.
 
     Raises `RecipeError` if the devices cannot divide the batch, or the recipe names other hardware.
     """

@@ -97,7 +97,7 @@ class Predictor:
         max_new_tokens: int = 128,
         report: RowProgress = lambda done, total: None,
     ) -> Iterator[PredictedRow]:
-        """Yield each row's answer, or the reason for none, in order and with few rows in memory at a time."""
+        """Yield each row's answer, or the reason there is none, in order, holding only a few rows in memory."""
         writes = self.task.FACTS.writes
         # Models that write are slow: their first answers must not wait for two thousand others.
         for window in windows(rows, _WINDOW_PROMPTS) if writes else windows(rows):
@@ -168,7 +168,7 @@ class Predictor:
 
 
 def load(run: Path, method: str | None = None) -> Predictor:
-    """Load the model of a model folder, or of a run: `method`'s, else the only or recommended one."""
+    """Load the model of a model folder or of a run: the one trained by `method`, else the only or recommended one."""
     folder = choose(run, method)[0]
     notes = folders.notes_of(folder)
     base = Base.of(ModelBlock(name=str(folder.resolve())), notes["task"])

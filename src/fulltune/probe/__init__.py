@@ -57,8 +57,8 @@ SEED = 0
 LOSS_TOLERANCE = 0.02
 """How much higher, relative to the best, the held-out loss of a more regularised probe may be."""
 START_STRENGTH_DIVISOR = 8.0
-"""Divisor of the best strength at the start of training: a head that already fits the train rows leaves no gradient for
-the body."""
+"""The best regularisation strength is divided by this when training starts: a head that already fits the train rows
+leaves no gradient for the body."""
 _USUAL_HIDDEN_SIZE = 1_024
 
 
@@ -73,9 +73,9 @@ def load_or_fit(
     with_head: bool = True,
     together: bool = False,
 ) -> Probe:
-    """Load the probe of a run folder, or fit and save it if it is missing while other processes wait.
+    """Load the probe of a run folder; if it is missing, fit and save it while other processes wait.
 
-    `extract` creates the feature extractor. Without `with_head`, only the baseline is fitted. `together` is True if all
+    `extract` creates the feature extractor. Unless `with_head`, only the baseline is fitted. `together` is True if all
     processes must run the model, because its weights are sharded.
     """
     probe_folder = folder / FOLDER
@@ -116,7 +116,6 @@ def _fit_and_save(
 
 
 def _save_tensors(path: Path, arrays: HeadTensors) -> None:
-    """Save arrays as a safetensors file."""
     from safetensors.numpy import save_file
 
     with replacing(path) as part:
@@ -207,7 +206,6 @@ def fit(
 
 
 def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
-    """Return the number of features per item."""
     hidden = getattr(model.config.get_text_config(), "hidden_size", None) or 0
     head: Any = None if layers is None else model.get_submodule(layers[0])
     return max(hidden, 0 if head is None else head.in_features) or _USUAL_HIDDEN_SIZE

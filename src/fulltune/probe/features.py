@@ -97,7 +97,7 @@ class FeatureExtractor:
     def batches(
         self, rows: EncodedRows, layers: HeadLayers | None, batch_size: int, with_pairs: bool = True
     ) -> Iterator[Features]:
-        """Yield the features of each batch, longest rows first. Without `layers`, only means are extracted.
+        """Yield the features of each batch, longest rows first. If `layers` is None, only means are extracted.
 
         Raises:
             NoProbe: If the head's inputs cannot be identified, or if a feature is not finite.

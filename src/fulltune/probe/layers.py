@@ -67,7 +67,8 @@ HiddenStates = tuple["torch.Tensor", "torch.Tensor | None", "torch.Tensor | None
 
 
 def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]) -> HiddenStates:
-    """Run a batch, and return the hidden states and the inputs of the head's layers.
+    """Run one forward pass; return the hidden states, and the inputs of the head's last and dense layers (None where
+    absent).
 
     Raises:
         NoProbe: If the logits are not the last layer's outputs, or the body does not run exactly once.
@@ -170,7 +171,6 @@ def dense_replacements(
 
 
 def _apply_activation(activation: str, norm: torch.nn.Module | None, values: np.ndarray) -> np.ndarray:
-    """Apply an activation, then the layer norm if there is one."""
     import torch
     from transformers.activations import ACT2FN
 

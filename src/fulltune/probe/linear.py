@@ -104,7 +104,6 @@ def standardization(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np
 def _fit_by_kind(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit the kind of classifier that suits the items, at each strength."""
     match items.kind:
         case "regression":
             yield from _fit_ridge(features, items.labels, has_bias, strengths)
@@ -189,7 +188,6 @@ def _fit_each_label(
 def _fit_ridge(
     features: np.ndarray, numbers: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit a ridge regression at each strength."""
     from sklearn.linear_model import Ridge
 
     middle = (
@@ -243,8 +241,8 @@ def select_classifier(
 ) -> tuple[float, Key, LinearClassifier]:
     """Select the candidate that is best on held-out rows, fitted on all items; raise `NoProbe` if none can be fitted.
 
-    Without `held_out`, cross-validation decides. An earlier candidate wins if it is at most `tolerance` worse than the
-    best, as a share. Returns criterion (lower is better), key and classifier.
+    If `held_out` is None, cross-validation decides. An earlier candidate wins if it is at most `tolerance` worse than
+    the best, as a share. Returns criterion (lower is better), key and classifier.
     """
     if held_out is not None:
         results = [(criterion(held_out, classifier), key, classifier) for key, classifier in candidates(items)]

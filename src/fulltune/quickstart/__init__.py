@@ -110,7 +110,6 @@ def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
 
 
 def _read_docstrings(sources: dict[str, str]) -> Iterator[_Doc]:
-    """Yield the public docstrings of each topic's source files."""
     for topic, entries in sources.items():
         for file, module in (source for entry in entries.split() for source in _source_files(entry)):
             try:
@@ -123,7 +122,6 @@ def _read_docstrings(sources: dict[str, str]) -> Iterator[_Doc]:
 
 
 def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
-    """Yield a package's Python files, with their dotted names."""
     name, _, below = entry.partition("/")
     root = _package_root(name)
     if root is None or not root.exists():
@@ -152,7 +150,6 @@ _Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tuple[str, _Documented]]:
-    """Yield public functions, classes and methods with their dotted names."""
     for node in body:
         if isinstance(node, _Documented):
             if not node.name.startswith("_"):

@@ -234,7 +234,7 @@ class MethodRow(Record):
     num_parameters: int = 0
     num_trainable: int = 0
     metric: Estimate = UNKNOWN
-    """Mean over the seeds on the test rows, with an interval that covers rows and seeds."""
+    """Mean over seeds on the test rows, with an interval that accounts for rows and seeds."""
     gain_share: float | None = None
     """Share of full fine-tuning's gain over the untouched model that this method reaches, if there is such a gain."""
     train_seconds: float = 0.0
@@ -297,12 +297,12 @@ class Comparison(Record):
 
 
 class MethodOverTasks(Record):
-    """One method over all tasks, which stores a whole model per task or small parts on a shared base."""
+    """One method over all tasks. It stores a separate model per task, or small adapters that share one base model."""
 
     method: str
     kind: MethodKind
     stored_bytes: int
-    """Size of the weights for all tasks. Methods with small parts count the base once."""
+    """Size of the weights for all tasks. For adapter methods, the shared base model is counted only once."""
     bytes_per_task: int
     train_seconds: float
     scores: dict[str, Estimate]
@@ -312,7 +312,7 @@ class MethodOverTasks(Record):
 
 
 class ManyTasks(Record):
-    """A comparison of full models for several tasks with small parts on a shared base."""
+    """Compares a separate fully fine-tuned model per task with small per-task adapters that share one base model."""
 
     model: str
     base_bytes: int

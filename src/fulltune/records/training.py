@@ -100,7 +100,7 @@ class MeasuredSetting(Record):
 
     name: str
     kind: Literal["lever", "micro batch", "compile"]
-    """Levers are measured on top of each other, while other rows change one setting of the best row."""
+    """Speedups are added one on top of the other, while other rows change one setting of the best row."""
     changes: dict[str, Any]
     peak_memory_bytes: int = 0
     tokens_per_second: float = 0.0

@@ -204,7 +204,7 @@ def all_reduce(device: str) -> CheckOutcome:
 
 
 def add_up(device: str) -> tuple[float, float] | None:
-    """Sum a tensor over all processes. Return the sum and its expected value on rank 0, else None."""
+    """Sum a tensor over all processes. Return the sum and its expected value on rank 0, and None on other ranks."""
     import torch.distributed as dist
 
     if device == "cuda":

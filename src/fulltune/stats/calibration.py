@@ -12,7 +12,7 @@ BINS = 15
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean gap between confidence and accuracy over 15 bins with equally many rows."""
+    """Return the mean gap between confidence and accuracy over 15 bins with equal numbers of rows."""
     probabilities = softmax(logits, axis=-1)
     confidence = probabilities.max(axis=-1)
     right = probabilities.argmax(axis=-1) == labels

@@ -109,7 +109,7 @@ MAX_BEHIND = 2
 def made_worse(
     behind: int, what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Decide to stop after `behind` consecutive evaluations worse than before step 1, if the train loss has not
+    """Decide to stop if `behind` consecutive evaluations were worse than before step 1 and the train loss has not
     fallen."""
     begin, now = _start_loss(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if behind < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
@@ -152,7 +152,7 @@ def _divergence_message(begin: float, last: Sequence[float], learning_rate: floa
 
 
 def without_cause(reason: str) -> str:
-    """Remove the usual cause and the advice from a reason."""
+    """Return the observation in a reason, without its usual cause and the advice."""
     return reason.partition(". Usual cause")[0]
 
 

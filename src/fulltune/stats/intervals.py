@@ -149,7 +149,7 @@ def difference(
 def _uncertain_value(
     estimate: float, centres: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
 ) -> UncertainValue:
-    """Return an estimate with its distribution over resamples (`centres`) and seeds."""
+    """Build an `UncertainValue` from bootstrap centres and seed spreads, widened for few clusters or seeds."""
     estimated = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
     # With few clusters, the spread between clusters is uncertain as well.
@@ -213,8 +213,8 @@ def _draw_chi_squared(chance: np.random.Generator, degrees: float, count: int) -
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[tuple[float, float]]:
-    """Return each test's adjusted p-value and level, so that any of them is wrong with probability `alpha` at most
-    (Holm 1979)."""
+    """Return each test's adjusted p-value and level, such that the probability of any error is at most `alpha` (Holm
+    1979)."""
     adjusted, highest = {}, 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         left = len(p_values) - rank

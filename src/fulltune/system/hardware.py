@@ -75,7 +75,7 @@ class Machine(Record):
 
     @property
     def busy(self) -> str:
-        """A warning if other programs slow this machine down, else empty."""
+        """A warning if other programs slow this machine down, or an empty string."""
         if self.load_average < BUSY * self.num_cores:
             return ""
         cores = counted(self.num_cores, "core")
@@ -104,7 +104,7 @@ def here() -> Machine:
 
 
 def weakest(machines: Sequence[Machine]) -> Machine:
-    """Return a record with the lowest value of each property of several machines."""
+    """Return a record with the lowest value of each property over several machines."""
     shared = [one.shared_memory_bytes for one in machines if one.shared_memory_bytes is not None]
     return Machine(
         cpu=" / ".join(dict.fromkeys(one.cpu for one in machines)),
@@ -123,7 +123,6 @@ def weakest(machines: Sequence[Machine]) -> Machine:
 
 
 def _weakest_gpu(gpus: Sequence[Gpu]) -> Gpu:
-    """Return a GPU with the lowest capability and memory of several."""
     oldest = min(gpus, key=lambda gpu: (gpu.capability, gpu.memory_bytes))
     free = min((gpu.available_bytes for gpu in gpus if gpu.free_bytes is not None), default=None)
     return oldest.model_copy(update={"memory_bytes": min(gpu.memory_bytes for gpu in gpus), "free_bytes": free})
@@ -153,7 +152,7 @@ def _range_in_words(values: Sequence[float], words: str, digits: int = 0, ratio:
 
 @cache
 def bf16_speedup(device: str) -> float:
-    """Return the speed of a training step under bf16 autocast relative to fp32; it is measured once."""
+    """Return how much faster a training step is under bf16 autocast than in fp32, measured once per process."""
     if device != "cpu":
         return _measure_bf16_speedup(device, rows=4096, width=2048)
     small = _measure_bf16_speedup(device, rows=64, width=128)
@@ -163,7 +162,8 @@ def bf16_speedup(device: str) -> float:
 
 @cache
 def cpu_rates() -> tuple[float, float, float]:
-    """Return the FLOP/s of fp32 matrix products, the bytes per second of a copy in memory, and the load meanwhile."""
+    """Return the FLOP/s of fp32 matrix products, the bytes per second of a copy in memory, and the load average just
+    before."""
     # The load is that of the whole computer, but a container or CPU set may have only some of its cores.
     load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     return (*_measure_cpu_rates(), load)

@@ -106,7 +106,7 @@ def machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wa
 
 
 def missing_machines(recipe: Recipe) -> str:
-    """Return the error message for a command without a rank."""
+    """Return the error message for a command that was given no rank."""
     return (
         f"train.num_machines: {recipe.train.num_machines}, but this command would train on one machine; start it on "
         "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set train.num_machines=1"
@@ -137,7 +137,7 @@ class SharedAttempt(Record):
     name: str
     request: str
     instances: tuple[str, ...]
-    """Commands of the other machines that take part; one started later must wait."""
+    """Commands running on the other participating machines; one started later must wait."""
 
 
 class AttemptEnd(Record):

@@ -81,7 +81,7 @@ class Meter:
 
 
 def status_bytes(key: str) -> int:
-    """Return a size from /proc/self/status, or 0."""
+    """Return a size from /proc/self/status, or 0 if it is missing."""
     return sizes_of("/proc/self/status").get(key, 0)
 
 
@@ -142,7 +142,7 @@ def memory_is_limited() -> bool:
 
 
 def asked_bytes(text: str) -> int:
-    """Return the size of the failed allocation from an error's text, or 0."""
+    """Return the size of the failed allocation from an error's text, or 0 if it is not given."""
     match = _ALLOCATION_SIZE.search(text)
     if match is None:
         return 0

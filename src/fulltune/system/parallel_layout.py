@@ -182,7 +182,6 @@ def _offload_device(block: Mapping[str, Any], what: str) -> Any:
 
 
 def _settings_problems(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Return what is wrong with DeepSpeed's settings."""
     problems = [
         f"{name}: remove it; set by {instead}" if not instead.startswith("nothing") else f"{name}: remove it; {instead}"
         for name, instead in _LEFT_TO_THE_RECIPE.items()
@@ -206,7 +205,7 @@ def _settings_problems(block_settings: Mapping[str, Any], recipe: Recipe) -> lis
 
 
 def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
-    """Return the reason why the recipe cannot resume from a checkpoint because of DeepSpeed, or None."""
+    """Return why DeepSpeed prevents the recipe from resuming from a checkpoint, or None if it does not."""
     layout = of(recipe)
     in_engine = layout is not None and layout.engine == "zero"
     latest = checkpoint / LATEST

@@ -99,7 +99,7 @@ def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
 
 
 def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
-    """Write ZeRO's settings, if used, and then the plan."""
+    """Write ZeRO's settings, if the run uses ZeRO, and then the plan."""
     settings = (folder / plan.file).with_suffix(parallel_layout.SETTINGS_FILE)
     if recipe.train.engine_by:
         write_json(settings, parallel_layout.completed(recipe, plan))
@@ -166,7 +166,7 @@ def change_environment(folder: Path, **changes: Any) -> None:
 
 
 def lost_weights(model_folder: Path) -> Path | None:
-    """Return the first missing file of a model's weights, or None."""
+    """Return the first weight file that is missing from a model folder, or None if all are there."""
     index = model_folder / "model.safetensors.index.json"
     if index.exists():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -210,7 +210,7 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Return settings by dotted name, without empty blocks."""
+    """Return settings by dotted name, omitting empty blocks."""
     settings: dict[str, Any] = {}
     for name, value in values.items():
         settings |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
@@ -253,7 +253,7 @@ def is_comparison(folder: Path) -> bool:
 
 
 def comparison_of(folder: Path) -> Comparison | None:
-    """Return the record of a finished comparison, or None."""
+    """Return the record of a finished comparison, or None if there is none."""
     record = next((folder / name for name in COMPARISONS if (folder / name).exists()), None)
     return None if record is None else Comparison.load(record)
 
@@ -276,7 +276,7 @@ def refuse_with_functions(folder: Path, recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn errors of writing to the folder into errors with advice."""
+    """Turn errors that occur while writing to the folder into errors with advice."""
     try:
         yield
     except Exception as error:

@@ -56,7 +56,8 @@ class Target:
     stride: int | None = None
     """Overlap of a long context's windows in tokens; None for a third of a window."""
     scale: tuple[float, float] | None = None
-    """Mean and standard deviation of the train rows' numbers, if known; losses are in standard deviations."""
+    """Mean and standard deviation of the train rows' numbers, if known. Losses are computed in units of this standard
+    deviation."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
     """`(shift, factor)`: `factor * logit + shift` is in the user's units. Differs from the default only while a head is
     trained in standardised units (`train/worker/loading.py`)."""
@@ -143,7 +144,8 @@ class Task(Protocol):
         """Return the reason why a row cannot be used for training or scoring, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
-        """Return a key shared by duplicates and by questions about one passage, which stay in one split."""
+        """Return a key that duplicates share, and questions about one passage; rows with the same key stay in one
+        split."""
 
     def row_labels(self, row: Row, target: Target) -> list[str]:
         """Return the row's class names, sorted, for stratified splits; an empty list for tasks without classes."""
@@ -155,7 +157,7 @@ class Task(Protocol):
         """Return an example as the model reads it, decoded from its tokens."""
 
     def full_row(self, target: Target, length: int) -> RowFeatures:
-        """Make dummy features of `length` tokens with which a plan traces the model."""
+        """Make dummy features of `length` tokens, which a plan uses to trace the model."""
 
     # ---- model ----------------------------------------------------------------------------------------------------
 
@@ -223,7 +225,8 @@ class Task(Protocol):
         """Return a row as one line for a list of mistakes."""
 
     def chance_loss(self, summary: DataSummary, weights: Sequence[float] | None) -> float:
-        """Return the loss of a model that ignores its input, in the units of `loss`; `weights` are class weights."""
+        """Return the loss of a model that ignores its input, in the same units as `loss`; `weights` are class
+        weights."""
 
     # ---- only tasks whose model writes its answers ----------------------------------------------------------------
 
@@ -240,7 +243,7 @@ class Task(Protocol):
     def generation_ids(
         self, row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None
     ) -> list[int]:
-        """Return the tokens from which generation starts; a seq2seq source is cut at `max_length`."""
+        """Return the tokens from which generation starts. A seq2seq source is cut at `max_length`."""
 
     def score_answers(self, answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
         """Score generated answers: metric name to array whose first axis is the answer."""

@@ -96,7 +96,7 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Return a target for chat, raw text or pairs; a line end joins pairs if neither side brings white space."""
+    """Return a target for chat, raw text or pairs. A line end joins pairs if neither side brings white space."""
     glued = False
     for number, row in enumerate(rows):
         if "prompt" in columns and not glued and number < 200:
@@ -230,7 +230,7 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def with_trained_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
-    """Return the tokenizer to save with a finished model, whose template writes prompts as they were trained."""
+    """Return the tokenizer to save with a finished model; its template writes prompts as in training."""
     if "completion" not in target.columns:  # a chat model trained on raw text stays one
         return tokenizer
     tokenizer = copy.copy(tokenizer)
@@ -257,7 +257,7 @@ _PROBES = ("What is 6 x 7?", "Two lines\nof a prompt:", "name[Zizzi], food[Frenc
 
 
 def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None) -> list[int]:
-    """Return the prompt's token ids, uncut because `generate` cuts them on the left."""
+    """Return the prompt's token ids, uncut because `generate` truncates prompts on the left."""
     if "messages" not in target.columns:
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
     text = chat.render(tokenizer, _messages_before_answer(row, target), _tools(row, target), add_generation_prompt=True)

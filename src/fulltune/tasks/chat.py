@@ -22,7 +22,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assist
 
 
 def clean(messages: Any) -> list[dict[str, Any]]:
-    """Return messages as `{"role", "content", ...}`, also from ShareGPT's `from` and `value`, without empty keys.
+    """Return messages as `{"role", "content", ...}` without empty keys; ShareGPT's `from` and `value` are converted.
 
     Raises:
         DataError: When `messages` is not a list of messages.
@@ -78,7 +78,8 @@ def is_trained(message: ChatMessage) -> bool:
 def encode(
     tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools = None, most: int = _ALL
 ) -> list[MaskedIds]:
-    """Tokenise a conversation with its mask, each turn separately if the template rewrites earlier turns.
+    """Tokenise a conversation and return its mask. If the template rewrites earlier turns, each turn is tokenised
+    separately.
 
     Turns beyond `most` tokens may stay untrained.
     """

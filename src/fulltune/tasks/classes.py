@@ -35,7 +35,7 @@ def numbers(*values: np.ndarray) -> np.ndarray:
 
 
 def arrays(*names: str) -> RowTerms:
-    """Make a function that stacks the named arrays of predictions to [rows, names]."""
+    """Make a function that stacks the predictions' arrays with these names to [rows, names]."""
     return lambda predictions: numbers(
         *(predictions[name] if name else np.ones(len(predictions[names[0]])) for name in names)
     )
@@ -71,7 +71,7 @@ def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def f1(sums: np.ndarray) -> np.ndarray:
-    """Compute F1 from the numbers of true positives, predictions and targets, [..., 3]."""
+    """Compute F1 from counts of true positives, predictions and targets, [..., 3]."""
     return share(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
 
 
@@ -108,7 +108,7 @@ def r2(sums: np.ndarray) -> np.ndarray:
 
 
 def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
-    """Return head size, label names, problem type, and the padding token with which decoders find the last token."""
+    """Return head size, label names, problem type, and the padding token by which decoders find the last token."""
     form, labels = target.form, target.labels or ("value",)
     if not (target.labels or form.is_number):
         return {}
@@ -153,7 +153,7 @@ def row_losses(
     """Compute cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
 
     `logits` are [batch, classes] or, for numbers, [batch, 1]; `labels` are class ids or numbers [batch], or 0/1 per
-    label. Squared errors are in standard deviations of the train rows, if known.
+    label. Squared errors are computed on targets scaled by the standard deviation of the train rows, if known.
     """
     import torch.nn.functional as F
 
@@ -291,7 +291,7 @@ def calibrated(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, li
 
 
 def with_label(row: Row, target: Target) -> Row:
-    """Put a placeholder into the label column, which checks and tokenising require."""
+    """Put a placeholder into the label column, which checks and tokenisation require."""
     placeholder: object = 0.0 if target.form.is_number else [] if target.form.several_labels else target.labels[0]
     return {**row, target.columns["label"]: placeholder}
 
@@ -344,7 +344,8 @@ def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """Return the loss of predicting the mean, or of equal probabilities for all classes, with class `weights`."""
+    """Return the loss of predicting the mean of the numbers, or equal probabilities for all classes, with class
+    `weights`."""
     if summary.form.is_number:
         return 1.0
     if summary.num_choices:

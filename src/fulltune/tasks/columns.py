@@ -53,7 +53,7 @@ def is_whole(row: Mapping[str, object]) -> bool:
 
 
 MOST_NESTED = 100
-"""Deepest nesting of lists and objects; deeper cells are damaged or malicious."""
+"""Maximum nesting depth of lists and objects; deeper cells are damaged or malicious."""
 
 
 def fault(value: object) -> str | None:
@@ -163,12 +163,12 @@ def missing_column(role: str, columns: Sequence[str], where: str) -> str:
 
 
 def shown(columns: Iterable[str]) -> str:
-    """List column names for a message, shortened, because a broken file may have millions."""
+    """List column names for a message, shortened because a broken file may have millions of columns."""
     return first_few([name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}..." for name in columns], _SHOWN)
 
 
 def without_text(row: Row, target: Target, *roles: str) -> Refused | None:
-    """Return the reason to drop a row that lacks text in one of the roles' columns, or None."""
+    """Return the reason to drop a row if one of the roles' columns has no text, else None."""
     for role in roles:
         if refused := not_text(row, target, role):
             return refused
@@ -183,7 +183,8 @@ def not_text(row: Row, target: Target, role: str) -> Refused | None:
 
 
 def second_text(read: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
-    """Return the first column without a role whose texts resemble those of column `read`, or None."""
+    """Return the first column without a role that looks like the texts of `read`: more than two words per cell, over
+    half the cells distinct, at least half as much text; None if there is none."""
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
     def is_similar(cells: Sequence[str]) -> bool:
@@ -211,7 +212,7 @@ def normalised(text: str) -> str:
 
 
 def windows(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_000_000) -> Iterator[list[T]]:
-    """Yield rows in lists of limited size; a row above `most_characters` has a list of its own."""
+    """Yield rows in lists of limited size; a row with more than `most_characters` is in a list by itself."""
     window: list[T] = []
     size = 0
     for row in rows:

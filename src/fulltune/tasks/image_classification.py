@@ -62,7 +62,7 @@ def group_key(row: Row, target: Target) -> str:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_length: int) -> RowExamples:
-    """Check that each image can be decoded; the features have its path, or its bytes without one."""
+    """Check that each image can be decoded; the features hold its path, or its bytes if there is no path."""
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for row in rows:

@@ -36,7 +36,7 @@ def _first_at(counts: LabelCounts, value: object) -> str:
 
 
 def label_values(rows: Iterable[Row], column: str, where: str) -> tuple[LabelCounts, int]:
-    """Count a label column's values and labelled rows; raise `DataError` for no labels or too many words."""
+    """Count a label column's values and labelled rows; raise `DataError` if there are no labels or too many words."""
     distinct: dict[Any, list[Any]] = {}
     beyond = 0
     for row in rows:
@@ -194,7 +194,7 @@ def parsed_number(value: object) -> float | None:
 
 
 def is_beyond(value: object) -> bool:
-    """Return True for numbers that float32 cannot hold: `1e39`, `1e999`, `inf`, the word `nan`."""
+    """Return True for numbers that float32 cannot hold: `1e39`, `1e999`, `inf` or `nan`."""
     number = _float_or_none(value)
     return number is not None and not abs(number) <= _MOST_FLOAT32
 
@@ -221,7 +221,7 @@ def is_infinite(value: object) -> bool:
 
 
 def is_broken_list(value: object) -> bool:
-    """Return True for a cut list such as `["a", "b`, or a list in a list, but not for a name such as `a [b]`."""
+    """Return True for a list that is cut off, such as `["a", "b`, or nested, but not for a name such as `a [b]`."""
     if not isinstance(value, str) or not (value.startswith("[") or (value.endswith("]") and "[" not in value)):
         return any(isinstance(part, (list, tuple, dict)) or is_infinite(part) for part in _list_items(value))
     parsed = parsed_list(value)
@@ -257,7 +257,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
 
 
 def label_name(value: object) -> str:
-    """Return a label's class name, which is the same for `1`, `1.0` and `[1]`."""
+    """Return a label's class name; `1`, `1.0` and `[1]` have the same name."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
@@ -271,14 +271,15 @@ def label_name(value: object) -> str:
 
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
-    """Raise `RecipeError` if settings, such as class weights, do not suit the labels."""
+    """Raise `RecipeError` if settings such as class weights do not suit the labels."""
     if problems := conflicts(recipe, summary.form):
         raise RecipeError(problems)
     class_weights(recipe, summary)
 
 
 def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
-    """Return `train.class_weights` in the order of the labels, or None; `balanced` gives equal total weights."""
+    """Return `train.class_weights` in the order of the labels, or None if not set; `balanced` gives every class the
+    same total weight."""
     setting, labels, name = recipe.train.class_weights, summary.labels, "train.class_weights"
     if setting is None:
         return None

@@ -77,7 +77,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row with another number of choices or an empty one, or None."""
+    """Return the reason to drop a row with a different number of choices or with an empty choice, or None."""
     texts = choice_texts(row, target)
     if len(texts) != target.num_choices:
         return Refused("other number of choices", f"{len(texts)} choices, expected {target.num_choices}")
@@ -85,7 +85,7 @@ def refuse_question(row: Row, target: Target) -> Refused | None:
 
 
 def group_key(row: Row, target: Target) -> str:
-    """Return the normalised passage, or without one the question and the sorted choices."""
+    """Return the normalised passage or, if there is none, the question and the sorted choices."""
     passage = as_text(row.get(target.columns["context"])) if "context" in target.columns else ""
     if passage.strip():
         return normalised(passage)
@@ -118,7 +118,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
-    """Decode each choice with its question, and show the right index."""
+    """Decode each choice with its question, and show which one is right."""
     ends = np.cumsum(features[CHOICE_LENGTHS])[:-1]
     parts = [tokenizer.decode(ids.tolist()) for ids in np.split(np.asarray(features["input_ids"]), ends)]
     text = "\n".join(f"({place}) {part}" for place, part in enumerate(parts))
@@ -245,10 +245,8 @@ def question_text(row: Row, target: Target) -> str:
 
 
 def right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> int | None:
-    """Return the index of the choice that the label names, by the choice's name, index, letter or text.
-
-    Returns None if it names no choice, or two of them.
-    """
+    """Return the index of the choice that the label identifies by name, index, letter or text, or None if it identifies
+    no choice or several."""
     value = row.get(columns["label"])
     if is_empty(value) or isinstance(value, (list, tuple, Mapping)):
         return None

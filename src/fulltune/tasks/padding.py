@@ -79,7 +79,7 @@ PART_CHARACTERS = 1_000_000
 
 
 def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
-    """Cut a very long text at a space, well beyond `max_length` tokens, if its first tokens stay the same."""
+    """Cut a very long text at a space, well beyond `max_length` tokens, if the cut does not change its first tokens."""
     most = max(_CHARACTERS, _CHARACTERS_PER_TOKEN * max_length)
     if len(text) <= most or getattr(tokenizer, "truncation_side", "right") != "right":
         return text
@@ -91,7 +91,8 @@ def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
 def tokenised(
     tokenizer: Tokenizer, texts: Sequence[Sequence[str] | Sequence[list[str]]], max_length: int, **options: bool
 ) -> tuple[BatchEncoding, list[str], list[bool]]:
-    """Tokenise texts, or pairs from two lists, and cut them; return also input names, and True for each cut text."""
+    """Tokenise texts, or pairs from two lists, and cut them. Also returns the input names, and True for each text that
+    was cut."""
     options |= {"return_attention_mask": False, "verbose": False}
     tokens = tokenizer(*texts, truncation=False, **options)  # to count which are too long
     is_cut = [len(ids) > max_length for ids in tokens["input_ids"]]
@@ -101,7 +102,7 @@ def tokenised(
 
 
 def token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokenise a whole text, in parts if it has millions of characters and parts give the same tokens."""
+    """Tokenise a whole text. A text of millions of characters is tokenised in parts, if parts give the same tokens."""
     seam = _dropped_at_cuts(tokenizer) if len(text) > PART_CHARACTERS else None
     if seam is not None and (parts := _cut_at_spaces(text, seam)) is not None:
         ids, closing = _opening_and_closing_ids(tokenizer)

@@ -92,7 +92,8 @@ refuse_question = refuse
 
 
 def answers_of(row: Row, target: Target) -> list[AnswerSpan]:
-    """Return the accepted answers, the first of which is trained; an empty list for SQuAD 2's impossible questions."""
+    """Return the accepted answers, of which the first is trained, or an empty list for SQuAD 2's impossible
+    questions."""
     if str(row.get(IMPOSSIBLE)).lower() == "true":
         return []
     return accepted(row.get(target.columns["answers"]), context_of(row, target))
@@ -117,9 +118,9 @@ AnswerSpan = tuple[str, int]
 
 
 def accepted(cell: Any, context: str) -> list[AnswerSpan]:
-    """Read answers from SQuAD's `{"text": [...], "answer_start": [...]}`, or search answer texts in the context.
+    """Read answers from SQuAD's `{"text": [...], "answer_start": [...]}`, or search for answer texts in the context.
 
-    Raises `DataError` if an answer is not at its `answer_start`, or none is in the context.
+    Raises `DataError` if an answer is not at its `answer_start`, or if no answer is in the context.
     """
     parts = list(_texts_and_starts(parsed(cell)))
     answers: list[AnswerSpan] = []
@@ -315,7 +316,8 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def row_scores(predictions: Predictions) -> dict[str, np.ndarray]:
-    """Return F1 over tokens, exact match and loss of each window, or the stored scores of answers as text."""
+    """Return each window's F1 over tokens, exact match and loss, or the stored scores if answers were scored as
+    text."""
     if "f1" in predictions:
         return {name: predictions[name] for name in FACTS.metrics if name in predictions}
     none, truly_none = predictions["nowhere"] > predictions["chance"], predictions["true_first"] == NOWHERE

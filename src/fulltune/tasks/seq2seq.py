@@ -108,7 +108,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def decoder_input_ids(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    """Return the decoder's inputs [batch, tokens]: the start token, then the labels without their last."""
+    """Return the decoder's inputs [batch, tokens]: the start token, then all labels except the last."""
     # Models make these inputs only if they compute the loss themselves.
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:

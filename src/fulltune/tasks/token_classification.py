@@ -62,7 +62,6 @@ def word_list(value: Any) -> list[str] | None:
 
 
 def _words_and_tags_if_lists(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list[str] | None]:
-    """Read words and tags from a row, each None if it is not a list or text."""
     tokens, tags = row.get(columns["tokens"]), row.get(columns["tags"])
     # With tags separated by spaces, a sentence such as `[1]` is a word and not a list.
     if isinstance(tokens, str) and isinstance(tags, str) and not tags.lstrip().startswith("["):
@@ -79,7 +78,7 @@ def words_and_tags(row: Row, columns: Mapping[str, str]) -> tuple[list[str], lis
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row whose words or BIO tags are missing, invalid or unequal in number, or None."""
+    """Return the reason to drop a row whose words or BIO tags are missing, invalid or differ in number, or None."""
     names = (target.columns["tokens"], target.columns["tags"])
     words, tags = _words_and_tags_if_lists(row, target.columns)
     for name, role, cell in zip(names, ("tokens", "tags"), (words, tags), strict=True):
@@ -215,7 +214,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def as_in_text(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[list[str]]:
-    """Put a space before all words but the first if the tokenizer stores words with it, as GPT-2's does."""
+    """Put a space before all words except the first, if the tokenizer stores words with it as GPT-2's does."""
     plain = tokenizer("of the", add_special_tokens=False)["input_ids"]
 
     def split(words: list[str]) -> object:
@@ -236,7 +235,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def seen_words(features: RowFeatures) -> np.ndarray:
-    """Return the positions of words with a token, so neither cut off nor ignored by the tokenizer."""
+    """Return the positions of the words that have a token: those neither cut off nor ignored by the tokenizer."""
     return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
 
 
@@ -298,7 +297,7 @@ def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: 
 
 
 def over_all_words(predictions: Predictions, rows: Sequence[RowFeatures], target: Target) -> dict[str, np.ndarray]:
-    """Recount predictions over all words of the rows; a word that the model did not read counts as `O`."""
+    """Recount predictions over all words of the rows. Words that the model did not read count as `O`."""
     gold = [np.asarray(row[TAGS]) for row in rows]
     positions = [seen_words(row) for row in rows]
     everywhere = {}
@@ -339,7 +338,8 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def worst(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """Yield the rows with the most wrong entities, then the highest loss; `predictions` has `tokens` and `gold`."""
+    """Yield the rows with the most wrong entities; among equals, those with the highest loss. `predictions` has
+    `tokens` and `gold`."""
     right, guessed, expected = np.moveaxis(predictions["entities"].sum(axis=1), -1, 0)
     wrong = guessed + expected - 2 * right
     for row in [row for row in np.lexsort((-predictions["nll"], -wrong)) if wrong[row]][:count]:

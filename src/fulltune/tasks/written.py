@@ -109,7 +109,8 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
 
 
 def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Count each answer's n-gram matches and totals and both lengths, int64 [answers, 10]; empty without sacrebleu."""
+    """Count each answer's n-gram matches and totals and both lengths, int64 [answers, 10]; return an empty dictionary
+    if sacrebleu is missing."""
     if not can_score("bleu"):
         return {}
     from sacrebleu.metrics.bleu import BLEU

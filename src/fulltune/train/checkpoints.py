@@ -70,7 +70,8 @@ def guard_state(checkpoint: Path, required: Iterable[str] = ()) -> dict[str, Any
 
 
 def newest_healthy(folder: Path, before: int) -> Path | None:
-    """Return the newest undamaged checkpoint before step `before` without recently skipped steps, or None."""
+    """Return the newest undamaged checkpoint that is older than step `before` and has no recently skipped steps, or
+    None."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True)
     sound = (path for path in newest_first if number_in(path) < before and flaw(path) is None)
     return next((path for path in sound if not guard_state(path).get("skipped")), None)
@@ -82,8 +83,8 @@ def last_saved(folder: Path) -> int:
 
 
 def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
-    """Delete all complete checkpoints but the newest `limit`, the best one, and each that was best when one of these
-    was saved: a rollback makes it the best again."""
+    """Delete all complete checkpoints except the newest `limit`, the best one, and any that was best when one of these
+    was saved, because a rollback makes it the best again."""
     sealed = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
     states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in sealed[-limit:]]
     best_steps = {best_step, *(state["best_global_step"] for state in states)}
@@ -99,7 +100,7 @@ def drop_unfinished(folder: Path) -> None:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Delete checkpoints of later steps."""
+    """Delete the checkpoints of steps after `step`."""
     for checkpoint in folder.glob("checkpoint-*"):
         if number_in(checkpoint) > step:
             shutil.rmtree(checkpoint)
@@ -114,7 +115,7 @@ def save_trained(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a checkpoint's weights into the model: with `trained_only` what `save_trained` wrote, else through
+    """Load a checkpoint's weights into the model. With `trained_only`, read what `save_trained` wrote; else use
     `from_pretrained`, because transformers 5.24 renames some tensors."""
     if trained_only:
         from safetensors.torch import load_file

@@ -39,7 +39,7 @@ def _stable_description(value: object) -> str:
 
 @dataclass(frozen=True)
 class Hooks:
-    """The user's functions; with `compute_loss` training runs in the user's process."""
+    """The user's functions. If `compute_loss` is given, training runs in the user's process."""
 
     metrics: Callable[..., Mapping[str, float]] | None = None
     """`metrics(predictions, references)`: further metrics of the test rows, also called for each bootstrap sample. Both
@@ -53,12 +53,12 @@ class Hooks:
     divided by `num_items_in_batch`, the number of rows (or trained tokens) of the global batch."""
 
     def digest(self) -> str:
-        """Hash the hooks that change rows or weights; returns an empty string if there are none."""
+        """Hash the hooks that change rows or weights; return an empty string if there are none."""
         relevant = {name: value for name, value in vars(self).items() if value is not None and name != "metrics"}
         return "" if not relevant else hashlib.sha256(_stable_description(relevant).encode()).hexdigest()[:16]
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse functions that conflict with a setting."""
+        """Raise `RecipeError` if a function conflicts with a setting."""
         train, own = recipe.train, self.compute_loss is not None
         answers = not FACTS[recipe.task].writes or recipe.evaluate.generate_rows
         pairs = {

@@ -42,8 +42,8 @@ def steps_of(folder: Path) -> int:
 
 
 class Journal:
-    """Writes rare events to `journal.jsonl`, one JSON line each, and the heartbeat; without a path it writes
-    nothing."""
+    """Writes rare events to `journal.jsonl`, one JSON line each, and the heartbeat. If the path is None, nothing is
+    written."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -60,7 +60,7 @@ class Journal:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Set the phase within a block; after an error it stays, to name where the error happened."""
+        """Set the phase within a block. After an error the phase stays set, to show where the error happened."""
         before = self.phase
         self.at(phase)
         yield
@@ -72,7 +72,7 @@ class Journal:
             self._heartbeat.write_text(str(steps), encoding="ascii")
 
     def at_rest(self) -> None:
-        """Remove the heartbeat, so that the parent no longer expects one."""
+        """Remove the heartbeat file, so that the parent no longer expects heartbeats."""
         if self._heartbeat is not None:
             self._heartbeat.unlink(missing_ok=True)
 
@@ -85,8 +85,8 @@ class Journal:
 
 
 def run_seconds(folder: Path, trial: str) -> float:
-    """Return a trial's seconds from the first import to the saved model, with earlier attempts' steps up to the resumed
-    checkpoint, without the linear probe and the checks, which only some trials run."""
+    """Return a trial's duration in seconds, from the first import to the saved model. Steps of earlier attempts count
+    up to the resumed checkpoint; the linear probe and the checks, which only some trials run, do not count."""
     *earlier, last = attempt_folders(folder, trial)
     begins = [event for event in _recorded_events(last) if isinstance(event, PhaseBegan)]
     excluded = sum(end.seconds - begin.seconds for begin, end in pairwise(begins) if begin.name in (PROBING, CHECKS))

@@ -19,9 +19,8 @@ class Request(Record):
     plan: Plan
     attempt: int
     checkpoint: str | None
-    """Checkpoint to resume from, or None."""
     parent_pid: int | None
-    """Process id of the parent, with which the worker ends."""
+    """Process id of the parent; when that process ends, the worker ends too."""
     probe: bool = False
     """True to stop after the dry run and write only the outcome."""
     dry_run: bool = True
@@ -29,7 +28,7 @@ class Request(Record):
 
     @property
     def first_step(self) -> int:
-        """Step of the checkpoint, or 0 without one."""
+        """Step of the checkpoint, or 0 if there is none."""
         return 0 if self.checkpoint is None else number_in(Path(self.checkpoint))
 
     @property

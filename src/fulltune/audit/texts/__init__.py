@@ -33,7 +33,7 @@ _UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup
 
 
 def missing() -> list[str]:
-    """Return checks whose package is not installed."""
+    """Return the names of the checks whose package is not installed."""
     packages = {"broken encoding": "ftfy", "phone number": "phonenumbers"}
     return [check for check, package in packages.items() if not is_installed(package)]
 
@@ -71,14 +71,13 @@ def flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
 
 
 def _mask_flaw(flaw: Flaw, masked: str) -> Flaw:
-    """Mask other private data in a flaw's reason and repair."""
     again = flaw if flaw.check in _PRIVATE else _CHECKS[flaw.check](masked)
     reason = again.reason if again is not None else "in masked text"
     return replace(flaw, reason=reason, fixed=flaw.fixed and masked_text(flaw.fixed))
 
 
 def repaired(text: str, checks: Collection[str]) -> str:
-    """Return the text after the repairs of these checks, in order."""
+    """Return the text after applying these checks' repairs in order."""
     absent = missing()
     for check, find in _CHECKS.items():
         if check in checks and check not in absent and (flaw := find(text)) is not None and flaw.fixed is not None:

@@ -143,7 +143,6 @@ def _character_name(character: str) -> str:
 
 
 def _without_code(text: str) -> str:
-    """Replace code in backticks by spaces."""
     return RE["fenced"].sub(lambda match: " " * len(match[0]), text) if "`" in text else text
 
 
@@ -156,7 +155,7 @@ _HIDDEN = [(end, compiled(pattern)) for end, pattern in PATTERNS["hidden"]]
 
 
 def markup(text: str) -> Flaw | None:
-    """Detect HTML tags and entities outside code, or a text of nothing else."""
+    """Detect HTML tags and entities outside code, or a text that consists of nothing else."""
     if "<" not in text and "&" not in text:
         return None
     bare = _without_code(text)
@@ -216,7 +215,7 @@ _PLACEHOLDER, _TOKEN = (re.compile("|".join(PATTERNS[name]), re.MULTILINE) for n
 
 
 def placeholder(text: str) -> Flaw | None:
-    """Detect an unfilled template, not braces of JSON, code and LaTeX."""
+    """Detect an unfilled template, ignoring the braces of JSON, code and LaTeX."""
     if not any(map(text.__contains__, PATTERNS["placeholder_signs"])):
         return None
     bare = _without_code(text)
@@ -272,7 +271,7 @@ def similar_names(counts: Mapping[str, int]) -> list[list[str]]:
 
 
 def note_similar_names(counts: Mapping[str, int]) -> str | None:
-    """Describe classes whose names may mean the same, or return None."""
+    """Describe classes whose names may mean the same, or return None if there are none."""
     groups = []
     for names in similar_names(counts):
         shown = repr if len({name.casefold() for name in names}) == 1 else ascii

@@ -45,7 +45,7 @@ RE = {name: compiled(pattern) for name, pattern in PATTERNS["expressions"].items
 
 
 def redacted(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -> Flaw | None:
-    """Return a flaw that masks and lists all hits, or None without hits.
+    """Return a flaw that masks and lists all hits, or None if there are no hits.
 
     Args:
         hits: Start, end, kind (`e-mail address`) and replacement (`[EMAIL]`) of each hit.

@@ -215,5 +215,4 @@ def measured(measurements: Measurements) -> Table:
 
 
 def _loss_or_difference(loss: float, first: float) -> str:
-    """Format the first loss, or the difference to it."""
     return f"{loss:.4f}" if loss == first else f"{loss - first:+.1e}"

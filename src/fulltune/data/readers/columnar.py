@@ -21,9 +21,9 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield row numbers, from 1, and rows. Raises `DataError` for a damaged file or repeated columns.
+    """Yield row numbers, starting at 1, and rows. Raises `DataError` for a damaged file or repeated columns.
 
-    Values without a Python equivalent become a `BadCell`, and class numbers of `datasets` their names.
+    Values without a Python equivalent become a `BadCell`; class numbers of `datasets` become class names.
     """
     import pyarrow as pa
 

@@ -85,7 +85,7 @@ def _data_files_in(folder: Path) -> list[Path]:
 
 
 def is_data(file: Path) -> bool:
-    """Return whether the suffix is that of a data file."""
+    """Return whether a file has the suffix of a data file."""
     return file.suffix.lower() in (*SUFFIXES, *ONLY_BY_NAME)
 
 
@@ -125,7 +125,8 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def state(file: Path) -> tuple[int, ...]:
-    """Return numbers that change when a file is replaced, written or truncated; empty if it does not exist."""
+    """Return numbers that change when a file is replaced, written or truncated, or an empty tuple if it does not
+    exist."""
     try:
         now = file.stat()
     except OSError:  # broken links to images are reported later
@@ -239,10 +240,10 @@ def _split_and_words(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
 
 
 def by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
-    """Group a folder's files by the split in their names, or None.
+    """Group a folder's files by the split in their names, with None for names without one.
 
-    A name with other words (`crash_test`) may be a title. It counts only beside a file named train, or beside one that
-    differs in the split's word only.
+    A name with other words (`crash_test`) may be a title. It counts only beside a file named train, or beside a file
+    that differs only in the split's word.
     """
     names = {file: _split_and_words(file) for file in files}
     has_train = any(split == "train" for split, _ in names.values())
@@ -254,7 +255,7 @@ def by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
 
 
 def split_folders(folder: Path) -> dict[SplitName | None, list[Path]]:
-    """Group subfolders by the split in their names; empty unless all rows are in such folders."""
+    """Group subfolders by the split in their names; return an empty dictionary unless all rows are in such folders."""
     listed = folder.iterdir() if folder.is_dir() else ()
     if any(file.suffix.lower() in SUFFIXES and file.name != "dataset_dict.json" for file in listed):
         return {}
@@ -264,7 +265,7 @@ def split_folders(folder: Path) -> dict[SplitName | None, list[Path]]:
 
 
 def held_out_beside(train: Path) -> dict[SplitName, list[Path]]:
-    """Return files beside a train file whose names differ in the split's word only."""
+    """Return the files beside a train file whose names differ only in the split's word."""
     own, splits = _split_and_words(train), dict[SplitName, list[Path]]()
     for file in sorted(train.parent.iterdir()) if own[0] == "train" and train.parent.is_dir() else ():
         split, rest = _split_and_words(file)
@@ -274,7 +275,7 @@ def held_out_beside(train: Path) -> dict[SplitName, list[Path]]:
 
 
 def refuse_held_out(paths: Sequence[str]) -> None:
-    """Raise `DataError` for training folders with files named as eval or test."""
+    """Raise `DataError` if a training folder contains files named as eval or test."""
     problems = []
     for folder in map(Path, paths):
         with reading(folder):

@@ -56,8 +56,8 @@ class DataFiles:
     notes: dict[str, None] = field(default_factory=dict, compare=False)
 
     def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
-        """Yield locations such as `train.csv:17`, and rows. Raises `DataError` for a broken file, or appends to
-        `problems` and continues."""
+        """Yield locations such as `train.csv:17`, and rows. A broken file raises `DataError`, or if `problems` is
+        given, is recorded there."""
         if self.image_folder is not None:
             for path in self.files:
                 name = printable(path.name)
@@ -120,7 +120,7 @@ class DataFiles:
 
 
 def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None) -> DataFiles:
-    """Find the files of paths without reading them. Raises `DataError` with all problems at once."""
+    """Find the files at these paths without reading them. Raises `DataError` with all problems at once."""
     if len(paths) == 1:
         folder = Path(paths[0])
         with reading(folder):
@@ -184,7 +184,6 @@ def content_hash(sources: Mapping[str, DataFiles]) -> str:
 
 
 def _encoding_problem(file: Path, encoding: str) -> str:
-    """Return a message with the first line that cannot be decoded."""
     with file.open("rb") as stream:
         lines = enumerate(stream, start=1)
         line = next((number for number, content in lines if isinstance(_decode_bytes(content, encoding), bytes)), 1)
@@ -215,7 +214,6 @@ def _refuse_nul_bytes(file: Path) -> None:
 
 
 def _decode_bytes(value: object, encoding: str = "utf-8") -> object:
-    """Decode bytes, and return anything else, or undecodable bytes, unchanged."""
     try:
         return value.decode(encoding) if isinstance(value, bytes) else value
     except UnicodeError:

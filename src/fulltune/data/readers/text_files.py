@@ -33,8 +33,8 @@ _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 def separated(
     file: Path, columns: Sequence[str] | None, encoding: str, notes: dict[str, None]
 ) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield line and row, or problem, of a csv or tsv file, adding suspicious lines to `notes`. Raises `DataError`
-    without a header."""
+    """Yield `(line number, row or error message)` for each record of a CSV or TSV file, and add suspicious lines to
+    `notes`. Raises `DataError` if the header is missing."""
     delimiter, line = delimiter_of(file, encoding), 1
     remedy = f"put a text with {_NAMES[delimiter]} or line breaks in double quotes"
     values, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
@@ -93,12 +93,11 @@ def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
 
 
 def _repeated(names: Sequence[str]) -> list[str]:
-    """Return repeated names, sorted."""
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield line number and row, or problem, of a file with one JSON object per line."""
+    """Yield `(line number, row or error message)` for each line of a file with one JSON object per line."""
     expected = "expected an object {...} on each line; repair or remove it"
     with file.open(encoding=encoding) as stream:
         for line, text in enumerate(stream, start=1):
@@ -113,8 +112,8 @@ def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrPr
 
 
 def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield number and row, or problem, of a JSON list of objects, alone or in an object. Raises `DataError` for
-    anything else."""
+    """Yield `(number, row or error message)` for a JSON list of objects, which may be inside an object. Raises
+    `DataError` for anything else."""
     text = file.read_text(encoding=encoding)
     try:
         value = _parse_json(text)
@@ -191,7 +190,8 @@ _MAX_LINES_READ = 10_000
 
 
 def text_file(file: Path, text_rows: TextRows, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line and row of plain text. `auto` reads sections if blank lines separate paragraphs, otherwise lines."""
+    """Yield line numbers and rows of plain text. `auto` reads sections if blank lines separate paragraphs, otherwise
+    lines."""
     if text_rows == "auto":
         text_rows = "section" if has_blank_lines(file, encoding) else "line"
     with file.open(encoding=encoding) as stream:
@@ -232,7 +232,8 @@ _SPACES = re.compile(r"[ \t]+")  # not \s: a no-break space can be a word
 
 
 def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield first line and row, or problem, of CoNLL sentences: words in the first column, tags in the last.
+    """Yield `(first line number, row or error message)` for CoNLL sentences: words in the first column, tags in the
+    last.
 
     Columns are separated by tabs if the first line has one, else by spaces. A blank line or `-DOCSTART-` ends a
     sentence.
@@ -296,8 +297,8 @@ def csv_reader(
 
 
 def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
-    """Return a table's delimiter: for csv a semicolon if the first line has no comma and, by semicolons, as many cells
-    as most lines."""
+    """Return a table's delimiter. For csv it is a semicolon if the first line has no comma and, split at semicolons, as
+    many cells as most lines."""
     usual = SEPARATED[file.suffix.lower()]
     if usual == "\t":
         return usual
@@ -333,7 +334,6 @@ def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] |
 
 
 def _looks_like_values(name: str, values: Sequence[str]) -> bool:
-    """Return whether a cell of the first line looks like its column's values."""
     if is_number(name):
         return all(map(is_number, values))
     if len(name.split()) >= _MIN_TEXT_WORDS:

@@ -254,7 +254,7 @@ def _fairness_block(comparison: Comparison) -> Element:
 
 
 def marks(comparison: Comparison) -> list[str]:
-    """Return what a reader must know about fairness and power, unfair findings first."""
+    """Return what a reader must know about fairness and statistical power, unfair findings first."""
     lines = [
         f"{'Unfair' if finding.level == 'unfair' else 'Note'}: {finding.where}: {finding.what}. To do: {finding.to_do}."
         for finding in comparison.findings
@@ -294,7 +294,7 @@ def how(comparison: Comparison) -> Section:
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return facts about rows, openings, time and design as name and value."""
+    """Return facts about rows, openings, time and design as pairs of name and value."""
     expected, openings = comparison.expectation, comparison.openings
     cores, full = counted(comparison.cores, "core"), _full_row(comparison)
     took = f"{format_seconds(comparison.seconds)} in all"
@@ -353,7 +353,7 @@ def expectation(expected: Expectation, write: Writer) -> Section:
 
 
 def can_find(expected: Expectation, write: Writer) -> str:
-    """Describe which differences are usually detected, as expected before the start."""
+    """Describe which differences such a comparison usually detects."""
     if expected.num_seeds < 2:
         return "nothing: one seed does not show the spread between seeds"
     if expected.detectable is None:
@@ -381,7 +381,7 @@ def _search_table(comparison: Comparison) -> Table:
 
 
 def chosen_rate(search: Search) -> str:
-    """Format a rate, with a star if a better one may lie beyond the rates tried."""
+    """Format a rate, with a star if a better rate may lie beyond those tried."""
     return f"{format_number(search.chosen)}{'*' * search.on_edge}"
 
 
@@ -390,5 +390,5 @@ def _rates_with_metrics(tried: Mapping[float, float], write: Writer) -> str:
 
 
 def known(comparison: Comparison) -> list[Difference]:
-    """Return the deciding differences whose spread between seeds is known."""
+    """Return the decisive differences whose spread between seeds is known."""
     return [one for one in comparison.decision.differences if one.decides and one.seeds_known]

@@ -141,7 +141,7 @@ class Report:
 
 
 def unless_empty(title: str, blocks: Sequence[Element]) -> Section | None:
-    """Return a section with these blocks, or None if there are none."""
+    """Return a section with these blocks, or None if `blocks` is empty."""
     return Section(title.lower().replace(" ", "-"), title, tuple(blocks)) if blocks else None
 
 

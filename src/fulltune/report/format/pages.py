@@ -111,7 +111,6 @@ def _fenced_code(text: str, language: str = "") -> str:
 
 
 def _block_in_markdown(block: Element) -> Iterator[str]:
-    """Yield the lines of a block in Markdown."""
     match block:
         case Paragraph():
             yield from (escaped(block.text), "")
@@ -188,7 +187,6 @@ def show(console: Console, parts: Iterable[Headline | Section | Element]) -> Non
 
 
 def _part_on_terminal(part: Headline | Element, width: int) -> Iterator[RenderableType]:
-    """Yield what Rich prints for one part of a report."""
     match part:
         case Headline():
             style = _STYLES.get(part.kind, "bold yellow")

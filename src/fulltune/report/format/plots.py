@@ -130,7 +130,6 @@ def _show_no_finite_value(axes: Axes) -> None:
 
 
 def _to_svg(figure: Figure, title: str, description: str) -> blocks.Figure:
-    """Convert a figure to SVG in the page's colours."""
     for artist in figure.findobj():
         artist.set_clip_on(False)  # nothing is outside, and clipping would need URLs
     buffer = io.StringIO()
@@ -157,7 +156,6 @@ def _shortened_name(name: str) -> str:
 
 
 def _draw_mark(axes: Axes, mark: Mark, position: tuple[float, float], along: Literal["x", "y"], marker: str) -> None:
-    """Draw a value with its interval at a position."""
     colour = BLUE if mark.filled else QUIET
     reach: dict[str, Any] = {f"{along}err": [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]}
     axes.errorbar(
@@ -217,7 +215,6 @@ def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) 
 
 
 def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None) -> str:
-    """Describe a curve's first, saved, last and non-finite values."""
     finite = [(step, format_metric(metric, value)) for step, value in points if math.isfinite(value)]
     if not finite:
         return "no finite value was logged."
@@ -290,7 +287,6 @@ def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Pat
 
 
 def _draw_costs(axes: Axes, plot: CostPlot) -> None:
-    """Draw each method's quality against its cost."""
     from matplotlib.ticker import MaxNLocator
 
     marks, markers = [mark for mark in plot.marks if mark.is_finite], itertools.cycle("o^DvP<X>*")

@@ -38,7 +38,7 @@ def has_images(summary: DataSummary) -> bool:
 
 
 def mixed_words(summary: DataSummary, epochs: float | None = None, trained_shares: Sequence[float] = ()) -> list[str]:
-    """Return a line about each source that is mixed into the train rows."""
+    """Describe each source that is mixed into the train rows, one line per source."""
     lines = []
     for number, source in enumerate(summary.mixed):
         often = source.times_read(1 if epochs is None else epochs)
@@ -67,7 +67,7 @@ _CELL_LIMIT = 300
 
 
 def data(view: RunView) -> Section | None:
-    """Build the data section, or return None without prepared data."""
+    """Build the data section, or return None if no data are prepared."""
     summary = view.summary
     if summary is None:
         return None

@@ -22,7 +22,7 @@ from fulltune.text import counted, format_metric, format_number, format_percent
 
 
 def section(view: RunView) -> Section | None:
-    """Build the section on forgetting, or return None without measured drift."""
+    """Build the section on forgetting, or return None if drift was not measured."""
     plan, result = view.plan, view.budget
     points, errors = (view.history.evaluation.get(name, ()) for name in ("drift", "drift_error"))
     if not points or plan is None or view.summary is None:

@@ -39,7 +39,7 @@ _LABEL_LIMIT = 60
 
 
 def results(view: RunView) -> Section | None:
-    """Build the section of test scores, or return None without scores."""
+    """Build the section of test scores, or return None if there are none."""
     if not view.scores:
         return None
     leading = view.trained or view.scores[-1]
@@ -144,7 +144,7 @@ def about_answers(row: Scores) -> str:
 
 
 def answers(view: RunView) -> Section | None:
-    """Build the section of generated answers, or return None without any."""
+    """Build the section of generated answers, or return None if there are none."""
     before = next((row.answers for row in view.scores if row.kind == "untouched" and row.answers), ())
     after = view.trained.answers if view.trained else ()
     exchanges = _pair_answers(before, after)
@@ -176,7 +176,7 @@ def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Ex
 
 
 def confusion(view: RunView) -> Section | None:
-    """Build the section on confused labels, or return None without counts."""
+    """Build the section on confused labels, or return None if there are no counts."""
     counts = view.trained.confusion if view.trained else None
     return Section("confusion", "Confusion", (label_table(counts), _confusion_table(counts))) if counts else None
 
@@ -229,7 +229,7 @@ def _confusion_table(confusion: Confusion) -> Table | Paragraph:
 
 
 def mistakes(view: RunView) -> Section | None:
-    """Build the section of the worst mistakes, or return None without any."""
+    """Build the section of the worst mistakes, or return None if there are none."""
     worst = view.trained.worst if view.trained else ()
     if not worst:
         return None
@@ -251,7 +251,7 @@ def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
 
 
 def calibration(view: RunView) -> Section | None:
-    """Build the calibration section, or return None without calibration."""
+    """Build the calibration section, or return None if calibration was not measured."""
     return unless_empty("Calibration", calibration_of(view.trained) if view.trained else [])
 
 
@@ -271,7 +271,7 @@ def calibration_of(row: Scores) -> list[Element]:
 
 
 def calibration_in_words(calibration: Calibration) -> str:
-    """Explain the temperature, or why none was fitted."""
+    """Explain the temperature, or say why none was fitted."""
     if calibration.note:
         return f"{calibration.note[0].upper()}{calibration.note[1:]}."
     sure = "is right about as often as its probabilities say (temperature near 1)"

@@ -44,7 +44,7 @@ _OPEN = 10
 
 
 def curves(view: RunView) -> Section | None:
-    """Build the section of learning curves, or return None without any."""
+    """Build the section of learning curves, or return None if there are none."""
     history, plan = view.history, view.plan
     # Interpolated weights belong to no step.
     kept_step = view.outcome.best_step if view.outcome and not (view.budget and view.budget.weights_reason) else None
@@ -115,7 +115,7 @@ def _evaluation_table(series: dict[str, tuple[Point, ...]], plan: Plan | None) -
 
 
 def training(view: RunView) -> Section | None:
-    """Build the section on attempts, events and changes, or return None without any."""
+    """Build the section on attempts, events and changes, or return None if there are none."""
     blocks: list[Element] = [_attempt_table(view)] if view.attempts else []
     journal = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
     # Not in a table, whose cells would cut the advice at their end.
@@ -151,7 +151,7 @@ def _attempt_table(view: RunView) -> Table:
 
 
 def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
-    """Return facts on trained parameters and changed values as name and value."""
+    """Return facts on trained parameters and changed values as pairs of name and value."""
     facts, changes = [], outcome.parameter_changes
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
@@ -192,7 +192,7 @@ def check_table(checks: Sequence[Check]) -> Table:
 
 
 def settings(view: RunView) -> Section | None:
-    """Build the section of settings, or return None without any."""
+    """Build the section of settings, or return None if there are none."""
     blocks: list[Element] = []
     if view.plan and view.plan.settings:
         rows = tuple(
@@ -211,7 +211,7 @@ def settings(view: RunView) -> Section | None:
 
 
 def environment(view: RunView) -> Section | None:
-    """Build the section on versions and machines, or return None if unknown."""
+    """Build the section on versions and machines, or return None if they are unknown."""
     env = view.environment
     if env is None:
         return None
@@ -253,7 +253,7 @@ _TIME = "time of the training steps, with evaluations and checkpoints"
 
 
 def resources(view: RunView) -> Section | None:
-    """Compare plan and measurements in a section, or return None without a plan."""
+    """Build the section that compares plan and measurements, or return None if there is no plan."""
     if view.plan is None:
         return None
     return unless_empty("Plan and actual", [*_planned_memory_blocks(view.plan), *_plan_and_actual(view, view.plan)])
@@ -307,7 +307,6 @@ def _plan_and_actual(view: RunView, plan: Plan) -> list[Element]:
 def _plan_and_actual_row(
     what: str, planned: float, tried: float, actual: float, shown: Callable[[Any], str]
 ) -> TableRow:
-    """Return a table row of planned, tried and actual values with errors."""
 
     def error(value: float) -> str:
         return f"{round(value / actual - 1, 2) or 0:+.0%}" if value and actual else "-"

@@ -146,7 +146,7 @@ def _how_to_continue(status: str | None) -> str:
 
 
 def search(view: RunView) -> Section | None:
-    """Build the section on the learning rate search, or return None without one."""
+    """Build the section on the learning rate search, or return None if there was no search."""
     searched = view.searched
     if searched is None:
         return None

@@ -53,7 +53,6 @@ def merged_card(text: str, name: str, task: str) -> str:
 
 
 def _front_matter(view: RunView, scores: Scores | None) -> str:
-    """Return the card's YAML metadata for the Hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
     facts = FACTS.get(view.task)

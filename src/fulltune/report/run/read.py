@@ -69,7 +69,7 @@ class AttemptFiles:
 
     @property
     def steps(self) -> int:
-        """Number of steps done, by the outcome or, without one, by the log."""
+        """Number of completed steps, from the outcome or, if there is none, from the log."""
         logged = [event.step for event in self.events if isinstance(event, StepLogged | Evaluated)]
         return (self.outcome.steps if self.outcome else 0) or max(logged, default=0)
 
@@ -108,7 +108,6 @@ def merge(attempts: Sequence[AttemptFiles]) -> History:
 
 
 def _points_by_name(rows: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
-    """Return each value's points (step, value) in order of steps."""
     names = dict.fromkeys(name for row in rows.values() for name in row)
     series = {
         name: tuple(
@@ -152,7 +151,7 @@ class RunView:
 
     @property
     def outcome(self) -> Outcome | None:
-        """Outcome of the last attempt, or None without one."""
+        """Outcome of the last attempt, or None if it has none."""
         return self.attempts[-1].outcome if self.attempts else None
 
     @cached_property
@@ -161,7 +160,7 @@ class RunView:
 
     @property
     def model_folder(self) -> str | None:
-        """Path of the trained model in the run folder, or None without one."""
+        """Path of the trained model in the run folder, or None if there is none."""
         named = (self.outcome.model_folder if self.outcome else None) or (
             self.plan.model_folder if self.plan else "models/full"
         )
@@ -251,7 +250,6 @@ def _missing_parts(view: RunView) -> Iterator[tuple[str, str]]:
 
 
 def _why_unscored(view: RunView) -> str:
-    """Say why the trained model has no test scores."""
     if not view.attempts:
         return "the run folder holds no attempt to train it." if view.trial else "no trial was planned or started."
     if view.outcome is None:

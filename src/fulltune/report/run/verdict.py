@@ -32,7 +32,7 @@ _LONE = "The test rows are {}: more rows with other texts are needed to distingu
 
 
 def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better: bool) -> Scores | None:
-    """Return the best finite score of a baseline or the untouched model, or None without one."""
+    """Return the best finite score of a baseline or the untouched model, or None if there is none."""
     rows = [row for row in scores if row.kind != "trained" and metric in row.metrics]
     rows = [row for row in rows if math.isfinite(row.metrics[metric].value)]
     sign = 1 if greater_is_better else -1
@@ -144,12 +144,11 @@ class RunFacts:
 
     @property
     def recipe_settings(self) -> dict[str, object]:
-        """Settings from the recipe."""
         return {setting.name: setting.value for setting in self.plan.settings if not setting.is_automatic}
 
 
 def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
-    """Collect the facts for advice, or return None without scores, plan or outcome."""
+    """Collect the facts for advice, or return None if scores, plan or outcome are missing."""
     row, plan, outcome = view.trained, view.plan, view.outcome
     if row is None or plan is None or outcome is None:
         return None
@@ -190,7 +189,7 @@ def _dominant_label(confusion: Confusion) -> tuple[str, bool]:
 
 
 def next_steps(run: RunFacts) -> tuple[str, ...]:
-    """Return changes to try one at a time, with evidence and setting, or none if training helped."""
+    """Return changes to try one at a time, with evidence and setting, or nothing if training helped."""
     if run.verdict not in ("worse", "unresolved"):
         return ()
     evidence, helps = run.budget_advice

@@ -31,7 +31,7 @@ from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 
 TOP_TOKENS = 64
-"""Most likely next tokens whose probabilities are stored; all others count as one token."""
+"""How many of the most likely next tokens have their probability stored; all others count as one token."""
 _MIN_REST = 1e-6
 _MAX_LOGITS = 2**24
 """Most logits in one pass: 64 MiB."""
@@ -71,13 +71,13 @@ class DriftMonitor(TrainingPart):
         return GenericText.of(texts, self.trainer.processing_class, writes, plan.precision, self.max_tokens, batch)
 
     def weak_texts_reason(self, text: GenericText, first: np.ndarray) -> str | None:
-        """Explain why drift on these texts says little about this model, or return None."""
+        """Return why drift on these texts says little about this model, or None."""
         tokenizer: Any = self.trainer.processing_class
         vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", None)
         return weak_texts_reason(text, first, vocabulary, tokenizer.unk_token_id)
 
     def scores(self) -> dict[str, float]:
-        """Return `drift` and its standard error `drift_error`, if they can be measured."""
+        """Return `drift` and its standard error `drift_error`, or nothing if drift cannot be measured."""
         drift = self.read()
         return {} if drift is None else {"drift": drift.mean, "drift_error": drift.error}
 
@@ -127,7 +127,8 @@ class Replay(TrainingPart):
     """Adds to each step the gradient of a distillation loss, which compares the model with the pretrained one on
     generic texts.
 
-    Its weight follows the drift, measured every `steer_steps` steps, so that the run keeps its budget for forgetting.
+    The loss weight is adjusted to the drift, measured every `steer_steps` steps, so that the run stays within its
+    forgetting budget.
     """
 
     def __init__(
@@ -142,7 +143,8 @@ class Replay(TrainingPart):
         [tokens, `TOP_TOKENS`]; for others the mean hidden state, float64 [hidden]."""
 
     def rows_of(self, step: int) -> list[int]:
-        """Return the texts of a step, counted from 1, in a random order in which all texts come before one repeats."""
+        """Return the indices of a step's texts. Steps count from 1, and no text repeats before all have been used, in
+        random order."""
         plan, count = self.inputs.plan, len(self.text.ids)
         places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
         orders = {cycle: _shuffled_order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
@@ -167,7 +169,7 @@ class Replay(TrainingPart):
         self.before = outputs
 
     def add_gradient(self) -> None:
-        """Add the gradient of this rank's texts, without dropout, so that no random number is drawn."""
+        """Add the replay loss's gradient on this rank's texts, with dropout off so that no random number is drawn."""
         trainer = self.trainer
         model, arguments = trainer.model, trainer.args
         texts = self.rows_of(trainer.state.global_step + 1)
@@ -224,7 +226,8 @@ class Replay(TrainingPart):
 
 
 def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
-    """Return the replay of generic text if planned, else no parts; the model must still have its pretrained weights."""
+    """Return the replay of generic text, or no parts if the plan has none. The model must still have its pretrained
+    weights."""
     plan, rows, budget = inputs.plan, inputs.plan.generic.replay_rows, inputs.plan.generic.budget
     if budget is None or not rows or inputs.request.probe:
         return []
@@ -244,7 +247,7 @@ def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingP
 
 
 def divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Return the summed KL divergence in nats from log probabilities [positions, tokens]; the rest of the vocabulary
+    """Return the summed KL divergence in nats between log probabilities [positions, tokens]; the rest of the vocabulary
     counts as one token."""
     rest_before, rest_now = ((1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (before, now))
     return (before.exp() * (before - now)).sum() + (rest_before * (rest_before.log() - rest_now.log())).sum()

@@ -67,8 +67,9 @@ class WeightInterpolation:
 def keep_within(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Sequence[Row]], float]
 ) -> BudgetResult | None:
-    """Interpolate the weights so that drift stays within the budget and certify them on sealed texts; returns None
-    without a budget. A saved result for the same weights is reused. `score` returns the metric of eval rows."""
+    """Interpolate the weights so that drift stays within the budget, and certify the result on sealed texts; return
+    None if there is no budget. A saved result for the same weights is reused. `score` returns the metric of eval
+    rows."""
     plan, request = inputs.plan, inputs.request
     if plan.generic.budget is None:
         return None
@@ -103,7 +104,6 @@ def _choose_and_certify(
     score: Callable[[Sequence[Row]], float],
     opening_times: tuple[str, ...],
 ) -> BudgetResult:
-    """Choose the best point within the budget, and measure its drift on sealed texts."""
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None
@@ -168,7 +168,7 @@ def _sample_eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[R
 def _refine_near_limit(
     points: list[InterpolationPoint], limit: float, measure: Callable[[float], InterpolationPoint]
 ) -> list[InterpolationPoint]:
-    """Measure further points where the drift crosses the limit."""
+    """Measure extra points near where drift first exceeds `limit`, and return only the new points."""
     refined: list[InterpolationPoint] = []
     for _ in range(REFINEMENTS):
         tried = sorted([*points, *refined], key=lambda point: point.share)

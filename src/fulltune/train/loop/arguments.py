@@ -39,7 +39,6 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
 
 
 def _missing_packages(recipe: Recipe) -> list[str]:
-    """Return an error message for each package that the recipe needs and this machine lacks."""
     problems = []
     if recipe.train.report_to:
         from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -94,7 +93,7 @@ _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "ku
 
 
 def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> TrainingArguments:
-    """Map recipe and plan to transformers' arguments; all others keep their defaults."""
+    """Convert recipe and plan to transformers' `TrainingArguments`; all other arguments keep their defaults."""
     from transformers import TrainingArguments
 
     train = recipe.train
@@ -162,7 +161,6 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
 
 
 def _translate_error(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
-    """Return an error for settings that transformers refuses, or for processes that cannot connect."""
     if not is_runtime_error or re.search("gloo|nccl|connect|socket", message, re.IGNORECASE) is None:
         return RecipeError(f"train: transformers refuses these settings: {message}")
     return SetupError(

@@ -128,7 +128,7 @@ class Progress(TrainerCallback):
 
 
 def logged(state: TrainerState, name: str) -> list[float]:
-    """Return all logged values of one name after step 0, oldest first."""
+    """Return all values logged as `name` after step 0, oldest first."""
     return [entry[name] for entry in state.log_history if name in entry and entry["step"]]
 
 
@@ -152,7 +152,8 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
 
     def is_over(self, state: TrainerState) -> bool:
-        """Return whether early stopping ends the run, from the logged history, as a counter would restart on resume."""
+        """Return whether early stopping ends the run. This is computed from the logged history, because a counter would
+        restart on resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and stopped_improving(
             logged(state, f"eval_{plan.metric}"),
@@ -201,7 +202,7 @@ class StopOnRequest(TrainerCallback):
 
 @dataclass(eq=False)
 class UpdateMeter(TrainerCallback):
-    """Measures the updates of some steps, and warns once if rounding removes them."""
+    """Measures how some steps change the weights, and warns once if rounding removes the updates."""
 
     trainer: Guarded
     plan: Plan

@@ -62,7 +62,7 @@ class Guarded:
     batches: Sequence[Mapping[str, object]] = ()
     _losses: torch.Tensor | float = 0.0
     usual_loss: float = 0.0
-    """Loss of the last clean step, logged instead of a non-finite one."""
+    """Loss of the last clean step, which is logged instead of a non-finite loss."""
 
     _has_trained: bool = False
 
@@ -95,8 +95,8 @@ class Guarded:
         return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-        """Return the Trainer's loss of one micro batch; a non-finite one raises Spiked if the backward pass also
-        updates."""
+        """Return the Trainer's loss for one micro-batch; raise `Spiked` if it is non-finite and the backward pass would
+        also update the weights."""
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
         if self._updates_in_backward and model.training:
             (total,) = self._sum_over_ranks(loss.detach().float())
@@ -189,7 +189,7 @@ def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
 
 
 def explain(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
-    """Describe where the first non-finite value of a step's micro batches comes from."""
+    """Describe which module produces the first non-finite value in a step's micro batches."""
     try:
         return _non_finite_cause(model, batches)
     except Exception as error:  # a model that cannot be called without labels, or memory that runs out
@@ -215,7 +215,6 @@ def _is_all_masked(labels: object) -> bool:
 
 
 def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> str | None:
-    """Return the name and type of the first module with a non-finite output, or None."""
     names: list[str] = []
 
     def watch(name: str, module: nn.Module) -> RemovableHandle:

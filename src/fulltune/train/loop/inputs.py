@@ -71,7 +71,7 @@ class AttemptInputs:
 
     @property
     def in_engine(self) -> bool:
-        """True if ZeRO's engine trains; it is created only when training starts."""
+        """True if ZeRO's engine trains the model; the engine is created only when training starts."""
         return self.layout is not None and self.layout.engine == "zero"
 
     def warn(self, text: str) -> None:

@@ -18,15 +18,15 @@ padding (pool of 20: 11.7 %, 100: 4.1 %, random order: 65 %)."""
 
 @dataclass(frozen=True)
 class MixedSource:
-    """A source of mixed-in rows, some of which each epoch uses."""
+    """A source of mixed-in rows; each epoch uses some of them."""
 
     rows: range
     """Row numbers, after the task's rows."""
     rows_per_epoch: int
 
     def drawn(self, seed: int, epoch: int) -> list[int]:
-        """Return the row numbers of an epoch. It continues where the last one ended, and reshuffles after the last
-        row."""
+        """Return the row numbers for an epoch. Each epoch continues where the last one ended, and the rows are
+        reshuffled after the last row."""
         start, end = epoch * self.rows_per_epoch, (epoch + 1) * self.rows_per_epoch
         size = len(self.rows)
         drawn: list[int] = []
@@ -151,8 +151,8 @@ class GlobalBatchSampler:
         return batches + ([rest] if rest else [])
 
     def passes(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
-        """Yield, for each step after `first_step` up to `last_step`, the rows of each forward pass; of passes that run
-        at the same time on several ranks, only the one with the longest row."""
+        """Yield the rows of each forward pass, for each step after `first_step` up to `last_step`. Of passes that run
+        at the same time on several ranks, only the one with the longest row is yielded."""
         for batch in self.steps(first_step, last_step):
             parts = list(self.micro_batches(batch))
             together = range(0, len(parts), self.num_processes)

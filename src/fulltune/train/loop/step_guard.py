@@ -38,7 +38,7 @@ MAD = 1.4826
 
 @dataclass(frozen=True)
 class StepHistory:
-    """Losses and norms of earlier steps, with which the guard compares a step."""
+    """Losses and gradient norms of earlier steps, with which the guard compares a new step."""
 
     losses: tuple[float, ...] = ()
     """Losses of the last clean steps, oldest first."""
@@ -48,7 +48,7 @@ class StepHistory:
     """Median loss of the first `MIN_CLEAN_STEPS` clean steps; if it is 0, later losses are not judged."""
     skipped: tuple[int, ...] = ()
     most_rows: float = 0.0
-    """Most rows of a step so far, per process."""
+    """Largest number of rows seen in one step so far, per process."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
@@ -79,7 +79,7 @@ def judge(
     scaled: bool = False,
     finite_only: bool = False,
 ) -> StepVerdict:
-    """Judge a step before its update by comparing its loss and norm with earlier steps'.
+    """Judge a step before its update by comparing its loss and norm with those of earlier steps.
 
     With a `scaled` fp16 loss a non-finite norm passes, because the gradient scaler skips that step. With `finite_only`
     every finite step passes.
@@ -136,7 +136,6 @@ def _skip_or_stop(
 
 
 def _outlier_reason(history: StepHistory, loss: float, norm: float | None, rows: float) -> str | None:
-    """Explain that norm and loss are both outliers, or return None."""
     if norm is None or norm <= 0 or not history.first or len(history.log_norms) < MIN_CLEAN_STEPS:
         return None
     median, spread = _median_and_spread(history.log_norms, MIN_NORM_SPREAD)
@@ -152,7 +151,6 @@ def _outlier_reason(history: StepHistory, loss: float, norm: float | None, rows:
 
 
 def _lasting_rise_reason(history: StepHistory) -> str | None:
-    """Explain that the loss rose and stayed high, or return None."""
     before, recent = history.losses[:-RECENT_STEPS], history.losses[-RECENT_STEPS:]
     if not history.first or len(before) < MIN_CLEAN_STEPS:
         return None
@@ -190,7 +188,7 @@ def check_parameters_moved(moved: ParameterChanges, reached: bool, largest_grad_
 
 
 def short_notice_warning(notice: str | None, stop_seconds: float) -> str | None:
-    """Return a warning if `train.notice` is shorter than a step, an evaluation and a checkpoint take, else None."""
+    """Return a warning if `train.notice` is shorter than a step, an evaluation and a checkpoint together, else None."""
     if notice is None or stop_seconds <= parse_seconds(notice):
         return None
     return (
@@ -204,7 +202,7 @@ ROLLBACK_RATE_FACTOR = 0.5
 
 
 def rate_factor(rollbacks: Sequence[int]) -> float:
-    """Return the factor of the planned learning rate after rollbacks to these steps. A first rollback to a checkpoint
-    keeps the rate: most causes pass (docs/concepts/guards.md)."""
+    """Return the factor by which rollbacks to these steps multiply the planned learning rate. The first rollback to a
+    checkpoint does not lower the rate, because most causes pass (docs/concepts/guards.md)."""
     is_first_free = bool(rollbacks) and rollbacks[0] > 0
     return float(ROLLBACK_RATE_FACTOR ** (len(rollbacks) - is_first_free))

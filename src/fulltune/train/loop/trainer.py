@@ -86,7 +86,7 @@ class FullTrainer(Guarded, Trainer):
     """
 
     head: SelectiveHead | None = None
-    """Makes the model compute only logits that the loss uses; None computes all."""
+    """Makes the model compute only the logits that the loss needs; if None, all logits are computed."""
     parts: Sequence[TrainingPart] = ()
 
     def __init__(
@@ -182,14 +182,14 @@ class FullTrainer(Guarded, Trainer):
         self._recorder.write(StepSkipped(step=step, reason=verdict.reason, rows=tuple(rows)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Create the Trainer's schedule, with its learning rates reduced by rollbacks."""
+        """Create the Trainer's schedule, with the learning rates reduced by the factor for past rollbacks."""
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
         if (lower := rate_factor(self._plan.rollbacks)) < 1:
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
         return schedule
 
     def lower_rates(self) -> None:
-        """Reduce the learning rates that the checkpoint restored, as rollbacks demand."""
+        """Reduce the learning rates restored from the checkpoint by the factor for past rollbacks."""
         if rate_factor(self._plan.rollbacks) == 1:
             return
         schedule = getattr(self._schedule, "scheduler", self._schedule)  # accelerate's wrapper
@@ -201,8 +201,8 @@ class FullTrainer(Guarded, Trainer):
     def selecting(
         self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, whole: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Make the model compute only logits that the loss uses within this block, chunked if planned, unless
-        `whole`."""
+        """Within this block, make the model compute only the logits that the loss needs (all if `whole`), chunked if
+        planned."""
         if self.head is None:
             return contextlib.nullcontext()
         chunked = self.head.can_chunk and self._plan.chunked_loss and not whole
@@ -323,7 +323,8 @@ class FullTrainer(Guarded, Trainer):
             cast("Any", self.processing_class).save_pretrained(folder)
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
-        """Score the eval rows without changing the random state, and return the metrics, which decide the best step."""
+        """Score the eval rows without changing the random state; return the metrics from which the best step is
+        chosen."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             metrics = {f"eval_{name}": value for part in self.parts for name, value in part.scores().items()}
         if self.args.world_size > 1:
@@ -344,8 +345,8 @@ class FullTrainer(Guarded, Trainer):
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
-        """Yield an optimizer like the run's with rate and weight decay 0, which changes no weight; not for
-        DeepSpeed."""
+        """Yield an optimizer like the run's but with rate and weight decay 0, so that no weight changes. This does not
+        work with DeepSpeed."""
         sharding.reshard(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self.create_optimizer()

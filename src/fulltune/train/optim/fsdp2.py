@@ -56,7 +56,8 @@ def _assign_files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a sharded checkpoint's weights into a model, sharded or not; raises SetupError if their tensors differ."""
+    """Load a sharded checkpoint's weights into a sharded or unsharded model. Raises `SetupError` if their tensors
+    differ."""
     state = _weights_by_key(model, trained_only)
     sizes = {name: size for name, (size, _) in tensor_types(checkpoint).items() if name.startswith(WEIGHTS)}
     other_shape = [name for name, tensor in state.items() if tensor.shape != sizes.get(name, tensor.shape)]
@@ -67,7 +68,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = 
 
 
 def read(state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
-    """Fill tensors in place from a sharded checkpoint; if they are sharded, all ranks must call this."""
+    """Fill tensors in place from a sharded checkpoint. If the tensors are sharded, all ranks must call this."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -124,7 +125,7 @@ def is_first() -> bool:
 def whole_state(
     model: PreTrainedModel, whole: Callable[[Any], torch.Tensor] = sharding.whole
 ) -> dict[str, torch.Tensor]:
-    """Gather a sharded model's state dict on the CPU of rank 0, tied tensors once; other ranks return {}."""
+    """Gather a sharded model's state dict on the CPU of rank 0, with tied tensors once; other ranks return {}."""
     sharding.reshard(model)
     state: dict[str, torch.Tensor] = {}
     first_name: dict[int, str] = {}
@@ -153,7 +154,7 @@ def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, tor
 
 
 def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return a sharded model's optimizer state by key in the checkpoint, each tensor sharded like its parameter."""
+    """Return a sharded model's optimizer state by checkpoint key, with each tensor sharded like its parameter."""
     sharding.reshard(model)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -168,7 +169,7 @@ def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Load a checkpoint's state, sharded or not, into a new optimizer; the schedule sets the learning rates."""
+    """Load a checkpoint's state, sharded or not, into a new optimizer. Learning rates are left to the schedule."""
     sharding.reshard(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

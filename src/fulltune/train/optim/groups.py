@@ -40,7 +40,7 @@ def parameter_groups(
     names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float, head: Collection[str] = ()
 ) -> list[Group]:
     """Split parameter names into groups: two in transformers' order, so that checkpoints fit, or one per depth from the
-    top down; then the head's. The first group's learning rate is logged."""
+    top down. The head's group comes last. Only the first group's learning rate is logged."""
     body = [name for name in names if name not in head]
     if plan.layerwise_lr_decay == 1.0:
         groups = _group_by_decay(body, decayed, weight_decay)

@@ -45,11 +45,11 @@ class Noise:
         self._units = self._bits.float().div_(2**16)
 
     def bits(self, count: int, *numbers: int) -> Tensor:
-        """Return `count` integers from 0 to 65,535, which `numbers` determine: int32 [count]."""
+        """Return `count` integers from 0 to 65,535, determined by `numbers`: int32 [count]."""
         return self._bits.narrow(0, self._table_offset(numbers), count)
 
     def units(self, count: int, *numbers: int) -> Tensor:
-        """Return `count` values in [0, 1), which `numbers` determine: fp32 [count]."""
+        """Return `count` values in [0, 1), determined by `numbers`: fp32 [count]."""
         return self._units.narrow(0, self._table_offset(numbers), count)
 
     def _table_offset(self, numbers: tuple[int, ...]) -> int:
@@ -101,8 +101,8 @@ def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: 
 def write(
     state: State, name: Name, begin: int, values: Tensor, other: Tensor, noise: Noise, numbers: tuple[int, ...]
 ) -> None:
-    """Store a moment's fp32 values[count] at `begin`. Their buffer of whole groups is overwritten. `other` contains the
-    square root of the second moment; for the first it is scratch space."""
+    """Store a moment's fp32 values[count] at `begin`. The buffer that holds these values is overwritten. `other`
+    contains the square root of the second moment; for the first moment it is scratch space."""
     place = state[name][begin : begin + len(values)]
     if place.dtype == torch.bfloat16:
         round_at_random(values, noise.bits(len(values), *numbers))

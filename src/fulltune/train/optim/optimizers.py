@@ -86,7 +86,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]  # any loss
-        """Update all parameters that have a gradient, after calling `closure`, which Lightning passes."""
+        """Call `closure` if Lightning passes one, then update all parameters that have a gradient."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -174,7 +174,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state; moments in another format are converted, where torch would cast them."""
+        """Load groups and state, converting moments stored in another format, which torch would only cast."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for group in self.param_groups:
             for key in group.keys() - _GROUP_KEYS:
@@ -186,7 +186,8 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def take_over(self, saved: Mapping[str, Any], parameter: Tensor) -> None:
-        """Set the state of a parameter, or of this rank's shard, from a saved one in any format."""
+        """Load a parameter's AdamW state from a checkpoint, converting between moment formats. Raises `SetupError` if
+        it is not AdamW state."""
         missing = {"step", "exp_avg", "exp_avg_sq"} - set(saved)
         if missing:
             raise SetupError(

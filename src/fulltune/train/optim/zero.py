@@ -26,7 +26,7 @@ def connect(arguments: TrainingArguments) -> None:
 
 
 def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str], None]) -> None:
-    """Compile DeepSpeed extensions that the run needs and that are missing; rank 0 does this for all."""
+    """Compile the DeepSpeed extensions that the run needs and that are missing; rank 0 compiles for all ranks."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
@@ -51,7 +51,7 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str
 
 
 def unify_dtype(model: PreTrainedModel) -> None:
-    """Cast parameters that a method has added to the dtype of a ZeRO stage 3 model; DeepSpeed 0.19.8 does not."""
+    """Cast parameters added by a method to the dtype of a ZeRO stage 3 model, which DeepSpeed 0.19.8 does not do."""
     dtypes = [parameter.dtype for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     for parameter in model.parameters() if dtypes else ():
         if not hasattr(parameter, "ds_id"):
@@ -119,7 +119,7 @@ def write_whole(model: PreTrainedModel, folder: Path) -> None:
 
 
 def put(parameter: Any, value: torch.Tensor) -> None:
-    """Set all values of a trained parameter in DeepSpeed's fp32 copy, from which it is saved."""
+    """Set all values of a trained parameter in DeepSpeed's fp32 copy, from which the parameter is saved."""
     import deepspeed
 
     if not hasattr(parameter, "ds_id"):

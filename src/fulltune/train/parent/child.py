@@ -131,7 +131,8 @@ def _explain_lost_machine(machine: LostMachine) -> tuple[OutcomeStatus, str]:
 
 @contextlib.contextmanager
 def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
-    """Forward stop signals to the worker, and kill it at the third one; yields the received signals."""
+    """Forward stop signals to the worker, and kill the worker at the third signal. Yields the list of received
+    signals."""
     received: list[int] = []
 
     def forward(number: int, _: object) -> None:

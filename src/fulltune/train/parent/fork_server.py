@@ -27,7 +27,7 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """Yield a starter that forks one worker at a time where that is safe."""
+    """Yield a starter that forks workers one at a time if that is safe, and else starts new processes."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start(request: Request, log: Path) -> WorkerProcess:

@@ -36,13 +36,13 @@ from fulltune.train.parent.child import forwarding_signals
 from fulltune.train.request import Request
 
 GRACE_SECONDS = 30.0
-"""Seconds in which this machine's processes must end after another's."""
+"""How long this machine's processes may run, in seconds, after another machine's have ended."""
 _CHECKING = "looking at this machine and the recipe's files"
 
 
 @contextlib.contextmanager
 def leading(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> Iterator[MachineGroup]:
-    """Write machine 0's heartbeat within this block, whose end also ends the other machines."""
+    """Write machine 0's heartbeat within this block; leaving the block also ends the other machines."""
     phase(_CHECKING)
     own = machines.member(recipe, place, hardware.here(), uuid.uuid4().hex)
     others = {rank: Peer(place.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
@@ -78,7 +78,7 @@ class MachineGroup:
         return hardware.weakest([member.machine for member in self.members])
 
     def gather(self) -> None:
-        """Wait for all machines, and raise SetupError if one would train something else."""
+        """Wait for all machines, and raise `SetupError` if one of them would train something else."""
         until, named = time.monotonic() + self._place.wait_seconds, None
         missing = list(self._others)
         # A machine is waited for only once, as a file server may show changes late.
@@ -141,7 +141,6 @@ class MachineGroup:
         return True
 
     def _absence_error(self, missing: Sequence[int]) -> FulltuneError:
-        """Return the error for machines that did not answer in time."""
         waited = format_seconds(round(self._place.wait_seconds))
         if self._has_begun:
             labels = [member.label for member in self.members if member.rank in missing]
@@ -281,7 +280,6 @@ def _await_attempt(leader: Peer, place: MachineAddress, heartbeat: Heartbeat, ph
 
 
 def _silence_error(leader: Peer, place: MachineAddress, heartbeat: Heartbeat) -> FulltuneError:
-    """Return the error for a machine 0 that did not answer in time."""
     waited = format_seconds(round(place.wait_seconds))
     if heartbeat.record.token and leader.member is not None:
         return InterruptedRun(f"{leader.member.label} sent no heartbeat and did not come back in {waited}; {GO_ON}")

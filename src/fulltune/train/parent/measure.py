@@ -24,7 +24,7 @@ from fulltune.train.request import Request
 MARGIN = 0.03
 """Relative difference of times that is only noise."""
 MIN_SECONDS_TO_COMPILE = 600.0
-"""Shortest run that regains the minute or two of compiling."""
+"""Shortest run for which a minute or two of compiling pays off."""
 _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 """Settings that follow from the micro batch."""
 
@@ -33,7 +33,7 @@ _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 
 
 def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
-    """Return settings to measure: the plan's without levers, then with one more lever each."""
+    """Return the settings to measure: first the plan with no optional speedups, then with each one added in turn."""
     measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
     plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
     now: Changes = {}
@@ -74,7 +74,7 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSet
 
 
 def compilations(recipe: Recipe, best: MeasuredSetting, missing: str | None) -> list[MeasuredSetting]:
-    """Return a setting with torch.compile, unless the recipe decides on it. `missing` names a missing tool."""
+    """Return a setting with torch.compile, or nothing if the recipe rules it out. `missing` names a missing tool."""
     train = recipe.train
     if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
         return []
@@ -88,7 +88,7 @@ def compilations(recipe: Recipe, best: MeasuredSetting, missing: str | None) -> 
 
 
 def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
-    """Return the first row that is within `MARGIN` of the fastest fitting one, or None."""
+    """Return the first row within `MARGIN` of the fastest one that fits, or None if none fits."""
     fitting = [row for row in rows if not row.problem]
     least = min((row.train_seconds for row in fitting), default=0.0)
     return next((row for row in fitting if row.train_seconds <= least * (1 + MARGIN)), None)
@@ -140,7 +140,7 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
 
 
 def measured(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
-    """Add an attempt's measurements to a row, or the problem that it had."""
+    """Return the row with an attempt's measurements, or with the problem that the attempt had."""
     forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
         problem = f"memory ran out: {problem}"

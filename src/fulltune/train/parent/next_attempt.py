@@ -93,7 +93,7 @@ def _changed_plan(plan: Plan, last: Outcome, changes: Changes, need: EstimateMem
 
 
 def short_of(outcome: Outcome, plan: Plan) -> str:
-    """Describe where memory ran out, and how many bytes were in use and requested."""
+    """Describe where memory ran out, with the bytes in use and the bytes requested."""
     parts = [f"memory ran out{_WHERE[outcome.phase]}"]
     if outcome.memory_growth_bytes >= _MIN_REPORTED_BYTES:
         parts.append(f"with {format_bytes(outcome.memory_growth_bytes)} in use")
@@ -107,7 +107,7 @@ def short_of(outcome: Outcome, plan: Plan) -> str:
 
 
 def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
-    """Return the plan's settings with changed values and their reasons."""
+    """Return the plan's settings, updated with the changed values and `reason`."""
     present = {setting.name: setting for setting in plan.settings}
     for field, value in changes.items():
         name, before = SETTING_OF[field], getattr(plan, field)
@@ -119,7 +119,7 @@ def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str])
 
 
 def killed_too_often(last: Outcome) -> str:
-    """Return the error message for a training that is killed again and again."""
+    """Return the error message for a training process that is killed again and again."""
     return (
         f"{last.reason}. This happened {MAX_UNCHANGED['killed'] + 1} times in this command, without a sign that memory "
         "ran out. A person, a scheduler or a memory watcher (earlyoom, systemd-oomd) may have done it. Prevent that, "
@@ -128,7 +128,7 @@ def killed_too_often(last: Outcome) -> str:
 
 
 def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
-    """Return the error message for exhausted memory when no setting can help."""
+    """Return the error messages for when memory ran out and no setting can help."""
     lines = [f"{short_of(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
     for name, changes, text in fallbacks(recipe, plan, last.phase, lambda changes: True):
@@ -141,7 +141,7 @@ def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) 
 
 
 def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
-    """Plan the attempt after a spike in the loss, or return None if a rollback cannot help."""
+    """Plan the attempt after a loss spike, or return None if a rollback cannot help."""
     since = outcome.first_bad_step
     # Since step 1: no healthy checkpoint exists, and starting over would spike again.
     if outcome.status != "spiked" or since is None or since <= 1 or len(plan.rollbacks) >= most:
@@ -163,8 +163,8 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
 def fallbacks(
     recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]
 ) -> Iterator[tuple[str, Changes | None, str]]:
-    """Yield name, changes and description of each lever that saves memory in a phase (default: a step), mildest first;
-    changes are None if it is ruled out."""
+    """Yield the name, settings and description of each way to save memory in a phase (default: a step), mildest first.
+    The settings are None if that way is ruled out."""
     for lever in LEVERS:
         if (phase or "step") not in lever.fallback:
             continue

@@ -41,7 +41,7 @@ class Training:
 
 
 def train(inputs: AttemptInputs) -> Fields:
-    """Load, check, train, choose the weights and save; returns fields of `Outcome`, none except on rank 0."""
+    """Load, check, train, choose the weights and save; return fields of `Outcome`, or none on ranks other than 0."""
     plan = inputs.plan
     loaded = loading.load_for_training(inputs)
     trainer = loading.make_trainer(inputs, loaded)

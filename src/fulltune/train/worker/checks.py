@@ -37,7 +37,7 @@ _CHUNKED = "chunked loss"
 
 
 def before_training(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer) -> list[Check]:
-    """Run all checks but the dry run; the caller must stop if one fails."""
+    """Run all checks except the dry run; the caller must stop if one fails."""
     plan, summary, rows = inputs.plan, inputs.summary, loaded.rows
     writes, model = inputs.task.FACTS.writes, loaded.objective.model
     train, world_size = summary.splits["train"], trainer.args.world_size
@@ -175,7 +175,8 @@ def trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[i
 
 
 def stop_generation_at(model: PreTrainedModel, ends: set[int]) -> None:
-    """Add end tokens to the model's generation config, as a chat turn often ends with another than the tokenizer's."""
+    """Add end tokens to the model's generation config, because a chat turn often ends with a token other than the
+    tokenizer's end token."""
     if not ends:
         return
     eos = model.generation_config.eos_token_id

@@ -155,7 +155,7 @@ def batch_of(trainer: FullTrainer, rows: Sequence[Row]) -> dict[str, torch.Tenso
 
 Positions = Sequence[int]
 MAX_COUNTED_ROWS = 200_000
-"""Most rows whose work is computed; later steps are extrapolated."""
+"""Maximum number of rows whose work is computed; later steps are extrapolated."""
 LOOP_SECONDS = 0.002
 """Seconds per step for transformers' loop and a log line."""
 SAMPLE_BYTES = 2**25
@@ -181,8 +181,7 @@ class PassTime:
 
 
 def fit_pass_time(longest: tuple[float, float], typical: tuple[float, float] | None) -> PassTime:
-    """Fit a line to the (work, seconds) of two passes; it goes through the origin if its slope or intercept would be
-    negative."""
+    """Fit seconds = fixed + slope * work to two (work, seconds) pairs; fall back to a line through the origin."""
     work, seconds = longest if typical is None else typical
     through_origin = PassTime(0.0, seconds / work)
     if typical is None or longest[0] <= typical[0]:
@@ -220,7 +219,7 @@ class PassTimer:
         return value, self._seconds_since(began)
 
     def step(self) -> float:
-        """Clip, update at a rate of 0 and return the seconds; with non-finite gradients, which step 1's guard judges,
+        """Clip, update at a rate of 0 and return the seconds. If gradients are non-finite, which step 1's guard judges,
         return 0."""
         model = self.trainer.model
         if not self._on_all_ranks(gradients_are_finite(model.parameters())):
@@ -242,7 +241,6 @@ class PassTimer:
         return self._seconds_since(began)
 
     def _synchronized_time(self) -> float:
-        """Return the time in seconds, once the GPU is idle."""
         if self.inputs.plan.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -360,7 +358,6 @@ def _attention_work_ratio(model: PreTrainedModel) -> float:
 
 
 def _estimate_save_seconds(passes: PassTimer) -> float:
-    """Estimate the seconds of a checkpoint from writing a sample."""
     trainer, trial = passes.trainer, passes.inputs.request.checkpoints / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]

@@ -55,7 +55,8 @@ class Evaluator(TrainingPart):
         return float(self.inputs.task.metrics(self.reduced(rows), self.target)[self.inputs.plan.metric])
 
     def reduced(self, rows: Sequence[Row]) -> Predictions:
-        """Run these rows through the model in this process; returns a few numbers per row by name: [rows, ...]."""
+        """Run these rows through the model in this process; return a few numbers per row, as named arrays [rows,
+        ...]."""
         trainer: Any = self.trainer
         plan = self.inputs.plan
         with self.inputs.journal.during("evaluation"):
@@ -78,8 +79,8 @@ class Evaluator(TrainingPart):
 
     @property
     def untrained_loss(self) -> float | None:
-        """Loss of the dry run; for a new head at least the chance loss, because a head from a linear probe starts
-        lower."""
+        """Loss of the dry run, or None if unknown. For a new head it is at least the chance loss, because a head from a
+        linear probe starts lower."""
         inputs = self.inputs
         measured = inputs.usage.dry_run_loss
         if not self.head_is_new:
@@ -129,7 +130,7 @@ class Evaluator(TrainingPart):
             raise Diverged(decision.reason)
 
     def judge_end(self, state: TrainerState) -> None:
-        """Raise Diverged or warn if the loss ended high, or the final weights are worse than before step 1."""
+        """Raise `Diverged` or warn if the loss ended high, or if the final weights are worse than before step 1."""
         inputs, rate = self.inputs, self.inputs.highest_rate
         if inputs.has_own_loss:
             return

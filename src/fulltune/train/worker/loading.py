@@ -46,7 +46,7 @@ def load_pretrained(
     before_weights: Callable[[], None] = lambda: None,
     num_ranks: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, HeadOrigin | None]:
-    """Load the pretrained model with the task's head; returns it, its processor and the head's origin."""
+    """Load the pretrained model with the task's head; return it, its processor, and the head's origin or None."""
     base, heads = Base.of(recipe.model, recipe.task, recipe.data.chat_template), list[HeadOrigin]()
     model = load(
         base,
@@ -130,8 +130,8 @@ def scale_head(
     gives_numbers: bool,
     own_loss: bool = False,
 ) -> tuple[ScaledHead | None, str]:
-    """Make the head's last layer learn numbers in units of their spread. Returns it, or None if that is impossible, and
-    a note."""
+    """Make the head's last layer learn numbers in units of their spread. Returns the layer, or None if that is
+    impossible, and a note."""
     layer, problem = output_layer_of(model, 1), ""
     if own_loss:
         problem = "compute_loss is your own"
@@ -330,7 +330,8 @@ def _start_head_from_probe(
 def start_from_probe(
     objective: Objective, head: HeadOrigin, tokenizer: PreTrainedTokenizerBase, folder: Path, device: torch.device
 ) -> Probe:
-    """Start a new head from the run folder's linear probe, which is fitted if missing, or at random if that fails."""
+    """Initialise a new head from the run folder's linear probe, fitted now if missing. If that fails, initialise at
+    random."""
     model, recipe, plan, target = objective.model, objective.recipe, objective.plan, objective.target
     together, reading = sharding.needs_all_ranks(model), contextlib.ExitStack()
 

@@ -107,7 +107,8 @@ def _train_with_limit(
 
 
 def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
-    """Return an attempt's status and reason for the exception that ended it; `folder` is the attempt's."""
+    """Return the status and reason to record for the exception that ended the attempt; `folder` is the attempt's
+    folder."""
     if failures := getattr(error, "failures", None):  # torch's `CheckpointException`, with each rank's error
         return meaning_of(next(iter(failures.values()))[0], folder)
     text = " ".join(str(error).split())

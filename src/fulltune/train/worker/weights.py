@@ -127,7 +127,7 @@ def _is_running(process: int) -> bool:
 
 
 def load_finished(trainer: FullTrainer, checkpoint: Path, total_steps: int) -> torch.optim.Optimizer:
-    """Load weights and optimizer of a checkpoint that needs no more steps."""
+    """Load weights and optimizer from a checkpoint after which no steps remain."""
     # Only optimizers without second moments need this; an earlier attempt saw the gradients.
     trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
     if trainer.is_deepspeed_enabled:
