@@ -96,6 +96,6 @@ def entry_of(line: str | bytes) -> dict[str, Any] | None:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a JSON lines file, without broken lines."""
+    """Return the entries of a JSON lines file, skipping broken lines."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
     return [entry for line in lines if (entry := entry_of(line)) is not None]

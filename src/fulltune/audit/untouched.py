@@ -305,7 +305,7 @@ def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
 
 
 def nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
-    """Return the mean of 1 - cosine to the `count` nearest others, ignoring one that is equal: float64 [rows]."""
+    """Return the mean of 1 - cosine to the `count` nearest other states, ignoring an equal state: float64 [rows]."""
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)

@@ -138,7 +138,6 @@ def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept:
 
 
 def _check_acceptable(audit: Audit, accept: Sequence[str]) -> None:
-    """Raise a `RecipeError` for checks that do not exist, did not run or have no remedy."""
     if HIGH_LOSS in accept:
         raise RecipeError(f"--accept: '{HIGH_LOSS}' has no remedy; use --review to read its rows")
     checks = {*audit.clean, *audit.checks}
@@ -176,7 +175,7 @@ def _proposed_change(issues: Issues) -> Remedy | None:
 
 
 def to_decide(issues: Issues) -> RowDecision:
-    """Return an open decision, to be edited in the patch file."""
+    """Return an open decision that the user will edit in the patch file."""
     reasons = "; ".join(f"{one.check}: {one.reason}" for one in issues)
     more = {"text": issues[0].text, "reason": reasons, "proposed": _proposed_change(issues) or Remedy(action="drop")}
     return issues[0].decision(Remedy(action="undecided")).model_copy(update=more)

@@ -226,6 +226,6 @@ def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = N
 
 
 def refusal(survey: Survey, shown: bool) -> FulltuneError:
-    """Return the error of a plan that does not fit, with ways out unless they are `shown` already."""
+    """Return the error for a plan that does not fit, with ways to make it fit unless they are `shown` already."""
     ways = [] if shown else in_lines(survey.ways_out)
     return DoesNotFitError([*survey.notes, *ways])

@@ -263,8 +263,8 @@ def check_output(output: Path, replace: bool) -> None:
 
 
 def added(notes: Row, own: Collection[str]) -> Columns:
-    """Return the columns that answers add: `predicted_...`, or `predicted2_...` if taken. The last one holds the reason
-    for a missing answer."""
+    """Return the columns that answers add: `predicted_...`, or `predicted2_...` if that name is taken. The last column
+    holds the reason for a missing answer."""
     target = Target.from_notes(notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
     each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()

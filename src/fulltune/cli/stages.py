@@ -28,7 +28,7 @@ out = Console(highlight=False, emoji=False)
 
 
 def shown(error: FulltuneError) -> Iterator[str]:
-    """Yield an error's problems without control characters; in data errors personal data is masked."""
+    """Yield an error's problems with control characters removed and, in data errors, personal data masked."""
     from fulltune.audit.texts import masked_text
 
     for problem in error.problems:
@@ -79,7 +79,7 @@ def joined(
 def open_run(
     target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
 ) -> tuple[Recipe, Path]:
-    """Return a single run's recipe and its folder, new or to resume."""
+    """Return a single run's recipe and its folder, which is new or resumed."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
 
@@ -99,7 +99,7 @@ def open_run(
 
 
 def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path | None, fresh: bool) -> Path:
-    """Return the run folder, new or to resume, and print its path."""
+    """Return the run folder, which is new or resumed, and print its path."""
     from fulltune.system import run_folder
 
     run, resumed = target, True

@@ -258,8 +258,8 @@ def _runs_at_current_rates(search: Search, trials: Sequence[Trial]) -> int:
 
 
 def pace(context: Context) -> tuple[dict[str, float], float]:
-    """Return ratios of actual to planned time: for steps by method (empty name: all methods), and for everything
-    else."""
+    """Return the ratios of actual to planned time: by method for steps (an empty name stands for all methods), and for
+    everything else."""
     took: defaultdict[str, float] = defaultdict(float)
     for entry in lines_of(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]

@@ -90,7 +90,7 @@ def without_leaks(
 
 
 def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later: float) -> tuple[Opening, ...]:
-    """Record that the sealed test rows are opened, and return all openings."""
+    """Record that the sealed test rows were opened, and return the records of all openings."""
     opening = Opening(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         by=f"{getpass.getuser()}@{platform.node()}",
@@ -117,7 +117,7 @@ def untouched(context: Context) -> tuple[Scores, ...]:
 def comparison_of(
     ran: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[Opening, ...]
 ) -> Comparison:
-    """Put together the comparison's record and its findings."""
+    """Assemble the record of the comparison and its findings."""
     context, summary = ran.context, ran.context.summary
     rows = rows_of(ran, decision, baselines)
     environment = run_folder.environment(context.machine)

@@ -182,7 +182,7 @@ class Context:
         return plan.fit(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
-        """Return the recipe of one trial: its rate, seed and share of the steps."""
+        """Return the recipe of one trial, with its rate, seed and share of the steps."""
         setup = self.setup(trial.method)
         method = setup.method.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
         changes: dict[str, Any] = {"train.seed": trial.seed}
@@ -204,5 +204,5 @@ class Context:
 
 
 def settings_of(method: ComparedMethod) -> dict[str, Any]:
-    """Return a method's settings without kind, name and rates."""
+    """Return a method's settings, omitting kind, name and rates."""
     return dict(method.model_dump(mode="json", exclude={"kind", "name", "learning_rate", "learning_rates"}))

@@ -71,7 +71,7 @@ def search_trial(method: str, rate: float, share: float, seed: int) -> Trial:
 
 
 def final_trial(method: str, rate: float, seed: int, *, check: bool = False) -> Trial:
-    """Return the trial of a whole run; `check` marks a rate that is only tried."""
+    """Return the trial of a whole run; `check` marks a rate that is only tried out."""
     name = f"{method}-rate{rate:g}-seed{seed}" if check else f"{method}-seed{seed}"
     return Trial(name=name, method=method, learning_rate=rate, seed=seed)
 
@@ -125,8 +125,8 @@ def finished(method: str, tried: Mapping[float, float], share: float, scale: Sca
 def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, most: int) -> float | None:
     """Return the rate of the next whole run, or None if no further run is needed.
 
-    The order is the default, the best of the short trials, then outwards while the edge leads clearly.
-
+    The default rate comes first, then the best of the short trials, then rates further out while the edge leads
+    clearly.
     """
     short = search.tried
     if len(short) < 2 or search.whole or len(whole) >= most:

@@ -29,7 +29,7 @@ MOST_WHOLE_RUNS_ALONE = 3
 
 
 def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """Search each method's rate. If time runs out, full and the first rival take the default rate, and other methods
+    """Search each method's rate. When time runs out, full and the first rival take the default rate, and other methods
     are dropped."""
     planned = [one for one in context.trained_methods if one.label in expectation.methods]
     pair = [one.label for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
@@ -179,7 +179,8 @@ class SeedRuns:
         )
 
     def _look_at_eval_rows(self) -> dict[str, int]:
-        """Judge the runs so far and return the number of seeds that each method needs, empty if no more are needed."""
+        """Judge the runs so far and return the number of seeds that each method needs, or nothing if no more are
+        needed."""
         context, again = self.context, self._is_second_look(self.looks)
         full = self.results[context.full.label]
         behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
@@ -197,7 +198,8 @@ class SeedRuns:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
     def _recheck_rivals(self) -> dict[str, int]:
-        """Give rivals the same rate search as full before it wins. Return the seeds for those that must catch up."""
+        """Give rivals the same rate search as full before it wins. Return the number of seeds for each rival that must
+        catch up."""
         context, scale = self.context, self.context.scale
         kinds = ("full", *RIVALS)
         decisive = {method: runs for method, runs in self.results.items() if self._kind(method) in kinds}
@@ -232,7 +234,7 @@ class SeedRuns:
         self.results[trial.method].clear()
 
     def check_rate(self, method: str, keep: float = 0.0) -> bool:
-        """Try whole runs at other rates while `keep` seconds remain. Return true if the rate changed."""
+        """Try other rates in whole runs while `keep` seconds remain. Return true if the rate changed."""
         context, search, first = self.context, self.searches[method], self.results[method][0]
         may_extend = context.setup(method).method.learning_rates is None
         most = MOST_WHOLE_RUNS if context.recipe.methods else MOST_WHOLE_RUNS_ALONE

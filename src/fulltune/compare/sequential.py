@@ -43,7 +43,8 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
 
 
 def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
-    """Return the alpha for the sealed test after these looks, and the alpha left for later tests."""
+    """Return the alpha that remains for the sealed test after these looks, and the alpha that remains for later
+    tests."""
     of_seeds: dict[int, float] = {}
     for earlier in looks:
         of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more
@@ -93,7 +94,7 @@ def look(
     *,
     again: bool = False,
 ) -> Look:
-    """Judge each rival on resamples of the eval rows, and return the seeds that each method needs. `again` marks a
+    """Judge each rival on resamples of the eval rows, and return how many seeds each method needs. `again` marks a
     second look."""
     (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure

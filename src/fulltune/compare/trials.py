@@ -26,8 +26,8 @@ def is_done(context: Context, trial: Trial) -> bool:
 
 
 def run_trial(context: Context, trial: Trial) -> TrialResult:
-    """Return a trial's result, after training it if necessary. A whole run also saves its model and its outputs, those
-    on test rows sealed."""
+    """Return a trial's result, training the trial first if necessary. A whole run also saves its model and its outputs;
+    the outputs on test rows are sealed."""
     path = context.result_path(trial.name)
     if is_done(context, trial):
         result = TrialResult.load(path)
@@ -99,7 +99,7 @@ def keep_rows(context: Context, trial: Trial, planned: Plan, outcome: Outcome) -
 
 
 def keep(context: Context, name: str, predictions: Mapping[str, Predictions]) -> None:
-    """Save a model's outputs by split. Only the verdict reads those on test rows."""
+    """Save a model's outputs by split. Only the verdict reads the outputs on test rows."""
     for part, subfolder in (("eval", OPEN), ("test", SEALED), ("generic", GENERIC)):
         if part in predictions:
             save_outputs(context.folder / subfolder / f"{name}.npz", predictions[part])

@@ -47,7 +47,7 @@ class ForbiddenTexts:
     """Index of each run's text: int32 [runs]."""
 
     def occur_in(self, text: str, is_input: bool) -> bool:
-        """Return whether `text` equals a forbidden text, or shares half of the runs of the one with fewer.
+        """Return whether `text` equals a forbidden text or shares half of the word runs of the shorter text.
 
         Short texts are compared in inputs only, because short answers are often equal.
         """

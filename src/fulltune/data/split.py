@@ -141,7 +141,7 @@ def _choose_groups(sizes: Sequence[int], wanted: int) -> list[int]:
 
 
 def _row_strata(source: EncodedSource, by_group: bool) -> np.ndarray:
-    """Return each row's class, the rarest of its labels or group: int64 [rows], -1 without one."""
+    """Return each row's class, the rarest of its labels or group: int64 [rows], -1 if it has none."""
     counts = Split(source, np.ones(source.num_rows, bool), has_own_file=True).label_counts()
     places = {name: place for place, name in enumerate(source.names)}
     rarest = [places[min(names, key=lambda name: (counts[name], name))] if names else -1 for names in source.label_sets]
@@ -161,8 +161,8 @@ def rarest_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
 def split_by_time(
     times: np.ndarray, split_groups: np.ndarray, wanted: Mapping[SplitName, int]
 ) -> dict[SplitName, np.ndarray]:
-    """Split at points in time without separating a group: the newest rows go to the first split in `wanted`: bool
-    [rows]."""
+    """Split at points in time without separating any group: bool [rows]. The newest rows go to the first split in
+    `wanted`."""
     numbers, group = np.unique(split_groups, return_inverse=True)
     starts = np.full(len(numbers), np.inf)
     np.minimum.at(starts, group, times)

@@ -94,7 +94,7 @@ def drawn_rows(scoring: Scoring) -> dict[int, Row]:
 
 
 def missing_metrics(scoring: Scoring) -> str | None:
-    """Name the answer metrics whose packages are not installed, and how to install them, or return None if all are."""
+    """Return which answer metrics lack their package and how to install it, or None if none does."""
     missing = [name for name in scoring.task.FACTS.other_metrics if not written.can_score(name)]
     return f"not computed: {', '.join(missing)}; pip install 'fulltune[text-metrics]'" if missing else None
 

@@ -75,8 +75,8 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Compute metrics (by default the task's) on the test rows at `positions` and on resamples of them, and also on
-        those rows that do not occur in train."""
+        """Compute metrics (by default the task's) on the test rows at `positions` and on resamples of these, and also
+        on the rows that do not occur in train."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 
@@ -195,7 +195,8 @@ class Scoring:
 
 
 def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
-    """Log beside the run folder that its test rows were scored. `outcome` is None for a comparison's verdict."""
+    """Log, in a file beside the run folder, that its test rows were scored. `outcome` is None for a comparison's
+    verdict."""
     folder = folder.resolve()
     access = Access(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),

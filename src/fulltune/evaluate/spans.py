@@ -39,7 +39,7 @@ def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 
 
 def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
-    """Score the trained model, whose windows of a long context give one answer together."""
+    """Score the trained model; the windows of a long context together give one answer."""
     target, windows, texts = scoring.target, scoring.rows("test"), scoring.texts
     predictions = scoring.run(model, tokenizer)
     locations = [row[PLACE] for row in texts]

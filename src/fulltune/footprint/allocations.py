@@ -85,7 +85,7 @@ def layered(case: TraceCase, config: PretrainedConfig) -> PretrainedConfig:
 
 
 def depths_of(case: TraceCase) -> dict[str, int]:
-    """Return the numbers of layers by the config attributes that hold them."""
+    """Return the numbers of layers, keyed by the config attributes that hold these numbers."""
     config = layered(case, case.config)
     usual = _DEPTHS[:-1] if config.is_encoder_decoder else _DEPTHS[-1:]
     names = next((some for some in usual if all(isinstance(getattr(config, name, None), int) for name in some)), ())

@@ -8,7 +8,6 @@ from fulltune.records.base import Record
 from fulltune.records.plan import MemoryKind
 
 BYTES = {"fp32": 4, "bf16": 2}
-"""Bytes per weight."""
 FOOTPRINT, SHAPES = "footprint.json", "shapes.json"
 KINDS: tuple[MemoryKind, ...] = ("gradients", "activations", "logits", "buffers")
 Coefficients = tuple[float, float, float, float, float, float]
@@ -72,7 +71,7 @@ class Footprint(Record):
     """Assumption about the model's inputs, with its reason."""
 
     def traced(self, precision: str) -> str:
-        """Return the precision if it was traced, else one that was."""
+        """Return the precision if it was traced, or else another precision that was."""
         precisions = [variant.precision for variant in self.variants]
         return precision if precision in precisions else precisions[0]
 

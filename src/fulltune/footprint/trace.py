@@ -100,7 +100,7 @@ def _parameter_shapes(case: TraceCase) -> list[tuple[int, ...]]:
 
 
 def _model_sizes(case: TraceCase) -> tuple[int, int, int]:
-    """Return the number of layers, the hidden size and the vocabulary size, 0 without one."""
+    """Return the number of layers, the hidden size and the vocabulary size (0 if there is no vocabulary)."""
     config = layered(case, case.config)
     layers = sum(getattr(config, "depths", None) or ()) or getattr(config, "num_hidden_layers", None) or USUAL_LAYERS
     layers *= 2 if config.is_encoder_decoder else 1

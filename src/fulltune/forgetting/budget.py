@@ -71,7 +71,7 @@ def crossing(inside: InterpolationPoint, outside: InterpolationPoint, limit: flo
 
 
 def best(points: Sequence[InterpolationPoint], limit: float, greater_is_better: bool) -> InterpolationPoint:
-    """Return the point with the best metric among those within the limit, and among equals the one with least drift."""
+    """Return the point with the best metric within the limit; among equals, the point with the least drift."""
     sign = 1 if greater_is_better else -1
     possible = [point for point in points if point.is_start or is_within(point.drift, limit)]
 

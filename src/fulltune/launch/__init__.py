@@ -67,7 +67,7 @@ class LaunchedJob:
 
     @property
     def words(self) -> list[str]:
-        """The words of the command in the recipe's folder, without options that differ by machine."""
+        """The words of the command in the recipe's folder, omitting options that differ by machine."""
         verb = "compare" if self.recipe.methods else "run"
         return ["fulltune", verb, f"./{self.file.name}", *(word for one in self.overrides for word in ("--set", one))]
 

@@ -77,7 +77,6 @@ def put_adapters(model: PreTrainedModel, method: AdapterMethod, heads: tuple[str
 
 
 def _is_projection(name: str, module: nn.Module, heads: tuple[str, ...]) -> bool:
-    """Return True for a linear layer in `PROJECTIONS` that is in a layer and not in a head."""
     from transformers.pytorch_utils import Conv1D
 
     ends = any(name.endswith(f".{end}") for end in PROJECTIONS)

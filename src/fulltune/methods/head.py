@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def names_of(model: PreTrainedModel, task: TaskName, method: str) -> tuple[str, ...]:
-    """Return the paths of the modules above the body and of the pooler; empty for tasks with a pretrained head."""
+    """Return the paths of the modules above the body and of the pooler, or nothing for tasks with a pretrained head."""
     if not FACTS[task].head_is_new:
         return ()
     if _body_of(model) is None:

@@ -28,7 +28,7 @@ class SixteenBitDropout(nn.Dropout):
 
 
 def threshold(p: float) -> int:
-    """Return how many of the 65536 possible draws drop a value, from 1 to 65535."""
+    """Return how many of the 65536 possible draws mean that a value is dropped, from 1 to 65535."""
     return min(max(round(p * STEPS), 1), STEPS - 1)
 
 

@@ -24,7 +24,7 @@ _GENERIC = re.compile(r"LABEL_\d+")
 
 @dataclass(frozen=True)
 class HeadOrigin:
-    """Origin of the weights in a model's head."""
+    """Where the weights in a model's head come from."""
 
     order: tuple[int, ...] | None
     """Row of each label in the checkpoint's head; empty for a head without labels; None for a new head."""
@@ -182,7 +182,7 @@ def _first_three(names: tuple[str, ...]) -> str:
 
 
 def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigin, has_labels: bool) -> HeadOrigin:
-    """Reorder or redraw a loaded model's head as expected, and return its actual origin."""
+    """Reorder or reinitialise a loaded model's head as expected, and return its actual origin."""
     import torch
 
     above = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
@@ -258,7 +258,7 @@ def draw(model: PreTrainedModel, head: HeadOrigin) -> None:
 
 
 def redraw(model: PreTrainedModel, head: HeadOrigin, seed: int) -> None:
-    """Reinitialise the parameters that are missing from the checkpoint from `seed`, without changing torch's random
+    """Reinitialise, from `seed`, the parameters that are missing from the checkpoint, without changing torch's random
     state."""
     import torch
 

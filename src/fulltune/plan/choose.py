@@ -47,7 +47,7 @@ def choose(basis: Basis) -> Option:
 
 
 def fastest(basis: Basis) -> Option | None:
-    """Return the fastest settings that fit and keep the result, with headroom if possible, or None if none fit.
+    """Return the fastest settings that fit and keep the result, with headroom if possible, or None if none fits.
 
     Among equally fast settings, those without checkpointing come first, then larger micro batches.
     """
@@ -76,7 +76,7 @@ def smallest(basis: Basis, same_numbers: bool = False) -> Option:
 
 
 def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
-    """Return the settings for every allowed micro batch, with and without the levers that keep the result."""
+    """Return the settings for every allowed micro batch, with and without the memory savings that keep the result."""
     rows, size = basis.rows_per_process, basis.recipe.train.micro_batch_size
     sizes = [size] if size is not None else [divisor for divisor in range(rows, 0, -1) if rows % divisor == 0]
     return [
@@ -87,8 +87,8 @@ def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
 
 
 def _with_levers(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
-    """Return the settings with every combination of automatic levers that keep the result, or without `same_result`,
-    change it."""
+    """Return the settings with every combination of automatic memory savings that keep the result or, unless
+    `same_result`, change it."""
     combinations = [start]
     for lever in LEVERS:
         if lever.searched and lever.same_result == same_result and not lever.refusal(recipe, start):

@@ -117,7 +117,7 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
         return with_placement(recipe, "single"), "one process"
 
     def peaks(placement: Placement) -> tuple[int, int, int]:
-        """Return the free bytes per process, and the lowest need without and with levers that change the result."""
+        """Return the free bytes per process, and the lowest need without and with savings that change the result."""
         own = with_placement(recipe, placement)
         basis = basis_of(replace(workload, recipe=own), fleet, own_loss=own_loss)
         exact, changed = (choose.smallest(basis, same_numbers=same).memory.peak for same in (True, False))

@@ -59,7 +59,7 @@ class Lever:
     """False if it may replace the recipe's value, as the result stays the same."""
 
     def apply(self, recipe: Recipe, now: MemorySettings) -> list[Changes]:
-        """Return the possible changes, the mildest first."""
+        """Return the possible changes to a plan, the mildest first."""
         return [dict(self.changes)] if self.options is None else self.options(recipe, now)
 
     def settings(self, recipe: Recipe, changes: Changes) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Lever:
         }
 
     def obstacle(self, recipe: Recipe, now: MemorySettings) -> str | None:
-        """Return the reason why the lever cannot be used at all, or None."""
+        """Return the reason why this setting cannot be used at all, or None."""
         own = [name for name in self.changes if SETTING_OF[name] == self.setting]
         if own and all(getattr(now, name) == self.changes[name] for name in own):
             return "already on"
@@ -81,7 +81,7 @@ class Lever:
         return None if self.apply(recipe, now) else "already at its smallest value"
 
     def refusal(self, recipe: Recipe, now: MemorySettings) -> str | None:
-        """Return the reason why the lever may not be used automatically, or None."""
+        """Return the reason why this setting may not be used automatically, or None."""
         if problem := self.obstacle(recipe, now):
             return problem
         if self.respects_recipe and (value := given(recipe, self.setting)) is not None:

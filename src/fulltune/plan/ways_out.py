@@ -76,7 +76,7 @@ def _usable_levers(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever,
 
 
 def _combined_levers(basis: Basis, now: MemorySettings) -> list[WayOut]:
-    """Return one way out that combines the fewest levers that are enough, or an empty list."""
+    """Return a way to fit that combines as few memory savings as are enough, or an empty list."""
     needed = basis.need(now).peak
     costs: list[str] = []
     named: dict[str, Any] = {}

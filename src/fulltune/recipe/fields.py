@@ -135,7 +135,7 @@ class Recipe(Block):
 
 
 def with_placement(recipe: Recipe, placement: str) -> Recipe:
-    """Return the recipe with the plan's placement, unless the recipe sets one."""
+    """Return the recipe with the plan's placement, unless the recipe sets a placement itself."""
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
         return recipe
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"placement": placement})})
@@ -157,7 +157,7 @@ def _expand_user(path: str) -> str:
 
 
 def named_paths(recipe: Recipe) -> list[str]:
-    """List the absolute paths of files and folders that a resolved recipe names, without Hub models."""
+    """List the absolute paths of the files and folders that a resolved recipe names, omitting Hub models."""
     paths = [entry if isinstance(entry, str) else entry.path for entry in recipe.data.entries]
     paths += [str(getattr(getattr(recipe, block), name)) for block, names in _PATH_SETTINGS.items() for name in names]
     paths += [str(recipe.train.engine_settings), recipe.model.name]

@@ -128,7 +128,6 @@ def check(values: PlainSettings, path: Path, lines: Lines | None = None) -> Reci
 
 
 def _with_location(problem: str, path: Path, lines: Lines) -> str:
-    """Prefix a problem with the file and line of the setting that it names."""
     named = [name for name in lines if re.match(rf"{re.escape(name)}(?![\w-])", problem)]
     line = lines[max(named, key=len)] if named else ""
     return f"{f'{path}:{line}' if isinstance(line, int) else line or path}  {problem}"

@@ -97,7 +97,7 @@ class PreserveBlock(Block):
 
     @property
     def limit(self) -> float | None:
-        """The budget as a share from 0 to 1, or None without a budget."""
+        """The budget as a share from 0 to 1, or None if there is no budget."""
         return None if self.budget is None else parse_share(self.budget)
 
 

@@ -29,7 +29,6 @@ def problems_of(recipe: Recipe) -> list[str]:
 
 
 def _single_run_problems(recipe: Recipe) -> list[str]:
-    """List the problems that a single run of the recipe would have."""
     fields = type(recipe.data).model_fields
     return [
         *(
@@ -132,7 +131,6 @@ SHARED = (
 
 
 def _method_problems(recipe: Recipe) -> Iterable[str]:
-    """Yield the problems of the `train` settings that single methods of a comparison have."""
     for prefix, method in methods_of(recipe):
         changes = getattr(method, "train", {})
         if not changes:
@@ -211,7 +209,7 @@ def _type_in_words(annotation: str) -> str:
 
 
 def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `train.extra` in transformers' types, without nulls for fields that cannot be None."""
+    """Return `train.extra` in transformers' types, omitting nulls for fields that cannot be None."""
     types = training_arguments()
     return {
         name: _type_adapter(types[name]).validate_python(value)

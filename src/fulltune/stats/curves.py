@@ -72,7 +72,8 @@ def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: floa
 
 
 def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Decide to stop if the loss stays far above its start: three times as a median, and never below 1.5 times."""
+    """Decide to stop if the loss stays far above its start: its median three times as high, and no loss below 1.5
+    times."""
     begin, last = _start_loss(losses, untrained), losses[-2 * LOSS_WINDOW :]
     if len(losses) <= 2 * LOSS_WINDOW or not _is_far_above(begin, last):
         return GO_ON
@@ -260,7 +261,7 @@ class Fit:
 
     @property
     def sentence(self) -> str:
-        """Kind and evidence as a sentence, or an empty string without evidence."""
+        """Kind and evidence as a sentence, or an empty string if there is no evidence."""
         return self.evidence and f"{self.kind.capitalize()}: {self.evidence}."
 
 

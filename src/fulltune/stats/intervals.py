@@ -172,8 +172,8 @@ def _uncertain_value(
 
 
 def paired(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """Return the difference of two models on the same resamples with its interval over rows, or None if there are too
-    few rows or finite values."""
+    """Return the difference of two models on the same resamples, with its interval over rows, or None if rows or finite
+    values are too few."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
     if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:
         return None

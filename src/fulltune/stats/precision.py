@@ -23,7 +23,7 @@ _DISCORDANCE = 0.1
 
 @dataclass(frozen=True)
 class ComparisonPrecision:
-    """The variances of a difference, from which those for other numbers of rows or seeds follow."""
+    """The variances of a difference, from which the variances for other numbers of rows or seeds follow."""
 
     shared: float
     """Variance due to the rows that all seeds of a method share."""

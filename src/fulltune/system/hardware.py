@@ -256,7 +256,6 @@ def memory_bytes() -> tuple[int, int]:
 
 
 _DISK_FULL = ("No space left", "PytorchStreamWriter failed", "enforce fail at inline_container")
-"""Error texts of safetensors and torch on a full disk."""
 _MAYBE_DISK_FULL = ("iostream error", "requested and")
 """Error texts of C++ and numpy that may have other causes; free space below 1 MiB decides."""
 

@@ -76,9 +76,7 @@ BUCKET_VALUES = 5 * 10**8
 LATEST = "latest"
 """DeepSpeed's file that names the folder of shards."""
 _OF_WEIGHTS = "zero_pp_rank_*_model_states.pt"
-"""Shards of the weights, which only stage 3 writes."""
 _OF_OPTIMIZER = "*_optim_states.pt"
-"""Shards of the optimizer's state, one per process."""
 _BACK = "set the same again, or start a new run (--fresh)"
 
 
@@ -99,7 +97,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def missing_package(recipe: Recipe) -> list[str]:
-    """Return a problem if DeepSpeed is needed but not installed, else an empty list."""
+    """Return a problem if DeepSpeed is needed but not installed, or an empty list."""
     if not recipe.train.engine_by or importlib.util.find_spec(PACKAGE) is not None:
         return []
     return [f"{recipe.train.engine_by}: needs DeepSpeed; {INSTALL}"]

@@ -148,7 +148,7 @@ class Task(Protocol):
         split."""
 
     def row_labels(self, row: Row, target: Target) -> list[str]:
-        """Return the row's class names, sorted, for stratified splits; an empty list for tasks without classes."""
+        """Return the row's sorted class names for stratified splits, or an empty list for tasks without classes."""
 
     def encode(self, rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
         """Tokenise rows that `refuse` accepted. A long row may give several examples, its windows."""

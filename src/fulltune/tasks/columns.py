@@ -124,7 +124,7 @@ def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | Non
 
 
 def named(role: str, name: str | None, columns: Sequence[str], where: str, names: Sequence[str] = ()) -> str | None:
-    """Return the column of a role: `name` from the recipe, which must exist, else one with a usual name, or None."""
+    """Return the column of a role: the recipe's `name`, which must exist, else a column with a usual name, or None."""
     if name is not None:
         # Names from other programs may be in another Unicode normal form.
         same = [column for column in columns if normalize("NFC", column) == normalize("NFC", name)]
@@ -151,7 +151,7 @@ def required(
 def find_columns(
     roles: Sequence[str], columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
 ) -> dict[str, str]:
-    """Map each role to its column; raise `DataError` if a role has no column, or shares one with another."""
+    """Map each role to its column; raise `DataError` if a role has no column, or if two roles share a column."""
     by_role: dict[str, str] = {}
     for role in roles:
         by_role[role] = required(role, getattr(data, role), columns, where, by_role.values())

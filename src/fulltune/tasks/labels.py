@@ -194,7 +194,7 @@ def parsed_number(value: object) -> float | None:
 
 
 def is_beyond(value: object) -> bool:
-    """Return True for numbers that float32 cannot hold: `1e39`, `1e999`, `inf` or `nan`."""
+    """Return True for numbers that float32 cannot hold: `1e39`, `1e999`, `inf`, the word `nan`."""
     number = _float_or_none(value)
     return number is not None and not abs(number) <= _MOST_FLOAT32
 

@@ -240,7 +240,7 @@ def _split_and_words(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
 
 
 def by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
-    """Group a folder's files by the split in their names, with None for names without one.
+    """Group a folder's files by the split in their names; the key is None for files that name no split.
 
     A name with other words (`crash_test`) may be a title. It counts only beside a file named train, or beside a file
     that differs only in the split's word.

@@ -186,7 +186,6 @@ def _cost_table(comparison: Comparison) -> Table:
     full = _full_row(comparison)
 
     def cell(row: MethodRow, field: str, write: Callable[[float], str]) -> str:
-        """Format a cost with its ratio to full fine-tuning."""
         value, whole = float(getattr(row, field)), float(getattr(full, field, 0))
         if value <= 0:
             return NOTHING

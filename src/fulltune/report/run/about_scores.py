@@ -121,7 +121,7 @@ def scored_again(accesses: Sequence[Access]) -> str:
 
 
 def _groups_in_words(scores: Sequence[Scores]) -> str | None:
-    """Say that intervals are computed over groups of dependent rows, or return None without groups."""
+    """Say that intervals are computed over groups of dependent rows, or return None if there are no groups."""
     sizes = {(one.rows, one.clusters) for row in scores for one in row.metrics.values() if one.rows and one.clusters}
     num_rows, num_groups = max(sizes, default=(0, 0))
     if num_rows == num_groups:

@@ -314,7 +314,7 @@ class _Files:
 
 
 def _first_step(path: Path) -> int | None:
-    """Return the step of a request's checkpoint (0 without one), or None if unreadable."""
+    """Return the step of a request's checkpoint (0 if it has none), or None if unreadable."""
     try:
         checkpoint = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
         return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])

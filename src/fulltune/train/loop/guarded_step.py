@@ -189,7 +189,7 @@ def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
 
 
 def explain(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
-    """Describe which module produces the first non-finite value in a step's micro batches."""
+    """Describe the cause of a step's non-finite values, such as the first module that produces one."""
     try:
         return _non_finite_cause(model, batches)
     except Exception as error:  # a model that cannot be called without labels, or memory that runs out

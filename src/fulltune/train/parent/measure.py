@@ -74,7 +74,8 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSet
 
 
 def compilations(recipe: Recipe, best: MeasuredSetting, missing: str | None) -> list[MeasuredSetting]:
-    """Return a setting with torch.compile, or nothing if the recipe rules it out. `missing` names a missing tool."""
+    """Return a setting with torch.compile, or nothing if the recipe already sets or excludes it. `missing` names a
+    missing tool."""
     train = recipe.train
     if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
         return []
