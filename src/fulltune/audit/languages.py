@@ -18,7 +18,7 @@ from fulltune.tasks import Row
 OTHER_LANGUAGE, PACKAGE = "other language", "py3langid"
 SURE = 0.95
 MIN_BYTES = 20
-"""Fewest UTF-8 bytes of letters: 20 Latin, 10 Cyrillic or 7 Chinese characters."""
+"""Minimum number of UTF-8 bytes of letters: 20 Latin, 10 Cyrillic or 7 Chinese characters."""
 _MAX_CHARACTERS = 400
 """Characters examined, half of them from the text's end."""
 _VARIETIES: Mapping[str, str] = PATTERNS["varieties"]

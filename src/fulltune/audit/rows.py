@@ -228,14 +228,14 @@ def in_other_languages(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
 
 DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
 NEAR = 0.8
-"""Share of common 5-grams from which texts are nearly the same."""
+"""Minimum share of common 5-grams for texts to count as nearly the same."""
 _CANDIDATE = 0.7
-"""Estimated share from which texts are compared exactly."""
+"""Minimum estimated share for texts to be compared exactly."""
 _MAX_QUOTED = 80
 _MAX_COMPARED = 5000
-"""Most held-out rows of a group that are compared with a train row."""
+"""Maximum number of a group's held-out rows that are compared with a train row."""
 _MAX_READ = 10
-"""Most held-out rows whose texts are read for a train row."""
+"""Maximum number of held-out rows whose texts are read for a train row."""
 
 
 def repeated(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
@@ -347,7 +347,7 @@ Turn = Mapping[str, Any]
 _SYSTEM = ("system", "developer")
 _TOOL = ("tool", "function", "ipython", "observation")
 _MIN_IDENTICAL = 40
-"""Fewest characters of suspicious equal answers."""
+"""Minimum length of suspicious equal answers, in characters."""
 
 
 def chat_faults(turns: Sequence[Turn]) -> list[str]:

@@ -57,7 +57,7 @@ VERSION = 5
 """Version of the checks. Audits by other versions are repeated."""
 _EXAMPLES = 10
 MAX_LOSSES, MAX_LOSS_SHARE = 100, 0.1
-"""Most rows of a split that are listed for their loss: a number and a share."""
+"""Maximum number and share of a split's rows that are listed for their loss."""
 
 
 def by_model(summary: DataSummary) -> set[str]:

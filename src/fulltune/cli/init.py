@@ -47,7 +47,7 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
 """Tasks with the column role that marks them, the clearest first."""
 _HEAD, _FEW = 1000, 100
 _ROWS_OF_A_LABEL = 10
-"""Average repetitions of a value from which a column looks like a label."""
+"""Minimum average repetitions of a value for a column to look like a label."""
 
 TEMPLATE = """\
 # Written by `fulltune init {file}`. Every setting: docs/reference/recipe.md. Run it: fulltune run {recipe}

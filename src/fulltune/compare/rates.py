@@ -12,7 +12,7 @@ from fulltune.stats.curves import error_of_share
 STEP = math.sqrt(10)
 MOST_EXTENSIONS = 2
 LEAST_STEPS = 10
-"""Fewest steps of a short trial, because in fewer all rates look alike."""
+"""Minimum number of steps in a short trial, because in fewer steps all rates look alike."""
 CLEARLY = 2
 """Standard errors by which a whole run leads clearly."""
 

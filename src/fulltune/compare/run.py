@@ -23,7 +23,7 @@ from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server
 
 NEAR_DUPLICATES = 0.8
-"""Share of common 5-grams (Jaccard) from which rows are near duplicates."""
+"""Minimum share of common 5-grams (Jaccard) for rows to count as near duplicates."""
 Compared = tuple[Comparison, tuple[Path, ...]]
 
 

@@ -25,7 +25,7 @@ Results = dict[str, list[TrialResult]]
 
 MOST_WHOLE_RUNS = 4
 MOST_WHOLE_RUNS_ALONE = 3
-"""Most whole runs at different rates, in a comparison and in a rate search."""
+"""Maximum number of whole runs at different rates, in a comparison and in a rate search."""
 
 
 def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:

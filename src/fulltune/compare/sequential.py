@@ -18,9 +18,9 @@ from fulltune.stats.precision import ComparisonPrecision
 SAMPLES = 2_000
 _LATE = 4.0
 _SURE = 0.95
-"""Probability of a clear answer from which no more seeds run."""
+"""No more seeds run if a clear answer has at least this probability."""
 _LIKELY = 0.5
-"""Probability that full wins from which others catch up after the last seed."""
+"""Other methods catch up after the last seed if full wins with at least this probability."""
 _CLEAR = "clear: the test rows would very likely agree"
 _HOPELESS = 0.2
 """Probability of a clear answer below which more seeds are a waste."""

@@ -50,7 +50,7 @@ class Limits:
 
 
 MIN_LENGTH = 8
-"""Fewest tokens that virtual tokens must leave for the text."""
+"""Minimum number of tokens that virtual tokens must leave for the text."""
 
 
 def length_limit(

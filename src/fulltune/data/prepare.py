@@ -79,7 +79,7 @@ SUMMARY = "summary.json"
 FORMAT = 9
 """Version of the format of prepared rows. Rows of other versions are prepared again."""
 MAX_CACHED = 5
-"""Most prepared data sets in the cache; runs have their own links."""
+"""Maximum number of prepared data sets in the cache; runs have their own links."""
 _ABANDONED_SECONDS = 24 * 3600
 _PROGRESS_SECONDS = 0.2
 _CACHE_ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")

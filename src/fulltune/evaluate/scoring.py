@@ -40,7 +40,7 @@ WORST = 25
 Scored = tuple[Scores, Resampled | None]
 """Scores, with the main metric on resamples or None if it was not computed."""
 MIN_UNSEEN = 20
-"""Fewest groups of test rows that do not occur in train for a metric on those rows alone."""
+"""Minimum number of test groups absent from train for a metric on those rows alone."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from fulltune.text import counted
 
 NUM_TEXTS = 200
 MAX_PARAGRAPH_LINES = 30
-"""Average lines of a paragraph above which each line of a file is a text."""
+"""If paragraphs have more lines than this on average, each line of a file is a text."""
 _KEY_WORDS, _DOCUMENTATION_KEY_WORDS = 64, 8
 """First words that identify a text or a docstring, as boilerplate begins alike."""
 _MIN_MAX_WORDS = (20, 120)
@@ -76,7 +76,7 @@ class BudgetTexts:
     sealed: list[str]
     """Texts that are read only for the final measurement."""
     replayed: list[str]
-    """Texts from which each step replays some; empty without replay."""
+    """Texts from which each step replays some, or none if there is no replay."""
     source: str
 
 

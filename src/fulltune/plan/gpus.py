@@ -103,12 +103,12 @@ class Fleet(Record):
     gpu_model: GpuModel | None = None
     """None if unknown, so that no speed can be estimated."""
     disk_bytes: int | None = None
-    """Free space on the run folder's disk, if known."""
+    """Free space on the run folder's disk, or None if unknown."""
     disk_at: str = ""
     """Folder whose disk was measured; by default the recipe's output."""
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
-    """Usual values for details omitted from `--for`, in words."""
+    """Values assumed for details omitted from `--for`, described in words."""
     named: NamedHardware = NamedHardware(None)
     here: bool = False
 

@@ -42,7 +42,7 @@ class Lever:
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
     """Computes the possible changes, the mildest first, in place of `changes`."""
     unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
-    """Returns a reason against this lever, or None."""
+    """Returns a reason why this setting is ruled out, or None."""
     done: str = ""
     """Message after its use: a template with the new values and `now`, the plan before."""
     same_result: bool = True

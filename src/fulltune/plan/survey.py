@@ -20,7 +20,7 @@ from fulltune.system import parallel_layout
 from fulltune.system.parallel_layout import ParallelLayout
 
 MUCH_FASTER = 1.25
-"""Speed-up from which ZeRO, which needs installing, replaces a placement that fits."""
+"""Minimum speed-up for ZeRO, which must be installed, to replace a placement that fits."""
 FEW_ROWS, MANY_ROWS = 10_000, 100_000
 SMALL_ENCODER, LARGE = 500_000_000, 10**10
 MORE, HOSTS = (2, 4, 8), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)

@@ -54,7 +54,6 @@ class Basis:
     available_bytes: int
     """Bytes that one process may use on its device."""
     where: str
-    """`available_bytes` in words."""
     work: time.Work
 
     @property

@@ -41,7 +41,7 @@ class Features:
     """Features of items in row order, as float32 [items, hidden]."""
 
     last: np.ndarray | None
-    """Inputs of the head's last layer, if extracted."""
+    """Inputs of the head's last layer, or None if not extracted."""
     dense: np.ndarray | None
     """Inputs of the head's dense layer, if it has one."""
     mean: np.ndarray | None

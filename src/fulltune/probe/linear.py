@@ -27,7 +27,7 @@ MOST_COMPARED = 4_000
 MOST_STEPS, TOLERANCE = 300, 3e-4
 """The solver's limits: three times the tolerance gave 5 % more errors (2026-11-26)."""
 _MANY_MULTIPLICATIONS = 10**9
-"""Number of multiplications from which several threads are faster, about 0.2 s in one thread."""
+"""Minimum number of multiplications for several threads to be faster, about 0.2 s in one thread."""
 _LEAST_CHANCE = 1e-4
 """Lower limit of a probability, so that one unseen class does not dominate the loss."""
 

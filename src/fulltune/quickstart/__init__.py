@@ -28,7 +28,7 @@ TOPIC_SOURCES, CHAT_SOURCES = tomllib.loads(_HERE.with_name("sources.toml").read
 _SKIPPED = "tests test testing _internal externals _vendor vendor benchmarks _lib _test utils"
 _TOPIC_WORDS, _ANSWER_WORDS = (8, 32), (4, 40)
 _ROWS_PER_FILE = 60
-"""Most rows of one file, so that no file dominates a topic."""
+"""Maximum number of rows from one file, so that no file dominates a topic."""
 _TOPIC_ROWS, _CHAT_ROWS = (360, 150), (1200, 150)
 _TEST_SHARE = 0.25
 

@@ -254,7 +254,6 @@ def _quoted_names(expected: str) -> list[str]:
 
 
 def _expected_and_found(expected: str, value: object) -> str:
-    """Return what was expected and found, with a similar name as a hint."""
     hint = did_you_mean(str(value), _quoted_names(expected))
     return f"expected {expected}, found {value!r}" + (f"; {hint}" if hint else "")
 

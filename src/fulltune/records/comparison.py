@@ -90,9 +90,9 @@ class Expectation(Record):
 
     methods: tuple[str, ...]
     num_seeds: int
-    """Most seeds of full fine-tuning and the best other method within the budget."""
+    """Maximum number of seeds for full fine-tuning and the best other method within the budget."""
     most_seeds: int
-    """Most seeds without a budget."""
+    """Maximum number of seeds if there is no budget."""
     num_search_trials: int = 0
     seconds: float = 0.0
     """Forecast time if only full fine-tuning and the best other method get all seeds, including time already spent."""
@@ -253,7 +253,7 @@ class MethodRow(Record):
 
 
 class Comparison(Record):
-    """A finished comparison, from which its report is made."""
+    """A finished comparison, used to make its report."""
 
     name: str
     model: str

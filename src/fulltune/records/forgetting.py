@@ -49,7 +49,7 @@ class BudgetResult(Record):
 
     trial: str
     budget: float
-    """Most drift to accept, as a share between 0 and 1."""
+    """Maximum drift to accept, as a share between 0 and 1."""
     limit: float
     is_language_model: bool
     text_source: str

@@ -133,7 +133,7 @@ class MemorySettings(Record):
     num_saves: int | None = None
     """Number of checkpoints that the run writes, or None for many."""
     probe_bytes: int = 0
-    """Memory of fitting the linear probe, or 0 without one."""
+    """Memory needed to fit the linear probe, or 0 if there is none."""
     num_all_parameters: int | None = None
     """Number of parameters of the model and the method together, or None if the method adds none."""
     num_trainable: int | None = None

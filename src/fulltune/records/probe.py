@@ -10,7 +10,7 @@ Pooling = Literal["head", "mean", "pair"]
 MOST_ROWS = 20_000
 MOST_FEATURE_BYTES = 2**28
 MOST_SOLVER_BYTES = 2**30
-"""Most bytes of the solver's weights, history and logits."""
+"""Maximum size of the solver's weights, history and logits, in bytes."""
 OTHER_TOKENS = 8
 """Number of random tokens used from each window, besides those where the answer starts and ends."""
 PAIRS = 5 / 3

@@ -20,7 +20,7 @@ SAMPLES = 10_000
 SAMPLES_ANEW = 1_000
 """Number of resamples for a metric that must be recomputed on each of them."""
 _MAX_PRODUCTS = 2e10
-"""Most multiplications; a metric with many counts gets fewer resamples."""
+"""Maximum number of multiplications; a metric with many counts gets fewer resamples."""
 _MIN_SAMPLES = 1_000
 _WEIGHTS_AT_ONCE = 3_000_000
 _SEED = 0

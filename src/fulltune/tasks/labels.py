@@ -21,7 +21,7 @@ from fulltune.text import counted
 
 _MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
-"""Most distinct label values that are stored; further numbers are only counted."""
+"""Maximum number of distinct label values that are stored; further numbers are only counted."""
 LabelCounts = list[tuple[Any, int, str]]
 """Distinct values of a label column, each with its number of rows and the first row's location."""
 

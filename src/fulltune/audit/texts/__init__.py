@@ -98,7 +98,7 @@ PARTS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
 CHEAP = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
 """Checks of every row in each run, which take 15 % of the time of tokenising short texts."""
 MAX_CHECKED = 100_000
-"""Most characters of a text that are checked, at several times their memory."""
+"""Maximum number of characters checked per text; checking takes several times their memory."""
 
 
 def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[TextUse, list[str]]:

@@ -39,11 +39,10 @@ def _matches_of_kind(kind: str, text: str) -> Iterator[_Hit]:
 # ---- validation of matches ------------------------------------------------------------------------------------------
 
 _MIN_BITS = 3.0
-"""Entropy per character above which a value is random, not a word."""
+"""Minimum entropy per character for a value to count as random, not a word."""
 
 
 def _is_random(value: str) -> bool:
-    """Return whether a value is random, not words or code."""
     if RE["not_given"].search(value):
         return False
     value = value.rstrip(".:!?]}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 1000
 _BYTES_AT_ONCE = 64 * 2**20
-"""Most bytes read at once, which limits rows with images or books."""
+"""Maximum number of bytes read at once, which limits rows with images or books."""
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 

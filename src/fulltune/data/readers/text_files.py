@@ -25,7 +25,7 @@ _AGAIN = "repeats the header line (were two files concatenated?), expected a row
 _NAMES_AGAIN = "contains the names of data.columns, expected a row; remove this line, or data.columns if it is a header"
 _JOINED = "lines of this row look like rows: if they are, remove the double quotes around the cell"
 _MAX_VALUES = 10_000
-"""Most cells of ordinary rows with which lines inside quotes are compared."""
+"""Maximum number of distinct ordinary cells with which lines inside quotes are compared."""
 _MARK = "a byte order mark before a double quote, as in concatenated files; remove it"
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
@@ -280,7 +280,7 @@ def _columns_problem(columns: list[str], expected: int) -> str | None:
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 _USUAL = {name for names in USUAL_NAMES.values() for name in names}
 _MAX_CELL = min(sys.maxsize, 2**31 - 1)
-"""Most characters of a cell; the csv module's default is 128 Ki."""
+"""Maximum length of a cell in characters; the csv module's default is 128 Ki."""
 _FEW, _ROWS = 100, 1000
 _MIN_TEXT_WORDS = 5
 """Words that make a cell a text, not a column name."""

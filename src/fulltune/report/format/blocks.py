@@ -15,7 +15,7 @@ class Cell:
     untrusted: bool = False
     """True for text from data or a model, which is escaped and isolated."""
     limit: int | None = None
-    """Most characters on a page; elsewhere at most 160, or 80 without a limit."""
+    """Maximum length on a page, in characters; elsewhere at most 160, or 80 without a limit."""
 
     def shown(self, on_page: bool = False) -> str:
         """Return the text, cut to the cell's limit if it is untrusted."""

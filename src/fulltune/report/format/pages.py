@@ -163,7 +163,7 @@ def _cell_in_markdown(cell: Cell | str) -> str:
 
 _SHOWN_LIMIT = 300
 _NAME_WIDTH, _TEXT_WIDTH = 40, 28
-"""Width from which texts in a table wrap; numbers never do."""
+"""Minimum width to which texts in a table are wrapped; numbers never wrap."""
 _GAP = 2
 _STYLES = {
     **dict.fromkeys(("better", "peft", "variant", "equivalent"), "bold green"),

@@ -303,7 +303,6 @@ class _Files:
             return ()
 
     def attempts(self) -> Iterator[AttemptFiles]:
-        """Yield the files of each attempt, by trial and number."""
         named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in self.folder.glob("attempts/*"))
         numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
         for trial, _, path in sorted(numbered):

@@ -117,14 +117,14 @@ _FEW_STEPS = 100
 _MOST_TIMES = 10
 _FEW_ROWS_OF_A_LABEL = 10
 _ONE_CLASS = 0.98
-"""Share of rows predicted as one label from which a model is blind."""
+"""Minimum share of rows predicted as one label for a model to count as blind."""
 _UNEVEN = 2.0
-"""Ratio to the other labels' mean rows from which a label is the most frequent one."""
+"""A label is the most frequent one if its rows are this many times the other labels' mean."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Findings on a finished run, from which advice follows."""
+    """Findings on a finished run, used to give advice."""
 
     verdict: str
     plan: Plan

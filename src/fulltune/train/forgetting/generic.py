@@ -34,7 +34,7 @@ TOP_TOKENS = 64
 """How many of the most likely next tokens have their probability stored; all others count as one token."""
 _MIN_REST = 1e-6
 _MAX_LOGITS = 2**24
-"""Most logits in one pass: 64 MiB."""
+"""Maximum number of logits in one pass: 64 MiB."""
 
 
 class DriftMonitor(TrainingPart):

@@ -151,8 +151,8 @@ class GlobalBatchSampler:
         return batches + ([rest] if rest else [])
 
     def passes(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
-        """Yield the rows of each forward pass, for each step after `first_step` up to `last_step`. Of passes that run
-        at the same time on several ranks, only the one with the longest row is yielded."""
+        """Yield, for each step after `first_step` up to `last_step`, the rows of each forward pass. Of passes that run
+        at the same time on several ranks, only the one with the longest row is included."""
         for batch in self.steps(first_step, last_step):
             parts = list(self.micro_batches(batch))
             together = range(0, len(parts), self.num_processes)

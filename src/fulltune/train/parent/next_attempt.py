@@ -15,7 +15,7 @@ from fulltune.text import format_bytes
 from fulltune.train.loop.step_guard import rate_factor
 
 MAX_UNCHANGED: dict[OutcomeStatus, int] = {"hung": 1, "killed": 4, "lost": 20}
-"""Most resumes with an unchanged plan, by status; preemptible machines are often lost."""
+"""Maximum number of resumes with an unchanged plan, by status; preemptible machines are often lost."""
 _MARK = "; memory ran out"
 _WHERE: dict[Phase | None, str] = {
     None: "",

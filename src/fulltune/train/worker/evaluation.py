@@ -22,7 +22,7 @@ from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 from fulltune.train.worker import distributed
 
 MAX_COUNTS = 8
-"""Most numbers per eval row in a checkpoint."""
+"""Maximum number of values per eval row in a checkpoint."""
 MIN_ROWS = 30
 """Fewer eval rows give no useful standard error."""
 
