@@ -51,7 +51,7 @@ _IDS, _CLUSTERS = "row_ids", "row_clusters"
 
 @dataclass(frozen=True)
 class CleaningStep:
-    """A change to all train rows that a check found: drop them, or apply the remedies."""
+    """A check's change to all train rows that it flagged: drop them, or apply the remedies."""
 
     check: str
     action: Action

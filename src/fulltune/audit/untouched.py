@@ -118,7 +118,7 @@ NOT_SEPARABLE = "the untouched model's features do not distinguish the classes"
 
 @dataclass(frozen=True)
 class JudgedLabels:
-    """The margin of each label, and how far to trust it."""
+    """The margin of each label, and how far the labels can be trusted."""
 
     margins: np.ndarray
     """float64 [rows], at most 1. A lower margin makes the label less likely."""

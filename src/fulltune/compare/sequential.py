@@ -65,7 +65,7 @@ def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> t
 
 @dataclass(frozen=True)
 class Outlook:
-    """Expected result of one rival on the sealed rows."""
+    """Expected result of a rival's comparison with full on the sealed rows."""
 
     name: str
     score: float

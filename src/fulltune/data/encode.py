@@ -75,7 +75,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """The numbers per example and per row that stay in memory for a source or chunk."""
+    """The data per example and per row that stay in memory for a source or chunk."""
 
     where: str
     target: Target

@@ -80,7 +80,6 @@ def grams(text: str) -> set[str]:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Apply the finaliser of splitmix64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -90,7 +90,7 @@ class PatchedRows:
                 yield place, patched
 
     def _apply_decisions(self, place: str, row: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the row as decided, or None to drop it. A changed row may match another decision."""
+        """Return the row after its decision, or None if it is dropped. A changed row may match another decision."""
         while (row_hash := row_id(row)) in self.hashes:
             self._copies[row_hash] += 1
             decision = self.decisions.get((self.source, numbered(row_hash, self._copies[row_hash])))

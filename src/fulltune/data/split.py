@@ -177,7 +177,8 @@ def split_by_time(
 
 
 def _start_of_newest(oldest: np.ndarray, wanted: int) -> float:
-    """Return a time such that groups beginning then or later have about `wanted` rows, or infinity."""
+    """Return a time such that groups starting then or later have about `wanted` rows, or infinity if all groups start
+    together."""
     starts, counts = np.unique(oldest, return_counts=True)
     if len(starts) < 2:
         return np.inf

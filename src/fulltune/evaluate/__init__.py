@@ -213,7 +213,6 @@ def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
 
 @contextlib.contextmanager
 def _explain_out_of_memory(what: str) -> Iterator[None]:
-    """Turn running out of memory into an error with advice."""
     try:
         yield
     except Exception as error:

@@ -38,7 +38,7 @@ def units_of(shapes: Shapes) -> Units:
 
 @dataclass(frozen=True)
 class _Moment:
-    """Bytes of one process at a moment of a step, without its shards of the state."""
+    """Memory of one process at a moment of a step in bytes, excluding its shards of the state."""
 
     passing: dict[MemoryKind, int]
     """Bytes by kind as in a single process, without gradients."""

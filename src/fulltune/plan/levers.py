@@ -33,7 +33,7 @@ ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resum
 
 @dataclass(frozen=True)
 class Lever:
-    """A setting that saves memory at the cost of something else."""
+    """A setting that saves memory but costs something else."""
 
     name: str
     setting: str
@@ -109,7 +109,7 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    """Return changes to ever smaller micro batches, each a divisor of the one before, that ZeRO's settings allow."""
+    """Return changes to smaller and smaller micro batches, each dividing the one before, that ZeRO's settings allow."""
     size, smaller = now.micro_batch_size, []
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)

@@ -60,7 +60,7 @@ def _candidate_settings(basis: Basis) -> Iterator[dict[str, Any]]:
 
 
 def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
-    """Return a placement's fastest settings that fit, else its smallest ones, as a row of the table."""
+    """Return, as a row of the table, a placement's fastest settings that fit, else its smallest ones."""
     recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
         weights_dtype=settings["model.weights_dtype"],

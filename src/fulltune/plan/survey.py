@@ -169,7 +169,8 @@ def _with_reason(plan: Plan, names: set[str], reason: str) -> Plan:
 
 
 def _plan_or_none(workload: Workload | None, fleet: Fleet, by_asking: bool = False) -> PlannedSettings | None:
-    """Return the plan with the recipe's or an automatic placement, or None; `by_asking` allows any placement."""
+    """Return the plan with the recipe's or an automatic placement, or None if it does not fit; `by_asking` allows any
+    placement."""
     if workload is None:
         return None
     table = placements.table(basis_of(workload, fleet))
@@ -185,7 +186,7 @@ def _plan_or_none(workload: Workload | None, fleet: Fleet, by_asking: bool = Fal
 def _find_ways_out(
     workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[WayOut, ...]]:
-    """Return the problem and its ways out: for the disk if only the disk is too small, else for memory."""
+    """Return the problem and the ways to solve it: for the disk if only the disk is too small, else for memory."""
     fleet = basis.fleet
     outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"
@@ -249,7 +250,7 @@ def _plan_on(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
 
 
 def _checked_way_out(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
-    """Return the way out, no longer `enough` if planning with it fails."""
+    """Return the way out, marked as not `enough` if planning with it fails."""
     if not way.enough or not way.settings or "data.max_length" in way.settings:
         return way
     if _plan_or_none(replace(workload, recipe=with_settings(workload.recipe, way.settings)), fleet) is not None:

@@ -35,7 +35,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Basis:
-    """The memory and speed of settings for a workload on some hardware."""
+    """What a plan is chosen from: a workload's memory and speed on some hardware, by settings."""
 
     recipe: Recipe
     shapes: Shapes

@@ -89,7 +89,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Refused:
-    """The reason why a row is dropped: a check's name, for counts, and a message."""
+    """The reason why a row is dropped: the name of a check, for counting, and a message."""
 
     check: str
     reason: str
@@ -97,7 +97,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised row, or a window of one."""
+    """A tokenised row, or a window of a tokenised row."""
 
     features: RowFeatures
     """`input_ids` [tokens], `labels` (a class id, a vector, or [tokens] with -100 for untrained tokens) and the task's

@@ -239,7 +239,7 @@ def with_trained_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
 
 
 def _template_as_trained(target: Target, tokenizer: Tokenizer) -> str | None:
-    """Make a chat template that writes prompts as they were trained, or return None if no template can reproduce the
+    """Make a chat template that writes prompts as in training, or return None if no template can reproduce the
     tokenizer's opening tokens."""
     opening = tokenizer.bos_token if prompt_ids("a", tokenizer)[:1] == [tokenizer.bos_token_id] else ""
     turn = "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"

@@ -49,7 +49,7 @@ def clean(messages: Any) -> list[dict[str, Any]]:
 
 
 def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
-    """Return a message's content as text and its tool calls as a list, where they are of another type."""
+    """Return a message's content as text and its tool calls as a list, if they have another type."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
@@ -119,7 +119,8 @@ def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int,
 
 
 def _first_turn_start(tokenizer: Tokenizer, text: str) -> int:
-    """Return where the first message starts if it is the assistant's; templates cannot render the prompt before it."""
+    """Return where the assistant's message starts if it is the first; templates cannot render the empty prompt before
+    it."""
     question = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, question, None)
     opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)

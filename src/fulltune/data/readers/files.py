@@ -227,7 +227,7 @@ _LAST_TWO = re.compile(rf"({'|'.join(_SPLIT_WORDS)})[\W_]+((?:set|data|split)s?)
 
 
 def _split_and_words(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
-    """Return the split in a file name, or None, and the other words without suffix, numbers and version.
+    """Return the split in a file name, or None, and the name's other words, omitting suffix, numbers and version.
 
     A split's word counts alone, last, first of two (`dev_matched`), or joined with its kind (`testset_w_refs`).
     """

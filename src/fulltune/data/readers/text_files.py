@@ -68,7 +68,7 @@ def separated(
 
 
 def _cell_or_zero(cell: str) -> str:
-    """Return a cell, or "0" for any number."""
+    """Return a cell, or "0" in place of a number."""
     return "0" if is_number(cell) else cell
 
 
@@ -350,7 +350,7 @@ def is_number(text: str) -> bool:
 
 
 def _guess_names(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Name the longest column `text`, and the one with the fewest different values `label`."""
+    """Name the longest column `text`, and the column with the fewest distinct values `label`."""
     text = max(range(len(columns)), key=lambda place: sum(map(len, columns[place])))
     kinds = {place: len(set(values)) for place, values in enumerate(columns) if place != text and all(values)}
     label = min((place for place, count in kinds.items() if count > 1), key=kinds.__getitem__, default=None)

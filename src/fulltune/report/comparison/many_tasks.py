@@ -56,7 +56,7 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
 
 
 def _mean_lead_of_full(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
-    """Return by how much full is better on average, or None unless all metrics are shares. Intervals are combined as
+    """Return how much better full is on average, or None unless all metrics are shares. Intervals are combined as
     independent."""
     gaps = [one.decision.difference(method) for one in comparisons]
     if not all(is_share(one.decision.metric) for one in comparisons) or not all(gap.seeds_known for gap in gaps):

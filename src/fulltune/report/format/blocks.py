@@ -103,7 +103,7 @@ class Exchanges:
 
 @dataclass(frozen=True)
 class Folded:
-    """A part that a reader unfolds."""
+    """A part that is folded until a reader opens it."""
 
     title: str
     blocks: tuple[Element, ...]

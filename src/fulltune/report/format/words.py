@@ -154,7 +154,7 @@ class Writer:
 
     @property
     def _decimals(self) -> int:
-        """Decimals of a difference: at least two, and one more than the margin has."""
+        """Number of decimals of a difference: at least two, and one more than the margin has."""
         margin = 100 * self.margin if self.in_points else self.margin
         return min(6, max(2, 1 - math.floor(math.log10(margin) + 1e-9))) if margin > 0 else 3
 

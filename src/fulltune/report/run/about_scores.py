@@ -159,7 +159,7 @@ def answers(view: RunView) -> Section | None:
 
 
 def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Exchange, ...]:
-    """Pair two models' answers by the row's text, repeated texts in order."""
+    """Pair two models' answers to the same text; repeated texts are paired in order."""
     waiting: dict[str, deque[Answer]] = defaultdict(deque)
     for answer in before:
         waiting[answer.text].append(answer)

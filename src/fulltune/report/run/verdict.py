@@ -86,7 +86,7 @@ def _headline(kind: str, sentence: str) -> Headline:
 
 
 def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
-    """Return a sentence if generated answers are no better or empty, else an empty string."""
+    """Return a sentence if generated answers are no better, or are empty, else an empty string."""
     name = next((name for name in words.OF_ANSWERS if name in row.metrics and row.answers), "")
     bar = strongest_untrained(scores, name, greater_is_better=True)
     if bar is None:

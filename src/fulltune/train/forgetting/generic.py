@@ -112,7 +112,7 @@ class DriftMonitor(TrainingPart):
         self.start = state.get("generic")
 
     def _check_texts(self, identity: str | None) -> None:
-        """Refuse texts other than the checkpoint's if there is a budget, else stop measuring."""
+        """If the texts differ from the checkpoint's, raise an error if there is a budget, else stop measuring."""
         if self.text is None or identity in (None, self.identity):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED

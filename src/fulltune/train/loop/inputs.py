@@ -22,7 +22,7 @@ from fulltune.train.usage import ResourceUsage
 
 @dataclass(frozen=True)
 class AttemptInputs:
-    """An attempt's request, data and listeners; constant while it runs."""
+    """An attempt's request, data and listeners, which do not change while it runs."""
 
     request: Request
     hooks: Hooks

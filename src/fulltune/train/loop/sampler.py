@@ -135,7 +135,7 @@ class GlobalBatchSampler:
         return tuple(tokens.astype(np.int64).tolist())
 
     def _shuffled_batches(self, order: list[int], seed: str) -> list[list[int]]:
-        """Shuffle rows and split them into global batches, grouped by length if set."""
+        """Shuffle rows and split them into global batches of rows of similar length, if planned."""
         draw = random.Random(seed)
         draw.shuffle(order)
         size = self.global_batch_size

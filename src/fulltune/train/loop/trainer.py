@@ -59,7 +59,7 @@ def collated(
 
 
 class TrainingPart(TrainerCallback):
-    """A Trainer callback with four more hooks; `_create_parts` in `worker/attempt.py` lists all parts."""
+    """A Trainer callback with four more hooks. `_create_parts` in `worker/attempt.py` lists all parts."""
 
     def add_gradient(self) -> None:
         """Add gradients before the first micro batch of a step."""

@@ -141,7 +141,7 @@ def whole_state(
 
 
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
-    """Return parameters (tied ones once) and persistent buffers by their keys in the checkpoint."""
+    """Return parameters (each tied one once) and persistent buffers, by checkpoint key."""
     sharding.reshard(model)
     tensors: dict[str, torch.Tensor] = dict(methods.trained(model) if trained_only else model.named_parameters())
     if not trained_only:

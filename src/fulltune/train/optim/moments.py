@@ -33,8 +33,8 @@ _MIN_SCALE = 1e-30
 
 
 class Noise:
-    """Random numbers for rounding that depend only on seed, step and position. They come from a table, because drawing
-    them takes longer than an update."""
+    """Random numbers for rounding that depend only on seed, step and position. They are read from a table, because
+    drawing them takes longer than an update."""
 
     def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
         self._seed = seed
@@ -143,7 +143,6 @@ def root(values: Tensor, out: Tensor) -> Tensor:
 
 
 def _overlapping_groups(state: Mapping[str, Tensor], name: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """Return the codes and scales of the groups that overlap `begin` to `end`."""
     first, last = begin // GROUP, -(-end // GROUP)
     return state[name][first * GROUP : last * GROUP], state[f"{name}_scale"][first:last]
 

@@ -58,8 +58,8 @@ def in_fp32(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]
 
 
 class AdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW` with compact moments and bf16 weights. Its state dict has torch's names, and it loads
-    torch's; stochastic rounding depends only on seed, step and position."""
+    """`torch.optim.AdamW` with compact moments and bf16 weights. Its state dict has torch's names and can be exchanged
+    with torch's; stochastic rounding depends only on seed, step and position."""
 
     def __init__(
         self,

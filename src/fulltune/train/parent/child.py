@@ -46,7 +46,7 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
 
 
 def _outcome_without_file(request: Request, status: OutcomeStatus, reason: str) -> Outcome:
-    """Return the outcome of a worker that could not write one."""
+    """Return the outcome of a worker that could not write its outcome file."""
     return Outcome(
         status=status,
         reason=reason,
@@ -58,7 +58,7 @@ def _outcome_without_file(request: Request, status: OutcomeStatus, reason: str) 
 
 
 def _saved_outcomes(request: Request) -> list[Outcome]:
-    """Load the outcomes that ranks saved; ranks other than 0 save one only if they fail."""
+    """Load the outcomes that ranks saved; ranks other than 0 save an outcome only if they fail."""
     files = (request.folder / "outcome.json", *sorted(request.folder.glob("outcome-rank*.json")))
     return [Outcome.load(file) for file in files if file.exists()]
 

@@ -132,7 +132,7 @@ class MachineGroup:
         )
 
     def _is_ready(self, peer: Peer) -> bool:
-        """Return whether a machine answers; raises its error if it has ended."""
+        """Return whether a machine answers; raise its error if the machine has ended."""
         is_silent = peer.silent_seconds > 4 * machines.HEARTBEAT_SECONDS
         if not peer.answers(self._heartbeat.record.token) or is_silent or peer.member is None:
             return False
@@ -181,7 +181,7 @@ def _check_port(place: MachineAddress) -> None:
 
 
 class _AttemptOnAllMachines:
-    """A running attempt. Its processes here end soon after those on another machine."""
+    """A running attempt. This machine's processes end soon after those on another machine."""
 
     def __init__(
         self, child: spawn.WorkerProcess, heartbeat: Heartbeat, attempt: str, others: Mapping[Peer, str]
@@ -222,7 +222,7 @@ class _AttemptOnAllMachines:
 
 
 def _status_elsewhere(peer: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
-    """Return whether an attempt is over on another machine, and if it was lost, how."""
+    """Return whether an attempt is over on another machine, and if so, how that machine was lost, or None."""
     member = peer.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)
@@ -263,7 +263,7 @@ def follow(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) 
 
 
 def _await_attempt(leader: Peer, place: MachineAddress, heartbeat: Heartbeat, phase: Callable[[str], None]) -> Member:
-    """Return machine 0's record once it awaits this machine in an attempt, or has ended."""
+    """Return machine 0's record once it waits for this machine in an attempt, or has ended."""
     until = time.monotonic() + place.wait_seconds
     while True:
         member, own = leader.read(), heartbeat.record

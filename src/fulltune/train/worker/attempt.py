@@ -198,7 +198,7 @@ def _run_trainer(training: Training) -> tuple[TrainerState, torch.optim.Optimize
 
 
 def _stop_before_training(inputs: AttemptInputs) -> None:
-    """Raise InterruptedRun if a signal came before training; several processes agree only after a step."""
+    """Raise `InterruptedRun` if a signal came before training. Several processes can only agree after a step."""
     if inputs.stop.is_asked and inputs.plan.num_processes == 1:
         step = inputs.request.first_step
         raise InterruptedRun(

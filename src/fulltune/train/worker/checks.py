@@ -104,7 +104,7 @@ def _describe_dropout(model: PreTrainedModel) -> Check:
 
 
 def _last_trained_tokens(rows: Rows) -> np.ndarray:
-    """Return each row's last trained token, or IGNORED if it has none: [rows]."""
+    """Return each row's last trained token, or IGNORED if no token is trained: [rows]."""
     tokens = []
     for flat, offsets in rows.lists("labels"):
         positions = np.where(flat != IGNORED, np.arange(len(flat)), -1)
@@ -139,8 +139,8 @@ def _verify_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_los
 
 
 def _check_chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> Check:
-    """Check the chunked loss. Without it training needs more memory, which fails the check only if the recipe requires
-    it."""
+    """Check the chunked loss. If it fails, training needs more memory; that fails the run only if the recipe requires a
+    chunked loss."""
     result = head_result if trainer.head is None else trainer.head.chunking_note
     possible = trainer.head is not None and trainer.head.can_chunk
     if is_required and not possible:

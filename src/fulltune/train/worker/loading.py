@@ -71,7 +71,7 @@ def apply_method(model: PreTrainedModel, recipe: Recipe) -> methods.AppliedMetho
 
 @dataclass(frozen=True)
 class Objective:
-    """Collates rows and computes their loss, for transformers' Trainer and Lightning's."""
+    """Collates rows and computes their loss, for the Trainer of transformers or Lightning."""
 
     recipe: Recipe
     plan: Plan

@@ -95,8 +95,8 @@ class InitialWeights:
         )
 
     def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
-        """Return whether this rank counts a parameter: replicated ones take turns, so that no rank stores a full
-        copy."""
+        """Return whether this rank counts a parameter. Ranks take turns with replicated parameters, so that none stores
+        a full copy."""
         if not self._is_sharded or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
