@@ -72,7 +72,8 @@ class CleaningStep:
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
-    """Return the steps of each check, except leaks and high losses: drop its train rows, or apply its remedies."""
+    """Return up to two steps for each check except leaks and high losses: drop its train rows, or apply its
+    remedies."""
     steps = []
     for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
         # A row with several issues of a check, such as in both texts of a pair, counts with its first one.

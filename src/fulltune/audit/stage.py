@@ -120,7 +120,6 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
 
 
 def _text_checks(rows: AuditedRows, scan: RowScan) -> set[str]:
-    """Return the checks that need no model and apply to these rows."""
     further = {
         NEAR_LEAK: rows.has_texts,
         CONFLICT: bool(scan.names),

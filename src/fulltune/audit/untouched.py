@@ -46,7 +46,7 @@ class Reader:
     folder: Path
     listener: Listener
     _read: dict[SplitName, tuple[Items, np.ndarray] | str] = field(default_factory=dict, repr=False, compare=False)
-    """Items and positions of each split, or why it cannot be read."""
+    """Items and positions of each split, or why the split cannot be read."""
 
     @cached_property
     def extractor(self) -> probe.FeatureExtractor:

@@ -69,7 +69,7 @@ class PredictInput:
                 yield resolve_image_paths(row, self.images_in, image) if image and self.images_in else row
 
     def types(self) -> dict[str, Any]:
-        """Return the types of a parquet table's columns; other input is text."""
+        """Return the types of a parquet table's columns, or nothing for other input, which is text."""
         if self.table is None or self.table.suffix.lower() != ".parquet":
             return {}
         schema = parquet.read_schema(self.table)
@@ -170,7 +170,7 @@ def write(
     max_new_tokens: int,
     watch: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
-    """Write rows with their answers to a file that gets its name when complete, and return the counts."""
+    """Write rows with their answers to a file that gets its name only when complete; return the counts."""
     new = added(predictor.notes, what.columns)
     *_, reason_column = new
     types = what.types() if output.suffix.lower() == ".parquet" else {}
@@ -284,8 +284,8 @@ def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any
 
 @contextlib.contextmanager
 def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
-    """Yield a function that writes one row to a file, which gets its name when complete. `types` are the rows' parquet
-    types."""
+    """Yield a function that writes one row to a file, which gets its name only when complete. `types` are the rows'
+    parquet types."""
     form = output.suffix.lower()
     with writing(output), replacing(output) as part:
         if form == ".parquet":
@@ -351,7 +351,7 @@ def _write_parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> 
 
 
 def no_merge(run: Path, model_folder: Path) -> str:
-    """Explain why a model cannot be merged, and which models of its run can."""
+    """Return why a model cannot be merged, and which models of its run can."""
     why, models = "is already a whole model", predict.models_of(run)
     if folders.is_partial(model_folder):
         kind = folders.notes_of(model_folder)["method"]["kind"]

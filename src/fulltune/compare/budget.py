@@ -56,8 +56,8 @@ def num_seeds(wanted: int | None, train_rows: int) -> int:
 
 
 def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
-    """Forecast the seconds of unfinished trials. In a sequential design only full (listed first) and its most expensive
-    rival get all seeds."""
+    """Forecast how many seconds unfinished trials take. In a sequential design only full (listed first) and its most
+    expensive rival get all seeds."""
     full, *rivals = (method for method in design.methods if costs[method].decides)
     leader = max(rivals, key=lambda method: costs[method].run, default=full)
     going_on = (full, leader) if design.sequential and design.num_seeds > 1 else design.methods
@@ -221,7 +221,7 @@ def usual(context: Context, method: Method) -> float:
 
 
 def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
-    """Forecast each method's costs, full first, and the seconds after the last trial."""
+    """Forecast each method's costs, with full first, and the seconds after the last trial."""
     steps, rest = pace(context)
     results, costs, splits = context.kept_results(), dict[str, Cost](), context.summary.splits
     scored, rows = sum(splits[split].rows for split in ("eval", "test")), sum(one.rows for one in splits.values())

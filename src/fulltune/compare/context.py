@@ -142,7 +142,7 @@ class Context:
             self.note_time(what)
 
     def note_time(self, what: str) -> None:
-        """Record the seconds since the last record under a name."""
+        """Record, under a name, the seconds since the last record."""
         seconds, self.began = time.monotonic() - self.began, time.monotonic()
         append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3)})
 

@@ -70,7 +70,7 @@ class Dropped:
     check: str
     reason: str
     row: dict[str, Any]
-    """The row's cells; empty for all but its first dropped example."""
+    """The row's cells; empty for all dropped examples of a row except the first."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,15 @@ class EncodedSource:
     truncated: np.ndarray
     """bool [examples]."""
     groups: np.ndarray
-    """Hash (`draw`) of each row's group key; near duplicates share one: uint64 [rows]."""
+    """Hash (`draw`) of each row's group key, shared by near duplicates: uint64 [rows]."""
     split_groups: np.ndarray
     """Group of each row that no split separates, from `groups` and `group_values`: uint64 [rows]."""
     signatures: np.ndarray
     """MinHash of each row's group key: uint16 [rows, hashes]; empty unless near duplicates are grouped."""
     group_values: np.ndarray
-    """Hash of each row's `data.group` cell: uint64 [rows]; empty if not set."""
+    """Hash of each row's `data.group` cell: uint64 [rows], empty if not set."""
     times: np.ndarray
-    """Each row's `data.time` cell as a number: float64 [rows]; empty if not set."""
+    """Each row's `data.time` cell as a number: float64 [rows], empty if not set."""
     holds_forbidden: np.ndarray
     """True for rows with a forbidden text: bool [rows]; empty if no texts are forbidden."""
     labels: np.ndarray

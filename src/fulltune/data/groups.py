@@ -147,7 +147,6 @@ def rehash(numbers: np.ndarray) -> np.ndarray:
 
 
 def _components(pairs: np.ndarray, count: int) -> np.ndarray:
-    """Return the connected component of each of `count` nodes: int32 [count]."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

@@ -156,7 +156,8 @@ class ModelTrace:
 
 
 class AllocationLog(TorchDispatchMode):
-    """Logs allocated and freed storages by `place` in the step; a last axis of `vocab_size` marks logits."""
+    """Logs allocated and freed storages by `place`, the position in the step; a last axis of `vocab_size` marks
+    logits."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()

@@ -118,7 +118,7 @@ _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 
 def traced(case: TraceCase) -> Footprint:
-    """Trace a model and return its footprint."""
+    """Return the footprint of a model by tracing it."""
     points = points_of(case)
     evaluated = trace_model(case, points, recomputed=False, training=False)
     variants, of_training = [], 0.0

@@ -41,7 +41,7 @@ PIXELS_OF_A_TOKEN = 32 * 32
 
 
 def rough(case: TraceCase, why: str) -> Footprint:
-    """Return a footprint by a rule of thumb; `why` is the reason for not tracing."""
+    """Return a footprint by a rule of thumb; `why` is the reason why the model was not traced."""
     shapes = _parameter_shapes(case)
     num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
     layers, hidden, vocab = _model_sizes(case)
@@ -121,7 +121,7 @@ class PlannedModel:
 
     @cached_property
     def changes(self) -> dict[str, Any]:
-        """The task's changes to the config; none if only the config is available."""
+        """The task's changes to the config, or nothing if only the config is available."""
         if not self.base.has_processor:
             return {}
         return dict(task_named(self.recipe.task).config_changes(Target.of(self.summary), self.base.processor))
@@ -182,7 +182,7 @@ _TRACED: dict[str, Footprint] = {}
 
 
 def trace(case: TraceCase) -> Footprint:
-    """Return the footprint of a model, by a rule of thumb if it cannot be traced."""
+    """Return a model's footprint, which is a rule of thumb if the model cannot be traced."""
     config = {name: value for name, value in case.config.to_dict().items() if name != "_name_or_path"}
     key = repr((type(case.config).__name__, config, replace(case, config=PretrainedConfig())))
     if key not in _TRACED:

@@ -125,7 +125,7 @@ def _distinct_in_fixed_order(texts: Iterable[str]) -> list[str]:
 
 
 def text_key(text: str, words: int = _KEY_WORDS) -> str:
-    """Return the first words of a text, which identify it because a model reads no more."""
+    """Return the first words of a text. They identify the text, because a model reads no more of it."""
     return " ".join(normalised(text).split()[:words])
 
 
@@ -166,7 +166,7 @@ NEAR_CHANCE, MAX_UNKNOWN = 0.8, 0.3
 def weak_texts_reason(
     text: GenericText, first: np.ndarray, vocabulary: int | None, unknown_id: int | None
 ) -> str | None:
-    """Explain why drift on these texts says little about the pretrained model's abilities, or return None.
+    """Return why drift on these texts says little about the pretrained model's abilities, or None.
 
     Args:
         first: Result of `GenericText.read` for the pretrained model.

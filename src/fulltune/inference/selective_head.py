@@ -62,7 +62,6 @@ class SelectiveHead:
 
 
 def _in_autocast_dtype(hidden: Tensor) -> Tensor:
-    """Cast hidden states to the dtype in which autocast would compute the head."""
     import torch
 
     kind = hidden.device.type

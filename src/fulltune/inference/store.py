@@ -22,7 +22,7 @@ IN_TRAIN = "in_train.npy"
 MIXED = "mixed"
 """Folder of the mixed-in rows, source after source."""
 WORDS = "words"
-"""Column with a row and its place as JSON; a row's further examples have only the place."""
+"""Column with a row and its location as JSON; a row's further examples have only the location."""
 _ROWS_PER_BATCH = 8192
 _BYTES_PER_BATCH = 16 * 2**20
 
@@ -134,9 +134,9 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 def texts(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield each example's original row and place; examples of one row share one dictionary.
+    """Yield each example's original row and its location; examples of one row share one dictionary.
 
-    A packed block gives the row of its first text, or only the place if that text started in another block.
+    A packed block gives the row of its first text, or only the location if that text started in another block.
     """
     row: dict[str, Any] = {}
     for batch in batches(folder):
@@ -162,7 +162,7 @@ def rows_id(folder: Path) -> str:
 
 
 def words(place: str, row: Row) -> str:
-    """Make the JSON text of a row and its place for the column `WORDS`."""
+    """Make the JSON text of a row and its location for the column `WORDS`."""
     return json.dumps({**row, PLACE: place}, ensure_ascii=False, default=readable)
 
 

@@ -58,7 +58,7 @@ def apply(model: PreTrainedModel, method: Method, task: TaskName) -> AppliedMeth
 
 
 def without_casts(applied: AppliedMethod, autocast: bool) -> AbstractContextManager[None]:
-    """Stop LoRA's layers from casting their input to float32 under autocast, which would cast it back."""
+    """Stop LoRA's layers from casting their input to float32 under autocast, which would cast it back anyway."""
     if applied.method.kind != "lora" or applied.peft_model is None or not autocast:
         return nullcontext()
     from peft.helpers import disable_input_dtype_casting

@@ -58,7 +58,7 @@ class Bottleneck(nn.Module):
 
 
 def put_adapters(model: PreTrainedModel, method: AdapterMethod, heads: tuple[str, ...]) -> None:
-    """Add an adapter after each projection in the layers, and make it and the layer norms trainable."""
+    """Add an adapter after each projection in the layers, and make adapters and layer norms trainable."""
     projections = [(name, module) for name, module in model.named_modules() if _is_projection(name, module, heads)]
     if not projections:
         raise RecipeError(
@@ -186,8 +186,8 @@ class Prompt(nn.Module):
         """True if this pass has virtual tokens in front, and does not continue from a cache."""
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Replace the first `embeddings[rows, tokens, size]` by virtual tokens; a call, for ZeRO to gather the
-        weight."""
+        """Replace the first `embeddings[rows, tokens, size]` by virtual tokens. This is a module call, so that ZeRO
+        gathers the weight."""
         ahead = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat((ahead, embeddings[:, self.size :]), dim=1)
 
@@ -197,7 +197,7 @@ class Prompt(nn.Module):
     def before_body(
         self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
-        """Extend the body's inputs by the virtual tokens; with a cache, only mask and positions."""
+        """Extend the body's inputs by the virtual tokens; if there is a cache, extend only mask and positions."""
         inputs = {**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs}
         cache = inputs.get("past_key_values")
         self.in_front = self.waiting = cache is None or not cache.get_seq_length()

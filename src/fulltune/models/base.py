@@ -272,7 +272,6 @@ def check_weights(base: Base) -> None:
 
 
 def _check_safetensors_header(file: Path, name: str) -> None:
-    """Raise `SetupError` for a broken download, before data are prepared."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -37,7 +37,8 @@ class ChunkedLogits:
 
     @torch.no_grad()
     def scores(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each token's cross entropy, float32 [tokens], and whether its logit is the highest, bool [tokens]."""
+        """Return each token's cross entropy, float32 [tokens], and whether the token has the highest logit, bool
+        [tokens]."""
         losses = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
         right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
         with torch.autocast(self.hidden.device.type, enabled=False):
@@ -55,7 +56,7 @@ def summed_loss(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor, lab
 
 
 def token_scores(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's cross entropy [tokens], and whether its logit is the highest, bool [tokens]."""
+    """Return each token's cross entropy [tokens], and whether the token has the highest logit, bool [tokens]."""
     if isinstance(logits, ChunkedLogits):
         return logits.scores(targets)
     picked = logits.float()

@@ -83,7 +83,7 @@ def tied_first(model_class: Any) -> Any:
 
 
 def without_tied(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """Remove modules with tied tensors from a plan, so that these are gathered once, with the root."""
+    """Remove modules with tied tensors from a plan, so that these tensors are gathered once, with the root."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -199,7 +199,7 @@ def gathered_by_block(model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free weights that the last modules still hold gathered after a pass without gradients."""
+    """Free weights that stay gathered in the last modules after a pass without gradients."""
     if not is_sharded(model):
         return
     from torch.distributed.fsdp import FSDPModule

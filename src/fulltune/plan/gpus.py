@@ -73,7 +73,7 @@ class NamedHardware:
     """Hardware as written in `--for`; omitted details are None."""
 
     gpu: GpuModel | None
-    """The GPU model; None for a CPU."""
+    """The GPU model, or None for a CPU."""
     count: int = 1
     machines: int = 1
     host_bytes: int | None = None
@@ -101,11 +101,11 @@ class Fleet(Record):
     network_gb_per_second: float = USUAL_NETWORK
     """Bandwidth from each machine to the others."""
     gpu_model: GpuModel | None = None
-    """None if unknown, so that no speed can be estimated."""
+    """The GPU model, or None if unknown, so that no speed can be estimated."""
     disk_bytes: int | None = None
     """Free space on the run folder's disk, or None if unknown."""
     disk_at: str = ""
-    """Folder whose disk was measured; by default the recipe's output."""
+    """Folder whose disk was measured, by default the recipe's output."""
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
     """Values assumed for details omitted from `--for`, described in words."""

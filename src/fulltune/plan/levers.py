@@ -40,23 +40,23 @@ class Lever:
     costs: str
     changes: Changes = field(default_factory=dict)
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
-    """Computes the possible changes, the mildest first, in place of `changes`."""
+    """Computes the possible changes, the mildest first, instead of `changes`."""
     unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
     """Returns a reason why this setting is ruled out, or None."""
     done: str = ""
-    """Message after its use: a template with the new values and `now`, the plan before."""
+    """Message after the change: a template for the new values and for `now`, the plan before."""
     same_result: bool = True
     searched: bool = False
-    """True if a plan may use it automatically."""
+    """True if a plan may use this setting automatically."""
     way_out: bool = False
-    """True if it is proposed when nothing fits."""
+    """True if this setting is proposed when nothing fits."""
     fallback: tuple[Phase, ...] = ()
-    """Phases in which it is tried after memory ran out."""
+    """Phases in which this setting is tried after memory ran out."""
     measured: str = ""
     also: str = ""
-    """A second setting that it changes."""
+    """A second setting that changes as well."""
     respects_recipe: bool = True
-    """False if it may replace the recipe's value, as the result stays the same."""
+    """False if the recipe's value may be replaced, because the result stays the same."""
 
     def apply(self, recipe: Recipe, now: MemorySettings) -> list[Changes]:
         """Return the possible changes to a plan, the mildest first."""

@@ -121,7 +121,6 @@ def _changed_settings(basis: Basis, settings: dict[str, Any], layout: ParallelLa
 
 
 def _shortage(basis: Basis, on_device: int, host: int) -> str | None:
-    """Return the missing device and host memory in words, or None."""
     missing = {"device": on_device - basis.available_bytes}
     if host:
         missing["host"] = host - basis.fleet.machine.memory_available_bytes

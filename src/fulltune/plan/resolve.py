@@ -19,7 +19,7 @@ from fulltune.system.hardware import BF16_FROM, TENSOR_CORES_FROM, Gpu, Machine
 from fulltune.text import counted, format_bytes
 
 MIN_BF16_SPEEDUP = 1.2
-"""Speed of bf16 relative to fp32 that is worth its rounding on a CPU."""
+"""Minimum speed of bf16, relative to fp32, that is worth the rounding on a CPU."""
 MAX_WORKERS = 8
 MIN_SHARED_BYTES = 2**30
 """Shared memory per GPU, where each worker queues two batches."""

@@ -34,7 +34,7 @@ PADDING_GROUPED = 1.07
 GENERIC_TOKENS = 48
 """Mean tokens of a bundled generic text, truncated at 64."""
 PROBE_PARTS = 3.5
-"""Peak memory of fitting a linear probe relative to its features."""
+"""Peak memory of fitting a linear probe, relative to the size of its features."""
 PROBE_SECONDS, PROBE_PASSES, PROBE_FLOPS = 2.0, 150, 2e10
 """Import time, passes in all fits, and FLOP/s of a core: 9,003 rows of 77 classes took 8.5 s (2026-11-26)."""
 

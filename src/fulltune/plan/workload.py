@@ -45,12 +45,12 @@ class Basis:
     global_batch_size: int
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
-    """None without a new head."""
+    """How a new head is initialised, or None if the head is not new."""
     group_by_length: bool
     start: MemorySettings
     """Settings that save no memory: a micro batch of one row, no checkpointing."""
     layout: ParallelLayout | None
-    """None if the state is not sharded."""
+    """How the state is sharded, or None if it is not."""
     available_bytes: int
     """Bytes that one process may use on its device."""
     where: str

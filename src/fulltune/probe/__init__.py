@@ -123,7 +123,7 @@ def _save_tensors(path: Path, arrays: HeadTensors) -> None:
 
 
 def put_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False) -> None:
-    """Set a loaded model's head to the run folder's probe, or with `for_training` to its more regularised version."""
+    """Set a loaded model's head to the run folder's probe, or if `for_training` to its more regularised version."""
     import torch
     from safetensors.torch import load_file
 
@@ -276,7 +276,7 @@ def _layer_tensors(layer: str, values: LinearClassifier, has_bias: bool) -> Head
 def best_baseline(
     extractor: FeatureExtractor, train: Features, held_out: Features | None
 ) -> tuple[FrozenBaseline, LinearClassifier] | None:
-    """Fit the simple classifier on pooled embeddings that is best on held-out rows, or return None if there are no
+    """Fit the simple classifier on pooled embeddings that is best on held-out rows; return None if there are no
     embeddings."""
     if train.mean is None:
         return None

@@ -128,7 +128,6 @@ class FeatureExtractor:
         return _check_finite(pair_features(*means).cpu().numpy())
 
     def _collate(self, rows: EncodedRows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return a batch's inputs on the model's device, and its labels on the CPU."""
         batch = self.task.collate(rows, self.pad_token_id)
         labels = batch["labels"].cpu()
         return {name: tensor.to(self.model.device) for name, tensor in batch.items() if name != "labels"}, labels

@@ -31,8 +31,8 @@ HeadLayers = tuple[str, str | None]
 
 
 def head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> HeadLayers:
-    """Return the names of a head's linear layers, of which the last has `num_outputs` outputs; raise `NoProbe` if there
-    is none."""
+    """Return the names of a head's linear layers, the last with `num_outputs` outputs; raise `NoProbe` if there is no
+    such layer."""
     from torch.nn import Linear
 
     body_of(model)
@@ -141,7 +141,7 @@ def recognise_activation(
     """Find which of `ACTIVATIONS` maps the dense layer's outputs to `last_inputs`.
 
     Returns:
-        The input around which it is nearly linear, and the function, or None if none of them fits.
+        The input around which the function is nearly linear, and the function, or None if no function fits.
     """
     norm = getattr(model.get_submodule(name.rpartition(".")[0]), "norm", None)
     parameters = dict(model.get_submodule(name).named_parameters())

@@ -74,7 +74,8 @@ class Items:
 def fits(
     items: Items, has_bias: bool = True, strengths: Sequence[float] = STRENGTHS
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit a classifier at each strength, most regularised first; raise `NoProbe` if that is impossible."""
+    """Fit a classifier at each regularisation strength, most regularised first; raise `NoProbe` if none can be
+    fitted."""
     count, width = items.features.shape
     if solver_bytes(items.kind, count, items.num_outputs, width) > MOST_SOLVER_BYTES:
         raise NoProbe(f"{items.num_outputs:,} classes of {width:,} features are too many to fit")
@@ -267,7 +268,6 @@ def select_classifier(
 
 
 def _first_within_tolerance(results: Sequence[Result], tolerance: float) -> Result:
-    """Return the first result whose criterion is within the tolerance of the best."""
     limit = min(result[0] for result in results) * (1 + tolerance)
     return next(result for result in results if result[0] <= limit)
 

@@ -67,7 +67,6 @@ def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
 
 
 def _matches(value: object, values: bool | str | list[str]) -> bool:
-    """Return True if a setting's value matches a pattern of `excluded.toml`."""
     if isinstance(values, bool):
         return (value not in (None, False, 0, ())) == values
     if isinstance(values, str):

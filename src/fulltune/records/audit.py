@@ -108,7 +108,8 @@ class Proofs(Record):
     greater_is_better: bool = True
 
     def verdict(self, proof: Proof) -> Literal["helps", "hurts", "no difference found"]:
-        """Return whether a cleaning step helps or hurts, or that no difference was found if its interval includes 0."""
+        """Return whether a cleaning step helps or hurts, or, if its interval includes 0, that no difference was
+        found."""
         if proof.low <= 0 <= proof.high:
             return "no difference found"
         return "helps" if (proof.low > 0) == self.greater_is_better else "hurts"

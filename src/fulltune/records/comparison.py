@@ -178,7 +178,7 @@ class Difference(Record):
 
     @property
     def is_open(self) -> bool:
-        """True if the verdict needs this difference but it is not decided yet."""
+        """True if the verdict needs this difference but the difference is undecided."""
         return self.decides and not (self.full_better or self.other_better or self.equivalent)
 
 

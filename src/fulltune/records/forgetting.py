@@ -80,7 +80,7 @@ class BudgetResult(Record):
 
     @property
     def weights_reason(self) -> str | None:
-        """Why the kept weights are not the trained ones, or None if they are."""
+        """Why the kept weights are not the trained weights, or None if they are."""
         if self.choice.share == 1:
             return None
         if not self.is_feasible:
@@ -93,6 +93,6 @@ class BudgetResult(Record):
         return not self.choice.is_start
 
     def gain_of(self, point: InterpolationPoint) -> float:
-        """Return a point's improvement of the metric over the pretrained model, or 0 if it is not finite."""
+        """Return how much a point improves the metric over the pretrained model, or 0 if the metric is not finite."""
         better = (point.metric - self.start.metric) * (1 if self.greater_is_better else -1)
         return better if math.isfinite(better) else 0.0

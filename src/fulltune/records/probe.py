@@ -21,7 +21,7 @@ LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
 
 
 def items_per_row(kind: str, words: float, num_choices: int) -> float:
-    """Return the number of items per row: one, its words, its choices, or the tokens used of a window."""
+    """Return the number of items per row: its words, its choices, the tokens used of a window, or else 1."""
     return {"tags": words, "choice": num_choices, "span": OTHER_TOKENS + 2}.get(kind, 1)
 
 

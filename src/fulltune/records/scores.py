@@ -22,7 +22,7 @@ class Estimate(Record):
 
     @property
     def no_interval_reason(self) -> str | None:
-        """Why there is no interval, or None if there is one."""
+        """Why there is no interval, or None if there is an interval."""
         if self.rows == 1:
             return "one row"
         return "one group of rows" if self.clusters == 1 else None

@@ -66,12 +66,12 @@ class ResamplableMetric:
 
 
 def bounds_of(metric: str) -> tuple[float, float] | None:
-    """Return the minimum and maximum of a metric, or None if one is missing."""
+    """Return the minimum and maximum of a metric, or None if either is missing."""
     return _BOUNDS.get(metric, (0.0, 1.0))
 
 
 def measure_of(task_name: TaskName, target: Target, metric: str) -> ResamplableMetric:
-    """Return a task's metric in a form that can be resampled; raise `SetupError` if the task lacks it."""
+    """Return a task's metric in a form that can be resampled; raise `SetupError` if the task has no such metric."""
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")

@@ -162,7 +162,7 @@ def _cause(learning_rate: float, share: str = "tenth") -> str:
 
 
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
-    """Return True if the last `patience` evaluations did not improve on the best one before them."""
+    """Return True if none of the last `patience` evaluations improved on the best one before them."""
     best, since = None, 0
     for value in values:
         gain = 0.0 if best is None else (value - best if greater_is_better else best - value)
@@ -223,7 +223,7 @@ class Curves:
 
     @property
     def best(self) -> Point:
-        """The first of the best evaluations, or NaN at step 0 if none is finite."""
+        """The first of the best evaluations, or NaN at step 0 if no value is finite."""
         sign = 1 if self.greater_is_better else -1
         finite = [point for point in self.metric if math.isfinite(point[1])]
         return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))

@@ -54,7 +54,8 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 
 
 def seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpread | None]:
-    """Estimate each method's variance between seeds. A method with a single seed borrows the largest of the others."""
+    """Estimate each method's variance between seeds. A method with a single seed borrows the largest variance of the
+    others."""
     spreads = [
         NO_SPREAD if is_fixed else _estimate_spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True)
@@ -137,9 +138,9 @@ def difference(
     sign: float,
     span: float | None,
 ) -> UncertainValue:
-    """Return one method's mean over its seeds minus another's, with its uncertainty.
+    """Return one method's mean over its seeds minus another method's mean, with the uncertainty of the difference.
 
-    `sign` is -1 if smaller is better. `span` is the largest possible difference, or None.
+    `sign` is -1 if smaller is better. `span` is the largest possible difference, or None if it is unbounded.
     """
     centres = sign * (drawn.draws[first].mean(axis=1) - drawn.draws[second].mean(axis=1))
     estimate = sign * float(drawn.point[first].mean() - drawn.point[second].mean())

@@ -139,8 +139,8 @@ def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: fl
 def needed(
     uncertain: UncertainValue, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """Return how many test rows, and how many seeds of both methods, would decide if the estimate were exact, or None
-    if no number would."""
+    """Return how many test rows, and how many seeds of both methods, would decide if the estimate were exact. Either is
+    None if no number would."""
     now, size = ComparisonPrecision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: ComparisonPrecision) -> bool:

@@ -39,7 +39,7 @@ class Gpu(Record):
 
     @property
     def bf16(self) -> bool:
-        """True if it computes in bf16; GPUs before Ampere only emulate bf16, slowly."""
+        """True if the GPU computes in bf16; GPUs before Ampere only emulate bf16, slowly."""
         return self.capability >= BF16_FROM
 
     @property

@@ -114,7 +114,7 @@ def missing_machines(recipe: Recipe) -> str:
 
 
 def own_address(host: str, port: int) -> str:
-    """Return this machine's address on the network interface that leads to the host; its own name may mean the
+    """Return this machine's address on the network interface that leads to the host, because its own name may mean the
     loopback."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
@@ -235,7 +235,7 @@ _COMPARED = (
 
 
 def differences(first: Member, others: Sequence[Member]) -> list[str]:
-    """Return one line per machine and kind of fact that differs from machine 0's."""
+    """Return one message per machine and kind of fact that differs from machine 0's."""
     lines = []
     for other in others:
         for kind, problem, joint, remedy in _COMPARED:
@@ -282,7 +282,6 @@ class Heartbeat:
                 self.write(exit_code=1, problems=(f"ended with {type(error).__name__}: {error}",))
 
     def end(self) -> None:
-        """Stop writing."""
         self._ends.set()
         self._thread.join()
 
@@ -304,7 +303,7 @@ class Peer:
         self._since, self._looked = time.monotonic(), -math.inf
 
     def read(self) -> Member | None:
-        """Return the newest record, or None; the file is read at most twice per heartbeat."""
+        """Return the machine's newest record, or None; the file is read at most twice per heartbeat."""
         if time.monotonic() - self._looked < HEARTBEAT_SECONDS / 2:
             return self.member
         member = self.member

@@ -30,7 +30,7 @@ def sizes_of(path: str) -> dict[str, int]:
 
 
 def limit_bytes() -> int | None:
-    """Return the user's memory limit per process (`ulimit -d`, `ulimit -v`), or None."""
+    """Return the user's memory limit per process (`ulimit -d`, `ulimit -v`), or None if there is none."""
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
     limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
     return min(limits, default=None)

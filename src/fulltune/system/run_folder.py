@@ -113,8 +113,8 @@ def find_or_make(
 ) -> tuple[Path, bool]:
     """Return the folder of a recipe's run, and whether it resumes an earlier run.
 
-    It is `wanted_folder`, else the newest unfinished run unless `fresh`, else a new folder; `marks` identify the user's
-    functions.
+    The folder is `wanted_folder`, else the newest unfinished run unless `fresh`, else a new folder; `marks` identify
+    the user's functions.
 
     Raises `SetupError` if the folder belongs to another recipe or cannot be written.
     """
@@ -147,7 +147,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def finished_at(folder: Path) -> datetime:
-    """Return the time when a run's trained model was scored."""
+    """Return when a run's trained model was scored."""
     return datetime.fromtimestamp(max(path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")))
 
 

@@ -54,10 +54,10 @@ class Target:
     """Text between prompt and completion, or the prefix of each seq2seq source."""
     num_choices: int = 0
     stride: int | None = None
-    """Overlap of a long context's windows in tokens; None for a third of a window."""
+    """Overlap of a long context's windows in tokens; None means a third of a window."""
     scale: tuple[float, float] | None = None
-    """Mean and standard deviation of the train rows' numbers, if known. Losses are computed in units of this standard
-    deviation."""
+    """Mean and standard deviation of the train rows' numbers, or None if unknown. Losses are computed in units of this
+    standard deviation."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
     """`(shift, factor)`: `factor * logit + shift` is in the user's units. Differs from the default only while a head is
     trained in standardised units (`train/worker/loading.py`)."""

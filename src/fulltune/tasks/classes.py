@@ -25,7 +25,7 @@ from fulltune.tasks import (
 )
 
 ROWS = ""
-"""Name in `arrays` that stands for a 1 per row."""
+"""Name in `arrays` that stands for a column of ones."""
 
 # ---- terms of a row ------------------------------------------------------------------------------------------
 

@@ -126,7 +126,7 @@ class RunView:
     model: str
     task: str
     trial: str
-    """Method and seed, such as `full-seed42`; empty if unknown."""
+    """Method and seed, such as `full-seed42`, or empty if unknown."""
     recipe_text: str | None
     environment: Environment | None
     summary: DataSummary | None

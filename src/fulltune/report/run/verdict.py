@@ -138,7 +138,7 @@ class RunFacts:
     bar: str = "the baseline"
     """Name of the baseline or model to beat."""
     blind: str = ""
-    """Sentence saying that all predictions are the same, or empty."""
+    """Sentence saying that all predictions are the same, or an empty string."""
     predicts_majority: bool = False
     budget_advice: tuple[str, str] = ("", "")
 

@@ -88,7 +88,7 @@ _KERNELS = {
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
-"""Modules by attention implementation, one of which is needed."""
+"""For each attention implementation, the modules of which one is needed."""
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
 
 

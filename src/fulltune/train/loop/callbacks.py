@@ -38,7 +38,7 @@ class Recorder:
     """Appends each event as a JSON line to `metrics.jsonl`."""
 
     path: Path | None
-    """File to append to; None except on rank 0."""
+    """File to append to, or None on ranks other than 0."""
     listener: Listener | None = None
     started: float = field(default_factory=time.monotonic)
 

@@ -24,7 +24,7 @@ from fulltune.train.worker import distributed
 MAX_COUNTS = 8
 """Maximum number of values per eval row in a checkpoint."""
 MIN_ROWS = 30
-"""Fewer eval rows give no useful standard error."""
+"""Minimum number of eval rows for a useful standard error."""
 
 
 class Evaluator(TrainingPart):

@@ -186,7 +186,7 @@ class LoadedModel:
     scaled: ScaledHead | None
     """The last layer, if it learns numbers in units of their spread."""
     scale_note: str | None
-    """Note on the units that a regression head learns; None if no numbers are learned."""
+    """Note on the units that a regression head learns, or None if no numbers are learned."""
     base_digest: str | None
     """Digest of the pretrained weights, or None if ZeRO shards them."""
 
