@@ -90,7 +90,7 @@ class AuditedRows:
     def issue(
         self, check: str, of: tuple[SplitName, Row], reason: str, remedy: Remedy | None = None, score: float = 0.0
     ) -> RowIssue:
-        """Describe a problem of a row, to be dropped by default. `with_numbers` numbers equal rows later."""
+        """Describe a problem of a row, which is dropped by default. `with_numbers` numbers equal rows later."""
         split, row = of
         return RowIssue(
             check=check,

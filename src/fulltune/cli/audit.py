@@ -170,7 +170,6 @@ def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
 
 
 def _proposed_change(issues: Issues) -> Remedy | None:
-    """Return the first remedy that changes the row, or None."""
     return next((one.remedy for one in issues if one.remedy.action == "replace"), None)
 
 

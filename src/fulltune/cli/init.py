@@ -164,7 +164,6 @@ class Inferred:
 
 
 def _first_rows(files: DataFiles, most: int = _HEAD) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """Return the columns of the first `most` rows, and these rows."""
     head = [row for _, row in islice(files.rows(), most)]
     return tuple(dict.fromkeys(name for row in head for name in row)), head
 

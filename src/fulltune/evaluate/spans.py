@@ -94,7 +94,6 @@ def _accepted_answers(scoring: Scoring, questions: Mapping[str, Row]) -> list[li
 
 
 def _first_windows(texts: Sequence[Row]) -> list[int]:
-    """Return the row positions of each question's first window."""
     return sorted(np.unique([row[PLACE] for row in texts], return_index=True)[1].tolist())
 
 

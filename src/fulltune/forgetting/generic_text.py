@@ -119,7 +119,6 @@ def check_texts(block: PreserveBlock) -> None:
 
 
 def _distinct_in_fixed_order(texts: Iterable[str]) -> list[str]:
-    """Return the texts without repetitions, ordered by their hash."""
     distinct = {text_key(text): text for text in texts if text}
     return sorted(distinct.values(), key=lambda text: hashlib.sha256(text.encode()).digest())
 

@@ -192,6 +192,7 @@ def _num_rows(summary: DataSummary, split: str) -> int:
 def _stage_seconds(
     plan: Plan, basis: Basis, summary: DataSummary, training: float, flops: float, started_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
+    """Yield each stage before and after training, with its estimated seconds."""
     work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
     # Minimum time of a forward pass: calling the layers, or launching their kernels on a GPU.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers

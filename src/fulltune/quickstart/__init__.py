@@ -242,13 +242,11 @@ def _without_near_copies(docs: Iterable[_Doc], text_of: Callable[[_Doc], str]) -
 
 
 def _masked_words(text: str) -> tuple[str, ...]:
-    """Return a text's lowercase words, with `#` in place of names and numbers."""
     words = ("#" if _NAME.search(word) else word.lower() for word in re.findall(r"\w+", text))
     return tuple(word for sign, run in groupby(words) for word in ("#" if sign == "#" else list(run)))
 
 
 def _digest(text: str) -> str:
-    """Return the hash that decides order and split."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 

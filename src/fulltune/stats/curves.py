@@ -340,7 +340,6 @@ def _kept_weights_sentence(curves: Curves, turn: int) -> str:
 
 
 def _train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
-    """Return the mean train loss since the previous evaluation, by each evaluation's step."""
     means: dict[int, float] = {}
     for before, end in zip([0, *steps], steps, strict=False):
         if values := [value for step, value in train if before < step <= end and math.isfinite(value)]:

@@ -21,7 +21,8 @@ def empty(text: str) -> Flaw | None:
 
 
 def no_words(text: str) -> Flaw | None:
-    """Detect a text with fewer than two letters and no emoji; one Chinese or Japanese character is enough."""
+    """Return a flaw if a text has fewer than two letters and no emoji, else None; one Chinese or Japanese character is
+    enough."""
     if RE["two_letters"].search(text):
         return None
     kinds = Counter(map(unicodedata.category, text))
@@ -41,7 +42,8 @@ MAX_REPEATED = 0.5
 
 
 def repetition(text: str) -> Flaw | None:
-    """Detect a text that is mostly repetition, a phrase repeated over 100 words, or a whole text twice."""
+    """Return a flaw if a text is mostly repetition, a phrase repeated over 100 words, or a whole text twice; else
+    None."""
     return _repeated_character(text) or _repeated_words(text)
 
 
@@ -85,7 +87,7 @@ _REPLACEMENT_CHARACTER = "\ufffd"
 
 
 def broken_encoding(text: str) -> Flaw | None:
-    """Detect mojibake that ftfy can repair, C1 characters, and replacement characters."""
+    """Return a flaw for mojibake that ftfy can repair, C1 characters or replacement characters, or None."""
     if text.isascii():
         return None
     from ftfy import fix_text
@@ -103,7 +105,7 @@ def broken_encoding(text: str) -> Flaw | None:
 
 
 def control_characters(text: str) -> Flaw | None:
-    """Detect invisible characters, except those that spell a script or an emoji."""
+    """Return a flaw for invisible characters, except those that spell a script or an emoji, or None."""
     if not RE["ascii_control" if text.isascii() else "suspect"].search(text):
         return None
     whole, num_pairs = RE["surrogates"].subn(
@@ -128,7 +130,6 @@ def _invisible_positions(text: str) -> list[int]:
 
 
 def _remove_characters(text: str, places: set[int]) -> str:
-    """Remove the characters at `places` and terminal colours; separators become line breaks."""
     text = "".join(sign for at, sign in enumerate(text) if at not in places or sign in "\x0b\x0c\x1b\u2028\u2029")
     return re.sub("[\x0b\x0c\u2028\u2029]", "\n", RE["escape"].sub("", text)).replace("\x1b", "")
 
@@ -147,7 +148,6 @@ def _without_code(text: str) -> str:
 
 
 def _is_code(text: str) -> bool:
-    """Return whether a text has two signs of code."""
     return sum(1 for _, _ in zip(RE["code_sign"].finditer(text), range(2), strict=False)) == 2
 
 
@@ -155,7 +155,7 @@ _HIDDEN = [(end, compiled(pattern)) for end, pattern in PATTERNS["hidden"]]
 
 
 def markup(text: str) -> Flaw | None:
-    """Detect HTML tags and entities outside code, or a text that consists of nothing else."""
+    """Return a flaw for HTML tags and entities outside code, or a text of nothing else; None if there are none."""
     if "<" not in text and "&" not in text:
         return None
     bare = _without_code(text)
@@ -215,7 +215,7 @@ _PLACEHOLDER, _TOKEN = (re.compile("|".join(PATTERNS[name]), re.MULTILINE) for n
 
 
 def placeholder(text: str) -> Flaw | None:
-    """Detect an unfilled template, ignoring the braces of JSON, code and LaTeX."""
+    """Return a flaw for an unfilled template, or None; braces of JSON, code and LaTeX are ignored."""
     if not any(map(text.__contains__, PATTERNS["placeholder_signs"])):
         return None
     bare = _without_code(text)
@@ -226,7 +226,7 @@ def placeholder(text: str) -> Flaw | None:
 
 
 def chat_tokens(text: str) -> Flaw | None:
-    """Detect tokens that a chat template or tokenizer adds itself."""
+    """Return a flaw for tokens that a chat template or tokenizer adds itself, or None."""
     is_talk = "ssistant:" in text or "SSISTANT:" in text
     if not ("<" in text or "[" in text or "###" in text or is_talk):
         return None
@@ -247,7 +247,7 @@ _PHRASES = [(signs.split("|"), compiled(pattern)) for signs, pattern in PATTERNS
 
 
 def refusal(text: str) -> Flaw | None:
-    """Detect an answer that declines, or in which an assistant refers to itself."""
+    """Return a flaw for an answer that declines, or in which an assistant refers to itself; else None."""
     lowered = text.lower().replace("’", "'")
     for signs, pattern in _PHRASES:
         if any(map(lowered.__contains__, signs)) and (match := pattern.search(lowered)):

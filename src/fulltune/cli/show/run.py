@@ -101,7 +101,6 @@ class Display:
             self.console.print(f"[dim]{name}[/dim]")
 
     def _update_live_line(self, name: str, done: float | None, total: float | None, facts: str) -> bool:
-        """Update the live line, and return whether there is one."""
         self.progress.update(self.task, description=name, completed=done, total=total, facts=facts)
         return self.progress.live.is_started
 

@@ -114,7 +114,7 @@ def named(text: str) -> str:
 
 
 def way(share: float) -> str:
-    """Name the weights at a share (0 to 1) of the way from the untouched to the trained model."""
+    """Name the weights that lie at a share (0 to 1) of the way from the untouched to the trained model."""
     if share in (0, 1):
         return "the trained model" if share else "the untouched model"
     return f"{format_percent(share)} of the way from the untouched to the trained model"

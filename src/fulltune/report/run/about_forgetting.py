@@ -53,7 +53,7 @@ def section(view: RunView) -> Section | None:
 
 
 def in_words(points: Sequence[Point], errors: Mapping[int, float], kept_step: int | None, writes: bool) -> str:
-    """Describe the drift at the saved step, and when half of it had happened."""
+    """Describe the drift at the saved step, and when it had reached half of that."""
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     if not finite:
         return "The drift on generic text is unknown: none of its values was finite."

@@ -134,7 +134,7 @@ def _groups_in_words(scores: Sequence[Scores]) -> str | None:
 
 
 def about_answers(row: Scores) -> str:
-    """Say how many test rows got generated answers, and which metrics use them."""
+    """Say for how many test rows answers were generated, and which metrics use these answers."""
     names = [words.metric_name(name) for name in row.metrics if name in words.OF_ANSWERS]
     distinct = " with different prompts" if len(row.answers) > 1 else ""
     return (

@@ -96,7 +96,7 @@ def _languages_in_words(column: str, counts: Mapping[str, int], rows: int) -> st
 
 
 def about_labels(errors: LabelErrors, of_rows: int) -> str:
-    """Describe how many suspected label errors are real, estimated with errors planted on purpose."""
+    """Describe how many suspected label errors are real, as estimated by planting errors on purpose."""
     some = "" if errors.judged_rows == of_rows else f" of {of_rows:,}, drawn at random"
     text = (
         f"Linear classifiers on the untouched model judged the labels of {errors.judged_rows:,} train rows{some}, each "

@@ -220,6 +220,7 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
 
 
 def _missing_parts(view: RunView) -> Iterator[tuple[str, str]]:
+    """Yield the parts of the report that cannot be shown, each with the reason."""
     outcome, row = view.outcome, f"the test scores of {view.trial or 'a trained model'}"
     for present, what, why in (
         (view.recipe_text is not None, "the recipe", "recipe.yaml is not in the run folder."),

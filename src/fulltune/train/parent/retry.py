@@ -152,6 +152,7 @@ def earlier_outcomes(folder: Path, trial: str) -> list[Outcome]:
 
 
 def _final_error(request: Request, outcome: Outcome, tried: Sequence[str]) -> FulltuneError:
+    """Return the error that ends the command after its last attempt."""
     reason, log = outcome.reason, f"log: {request.folder / 'log.txt'}"
     match outcome.status:
         case "interrupted":

@@ -115,6 +115,7 @@ def on_loopback() -> dict[str, str]:
 
 
 def _interface_with(address: str) -> str | None:
+    """Return the network interface with this IP address, or None."""
     if ":" in address:
         packed = ip_address(address).packed
         entries = (line.split() for line in memory.lines_of("/proc/net/if_inet6"))

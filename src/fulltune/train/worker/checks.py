@@ -71,7 +71,7 @@ def before_training(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTra
 
 
 def refuse_failed(checks: Sequence[Check], recorder: Recorder) -> None:
-    """Record the checks; raises GuardStop if one failed."""
+    """Record the checks; raise `GuardStop` if a check failed."""
     recorder.write(ChecksDone(checks=tuple(checks)))
     failed = [check for check in checks if not check.passed]
     if failed:
