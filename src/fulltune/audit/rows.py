@@ -126,7 +126,7 @@ class RowScan:
 
 
 def scan_rows(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
-    """Check the texts of all rows, and hash what `repeated` compares."""
+    """Check the texts of all rows, and compute the hashes that `repeated` compares."""
     scan, checks = RowScan(), checks_of(rows.target.columns)
     signed: list[np.ndarray] = []
     for split in SPLITS:

@@ -140,7 +140,7 @@ def _load_complete_audit(folder: Path, summary: DataSummary, wanted: set[str]) -
 
 
 def version() -> str:
-    """Return the version of the checks, with the missing extras."""
+    """Return the version of the checks and the missing extras."""
     audit = ", no audit" if missing() else ""
     languages = "" if is_installed(PACKAGE) else ", no languages"
     return f"{VERSION}{audit}{languages}"
@@ -217,7 +217,7 @@ def list_losses(
     summary: DataSummary,
     losses: Mapping[SplitName, tuple[np.ndarray, Sequence[str | None]]],
 ) -> Audit:
-    """Write `losses.jsonl`, and add the rows of highest loss to the audit."""
+    """Write `losses.jsonl`, and add the rows with the highest loss to the audit."""
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, packed=None)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}

@@ -264,7 +264,7 @@ _SAME_SQUARE = 1e-8
 def outliers(
     reader: Reader, train_keys: np.ndarray, counts: Mapping[SplitName, int]
 ) -> tuple[dict[SplitName, dict[int, float]], float, int]:
-    """Return positions and distances, by split, of rows that are far from all train rows.
+    """Return, by split, the positions and distances of rows that are far from all train rows.
 
     Also returns the upper quartile of train distances, and the number of rows not sampled. Equal `train_keys` count
     once. Raises `NoProbe` for too few or too varied rows.

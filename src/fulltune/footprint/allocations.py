@@ -191,7 +191,6 @@ class AllocationLog(TorchDispatchMode):
         return after
 
     def label_gradients(self, parameters: list[torch.Tensor]) -> None:
-        """Mark the storages of the parameters' gradients."""
         for parameter in parameters:
             if parameter.grad is not None:
                 self._kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"

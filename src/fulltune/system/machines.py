@@ -266,7 +266,6 @@ class Heartbeat:
         self._thread.start()
 
     def write(self, **changes: Any) -> None:
-        """Write the file now, with these changes."""
         with self._lock:
             self.record = self.record.model_copy(update={**changes, "heartbeats": self.record.heartbeats + 1})
             self.record.save(self.path)
@@ -327,7 +326,7 @@ class Peer:
 
 @contextlib.contextmanager
 def heartbeat(path: Path, record: Member, others_know: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
-    """Write heartbeats during the block, then how it ended; wait until the other machines have noticed."""
+    """Write heartbeats during the block, then how it ended; then wait until the other machines have noticed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:

@@ -104,7 +104,7 @@ def missing_package(recipe: Recipe) -> list[str]:
 
 
 def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """Return DeepSpeed's settings with the plan's numbers; what transformers fills in stays "auto"."""
+    """Return DeepSpeed's settings with the plan's numbers; values that transformers fills in stay "auto"."""
     sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
     filled, problems = _fill_and_check(recipe, *sizes)
     if problems:  # the file may have changed since the plan was made

@@ -87,7 +87,7 @@ _REPLACEMENT_CHARACTER = "\ufffd"
 
 
 def broken_encoding(text: str) -> Flaw | None:
-    """Return a flaw for mojibake that ftfy can repair, C1 characters or replacement characters, or None."""
+    """Return a flaw if a text has mojibake that ftfy can repair, C1 or replacement characters, else None."""
     if text.isascii():
         return None
     from ftfy import fix_text
@@ -105,7 +105,7 @@ def broken_encoding(text: str) -> Flaw | None:
 
 
 def control_characters(text: str) -> Flaw | None:
-    """Return a flaw for invisible characters, except those that spell a script or an emoji, or None."""
+    """Return a flaw if a text has invisible characters, except those that spell a script or an emoji; else None."""
     if not RE["ascii_control" if text.isascii() else "suspect"].search(text):
         return None
     whole, num_pairs = RE["surrogates"].subn(
@@ -155,7 +155,7 @@ _HIDDEN = [(end, compiled(pattern)) for end, pattern in PATTERNS["hidden"]]
 
 
 def markup(text: str) -> Flaw | None:
-    """Return a flaw for HTML tags and entities outside code, or a text of nothing else; None if there are none."""
+    """Return a flaw if a text has HTML tags or entities outside code, or consists of markup only; else None."""
     if "<" not in text and "&" not in text:
         return None
     bare = _without_code(text)
@@ -215,7 +215,7 @@ _PLACEHOLDER, _TOKEN = (re.compile("|".join(PATTERNS[name]), re.MULTILINE) for n
 
 
 def placeholder(text: str) -> Flaw | None:
-    """Return a flaw for an unfilled template, or None; braces of JSON, code and LaTeX are ignored."""
+    """Return a flaw if a text is an unfilled template, else None; braces of JSON, code and LaTeX are ignored."""
     if not any(map(text.__contains__, PATTERNS["placeholder_signs"])):
         return None
     bare = _without_code(text)
@@ -226,7 +226,7 @@ def placeholder(text: str) -> Flaw | None:
 
 
 def chat_tokens(text: str) -> Flaw | None:
-    """Return a flaw for tokens that a chat template or tokenizer adds itself, or None."""
+    """Return a flaw if a text has tokens that a chat template or tokenizer adds itself, else None."""
     is_talk = "ssistant:" in text or "SSISTANT:" in text
     if not ("<" in text or "[" in text or "###" in text or is_talk):
         return None
@@ -247,7 +247,7 @@ _PHRASES = [(signs.split("|"), compiled(pattern)) for signs, pattern in PATTERNS
 
 
 def refusal(text: str) -> Flaw | None:
-    """Return a flaw for an answer that declines, or in which an assistant refers to itself; else None."""
+    """Return a flaw if an answer declines, or if an assistant refers to itself in it; else None."""
     lowered = text.lower().replace("’", "'")
     for signs, pattern in _PHRASES:
         if any(map(lowered.__contains__, signs)) and (match := pattern.search(lowered)):

@@ -13,12 +13,12 @@ _Hit = tuple[int, int, str, str]
 
 
 def secret(text: str) -> Flaw | None:
-    """Return a flaw for keys and tokens in published formats, and passwords, or None."""
+    """Return a flaw if a text has keys or tokens in published formats, or passwords, else None."""
     return redacted("secret", text, _matches_of_kind("secret", text)) if RE["maybe_secret"].search(text) else None
 
 
 def personal_data(text: str) -> Flaw | None:
-    """Return a flaw for personal data except phone numbers, examples and test numbers, or None."""
+    """Return a flaw if a text has personal data other than phone numbers, examples and test numbers, else None."""
     return (
         redacted("personal data", text, _matches_of_kind("personal", text))
         if RE["maybe_personal"].search(text)
@@ -94,7 +94,7 @@ _KINDS = {
 
 
 def phone_number(text: str) -> Flaw | None:
-    """Return a flaw for valid phone numbers that are international, North American, or labelled as phone numbers, or
+    """Return a flaw if a text has valid phone numbers that are international, North American, or labelled as such, else
     None."""
     if not RE["maybe_phone"].search(text):
         return None

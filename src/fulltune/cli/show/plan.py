@@ -41,7 +41,6 @@ def _section(title: str, *blocks: Element) -> Section:
 
 
 def gib(num_bytes: int) -> str:
-    """Format bytes as a number of GiB."""
     if not num_bytes:
         return "–"
     value = num_bytes / 2**30

@@ -135,7 +135,6 @@ def budget_advice(result: BudgetResult | None) -> tuple[str, str]:
 
 
 def _rounded_up(percent: float) -> str:
-    """Round a percentage up to two digits, at most 99 %."""
     places = 1 - math.floor(math.log10(percent))
     return f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
 

@@ -96,7 +96,8 @@ def _restored(trainer: FullTrainer, plan: Plan) -> Iterator[tuple[nn.Module, tor
 
 @contextlib.contextmanager
 def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
-    """Restore all random generators after the block; `on_gpu` includes the GPUs', which initialises them."""
+    """Restore all random generators after the block; `on_gpu` includes the GPUs' generators, which initialises the
+    GPUs."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
