@@ -155,5 +155,5 @@ def test_process_that_hangs_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -
 
 def test_device_without_the_means_is_not_here() -> None:
     for check in (selfcheck.flash_attention_2, selfcheck.planned_bytes):
-        with pytest.raises(NotHere, match="needs an? .*GPU"):
+        with pytest.raises(NotHere, match=r"needs an? .*GPU"):
             check(CPU)
