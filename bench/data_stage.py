@@ -69,7 +69,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
         f"speed of the data stage with its checks over datasets, {rows:,} rows",
         ratio,
         "x",
-        at_least=0.8 if quick else 1.0,
+        at_least=1.0,
     )
     memory = max(peaks) / max(other_peaks)
     yield Figure(f"peak memory of the data stage over that of datasets, {rows:,} rows", memory, "x", at_most=1.0)

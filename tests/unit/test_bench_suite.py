@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -123,7 +124,12 @@ def test_each_part_is_a_module_with_measure() -> None:
 
 def test_contestants_take_turns(tmp_path: Path) -> None:
     order: list[str] = []
-    contestants = {name: lambda name=name: float(len(order.append(name) or order)) for name in "ab"}  # type: ignore[func-returns-value]
+
+    def turn(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    contestants = {name: functools.partial(turn, name) for name in "ab"}
     found = runs.interleaved(contestants, 2, runs.Records(tmp_path / "kept.jsonl"))
     assert order == ["a", "b", "b", "a"]
     assert runs.median_ratio([2, 3, 10], [1, 1, 1]) == 3

@@ -22,7 +22,7 @@ HEARTBEAT = "heartbeat"
 NEXT = "next attempt"
 """Event with which the parent records why another attempt starts."""
 PROBING = "fitting a linear probe of the pretrained model"
-CHECKS, TRAINING = "checking, with one dry-run step at the longest length", "training"
+CHECKS, TRAINING = "checking, with a dry run at the longest length", "training"
 SCORING = "scoring the eval rows before step 1"
 """Names of phases in `metrics.jsonl`."""
 

@@ -28,7 +28,7 @@ _WHERE: dict[Phase | None, str] = {
 _MIN_REPORTED_BYTES = 2**20
 _MIN_GROWTH_BYTES = 64 * 2**20
 """Memory growth that libraries alone cause."""
-_NO_SECOND_ATTEMPT = "with functions of your own, training runs in this process, which allows no second attempt"
+_NO_SECOND_ATTEMPT = "with a compute_loss of your own, training runs in this process, which allows no second attempt"
 
 
 EstimateMemory = Callable[[Plan], MemoryNeed | None]
