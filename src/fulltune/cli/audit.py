@@ -18,7 +18,7 @@ from fulltune.cli.stages import out
 from fulltune.data.patch import Decisions, load_patch, save_patch
 from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, proofs_of
+from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, load_proofs
 from fulltune.records.data import DataSummary
 from fulltune.report.run.data_page import could_do
 from fulltune.text import counted, did_you_mean, listed
@@ -79,7 +79,7 @@ def show(target: Path, folder: Path, as_json: bool) -> None:
     from fulltune.report.run.data_page import audit_for_terminal
 
     summary, audit = DataSummary.of_run(folder), Audit.load(folder / "data" / AUDIT)
-    proofs = proofs_of(folder, audit)
+    proofs = load_proofs(folder, audit)
     if as_json:
         more = {
             "issues": audit.checks,

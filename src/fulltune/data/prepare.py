@@ -150,7 +150,7 @@ def prepare(stage: Stage) -> DataSummary:
             with locked(cached.parent):
                 put(part, cached)
                 link(cached, folder)
-                prune(cached.parent)
+                delete_old_data_sets(cached.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return summary
@@ -363,7 +363,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def prune(folder: Path) -> None:
+def delete_old_data_sets(folder: Path) -> None:
     """Delete all but the most recently used data sets, and abandoned unfinished ones."""
     entries = [path for path in folder.iterdir() if _CACHE_ENTRY.fullmatch(path.name)]
     parts = [path for path in entries if ".part-" in path.name]

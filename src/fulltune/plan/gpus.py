@@ -143,7 +143,7 @@ def gpu_model_of(name: str, memory_bytes: int = 2**60) -> GpuModel | None:
     return min(_models_named(name), key=lambda model: abs(model.memory_bytes - memory_bytes), default=None)
 
 
-def find(name: str) -> GpuModel:
+def find_gpu(name: str) -> GpuModel:
     """Return the GPU model with this name, as users write it; raise `RecipeError` with similar names if there is
     none."""
     models = _models_named(name)
@@ -191,7 +191,7 @@ def parse(text: str) -> Fleet:
     machines, count = int(match[1] or 1), int(match[2] or 1)
     gpu = None
     try:
-        gpu = None if match[3].lower() == "cpu" else find(match[3])
+        gpu = None if match[3].lower() == "cpu" else find_gpu(match[3])
     except RecipeError as error:
         problems = [*error.problems, *problems]
     if 0 in (machines, count, *details.values()):

@@ -135,7 +135,7 @@ class Audit(Record):
         return [one for one in self.examples if one.check == check]
 
 
-def proofs_of(folder: Path, audit: Audit) -> list[Proofs]:
+def load_proofs(folder: Path, audit: Audit) -> list[Proofs]:
     """Load the measured cleaning effects in a run folder that belong to this audit."""
     paths = (folder / "data" / name for name in (PROOFS, TRAINED_PROOFS))
     loaded = [Proofs.load(path) for path in paths if path.exists()]

@@ -14,7 +14,7 @@ GB, GIB = 10**9, 2**30
 @pytest.mark.parametrize("gpu", gpus.GPUS, ids=lambda gpu: gpu.name)
 def test_gpu_is_found_by_each_of_its_names(gpu: gpus.GpuModel) -> None:
     for name in (gpu.name, *gpu.aliases, gpu.name.lower(), gpu.name.replace(" ", "-"), f"NVIDIA {gpu.name}"):
-        assert gpus.find(name) == gpu
+        assert gpus.find_gpu(name) == gpu
 
 
 def test_names_are_those_of_one_gpu_each() -> None:
@@ -80,8 +80,8 @@ def test_cpu_is_read() -> None:
 
 def test_checked_memory_of_a_gpu_is_less() -> None:
     # nvidia-smi shows 15,360 MiB on a T4 and 46,068 MiB on an L40S.
-    assert gpus.find("T4").memory_bytes == 15 * GIB
-    assert gpus.find("L40S").memory_bytes == 45 * GIB
+    assert gpus.find_gpu("T4").memory_bytes == 15 * GIB
+    assert gpus.find_gpu("L40S").memory_bytes == 45 * GIB
 
 
 KNOWN = ", ".join(gpu.name for gpu in gpus.GPUS)
@@ -126,7 +126,7 @@ def test_this_machine_is_a_fleet() -> None:
     )
     fleet = gpus.here(machine, 7 * GB)
     assert fleet.name == "this machine: 2x NVIDIA L4, 8 cores, 32 GiB"
-    assert fleet.gpu_model == gpus.find("L4")
+    assert fleet.gpu_model == gpus.find_gpu("L4")
     assert (fleet.here, fleet.num_devices, fleet.disk_bytes) == (True, 2, 7 * GB)
 
 
@@ -136,4 +136,4 @@ def test_size_of_a_gpu_here_is_told_by_its_memory(memory_gib: float, name: str) 
     machine = Machine(
         cpu="x", num_cores=8, memory_bytes=GIB, memory_available_bytes=GIB, cpu_bf16_speedup=1.0, gpus=(gpu,)
     )
-    assert gpus.here(machine, GB).gpu_model == gpus.find(name)
+    assert gpus.here(machine, GB).gpu_model == gpus.find_gpu(name)

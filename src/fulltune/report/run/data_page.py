@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fulltune.audit.texts.flaw import ABOUT
-from fulltune.records.audit import AUDIT, Audit, LabelErrors, Proofs, Remedy, proofs_of
+from fulltune.records.audit import AUDIT, Audit, LabelErrors, Proofs, Remedy, load_proofs
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Bullets,
@@ -50,7 +50,7 @@ def write_data_page(folder: Path) -> Path:
             note="Nothing was changed. Each finding is a suspicion with a suggested remedy.",
         )
     sections = [
-        *audit_for_terminal(audit, proofs_of(folder, audit)),
+        *audit_for_terminal(audit, load_proofs(folder, audit)),
         *(_check_section(audit, check) for check in audit.checks),
     ]
     sections += [*filter(None, [data(view)]), _next_section(view, audit)]
