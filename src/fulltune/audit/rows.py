@@ -142,7 +142,9 @@ def scan_rows(rows: AuditedRows, total: int, listener: Listener) -> RowScan:
             for part, part_checks in checks.items():
                 for column, text in cells(row, rows.target.columns, part):
                     scan.issues += [_flaw_issue(rows, split, row, column, flaw) for flaw in flaws(text, part_checks)]
-            if (turns := rows.target.columns.get("messages")) and (faults := chat_faults(chat.clean(row[turns]))):
+            if (turns := rows.target.columns.get("messages")) and (
+                faults := chat_faults(chat.clean_messages(row[turns]))
+            ):
                 reason = masked_text(first_few(faults))
                 scan.issues.append(rows.issue(CHAT_FAULT, (split, row), reason, score=float(len(faults))))
             add_languages(scan.languages, row, rows.target.columns)

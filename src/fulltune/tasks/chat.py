@@ -9,7 +9,7 @@ from typing import Any
 
 from fulltune.errors import DataError, SetupError
 from fulltune.tasks import Tokenizer
-from fulltune.tasks.columns import parsed
+from fulltune.tasks.columns import parse_cell
 
 ChatMessage = Mapping[str, Any]
 """A message with `role`, `content` and perhaps `tool_calls` and `weight`."""
@@ -21,13 +21,10 @@ _ALL, _MANY_TURNS = 2**62, 20
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
-def clean(messages: Any) -> list[dict[str, Any]]:
-    """Return messages as `{"role", "content", ...}` without empty keys; ShareGPT's `from` and `value` are converted.
-
-    Raises:
-        DataError: When `messages` is not a list of messages.
-    """
-    messages = parsed(messages)
+def clean_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return messages without empty keys, also from ShareGPT's `from` and `value`; raise `DataError` for invalid
+    ones."""
+    messages = parse_cell(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f"expected a list of messages {{role, content}}, found {str(messages)[:60]!r}")
     cleaned = []
@@ -49,7 +46,7 @@ def clean(messages: Any) -> list[dict[str, Any]]:
 
 
 def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
-    """Return a message's content as text and its tool calls as a list, if they have another type."""
+    """Return only what changes: the content as text, and tool calls as a list."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
@@ -62,7 +59,7 @@ def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
             raise DataError(f"a message of '{message['role']}' holds an object, not text")
         changed["content"] = str(content)
     if "tool_calls" in message:
-        calls = parsed(message["tool_calls"])
+        calls = parse_cell(message["tool_calls"])
         calls = [calls] if isinstance(calls, Mapping) else calls
         if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
             raise DataError(f"'tool_calls' of '{message['role']}' must be a list of objects")
@@ -71,17 +68,17 @@ def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
 
 
 def is_trained(message: ChatMessage) -> bool:
-    """Return True for assistant messages, except with OpenAI's `weight: 0`."""
+    """Return True for assistant messages without OpenAI's `weight: 0`."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def encode(
+def tokenise_conversation(
     tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools = None, most: int = _ALL
 ) -> list[MaskedIds]:
-    """Tokenise a conversation and return its mask. If the template rewrites earlier turns, each turn is tokenised
-    separately.
+    """Tokenise a conversation with a mask of trained tokens. If the template rewrites earlier turns, return one
+    sequence per answer.
 
-    Turns beyond `most` tokens may stay untrained.
+    Answers beyond `most` tokens may stay untrained.
     """
     has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
     if has_marks and all(message.get("weight") != 0 for message in messages):
@@ -105,7 +102,7 @@ def encode(
 
 
 def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int, tools: Tools) -> tuple[int, str]:
-    """Return where an assistant turn starts in the rendered text, and the text up to the turn's end."""
+    """Return where message `turn` starts in the rendered text, and the text up to its end."""
     after = render(tokenizer, messages[: turn + 1], tools)
     if turn == 0:
         start = _first_turn_start(tokenizer, after)
@@ -119,8 +116,7 @@ def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int,
 
 
 def _first_turn_start(tokenizer: Tokenizer, text: str) -> int:
-    """Return where the assistant's message starts if it is the first; templates cannot render the empty prompt before
-    it."""
+    """Return where the assistant's message starts if a conversation begins with it."""
     question = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, question, None)
     opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)
@@ -132,6 +128,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, 
 
 
 def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> Any:
+    """Apply the chat template; raise `SetupError` for a broken one, and `DataError` for messages that it refuses."""
     import jinja2
 
     try:
@@ -145,8 +142,8 @@ def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], 
 
 
 def _tokenise_with_mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> MaskedIds:
-    """Tokenise a rendered conversation; tokens that start inside a span, without its trailing white space, are
-    trained."""
+    """Tokenise a rendered conversation. Tokens that start inside the character `spans`, except trailing white space,
+    are trained."""
     # White space after a turn's end token belongs to the next turn: the model never has to produce it.
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     ids, places = _ids_and_offsets(tokenizer, text)

@@ -231,7 +231,7 @@ def test_questions_as_squad_publishes_them_are_read(tmp_path: Path, prepare: Cal
     assert (len(summary.rows), summary.dropped) == (80, {})
     assert "columns not used: id" in summary.summary.notes
     target = Target.of(summary.summary)
-    answered = [bool(question_answering.answers_of(row, target)) for row in summary.rows.values()]
+    answered = [bool(question_answering.accepted_answers(row, target)) for row in summary.rows.values()]
     assert answered.count(True) == 60
 
 
