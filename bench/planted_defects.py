@@ -75,8 +75,8 @@ def of_texts(texts: dict[str, list[str]], each: int, counts: dict[str, Counts]) 
         for number, plant in enumerate(kinds.values()):
             draw = random.Random(number)
             chosen = draw.sample(clean, each)
-            sound = [text for text in chosen if not audit.flaws(text, (check,))]
-            found = sum(bool(audit.flaws(plant(text, draw), (check,))) for text in sound)
+            sound = [text for text in chosen if not audit.find_flaws(text, (check,))]
+            found = sum(bool(audit.find_flaws(plant(text, draw), (check,))) for text in sound)
             counts[check].add(len(sound), found, each, each - len(sound))
 
 

@@ -21,10 +21,10 @@ from fulltune.stats.curves import (
     MIN_FOR_SHAPE,
     Curves,
     Point,
-    check_divergence,
-    is_flat,
-    judge_final_loss,
-    judge_fit,
+    diverged,
+    ended_high,
+    fit,
+    stayed_flat,
     without_cause,
 )
 from fulltune.text import counted, format_number, format_share
@@ -212,18 +212,18 @@ def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
             yield "diverged", evidence, f"look at the rows of that step; {lower}"
             return
     losses, evals = log.curves.losses, [value for _, value in log.curves.eval_loss]
-    for judged in (check_divergence(losses, log.rate), judge_final_loss(losses, evals, log.rate)):
+    for judged in (diverged(losses, log.rate), ended_high(losses, evals, log.rate)):
         if judged.action != "go on":
             yield "diverged", without_cause(judged.reason), lower
             return
 
 
 def _diagnose_fit(log: Log) -> Iterator[Diagnosis]:
-    judged, losses = judge_fit(log.curves), log.curves.losses
+    judged, losses = fit(log.curves), log.curves.losses
     evidence = f"{judged.evidence}. {judged.details}".rstrip(". ")
     if judged.kind == "got worse":
         yield judged.kind, evidence, f"{judged.helps}: {_rate_setting(log, 1 / 10 if judged.turn == 0 else 1 / 3)}"
-    elif is_flat(losses):
+    elif stayed_flat(losses):
         stayed = f"the train loss stayed at about {format_number(statistics.median(losses))} from start to end"
         yield "plateau", stayed, f"a higher rate: {_rate_setting(log, 3)}; do the labels belong to these rows?"
     elif judged.kind not in ("sound", "not known"):

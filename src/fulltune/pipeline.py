@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fulltune import data, evaluate, methods, plan, report
 from fulltune.audit import stage
-from fulltune.audit.untouched import Reader
+from fulltune.audit.pretrained import Reader
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.evaluate.scoring import Scoring, UserMetrics
 from fulltune.forgetting.generic_text import check_texts
@@ -27,7 +27,7 @@ from fulltune.records.training import Outcome
 from fulltune.system import hardware, run_folder
 from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import RunResult
-from fulltune.tasks.labels import check_label_settings
+from fulltune.tasks.labels import check_settings_for
 from fulltune.train.hooks import Hooks
 from fulltune.train.loop.arguments import check_extra
 from fulltune.train.parent.machines import MachineGroup
@@ -148,7 +148,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
         listener=job.listener,
     )
     summary = data.prepare(stage)
-    check_label_settings(job.recipe, summary)
+    check_settings_for(job.recipe, summary)
     job.hooks.check_data(summary)
     job.listener(DataPrepared(summary=summary, is_reused=before == path.stat().st_mtime_ns))
     return summary
@@ -163,10 +163,10 @@ def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
 
 def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit:
     """Audit the rows. If `reads_rows`, the untouched model also judges labels and finds outliers."""
-    if reads_rows and stage.by_model(summary):
+    if reads_rows and stage.checks_that_need_model(summary):
         check_weights(job.base)
     job.phase("auditing the rows")
-    return stage.audit(reader_of(job, summary), reads_rows)
+    return stage.audit_rows(reader_of(job, summary), reads_rows)
 
 
 def list_losses(job: Run, summary: DataSummary) -> Audit:
@@ -177,8 +177,8 @@ def list_losses(job: Run, summary: DataSummary) -> Audit:
             "--losses: packed texts share rows, so no text has its own loss; train with data.packing=false"
         )
     job.phase("reading train and eval rows with the trained model")
-    losses = evaluate.train_and_eval_losses(_scoring(job, trial, summary))
-    return stage.list_losses(job.recipe, job.folder / "data", summary, losses)
+    losses = evaluate.losses(_scoring(job, trial, summary))
+    return stage.write_losses(job.recipe, job.folder / "data", summary, losses)
 
 
 def reader_of(job: Run, summary: DataSummary) -> Reader:
@@ -249,16 +249,16 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
     if not job.recipe.evaluate.baselines:
         return []
     job.phase("scoring the baselines")
-    return evaluate.score_baselines(_scoring(job, trial, summary))
+    return evaluate.baselines(_scoring(job, trial, summary))
 
 
 def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:
     job.phase("scoring the trained model")
-    return evaluate.score_trained_model(_scoring(job, trial, summary, job.hooks.metrics), outcome)
+    return evaluate.score(_scoring(job, trial, summary, job.hooks.metrics), outcome)
 
 
 def _scoring(job: Run, trial: Plan, summary: DataSummary, metrics: UserMetrics | None = None) -> Scoring:
-    scoring = evaluate.make_scoring(job.recipe, trial, summary, job.folder, job.base)
+    scoring = evaluate.scoring_of(job.recipe, trial, summary, job.folder, job.base)
     return replace(scoring, user_metrics=metrics, listener=job.listener)
 
 

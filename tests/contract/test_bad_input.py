@@ -204,7 +204,7 @@ def test_label_only_in_held_out_rows_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, data={"test": "test.csv"}),
         DATA,
-        "test.csv: label 'zebra' (1 row of test) never occurs in train; add rows to train or remove them here",
+        "test.csv: label 'zebra' (1 row of test) never occurs in train; add such rows to train, or remove these",
     )
 
 
@@ -510,7 +510,7 @@ def test_max_length_over_the_models_limit_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, data={"max_length": 500}),
         RECIPE,
-        "data.max_length: 500 tokens, but the model takes at most 128; set data.max_length: 128 or less",
+        "data.max_length: 500 tokens, but the model accepts at most 128; set data.max_length: 128 or less",
     )
 
 
@@ -715,7 +715,7 @@ def test_interrupt_while_reading_data_is_resumable(case: Case, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(data_stage, "prepare", interrupted)
         refused(case.data(CSV), INTERRUPTED, "interrupted; run the same command to resume")
-    monkeypatch.setattr("fulltune.audit.stage.audit", interrupted)
+    monkeypatch.setattr("fulltune.audit.stage.audit_rows", interrupted)
     refused(case.data(CSV), INTERRUPTED, "auditing the rows", "interrupted; run the same command to resume")
 
 

@@ -54,8 +54,8 @@ def _complaints(folder: Path, given: dict[str, Any], seeds: range) -> str:
 def test_a_reader_that_loses_rows_is_noticed(
     tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = text_files.json_lines
-    monkeypatch.setattr(text_files, "json_lines", lambda *given: islice(whole(*given), 1, None))
+    whole = text_files.read_json_lines
+    monkeypatch.setattr(text_files, "read_json_lines", lambda *given: islice(whole(*given), 1, None))
     assert "rows.jsonl:1: neither used nor listed" in _complaints(
         tmp_path, given, range(3, COUNT, len(malformed.FORMS))
     )

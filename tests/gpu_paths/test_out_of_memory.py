@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 
-from fulltune.audit.untouched import Reader
+from fulltune.audit.pretrained import Reader
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.evaluate import _explain_out_of_memory
 from fulltune.methods.added import put_peft

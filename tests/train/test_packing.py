@@ -72,7 +72,7 @@ def test_model_that_does_not_keep_texts_apart_is_not_packed_and_the_note_says_wh
     summary = go(tmp_path, opt).summary
     assert not summary.packed
     (note,) = (note for note in summary.notes if "packing" in note)
-    assert note.startswith("packing is off: ")
+    assert note.startswith("packing is off because ")
     assert "'opt' model" in note
     assert "position_ids" not in Rows(tmp_path / "run" / "data" / "train").features
 

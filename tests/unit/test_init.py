@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fulltune.cli.init import hints_of, infer, write_recipe
-from fulltune.data.readers.read import locate
-from fulltune.data.readers.text_files import names_without_header
-from fulltune.data.sources import describe, find_files, read_rows
+from fulltune.data.readers.read import locate_data_files
+from fulltune.data.readers.text_files import guess_missing_header
+from fulltune.data.sources import find_source_files, find_target_and_count_rows, read_source_rows
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -130,7 +130,7 @@ def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
 def test_first_line_that_is_a_row_is_recognised(
     tmp_path: Path, name: str, text: str, columns: tuple[str, ...] | None
 ) -> None:
-    found = names_without_header(_written(tmp_path / name, text))
+    found = guess_missing_header(_written(tmp_path / name, text))
     if name in ("cola.tsv", "topics.csv"):
         assert found is not None
         assert found.index("text") == len(found) - 1
@@ -142,7 +142,7 @@ def test_first_line_that_is_a_row_is_recognised(
 def test_columns_given_are_refused_for_files_that_have_names(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.jsonl", '{"text": "a"}\n')
     with pytest.raises(DataError, match=r"rows.jsonl: data.columns is for csv and tsv files"):
-        locate([str(data)], columns=("text",))
+        locate_data_files([str(data)], columns=("text",))
     assert read([str(data)]).columns == ("text",)
 
 
@@ -238,9 +238,9 @@ def test_second_column_of_texts_is_asked_about(
         infer(data)
     task = {"a": "text-classification", "question": "causal-lm"}.get(next(iter(cells)), "seq2seq")
     recipe = Recipe.model_validate({"model": "m", "task": task, "data": {"train": str(data)}})
-    given = {"train": read_rows(recipe, find_files(recipe)["train"], None)}
+    given = {"train": read_source_rows(recipe, find_source_files(recipe)["train"], None)}
     with pytest.raises(DataError, match=problem):
-        describe(recipe.data, task_named(recipe.task), given)
+        find_target_and_count_rows(recipe.data, task_named(recipe.task), given)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,11 @@ def test_judged_answers_are_trained_on_when_they_are_named(tmp_path: Path) -> No
     data = _rows(tmp_path, prompt="Who is it", completion="It is she", label=["True", "False"])
     recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": {"train": str(data)}})
     with pytest.raises(DataError, match="KTOTrainer"):
-        describe(recipe.data, task_named("causal-lm"), {"train": read_rows(recipe, find_files(recipe)["train"], None)})
+        find_target_and_count_rows(
+            recipe.data,
+            task_named("causal-lm"),
+            {"train": read_source_rows(recipe, find_source_files(recipe)["train"], None)},
+        )
     found = infer(data, hints=hints_of(None, ["completion=completion"], None))
     assert found.target.columns == {"prompt": "prompt", "completion": "completion"}
 
@@ -314,6 +318,6 @@ def test_encoding_that_is_named_is_written_and_read(tmp_path: Path) -> None:
     assert (found.num_rows, found.target.labels) == (20, ("gutx", "x"))
     loaded = load_recipe(recipe)
     assert loaded.data.encoding == "cp1252"
-    assert next(find_files(loaded)["train"].rows())[1]["Text"] == "schöner Film 0"
+    assert next(find_source_files(loaded)["train"].rows())[1]["Text"] == "schöner Film 0"
     with pytest.raises(SetupError, match="--encoding: expected a name such as utf-8"):
         hints_of(None, [], None, "cp125x2")

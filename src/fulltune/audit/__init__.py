@@ -1,1 +1,0 @@
-"""Audits the rows of a run without changing them."""

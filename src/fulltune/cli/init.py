@@ -10,10 +10,16 @@ from typing import Any
 
 import yaml
 
-from fulltune.data.readers.files import by_split, data_files, held_out_beside, is_image_folder, split_folders
-from fulltune.data.readers.read import DataFiles, locate
-from fulltune.data.readers.text_files import names_without_header
-from fulltune.data.sources import SourceRows, describe, unused_columns
+from fulltune.data.readers.files import (
+    find_held_out_beside,
+    group_files_by_split,
+    group_folders_by_split,
+    is_image_folder,
+    list_data_files,
+)
+from fulltune.data.readers.read import DataFiles, locate_data_files
+from fulltune.data.readers.text_files import guess_missing_header
+from fulltune.data.sources import SourceRows, find_target_and_count_rows, list_unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
 from fulltune.recipe.data import UTF_8, DataBlock, codec_of
@@ -109,11 +115,11 @@ SplitFiles = tuple[tuple[Path, ...], dict[SplitName, Path], tuple[str, ...]]
 def split_files(path: Path) -> SplitFiles:
     """Assign a folder's files to splits by their names. For a single file, find the splits beside it."""
     if not path.is_dir():
-        return (path,), _single_files(held_out_beside(path)), ()
-    splits = split_folders(path)
+        return (path,), _single_files(find_held_out_beside(path)), ()
+    splits = group_folders_by_split(path)
     if not splits and is_image_folder(path):
         return (path,), {}, ()
-    splits = splits or by_split(data_files(path))
+    splits = splits or group_files_by_split(list_data_files(path))
     held_out = _single_files({split: splits[split] for split in ("eval", "test") if split in splits})
     unnamed = splits.get(None, [])
     train = splits.get("train", unnamed)
@@ -139,10 +145,10 @@ def _single_files(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName,
 def _column_mismatch(file: Path, inferred: Inferred, encoding: str) -> str | None:
     """Return a message if `file` lacks columns that the train file has, else None."""
     if inferred.columns:
-        names = names_without_header(locate([str(file)]).files[0], encoding)
+        names = guess_missing_header(locate_data_files([str(file)]).files[0], encoding)
         alike = names is not None and len(names) == len(inferred.columns)
         return None if alike else f"{file.name}: has a header line or other columns than train"
-    columns, _ = _first_rows(replace(locate([str(file)]), encoding=encoding), _FEW)
+    columns, _ = _first_rows(replace(locate_data_files([str(file)]), encoding=encoding), _FEW)
     missing = [column for column in inferred.target.columns.values() if column not in columns]
     return f"{file.name}: has no column '{missing[0]}', which train has" if missing else None
 
@@ -174,10 +180,10 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     given_task, settings = hints
     roles = {role: column for role, column in settings.items() if role in USUAL_NAMES}
     encoding = codec_of(settings.get("encoding", "utf-8"))
-    guessed = None if settings.get("columns") or roles else names_without_header(paths[0], encoding)
+    guessed = None if settings.get("columns") or roles else guess_missing_header(paths[0], encoding)
     named = settings.get("columns") or guessed
     block = DataBlock.model_validate({"train": tuple(map(str, paths)), "columns": named, **roles})
-    files = replace(locate(tuple(map(str, paths)), columns=named), encoding=encoding)
+    files = replace(locate_data_files(tuple(map(str, paths)), columns=named), encoding=encoding)
     columns, head = _first_rows(files)
     if not roles:
         refuse_preferences(columns, head[:_FEW], files.where)
@@ -197,8 +203,8 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
         if role not in columns_by_role or not roles.keys() <= columns_by_role.keys():
             continue
         source = SourceRows(files.where, files.rows)
-        target, counts = describe(block, task_named(task), {"train": source})
-        unused = " ".join(shown(unused_columns(block, target.columns, source)).split())
+        target, counts = find_target_and_count_rows(block, task_named(task), {"train": source})
+        unused = " ".join(shown(list_unused_columns(block, target.columns, source)).split())
         is_guess = guessed is not None
         return Inferred(task, target, files.where, counts["train"], named, is_guess, unused, tuple(files.notes))
     if refusals and len({task for task, _ in forms}) == 1:

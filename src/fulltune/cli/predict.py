@@ -20,9 +20,9 @@ from rich.markup import escape
 
 from fulltune import predict
 from fulltune.cli.stages import err
-from fulltune.data.readers.columnar import class_names
-from fulltune.data.readers.read import DataFiles, locate, resolve_image_paths
-from fulltune.data.readers.text_files import SEPARATED, csv_reader, delimiter_of
+from fulltune.data.readers.columnar import read_class_names
+from fulltune.data.readers.read import DataFiles, locate_data_files, resolve_image_paths
+from fulltune.data.readers.text_files import SEPARATED, detect_delimiter, open_csv_reader
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.files import replacing
 from fulltune.inference.store import readable
@@ -73,7 +73,7 @@ class PredictInput:
         if self.table is None or self.table.suffix.lower() != ".parquet":
             return {}
         schema = parquet.read_schema(self.table)
-        named = class_names(schema.metadata)  # read as texts
+        named = read_class_names(schema.metadata)  # read as texts
         return {one.name: one.type for one in schema if one.name not in named}
 
 
@@ -93,7 +93,7 @@ def read_input(texts: Sequence[str], file: Path | None, notes: Row) -> PredictIn
 
 def _read_table(file: Path, notes: Row) -> PredictInput:
     """Read a table once, and raise a `DataError` for broken rows or missing columns."""
-    source = locate([str(file)])
+    source = locate_data_files([str(file)])
     if named := _missing_header(source, notes):
         source = replace(source, columns=named)
         note = f"{file}: no header line; columns as in training: {', '.join(named)}"
@@ -123,7 +123,7 @@ def _missing_header(source: DataFiles, notes: Row) -> tuple[str, ...] | None:
     if not names or any(file.suffix.lower() not in SEPARATED for file in source.files):
         return None
     try:
-        with csv_reader(source.files[0], delimiter_of(source.files[0])) as reader:
+        with open_csv_reader(source.files[0], detect_delimiter(source.files[0])) as reader:
             first: list[str] = next(reader, [])
     except (OSError, ValueError, csv.Error):
         return None  # the reader will report what is wrong with the file

@@ -16,14 +16,14 @@ from fulltune.compare.seeds import SeedRuns, method_outputs
 from fulltune.compare.sequential import left
 from fulltune.compare.trials import best_seed, keep
 from fulltune.compare.verdict import MethodOutputs, Terms, decide
-from fulltune.evaluate.scoring import MIN_UNSEEN, compute_outputs, load_outputs, log_test_access
+from fulltune.evaluate.scoring import MIN_UNSEEN, load_outputs, note_access, outputs
 from fulltune.files import append_line, lines_of
 from fulltune.forgetting.generic_text import drift
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.recipe.tasks import ALSO_OCCURS, FACTS, leaked_content
 from fulltune.records.comparison import Comparison, Decision, MethodRow, Opening, TrialResult
 from fulltune.records.scores import Estimate, Scores
-from fulltune.stats.bootstrap import SAMPLES, resample_metrics, resample_trials
+from fulltune.stats.bootstrap import SAMPLES, draw, resample
 from fulltune.stats.calibration import calibrate
 from fulltune.system import run_folder
 from fulltune.text import format_metric
@@ -49,7 +49,7 @@ def judge(ran: SeedRuns) -> Comparison:
         clusters = np.load(context.folder / "data" / "test" / CLUSTERS)
         decision = _decide_on_rows(context, compared, clusters, alpha)
         leaks = without_leaks(context, compared, clusters, decision)
-    log_test_access(context.folder, context.job.listener)
+    note_access(context.folder, context.job.listener)
     comparison = comparison_of(ran, decision, baselines, openings)
     comparison = comparison.model_copy(update={"notes": (*comparison.notes, *leaks)})
     comparison.save(context.folder / RECORD)  # saved first: the test rows are open, and what follows may fail
@@ -62,7 +62,7 @@ def _decide_on_rows(
 ) -> Decision:
     recipe = context.recipe
     terms = Terms(context.measure, recipe.compare.margin, recipe.evaluate.confidence, alpha)
-    drawn = resample_trials(context.measure, [method.trials for method in compared], clusters, SAMPLES)
+    drawn = draw(context.measure, [method.trials for method in compared], clusters, SAMPLES)
     return decide(compared, drawn, terms)
 
 
@@ -109,9 +109,9 @@ def untouched(context: Context) -> tuple[Scores, ...]:
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
         splits = ("eval", "test") if writes else ()
-        predictions, _ = compute_outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
+        predictions, _ = outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
         keep(context, BASE, predictions)
-    return tuple(evaluate.score_baselines(context.scoring))
+    return tuple(evaluate.baselines(context.scoring))
 
 
 def comparison_of(
@@ -198,9 +198,7 @@ def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
         return None
     before, *after = (load_outputs(folder / f"{name}.npz") for name in (BASE, *(one.trial.name for one in results)))
     of_text = np.mean([drift(before["generic"], one["generic"]) for one in after], axis=0)
-    drawn = resample_metrics(
-        {"drift": of_text}, lambda texts: {"drift": float(texts["drift"].mean())}, samples=_TEXT_SAMPLES
-    )
+    drawn = resample({"drift": of_text}, lambda texts: {"drift": float(texts["drift"].mean())}, samples=_TEXT_SAMPLES)
     return drawn["drift"].estimate(context.recipe.evaluate.confidence)
 
 
@@ -221,7 +219,7 @@ def write_model_cards(ran: SeedRuns) -> None:
             continue
         name = best_seed(context, runs).trial.name
         eval_outputs, test = (load_outputs(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))
-        metrics = scoring.estimate_metrics(test, metrics=context.measure.alone)
+        metrics = scoring.estimates(test, metrics=context.measure.alone)
         calibration = None
         if context.summary.form.is_calibrated:
             calibration = calibrate(eval_outputs["logits"], eval_outputs["labels"], test["logits"], test["labels"])

@@ -89,7 +89,7 @@ class Context:
 
     @cached_property
     def measure(self) -> bootstrap.ResamplableMetric:
-        return bootstrap.find_metric(self.recipe.task, Target.of(self.summary), self.setup(self.full.label).plan.metric)
+        return bootstrap.measure_of(self.recipe.task, Target.of(self.summary), self.setup(self.full.label).plan.metric)
 
     @cached_property
     def scale(self) -> Scale:
@@ -102,7 +102,7 @@ class Context:
     @cached_property
     def scoring(self) -> Scoring:
         reference = self.setup(self.full.label).plan
-        return evaluate.make_scoring(self.recipe, reference, self.summary, self.folder, self.job.base)
+        return evaluate.scoring_of(self.recipe, reference, self.summary, self.folder, self.job.base)
 
     @property
     def methods(self) -> tuple[ComparedMethod, ...]:

@@ -15,7 +15,7 @@ from fulltune.compare.context import Context
 from fulltune.compare.rates import share_of_steps
 from fulltune.compare.seeds import MOST_WHOLE_RUNS_ALONE, SeedRuns, search_all
 from fulltune.compare.trials import clear
-from fulltune.data.prepare import link
+from fulltune.data.prepare import link_cached_rows
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
 from fulltune.pipeline import Run, Until
 from fulltune.plan.settings import with_settings
@@ -81,7 +81,7 @@ def _search_rate(job: Run, summary: DataSummary) -> Searched:
     folder, limit = job.folder / FOLDER, job.recipe.compare.budget
     run_folder.find_or_make(job.recipe, "", folder.name, folder, fresh=False)
     if not (folder / "data").exists():
-        link(job.folder / "data", folder / "data")
+        link_cached_rows(job.folder / "data", folder / "data")
     with fork_server() as start:
         seconds = None if limit is None else parse_seconds(limit)
         context = Context(replace(job, folder=folder), summary, "", seconds, start)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from fulltune import evaluate
 from fulltune.compare.context import GENERIC, OPEN, SEALED, Context
 from fulltune.errors import Diverged
-from fulltune.evaluate.scoring import compute_outputs, save_outputs
+from fulltune.evaluate.scoring import outputs, save_outputs
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.events import without_tables
 from fulltune.records.plan import Plan
@@ -89,12 +89,12 @@ def keep_rows(context: Context, trial: Trial, planned: Plan, outcome: Outcome) -
     """Save a trained model's outputs and temperature, and return the seconds per row."""
     model_folder = context.folder / str(outcome.model_folder)
     with context.timed(f"{trial.name}: rows"):
-        scoring = evaluate.make_scoring(
+        scoring = evaluate.scoring_of(
             context.trial_recipe(trial), planned, context.summary, context.folder, context.job.base
         )
-        predictions, seconds_per_row = compute_outputs(scoring, model_folder, context.texts[0], context.most_tokens)
+        predictions, seconds_per_row = outputs(scoring, model_folder, context.texts[0], context.most_tokens)
         keep(context, trial.name, predictions)
-        evaluate.fit_and_save_temperature(scoring, model_folder, predictions["eval"])
+        evaluate.keep_temperature(scoring, model_folder, predictions["eval"])
     return seconds_per_row
 
 

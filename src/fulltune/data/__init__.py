@@ -1,4 +1,4 @@
-"""The data stage: files in, checked, split and tokenised rows out."""
+"""Reads data files, checks and splits their rows, and tokenises them."""
 
 from fulltune.data.limits import Limits
 from fulltune.data.prepare import SUMMARY, Stage, prepare

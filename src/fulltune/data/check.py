@@ -1,5 +1,3 @@
-"""Refuses rows that cannot be trained on, and writes notes about the others."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -13,10 +11,10 @@ from fulltune.audit.texts.content import note_similar_names
 from fulltune.audit.texts.flaw import RE, masked
 from fulltune.data.contamination import ForbiddenTexts
 from fulltune.data.encode import NEW_LABEL, DropKind, Dropped, EncodedSource
-from fulltune.data.groups import column_problems, format_time
+from fulltune.data.groups import format_time, group_and_time_problems
 from fulltune.data.sources import SourceName, is_mixed
 from fulltune.data.split import HELD_OUT, SPLITS, Split, held_out_rows, largest_group
-from fulltune.data.written import stored_rows
+from fulltune.data.written import iterate_stored_rows
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
@@ -26,26 +24,26 @@ from fulltune.tasks import Target
 from fulltune.text import counted, first_few
 
 MAX_DROPPED = 0.05
-"""Largest share of unusable rows; more suggest a wrong column or broken export."""
+"""Largest accepted share of unusable rows."""
 UNDECODABLE_IMAGE = "undecodable image"
 FEW_EVAL_ROWS = 50
 _FEW_OF_A_CLASS = 5
 """With fewer rows, one answer changes a class's recall by over 20 points."""
 
 
-def refuse_secret_names(target: Target, where: str) -> None:
-    """Raise `DataError` if a column or label name, which the finished model shows, contains a secret."""
+def refuse_secrets_in_names(target: Target, file_name: str) -> None:
+    """Raise `DataError` if a column or label name contains a secret."""
     names = [("column", name) for name in target.columns.values()] + [("label", name) for name in target.labels]
     secret = [f"{kind} {masked(name)}" for kind, name in names if RE["never_a_name"].search(masked_text(name))]
     if secret:
         raise DataError(
-            f"{where}: names of labels and columns appear in reports and in the model's config.json, and some contain "
+            f"{file_name}: label and column names appear in reports and in the model's config.json, but some contain "
             f"secrets or personal numbers: {first_few(secret)}; rename them in the file"
         )
 
 
-def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource]) -> None:
-    """Raise `DataError` for too many unusable rows, rows longer than allowed, and undecodable images."""
+def refuse_unusable_rows(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource]) -> None:
+    """Raise `DataError` for too many unusable rows, undecodable images, overlong rows, and bad groups or times."""
     strategy = recipe.data.truncation_strategy
     # Rows dropped as the recipe asks, and mixed-in rows of unknown labels, do not suggest a broken file.
     allowed = {UNDECODABLE_IMAGE, NEW_LABEL, *(("too long", "answer cut off") if strategy == "drop" else ())}
@@ -60,23 +58,24 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource])
                 "data.undecodable_images: drop"
             )
         if not is_mixed(name):
-            problems += column_problems(recipe.data, tally, source.num_rows, where)
-        problems += _problem_of_many_dropped(source, "unusable", (), source.num_read)
-        problems += _problem_of_many_dropped(source, "unfit", allowed, source.num_read - tally.of("unusable").total())
+            problems += group_and_time_problems(recipe.data, tally, source.num_rows, where)
+        problems += _too_many_dropped_problem(source, "unusable", (), source.num_read)
+        problems += _too_many_dropped_problem(source, "unfit", allowed, source.num_read - tally.of("unusable").total())
         if strategy == "error" and (count := tally.of("too long").total()):
             problems.append(
-                f"{where}: data.max_length is less than the length of {counted(count, 'row')} of {name}; raise it, or "
-                "set data.truncation_strategy to truncate or drop"
+                f"{where}: {counted(count, 'row')} of {name} exceed data.max_length; raise it, or set "
+                "data.truncation_strategy to truncate or drop"
             )
     if problems:
         raise DataError(problems)
 
 
-def _problem_of_many_dropped(
-    source: EncodedSource, kind: DropKind, allowed: Collection[str], num_rows: int
+def _too_many_dropped_problem(
+    source: EncodedSource, kind: DropKind, allowed_checks: Collection[str], num_rows: int
 ) -> list[str]:
-    """Return an error message if too many rows were dropped, not counting `allowed` checks; else an empty list."""
-    counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed})
+    """Return an error message in a list if too many rows failed other checks than `allowed_checks`, else an empty
+    list."""
+    counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed_checks})
     total = counts.total()
     # A single row is never too many, even in a file of ten.
     if total <= max(1, MAX_DROPPED * num_rows) and (total < num_rows or not total):
@@ -95,15 +94,15 @@ def _problem_of_many_dropped(
     ]
 
 
-def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> None:
-    """Raise `DataError` for classes that train lacks, because they cannot be learned."""
+def refuse_labels_not_in_train(block: DataBlock, splits: Mapping[SplitName, Split]) -> None:
+    """Raise `DataError` if eval or test contains a label that train lacks."""
     train = splits["train"].label_counts()
     columns = {"time": block.time, "group": block.group}
     by = "".join(f" by '{column}' (data.{role})" for role, column in columns.items() if column)
     why = f": all its rows were held out{by}; add rows with this label, remove these rows, or change data.split_seed"
     problems = [
         f"{splits[name].source.where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train"
-        f"{'; add rows to train or remove them here' if splits[name].has_own_file else why}"
+        f"{'; add such rows to train, or remove these' if splits[name].has_own_file else why}"
         for name in HELD_OUT
         for label, count in sorted(splits[name].label_counts().items())
         if label not in train
@@ -115,13 +114,16 @@ def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> No
 # ---- notes -----------------------------------------------------------------------------------------------------
 
 
-def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
-    """Return notes on few eval rows, groups in several splits, and classes with similar names or no usable rows."""
+def note_split_problems(splits: Mapping[SplitName, Split], target: Target, near_joined: bool = False) -> list[str]:
+    """Return notes on few eval rows, texts that occur in several splits, similar class names, and classes without rows.
+
+    If `near_joined`, near duplicates count as one text.
+    """
     dev, remarks = splits["eval"], list[str]()
     if dev.num_rows < FEW_EVAL_ROWS:
-        remarks.append(f"only {counted(dev.num_rows, 'eval row')}: too few to tell reliably which weights are better")
-    remarks += _note_shared_groups(
-        splits, "groups", shared_content(target.columns), " (equal, or nearly so)" if near else ""
+        remarks.append(f"only {counted(dev.num_rows, 'eval row')}, which is too few to compare checkpoints reliably")
+    remarks += _note_values_in_two_splits(
+        splits, "groups", shared_content(target.columns), " (equal, or nearly so)" if near_joined else ""
     )
     counts = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
     if "label" not in target.columns:
@@ -130,38 +132,39 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
         remarks.append(similar_names)
     if unused := [f"'{name}'" for name in target.labels if name not in counts]:
         remarks.append(
-            f"classes without a usable row, so nothing trains their outputs: {first_few(unused)}; repair or remove "
-            "their rows (data/dropped.jsonl)"
+            f"classes without a usable row, which cannot be learned: {first_few(unused)}; repair or remove their rows "
+            "(data/dropped.jsonl)"
         )
     return remarks
 
 
-def _note_shared_groups(
-    splits: Mapping[SplitName, Split], of: Literal["groups", "group_values"], what: str, nearly: str = ""
+def _note_values_in_two_splits(
+    splits: Mapping[SplitName, Split], attribute: Literal["groups", "group_values"], shown_as: str, suffix: str = ""
 ) -> list[str]:
+    """Note for each pair of splits how many rows share a value of `attribute`, which `shown_as` names."""
     overlaps: tuple[tuple[SplitName, SplitName], ...] = (("eval", "train"), ("test", "train"), ("test", "eval"))
     return [
-        f"{count:,} of {splits[name].num_rows:,} {name} rows have a {what} that {ALSO_OCCURS} {other}{nearly}"
-        f"{': scores on them are optimistic' if other == 'train' else ', which is used to choose the checkpoint'}"
+        f"{count:,} of {splits[name].num_rows:,} {name} rows have a {shown_as} that {ALSO_OCCURS} {other}{suffix}"
+        f"{', so scores on them are optimistic' if other == 'train' else ', which is used to choose the checkpoint'}"
         for name, other in overlaps
-        if (count := num_shared(splits[name], splits[other], of))
+        if (count := num_shared(splits[name], splits[other], attribute))
     ]
 
 
-def note_on_flaws(sources: Iterable[EncodedSource]) -> list[str]:
-    """Report how many rows have each text flaw."""
+def note_text_flaws(sources: Iterable[EncodedSource]) -> list[str]:
+    """Return a note on how many rows have each text flaw, or an empty list."""
     counts = sum((source.tally.of("flaw") for source in sources), Counter[str]())
     shown = ", ".join(f"{check} in {counted(count, 'row')}" for check, count in counts.most_common())
-    return [f"texts that look wrong: {shown}; 'fulltune data' lists them"] if counts else []
+    return [f"suspicious texts: {shown}; 'fulltune data' lists them"] if counts else []
 
 
-def num_shared(split: Split, other: Split, of: Literal["groups", "group_values"] = "groups") -> int:
+def num_shared(split: Split, other: Split, attribute: Literal["groups", "group_values"] = "groups") -> int:
     """Count rows of `split` whose group (or `data.group` value) also occurs in `other`."""
-    return int(np.isin(getattr(split, of), getattr(other, of)).sum())
+    return int(np.isin(getattr(split, attribute), getattr(other, attribute)).sum())
 
 
-def note_unmeasured(train: Split, test: Split) -> list[str]:
-    """Return a note on train classes with fewer than five test rows."""
+def note_rarely_tested_classes(train: Split, test: Split) -> list[str]:
+    """Return a note on train classes with fewer than five test rows, or an empty list."""
     in_train, in_test = train.label_counts(), test.label_counts()
     scarce = sorted((in_test[name], name) for name in in_train if in_test[name] < _FEW_OF_A_CLASS)
     # With few test rows in total, the note would be obvious.
@@ -169,33 +172,33 @@ def note_unmeasured(train: Split, test: Split) -> list[str]:
         return []
     shown = ", ".join(f"'{name}' ({count})" for count, name in scarce[:3])
     return [
-        f"{len(scarce)} of {counted(len(in_train), 'class', 'classes')} with fewer than {_FEW_OF_A_CLASS} of the "
-        f"{test.num_rows:,} test rows, too few to measure: {shown}"
+        f"{len(scarce)} of {counted(len(in_train), 'class', 'classes')} have fewer than {_FEW_OF_A_CLASS} of the "
+        f"{test.num_rows:,} test rows, which is too few for a reliable score: {shown}"
     ]
 
 
 IN_EARLIER_SPLIT = "also in an earlier split"
 
 
-def late_rows(splits: Mapping[SplitName, Split]) -> np.ndarray:
-    """Mark the train rows that are used in no split, because their group begins in an earlier split: bool [rows]."""
+def rows_in_no_split(splits: Mapping[SplitName, Split]) -> np.ndarray:
+    """Mark train rows that a time split drops because their group begins earlier: bool [train rows]."""
     return ~np.logical_or.reduce([split.rows for split in splits.values() if split.source is splits["train"].source])
 
 
-def dropped_late(block: DataBlock, train: EncodedSource, late: np.ndarray) -> Iterator[Dropped]:
-    """Yield the train rows marked in `late`, each with the reason why it was dropped."""
+def dropped_by_time_split(block: DataBlock, train: EncodedSource, is_dropped: np.ndarray) -> Iterator[Dropped]:
+    """Yield a record of each row marked in `is_dropped`, with the reason."""
     same = f"its text, or its '{block.group}'," if block.group else "its text"
     reason = f"{same} also occurs in an earlier split by '{block.time}'"
-    for _, place, row in stored_rows(train, late):
+    for _, place, row in iterate_stored_rows(train, is_dropped):
         yield Dropped("train", place, IN_EARLIER_SPLIT, reason, row)
 
 
 def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> list[str]:
-    """Report how `data.time` and `data.group` split the rows, and which values occur in more than one split."""
+    """Return notes on how `data.time` and `data.group` split the rows, and which values two splits share."""
     block, train, remarks = recipe.data, splits["train"].source, list[str]()
     own = {name: splits[name] for name in SPLITS if splits[name].source is train}
     if block.time is not None:
-        remarks.append(_note_on_time_split(block, own, int(late_rows(splits).sum())))
+        remarks.append(_note_on_time_split(block, own, int(rows_in_no_split(splits).sum())))
     elif own.keys() - {"train"}:
         # The fractions mean nothing for splits with their own files.
         fractions = {"eval": block.eval_fraction, "test": block.test_fraction}
@@ -203,55 +206,56 @@ def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> lis
             rows, wanted = own[name].num_rows, held_out_rows(train.num_rows, fractions[name])
             if abs(rows - wanted) > 0.1 * wanted + 1:
                 remarks.append(
-                    f"{counted(rows, f'{name} row')} instead of the {wanted:,} that data.{name}_fraction asks for: "
-                    "groups are never separated, and each label with several texts contributes at least one"
+                    f"{counted(rows, f'{name} row')} instead of the {wanted:,} that data.{name}_fraction requests, "
+                    "because groups are never separated and each label with several texts contributes at least one"
                 )
     if block.group is None:
         return remarks
     if len(own) > 1:
         # Values that share a text form one group.
         values, groups = (len(np.unique(numbers)) for numbers in (train.group_values, train.split_groups))
-        joined = f" in {counted(groups, 'group')}, as some share texts" if groups < values else ""
+        joined = f" in {counted(groups, 'group')}, because some share texts" if groups < values else ""
         remarks.append(
             f"rows with the same '{block.group}' stay in one split: {counted(values, 'value')}{joined}; the largest "
             f"group has {counted(largest_group(train.split_groups), 'row')}"
         )
-    return remarks + _note_shared_groups(splits, "group_values", f"'{block.group}'")
+    return remarks + _note_values_in_two_splits(splits, "group_values", f"'{block.group}'")
 
 
-def _note_on_time_split(block: DataBlock, own: Mapping[SplitName, Split], late: int) -> str:
-    train = own["train"].source
+def _note_on_time_split(block: DataBlock, splits_of_train: Mapping[SplitName, Split], num_dropped: int) -> str:
+    """Describe the first and last time of each split, and the number of rows dropped."""
+    train = splits_of_train["train"].source
     kind = next(iter(train.tally.of("kind of time")))
     spans = []
-    for name, split in own.items():
+    for name, split in splits_of_train.items():
         times = train.times[split.rows]
         first, last = (format_time(kind, float(time)) for time in (times.min(), times.max()))
         spans.append(f"{name} {first} to {last}")
     note = f"split by '{block.time}': {', '.join(spans)}"
-    if late:
+    if num_dropped:
         same = f"text, or '{block.group}'," if block.group else "text"
         note += (
-            f"; {late:,} of {counted(train.num_rows, 'row')} dropped: the same {same} also occurs in an earlier split "
-            "(data/dropped.jsonl)"
+            f"; {num_dropped:,} of {counted(train.num_rows, 'row')} were dropped because the same {same} also occurs "
+            "in an earlier split (data/dropped.jsonl)"
         )
     return note
 
 
-def notes_on_forbidden(texts: ForbiddenTexts | None, train: Split, mixed: Mapping[SourceName, Split]) -> list[str]:
-    """Report how many trained rows contain a forbidden text."""
+def note_forbidden_texts(texts: ForbiddenTexts | None, train: Split, mixed_in: Mapping[SourceName, Split]) -> list[str]:
+    """Return notes on how many train and mixed-in rows contain a forbidden text."""
     if texts is None:
         return []
     remarks = []
-    for name, split in {"train": train, **mixed}.items():
+    for name, split in {"train": train, **mixed_in}.items():
         rows = split.source.holds_forbidden & split.rows
         kind = "train rows" if name == "train" else f"mixed-in rows of {split.source.where}"
         if not (count := int(rows.sum())):
-            remarks.append(f"none of {split.num_rows:,} {kind} contains one of {texts.source}")
+            remarks.append(f"none of the {split.num_rows:,} {kind} contains one of {texts.source}")
             continue
-        places = [place for _, place, _ in stored_rows(split.source, rows)]
+        places = [place for _, place, _ in iterate_stored_rows(split.source, rows)]
         remarks.append(
             f"{count:,} of {split.num_rows:,} {kind} contain one of {texts.source}, or much of it: "
-            f"{first_few(places)}; scores on these texts will be optimistic: remove the rows, or do not report the "
-            "scores"
+            f"{first_few(places)}, so scores on these texts would be optimistic; remove the rows, or do not report "
+            "these scores"
         )
     return remarks

@@ -1,5 +1,4 @@
-"""Detects rows that contain forbidden texts, such as benchmarks, by common runs of 8 words. Only hashes stay in
-memory."""
+"""Detects rows that contain forbidden texts, such as benchmarks, by common word 8-grams."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fulltune.data.groups import draw, rehash
-from fulltune.data.readers.files import data_files, is_data, reading
+from fulltune.data.readers.files import convert_os_errors, is_data, list_data_files
 from fulltune.data.readers.read import DataFiles, PlacedRow
 from fulltune.data.readers.text_files import has_blank_lines
 from fulltune.errors import DataError
@@ -23,11 +22,11 @@ from fulltune.text import counted
 
 NUM_WORDS = 8
 MAX_TEXTS = 100
-"""A run of words that more texts have comes from a template and is ignored."""
+"""An 8-gram that occurs in more texts is probably from a template, and is ignored."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _hash_word = lru_cache(maxsize=50_000)(partial(draw, 0))
 _NOT_COMPARED = ("label", "tags", "tools", "context")
-"""Prefixes of roles that are not compared: labels, and passages that many questions share."""
+"""Prefixes of roles that are not compared, such as labels and passages that many questions share."""
 _ANSWERS = ("completion", "target", "answers", "choice", "messages")
 """Prefixes of roles whose short cells (`yes`) are often equal by chance."""
 
@@ -37,33 +36,33 @@ class ForbiddenTexts:
     """Hashes of texts that must not be trained on."""
 
     source: str
-    """Number and origin of the texts, for messages."""
     whole: frozenset[int]
-    num_runs: np.ndarray
-    """Number of different runs of 8 words in each text: int32 [texts]."""
-    runs: np.ndarray
-    """Sorted hashes of all texts' runs, without those of more than `MAX_TEXTS` texts: uint64 [runs]."""
+    num_ngrams: np.ndarray
+    """Number of distinct 8-grams in each text: int32 [texts]."""
+    ngrams: np.ndarray
+    """Sorted hashes of the texts' 8-grams, except those in more than `MAX_TEXTS` texts: uint64 [8-grams]."""
     text_of: np.ndarray
-    """Index of each run's text: int32 [runs]."""
+    """Index of the text that contains each 8-gram: int32 [8-grams]."""
 
     def occur_in(self, text: str, is_input: bool) -> bool:
-        """Return whether `text` equals a forbidden text or shares half of the word runs of the shorter text.
+        """Return whether `text` equals a forbidden text, or shares half of the word 8-grams of the shorter text.
 
-        Short texts are compared in inputs only, because short answers are often equal.
+        Texts under 8 words are compared only if `is_input`, because short answers are often equal by chance.
         """
         words = text.split()
         if ((is_input and words) or len(words) >= NUM_WORDS) and draw(0, text) in self.whole:
             return True
-        runs = _hash_word_runs(words)
-        starts, ends = (np.searchsorted(self.runs, runs, side) for side in ("left", "right"))
+        ngrams = _hash_word_ngrams(words)
+        starts, ends = (np.searchsorted(self.ngrams, ngrams, side) for side in ("left", "right"))
         hits = [self.text_of[start:end] for start, end in zip(starts, ends, strict=True) if start < end]
         if not hits:
             return False
         texts, shared = np.unique(np.concatenate(hits), return_counts=True)
-        return bool((2 * shared >= np.minimum(self.num_runs[texts], len(runs))).any())
+        return bool((2 * shared >= np.minimum(self.num_ngrams[texts], len(ngrams))).any())
 
 
-def _hash_word_runs(words: list[str]) -> np.ndarray:
+def _hash_word_ngrams(words: list[str]) -> np.ndarray:
+    """Return sorted hashes of the distinct 8-grams: uint64, empty below 8 words."""
     count = len(words) - NUM_WORDS + 1
     if count < 1:
         return np.empty(0, np.uint64)
@@ -77,18 +76,19 @@ def _hash_word_runs(words: list[str]) -> np.ndarray:
 # ---- the texts here --------------------------------------------------------------------------------------------
 
 
-def forbidden_files(recipe: Recipe) -> tuple[Path, ...]:
-    """Return the files of forbidden texts. Raises `DataError` if the setting matches no file."""
+def list_forbidden_text_files(recipe: Recipe) -> tuple[Path, ...]:
+    """List the files of forbidden texts. Raises `DataError` if a setting matches none."""
     return tuple(
-        file for setting, path in recipe.texts_not_trained_on.items() for file in _files_with_texts(setting, path)
+        file for setting, path in recipe.texts_not_trained_on.items() for file in _list_text_files(setting, path)
     )
 
 
-def _files_with_texts(setting: str, path: str) -> Sequence[Path]:
+def _list_text_files(setting: str, path: str) -> Sequence[Path]:
+    """List text files and tables in `path` and its subfolders. Errors name `setting`."""
     try:
-        with reading(Path(path)):
+        with convert_os_errors(Path(path)):
             if not Path(path).is_dir():
-                return data_files(Path(path))
+                return list_data_files(Path(path))
             files = sorted(
                 file
                 for file in Path(path).rglob("*")
@@ -106,39 +106,39 @@ def _files_with_texts(setting: str, path: str) -> Sequence[Path]:
     return files
 
 
-def read_texts(names: Mapping[str, str], files: Iterable[Path]) -> ForbiddenTexts:
-    """Hash the texts of all files. Raises `DataError` for broken files, or if there is no text."""
+def hash_forbidden_texts(path_of_setting: Mapping[str, str], files: Iterable[Path]) -> ForbiddenTexts:
+    """Hash the texts of all files, which `path_of_setting` names in errors. Raises `DataError` if there are none."""
     whole: set[int] = set()
-    runs, num_runs, problems = [np.empty(0, np.uint64)], list[int](), list[str]()
+    ngrams, num_ngrams, problems = [np.empty(0, np.uint64)], list[int](), list[str]()
     for file in files:
         kind = file.suffix.lower()
         rows = DataFiles((file,), str(file), "paragraph" if kind == ".txt" and has_blank_lines(file) else "line")
         for _, row in rows.rows(problems):
-            for text in filter(None, map(normalised, cell_texts(row))):
+            for text in filter(None, map(normalised, texts_in_cell(row))):
                 if (number := draw(0, text)) not in whole:
                     whole.add(number)
-                    runs.append(_hash_word_runs(text.split()))
-                    num_runs.append(len(runs[-1]))
+                    ngrams.append(_hash_word_ngrams(text.split()))
+                    num_ngrams.append(len(ngrams[-1]))
     if problems:
-        raise DataError([f"{' and '.join(names)}: {problem}" for problem in problems])
+        raise DataError([f"{' and '.join(path_of_setting)}: {problem}" for problem in problems])
     if not whole:
-        raise DataError(f"{' and '.join(names)}: no text was found; name a file or a folder with texts")
-    sources = [f"{os.path.basename(path)} ({setting})" for setting, path in names.items()]  # noqa: PTH119  # as written
-    hashes = np.concatenate(runs)
+        raise DataError(f"{' and '.join(path_of_setting)}: found no text; name a file or folder that contains texts")
+    sources = [f"{os.path.basename(path)} ({setting})" for setting, path in path_of_setting.items()]  # noqa: PTH119  # as written
+    hashes = np.concatenate(ngrams)
     order = np.argsort(hashes, kind="stable")
     _, which, counts = np.unique(hashes[order], return_inverse=True, return_counts=True)
     order = order[counts[which] <= MAX_TEXTS]
     return ForbiddenTexts(
         source=f"{counted(len(whole), 'text')} of {' and '.join(sources)}",
         whole=frozenset(whole),
-        num_runs=np.array(num_runs, np.int32),
-        runs=hashes[order],
-        text_of=np.repeat(np.arange(len(num_runs), dtype=np.int32), num_runs)[order],
+        num_ngrams=np.array(num_ngrams, np.int32),
+        ngrams=hashes[order],
+        text_of=np.repeat(np.arange(len(num_ngrams), dtype=np.int32), num_ngrams)[order],
     )
 
 
-def cell_texts(cell: object) -> Iterator[str]:
-    """Yield all texts in a cell, also nested ones. A list of single words is one text."""
+def texts_in_cell(cell: object) -> Iterator[str]:
+    """Yield all texts in a cell, however deeply nested. A list of single words is one text."""
     parts = cell.values() if isinstance(cell, Mapping) else cell if isinstance(cell, (list, tuple)) else ()
     if isinstance(cell, str):
         yield cell
@@ -146,7 +146,7 @@ def cell_texts(cell: object) -> Iterator[str]:
         yield " ".join(parts)
     else:
         for part in parts:
-            yield from cell_texts(part)
+            yield from texts_in_cell(part)
 
 
 def _is_word(part: object) -> bool:
@@ -156,21 +156,21 @@ def _is_word(part: object) -> bool:
 # ---- the rows --------------------------------------------------------------------------------------------------
 
 
-def rows_with_forbidden(
-    forbidden: ForbiddenTexts | None, keys: Sequence[str], rows: Sequence[PlacedRow], target: Target
+def mark_rows_with_forbidden_text(
+    forbidden: ForbiddenTexts | None, group_keys: Sequence[str], rows: Sequence[PlacedRow], target: Target
 ) -> np.ndarray:
-    """Mark rows that contain a forbidden text: bool [rows], empty if no texts are forbidden. `keys` are the rows' group
-    keys."""
+    """Mark rows that contain a forbidden text: bool [rows], empty if `forbidden` is None. `group_keys` are the rows'
+    inputs."""
     if forbidden is None:
         return np.zeros(0, bool)
     columns = {role: column for role, column in target.columns.items() if not role.startswith(_NOT_COMPARED)}
 
-    def contains_forbidden(key: str, row: Row) -> bool:
-        return ("context" not in target.columns and forbidden.occur_in(key, is_input=True)) or any(
+    def contains_forbidden(group_key: str, row: Row) -> bool:
+        return ("context" not in target.columns and forbidden.occur_in(group_key, is_input=True)) or any(
             forbidden.occur_in(text, is_input=not role.startswith(_ANSWERS))
             for role, column in columns.items()
-            for text in dict.fromkeys(map(normalised, cell_texts(row.get(column))))
-            if text != key
+            for text in dict.fromkeys(map(normalised, texts_in_cell(row.get(column))))
+            if text != group_key
         )
 
-    return np.array([contains_forbidden(key, row) for key, (_, row) in zip(keys, rows, strict=True)], bool)
+    return np.array([contains_forbidden(key, row) for key, (_, row) in zip(group_keys, rows, strict=True)], bool)

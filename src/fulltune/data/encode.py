@@ -1,4 +1,4 @@
-"""Checks and tokenises a source once, on all cores, into an arrow file, in constant memory."""
+"""Checks and tokenises a source once, on all cores and in constant memory, into an Arrow file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fulltune.audit.texts import CHEAP, MAX_CHECKED, cells, checks_of, found_by, masked_cells
-from fulltune.data.contamination import ForbiddenTexts, rows_with_forbidden
-from fulltune.data.groups import RowCounts, draw, groups_and_times, join_by_value, join_near, signatures
+from fulltune.audit.texts import CHEAP, MAX_CHECKED, found_by, iterate_texts, masked_cells, select_checks
+from fulltune.data.contamination import ForbiddenTexts, mark_rows_with_forbidden_text
+from fulltune.data.groups import RowCounts, draw, join_by_value, join_near_duplicates, minhash, parse_groups_and_times
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
 from fulltune.inference.store import record_batch, words, write_rows
@@ -25,7 +25,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.system.hardware import num_cores
 from fulltune.tasks import LENGTH, Example, Refused, Row, Target, Task, task_named
-from fulltune.tasks.columns import in_batches, why_unreadable
+from fulltune.tasks.columns import unreadable, windows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 ROWS_PER_CHUNK = 1000
 CHUNK_BYTES = 2 * 2**20
-"""Text in one chunk. Tokenising takes up to 170 times as much memory."""
+"""Bytes of text per chunk. Tokenising takes up to 170 times as much memory."""
 ROWS_WORTH_PROCESSES = 20_000
 
 NEW_LABEL = "label not in train"
 
 DropKind = Literal["unusable", "unfit", "part"]
-"""`unusable`: refused before tokenising. `unfit`: too long, or no trained token. `part`: only some of a row's examples
-were dropped."""
+"""`unusable`: refused before tokenising. `unfit`: too long, or without a trained token. `part`: only some of a row's
+examples were dropped."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Settings and texts that every worker needs to encode a source."""
+    """Settings that every worker needs to encode a source."""
 
     task: TaskName
     block: DataBlock
@@ -55,9 +55,8 @@ class Job:
     source: str = "train"
     where: str = ""
     is_mixed: bool = False
-    """True for mixed-in rows: unknown labels are dropped instead of refused, and `data.group` may be empty."""
+    """True if the source is mixed in; its rows with unknown labels are dropped."""
     known_labels: frozenset[str] | None = None
-    """Labels of the train rows. Rows with other labels are refused without tokenising."""
     forbidden: ForbiddenTexts | None = None
 
 
@@ -70,12 +69,15 @@ class Dropped:
     check: str
     reason: str
     row: dict[str, Any]
-    """The row's cells; empty for all dropped examples of a row except the first."""
+    """Cells of the row; empty for its further dropped examples."""
 
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """The data per example and per row that stay in memory for a source or chunk."""
+    """Data per example and per row that stay in memory for a source or chunk.
+
+    Arrays that the recipe does not need are empty.
+    """
 
     where: str
     target: Target
@@ -83,28 +85,23 @@ class EncodedSource:
     row_of: np.ndarray
     """Index of each example's row: int64 [examples]."""
     lengths: np.ndarray
-    """int32 [examples], in tokens."""
     trained_tokens: np.ndarray
-    """int32 [examples]."""
     truncated: np.ndarray
-    """bool [examples]."""
     groups: np.ndarray
-    """Hash (`draw`) of each row's group key, shared by near duplicates: uint64 [rows]."""
+    """Hash of each row's group key, equal for near duplicates: uint64 [rows]."""
     split_groups: np.ndarray
-    """Group of each row that no split separates, from `groups` and `group_values`: uint64 [rows]."""
+    """Group of each row, which must stay in one split: uint64 [rows]."""
     signatures: np.ndarray
-    """MinHash of each row's group key: uint16 [rows, hashes]; empty unless near duplicates are grouped."""
+    """MinHash of each row's group key: uint16 [rows, 128]."""
     group_values: np.ndarray
-    """Hash of each row's `data.group` cell: uint64 [rows], empty if not set."""
+    """Hash of each row's `data.group` cell: uint64 [rows]."""
     times: np.ndarray
-    """Each row's `data.time` cell as a number: float64 [rows], empty if not set."""
     holds_forbidden: np.ndarray
-    """True for rows with a forbidden text: bool [rows]; empty if no texts are forbidden."""
     labels: np.ndarray
     """Index of each row's labels in `label_sets`: int64 [rows]."""
     label_sets: tuple[tuple[str, ...], ...]
     tally: RowCounts
-    """Counts of dropped and too long rows, flaws, and faulty `data.group` and `data.time` cells."""
+    """Counts of dropped rows, text flaws and bad cells."""
     longest: int
     folder: Path = Path()
 
@@ -128,10 +125,10 @@ _ARRAY_FIELDS = (
     *("groups", "signatures", "group_values", "times", "holds_forbidden"),
 )
 Chunk = tuple[EncodedSource, "pa.RecordBatch | None", list[Dropped]]
-"""Numbers of some rows, stored columns of their examples, and dropped rows."""
 
 
 def _concatenate_chunks(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
+    """Join the chunks of a source whose examples are stored in `folder`."""
     sets: dict[tuple[str, ...], int] = {}
     labels, row_of, tally, num_rows = [], [], RowCounts(), 0
     for part in parts:
@@ -156,7 +153,7 @@ def _concatenate_chunks(parts: Sequence[EncodedSource], folder: Path) -> Encoded
 
 
 def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
-    """Check and tokenise some rows; return their numbers, examples and dropped rows."""
+    """Check and tokenise some rows; return their data, examples (None without any) and dropped rows."""
     task, block, tally, dropped = task_named(job.task), job.block, RowCounts(), list[Dropped]()
 
     def drop(kind: DropKind, place: str, row: Row, refused: Refused) -> None:
@@ -165,13 +162,13 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
 
     usable: list[PlacedRow] = []
     for place, row in chunk:
-        if refused := _refuse_row(job, task, row):
+        if refused := _why_row_unusable(job, task, row):
             drop("unusable", place, row, refused)
         else:
             usable.append((place, row))
     examples, row_of, texts, rows = list[Example](), list[int](), list[str](), list[PlacedRow]()
     for (place, row), row_examples in zip(
-        usable, _encode_known_labels(job, task, [row for _, row in usable]), strict=True
+        usable, _tokenise_known_labels(job, task, [row for _, row in usable]), strict=True
     ):
         if row_examples is None:
             if job.is_mixed:
@@ -181,7 +178,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
             continue
         if any(example.truncated for example in row_examples):
             tally.add("too long", "", place)
-        refusals = [_refuse_example(example, block.truncation_strategy == "drop") for example in row_examples]
+        refusals = [_why_example_dropped(example, block.truncation_strategy == "drop") for example in row_examples]
         good = [example for example, refusal in zip(row_examples, refusals, strict=True) if refusal is None]
         lost = list(filter(None, refusals)) if row_examples else [Refused("nothing to train", "no token")]
         if not good:
@@ -199,12 +196,12 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         for example in examples
     ]
     keys = [task.group_key(row, job.target) for _, row in rows]
-    values, times = groups_and_times(
+    values, times = parse_groups_and_times(
         rows, block.group, block.time if job.source == "train" else None, block.split_seed, tally
     )
     sets: dict[tuple[str, ...], int] = {}
     labels = [sets.setdefault(tuple(task.row_labels(row, job.target)), len(sets)) for _, row in rows]
-    _count_text_flaws(job, (row for _, row in rows), tally)
+    _add_text_flaws_to_tally(job, (row for _, row in rows), tally)
     groups = np.array([draw(block.split_seed, key) for key in keys], np.uint64)
     numbers = EncodedSource(
         where=job.where,
@@ -216,10 +213,10 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         truncated=np.array([example.truncated for example in examples], bool),
         groups=groups,
         split_groups=groups,
-        signatures=signatures(keys if block.near_duplicates < 1 else []),
+        signatures=minhash(keys if block.near_duplicates < 1 else []),
         group_values=values,
         times=times,
-        holds_forbidden=rows_with_forbidden(job.forbidden, keys, rows, job.target),
+        holds_forbidden=mark_rows_with_forbidden_text(job.forbidden, keys, rows, job.target),
         labels=np.array(labels, np.int64),
         label_sets=tuple(sets),
         tally=tally,
@@ -228,8 +225,9 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     return numbers, record_batch(features, texts) if examples else None, dropped
 
 
-def _refuse_row(job: Job, task: Task, row: Row) -> Refused | None:
-    if problem := why_unreadable(row, job.target.columns):
+def _why_row_unusable(job: Job, task: Task, row: Row) -> Refused | None:
+    """Return why a row cannot be tokenised, or None if it can."""
+    if problem := unreadable(row, job.target.columns):
         return Refused("unreadable", problem)
     if (refused := task.refuse(row, job.target)) is None:
         return None
@@ -237,16 +235,17 @@ def _refuse_row(job: Job, task: Task, row: Row) -> Refused | None:
     return task.refuse(masked_cells(row), job.target) or refused
 
 
-def _count_text_flaws(job: Job, rows: Iterable[Row], tally: RowCounts) -> None:
+def _add_text_flaws_to_tally(job: Job, rows: Iterable[Row], tally: RowCounts) -> None:
+    """Count the rows that have each text flaw."""
     columns = job.target.columns
-    checks = checks_of(columns, CHEAP)
+    checks = select_checks(columns, CHEAP)
     for row in rows:
-        of_parts = ((text, of) for part, of in checks.items() for _, text in cells(row, columns, part))
+        of_parts = ((text, of) for part, of in checks.items() for _, text in iterate_texts(row, columns, part))
         tally.counts.update({("flaw", check) for text, of in of_parts for check in found_by(text[:MAX_CHECKED], of)})
 
 
-def _encode_known_labels(job: Job, task: Task, rows: Sequence[Row]) -> list[list[Example] | None]:
-    """Tokenise rows, and return None for rows with an unknown label."""
+def _tokenise_known_labels(job: Job, task: Task, rows: Sequence[Row]) -> list[list[Example] | None]:
+    """Return each row's examples, or None if its label is not in `job.known_labels`."""
     labels = job.known_labels
     is_known = [labels is None or labels.issuperset(task.row_labels(row, job.target)) for row in rows]
     wanted = [row for row, has_known_label in zip(rows, is_known, strict=True) if has_known_label]
@@ -254,7 +253,8 @@ def _encode_known_labels(job: Job, task: Task, rows: Sequence[Row]) -> list[list
     return [next(encoded) if has_known_label else None for has_known_label in is_known]
 
 
-def _refuse_example(example: Example, drop_truncated: bool) -> Refused | None:
+def _why_example_dropped(example: Example, drop_truncated: bool) -> Refused | None:
+    """Return why an example is dropped, or None if it is kept."""
     if example.refused is not None:
         return example.refused
     if example.trained_tokens == 0:
@@ -265,33 +265,34 @@ def _refuse_example(example: Example, drop_truncated: bool) -> Refused | None:
     return None
 
 
-def encode(
+def encode_source(
     job: Job,
     rows: Iterable[PlacedRow],
     num_rows: int,
     folder: Path,
-    progress: Callable[[int], None],
-    drop: Callable[[Dropped], None],
+    report_num_read: Callable[[int], None],
+    record_dropped: Callable[[Dropped], None],
 ) -> EncodedSource:
-    """Tokenise a source into `folder`, calling `drop` for each dropped row. Raises `SetupError` if a worker was
-    killed."""
+    """Tokenise a source into `folder`, calling `report_num_read` with the rows read so far. Raises `SetupError` if a
+    worker was killed."""
     parts = list[EncodedSource]()
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def encoded_batches() -> Iterator[pa.RecordBatch]:
         for part, batch, dropped in _encode_chunks(job, rows, num_rows):
             for item in dropped:
-                drop(item)
+                record_dropped(item)
             if batch is not None:
                 yield batch
             parts.append(part)
-            progress(sum(done.num_read for done in parts))
+            report_num_read(sum(done.num_read for done in parts))
 
-    write_rows(folder, batches())
+    write_rows(folder, encoded_batches())
     return _concatenate_chunks(parts, folder)
 
 
-def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: float) -> dict[str, EncodedSource]:
-    """Return the sources with near duplicates joined in `groups`, and with `split_groups`."""
+def with_joined_groups(sources: Mapping[str, EncodedSource], near_duplicates: float) -> dict[str, EncodedSource]:
+    """Return the sources; `groups` now joins near duplicates, and `split_groups` also rows with equal `data.group`
+    cells."""
     if near_duplicates >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
@@ -299,7 +300,7 @@ def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: flo
         np.concatenate([getattr(source, name) for source in sources.values()])
         for name in ("groups", "signatures", "group_values")
     )
-    groups = join_near(groups, signed, near_duplicates) if near_duplicates < 1 else groups
+    groups = join_near_duplicates(groups, signed, near_duplicates) if near_duplicates < 1 else groups
     split_groups = join_by_value(groups, values) if len(values) else groups
     parts = zip(np.split(groups, ends), np.split(split_groups, ends), strict=True)
     return {
@@ -308,10 +309,11 @@ def with_split_groups(sources: Mapping[str, EncodedSource], near_duplicates: flo
     }
 
 
-def _encode_chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:
-    pieces = in_batches(rows, ROWS_PER_CHUNK, CHUNK_BYTES)
+def _encode_chunks(job: Job, rows: Iterable[PlacedRow], expected_rows: int) -> Iterator[Chunk]:
+    """Yield encoded chunks in order, using worker processes if `expected_rows` is large."""
+    pieces = windows(rows, ROWS_PER_CHUNK, CHUNK_BYTES)
     num_workers = num_cores()
-    if num_rows < ROWS_WORTH_PROCESSES or num_workers == 1:
+    if expected_rows < ROWS_WORTH_PROCESSES or num_workers == 1:
         yield from (encode_chunk(job, piece) for piece in pieces)
         return
     # A forked worker shares the tokenizer, but forking is safe only on Linux.
@@ -330,8 +332,8 @@ def _encode_chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterat
             raise
         except BrokenProcessPool:
             raise SetupError(
-                "data: a tokenising process was killed, most likely by the kernel because memory ran out; close "
-                "other programs, or split the file"
+                "data: a tokenising process was killed, probably by the kernel because memory ran out; close other "
+                "programs, or split the file"
             ) from None
 
 
@@ -339,7 +341,7 @@ _job: Job | None = None
 
 
 def _init_worker(job: Job) -> None:
-    """Set a worker's job once, so that the tokenizer is not sent with each chunk."""
+    """Store the job in a worker process once, not with each chunk."""
     global _job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # other workers use the other cores
     _job = job

@@ -21,26 +21,26 @@ import numpy as np
 from fulltune.audit.texts import masked_text
 from fulltune.data.readers.read import PlacedRow
 from fulltune.recipe.data import DataBlock
-from fulltune.tasks.columns import BadCell, in_batches, is_blank
+from fulltune.tasks.columns import BadCell, is_blank, windows
 from fulltune.text import counted, listed
 
 NUM_HASHES = 128
 _SHINGLE = 5
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _CHARACTERS_AT_ONCE = 50_000
-"""Characters whose 128 hashes each fit into a core's cache."""
 _PAIRS_AT_ONCE = 4_000
 _NEIGHBOURS = 16
-"""Rows in signature order with which each row of a large band is compared."""
+"""Maximum number of rows compared with each row of a large band."""
 
 
-def signatures(texts: Sequence[str]) -> np.ndarray:
-    """Compute MinHash signatures of the texts' 5-grams: uint16 [texts, 128]."""
+def minhash(texts: Sequence[str]) -> np.ndarray:
+    """Compute MinHash signatures of the texts: uint16 [texts, 128]."""
     none = np.empty((0, NUM_HASHES), np.uint16)
-    return np.concatenate([none, *map(_signatures_of_window, in_batches(texts, most_characters=_CHARACTERS_AT_ONCE))])
+    return np.concatenate([none, *map(_minhash_of_batch, windows(texts, most_characters=_CHARACTERS_AT_ONCE))])
 
 
-def _signatures_of_window(texts: Sequence[str]) -> np.ndarray:
+def _minhash_of_batch(texts: Sequence[str]) -> np.ndarray:
+    """Compute the signatures of a batch that fits into a core's cache."""
     padded = [text.ljust(_SHINGLE, "\0") for text in texts]
     letters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     lengths = np.array([len(text) for text in padded])
@@ -48,7 +48,7 @@ def _signatures_of_window(texts: Sequence[str]) -> np.ndarray:
     grams = np.zeros(count, np.uint64)
     for place in range(_SHINGLE):
         grams = grams * _BASE + letters[place : place + count]
-    grams = _mixed(grams)
+    grams = _mix_bits(grams)
     starts = np.cumsum(lengths) - lengths
     # A gram that extends into the next text is replaced by the first gram of its own text.
     of_text = np.repeat(np.arange(len(texts)), lengths)[:count]
@@ -67,50 +67,50 @@ def _signatures_of_window(texts: Sequence[str]) -> np.ndarray:
     return np.ascontiguousarray(((smallest ^ (smallest >> np.uint32(15))) >> np.uint32(8)).astype(np.uint16).T)
 
 
-def jaccard(mine: set[str], theirs: set[str]) -> float:
+def jaccard_similarity(first: set[str], second: set[str]) -> float:
     """Compute the Jaccard similarity of two sets of 5-grams."""
-    shared = len(mine & theirs)
-    return shared / (len(mine) + len(theirs) - shared)
+    shared = len(first & second)
+    return shared / (len(first) + len(second) - shared)
 
 
-def grams(text: str) -> set[str]:
-    """Return the set of a text's character 5-grams; shorter texts are padded."""
+def character_5grams(text: str) -> set[str]:
+    """Return the set of a text's character 5-grams; a shorter text is padded."""
     text = text.ljust(_SHINGLE, "\0")
     return {text[place : place + _SHINGLE] for place in range(len(text) - _SHINGLE + 1)}
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _mix_bits(values: np.ndarray) -> np.ndarray:
+    """Hash 64-bit integers with the finalizer of SplitMix64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
+def cluster_near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
     """Return the index of the first member of each row's cluster: int64 [rows].
 
-    A cluster is a chain of rows, each of which has at least a share `threshold` of equal signature positions with the
-    next.
+    In a cluster, each row shares at least `threshold` of its signature positions with the next.
     """
-    count = len(signed)
+    count = len(signatures)
     if count < 2:
         return np.arange(count)
     # The widest bands, which cost least, that detect at least 99 % of pairs at the threshold.
     width = next((size for size in (16, 8, 4, 2) if 1 - (1 - threshold**size) ** (NUM_HASHES // size) >= 0.99), 1)
     bands = [slice(start, start + width) for start in range(0, NUM_HASHES, width)]
-    pairs = np.concatenate([_near_pairs(signed, places, threshold) for places in bands], axis=1)
-    _, first, inverse = np.unique(_components(pairs, count), return_index=True, return_inverse=True)
+    pairs = np.concatenate([_find_similar_pairs(signatures, places, threshold) for places in bands], axis=1)
+    _, first, inverse = np.unique(_connected_components(pairs, count), return_index=True, return_inverse=True)
     return first[inverse].astype(np.int64)
 
 
-def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarray:
-    """Return pairs of similar rows that agree in a band: int64 [2, pairs]."""
-    keys = _hash_band_of_each_row(signed[:, places])
+def _find_similar_pairs(signatures: np.ndarray, band: slice, threshold: float) -> np.ndarray:
+    """Return index pairs of similar rows whose signatures agree in all columns of `band`: int64 [2, pairs]."""
+    keys = _hash_rows(signatures[:, band])
     order = np.argsort(keys)
     agree = keys[order[1:]] == keys[order[:-1]]
     # Few rows agree with another one, so only these are sorted.
     several = np.sort(order[np.append(agree, False) | np.append(False, agree)])
     # Within a band they are sorted by another part of the signature, so that similar rows are neighbours.
-    order = several[np.lexsort((signed[several, places.stop % NUM_HASHES], keys[several]))]
+    order = several[np.lexsort((signatures[several, band.stop % NUM_HASHES], keys[several]))]
     ordered, pairs = keys[order], [np.zeros((2, 0), np.int64)]
     for distance in range(1, _NEIGHBOURS + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
@@ -118,23 +118,24 @@ def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarr
             break
         for place in np.array_split(same, 1 + len(same) // _PAIRS_AT_ONCE):
             pair = np.stack([order[place], order[place + distance]])
-            equal = (signed[pair[0]] == signed[pair[1]]).view(np.uint8)
+            equal = (signatures[pair[0]] == signatures[pair[1]]).view(np.uint8)
             pairs.append(pair[:, equal.sum(axis=1, dtype=np.uint8) >= threshold * NUM_HASHES])
     return np.concatenate(pairs, axis=1)
 
 
-def _hash_band_of_each_row(band: np.ndarray) -> np.ndarray:
+def _hash_rows(band: np.ndarray) -> np.ndarray:
+    """Hash each row of a uint16 matrix: uint64 [rows]."""
     words = np.ascontiguousarray(band).view(f"u{min(8, 2 * band.shape[1])}")
     keys = words[:, 0].astype(np.uint64)
     for word in words[:, 1:].T:
-        keys = _mixed(keys) + word
+        keys = _mix_bits(keys) + word
     return keys
 
 
-def join_near(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.ndarray:
-    """Return group numbers that are equal for near duplicates: uint64 [rows]."""
+def join_near_duplicates(groups: np.ndarray, signatures: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the group numbers, made equal for near duplicates: uint64 [rows]."""
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-    of_number = clusters(signed[first], threshold)
+    of_number = cluster_near_duplicates(signatures[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))
     # A new number is drawn from the first member, because the smallest of several would put large clusters first.
     shared = np.where(sizes[of_number] > 1, rehash(numbers[of_number]), numbers)
@@ -143,28 +144,29 @@ def join_near(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.nd
 
 def rehash(numbers: np.ndarray) -> np.ndarray:
     """Map numbers to uniformly distributed ones; equal numbers stay equal: uint64."""
-    return _mixed(numbers + _BASE)
+    return _mix_bits(numbers + _BASE)
 
 
-def _components(pairs: np.ndarray, count: int) -> np.ndarray:
+def _connected_components(pairs: np.ndarray, num_nodes: int) -> np.ndarray:
+    """Return the component number of each node of a graph with the edges `pairs`: int [nodes]."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    graph = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(count, count))
+    graph = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(num_nodes, num_nodes))
     return np.asarray(connected_components(graph, directed=False)[1])
 
 
 def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return a common number for rows that a chain of equal groups and equal values connects: uint64 [rows].
+    """Return group numbers that are equal for rows connected by equal groups or values: uint64 [rows].
 
-    An unconnected value keeps its drawn number, so added rows move no others.
+    Unconnected values keep their number, so new rows do not move others.
     """
     if not len(groups):
         return groups
     numbers, of_value = np.unique(values, return_inverse=True)
     names, of_group = np.unique(groups, return_inverse=True)
     pairs = np.stack([of_value, len(numbers) + of_group])
-    labels = _components(pairs, len(numbers) + len(names))[: len(numbers)]
+    labels = _connected_components(pairs, len(numbers) + len(names))[: len(numbers)]
     # Values are sorted, so the first one of a component is its smallest.
     _, first, component, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     # A new number is drawn from it, because the smallest of several would put large components first.
@@ -177,16 +179,15 @@ def draw(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
 
 
-def sample(labels: Sequence[Sequence[str]], most: int, seed: int) -> list[int]:
-    """Draw `most` sorted positions, with at least three rows of each label if possible. `labels` holds each row's
-    labels."""
-    drawn = np.fromiter((draw(seed, str(position)) for position in range(len(labels))), np.uint64, len(labels))
-    of_each = min(3, most // max(1, len({label for of_row in labels for label in of_row})))
+def sample_by_label(row_labels: Sequence[Sequence[str]], max_rows: int, seed: int) -> list[int]:
+    """Return the sorted positions of `max_rows` random rows, with at least three of each label if possible."""
+    drawn = np.fromiter((draw(seed, str(position)) for position in range(len(row_labels))), np.uint64, len(row_labels))
+    of_each = min(3, max_rows // max(1, len({label for of_row in row_labels for label in of_row})))
     counts, wanted, others = Counter[str](), list[int](), list[int]()
     for position in np.argsort(drawn, kind="stable").tolist():
-        (wanted if any(counts[label] < of_each for label in labels[position]) else others).append(position)
-        counts.update(labels[position])
-    return sorted([*wanted, *others][:most])
+        (wanted if any(counts[label] < of_each for label in row_labels[position]) else others).append(position)
+        counts.update(row_labels[position])
+    return sorted([*wanted, *others][:max_rows])
 
 
 # ---- the columns of data.group and data.time -------------------------------------------------------------------------
@@ -200,16 +201,16 @@ _IS_EMPTY = "is empty"
 
 @dataclass
 class RowCounts:
-    """Counts rows by kind and name of a fault or property, with the first locations of each."""
+    """Counts rows by a kind (`unusable`) and a name (`too long`), and keeps the first locations of each."""
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     first: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
 
-    def add(self, kind: str, what: str, place: str, detail: str = "") -> None:
-        """Count a row under a kind and name; `detail` is for messages."""
-        self.counts[kind, what] += 1
-        if self.counts[kind, what] <= _MAX_PLACES:
-            self.first.setdefault((kind, what), []).append((place, detail))
+    def add(self, kind: str, name: str, location: str, detail: str = "") -> None:
+        """Count a row. `location` and `detail` are kept for messages."""
+        self.counts[kind, name] += 1
+        if self.counts[kind, name] <= _MAX_PLACES:
+            self.first.setdefault((kind, name), []).append((location, detail))
 
     def merge(self, other: RowCounts) -> None:
         """Add the counts of later rows."""
@@ -223,21 +224,21 @@ class RowCounts:
         return Counter({what: count for (of, what), count in self.counts.items() if of == kind})
 
 
-def groups_and_times(
-    rows: Sequence[PlacedRow], group: str | None, time: str | None, seed: int, tally: RowCounts
+def parse_groups_and_times(
+    rows: Sequence[PlacedRow], group_column: str | None, time_column: str | None, seed: int, tally: RowCounts
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's group hash (uint64 [rows]) and time (float64 [rows]), empty if not set; `tally` counts bad
-    cells."""
-    values, times = np.zeros(len(rows) if group else 0, np.uint64), np.zeros(len(rows) if time else 0)
+    """Return each row's group hash (uint64 [rows]) and time (float64 [rows]), empty without a column; count bad cells
+    in `tally`."""
+    values, times = np.zeros(len(rows) if group_column else 0, np.uint64), np.zeros(len(rows) if time_column else 0)
     for number, (place, row) in enumerate(rows):
-        if group:
+        if group_column:
             try:
-                values[number] = draw(seed, parse_group(row.get(group)))
+                values[number] = draw(seed, parse_group(row.get(group_column)))
             except ValueError as error:
                 tally.add("group", str(error), place)
-        if time:
+        if time_column:
             try:
-                kind, times[number] = parse_time(cell := row.get(time))
+                kind, times[number] = parse_time(cell := row.get(time_column))
                 tally.add("kind of time", kind, place)
             except ValueError as error:
                 is_shown = str(error) != _IS_EMPTY and not isinstance(cell, BadCell)
@@ -246,7 +247,7 @@ def groups_and_times(
 
 
 def parse_group(cell: object) -> str:
-    """Return a `data.group` cell as text. Raises `ValueError` if the cell is faulty."""
+    """Return a `data.group` cell as text. Raises `ValueError` if it is empty, or neither text nor number."""
     if isinstance(cell, BadCell):
         raise ValueError(f"contains {cell.reason}")
     if isinstance(cell, (list, tuple, dict, bytes)):
@@ -259,8 +260,8 @@ def parse_group(cell: object) -> str:
 
 
 def parse_time(cell: object) -> tuple[str, float]:
-    """Return a time's kind, and its seconds since 1970 (or the number itself). Raises `ValueError` if the cell is
-    faulty."""
+    """Return a time's format, such as `date`, and its seconds since 1970 (or the number itself). Raises `ValueError` if
+    it is no time."""
     if isinstance(cell, BadCell):
         raise ValueError(f"contains {cell.reason}")
     is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # NaN, or NaT of pandas
@@ -285,6 +286,7 @@ def parse_time(cell: object) -> tuple[str, float]:
 
 
 def format_time(kind: str, time: float) -> str:
+    """Format a result of `parse_time` for messages."""
     if kind == "number":
         return str(int(time)) if time.is_integer() else str(time)
     moment = _EPOCH + timedelta(seconds=time)
@@ -294,8 +296,8 @@ def format_time(kind: str, time: float) -> str:
     return f"{text} UTC" if kind == "date-time with a zone" else text
 
 
-def column_problems(block: DataBlock, tally: RowCounts, num_rows: int, where: str) -> list[str]:
-    """Return error messages about the `data.group` and `data.time` columns."""
+def group_and_time_problems(block: DataBlock, tally: RowCounts, num_rows: int, where: str) -> list[str]:
+    """Return error messages about bad cells in the `data.group` and `data.time` columns."""
     problems, kinds = [], []
     for (kind, what), count in tally.counts.items():
         if kind not in ("group", "time", "kind of time"):
@@ -319,7 +321,7 @@ def column_problems(block: DataBlock, tally: RowCounts, num_rows: int, where: st
 
 
 _REMEDIES = {
-    "group": "such a row could end up in the wrong split: write each row's group, or a unique value if it has none",
+    "group": "such rows could end up in the wrong split: write each row's group, or a unique value if a row has none",
     "time": "expected a date such as 2026-11-28, a date-time such as 2026-11-28 14:30:00+01:00, or a number such as "
     "Unix seconds: write a time in each row",
 }

@@ -1,5 +1,3 @@
-"""Limits the length of rows, and packs short texts into full rows to avoid padding."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -33,13 +31,13 @@ class Limits:
     identity: str = ""
     """Fingerprint of everything in the model that changes prepared rows."""
     packing_obstacle: Callable[[], str | None] = lambda: "it was not checked"
-    """Returns why packed texts would attend to each other, or None."""
+    """Returns why packed texts would attend to each other, or None if they cannot."""
     virtual: int = 0
-    """Virtual tokens that prompt tuning puts before each row."""
+    """Number of virtual tokens that prompt tuning puts before each row."""
 
     @classmethod
     def of(cls, base: Base, recipe: Recipe) -> Limits:
-        """Return the limits of a recipe's model."""
+        """Return the limits for a recipe."""
         attention = recipe.model.attn_implementation
         return cls(
             position_limit(base.config) if FACTS[recipe.task].reads == "text" else None,
@@ -49,14 +47,13 @@ class Limits:
         )
 
 
-MIN_LENGTH = 8
-"""Minimum number of tokens that virtual tokens must leave for the text."""
+MIN_TEXT_TOKENS = 8
 
 
 def length_limit(
     recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, str]:
-    """Return the maximum number of tokens per row, and the reason for it. Raises `RecipeError` for impossible
+    """Return the maximum tokens per row, and where that limit comes from. Raises `RecipeError` for impossible
     settings."""
     bounds = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
     model_limit = min(bounds, default=10**9)
@@ -69,22 +66,22 @@ def length_limit(
         length, why = cap, f"the default for {recipe.task}"
     if length > model_limit:
         raise RecipeError(
-            f"data.max_length: {length} tokens, but the model takes at most {model_limit}; set data.max_length: "
+            f"data.max_length: {length} tokens, but the model accepts at most {model_limit}; set data.max_length: "
             f"{model_limit} or less"
         )
     if not limits.virtual:
         return length, why
-    if length - limits.virtual < MIN_LENGTH:
+    if length - limits.virtual < MIN_TEXT_TOKENS:
         raise RecipeError(
             f"data.max_length: {limits.virtual} virtual tokens leave {max(0, length - limits.virtual)} of {length} for "
-            f"the text; expected at least {MIN_LENGTH}: use fewer virtual tokens, or raise data.max_length"
+            f"the text; expected at least {MIN_TEXT_TOKENS}: use fewer virtual tokens, or raise data.max_length"
         )
     return length - limits.virtual, f"{why}, minus {limits.virtual} virtual tokens"
 
 
-def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
-    """Return whether to pack several texts into one row, and notes if not. Raises `RecipeError` if `data.packing` is
-    impossible."""
+def can_pack(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
+    """Return whether to pack several texts into one row, and notes on why not. Raises `RecipeError` if required packing
+    is impossible."""
     wanted, is_raw = recipe.data.packing, target.form.is_raw_text
     if wanted is False:
         return False, []
@@ -99,8 +96,8 @@ def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Ta
     if obstacle is None:
         return True, []
     if wanted:
-        raise RecipeError(f"data.packing: {obstacle}; remove the setting")
-    return False, [f"packing is off: {obstacle}"] if is_raw else []
+        raise RecipeError(f"data.packing: impossible because {obstacle}; remove the setting")
+    return False, [f"packing is off because {obstacle}"] if is_raw else []
 
 
 OPEN_BLOCKS = 64
@@ -110,21 +107,23 @@ _BLOCKS_PER_BATCH = 256
 TokenizedText = tuple[np.ndarray, np.ndarray, str]
 
 
-def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:
-    """Pack whole texts into blocks of at most `max_length` tokens."""
-    blocks = _fill_blocks_by_best_fit(parts, max_length)
+def pack_texts(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:
+    """Pack whole tokenised texts into rows of at most `max_length` tokens; yield batches of rows."""
+    blocks = _group_texts_by_best_fit(parts, max_length)
     while full := list(islice(blocks, _BLOCKS_PER_BATCH)):
-        yield record_batch(list(map(_concatenate_block, full)), [block[0][2] for block in full])
+        yield record_batch(list(map(_block_to_row, full)), [block[0][2] for block in full])
 
 
-def _concatenate_block(block: list[TokenizedText]) -> dict[str, np.ndarray | int]:
+def _block_to_row(block: list[TokenizedText]) -> dict[str, np.ndarray | int]:
+    """Return a packed row's features; position ids restart at each text."""
     ids, labels = (np.concatenate([text[column] for text in block]) for column in (0, 1))
     # Position ids that restart at 0 tell transformers' models where a text begins.
     positions = np.concatenate([np.arange(len(text[0]), dtype=np.int32) for text in block])
     return {"input_ids": ids, "labels": labels, "position_ids": positions, LENGTH: len(ids)}
 
 
-def _fill_blocks_by_best_fit(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[TokenizedText]]:
+def _group_texts_by_best_fit(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[TokenizedText]]:
+    """Yield the texts of each row, putting a text into the fullest row that has room."""
     opened, room = list[list[TokenizedText]](), list[int]()
     for text in _iterate_tokenized_texts(parts):
         at = min((at for at, free in enumerate(room) if free >= len(text[0])), key=room.__getitem__, default=None)
@@ -145,6 +144,7 @@ def _fill_blocks_by_best_fit(parts: Iterable[pa.RecordBatch], max_length: int) -
 
 
 def _iterate_tokenized_texts(parts: Iterable[pa.RecordBatch]) -> Iterator[TokenizedText]:
+    """Yield each text's input ids, labels, and source row as JSON."""
     for part in parts:
         ids, labels = (part.column(name) for name in ("input_ids", "labels"))
         ends = ids.offsets.to_numpy()

@@ -29,7 +29,8 @@ Decisions = Mapping[tuple[str, str], RowDecision]
 
 
 def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str], RowDecision]:
-    """Return the last decision about each row in a patch file. Raises `DataError` with the first invalid lines."""
+    """Return a patch file's last decision about each row, by source and row hash. Raises `DataError` for invalid
+    lines."""
     expected = "expected a patch file, as 'fulltune data RECIPE --review' writes it"
     try:
         # splitlines would also split at characters that a text may contain.
@@ -57,7 +58,8 @@ def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str],
             problems.append(f"{where}: 'replace' needs a 'column', and a text, number or list as 'value'; add them")
         decisions[decision.key] = decision
     if problems:
-        raise DataError([*problems[:_SHOWN], f"{setting}: {path}: {counted(len(problems), 'such line')}; {expected}"])
+        count = counted(len(problems), "invalid line")
+        raise DataError([*problems[:_SHOWN], f"{setting}: {path}: {count}; {expected}"])
     return decisions
 
 
@@ -76,7 +78,6 @@ class PatchedRows:
     dropped: list[Dropped] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _copies: Counter[str] = field(default_factory=Counter)
-    """Rows read so far with each hash that a decision names."""
 
     def __post_init__(self) -> None:
         self.hashes = {row.partition("-")[0] for source, row in self.decisions if source == self.source}
@@ -89,8 +90,8 @@ class PatchedRows:
             if patched is not None:
                 yield place, patched
 
-    def _apply_decisions(self, place: str, row: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the row after its decision, or None if it is dropped. A changed row may match another decision."""
+    def _apply_decisions(self, location: str, row: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the row after its decisions, or None if it is dropped."""
         while (row_hash := row_id(row)) in self.hashes:
             self._copies[row_hash] += 1
             decision = self.decisions.get((self.source, numbered(row_hash, self._copies[row_hash])))
@@ -100,13 +101,13 @@ class PatchedRows:
             remedy = decision.remedy
             if remedy.action == "drop":
                 reason = f"{decision.check or 'decided'} (data.patch)"
-                self.dropped.append(Dropped(self.source, place, CHECK, reason, dict(row)))
+                self.dropped.append(Dropped(self.source, location, CHECK, reason, dict(row)))
                 return None
             if remedy.action != "replace":
                 break
             if remedy.column not in row:
                 self.problems.append(
-                    f"{place}: no column '{remedy.column}' to replace, expected one of {', '.join(row)}"
+                    f"{location}: no column '{remedy.column}' to replace, expected one of {', '.join(row)}"
                 )
                 break
             row = {**row, str(remedy.column): remedy.value}
@@ -119,24 +120,24 @@ def numbered(row: str, number: int) -> str:
 
 
 def note_on_patch(path: str | None, sources: Iterable[PatchedRows | None]) -> list[str]:
-    """Report how many rows a patch dropped and changed."""
+    """Return a note on how many rows a patch dropped and changed, or an empty list without a patch."""
     patched = [source for source in sources if source is not None]
     done = Counter(source.decisions[key].remedy.action for source in patched for key in source.matched)
     return [f"{path}: {counted(done['drop'], 'row')} dropped, {done['replace']:,} changed (data.patch)"] if path else []
 
 
-def refuse_unmatched(path: str, sources: Sequence[PatchedRows], is_whole: bool) -> None:
-    """Raise `DataError` if a patch names columns or, with all rows read (`is_whole`), rows that do not exist."""
+def refuse_unmatched_decisions(path: str, sources: Sequence[PatchedRows], all_rows_read: bool) -> None:
+    """Raise `DataError` if decisions name missing columns or, once `all_rows_read`, missing rows."""
     decisions = sources[0].decisions
     matched = set[tuple[str, str]]().union(*(source.matched for source in sources))
     problems = [f"data.patch: {path}: {problem}" for source in sources for problem in source.problems][:_SHOWN]
     missing = [decision for decision in decisions.values() if decision.key not in matched]
-    if missing and is_whole:
+    if missing and all_rows_read:
         rows = first_few([decision.row for decision in missing], 20)
         problems.append(
-            f"data.patch: {path}: {counted(len(missing), 'row')} of the {len(decisions):,} in this patch cannot be "
-            f"found in the data ({rows}): the patch belongs to other files, or the files have changed since; remove "
-            "these lines, or decide again: 'fulltune data RECIPE --set data.patch=null --review --patch NEW.jsonl'"
+            f"data.patch: {path}: {counted(len(missing), 'row')} of the {len(decisions):,} in this patch are not in "
+            f"the data ({rows}), because the patch belongs to other files or the files have changed; remove these "
+            "lines, or review again: 'fulltune data RECIPE --set data.patch=null --review --patch NEW.jsonl'"
         )
     if problems:
         raise DataError(problems)

@@ -1,4 +1,4 @@
-"""Turns the user's files into tokenised splits that share no row, and accounts for every row."""
+"""Turns data files into tokenised splits that share no row, and lists every dropped row."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from typing import TYPE_CHECKING
 from fulltune.audit.texts import masked_text
 from fulltune.data.check import (
     IN_EARLIER_SPLIT,
-    dropped_late,
-    late_rows,
-    note_on_flaws,
-    note_unmeasured,
-    notes,
-    notes_on_forbidden,
+    dropped_by_time_split,
+    note_forbidden_texts,
+    note_rarely_tested_classes,
+    note_split_problems,
+    note_text_flaws,
     notes_on_splitting,
     num_shared,
-    refuse_new_labels,
-    refuse_secret_names,
-    refuse_unusable,
+    refuse_labels_not_in_train,
+    refuse_secrets_in_names,
+    refuse_unusable_rows,
+    rows_in_no_split,
 )
-from fulltune.data.contamination import ForbiddenTexts, forbidden_files, read_texts
-from fulltune.data.encode import Dropped, EncodedSource, Job, encode, with_split_groups
-from fulltune.data.limits import Limits, length_limit, packing
-from fulltune.data.patch import PatchedRows, load_patch, note_on_patch, refuse_unmatched
-from fulltune.data.readers.files import state, unchanged
-from fulltune.data.readers.read import DataFiles, content_hash
+from fulltune.data.contamination import ForbiddenTexts, hash_forbidden_texts, list_forbidden_text_files
+from fulltune.data.encode import Dropped, EncodedSource, Job, encode_source, with_joined_groups
+from fulltune.data.limits import Limits, can_pack, length_limit
+from fulltune.data.patch import PatchedRows, load_patch, note_on_patch, refuse_unmatched_decisions
+from fulltune.data.readers.files import file_state, raise_if_files_change
+from fulltune.data.readers.read import DataFiles, hash_files
 from fulltune.data.sources import (
     Preprocess,
     SourceName,
     SourceRows,
-    describe,
-    find_files,
+    find_mixed_target,
+    find_source_files,
+    find_target_and_count_rows,
     is_mixed,
-    mixed_target,
-    read_rows,
-    unused_columns,
+    list_unused_columns,
+    read_source_rows,
 )
-from fulltune.data.split import Split, assign
+from fulltune.data.split import Split, assign_splits
 from fulltune.data.written import (
     DROPPED,
     as_line,
+    exclude_held_out_rows,
     list_dropped,
-    mix_in,
-    previews,
+    make_previews,
     target_statistics,
-    without_held_out,
+    write_mixed_in_rows,
     write_splits,
 )
 from fulltune.errors import RecipeError, SetupError
@@ -77,9 +77,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 FORMAT = 9
-"""Version of the format of prepared rows. Rows of other versions are prepared again."""
 MAX_CACHED = 5
-"""Maximum number of prepared data sets in the cache; runs have their own links."""
 _ABANDONED_SECONDS = 24 * 3600
 _PROGRESS_SECONDS = 0.2
 _CACHE_ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
@@ -87,23 +85,20 @@ _CACHE_ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
 
 @dataclass(frozen=True)
 class Stage:
-    """Inputs of the data stage."""
-
     recipe: Recipe
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
     preprocess: Preprocess | None = None
     planned_for: str | None = None
-    """Fingerprint of the rows for which the run was planned; other rows are refused."""
+    """Fingerprint of the rows for which the run was planned."""
     cache_folder: Path | None = None
-    """Folder of prepared rows that runs share."""
     listener: Listener = lambda event: None
 
 
 def prepare(stage: Stage) -> DataSummary:
-    """Read, check, split and tokenise the rows, and write the splits. Raises `DataError` if nothing can be learned;
-    earlier prepared rows remain."""
+    """Prepare the data files' rows in `stage.folder`, or reuse equal rows prepared earlier. Errors leave earlier rows
+    in place."""
     recipe, folder = stage.recipe, stage.folder
     is_image = FACTS[recipe.task].reads == "image"
     if is_image and recipe.data.near_duplicates < 1:
@@ -111,10 +106,10 @@ def prepare(stage: Stage) -> DataSummary:
             "data.near_duplicates: near duplicates are detected in texts only, not in images; remove the setting"
         )
     decisions = load_patch(Path(recipe.data.patch)) if recipe.data.patch else None
-    files = find_files(recipe)
-    of_forbidden = forbidden_files(recipe)
-    before = {file: state(file) for file in chain(of_forbidden, *(source.files for source in files.values()))}
-    fingerprint = _fingerprint(stage, files, of_forbidden)
+    files = find_source_files(recipe)
+    of_forbidden = list_forbidden_text_files(recipe)
+    before = {file: file_state(file) for file in chain(of_forbidden, *(source.files for source in files.values()))}
+    fingerprint = _fingerprint_inputs(stage, files, of_forbidden)
     if stage.planned_for and stage.planned_for != fingerprint:
         changed = "the data files or the texts of preserve.probe" if recipe.preserve.probe else "the data files"
         raise SetupError(
@@ -125,31 +120,34 @@ def prepare(stage: Stage) -> DataSummary:
         shutil.rmtree(abandoned)
     # A user's function cannot be hashed, so its rows are always prepared again.
     is_hashed = stage.preprocess is None
-    if is_hashed and (earlier := _load_earlier(folder, fingerprint, stage.listener)) is not None:
+    if is_hashed and (earlier := _load_earlier_summary(folder, fingerprint, stage.listener)) is not None:
         return earlier
     # Image rows contain only paths, which may differ in another run.
     cached = stage.cache_folder / fingerprint if is_hashed and stage.cache_folder and not is_image else None
     if cached is not None:
-        with locked(cached.parent):
-            if (earlier := _load_earlier(cached, fingerprint, stage.listener)) is not None:
-                link(cached, folder)
+        with lock_cache(cached.parent):
+            if (earlier := _load_earlier_summary(cached, fingerprint, stage.listener)) is not None:
+                link_cached_rows(cached, folder)
                 return earlier
     target = cached or folder
     part = target.with_name(f"{target.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        with unchanged(before):
-            forbidden = read_texts(recipe.texts_not_trained_on, of_forbidden) if of_forbidden else None
+        with raise_if_files_change(before):
+            forbidden = hash_forbidden_texts(recipe.texts_not_trained_on, of_forbidden) if of_forbidden else None
             patched = {name: None if decisions is None else PatchedRows(decisions, name) for name in files}
-            sources = {name: read_rows(recipe, file, stage.preprocess, patched[name]) for name, file in files.items()}
+            sources = {
+                name: read_source_rows(recipe, source, stage.preprocess, patched[name])
+                for name, source in files.items()
+            }
             summary = _prepare_uncached(replace(stage, folder=part), sources, forbidden, fingerprint)
         seal(part)
         if cached is None:
-            put(part, folder)
+            replace_folder(part, folder)
         else:
-            with locked(cached.parent):
-                put(part, cached)
-                link(cached, folder)
+            with lock_cache(cached.parent):
+                replace_folder(part, cached)
+                link_cached_rows(cached, folder)
                 delete_old_data_sets(cached.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -159,41 +157,43 @@ def prepare(stage: Stage) -> DataSummary:
 def _prepare_uncached(
     stage: Stage, sources: Mapping[SourceName, SourceRows], forbidden: ForbiddenTexts | None, fingerprint: str
 ) -> DataSummary:
+    """Read, check, split, tokenise and write all rows."""
     recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, task_named(stage.recipe.task)
-    target, counts = describe(block, task, sources)
+    target, counts = find_target_and_count_rows(block, task, sources)
     if block.patch:
         patched = [source.patched for source in sources.values() if source.patched]
-        refuse_unmatched(block.patch, patched, not block.max_rows)
+        refuse_unmatched_decisions(block.patch, patched, not block.max_rows)
     targets = {
-        name: mixed_target(block, task, source) if is_mixed(name) and task.FACTS.has_forms else target
+        name: find_mixed_target(block, task, source) if is_mixed(name) and task.FACTS.has_forms else target
         for name, source in sources.items()
     }
     limit, reason = length_limit(recipe, task, target, stage.limits, stage.tokenizer)
-    refuse_secret_names(target, sources["train"].where)
-    packed, remarks = packing(recipe, target, stage.limits, targets.values())
+    refuse_secrets_in_names(target, sources["train"].where)
+    packed, remarks = can_pack(recipe, target, stage.limits, targets.values())
 
     job = Job(recipe.task, block, target, stage.tokenizer, limit, forbidden=forbidden)
-    unused = unused_columns(block, target.columns, sources["train"])  # first: it reads rows, which resets `patched`
+    # This comes first because reading rows resets `patched`.
+    unused = list_unused_columns(block, target.columns, sources["train"])
     encoded = _encode_sources(stage, job, sources, targets, counts)
-    refuse_unusable(recipe, encoded)
+    refuse_unusable_rows(recipe, encoded)
     # Mixed-in rows do not change the splits.
     own = {name: source for name, source in encoded.items() if not is_mixed(name)}
-    splits = assign(recipe, with_split_groups(own, block.near_duplicates))
+    splits = assign_splits(recipe, with_joined_groups(own, block.near_duplicates))
     if target.labels:
-        refuse_new_labels(block, splits)
-        remarks += note_unmeasured(splits["train"], splits["test"])
+        refuse_labels_not_in_train(block, splits)
+        remarks += note_rarely_tested_classes(splits["train"], splits["test"])
     remarks += [*chain(*(source.notes for source in sources.values())), *notes_on_splitting(recipe, splits)]
-    remarks += notes(splits, target, block.near_duplicates < 1)
+    remarks += note_split_problems(splits, target, block.near_duplicates < 1)
     remarks += [f"columns not used: {shown(unused)}"] if unused else []
-    remarks += note_on_flaws(encoded.values())
+    remarks += note_text_flaws(encoded.values())
     remarks += note_on_patch(block.patch, (source.patched for source in sources.values()))
 
-    late = late_rows(splits)
-    mixed, also_held_out = without_held_out(recipe, encoded, splits)
-    list_dropped(folder, chain(dropped_late(block, splits["train"].source, late), also_held_out))
+    late = rows_in_no_split(splits)
+    mixed, also_held_out = exclude_held_out_rows(recipe, encoded, splits)
+    list_dropped(folder, chain(dropped_by_time_split(block, splits["train"].source, late), also_held_out))
     written = write_splits(folder, task, splits, limit if packed else None, int(late.sum()))
-    mixed_in = mix_in(recipe, folder, job, mixed, packed)
-    remarks += notes_on_forbidden(forbidden, splits["train"], mixed)
+    mixed_in = write_mixed_in_rows(recipe, folder, job, mixed, packed)
+    remarks += note_forbidden_texts(forbidden, splits["train"], mixed)
     for source in encoded.values():
         shutil.rmtree(source.folder)
     scale, explained = target_statistics(target, splits["train"], folder / "train")
@@ -210,11 +210,11 @@ def _prepare_uncached(
         scale=scale,
         length_explained=explained,
         splits=written,
-        sources={name: _describe_origin(block, split) for name, split in splits.items()},
+        sources={name: _describe_split_origin(block, split) for name, split in splits.items()},
         dropped=_count_dropped(encoded, sources, also_held_out, int(late.sum())),
         notes=tuple(map(masked_text, remarks)),
         test_share_in_eval=num_shared(splits["test"], splits["eval"]) / max(1, splits["test"].num_rows),
-        previews=previews(folder / "train", task, target, stage.tokenizer, range(written["train"].rows), 5),
+        previews=make_previews(folder / "train", task, target, stage.tokenizer, range(written["train"].rows), 5),
         mixed=mixed_in,
         fingerprint=fingerprint,
     )
@@ -227,10 +227,11 @@ def _encode_sources(
     job: Job,
     sources: Mapping[SourceName, SourceRows],
     targets: Mapping[SourceName, Target],
-    counts: Mapping[SourceName, int],
+    num_rows: Mapping[SourceName, int],
 ) -> dict[SourceName, EncodedSource]:
+    """Tokenise all sources, and list their dropped rows in a file."""
     encoded: dict[SourceName, EncodedSource] = {}
-    total, reported, folder = sum(counts.values()), 0.0, stage.folder
+    total, reported, folder = sum(num_rows.values()), 0.0, stage.folder
     folder.mkdir(parents=True)
     make_private(folder / DROPPED)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
@@ -238,9 +239,9 @@ def _encode_sources(
         def drop(item: Dropped) -> None:
             file.write(as_line(item))
 
-        def progress(done_in_source: int) -> None:
+        def report_progress(num_done: int) -> None:
             nonlocal reported
-            done = done_in_source + sum(source.num_read for source in encoded.values())
+            done = num_done + sum(source.num_read for source in encoded.values())
             if time.monotonic() - reported > _PROGRESS_SECONDS or done == total:
                 reported = time.monotonic()
                 stage.listener(RowsRead(name="tokenising", done=done, total=total))
@@ -257,13 +258,14 @@ def _encode_sources(
                 forbidden=job.forbidden if is_train or is_mixed(name) else None,
             )
             path = folder / f"{name}-whole"
-            encoded[name] = encode(source_job, source.rows(None), counts[name], path, progress, drop)
+            encoded[name] = encode_source(source_job, source.rows(None), num_rows[name], path, report_progress, drop)
             for item in source.patched.dropped if source.patched else ():
                 drop(item)
     return encoded
 
 
-def _describe_origin(block: DataBlock, split: Split) -> str:
+def _describe_split_origin(block: DataBlock, split: Split) -> str:
+    """Say from which file a split comes, for the report."""
     if split.has_own_file:
         return f"file {split.source.where}"
     column = block.time or block.group
@@ -274,19 +276,20 @@ def _describe_origin(block: DataBlock, split: Split) -> str:
 def _count_dropped(
     encoded: Mapping[SourceName, EncodedSource],
     sources: Mapping[SourceName, SourceRows],
-    also_held_out: Iterable[Dropped],
-    late: int,
+    dropped_mixed: Iterable[Dropped],
+    num_late: int,
 ) -> dict[str, int]:
+    """Count dropped rows by check; a time split dropped `num_late`."""
     by_patch = (source.patched.dropped for source in sources.values() if source.patched)
-    numbers = Counter(item.check for item in chain(also_held_out, *by_patch))
+    numbers = Counter(item.check for item in chain(dropped_mixed, *by_patch))
     for tally in (source.tally for source in encoded.values()):
         numbers += tally.of("unusable") + tally.of("unfit")
         numbers += Counter({f"{check} (part of a row)": count for check, count in tally.of("part").items()})
-    return dict(numbers + Counter({IN_EARLIER_SPLIT: late}))
+    return dict(numbers + Counter({IN_EARLIER_SPLIT: num_late}))
 
 
-def _load_earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
-    """Return the summary of earlier prepared rows, or None if they differ or (with a warning) are damaged."""
+def _load_earlier_summary(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
+    """Return the summary of earlier rows, or None if they are missing, differ or (with a warning) are damaged."""
     try:
         summary = DataSummary.load(folder / SUMMARY)
     except (OSError, SetupError):
@@ -299,26 +302,28 @@ def _load_earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSum
     return summary
 
 
-def _note_on_packing(train: Split, summary: SplitSummary, limit: int) -> str:
+def _note_on_packing(train: Split, summary: SplitSummary, max_length: int) -> str:
+    """Return a note on how full the packed rows are."""
     texts, pieces = train.num_rows, int(train.examples.sum())
-    share = summary.tokens / max(1, summary.rows * limit)
+    share = summary.tokens / max(1, summary.rows * max_length)
     cut = f", cut into {pieces:,} pieces and" if pieces > texts else ""
     return (
-        f"{counted(texts, 'train text')}{cut} packed into {counted(summary.rows, 'row')} of up to {limit} tokens, "
+        f"{counted(texts, 'train text')}{cut} packed into {counted(summary.rows, 'row')} of up to {max_length} tokens, "
         f"{format_percent(share)} full"
     )
 
 
-def _fingerprint(stage: Stage, files: Mapping[SourceName, DataFiles], of_forbidden: tuple[Path, ...]) -> str:
+def _fingerprint_inputs(stage: Stage, files: Mapping[SourceName, DataFiles], forbidden: tuple[Path, ...]) -> str:
+    """Hash everything that determines the prepared rows."""
     from importlib.metadata import version
 
     block, limits = stage.recipe.data, stage.limits
     parts = (
-        *(FORMAT, version("tokenizers"), stage.recipe.task, codec_of(block.encoding), content_hash(files)),
+        *(FORMAT, version("tokenizers"), stage.recipe.task, codec_of(block.encoding), hash_files(files)),
         block.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", "patch", "encoding"}),
         *(bool(block.eval), bool(block.test), [file.weight for file in block.mixed_files]),
         block.patch and hashlib.sha256(Path(block.patch).read_bytes()).hexdigest(),
-        content_hash({"contamination": DataFiles(of_forbidden, "")}),
+        hash_files({"contamination": DataFiles(forbidden, "")}),
         processor_identity(stage.tokenizer),
         *(limits.positions, stage.tokenizer.model_max_length, limits.identity, limits.virtual),
     )
@@ -329,7 +334,7 @@ def _fingerprint(stage: Stage, files: Mapping[SourceName, DataFiles], of_forbidd
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_cache(folder: Path) -> Iterator[None]:
     """Lock the cache against other runs."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -337,26 +342,26 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def put(part: Path, folder: Path) -> None:
-    """Move a finished folder to its final path, replacing an older one."""
+def replace_folder(part: Path, folder: Path) -> None:
+    """Move the finished `part` to `folder`, replacing an older one."""
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
 
 
-def link(cached: Path, folder: Path) -> None:
-    """Give a run the cached files as hard links, or as copies if it is on another file system."""
+def link_cached_rows(cached: Path, folder: Path) -> None:
+    """Give a run the cached files as hard links, or as copies on another file system."""
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        shutil.copytree(cached, part, copy_function=_link_or_copy)
-        put(part, folder)
+        shutil.copytree(cached, part, copy_function=_hard_link_or_copy)
+        replace_folder(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     os.utime(cached)  # pruned last
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def _hard_link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
@@ -364,7 +369,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def delete_old_data_sets(folder: Path) -> None:
-    """Delete all but the most recently used data sets, and abandoned unfinished ones."""
+    """Delete all but the `MAX_CACHED` most recently used data sets, and unfinished ones older than a day."""
     entries = [path for path in folder.iterdir() if _CACHE_ENTRY.fullmatch(path.name)]
     parts = [path for path in entries if ".part-" in path.name]
     complete = sorted({*entries} - {*parts}, key=lambda path: path.stat().st_mtime, reverse=True)

@@ -1,5 +1,3 @@
-"""Reads a recipe's rows once to determine columns, target and number of rows."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -10,18 +8,18 @@ from itertools import islice
 from typing import Any
 
 from fulltune.audit.texts import masked_text
-from fulltune.data.contamination import forbidden_files
-from fulltune.data.groups import sample
+from fulltune.data.contamination import list_forbidden_text_files
+from fulltune.data.groups import sample_by_label
 from fulltune.data.patch import PatchedRows
-from fulltune.data.readers.files import refuse_held_out
-from fulltune.data.readers.read import DataFiles, PlacedRow, locate
+from fulltune.data.readers.files import refuse_held_out_files
+from fulltune.data.readers.read import DataFiles, PlacedRow, locate_data_files
 from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock, MixedFile, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import PLACE, Row, Target, Task, task_named
-from fulltune.tasks.columns import USUAL_NAMES, in_batches, is_whole, shown, similar_column, why_unreadable
+from fulltune.tasks.columns import USUAL_NAMES, is_whole, second_text, shown, unreadable, windows
 from fulltune.tasks.question_answering import IMPOSSIBLE
 from fulltune.text import did_you_mean
 
@@ -30,7 +28,7 @@ _HEAD = 1000
 _SAMPLE = 100
 
 SourceName = str
-"""`train`, `eval`, `test`, or for mixed-in files `mixed-1`, `mixed-2` ... in the recipe's order."""
+"""`train`, `eval`, `test`, or for mixed-in files `mixed-1`, `mixed-2` ..., numbered in the recipe's order."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,7 @@ class SourceRows:
 
     where: str
     rows: Callable[[list[str] | None], Iterator[PlacedRow]]
-    """Reads the rows from the beginning; see `DataFiles.rows`."""
     patched: PatchedRows | None = None
-    """The patch and, after reading, what it changed."""
     notes: Mapping[str, None] = field(default_factory=dict)
 
 
@@ -53,7 +49,7 @@ def is_mixed(name: SourceName) -> bool:
     return name.startswith("mixed")
 
 
-def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
+def find_source_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
     """Return the files of each source, train first. Raises `DataError` with all problems at once."""
     block = recipe.data
     paths: dict[SourceName, Sequence[str]] = {"train": recipe.data.task_files}
@@ -64,11 +60,11 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
     for name, source_paths in paths.items():
         try:
             if name not in ("eval", "test"):
-                refuse_held_out(source_paths)
+                refuse_held_out_files(source_paths)
             # A mixed-in file may have another format than the task's, with its own column names.
             is_other = is_mixed(name) and not source_paths[0].lower().endswith(tuple(SEPARATED))
             files[name] = replace(
-                locate(source_paths, block.text_rows, None if is_other else block.columns),
+                locate_data_files(source_paths, block.text_rows, None if is_other else block.columns),
                 encoding=codec_of(block.encoding),
                 image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
@@ -76,7 +72,7 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
         except DataError as error:
             problems += error.problems
     try:
-        forbidden_files(recipe)
+        list_forbidden_text_files(recipe)
     except DataError as error:
         problems += error.problems
     if problems:
@@ -88,10 +84,10 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
 
 
 def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
-    """Return the problems found in the recipe's files and first train rows."""
+    """Return error messages about the recipe's files and first train rows."""
     try:
-        train = find_files(recipe)["train"]
-        columns, rows = _first_rows(SourceRows(train.where, train.rows))
+        train = find_source_files(recipe)["train"]
+        columns, rows = _read_first_rows(SourceRows(train.where, train.rows))
         if preprocess is None:
             task_named(recipe.task).find_columns(
                 _columns_for_roles(recipe.data, columns), rows, recipe.data, train.where
@@ -101,15 +97,15 @@ def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
     return []
 
 
-def read_rows(
+def read_source_rows(
     recipe: Recipe, files: DataFiles, preprocess: Preprocess | None, patched: PatchedRows | None = None
 ) -> SourceRows:
-    """Return the rows of a source, patched and preprocessed; `data.max_rows` limits their number."""
+    """Return a source's rows, patched and preprocessed; above `data.max_rows`, a sample."""
     most, wanted = recipe.data.max_rows, None
     if most and len(labels := _row_labels(recipe, files)) > most:
         if (different := len({label for row_labels in labels for label in row_labels})) > most:
             raise DataError(f"{files.where}: {different} labels, but data.max_rows allows only {most} rows; raise it")
-        wanted = set(sample(labels, most, recipe.data.split_seed))
+        wanted = set(sample_by_label(labels, most, recipe.data.split_seed))
 
     def rows(problems: list[str] | None = None) -> Iterator[PlacedRow]:
         sampled = (row for number, row in enumerate(files.rows(problems)) if wanted is None or number in wanted)
@@ -126,33 +122,30 @@ def read_rows(
 
 
 def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
-    """Return each row's labels, or no labels if `describe` will raise an error."""
+    """Return each row's labels, or empty lists if the rows cannot be used."""
     task = task_named(recipe.task)
     try:
-        target, _ = describe(recipe.data, task, {"train": SourceRows(files.where, files.rows)})
+        target, _ = find_target_and_count_rows(recipe.data, task, {"train": SourceRows(files.where, files.rows)})
     except DataError:
         return [[] for _ in files.rows([])]
 
     def can_use(row: Row) -> bool:
-        return bool(target.labels) and not why_unreadable(row, target.columns) and not task.refuse(row, target)
+        return bool(target.labels) and not unreadable(row, target.columns) and not task.refuse(row, target)
 
     return [task.row_labels(row, target) if can_use(row) else [] for _, row in files.rows([])]
 
 
-def describe(
+def find_target_and_count_rows(
     block: DataBlock, task: Task, sources: Mapping[SourceName, SourceRows]
 ) -> tuple[Target, dict[SourceName, int]]:
-    """Return the target and each source's number of rows, reading everything once.
-
-    Train rows are read twice if columns appear late. Raises `DataError` for broken files, missing columns, or if
-    nothing can be learned.
-    """
+    """Return the target and each source's number of rows. Raises `DataError` for broken files, missing columns, or if
+    nothing can be learned."""
     problems: list[str] = []
     counts, columns = dict.fromkeys(sources, 0), {name: dict[str, None]() for name in sources}
     train, faults, read = sources["train"], Counter[str](), set[SourceName]()
-    first_names, first_rows = _first_rows(train)
+    first_names, first_rows = _read_first_rows(train)
 
-    def rows_of(name: SourceName) -> Iterator[PlacedRow]:
+    def read_and_count(name: SourceName) -> Iterator[PlacedRow]:
         counts[name] = 0
         for place, row in sources[name].rows(problems):
             counts[name] += 1
@@ -160,19 +153,19 @@ def describe(
             yield place, row
         read.add(name)
 
-    def usable(roles: Mapping[str, str]) -> Iterator[Row]:
+    def readable_train_rows(roles: Mapping[str, str]) -> Iterator[Row]:
         faults.clear()
-        for place, row in rows_of("train"):
-            if fault := why_unreadable(row, roles):  # listed when the rows are tokenised
+        for place, row in read_and_count("train"):
+            if fault := unreadable(row, roles):  # listed when the rows are tokenised
                 faults[fault] += 1
             else:
                 yield {**row, PLACE: place}
 
-    def find_target(names: tuple[str, ...]) -> tuple[dict[str, str], Target]:
+    def find_roles_and_target(names: tuple[str, ...]) -> tuple[dict[str, str], Target]:
         roles = task.find_columns(_columns_for_roles(block, names), first_rows, block, train.where)
-        _refuse_second_text(block, roles, names, first_rows, train.where)
+        _refuse_second_text_column(block, roles, names, first_rows, train.where)
         try:
-            return roles, task.find_target(usable(roles), roles, block, train.where)
+            return roles, task.find_target(readable_train_rows(roles), roles, block, train.where)
         except DataError:
             if not faults or faults.total() < counts["train"]:
                 raise
@@ -181,14 +174,14 @@ def describe(
 
     description = None
     with suppress(DataError):  # raised below, once all files are known to be readable, with all their columns
-        description = find_target(first_names)
+        description = find_roles_and_target(first_names)
     for name in sources:
-        for _ in rows_of(name) if name not in read else ():
+        for _ in read_and_count(name) if name not in read else ():
             pass
     if problems:
         raise DataError(list(dict.fromkeys(problems)))
     if description is None or len(columns["train"]) > len(first_names):
-        description = find_target(tuple(columns["train"]))
+        description = find_roles_and_target(tuple(columns["train"]))
     roles, target = description
     missing = []
     for name, present in columns.items():
@@ -206,10 +199,10 @@ def describe(
     return target, counts
 
 
-def mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Target:
+def find_mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Target:
     """Return a mixed-in source's target, from the recipe's columns or the usual names. Raises `DataError` if neither
-    exist."""
-    columns, rows = _first_rows(source)
+    fits."""
+    columns, rows = _read_first_rows(source)
     columns = _columns_for_roles(block, columns)
     try:
         roles = task.find_columns(columns, rows, block, source.where)
@@ -224,7 +217,7 @@ def _columns_for_roles(block: DataBlock, columns: Iterable[str]) -> tuple[str, .
     return tuple(name for name in columns if name in named or name not in (block.group, block.time))
 
 
-def _first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
+def _read_first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
     """Return the columns of the first thousand rows, and up to a hundred readable rows."""
     columns: dict[str, None] = {}
 
@@ -234,29 +227,28 @@ def _first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
             if is_whole(row):
                 yield row
 
-    rest = in_batches(readable_rows(), _SAMPLE)
+    rest = windows(readable_rows(), _SAMPLE)
     head = next(rest, [])
     for _ in rest:  # for their columns
         pass
     return tuple(columns), head
 
 
-def unused_columns(block: DataBlock, roles: Mapping[str, str], source: SourceRows) -> list[str]:
+def list_unused_columns(block: DataBlock, roles: Mapping[str, str], source: SourceRows) -> list[str]:
     """Return columns without a role in the first thousand rows."""
-    return [
-        name for name in _first_rows(source)[0] if name not in {*roles.values(), block.group, block.time, IMPOSSIBLE}
-    ]
+    used = {*roles.values(), block.group, block.time, IMPOSSIBLE}
+    return [name for name in _read_first_rows(source)[0] if name not in used]
 
 
-def _refuse_second_text(
+def _refuse_second_text_column(
     block: DataBlock, roles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Row], where: str
 ) -> None:
-    """Refuse a second text column that the recipe does not name, as it may be half of the input."""
+    """Raise `DataError` if another column may be half of the input, but the recipe does not name it."""
     role = next((role for role in _SECOND_ROLE if role in roles), "")
     # Raw text has no second half, and a recipe that names the column or the answers is unambiguous.
     if not role or _SECOND_ROLE[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:
         return
-    if (second := similar_column(roles[role], roles, _columns_for_roles(block, columns), rows)) is not None:
+    if (second := second_text(roles[role], roles, _columns_for_roles(block, columns), rows)) is not None:
         first, last = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
         beside = _SECOND_ROLE[role]
         raise DataError(
@@ -267,4 +259,3 @@ def _refuse_second_text(
 
 
 _SECOND_ROLE = {"text": "text_pair", "prompt": "input", "source": ""}
-"""Maps a text column's role to the role of its second half, if any."""

@@ -1,5 +1,3 @@
-"""Assigns rows to splits; eval and test are split off train without separating duplicates."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -27,9 +25,8 @@ class Split:
 
     source: EncodedSource
     rows: np.ndarray
-    """True for rows of the source in the split: bool [source rows]."""
+    """Marks the source's rows in this split: bool [source rows]."""
     has_own_file: bool
-    """True if the rows come from the split's own file."""
 
     @property
     def num_rows(self) -> int:
@@ -50,16 +47,16 @@ class Split:
         """Group of each row: uint64 [split rows]."""
         return self.source.groups[self.rows]
 
-    def label_counts(self, times: np.ndarray | None = None) -> Counter[str]:
-        """Count the rows of each label; `times` says how often each source row counts."""
+    def label_counts(self, row_repeats: np.ndarray | None = None) -> Counter[str]:
+        """Count the rows of each label; `row_repeats` says how often each source row counts."""
         sets, counts = self.source.label_sets, Counter[str]()
-        numbers = np.bincount(self.source.labels, self.rows if times is None else times, len(sets))
+        numbers = np.bincount(self.source.labels, self.rows if row_repeats is None else row_repeats, len(sets))
         for names, count in zip(sets, numbers, strict=True):
             counts.update(dict.fromkeys(names, int(count)) if count else {})
         return counts
 
 
-def assign(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[SplitName, Split]:
+def assign_splits(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[SplitName, Split]:
     """Assign the rows to splits. Raises `DataError` if a split has fewer than 2 rows or one group is too large."""
     block, train = recipe.data, encoded["train"]
     splits = {
@@ -91,23 +88,23 @@ def held_out_rows(rows: int, fraction: float) -> int:
 def _random_splits(
     train: EncodedSource, strata: np.ndarray, fractions: Mapping[SplitName, float]
 ) -> dict[SplitName, np.ndarray]:
-    """Hold out a fraction of the rows for each split in whole groups; the rest is train."""
+    """Mark the rows of each split: bool [rows]. Whole groups are held out; the rest is train."""
     rows_of, left = dict[SplitName, np.ndarray](), np.ones(train.num_rows, bool)
     for name, fraction in fractions.items():
         rest = np.flatnonzero(left)
         # The second split gets its share of all rows, not of the remaining ones.
         share = min(0.5, fraction * train.num_rows / max(1, len(rest)))
         rows = np.zeros(train.num_rows, bool)
-        rows[rest[split_off(train.split_groups[rest], strata[rest], share)]] = True
+        rows[rest[hold_out_groups(train.split_groups[rest], strata[rest], share)]] = True
         left &= ~rows
         rows_of[name] = rows
     return {**rows_of, "train": left}
 
 
-def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:
+def hold_out_groups(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:
     """Choose whole groups to hold out, about the same share of each stratum: bool [rows].
 
-    A stratum (class) of two or more groups gives at least one, so that each class can be measured.
+    A stratum (class) of two or more groups gives at least one.
     """
     fraction = min(fraction, MAX_HELD_OUT_ROWS / max(1, len(groups)))
     if not len(groups):
@@ -141,15 +138,16 @@ def _choose_groups(sizes: Sequence[int], wanted: int) -> list[int]:
 
 
 def _row_strata(source: EncodedSource, by_group: bool) -> np.ndarray:
-    """Return each row's class, the rarest of its labels or group: int64 [rows], -1 if it has none."""
+    """Return each row's class, the rarest of its labels (of its group if `by_group`): int64 [rows], -1 without
+    labels."""
     counts = Split(source, np.ones(source.num_rows, bool), has_own_file=True).label_counts()
     places = {name: place for place, name in enumerate(source.names)}
     rarest = [places[min(names, key=lambda name: (counts[name], name))] if names else -1 for names in source.label_sets]
     strata = np.array(rarest, np.int64)[source.labels]
-    return rarest_in_group(strata, source.split_groups) if by_group else strata
+    return rarest_class_in_group(strata, source.split_groups) if by_group else strata
 
 
-def rarest_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
+def rarest_class_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
     """Return the rarest class of each row's group: int64 [rows]."""
     _, group_of = np.unique(split_groups, return_inverse=True)
     kinds, kind, counts = np.unique(strata, return_inverse=True, return_counts=True)
@@ -161,7 +159,7 @@ def rarest_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.ndarray:
 def split_by_time(
     times: np.ndarray, split_groups: np.ndarray, wanted: Mapping[SplitName, int]
 ) -> dict[SplitName, np.ndarray]:
-    """Split at points in time without separating any group: bool [rows]. The newest rows go to the first split in
+    """Mark the rows of each split, without separating groups: bool [rows]. The newest rows go to the first split in
     `wanted`."""
     numbers, group = np.unique(split_groups, return_inverse=True)
     starts = np.full(len(numbers), np.inf)
@@ -170,15 +168,14 @@ def split_by_time(
     rows_of: dict[SplitName, np.ndarray] = {}
     before = np.ones(len(times), bool)
     for name, count in wanted.items():
-        start = _start_of_newest(oldest[before], count)
+        start = _choose_split_time(oldest[before], count)
         rows_of[name] = before & (oldest >= start)
         before &= times < start
     return {**rows_of, "train": before}
 
 
-def _start_of_newest(oldest: np.ndarray, wanted: int) -> float:
-    """Return a time such that groups starting then or later have about `wanted` rows, or infinity if all groups start
-    together."""
+def _choose_split_time(oldest: np.ndarray, wanted: int) -> float:
+    """Return when the newest groups with about `wanted` rows start, or infinity if all groups start together."""
     starts, counts = np.unique(oldest, return_counts=True)
     if len(starts) < 2:
         return np.inf
@@ -187,11 +184,12 @@ def _start_of_newest(oldest: np.ndarray, wanted: int) -> float:
     return float(starts[-place])
 
 
-def _refuse_small_splits(recipe: Recipe, splits: Mapping[SplitName, Split], wanted: int) -> None:
+def _refuse_small_splits(recipe: Recipe, splits: Mapping[SplitName, Split], num_held_out: int) -> None:
+    """Raise `DataError` if a split has fewer than 2 rows, or one group is too large."""
     block, train = recipe.data, splits["train"].source
     small = [f"{name} has {splits[name].num_rows}" for name in SPLITS if splits[name].num_rows < 2]
     largest = largest_group(train.split_groups)
-    is_one = block.group is not None and block.time is None and 2 * (train.num_rows - largest) < wanted
+    is_one = block.group is not None and block.time is None and 2 * (train.num_rows - largest) < num_held_out
     if not small and not is_one:
         return
     columns = {"time": block.time, "group": block.group}
@@ -202,14 +200,14 @@ def _refuse_small_splits(recipe: Recipe, splits: Mapping[SplitName, Split], want
     sections = ""
     if recipe.data.text_rows == "auto" and any(file.lower().endswith(".txt") for file in recipe.data.task_files):
         sections = (
-            f"; paragraphs of a .txt are joined into rows of about {SECTION_CHARACTERS:,} characters: for one row per "
-            "paragraph set data.text_rows: paragraph"
+            f"; paragraphs of a .txt file are joined into rows of about {SECTION_CHARACTERS:,} characters, so set "
+            "data.text_rows: paragraph for one row per paragraph"
         )
     each = f", at least {sum(not split.has_own_file for split in splits.values()) + 1} different ones of each label"
     raise DataError(
-        f"{train.where}: {counted(train.num_read, 'row')}{of_labels} in {groups} that are never separated, by "
-        f"{' and '.join(by)}, the largest of {largest:,}: too few for three splits of at least 2 rows "
-        f"({', '.join(small) or f'{wanted:,} are to be held out'}); add rows{each if train.names else ''}, raise "
+        f"{train.where}: {counted(train.num_read, 'row')}{of_labels} form {groups} that are never separated, by "
+        f"{' and '.join(by)}, and the largest has {largest:,}, which is too few for three splits of at least 2 rows "
+        f"({', '.join(small) or f'{num_held_out:,} are to be held out'}); add rows{each if train.names else ''}, raise "
         f"data.eval_fraction and data.test_fraction, or name files for eval and test{sections}"
     )
 

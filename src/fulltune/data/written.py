@@ -1,5 +1,3 @@
-"""Writes, counts and previews the rows of splits and of mixed-in files."""
-
 from __future__ import annotations
 
 import json
@@ -12,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.audit.texts import masked_cells, masked_text
-from fulltune.data.encode import Dropped, EncodedSource, Job, with_split_groups
-from fulltune.data.limits import pack
+from fulltune.data.encode import Dropped, EncodedSource, Job, with_joined_groups
+from fulltune.data.limits import pack_texts
 from fulltune.data.sources import SourceName, is_mixed, mixed_names
 from fulltune.data.split import HELD_OUT, SPLITS, Split
 from fulltune.errors import DataError
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
 
 DROPPED = "dropped.jsonl"
 _MAX_PREVIEWED = 200
-"""Rows from which the previews are chosen."""
 
 
 def as_line(item: Dropped) -> str:
@@ -51,8 +48,8 @@ def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:
         file.writelines(map(as_line, items))
 
 
-def stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yield number, location and cells of the source rows that `wanted` marks, in order."""
+def iterate_stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield index, location and cells of each source row that `wanted` marks, in order."""
     if not wanted.any():  # a source without rows has no files
         return
     first = np.diff(source.row_of, prepend=-1) > 0  # the row's cells are stored with its first example
@@ -65,11 +62,11 @@ def stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int
             yield int(row_of[place]), row.pop(PLACE), row
 
 
-def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.RecordBatch]:
-    """Yield a split's examples; unless `scored`, features needed only to generate answers are omitted."""
+def iterate_examples(split: Split, task: Task, with_test_features: bool = False) -> Iterator[pa.RecordBatch]:
+    """Yield a split's examples, without features for generating answers unless `with_test_features`."""
     import pyarrow as pa
 
-    without = () if scored else getattr(task, "ONLY_FOR_TEST_ROWS", ())
+    without = () if with_test_features else getattr(task, "ONLY_FOR_TEST_ROWS", ())
     start = 0
     for batch in batches(split.source.folder):
         mask = split.examples[start : start + len(batch)]
@@ -79,7 +76,8 @@ def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.Reco
             yield batch if mask.all() else batch.filter(pa.array(mask))
 
 
-def summarise(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSummary:
+def summarise_split(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSummary:
+    """Return a split's counts, with length percentiles of its examples or packed rows."""
     source, in_split = split.source, split.examples
     ordered = np.sort(lengths)
     labels = split.label_counts(np.bincount(source.row_of[in_split], minlength=source.num_rows))
@@ -99,16 +97,16 @@ def summarise(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSumm
 
 
 def write_splits(
-    folder: Path, task: Task, splits: Mapping[SplitName, Split], packed_to: int | None, late: int
+    folder: Path, task: Task, splits: Mapping[SplitName, Split], pack_length: int | None, num_dropped_by_time: int
 ) -> dict[SplitName, SplitSummary]:
-    """Write each split; pack train rows to `packed_to` tokens unless it is None. `late` train rows are in no split."""
+    """Write each split, and return its summary; pack train rows to `pack_length` tokens unless it is None."""
     summaries: dict[SplitName, SplitSummary] = {}
     for name in SPLITS:
         split, source = splits[name], splits[name].source
         if not split.examples.any():
             raise DataError(f"{source.where}: all rows of {name} are longer than data.max_length; raise it")
-        parts = examples(split, task, scored=name == "test")
-        write_rows(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
+        parts = iterate_examples(split, task, with_test_features=name == "test")
+        write_rows(folder / name, pack_texts(parts, pack_length) if pack_length and name == "train" else parts)
         if name != "train":
             clusters = np.unique(source.split_groups[source.row_of][split.examples], return_inverse=True)[1]
             np.save(folder / name / CLUSTERS, clusters.astype(np.int64))
@@ -117,18 +115,18 @@ def write_splits(
             np.save(folder / name / IN_TRAIN, np.isin(groups, splits["train"].groups))
         dropped = source.num_dropped if split.has_own_file else 0
         if split.has_own_file and name == "train":
-            dropped += late
-        summaries[name] = summarise(split, Rows(folder / name)["length"], dropped)
+            dropped += num_dropped_by_time
+        summaries[name] = summarise_split(split, Rows(folder / name)["length"], dropped)
     return summaries
 
 
-def previews(
-    folder: Path, task: Task, target: Target, tokenizer: Tokenizer, span: range, most: int
+def make_previews(
+    folder: Path, task: Task, target: Target, tokenizer: Tokenizer, span: range, max_previews: int
 ) -> tuple[Preview, ...]:
-    """Return up to `most` of the first rows as the model reads them, skipping rows with secrets or personal data."""
+    """Return up to `max_previews` rows of `span` as the model reads them, without rows that hold private data."""
     rows, shown = Rows(folder), list[Preview]()
     for position, words in enumerate(islice(texts(folder), span.start, min(span.stop, span.start + _MAX_PREVIEWED))):
-        if len(shown) == most:
+        if len(shown) == max_previews:
             break
         row = rows[span.start + position]
         plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
@@ -142,15 +140,15 @@ def previews(
 # ---- rows that are mixed in ------------------------------------------------------------------------------------
 
 
-def without_held_out(
+def exclude_held_out_rows(
     recipe: Recipe, encoded: Mapping[SourceName, EncodedSource], splits: Mapping[SplitName, Split]
 ) -> tuple[dict[SourceName, Split], list[Dropped]]:
-    """Return the mixed-in rows that occur in no held-out split, and the rows dropped. Raises `DataError` if none
-    remain."""
+    """Return the mixed-in rows that no held-out split contains, and the dropped rows. Raises `DataError` if no row
+    remains."""
     mixed, lost, problems = dict[SourceName, Split](), list[Dropped](), list[str]()
     if not recipe.data.mixed_files:
         return mixed, lost
-    encoded, group = with_split_groups(encoded, recipe.data.near_duplicates), recipe.data.group
+    encoded, group = with_joined_groups(encoded, recipe.data.near_duplicates), recipe.data.group
     same = f"its input, its text, or its '{group}'," if group else "its input, or its text,"
     for name in filter(is_mixed, encoded):
         source = encoded[name]
@@ -162,7 +160,7 @@ def without_held_out(
                 scored_in[np.isin(source.group_values, splits[split].group_values)] = number
         mixed[name] = Split(source, scored_in < 0, has_own_file=True)
         checks = source.tally.of("unusable") + source.tally.of("unfit") + source.tally.of("part")
-        for number, place, row in stored_rows(source, scored_in >= 0):
+        for number, place, row in iterate_stored_rows(source, scored_in >= 0):
             in_split = HELD_OUT[scored_in[number]]
             reason = f"{same} also occurs in {in_split}, which is never trained on"
             lost.append(Dropped(name, place, f"also in {in_split}", reason, row))
@@ -178,7 +176,7 @@ def without_held_out(
     return mixed, lost
 
 
-def mix_in(
+def write_mixed_in_rows(
     recipe: Recipe, folder: Path, job: Job, mixed: Mapping[SourceName, Split], packed: bool
 ) -> tuple[MixedSummary, ...]:
     """Write the rows of all mixed-in sources. Raises `DataError` for each weight that selects no row."""
@@ -187,15 +185,15 @@ def mix_in(
     task, summaries, ends = task_named(job.task), list[MixedSummary](), [0]
     drawn = _rows_per_epoch(recipe, len(Rows(folder / "train")))
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def batches_of_all_sources() -> Iterator[pa.RecordBatch]:
         for split in mixed.values():
             ends.append(ends[-1])
-            parts = examples(split, task)
-            for part in pack(parts, job.max_length) if packed else parts:
+            parts = iterate_examples(split, task)
+            for part in pack_texts(parts, job.max_length) if packed else parts:
                 yield part
                 ends[-1] += len(part)
 
-    write_rows(folder / MIXED, batches())
+    write_rows(folder / MIXED, batches_of_all_sources())
     lengths = Rows(folder / MIXED)["length"]
     for (name, split), (start, end) in zip(mixed.items(), pairwise(ends), strict=True):
         source = split.source
@@ -205,19 +203,20 @@ def mix_in(
                 weight=mixed_names(recipe)[name].weight,
                 rows_per_epoch=drawn[name],
                 kind=source.target.form.kind,
-                counts=summarise(split, lengths[start:end], source.num_read - split.num_rows),
-                previews=previews(folder / MIXED, task, source.target, job.tokenizer, range(start, end), 1),
+                counts=summarise_split(split, lengths[start:end], source.num_read - split.num_rows),
+                previews=make_previews(folder / MIXED, task, source.target, job.tokenizer, range(start, end), 1),
             )
         )
     return tuple(summaries)
 
 
-def _rows_per_epoch(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
+def _rows_per_epoch(recipe: Recipe, num_train_rows: int) -> dict[SourceName, int]:
+    """Return how many rows of each mixed-in source an epoch uses."""
     files = mixed_names(recipe)
-    numbers = rows_per_epoch(task_rows, [file.weight for file in files.values()])
+    numbers = rows_per_epoch(num_train_rows, [file.weight for file in files.values()])
     none = [
-        f"data.train: {file.path}: a weight of {file.weight:g} with {counted(task_rows, 'train row')} selects no row; "
-        "raise the weight, or remove the file"
+        f"data.train: {file.path}: a weight of {file.weight:g} with {counted(num_train_rows, 'train row')} selects no "
+        "row; raise the weight, or remove the file"
         for file, number in zip(files.values(), numbers, strict=True)
         if not number
     ]
@@ -229,13 +228,13 @@ def _rows_per_epoch(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
 # ---- what follows from the train rows' targets -----------------------------------------------------------------
 
 
-def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float]:
-    """Return mean and standard deviation of train targets. Raises `DataError` if they are equal in fp32."""
-    mean, spread = float(numbers.mean()), float(numbers.std())
-    rows = f"{where}: all {len(numbers):,} train rows have"
-    if numbers.min() == numbers.max():
+def target_mean_and_std(targets: np.ndarray, where: str, column: str) -> tuple[float, float]:
+    """Return the targets' mean and standard deviation. Raises `DataError` if they are equal in fp32."""
+    mean, spread = float(targets.mean()), float(targets.std())
+    rows = f"{where}: all {len(targets):,} train rows have"
+    if targets.min() == targets.max():
         raise DataError(
-            f"{rows} the same target {numbers[0]:g} in column '{column}'; there is nothing to learn: add rows with "
+            f"{rows} the same target {targets[0]:g} in column '{column}'; there is nothing to learn: add rows with "
             "other targets (data.train), or name another column (data.label)"
         )
     apart = float(np.spacing(np.float32(abs(mean))))
@@ -247,8 +246,8 @@ def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float
     return mean, spread
 
 
-def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
-    """Compute how much of the variance in length the classes explain, corrected for chance (epsilon squared, Kelley
+def length_explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
+    """Compute the share of variance in length that the classes explain, corrected for chance (epsilon squared, Kelley
     1935)."""
     counts, total = np.bincount(classes), float(len(lengths) * np.var(lengths))
     num_groups = int((counts > 0).sum())
@@ -259,7 +258,7 @@ def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
     return max(0.0, 1 - (within / (len(lengths) - num_groups)) / (total / (len(lengths) - 1)))
 
 
-def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
+def length_explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
     """Compute the squared correlation of length and target, or 0 if either is constant."""
     if np.ptp(lengths) == 0 or np.ptp(values) == 0:
         return 0.0
@@ -267,10 +266,12 @@ def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
 
 
 def target_statistics(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
-    """Return the summary's `scale` (None for classes) and `length_explained`."""
+    """Return numeric targets' mean and standard deviation (else None), and the share of variance in length that targets
+    explain."""
     source, in_split = train.source, train.examples
     lengths = source.lengths[in_split]
     if target.form.is_number:
         values = np.asarray(Rows(folder)["labels"])
-        return scale_of(values, source.where, target.columns["label"]), explained_by_value(lengths, values)
-    return None, explained_by_class(lengths, source.labels[source.row_of[in_split]]) if target.labels else 0.0
+        scale = target_mean_and_std(values, source.where, target.columns["label"])
+        return scale, length_explained_by_value(lengths, values)
+    return None, length_explained_by_class(lengths, source.labels[source.row_of[in_split]]) if target.labels else 0.0

@@ -14,7 +14,7 @@ import numpy as np
 
 from fulltune import files, probe
 from fulltune.errors import SetupError
-from fulltune.evaluate.scoring import Scored, Scoring, log_test_access
+from fulltune.evaluate.scoring import Scored, Scoring, note_access
 from fulltune.footprint.records import SHAPES
 from fulltune.methods.folder import NOTES, notes_of
 from fulltune.models.base import Base, opened
@@ -26,39 +26,39 @@ from fulltune.records.plan import Plan
 from fulltune.records.probe import FrozenBaseline, Probe
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
-from fulltune.stats.bootstrap import Resampled, find_metric
+from fulltune.stats.bootstrap import Resampled, measure_of
 from fulltune.stats.calibration import fit_temperature
-from fulltune.stats.intervals import paired_difference
+from fulltune.stats.intervals import paired
 from fulltune.system.memory import does_not_fit, is_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named
-from fulltune.tasks.classes import label_as_text, predict_labels
+from fulltune.tasks.classes import label_words, predict_labels
 from fulltune.tasks.labels import class_weights
 
 UNTOUCHED = "before-training"
 LINEAR_PROBE = "linear probe of the untouched model"
 SPLITS: tuple[SplitName, ...] = ("train", "eval")
 SplitLosses = tuple[np.ndarray, Sequence[str | None]]
-"""Each example's summed loss and number of items, float64 [examples, 2], and its predicted label as text or None."""
+"""Each example's summed loss and number of items, float64 [examples, 2], and its predicted label in words or None."""
 
 
-def make_scoring(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
-    """Build the object that loads a run's test rows and scores models on them."""
+def scoring_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
+    """Return the `Scoring` of a run's test rows."""
     weights = class_weights(recipe, summary)
     return Scoring(
         recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, class_weights=weights
     )
 
 
-def score_baselines(scoring: Scoring) -> list[Scores]:
-    """Score the baselines, such as the majority class or the pretrained model, or load existing scores."""
+def baselines(scoring: Scoring) -> list[Scores]:
+    """Score the baselines, such as the majority class or the pretrained model, or load their existing scores."""
     scorer, folder = _scorer_of(scoring.recipe.task), scoring.data.parent
 
     def untouched() -> Scored:
-        scores, main = scorer.score_model(scoring, *scoring.load(None))
+        scores, main = scorer.trained(scoring, *scoring.load(None))
         return scores.model_copy(update={"name": "before training", "kind": "untouched"}), main
 
     scorers = {UNTOUCHED: untouched} if scoring.task.FACTS.writes else {}
-    scorers |= scorer.baseline_scorers(scoring)
+    scorers |= scorer.baselines(scoring)
     if scoring.task.FACTS.head_is_new:
         with _explain_out_of_memory("the linear probe of the untouched model"):
             scorers |= _probe_baselines(scoring, scorer)
@@ -70,7 +70,7 @@ def score_baselines(scoring: Scoring) -> list[Scores]:
 
 
 def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
-    """Return scoring functions by file name: the pretrained model with a linear probe as head, and a classifier on its
+    """Return the scorers of baselines on the pretrained model: the linear probe as a head, and a classifier on
     embeddings."""
     with_head = scoring.plan.head_init is not None
     if not with_head and scoring.target.form.has_windows:
@@ -87,7 +87,7 @@ def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable
 
 
 def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
-    """Load the pretrained model as a feature extractor. A missing head gets seeded random weights."""
+    """Load the pretrained model, with seeded weights for a missing head, as a feature extractor."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -107,7 +107,6 @@ def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
 
 
 def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe, baseline: FrozenBaseline) -> Scored:
-    """Score a fitted classifier on the pretrained model's embeddings."""
     extractor, folder = _feature_extractor(scoring), scoring.data.parent
     if fitted.head is not None:
         probe.put_head(extractor.model, folder)  # the head's other layers may affect the embeddings
@@ -115,20 +114,18 @@ def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe
     rows_note = f" of {fitted.train_rows:,} train rows" if fitted.train_rows < fitted.available_rows else ""
     pair_note = ", each text read alone" if baseline.pooling == "pair" else ""
     name = f"{baseline.kind} (frozen embeddings{rows_note}{pair_note})"
-    outputs = probe.predict(extractor, rows, baseline, probe.frozen_classifier(folder))
-    return scorer.score_frozen_classifier(scoring, name, outputs)
+    return scorer.frozen(scoring, name, probe.predict(extractor, rows, baseline, probe.frozen_classifier(folder)))
 
 
 def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
-    """Score the pretrained model with the linear probe as its head."""
     model, processor = scoring.load(None)
     probe.put_head(model, scoring.data.parent)
-    scores, main = scorer.score_model(scoring, model, processor)
+    scores, main = scorer.trained(scoring, model, processor)
     changes = {"name": LINEAR_PROBE, "kind": "baseline", "calibration": None, "worst": ()}
     return scores.model_copy(update=changes), main
 
 
-def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
+def score(scoring: Scoring, outcome: Outcome) -> Scores:
     """Score the trained model on the test rows, log the access, and save a classifier's temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
@@ -138,21 +135,21 @@ def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
     if scoring.user_metrics is not None:
         path.unlink(missing_ok=True)  # existing scores may lack these metrics
 
-    def score_and_log() -> Scored:
-        scores = _scorer_of(scoring.recipe.task).score_model(scoring, *scoring.load(model_folder))
-        log_test_access(folder, scoring.listener, outcome)
+    def trained() -> Scored:
+        scores = _scorer_of(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
+        note_access(folder, scoring.listener, outcome)
         return scores
 
-    scores = _load_or_score(path, score_and_log)
+    scores = _load_or_score(path, trained)
     if scores.calibration is not None:
         _save_temperature(model_folder, scores.calibration.temperature)
-    span = find_metric(scoring.recipe.task, scoring.target, plan.metric).span
-    return save_differences(folder, scores, partial(paired_difference, span=span, confidence=scores.confidence))
+    span = measure_of(scoring.recipe.task, scoring.target, plan.metric).span
+    return with_differences(folder, scores, partial(paired, span=span, confidence=scores.confidence))
 
 
-def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
-    """Compute the trained model's loss on each train and eval row. Losses on test rows would bias later choices."""
-    measure = find_metric(scoring.recipe.task, scoring.target, "loss")
+def losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
+    """Return the trained model's loss on each train and eval row. Losses on test rows would bias later choices."""
+    measure = measure_of(scoring.recipe.task, scoring.target, "loss")
     assert measure.counts is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}
     with _explain_out_of_memory("reading rows with the trained model"):
@@ -163,12 +160,12 @@ def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
             labels: list[str | None] = [None] * len(counts)
             if "logits" in predictions:
                 predicted = predict_labels(predictions["logits"], scoring.target)
-                labels = [label_as_text(label, scoring.target) for label in predicted]
+                labels = [label_words(label, scoring.target) for label in predicted]
             by_split[split] = counts, labels
     return by_split
 
 
-def save_differences(
+def with_differences(
     folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
 ) -> Scores:
     """Add the difference between a trained model and each baseline to its scores, and save them."""
@@ -186,7 +183,7 @@ def save_differences(
     return scores
 
 
-def fit_and_save_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
+def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
     """Fit a classifier's temperature on eval rows and save it in the model's folder."""
     if scoring.target.form.is_calibrated:
         _save_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
@@ -201,7 +198,6 @@ def _scorer_of(task: TaskName) -> ModuleType:
 
 
 def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
-    """Load the scores at `path`, or make and save them with their resamples."""
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()
@@ -217,7 +213,6 @@ def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
 
 @contextlib.contextmanager
 def _explain_out_of_memory(what: str) -> Iterator[None]:
-    """Turn an out-of-memory error into a message that `what` does not fit."""
     try:
         yield
     except Exception as error:

@@ -27,10 +27,10 @@ from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, COMPARISON, Access
 from fulltune.records.scores import Answer, Scores
 from fulltune.records.training import Outcome
-from fulltune.stats.bootstrap import Resampled, bounds_of, resample_metrics
+from fulltune.stats.bootstrap import Resampled, bounds_of, resample
 from fulltune.system.memory import with_smaller_batches
 from fulltune.tasks import Predictions, Row, RowFeatures, Target, Task
-from fulltune.tasks.padding import object_array
+from fulltune.tasks.padding import ragged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
 Scored = tuple[Scores, Resampled | None]
-"""Scores, and the main metric on resamples or None if it was not computed."""
+"""Scores, with the main metric on resamples or None if it was not computed."""
 MIN_UNSEEN = 20
-"""Minimum number of test groups absent from train for metrics on those rows alone."""
+"""Minimum number of test groups absent from train for a metric on those rows alone."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Loads a run's rows and models, and scores them on the test rows."""
+    """Loads a run's rows and models, and computes scores on the test rows."""
 
     recipe: Recipe
     plan: Plan
@@ -58,7 +58,7 @@ class Scoring:
     class_weights: Sequence[float] | None = None
 
     def watch(self, name: str) -> ProgressCallback:
-        """Return a callback that reports progress to the listener as `name`."""
+        """Return a callback that reports a pass's progress to the listener as `name`."""
         return lambda done, total, share: self.listener(RowsRead(name=name, done=done, total=total, share=share))
 
     def rows(self, split: str) -> Rows:
@@ -66,23 +66,22 @@ class Scoring:
 
     @property
     def texts(self) -> list[Row]:
-        """The test rows in the user's own columns, each with its file and line."""
+        """The test rows in the user's own columns, each with its location in the file."""
         return list(texts(self.data / "test"))
 
-    def estimate_metrics(
+    def estimates(
         self,
         predictions: Mapping[str, np.ndarray],
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Compute metrics (by default the task's) by name, on all test rows or those at `positions`, and on
-        resamples."""
+        """Compute metrics (by default the task's) on the test rows at `positions` and on resamples of these, and also
+        on the rows that do not occur in train."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 
         def resampled(rows: np.ndarray | slice) -> dict[str, Resampled]:
-            """Resample the metrics on a selection of the rows."""
-            return resample_metrics(
+            return resample(
                 {name: values[rows] for name, values in predictions.items()},
                 metrics or (lambda rows: self.task.metrics(rows, self.target)),
                 samples=self.recipe.evaluate.bootstrap_samples,
@@ -96,16 +95,15 @@ class Scoring:
         count = int(in_train.sum())
         return {name: replace(one, num_seen=count, unseen=unseen.get(name)) for name, one in estimates.items()}
 
-    def estimate_user_metrics(
+    def user_estimates(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Estimate the user's metrics, if any, on lists if `predictions` is a list, otherwise on arrays."""
+        """Compute the user's metrics as `estimates` does, on lists if `predictions` is a list, otherwise on arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
 
         def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
-            """Call the user's function; raise `SetupError` if it fails."""
             predicted, true = (list(rows[name]) if plain else rows[name] for name in ("predicted", "true"))
             try:
                 return {str(name): float(value) for name, value in call(predicted, true).items()}
@@ -117,8 +115,8 @@ class Scoring:
                 ) from error
 
         both = {"predicted": predictions, "true": references}
-        arrays = {name: object_array(values) if plain else values for name, values in both.items()}
-        return self.estimate_metrics(arrays, positions, metrics)
+        arrays = {name: ragged(values) if plain else values for name, values in both.items()}
+        return self.estimates(arrays, positions, metrics)
 
     def scores(
         self,
@@ -128,7 +126,7 @@ class Scoring:
         metrics: Mapping[str, Resampled],
         **fields: Any,
     ) -> Scored:
-        """Make the `Scores` of a model or baseline, with an interval for each metric, from `rows` rows."""
+        """Return the `Scores` of a model or baseline, with an interval for each metric."""
         confidence, main = self.recipe.evaluate.confidence, metrics.get(self.plan.metric)
         for quoting in fields.keys() & {"worst", "answers"}:
             fields[quoting] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[quoting])
@@ -150,7 +148,7 @@ class Scoring:
         return scores, main
 
     def run(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
-        """Run a model over a split; return what the task's `reduce` keeps of each row."""
+        """Return the model's predictions for each row of a split, as the task defines them."""
         rows, pad_token_id = opened(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.
@@ -170,14 +168,15 @@ class Scoring:
     def selective_head(
         self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]
     ) -> SelectiveHead | None:
-        """Return a head that skips the logits of prompts, or None if that changes the other logits of a test row."""
+        """Return a head that computes no logits for prompts, or None unless a test row shows that the other logits stay
+        the same."""
         if not self.task.FACTS.writes:
             return None
         batch = model_batch(model, self.task, [rows[by_length(rows)[-1]]], pad_token_id)
         return verified(model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()})[0]
 
     def load(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
-        """Load a finished model, or the pretrained one if `model_folder` is None, and its tokenizer or image
+        """Return a finished model, or the pretrained one if `model_folder` is None, on the plan's device, and its
         processor."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
@@ -195,8 +194,9 @@ class Scoring:
         return model.to(self.plan.device), processor
 
 
-def log_test_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
-    """Log beside the run folder that its test rows were scored. `outcome` is None for a comparison's verdict."""
+def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
+    """Log, in a file beside the run folder, that its test rows were scored. `outcome` is None for a comparison's
+    verdict."""
     folder = folder.resolve()
     access = Access(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -216,7 +216,7 @@ def log_test_access(folder: Path, listener: Listener, outcome: Outcome | None = 
 # ---- predictions for each row, for comparisons -------------------------------------------------------------------
 
 
-def compute_outputs(
+def outputs(
     scoring: Scoring,
     model_folder: Path | None,
     texts: Sequence[str],
@@ -244,12 +244,13 @@ def compute_outputs(
 
 
 def save_outputs(path: Path, predictions: Predictions) -> None:
-    """Save the numeric arrays of predictions as `.npz`; other arrays would need pickle."""
+    """Save the numeric arrays of predictions. Other arrays would need pickle."""
     numbers: dict[str, Any] = {name: array for name, array in predictions.items() if array.dtype != object}
     with replacing(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **numbers)
 
 
 def load_outputs(path: Path) -> Predictions:
+    """Load the arrays that `save_outputs` wrote."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}

@@ -12,7 +12,7 @@ from fulltune.methods import virtual_tokens_of
 from fulltune.methods.head import output_layer_of
 from fulltune.models import evaluating, sharding
 from fulltune.tasks import LENGTH, Predictions, RowFeatures, Target, Task, Tensor, Tokenizer, seq2seq, task_named
-from fulltune.tasks.padding import IGNORED, make_attention_mask, pad_right
+from fulltune.tasks.padding import IGNORED, mask, padded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,10 +127,10 @@ def generate(
     model.eval()
     for positions in reported_batches(order, batching.batch_size, np.ones(len(prompts)), batching.on_progress):
         batch = [list(prompts[i])[-room:] if room else list(prompts[i]) for i in positions]
-        ids = pad_right(batch if two_parts else [row[::-1] for row in batch], tokenizer.pad_token_id)
-        attention = make_attention_mask(batch)
-        if not two_parts:
-            ids, attention = ids.flip(1), attention.flip(1)
+        if two_parts:
+            ids, attention = padded(batch, tokenizer.pad_token_id), mask(batch)
+        else:
+            ids, attention = padded([row[::-1] for row in batch], tokenizer.pad_token_id).flip(1), mask(batch).flip(1)
         with torch.no_grad(), autocast(model, batching.precision):
             outputs: Tensor = model.generate(
                 input_ids=ids.to(model.device),
@@ -300,16 +300,16 @@ class GenericText:
     def states(self, model: PreTrainedModel, positions: Sequence[int]) -> Tensor:
         """Average the body's last hidden states over each text's tokens: float32 [positions, hidden]."""
         texts = [self.ids[position] for position in positions]
-        ids, mask = pad_right(texts, self.pad_token_id).to(model.device), make_attention_mask(texts).to(model.device)
+        ids, attention_mask = padded(texts, self.pad_token_id).to(model.device), mask(texts).to(model.device)
         inner = getattr(model, "module", model)  # an engine wraps the model
         body = (
             inner.get_encoder() if inner.config.is_encoder_decoder else getattr(inner, inner.base_model_prefix, inner)
         )
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs = {"input_ids": ids, "attention_mask": attention_mask}
         outputs = _body_output(model, inner, body, inputs) if sharding.needs_all_ranks(model) else body(**inputs)
         hidden = outputs.last_hidden_state.float()
         hidden = hidden[:, hidden.shape[1] - ids.shape[1] :]  # without virtual tokens in front
-        return (hidden * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return (hidden * attention_mask.unsqueeze(-1)).sum(dim=1) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _body_output(model: nn.Module, inner: Any, body: nn.Module, inputs: dict[str, Tensor]) -> Any:

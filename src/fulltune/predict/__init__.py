@@ -15,7 +15,7 @@ from fulltune.models.load import load as load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.system.run_folder import comparison_of
 from fulltune.tasks import Refused, Row, RowAnswer, Target, Task, task_named, token_classification
-from fulltune.tasks.columns import in_batches, why_unreadable
+from fulltune.tasks.columns import unreadable, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +100,7 @@ class Predictor:
         """Yield each row's answer, or the reason there is none, in order, holding only a few rows in memory."""
         writes = self.task.FACTS.writes
         # Models that write are slow: their first answers must not wait for two thousand others.
-        for window in in_batches(rows, _WINDOW_PROMPTS) if writes else in_batches(rows):
+        for window in windows(rows, _WINDOW_PROMPTS) if writes else windows(rows):
             questions = [self.task.as_question(row, self.target) for row in window]
             predicted = [PredictedRow(None, self._refuse(row)) for row in questions]
             usable = [number for number, row in enumerate(predicted) if row.refused is None]
@@ -112,7 +112,7 @@ class Predictor:
 
     def _refuse(self, row: Row) -> Refused | None:
         """Return why a row cannot be answered, or None."""
-        if reason := why_unreadable(row, self.target.columns):
+        if reason := unreadable(row, self.target.columns):
             return Refused("unreadable", reason)
         return self.task.refuse_question(row, self.target)
 

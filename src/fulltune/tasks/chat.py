@@ -9,7 +9,7 @@ from typing import Any
 
 from fulltune.errors import DataError, SetupError
 from fulltune.tasks import Tokenizer
-from fulltune.tasks.columns import parse_cell
+from fulltune.tasks.columns import parsed
 
 ChatMessage = Mapping[str, Any]
 """A message with `role`, `content` and perhaps `tool_calls` and `weight`."""
@@ -21,10 +21,13 @@ _ALL, _MANY_TURNS = 2**62, 20
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
-def clean_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return messages without empty keys, also from ShareGPT's `from` and `value`; raise `DataError` for invalid
-    ones."""
-    messages = parse_cell(messages)
+def clean(messages: Any) -> list[dict[str, Any]]:
+    """Return messages as `{"role", "content", ...}` without empty keys; ShareGPT's `from` and `value` are converted.
+
+    Raises:
+        DataError: When `messages` is not a list of messages.
+    """
+    messages = parsed(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f"expected a list of messages {{role, content}}, found {str(messages)[:60]!r}")
     cleaned = []
@@ -46,7 +49,7 @@ def clean_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
-    """Return only what changes: the content as text, and tool calls as a list."""
+    """Return a message's content as text and its tool calls as a list, if they have another type."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
@@ -59,7 +62,7 @@ def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
             raise DataError(f"a message of '{message['role']}' holds an object, not text")
         changed["content"] = str(content)
     if "tool_calls" in message:
-        calls = parse_cell(message["tool_calls"])
+        calls = parsed(message["tool_calls"])
         calls = [calls] if isinstance(calls, Mapping) else calls
         if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
             raise DataError(f"'tool_calls' of '{message['role']}' must be a list of objects")
@@ -68,17 +71,17 @@ def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
 
 
 def is_trained(message: ChatMessage) -> bool:
-    """Return True for assistant messages without OpenAI's `weight: 0`."""
+    """Return True for assistant messages, except with OpenAI's `weight: 0`."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def tokenise_conversation(
+def encode(
     tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools = None, most: int = _ALL
 ) -> list[MaskedIds]:
-    """Tokenise a conversation with a mask of trained tokens. If the template rewrites earlier turns, return one
-    sequence per answer.
+    """Tokenise a conversation and return its mask. If the template rewrites earlier turns, each turn is tokenised
+    separately.
 
-    Answers beyond `most` tokens may stay untrained.
+    Turns beyond `most` tokens may stay untrained.
     """
     has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
     if has_marks and all(message.get("weight") != 0 for message in messages):
@@ -102,7 +105,7 @@ def tokenise_conversation(
 
 
 def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int, tools: Tools) -> tuple[int, str]:
-    """Return where message `turn` starts in the rendered text, and the text up to its end."""
+    """Return where an assistant turn starts in the rendered text, and the text up to the turn's end."""
     after = render(tokenizer, messages[: turn + 1], tools)
     if turn == 0:
         start = _first_turn_start(tokenizer, after)
@@ -116,7 +119,8 @@ def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int,
 
 
 def _first_turn_start(tokenizer: Tokenizer, text: str) -> int:
-    """Return where the assistant's message starts if a conversation begins with it."""
+    """Return where the assistant's message starts if it is the first; templates cannot render the empty prompt before
+    it."""
     question = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, question, None)
     opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)
@@ -128,7 +132,6 @@ def render(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, 
 
 
 def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> Any:
-    """Apply the chat template; raise `SetupError` for a broken one, and `DataError` for messages that it refuses."""
     import jinja2
 
     try:
@@ -142,8 +145,8 @@ def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], 
 
 
 def _tokenise_with_mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> MaskedIds:
-    """Tokenise a rendered conversation. Tokens that start inside the character `spans`, except trailing white space,
-    are trained."""
+    """Tokenise a rendered conversation; tokens that start inside a span, without its trailing white space, are
+    trained."""
     # White space after a turn's end token belongs to the next turn: the model never has to produce it.
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     ids, places = _ids_and_offsets(tokenizer, text)

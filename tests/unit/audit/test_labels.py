@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.audit.untouched import DOUBT, calibrated, judge_items
+from fulltune.audit.pretrained import DOUBT, choose_suspect_margin, judge_labels_of
 from fulltune.probe.linear import Items, NoProbe
 
 CLASSES, WIDTH = 6, 12
@@ -26,7 +26,7 @@ def items(count: int, rate: float, spread: float, seed: int = 0) -> tuple[Items,
 @pytest.mark.parametrize(("rate", "spread"), [(0.1, 0.5), (0.2, 0.5), (0.1, 0.8)])
 def test_most_wrong_labels_are_found_and_most_suspects_are_wrong(rate: float, spread: float) -> None:
     rows, wrong = items(800, rate, spread)
-    judged = judge_items(rows)
+    judged = judge_labels_of(rows)
     assert wrong[judged.suspects].mean() >= 0.6
     assert judged.suspects[wrong].mean() >= 0.6
     assert judged.about.estimated_errors == pytest.approx(wrong.sum(), rel=0.35)
@@ -41,7 +41,7 @@ def test_most_wrong_labels_are_found_and_most_suspects_are_wrong(rate: float, sp
 @pytest.mark.parametrize("spread", [0.3, 0.8, 1.2])
 def test_clean_rows_are_left_alone(spread: float) -> None:
     rows, _ = items(800, 0.0, spread)
-    assert judge_items(rows).suspects.mean() < 0.01
+    assert judge_labels_of(rows).suspects.mean() < 0.01
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_what_cannot_be_judged_is_said(count: int, labels: object, message: str)
     features = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
     rows = Items("single_label", features, labels(count), np.arange(count), 3)  # type: ignore[operator]  # of this type
     with pytest.raises(NoProbe, match=message):
-        judge_items(rows)
+        judge_labels_of(rows)
 
 
 def test_features_that_tell_nothing_are_refused() -> None:
@@ -65,7 +65,7 @@ def test_features_that_tell_nothing_are_refused() -> None:
         "single_label", drawn.normal(size=(300, 4)).astype(np.float32), drawn.integers(0, 20, 300), np.arange(300), 20
     )
     with pytest.raises(NoProbe, match="do not distinguish the classes"):
-        judge_items(rows)
+        judge_labels_of(rows)
 
 
 def test_classifiers_that_agree_by_chance_alone_judge_nothing() -> None:
@@ -73,17 +73,17 @@ def test_classifiers_that_agree_by_chance_alone_judge_nothing() -> None:
     features = drawn.normal(size=(300, 2)).astype(np.float32)
     rows = Items("single_label", features, drawn.integers(0, 3, 300), np.arange(300), 3)
     with pytest.raises(NoProbe, match="do not distinguish the classes"):
-        judge_items(rows)
+        judge_labels_of(rows)
 
 
 def test_cut_is_where_the_planted_errors_say_that_enough_suspects_are_wrong() -> None:
     # 100 errors as the planted ones are, among 900 right labels of which some are doubtful.
     planted = np.linspace(-1, -0.2, 200)
     margins = np.concatenate([np.linspace(-1, -0.2, 100), np.linspace(-0.5, 1, 900)])
-    cut, recall, precision, wrong = calibrated(margins, planted)
+    cut, recall, precision, wrong = choose_suspect_margin(margins, planted)
     assert -0.5 < cut < -0.2
     assert 80 <= wrong <= 100
     assert precision >= 0.75
     assert recall == pytest.approx((planted < cut).mean(), abs=0.01)
     # Without errors nothing lies where the surest quarter of the planted ones does.
-    assert calibrated(np.linspace(-0.5, 1, 900), planted)[0] == -np.inf
+    assert choose_suspect_margin(np.linspace(-0.5, 1, 900), planted)[0] == -np.inf

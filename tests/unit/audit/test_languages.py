@@ -26,7 +26,7 @@ def stands_out(text: str, *main: str) -> str | None:
     first = languages.detect_language(text)
     if first is None or first[0] in main or first[1] < SURE:
         return None
-    language = languages.foreign_language(text, main)
+    language = languages.detect_foreign_language(text, main)
     return language[0] if language else None
 
 
@@ -85,7 +85,7 @@ def test_probability_is_that_of_close_languages_but_for_the_column_s_own(
     monkeypatch: pytest.MonkeyPatch, shares: dict[str, float], main: set[str], expected: tuple[str, float] | None
 ) -> None:
     monkeypatch.setattr(languages, "_load_identifier", lambda: Ranks(**shares))
-    language = languages.foreign_language("some words that are long enough to tell", main)
+    language = languages.detect_foreign_language("some words that are long enough to tell", main)
     assert (language and (language[0], round(language[1], 2))) == expected
 
 
@@ -133,7 +133,7 @@ def test_rows_in_a_language_that_hardly_any_other_is_in_stand_out(
     for text in texts:
         languages.add_languages(heard, {"text": text}, {"text": "text"})
     assert heard["text"].suspects() == suspects
-    obstacle = languages.languages_obstacle(heard)
+    obstacle = languages.why_languages_unchecked(heard)
     assert (obstacle is None) == (why is None)
     assert why is None or f"column 'text': {why}" in (obstacle or "")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fulltune.audit import stage
-from fulltune.audit.stage import list_losses
+from fulltune.audit.stage import write_losses
 from fulltune.data.patch import save_patch
 from fulltune.inference.store import row_id, texts
 from fulltune.recipe.fields import Recipe
@@ -31,7 +31,7 @@ def looked_at(folder: Path, rows: Sequence[Mapping[str, Any]], *task: str, **set
 def listed(folder: Path, recipe: Recipe, summary: DataSummary, **of: Any) -> tuple[Audit, list[dict[str, Any]]]:
     """What is listed for losses[examples, 2] by split, and what the model says."""
     losses = {split: (counts, ["a"] * len(counts)) for split, counts in of.items()}
-    audit = list_losses(recipe, folder / "data", summary, losses)  # type: ignore[arg-type]  # a fake
+    audit = write_losses(recipe, folder / "data", summary, losses)  # type: ignore[arg-type]  # a fake
     return audit, [one.model_dump() for one in stage.load_issues(folder / "data") if one.check == "high loss"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.audit.texts.content import note_similar_names, similar_names
+from fulltune.audit.texts.content import group_similar_names, note_similar_names
 
 
 @pytest.mark.parametrize(
@@ -24,12 +24,12 @@ from fulltune.audit.texts.content import note_similar_names, similar_names
 )
 def test_names_that_may_be_one_are_grouped_the_most_frequent_first(names: list[str]) -> None:
     counts = {name: number for number, name in enumerate(names, start=1)} | {"other": 9}
-    assert similar_names(counts) == [names[::-1]]
+    assert group_similar_names(counts) == [names[::-1]]
 
 
 def test_other_names_are_left_alone() -> None:
     names = ["cat", "cats", "caf\u00e9", "cafe", "1", "-1", "1.5", "15", "кот", "", "a b", "a-b"]
-    assert similar_names(dict.fromkeys(names, 1)) == []
+    assert group_similar_names(dict.fromkeys(names, 1)) == []
     assert note_similar_names({"yes": 3, "no": 2}) is None
 
 

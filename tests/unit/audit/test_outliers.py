@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.audit.untouched import MAX_FAR, MIN_TEXTS, NEIGHBOURS, SPREADS, far_out, nearest, outliers
+from fulltune.audit.pretrained import (
+    MAX_FAR,
+    MIN_TEXTS,
+    NEIGHBOURS,
+    SPREADS,
+    find_outliers,
+    mark_outliers,
+    mean_distance_to_nearest,
+)
 from fulltune.probe.linear import NoProbe
 
 HIDDEN = 32
@@ -38,7 +46,7 @@ def read(keys: np.ndarray | None = None, drawn: Any = None, **states: np.ndarray
         return SimpleNamespace(features=states[split][positions]), positions
 
     train_keys = np.arange(len(states["train"])) if keys is None else keys
-    return outliers(SimpleNamespace(items=items), train_keys, {of: len(them) for of, them in states.items()})  # type: ignore[arg-type,misc]  # a fake
+    return find_outliers(SimpleNamespace(items=items), train_keys, {of: len(them) for of, them in states.items()})  # type: ignore[arg-type,misc]  # a fake
 
 
 def places(outliers_by_split: Any) -> list[tuple[str, int]]:
@@ -75,13 +83,13 @@ def test_odd_rows_of_one_kind_hide_each_other_only_when_they_are_many() -> None:
 
 def test_odd_rows_that_raise_the_fence_are_found_in_rounds() -> None:
     states = np.concatenate([usual(400), odd(36)])
-    once = nearest(states, states)
+    once = mean_distance_to_nearest(states, states)
     lower, upper = np.quantile(once, [0.25, 0.75])
-    distances, is_far, quartile, fence = far_out(states)
+    distances, is_far, quartile, fence = mark_outliers(states)
     assert is_far[400:].all()
     assert not is_far[:400].any()
     assert fence < upper + SPREADS * (upper - lower)
-    again = nearest(states, states[:400])
+    again = mean_distance_to_nearest(states, states[:400])
     np.testing.assert_allclose(distances, again, atol=1e-6)
     assert quartile == pytest.approx(np.quantile(again[:400], 0.75))
 

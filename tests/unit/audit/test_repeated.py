@@ -6,7 +6,7 @@ from array import array
 
 import numpy as np
 
-from fulltune.audit.rows import RowScan, _held_out_twins
+from fulltune.audit.rows import RowScan, _find_similar_held_out_rows
 from fulltune.data.groups import NUM_HASHES
 
 
@@ -20,7 +20,7 @@ def test_the_nearest_of_thousands_of_one_template_is_among_those_that_are_read()
     scan.keys[1] = scan.keys[500]
     train = np.arange(2 + held_out) < 2
     leaks, near = np.array([False, True] + [False] * held_out), np.zeros(2 + held_out, np.int64)
-    twins = _held_out_twins(scan, train, leaks, near)
+    twins = _find_similar_held_out_rows(scan, train, leaks, near)
     assert twins[0][0] == 1 + held_out
     assert len(twins[0]) == 10
     assert twins[1] == [500]

@@ -13,8 +13,8 @@ import pytest
 
 from fulltune import data
 from fulltune.audit import stage
+from fulltune.audit.pretrained import JudgedLabels, Reader
 from fulltune.audit.stage import load_issues
-from fulltune.audit.untouched import JudgedLabels, Reader
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import row_id, texts
@@ -58,9 +58,9 @@ def audited(
     recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
     reader = Reader(recipe, None, summary, folder / "data", lambda event: None)  # type: ignore[arg-type]  # reads nothing
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "judge", lambda reader: judge() if judge else cannot("not asked"))
-        patch.setattr(stage, "outliers", lambda reader, *of: outlie(*of) if outlie else cannot("not asked"))
-        result = stage.audit(reader, judge is not None or outlie is not None)
+        patch.setattr(stage, "judge_labels", lambda reader: judge() if judge else cannot("not asked"))
+        patch.setattr(stage, "find_outliers", lambda reader, *of: outlie(*of) if outlie else cannot("not asked"))
+        result = stage.audit_rows(reader, judge is not None or outlie is not None)
     issues: dict[str, list[RowIssue]] = {}
     for issue in load_issues(folder / "data"):
         issues.setdefault(issue.check, []).append(issue)
@@ -304,7 +304,7 @@ def test_patch_changes_what_is_prepared_only_by_its_content(tmp_path: Path) -> N
         (lambda path: save_patch(path, [decide(CLEAN[0], "replace", value="x")]), "p.jsonl:1: 'replace' needs"),
         (lambda path: save_patch(path, [decide(CLEAN[0], "replace", column="label")]), "p.jsonl:1: 'replace' needs"),
         (lambda path: save_patch(path, [decide(CLEAN[0], "replace", column="lable", value="x")]), "column 'lable'"),
-        (lambda path: path.write_text("no\n" * 9), "9 such lines"),
+        (lambda path: path.write_text("no\n" * 9), "9 invalid lines"),
         (lambda path: save_patch(path, [decide({"text": "of another file", "label": "x"}, "drop")]), "1 row of the 1"),
     ],
 )
@@ -388,7 +388,7 @@ def test_reason_of_a_dropped_row_quotes_no_part_of_a_secret(tmp_path: Path) -> N
 
 def test_rows_are_not_read_again_where_none_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = prepared(tmp_path, [*CLEAN, {"text": "left <br> over", "label": CLEAN[0]["label"]}])
-    monkeypatch.setattr("fulltune.audit.rows.named", lambda *given: pytest.fail("reads the rows again"))
+    monkeypatch.setattr("fulltune.audit.rows.identify_rows", lambda *given: pytest.fail("reads the rows again"))
     _, issues = audited(tmp_path, summary)
     assert [one.row.count("-") for one in issues["markup"]] == [0]
 

@@ -11,7 +11,7 @@ import pytest
 
 from fulltune.audit import texts as audit
 from fulltune.audit.texts import _CHECKS, masked_cells
-from fulltune.audit.texts.flaw import PATTERNS, RE, redacted
+from fulltune.audit.texts.flaw import PATTERNS, RE, redact_hits
 
 KEY = "qX7" + "vR2mLp9Zt4Wb8Ks1Yd6Hn3Jc5Gf0Aeu"
 """Random letters and digits; tokens are put together here, so that no scanner takes this file for a leak."""
@@ -75,20 +75,20 @@ def rows(table: dict[str, list[str]]) -> list[tuple[str, str]]:
 
 
 def skip_without_extra(check: str) -> None:
-    if check in audit.missing():
+    if check in audit.checks_without_package():
         pytest.skip("needs the extra audit")
 
 
 @pytest.mark.parametrize(("check", "text"), rows(FOUND))
 def test_planted_flaw_is_found(check: str, text: str) -> None:
     skip_without_extra(check)
-    assert [flaw.check for flaw in audit.flaws(text, (check,))] == [check]
+    assert [flaw.check for flaw in audit.find_flaws(text, (check,))] == [check]
 
 
 @pytest.mark.parametrize(("check", "text"), rows(SPARED))
 def test_text_that_only_looks_flawed_is_spared(check: str, text: str) -> None:
     skip_without_extra(check)
-    assert audit.flaws(text, (check,)) == []
+    assert audit.find_flaws(text, (check,)) == []
 
 
 def test_every_check_has_both_tables() -> None:
@@ -121,49 +121,49 @@ def test_every_check_has_both_tables() -> None:
 )
 def test_repair(check: str, text: str, fixed: str | None) -> None:
     skip_without_extra(check)
-    assert [flaw.fixed for flaw in audit.flaws(text, (check,))] == [fixed]
+    assert [flaw.fixed for flaw in audit.find_flaws(text, (check,))] == [fixed]
 
 
 @pytest.mark.parametrize(("check", "text"), rows({name: FOUND[name] for name in ("secret", "personal data")}))
 def test_what_is_private_is_masked_and_gone_after_redaction(check: str, text: str) -> None:
-    (flaw,) = audit.flaws(text, (check,))
+    (flaw,) = audit.find_flaws(text, (check,))
     assert flaw.fixed is not None
-    assert audit.flaws(flaw.fixed, (check,)) == []
+    assert audit.find_flaws(flaw.fixed, (check,)) == []
     assert not any(word in flaw.reason for word in text.split() if len(word) > 8)
 
 
 def test_masks_of_short_values_show_nothing() -> None:
-    flaw = redacted("secret", "pw is abc", [(6, 9, "password", "[SECRET]")])
+    flaw = redact_hits("secret", "pw is abc", [(6, 9, "password", "[SECRET]")])
     assert flaw is not None
     assert "abc"[:1] not in flaw.reason.removeprefix("password ").split(" at ")[0]
 
 
 def test_places_that_overlap_are_replaced_once() -> None:
     text = "password=hf_" + KEY
-    (flaw,) = audit.flaws(text, ("secret",))
+    (flaw,) = audit.find_flaws(text, ("secret",))
     assert flaw.fixed == "password=[SECRET]"
 
 
 def test_repairs_follow_each_other() -> None:
     text = "\ufeff<p>IsnÃ¢â‚¬â„¢t it, jo@gmail.com?</p>"
-    assert audit.repaired(text, ("markup", "personal data", "control characters", "broken encoding")).strip() == (
+    assert audit.repair_text(text, ("markup", "personal data", "control characters", "broken encoding")).strip() == (
         "Isn’t it, [EMAIL]?"
     )
-    assert audit.repaired("fine as it is", audit.OF_TEXTS[:-1]) == "fine as it is"
+    assert audit.repair_text("fine as it is", audit.OF_TEXTS[:-1]) == "fine as it is"
 
 
 def test_columns_get_their_checks() -> None:
     assert "refusal" not in audit.OF_TEXTS
     assert "no words" not in audit.OF_ANSWERS
     assert {*audit.OF_TEXTS, *audit.OF_ANSWERS} == set(_CHECKS)
-    assert audit.flaws("42", tuple(set(audit.OF_ANSWERS) - set(audit.missing()))) == []
+    assert audit.find_flaws("42", tuple(set(audit.OF_ANSWERS) - set(audit.checks_without_package()))) == []
 
 
 def test_missing_package_is_told_and_never_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (audit.missing() == []) == all(map(importlib.util.find_spec, ("ftfy", "phonenumbers")))
+    assert (audit.checks_without_package() == []) == all(map(importlib.util.find_spec, ("ftfy", "phonenumbers")))
     monkeypatch.setattr(audit, "is_installed", lambda package: False)
-    assert audit.missing() == ["broken encoding", "phone number"]
-    assert not {*audit.missing()} & {*audit.checks_of({"text": "text"})["read"]}
+    assert audit.checks_without_package() == ["broken encoding", "phone number"]
+    assert not {*audit.checks_without_package()} & {*audit.select_checks({"text": "text"})["read"]}
     assert audit.masked_text("write to jo@gmail.com, dé") == "write to [EMAIL], dé"
 
 
@@ -187,9 +187,9 @@ def test_missing_package_is_told_and_never_silent(monkeypatch: pytest.MonkeyPatc
 def test_flaw_behind_a_hostile_beginning_is_still_found(check: str, before: str, flaw: str) -> None:
     """Of 30,000 characters: an expression that starts over at each of them would take minutes."""
     text = before * (30_000 // len(before))
-    detected = audit.flaws(text + flaw, (check,))
+    detected = audit.find_flaws(text + flaw, (check,))
     assert detected
-    assert detected != audit.flaws(text, (check,))
+    assert detected != audit.find_flaws(text, (check,))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_test_is_newer_than_eval_is_newer_than_train_and_no_group_is_on_two_side
     assert all(18 <= len(splits[name]) <= 20 for name in ("eval", "test"))
     [note] = [note for note in summary.notes if note.startswith("split by 'day': ")]
     assert f"train {days['train'][0]} to {days['train'][-1]}, eval {days['eval'][0]} to " in note
-    assert f"{len(late)} of 200 rows dropped: the same text" in note
+    assert f"{len(late)} of 200 rows were dropped because the same text" in note
     assert ("'user'" in note) == bool(group)
     assert summary.sources["test"] == "split off train.jsonl by 'day'"
 
@@ -142,7 +142,7 @@ def test_times_with_faults_are_refused_at_once_with_places(tmp_path: Path, encod
 
 @pytest.mark.parametrize(
     ("change", "facts"),
-    [({"day": 7}, ("eval has 0", "test has 0")), ({"user": "u"}, ("in 1 group ", "test has 0"))],
+    [({"day": 7}, ("eval has 0", "test has 0")), ({"user": "u"}, ("form 1 group ", "test has 0"))],
 )
 def test_rows_that_no_boundary_parts_are_refused(
     tmp_path: Path, encoder_tokenizer: Any, change: dict[str, Any], facts: tuple[str, ...]

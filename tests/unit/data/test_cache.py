@@ -60,13 +60,13 @@ class Runs:
 def runs(tmp_path: Path, encoder_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Runs:
     runs = Runs(tmp_path, encoder_tokenizer)
     module = sys.modules["fulltune.data.prepare"]  # the package's name `prepare` is the function
-    plain = module.encode
+    plain = module.encode_source
 
     def counted(*arguments: Any) -> Any:
         runs.num_encoded += 1
         return plain(*arguments)
 
-    monkeypatch.setattr(module, "encode", counted)
+    monkeypatch.setattr(module, "encode_source", counted)
     return runs
 
 
@@ -244,7 +244,7 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("moment", ["_fingerprint", "describe", "encode"])
+@pytest.mark.parametrize("moment", ["_fingerprint_inputs", "find_target_and_count_rows", "encode_source"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_is_kept(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, change: str, moment: str

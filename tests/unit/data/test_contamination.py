@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from fulltune import data
-from fulltune.data.contamination import MAX_TEXTS, ForbiddenTexts, cell_texts, forbidden_files, read_texts
+from fulltune.data.contamination import (
+    MAX_TEXTS,
+    ForbiddenTexts,
+    hash_forbidden_texts,
+    list_forbidden_text_files,
+    texts_in_cell,
+)
 from fulltune.errors import DataError
 from fulltune.inference.store import texts
 from fulltune.recipe.fields import Recipe
@@ -23,12 +29,12 @@ TEN = "one two three four five six seven eight nine ten"
 
 def known(folder: Path, *texts: str) -> ForbiddenTexts:
     path = tiny.write_jsonl(folder / "known.jsonl", [{"text": text} for text in texts])
-    return read_texts({"data.contamination": str(path)}, files_of(path))
+    return hash_forbidden_texts({"data.contamination": str(path)}, files_of(path))
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
     block = {"train": "x", "contamination": str(path)}
-    return forbidden_files(Recipe.model_validate({"model": "x", "task": "causal-lm", "data": block}))
+    return list_forbidden_text_files(Recipe.model_validate({"model": "x", "task": "causal-lm", "data": block}))
 
 
 def others(count: int, start: str = "w") -> str:
@@ -103,7 +109,7 @@ def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
     tiny.write_jsonl(folder / "rows.jsonl", nested)
     (folder / "README.md").write_text("not a text", encoding="utf-8")
     (folder / ".hidden.txt").write_text("not this", encoding="utf-8")
-    texts = read_texts({"data.contamination": str(folder)}, files_of(folder))
+    texts = hash_forbidden_texts({"data.contamination": str(folder)}, files_of(folder))
     expected = (
         "first line",
         "a paragraph of two lines",
@@ -120,8 +126,8 @@ def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
 
 
 def test_words_of_a_list_are_one_text() -> None:
-    assert list(cell_texts(["the", "red", "house"])) == ["the red house"]
-    assert list(cell_texts(["the red", "house", None, 3])) == ["the red", "house"]
+    assert list(texts_in_cell(["the", "red", "house"])) == ["the red house"]
+    assert list(texts_in_cell(["the red", "house", None, 3])) == ["the red", "house"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +136,7 @@ def test_words_of_a_list_are_one_text() -> None:
         ({}, "no text file or table in this folder"),
         ({"notes.md": "text"}, "no text file or table in this folder"),
         ({"a.txt": ""}, "a.txt: no rows"),
-        ({"a.jsonl": '{"number": 3}\n'}, "no text was found"),
+        ({"a.jsonl": '{"number": 3}\n'}, "found no text"),
         ({"a.jsonl": "{broken\n"}, "a.jsonl:1: not valid JSON"),
     ],
     ids=["empty", "other kinds", "empty file", "numbers", "broken"],
@@ -192,7 +198,7 @@ def test_planted_texts_are_counted_with_places_and_kept(tmp_path: Path, encoder_
     summary = prepare(tmp_path, rows, encoder_tokenizer, **held_out(tmp_path))
     [note] = notes(summary)
     assert note.startswith("4 of 60 train rows contain one of 3 texts of bench (data.contamination), or much of it: ")
-    assert "train.jsonl:4, train.jsonl:6, train.jsonl:10 and 1 more;" in note
+    assert "train.jsonl:4, train.jsonl:6, train.jsonl:10 and 1 more," in note
     assert summary.splits["train"].rows == 60
 
 
@@ -203,14 +209,14 @@ def test_train_rows_with_a_text_of_the_probe_are_named(tmp_path: Path, encoder_t
     summary = prepare_rows(tmp_path, rows, encoder_tokenizer, probe=probe, **held_out(tmp_path))
     [note] = [note for note in summary.notes if "preserve.probe" in note]
     assert note.startswith("1 of 60 train rows contain one of 3 texts of generic.txt (preserve.probe), or much of it: ")
-    assert "train.jsonl:4;" in note
+    assert "train.jsonl:4, so" in note
 
 
 def test_rows_that_are_held_out_do_not_count_and_none_is_said(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = tiny.topic_rows(60)
     bench(tmp_path, "held out 2", "held out 3", "something else")
     assert notes(prepare(tmp_path, rows, encoder_tokenizer, **held_out(tmp_path))) == [
-        "none of 60 train rows contains one of 3 texts of bench (data.contamination)"
+        "none of the 60 train rows contains one of 3 texts of bench (data.contamination)"
     ]
     bench(tmp_path, *(row["text"] for row in rows))
     [note] = notes(prepare(tmp_path, rows, encoder_tokenizer))

@@ -13,9 +13,9 @@ import pytest
 from pyarrow import parquet
 
 from fulltune import data
-from fulltune.data.readers.files import image_files
-from fulltune.data.readers.read import content_hash, locate, resolve_image_paths
-from fulltune.data.sources import find_files
+from fulltune.data.readers.files import list_images
+from fulltune.data.readers.read import hash_files, locate_data_files, resolve_image_paths
+from fulltune.data.sources import find_source_files
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import texts
 from fulltune.models import base as model_base
@@ -152,7 +152,9 @@ def test_arrow_stream_that_was_cut_between_batches_is_refused(tmp_path: Path, is
         reader.read_next_batch()
         cut = file.tell()
     path.write_bytes(path.read_bytes()[:cut])
-    assert "a.arrow: not a valid arrow file: truncated after 20 rows: its end mark is missing" in refusal(path)
+    assert "a.arrow: not a valid arrow file: truncated after 20 rows: the end-of-stream marker is missing" in refusal(
+        path
+    )
 
 
 def test_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
@@ -231,7 +233,7 @@ def test_questions_as_squad_publishes_them_are_read(tmp_path: Path, prepare: Cal
     assert (len(summary.rows), summary.dropped) == (80, {})
     assert "columns not used: id" in summary.summary.notes
     target = Target.of(summary.summary)
-    answered = [bool(question_answering.accepted_answers(row, target)) for row in summary.rows.values()]
+    answered = [bool(question_answering.answers_of(row, target)) for row in summary.rows.values()]
     assert answered.count(True) == 60
 
 
@@ -268,18 +270,18 @@ def test_column_names_that_differ_in_case_only_are_refused(tmp_path: Path, prepa
 def test_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests may run as root, who reads everything."""
     path = tiny.write_csv(tmp_path / "a.csv", ROWS)
-    source = locate([str(path)])
+    source = locate_data_files([str(path)])
 
     def refuse(self: Path, *_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"a\.csv: cannot be read \(Permission denied\).*change its permissions"):
-        content_hash({"train": source})
+        hash_files({"train": source})
     monkeypatch.setattr(Path, "iterdir", refuse)
     recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": {"train": str(tmp_path)}})
     with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
-        find_files(recipe)
+        find_source_files(recipe)
 
 
 def test_model_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,22 +301,22 @@ def test_images_that_are_broken_links_are_rows(tmp_path: Path) -> None:
     (tmp_path / "i" / "moved").mkdir()
     (tmp_path / "i" / "moved" / "a.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "i" / "same" / "b.png").symlink_to("b.png")
-    labels = {place: row["label"] for place, row in locate([str(tmp_path / "i")]).rows()}
+    labels = {place: row["label"] for place, row in locate_data_files([str(tmp_path / "i")]).rows()}
     assert len(labels) == 6
     assert labels["moved/a.png"] == "moved"
-    assert content_hash({"train": locate([str(tmp_path / "i")])})
+    assert hash_files({"train": locate_data_files([str(tmp_path / "i")])})
 
 
 def test_image_names_that_are_not_utf8_are_listed_and_folders_refused(tmp_path: Path) -> None:
     tiny.write_images(tmp_path / "i", 4)
     (tmp_path / "i" / "same" / "000.png").rename(tmp_path / "i" / "same" / "b\udce4r.png")
-    (place, row), *_ = [one for one in locate([str(tmp_path / "i")]).rows() if "xe4" in one[0]]
+    (place, row), *_ = [one for one in locate_data_files([str(tmp_path / "i")]).rows() if "xe4" in one[0]]
     assert place == "same/b\\xe4r.png"
     assert "not UTF-8" in row["image"].reason
-    assert content_hash({"train": locate([str(tmp_path / "i")])})
+    assert hash_files({"train": locate_data_files([str(tmp_path / "i")])})
     (tmp_path / "i" / "same").rename(tmp_path / "i" / "k\udce4fer")
     with pytest.raises(DataError, match=r"i/k\\xe4fer: the folder name is not UTF-8"):
-        image_files(tmp_path / "i")
+        list_images(tmp_path / "i")
 
 
 def test_address_of_an_image_is_no_path(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(job: Job, rows: list[PlacedRow], folder: Path) -> EncodedSource:
-    return encode.encode(job, iter(rows), len(rows), folder, lambda done: None, lambda item: None)
+    return encode.encode_source(job, iter(rows), len(rows), folder, lambda done: None, lambda item: None)
 
 
 def numbers(source: EncodedSource) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def test_many_processes_give_the_files_and_numbers_of_one(
     alone = run(job, placed(ROWS), tmp_path / "one")
     request.getfixturevalue("in_processes")
     done: list[int] = []
-    many = encode.encode(job, iter(placed(ROWS)), len(ROWS), tmp_path / "many", done.append, lambda item: None)
+    many = encode.encode_source(job, iter(placed(ROWS)), len(ROWS), tmp_path / "many", done.append, lambda item: None)
 
     assert done == [*range(7, 57, 7), 60]
     assert numbers(many) == numbers(alone)
@@ -147,7 +147,7 @@ def test_source_is_read_only_a_little_ahead(job: Job, tmp_path: Path) -> None:
             yield f"a:{number}", ROWS[number % 11]
 
     ahead: list[int] = []
-    encode.encode(job, source(), 700, tmp_path, lambda done: ahead.append(num_read - done), lambda item: None)
+    encode.encode_source(job, source(), 700, tmp_path, lambda done: ahead.append(num_read - done), lambda item: None)
 
     assert num_read == 700
     assert len(ahead) == 100

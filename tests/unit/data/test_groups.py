@@ -13,8 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.data.groups import RowCounts, draw, format_time, groups_and_times, join_by_value, parse_group, parse_time
-from fulltune.data.split import rarest_in_group
+from fulltune.data.groups import (
+    RowCounts,
+    draw,
+    format_time,
+    join_by_value,
+    parse_group,
+    parse_groups_and_times,
+    parse_time,
+)
+from fulltune.data.split import rarest_class_in_group
 from fulltune.errors import DataError
 from fulltune.inference.store import CLUSTERS, texts
 from fulltune.tasks.columns import BadCell
@@ -66,9 +74,11 @@ def test_side_counts_for_its_rarest_class_whatever_the_order_of_its_rows() -> No
     strata = np.array(["xyz".index(label) for label in "xxxxyyyzzx"])
     sides = drawn(list("aabbbccadd"))
     for order in (slice(None), slice(None, None, -1)):
-        by_side = dict(zip(sides[order].tolist(), rarest_in_group(strata[order], sides[order]).tolist(), strict=True))
+        by_side = dict(
+            zip(sides[order].tolist(), rarest_class_in_group(strata[order], sides[order]).tolist(), strict=True)
+        )
         assert [by_side[draw(0, side)] for side in "abcd"] == ["xyz".index(label) for label in "zyyz"]
-    assert rarest_in_group(np.full(3, -1), drawn(list("aab"))).tolist() == [-1, -1, -1]
+    assert rarest_class_in_group(np.full(3, -1), drawn(list("aab"))).tolist() == [-1, -1, -1]
 
 
 # ---- whose a row is and when it came -----------------------------------------------------------------------------
@@ -151,11 +161,11 @@ def placed(cells: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 def test_marks_are_equal_for_equal_values_and_other_for_other_seeds() -> None:
     rows = placed([{"user": user, "at": at} for user, at in (("a", 3), ("b", 1), ("a ", 2))])
-    (one, times), (other, _) = (groups_and_times(rows, "user", "at", seed, RowCounts()) for seed in (1, 2))
+    (one, times), (other, _) = (parse_groups_and_times(rows, "user", "at", seed, RowCounts()) for seed in (1, 2))
     assert one[0] == one[2] != one[1]
     assert not set(one.tolist()) & set(other.tolist())
     assert times.tolist() == [3, 1, 2]
-    assert list(map(len, groups_and_times(rows, None, None, 1, nothing := RowCounts()))) == [0, 0]
+    assert list(map(len, parse_groups_and_times(rows, None, None, 1, nothing := RowCounts()))) == [0, 0]
     assert nothing == RowCounts()
 
 
@@ -236,7 +246,7 @@ def test_rows_of_own_files_that_share_a_user_with_train_are_noted(tmp_path: Path
     test += [{"text": f"new {number}", "label": "b", "user": "new"} for number in range(7)]
     dev = [{"text": f"dev {number}", "label": "b", "user": "new"} for number in range(7)]
     notes = prepare(tmp_path, rows, encoder_tokenizer, group="user", test=test, eval=dev).notes
-    assert "10 of 17 test rows have a 'user' that also occurs in train: scores on them are optimistic" in notes
+    assert "10 of 17 test rows have a 'user' that also occurs in train, so scores on them are optimistic" in notes
     assert "7 of 17 test rows have a 'user' that also occurs in eval, which is used to choose the checkpoint" in notes
     assert not any("eval rows have a 'user'" in note or "test rows have a text" in note for note in notes)
 
@@ -253,16 +263,19 @@ def test_rows_that_nearly_all_hang_together_are_refused_with_numbers(
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, rows, encoder_tokenizer, group="user")
     [problem] = caught.value.problems
-    assert f"that are never separated, by 'user' (data.group) and their texts, the largest of {largest}" in problem
+    assert (
+        f"that are never separated, by 'user' (data.group) and their texts, and the largest has {largest}, " in problem
+    )
     assert "files for eval and test" in problem
 
 
 def test_few_users_are_refused_or_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="100 rows of 2 labels in 2 groups that are never separated, by 'user'"):
+    with pytest.raises(DataError, match="100 rows of 2 labels form 2 groups that are never separated, by 'user'"):
         prepare(tmp_path / "2", rows_of(2), encoder_tokenizer, group="user")
     notes = prepare(tmp_path / "3", rows_of(3), encoder_tokenizer, group="user").notes
     assert any(
-        "50 test rows instead of the 15 that data.test_fraction asks for: groups are never" in note for note in notes
+        "50 test rows instead of the 15 that data.test_fraction requests, because groups are never" in note
+        for note in notes
     )
 
 

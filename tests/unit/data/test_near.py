@@ -37,7 +37,7 @@ def test_signatures_estimate_the_share_of_common_grams() -> None:
         other = list(words)
         for _ in range(number % 8):
             other[chance.randrange(len(other))] = chance.choice(WORDS)
-        first, two = near.signatures([" ".join(words), " ".join(other)])
+        first, two = near.minhash([" ".join(words), " ".join(other)])
         errors.append((first == two).mean() - jaccard(" ".join(words), " ".join(other)))
     assert abs(np.mean(errors)) < 0.01
     assert np.std(errors) < 0.06
@@ -50,11 +50,11 @@ def test_signatures_do_not_depend_on_neighbours_or_pieces(monkeypatch: pytest.Mo
         "a\ud800b",
         "🙂 ok",
     ]
-    together = near.signatures(texts)
-    assert (together == np.concatenate([near.signatures([text]) for text in texts])).all()
+    together = near.minhash(texts)
+    assert (together == np.concatenate([near.minhash([text]) for text in texts])).all()
     monkeypatch.setattr(near, "_CHARACTERS_AT_ONCE", 100)
-    assert (near.signatures(texts) == together).all()
-    assert near.signatures([]).shape == (0, near.NUM_HASHES)
+    assert (near.minhash(texts) == together).all()
+    assert near.minhash([]).shape == (0, near.NUM_HASHES)
 
 
 @pytest.mark.parametrize("threshold", [0.6, 0.8, 0.9])
@@ -70,7 +70,7 @@ def test_clusters_find_planted_pairs_and_no_others(threshold: float) -> None:
             texts.append(" ".join(words))
             if jaccard(texts[-2], texts[-1]) >= threshold + 0.05:
                 planted.add((len(texts) - 2, len(texts) - 1))
-    clusters = near.clusters(near.signatures(texts), threshold)
+    clusters = near.cluster_near_duplicates(near.minhash(texts), threshold)
     together = {(int(first), place) for place, first in enumerate(clusters) if first != place}
     assert len(planted & together) >= 0.97 * len(planted)
     wrong = [pair for pair in together if jaccard(texts[pair[0]], texts[pair[1]]) < threshold - 0.12]
@@ -82,8 +82,8 @@ def test_clusters_chain_and_are_named_by_their_first_row() -> None:
     words = sentence(random.Random(0), 30)
     chain = [" ".join([*words[:20], "filler", *words[20 + 2 * step :]]) for step in range(4)]
     texts = [" ".join(sentence(random.Random(9), 30)), *chain]
-    assert near.clusters(near.signatures(texts), 0.7).tolist() == [0, 1, 1, 1, 1]
-    assert near.clusters(near.signatures(texts[:1]), 0.7).tolist() == [0]
+    assert near.cluster_near_duplicates(near.minhash(texts), 0.7).tolist() == [0, 1, 1, 1, 1]
+    assert near.cluster_near_duplicates(near.minhash(texts[:1]), 0.7).tolist() == [0]
 
 
 def test_joined_lone_rows_keep_their_number_and_large_clusters_are_not_first() -> None:
@@ -91,7 +91,7 @@ def test_joined_lone_rows_keep_their_number_and_large_clusters_are_not_first() -
     texts = [" ".join(sentence(chance)) for _ in range(100)]
     texts += [f"{text} {word}" for text in texts[:20] for word in ("yes", "no")]
     groups = np.random.default_rng(0).integers(0, 2**63, len(texts)).astype(np.uint64)
-    joined = near.join_near(groups, near.signatures(texts), 0.8)
+    joined = near.join_near_duplicates(groups, near.minhash(texts), 0.8)
     assert (joined[20:100] == groups[20:100]).all()
     for place in range(20):
         assert joined[place] == joined[100 + 2 * place] == joined[101 + 2 * place]

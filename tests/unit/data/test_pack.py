@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fulltune.data import limits as packing
-from fulltune.data.limits import pack
+from fulltune.data.limits import pack_texts
 from fulltune.inference.store import Rows, record_batch, texts, words, write_rows
 
 LIMIT = 100
@@ -32,7 +32,7 @@ def parts(lengths: list[int], at_once: int = 50) -> Iterator[Any]:
 
 
 def packed(lengths: list[int], folder: Path) -> Rows:
-    write_rows(folder, pack(parts(lengths), LIMIT))
+    write_rows(folder, pack_texts(parts(lengths), LIMIT))
     return Rows(folder)
 
 
@@ -94,6 +94,6 @@ def test_pack_holds_few_blocks_open(monkeypatch: pytest.MonkeyPatch) -> None:
             taken += 1
             yield part
 
-    first = next(pack(counted(), LIMIT))
+    first = next(pack_texts(counted(), LIMIT))
     assert taken == packing.OPEN_BLOCKS + 1
     assert first.column("length").to_pylist() == [60]

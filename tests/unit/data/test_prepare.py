@@ -14,7 +14,7 @@ import pytest
 
 from fulltune import data
 from fulltune.data.patch import save_patch
-from fulltune.data.sources import SourceRows, describe
+from fulltune.data.sources import SourceRows, find_target_and_count_rows
 from fulltune.errors import DataError
 from fulltune.inference.store import WORDS, Rows, batches, row_id, texts
 from fulltune.recipe.fields import Recipe
@@ -42,7 +42,7 @@ def test_long_texts_are_counted_as_texts_and_their_pieces_as_pieces(tmp_path: Pa
     recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": str(path)}})
     limits = data.Limits(tiny.POSITIONS, packing_obstacle=lambda: None)
     notes = data.prepare(data.Stage(recipe, tmp_path / "data", decoder_tokenizer, limits)).notes
-    assert any(note.startswith("only 3 eval rows:") for note in notes)
+    assert any(note.startswith("only 3 eval rows,") for note in notes)
     assert any(note.startswith("24 train texts, cut into ") and " pieces and packed into " in note for note in notes)
 
 
@@ -52,7 +52,7 @@ def test_class_with_hardly_any_test_row_is_noted(
 ) -> None:
     rows = [{"text": f"text {number}", "label": "rare" if number < rare else "usual"} for number in range(600)]
     notes = prepare(tmp_path, rows, encoder_tokenizer, "text-classification").notes
-    remarks = [note for note in notes if "too few to measure" in note]
+    remarks = [note for note in notes if "too few for a reliable score" in note]
     assert bool(remarks) == is_noted
     assert all(
         note.startswith("1 of 2 ") and " 5 of the 60 test rows" in note and "'rare' (1)" in note for note in remarks
@@ -62,7 +62,7 @@ def test_class_with_hardly_any_test_row_is_noted(
 def test_class_of_which_no_row_can_be_used_is_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [*tiny.topic_rows(60), {"text": " ", "label": "lost"}]
     notes = prepare(tmp_path, rows, encoder_tokenizer, "text-classification").notes
-    assert any("without a usable row, so nothing trains their outputs: 'lost'; repair" in note for note in notes)
+    assert any("without a usable row, which cannot be learned: 'lost'; repair" in note for note in notes)
 
 
 def test_rows_of_files_that_stand_in_another_split_are_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
@@ -179,7 +179,7 @@ def test_answers_are_found_in_all_windows_of_a_long_passage(tmp_path: Path, enco
         "nowhere": np.where(labels[:, question_answering.START] > 0, -9.0, -0.1),
     }
     contexts = [row["context"] for row in rows]
-    answers = question_answering.best_answers(scores, windows, places, contexts)
+    answers = question_answering.find_answers(scores, windows, places, contexts)
     assert {place: answer["answer"] for place, answer in answers.items()} == {
         row["fulltune:place"]: row["answers"] for row in rows
     }
@@ -213,7 +213,7 @@ def test_few_rows_are_held_while_columns_are_looked_for() -> None:
 
     task: Any = SimpleNamespace(find_columns=find_columns, find_target=find_target)
     recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": "a.jsonl"}})
-    _, counts = describe(recipe.data, task, {"train": SourceRows("a", rows)})
+    _, counts = find_target_and_count_rows(recipe.data, task, {"train": SourceRows("a", rows)})
     assert counts == {"train": 1000}
 
 
@@ -251,7 +251,9 @@ def test_train_rows_are_read_again_only_where_a_column_appears_late(late: bool) 
             yield str(at), row
 
     recipe = Recipe.model_validate({"model": "m", "task": "text-classification", "data": {"train": "x.csv"}})
-    description, counts = describe(recipe.data, task_named(recipe.task), {"train": SourceRows("x.csv", each)})
+    description, counts = find_target_and_count_rows(
+        recipe.data, task_named(recipe.task), {"train": SourceRows("x.csv", each)}
+    )
     assert (description.labels, counts) == (("a", "b"), {"train": 1500})
     assert read.count(1499) == 1 + late
 

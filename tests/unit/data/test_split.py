@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fulltune.data import split
-from fulltune.data.groups import draw, sample
+from fulltune.data.groups import draw, sample_by_label
 from fulltune.data.split import MAX_HELD_OUT_ROWS
 
 
@@ -17,7 +17,7 @@ def split_off(groups: list[str], strata: list[str], fraction: float, seed: int) 
     """By names instead of numbers."""
     drawn = np.array([draw(seed, group) for group in groups], np.uint64)
     numbers = np.unique(strata, return_inverse=True)[1]
-    return split.split_off(drawn, numbers, fraction).tolist()
+    return split.hold_out_groups(drawn, numbers, fraction).tolist()
 
 
 def drawn(seed: int) -> tuple[list[str], list[str]]:
@@ -85,17 +85,17 @@ def test_split_large_data_holds_out_at_most_the_cap() -> None:
 
 def test_sample_keeps_order_and_is_repeatable() -> None:
     rows = [list[str]()] * 1000
-    chosen = sample(rows, 50, 7)
-    assert chosen == sorted(set(chosen)) == sample(rows, 50, 7)
+    chosen = sample_by_label(rows, 50, 7)
+    assert chosen == sorted(set(chosen)) == sample_by_label(rows, 50, 7)
     assert len(chosen) == 50
-    assert chosen != sample(rows, 50, 8)
+    assert chosen != sample_by_label(rows, 50, 8)
 
 
 @pytest.mark.parametrize(("most", "least"), [(20, 1), (45, 2), (60, 3), (200, 3)])
 def test_sample_keeps_every_label(most: int, least: int) -> None:
     labels = [[f"l{number}"] for number in range(20) for _ in range(3 + 40 * (number < 5))]
-    chosen = sample(labels, most, 7)
+    chosen = sample_by_label(labels, most, 7)
     counts = Counter(labels[position][0] for position in chosen)
     assert (len(chosen), len(counts), min(counts.values()) >= least) == (most, 20, True)
-    more = sample([*labels, ["l0"], ["l7"]], most, 7)
+    more = sample_by_label([*labels, ["l0"], ["l7"]], most, 7)
     assert len(set(chosen) & set(more)) >= most - 4

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from fulltune.data.readers.files import image_files, is_image_folder
-from fulltune.data.readers.read import locate, resolve_image_paths
+from fulltune.data.readers.files import is_image_folder, list_images
+from fulltune.data.readers.read import locate_data_files, resolve_image_paths
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.run import RowSubset, by_length
 from fulltune.inference.store import Rows, record_batch, write_rows
@@ -54,7 +54,7 @@ def test_folder_of_class_folders_is_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "cat" / "notes.md").write_text("no image")
     picture(tmp_path / ".cache" / "thumbnail.png")
     assert is_image_folder(tmp_path)
-    assert list(locate([str(tmp_path)]).rows()) == [
+    assert list(locate_data_files([str(tmp_path)]).rows()) == [
         ("cat/1.webp", {"image": str(tmp_path / "cat/1.webp"), "label": "cat"}),
         ("dog/10.JPG", {"image": str(tmp_path / "dog/10.JPG"), "label": "dog"}),
         ("dog/2.png", {"image": str(tmp_path / "dog/2.png"), "label": "dog"}),
@@ -79,7 +79,7 @@ def test_images_that_are_not_in_one_folder_per_class_are_refused(tmp_path: Path,
     picture(tmp_path / name)
     assert is_image_folder(tmp_path)
     with pytest.raises(DataError) as caught:
-        image_files(tmp_path)
+        list_images(tmp_path)
     assert said in str(caught.value)
 
 

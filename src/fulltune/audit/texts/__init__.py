@@ -1,5 +1,3 @@
-"""Checks single texts, and repairs them."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -10,29 +8,27 @@ from fulltune.audit.texts import content, private
 from fulltune.audit.texts.flaw import RE, Flaw, is_installed
 
 _CHECKS: Mapping[str, Callable[[str], Flaw | None]] = {
-    "broken encoding": content.broken_encoding,
-    "control characters": content.control_characters,
-    "empty": content.empty,
-    "no words": content.no_words,
-    "markup": content.markup,
-    "placeholder": content.placeholder,
-    "chat tokens": content.chat_tokens,
-    "repetition": content.repetition,
-    "secret": private.secret,
-    "personal data": private.personal_data,
-    "phone number": private.phone_number,
-    "refusal": content.refusal,
+    "broken encoding": content.check_encoding,
+    "control characters": content.check_control_characters,
+    "empty": content.check_empty,
+    "no words": content.check_no_words,
+    "markup": content.check_markup,
+    "placeholder": content.check_placeholders,
+    "chat tokens": content.check_chat_tokens,
+    "repetition": content.check_repetition,
+    "secret": private.check_secret,
+    "personal data": private.check_personal_data,
+    "phone number": private.check_phone_number,
+    "refusal": content.check_refusal,
 }
-"""Checks in the order of their repairs."""
+"""Checks in the order in which their repairs are applied."""
 OF_TEXTS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "refusal")
 OF_ANSWERS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "no words")
-"""Checks of texts that a model learns to write."""
 _PRIVATE: tuple[str, ...] = ("secret", "personal data", "phone number")
 _UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup")
-"""Repairs that may restore a secret."""
 
 
-def missing() -> list[str]:
+def checks_without_package() -> list[str]:
     """Return the names of the checks whose package is not installed."""
     packages = {"broken encoding": "ftfy", "phone number": "phonenumbers"}
     return [check for check, package in packages.items() if not is_installed(package)]
@@ -40,11 +36,11 @@ def missing() -> list[str]:
 
 def masked_text(text: str) -> str:
     """Return a text with secrets and personal data replaced. Call it before shortening."""
-    shown = repaired(text, _PRIVATE)
-    whole = repaired(RE["unseen"].sub("", shown), _UNCOVERING)
+    shown = repair_text(text, _PRIVATE)
+    whole = repair_text(RE["unseen"].sub("", shown), _UNCOVERING)
     if whole == shown == text:
         return text
-    hidden = repaired(whole, _PRIVATE)
+    hidden = repair_text(whole, _PRIVATE)
     return shown if hidden == whole else hidden
 
 
@@ -62,7 +58,7 @@ def found_by(text: str, checks: Collection[str]) -> list[str]:
     return [check for check in checks if _CHECKS[check](text) is not None]
 
 
-def flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
+def find_flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
     """Return the flaws that the checks detect, with secrets masked."""
     results = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
     masked = masked_text(text) if results else text
@@ -71,14 +67,15 @@ def flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
 
 
 def _mask_flaw(flaw: Flaw, masked: str) -> Flaw:
+    """Return a flaw that quotes only the masked text."""
     again = flaw if flaw.check in _PRIVATE else _CHECKS[flaw.check](masked)
     reason = again.reason if again is not None else "in masked text"
     return replace(flaw, reason=reason, fixed=flaw.fixed and masked_text(flaw.fixed))
 
 
-def repaired(text: str, checks: Collection[str]) -> str:
+def repair_text(text: str, checks: Collection[str]) -> str:
     """Return the text after applying these checks' repairs in order."""
-    absent = missing()
+    absent = checks_without_package()
     for check, find in _CHECKS.items():
         if check in checks and check not in absent and (flaw := find(text)) is not None and flaw.fixed is not None:
             text = flaw.fixed
@@ -89,21 +86,20 @@ def repaired(text: str, checks: Collection[str]) -> str:
 
 _READ_ROLES = ("text", "text_pair", "prompt", "input", "source", "question", "context", "messages", "tokens")
 _WRITTEN_ROLES = ("completion", "target", "messages")
-"""Roles of running text that a model reads, or learns to write."""
 TextUse = Literal["read", "written"]
 PARTS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "read": (_READ_ROLES, OF_TEXTS),
     "written": (_WRITTEN_ROLES, OF_ANSWERS),
 }
 CHEAP = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
-"""Checks of every row in each run, which take 15 % of the time of tokenising short texts."""
+"""Checks that run on every row; they take 15 % of the time of tokenising short texts."""
 MAX_CHECKED = 100_000
-"""Maximum number of characters checked per text; checking takes several times their memory."""
+"""Maximum characters checked per text; checking takes several times their memory."""
 
 
-def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[TextUse, list[str]]:
-    """Return the checks that can run, for texts that are read and for texts that are written."""
-    possible = [check for check in wanted if check not in missing()]
+def select_checks(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[TextUse, list[str]]:
+    """Return the installed checks for texts that are read, and for texts that are written."""
+    possible = [check for check in wanted if check not in checks_without_package()]
     return {
         part: [check for check in of if check in possible]
         for part, (roles, of) in PARTS.items()
@@ -111,24 +107,24 @@ def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECK
     }
 
 
-def cells(row: Mapping[str, object], columns: Mapping[str, str], part: TextUse) -> Iterator[tuple[str, str]]:
-    """Yield columns and texts that the model reads, or that it learns to write."""
-    for role in PARTS[part][0]:
+def iterate_texts(row: Mapping[str, object], columns: Mapping[str, str], use: TextUse) -> Iterator[tuple[str, str]]:
+    """Yield column and text of each cell that the model reads (`read`) or learns to write (`written`)."""
+    for role in PARTS[use][0]:
         column = columns.get(role, "")
         cell = row.get(column)
         if column and isinstance(cell, str):
             yield column, cell
         elif column and isinstance(cell, list):
-            turns = cell if role != "messages" else [turn for turn in cell if _is_answer(turn) == (part == "written")]
+            turns = cell if role != "messages" else [turn for turn in cell if _is_answer(turn) == (use == "written")]
             if turns:
                 yield column, " ".join(map(_part_to_text, turns))
 
 
-def whole_texts(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, str]:
+def join_texts_by_column(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, str]:
     """Return all running text of each column."""
     whole = {columns[role]: "" for roles, _ in PARTS.values() for role in roles if role in columns}
     for part in PARTS:
-        for column, text in cells(row, columns, part):
+        for column, text in iterate_texts(row, columns, part):
             whole[column] = text if whole[column] in ("", text) else f"{whole[column]} {text}"
     return whole
 
@@ -138,6 +134,7 @@ def _is_answer(turn: object) -> bool:
 
 
 def _part_to_text(part: object) -> str:
+    """Return a chat message's content, or another part as text."""
     if isinstance(part, dict):
         part = part.get("value") if part.get("content") is None else part["content"]
     return "" if part is None else str(part)

@@ -1,5 +1,3 @@
-"""Detects empty, broken or repetitive texts, and leftovers of HTML, templates, chats or models."""
-
 from __future__ import annotations
 
 import html
@@ -9,20 +7,20 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from html.entities import html5
 
-from fulltune.audit.texts.flaw import PATTERNS, RE, Flaw, compiled, quoted
+from fulltune.audit.texts.flaw import PATTERNS, RE, Flaw, quote_start, to_regex
 from fulltune.text import counted, first_few, format_percent
 
 
-def empty(text: str) -> Flaw | None:
+def check_empty(text: str) -> Flaw | None:
+    """Detect a blank text."""
     blanks = PATTERNS["blank_signs"]
     if any(unicodedata.category(sign)[0] not in "CZ" for sign in text if sign not in blanks):
         return None
     return Flaw("empty", "only whitespace" if text else "no text")
 
 
-def no_words(text: str) -> Flaw | None:
-    """Return a flaw if a text has fewer than two letters and no emoji, else None; one Chinese or Japanese character is
-    enough."""
+def check_no_words(text: str) -> Flaw | None:
+    """Detect a text with fewer than two letters and no emoji; one Chinese or Japanese character is enough."""
     if RE["two_letters"].search(text):
         return None
     kinds = Counter(map(unicodedata.category, text))
@@ -32,22 +30,21 @@ def no_words(text: str) -> Flaw | None:
     if not stripped or all(kind[0] in "CZ" for kind in kinds):
         return None
     letters = sum(count for kind, count in kinds.items() if kind[0] == "L")
-    return Flaw("no words", f"only one letter: {quoted(stripped)}" if letters else f"no letter: {quoted(stripped)}")
+    return Flaw("no words", f"{'only one letter' if letters else 'no letter'}: {quote_start(stripped)}")
 
 
 STRESSED, MAX_STRESSED = 20, 30
-"""Repeated letters allowed for emphasis: in a text of little else, and in any text."""
+"""Runs of a letter that count as emphasis: in any text, and in a text of mostly other letters."""
 MIN_WORDS = 8
 MAX_REPEATED = 0.5
 
 
-def repetition(text: str) -> Flaw | None:
-    """Return a flaw if a text is mostly repetition, a phrase repeated over 100 words, or a whole text twice; else
-    None."""
-    return _repeated_character(text) or _repeated_words(text)
+def check_repetition(text: str) -> Flaw | None:
+    """Detect mostly repeated text, a phrase repeated over 100 words, or a whole text twice."""
+    return _check_repeated_character(text) or _check_repeated_words(text)
 
 
-def _repeated_character(text: str) -> Flaw | None:
+def _check_repeated_character(text: str) -> Flaw | None:
     match = RE["same_character"].search(text) if RE["run"].search(text) else None
     if match is None and len(text) >= 20 and " " not in text[:60]:
         # A text without blanks is in a script such as Chinese, or a broken export.
@@ -60,7 +57,7 @@ def _repeated_character(text: str) -> Flaw | None:
     return Flaw("repetition", f"'{match[1]}' {size // len(match[1])} times in a row")
 
 
-def _repeated_words(text: str) -> Flaw | None:
+def _check_repeated_words(text: str) -> Flaw | None:
     rough = text.split()
     if len(rough) < MIN_WORDS or (len(set(rough)) > len(rough) * 0.8 and len(rough) < 100):
         return None
@@ -76,7 +73,8 @@ def _repeated_words(text: str) -> Flaw | None:
     if not any(map(str.isalpha, phrase)):
         return None
     share = format_percent(size / len(words))
-    return Flaw("repetition", f"{quoted(phrase)} {len(match[0]) // len(match[1])} times in a row, {share} of the words")
+    times = len(match[0]) // len(match[1])
+    return Flaw("repetition", f"{quote_start(phrase)} {times} times in a row, {share} of the words")
 
 
 _OTHER_REPAIRS = (
@@ -86,8 +84,8 @@ _OTHER_REPAIRS = (
 _REPLACEMENT_CHARACTER = "\ufffd"
 
 
-def broken_encoding(text: str) -> Flaw | None:
-    """Return a flaw if a text has mojibake that ftfy can repair, C1 or replacement characters, else None."""
+def check_encoding(text: str) -> Flaw | None:
+    """Detect mojibake that ftfy can repair, and C1 or replacement characters."""
     if text.isascii():
         return None
     from ftfy import fix_text
@@ -97,15 +95,15 @@ def broken_encoding(text: str) -> Flaw | None:
     if fixed != text:
         place = next((at for at, (old, new) in enumerate(zip(text, fixed, strict=False)) if old != new), len(fixed))
         start = max(0, place - 10)
-        before, after = quoted(text[start : place + 15], 25), quoted(fixed[start : place + 12], 22)
+        before, after = quote_start(text[start : place + 15], 25), quote_start(fixed[start : place + 12], 22)
         reasons.append(f"decoded wrongly: {before} should be {after}")
     if lost := fixed.count(_REPLACEMENT_CHARACTER):
         reasons.append(f"{counted(lost, 'replacement character')} (U+FFFD) for lost letters")
     return Flaw("broken encoding", first_few(reasons), fixed if fixed != text else None) if reasons else None
 
 
-def control_characters(text: str) -> Flaw | None:
-    """Return a flaw if a text has invisible characters, except those that spell a script or an emoji; else None."""
+def check_control_characters(text: str) -> Flaw | None:
+    """Detect invisible characters, except those that spell a script or an emoji."""
     if not RE["ascii_control" if text.isascii() else "suspect"].search(text):
         return None
     whole, num_pairs = RE["surrogates"].subn(
@@ -122,6 +120,7 @@ def control_characters(text: str) -> Flaw | None:
 
 
 def _invisible_positions(text: str) -> list[int]:
+    """Return positions of invisible characters that neither a script nor an emoji needs."""
     spelling = ["flag", "chinese_variant", "joined_emoji"]
     spelling += ["direction"] if RE["right_to_left"].search(text) else []
     spelling += ["joiner"] if RE["joined_script"].search(text) else []
@@ -151,28 +150,28 @@ def _is_code(text: str) -> bool:
     return sum(1 for _, _ in zip(RE["code_sign"].finditer(text), range(2), strict=False)) == 2
 
 
-_HIDDEN = [(end, compiled(pattern)) for end, pattern in PATTERNS["hidden"]]
+_HIDDEN = [(end, to_regex(pattern)) for end, pattern in PATTERNS["hidden"]]
 
 
-def markup(text: str) -> Flaw | None:
-    """Return a flaw if a text has HTML tags or entities outside code, or consists of markup only; else None."""
+def check_markup(text: str) -> Flaw | None:
+    """Detect HTML tags or entities outside code, and a text of markup only."""
     if "<" not in text and "&" not in text:
         return None
     bare = _without_code(text)
-    tags = [] if "<" not in bare else _tags(bare)
+    tags = [] if "<" not in bare else _html_tag_names(bare)
     if "<!--" in bare and "-->" in bare:
         tags.append("!-- --")
     entities = [entity for entity in RE["entity"].findall(bare) if entity[1] == "#" or entity[1:] in html5]
     if not (tags or entities) or _is_code(RE["any_mark"].sub(" ", bare)):
         return None
     if not re.search(r"[^\W_]", RE["any_mark"].sub(" ", _remove_hidden_elements(text))):
-        return Flaw("markup", f"only markup: {quoted(text)}")
+        return Flaw("markup", f"only markup: {quote_start(text)}")
     counts = Counter([*(f"<{name}>" for name in tags), *entities])
     shown = [f"{name} × {count:,}" if count > 1 else name for name, count in counts.most_common()]
     return Flaw("markup", f"leftover HTML: {first_few(shown)}", _remove_markup(text))
 
 
-def _tags(text: str) -> list[str]:
+def _html_tag_names(text: str) -> list[str]:
     """Return names of HTML tags. `<b>` alone may be maths, so it needs a partner."""
     tags = [(slash, name.lower(), attributes) for slash, name, attributes in RE["tag"].findall(text)]
     closed = {name for slash, name, _ in tags if slash}
@@ -183,6 +182,7 @@ def _tags(text: str) -> list[str]:
 
 
 def _remove_markup(text: str) -> str:
+    """Remove HTML outside code blocks."""
     pieces, place = list[str](), 0
     for code in RE["fenced"].finditer(text):
         pieces += [_remove_tags(text[place : code.start()]), code[0]]
@@ -191,13 +191,15 @@ def _remove_markup(text: str) -> str:
 
 
 def _remove_tags(text: str) -> str:
-    bare = RE["tag"].sub(_replacement_of_tag, _remove_hidden_elements(text))
+    """Replace tags by white space, and decode entities."""
+    bare = RE["tag"].sub(_whitespace_for_tag, _remove_hidden_elements(text))
     if bare != text:
         bare = re.sub(r" ?\n[ \n]*\n ?", "\n\n", re.sub(r"[ \t]{2,}", " ", bare))
     return html.unescape(bare).replace("\u00a0", " ")
 
 
 def _remove_hidden_elements(text: str) -> str:
+    """Remove comments, scripts and styles."""
     for end, pattern in _HIDDEN:
         # After the last end, each start would be searched for in vain.
         if (last := text.lower().rfind(end)) >= 0:
@@ -205,7 +207,8 @@ def _remove_hidden_elements(text: str) -> str:
     return text
 
 
-def _replacement_of_tag(tag: re.Match[str]) -> str:
+def _whitespace_for_tag(tag: re.Match[str]) -> str:
+    """Return the white space that replaces an HTML tag."""
     if tag[2].lower() in ("td", "th"):
         return " "
     return "\n" if RE["block"].fullmatch(tag[2]) else ""
@@ -214,19 +217,19 @@ def _replacement_of_tag(tag: re.Match[str]) -> str:
 _PLACEHOLDER, _TOKEN = (re.compile("|".join(PATTERNS[name]), re.MULTILINE) for name in ("placeholder", "chat_tokens"))
 
 
-def placeholder(text: str) -> Flaw | None:
-    """Return a flaw if a text is an unfilled template, else None; braces of JSON, code and LaTeX are ignored."""
+def check_placeholders(text: str) -> Flaw | None:
+    """Detect an unfilled template, ignoring braces of JSON, code and LaTeX."""
     if not any(map(text.__contains__, PATTERNS["placeholder_signs"])):
         return None
     bare = _without_code(text)
     names = list(dict.fromkeys(match[0] for match in _PLACEHOLDER.finditer(bare)))
     if not names or _is_code(bare):
         return None
-    return Flaw("placeholder", f"not filled in: {first_few(list(map(quoted, names)))}")
+    return Flaw("placeholder", f"not filled in: {first_few(list(map(quote_start, names)))}")
 
 
-def chat_tokens(text: str) -> Flaw | None:
-    """Return a flaw if a text has tokens that a chat template or tokenizer adds itself, else None."""
+def check_chat_tokens(text: str) -> Flaw | None:
+    """Detect tokens that a chat template or tokenizer adds itself."""
     is_talk = "ssistant:" in text or "SSISTANT:" in text
     if not ("<" in text or "[" in text or "###" in text or is_talk):
         return None
@@ -238,31 +241,31 @@ def chat_tokens(text: str) -> Flaw | None:
     starts, ends = RE["sentence_start"].match(text), RE["sentence_end"].search(text)
     if (starts and "</s>" not in text[: -len("</s>")].rstrip()) or (ends and "<s>" not in text[1:]):
         tokens += ["<s>"] if starts else ["</s>"]
-    shown = first_few(list(map(quoted, tokens)))
+    shown = first_few(list(map(quote_start, tokens)))
     return Flaw("chat tokens", f"{shown}: the chat template adds its own") if tokens else None
 
 
-_PHRASES = [(signs.split("|"), compiled(pattern)) for signs, pattern in PATTERNS["refusal"]]
-"""Strings to search for before each pattern, which saves 90 % of the time."""
+_PHRASES = [(signs.split("|"), to_regex(pattern)) for signs, pattern in PATTERNS["refusal"]]
+"""Strings without which a pattern is not tried, which saves 90 % of the time."""
 
 
-def refusal(text: str) -> Flaw | None:
-    """Return a flaw if an answer declines, or if an assistant refers to itself in it; else None."""
+def check_refusal(text: str) -> Flaw | None:
+    """Detect an answer that declines, or in which an assistant refers to itself."""
     lowered = text.lower().replace("’", "'")
     for signs, pattern in _PHRASES:
         if any(map(lowered.__contains__, signs)) and (match := pattern.search(lowered)):
-            return Flaw("refusal", f"phrase of an assistant: {quoted(lowered[match.start() :], 60)}")
+            return Flaw("refusal", f"phrase of an assistant: {quote_start(lowered[match.start() :], 60)}")
     return None
 
 
 # ---- similar names of classes ----------------------------------------------------------------------------------------
 
 _LOOK_ALIKE = str.maketrans(*PATTERNS["look_alike"])
-_TO_JOIN = "to join them run 'fulltune data RECIPE --accept \"class names\"' and set data.patch: RECIPE.patch.jsonl"
+_TO_JOIN = "to merge them, run 'fulltune data RECIPE --accept \"class names\"' and set data.patch: RECIPE.patch.jsonl"
 
 
-def similar_names(counts: Mapping[str, int]) -> list[list[str]]:
-    """Group names that may mean the same, the most frequent first."""
+def group_similar_names(counts: Mapping[str, int]) -> list[list[str]]:
+    """Return groups of names that may mean the same, the most frequent first."""
     groups = defaultdict[str, list[str]](list)
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
@@ -271,9 +274,9 @@ def similar_names(counts: Mapping[str, int]) -> list[list[str]]:
 
 
 def note_similar_names(counts: Mapping[str, int]) -> str | None:
-    """Describe classes whose names may mean the same, or return None if there are none."""
+    """Describe classes whose names may mean the same, or return None."""
     groups = []
-    for names in similar_names(counts):
+    for names in group_similar_names(counts):
         shown = repr if len({name.casefold() for name in names}) == 1 else ascii
         groups.append(", ".join(f"{shown(name)} ({counted(counts[name], 'row')})" for name in names))
     note = f"classes that may be the same: {'; '.join(groups[:3])}"

@@ -1,5 +1,3 @@
-"""Describes, masks and repairs flaws of texts."""
-
 from __future__ import annotations
 
 import importlib.util
@@ -15,7 +13,6 @@ from fulltune.text import first_few
 
 PATTERNS: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("checks.toml").read_text(encoding="utf-8"))
 ABOUT: Mapping[str, str] = PATTERNS["about"]
-"""Description of each check, the most harmful first."""
 
 
 @cache
@@ -25,31 +22,24 @@ def is_installed(package: str) -> bool:
 
 @dataclass(frozen=True)
 class Flaw:
-    """A flaw that a check detected in a text."""
-
     check: str
     reason: str
-    """Reason for a reader, which quotes only the beginning of secrets."""
     fixed: str | None = None
-    """The text after this repair alone, or None if it cannot be repaired."""
+    """The text after this check's repair, or None if it has none."""
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
+def to_regex(pattern: str) -> re.Pattern[str]:
     """Compile an expression of `PATTERNS` after replacing its `<words>`."""
     for word, meaning in PATTERNS["words"].items():
         pattern = pattern.replace(f"<{word}>", meaning)
     return re.compile(pattern)
 
 
-RE = {name: compiled(pattern) for name, pattern in PATTERNS["expressions"].items()}
+RE = {name: to_regex(pattern) for name, pattern in PATTERNS["expressions"].items()}
 
 
-def redacted(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -> Flaw | None:
-    """Return a flaw that masks and lists all hits, or None if there are no hits.
-
-    Args:
-        hits: Start, end, kind (`e-mail address`) and replacement (`[EMAIL]`) of each hit.
-    """
+def redact_hits(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -> Flaw | None:
+    """Return a flaw that masks and lists all hits (start, end, kind, replacement), or None if there are none."""
     pieces, named, place = list[str](), list[str](), 0
     for start, end, what, instead in sorted(hits, key=lambda hit: (hit[0], -hit[1])):
         # A token used as a password matches twice.
@@ -65,7 +55,7 @@ def masked(value: str) -> str:
     return f"'{value[: min(4, len(value) // 6)]}…'"
 
 
-def quoted(text: str, most_characters: int = 40) -> str:
+def quote_start(text: str, max_characters: int = 40) -> str:
     """Quote the beginning of a text on one line."""
     line = " ".join(text.split())
-    return f"'{line[: most_characters - 1]}…'" if len(line) > most_characters else f"'{line}'"
+    return f"'{line[: max_characters - 1]}…'" if len(line) > max_characters else f"'{line}'"

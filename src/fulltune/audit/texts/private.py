@@ -1,5 +1,3 @@
-"""Detects secrets and personal data in a text."""
-
 from __future__ import annotations
 
 import math
@@ -7,26 +5,25 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
-from fulltune.audit.texts.flaw import PATTERNS, RE, Flaw, compiled, redacted
+from fulltune.audit.texts.flaw import PATTERNS, RE, Flaw, redact_hits, to_regex
 
 _Hit = tuple[int, int, str, str]
 
 
-def secret(text: str) -> Flaw | None:
-    """Return a flaw if a text has keys or tokens in published formats, or passwords, else None."""
-    return redacted("secret", text, _matches_of_kind("secret", text)) if RE["maybe_secret"].search(text) else None
+def check_secret(text: str) -> Flaw | None:
+    """Detect passwords, and keys or tokens in published formats."""
+    return redact_hits("secret", text, _find_hits("secret", text)) if RE["maybe_secret"].search(text) else None
 
 
-def personal_data(text: str) -> Flaw | None:
-    """Return a flaw if a text has personal data other than phone numbers, examples and test numbers, else None."""
+def check_personal_data(text: str) -> Flaw | None:
+    """Detect personal data other than phone numbers, except examples and test numbers."""
     return (
-        redacted("personal data", text, _matches_of_kind("personal", text))
-        if RE["maybe_personal"].search(text)
-        else None
+        redact_hits("personal data", text, _find_hits("personal", text)) if RE["maybe_personal"].search(text) else None
     )
 
 
-def _matches_of_kind(kind: str, text: str) -> Iterator[_Hit]:
+def _find_hits(kind: str, text: str) -> Iterator[_Hit]:
+    """Yield start, end, name and replacement of each valid match of this kind."""
     lowered = text.lower()
     for what, signs, pattern, is_valid in _KINDS[kind]:
         if not signs or any(sign in lowered for sign in signs):
@@ -39,10 +36,11 @@ def _matches_of_kind(kind: str, text: str) -> Iterator[_Hit]:
 # ---- validation of matches ------------------------------------------------------------------------------------------
 
 _MIN_BITS = 3.0
-"""Minimum entropy per character for a value to count as random, not a word."""
+"""Minimum entropy of a random value, per character."""
 
 
-def _is_random(value: str) -> bool:
+def _looks_random(value: str) -> bool:
+    """Return whether a value is probably a key, not a word, name or date."""
     if RE["not_given"].search(value):
         return False
     value = value.rstrip(".:!?]}")
@@ -78,14 +76,14 @@ _VALID: Mapping[str, Callable[[str], bool]] = {
     "": lambda value: True,
     "real": lambda value: not RE["issuers_example"].search(value),
     "given": lambda value: not RE["not_given"].search(value),
-    "random": _is_random,
+    "random": _looks_random,
     "somebody": lambda value: not RE["nobody"].search(value),
     "iban": passes_mod_97,
     "card": _is_card,
     "ssn": lambda value: value not in PATTERNS["advertised_ssns"],
 }
 _KINDS = {
-    kind: [(what, signs.split(), compiled(pattern), _VALID[valid]) for what, signs, pattern, valid in PATTERNS[kind]]
+    kind: [(what, signs.split(), to_regex(pattern), _VALID[valid]) for what, signs, pattern, valid in PATTERNS[kind]]
     for kind in ("secret", "personal", "phone")
 }
 
@@ -93,18 +91,17 @@ _KINDS = {
 # ---- phone numbers --------------------------------------------------------------------------------------------------
 
 
-def phone_number(text: str) -> Flaw | None:
-    """Return a flaw if a text has valid phone numbers that are international, North American, or labelled as such, else
-    None."""
+def check_phone_number(text: str) -> Flaw | None:
+    """Detect valid phone numbers that are international, North American, or labelled as such."""
     if not RE["maybe_phone"].search(text):
         return None
     from phonenumbers import PhoneNumberMatcher
 
-    hits = list(_matches_of_kind("phone", text))
+    hits = list(_find_hits("phone", text))
     for number in PhoneNumberMatcher(text, "US"):
         raw, before = number.raw_string, text[: number.start].rstrip(" ")[-1:]
         # Ten digits in a row, or in a sum, may be any number.
         written = RE["international"].match(raw) or RE["north_american"].fullmatch(raw)
         if written and before not in set("=+-*/<>^×") and not RE["fictional"].fullmatch(re.sub(r"\D", "", raw)):
             hits.append((number.start, number.end, "phone number", "[PHONE]"))
-    return redacted("phone number", text, hits)
+    return redact_hits("phone number", text, hits)

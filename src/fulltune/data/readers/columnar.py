@@ -1,4 +1,4 @@
-"""Reads parquet, arrow and feather files in batches, never a whole file at once."""
+"""Reads parquet, Arrow and Feather files in batches."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 1000
 _BYTES_AT_ONCE = 64 * 2**20
-"""Maximum number of bytes read at once, which limits rows with images or books."""
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_columnar_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield row numbers, starting at 1, and rows. Raises `DataError` for a damaged file or repeated columns.
 
-    Values without a Python equivalent become a `BadCell`; class numbers of `datasets` become class names.
+    Values without a Python equivalent become a `BadCell`, class numbers of `datasets` become names.
     """
     import pyarrow as pa
 
     number = 1
     try:
-        for batch in _read_batches(file):
-            titles, classes = batch.schema.names, class_names(batch.schema.metadata)
+        for batch in _read_record_batches(file):
+            titles, classes = batch.schema.names, read_class_names(batch.schema.metadata)
             if repeated := [title for title, count in Counter(titles).items() if count > 1]:
                 raise DataError(
                     f"{file}: column '{repeated[0]}' appears twice, expected each name once; rename or remove one"
@@ -54,7 +53,8 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from None
 
 
-def _read_batches(file: Path) -> Iterator[pa.RecordBatch]:
+def _read_record_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    """Read a parquet, Arrow or Feather file in batches of limited size."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -73,6 +73,7 @@ def _rows_at_once(num_rows: int, num_bytes: int) -> int:
 
 
 def _read_arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    """Read Arrow's file or stream format. Raises `ArrowInvalid` for a truncated stream."""
     import pyarrow as pa
 
     try:
@@ -90,14 +91,14 @@ def _read_arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     end = stream.tell()
     stream.seek(max(0, end - len(_END_OF_STREAM)))
     if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
-        raise pa.ArrowInvalid(f"truncated after {num_rows} rows: its end mark is missing")
+        raise pa.ArrowInvalid(f"truncated after {num_rows} rows: the end-of-stream marker is missing")
 
 
 _CONVERSION_ERRORS = (ValueError, OverflowError, LookupError)
-"""Errors of pyarrow for values without a Python equivalent, such as invalid UTF-8."""
 
 
-def _column_to_python(column: pa.Array, classes: Sequence[str] | None) -> list[object]:
+def _column_to_python(column: pa.Array, class_names: Sequence[str] | None) -> list[object]:
+    """Return a column's cells; class numbers become names if `class_names` is given."""
     import pyarrow as pa
 
     try:
@@ -106,10 +107,11 @@ def _column_to_python(column: pa.Array, classes: Sequence[str] | None) -> list[o
         if "UTF8" not in str(error):  # invalid text affects single cells, other damage the file
             raise
     values = map(_cell_to_python, column)
-    return list(values) if classes is None else [_name_classes(value, classes) for value in values]
+    return list(values) if class_names is None else [_class_number_to_name(value, class_names) for value in values]
 
 
 def _cell_to_python(cell: pa.Scalar) -> object:
+    """Return the cell's value, or a `BadCell` if Python cannot hold it."""
     try:
         return cell.as_py()
     except UnicodeDecodeError:
@@ -121,8 +123,8 @@ def _cell_to_python(cell: pa.Scalar) -> object:
 # ---- classes that `datasets` keeps as numbers ------------------------------------------------------------------
 
 
-def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the class names of each column of type `ClassLabel`, or lists of it."""
+def read_class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the class names of each `ClassLabel` column from the metadata of `datasets`."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -135,11 +137,12 @@ def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
     return classes
 
 
-def _name_classes(value: object, names: Sequence[str]) -> object:
+def _class_number_to_name(value: object, names: Sequence[str]) -> object:
+    """Replace class numbers, also in lists; -1 becomes None, an unknown number a `BadCell`."""
     if isinstance(value, list):
-        return [_name_classes(part, names) for part in value]
+        return [_class_number_to_name(part, names) for part in value]
     if not isinstance(value, int):
         return value
     if value == -1:  # in `datasets`, a row without a class
         return None
-    return names[value] if 0 <= value < len(names) else BadCell(f"class {value} of {len(names)} in the file's metadata")
+    return names[value] if 0 <= value < len(names) else BadCell(f"class {value}, but the file has {len(names)} classes")

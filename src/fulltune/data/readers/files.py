@@ -1,5 +1,3 @@
-"""Finds the data files of a path or folder."""
-
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +13,7 @@ from fulltune.text import near_names
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
-"""Suffixes read only if the recipe names the file."""
+"""Suffixes of files that are read only if the recipe names them."""
 _KINDS = ", ".join(SUFFIXES)
 _METADATA_FILES = {"state.json", "dataset_info.json"}
 _IMAGES = "avif bmp dib gif ico jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
@@ -24,12 +22,12 @@ _MACOS_FOLDER = "__MACOSX"
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
-def data_files(path: Path) -> list[Path]:
-    """Return a data file, or the sorted data files of a folder. Raises `DataError` if none can be read."""
+def list_data_files(path: Path) -> list[Path]:
+    """Return a data file, or a folder's data files in order. Raises `DataError` if none can be read."""
     status = _stat_utf8_path(path)
     if stat.S_ISDIR(status.st_mode):
-        with reading(path):
-            return _data_files_in(path)
+        with convert_os_errors(path):
+            return _list_data_files_in_folder(path)
     _refuse_special_file(path, status)
     if path.suffix.lower() in _PACKED:
         raise DataError(_archive_problem(path))
@@ -40,14 +38,14 @@ def data_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _no_such_file_problem(path: Path) -> str:
+def _missing_file_error(path: Path) -> str:
     if path.is_symlink():
         return f"{path}: is a broken link, expected a file; repair it, or name the file itself"
     parent = path.parent
     if len(path.parts) == 2 and not path.suffix and not parent.exists():
         return (
-            f"{path}: no such file; data sets are not read from the Hub by name: run 'hf download {path} --repo-type "
-            f"dataset --local-dir {path.name}' and name the file"
+            f"{path}: no such file; data sets are not loaded from the Hub by name, so run 'hf download {path} "
+            f"--repo-type dataset --local-dir {path.name}' and name the downloaded file"
         )
     names = [file.name for file in parent.iterdir() if file.suffix in SUFFIXES] if parent.is_dir() else []
     near = near_names(path.name, names, cutoff=0.5) or sorted(names)[:4]
@@ -55,7 +53,8 @@ def _no_such_file_problem(path: Path) -> str:
     return f"{path}: no such file{hint}; give the path of a data file"
 
 
-def _data_files_in(folder: Path) -> list[Path]:
+def _list_data_files_in_folder(folder: Path) -> list[Path]:
+    """Return a folder's sorted data files. Raises `DataError` if there are none, or for archives and special files."""
     listed = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     names = {file.name for file in listed}
     if "dataset_dict.json" in names:  # what DatasetDict.save_to_disk writes
@@ -94,27 +93,28 @@ def _archive_problem(file: Path) -> str:
 
 
 def _stat_utf8_path(path: Path) -> os.stat_result:
+    """Return the status of a path. Raises `DataError` if it is missing, unreadable or not UTF-8."""
     if not is_utf8(path):
         raise DataError(f"{printable(path)}: the name is not UTF-8; rename it")
-    with reading(path):
+    with convert_os_errors(path):
         try:
             return path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(_no_such_file_problem(path)) from None
+            raise DataError(_missing_file_error(path)) from None
 
 
 def _refuse_special_file(file: Path, status: os.stat_result) -> None:
-    """Refuse pipes and devices, which may block or never end."""
+    """Raise `DataError` for pipes and devices, which may block or never end."""
     if not stat.S_ISREG(status.st_mode):
         raise DataError(
             f"{file}: is a folder, pipe, socket or device, expected a file; rename it, or save its output in a file "
-            "and name that"
+            "and name that file"
         )
 
 
 @contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Turn an `OSError` into a `DataError` that names the file."""
+def convert_os_errors(file: Path) -> Iterator[None]:
+    """Turn an `OSError` in the block into a `DataError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -124,9 +124,8 @@ def reading(file: Path) -> Iterator[None]:
         ) from None
 
 
-def state(file: Path) -> tuple[int, ...]:
-    """Return numbers that change when a file is replaced, written or truncated, or an empty tuple if it does not
-    exist."""
+def file_state(file: Path) -> tuple[int, ...]:
+    """Return numbers that change when a file is replaced, written or truncated, or an empty tuple if there is none."""
     try:
         now = file.stat()
     except OSError:  # broken links to images are reported later
@@ -135,15 +134,15 @@ def state(file: Path) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def unchanged(before: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
-    """Raise `DataError` on exit for each file whose `state` changed."""
+def raise_if_files_change(before: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
+    """Raise `DataError` after the block for each file whose `file_state` differs from `before`."""
     try:
         yield
     finally:
-        if changed := [file for file, earlier in before.items() if state(file) != earlier]:
+        if changed := [file for file, earlier in before.items() if file_state(file) != earlier]:
             how = "while it was being read; run again when no other program writes to it"
             raise DataError(
-                [f"{printable(file)}: {'changed' if state(file) else 'was deleted'} {how}" for file in changed]
+                [f"{printable(file)}: {'changed' if file_state(file) else 'was deleted'} {how}" for file in changed]
             ) from None
 
 
@@ -170,8 +169,8 @@ def is_image_folder(folder: Path) -> bool:
     )
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the images of all class folders, sorted. Raises `DataError` if images are not in class folders."""
+def list_images(folder: Path) -> list[Path]:
+    """Return the sorted images of all class folders. Raises `DataError` for images outside class folders."""
     expected = "expected one folder per class that contains its images"
     if has_images(folder):
         raise DataError(f"{folder}: images are directly in this folder; {expected}")
@@ -221,15 +220,15 @@ _JOINED_WORDS: dict[str, SplitName] = {
     for kind in ("set", "sets", "data", "split", "splits")
 }
 _PRECEDENCE: tuple[SplitName, ...] = ("test", "eval", "train")
-"""A file named test is never trained on."""
+"""A name's first split of these counts, so a file named test is never trained on."""
 _SHARD = re.compile(r"\d+-of-\d+(-[0-9a-f]{8,})?$")
 _LAST_TWO = re.compile(rf"({'|'.join(_SPLIT_WORDS)})[\W_]+((?:set|data|split)s?)(?=[\W\d_v]*$)")
 
 
-def _split_and_words(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
-    """Return the split in a file name, or None, and the name's other words, omitting suffix, numbers and version.
+def _parse_split_from_name(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
+    """Return the split in a file name, or None, and its other words, without suffix, numbers and version.
 
-    A split's word counts alone, last, first of two (`dev_matched`), or joined with its kind (`testset_w_refs`).
+    A split's word counts alone, last, first of two (`dev_matched`), or with a suffix (`testset_w_refs`).
     """
     stem = re.sub(r"held[\W_]out", "heldout", _SHARD.sub("", file.stem.lower()))
     parts = [part for part in re.split(r"[\W\d_]+", _LAST_TWO.sub(r"\1\2", stem)) if part and part != "v"]
@@ -239,13 +238,13 @@ def _split_and_words(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
     return next((split for split in _PRECEDENCE if split in splits), None), rest
 
 
-def by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
-    """Group a folder's files by the split in their names; the key is None for files that name no split.
+def group_files_by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
+    """Group a folder's files by the split in their names (None if there is no split).
 
-    A name with other words (`crash_test`) may be a title. It counts only beside a file named train, or beside a file
-    that differs only in the split's word.
+    A name with other words (`crash_test`) counts only beside a file named train, or one that differs only in the
+    split's word.
     """
-    names = {file: _split_and_words(file) for file in files}
+    names = {file: _parse_split_from_name(file) for file in files}
     has_train = any(split == "train" for split, _ in names.values())
     splits: dict[SplitName | None, list[Path]] = {}
     for file, (split, rest) in names.items():
@@ -254,38 +253,38 @@ def by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
     return splits
 
 
-def split_folders(folder: Path) -> dict[SplitName | None, list[Path]]:
-    """Group subfolders by the split in their names; return an empty dictionary unless all rows are in such folders."""
+def group_folders_by_split(folder: Path) -> dict[SplitName | None, list[Path]]:
+    """Group subfolders by the split in their names; return an empty dictionary if data files lie outside them."""
     listed = folder.iterdir() if folder.is_dir() else ()
     if any(file.suffix.lower() in SUFFIXES and file.name != "dataset_dict.json" for file in listed):
         return {}
-    splits = by_split(folders_in(folder)) if folder.is_dir() else {}
+    splits = group_files_by_split(folders_in(folder)) if folder.is_dir() else {}
     of_classes = any(has_images(inner) for inners in splits.values() for inner in inners)
     return splits if {"train"} < splits.keys() - {None} and not of_classes else {}
 
 
-def held_out_beside(train: Path) -> dict[SplitName, list[Path]]:
-    """Return the files beside a train file whose names differ only in the split's word."""
-    own, splits = _split_and_words(train), dict[SplitName, list[Path]]()
+def find_held_out_beside(train: Path) -> dict[SplitName, list[Path]]:
+    """Return, by split, files beside a train file whose names differ only in the split's word."""
+    own, splits = _parse_split_from_name(train), dict[SplitName, list[Path]]()
     for file in sorted(train.parent.iterdir()) if own[0] == "train" and train.parent.is_dir() else ():
-        split, rest = _split_and_words(file)
+        split, rest = _parse_split_from_name(file)
         if is_data(file) and rest == own[1] and split in ("eval", "test"):
             splits.setdefault(split, []).append(file)
     return splits
 
 
-def refuse_held_out(paths: Sequence[str]) -> None:
+def refuse_held_out_files(paths: Sequence[str]) -> None:
     """Raise `DataError` if a training folder contains files named as eval or test."""
     problems = []
     for folder in map(Path, paths):
-        with reading(folder):
-            splits = split_folders(folder)
+        with convert_os_errors(folder):
+            splits = group_folders_by_split(folder)
             if not splits and folder.is_dir() and not is_image_folder(folder):
-                splits = by_split(data_files(folder))
+                splits = group_files_by_split(list_data_files(folder))
         if held_out := [file.name for split in ("eval", "test") for file in splits.get(split, ())]:
             problems.append(
                 f"{folder}: is used for training but contains {', '.join(held_out)}, whose names suggest held-out "
-                "rows; set data.train to its other files, and data.eval and data.test to these, or to a folder of each"
+                "rows; set data.train to the other files, and data.eval or data.test to these files"
             )
     if problems:
         raise DataError(problems)

@@ -1,5 +1,3 @@
-"""Reads data files of all formats row by row. Errors name file and line."""
-
 from __future__ import annotations
 
 import hashlib
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.data.readers import columnar, text_files
-from fulltune.data.readers.files import data_files, image_files, is_image_folder, is_utf8, printable, reading
+from fulltune.data.readers.files import convert_os_errors, is_image_folder, list_data_files, list_images, printable
 from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.data import UTF_8, TextRows
@@ -23,11 +21,11 @@ from fulltune.text import counted
 PlacedRow = tuple[str, dict[str, Any]]
 _MAX_SHOWN = 5
 _FILE_SIGNATURES = {
-    b"\x1f\x8b": "packed (gzip)",
-    b"BZh": "packed (bzip2)",
-    b"\xfd7zXZ\0": "packed (xz)",
-    b"\x28\xb5\x2f\xfd": "packed (zstandard)",
-    b"PK\3\4": "packed (zip, like office documents)",
+    b"\x1f\x8b": "compressed (gzip)",
+    b"BZh": "compressed (bzip2)",
+    b"\xfd7zXZ\0": "compressed (xz)",
+    b"\x28\xb5\x2f\xfd": "compressed (zstandard)",
+    b"PK\3\4": "compressed (zip, like office documents)",
     b"SQLite format 3\0": "an SQLite database",
     b"%PDF-": "a PDF document",
 }
@@ -40,11 +38,10 @@ _SAVE_AS_UTF_8 = (
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of one source, read again in each iteration."""
+    """The files of one source, which are read again in each iteration."""
 
     files: tuple[Path, ...]
     where: str
-    """Name of the first file, for messages."""
     text_rows: TextRows = "auto"
     image_folder: Path | None = None
     image_paths: bool = False
@@ -56,12 +53,12 @@ class DataFiles:
     notes: dict[str, None] = field(default_factory=dict, compare=False)
 
     def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
-        """Yield locations such as `train.csv:17`, and rows. A broken file raises `DataError`, or if `problems` is
-        given, is recorded there."""
+        """Yield each row with its location, such as `train.csv:17`. Messages about broken files go to `problems`, or
+        raise `DataError` if it is None."""
         if self.image_folder is not None:
             for path in self.files:
                 name = printable(path.name)
-                image = str(path) if is_utf8(path.name) else BadCell("a file name that is not UTF-8; rename it", name)
+                image = str(path) if name == path.name else BadCell("a file name that is not UTF-8; rename it", name)
                 yield f"{path.parent.name}/{name}", {"image": image, "label": path.parent.name}
             return
         names = Counter(file.name for file in self.files)
@@ -69,7 +66,7 @@ class DataFiles:
             name = file.name if names[file.name] == 1 else str(file)
             broken, is_empty = list[str](), True
             try:
-                with reading(file):
+                with convert_os_errors(file):
                     for line, row in self._parse(file):
                         is_empty = False
                         if isinstance(row, str):
@@ -79,35 +76,36 @@ class DataFiles:
                 if is_empty:
                     broken = [f"{file}: no rows; add rows, or name another file"]
             except UnicodeError:
-                broken = [f"{file}:{_encoding_problem(file, self.encoding)}"]
+                broken = [f"{file}:{_describe_encoding_error(file, self.encoding)}"]
             except DataError as error:
                 broken = list(error.problems)
             if more := broken[_MAX_SHOWN:]:
-                broken[_MAX_SHOWN:] = [f"{file}: {counted(len(more), 'more broken line')}; repair them, too"]
+                broken[_MAX_SHOWN:] = [f"{file}: {counted(len(more), 'more broken line')}; repair them too"]
             if problems is not None:
                 problems += broken
             elif broken:
                 raise DataError(broken)
 
     def _parse(self, file: Path) -> Iterator[tuple[int, text_files.RowOrProblem]]:
+        """Yield a file's line numbers with rows or error messages."""
         suffix = file.suffix.lower()
-        _refuse_other_file_type(file)
+        _refuse_non_data_file(file)
         if suffix in (".parquet", ".arrow", ".feather"):
-            yield from columnar.rows(file)
+            yield from columnar.read_columnar_rows(file)
             return
         if b"\0" not in "a".encode(self.encoding):
             _refuse_nul_bytes(file)
         match suffix:
             case ".csv" | ".tsv":
-                yield from text_files.separated(file, self.columns, self.encoding, self.notes)
+                yield from text_files.read_csv_or_tsv(file, self.columns, self.encoding, self.notes)
             case ".jsonl" | ".ndjson":
-                yield from text_files.json_lines(file, self.encoding)
+                yield from text_files.read_json_lines(file, self.encoding)
             case ".json":
-                yield from text_files.json_list(file, self.encoding)
+                yield from text_files.read_json_list(file, self.encoding)
             case ".txt":
-                yield from text_files.text_file(file, self.text_rows, self.encoding)
+                yield from text_files.read_text_file(file, self.text_rows, self.encoding)
             case _:
-                yield from text_files.sentences(file, self.encoding)
+                yield from text_files.read_conll_sentences(file, self.encoding)
 
     def _resolve_paths_and_bytes(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Resolve image paths, and decode bytes, which some programs write for text."""
@@ -119,18 +117,20 @@ class DataFiles:
         return {name: value if name in of_images else _decode_bytes(value) for name, value in row.items()}
 
 
-def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None) -> DataFiles:
+def locate_data_files(
+    paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None
+) -> DataFiles:
     """Find the files at these paths without reading them. Raises `DataError` with all problems at once."""
     if len(paths) == 1:
         folder = Path(paths[0])
-        with reading(folder):
+        with convert_os_errors(folder):
             if is_image_folder(folder):
-                return DataFiles(tuple(image_files(folder)), folder.name, image_folder=folder)
+                return DataFiles(tuple(list_images(folder)), folder.name, image_folder=folder)
     files: list[Path] = []
     problems: list[str] = []
     for path in paths:
         try:
-            files += data_files(Path(path))
+            files += list_data_files(Path(path))
         except DataError as error:
             problems += error.problems
     problems += [
@@ -150,10 +150,7 @@ def _image_columns(row: Row, column: str | None) -> list[str]:
 
 
 def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str, Any]:
-    """Prepend a folder to a row's image paths, in `column` or in columns with a usual name.
-
-    A cell is a path, bytes, or `{"bytes": ..., "path": ...}` as in `datasets`.
-    """
+    """Return a row with `folder` prepended to the image paths, in `column` or in columns with a usual name."""
     changed = dict(row)
     for name in _image_columns(row, column):
         value = row[name]
@@ -166,8 +163,8 @@ def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str,
     return changed
 
 
-def content_hash(sources: Mapping[str, DataFiles]) -> str:
-    """Hash names and bytes of all files with SHA-256. Images are hashed by path, size and time, which is faster."""
+def hash_files(sources: Mapping[str, DataFiles]) -> str:
+    """Hash names and bytes of all files; for speed, images only by path, size and time."""
     digest = hashlib.sha256()
     for name, source in sources.items():
         digest.update(f"{name}:{len(source.files)}".encode())
@@ -178,19 +175,21 @@ def content_hash(sources: Mapping[str, DataFiles]) -> str:
                 digest.update(os.fsencode(os.path.realpath(file)))
                 digest.update(f":{status.st_size}:{status.st_mtime_ns}".encode())
                 continue
-            with reading(file), file.open("rb") as stream:
+            with convert_os_errors(file), file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
-def _encoding_problem(file: Path, encoding: str) -> str:
+def _describe_encoding_error(file: Path, encoding: str) -> str:
+    """Describe the first line that `encoding` cannot decode."""
     with file.open("rb") as stream:
         lines = enumerate(stream, start=1)
         line = next((number for number, content in lines if isinstance(_decode_bytes(content, encoding), bytes)), 1)
     return f"{line}: not {'UTF-8' if encoding == UTF_8 else encoding}; {_SAVE_AS_UTF_8}"
 
 
-def _refuse_other_file_type(file: Path) -> None:
+def _refuse_non_data_file(file: Path) -> None:
+    """Raise `DataError` for archives, web pages, documents and Git LFS pointers."""
     with file.open("rb") as stream:
         start = stream.read(1000)
     text = start.lstrip(b" \r\n").lower()
@@ -202,7 +201,7 @@ def _refuse_other_file_type(file: Path) -> None:
     elif 0 in start or isinstance(_decode_bytes(start[: start.rfind(b"\n") + 1] or start), bytes):
         kind = next((kind for sign, kind in _FILE_SIGNATURES.items() if start.startswith(sign)), None)
     if kind:
-        to_do = "unpack it, download the real file, or save its rows as csv in UTF-8, and name that"
+        to_do = "unpack it, download the real file, or save its rows as csv in UTF-8, and name that file"
         raise DataError(f"{file}: is {kind}, expected rows; {to_do}")
 
 
@@ -214,6 +213,7 @@ def _refuse_nul_bytes(file: Path) -> None:
 
 
 def _decode_bytes(value: object, encoding: str = "utf-8") -> object:
+    """Decode `value` if it is bytes and valid; otherwise return it unchanged."""
     try:
         return value.decode(encoding) if isinstance(value, bytes) else value
     except UnicodeError:

@@ -1,5 +1,3 @@
-"""Reads separated values, JSON, plain text and CoNLL."""
-
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +13,7 @@ from typing import Any
 
 from fulltune.errors import DataError
 from fulltune.recipe.data import UTF_8, TextRows
-from fulltune.tasks.columns import USUAL_NAMES, BadCell, defect, may_be_faulty
+from fulltune.tasks.columns import USUAL_NAMES, BadCell, fault, may_be_faulty
 from fulltune.text import counted
 
 RowOrProblem = dict[str, Any] | str
@@ -25,23 +23,22 @@ _AGAIN = "repeats the header line (were two files concatenated?), expected a row
 _NAMES_AGAIN = "contains the names of data.columns, expected a row; remove this line, or data.columns if it is a header"
 _JOINED = "lines of this row look like rows: if they are, remove the double quotes around the cell"
 _MAX_VALUES = 10_000
-"""Maximum number of distinct ordinary cells with which lines inside quotes are compared."""
 _MARK = "a byte order mark before a double quote, as in concatenated files; remove it"
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
-def separated(
+def read_csv_or_tsv(
     file: Path, columns: Sequence[str] | None, encoding: str, notes: dict[str, None]
 ) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield `(line number, row or error message)` for each record of a CSV or TSV file, and add suspicious lines to
-    `notes`. Raises `DataError` if the header is missing."""
-    delimiter, line = delimiter_of(file, encoding), 1
+    """Yield `(line number, row or error message)` for each record, and add suspicious lines to `notes`. Raises
+    `DataError` if the header is missing."""
+    delimiter, line = detect_delimiter(file, encoding), 1
     remedy = f"put a text with {_NAMES[delimiter]} or line breaks in double quotes"
     values, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
-    with csv_reader(file, delimiter, encoding, strict=True) as reader:
+    with open_csv_reader(file, delimiter, encoding, strict=True) as reader:
         try:
             header, source = (columns, "data.columns") if columns else (next(reader, []), "the header")
-            _check_header(file, header, delimiter)
+            _refuse_bad_header(file, header, delimiter)
             line = reader.line_num + 1
             for cells in reader:
                 # After a byte order mark, a quote does not open a cell, so the cell's text would be split.
@@ -72,7 +69,8 @@ def _cell_or_zero(cell: str) -> str:
     return "0" if is_number(cell) else cell
 
 
-def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
+def _refuse_bad_header(file: Path, header: Sequence[str], delimiter: str) -> None:
+    """Raise `DataError` if a table's header is missing, a comment, or repeats a name."""
     if header and (header[0].startswith("# ") or (len(header) == 1 and header[0].startswith("#"))):
         raise DataError(
             f"{file}:1: starts with a comment ({header[0][:40]!r}), expected a header line with column names; remove "
@@ -96,7 +94,7 @@ def _repeated(names: Sequence[str]) -> list[str]:
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
-def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
+def read_json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
     """Yield `(line number, row or error message)` for each line of a file with one JSON object per line."""
     expected = "expected an object {...} on each line; repair or remove it"
     with file.open(encoding=encoding) as stream:
@@ -111,7 +109,7 @@ def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrPr
             yield line, _mark_bad_cells(row, may_be_faulty(text), f"found {type(row).__name__}, {expected}")
 
 
-def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
+def read_json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
     """Yield `(number, row or error message)` for a JSON list of objects, which may be inside an object. Raises
     `DataError` for anything else."""
     text = file.read_text(encoding=encoding)
@@ -151,7 +149,7 @@ def _parse_json(text: str) -> object:
 
 
 def _without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a dictionary, refusing repeated names, of which JSON parsers silently keep the last."""
+    """Build a dictionary. Raises `ValueError` for repeated names, of which JSON parsers silently keep the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
         repeated = _repeated([name for name, _ in pairs])
@@ -164,17 +162,20 @@ def _json_problem(error: ValueError) -> str:
     return f"{getattr(error, 'msg', error)}{place}"
 
 
-def _mark_bad_cells(row: object, is_doubtful: bool, refusal: str) -> RowOrProblem:
-    """Return a row with a `BadCell` for each unusable value, or `refusal` if it is no object."""
+def _mark_bad_cells(row: object, may_be_bad: bool, not_object_error: str) -> RowOrProblem:
+    """Return a row with a `BadCell` for each unusable value, or `not_object_error` if it is no object.
+
+    Values are checked only if they `may_be_bad`.
+    """
     if not isinstance(row, dict):
-        return refusal
-    if not is_doubtful:
+        return not_object_error
+    if not may_be_bad:
         return row
     return {
         _replace_surrogates(name): BadCell(reason, _replace_surrogates(value) if isinstance(value, str) else "")
         if reason
         else value
-        for name, value, reason in ((name, value, defect(value)) for name, value in row.items())
+        for name, value, reason in ((name, value, fault(value)) for name, value in row.items())
     }
 
 
@@ -185,11 +186,10 @@ def _replace_surrogates(text: str) -> str:
 # ---- plain text as lines, paragraphs or sections, and CoNLL with a word a line ---------------------------------------
 
 SECTION_CHARACTERS = 4_000
-"""About a thousand tokens."""
 _MAX_LINES_READ = 10_000
 
 
-def text_file(file: Path, text_rows: TextRows, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_text_file(file: Path, text_rows: TextRows, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield line numbers and rows of plain text. `auto` reads sections if blank lines separate paragraphs, otherwise
     lines."""
     if text_rows == "auto":
@@ -222,6 +222,7 @@ def _join_lines(lines: Iterator[tuple[int, str]], text_rows: TextRows) -> Iterat
 
 
 def _split_at_blank_lines(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Yield each paragraph's first line number and text."""
     for has_text, run in groupby(lines, key=lambda line: bool(line[1])):
         if has_text:
             numbered = list(run)
@@ -231,12 +232,11 @@ def _split_at_blank_lines(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[in
 _SPACES = re.compile(r"[ \t]+")  # not \s: a no-break space can be a word
 
 
-def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
+def read_conll_sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
     """Yield `(first line number, row or error message)` for CoNLL sentences: words in the first column, tags in the
     last.
 
-    Columns are separated by tabs if the first line has one, else by spaces. A blank line or `-DOCSTART-` ends a
-    sentence.
+    Columns are separated by tabs if the first line has one, else by spaces.
     """
     sentence: dict[str, Any] = {"tokens": [], "tags": []}
     separator, expected, first = _SPACES, 0, 0
@@ -253,7 +253,7 @@ def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrPro
             # Spaces at the ends separate nothing, but a tab at an end has an empty cell next to it.
             columns = separator.split(content.strip(" ") if separator is _SPACES else content)
             expected = expected or len(columns)
-            if problem := _columns_problem(columns, expected):
+            if problem := _conll_line_error(columns, expected):
                 yield line, problem
                 continue
             if not sentence["tokens"]:
@@ -262,11 +262,12 @@ def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrPro
             sentence["tags"].append(columns[-1])
 
 
-def _columns_problem(columns: list[str], expected: int) -> str | None:
-    if len(columns) != expected:
+def _conll_line_error(columns: list[str], num_expected: int) -> str | None:
+    """Return what is wrong with a line's columns, or None."""
+    if len(columns) != num_expected:
         return (
-            f"{counted(len(columns), 'column')}, expected {expected} as in the first line; write a word and its tag on "
-            "each line, all separated by tabs or all by spaces, and no comments"
+            f"{counted(len(columns), 'column')}, expected {num_expected} as in the first line; write a word and its "
+            "tag on each line, all separated by tabs or all by spaces, and no comments"
         )
     if len(columns) < 2:
         return "1 column, expected a word and its tag; write both on each line"
@@ -280,14 +281,13 @@ def _columns_problem(columns: list[str], expected: int) -> str | None:
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 _USUAL = {name for names in USUAL_NAMES.values() for name in names}
 _MAX_CELL = min(sys.maxsize, 2**31 - 1)
-"""Maximum length of a cell in characters; the csv module's default is 128 Ki."""
+"""Maximum characters per cell; the csv module's default is 128 Ki."""
 _FEW, _ROWS = 100, 1000
 _MIN_TEXT_WORDS = 5
-"""Words that make a cell a text, not a column name."""
 
 
 @contextlib.contextmanager
-def csv_reader(
+def open_csv_reader(
     file: Path, delimiter: str, encoding: str = UTF_8, *, strict: bool = False, errors: str = "strict"
 ) -> Iterator[Any]:
     """Open a csv reader for cells of any length."""
@@ -296,16 +296,15 @@ def csv_reader(
         yield csv.reader(stream, delimiter=delimiter, strict=strict)
 
 
-def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
-    """Return a table's delimiter. For csv it is a semicolon if the first line has no comma and, split at semicolons, as
-    many cells as most lines."""
+def detect_delimiter(file: Path, encoding: str = UTF_8) -> str:
+    """Return the delimiter for a table's suffix, or a semicolon if it fits the lines of a .csv file better."""
     usual = SEPARATED[file.suffix.lower()]
     if usual == "\t":
         return usual
     counts = []
     try:
         for sign in (usual, ";"):
-            with csv_reader(file, sign, encoding, errors="replace") as reader:
+            with open_csv_reader(file, sign, encoding, errors="replace") as reader:
                 counts.append([len(row) for row in islice(filter(None, reader), _FEW)] or [1])
     except csv.Error:
         return usual  # the reader will report what is wrong with the file
@@ -313,12 +312,12 @@ def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
     return ";" if by_commas[0] == 1 < by_semicolons[0] == Counter(by_semicolons).most_common(1)[0][0] else usual
 
 
-def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] | None:
-    """Guess column names if a table's first line looks like a row, else return None."""
+def guess_missing_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] | None:
+    """Return column names if a table's first line looks like a row, else None."""
     if file.suffix.lower() not in SEPARATED:
         return None
     try:
-        with csv_reader(file, delimiter_of(file, encoding), encoding) as reader:
+        with open_csv_reader(file, detect_delimiter(file, encoding), encoding) as reader:
             first, *rows = islice(reader, _ROWS)
     except (OSError, ValueError, csv.Error):
         return None  # the reader will report what is wrong with the file
@@ -328,17 +327,18 @@ def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] |
     if not rows:
         return None
     columns = list(zip(*rows, strict=True))
-    if not any(_looks_like_values(name, values) for name, values in zip(first, columns, strict=True)):
+    if not any(_looks_like_data_cell(name, values) for name, values in zip(first, columns, strict=True)):
         return None
-    return _guess_names([(name, *values) for name, values in zip(first, columns, strict=True)])
+    return _name_columns_by_content([(name, *values) for name, values in zip(first, columns, strict=True)])
 
 
-def _looks_like_values(name: str, values: Sequence[str]) -> bool:
-    if is_number(name):
-        return all(map(is_number, values))
-    if len(name.split()) >= _MIN_TEXT_WORDS:
-        return sorted(len(value.split()) for value in values)[len(values) // 2] >= _MIN_TEXT_WORDS
-    return bool(name) and name in values
+def _looks_like_data_cell(first_cell: str, cells_below: Sequence[str]) -> bool:
+    """Return whether a name in the first line resembles the cells below."""
+    if is_number(first_cell):
+        return all(map(is_number, cells_below))
+    if len(first_cell.split()) >= _MIN_TEXT_WORDS:
+        return sorted(len(value.split()) for value in cells_below)[len(cells_below) // 2] >= _MIN_TEXT_WORDS
+    return bool(first_cell) and first_cell in cells_below
 
 
 def is_number(text: str) -> bool:
@@ -349,7 +349,7 @@ def is_number(text: str) -> bool:
     return True
 
 
-def _guess_names(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def _name_columns_by_content(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Name the longest column `text`, and the column with the fewest distinct values `label`."""
     text = max(range(len(columns)), key=lambda place: sum(map(len, columns[place])))
     kinds = {place: len(set(values)) for place, values in enumerate(columns) if place != text and all(values)}

@@ -25,7 +25,7 @@ from fulltune.report.format.blocks import (
 )
 from fulltune.report.format.plots import learning_curve
 from fulltune.report.run.read import RunView, after_start, before_start
-from fulltune.stats.curves import Curves, Fit, Point, judge_fit
+from fulltune.stats.curves import Curves, Fit, Point, fit
 from fulltune.text import (
     counted,
     first_few,
@@ -79,7 +79,7 @@ def fit_of(view: RunView) -> Fit:
     """Judge from a run's curves whether the model over- or underfits."""
     if view.plan is None or view.outcome is None or view.summary is None or "eval" not in view.summary.splits:
         return Fit("not known")
-    return judge_fit(curves_of(view, view.plan))
+    return fit(curves_of(view, view.plan))
 
 
 def curves_of(view: RunView, plan: Plan) -> Curves:

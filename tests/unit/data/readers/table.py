@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fulltune.data.readers.read import locate
+from fulltune.data.readers.read import locate_data_files
 from fulltune.errors import DataError
 
 
@@ -19,7 +19,7 @@ class ReadTable:
 
 def read(paths: list[str]) -> ReadTable:
     """Read and join files; what is wrong with any of them is raised at the end."""
-    files = locate(paths)
+    files = locate_data_files(paths)
     problems: list[str] = []
     placed = list(files.rows(problems))
     if problems:

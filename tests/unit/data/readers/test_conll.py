@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.data.readers.read import locate
+from fulltune.data.readers.read import locate_data_files
 from fulltune.errors import DataError
 
 
@@ -18,7 +18,7 @@ def read(tmp_path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    return [(int(place.split(":")[1]), row) for place, row in locate([str(path)]).rows()]
+    return [(int(place.split(":")[1]), row) for place, row in locate_data_files([str(path)]).rows()]
 
 
 def sentence(tokens: str, tags: str) -> dict[str, list[str]]:

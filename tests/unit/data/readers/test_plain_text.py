@@ -15,7 +15,7 @@ BOOK = "\n\nOne\ntwo  \n\n \nThree\n\n\n\nFour\nfive"
 def rows(folder: Path, content: str, text_rows: TextRows) -> list[tuple[int, str]]:
     path = folder / "book.txt"
     path.write_text(content, encoding="utf-8")
-    return [(line, row["text"]) for line, row in text_files.text_file(path, text_rows)]
+    return [(line, row["text"]) for line, row in text_files.read_text_file(path, text_rows)]
 
 
 def test_lines_are_rows_without_blank_ones(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
-from fulltune.data.readers.read import content_hash, locate
+from fulltune.data.readers.read import hash_files, locate_data_files
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock, codec_of
-from fulltune.tasks.columns import column_of
+from fulltune.tasks.columns import named
 from tests.unit.data.readers.table import read
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "é 😀", "label": "b"}]
@@ -68,23 +68,23 @@ def test_read_json_lines_many_broken_names_five(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read([str(tmp_path / "a.jsonl")])
     assert len(caught.value.problems) == 6
-    assert caught.value.problems[-1] == f"{tmp_path}/a.jsonl: 4 more broken lines; repair them, too"
+    assert caught.value.problems[-1] == f"{tmp_path}/a.jsonl: 4 more broken lines; repair them too"
 
 
 def test_content_hash_changes_with_content_only(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv")
-    before = content_hash({"train": locate([str(path)])})
+    before = hash_files({"train": locate_data_files([str(path)])})
     path.touch()
-    assert content_hash({"train": locate([str(path)])}) == before
+    assert hash_files({"train": locate_data_files([str(path)])}) == before
     path.write_text(path.read_text() + "x,a\n")
-    assert content_hash({"train": locate([str(path)])}) != before
+    assert hash_files({"train": locate_data_files([str(path)])}) != before
 
 
 def test_content_hash_tells_which_split_a_file_belongs_to(tmp_path: Path) -> None:
     first, two, three = (write(tmp_path / name) for name in ("a.csv", "b.csv", "c.csv"))
-    both = {"train": locate([str(first), str(two)]), "eval": locate([str(three)])}
-    moved = {"train": locate([str(first)]), "eval": locate([str(two), str(three)])}
-    assert content_hash(both) != content_hash(moved)
+    both = {"train": locate_data_files([str(first), str(two)]), "eval": locate_data_files([str(three)])}
+    moved = {"train": locate_data_files([str(first)]), "eval": locate_data_files([str(two), str(three)])}
+    assert hash_files(both) != hash_files(moved)
 
 
 def test_places_of_files_with_the_same_name_differ(tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ def test_csv_with_semicolons_as_spreadsheets_write_it_is_read(tmp_path: Path) ->
 def _refusal(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     with pytest.raises(DataError) as refusal:
-        list(locate([str(path)]).rows())
+        list(locate_data_files([str(path)]).rows())
     return refusal.value.problems[0].removeprefix(str(path))
 
 
 def _notes(path: Path) -> list[str]:
-    files = locate([str(path)])
+    files = locate_data_files([str(path)])
     list(files.rows())
     return list(files.notes)
 
@@ -156,7 +156,7 @@ def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: b
 def test_header_among_rows_whose_columns_are_named_is_refused_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\nrain,a\n")
     with pytest.raises(DataError, match=r"a\.csv:1: contains the names of data\.columns, expected a row"):
-        list(locate([str(tmp_path / "a.csv")], columns=("text", "label")).rows())
+        list(locate_data_files([str(tmp_path / "a.csv")], columns=("text", "label")).rows())
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_other_kinds_of_files_are_named(tmp_path: Path, content: bytes, expected
 
 def test_a_column_may_be_called_by_a_number_sign(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("#id,text\n1,rain\n")
-    assert [row for _, row in locate([str(tmp_path / "a.csv")]).rows()] == [{"#id": "1", "text": "rain"}]
+    assert [row for _, row in locate_data_files([str(tmp_path / "a.csv")]).rows()] == [{"#id": "1", "text": "rain"}]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "txt", "conll"])
@@ -199,7 +199,7 @@ def test_text_in_another_encoding_is_read_when_it_is_named(tmp_path: Path, kind:
     }[kind]
     path = tmp_path / f"rows.{kind}"
     path.write_bytes(content.encode(encoding))
-    row = next(iter(replace(locate([str(path)]), encoding=codec_of(encoding)).rows()))[1]
+    row = next(iter(replace(locate_data_files([str(path)]), encoding=codec_of(encoding)).rows()))[1]
     assert "café" in (row["text"] if "text" in row else row["tokens"][0])
     if encoding != "utf-8":
         place = {"csv": 2, "tsv": 2}.get(kind, 1) if encoding == "cp1252" else 1
@@ -217,7 +217,7 @@ def test_encoding_that_python_does_not_know_is_refused() -> None:
 def test_file_that_is_gone_is_named(tmp_path: Path) -> None:
     for kind in ("csv", "parquet"):
         path = write(tmp_path / f"a.{kind}")
-        files = locate([str(path)])
+        files = locate_data_files([str(path)])
         path.unlink()
         with pytest.raises(DataError, match=rf"a\.{kind}: cannot be read \(No such file or directory\)"):
             list(files.rows())
@@ -229,4 +229,4 @@ def test_columns_of_parquet_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 
 
 def test_a_column_in_another_normal_form_is_found() -> None:
-    assert column_of("text", "t\u00e9xt", ["te\u0301xt", "label"], "a.csv") == "te\u0301xt"
+    assert named("text", "t\u00e9xt", ["te\u0301xt", "label"], "a.csv") == "te\u0301xt"

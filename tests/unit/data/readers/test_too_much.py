@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from fulltune.data.readers import columnar, read
-from fulltune.data.readers.files import image_files
+from fulltune.data.readers.files import list_images
 from fulltune.errors import DataError
 from fulltune.tasks import padding
-from fulltune.tasks.padding import cut_long_text
+from fulltune.tasks.padding import beginning
 from tests import tiny
 
 ROWS = b"text,label\nrain,weather\nsoup,food\n"
@@ -39,13 +39,13 @@ PACKED = {"gzip": gzip.compress(ROWS), "bzip2": bz2.compress(ROWS), "xz": lzma.c
 def test_packed_rows_under_another_name_are_refused_by_their_kind(tmp_path: Path, kind: str, suffix: str) -> None:
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(PACKED[kind])
-    with pytest.raises(DataError, match=rf"rows\.{suffix}: is packed \({kind}.*; unpack it"):
-        list(read.locate([str(path)]).rows())
+    with pytest.raises(DataError, match=rf"rows\.{suffix}: is compressed \({kind}.*; unpack it"):
+        list(read.locate_data_files([str(path)]).rows())
 
 
 def test_text_that_begins_as_a_packed_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("BZh is how bzip2 files begin\nPK is a vehicle\n")
-    assert len(list(read.locate([str(tmp_path / "rows.txt")]).rows())) == 2
+    assert len(list(read.locate_data_files([str(tmp_path / "rows.txt")]).rows())) == 2
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], Any],
     if is_named and make is not None and odd.is_dir():
         problem = "no data file in this folder"
     with pytest.raises(DataError, match=rf"odd\.csv: {problem}"):
-        read.locate([str(odd if is_named else tmp_path)])
+        read.locate_data_files([str(odd if is_named else tmp_path)])
 
 
 def test_class_folder_without_an_image_is_refused(tmp_path: Path) -> None:
@@ -74,11 +74,11 @@ def test_class_folder_without_an_image_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(b"")
     with pytest.raises(DataError) as refusal:
-        image_files(tmp_path)
+        list_images(tmp_path)
     assert len(refusal.value.problems) == 1
     assert "dog: contains no image" in refusal.value.problems[0]
     (tmp_path / "dog" / "1.png").write_bytes(b"")
-    assert len(image_files(tmp_path)) == 2
+    assert len(list_images(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_compressed_arrow_is_read_batch_by_batch(tmp_path: Path, kind: str) -> N
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.OSFile(str(path), "wb") as file, new(file, table.schema, options=options) as writer:
         writer.write_table(table, max_chunksize=700)
-    assert [row["text"] for _, row in columnar.rows(path)] == table["text"].to_pylist()
+    assert [row["text"] for _, row in columnar.read_columnar_rows(path)] == table["text"].to_pylist()
 
 
 # ---- rows and texts --------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_compressed_arrow_is_read_batch_by_batch(tmp_path: Path, kind: str) -> N
 
 def test_beginning_of_a_long_text_gives_the_same_tokens(encoder_tokenizer: Any) -> None:
     text = "the rain in the town " * 5_000
-    short = cut_long_text(text, encoder_tokenizer, 128)
+    short = beginning(text, encoder_tokenizer, 128)
     assert len(short) < len(text)
     settings = {"truncation": True, "max_length": 128}
     assert encoder_tokenizer(short, **settings)["input_ids"] == encoder_tokenizer(text, **settings)["input_ids"]
@@ -123,11 +123,11 @@ def test_long_text_that_is_short_in_tokens_or_cut_at_the_left_is_left(encoder_to
             return {"input_ids": [1] * len(text.split())}
 
     word = "a" * 200_000
-    assert cut_long_text(word, Unknown(), 128) == word  # type: ignore[arg-type]  # of this type
-    assert cut_long_text(word, encoder_tokenizer, 128) != word
+    assert beginning(word, Unknown(), 128) == word  # type: ignore[arg-type]  # of this type
+    assert beginning(word, encoder_tokenizer, 128) != word
     encoder_tokenizer.truncation_side = "left"
     try:
-        assert cut_long_text(word, encoder_tokenizer, 128) == word
+        assert beginning(word, encoder_tokenizer, 128) == word
     finally:
         encoder_tokenizer.truncation_side = "right"
 
@@ -135,17 +135,17 @@ def test_long_text_that_is_short_in_tokens_or_cut_at_the_left_is_left(encoder_to
 def test_packed_rows_beside_others_are_not_left_out(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(ROWS)
     (tmp_path / "all.zip").write_bytes(PACKED["zip"])  # says nothing of rows
-    assert len(read.locate([str(tmp_path)]).files) == 1
+    assert len(read.locate_data_files([str(tmp_path)]).files) == 1
     (tmp_path / "more.csv.gz").write_bytes(PACKED["gzip"])
     with pytest.raises(DataError, match=r"more\.csv\.gz: is an archive"):
-        read.locate([str(tmp_path)])
+        read.locate_data_files([str(tmp_path)])
 
 
 @pytest.mark.parametrize("text", ["raininthetown", " ", "a \n b", "雨"])
 def test_text_without_a_place_to_cut_it_says_the_same(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     tokenizer = tiny.decoder_tokenizer()
     monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
-    assert tokenizer.decode(padding.tokenise_long_text(text * 50, tokenizer)) == text * 50
+    assert tokenizer.decode(padding.token_ids(text * 50, tokenizer)) == text * 50
 
 
 @pytest.mark.parametrize("text", ["the rain  in the town \n", "é ", "雨 a  b c\n"])
@@ -156,4 +156,4 @@ def test_text_in_parts_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch, te
         tokenizer = tiny.writer_tokenizer()
     whole = list(tokenizer(text * 50)["input_ids"])
     monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
-    assert padding.tokenise_long_text(text * 50, tokenizer) == whole
+    assert padding.token_ids(text * 50, tokenizer) == whole

@@ -1,8 +1,8 @@
 """Detects label errors and outliers by the pretrained model's mean hidden states.
 
-Linear classifiers judge the labels (docs/guides/data.md: how far to trust them). A label's *margin* is its out-of-fold
-probability minus that of the likeliest other label. A row's distance is the mean of 1 - cosine to its nearest train
-rows (arXiv 2207.03061).
+Linear classifiers judge the labels (see docs/guides/data.md). A label's *margin* is its out-of-fold probability minus
+that of the likeliest other label. A row's distance is the mean of 1 - cosine to its nearest train rows (arXiv
+2207.03061).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fulltune.system.memory import is_out_of_memory
 from fulltune.tasks import Target, task_named
 
 BATCH = 32
-OUT_OF_MEMORY = "ran out of memory while the untouched model read the rows"
+OUT_OF_MEMORY = "ran out of memory while the pretrained model read the rows"
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads prepared rows with the pretrained model, which is loaded when needed."""
+    """Reads prepared rows with the pretrained model, which is loaded on first use."""
 
     recipe: Recipe
     base: Base
@@ -46,11 +46,10 @@ class Reader:
     folder: Path
     listener: Listener
     _read: dict[SplitName, tuple[Items, np.ndarray] | str] = field(default_factory=dict, repr=False, compare=False)
-    """Items and positions of each split, or why the split cannot be read."""
 
     @cached_property
     def extractor(self) -> probe.FeatureExtractor:
-        """Return the feature extractor of the pretrained model, loaded on first use."""
+        """Return the pretrained model's feature extractor, loaded on first use."""
         import torch
 
         task, target = task_named(self.recipe.task), Target.of(self.summary)
@@ -67,13 +66,13 @@ class Reader:
             BATCH,
             precision,
             watch=lambda done, total, share: self.listener(
-                RowsRead(name="reading rows with the untouched model", done=done, total=total, share=share)
+                RowsRead(name="reading rows with the pretrained model", done=done, total=total, share=share)
             ),
         )
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Return features, labels and positions of a split's rows, or of a sample of them. Raises `NoProbe` if the rows
-        cannot be read."""
+        """Return features and labels of a split's rows (or a sample), and their positions. Raises `NoProbe` if reading
+        fails."""
         if split not in self._read:
             try:
                 self._read[split] = self._read_items(split)
@@ -104,16 +103,15 @@ class Reader:
 # ---- labels that are probably wrong --------------------------------------------------------------------------------
 
 PRECISION = 0.75
-"""Wanted share of wrong labels among suspects, about reached on rows with known errors (2026-11-28)."""
+"""Wanted share of wrong labels among suspects; data with known errors came close (2026-11-28)."""
 PLANTED_SHARE, PLANTED, MAX_ROUNDS = 0.05, 200, 5
-"""Share of rows mislabelled per round. Rounds repeat until PLANTED errors or MAX_ROUNDS."""
+"""Share of rows mislabelled per round. Rounds repeat until `PLANTED` errors or `MAX_ROUNDS`."""
 SURE = (0.25, 0.5)
-"""Quantiles of planted errors' margins below which correct labels are rare."""
+"""Quantiles of planted errors' margins; correct labels rarely have lower margins."""
 MIN_ROWS, MIN_OF_A_CLASS = 100, 3
 MAX_OTHER = 0.5
-"""Largest share of rows that the first round may reject."""
 DOUBT = -0.5
-NOT_SEPARABLE = "the untouched model's features do not distinguish the classes"
+NOT_SEPARABLE = "the pretrained model's features do not distinguish the classes"
 
 
 @dataclass(frozen=True)
@@ -121,24 +119,24 @@ class JudgedLabels:
     """The margin of each label, and how far the labels can be trusted."""
 
     margins: np.ndarray
-    """float64 [rows], at most 1. A lower margin makes the label less likely."""
+    """Margin of each label: float64 [rows]. A low margin suggests a wrong label."""
     other: np.ndarray
-    """Likeliest other class: int64 [rows]."""
     suspects: np.ndarray
     """True for rows whose label is probably wrong: bool [rows]."""
     doubtful: np.ndarray
-    """True for further rows with a clearly likelier label: bool [rows]."""
+    """True for other rows with a much likelier label: bool [rows]."""
     about: LabelErrors
 
 
-def judge(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
-    """Return the train rows' positions and the judgement of their labels. Raises `NoProbe` if that is impossible."""
+def judge_labels(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
+    """Return the positions of the judged train rows, and judgements of their labels. Raises `NoProbe` if judging is
+    impossible."""
     items, positions = reader.items("train")
-    return positions, judge_items(items)
+    return positions, judge_labels_of(items)
 
 
-def judge_items(items: Items) -> JudgedLabels:
-    """Judge labels. Raises `NoProbe` if there are too few rows or the features are useless."""
+def judge_labels_of(items: Items) -> JudgedLabels:
+    """Judge the labels of `items`. Raises `NoProbe` if there are too few rows or the features are useless."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
     if len(labels) < MIN_ROWS or np.count_nonzero(counts >= MIN_OF_A_CLASS) < 2:
@@ -147,12 +145,12 @@ def judge_items(items: Items) -> JudgedLabels:
             f"least {MIN_OF_A_CLASS} rows each"
         )
     probabilities = _probabilities_without_errors(items)
-    margins, other = margins_of(probabilities, labels)
+    margins, other = label_margins(probabilities, labels)
     planted = _plant_errors(items, probabilities, margins)
     chance = float(((counts / len(labels)) ** 2).sum())
     if not len(planted) or (margins > 0).mean() < chance + 2 * math.sqrt(chance / len(labels)):
         raise NoProbe(NOT_SEPARABLE)
-    cut, recall, precision, wrong = calibrated(margins, planted)
+    cut, recall, precision, wrong = choose_suspect_margin(margins, planted)
     suspects = margins < cut
     doubtful = (margins < DOUBT) & ~suspects
     about = LabelErrors(
@@ -168,9 +166,12 @@ def judge_items(items: Items) -> JudgedLabels:
     return JudgedLabels(margins, other, suspects, doubtful, about)
 
 
-def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
+def choose_suspect_margin(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
     """Return the margin below which labels are suspects, the suspects' recall and precision, and the estimated number
-    of errors."""
+    of errors.
+
+    `planted` holds margins of deliberately wrong labels.
+    """
     margins, planted = np.sort(margins), np.sort(planted)
     wrong = max(_estimate_min_errors(margins, planted, share) for share in SURE)
     cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
@@ -182,16 +183,16 @@ def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, 
     return -math.inf, 0.0, 0.0, wrong
 
 
-def _estimate_min_errors(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
+def _estimate_min_errors(margins: np.ndarray, planted: np.ndarray, quantile: float) -> float:
     """Estimate the number of errors from the margins below a quantile of planted ones, minus one standard error."""
-    num_below = int(np.searchsorted(margins, np.quantile(planted, share)))
+    num_below = int(np.searchsorted(margins, np.quantile(planted, quantile)))
     # Relative standard error of a count of rows, and of a share of the planted errors.
-    error = math.sqrt(1 / max(1, num_below) + (1 - share) / (share * len(planted)))
-    return num_below / share * max(0.0, 1 - error)
+    error = math.sqrt(1 / max(1, num_below) + (1 - quantile) / (quantile * len(planted)))
+    return num_below / quantile * max(0.0, 1 - error)
 
 
 def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """Return the margins of planted errors, drawn from what the classifiers confuse."""
+    """Mislabel rows as classes that the classifiers confuse; return the wrong labels' margins: float64 [errors]."""
     good = np.flatnonzero(margins > 0)
     if len(good) < 2 * PLANTED_SHARE * len(margins):
         return np.zeros(0)
@@ -207,7 +208,7 @@ def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) 
         cumulative = np.cumsum(others[positions], axis=1)
         wrong[positions] = (cumulative <= generator.random((count, 1)) * cumulative[:, -1:]).sum(axis=1)
         margins_of_wrong.append(
-            margins_of(_probabilities_without_errors(replace(items, labels=wrong)), wrong)[0][positions]
+            label_margins(_probabilities_without_errors(replace(items, labels=wrong)), wrong)[0][positions]
         )
     return np.concatenate(margins_of_wrong)
 
@@ -215,25 +216,26 @@ def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) 
 def _probabilities_without_errors(items: Items) -> np.ndarray:
     """Return out-of-fold probabilities of classifiers trained without likely errors: float64 [rows, classes]."""
     every = np.ones(len(items.labels), bool)
-    other = _is_confidently_other(out_of_fold(items, every, 0), items.labels.astype(np.int64))
+    other = _is_likely_error(predict_out_of_fold(items, every, 0), items.labels.astype(np.int64))
     if other.mean() > MAX_OTHER:
         raise NoProbe(NOT_SEPARABLE)
-    return out_of_fold(items, ~other, 1)
+    return predict_out_of_fold(items, ~other, 1)
 
 
-def out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
-    """Return each row's probabilities from a classifier trained on other folds: float64 [rows, classes]."""
+def predict_out_of_fold(items: Items, is_trained_on: np.ndarray, seed: int) -> np.ndarray:
+    """Return each row's probabilities from a classifier trained on `is_trained_on` rows of other folds: float64 [rows,
+    classes]."""
     fold = np.random.default_rng(seed).permutation(len(items.rows)) % FOLDS
     probabilities = np.zeros((len(items.rows), items.num_outputs))
     for number in range(FOLDS):
         # Rare classes may be missing from a fold; the others are judged anyway.
-        [(_, classifier)] = fits(items.select((fold != number) & learned), strengths=(MIDDLE,))
+        [(_, classifier)] = fits(items.select((fold != number) & is_trained_on), strengths=(MIDDLE,))
         probabilities[fold == number] = softmax(classifier(items.features[fold == number]).astype(np.float64), axis=1)
     return probabilities
 
 
-def _is_confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mark rows for which another class is likelier than it usually is for its own rows: bool [rows]."""
+def _is_likely_error(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Mark rows for which another class reaches its mean probability over its own rows: bool [rows]."""
     rows = np.arange(len(labels))
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
@@ -242,8 +244,8 @@ def _is_confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.n
     return (confident.max(axis=1) >= 0) & (confident.argmax(axis=1) != labels)
 
 
-def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each label's margin, and the likeliest other class."""
+def label_margins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each label's margin, and the likeliest other class: float64 and int64 [rows]."""
     rows, others = np.arange(len(labels)), probabilities.copy()
     others[rows, labels] = -1.0
     other = others.argmax(axis=1)
@@ -254,15 +256,15 @@ def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
 
 NEIGHBOURS = 20
 SPREADS = 2.5
-"""Interquartile ranges from the upper quartile to the fence (Tukey 1977: 1.5, or 3 for far out)."""
+"""Interquartile ranges from the upper quartile to the outlier threshold (Tukey 1977: 1.5, or 3 for far outliers)."""
 MIN_TEXTS = 200
 MAX_FAR = 0.1
 _MAX_FAR_ROUNDS = 10
 _SAME_SQUARE = 1e-8
 
 
-def outliers(
-    reader: Reader, train_keys: np.ndarray, counts: Mapping[SplitName, int]
+def find_outliers(
+    reader: Reader, train_keys: np.ndarray, rows_of_split: Mapping[SplitName, int]
 ) -> tuple[dict[SplitName, dict[int, float]], float, int]:
     """Return, by split, the positions and distances of rows that are far from all train rows.
 
@@ -274,27 +276,29 @@ def outliers(
     if len(unique_keys) < MIN_TEXTS:
         raise NoProbe(f"train has {len(unique_keys):,} different texts or images, expected at least {MIN_TEXTS}")
     states = items.features[first]
-    distances, is_far, usual, fence = far_out(states)
+    distances, is_far, usual, fence = mark_outliers(states)
     if is_far.mean() > MAX_FAR:
-        raise NoProbe(f"{is_far.mean():.0%} of the train rows are far from the others: the rows are of several kinds")
-    num_unread = counts["train"] - len(positions)
+        raise NoProbe(
+            f"{is_far.mean():.0%} of the train rows are far from the others, so the rows are of several kinds"
+        )
+    num_unread = rows_of_split["train"] - len(positions)
     far: dict[SplitName, dict[int, float]] = {
         "train": {int(positions[at]): float(distances[of]) for at, of in enumerate(inverse) if is_far[of]}
     }
-    for split in (name for name in ("eval", "test") if counts.get(name)):
+    for split in (name for name in ("eval", "test") if rows_of_split.get(name)):
         held_out, places = reader.items(split)
-        num_unread += counts[split] - len(places)
-        distances = nearest(held_out.features, states[~is_far])
+        num_unread += rows_of_split[split] - len(places)
+        distances = mean_distance_to_nearest(held_out.features, states[~is_far])
         far[split] = {int(places[at]): float(distances[at]) for at in np.flatnonzero(distances > fence)}
     return far, usual, num_unread
 
 
-def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+def mark_outliers(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Return distances, outliers (bool [rows]), the others' upper quartile, and the distance above which rows are
     outliers."""
     is_far = np.zeros(len(states), bool)
     for _ in range(_MAX_FAR_ROUNDS):
-        distances = nearest(states, states[~is_far])
+        distances = mean_distance_to_nearest(states, states[~is_far])
         lower, upper = np.quantile(distances[~is_far], [0.25, 0.75])
         fence = float(upper + SPREADS * (upper - lower))
         further = (distances > fence) & ~is_far
@@ -304,7 +308,7 @@ def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
     return distances, is_far, float(upper), fence
 
 
-def nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
+def mean_distance_to_nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
     """Return the mean of 1 - cosine to the `count` nearest other states, ignoring an equal state: float64 [rows]."""
     from sklearn.neighbors import NearestNeighbors
 
