@@ -65,14 +65,14 @@ def workers_of(file: Path, word: str) -> Iterator[None]:
     """Start a file, with a word before its arguments, where the real worker would be started."""
     from fulltune.train.parent import spawn
 
-    real = spawn.worker_command
+    real = spawn.command
 
     def command(*arguments: Any) -> list[str]:
         words = real(*arguments)
         place = words.index(REAL_WORKER)
         return [*words[: place - 1], str(file), word, *words[place + 1 :]]
 
-    with mock.patch.object(spawn, "worker_command", command):
+    with mock.patch.object(spawn, "command", command):
         yield
 
 
@@ -82,7 +82,7 @@ def kept_footprints(folder: str) -> Iterator[None]:
     from fulltune.footprint import trace
     from fulltune.footprint.records import Footprint
 
-    real = trace.traced
+    real = trace.trace_footprint
 
     def traced(case: Any) -> Footprint:
         name = f"{type(case.config).__name__}-{case.precision}-{case.weights_dtype}-{case.attn_implementation}.json"
@@ -90,7 +90,7 @@ def kept_footprints(folder: str) -> Iterator[None]:
             real(case).save(Path(folder) / name)
         return Footprint.load(Path(folder) / name)
 
-    with mock.patch.object(trace, "traced", traced) if folder else contextlib.nullcontext():
+    with mock.patch.object(trace, "trace_footprint", traced) if folder else contextlib.nullcontext():
         yield
 
 

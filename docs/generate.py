@@ -192,16 +192,16 @@ def _filled_in() -> Iterable[str]:
     yield "| parameters | learning rate, encoder | learning rate, decoder |"
     yield "|---:|---:|---:|"
     for millions in (22, 110, 335, 1_000, 3_000, 8_000, 32_000):
-        rates = [defaults.learning_rate(millions * 1_000_000, is_decoder)[0] for is_decoder in (False, True)]
+        rates = [defaults.full_learning_rate(millions * 1_000_000, is_decoder)[0] for is_decoder in (False, True)]
         yield f"| {millions:,} M | {rates[0]:g} | {rates[1]:g} |"
     yield ""
     writing = " and ".join(task for task, facts in FACTS.items() if facts.writes)
     yield f"| train rows | epochs, {writing} | epochs, all other tasks |"
     yield "|---:|---:|---:|"
     for rows in (500, 5_000, 50_000):
-        epochs = [defaults.num_train_epochs(task, rows)[0] for task in ("causal-lm", "text-classification")]
+        epochs = [defaults.default_num_epochs(task, rows)[0] for task in ("causal-lm", "text-classification")]
         yield f"| {rows:,} | {epochs[0]:g} | {epochs[1]:g} |"
-    warmups = [defaults.warmup_ratio(task, False)[0] for task in ("causal-lm", "text-classification")]
+    warmups = [defaults.default_warmup(task, False)[0] for task in ("causal-lm", "text-classification")]
     yield f"\nWarm-up: {warmups[0]:g} of the steps ({writing}) or {warmups[1]:g} (all other tasks).\n"
 
 

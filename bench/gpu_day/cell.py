@@ -100,7 +100,7 @@ def _work(folder: Path, cell: Cell, train: dict[str, Any]) -> dict[str, Any]:
     """Plan and measure a cell in this process."""
     from fulltune import api, pipeline
     from fulltune.errors import DoesNotFitError
-    from fulltune.system.memory import life_peak_bytes
+    from fulltune.system.memory import process_peak_bytes
     from fulltune.train.hooks import Hooks
     from fulltune.train.request import Request
     from fulltune.train.worker import main as worker
@@ -137,8 +137,8 @@ def _work(folder: Path, cell: Cell, train: dict[str, Any]) -> dict[str, Any]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0",
         }
-    outcome = worker.run_attempt(request, Hooks(), _stop_after(2) if is_zero else None)
-    answer = {"planned_bytes": planned, "planned_host_bytes": plan.memory.host, "host_bytes": life_peak_bytes()}
+    outcome = worker.run(request, Hooks(), _stop_after(2) if is_zero else None)
+    answer = {"planned_bytes": planned, "planned_host_bytes": plan.memory.host, "host_bytes": process_peak_bytes()}
     if outcome.status not in (("done", "interrupted") if is_zero else ("done",)):
         return answer | {"problem": f"{outcome.status}: {outcome.reason}"}
     speed = outcome.tokens_per_second or (outcome.forecast.tokens_per_second if outcome.forecast else None)

@@ -179,7 +179,7 @@ def _run_part(folder: Path, decision: Decision, seconds_left: float, here: Here)
         try:
             status, reason = _awaited(child, limit, log)
         finally:
-            spawn.kill_workers(child)
+            spawn.end(child)
             child.wait()
     seconds = round(time.monotonic() - began, 1)
     return base | {"status": status, "reason": reason, "seconds": seconds, "rows": lines_of(rows)}

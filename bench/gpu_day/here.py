@@ -140,7 +140,7 @@ def look(folder: Path) -> Here:
     """Look at this machine. This creates a CUDA context, so call it in a process of its own."""
     import torch
 
-    from fulltune.system.hardware import disk_free_bytes, here
+    from fulltune.system.hardware import disk_free_bytes, measure_machine
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -153,7 +153,7 @@ def look(folder: Path) -> Here:
         torch=torch.__version__,
         torch_cuda=torch.version.cuda or "",
         fulltune=_fulltune(),
-        host_bytes=here().memory_available_bytes,
+        host_bytes=measure_machine().memory_available_bytes,
         disk_bytes=disk_free_bytes(folder.absolute()),
         packages=tuple(name for name in PACKAGES if importlib.util.find_spec(name)),
         hidden=os.environ.get("CUDA_VISIBLE_DEVICES"),

@@ -10,7 +10,7 @@ from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.records.events import Listener
-from fulltune.system.run_folder import RunResult, find_or_make, hide_progress_bars
+from fulltune.system.run_folder import RunResult, find_or_make_folder, hide_progress_bars
 from fulltune.text import did_you_mean
 from fulltune.train.hooks import Hooks
 
@@ -55,7 +55,7 @@ def job(
     text = text or yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     folder = None if run_folder is None else Path(run_folder)
     hooks = Hooks(**functions)
-    folder_path, _ = find_or_make(recipe, text, recipe.name or name, folder, fresh, hooks.digest())
+    folder_path, _ = find_or_make_folder(recipe, text, recipe.name or name, folder, fresh, hooks.digest())
     return Run(recipe, folder_path, hooks, listener or _printing())
 
 

@@ -196,7 +196,7 @@ def _eval_outputs_of_run(job: Run) -> Predictions:
     """Train a run unless its eval outputs are saved, and return these."""
     run, saved = job.folder, Path(f"{job.folder}.npz")
     if not saved.exists():
-        run_folder.find_or_make(job.recipe, "", run.name, run, fresh=False)
+        run_folder.find_or_make_folder(job.recipe, "", run.name, run, fresh=False)
         reached = pipeline.run(replace(job, listener=without_tables(job.listener), began=None), "train")
         assert reached.plan is not None, "asked for"
         assert reached.outcome is not None, "asked for"

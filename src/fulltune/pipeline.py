@@ -29,11 +29,11 @@ from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import RunResult
 from fulltune.tasks.labels import check_settings_for
 from fulltune.train.hooks import Hooks
-from fulltune.train.loop.arguments import check_trainable
+from fulltune.train.loop.arguments import check_extra
 from fulltune.train.parent.machines import MachineGroup
-from fulltune.train.parent.measure import choose_fastest_plan as fastest_here
-from fulltune.train.parent.retry import PlannedTrial, train_in_attempts
-from fulltune.train.parent.spawn import Starter, start_in_new_process
+from fulltune.train.parent.measure import measure as fastest_here
+from fulltune.train.parent.retry import PlannedTrial, train
+from fulltune.train.parent.spawn import Starter, in_new_process
 
 if TYPE_CHECKING:
     from fulltune.footprint.trace import PlannedModel
@@ -72,19 +72,19 @@ class Run:
     def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
         """Return a function that computes the memory of a changed plan. Its first call traces the model."""
         model = cache(lambda: self.model(summary))
-        return lambda changed: plan.need_of(changed, self.recipe, model())
+        return lambda changed: plan.memory_need_of_plan(changed, self.recipe, model())
 
     @property
     def machine(self) -> Machine:
         """The machine that training can count on: the weakest of several."""
-        return hardware.here() if self.group is None else self.group.weakest
+        return hardware.measure_machine() if self.group is None else self.group.weakest
 
     def phase(self, name: str) -> None:
         self.listener(PhaseBegan(name=name))
 
     @property
     def start(self) -> Starter:
-        return start_in_new_process if self.group is None else self.group.start
+        return in_new_process if self.group is None else self.group.start
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
@@ -94,12 +94,12 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
             "methods: a run trains one method; use 'fulltune compare', or give one 'method' instead of 'methods'"
         )
     job = job if job.began else replace(job, began=time.time())
-    with run_folder.writing(job.folder), run_folder.locked(job.folder):
-        with run_folder.not_left_when_refused(job.folder):
+    with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
+        with run_folder.remove_new_run_on_error(job.folder):
             if job.group is not None:
                 job.group.begin(job.phase)
         # A plan that does not fit stays in the folder, from which its ways out are shown.
-        with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
+        with run_folder.remove_new_run_on_error(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
             summary = prepare(job, runs_here=until != "data")
             if until == "data":
                 return RunResult(job.folder, summary)
@@ -156,7 +156,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
 
 def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
     """Raise an error for settings that the libraries, the model or the method forbid, before rows are read."""
-    check_trainable(recipe, check_packages=runs_here)
+    check_extra(recipe, runs_here=runs_here)
     check_model(recipe, base)
     methods.check(recipe, base.config)
 
@@ -171,7 +171,7 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
 
 def list_losses(job: Run, summary: DataSummary) -> Audit:
     """Add the rows with the trained model's highest losses to the audit."""
-    trial = run_folder.trained_plan(job.recipe, job.folder, hardware.here())
+    trial = run_folder.load_trained_plan(job.recipe, job.folder, hardware.measure_machine())
     if summary.packed:
         raise SetupError(
             "--losses: packed texts share rows, so no text has its own loss; train with data.packing=false"
@@ -198,22 +198,23 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     """Run the plan stage: choose every setting with its reason. A resumed run changes only its placement."""
     job.phase("planning")
     machine = job.machine
-    before = run_folder.plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
-    if before is not None and plan.is_placed_as(before, job.recipe):
+    before = run_folder.load_plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
+    if before is not None and plan.has_same_placement(before, job.recipe):
         trial = before
     else:
-        recipe = job.recipe if before is None else plan.as_begun(job.recipe, before)
+        recipe = job.recipe if before is None else plan.recipe_for_resuming(job.recipe, before)
         model = job.model(summary)
         footprint = model.footprint(recipe, *plan.device_and_precision(recipe, machine))
         model.save(footprint, job.folder)
         free, machines = hardware.disk_free_bytes(job.folder), job.recipe.train.num_machines
-        fleet, own_loss = plan.here(machine, free, machines, str(job.folder)), job.hooks.compute_loss is not None
+        fleet = plan.local_hardware(machine, free, machines, str(job.folder))
+        own_loss = job.hooks.compute_loss is not None
         started_seconds = None if job.began is None else time.time() - job.began
         workload = plan.Workload(recipe, model.shapes, lambda weights_dtype: footprint, summary)
-        trial = plan.fit(workload, fleet, own_loss, started_seconds)
+        trial = plan.make_plan(workload, fleet, own_loss, started_seconds)
         if before is not None:
-            trial = plan.placed_anew(before, trial)
-        run_folder.environment(machine).save(job.folder / run_folder.ENVIRONMENT)
+            trial = plan.with_new_placement(before, trial)
+        run_folder.describe_environment(machine).save(job.folder / run_folder.ENVIRONMENT)
         run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
     return trial
@@ -223,9 +224,9 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
     """Replace settings by the fastest ones measured on this machine, and save the plan."""
     if job.recipe.train.num_machines > 1:
         raise RecipeError("--measure: tries settings on one machine; set train.num_machines=1, and fewer processes")
-    available, _ = plan.available(job.recipe, hardware.here(), trial.device)
+    available, _ = plan.usable_memory(job.recipe, hardware.measure_machine(), trial.device)
     trial = fastest_here(_trial_to_train(job, trial, summary), summary, available)
-    trial = plan.on_disk(job.recipe, trial, hardware.disk_free_bytes(job.folder), str(job.folder))
+    trial = plan.with_disk_need(job.recipe, trial, hardware.disk_free_bytes(job.folder), str(job.folder))
     run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
     return trial
@@ -237,7 +238,7 @@ def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
         raise RecipeError(
             "method.learning_rate: search needs several runs, and this is one; call fulltune.run, or give the rate"
         )
-    return train_in_attempts(_trial_to_train(job, trial, summary), job.start)
+    return train(_trial_to_train(job, trial, summary), job.start)
 
 
 def _trial_to_train(job: Run, trial: Plan, summary: DataSummary) -> PlannedTrial:
@@ -266,7 +267,7 @@ def write_report(job: Run) -> Path:
     """Run the report stage, which reads only files, and return the report's path."""
     job.phase("writing the report")
     if job.began is not None:
-        run_folder.note_command(job.folder, job.began)
+        run_folder.record_duration(job.folder, job.began)
     path = report.write(job.folder)
     if (model_folder := job.folder / "models" / job.recipe.method.label).exists():
         report.write_model_card(job.folder, model_folder)

@@ -78,5 +78,5 @@ def fulltune(*arguments: object, stdin: str = "") -> Result:
             code = 1
             traceback.print_exc()
         finally:  # a command takes signals as the one of its process
-            signals.put_back(handlers)
+            signals.restore_handlers(handlers)
     return Result(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())

@@ -609,7 +609,7 @@ def test_run_folder_with_other_files_is_refused(case: Case) -> None:
     refused(
         fulltune("data", case.recipe(), "--run-folder", case.folder),
         RECIPE,
-        f"{case.folder}: is not empty and not a run folder; name another folder",
+        f"{case.folder}: is neither empty nor a run folder; choose another folder",
     )
 
 
@@ -622,7 +622,7 @@ def test_run_folder_of_another_recipe_is_refused(case: Case) -> None:
     refused(
         fulltune("data", path, "--run-folder", run, "--set", "train.seed=1"),
         RECIPE,
-        f"{run}: belongs to a run with other settings (train.seed); name another folder, or omit --run-folder to "
+        f"{run}: belongs to a run with other settings (train.seed); choose another folder, or omit --run-folder to "
         "start a new run",
     )
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
@@ -648,13 +648,13 @@ def test_data_file_changed_after_the_plan_is_refused(case: Case) -> None:
 
 
 def test_run_folder_in_use_is_refused(case: Case) -> None:
-    from fulltune.system.run_folder import locked
+    from fulltune.system.run_folder import lock_folder
 
     run = case.folder / "mine"
     case.write(CSV)
     path = case.recipe()
     accepted(fulltune("data", path, "--run-folder", run))
-    with locked(run):
+    with lock_folder(run):
         refused(
             fulltune("data", path, "--run-folder", run),
             RECIPE,
@@ -676,8 +676,8 @@ def test_disk_too_small_is_refused_before_training(
     assert (measured[-1] == place) == elsewhere
     short, *ways = result.problems[-4:]
     assert re.fullmatch(
-        f"{re.escape(str(measured[-1]))}: checkpoints and model need [\\d.]+ MiB on disk "
-        r"\(4 x [\d.]+ MiB and [\d.]+ MiB\), but 977 KiB are free",
+        f"{re.escape(str(measured[-1]))}: checkpoints and the model need [\\d.]+ MiB on disk "
+        r"\(4 x [\d.]+ MiB and [\d.]+ MiB\), but only 977 KiB is free",
         short,
     )
     assert re.match(

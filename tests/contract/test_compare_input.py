@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.compare import run as comparing
 from fulltune.recipe.file import load_recipe
-from fulltune.system.run_folder import find_or_make
+from fulltune.system.run_folder import find_or_make_folder
 from tests import tiny
 from tests.contract.command import fulltune
 
@@ -52,7 +52,7 @@ def test_recipe_without_methods_is_named(command: list[str], tmp_path: Path) -> 
 def test_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     path = recipe(tmp_path, ["full", "lora"])
     one = comparing.recipe_for(load_recipe(path))
-    find_or_make(one, path.read_text(encoding="utf-8"), "run", tmp_path / "run", False)
+    find_or_make_folder(one, path.read_text(encoding="utf-8"), "run", tmp_path / "run", False)
     said = fulltune("compare", path, "--set", "compare.margin=0.02", "--run-folder", tmp_path / "run")
     assert said.code == 2
     assert "other settings (compare.margin)" in said.err

@@ -15,7 +15,7 @@ from fulltune.compare import run as comparing
 from fulltune.errors import SetupError
 from fulltune.recipe.file import load_recipe
 from fulltune.records.comparison import Comparison
-from fulltune.system.run_folder import find_or_make
+from fulltune.system.run_folder import find_or_make_folder
 from tests import comparisons, tiny
 from tests.contract.command import fulltune
 
@@ -33,7 +33,7 @@ def unfinished(recipe: Path) -> Path:
     """A comparison that was begun: its methods have a model each, and there is no verdict."""
     checked = comparing.recipe_for(load_recipe(recipe))
     folder = recipe.parent / "run"
-    find_or_make(checked, recipe.read_text(encoding="utf-8"), "run", folder, False)
+    find_or_make_folder(checked, recipe.read_text(encoding="utf-8"), "run", folder, False)
     for name, kind in KINDS.items():
         model = folder / "models" / name
         model.mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_recipe_again_goes_on_in_the_folder_whose_time_was_up_but_not_in_one_wit
     for verdict, goes_on in (("UNDECIDED", True), ("FULL", False)):
         found = comparisons.comparison(decision={"verdict": verdict}, time_was_up=True)
         found.save(unfinished / "compare" / "comparison.json")
-        assert find_or_make(checked, "", "again", None, False)[1] is goes_on
+        assert find_or_make_folder(checked, "", "again", None, False)[1] is goes_on
 
 
 @pytest.mark.parametrize(

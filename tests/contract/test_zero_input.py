@@ -148,15 +148,17 @@ def test_checkpoint_of_deepspeed_needs_the_same_stage_and_processes(
     tmp_path: Path, stage: int, train: dict[str, Any], problem: str | None
 ) -> None:
     checkpoint = written(tmp_path, stage, 2)
-    back = "set the same again, or start a new run (--fresh)"
+    back = "use the same settings as before, or start a new run (--fresh)"
     expected = None if problem is None else f"{checkpoint}: {problem}; {back}"
-    assert parallel_layout.misfit(checkpoint, recipe(**train)) == expected
+    assert parallel_layout.why_resume_impossible(checkpoint, recipe(**train)) == expected
 
 
 @pytest.mark.parametrize(("placement", "goes_on"), [("auto", True), ("fsdp2", True), ("zero2", False)])
 def test_other_checkpoint_goes_on_outside_of_deepspeed(tmp_path: Path, placement: str, goes_on: bool) -> None:
     (tmp_path / "checkpoint-6").mkdir()
-    problem = parallel_layout.misfit(tmp_path / "checkpoint-6", recipe(placement=placement, num_processes=2))
+    problem = parallel_layout.why_resume_impossible(
+        tmp_path / "checkpoint-6", recipe(placement=placement, num_processes=2)
+    )
     assert (problem is None) == goes_on
     assert "was not written by DeepSpeed" in (problem or "was not written by DeepSpeed")
 

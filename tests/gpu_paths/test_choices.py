@@ -19,7 +19,7 @@ from fulltune.errors import SetupError
 from fulltune.models import kernels
 from fulltune.records.plan import Plan
 from fulltune.system.hardware import Gpu, Machine
-from fulltune.system.run_folder import plan_to_continue
+from fulltune.system.run_folder import load_plan_to_continue
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker.dry_run import PassTimer
@@ -89,11 +89,11 @@ def test_run_that_was_planned_for_a_card_does_not_go_on_without_one(tmp_path: Pa
     card = Gpu(name="NVIDIA H100", memory_bytes=8, capability=(9, 0))
     for device in ("cuda", "cpu"):
         plans.plan(device=device).save(folder / f"{device}.json")
-    with pytest.raises(SetupError, match="planned for a GPU, but there is none here"):
-        plan_to_continue(folder / "cuda.json", without)
+    with pytest.raises(SetupError, match="planned for a GPU, but this machine has none"):
+        load_plan_to_continue(folder / "cuda.json", without)
     with_card = without.model_copy(update={"gpus": (card,)})
-    assert plan_to_continue(folder / "cuda.json", with_card) == Plan.load(folder / "cuda.json")
-    assert plan_to_continue(folder / "cpu.json", without).device == "cpu"
+    assert load_plan_to_continue(folder / "cuda.json", with_card) == Plan.load(folder / "cuda.json")
+    assert load_plan_to_continue(folder / "cpu.json", without).device == "cpu"
 
 
 @pytest.mark.stand_in("packages that are said to be installed", card="that Triton compiles for it")

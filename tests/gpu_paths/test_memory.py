@@ -11,7 +11,7 @@ import torch
 
 from fulltune.records.data import DataSummary
 from fulltune.system import hardware, memory
-from fulltune.system.memory import Meter, is_out_of_memory, with_smaller_batches
+from fulltune.system.memory import Meter, is_out_of_memory, run_with_smaller_batches
 from fulltune.train.usage import memory_limit
 from fulltune.train.worker import attempt
 from fulltune.train.worker import main as worker
@@ -52,10 +52,10 @@ def test_meter_reads_what_the_allocator_has_reserved_since_it_began(two_h100s: C
     card.take(3 * GIB)
     card.free(2 * GIB)
 
-    assert (meter.base_bytes, meter.held_bytes(), meter.peak_bytes()) == (GIB, 4 * GIB, 4 * GIB)
+    assert (meter.base_bytes, meter.bytes_in_use(), meter.peak_bytes()) == (GIB, 4 * GIB, 4 * GIB)
     assert meter.growth_bytes() == 3 * GIB
-    meter.forget_peak()
-    assert meter.peak_bytes() == meter.held_bytes() == 2 * GIB
+    meter.reset_peak()
+    assert meter.peak_bytes() == meter.bytes_in_use() == 2 * GIB
 
 
 @books
@@ -65,7 +65,7 @@ def test_meter_of_a_cpu_asks_no_card(two_h100s: Cards) -> None:
 
     meter = Meter("cpu")
 
-    assert 0 < meter.held_bytes() <= meter.peak_bytes() != 3 * GIB
+    assert 0 < meter.bytes_in_use() <= meter.peak_bytes() != 3 * GIB
     assert two_h100s[0].reserved == 3 * GIB, "its cache was given back for nothing"
 
 
@@ -106,7 +106,7 @@ def test_smaller_batch_begins_with_what_the_larger_one_left_given_back(two_h100s
             card.free(20 * GIB)
             raise
 
-    assert with_smaller_batches("scoring", 8, leaves) == (2, 0)
+    assert run_with_smaller_batches("scoring", 8, leaves) == (2, 0)
 
 
 @pytest.mark.stand_in("the attempt itself left out", card="that the allocator does as its variables say")
@@ -115,7 +115,7 @@ def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
     device: str, two_h100s: Cards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = list[tuple[str, str]]()
-    monkeypatch.setattr(attempt, "train_attempt", lambda *given: {})
+    monkeypatch.setattr(attempt, "train", lambda *given: {})
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for name in memory.ALLOCATOR_NAMES[1:]:
         monkeypatch.delenv(name, raising=False)

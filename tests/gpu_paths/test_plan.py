@@ -42,7 +42,7 @@ def with_card(name: str) -> Machine:
 
 def test_card_is_taken_where_there_is_one() -> None:
     def found(machine: Machine, device: str = "auto", processes: int = 1) -> str:
-        return resolve.device(recipe(train={"device": device, "num_processes": processes}), machine, Reasons())
+        return resolve.choose_device(recipe(train={"device": device, "num_processes": processes}), machine, Reasons())
 
     assert [found(with_card("H100")), found(HOST), found(with_card("H100"), "cpu")] == ["cuda", "cpu", "cpu"]
     assert found(HOST, "cpu", 4) == "cpu"
@@ -54,7 +54,7 @@ def test_card_is_taken_where_there_is_one() -> None:
 
 def test_memory_is_the_cards_alone_and_the_hosts_beside_the_libraries() -> None:
     def found(machine: Machine, device: str, **train: Any) -> int:
-        return budget.available(recipe(train=train), machine, device)[0]
+        return budget.usable_memory(recipe(train=train), machine, device)[0]
 
     assert found(with_card("T4"), "cuda") == 15 * GIB
     assert found(with_card("T4"), "cuda", memory_limit="10GiB") == 10 * GIB
@@ -64,7 +64,7 @@ def test_memory_is_the_cards_alone_and_the_hosts_beside_the_libraries() -> None:
 
 @pytest.mark.parametrize(("device", "beyond"), [("cuda", memory.CUDA_CONTEXT_BYTES), ("cpu", memory.FIRST_CALLS_BYTES)])
 def test_beside_tensors_a_process_holds_what_its_device_takes(device: str, beyond: int) -> None:
-    found = memory.need(SHAPES, FOOTPRINT, SETTINGS.changed(device=device))
+    found = memory.unsharded_need(SHAPES, FOOTPRINT, SETTINGS.changed(device=device))
     assert found.phases["loading"] == 4 * SHAPES.num_parameters + beyond
     kept = round(memory.STATE_SHARE * 12 * SHAPES.num_parameters)
     if device == "cuda":
@@ -77,13 +77,13 @@ def test_beside_tensors_a_process_holds_what_its_device_takes(device: str, beyon
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_another_type_is_reckoned_with_what_its_device_takes(device: str) -> None:
     settings = SETTINGS.changed(device=device, weights_dtype="bf16", precision="bf16")
-    found = budget.need(SHAPES, FOOTPRINT, settings, None).kinds["buffers"]
+    found = budget.memory_need(SHAPES, FOOTPRINT, settings, None).kinds["buffers"]
     assert (found == memory.CUDA_CONTEXT_BYTES) == (device == "cuda")
 
 
 @pytest.mark.parametrize(("device", "host"), [("cuda", True), ("cpu", False)])
 def test_what_zero_offloads_lies_on_the_host_of_a_card_and_in_the_same_memory_without(device: str, host: bool) -> None:
-    found = budget.need(SHAPES, FOOTPRINT, SETTINGS.changed(device=device), ParallelLayout(3, True, True))
+    found = budget.memory_need(SHAPES, FOOTPRINT, SETTINGS.changed(device=device), ParallelLayout(3, True, True))
     assert (found.host > 10 * SHAPES.num_parameters) == host
     assert (found.kinds["optimizer"] == 0) == host
 
@@ -91,10 +91,10 @@ def test_what_zero_offloads_lies_on_the_host_of_a_card_and_in_the_same_memory_wi
 def test_gradients_are_sent_from_one_buffer_on_a_card_and_from_two_by_gloo() -> None:
     settings = SETTINGS.changed(num_processes=4, activation_checkpointing=True, micro_batch_size=1, longest_tokens=8)
     sent = {
-        device: fsdp2.need(SHAPES, FOOTPRINT, settings.changed(device=device)).kinds["buffers"]
+        device: fsdp2.fsdp2_memory_need(SHAPES, FOOTPRINT, settings.changed(device=device)).kinds["buffers"]
         for device in ("cuda", "cpu")
     }
-    units = fsdp2.units_of(SHAPES)
+    units = fsdp2.fsdp_units(SHAPES)
     assert sent["cuda"] - memory.CUDA_CONTEXT_BYTES < 4 * 4 * (units.apart + 4 * units.block)
     assert fsdp2.SENT["cuda"] < fsdp2.SENT["cpu"]
     assert sent["cpu"] > sent["cuda"]
@@ -102,7 +102,8 @@ def test_gradients_are_sent_from_one_buffer_on_a_card_and_from_two_by_gloo() -> 
 
 def test_pieces_of_a_chunked_loss_are_those_of_a_card() -> None:
     whole, pieces = (
-        budget.passing(FOOTPRINT, SETTINGS.changed(chunked_loss=chunked))["logits"] for chunked in (False, True)
+        budget.peak_activation_bytes(FOOTPRINT, SETTINGS.changed(chunked_loss=chunked))["logits"]
+        for chunked in (False, True)
     )
     assert pieces == pytest.approx(whole * 1024 / (4 * 512))
 
@@ -136,10 +137,10 @@ def test_table_of_memory_calls_a_card_a_device() -> None:
 
 def test_hardware_without_a_card_cannot_be_asked_for_one() -> None:
     on_card, anywhere = (recipe(train={"device": device}) for device in ("cuda", "auto"))
-    with pytest.raises(RecipeError, match="'cuda' but --for names no GPU"):
-        workload.spread_over(on_card, gpus.parse("cpu"))
-    assert workload.spread_over(anywhere, gpus.parse("cpu")) == (anywhere, ())
-    assert workload.spread_over(on_card, gpus.parse("2x H100"))[0].train.num_processes == 2
+    with pytest.raises(RecipeError, match="'cuda', but --for names no GPU"):
+        workload.set_one_process_per_device(on_card, gpus.parse_hardware("cpu"))
+    assert workload.set_one_process_per_device(anywhere, gpus.parse_hardware("cpu")) == (anywhere, ())
+    assert workload.set_one_process_per_device(on_card, gpus.parse_hardware("2x H100"))[0].train.num_processes == 2
 
 
 # ---- fp16 ------------------------------------------------------------------------------------------------------------
@@ -148,15 +149,17 @@ def test_hardware_without_a_card_cannot_be_asked_for_one() -> None:
 def test_kernels_that_triton_makes_are_refused_on_cards_that_it_does_not_know() -> None:
     for name in ("torch_compile", "use_liger_kernel"):
         asked = recipe(train={name: True})
-        resolve.refuse_kernels(asked, with_card("T4"), "cuda", "fp16")
+        resolve.check_kernels(asked, with_card("T4"), "cuda", "fp16")
         with pytest.raises(RecipeError, match=rf"train\.{name} needs .* 7\.0 .* this is P100"):
-            resolve.refuse_kernels(asked, with_card("P100"), "cuda", "fp32")
-    resolve.refuse_kernels(recipe(train={"torch_compile": True}), HOST, "cpu", "fp32")
+            resolve.check_kernels(asked, with_card("P100"), "cuda", "fp32")
+    resolve.check_kernels(recipe(train={"torch_compile": True}), HOST, "cpu", "fp32")
 
 
 def test_precision_is_what_the_card_computes_fast() -> None:
     def found(machine: Machine, device: str, precision: str = "auto", **blocks: Any) -> str:
-        return str(resolve.precision(recipe(train={"precision": precision}, **blocks), machine, device, Reasons()))
+        return str(
+            resolve.choose_precision(recipe(train={"precision": precision}, **blocks), machine, device, Reasons())
+        )
 
     assert found(with_card("H100"), "cuda") == "bf16"
     assert found(with_card("T4"), "cuda") == "fp16"
@@ -166,14 +169,14 @@ def test_precision_is_what_the_card_computes_fast() -> None:
 
 def test_fp16_that_is_no_faster_is_said_to_be_so_and_on_a_cpu_it_is_refused() -> None:
     def reason(name: str, wanted: str) -> str:
-        resolve.precision(recipe(train={"precision": wanted}), with_card(name), "cuda", reasons := Reasons())
+        resolve.choose_precision(recipe(train={"precision": wanted}), with_card(name), "cuda", reasons := Reasons())
         return reasons.settings[0].reason
 
     assert reason("P100", "fp16").endswith("has no tensor cores, so fp16 is no faster than fp32 and less exact")
     assert reason("T4", "fp16") == reason("P100", "fp32") == "from the recipe"
     assert "emulates" in reason("P100", "bf16")
     with pytest.raises(RecipeError, match="fp16 is not possible on a CPU"):
-        resolve.precision(recipe(train={"precision": "fp16"}), HOST, "cpu", Reasons())
+        resolve.choose_precision(recipe(train={"precision": "fp16"}), HOST, "cpu", Reasons())
 
 
 def test_card_without_fast_bf16_is_offered_no_narrow_weights() -> None:
@@ -186,8 +189,8 @@ def test_levers_stay_in_the_format_of_a_card_without_fast_bf16() -> None:
     old, new = (plan(device="cuda", precision="fp32", fast_bf16=fast) for fast in (False, True))
     assert levers._half_precision(recipe(), old) == [{"precision": "fp16"}]
     assert levers._half_precision(recipe(), new) == [{"precision": "bf16"}]
-    assert levers._narrow_weights_obstacle(recipe(), old) == "this GPU has no fast bf16"
-    assert levers._narrow_weights_obstacle(recipe(), new) is None
+    assert levers._why_no_bf16_weights(recipe(), old) == "this GPU has no fast bf16"
+    assert levers._why_no_bf16_weights(recipe(), new) is None
 
 
 def in_engine(**settings: Any) -> Recipe:
@@ -197,18 +200,18 @@ def in_engine(**settings: Any) -> Recipe:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_deepspeed_is_told_the_plans_format(precision: str) -> None:
-    found = parallel_layout.completed(in_engine(), plan(precision=precision))
+    found = parallel_layout.resolve_settings(in_engine(), plan(precision=precision))
     assert (found["fp16"]["enabled"], found["bf16"]["enabled"]) == (precision == "fp16", precision == "bf16")
 
 
 def test_block_of_deepspeed_for_fp16_is_filled_in_or_refused() -> None:
-    assert parallel_layout.settings(in_engine(fp16={"initial_scale_power": 12}))["fp16"] == {
+    assert parallel_layout.zero_settings(in_engine(fp16={"initial_scale_power": 12}))["fp16"] == {
         "initial_scale_power": 12,
         "enabled": "auto",
     }
-    assert parallel_layout.settings(in_engine())["fp16"] == {"enabled": "auto"}
+    assert parallel_layout.zero_settings(in_engine())["fp16"] == {"enabled": "auto"}
     with pytest.raises(RecipeError) as raised:
-        parallel_layout.settings(in_engine(fp16=True))
+        parallel_layout.zero_settings(in_engine(fp16=True))
     assert raised.value.problems == (
         'train.extra.deepspeed: fp16: expected a block such as {"enabled": "auto"}, found true',
     )

@@ -79,7 +79,7 @@ def kept_in(take: Callable[[int], None]) -> type[torch.optim.AdamW]:
     class Booked(torch.optim.AdamW):
         def step(self, *given: Any) -> Any:  # type: ignore[override]  # counts
             count = sum(one.numel() for group in self.param_groups for one in group["params"])
-            take(sum(memory.state_bytes(count, "fp32").values()))
+            take(sum(memory.trained_bytes(count, "fp32").values()))
 
     return Booked
 
@@ -183,12 +183,12 @@ def test_helper_books_what_the_plan_says() -> None:
     """What the tests above rest on: the bytes are of the parameters."""
     taken = list[int]()
     kept_in(taken.append)([torch.nn.Parameter(torch.zeros(10))]).step()
-    assert taken == [sum(memory.state_bytes(10, "fp32").values())]
+    assert taken == [sum(memory.trained_bytes(10, "fp32").values())]
 
 
 @pytest.mark.stand_in("no card", card="that NCCL listens there alone")
 def test_processes_of_one_machine_are_given_its_loopback() -> None:
-    variables = spawn.loopback_variables()
+    variables = spawn.on_loopback()
     name = variables["GLOO_SOCKET_IFNAME"]
     assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[name]}
     assert variables["NCCL_SOCKET_IFNAME"] == f"={name}", "this one, not each whose name begins so"

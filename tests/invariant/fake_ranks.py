@@ -31,10 +31,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.distributed.utils import TransformersDeviceMesh
 
 from fulltune.footprint import allocations
-from fulltune.footprint.allocations import TraceCase, batch_of, build
-from fulltune.footprint.formulas import traced
+from fulltune.footprint.allocations import TraceCase, build_model, make_batch
+from fulltune.footprint.formulas import trace_footprint
 from fulltune.footprint.records import Footprint
-from fulltune.footprint.trace import prepare
+from fulltune.footprint.trace import apply_method_and_dropout
 from fulltune.inference.run import autocast, logits_of
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import chunked_loss, sharding
@@ -87,7 +87,7 @@ class Cell:
         """As the plan traces it for a GPU."""
         config = transformers.AutoConfig.for_model(self.kind, **self.config)
         task = task_named(self.task)
-        prepared = partial(prepare, FullMethod(kind="full"), self.task, False)
+        prepared = partial(apply_method_and_dropout, FullMethod(kind="full"), self.task, False)
         types = {"precision": self.precision, "weights_dtype": self.weights_dtype}
         return TraceCase(config, task, TARGETS[self.task], prepared, count_of(config, task), **types)
 
@@ -106,7 +106,7 @@ def sizes_of(cell: Cell) -> dict[str, Any]:
     """What a plan knows of the model: its shapes and its footprint, as they are kept beside a plan."""
     case = cell.case
     base = Base(ModelBlock(name="model"), cell.task, None, case.config)
-    return {"shapes": shapes_of(base, {}).model_dump(), "footprint": traced(case).model_dump()}
+    return {"shapes": shapes_of(base, {}).model_dump(), "footprint": trace_footprint(case).model_dump()}
 
 
 def planned(cell: Cell, sizes: dict[str, Any]) -> MemoryNeed:
@@ -123,7 +123,7 @@ def planned(cell: Cell, sizes: dict[str, Any]) -> MemoryNeed:
         device="cuda",
     )
     shapes, footprint = Shapes.model_validate(sizes["shapes"]), Footprint.model_validate(sizes["footprint"])
-    need = budget.need(
+    need = budget.memory_need(
         shapes, footprint, settings, ParallelLayout(3, False, False, engine="fsdp2") if cell.shared else None
     )
     kinds = {**need.kinds, "buffers": need.kinds["buffers"] - memory.CUDA_CONTEXT_BYTES}
@@ -139,10 +139,10 @@ def tracked(cell: Cell) -> dict[str, int]:
     case = cell.case
     share_out = _sharing(cell, case) if cell.shared else lambda model: model
     with torch.device("meta"):  # as the plan does it: numbers that a class computes for itself have values
-        model = build(case, case.config)
+        model = build_model(case, case.config)
     batch = _collated(case, model, cell)
     with FakeTensorMode() as mode:
-        allocations.onto_cpu(model)
+        allocations.move_to_fake_cpu(model)
         model = share_out(model)
         if cell.recomputed:
             model.activation_checkpointing_enable()
@@ -183,7 +183,7 @@ def _sharing(cell: Cell, case: TraceCase) -> Callable[[Any], Any]:
 
 def _collated(case: TraceCase, model: Any, cell: Cell) -> dict[str, Any]:
     """A batch on the host, with the places of trained tokens and their labels, as `FullTrainer` finds them."""
-    batch = batch_of(case, cell.rows, cell.length)
+    batch = make_batch(case, cell.rows, cell.length)
     if case.task.FACTS is seq2seq.FACTS:
         batch["decoder_input_ids"] = seq2seq.decoder_input_ids(model, batch["labels"])
     if hasattr(case.task, "target_ids"):

@@ -9,7 +9,7 @@ import pytest
 from fulltune.footprint import trace
 from tests.train.runs import without_tracing
 
-_TRACED = trace.traced
+_TRACED = trace.trace_footprint
 ABOUT_TRACING = ("test_compare", "test_dry_run", "test_footprint", "test_recovery")
 
 
@@ -25,5 +25,5 @@ def _planned_by_rule_of_thumb(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def really_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one test among others."""
-    monkeypatch.setattr(trace, "traced", _TRACED)
+    monkeypatch.setattr(trace, "trace_footprint", _TRACED)
     monkeypatch.setattr(trace, "_TRACED", {})

@@ -9,7 +9,7 @@ from fulltune import pipeline
 from fulltune.compare import run as comparing
 from fulltune.recipe.file import load_recipe
 from fulltune.records.events import Listener
-from fulltune.system.run_folder import find_or_make
+from fulltune.system.run_folder import find_or_make_folder
 from tests import tiny
 
 METHODS = ["base", {"kind": "full", "learning_rate": 3e-3}, {"kind": "lora", "learning_rate": 1e-2}]
@@ -30,5 +30,5 @@ def job(folder: Path, methods: list[Any], listener: Listener = lambda event: Non
         **blocks,
     )
     recipe = comparing.recipe_for(load_recipe(path))
-    found, _ = find_or_make(recipe, path.read_text(encoding="utf-8"), "run", folder / "run", False)
+    found, _ = find_or_make_folder(recipe, path.read_text(encoding="utf-8"), "run", folder / "run", False)
     return pipeline.Run(recipe, found, listener=listener)

@@ -13,7 +13,7 @@ from transformers.integrations import flash_attention
 from fulltune.errors import SetupError
 from fulltune.plan import resolve
 from fulltune.recipe.fields import Recipe
-from fulltune.train.loop.arguments import check_trainable
+from fulltune.train.loop.arguments import check_extra
 from tests import tiny
 from tests.train import runs
 
@@ -41,7 +41,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     monkeypatch.setattr(flash_attention, "_flash_attention_forward", kernel)
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *_, **__: None)
     monkeypatch.setattr(modeling_utils.PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
-    monkeypatch.setattr(resolve, "refuse_kernels", lambda *_: None)  # there is no GPU
+    monkeypatch.setattr(resolve, "check_kernels", lambda *_: None)  # there is no GPU
     monkeypatch.setattr("fulltune.train.loop.arguments._KERNELS", {})
     return found
 
@@ -76,8 +76,8 @@ def test_a_missing_package_is_named_before_any_row_is_read(monkeypatch: pytest.M
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match="'flash_attention_2' needs a package that is missing: flash-attn or kernels"):
-        check_trainable(recipe("flash_attention_2"))
+        check_extra(recipe("flash_attention_2"))
     with pytest.raises(SetupError, match="is missing: flash-attn-interface or kernels"):
-        check_trainable(recipe("flash_attention_3"))
-    check_trainable(recipe("flash_attention_3"), check_packages=False)
-    check_trainable(recipe("sdpa"))
+        check_extra(recipe("flash_attention_3"))
+    check_extra(recipe("flash_attention_3"), runs_here=False)
+    check_extra(recipe("sdpa"))

@@ -16,7 +16,7 @@ from fulltune.footprint import allocations as tracing
 from fulltune.footprint import formulas as traced_whole
 from fulltune.footprint.allocations import TraceCase
 from fulltune.footprint.records import Footprint, LiveMemory
-from fulltune.footprint.trace import trace
+from fulltune.footprint.trace import trace_or_estimate
 from fulltune.models import dropout
 from fulltune.models.base import Base
 from fulltune.recipe.model import ModelBlock
@@ -66,7 +66,7 @@ def case_of(config: Any, task: str, **options: Any) -> TraceCase:
 
 
 def traced(config: Any, task: str, **options: Any) -> Footprint:
-    return trace(case_of(config, task, **options))
+    return trace_or_estimate(case_of(config, task, **options))
 
 
 def highest(moments: tuple[LiveMemory, ...], rows: int, length: int) -> int:
@@ -106,7 +106,7 @@ def test_further_layers_add_what_the_third_added() -> None:
 def test_what_the_forward_pass_keeps_is_what_a_real_one_saves(kind: str, task: str) -> None:
     config = config_of(kind, task)
     case = case_of(config, task)
-    found = tracing.run(case, tracing.depths_of(case), [(4, 32)], recomputed=False, training=True)
+    found = tracing.trace_copy(case, tracing.layer_counts(case), [(4, 32)], recomputed=False, training=True)
     alive = found.alive[0, found.keys.index(("backward head", 0))].sum()  # the loss's own gradient is a number
     assert alive == pytest.approx(_saved_bytes(case), rel=0.03)
 
@@ -114,8 +114,8 @@ def test_what_the_forward_pass_keeps_is_what_a_real_one_saves(kind: str, task: s
 def _saved_bytes(case: TraceCase) -> int:
     """Bytes of all storages that autograd keeps of a real forward pass, without the weights."""
     torch.manual_seed(0)
-    model = tracing.build(case, tracing.with_depths(case, {})).train()
-    batch = tracing.batch_of(case, 4, 32)
+    model = tracing.build_model(case, tracing.config_with_layers(case, {})).train()
+    batch = tracing.make_batch(case, 4, 32)
     labels = batch.pop("labels")
     if "attention_mask" in batch:
         batch["attention_mask"][0, -1] = 0  # with padding models make a mask
@@ -172,7 +172,7 @@ SIZE: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermedia
 
 def copies_of(config: Any, task: str, **options: Any) -> tuple[Footprint, list[int]]:
     """A footprint, and how many layers each copy had that was run for it."""
-    with mock.patch.object(traced_whole, "run", wraps=tracing.run) as run:
+    with mock.patch.object(traced_whole, "trace_copy", wraps=tracing.trace_copy) as run:
         found = traced(config, task, **options)
     return found, [max(call.args[1].values(), default=0) for call in run.call_args_list]
 

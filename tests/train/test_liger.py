@@ -53,10 +53,10 @@ def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -
     ):
         recipe(torch_compile=True)
     with pytest.raises(RecipeError, match="use_liger_kernel only runs on a GPU"):
-        resolve.refuse_kernels(recipe(), SimpleNamespace(gpus=()), "cpu", "bf16")  # type: ignore[arg-type]  # has no card
+        resolve.check_kernels(recipe(), SimpleNamespace(gpus=()), "cpu", "bf16")  # type: ignore[arg-type]  # has no card
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match=r"needs a package that is missing; pip install 'fulltune\[liger\]'"):
-        arguments.check_trainable(recipe())
+        arguments.check_extra(recipe())
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
     monkeypatch.setattr(rms_norm, "rsqrt", lambda value: tl.math.rsqrt(value))
-    monkeypatch.setattr(resolve, "refuse_kernels", lambda *_: None)
+    monkeypatch.setattr(resolve, "check_kernels", lambda *_: None)
 
 
 @pytest.mark.long

@@ -232,7 +232,7 @@ def test_limit_that_no_fallback_can_meet_ends_with_exit_code_3_and_all_of_them(m
     assert "not possible: activation checkpointing: already on" in words
     assert "not possible: chunked loss: text-classification has no logits per token" in words
     assert "not possible: 8-bit AdamW states: already on" in words
-    assert "not possible: offload: without a GPU everything is already in host memory" in words
+    assert "not possible: offload: without a GPU, everything is already in host memory" in words
     assert "what may help: " in words
 
 

@@ -18,7 +18,7 @@ from fulltune.records.events import Event, Message, StepLogged
 from fulltune.records.plan import Plan
 from fulltune.records.run import Access
 from fulltune.report.run.read import read_run
-from fulltune.system.run_folder import RunResult, recipe_of
+from fulltune.system.run_folder import RunResult, load_run_recipe
 from tests import tiny
 from tests.train.runs import final_weights, in_this_process, job
 
@@ -81,7 +81,7 @@ def test_folder_of_a_searched_run_is_a_run_folder(searched: RunResult) -> None:
     assert predict.load(searched.folder).predict([{"text": ROWS[0]["text"]}])
     for until in ("train", "evaluate"):
         with in_this_process():
-            again = run_recipe(Run(recipe_of(searched.folder), searched.folder), until)
+            again = run_recipe(Run(load_run_recipe(searched.folder), searched.folder), until)
         assert again.outcome is not None
         assert again.outcome.model_folder == "models/full"
 

@@ -29,6 +29,6 @@ def test_segments_grow_unless_the_user_or_the_system_says_otherwise(
 
 
 def test_what_torch_reads_is_said_in_words() -> None:
-    assert memory.allocator_in_words({"HOME": "/"}) == "torch's default"
+    assert memory.describe_allocator({"HOME": "/"}) == "torch's default"
     said = "PYTORCH_ALLOC_CONF=expandable_segments:True, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-    assert memory.allocator_in_words(BOTH) == said
+    assert memory.describe_allocator(BOTH) == said

@@ -15,7 +15,7 @@ K = 1024
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
-    monkeypatch.setattr(memory, "lines_of", lambda path: files.get(path, "").splitlines())
+    monkeypatch.setattr(memory, "read_lines", lambda path: files.get(path, "").splitlines())
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_memory_respects_the_cgroup(
     cgroup = "/sys/fs/cgroup/memory."
     files = {"/proc/meminfo": MEMINFO, cgroup + "max": limit, cgroup + "current": used, cgroup + "stat": stat}
     pretend(monkeypatch, files)
-    assert hardware.memory_bytes() == expected
+    assert hardware.total_and_free_memory() == expected
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_cores_respect_the_cgroup(monkeypatch: pytest.MonkeyPatch, quota: str, c
 
 
 def test_machine_is_described() -> None:
-    machine = hardware.here()
+    machine = hardware.measure_machine()
     assert machine.num_cores >= 1
     assert 0 < machine.memory_available_bytes <= machine.memory_bytes
     assert hardware.disk_free_bytes(Path("/not/there/yet")) > 0
@@ -75,7 +75,7 @@ def test_memory_respects_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatc
     unlimited = memory.resource.RLIM_INFINITY
     limits = {memory.resource.RLIMIT_DATA: 3000 * K, memory.resource.RLIMIT_AS: unlimited}
     monkeypatch.setattr(memory.resource, "getrlimit", lambda kind: (limits[kind], unlimited))
-    assert hardware.memory_bytes() == (3000 * K, 3000 * K)
+    assert hardware.total_and_free_memory() == (3000 * K, 3000 * K)
 
 
 @pytest.mark.parametrize(("host", "load", "is_busy"), [(64, 48.0, False), (64, 128.0, True), (4, 9.0, True)])
@@ -88,12 +88,12 @@ def test_a_part_of_a_computer_is_as_busy_as_the_whole(
     monkeypatch.setattr(os, "cpu_count", lambda: host)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(hardware, "cpu_rates", hardware.cpu_rates.__wrapped__)  # measured anew
-    assert bool(hardware.here().busy) == is_busy
+    assert bool(hardware.measure_machine().busy_warning) == is_busy
 
 
 @pytest.mark.parametrize(("load", "cores", "is_busy"), [(9.0, 2, True), (2.6, 2, False), (9.0, 16, False)])
 def test_machine_is_busy_when_others_want_its_cores(load: float, cores: int, is_busy: bool) -> None:
-    said = hardware.here().model_copy(update={"load_average": load, "num_cores": cores}).busy
+    said = hardware.measure_machine().model_copy(update={"load_average": load, "num_cores": cores}).busy_warning
     assert said.startswith("this machine is busy (load 9 on 2 cores)") == is_busy == bool(said)
 
 

@@ -29,12 +29,12 @@ from fulltune.system.machines import (
     Member,
     Peer,
     SharedAttempt,
-    differences,
-    machine_address,
+    describe_differences,
+    parse_machine_address,
 )
 from fulltune.train.parent import child, spawn
 from fulltune.train.parent import machines as group_of
-from fulltune.train.parent.machines import MachineGroup, lead_machines
+from fulltune.train.parent.machines import MachineGroup, leading
 from fulltune.train.request import Request
 from tests import plans
 
@@ -46,7 +46,7 @@ def several(output: Path, machines: int = 2) -> Recipe:
 
 
 def member(recipe: Recipe, rank: int, **changes: Any) -> Member:
-    record = machines.member(recipe, MachineAddress(rank, "127.0.0.1", 29500, 1.0), MACHINE)
+    record = machines.own_member(recipe, MachineAddress(rank, "127.0.0.1", 29500, 1.0), MACHINE)
     return record.model_copy(update={"host": f"host{rank}", **changes})
 
 
@@ -68,7 +68,7 @@ def silent(phase: str) -> None:
     ],
 )
 def test_rendezvous_is_read_as_torchrun_reads_it(text: str, host: str, port: int, rendezvous: str) -> None:
-    place = machine_address(several(Path("/o")), 1, text, "90s")
+    place = parse_machine_address(several(Path("/o")), 1, text, "90s")
     assert place == MachineAddress(1, host, port, 90.0)
     assert place.rendezvous == rendezvous
 
@@ -93,7 +93,7 @@ def test_a_place_that_is_none_is_refused(
     rank: int | None, rendezvous: str | None, wait: str, expected: list[str]
 ) -> None:
     with pytest.raises(RecipeError) as refused:
-        machine_address(several(Path("/o")), rank, rendezvous, wait)
+        parse_machine_address(several(Path("/o")), rank, rendezvous, wait)
     assert len(refused.value.problems) == len(expected)
     assert all(one in problem for one, problem in zip(expected, refused.value.problems, strict=True))
 
@@ -109,11 +109,11 @@ def test_machines_must_have_versions_settings_and_files_in_common(tmp_path: Path
     rows.write_text("text,label\na,b\n")
     recipe = plans.recipe(data={"train": str(rows)})
     first = member(recipe, 0)
-    assert differences(first, [member(recipe, 1), member(recipe, 2)]) == []
+    assert describe_differences(first, [member(recipe, 1), member(recipe, 2)]) == []
     other = member(recipe, 1, facts={**first.facts, "versions": {**first.facts["versions"], "torch": "0.1"}})
     changed = member(recipe.model_copy(update={"seed_of": 1, "output": "/elsewhere"}), 2)
     rows.write_text("text,label\na,c\n")
-    lines = differences(first, [other, changed, member(recipe, 3)])
+    lines = describe_differences(first, [other, changed, member(recipe, 3)])
     assert lines[0].startswith("machine 1 (host1) has other versions: torch 0.1 (machine 0: ")
     assert lines[1].startswith('machine 2 (host2) reads another recipe: output is "/elsewhere" (machine 0: "runs")')
     assert lines[2].startswith(f"machine 3 (host3) sees other files: {rows}: 15 bytes, ")
@@ -156,7 +156,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (group_of, "GRACE_SECONDS", 0.1),
     ):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(group_of.hardware, "here", lambda: MACHINE)
+    monkeypatch.setattr(group_of.hardware, "measure_machine", lambda: MACHINE)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_what_an_earlier_job_left_is_no_sign_of_life(tmp_path: Path) -> None:
     watched = Peer(path)
     assert watched.read() is not None
     assert not watched.is_alive
-    with machines.heartbeat(path, leader(recipe, "new")):
+    with machines.send_heartbeats(path, leader(recipe, "new")):
         deadline = time.monotonic() + 10
         while not watched.is_alive and time.monotonic() < deadline:
             record = watched.read()
@@ -204,7 +204,7 @@ def answering(place: MachineAddress, tmp_path: Path) -> Iterator[dict[str, Any]]
 @contextmanager
 def led(place: MachineAddress, recipe: Recipe) -> Iterator[MachineGroup]:
     """What machine 0's command does around a run."""
-    with lead_machines(place, recipe, silent) as group:
+    with leading(place, recipe, silent) as group:
         group.begin(silent)
         yield group
 
@@ -246,7 +246,7 @@ def test_a_machine_that_does_not_come_is_named(place: MachineAddress, tmp_path: 
 
 
 def follow_one(place: MachineAddress, recipe: Recipe) -> None:
-    group_of.follow_machine_0(replace(place, rank=1), recipe, silent)
+    group_of.follow(replace(place, rank=1), recipe, silent)
 
 
 @pytest.mark.usefixtures("quick")
@@ -304,7 +304,7 @@ def test_a_signal_that_the_caller_leaves_to_the_system_is_not_taken(
     recipe = several(tmp_path)
     before = signal.signal(signal.SIGTERM, handler)
     try:
-        with machines.heartbeat(place.file_of(recipe, 0), leader(recipe)):
+        with machines.send_heartbeats(place.file_of(recipe, 0), leader(recipe)):
             assert signal.getsignal(signal.SIGTERM) == handler
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -313,8 +313,8 @@ def test_a_signal_that_the_caller_leaves_to_the_system_is_not_taken(
 @pytest.mark.usefixtures("quick")
 def test_one_command_is_one_machine(place: MachineAddress, tmp_path: Path) -> None:
     recipe = several(tmp_path)
-    refused = pytest.raises(SetupError, match="another command is running as this machine")
-    with lead_machines(place, recipe, silent), refused, lead_machines(place, recipe, silent):
+    refused = pytest.raises(SetupError, match="another command with this rank uses this rendezvous")
+    with leading(place, recipe, silent), refused, leading(place, recipe, silent):
         raise AssertionError("it began")
 
 
@@ -331,8 +331,8 @@ def test_others_take_part_only_in_attempts_that_count_on_them(
         begun.append(meeting.attempt)
         return Ran(3)
 
-    monkeypatch.setattr(spawn, "start_in_new_process", start)
-    with machines.heartbeat(place.file_of(recipe, 0), leader(recipe)) as sign:
+    monkeypatch.setattr(spawn, "in_new_process", start)
+    with machines.send_heartbeats(place.file_of(recipe, 0), leader(recipe)) as sign:
 
         def lead() -> None:
             peer = Peer(place.file_of(recipe, 1))
@@ -408,9 +408,9 @@ def test_what_became_of_another_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe, ran = several(tmp_path), Ran(code)
-    monkeypatch.setattr(spawn, "kill_workers", lambda child: setattr(child, "code", -9))
+    monkeypatch.setattr(spawn, "end", lambda child: setattr(child, "code", -9))
     gives_none = changes.pop("silent", False)
-    with lead_machines(place, recipe, silent) as group:
+    with leading(place, recipe, silent) as group:
         record = member(recipe, 1, token=group.members[0].token, instance="i")
         sign = Heartbeat(place.file_of(recipe, 1), record)
         group.begin(silent)
@@ -439,9 +439,9 @@ def test_a_machine_that_came_back_otherwise_is_refused(
     place: MachineAddress, answering: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = several(tmp_path)
-    monkeypatch.setattr(spawn, "start_in_new_process", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(spawn, "in_new_process", lambda *_: pytest.fail("it began"))
     with led(place, recipe) as group:
-        monkeypatch.setattr(machines, "differences", lambda first, others: ["other versions"])
+        monkeypatch.setattr(machines, "describe_differences", lambda first, others: ["other versions"])
         with pytest.raises(SetupError, match="other versions"):
             group.start(request_of(tmp_path, recipe), tmp_path / "log.txt")
 
@@ -462,14 +462,14 @@ CLOSED = "Connection closed by peer"
     [
         (1, {"": "error"}, None, False, "error", CLOSED),
         (1, {"": "error"}, "machine", False, "lost", "machine 1 (b) was lost: it went"),
-        (1, {"": "error"}, "killed", False, "killed", "the training processes on machine 1 (b) were killed"),
+        (1, {"": "error"}, "killed", False, "killed", "the training processes of machine 1 (b) were killed"),
         (
             1,
             {"": "error"},
             "out_of_memory",
             False,
             "out_of_memory",
-            "the kernel killed a training process on machine 1",
+            "the kernel killed a training process of machine 1",
         ),
         (1, {"": "error"}, "interrupted", False, "interrupted", "interrupted before step 1"),
         (1, {"": "error"}, "failed", False, "error", CLOSED),
@@ -497,14 +497,14 @@ def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:
     recipe = plans.recipe(output=str(tmp_path), train={"num_machines": 2, "num_processes": 16})
     plan = plans.plan().model_copy(update={"num_processes": 16})
     request = Request(run_folder=str(tmp_path), recipe=recipe, plan=plan, attempt=1, checkpoint=None, parent_pid=None)
-    meeting = group_of.rendezvous_address(MachineAddress(0, "127.0.0.1", 70, 600.0), "token-1", "127.0.0.1")
-    command = spawn.worker_command(request, tmp_path / "request.json", meeting)
+    meeting = group_of.meeting(MachineAddress(0, "127.0.0.1", 70, 600.0), "token-1", "127.0.0.1")
+    command = spawn.command(request, tmp_path / "request.json", meeting)
     expected = {"--nnodes=2", "--nproc-per-node=8", "--node-rank=0", "--rdzv-id=token-1", "--rdzv-conf=timeout=600"}
     assert expected <= set(command)
     assert " listen 127.0.0.1:70 " in " ".join(command)
-    other = group_of.rendezvous_address(MachineAddress(1, "node0", 70, 600.0), "token-1", "10.0.0.2")
-    assert " join node0:70 --node-rank=1 " in " ".join(spawn.worker_command(request, tmp_path / "request.json", other))
-    first = group_of.rendezvous_address(MachineAddress(0, "node0", 70, 600.0), "token-1", "fd00::1")
+    other = group_of.meeting(MachineAddress(1, "node0", 70, 600.0), "token-1", "10.0.0.2")
+    assert " join node0:70 --node-rank=1 " in " ".join(spawn.command(request, tmp_path / "request.json", other))
+    first = group_of.meeting(MachineAddress(0, "node0", 70, 600.0), "token-1", "fd00::1")
     assert first.rendezvous == "[fd00::1]:70", "where the others reach it, not on all interfaces"
-    variables = spawn.multi_machine_variables(meeting)
+    variables = spawn.of_machine(meeting)
     assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[variables["GLOO_SOCKET_IFNAME"]]}

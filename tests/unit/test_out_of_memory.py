@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from fulltune.errors import DoesNotFitError
 from fulltune.system import memory
 from fulltune.system.memory import (
-    asked_bytes,
-    in_last_words,
+    count_oom_kills,
     is_out_of_memory,
-    kernel_kills,
-    with_smaller_batches,
+    log_shows_out_of_memory,
+    requested_bytes,
+    run_with_smaller_batches,
 )
 from fulltune.train.usage import memory_limit
 
@@ -100,7 +100,7 @@ def test_numpy_and_pyarrow_raise_kinds_of_memory_error() -> None:
     ],
 )
 def test_last_words_of_a_process_say_whether_memory_ran_out(lines: list[str], limited: bool, expected: bool) -> None:
-    assert in_last_words(lines, limited) == expected
+    assert log_shows_out_of_memory(lines, limited) == expected
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_last_words_of_a_process_say_whether_memory_ran_out(lines: list[str], li
     ],
 )
 def test_asked_bytes_reads_what_could_not_be_had(text: str, expected: int) -> None:
-    assert asked_bytes(text) == expected
+    assert requested_bytes(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_asked_bytes_reads_what_could_not_be_had(text: str, expected: int) -> No
 def test_kernel_kills_are_counted_as_near_to_the_process_as_possible(
     files: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "lines_of", lambda path: files.get(path, "").splitlines())
+    monkeypatch.setattr(memory, "read_lines", lambda path: files.get(path, "").splitlines())
 
-    assert kernel_kills() == expected
+    assert count_oom_kills() == expected
 
 
 # ---- smaller batches -------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_with_smaller_batches_halves_until_it_fits(caplog: pytest.LogCaptureFixt
         return "done"
 
     with caplog.at_level(logging.WARNING):
-        assert with_smaller_batches("scoring", 13, run) == "done"
+        assert run_with_smaller_batches("scoring", 13, run) == "done"
 
     assert sizes == [13, 6, 3]
     assert [record.getMessage() for record in caplog.records] == [
@@ -177,7 +177,7 @@ def test_with_smaller_batches_frees_what_the_failed_batch_held() -> None:
         held.append(weakref.ref(tensor))
         raise MemoryError
 
-    assert with_smaller_batches("scoring", 4, run) == 2
+    assert run_with_smaller_batches("scoring", 4, run) == 2
 
 
 @pytest.mark.parametrize("error", [MemoryError, ValueError])
@@ -189,7 +189,7 @@ def test_with_smaller_batches_gives_up_at_one_row_and_on_other_errors(error: typ
         raise error
 
     with pytest.raises(error):
-        with_smaller_batches("scoring", 2, run)
+        run_with_smaller_batches("scoring", 2, run)
     assert sizes == ([2, 1] if error is MemoryError else [2])
 
 
@@ -246,4 +246,4 @@ def test_held_to_nothing_and_held_to_where_it_cannot_be_enforced(monkeypatch: py
     with memory_limit(2**30, "cpu", warnings.append):
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
-    assert warnings == ["train.memory_limit: only the plan respects the limit, because this system cannot enforce it"]
+    assert warnings == ["train.memory_limit: only the plan respects it, because this system cannot enforce it"]

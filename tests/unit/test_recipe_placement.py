@@ -65,15 +65,19 @@ def test_what_does_not_go_together_is_all_said(train: dict[str, Any], expected: 
     ],
 )
 def test_what_is_shared_out_follows_from_the_placement(train: dict[str, Any], expected: ParallelLayout | None) -> None:
-    assert parallel_layout.of(plans.recipe(train=train)) == expected
+    assert parallel_layout.layout_of(plans.recipe(train=train)) == expected
 
 
 def test_each_process_has_a_part_rounded_up() -> None:
     whole = ParallelLayout(3, False, False, engine="fsdp2")
-    assert whole.parts(STATE, 2) == {"weights": 200, "gradients": 201, "optimizer": 400}
-    assert whole.parts(STATE, 1) == {"weights": 400, "gradients": 401, "optimizer": 800}
-    assert {whole.tier(kind) for kind in ("weights", "gradients", "optimizer")} == {"device"}
-    assert ParallelLayout(2, True, False).parts(STATE, 4) == {"weights": 400, "gradients": 101, "optimizer": 200}
+    assert whole.bytes_per_process(STATE, 2) == {"weights": 200, "gradients": 201, "optimizer": 400}
+    assert whole.bytes_per_process(STATE, 1) == {"weights": 400, "gradients": 401, "optimizer": 800}
+    assert {whole.tier_of(kind) for kind in ("weights", "gradients", "optimizer")} == {"device"}
+    assert ParallelLayout(2, True, False).bytes_per_process(STATE, 4) == {
+        "weights": 400,
+        "gradients": 101,
+        "optimizer": 200,
+    }
 
 
 def test_a_machine_has_its_share_of_the_processes() -> None:

@@ -14,12 +14,12 @@ def test_each_signal_is_heard_but_one_that_nohup_had_ignored() -> None:
         for ignored, expected in ((signal.SIG_DFL, list(signals.STOPPING)), (signal.SIG_IGN, [2, signal.SIGTERM])):
             signal.signal(signal.SIGHUP, ignored)
             heard.clear()
-            answered = signals.answer(lambda number, _: heard.append(number))
+            answered = signals.set_handlers(lambda number, _: heard.append(number))
             for number in signals.STOPPING:
                 signal.raise_signal(number)
             assert heard == expected
-            signals.put_back(answered)
+            signals.restore_handlers(answered)
             assert signal.getsignal(signal.SIGHUP) == ignored
             assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
     finally:
-        signals.put_back(before)
+        signals.restore_handlers(before)

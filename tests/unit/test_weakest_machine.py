@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fulltune.system.hardware import Gpu, Machine, weakest
+from fulltune.system.hardware import Gpu, Machine, weakest_machine
 
 GIB = 2**30
 
@@ -22,15 +22,15 @@ def machine(*gpus: Gpu, **changes: Any) -> Machine:
 
 def test_machines_that_are_alike_are_one_of_them() -> None:
     one = machine(gpu("A100", 80, (8, 0), 79), shared_memory_bytes=GIB)
-    assert weakest([one]) == weakest([one] * 3) == one
+    assert weakest_machine([one]) == weakest_machine([one] * 3) == one
     busier = one.model_copy(update={"memory_available_bytes": 58 * GIB})
-    assert weakest([one, busier]) == busier, "what the system takes differs a little everywhere"
+    assert weakest_machine([one, busier]) == busier, "what the system takes differs a little everywhere"
 
 
 def test_each_number_is_the_least() -> None:
     first = machine(cpu="x", num_cores=64, memory_available_bytes=10 * GIB, shared_memory_bytes=4 * GIB, cpu_flops=1e12)
     second = machine(cpu="y", memory_bytes=32 * GIB, cpu_bf16_speedup=0.2, memory_bytes_per_second=1e9)
-    found = weakest([first, second])
+    found = weakest_machine([first, second])
     assert found == machine(
         cpu="x / y",
         memory_bytes=32 * GIB,
@@ -45,11 +45,11 @@ def test_each_number_is_the_least() -> None:
 
 def test_gpus_are_as_many_as_the_poorest_has_and_the_least_at_each_number() -> None:
     a100, t4 = gpu("A100", 80, (8, 0), 79), gpu("T4", 15, (7, 5), 14)
-    found = weakest([machine(a100, t4, a100), machine(gpu("A100", 80, (8, 0), 20), a100)])
+    found = weakest_machine([machine(a100, t4, a100), machine(gpu("A100", 80, (8, 0), 20), a100)])
     assert found.gpus == (gpu("A100", 80, (8, 0), 20), t4)
     assert found.differs == "2 to 3 GPUs, A100 and T4"
     large_and_old = gpu("V100", 32, (7, 0), 31)
-    [mixed] = weakest([machine(gpu("RTX 4080", 16, (8, 9), 15)), machine(large_and_old)]).gpus
+    [mixed] = weakest_machine([machine(gpu("RTX 4080", 16, (8, 9), 15)), machine(large_and_old)]).gpus
     assert mixed == gpu("V100", 16, (7, 0), 15), "its type of the computations, the other's memory"
-    assert weakest([machine(a100), machine()]).gpus == ()
-    assert weakest([machine(gpu("A100", 80, (8, 0))), machine(a100)]).gpus[0].available_bytes == 79 * GIB
+    assert weakest_machine([machine(a100), machine()]).gpus == ()
+    assert weakest_machine([machine(gpu("A100", 80, (8, 0))), machine(a100)]).gpus[0].available_bytes == 79 * GIB

@@ -37,12 +37,12 @@ def recipe(settings: Any, model: dict[str, Any] | None = None, **train: Any) -> 
 
 def problems(settings: Any, model: dict[str, Any] | None = None) -> tuple[str, ...]:
     with pytest.raises(RecipeError) as caught:
-        parallel_layout.settings(recipe(settings, model))
+        parallel_layout.zero_settings(recipe(settings, model))
     return caught.value.problems
 
 
 def test_settings_left_out_follow_the_recipe() -> None:
-    found = parallel_layout.settings(recipe({"zero_optimization": {"stage": 3}}))
+    found = parallel_layout.zero_settings(recipe({"zero_optimization": {"stage": 3}}))
 
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     assert [found[name] for name in names] == ["auto"] * 4
@@ -56,7 +56,7 @@ def test_file_is_found_beside_the_recipe(tmp_path: Path) -> None:
     loaded = load_recipe(path)
 
     assert loaded.train.extra["deepspeed"] == str(tmp_path / "zero.json")
-    assert parallel_layout.of(loaded) == ParallelLayout(stage=2, offload_optimizer=False, offload_weights=False)
+    assert parallel_layout.layout_of(loaded) == ParallelLayout(stage=2, offload_optimizer=False, offload_weights=False)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
     }
-    lines = parallel_layout.disagreements(recipe(settings), 2, 2, 2, "fp32")
+    lines = parallel_layout.plan_conflicts(recipe(settings), 2, 2, 2, "fp32")
 
     assert lines == [
         'train.extra.deepspeed: train_batch_size is 16, but train.global_batch_size gives 8; write "auto"',
@@ -120,7 +120,7 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
 
 def test_settings_that_agree_with_the_plan_pass() -> None:
     settings = {"zero_optimization": {"stage": 1}, "train_batch_size": 8, "bf16": {"enabled": True}}
-    assert parallel_layout.disagreements(recipe(settings), 2, 2, 2, "bf16") == []
+    assert parallel_layout.plan_conflicts(recipe(settings), 2, 2, 2, "bf16") == []
 
 
 @pytest.mark.parametrize(
@@ -138,13 +138,13 @@ def test_settings_that_agree_with_the_plan_pass() -> None:
 def test_bytes_on_device_and_host_with_two_processes(
     shared: ParallelLayout, device_bytes: int, host_bytes: int
 ) -> None:
-    assert sum(shared.parts_at("device", STATE, 2).values()) == device_bytes
-    assert 2 * sum(shared.parts_at("host", STATE, 2).values()) == host_bytes
+    assert sum(shared.bytes_stored_on("device", STATE, 2).values()) == device_bytes
+    assert 2 * sum(shared.bytes_stored_on("host", STATE, 2).values()) == host_bytes
 
 
 def test_what_stays_as_it_was_has_no_gradients_and_no_optimizer_state() -> None:
-    assert budget.engine_state(100, 10) == {"weights": 200, "gradients": 40, "optimizer": 120}
-    assert budget.engine_state(100) == {"weights": 200, "gradients": 400, "optimizer": 1200}
+    assert budget.zero_state_bytes(100, 10) == {"weights": 200, "gradients": 40, "optimizer": 120}
+    assert budget.zero_state_bytes(100) == {"weights": 200, "gradients": 400, "optimizer": 1200}
 
 
 METHODS: Any = TypeAdapter(Method)

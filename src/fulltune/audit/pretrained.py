@@ -53,7 +53,7 @@ class Reader:
         import torch
 
         task, target = task_named(self.recipe.task), Target.of(self.summary)
-        device, precision = plan.device_and_precision(self.recipe, hardware.here())
+        device, precision = plan.device_and_precision(self.recipe, hardware.measure_machine())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(probe.SEED)  # for a new head, which is not read
             changes = task.config_changes(target, self.base.processor)

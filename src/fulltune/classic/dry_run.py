@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from fulltune.classic.arguments import notice
 from fulltune.errors import GuardStop
 from fulltune.train.loop.guarded_step import gradients_are_finite
-from fulltune.train.worker.dry_run import restored_buffers, restored_random_state
+from fulltune.train.worker.dry_run import same_buffers, same_randomness
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
     assert model is not None, "the training begins"
     was_training, size = model.training, f"{len(rows)} rows"
     try:
-        with restored_buffers(model), restored_random_state():
+        with same_buffers(model), same_randomness():
             collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
             dataset: Any = trainer.train_dataset
             batch = collate([dataset[i] for i in rows])
@@ -69,7 +69,7 @@ def _positions_for_dry_run(trainer: transformers.Trainer) -> list[int]:
         notice("no dry-run step before training: the length of the train dataset is unknown")
         return []
     names = getattr(trainer.processing_class, "model_input_names", None) or ["input_ids"]
-    with restored_random_state():
+    with same_randomness():
         return longest(dataset, trainer._train_batch_size, names[0])
 
 

@@ -196,7 +196,7 @@ def train(
     wait_for_machines: options.WaitForMachines = "10m",
 ) -> None:
     """Train, and save the model in the run folder's models."""
-    from fulltune.train.journal import trial_seconds
+    from fulltune.train.journal import run_seconds
 
     with stages.joined(target, set_, machine_rank, rendezvous, wait_for_machines) as group:
         recipe, folder = stages.open_run(target, set_, run_folder, fresh, "train")
@@ -207,7 +207,7 @@ def train(
         stages.print_json(outcome.model_dump(mode="json"))
         return
     changed = f", {outcome.parameter_changes.share:.1%} of the values changed" if outcome.parameter_changes else ""
-    took = format_seconds(round(trial_seconds(folder, outcome.trial)))
+    took = format_seconds(round(run_seconds(folder, outcome.trial)))
     out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{changed}")
     out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)
 
@@ -269,10 +269,10 @@ def report(
     from fulltune import pipeline
     from fulltune.pipeline import Run
     from fulltune.report import write_comparison
-    from fulltune.system.run_folder import locked, recipe_of, writing
+    from fulltune.system.run_folder import explain_os_errors, load_run_recipe, lock_folder
 
-    recipe = recipe_of(run_folder)
-    with writing(run_folder), locked(run_folder):
+    recipe = load_run_recipe(run_folder)
+    with explain_os_errors(run_folder), lock_folder(run_folder):
         written = write_comparison(run_folder) if recipe.methods else (pipeline.write_report(Run(recipe, run_folder)),)
     for path in written:
         out.print(escape(str(path)), soft_wrap=True)
@@ -350,13 +350,13 @@ def merge(
     from fulltune.cli import predict as cli_predict
     from fulltune.methods import folder
     from fulltune.report import write_merged_card
-    from fulltune.system.run_folder import hide_progress_bars, writing
+    from fulltune.system.run_folder import explain_os_errors, hide_progress_bars
 
     model_folder = stages.chosen_model(run_folder, method)
     if not folder.can_be_merged(model_folder):
         raise SetupError(cli_predict.no_merge(run_folder, model_folder))
     hide_progress_bars()
-    with writing(output):
+    with explain_os_errors(output):
         folder.merge(model_folder, output)
         write_merged_card(model_folder, output, folder.notes_of(model_folder)["task"])
     out.print(f"model: {escape(str(output))}", soft_wrap=True)
@@ -371,9 +371,9 @@ def quickstart(
 ) -> None:
     """Fine-tune a real small model on real text, offline, in 2 to 5 minutes on 2 cores."""
     from fulltune import quickstart as example
-    from fulltune.system.run_folder import writing
+    from fulltune.system.run_folder import explain_os_errors
 
-    with writing(output):
+    with explain_os_errors(output):
         err.print("[dim]reading the docstrings of the installed packages[/dim]")
         recipe = example.write_example(output, chat)
     err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
@@ -394,12 +394,12 @@ def selfcheck(
         from fulltune.report.format import pages
         from fulltune.report.format.pages import section_in_markdown
         from fulltune.report.format.words import write_sanitized
-        from fulltune.system.run_folder import writing
+        from fulltune.system.run_folder import explain_os_errors
 
         page = checking.run(lambda line: status.update(escape(line)))
     shown = checking.in_blocks(page)
     if output is not None:
-        with writing(output):
+        with explain_os_errors(output):
             write_sanitized(output, section_in_markdown(shown))
     if as_json:
         stages.print_json(page.model_dump(mode="json"))
@@ -415,7 +415,7 @@ def main() -> None:
     """Run the `fulltune` command, and turn its errors into messages and exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").propagate = False  # the hub prints its own lines
-    signals.answer(stages.end_on_signal, signals.ENDING)
+    signals.set_handlers(stages.end_on_signal, signals.ENDING)
     try:
         if sys.argv[1:2] == ["export"]:
             raise SetupError(EXPORT)
@@ -423,7 +423,7 @@ def main() -> None:
     except FulltuneError as error:
         colour = "yellow" if isinstance(error, InterruptedRun) else "red"
         if isinstance(error, InterruptedRun):  # another signal must no longer change the exit code
-            signals.put_back(dict.fromkeys(signals.STOPPING, signal.SIG_IGN))
+            signals.restore_handlers(dict.fromkeys(signals.STOPPING, signal.SIG_IGN))
         for problem in stages.shown(error):
             err.print(f"[{colour}]{escape(problem)}[/{colour}]", soft_wrap=True)
         sys.exit(error.exit_code)

@@ -48,7 +48,7 @@ class AuditRequest:
         if self.losses and not target.is_dir():
             raise RecipeError(f"--losses: needs a trained model; give a run folder instead of {target}")
         if self.losses:
-            run_folder.trained_plan(run_folder.recipe_of(target), target, hardware.here())
+            run_folder.load_trained_plan(run_folder.load_run_recipe(target), target, hardware.measure_machine())
 
 
 def audit(recipe: Recipe, folder: Path, wanted: AuditRequest) -> None:
@@ -60,7 +60,11 @@ def audit(recipe: Recipe, folder: Path, wanted: AuditRequest) -> None:
 
     summary = stages.reach(recipe, folder, "data", details=False).summary
     refuse_proofs(recipe, summary, wanted.prove, wanted.trainings > 0)
-    with run_folder.writing(folder), run_folder.locked(folder), stages.displayed(details=False) as display:
+    with (
+        run_folder.explain_os_errors(folder),
+        run_folder.lock_folder(folder),
+        stages.displayed(details=False) as display,
+    ):
         job = Run(recipe, folder, listener=display)
         audit_rows(job, summary, wanted.labels)
         if wanted.losses:
@@ -101,12 +105,12 @@ def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept:
     is `patch`, else the recipe's patch, else one beside the recipe.
 
     """
-    from fulltune.system.run_folder import recipe_of
+    from fulltune.system.run_folder import load_run_recipe
 
     if not (review or accept):
         raise RecipeError("--patch: names the file of decisions; expected --review or --accept (to apply: data.patch)")
     _check_acceptable(Audit.load(folder / "data" / AUDIT), accept)
-    applied, issues, notes = recipe_of(folder).data.patch, load_issues(folder / "data"), list[str]()
+    applied, issues, notes = load_run_recipe(folder).data.patch, load_issues(folder / "data"), list[str]()
     beside = target / "patch.jsonl" if target.is_dir() else target.with_suffix(".patch.jsonl")
     file = patch or Path(applied or beside)
     if not file.parent.is_dir():

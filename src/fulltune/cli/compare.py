@@ -69,7 +69,7 @@ def _compare_tasks(
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
             _print_results(content.for_terminal(comparisons[name]), cards)
     together = many_tasks(comparisons)
-    with run_folder.writing(parent):
+    with run_folder.explain_os_errors(parent):
         files = report.write_tasks(parent, together)
     if as_json:
         typer.echo(together.model_dump_json(indent=2))
@@ -149,7 +149,7 @@ def _run_comparison(recipe: Recipe, folder: Path, budget: str | None, began: flo
 
 
 def _open_folder(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
-    recipe = run_folder.recipe_of(target) if target.is_dir() else _load_comparison(target, overrides)
+    recipe = run_folder.load_run_recipe(target) if target.is_dir() else _load_comparison(target, overrides)
     if not recipe.methods:  # only a folder's: a file's recipe was refused before
         raise SetupError(
             f"{target}: is the folder of a single run; give a recipe with 'methods', or resume the run: fulltune run "

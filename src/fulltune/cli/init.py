@@ -25,7 +25,7 @@ from fulltune.files import write_text
 from fulltune.recipe.data import UTF_8, DataBlock, codec_of
 from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
-from fulltune.system.run_folder import writing
+from fulltune.system.run_folder import explain_os_errors
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.causal_lm import refuse_preferences
 from fulltune.tasks.columns import USUAL_NAMES, shown
@@ -303,7 +303,7 @@ def write_recipe(
         data="\n  ".join(data),
         metric=target.form.metrics[0],
     )
-    with writing(recipe):
+    with explain_os_errors(recipe):
         write_text(recipe, text)
     return inferred, (paths, held_out, not_used)
 

@@ -11,10 +11,10 @@ from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
 from fulltune.footprint import records
 from fulltune.plan import device_and_precision, gpus, time, workload
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.settings import PLACEMENT, in_yaml, with_settings
-from fulltune.plan.survey import survey
+from fulltune.plan.settings import PLACEMENT, to_yaml, with_settings
+from fulltune.plan.survey import survey_placements
 from fulltune.plan.time import DevicePrice
-from fulltune.plan.ways_out import in_lines
+from fulltune.plan.ways_out import format_ways_out
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.rules import form_of
@@ -46,7 +46,7 @@ def check(hardware: str | None, rows: int | None, tokens: int | None, price: str
             problems.extend(error.problems)
             return None
 
-    fleet, hourly = parse_or_note(gpus.parse, hardware), parse_or_note(time.parse_price, price)
+    fleet, hourly = parse_or_note(gpus.parse_hardware, hardware), parse_or_note(time.parse_price, price)
     for name, value, what in (("rows", rows, "train rows"), ("tokens", tokens, "tokens of a row")):
         if value is not None and value < 1:
             problems.append(f"--{name}: {value}, but the number of {what} must be at least 1")
@@ -106,7 +106,7 @@ def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Re
     def command(verb: str, overrides: list[str]) -> str:
         return shlex.join(["fulltune", verb, str(target), *(word for one in overrides for word in ("--set", one))])
 
-    planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
+    planned = [f"{name}={to_yaml(value)}" for name, value in survey.settings.items()]
     on_each = " --machine-rank RANK --rendezvous HOST" if survey.num_machines > 1 else ""
     run = command("run", [*overrides, *planned]) + on_each
     # No comparison inside an engine (other methods run there but are not planned), without full (no reference), on
@@ -128,10 +128,10 @@ def _survey_and_plan(
     from fulltune.models.shapes import Shapes
 
     fleet, price = checked
-    fleet = fleet or gpus.here(
-        hardware.here(), hardware.disk_free_bytes(folder), recipe.train.num_machines, str(folder)
+    fleet = fleet or gpus.local_hardware(
+        hardware.measure_machine(), hardware.disk_free_bytes(folder), recipe.train.num_machines, str(folder)
     )
-    spread, followed = workload.spread_over(recipe, fleet)
+    spread, followed = workload.set_one_process_per_device(recipe, fleet)
     base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, not by_config))
 
     def workload_of(changed: Recipe) -> workload.Workload:
@@ -156,7 +156,7 @@ def _survey_and_plan(
         load = workload.Workload(spread, shapes, lambda weights_dtype: footprint, summary, followed)
     else:
         load = workload_of(spread)
-    return survey(load, fleet, price, plan, workload_with_method)
+    return survey_placements(load, fleet, price, plan, workload_with_method)
 
 
 def _with_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
@@ -227,5 +227,5 @@ def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = N
 
 def refusal(survey: Survey, shown: bool) -> FulltuneError:
     """Return the error for a plan that does not fit, with ways to make it fit unless they are `shown` already."""
-    ways = [] if shown else in_lines(survey.ways_out)
+    ways = [] if shown else format_ways_out(survey.ways_out)
     return DoesNotFitError([*survey.notes, *ways])

@@ -27,7 +27,7 @@ from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.files import replacing
 from fulltune.inference.store import readable
 from fulltune.methods import folder as folders
-from fulltune.system.run_folder import writing
+from fulltune.system.run_folder import explain_os_errors
 from fulltune.tasks import Row, Target
 from fulltune.tasks.columns import BadCell, shown
 from fulltune.text import counted
@@ -287,7 +287,7 @@ def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator
     """Yield a function that writes one row to a file, which gets its name only when complete. `types` are the rows'
     parquet types."""
     form = output.suffix.lower()
-    with writing(output), replacing(output) as part:
+    with explain_os_errors(output), replacing(output) as part:
         if form == ".parquet":
             with _write_parquet(part, own, new, types) as write:
                 yield write

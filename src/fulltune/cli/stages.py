@@ -54,25 +54,25 @@ def joined(
     machine, yield None."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
-    from fulltune.system.machines import machine_address
+    from fulltune.system.machines import parse_machine_address
 
-    recipe = run_folder.recipe_of(target) if target.is_dir() else load_recipe(target, overrides or [])
+    recipe = run_folder.load_run_recipe(target) if target.is_dir() else load_recipe(target, overrides or [])
     alone = rank is None and rendezvous is None and target.is_dir()  # refused later if something is left to train
-    address = None if alone else machine_address(recipe, rank, rendezvous, wait)
+    address = None if alone else parse_machine_address(recipe, rank, rendezvous, wait)
     if address is None:
         yield None
         return
-    with run_folder.writing(Path(recipe.output)):
-        from fulltune.train.parent.machines import follow_machine_0, lead_machines
+    with run_folder.explain_os_errors(Path(recipe.output)):
+        from fulltune.train.parent.machines import follow, leading
 
         def show(phase: str) -> None:
             err.print(f"[dim]{escape(phase)}[/dim]", soft_wrap=True)
 
         if address.rank == 0:
-            with lead_machines(address, recipe, show) as group:
+            with leading(address, recipe, show) as group:
                 yield group
             return
-        follow_machine_0(address, recipe, show)
+        follow(address, recipe, show)
     raise typer.Exit
 
 
@@ -84,10 +84,10 @@ def open_run(
     from fulltune.system import run_folder
 
     if target.is_dir():
-        recipe = run_folder.recipe_of(target)
+        recipe = run_folder.load_run_recipe(target)
         if until != "data":
-            run_folder.refuse_comparison(target)
-        run_folder.refuse_with_functions(target, recipe)
+            run_folder.raise_if_comparison(target)
+        run_folder.raise_if_started_with_functions(target, recipe)
     else:
         recipe = load_recipe(target, overrides or [])
         if recipe.methods and until not in ("data", "plan"):
@@ -105,7 +105,7 @@ def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path
     run, resumed = target, True
     if not target.is_dir():
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides)
-        run, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
+        run, resumed = run_folder.find_or_make_folder(recipe, text, recipe.name or target.stem, folder, fresh)
     elif overrides or folder or fresh:
         raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
     goes_on = resumed and not run_folder.is_complete(run)
@@ -117,7 +117,7 @@ def finished(recipe: Recipe, folder: Path) -> RunResult | None:
     """Return the results of a run if it is complete, else None."""
     from fulltune.system import run_folder
 
-    reached = run_folder.finished(recipe, folder)
+    reached = run_folder.load_finished_run(recipe, folder)
     if reached is not None:
         err.print(f"already finished at {run_folder.finished_at(folder):%Y-%m-%d %H:%M}; results:")
     return reached

@@ -120,7 +120,7 @@ def comparison_of(
     """Assemble the record of the comparison and its findings."""
     context, summary = ran.context, ran.context.summary
     rows = rows_of(ran, decision, baselines)
-    environment = run_folder.environment(context.machine)
+    environment = run_folder.describe_environment(context.machine)
     comparison = Comparison(
         name=context.folder.name,
         model=context.recipe.model.name,

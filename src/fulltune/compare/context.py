@@ -31,7 +31,7 @@ from fulltune.stats import bootstrap
 from fulltune.system import hardware
 from fulltune.tasks import PLACE, Target
 from fulltune.text import is_share
-from fulltune.train.parent.spawn import Starter, start_in_new_process
+from fulltune.train.parent.spawn import Starter, in_new_process
 
 FOLDER = "compare"
 SEALED, OPEN, GENERIC = "predictions/sealed", "predictions/eval", "predictions/generic"
@@ -59,7 +59,7 @@ class Context:
     summary: DataSummary
     command: str
     budget_seconds: float | None = None
-    start: Starter = start_in_new_process
+    start: Starter = in_new_process
     began: float = field(default_factory=time.monotonic)
     passed: set[str] = field(default_factory=set)
     """Methods with a passed dry run, which later trials skip."""
@@ -76,7 +76,7 @@ class Context:
 
     @cached_property
     def machine(self) -> hardware.Machine:
-        return hardware.here()
+        return hardware.measure_machine()
 
     @cached_property
     def texts(self) -> tuple[list[str], str]:
@@ -178,8 +178,8 @@ class Context:
         return with_settings(self.recipe.with_method(method), {"preserve.drift": False})
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
-        fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
-        return plan.fit(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
+        fleet = plan.local_hardware(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
+        return plan.make_plan(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
         """Return the recipe of one trial, with its rate, seed and share of the steps."""

@@ -84,7 +84,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
     for method in recipe.methods:
         if method.kind == "base":
             continue
-        usual, _ = plan.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
+        usual, _ = plan.default_learning_rate(method, shapes.num_parameters, shapes.is_decoder)
         grid = rates.grid(usual, method.learning_rates, method.fixed_learning_rate)
         tried, rate = (dict.fromkeys(grid, math.nan), math.nan) if len(grid) > 1 else ({}, grid[0])
         trained.append(

@@ -56,7 +56,7 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunR
     record = job.folder / RECORD
     if not record.exists():
         summary = pipeline.run(job, "plan").summary
-        with run_folder.writing(job.folder), run_folder.locked(job.folder):
+        with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
             try:
                 searched = _search_rate(job, summary)
             except InterruptedRun:
@@ -66,7 +66,7 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunR
             searched.save(record)
         job.listener(Message(text=f"search: using the learning rate {searched.rate.chosen:g}: {searched.rate.reason}"))
     searched = Searched.load(record)
-    with run_folder.writing(job.folder), run_folder.locked(job.folder):
+    with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
         move_into_run(job, searched)
     return pipeline.run(replace(job, recipe=_with_searched_rate(job.recipe, searched)), until)
 
@@ -79,7 +79,7 @@ def _search_rate(job: Run, summary: DataSummary) -> Searched:
             "the rate"
         )
     folder, limit = job.folder / FOLDER, job.recipe.compare.budget
-    run_folder.find_or_make(job.recipe, "", folder.name, folder, fresh=False)
+    run_folder.find_or_make_folder(job.recipe, "", folder.name, folder, fresh=False)
     if not (folder / "data").exists():
         link_cached_rows(job.folder / "data", folder / "data")
     with fork_server() as start:

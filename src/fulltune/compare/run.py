@@ -32,7 +32,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
     all commands together."""
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
-    with run_folder.writing(job.folder), run_folder.locked(job.folder):
+    with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
         seconds = _budget_seconds(job, budget)
         finished = Comparison.load(record) if record.exists() else None
         if finished is not None and (why := why_finished(finished, seconds)):
@@ -41,7 +41,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
             return finished, report.write_comparison(job.folder)
         openings = finished.openings if finished else ()
         with fork_server() as start:
-            with run_folder.not_left_when_refused(job.folder):
+            with run_folder.remove_new_run_on_error(job.folder):
                 summary = pipeline.prepare(job)
             alpha_left = openings[-1].left if openings else None
             context = Context(job, summary, command, seconds, start, began, alpha_left=alpha_left)

@@ -29,7 +29,7 @@ from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, measure_of
 from fulltune.stats.calibration import fit_temperature
 from fulltune.stats.intervals import paired
-from fulltune.system.memory import does_not_fit, is_out_of_memory
+from fulltune.system.memory import is_out_of_memory, out_of_memory_error
 from fulltune.tasks import Predictions, Target, task_named
 from fulltune.tasks.classes import label_words, predict_labels
 from fulltune.tasks.labels import class_weights
@@ -218,7 +218,7 @@ def _explain_out_of_memory(what: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise does_not_fit(
+        raise out_of_memory_error(
             what,
             error,
             "the smallest batch failed; the trained model is kept: free some memory, then run the same command again",

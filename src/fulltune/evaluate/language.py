@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fulltune.evaluate.scoring import Scored, Scoring
 from fulltune.inference.run import Batching, generate
 from fulltune.records.scores import Answer
-from fulltune.system.memory import with_smaller_batches
+from fulltune.system.memory import run_with_smaller_batches
 from fulltune.tasks import Row, Tokenizer, written
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _generate_answers(
         prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
     else:
         prompts = [scoring.task.generation_ids(row, scoring.target, tokenizer) for row in drawn.values()]
-    return with_smaller_batches(
+    return run_with_smaller_batches(
         "evaluation",
         scoring.plan.eval_batch_size,
         lambda batch_size: generate(

@@ -28,7 +28,7 @@ from fulltune.records.run import ACCESSES, COMPARISON, Access
 from fulltune.records.scores import Answer, Scores
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, bounds_of, resample
-from fulltune.system.memory import with_smaller_batches
+from fulltune.system.memory import run_with_smaller_batches
 from fulltune.tasks import Predictions, Row, RowFeatures, Target, Task
 from fulltune.tasks.padding import ragged
 
@@ -152,7 +152,7 @@ class Scoring:
         rows, pad_token_id = opened(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.
-        return with_smaller_batches(
+        return run_with_smaller_batches(
             "evaluation",
             self.plan.eval_batch_size,
             lambda batch_size: run_rows(

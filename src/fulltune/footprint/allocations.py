@@ -1,4 +1,4 @@
-"""Log the storages that are alive while a model runs on tensors without values."""
+"""Log which storages are alive while a model runs on tensors without values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TraceCase:
     task: Task
     target: Target
     prepare: Callable[[PreTrainedModel], object]
-    """Changes the model as training does; equal functions have the same `repr`."""
+    """Applies the method and the dropout of training; equal functions have the same `repr`."""
     num_parameters: int
     """Number of parameters of the model and its method, counting tied ones once."""
     all_trained: bool = True
@@ -64,8 +64,8 @@ class TraceCase:
     """Channels, height and width of an image."""
 
 
-def build(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model with random weights, prepared for training."""
+def build_model(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model with random weights, and apply the method and the dropout of training."""
     options: dict[str, Any] = {"dtype": torch_dtype(case.weights_dtype)}
     if case.attn_implementation:
         options["attn_implementation"] = case.attn_implementation
@@ -77,35 +77,35 @@ def build(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:
 _DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"), ("num_hidden_layers",))
 
 
-def layered(case: TraceCase, config: PretrainedConfig) -> PretrainedConfig:
+def layer_config(case: TraceCase, config: PretrainedConfig) -> PretrainedConfig:
     """Return the part of the config that holds the number of layers."""
     if not has_tokens(case):
         return getattr(config, "vision_config", config)
     return config if config.is_encoder_decoder else config.get_text_config()
 
 
-def depths_of(case: TraceCase) -> dict[str, int]:
+def layer_counts(case: TraceCase) -> dict[str, int]:
     """Return the numbers of layers, keyed by the config attributes that hold these numbers."""
-    config = layered(case, case.config)
+    config = layer_config(case, case.config)
     usual = _DEPTHS[:-1] if config.is_encoder_decoder else _DEPTHS[-1:]
     names = next((some for some in usual if all(isinstance(getattr(config, name, None), int) for name in some)), ())
     return {name: getattr(config, name) for name in names}
 
 
-def layer_kinds(case: TraceCase) -> tuple[str, ...]:
-    """Return the kind of each layer, or an empty tuple if all layers are of one kind."""
-    config = layered(case, case.config)
+def layer_types(case: TraceCase) -> tuple[str, ...]:
+    """Return the type of each layer, or an empty tuple if all layers are of one type."""
+    config = layer_config(case, case.config)
     kinds = tuple(getattr(config, "layer_types", None) or ())
     is_complete = not config.is_encoder_decoder and len(kinds) == getattr(config, "num_hidden_layers", None)
     return kinds if is_complete and len(set(kinds)) > 1 else ()
 
 
-def with_depths(case: TraceCase, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> PretrainedConfig:
-    """Return a copy of the config with other numbers and kinds of layers."""
+def config_with_layers(case: TraceCase, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> PretrainedConfig:
+    """Return a copy of the config with other numbers and types of layers."""
     config = copy.deepcopy(case.config)
     config.use_cache = False
-    part = layered(case, config)
-    if depths == depths_of(case) and not kinds:
+    part = layer_config(case, config)
+    if depths == layer_counts(case) and not kinds:
         return config
     for name, depth in depths.items():
         setattr(part, name, depth)
@@ -115,7 +115,7 @@ def with_depths(case: TraceCase, depths: Mapping[str, int], kinds: Sequence[str]
     return config
 
 
-def batch_of(case: TraceCase, rows: int, length: int) -> dict[str, torch.Tensor]:
+def make_batch(case: TraceCase, rows: int, length: int) -> dict[str, torch.Tensor]:
     """Return a batch of `rows` rows with `length` tokens each, collated by the task."""
     row = dict(case.task.full_row(case.target, length))
     if case.packed:
@@ -126,12 +126,11 @@ def batch_of(case: TraceCase, rows: int, length: int) -> dict[str, torch.Tensor]
 
 
 def has_tokens(case: TraceCase) -> bool:
-    """Return whether the model reads text and not images."""
     return case.task.FACTS.reads == "text"
 
 
 def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """Return the footprint's fields that describe the trained tensors."""
+    """Return the `Footprint` fields that follow from the shapes of the trained tensors."""
     return {
         "weights_dtype": case.weights_dtype,
         "largest_tensor": max(map(math.prod, shapes)),
@@ -145,7 +144,7 @@ def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[st
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """Traces of a model for several batch sizes and lengths (points); `alive` has shape [points, moments, kinds]."""
+    """Bytes and operations of a model at several (rows, length) points; `alive` has shape [points, moments, kinds]."""
 
     keys: tuple[tuple[str, int], ...]
     """Position of each moment in the step, and the number of its allocation at that position."""
@@ -156,8 +155,8 @@ class ModelTrace:
 
 
 class AllocationLog(TorchDispatchMode):
-    """Logs allocated and freed storages by `place`, the position in the step; a last axis of `vocab_size` marks
-    logits."""
+    """Logs allocated and freed storages by `place`, the position in the step. Tensors whose last axis is `vocab_size`
+    are logits."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -167,9 +166,9 @@ class AllocationLog(TorchDispatchMode):
         self._open = False  # later releases are those of the model itself
         super().__exit__(*failure)
 
-    def begin(self, parameters: list[torch.Tensor], num_trainable: int) -> None:
-        """Start a new log in which the parameters are already allocated."""
-        self.num_trainable, self.place, self.flops = num_trainable, "", 0.0
+    def begin(self, parameters: list[torch.Tensor], num_targets: int) -> None:
+        """Start a new log in which the parameters are already allocated. `num_targets` labels count in the loss."""
+        self.num_targets, self.place, self.flops = num_targets, "", 0.0
         self._changes: list[tuple[str, int, int]] = []  # place, block, bytes (negative when freed)
         self._kinds: dict[int, str] = {}  # by block; the others are activations
         self._blocks: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
@@ -181,7 +180,7 @@ class AllocationLog(TorchDispatchMode):
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return the bytes by kind after each allocation, except in layers between the first and the last."""
+        """Return bytes per `MemoryKind` after each allocation, keyed by place and count; middle layers are omitted."""
         alive, counts, after = np.zeros(len(KINDS)), Counter[str](), {}
         for place, block, size in self._changes:
             alive[KINDS.index(self._kinds.get(block, "activations"))] += size
@@ -196,7 +195,7 @@ class AllocationLog(TorchDispatchMode):
                 self._kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"
 
     def _log_storage(self, tensor: torch.Tensor, func: Any) -> None:
-        """Log a new storage, its kind and later its release."""
+        """Log a tensor's storage, if it is new, with its kind and later its release."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._blocks:
@@ -204,12 +203,12 @@ class AllocationLog(TorchDispatchMode):
         self._count += 1
         block, size = self._count, storage.nbytes()
 
-        def free(_: object) -> None:
+        def log_release(_: object) -> None:
             if self._open:
                 del self._blocks[key]
                 self._changes.append((self.place, block, -size))
 
-        self._blocks[key] = (block, weakref.ref(storage, free))
+        self._blocks[key] = (block, weakref.ref(storage, log_release))
         self._changes.append((self.place, block, size))
         if func is _aten._to_copy.default and tuple(tensor.shape) in self._parameters:
             self._kinds[block] = "buffers"
@@ -225,9 +224,9 @@ class AllocationLog(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         if func in _INDEXING:
-            args = (args[0], _replace_boolean_masks(args[1], self.num_trainable), *args[2:])
+            args = (args[0], _replace_boolean_masks(args[1], self.num_targets), *args[2:])
         if func is _aten.nonzero.default:
-            out = args[0].new_empty((self.num_trainable, args[0].dim()), dtype=torch.int64)
+            out = args[0].new_empty((self.num_targets, args[0].dim()), dtype=torch.int64)
         elif func is _aten.rand.default and not args[0]:
             out = torch.tensor(1.0)  # LayerDrop, the only random draw whose value is read: keep the layer
         else:
@@ -242,13 +241,13 @@ class AllocationLog(TorchDispatchMode):
         return out
 
 
-def _replace_boolean_masks(indices: Any, count: int) -> Any:
-    """Replace boolean masks in an index by integer indices for `count` positions."""
+def _replace_boolean_masks(indices: Any, num_true: int) -> Any:
+    """Replace each boolean mask in an index by integer indices for `num_true` positions."""
     return [
         place
         for index in indices
         for place in (
-            [index.new_empty((count,), dtype=torch.int64) for _ in range(index.dim())]
+            [index.new_empty((num_true,), dtype=torch.int64) for _ in range(index.dim())]
             if index is not None and index.dtype is torch.bool
             else [index]
         )
@@ -256,9 +255,9 @@ def _replace_boolean_masks(indices: Any, count: int) -> Any:
 
 
 def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
-    """Set the log's `place` as layers run: `forward 0:first`, `backward 1:last`, `backward 0:below` ..."""
+    """Update the log's `place` as layers run: `forward 0:first`, `backward 1:last`, `backward 0:below` ..."""
 
-    def set_place(hidden: object, forward: str, backward: str) -> None:
+    def set_position(hidden: object, forward: str, backward: str) -> None:
         """Set the log's position to `forward`, and to `backward` when the gradient of `hidden` is computed."""
         if log.place.startswith("backward"):
             return  # recomputed
@@ -272,10 +271,10 @@ def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
 
     def enter(name: str, _: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         below = f"backward {name.replace('first', 'below')}" if name.endswith("first") else ""
-        set_place(args[0] if args else kwargs.get("hidden_states"), f"forward {name}", below)
+        set_position(args[0] if args else kwargs.get("hidden_states"), f"forward {name}", below)
 
     def leave(name: str, _: nn.Module, __: object, out: Any) -> None:
-        set_place(out if isinstance(out, torch.Tensor) else out[0], f"forward after {name}", f"backward {name}")
+        set_position(out if isinstance(out, torch.Tensor) else out[0], f"forward after {name}", f"backward {name}")
 
     for stack, layers in enumerate(stacks):
         for layer, module in enumerate(layers):
@@ -284,8 +283,8 @@ def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
             module.register_forward_hook(partial(leave, name))
 
 
-def stacks_of(model: PreTrainedModel, depths: set[int]) -> list[nn.ModuleList]:
-    """Return the outermost lists of layers."""
+def find_layer_lists(model: PreTrainedModel, depths: set[int]) -> list[nn.ModuleList]:
+    """Return the model's outermost lists of layers; `depths` are the possible lengths."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         is_stack = isinstance(module, nn.ModuleList) and len(module) in depths
@@ -297,7 +296,7 @@ def stacks_of(model: PreTrainedModel, depths: set[int]) -> list[nn.ModuleList]:
 # ---- a whole step ----------------------------------------------------------------------------------------------
 
 
-def run(
+def trace_copy(
     case: TraceCase,
     depths: Mapping[str, int],
     points: Sequence[tuple[int, int]],
@@ -306,20 +305,23 @@ def run(
     training: bool,
     kinds: Sequence[str] = (),
 ) -> ModelTrace:
-    """Trace the forward pass, and in training the backward pass, of a copy with `depths` layers at each point."""
-    config = with_depths(case, depths, kinds)
-    batches = [batch_of(case, *point) for point in points]
+    """Trace the forward pass, and in training the backward pass, of a copy with `depths` layers of these `kinds`.
+
+    The pass is repeated at each (rows, length) point; `recomputed` turns on activation checkpointing.
+    """
+    config = config_with_layers(case, depths, kinds)
+    batches = [make_batch(case, *point) for point in points]
     counts = [case.task.count_items(batch["labels"]) for batch in batches]
     timelines, flops = [], []
     with torch.device("meta"):  # outside the fake mode, so that the class's constants have values
-        model = build(case, config)
+        model = build_model(case, config)
     with FakeTensorMode() as mode:
-        onto_cpu(model)
+        move_to_fake_cpu(model)
         if recomputed:
             model.activation_checkpointing_enable()
         model.train(training)
         log = AllocationLog(getattr(config.get_text_config(), "vocab_size", 0) or 0)
-        track_layers(log, stacks_of(model, set(depths.values())))
+        track_layers(log, find_layer_lists(model, set(depths.values())))
         for batch, count in zip(batches, counts, strict=True):
             fake: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
             log.begin(list(model.parameters()), count)
@@ -339,11 +341,11 @@ def run(
     return ModelTrace(keys, alive, np.array(flops), trained + frozen, trained)
 
 
-def onto_cpu(model: nn.Module) -> None:
+def move_to_fake_cpu(model: nn.Module) -> None:
     """Move all tensors of a model from `meta` to a fake CPU; tied tensors stay tied."""
     copies: dict[int, torch.Tensor] = {}
 
-    def on_fake_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    def to_fake_cpu(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in copies:
             like = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -355,7 +357,7 @@ def onto_cpu(model: nn.Module) -> None:
         for tensors in holders:
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
-                    tensors[name] = on_fake_cpu(tensor)
+                    tensors[name] = to_fake_cpu(tensor)
 
 
 def _trace_micro_batch(

@@ -13,13 +13,21 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 
 from fulltune.errors import RecipeError
-from fulltune.footprint.allocations import ModelTrace, TraceCase, depths_of, has_tokens, layer_kinds, run, tensor_fields
+from fulltune.footprint.allocations import (
+    ModelTrace,
+    TraceCase,
+    has_tokens,
+    layer_counts,
+    layer_types,
+    tensor_fields,
+    trace_copy,
+)
 from fulltune.footprint.records import BYTES, KINDS, Footprint, LiveMemory, Variant, terms
 
 _log = logging.getLogger(__name__)
 
 ROWS = (2, 3)
-"""More than one, because several rows need copies where one allows a view."""
+"""Numbers of rows to trace; several rows need copies where one row allows a view."""
 _LENGTHS = (16, 24, 40)
 """Multiples of eight, so that no storage is rounded up."""
 
@@ -31,28 +39,28 @@ FAILURES = (
 """Errors that a model class raises for an unusual config or for tensors without values."""
 
 
-def points_of(case: TraceCase) -> list[tuple[int, int]]:
-    """Return the numbers of rows and tokens to trace; an image has length 1."""
+def points_to_trace(case: TraceCase) -> list[tuple[int, int]]:
+    """Return the (rows, tokens) points to trace; an image has length 1."""
     return list(itertools.product(ROWS, _LENGTHS if has_tokens(case) else (1,)))
 
 
 def trace_model(case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool) -> ModelTrace:
-    """Trace a model, if possible by extrapolating from copies with few layers."""
+    """Trace a model at each (rows, length) point, if possible by extrapolating from copies with few layers."""
     try:
         traced = _extrapolate_from_copies(case, points, recomputed=recomputed, training=training)
     except FAILURES:
         # A config may refuse another number of layers, and a class may need a list of that length.
         _log.debug("no copies with fewer layers of %s", type(case.config).__name__, exc_info=True)
         traced = None
-    return traced or run(case, depths_of(case), points, recomputed=recomputed, training=training)
+    return traced or trace_copy(case, layer_counts(case), points, recomputed=recomputed, training=training)
 
 
 def _extrapolate_from_copies(
     case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool
 ) -> ModelTrace | None:
-    """Extrapolate from a copy of two layers and copies with one more, or return None if the layers differ."""
+    """Extrapolate from a small copy and copies with one more layer, or return None if this is not exact."""
     start, growths = _reduced_copies(case)
-    base = run(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
+    base = trace_copy(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
     # As many points as terms, and one more as a check.
     checked = list(range(len(points) if len(points) <= len(ROWS) else len(_LENGTHS) + 2))
     matrix, wanted = (
@@ -61,7 +69,7 @@ def _extrapolate_from_copies(
     traced = base
     for depths, kinds, further in growths:
         sample = [points[at] for at in checked]
-        more = run(case, depths, sample, kinds=kinds, recomputed=recomputed, training=training)
+        more = trace_copy(case, depths, sample, kinds=kinds, recomputed=recomputed, training=training)
         if more.keys != base.keys:
             return None
         alive = (more.alive - base.alive[checked]).reshape(len(checked), -1)
@@ -83,8 +91,8 @@ _Copy = tuple[dict[str, int], tuple[str, ...]]
 
 
 def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
-    """Return the smallest copy, and one larger copy per kind of layer with the number of missing layers."""
-    depths, kinds = depths_of(case), layer_kinds(case)
+    """Return the smallest copy, and one larger copy per type of layer with the number of layers it lacks."""
+    depths, kinds = layer_counts(case), layer_types(case)
     if kinds:
         (name,) = depths
         first, *between, last = kinds
@@ -117,15 +125,15 @@ _MANY = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 
-def traced(case: TraceCase) -> Footprint:
-    """Return the footprint of a model by tracing it."""
-    points = points_of(case)
+def trace_footprint(case: TraceCase) -> Footprint:
+    """Trace a model, and return its footprint."""
+    points = points_to_trace(case)
     evaluated = trace_model(case, points, recomputed=False, training=False)
     variants, of_training = [], 0.0
     for recomputed in case.checkpointing:
         stepped = trace_model(case, points, recomputed=recomputed, training=True)
         first = _candidate_peaks(stepped, points)
-        later = _later_micro_batch(
+        later = _moments_of_later_micro_batch(
             first, stepped.shapes if case.all_trained else stepped.trained, BYTES[case.weights_dtype]
         )
         if not recomputed:
@@ -167,7 +175,7 @@ def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tu
 
 
 def _fit_coefficients(values: np.ndarray, points: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return coefficients [6, n] fitted to values [points, n]; images, which have one size, use only the first two."""
+    """Fit coefficients [6, n] to values [points, n]; images, which have one size, use only the first two."""
     matrix = np.array([terms(*point) for point in points], float)
     used = 6 if _has_lengths(points) else 2
     coefficients = np.zeros((6, values.shape[1]))
@@ -179,13 +187,13 @@ def _has_lengths(points: Sequence[tuple[int, int]]) -> bool:
     return len({length for _, length in points}) > 1
 
 
-def _later_micro_batch(
-    first: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], size: int
+def _moments_of_later_micro_batch(
+    first: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], value_bytes: int
 ) -> tuple[LiveMemory, ...]:
-    """Return the moments of a later micro batch, whose gradients are added to earlier ones."""
-    total = size * sum(map(math.prod, shapes))
+    """Return the moments of a step's later micro batches, whose gradients are added to earlier ones."""
+    total = value_bytes * sum(map(math.prod, shapes))
     highest = max(moment.coefficients["gradients"][0] for moment in first)
-    waiting = max(0.0, highest - total) + size * max(map(math.prod, shapes))
+    waiting = max(0.0, highest - total) + value_bytes * max(map(math.prod, shapes))
 
     def with_earlier_gradients(moment: LiveMemory) -> LiveMemory:
         constant, *rest = moment.coefficients["gradients"]

@@ -1,5 +1,3 @@
-"""Records of memory and work as functions of the micro batch (docs/concepts/memory.md)."""
-
 from __future__ import annotations
 
 from pydantic import Field
@@ -27,7 +25,7 @@ class LiveMemory(Record):
     """Bytes of each kind per 1, row, token, row x length^2, length and length^2."""
 
     def bytes(self, rows: int, length: int) -> dict[MemoryKind, int]:
-        """Return the bytes by kind for `rows` sequences (rows x choices) of `length` tokens."""
+        """Return the bytes per `MemoryKind` for `rows` sequences (rows x choices) of `length` tokens."""
         factors = terms(rows, length)
         return {
             kind: max(0, round(sum(value * factor for value, factor in zip(values, factors, strict=True))))
@@ -62,16 +60,16 @@ class Footprint(Record):
     attention_flops_per_pair: float
     """Operations of a forward pass per pair of tokens in a row."""
     train_flops_per_token: float = 0.0
-    """Operations of a forward and backward pass, without attention's backward; 0 if not traced."""
+    """Operations of a forward and backward pass, without attention's backward pass; 0 if not traced."""
     tensors: dict[int, int] = Field(default_factory=dict)
-    """Number of trained parameters by their number of values."""
+    """Number of trained tensors by their number of values."""
     rough: str = ""
-    """Reason why a rule of thumb replaces the trace."""
+    """Why a rule of thumb replaces the trace."""
     assumed: str = ""
     """Assumption about the model's inputs, with its reason."""
 
-    def traced(self, precision: str) -> str:
-        """Return the precision if it was traced, or else another precision that was."""
+    def traced_precision(self, precision: str) -> str:
+        """Return `precision` if it was traced, else the first precision that was."""
         precisions = [variant.precision for variant in self.variants]
         return precision if precision in precisions else precisions[0]
 

@@ -1,5 +1,3 @@
-"""Compute a model's dimensions and memory without its weights."""
-
 from __future__ import annotations
 
 import logging
@@ -15,8 +13,8 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fulltune import methods
-from fulltune.footprint.allocations import TraceCase, has_tokens, layered, tensor_fields
-from fulltune.footprint.formulas import FAILURES, traced
+from fulltune.footprint.allocations import TraceCase, has_tokens, layer_config, tensor_fields
+from fulltune.footprint.formulas import FAILURES, trace_footprint
 from fulltune.footprint.records import BYTES, FOOTPRINT, SHAPES, Footprint, LiveMemory, Variant
 from fulltune.models import dropout
 from fulltune.models.base import Base
@@ -40,16 +38,17 @@ PIXELS_OF_A_TOKEN = 32 * 32
 """Pixels per position after the last convolution."""
 
 
-def rough(case: TraceCase, why: str) -> Footprint:
-    """Return a footprint by a rule of thumb; `why` is the reason why the model was not traced."""
-    shapes = _parameter_shapes(case)
+def estimate_footprint(case: TraceCase, why: str) -> Footprint:
+    """Estimate a footprint by a rule of thumb. `why` says why the model was not traced."""
+    shapes = _trained_parameter_shapes(case)
     num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
     layers, hidden, vocab = _model_sizes(case)
     tokens = 1
     if case.pixels is not None:
         area = math.prod(case.pixels[1:])
-        tokens = max(num_patches(layered(case, case.config)), math.ceil(area / PIXELS_OF_A_TOKEN))
-    layer = hidden * tokens * (VALUES + VALUES_PER_STATE * (getattr(layered(case, case.config), "state_size", 0) or 0))
+        tokens = max(num_patches(layer_config(case, case.config)), math.ceil(area / PIXELS_OF_A_TOKEN))
+    states = getattr(layer_config(case, case.config), "state_size", 0) or 0
+    layer = hidden * tokens * (VALUES + VALUES_PER_STATE * states)
     weight = BYTES[case.weights_dtype]
     logits = LOGITS_BYTES * vocab if case.task.FACTS.writes else 0
     size = 4 if (case.precision, case.weights_dtype) == ("fp32", "fp32") else 2
@@ -81,7 +80,7 @@ def rough(case: TraceCase, why: str) -> Footprint:
 def _rough_moment(
     case: TraceCase, place: str, gradients: int, activations: int, logits: int, buffers: int
 ) -> LiveMemory:
-    """Return a moment whose gradients and buffers have a constant size; its other bytes are per token or image."""
+    """Return a moment with constant bytes of gradients and buffers; activations and logits are per token or image."""
     each = 2 if has_tokens(case) else 1  # position in `records.terms`
     sizes = {"gradients": (0, gradients), "activations": (each, activations), "logits": (each, logits)}
     coefficients = {
@@ -91,7 +90,7 @@ def _rough_moment(
     return LiveMemory.model_validate({"place": place, "coefficients": coefficients})
 
 
-def _parameter_shapes(case: TraceCase) -> list[tuple[int, ...]]:
+def _trained_parameter_shapes(case: TraceCase) -> list[tuple[int, ...]]:
     with torch.device("meta"):
         model = getattr(transformers, case.task.FACTS.auto_class).from_config(case.config)
         if not case.all_trained:
@@ -101,7 +100,7 @@ def _parameter_shapes(case: TraceCase) -> list[tuple[int, ...]]:
 
 def _model_sizes(case: TraceCase) -> tuple[int, int, int]:
     """Return the number of layers, the hidden size and the vocabulary size (0 if there is no vocabulary)."""
-    config = layered(case, case.config)
+    config = layer_config(case, case.config)
     layers = sum(getattr(config, "depths", None) or ()) or getattr(config, "num_hidden_layers", None) or USUAL_LAYERS
     layers *= 2 if config.is_encoder_decoder else 1
     hidden = getattr(config, "hidden_size", None) or math.ceil(math.sqrt(case.num_parameters / 12 / layers))
@@ -120,8 +119,8 @@ class PlannedModel:
     summary: DataSummary
 
     @cached_property
-    def changes(self) -> dict[str, Any]:
-        """The task's changes to the config, or nothing if only the config is available."""
+    def config_changes(self) -> dict[str, Any]:
+        """Config values that the task sets; empty if only the model's config is available."""
         if not self.base.has_processor:
             return {}
         return dict(task_named(self.recipe.task).config_changes(Target.of(self.summary), self.base.processor))
@@ -129,19 +128,19 @@ class PlannedModel:
     @cached_property
     def shapes(self) -> Shapes:
         """The model's dimensions, including the parameters of the recipe's method."""
-        apply = preparing(self.recipe, on_cpu=False) if self.recipe.method.kind != "full" else None
-        return shapes_of(self.base, self.changes, apply)
+        apply = make_preparation(self.recipe, on_cpu=False) if self.recipe.method.kind != "full" else None
+        return shapes_of(self.base, self.config_changes, apply)
 
     def footprint(self, recipe: Recipe, device: str, precision: str) -> Footprint:
-        """Return the model's footprint for a variant of the recipe with another weight type or attention."""
+        """Return the model's footprint for a recipe that may differ in weight type and attention."""
         pixels, assumed = self.base.image_shape
         attention = recipe.model.attn_implementation
-        footprint = trace(
+        footprint = trace_or_estimate(
             TraceCase(
-                self.base.configured(self.changes, recipe.model.dropout),
+                self.base.configured(self.config_changes, recipe.model.dropout),
                 task_named(self.recipe.task),
                 Target.of(self.summary),
-                preparing(recipe, on_cpu=device == "cpu"),
+                make_preparation(recipe, on_cpu=device == "cpu"),
                 self.shapes.num_all_parameters or self.shapes.num_parameters,
                 all_trained=self.shapes.num_trainable is None,
                 precision=precision,
@@ -162,16 +161,16 @@ class PlannedModel:
         self.shapes.save(folder / "plan" / SHAPES)
 
 
-def preparing(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel], None]:
-    """Return a function that changes a model as training does before it starts."""
+def make_preparation(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel], None]:
+    """Return a function that applies the recipe's method to a model and, with `on_cpu`, replaces its dropout."""
     same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
     if recipe.method.kind == "full":
         same["train"] = {}
-    return partial(prepare, recipe.method.model_copy(update=same), recipe.task, on_cpu)
+    return partial(apply_method_and_dropout, recipe.method.model_copy(update=same), recipe.task, on_cpu)
 
 
-def prepare(method: Method, task: TaskName, on_cpu: bool, model: PreTrainedModel) -> None:
-    """Change a model as training does before it starts."""
+def apply_method_and_dropout(method: Method, task: TaskName, on_cpu: bool, model: PreTrainedModel) -> None:
+    """Apply the method to a model and, with `on_cpu`, replace its dropout layers."""
     if method.kind != "full":
         methods.apply(model, method, task)
     if on_cpu:
@@ -181,15 +180,15 @@ def prepare(method: Method, task: TaskName, on_cpu: bool, model: PreTrainedModel
 _TRACED: dict[str, Footprint] = {}
 
 
-def trace(case: TraceCase) -> Footprint:
-    """Return a model's footprint, which is a rule of thumb if the model cannot be traced."""
+def trace_or_estimate(case: TraceCase) -> Footprint:
+    """Return a model's footprint, which is estimated by a rule of thumb if the model cannot be traced."""
     config = {name: value for name, value in case.config.to_dict().items() if name != "_name_or_path"}
     key = repr((type(case.config).__name__, config, replace(case, config=PretrainedConfig())))
     if key not in _TRACED:
         try:
-            _TRACED[key] = traced(case)
+            _TRACED[key] = trace_footprint(case)
         except FAILURES as error:
             # The run continues, because the class works with real values and the dry run measures its memory.
             _log.debug("%s cannot be traced", type(case.config).__name__, exc_info=True)
-            _TRACED[key] = rough(case, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+            _TRACED[key] = estimate_footprint(case, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
     return _TRACED[key]

@@ -13,11 +13,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fulltune.errors import RecipeError, SetupError
 from fulltune.files import write_text
-from fulltune.plan.gpus import Fleet, parse
+from fulltune.plan.gpus import Fleet, parse_hardware
 from fulltune.recipe.fields import Recipe, named_paths
 from fulltune.recipe.file import load_recipe
 from fulltune.system.machines import DEFAULT_PORT
-from fulltune.system.run_folder import writing
+from fulltune.system.run_folder import explain_os_errors
 from fulltune.text import listed
 
 _CORES_FOR_EACH_PROCESS = 4
@@ -87,7 +87,7 @@ def job_of(file: Path, overrides: Sequence[str], hardware: str | None) -> Launch
     """
     problems, fleet = list[str](), None
     try:
-        fleet = parse(hardware) if hardware is not None else None
+        fleet = parse_hardware(hardware) if hardware is not None else None
     except RecipeError as error:
         problems += error.problems
     for override in overrides if fleet else ():
@@ -170,7 +170,7 @@ def write(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]
     if path.exists() and not force:
         raise SetupError(f"{path}: already exists; give --force to replace it, or another name with --output")
     text = text_of(job, launcher)
-    with writing(path):
+    with explain_os_errors(path):
         write_text(path, text)
         if text.startswith("#!"):
             path.chmod(path.stat().st_mode | 0o111)

@@ -126,7 +126,7 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -
         from fulltune.methods.added import peft_problems
 
         lines += peft_problems(method)
-        layout = parallel_layout.of(recipe)
+        layout = parallel_layout.layout_of(recipe)
         if layout is not None and layout.engine == "zero" and layout.stage == 3:
             by = recipe.train.engine_by
             lines.append(f"PEFT may read weights, which {by} shards; use lora, or train.placement: zero2")

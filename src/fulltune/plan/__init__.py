@@ -1,21 +1,27 @@
-from fulltune.plan.budget import available
-from fulltune.plan.changed import as_begun, is_placed_as, need_of, on_disk, placed_anew
-from fulltune.plan.defaults import learning_rate_of
-from fulltune.plan.fit import fit
-from fulltune.plan.gpus import here
+from fulltune.plan.budget import usable_memory
+from fulltune.plan.changed import (
+    has_same_placement,
+    memory_need_of_plan,
+    recipe_for_resuming,
+    with_disk_need,
+    with_new_placement,
+)
+from fulltune.plan.defaults import default_learning_rate
+from fulltune.plan.fit import make_plan
+from fulltune.plan.gpus import local_hardware
 from fulltune.plan.resolve import device_and_precision
 from fulltune.plan.workload import Workload
 
 __all__ = [
     "Workload",
-    "as_begun",
-    "available",
+    "default_learning_rate",
     "device_and_precision",
-    "fit",
-    "here",
-    "is_placed_as",
-    "learning_rate_of",
-    "need_of",
-    "on_disk",
-    "placed_anew",
+    "has_same_placement",
+    "local_hardware",
+    "make_plan",
+    "memory_need_of_plan",
+    "recipe_for_resuming",
+    "usable_memory",
+    "with_disk_need",
+    "with_new_placement",
 ]

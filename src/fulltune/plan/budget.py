@@ -17,11 +17,9 @@ LIBRARIES_BYTES = 700 * 2**20
 """Memory of Python, torch and transformers in a CPU process."""
 
 
-def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
-    """Return the bytes that one process may use on its device, and a description such as `12 GiB of GPU memory`.
-
-    Raises `RecipeError` if `train.memory_limit` is less than the libraries need.
-    """
+def usable_memory(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
+    """Return the bytes that one process may use on its device, and a description such as `12 GiB of GPU memory`; raise
+    `RecipeError` if `train.memory_limit` is too low."""
     processes, limit = recipe.train.processes_per_machine, recipe.train.memory_limit
     libraries = 0 if device == "cuda" else LIBRARIES_BYTES
     if device == "cuda":
@@ -29,7 +27,7 @@ def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
         least = min(used, key=lambda gpu: gpu.available_bytes)
         free, where = least.available_bytes, "of GPU memory"
         if free < max(gpu.available_bytes for gpu in used):
-            where += f" (GPU {used.index(least)}, {least.name}, has the least free of {len(used)})"
+            where += f" (GPU {used.index(least)}, {least.name}, has the least free memory of {len(used)} GPUs)"
     else:
         free = machine.memory_available_bytes // processes - libraries
         where = "of memory" if processes == 1 else f"of memory for each of {processes} processes"
@@ -46,68 +44,70 @@ def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
     return max(0, free), f"{format_bytes(max(0, free))} {where}"
 
 
-def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
-    """Raise `DoesNotFitError` if host memory is too small for the state that ZeRO offloads."""
-    layout = parallel_layout.of(recipe)
+def check_offload_fits(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
+    """Raise `DoesNotFitError` if a machine has too little host memory for the state that ZeRO offloads."""
+    layout = parallel_layout.layout_of(recipe)
     if layout is None or not machine.gpus:
         return
     processes, machines = recipe.train.num_processes, recipe.train.num_machines
-    on_host = host_bytes(layout, shapes.num_parameters, processes, num_trainable=shapes.num_trainable) // machines
+    on_host = offloaded_bytes(layout, shapes.num_parameters, processes, num_trainable=shapes.num_trainable) // machines
     if on_host > machine.memory_available_bytes:
         each = f" on each of {machines} machines" if machines > 1 else ""
         raise DoesNotFitError(
             f"{recipe.train.engine_by}: offloading needs {format_bytes(on_host)} of host memory{each}, but "
-            f"{format_bytes(machine.memory_available_bytes)} are free; offload less, or use a smaller model"
+            f"only {format_bytes(machine.memory_available_bytes)} is free; offload less, or use a smaller model"
         )
 
 
-def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout | None) -> MemoryNeed:
-    """Compute the memory of one process on its device. If `layout` is None, the process holds the whole training
-    state."""
+def memory_need(
+    shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout | None
+) -> MemoryNeed:
+    """Compute the memory of one process on its device. If `layout` is None, each process holds all training state."""
     if layout is not None and layout.engine == "fsdp2":
-        return fsdp2.need(shapes, footprint, settings)
+        return fsdp2.fsdp2_memory_need(shapes, footprint, settings)
     if layout is not None:
-        of_engine = _zero_need_on_gpus if settings.device == "cuda" else _zero_need_on_cpu
+        of_engine = _zero_process_need_on_gpus if settings.device == "cuda" else _zero_process_need_on_cpu
         return of_engine(shapes, footprint, settings, layout)
-    traced = (footprint.weights_dtype, footprint.traced(settings.precision))
+    traced = (footprint.weights_dtype, footprint.traced_precision(settings.precision))
     if (settings.weights_dtype, settings.precision) == traced:
-        return memory.need(shapes, footprint, settings)
-    return _untraced_need(shapes, footprint, settings)
+        return memory.unsharded_need(shapes, footprint, settings)
+    return _estimate_untraced_need(shapes, footprint, settings)
 
 
-def _zero_need_on_gpus(
+def _zero_process_need_on_gpus(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
 ) -> MemoryNeed:
     parameters, processes = shapes.num_parameters, settings.num_processes
-    state = layout.parts_at("device", engine_state(parameters, shapes.num_trainable), processes)
+    state = layout.bytes_stored_on("device", zero_state_bytes(parameters, shapes.num_trainable), processes)
     buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
     if layout.stage == 3:  # weights gathered at a time: at least a layer or the vocabulary
         vocabulary = shapes.vocab_size * shapes.hidden_size
         layer = (parameters - vocabulary) // max(1, shapes.num_layers)
         buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
-    kinds = {**state, **passing(footprint, settings), "buffers": buffers}
-    scoring = _peak_activations(
-        footprint.evaluation[footprint.traced(settings.precision)], footprint, settings.eval_batch_size, settings
-    )
+    kinds = {**state, **peak_activation_bytes(footprint, settings), "buffers": buffers}
+    moments = footprint.evaluation[footprint.traced_precision(settings.precision)]
+    scoring = _peak_activations_and_logits(moments, footprint, settings.eval_batch_size, settings)
     evaluation = state["weights"] + state["optimizer"] + buffers + sum(scoring.values())
-    host = host_bytes(layout, parameters, processes, shapes.num_trainable) // processes
+    host = offloaded_bytes(layout, parameters, processes, shapes.num_trainable) // processes
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
 
-def _zero_need_on_cpu(
+def _zero_process_need_on_cpu(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
 ) -> MemoryNeed:
-    alone = settings.changed(precision=footprint.traced(settings.precision), num_processes=1)
-    single = memory.need(shapes, footprint, alone)
-    kinds = single.kinds | layout.parts(memory.state_of(shapes.num_parameters, settings), settings.num_processes)
+    alone = settings.changed(precision=footprint.traced_precision(settings.precision), num_processes=1)
+    single = memory.unsharded_need(shapes, footprint, alone)
+    kinds = single.kinds | layout.bytes_per_process(
+        memory.state_bytes(shapes.num_parameters, settings), settings.num_processes
+    )
     spared = single.phases["step"] - sum(kinds.values())
     return MemoryNeed(kinds=kinds, phases={phase: max(0, size - spared) for phase, size in single.phases.items()})
 
 
-def _untraced_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """Estimate the memory cautiously for types that the trace does not cover."""
-    state = memory.state_of(shapes.num_parameters, settings)
-    kinds = state | passing(footprint, settings)
+def _estimate_untraced_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
+    """Estimate the memory of one process for a weight type or precision that was not traced."""
+    state = memory.state_bytes(shapes.num_parameters, settings)
+    kinds = state | peak_activation_bytes(footprint, settings)
     # Only fp32 weights are cast for 16-bit computations.
     cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
     kinds["buffers"] = memory.CUDA_CONTEXT_BYTES
@@ -117,7 +117,9 @@ def _untraced_need(shapes: Shapes, footprint: Footprint, settings: MemorySetting
     kinds["buffers"] += state["gradients"] if settings.num_processes > 1 else 0
     kinds["buffers"] += 2 * shapes.num_parameters if cast else 0
     # Loading, saving and resuming follow from the state alone.
-    similar = memory.need(shapes, footprint, settings.changed(precision=footprint.traced(settings.precision)))
+    similar = memory.unsharded_need(
+        shapes, footprint, settings.changed(precision=footprint.traced_precision(settings.precision))
+    )
     phases: dict[Phase, int] = {"step": sum(kinds.values())}
     return MemoryNeed(
         kinds=kinds, phases=phases | {phase: similar.phases[phase] for phase in ("loading", "saving", "resuming")}
@@ -129,31 +131,32 @@ def _untraced_need(shapes: Shapes, footprint: Footprint, settings: MemorySetting
 IN_ENGINE = (2, 4, 12)
 """ZeRO's bytes per parameter: bf16 weights, fp32 gradients, and fp32 weights with both moments."""
 LIVE_VALUES = 10**9
-"""ZeRO's default number of gathered weights."""
 HOST_BUFFERS = 1.22
-"""Factor for pinned buffers (measured: 176 GB for 18 bytes per parameter of 8.03 B)."""
+"""Factor for pinned buffers (measured: 176 GB for 8.03 B parameters of 18 bytes)."""
 
 
-def engine_state(num_parameters: int, num_trainable: int | None = None) -> dict[MemoryKind, int]:
-    """Return the bytes of ZeRO's whole state by kind, over all processes."""
+def zero_state_bytes(num_parameters: int, num_trainable: int | None = None) -> dict[MemoryKind, int]:
+    """Return the bytes of weights, gradients and optimizer state that ZeRO keeps over all processes together."""
     weights, gradients, optimizer = IN_ENGINE
     trained = num_parameters if num_trainable is None else num_trainable
     return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}
 
 
-def host_bytes(layout: ParallelLayout, num_parameters: int, num_devices: int, num_trainable: int | None = None) -> int:
-    """Return the host memory that all processes together need for offloaded state."""
-    each = layout.parts_at("host", engine_state(num_parameters, num_trainable), num_devices)
-    return round(HOST_BUFFERS * num_devices * sum(each.values()))
+def offloaded_bytes(
+    layout: ParallelLayout, num_parameters: int, num_processes: int, num_trainable: int | None = None
+) -> int:
+    """Return how much host memory all processes together need for the state that ZeRO offloads."""
+    each = layout.bytes_stored_on("host", zero_state_bytes(num_parameters, num_trainable), num_processes)
+    return round(HOST_BUFFERS * num_processes * sum(each.values()))
 
 
-def passing(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Return the peak bytes of activations and logits in a training micro batch."""
-    variant = footprint.variant(footprint.traced(settings.precision), settings.activation_checkpointing)
-    return _peak_activations(variant.first, footprint, settings.micro_batch_size, settings)
+def peak_activation_bytes(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
+    """Return the bytes of activations and logits at the moment of a training micro batch when their sum peaks."""
+    variant = footprint.variant(footprint.traced_precision(settings.precision), settings.activation_checkpointing)
+    return _peak_activations_and_logits(variant.first, footprint, settings.micro_batch_size, settings)
 
 
-def _peak_activations(
+def _peak_activations_and_logits(
     moments: Sequence[LiveMemory], footprint: Footprint, batch_size: int, settings: MemorySettings
 ) -> dict[MemoryKind, int]:
     rows = batch_size * footprint.sequences_per_row
@@ -171,12 +174,12 @@ ENGINE_BYTES = 16
 """Bytes per parameter in ZeRO's checkpoints: 12 for fp32 weights and moments, 4 for the compute weights."""
 MOMENTS_BYTES = 8
 SMALL_FILES_BYTES = 16 * 2**20
-"""Space for a checkpoint's other files: a tokenizer takes 1 MB to 17 MB."""
+"""Space for a checkpoint's other files; a tokenizer takes 1 MB to 17 MB."""
 
 
 def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
-    """Compute the run's peak disk usage: checkpoints, finished model and initial weights."""
-    state = memory.state_of(num_parameters, settings)
+    """Compute the run's peak disk usage for checkpoints, the finished model and the initial weights."""
+    state = memory.state_bytes(num_parameters, settings)
     weights = memory.num_trainable(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
     checkpoint = weights + state["optimizer"]
     if recipe.train.placement == "fsdp2":  # checkpoints have fp32 moments with every optimizer
@@ -190,10 +193,10 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
     )
 
 
-def short_by(recipe: Recipe, needed: DiskNeed, free_bytes: int, place: str) -> str:
-    """Return the error message for a disk with too little free space."""
+def disk_full_message(recipe: Recipe, needed: DiskNeed, free_bytes: int, folder: str) -> str:
+    """Return the error message for a full disk; `folder` is empty for the recipe's output."""
     parts = f"{needed.num_checkpoints} x {format_bytes(needed.checkpoint_bytes)} and {format_bytes(needed.model)}"
     return (
-        f"{place or recipe.output}: checkpoints and model need {format_bytes(needed.total)} on disk ({parts}), but "
-        f"{format_bytes(free_bytes)} are free"
+        f"{folder or recipe.output}: checkpoints and the model need {format_bytes(needed.total)} on disk ({parts}), "
+        f"but only {format_bytes(free_bytes)} is free"
     )

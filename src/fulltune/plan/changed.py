@@ -15,33 +15,25 @@ if TYPE_CHECKING:
 
 
 _PLACING = (
-    *(
-        "num_processes",
-        "num_machines",
-        "placement",
-        "offload",
-        "device",
-        "micro_batch_size",
-        "gradient_accumulation_steps",
-    ),
-    *("eval_batch_size", "activation_checkpointing", "chunked_loss", "available_bytes", "memory", "state"),
+    *("num_processes", "num_machines", "placement", "offload", "device", "micro_batch_size", "eval_batch_size"),
+    *("gradient_accumulation_steps", "activation_checkpointing", "chunked_loss", "available_bytes", "memory", "state"),
     *("sent_bytes_per_micro_batch", "sent_bytes_per_update"),
     *("disk", "time", "loader_workers", "fast_bf16"),
 )
-"""Fields of a plan that depend on the placement and do not change the result."""
+"""Plan fields that depend on the placement and do not change the result."""
 
 
-def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
-    """Return whether the recipe asks for the plan's placement, offload, processes and machines."""
+def has_same_placement(plan: Plan, recipe: Recipe) -> bool:
+    """Return whether the recipe allows the plan's placement and sets the same offload, processes and machines."""
     train = recipe.train
     same = all(getattr(plan, name) == getattr(train, name) for name in ("num_processes", "num_machines", "offload"))
     return same and train.placed_as in ("auto", plan.placement)
 
 
-def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
-    """Return the recipe for resuming a run on other hardware with the run's global batch, precision and optimizer.
+def recipe_for_resuming(recipe: Recipe, plan: Plan) -> Recipe:
+    """Return the recipe with the started run's global batch size, precision and optimizer.
 
-    Raises `RecipeError` if the processes cannot divide the batch or run the optimizer.
+    Raises `RecipeError` if the new processes cannot divide the batch or run the optimizer.
     """
     train, rows = recipe.train, plan.global_batch_size
     problems = []
@@ -64,23 +56,25 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
     return recipe.model_copy(update={"train": train.model_copy(update=same)})
 
 
-def placed_anew(plan: Plan, anew: Plan) -> Plan:
-    """Return a started run's plan with placement fields and settings taken from the plan `anew`."""
+def with_new_placement(plan: Plan, replanned: Plan) -> Plan:
+    """Return a started run's plan with the fields and settings that depend on the placement taken from `replanned`."""
     names = {SETTING_OF.get(name, f"train.{name}") for name in _PLACING} | {"train.oversubscribe"}
     settings = {setting.name: setting for setting in plan.settings}
-    settings |= {setting.name: setting for setting in anew.settings if setting.name in names}
-    placing = {name: getattr(anew, name) for name in _PLACING}
+    settings |= {setting.name: setting for setting in replanned.settings if setting.name in names}
+    placing = {name: getattr(replanned, name) for name in _PLACING}
     return plan.model_copy(update={**placing, "settings": tuple(settings.values())})
 
 
-def need_of(changed: Plan, recipe: Recipe, model: PlannedModel) -> MemoryNeed:
-    """Compute the memory need of a changed plan; its precision may differ from the recipe's."""
+def memory_need_of_plan(changed: Plan, recipe: Recipe, model: PlannedModel) -> MemoryNeed:
+    """Compute the memory of one process for a changed plan, whose precision may differ from the recipe's."""
     traced = model.footprint(recipe, changed.device, changed.precision)
-    return budget.need(model.shapes, traced, changed, parallel_layout.of(with_placement(recipe, changed.placement)))
+    return budget.memory_need(
+        model.shapes, traced, changed, parallel_layout.layout_of(with_placement(recipe, changed.placement))
+    )
 
 
-def on_disk(recipe: Recipe, plan: Plan, free_bytes: int, place: str) -> Plan:
+def with_disk_need(recipe: Recipe, plan: Plan, free_bytes: int, folder: str) -> Plan:
     """Return the plan with its state and disk need recomputed; raise `DoesNotFitError` if the disk is too small."""
     recipe = with_placement(recipe, plan.placement)
-    disk = ways_out.refuse_full_disk(recipe, plan.num_parameters, plan, free_bytes, place)
-    return plan.model_copy(update={"disk": disk, "state": memory.state_of(plan.num_parameters, plan)})
+    disk = ways_out.check_disk_space(recipe, plan.num_parameters, plan, free_bytes, folder)
+    return plan.model_copy(update={"disk": disk, "state": memory.state_bytes(plan.num_parameters, plan)})

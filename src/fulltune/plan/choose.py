@@ -1,4 +1,4 @@
-"""Choose the fastest settings that fit, and prefer those that keep the result."""
+"""Choose the fastest settings that fit in memory, preferably without changing the result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import ways_out
-from fulltune.plan.levers import LEVERS, whole_logits
+from fulltune.plan.levers import LEVERS, why_loss_not_chunked
 from fulltune.plan.settings import Reasons
 from fulltune.plan.workload import Basis
 from fulltune.recipe.fields import Recipe
@@ -35,94 +35,93 @@ class Option:
     why_recomputed: str = ""
 
 
-def choose(basis: Basis) -> Option:
-    """Return the fastest settings that fit; settings that change the result are tried last.
+def choose_settings(basis: Basis) -> Option:
+    """Return the fastest settings that fit in memory, preferring those that keep the result.
 
-    Raises `DoesNotFitError`, with ways to make the run fit, if nothing fits.
+    Raises `DoesNotFitError`, which lists ways to make the run fit, if nothing fits.
     """
-    for start in _with_levers(basis.recipe, basis.start, same_result=False):
-        if option := fastest(replace(basis, start=start)):
+    for start in _with_savings(basis.recipe, basis.start, same_result=False):
+        if option := fastest_fitting_settings(replace(basis, start=start)):
             return option
     raise _no_fit_error(basis)
 
 
-def fastest(basis: Basis) -> Option | None:
-    """Return the fastest settings that fit and keep the result, with headroom if possible, or None if none fits.
+def fastest_fitting_settings(basis: Basis) -> Option | None:
+    """Return the fastest settings that fit in memory and keep the result, or None if none fit.
 
     Among equally fast settings, those without checkpointing come first, then larger micro batches.
     """
     for share in (COMFORTABLE, 1.0):
         limit = share * basis.available_bytes
-        options = [_choose_eval_batch(basis, settings, limit) for settings in _candidates(basis, basis.start)]
-        if fitting := [(one, basis.speed(one.settings) or 0.0) for one in options if one.memory.peak <= limit]:
+        options = [_choose_eval_batch(basis, settings, limit) for settings in _candidate_settings(basis, basis.start)]
+        fits = [option for option in options if option.memory.peak <= limit]
+        if fitting := [(option, basis.tokens_per_second(option.settings) or 0.0) for option in fits]:
             slowest = max(tokens for _, tokens in fitting) / (1 + SAME_SPEED)
             option = next(one for one, tokens in fitting if tokens >= slowest)
-            return replace(option, why_recomputed=_checkpointing_reason(basis, option, options, limit))
+            return replace(option, why_recomputed=_explain_checkpointing(basis, option, options, limit))
     return None
 
 
-def smallest(basis: Basis, same_numbers: bool = False) -> Option:
-    """Return the settings with the lowest peak memory. If `same_numbers`, only settings that keep the result are
-    considered.
+def lowest_memory_settings(basis: Basis, same_result: bool = False) -> Option:
+    """Return the settings with the lowest peak memory; `same_result` excludes those that change the result.
 
-    Accumulated gradients stay allocated, so this is not always the smallest micro batch.
+    The micro batch is not always the smallest, because accumulated gradients stay allocated.
     """
     options = [
         _choose_eval_batch(basis, settings, 0)
-        for start in ([basis.start] if same_numbers else _with_levers(basis.recipe, basis.start, same_result=False))
-        for settings in _candidates(basis, start)
+        for start in ([basis.start] if same_result else _with_savings(basis.recipe, basis.start, same_result=False))
+        for settings in _candidate_settings(basis, start)
     ]
     return min(options, key=lambda o: (o.memory.peak, o.memory.phases["step"], o.settings.micro_batch_size))
 
 
-def _candidates(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
-    """Return the settings for every allowed micro batch, with and without the memory savings that keep the result."""
+def _candidate_settings(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
+    """Combine every allowed micro batch size with every set of memory savings that keeps the result."""
     rows, size = basis.rows_per_process, basis.recipe.train.micro_batch_size
     sizes = [size] if size is not None else [divisor for divisor in range(rows, 0, -1) if rows % divisor == 0]
     return [
         settings.changed(micro_batch_size=size, gradient_accumulation_steps=max(1, rows // size))
-        for settings in _with_levers(basis.recipe, start, same_result=True)
+        for settings in _with_savings(basis.recipe, start, same_result=True)
         for size in sizes
     ]
 
 
-def _with_levers(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
-    """Return the settings with every combination of automatic memory savings that keep the result or, unless
-    `same_result`, change it."""
+def _with_savings(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
+    """Combine `start` with automatic memory savings that keep the result (`same_result`) or change it."""
     combinations = [start]
     for lever in LEVERS:
-        if lever.searched and lever.same_result == same_result and not lever.refusal(recipe, start):
+        if lever.searched and lever.same_result == same_result and not lever.why_not_automatic(recipe, start):
             combinations += [one.changed(**lever.apply(recipe, one)[-1]) for one in combinations]
     return combinations
 
 
-def _choose_eval_batch(basis: Basis, settings: MemorySettings, most_bytes: float) -> Option:
-    """Return the settings with an eval batch of twice the micro batch, halved until it fits."""
+def _choose_eval_batch(basis: Basis, settings: MemorySettings, limit_bytes: float) -> Option:
+    """Return the settings with an eval batch of twice the micro batch, halved until it fits in `limit_bytes`."""
     fixed = basis.recipe.evaluate.batch_size
     size = fixed or 2 * settings.micro_batch_size
     while True:
         settings = settings.changed(eval_batch_size=size)
-        memory = basis.need(settings)
-        if memory.phases.get("evaluation", 0) <= max(most_bytes, memory.phases["step"]) or size == 1 or fixed:
+        memory = basis.memory_need(settings)
+        if memory.phases.get("evaluation", 0) <= max(limit_bytes, memory.phases["step"]) or size == 1 or fixed:
             return Option(settings, memory)
         size //= 2
 
 
-def _checkpointing_reason(basis: Basis, option: Option, options: Sequence[Option], most_bytes: float) -> str:
+def _explain_checkpointing(basis: Basis, option: Option, options: Sequence[Option], limit_bytes: float) -> str:
     if not option.settings.can_recompute:
-        return "this model does not support it"
+        return "this model does not support checkpointing"
     if not option.settings.activation_checkpointing:
-        return "not needed: the run fits without it"
+        return "the run fits without checkpointing"
     others = [one for one in options if not one.settings.activation_checkpointing]
-    plain = [basis.speed(one.settings) or 0.0 for one in others if one.memory.peak <= most_bytes]
-    if plain and (own := basis.speed(option.settings)):
-        return f"{own / max(plain):.2f} times as fast as without it, because micro batches are larger"
+    plain = [basis.tokens_per_second(one.settings) or 0.0 for one in others if one.memory.peak <= limit_bytes]
+    if plain and (own := basis.tokens_per_second(option.settings)):
+        return f"{own / max(plain):.2f} times as fast as without checkpointing, because micro batches are larger"
     micro = min((one.settings.micro_batch_size for one in others), default=1)
-    return f"without it, a micro batch of {micro} needs more than {format_bytes(int(most_bytes))}"
+    return f"without checkpointing, a micro batch of {micro} needs more than {format_bytes(int(limit_bytes))}"
 
 
-def note(basis: Basis, option: Option, own_loss: bool, reasons: Reasons) -> None:
-    """Record the chosen settings with their reasons."""
+def record_choice(basis: Basis, option: Option, own_loss: bool, reasons: Reasons) -> None:
+    """Add the chosen batch sizes, checkpointing, chunked loss and optimizer to `reasons`."""
     recipe, train, settings = basis.recipe, basis.recipe.train, option.settings
     fits_whole_batch = settings.micro_batch_size == basis.rows_per_process
     part = "the whole global batch fits" if fits_whole_batch else "largest part of the global batch that fits"
@@ -137,22 +136,26 @@ def note(basis: Basis, option: Option, own_loss: bool, reasons: Reasons) -> None
         option.why_recomputed,
     )
     if FACTS[recipe.task].writes:
-        why_whole = whole_logits(recipe, settings.plain_logits, own_loss=own_loss)
-        why = "logits of all tokens never exist at once" if settings.chunked_loss else why_whole or ""
+        why_whole = why_loss_not_chunked(recipe, settings.plain_logits, own_loss=own_loss)
+        why = "the logits of all tokens are never in memory at once" if settings.chunked_loss else why_whole or ""
         reasons.add("train.chunked_loss", train.chunked_loss, settings.chunked_loss, why)
     if settings.optim != basis.start.optim:
-        why = f"the state of {basis.start.optim} does not fit in {basis.where}"
+        why = f"the optimizer state of {basis.start.optim} does not fit in {basis.where}"
         reasons.replace("train.optim", settings.optim, why)
-    why = "twice the micro batch" if settings.eval_batch_size == 2 * settings.micro_batch_size else "the most that fits"
+    why = (
+        "twice the micro batch"
+        if settings.eval_batch_size == 2 * settings.micro_batch_size
+        else "the largest that fits"
+    )
     reasons.add("evaluate.batch_size", recipe.evaluate.batch_size, settings.eval_batch_size, why)
 
 
 def _no_fit_error(basis: Basis) -> DoesNotFitError:
-    recipe, least = basis.recipe, smallest(basis)
+    recipe, least = basis.recipe, lowest_memory_settings(basis)
     settings, need = least.settings, least.memory
     words = [f"micro batch {settings.micro_batch_size}", settings.optim]
     if settings.micro_batch_size > 1 and recipe.train.micro_batch_size is None:
-        words[0] += " (a smaller one needs more memory, to accumulate gradients)"
+        words[0] += " (a smaller micro batch needs more memory to accumulate gradients)"
     words += ["activation checkpointing"] if settings.activation_checkpointing else []
     kinds = ", ".join(f"{name} {format_bytes(size)}" for name, size in need.kinds.items() if size)
     parts = f" ({kinds})" if need.peak_phase == "step" else ""
@@ -160,6 +163,6 @@ def _no_fit_error(basis: Basis) -> DoesNotFitError:
         [
             f"{recipe.model.name}: {PHASE_NAMES[need.peak_phase]} needs {format_bytes(need.peak)}{parts}, even with "
             f"{', '.join(words)}, but only {basis.where} is available",
-            *ways_out.in_lines(ways_out.of_memory(basis, settings)),
+            *ways_out.format_ways_out(ways_out.memory_ways_out(basis, settings)),
         ]
     )

@@ -23,8 +23,8 @@ RATES = {
 """Peak learning rates for models up to a size in millions of parameters."""
 
 
-def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Return the peak learning rate of full fine-tuning with AdamW (lower for larger models), and the reason."""
+def full_learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
+    """Return the default rate of full fine-tuning with AdamW (lower for larger models), and the reason."""
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
     kind = "decoders" if is_decoder else "encoders"
@@ -32,9 +32,9 @@ def learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
     return rate, f"usual rate for {kind} of this size ({size})"
 
 
-def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Return a method's peak learning rate (higher for methods that train fewer values), and the reason."""
-    full, why = learning_rate(num_parameters, is_decoder)
+def default_learning_rate(method: Method, num_parameters: int, is_decoder: bool) -> DefaultWithReason:
+    """Return a method's default rate (higher for methods that train fewer values), and the reason."""
+    full, why = full_learning_rate(num_parameters, is_decoder)
     if method.kind in ("lora", "adapter"):
         rate = min(LORA_TIMES * full, MAX_LORA) if method.kind == "lora" else ADAPTER_TIMES * full
         return rate, f"{rate / full:g} times the rate of full fine-tuning ({full:g}, the {why})"
@@ -46,16 +46,16 @@ def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> D
     return usual.get(method.kind, (full, why))
 
 
-def num_train_epochs(task: str, num_rows: int) -> DefaultWithReason:
-    """Return the number of epochs (more for fewer rows), and the reason."""
+def default_num_epochs(task: str, num_rows: int) -> DefaultWithReason:
+    """Return the default number of epochs (more for fewer rows), and the reason."""
     few, usual = (3.0, 2.0) if FACTS[task].writes else (5.0, 3.0)
     if num_rows < 2_000 and not FACTS[task].writes:
-        return 10.0, "few rows (below 2,000)"
-    return (few, "few rows (below 10,000)") if num_rows < 10_000 else (usual, "10,000 rows or more")
+        return 10.0, "fewer than 2,000 rows"
+    return (few, "fewer than 10,000 rows") if num_rows < 10_000 else (usual, "10,000 rows or more")
 
 
-def warmup_ratio(task: str, head_is_kept: bool) -> DefaultWithReason:
-    """Return the share of the steps in which the learning rate rises, and the reason."""
+def default_warmup(task: str, head_is_kept: bool) -> DefaultWithReason:
+    """Return the default share of the steps in which the learning rate rises, and the reason."""
     if FACTS[task].writes:
         return 0.03, "usual for language models"
     return 0.1, "usual for this kind of task" if head_is_kept else "usual with a new head"
@@ -64,13 +64,13 @@ def warmup_ratio(task: str, head_is_kept: bool) -> DefaultWithReason:
 MAX_LENGTH_EXPLAINED = 0.25
 
 
-def group_by_length(length_explained: float) -> tuple[bool, str]:
-    """Return whether to batch rows of similar length, and the reason. Rows are not grouped if similar lengths mostly
-    share a class.
+def should_group_by_length(explained_share: float) -> tuple[bool, str]:
+    """Return whether to batch rows of similar length, and the reason.
 
-    When labels followed the length, F1 was 0.75 with grouping and 1.0 without (2026-11-24).
+    `explained_share` of the variance in length is explained by the target. When labels followed the length, F1 was 0.75
+    with grouping and 1.0 without (2026-11-24).
     """
-    share = f"the target explains {length_explained:.0%} of the variance in length"
-    if length_explained >= MAX_LENGTH_EXPLAINED:
+    share = f"the target explains {explained_share:.0%} of the variance in length"
+    if explained_share >= MAX_LENGTH_EXPLAINED:
         return False, f"{share}: rows of similar length would have similar targets"
-    return True, f"less padding; {share}" if length_explained else "less padding"
+    return True, f"less padding; {share}" if explained_share else "less padding"

@@ -9,7 +9,7 @@ from fulltune.models.shapes import Shapes
 from fulltune.plan import budget, choose, memory, resolve, time, watching, ways_out
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.settings import PLACEMENT, Reasons
-from fulltune.plan.workload import Basis, Workload, basis_of
+from fulltune.plan.workload import Basis, Workload, make_basis
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.tasks import FACTS, greater_is_better
 from fulltune.recipe.training import SHARDABLE_OPTIMIZERS, Placement
@@ -20,22 +20,21 @@ from fulltune.system.hardware import Machine
 from fulltune.text import format_bytes, parse_bytes
 
 
-def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_seconds: float | None = None) -> Plan:
-    """Make the plan of a trial, with a reason for each setting.
+def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_seconds: float | None = None) -> Plan:
+    """Make the plan of a trial, with a reason for each setting; `own_loss` is True if the user passed `compute_loss`.
 
-    `own_loss` is True if the user passed `compute_loss`. Raises `RecipeError` for contradictory settings, and
-    `DoesNotFitError` if memory or disk is too small.
+    Raises `RecipeError` for contradictory settings, and `DoesNotFitError` if memory or disk is too small.
     """
     shapes, summary, reasons = workload.shapes, workload.summary, Reasons()
-    recipe, why = placed(workload, fleet, own_loss)
-    train, basis = recipe.train, basis_of(replace(workload, recipe=recipe), fleet, reasons, own_loss)
+    recipe, why = choose_placement(workload, fleet, own_loss)
+    train, basis = recipe.train, make_basis(replace(workload, recipe=recipe), fleet, reasons, own_loss)
     steps, placement = basis.steps, train.placed_as
-    assert placement != "auto", "settled by placed"
+    assert placement != "auto", "choose_placement replaces auto"
     if train.engine_settings is None:
         reasons.add("train.placement", None if why else placement, placement, why)
-    metric = resolve.metric(recipe, summary, reasons)
-    rate = resolve.rate(recipe, shapes, reasons)
-    warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
+    metric = resolve.choose_metric(recipe, summary, reasons)
+    rate = resolve.choose_learning_rate(recipe, shapes, reasons)
+    warmup = resolve.choose_warmup_steps(recipe, shapes, steps.total, reasons)
     try:
         option, on_disk = _fitting_option(basis, own_loss, reasons)
     except DoesNotFitError as error:
@@ -44,13 +43,13 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         raise DoesNotFitError([first + chose, *ways]) from None
     reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
-    often = "each step, in a short run" if steps.total < 400 else "about 200 log lines"
+    often = "every step, because the run is short" if steps.total < 400 else "about 200 log lines"
     logging_steps = reasons.add("train.logging_steps", train.logging_steps, max(1, steps.total // 200), often)
-    generic = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
-    resolve.everything_else(recipe, reasons)
-    reasons.settings += resolve.caveats(basis.footprint, bool(train.torch_compile))
+    generic = watching.plan_generic_texts(recipe, summary, basis.global_batch_size, steps, reasons)
+    resolve.record_other_settings(recipe, reasons)
+    reasons.settings += resolve.memory_caveats(basis.footprint, bool(train.torch_compile))
     used = option.settings
-    each_pass, each_step = time.traffic(shapes, used, basis.layout)
+    each_pass, each_step = time.communication_bytes(shapes, used, basis.layout)
     plan = Plan(
         **dict(used) | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
         generic=generic,
@@ -67,7 +66,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         lr_scheduler_type=train.lr_scheduler_type,
         global_batch_size=basis.global_batch_size,
         placement=placement,
-        loader_workers=resolve.loader_workers(recipe, fleet.machine, used.device, reasons),
+        loader_workers=resolve.choose_loader_workers(recipe, fleet.machine, used.device, reasons),
         group_by_length=basis.group_by_length,
         eval_steps=steps.between_evaluations,
         eval_on_start=train.eval_on_start,
@@ -76,7 +75,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         metric=metric,
         greater_is_better=greater_is_better(metric),
         num_parameters=shapes.num_parameters,
-        state=memory.state_of(shapes.num_parameters, used),
+        state=memory.state_bytes(shapes.num_parameters, used),
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
         available_bytes=basis.available_bytes,
         memory=option.memory,
@@ -85,29 +84,29 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         disk=on_disk,
         settings=tuple(reasons.settings),
     )
-    return with_time(plan, basis, summary, started_seconds)
+    return with_time_estimate(plan, basis, summary, startup_seconds)
 
 
 def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
-    """Return the settings that fit in memory, and their disk need; raise `DoesNotFitError` otherwise."""
+    """Return the settings that fit in memory and the disk need; raise `DoesNotFitError` if nothing fits."""
     recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
-    budget.refuse_offload(recipe, shapes, fleet.machine)
-    option = choose.choose(basis)
-    choose.note(basis, option, own_loss, reasons)
+    budget.check_offload_fits(recipe, shapes, fleet.machine)
+    option = choose.choose_settings(basis)
+    choose.record_choice(basis, option, own_loss, reasons)
     used = option.settings
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
-    if problems := parallel_layout.disagreements(recipe, *batches, used.num_processes, used.precision):
+    if problems := parallel_layout.plan_conflicts(recipe, *batches, used.num_processes, used.precision):
         raise RecipeError(problems)
-    return option, ways_out.refuse_full_disk(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
+    return option, ways_out.check_disk_space(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
 
 
 # ---- where weights, gradients and optimizer state lie ------------------------------------------------------------
 
 
-def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
-    """Return the recipe with its placement, and the reason if the recipe left it open.
+def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
+    """Return the recipe with a placement, and the reason, which is empty if the recipe sets the placement.
 
-    Several processes use ddp if it fits, because it sends least, else fsdp2. ZeRO is never chosen here, because it
+    Several processes use ddp if it fits, because ddp sends least, else fsdp2. ZeRO is never chosen here, because ZeRO
     computes in other types and must be installed.
     """
     recipe = workload.recipe
@@ -116,20 +115,20 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
     if recipe.train.num_processes == 1:
         return with_placement(recipe, "single"), "one process"
 
-    def peaks(placement: Placement) -> tuple[int, int, int]:
+    def memory_with(placement: Placement) -> tuple[int, int, int]:
         """Return the free bytes per process, and the lowest need without and with savings that change the result."""
         own = with_placement(recipe, placement)
-        basis = basis_of(replace(workload, recipe=own), fleet, own_loss=own_loss)
-        exact, changed = (choose.smallest(basis, same_numbers=same).memory.peak for same in (True, False))
+        basis = make_basis(replace(workload, recipe=own), fleet, own_loss=own_loss)
+        exact, changed = (choose.lowest_memory_settings(basis, same_result=same).memory.peak for same in (True, False))
         return basis.available_bytes, exact, changed
 
-    free, ddp, ddp_with_others = peaks("ddp")
+    free, ddp, ddp_with_others = memory_with("ddp")
     if ddp <= free:
         return with_placement(recipe, "ddp"), "a full copy fits in each process"
-    why = f"ddp needs {format_bytes(ddp)} in each process, {format_bytes(free)} are free"
+    why = f"ddp needs {format_bytes(ddp)} in each process, but only {format_bytes(free)} is free"
     if against := fsdp2_obstacle(recipe, workload.shapes, fleet.machine):
         return with_placement(recipe, "ddp"), f"{why}; fsdp2 is not possible: {against}"
-    _, fsdp2, _ = peaks("fsdp2")
+    _, fsdp2, _ = memory_with("fsdp2")
     if fsdp2 <= free:
         return with_placement(recipe, "fsdp2"), why
     why += f", fsdp2 needs {format_bytes(fsdp2)}"
@@ -139,16 +138,16 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
 
 
 def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | None:
-    """Return the reason why FSDP2 may not be chosen automatically, or None."""
+    """Return why FSDP2 cannot be chosen automatically, or None if it can."""
     train = recipe.train
     if train.device == "cpu" and machine.gpus:
-        return "it would use the GPUs"
+        return "fsdp2 would use the GPUs"
     if train.optim not in (None, *SHARDABLE_OPTIMIZERS):
         return f"{train.optim} needs whole tensors"
     if train.use_liger_kernel:
-        return "Liger's kernels are untested with it"
+        return "Liger's kernels are untested with fsdp2"
     if shapes.num_trainable is not None:
-        return "its memory can only be planned for full fine-tuning"
+        return "its memory can be planned only for full fine-tuning"
     return None if shapes.units is not None else "this model has no repeated blocks"
 
 
@@ -156,22 +155,22 @@ def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | No
 
 DISK_BYTES_PER_SECOND = 10**9
 START_SECONDS, LOADS = 20.0, 3
-"""Start-up of two processes with torch (12 to 25 s on two cores), and how often the model is read."""
+"""Start-up time of two processes with torch (12 to 25 s on two cores), and how often the model is read."""
 CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
 """Seconds that the checks and each score row take, and the number of baseline rows."""
 LONGEST_PASSES = 2
 
 
-def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: float | None = None) -> Plan:
+def with_time_estimate(plan: Plan, basis: Basis, summary: DataSummary, startup_seconds: float | None = None) -> Plan:
     """Return the plan with its estimated time, or unchanged if the hardware's speed is unknown."""
     fleet, work = basis.fleet, basis.work
     flops = time.device_flops(fleet, plan.precision, basis.shapes.hidden_size)
     if flops is None:
         return plan
     devices = plan.num_processes if fleet.machine.gpus else plan.num_machines
-    evaluations = time.occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
+    evaluations = time.count_interval_steps(plan.total_steps, plan.eval_steps) + plan.eval_on_start
     checkpoint = plan.disk.checkpoint_bytes if plan.disk else plan.state["weights"] + plan.state["optimizer"]
-    step, tokens = time.together(basis.seconds(plan)), plan.global_batch_size * work.tokens_per_row
+    step, tokens = time.step_duration(basis.step_seconds(plan)), plan.global_batch_size * work.tokens_per_row
     training = plan.total_steps * step
     need = TimeNeed(
         train_seconds=training,
@@ -180,9 +179,9 @@ def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: f
         tokens=round(plan.total_steps * tokens),
         tokens_per_second=tokens / step,
         source="arithmetic",
-        overhead_seconds=dict(_stage_seconds(plan, basis, summary, training, flops, started_seconds)),
+        overhead_seconds=dict(_stage_seconds(plan, basis, summary, training, flops, startup_seconds)),
     )
-    return plan.model_copy(update={"time": need, "busy": fleet.machine.busy if plan.device == "cpu" else ""})
+    return plan.model_copy(update={"time": need, "busy": fleet.machine.busy_warning if plan.device == "cpu" else ""})
 
 
 def _num_rows(summary: DataSummary, split: str) -> int:
@@ -190,9 +189,9 @@ def _num_rows(summary: DataSummary, split: str) -> int:
 
 
 def _stage_seconds(
-    plan: Plan, basis: Basis, summary: DataSummary, training: float, flops: float, started_seconds: float | None
+    plan: Plan, basis: Basis, summary: DataSummary, train_seconds: float, flops: float, startup_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
-    """Yield each stage before and after training, with its estimated seconds."""
+    """Yield the name and estimated seconds of each stage before and after training; `flops` is per second."""
     work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
     # Minimum time of a forward pass: calling the layers, or launching their kernels on a GPU.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers
@@ -200,16 +199,16 @@ def _stage_seconds(
     def forward(rows: int) -> float:
         return max(work.forward_flops(rows) / flops, -(-rows // plan.eval_batch_size) * pass_seconds)
 
-    spent = START_SECONDS if started_seconds is None else started_seconds
+    spent = START_SECONDS if startup_seconds is None else startup_seconds
     yield STARTING, spent + LOADS * plan.state["weights"] / DISK_BYTES_PER_SECOND
-    probed_rows, _, probing = time.probe_cost(summary, basis.shapes.hidden_size)
+    probed_rows, _, probing = time.linear_probe_cost(summary, basis.shapes.hidden_size)
     if plan.head_init == "probe":
         yield PROBE, forward(probed_rows) + probing
     # Passes of the longest micro batch, and further ones if they take a small part of the training time.
     tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * plan.longest_tokens
     passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
     computing = passes * work.flops_of(tokens, plan.longest_tokens) / flops
-    yield DRY_RUN, CHECKS_SECONDS + computing + time.further_seconds(training)
+    yield DRY_RUN, CHECKS_SECONDS + computing + time.dry_run_extra_seconds(train_seconds)
     if not (test := _num_rows(summary, "test")):
         return
     # A classifier's temperature is fitted on the eval rows.
@@ -228,8 +227,6 @@ def _stage_seconds(
             pretrained_rows += probed_rows if plan.head_init != "probe" else 0
             pretrained_rows += scored if plan.head_init is not None else 0  # with the probe as head
         # Without a baseline that uses the model, no answers are generated.
-        yield (
-            BASELINES,
-            BASELINE_LINES * SCORING_SECONDS + (forward(pretrained_rows) + answers if pretrained_rows else 0.0),
-        )
+        passing = forward(pretrained_rows) + answers if pretrained_rows else 0.0
+        yield BASELINES, BASELINE_LINES * SCORING_SECONDS + passing
     yield TRAINED, SCORING_SECONDS + forward(scored) + answers

@@ -1,5 +1,3 @@
-"""Compute the memory of one process with FSDP2 (docs/concepts/memory.md)."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,22 +11,22 @@ from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
 FILE_BYTES, MAX_FILES = 2**24, 64
-"""Minimum size and maximum number of a checkpoint's files; two copies exist at a time."""
+"""Minimum size and maximum number of a checkpoint's files; a file exists twice while being written."""
 WHOLE_FILE_BYTES = 2**28
 """Size of the finished model's files, gathered in host memory."""
 TENSORS_OF_BLOCK = 3
 """Ratio of a block's size to its largest tensor, as in BERT."""
 SENT = {"cpu": 2, "cuda": 1}
-"""Buffers for gradients being sent, with a copy for gloo."""
+"""Number of buffers for gradients being sent; gloo needs a copy."""
 
 AT_HEAD = ("backward head", "forward loss")
 """Positions at which all blocks' activations are alive."""
 NORM_VALUES = 6
-"""fp32 values per token and hidden unit in a block's first norm, backward (transformers' RMSNorm)."""
+"""fp32 values per token and hidden unit that a block's first norm needs backward (transformers' RMSNorm)."""
 
 
-def units_of(shapes: Shapes) -> Units:
-    """Return the model's FSDP units, or an estimate with equal blocks if they are unknown."""
+def fsdp_units(shapes: Shapes) -> Units:
+    """Return the parameter counts of the model's FSDP units, or an estimate with equal blocks if they are unknown."""
     if shapes.units is not None:
         return shapes.units
     vocabulary = min(shapes.num_parameters, shapes.vocab_size * shapes.hidden_size)
@@ -38,31 +36,31 @@ def units_of(shapes: Shapes) -> Units:
 
 @dataclass(frozen=True)
 class _Moment:
-    """Memory of one process at a moment of a step in bytes, excluding its shards of the state."""
+    """Bytes of one process at a moment of a step, without its shards of the state."""
 
     passing: dict[MemoryKind, int]
-    """Bytes by kind as in a single process, without gradients."""
+    """Bytes per `MemoryKind` in a single process, without gradients."""
     reduced: float
     """Share of the gradients already reduced to shards."""
     tensors: tuple[int, ...] = ()
-    """Bytes of each unit with gathered weights."""
+    """Bytes of each unit whose weights are gathered."""
     gradients: tuple[int, ...] = ()
-    """Bytes of each unit with whole gradients."""
+    """Bytes of each unit whose gradients are whole."""
     flat: tuple[int, ...] = ()
     """Bytes of each communication buffer."""
 
 
-def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """Compute the memory of one FSDP2 process by kind and phase."""
+def fsdp2_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
+    """Compute the memory of one FSDP2 process for each `MemoryKind` and phase."""
     on_cpu = settings.device == "cpu"
-    settings = settings.changed(precision=footprint.traced(settings.precision))
-    state = memory.state_of(shapes.num_parameters, settings)
+    settings = settings.changed(precision=footprint.traced_precision(settings.precision))
+    state = memory.state_bytes(shapes.num_parameters, settings)
     parts = [-(-size // settings.num_processes) for size in (state["weights"], state["optimizer"], state["gradients"])]
     value = BYTES[settings.weights_dtype]
-    units = Units(**{kind: value * count for kind, count in units_of(shapes).model_dump().items()})  # in bytes
+    units = Units(**{kind: value * count for kind, count in fsdp_units(shapes).model_dump().items()})  # in bytes
     largest = value * footprint.largest_tensor
-    moments = _candidate_moments(shapes, footprint, settings, units)
-    kinds = max((_bytes_by_kind(one, *parts) for one in moments), key=lambda bytes_of: sum(bytes_of.values()))
+    moments = _possible_peaks(shapes, footprint, settings, units)
+    kinds = max((_moment_bytes_by_kind(one, *parts) for one in moments), key=lambda bytes_of: sum(bytes_of.values()))
     lasting, heap = parts[0] + parts[1], 0.0
     around = round(memory.STATE_SHARE * lasting) if on_cpu else 0
     base = memory.FIRST_CALLS_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
@@ -71,11 +69,11 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
     base += 2 * largest // settings.num_processes if on_cpu and settings.weights_dtype == "fp32" else 0
     beyond = base + around
     if on_cpu:
-        split = [_heap_split(one, parts[2], units, footprint, shapes, settings) for one in moments]
-        heap, peak = memory.resident(split, largest)
+        split = [_split_for_heap(one, parts[2], units, footprint, shapes, settings) for one in moments]
+        heap, peak = memory.peak_heap_bytes(split, largest)
         beyond += max(0, lasting + round(peak) - sum(kinds.values()))
     kinds["buffers"] += beyond
-    scoring = memory.scoring(shapes, footprint, settings)
+    scoring = memory.eval_memory(shapes, footprint, settings)
     # Only the gathered unit has 16-bit copies.
     scoring["buffers"] = min(scoring["buffers"], max(units.block, units.persistent, units.root) // 2)
     # Without gradients the last units stay gathered until they are freed.
@@ -104,8 +102,8 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
 # ---- the moments of a step ---------------------------------------------------------------------------------------
 
 
-def _candidate_moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Moment]:
-    """Return the moments of a step at which memory may peak: traced ones, and those of sending gradients."""
+def _possible_peaks(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Moment]:
+    """Return the moments of a step at which memory may peak, including those in which gradients are sent."""
     rows, value = memory.train_sequences(footprint, settings), BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # gradient shards of earlier micro batches
     copies, length = SENT[settings.device], settings.longest_tokens
@@ -123,21 +121,23 @@ def _candidate_moments(shapes: Shapes, footprint: Footprint, settings: MemorySet
     # A chunked loss sums the head's gradient in fp32 in the forward pass; the backward pass uses it, or a copy in the
     # weights' type.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
-    block_gradients, freed = _block_estimators(traced, units, shapes.num_layers, units.persistent + left, recomputed)
+    current_block_gradients, freed = _block_estimators(
+        traced, units, shapes.num_layers, units.persistent + left, recomputed
+    )
     moments: list[_Moment] = []
     for place, passing in traced:
         # With checkpointing, only the copies that autograd saves stay alive.
         if recomputed and not place.endswith("below"):
             saved = units.persistent + left if place in AT_HEAD else units.block
             passing = passing | {"buffers": min(passing["buffers"], saved // 2)}
-        now = block_gradients(passing)
+        now = current_block_gradients(passing)
         reduced = max(before, min(1.0, max(0, passing["gradients"] - left - now) / everything))
         without, no_logits = passing | {"gradients": 0}, passing | {"gradients": 0, "logits": 0}
         # At a block's end all its gradients exist, and its activations and copies are freed.
         ended = no_logits | {name: max(0, no_logits[name] - size) for name, size in freed(place).items()}
         ended["activations"] += NORM_VALUES * 4 * rows * length * shapes.hidden_size
         if place.startswith("forward"):
-            moments.append(_Moment(no_logits if summed else without, before, *_forward_buffers(units, place)))
+            moments.append(_Moment(no_logits if summed else without, before, *_forward_tensor_bytes(units, place)))
         elif place.endswith("below"):
             embeddings, share = (units.root, units.apart), 1 - (units.root + units.apart) / everything
             moments.append(_Moment(without, max(before, share), embeddings, (*embeddings, tied), (units.block,)))
@@ -173,24 +173,25 @@ def _candidate_moments(shapes: Shapes, footprint: Footprint, settings: MemorySet
     while last:
         moments.append(_Moment(nothing, 1.0, tuple(last[1:]), tuple(last), (last.pop(0),) * copies))
     part = -(-footprint.largest_tensor // settings.num_processes)
-    return [*moments, _Moment(nothing | {"buffers": memory.scratch(part, settings)}, 1.0)]  # the update
+    return [*moments, _Moment(nothing | {"buffers": memory.optimizer_scratch_bytes(part, settings)}, 1.0)]  # the update
 
 
-def _forward_buffers(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return bytes of gathered weights, whole gradients and communication buffers at a forward position."""
+def _forward_tensor_bytes(units: Units, position: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the bytes of gathered weights, whole gradients and communication buffers at a forward position."""
     root, last, block, apart = (units.root,), units.persistent, units.block, units.apart
-    if "before" in place:
+    if "before" in position:
         return (*root, apart), (), (*root, apart)
-    if place.endswith("loss"):
+    if position.endswith("loss"):
         return (*root, last), (), ()
-    return ((*root, last), (), (last,)) if last > block and "after" in place else ((*root, block), (), (block, block))
+    return (
+        ((*root, last), (), (last,)) if last > block and "after" in position else ((*root, block), (), (block, block))
+    )
 
 
 def _block_estimators(
     traced: Sequence[tuple[str, dict[MemoryKind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
 ) -> tuple[Callable[[dict[MemoryKind, int]], int], Callable[[str], dict[MemoryKind, int]]]:
-    """Return two functions: one computes the bytes of a block's gradients in its backward pass, the other the bytes
-    that the end of the pass frees."""
+    """Return two functions that compute a block's gradient bytes so far, and the bytes that its end frees."""
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart
@@ -201,7 +202,7 @@ def _block_estimators(
     share = (waiting or most) // blocks
     passes = max(0, most - waiting) if waiting else 0  # recomputed and temporary activations
 
-    def block_gradients(passing: dict[MemoryKind, int]) -> int:
+    def current_block_gradients(passing: dict[MemoryKind, int]) -> int:
         # The gradients show how far a block is only if all blocks are equal.
         are_equal = units.block and of_blocks % units.block == 0
         return (passing["gradients"] - head) % units.block if are_equal else units.block
@@ -209,7 +210,7 @@ def _block_estimators(
     def freed(place: str) -> dict[MemoryKind, int]:
         return {"activations": share + (0 if place in AT_HEAD else passes), "buffers": units.block // 2}
 
-    return block_gradients, freed
+    return current_block_gradients, freed
 
 
 def _block_moments(
@@ -220,9 +221,10 @@ def _block_moments(
     copies: int,
     flat: tuple[int, int],
 ) -> Iterator[_Moment]:
-    """Yield three moments of a block: its backward pass, its end, and the sending of its gradients.
+    """Yield three moments of a block: its backward pass, the end of the pass, and the sending of its gradients.
 
-    `alive` and `gradients` hold bytes during and after the pass, `flat` the neighbouring blocks' buffers.
+    `alive` and `gradients` hold bytes during and after the pass, `flat` the neighbouring blocks' buffers. `reduced` is
+    the share of gradients already sharded, `copies` the number of send buffers.
     """
     (passing, ended), root, block = alive, (units.root,), units.block
     all_gradients = (gradients[0], block)
@@ -231,7 +233,7 @@ def _block_moments(
     yield _Moment(ended, reduced, root, all_gradients, (*(block,) * copies, flat[1]))
 
 
-def _bytes_by_kind(moment: _Moment, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
+def _moment_bytes_by_kind(moment: _Moment, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
     return {
         "weights": weights,
         "gradients": round(moment.reduced * gradients) + sum(moment.gradients),
@@ -242,13 +244,15 @@ def _bytes_by_kind(moment: _Moment, weights: int, optimizer: int, gradients: int
     }
 
 
-def _heap_split(
-    moment: _Moment, part: int, units: Units, footprint: Footprint, shapes: Shapes, settings: MemorySettings
+def _split_for_heap(
+    moment: _Moment, gradient_shard: int, units: Units, footprint: Footprint, shapes: Shapes, settings: MemorySettings
 ) -> tuple[float, int, int]:
-    """Return a moment's bytes for `memory.resident`: small blocks with gaps, large logits, other large blocks."""
+    """Split a moment's bytes for `memory.peak_heap_bytes`: small blocks with gaps, large logits, other large blocks."""
     logits, most = moment.passing["logits"], BYTES[settings.weights_dtype] * footprint.largest_tensor
-    logits_are_large = 4 * memory.tokens_of_loss(footprint, settings) * shapes.vocab_size >= memory.SMALL_OF_PARTS_BYTES
-    pieces = [(round(moment.reduced * part), units.block // settings.num_processes)]
+    logits_are_large = (
+        4 * memory.num_logit_tokens(footprint, settings) * shapes.vocab_size >= memory.SMALL_OF_PARTS_BYTES
+    )
+    pieces = [(round(moment.reduced * gradient_shard), units.block // settings.num_processes)]
     pieces += [(size, size) for size in moment.flat]
     for size in (*moment.tensors, *moment.gradients):
         pieces.append((size, size // TENSORS_OF_BLOCK if size == units.block else min(size, most)))

@@ -27,7 +27,7 @@ NETWORK_ASSUMED = f"{8 * USUAL_NETWORK:.0f} Gb/s between machines"
 
 @dataclass(frozen=True)
 class GpuModel:
-    """A GPU model; bandwidths are for one direction."""
+    """Data-sheet values of a GPU; bandwidths are for one direction."""
 
     name: str
     capability: tuple[int, int]
@@ -37,7 +37,6 @@ class GpuModel:
     memory_gb_per_second: float
     link_gb_per_second: float
     nvlink_gb_per_second: float
-    """Bandwidth to the machine's other GPUs, or 0."""
     usual_host_gb: int
     aliases: tuple[str, ...]
     flags: tuple[str, ...]
@@ -48,8 +47,8 @@ class GpuModel:
         return int(self.memory_gib * GIB * (15 / 16 if "ecc" in self.flags else 1))
 
     @property
-    def card(self) -> Gpu:
-        """A GPU of this model with its memory free."""
+    def idle_gpu(self) -> Gpu:
+        """A GPU of this model whose memory is free, except the driver's share."""
         size = self.memory_bytes
         return Gpu(name=self.name, memory_bytes=size, capability=self.capability, free_bytes=size - DEVICE_RESERVE)
 
@@ -70,7 +69,7 @@ GPUS = tuple(
 
 @dataclass(frozen=True)
 class NamedHardware:
-    """Hardware as written in `--for`; omitted details are None."""
+    """Hardware as a user writes it in `--for`; omitted details are None."""
 
     gpu: GpuModel | None
     """The GPU model, or None for a CPU."""
@@ -83,6 +82,7 @@ class NamedHardware:
     """Bandwidth between machines in Gb/s."""
 
     def __str__(self) -> str:
+        """Return the hardware in the syntax of `--for`."""
         machines = f"{self.machines}x " if self.machines > 1 else ""
         words = [machines + (f"{self.count}x {self.gpu.name}" if self.gpu else "cpu")]
         words += [f"{self.cores} cores"] if self.cores else []
@@ -93,22 +93,20 @@ class NamedHardware:
 
 
 class Fleet(Record):
-    """The hardware to plan for: one or several equal machines."""
+    """The hardware to plan for: one machine, or several equal ones."""
 
     name: str
     machine: Machine
     num_machines: int = 1
     network_gb_per_second: float = USUAL_NETWORK
-    """Bandwidth from each machine to the others."""
     gpu_model: GpuModel | None = None
     """The GPU model, or None if unknown, so that no speed can be estimated."""
     disk_bytes: int | None = None
     """Free space on the run folder's disk, or None if unknown."""
     disk_at: str = ""
-    """Folder whose disk was measured, by default the recipe's output."""
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
-    """Values assumed for details omitted from `--for`, described in words."""
+    """Descriptions of values assumed for details that `--for` omits."""
     named: NamedHardware = NamedHardware(None)
     here: bool = False
 
@@ -122,7 +120,7 @@ class Fleet(Record):
 
 
 def _normalised_name(name: str) -> str:
-    """Normalise a GPU's name: `NVIDIA GeForce RTX 4090` becomes `4090`."""
+    """Normalise a GPU's name, such as `NVIDIA GeForce RTX 4090` to `4090`."""
     vendors = r"nvidia|geforce|tesla|quadro|amd|instinct|radeon|rtx|gtx|generation|gpu"
     return re.sub(r"gi?b|[^a-z0-9]", "", re.sub(vendors, "", name.lower()))
 
@@ -144,8 +142,7 @@ def gpu_model_of(name: str, memory_bytes: int = 2**60) -> GpuModel | None:
 
 
 def find_gpu(name: str) -> GpuModel:
-    """Return the GPU model with this name, as users write it; raise `RecipeError` with similar names if there is
-    none."""
+    """Return the GPU model that a user names; raise `RecipeError` if the name is unknown or fits several sizes."""
     models = _models_named(name)
     if len(models) == 1:
         return models[0]
@@ -154,7 +151,11 @@ def find_gpu(name: str) -> GpuModel:
         raise RecipeError(f"--for: '{name}' comes in several sizes; write {sizes}")
     near = [_BY_KEY[key].name for key in near_names(_normalised_name(name), _BY_KEY, most=6, cutoff=0.5)]
     near = list(dict.fromkeys(near))[:3]
-    hint = f"did you mean {listed(near, 'or')}?" if near else f"known are {', '.join(one.name for one in GPUS)}, or cpu"
+    hint = (
+        f"did you mean {listed(near, 'or')}?"
+        if near
+        else f"known names are {', '.join(one.name for one in GPUS)}, or cpu"
+    )
     raise RecipeError(f"--for: unknown GPU '{name}'; {hint}")
 
 
@@ -170,9 +171,8 @@ _DETAILS: dict[str, tuple[str, Callable[[str], float]]] = {
 }
 
 
-def parse(text: str) -> Fleet:
-    """Parse the value of `--for`, such as `1x RTX 4090, 64GB host`, or `4x 8x A100-80GB` for four machines of eight
-    GPUs.
+def parse_hardware(text: str) -> Fleet:
+    """Parse a value of `--for`, such as `1x RTX 4090, 64GB host`, or `4x 8x A100-80GB` for four machines.
 
     Raises `RecipeError` with each part that cannot be read.
     """
@@ -185,7 +185,7 @@ def parse(text: str) -> Fleet:
                 break
         else:
             examples = "'64GB host', '2TB disk', '16 cores' or '400Gb network'"
-            problems.append(f"--for: '{part}' cannot be read; write for example {examples}")
+            problems.append(f"--for: '{part}' cannot be read; write, for example, {examples}")
     match = _FIRST.fullmatch(first)
     assert match is not None
     machines, count = int(match[1] or 1), int(match[2] or 1)
@@ -199,14 +199,14 @@ def parse(text: str) -> Fleet:
     if gpu is None:
         machines, count = machines * count, 1
     if machines == 1 and "network" in details:
-        problems.append("--for: a network needs several machines, but only one is named; write '4x 8x A100-80GB'")
+        problems.append("--for: a network needs several machines, but --for names only one; write '4x 8x A100-80GB'")
     if problems:
         raise RecipeError(problems)
-    return fleet_of(NamedHardware(gpu, count, machines, **details))
+    return complete_hardware(NamedHardware(gpu, count, machines, **details))
 
 
-def fleet_of(named: NamedHardware) -> Fleet:
-    """Return the hardware that `--for` names, with usual values for omitted details."""
+def complete_hardware(named: NamedHardware) -> Fleet:
+    """Return the hardware that `--for` names, with typical values for omitted details."""
     gpu, count, host, cores = named.gpu, named.count, named.host_bytes, named.cores or 8 * named.count
     each_has, assumed = " in each machine" if named.machines > 1 else "", list[str]()
     if host is None:
@@ -217,7 +217,7 @@ def fleet_of(named: NamedHardware) -> Fleet:
         assumed += [] if named.cores else [f"{cores} cores{each_has}"]
         assumed.append(f"{CPU_FLOPS_PER_CORE / GB:.0f} GFLOP/s per core in fp32, no fast bf16")
     if named.machines > 1 and not named.network:
-        assumed.append(f"{NETWORK_ASSUMED} (--for takes '400Gb network')")
+        assumed.append(f"{NETWORK_ASSUMED} (or write '400Gb network' in --for)")
     machine = Machine(
         cpu="not here",
         num_cores=cores,
@@ -225,7 +225,7 @@ def fleet_of(named: NamedHardware) -> Fleet:
         # The system and other programs use the rest.
         memory_available_bytes=host - max(2 * GB, host // 20) if host > 4 * GB else host // 2,
         cpu_bf16_speedup=1.0,
-        gpus=(gpu.card,) * count if gpu else (),
+        gpus=(gpu.idle_gpu,) * count if gpu else (),
         cpu_flops=0.0 if gpu else float(cores * CPU_FLOPS_PER_CORE),
     )
     complete = replace(named, host_bytes=host, cores=named.cores if gpu else cores)
@@ -246,8 +246,8 @@ def fleet_of(named: NamedHardware) -> Fleet:
     )
 
 
-def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at: str = "") -> Fleet:
-    """Return the hardware of a cluster of `num_machines` machines identical to `machine`."""
+def local_hardware(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at: str = "") -> Fleet:
+    """Return the hardware of `num_machines` machines like this one; `disk_at` is the folder whose disk was measured."""
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     gpus = "".join(f"{count}x {name}, " for name, count in Counter(gpu.name for gpu in machine.gpus).items())
     named = f"{num_machines} machines like this one, each" if num_machines > 1 else "this machine:"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fulltune.plan.settings import OFFLOAD, PLACEMENT, given, in_yaml
+from fulltune.plan.settings import OFFLOAD, PLACEMENT, recipe_value, to_yaml
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.recipe.training import ENGINE_SETTINGS
@@ -33,7 +33,7 @@ ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resum
 
 @dataclass(frozen=True)
 class Lever:
-    """A setting that saves memory but costs something else."""
+    """A setting that saves memory at some cost."""
 
     name: str
     setting: str
@@ -42,16 +42,16 @@ class Lever:
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
     """Computes the possible changes, the mildest first, instead of `changes`."""
     unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
-    """Returns a reason why this setting is ruled out, or None."""
+    """Returns why this setting is ruled out, or None."""
     done: str = ""
-    """Message after the change: a template for the new values and for `now`, the plan before."""
+    """Message after the change, a template for the new values and `now`, the plan before."""
     same_result: bool = True
     searched: bool = False
     """True if a plan may use this setting automatically."""
     way_out: bool = False
     """True if this setting is proposed when nothing fits."""
     fallback: tuple[Phase, ...] = ()
-    """Phases in which this setting is tried after memory ran out."""
+    """Phases in which this setting is changed after memory ran out."""
     measured: str = ""
     also: str = ""
     """A second setting that changes as well."""
@@ -59,20 +59,19 @@ class Lever:
     """False if the recipe's value may be replaced, because the result stays the same."""
 
     def apply(self, recipe: Recipe, now: MemorySettings) -> list[Changes]:
-        """Return the possible changes to a plan, the mildest first."""
         return [dict(self.changes)] if self.options is None else self.options(recipe, now)
 
-    def settings(self, recipe: Recipe, changes: Changes) -> dict[str, Any]:
-        """Return the recipe settings that correspond to these changes."""
+    def recipe_settings(self, recipe: Recipe, changes: Changes) -> dict[str, Any]:
+        """Return the recipe settings, by name, that make these changes."""
         named = {SETTING_OF[name]: value for name, value in changes.items() if "." in SETTING_OF[name]}
         return {
             name: value
             for name, value in named.items()
-            if name in (self.setting, self.also) or given(recipe, name) not in (None, value)
+            if name in (self.setting, self.also) or recipe_value(recipe, name) not in (None, value)
         }
 
-    def obstacle(self, recipe: Recipe, now: MemorySettings) -> str | None:
-        """Return the reason why this setting cannot be used at all, or None."""
+    def why_unusable(self, recipe: Recipe, now: MemorySettings) -> str | None:
+        """Return why this setting cannot save memory in this run, or None if it can."""
         own = [name for name in self.changes if SETTING_OF[name] == self.setting]
         if own and all(getattr(now, name) == self.changes[name] for name in own):
             return "already on"
@@ -80,22 +79,21 @@ class Lever:
             return problem
         return None if self.apply(recipe, now) else "already at its smallest value"
 
-    def refusal(self, recipe: Recipe, now: MemorySettings) -> str | None:
-        """Return the reason why this setting may not be used automatically, or None."""
-        if problem := self.obstacle(recipe, now):
+    def why_not_automatic(self, recipe: Recipe, now: MemorySettings) -> str | None:
+        """Return why a plan may not use this setting automatically, or None if it may."""
+        if problem := self.why_unusable(recipe, now):
             return problem
-        if self.respects_recipe and (value := given(recipe, self.setting)) is not None:
-            return f"the recipe sets {self.setting}: {in_yaml(value)}"
+        if self.respects_recipe and (value := recipe_value(recipe, self.setting)) is not None:
+            return f"the recipe sets {self.setting}: {to_yaml(value)}"
         return None
 
 
 def plain_optim(weights_dtype: str, rounding: str | None) -> str:
-    """Return the default optimizer's name."""
     return "adamw_bf16" if weights_dtype == "bf16" and rounding != "nearest" else "adamw_torch_fused"
 
 
-def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str | None:
-    """Return the reason why the loss cannot be computed in chunks, or None."""
+def why_loss_not_chunked(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str | None:
+    """Return why the loss cannot be computed in chunks, or None if it can."""
     if not FACTS[recipe.task].writes:
         return f"{recipe.task} has no logits per token"
     if own_loss:
@@ -109,27 +107,27 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    """Return changes to smaller and smaller micro batches, each dividing the one before, that ZeRO's settings allow."""
+    """Return changes to each smaller micro batch that ZeRO's settings allow, the largest first."""
     size, smaller = now.micro_batch_size, []
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)
         passes = now.gradient_accumulation_steps * now.micro_batch_size // size
-        if not parallel_layout.disagreements(recipe, size, passes, now.num_processes, now.precision):
+        if not parallel_layout.plan_conflicts(recipe, size, passes, now.num_processes, now.precision):
             smaller.append({"micro_batch_size": size, "gradient_accumulation_steps": passes})
     return smaller
 
 
-def _smaller_batch_obstacle(recipe: Recipe, now: MemorySettings) -> str | None:
-    if now.micro_batch_size == 1 or _smaller_batches(recipe, now):  # `obstacle` reports a batch of one row
+def _why_no_smaller_batch(recipe: Recipe, now: MemorySettings) -> str | None:
+    if now.micro_batch_size == 1 or _smaller_batches(recipe, now):  # `why_unusable` reports a batch of one row
         return None
-    return f"{ENGINE_SETTINGS} fixes the micro batch; write {parallel_layout.AUTO!r} there"
+    return f"{ENGINE_SETTINGS} fixes the micro batch; write {parallel_layout.AUTO!r} instead"
 
 
 def _half_precision(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     return [{"precision": "bf16" if now.fast_bf16 else "fp16"}]
 
 
-def _narrow_weights_obstacle(recipe: Recipe, now: MemorySettings) -> str | None:
+def _why_no_bf16_weights(recipe: Recipe, now: MemorySettings) -> str | None:
     if recipe.train.engine_by:
         return "ZeRO keeps weights in fp32"
     return None if now.fast_bf16 else "this GPU has no fast bf16"
@@ -140,9 +138,9 @@ def _half_length(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     return [{"longest_tokens": half}] if half >= MIN_LENGTH else []
 
 
-def _offloading_obstacle(recipe: Recipe, now: MemorySettings) -> str:
+def _why_no_offloading(recipe: Recipe, now: MemorySettings) -> str:
     if now.device == "cpu":
-        return "without a GPU everything is already in host memory"
+        return "without a GPU, everything is already in host memory"
     if recipe.train.engine_by:
         return "already on" if recipe.train.offload != "none" else f"never used automatically; set {OFFLOAD} yourself"
     settings = f"{PLACEMENT}: zero2 and {OFFLOAD}: optimizer"
@@ -167,7 +165,7 @@ LEVERS = (
         setting="train.micro_batch_size",
         costs="some speed",
         options=_smaller_batches,
-        unless=_smaller_batch_obstacle,
+        unless=_why_no_smaller_batch,
         done="micro batch {micro_batch_size} instead of {now.micro_batch_size}, with the same global batch of "
         "{now.global_batch_size}",
         way_out=True,
@@ -188,8 +186,8 @@ LEVERS = (
         setting="train.chunked_loss",
         costs="some speed",
         changes={"chunked_loss": True},
-        unless=lambda recipe, now: whole_logits(recipe, now.plain_logits),
-        done="chunked loss on",
+        unless=lambda recipe, now: why_loss_not_chunked(recipe, now.plain_logits),
+        done="chunked loss turned on",
         way_out=True,
         fallback=("step",),
         measured="chunked loss",
@@ -199,8 +197,8 @@ LEVERS = (
         setting="train.activation_checkpointing",
         costs="a third more operations",
         changes={"activation_checkpointing": True},
-        unless=lambda _, now: None if now.can_recompute else "this model does not support it",
-        done="activation checkpointing on",
+        unless=lambda _, now: None if now.can_recompute else "this model does not support checkpointing",
+        done="activation checkpointing turned on",
         searched=True,
         way_out=True,
         fallback=("step",),
@@ -224,7 +222,7 @@ LEVERS = (
         setting="model.weights_dtype",
         costs="16-bit weights with stochastic rounding",
         changes=_NARROW,
-        unless=_narrow_weights_obstacle,
+        unless=_why_no_bf16_weights,
         same_result=False,
         way_out=True,
     ),
@@ -234,7 +232,7 @@ LEVERS = (
         also="train.optim",
         costs="16-bit weights, 8-bit moments",
         changes=_NARROW | {"optim": "adamw_8bit"},
-        unless=_narrow_weights_obstacle,
+        unless=_why_no_bf16_weights,
         same_result=False,
         way_out=True,
     ),
@@ -250,18 +248,18 @@ LEVERS = (
         name="offload",
         setting=OFFLOAD,
         costs="speed and host memory",
-        unless=_offloading_obstacle,
+        unless=_why_no_offloading,
         fallback=ANYWHERE,
     ),
 )
 
 
-def what_helps(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
+def memory_savings(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
     """Return the settings that would save memory in a phase, each as `name: value`."""
     settings: dict[str, str] = {}
     for lever in LEVERS:
-        if lever.way_out and phase in (lever.fallback or ANYWHERE) and not lever.obstacle(recipe, now):
+        if lever.way_out and phase in (lever.fallback or ANYWHERE) and not lever.why_unusable(recipe, now):
             changes = lever.apply(recipe, now)[-1]
             value = next(value for name, value in changes.items() if SETTING_OF[name] == lever.setting)
-            settings.setdefault(lever.setting, in_yaml(value))
+            settings.setdefault(lever.setting, to_yaml(value))
     return [f"{setting}: {value}" for setting, value in settings.items()]

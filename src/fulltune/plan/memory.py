@@ -26,18 +26,18 @@ CUDA_CONTEXT_BYTES = 600 * 2**20
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 
 
-def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
+def unsharded_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
     """Compute the memory of one process that holds the whole training state, in a traced precision."""
-    state, on_cpu = state_of(shapes.num_parameters, settings), settings.device == "cpu"
-    moments = _step_moments(shapes, footprint, settings, state)
+    state, on_cpu = state_bytes(shapes.num_parameters, settings), settings.device == "cpu"
+    moments = _possible_peaks(shapes, footprint, settings, state)
     kinds = max(moments, key=lambda alive: sum(alive.values())).copy()
-    beyond, heap = _beyond_tensors(moments, shapes, footprint, settings)
+    beyond, heap = _overhead_bytes(moments, shapes, footprint, settings)
     lasting = state["weights"] + state["optimizer"]
     around = round(STATE_SHARE * lasting) if on_cpu else 0
     kinds["buffers"] += beyond + around
     if settings.num_processes > 1:  # DistributedDataParallel has its own gradient buckets
         kinds["buffers"] += state["gradients"]
-    passing = scoring(shapes, footprint, settings)
+    passing = eval_memory(shapes, footprint, settings)
     base = FIRST_CALLS_BYTES if on_cpu else CUDA_CONTEXT_BYTES
     # The file's weights and their converted copies exist together; for a GPU, in host memory.
     read = 4 * shapes.num_parameters if settings.weights_dtype == "bf16" and on_cpu else 0
@@ -56,8 +56,8 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
     return MemoryNeed(kinds=kinds, phases=phases)
 
 
-def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Return the peak memory by kind of a forward pass over an eval batch."""
+def eval_memory(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
+    """Return the bytes per `MemoryKind` at the peak of a forward pass over an eval batch."""
     rows, length = settings.eval_batch_size * footprint.sequences_per_row, settings.longest_tokens
     moments = footprint.evaluation[settings.precision]
     alive = [with_chunked_loss(one.bytes(rows, length), shapes, settings, rows * length, None) for one in moments]
@@ -65,26 +65,22 @@ def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> d
 
 
 def train_sequences(footprint: Footprint, settings: MemorySettings) -> int:
-    """Return the number of sequences in a micro batch."""
     return settings.micro_batch_size * footprint.sequences_per_row
 
 
-def tokens_of_loss(footprint: Footprint, settings: MemorySettings) -> int:
-    """Return the number of tokens whose logits are in memory at the same time."""
+def num_logit_tokens(footprint: Footprint, settings: MemorySettings) -> int:
+    """Return how many tokens have their logits in memory at the same time."""
     tokens = train_sequences(footprint, settings) * settings.longest_tokens
     return min(tokens, CHUNK_TOKENS[settings.device]) if settings.chunked_loss else tokens
 
 
-def _beyond_tensors(
+def _overhead_bytes(
     moments: Sequence[Mapping[MemoryKind, int]], shapes: Shapes, footprint: Footprint, settings: MemorySettings
 ) -> tuple[int, int]:
-    """Return the peak bytes beyond live tensors, and the freed bytes that stay on the heap.
-
-    The heap keeps the space of freed small blocks; large blocks of other moments are added.
-    """
+    """Return the peak bytes beyond live tensors, and the bytes of freed blocks that stay on the heap."""
     if settings.device == "cuda":
         return CUDA_CONTEXT_BYTES, 0
-    logits_are_large = 4 * tokens_of_loss(footprint, settings) * shapes.vocab_size >= SMALL_BYTES
+    logits_are_large = 4 * num_logit_tokens(footprint, settings) * shapes.vocab_size >= SMALL_BYTES
     size, trained = BYTES[settings.weights_dtype], num_trainable(shapes.num_parameters, settings)
     sizes = footprint.tensors or {footprint.largest_tensor: 1}
     large = sum(values * count for values, count in sizes.items() if values * size >= SMALL_BYTES)
@@ -95,14 +91,14 @@ def _beyond_tensors(
         gradients = kinds["gradients"] - round(small_share * min(kinds["gradients"], size * trained))
         small = sum(kinds.values()) - kinds["weights"] - kinds["optimizer"] - logits - gradients
         parts.append(((1 + GAP_SHARE) * small, logits, gradients))
-    heap, peak = resident(parts, footprint.largest_tensor * size)
+    heap, peak = peak_heap_bytes(parts, footprint.largest_tensor * size)
     highest = max(sum(kinds.values()) for kinds in moments)
     state = moments[0]["weights"] + moments[0]["optimizer"]
     return FIRST_CALLS_BYTES + max(0, state + round(peak) - highest), round(heap / (1 + GAP_SHARE))
 
 
-def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
-    """Return (peak heap bytes, peak total bytes) of temporary tensors on a CPU.
+def peak_heap_bytes(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
+    """Return the peak heap bytes and the peak total bytes of temporary tensors on a CPU.
 
     Each of `moments` is (bytes in small blocks with their gaps, in large blocks, in large blocks that may reuse free
     heap in blocks of up to `block_bytes`).
@@ -116,14 +112,14 @@ def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tup
     return heap, max(heap - reused(heap - small, fits) + large + fits for small, large, fits in moments)
 
 
-def _step_moments(
+def _possible_peaks(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: dict[MemoryKind, int]
 ) -> list[dict[MemoryKind, int]]:
-    """Return bytes by kind at each moment of a step that may be its peak."""
+    """Return the bytes per `MemoryKind` at each moment of a step that may be the peak."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
     rows, length = train_sequences(footprint, settings), settings.longest_tokens
     update: dict[MemoryKind, int] = {"activations": 0, "logits": 0}
-    update["buffers"] = scratch(footprint.largest_tensor, settings)
+    update["buffers"] = optimizer_scratch_bytes(footprint.largest_tensor, settings)
     moments = []
     for traced, before in ((variant.first, 0), (variant.later, state["gradients"])):
         if not before or settings.gradient_accumulation_steps > 1 or settings.generic_first:
@@ -135,7 +131,7 @@ def _step_moments(
 def with_chunked_loss(
     kinds: dict[MemoryKind, int], shapes: Shapes, settings: MemorySettings, tokens: int, gradients_before: int | None
 ) -> dict[MemoryKind, int]:
-    """Adjust bytes by kind for a chunked loss: only a chunk's logits exist, but the head's whole gradient.
+    """Return the bytes per `MemoryKind` with a chunked loss: one chunk's logits, but the head's whole gradient.
 
     `tokens` is the number of tokens with logits; `gradients_before` are earlier gradients' bytes, or None without a
     backward pass.
@@ -158,7 +154,7 @@ def with_chunked_loss(
     return {**kinds, "logits": logits, "gradients": min(gradients, most)}
 
 
-def scratch(values: int, settings: MemorySettings) -> int:
+def optimizer_scratch_bytes(values: int, settings: MemorySettings) -> int:
     """Return the temporary bytes that the optimizer needs to update a tensor of `values` elements."""
     match settings.optim:
         case "adamw_torch_fused" | "sgd":
@@ -182,7 +178,7 @@ _MOMENTS = {
     "adafactor": 0.02,
     "sgd": 0.0,
 }
-"""Bytes of optimizer state per parameter, whatever the weights' type."""
+"""Bytes of optimizer state per parameter for weights of any type."""
 _AS_WEIGHTS = {
     "adamw_torch": 2,
     "adamw_torch_fused": 2,
@@ -203,22 +199,21 @@ def num_trainable(num_parameters: int, settings: MemorySettings) -> int:
 
 
 def trained_dtype(settings: MemorySettings) -> str:
-    """Return the type of the trained weights: fp32 for weights that a method adds."""
     return settings.weights_dtype if settings.num_trainable is None else "fp32"
 
 
-def state_of(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Return bytes of all weights, and of the trained weights' gradients and optimizer state."""
+def state_bytes(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, int]:
+    """Return the bytes of all weights, and of the trained weights' gradients and optimizer state."""
     total = num_parameters if settings.num_all_parameters is None else settings.num_all_parameters
     trained = num_trainable(num_parameters, settings)
-    state = state_bytes(trained, trained_dtype(settings), settings.optim, settings.bf16_rounding)
+    state = trained_bytes(trained, trained_dtype(settings), settings.optim, settings.bf16_rounding)
     return state | {"weights": state["weights"] + (total - trained) * BYTES[settings.weights_dtype]}
 
 
-def state_bytes(
+def trained_bytes(
     num_parameters: int, weights_dtype: str, optim: str = "adamw_torch_fused", bf16_rounding: str | None = None
 ) -> dict[MemoryKind, int]:
-    """Return bytes of trained weights, of gradients in the same type, and of optimizer state."""
+    """Return the bytes of trained weights, of gradients in the same type, and of optimizer state."""
     size = BYTES[weights_dtype]
     per_value = _MOMENTS.get(optim)
     if per_value is None:

@@ -1,5 +1,3 @@
-"""Compare placements on some hardware (docs/guides/scale.md)."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -8,7 +6,7 @@ from typing import Any
 
 from fulltune.plan import budget, choose
 from fulltune.plan.levers import plain_optim
-from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, given, with_settings
+from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, recipe_value, with_settings
 from fulltune.plan.workload import Basis, is_loss_chunked
 from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemoryNeed, MemorySettings, PlacementOption
@@ -25,12 +23,13 @@ _DEFAULTS = {
 }
 
 
-def table(basis: Basis) -> tuple[PlacementOption, ...]:
+def placement_table(basis: Basis) -> tuple[PlacementOption, ...]:
     """Return every sensible placement, each with its memory and speed."""
-    return tuple(_best_option(basis, settings) for settings in _candidate_settings(basis))
+    return tuple(_best_option(basis, settings) for settings in _placements_to_compare(basis))
 
 
-def _candidate_settings(basis: Basis) -> Iterator[dict[str, Any]]:
+def _placements_to_compare(basis: Basis) -> Iterator[dict[str, Any]]:
+    """Yield the settings of each placement, weight type and optimizer in the table."""
     train = basis.recipe.train
     many = train.num_processes > 1
     plain = _DEFAULTS | {"train.optim": "adamw_torch_fused"}
@@ -60,7 +59,7 @@ def _candidate_settings(basis: Basis) -> Iterator[dict[str, Any]]:
 
 
 def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
-    """Return, as a row of the table, a placement's fastest settings that fit, else its smallest ones."""
+    """Return a table row with a placement's fastest settings that fit, else those with the lowest memory."""
     recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
         weights_dtype=settings["model.weights_dtype"],
@@ -69,34 +68,34 @@ def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
         bf16_rounding=(recipe.train.bf16_rounding or "stochastic") if narrow else None,
         chunked_loss=is_loss_chunked(recipe, basis.start.plain_logits),
     )
-    placed = replace(basis, start=start, layout=parallel_layout.of(recipe))
-    option = choose.fastest(placed) or choose.smallest(placed, same_numbers=True)
-    return row(placed, option.settings, option.memory, _changed_settings(basis, settings, placed.layout))
+    placed = replace(basis, start=start, layout=parallel_layout.layout_of(recipe))
+    option = choose.fastest_fitting_settings(placed) or choose.lowest_memory_settings(placed, same_result=True)
+    return table_row(placed, option.settings, option.memory, _changed_settings(basis, settings, placed.layout))
 
 
-def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
-    """Return a placement with these settings as a row of the table."""
+def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
+    """Return a placement as a row of the table. `changes` are the settings that differ from the recipe's."""
     kinds, layout = dict(memory.kinds), basis.layout
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
-    on_hosts = budget.host_bytes(layout, basis.shapes.num_parameters, settings.num_processes) if layout else 0
+    on_hosts = budget.offloaded_bytes(layout, basis.shapes.num_parameters, settings.num_processes) if layout else 0
     host = -(-on_hosts // settings.num_machines)
-    seconds = basis.seconds(settings)
+    seconds = basis.step_seconds(settings)
     return PlacementOption(
-        name=name_of(layout, settings),
+        name=placement_name(layout, settings),
         kinds=kinds,
         device_bytes=memory.peak,
         host_bytes=host,
         micro_batch_size=settings.micro_batch_size,
         activation_checkpointing=settings.activation_checkpointing,
         shortage=_shortage(basis, memory.peak, host),
-        tokens_per_second=basis.speed(settings),
+        tokens_per_second=basis.tokens_per_second(settings),
         bound_by=max(seconds, key=lambda name: seconds[name]) if seconds else "",
         settings=changes,
     )
 
 
-def name_of(layout: ParallelLayout | None, settings: MemorySettings) -> str:
+def placement_name(layout: ParallelLayout | None, settings: MemorySettings) -> str:
     """Return a placement's name for tables and messages."""
     small = settings.optim == "adamw_8bit"
     if layout is None:
@@ -106,21 +105,23 @@ def name_of(layout: ParallelLayout | None, settings: MemorySettings) -> str:
         return f"{each}, {plain if settings.weights_dtype == 'fp32' else narrow}"
     if layout.engine == "fsdp2":
         return "FSDP2, 8-bit AdamW" if small else "FSDP2"
-    weights, optimizer = layout.tier("weights"), layout.tier("optimizer")
+    weights, optimizer = layout.tier_of("weights"), layout.tier_of("optimizer")
     where = f", all on {weights}" if weights != "device" else f", optimizer on {optimizer}"
     return f"ZeRO-{layout.stage}" + (where if optimizer != "device" else "")
 
 
 def _changed_settings(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | None) -> dict[str, Any]:
+    """Return those of a placement's settings that differ from the recipe's."""
     recipe = basis.recipe
     current = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
-    current |= {name: value for name in settings if (value := given(recipe, name)) is not None}
+    current |= {name: value for name in settings if (value := recipe_value(recipe, name)) is not None}
     if layout is not None and layout == basis.layout:  # perhaps by the user's own ZeRO settings
         current |= {name: settings.get(name) for name in WHERE}
     return {name: value for name, value in settings.items() if current.get(name) != value}
 
 
 def _shortage(basis: Basis, on_device: int, host: int) -> str | None:
+    """Return the missing memory, such as `device +3 GiB`, or None if enough is free."""
     missing = {"device": on_device - basis.available_bytes}
     if host:
         missing["host"] = host - basis.fleet.machine.memory_available_bytes

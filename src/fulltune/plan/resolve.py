@@ -19,7 +19,7 @@ from fulltune.system.hardware import BF16_FROM, TENSOR_CORES_FROM, Gpu, Machine
 from fulltune.text import counted, format_bytes
 
 MIN_BF16_SPEEDUP = 1.2
-"""Minimum speed of bf16, relative to fp32, that is worth the rounding on a CPU."""
+"""Lowest speed-up by bf16 on a CPU that is worth the rounding."""
 MAX_WORKERS = 8
 MIN_SHARED_BYTES = 2**30
 """Shared memory per GPU, where each worker queues two batches."""
@@ -28,30 +28,30 @@ MIN_SHARED_BYTES = 2**30
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
     """Return the device and precision that the plan will choose."""
     reasons = Reasons()
-    device_type = device(recipe, machine, reasons)
-    return device_type, str(precision(recipe, machine, device_type, reasons))
+    device_type = choose_device(recipe, machine, reasons)
+    return device_type, str(choose_precision(recipe, machine, device_type, reasons))
 
 
-def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
-    """Choose the device; raise `RecipeError` if the machine does not have this device."""
+def choose_device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
+    """Choose `cuda` or `cpu`; raise `RecipeError` if the machine lacks the device or has too few GPUs or cores."""
     wanted = recipe.train.device
     if wanted == "cuda" and not machine.gpus:
-        raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
+        raise RecipeError("train.device: 'cuda', but torch sees no GPU here; set 'auto' or 'cpu'")
     if wanted == "cpu" and machine.gpus and recipe.train.placement == "fsdp2":  # transformers would use the GPUs
         raise RecipeError(
-            "train.placement: fsdp2 uses the GPUs of a machine that has any, but train.device is cpu; set device: "
+            "train.placement: fsdp2 would use this machine's GPUs, but train.device is cpu; set device: "
             "cuda, or placement: ddp"
         )
     count, machines = len(machine.gpus), recipe.train.num_machines
     reason = f"{counted(count, 'GPU')} found" if count else "no GPU found"
     reason += f" on {'each' if count else 'any'} of {machines} machines" if machines > 1 else ""
-    reason += f"; they differ ({machine.differs}): planned for the weakest" if machine.differs else ""
+    reason += f"; the machines differ ({machine.differs}), so the plan is for the weakest" if machine.differs else ""
     device = str(reasons.add("train.device", None if wanted == "auto" else wanted, "cuda" if count else "cpu", reason))
-    _refuse_too_many_processes(recipe, machine, device)
+    _raise_if_too_many_processes(recipe, machine, device)
     return device
 
 
-def _refuse_too_many_processes(recipe: Recipe, machine: Machine, device: str) -> None:
+def _raise_if_too_many_processes(recipe: Recipe, machine: Machine, device: str) -> None:
     train = recipe.train
     room, unit = (len(machine.gpus), "GPU") if device == "cuda" else (machine.num_cores, "CPU core")
     if train.processes_per_machine <= room or (device == "cpu" and train.oversubscribe):
@@ -66,37 +66,39 @@ def _refuse_too_many_processes(recipe: Recipe, machine: Machine, device: str) ->
     )
 
 
-def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> Any:
-    """Choose the precision; raise `RecipeError` for fp16 on a CPU."""
+def choose_precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> Any:
+    """Choose fp32, bf16 or fp16; raise `RecipeError` for fp16 on a CPU."""
     wanted = recipe.train.precision
     if wanted == "fp16" and device == "cpu":
         raise RecipeError(
             "train.precision: fp16 is not possible on a CPU (it would silently train in fp32); set 'auto', 'bf16' or "
             "'fp32'"
         )
-    doubt = ""
+    caveat = ""
     if device == "cpu":
         ratio = machine.cpu_bf16_speedup
         usual = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
         reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
         reason += (
-            "; weights stay fp32" if usual == "bf16" else f"; it is used if at least {MIN_BF16_SPEEDUP} times as fast"
+            "; weights stay fp32"
+            if usual == "bf16"
+            else f"; a plan uses bf16 if it is at least {MIN_BF16_SPEEDUP} times as fast"
         )
     else:
         oldest = oldest_gpu(recipe, machine)
-        usual, reason = _gpu_precision(oldest)
-        if len({_gpu_precision(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
+        usual, reason = _default_gpu_precision(oldest)
+        if len({_default_gpu_precision(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
             reason += "; other GPUs support more, but all use the same precision"
         if wanted == "fp16" and oldest.capability < TENSOR_CORES_FROM:
-            doubt = f"; {oldest.label} has no tensor cores, so fp16 is no faster than fp32 and less exact"
+            caveat = f"; {oldest.label} has no tensor cores, so fp16 is no faster than fp32 and less exact"
         elif "bf16" in (wanted, recipe.model.weights_dtype) and wanted in ("auto", "bf16") and not oldest.bf16:
-            doubt = f"; {oldest.label} only emulates bf16, which is slow"
+            caveat = f"; {oldest.label} only emulates bf16, which is slow"
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
         usual, reason = "bf16", "the weights are bf16 (model.weights_dtype)"
     computed = usual if wanted == "auto" else wanted
     if computed != "fp32" and recipe.train.engine_by:
-        doubt += f"; ZeRO computes with weights rounded to {computed}, so results differ from other placements"
-    return reasons.add("train.precision", None if wanted == "auto" else wanted, usual, reason, doubt)
+        caveat += f"; ZeRO computes with weights rounded to {computed}, so results differ from other placements"
+    return reasons.add("train.precision", None if wanted == "auto" else wanted, usual, reason, caveat)
 
 
 VOLTA = ("7.0 or newer (Volta)", TENSOR_CORES_FROM, (99, 0))
@@ -107,10 +109,10 @@ KERNELS = {
     # As in transformers 5.24; uses Hopper's instructions, which later cards lack.
     "model.attn_implementation: flash_attention_3": ("8.0 to 9.x (Ampere to Hopper)", (8, 0), (9, 9)),
 }
-"""Compute capability that each kernel needs: in words, lowest, highest."""
+"""Compute capability that each kernel needs: description, lowest, highest."""
 
 
-def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
+def check_kernels(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
     """Raise `RecipeError` if the device or precision does not support a kernel that the recipe sets."""
     names = [f"train.{name}" for name in ("torch_compile", "use_liger_kernel") if getattr(recipe.train, name)]
     for setting in (*names, f"model.attn_implementation: {recipe.model.attn_implementation}"):
@@ -127,11 +129,11 @@ def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str
 
 
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
-    """Return the GPU with the lowest compute capability among those that the run uses."""
     return min(machine.gpus[: recipe.train.processes_per_machine], key=lambda gpu: gpu.capability)
 
 
-def _gpu_precision(gpu: Gpu) -> tuple[str, str]:
+def _default_gpu_precision(gpu: Gpu) -> tuple[str, str]:
+    """Return a GPU's default precision, and the reason."""
     if gpu.bf16:
         return "bf16", f"{gpu.label} computes in bf16; weights stay fp32"
     if gpu.capability >= TENSOR_CORES_FROM:
@@ -140,7 +142,7 @@ def _gpu_precision(gpu: Gpu) -> tuple[str, str]:
     return "fp32", f"{gpu.label} has no tensor cores: fp16 would be no faster and less exact"
 
 
-def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
+def choose_optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
     """Choose the optimizer, and how bf16 weights are rounded (None for fp32 weights)."""
     train, dtype = recipe.train, recipe.model.weights_dtype
     rounding, why = None, "AdamW in fp32 with a fused kernel"
@@ -148,13 +150,13 @@ def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
         why = "with rounding to nearest, bf16 weights lose small updates"
         rounding = reasons.add("train.bf16_rounding", train.bf16_rounding, "stochastic", why)
         why = "the weights are bf16"
-    usual, doubt = plain_optim(dtype, rounding), "; the size of its state is unknown and planned like AdamW's"
-    doubt = "" if memory.has_known_state(train.optim or usual) else doubt
-    return str(reasons.add("train.optim", train.optim, usual, why, doubt)), rounding
+    usual, caveat = plain_optim(dtype, rounding), "; its state has an unknown size, so the plan assumes AdamW's"
+    caveat = "" if memory.has_known_state(train.optim or usual) else caveat
+    return str(reasons.add("train.optim", train.optim, usual, why, caveat)), rounding
 
 
-def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
-    """Choose the number of data-loader workers per process: 0 except for images on a GPU.
+def choose_loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
+    """Choose the number of data-loader workers per process, which is 0 except for images on a GPU.
 
     Collating texts takes 5 % of a step at most; decoding images five times a ViT-base's step on an A100 (measured).
     """
@@ -170,7 +172,7 @@ def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reaso
     return int(reasons.add(f"train.extra.{name}", None, workers, reason))
 
 
-def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
+def choose_metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
     """Choose the metric; raise `RecipeError` if the task has no such metric."""
     possible = summary.form.metrics
     wanted = recipe.evaluate.metric
@@ -179,8 +181,8 @@ def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
     return str(reasons.add("evaluate.metric", wanted, possible[0], f"usual for {summary.form.words}"))
 
 
-def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
-    """Choose the number of rows per step, which is lower for small data sets."""
+def choose_global_batch_size(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
+    """Choose the number of rows per step; small data sets get fewer."""
     train = recipe.train
     per_pass = (train.micro_batch_size or 1) * train.num_processes
     usual = 16 if FACTS[recipe.task].writes else 32
@@ -195,32 +197,30 @@ def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
 
 @dataclass(frozen=True)
 class Steps:
-    """Length of a run, and steps between evaluations and checkpoints."""
-
     epochs: float
     total: int
     between_evaluations: int
     between_saves: int
 
 
-def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reasons) -> Steps:
-    """Choose how long to train and how often to evaluate and save; mixed-in rows lengthen an epoch."""
+def choose_steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reasons) -> Steps:
+    """Choose how long to train, and how often to evaluate and save."""
     train, per_epoch = recipe.train, math.ceil(summary.rows_per_epoch / global_batch)
     if train.max_steps is not None:
         reasons.add("train.max_steps", train.max_steps)
         epochs, total = train.max_steps / per_epoch, train.max_steps
     else:
-        usual, why = defaults.num_train_epochs(recipe.task, summary.splits["train"].rows)
+        usual, why = defaults.default_num_epochs(recipe.task, summary.splits["train"].rows)
         epochs = float(reasons.add("train.num_train_epochs", train.num_train_epochs, usual, why))
         total = math.ceil(epochs * per_epoch)
     between = min(total, train.eval_steps or per_epoch)
     return Steps(epochs, total, between, train.save_steps or between)
 
 
-def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
+def choose_learning_rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
     """Choose the learning rate, and record a new head's own rate as well."""
     method = recipe.method
-    rate, why = defaults.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
+    rate, why = defaults.default_learning_rate(method, shapes.num_parameters, shapes.is_decoder)
     why = f"middle of the searched rates: {why}" if method.is_searched else why
     rate = reasons.add("method.learning_rate", method.fixed_learning_rate, rate, why)
     if FACTS[recipe.task].head_is_new and method.kind != "head":
@@ -228,7 +228,7 @@ def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
     return rate
 
 
-def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["probe", "random"] | None:
+def choose_head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["probe", "random"] | None:
     """Choose how to initialise a new head; return None if the head is not new."""
     wanted, name = recipe.method.head_init, "method.head_init"
     if not FACTS[recipe.task].head_is_new:
@@ -238,14 +238,12 @@ def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Literal["prob
         start: Literal["probe", "random"] = reasons.add(name, wanted, "probe", why)
         return start
     if wanted is not None:
-        raise RecipeError(
-            f"{name}: {wanted}, but the checkpoint has a head for these labels, which is trained further; remove {name}"
-        )
+        raise RecipeError(f"{name}: {wanted}, but the checkpoint's own head for these labels is used; remove {name}")
     return None
 
 
-def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -> int:
-    """Choose the number of warm-up steps; raise `RecipeError` if it is not below the total."""
+def choose_warmup_steps(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -> int:
+    """Choose the number of warm-up steps; raise `RecipeError` if the recipe's is not below the total."""
     train = recipe.train
     if train.warmup_steps is not None and train.warmup_steps >= total_steps:
         raise RecipeError(
@@ -254,17 +252,17 @@ def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -
         )
     if train.warmup_steps is not None:
         return int(reasons.add("train.warmup_steps", train.warmup_steps))
-    ratio, why = defaults.warmup_ratio(recipe.task, shapes.head_is_kept)
+    ratio, why = defaults.default_warmup(recipe.task, shapes.head_is_kept)
     ratio = reasons.add("train.warmup_ratio", train.warmup_ratio, ratio, why)
     # Rounded down, because a warm-up over all of a very short run would keep the rate at 0.
     return int(ratio * total_steps)
 
 
-def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
+def memory_caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
     """Return plan entries that explain why the memory estimate may be inexact."""
     rows = [("memory.inputs", "assumed", footprint.assumed)] if footprint.assumed else []
     if footprint.rough:
-        why = f"this model cannot be traced ({footprint.rough}), so a rule of thumb is used; the dry run measures it"
+        why = f"this model cannot be traced ({footprint.rough}), so the plan uses a rule of thumb until the dry run"
         rows.insert(0, ("memory", "rough", why))
     if compiled:
         why = "the plan ignores compiled blocks and the compiler's host memory; the dry run measures both"
@@ -275,8 +273,8 @@ def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
 _NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
 
 
-def everything_else(recipe: Recipe, reasons: Reasons) -> None:
-    """Record the recipe's remaining fields for the report."""
+def record_other_settings(recipe: Recipe, reasons: Reasons) -> None:
+    """Add the recipe's remaining settings to `reasons`, for the report."""
     named = {setting.name for setting in reasons.settings}
     for block in ("model", "data", "method", "train", "preserve", "evaluate"):
         values = getattr(recipe, block)

@@ -12,8 +12,8 @@ PLACEMENT, OFFLOAD = "train.placement", "train.offload"
 WHERE = (PLACEMENT, OFFLOAD, ENGINE_SETTINGS)
 
 
-def given(recipe: Recipe, name: str) -> Any:
-    """Return the value that the recipe sets explicitly, or None."""
+def recipe_value(recipe: Recipe, name: str) -> Any:
+    """Return the value that the recipe sets explicitly, or None for a default or `auto`."""
     block, _, field = name.partition(".")
     values = getattr(recipe, block)
     if name == ENGINE_SETTINGS:
@@ -33,10 +33,10 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def in_yaml(value: Any) -> str:
+def to_yaml(value: Any) -> str:
     """Return a value as written in a recipe or after `--set`."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {in_yaml(inner)}" for name, inner in value.items()) + "}"
+        return "{" + ", ".join(f"{name}: {to_yaml(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -48,10 +48,10 @@ class Reasons:
     def __init__(self) -> None:
         self.settings: list[Setting] = []
 
-    def add(self, name: str, from_recipe: Any, default: Any = None, reason: str = "", doubt: str = "") -> Any:
-        """Record and return the recipe's value, or `default` if it has none; `doubt` is appended to the reason."""
+    def add(self, name: str, from_recipe: Any, default: Any = None, reason: str = "", caveat: str = "") -> Any:
+        """Record and return the recipe's value, or `default` if it has none; `caveat` is appended to the reason."""
         value, why = (from_recipe, FROM_RECIPE) if from_recipe is not None else (default, reason)
-        self.settings.append(Setting(name=name, value=value, reason=why + doubt, is_automatic=from_recipe is None))
+        self.settings.append(Setting(name=name, value=value, reason=why + caveat, is_automatic=from_recipe is None))
         return value
 
     def replace(self, name: str, value: Any, reason: str) -> None:

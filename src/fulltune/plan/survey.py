@@ -8,11 +8,11 @@ from typing import Any, Literal
 from fulltune.errors import DoesNotFitError
 from fulltune.models.shapes import Shapes
 from fulltune.plan import budget, choose, gpus, placements, resolve, ways_out
-from fulltune.plan.fit import fit, with_time
+from fulltune.plan.fit import make_plan, with_time_estimate
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.settings import given, with_settings
+from fulltune.plan.settings import recipe_value, with_settings
 from fulltune.plan.time import DevicePrice
-from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, Workload, basis_of
+from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, Workload, make_basis
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import Advice, PlacementOption, Plan, Survey, WayOut
@@ -30,43 +30,43 @@ PlannedSettings = tuple[Plan, dict[str, Any]]
 """A plan, and its settings that differ from the recipe."""
 
 
-def survey(
+def survey_placements(
     workload: Workload,
     fleet: Fleet,
     price: DevicePrice | None = None,
-    planned: Plan | None = None,
-    other: WithMethod = lambda kind: None,
+    existing_plan: Plan | None = None,
+    with_method: WithMethod = lambda kind: None,
 ) -> tuple[Survey, Plan | None]:
-    """Survey the placements possible on some hardware; also return a plan, or None if nothing fits.
+    """Compare the placements possible on some hardware; also return a plan, or None if nothing fits.
 
-    `planned` is the plan, if already made; `other` returns the workload with another method, for the advice.
+    `existing_plan` replaces planning; `with_method` returns the workload with another method, for the advice.
     """
-    basis, kind = basis_of(workload, fleet), workload.recipe.method.kind
-    table = placements.table(basis)
-    outcome = _plan_or_error(workload, fleet, table) if planned is None else (planned, {})
+    basis, kind = make_basis(workload, fleet), workload.recipe.method.kind
+    table = placements.placement_table(basis)
+    outcome = _plan_or_error(workload, fleet, table) if existing_plan is None else (existing_plan, {})
     fits = not isinstance(outcome, DoesNotFitError)
-    full_fits = fits if kind == "full" else _plan_or_none(other("full"), fleet, by_asking=True) is not None
-    by_lora = other("lora") if kind != "lora" and not full_fits else None
-    lora = _plan_or_none(by_lora, fleet, by_asking=True)
+    full_fits = fits if kind == "full" else _plan_or_none(with_method("full"), fleet, any_placement=True) is not None
+    by_lora = with_method("lora") if kind != "lora" and not full_fits else None
+    lora = _plan_or_none(by_lora, fleet, any_placement=True)
     lora_fits = fits if kind == "lora" else None if by_lora is None else lora is not None
     facts = _survey_without_plan(workload, basis, table, full_fits, lora_fits)
     if isinstance(outcome, DoesNotFitError):
         problem, ways = _find_ways_out(workload, basis, table, outcome.problems[0], lora)
-        notes = (f"{one.name}: {one.value}: {one.reason}" for one in resolve.caveats(basis.footprint))
+        notes = (f"{one.name}: {one.value}: {one.reason}" for one in resolve.memory_caveats(basis.footprint))
         return facts.model_copy(update={"ways_out": ways, "notes": (problem, *notes)}), None
     plan, settings = outcome
     if plan.time is None:  # the plan was changed when memory ran out
-        plan = with_time(plan, basis, workload.summary)
+        plan = with_time_estimate(plan, basis, workload.summary)
     if plan.memory is not None:
         placed = replace(basis, layout=_layout_of(workload.recipe, outcome))
-        row = placements.row(placed, plan, plan.memory, settings)
+        row = placements.table_row(placed, plan, plan.memory, settings)
         rows = tuple(row if one.name == row.name else one for one in table)
         rows = rows if row in rows else (row, *rows)
         facts = facts.model_copy(update={"placement": row.name, "placements": rows})
     update: dict[str, Any] = {
         "fits": True,
         "device_free_bytes": plan.available_bytes or basis.available_bytes,
-        "settings": {name: given(workload.recipe, name) for name in workload.spread} | settings,
+        "settings": {name: recipe_value(workload.recipe, name) for name in workload.spread} | settings,
     }
     if price and plan.time:
         hours = facts.num_devices * plan.time.whole_seconds / 3600
@@ -76,7 +76,7 @@ def survey(
 
 def _layout_of(recipe: Recipe, planned: PlannedSettings) -> ParallelLayout | None:
     plan, settings = planned
-    return parallel_layout.of(with_placement(with_settings(recipe, settings), plan.placement))
+    return parallel_layout.layout_of(with_placement(with_settings(recipe, settings), plan.placement))
 
 
 def _survey_without_plan(
@@ -102,7 +102,7 @@ def _survey_without_plan(
         disk_free_bytes=fleet.disk_bytes,
         host_free_bytes=fleet.machine.memory_available_bytes,
         device_free_bytes=basis.available_bytes,
-        advice=advise(splits["train"].rows, shapes, full_fits, lora_fits, basis.available_bytes),
+        advice=advise_on_methods(splits["train"].rows, shapes, full_fits, lora_fits, basis.available_bytes),
     )
 
 
@@ -114,7 +114,7 @@ def _plan_or_error(
 ) -> PlannedSettings | DoesNotFitError:
     """Return the recipe's plan, or with `--for` perhaps a better placement's; return the error if nothing fits."""
     try:
-        own = _fit_recipe(workload, workload.recipe, fleet)
+        own = _plan_for_recipe(workload, workload.recipe, fleet)
     except DoesNotFitError as error:
         return error if fleet.here else _plan_with_placement(workload, fleet, table) or error
     if fleet.here or own.num_processes == 1:
@@ -129,8 +129,8 @@ def _plan_or_error(
     return _plan_with_placement(workload, fleet, faster, why) or (own, {})
 
 
-def ranked(table: Sequence[PlacementOption]) -> list[PlacementOption]:
-    """Return the placements that fit: first those that compute like AdamW in fp32, then by speed."""
+def rank_fitting_placements(table: Sequence[PlacementOption]) -> list[PlacementOption]:
+    """Return the placements that fit, the fastest first; bf16 weights and 8-bit AdamW come last."""
     fitting = (one for one in table if one.fits)
     return sorted(fitting, key=lambda option: (_changes_arithmetic(option), -(option.tokens_per_second or 0.0)))
 
@@ -142,25 +142,30 @@ def _changes_arithmetic(option: PlacementOption) -> bool:
 def _plan_with_placement(
     workload: Workload, fleet: Fleet, table: Sequence[PlacementOption], why: str = ""
 ) -> PlannedSettings | None:
-    for option in ranked(table):
-        conflicts = (given(workload.recipe, name) not in (None, value) for name, value in option.settings.items())
+    """Return the plan of the best placement that fits without contradicting the recipe, or None."""
+    for option in rank_fitting_placements(table):
+        conflicts = (
+            recipe_value(workload.recipe, name) not in (None, value) for name, value in option.settings.items()
+        )
         if not option.settings or any(conflicts):  # the same as the recipe, or contradicts it
             continue
         try:
-            plan = _fit_recipe(workload, with_settings(workload.recipe, option.settings), fleet)
+            plan = _plan_for_recipe(workload, with_settings(workload.recipe, option.settings), fleet)
         except DoesNotFitError:
             continue
         names = {"train.extra" if name == ENGINE_SETTINGS else name for name in option.settings}
         installs = f"; {parallel_layout.INSTALL}" if option.name.startswith("ZeRO") else ""
-        return _with_reason(plan, names, f"placement: {option.name}{why}{installs}"), option.settings
+        return _with_reason_for_settings(plan, names, f"placement: {option.name}{why}{installs}"), option.settings
     return None
 
 
-def _fit_recipe(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
-    return _with_reason(fit(replace(workload, recipe=recipe), fleet), set(workload.spread), "from --for")
+def _plan_for_recipe(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
+    return _with_reason_for_settings(
+        make_plan(replace(workload, recipe=recipe), fleet), set(workload.spread), "from --for"
+    )
 
 
-def _with_reason(plan: Plan, names: set[str], reason: str) -> Plan:
+def _with_reason_for_settings(plan: Plan, names: set[str], reason: str) -> Plan:
     settings = (
         setting.model_copy(update={"is_automatic": True, "reason": reason}) if setting.name in names else setting
         for setting in plan.settings
@@ -168,16 +173,15 @@ def _with_reason(plan: Plan, names: set[str], reason: str) -> Plan:
     return plan.model_copy(update={"settings": tuple(settings)})
 
 
-def _plan_or_none(workload: Workload | None, fleet: Fleet, by_asking: bool = False) -> PlannedSettings | None:
-    """Return the plan with the recipe's or an automatic placement, or None if it does not fit; `by_asking` allows any
-    placement."""
+def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool = False) -> PlannedSettings | None:
+    """Return the plan, or None if nothing fits; `any_placement` allows placements that are never automatic."""
     if workload is None:
         return None
-    table = placements.table(basis_of(workload, fleet))
+    table = placements.placement_table(make_basis(workload, fleet))
     outcome = _plan_or_error(workload, fleet, table)
     if not isinstance(outcome, DoesNotFitError):
         return outcome
-    return _plan_with_placement(workload, fleet, table) if by_asking else None
+    return _plan_with_placement(workload, fleet, table) if any_placement else None
 
 
 # ---- ways out ----------------------------------------------------------------------------------------------------
@@ -186,22 +190,22 @@ def _plan_or_none(workload: Workload | None, fleet: Fleet, by_asking: bool = Fal
 def _find_ways_out(
     workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[WayOut, ...]]:
-    """Return the problem and the ways to solve it: for the disk if only the disk is too small, else for memory."""
+    """Return the problem and ways to solve it: for the disk if only the disk is too small, else for memory."""
     fleet = basis.fleet
     outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"
     if isinstance(outcome, DoesNotFitError) or fleet.disk_bytes is None:
-        least = choose.smallest(basis)
+        least = choose.lowest_memory_settings(basis)
         now = least.memory.peak
-        ways = [*_larger_hardware(workload, fleet, now), *ways_out.of_memory(basis, least.settings, table)]
-        ways = [_checked_way_out(workload, fleet, way) for way in ways[: ways_out.MAX_WAYS]]
+        ways = [*_larger_hardware(workload, fleet, now), *ways_out.memory_ways_out(basis, least.settings, table)]
+        ways = [_check_way_out(workload, fleet, way) for way in ways[: ways_out.MAX_WAYS]]
     else:
         plan, settings = outcome
         recipe, where = with_settings(workload.recipe, settings), "disk"
         needed = budget.disk_need(recipe, plan.num_parameters, plan)
         now = needed.total
-        problem = budget.short_by(recipe, needed, fleet.disk_bytes, fleet.disk_at)
-        ways = [*ways_out.of_disk(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
+        problem = budget.disk_full_message(recipe, needed, fleet.disk_bytes, fleet.disk_at)
+        ways = [*ways_out.disk_ways_out(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
     if lora is not None:
         plan, settings = lora
         need_of_lora = plan.disk.total if where == "disk" and plan.disk else plan.memory.peak if plan.memory else 0
@@ -212,7 +216,7 @@ def _find_ways_out(
             changed["methods"] = []
         if workload.recipe.compare.budget is not None:  # only comparisons and searches have one
             changed["compare.budget"] = None
-        ways.append(ways_out.way(changed, frees, True, costs, "method: lora", where))
+        ways.append(ways_out.make_way_out(changed, frees, True, costs, "method: lora", where))
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))
 
 
@@ -229,18 +233,20 @@ def _larger_hardware(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterat
     hosts = [replace(named, host_bytes=size) for size in sizes]
     for larger, costs in ((devices, "more devices"), (hosts, "more host memory")):
         for hardware in larger:
-            if planned := _plan_on(workload, gpus.fleet_of(hardware)):
+            if planned := _plan_on_hardware(workload, gpus.complete_hardware(hardware)):
                 plan = planned[0]
                 frees = max(0, now_bytes - (plan.memory.peak if plan.memory else 0))
-                words = f"{hardware}, {placements.name_of(_layout_of(workload.recipe, planned), plan)}"
-                yield ways_out.way({}, frees, True, costs, words).model_copy(update={"hardware": str(hardware)})
+                words = f"{hardware}, {placements.placement_name(_layout_of(workload.recipe, planned), plan)}"
+                yield ways_out.make_way_out({}, frees, True, costs, words).model_copy(
+                    update={"hardware": str(hardware)}
+                )
                 break
 
 
-def _plan_on(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
-    """Return the plan on other hardware, or None if it does not fit or cannot divide the batch."""
+def _plan_on_hardware(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
+    """Return the plan on other hardware, or None if the run does not fit or its batch cannot be divided."""
     recipe, numbers = workload.recipe, {NUM_PROCESSES: fleet.num_devices, NUM_MACHINES: fleet.num_machines}
-    left_open = {name for name in SPREAD if name in workload.spread or given(recipe, name) is None}
+    left_open = {name for name in SPREAD if name in workload.spread or recipe_value(recipe, name) is None}
     recipe = with_settings(recipe, {name: numbers[name] for name in left_open})
     train = recipe.train
     rows = (train.micro_batch_size or 1) * train.num_processes
@@ -249,7 +255,7 @@ def _plan_on(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
     return _plan_or_none(replace(workload, recipe=recipe), fleet)
 
 
-def _checked_way_out(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
+def _check_way_out(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
     """Return the way out, marked as not `enough` if planning with it fails."""
     if not way.enough or not way.settings or "data.max_length" in way.settings:
         return way
@@ -261,41 +267,43 @@ def _checked_way_out(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
 # ---- advice ------------------------------------------------------------------------------------------------------
 
 
-def advise(
+def advise_on_methods(
     train_rows: int, shapes: Shapes, full_fits: bool, lora_fits: bool | None, device_bytes: int
 ) -> tuple[Advice, ...]:
-    """Return a verdict on each method, the best first, by rules with sources in docs/evidence.md."""
+    """Rate each method for this model and data, the best first; docs/evidence.md has the sources."""
     few, small = train_rows < FEW_ROWS, not shapes.is_decoder and shapes.num_parameters < SMALL_ENCODER
     size, where = 2 * shapes.num_parameters / 2**30, " on one device" if full_fits else " either"
     unsure = "" if lora_fits else ", if the activations fit as well"
     rules: dict[str, tuple[tuple[bool, str, str], ...]] = {
         "full fine-tuning": (
-            (not full_fits, "leave", "it does not fit here"),
-            (small and few, "try", "a small encoder: full is cheap, but few rows need several seeds"),
-            (small, "take", "a small encoder: full is cheap"),
-            (train_rows >= MANY_ROWS, "take", "100,000 rows or more, and it fits"),
+            (not full_fits, "leave", "does not fit on this hardware"),
+            (small and few, "try", "cheap for a small encoder, but few rows need several seeds"),
+            (small, "take", "cheap for a small encoder"),
+            (train_rows >= MANY_ROWS, "take", "fits, and there are 100,000 rows or more"),
             (few, "try", "few rows: train longer than usual, at a low rate, with three seeds or more"),
-            (True, "try", "between 10,000 and 100,000 rows full and LoRA give similar results"),
+            (True, "try", "between 10,000 and 100,000 rows, full fine-tuning and LoRA give similar results"),
         ),
         "LoRA": (
             (
                 2 * shapes.num_parameters > device_bytes,  # only full fine-tuning can be sharded
                 "leave",
-                f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit{where}",
+                f"the frozen weights alone take about {size:,.1f} GiB in 16 bits, which does not fit{where}",
             ),
-            (lora_fits is False, "leave", "it does not fit here either; see the ways out"),
+            (lora_fits is False, "leave", "does not fit on this hardware either; see the ways out"),
             (
                 not full_fits,
                 "take",
-                f"it fits where full does not{unsure}: {size:,.1f} GiB of weights stay frozen",
+                f"fits where full fine-tuning does not{unsure}: {size:,.1f} GiB of weights stay frozen",
             ),
-            (shapes.is_decoder and few, "take", "few rows (below 10,000)"),
-            (True, "try", "cheaper (all layers, rate tuned): two thirds of the operations, far less state"),
+            (shapes.is_decoder and few, "take", "fewer than 10,000 rows"),
+            (True, "try", "cheaper on all layers with a tuned rate: two thirds of the operations, and far less state"),
         ),
-        "adapters": ((True, "leave", "worthwhile for five tasks or more: one model, and a small file for each"),),
+        "adapters": (
+            (True, "leave", "worthwhile for five tasks or more, which share a model and need one small file each"),
+        ),
         "prompt tuning": (
-            (shapes.num_parameters >= LARGE, "try", "on a par with full at about 11 B parameters"),
-            (True, "leave", "far behind full below 1 B parameters, on a par at about 11 B"),
+            (shapes.num_parameters >= LARGE, "try", "as good as full fine-tuning at about 11 B parameters"),
+            (True, "leave", "far worse than full fine-tuning below 1 B parameters, but as good at about 11 B"),
         ),
     }
     advice = []

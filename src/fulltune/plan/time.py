@@ -1,5 +1,3 @@
-"""Estimate the time and cost of a run (docs/concepts/memory.md, "Time")."""
-
 from __future__ import annotations
 
 import re
@@ -20,7 +18,7 @@ from fulltune.system.parallel_layout import ParallelLayout
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))
-"""Share of the data sheet's FLOP/s reached from a hidden size on."""
+"""Lowest hidden size, and the share of the data sheet's FLOP/s reached from there on."""
 GPU_FP32_SHARE = 1 / 8
 """Speed of fp32 without TF32 relative to 16-bit: 1/16 (A100), 1/8 (V100), 1/2 (RTX 4090)."""
 LINK_SHARE = 0.8
@@ -32,11 +30,11 @@ HOST_SHARE = 0.65
 PADDING_GROUPED = 1.07
 """Padded tokens per real token when grouped by length (measured: 6.6 % more, 2026-11-24)."""
 GENERIC_TOKENS = 48
-"""Mean tokens of a bundled generic text, truncated at 64."""
+"""Mean number of tokens of a bundled generic text, truncated at 64."""
 PROBE_PARTS = 3.5
 """Peak memory of fitting a linear probe, relative to the size of its features."""
 PROBE_SECONDS, PROBE_PASSES, PROBE_FLOPS = 2.0, 150, 2e10
-"""Import time, passes in all fits, and FLOP/s of a core: 9,003 rows of 77 classes took 8.5 s (2026-11-26)."""
+"""Import time, passes of all fits, and a core's FLOP/s: 9,003 rows of 77 classes took 8.5 s (2026-11-26)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class Work:
     """Cost of a backward pass relative to a forward pass."""
 
     def forward_flops(self, rows: float) -> float:
-        """Return the operations of a forward pass over some rows."""
         return self.flops_of(rows * self.tokens_per_row, self.tokens_per_row)
 
     def flops_of(self, tokens: float, length: float) -> float:
@@ -58,29 +55,30 @@ class Work:
         return tokens * (self.footprint.flops_per_token + self.footprint.attention_flops_per_pair * length)
 
     def step_flops(self, rows: float, recomputed: bool) -> float:
-        """Return the operations of a forward and backward pass over some rows."""
         return (1 + self.backward + recomputed) * self.forward_flops(rows)
 
 
-def backward_of(method: str, shapes: Shapes) -> float:
-    """Return what a method's backward pass costs, relative to a forward pass."""
+def backward_cost(method: str, shapes: Shapes) -> float:
+    """Return the cost of a method's backward pass, relative to a forward pass."""
     if shapes.num_trainable is None:
         return 2.0
     share = shapes.num_trainable / (shapes.num_all_parameters or shapes.num_parameters)
     return 2 * share if method == "head" else 1 + share
 
 
-def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: int = 0, backward: float = 2.0) -> Work:
-    """Return the work per row; prompt tuning adds `virtual` tokens to each text."""
+def work_per_row(
+    summary: DataSummary, footprint: Footprint, grouped_by_length: bool, prompt_tokens: int = 0, backward: float = 2.0
+) -> Work:
+    """Return the work of an average row. `prompt_tokens` are the tokens that prompt tuning adds to each text."""
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(footprint, 1.0, backward)
     longest, mean = summary.max_length, summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
     splits = [summary.splits["train"], *(source.counts for source in summary.mixed)]
     # Without grouping, rows are padded to the longest row of the batch.
     p95 = max(split.length_percentiles.get("p95", longest) for split in splits)
-    tokens = mean if summary.packed else mean * PADDING_GROUPED if grouped else max(mean, p95)
+    tokens = mean if summary.packed else mean * PADDING_GROUPED if grouped_by_length else max(mean, p95)
     tokens = max(1.0, min(tokens, longest * max(1, footprint.sequences_per_row)))
-    return Work(footprint, tokens + virtual, backward)
+    return Work(footprint, tokens + prompt_tokens, backward)
 
 
 def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None:
@@ -100,8 +98,7 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 def step_seconds(
     fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, layout: ParallelLayout | None
 ) -> dict[str, float]:
-    """Estimate how many seconds each part of a step of `rows` rows takes; return an empty dictionary if the speed is
-    unknown."""
+    """Estimate the seconds of each part of a step with `rows` rows; return {} if the speed is unknown."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
         return {}
@@ -116,9 +113,9 @@ def step_seconds(
         "host link": 0.0,
         "other devices": 0.0,
         NETWORK: 0.0,
-        "optimizer": _optimizer_seconds(trained, fleet, settings, layout),
+        "optimizer": _estimate_optimizer_seconds(trained, fleet, settings, layout),
     }
-    each_pass, each_step = traffic(shapes, settings, layout)
+    each_pass, each_step = communication_bytes(shapes, settings, layout)
     sent, gpu = accumulation * each_pass + each_step, fleet.gpu_model
     if settings.num_machines > 1:
         parts[NETWORK] = sent / (fleet.network_gb_per_second * 1e9 * LINK_SHARE)
@@ -132,7 +129,9 @@ def step_seconds(
     return parts
 
 
-def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, layout: ParallelLayout | None) -> float:
+def _estimate_optimizer_seconds(
+    trained: int, fleet: Fleet, settings: MemorySettings, layout: ParallelLayout | None
+) -> float:
     host = fleet.host_memory_gb_per_second * 1e9
     if fleet.gpu_model is None:
         return UPDATE_BYTES * trained / host
@@ -142,12 +141,12 @@ def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, lay
     return UPDATE_BYTES * updated / (fleet.gpu_model.memory_gb_per_second * 1e9)
 
 
-def together(seconds: Mapping[str, float]) -> float:
+def step_duration(seconds: Mapping[str, float]) -> float:
     """Return the seconds of a step: the longest of the parts that overlap, plus the optimizer."""
     return max(seconds[name] for name in seconds if name != "optimizer") + seconds["optimizer"]
 
 
-def traffic(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | None) -> tuple[int, int]:
+def communication_bytes(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | None) -> tuple[int, int]:
     """Return the bytes that a process sends per micro batch and per step (docs/guides/scale.md, "Traffic")."""
     processes, trained = settings.num_processes, memory.num_trainable(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
@@ -155,7 +154,7 @@ def traffic(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | N
     if layout is None:
         each_step = 2 * BYTES[memory.trained_dtype(settings)] * trained
     elif layout.engine == "fsdp2":
-        units = fsdp2.units_of(shapes)
+        units = fsdp2.fsdp_units(shapes)
         each_pass = BYTES[settings.weights_dtype] * (units.gathered + units.reduced)
     elif layout.stage == 3:
         each_pass = narrow * (2 * shapes.num_parameters + trained)
@@ -165,8 +164,7 @@ def traffic(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | N
     return each_pass * (processes - 1) // processes, each_step * (processes - 1) // processes
 
 
-def further_seconds(training: float) -> float:
-    """Return the seconds that a dry run spends on further timed passes."""
+def dry_run_extra_seconds(training: float) -> float:
     return min(20.0, max(0.5, 0.05 * training))
 
 
@@ -175,8 +173,8 @@ def probe_passes(summary: DataSummary) -> int:
     return 2 if "text_pair" in summary.columns else 1
 
 
-def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
-    """Estimate the rows, host memory and seconds of fitting a new head's linear probe, without the model's passes."""
+def linear_probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
+    """Estimate a linear probe's cost: rows through the model, bytes of host memory, and seconds of fitting."""
     form, train, passes = summary.form, summary.splits["train"], probe_passes(summary)
     words = max(1.0, train.trained_tokens / max(1, train.rows))
     per_row = probe.items_per_row(form.name, words, summary.num_choices)
@@ -193,18 +191,17 @@ def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
     return passes * rows, num_bytes + solver, PROBE_SECONDS + 4 * PROBE_PASSES * items * outputs * width / PROBE_FLOPS
 
 
-def occasions(total_steps: int, *intervals: int, after: int = -1) -> int:
-    """Return how many evaluations or checkpoints follow step `after`, at these intervals and at the end."""
+def count_interval_steps(total_steps: int, *intervals: int, after: int = -1) -> int:
+    """Count how often a run evaluates or saves after step `after`, at these intervals and at the end."""
     at = {step for every in intervals if every for step in range(every, total_steps + 1, every)}
     return sum(step > after for step in at | {total_steps})
 
 
 DevicePrice = tuple[float, str]
-"""Price of a device per hour, and its currency."""
 
 
 def parse_price(text: str) -> DevicePrice:
-    """Parse a price per device and hour, such as `2.5 USD`; raise `RecipeError` if the text is not a price."""
+    """Parse an hourly price such as `2.5 USD` into amount and currency; raise `RecipeError` if it is no price."""
     match = re.fullmatch(r"\s*([^\d\s.+-]{0,3})\s*(\d+(?:\.\d+)?)\s*([^\d\s.+-]*)\s*", text)
     if match is None:
         raise RecipeError(f"--price: '{text}' is not a price; write the cost of one device per hour, such as 2.5")

@@ -6,7 +6,7 @@ from fulltune.forgetting.budget import MAX_REPLAYED, MAX_ROWS, NUM_POINTS, SELEC
 from fulltune.forgetting.generic_text import budget_texts
 from fulltune.plan.resolve import Steps
 from fulltune.plan.settings import FROM_RECIPE, Reasons
-from fulltune.plan.time import GENERIC_TOKENS, occasions
+from fulltune.plan.time import GENERIC_TOKENS, count_interval_steps
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
@@ -18,15 +18,15 @@ SHARE, SHARE_STEERED = 0.01, 0.05
 MIN_TEXTS, MAX_TEXTS = 8, 64
 """Bounds on the texts read at each evaluation."""
 STEERED = 20
-"""How many times the replay weight is set in a run."""
+"""How often a run sets the replay weight."""
 REPLAYED, MIN_REPLAYED = 0.125, 4
-"""Replayed share of a step's tokens, and the minimum number of texts, as fewer give a noisy gradient."""
+"""Replayed share of a step's tokens, and the number of texts below which the gradient is noisy."""
 
 
-def settle(
+def plan_generic_texts(
     recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
 ) -> GenericTexts:
-    """Plan how many generic texts a run reads and replays, with reasons."""
+    """Plan how many generic texts a run reads and replays, and add the reasons to `reasons`."""
     watched = _texts_per_evaluation(recipe, summary, global_batch_size, steps, reasons)
     block, total_steps = recipe.preserve, steps.total
     if block.limit is None:
@@ -37,12 +37,12 @@ def settle(
     every = math.ceil(total_steps / STEERED)
     share = format_percent(rows * GENERIC_TOKENS / tokens)
     texts = budget_texts(block)
-    shared = f"{len(texts.selection):,} texts for selection, {len(texts.sealed):,} sealed"
+    shared = f"{len(texts.selection):,} texts for selection, {len(texts.sealed):,} for the final measurement"
     shared += f", {len(texts.replayed):,} for replay" if texts.replayed else ""
-    reasons.add("preserve.budget", block.budget, doubt=f": {shared}")
+    reasons.add("preserve.budget", block.budget, caveat=f": {shared}")
     if rows:
-        often = f"every {every} steps" if every > 1 else "at each step"
-        why = f"{rows} generic texts replayed in each step ({share} of its tokens); their weight is set {often}"
+        often = f"every {every} steps" if every > 1 else "at every step"
+        why = f"{rows} generic texts replayed in each step ({share} of its tokens); the replay weight is set {often}"
         reasons.add("preserve.replay", None, block.replay, why)
     # Selection texts are read at each point, sealed ones twice.
     at_end = (NUM_POINTS + 2) * (SELECTION_TOKENS // GENERIC_TOKENS)
@@ -59,9 +59,11 @@ def settle(
 def _texts_per_evaluation(
     recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
 ) -> int:
-    """Return how many generic texts to read per evaluation, so that they take `SHARE` of the training time; 0 if drift
-    is off."""
-    name, against = "preserve.drift", "images have no generic text" if FACTS[recipe.task].reads != "text" else ""
+    """Return how many generic texts each evaluation reads in `SHARE` of the training time, or 0 if drift is off."""
+    name, against = (
+        "preserve.drift",
+        "drift is measured on text, but this task reads images" if FACTS[recipe.task].reads != "text" else "",
+    )
     against = "only the head is trained" if recipe.method.kind == "head" and not against else against
     if not recipe.preserve.drift or against:
         reasons.add(name, None if recipe.preserve.drift else False, False, against)
@@ -69,14 +71,14 @@ def _texts_per_evaluation(
     train = summary.splits["train"]
     # A backward pass costs two forward passes.
     passes = 3 * steps.total * global_batch_size * train.tokens / max(1, train.rows)
-    times, part = occasions(steps.total, steps.between_evaluations) + 1, SHARE
+    times, part = count_interval_steps(steps.total, steps.between_evaluations) + 1, SHARE
     if recipe.preserve.budget is not None:
         times, part = times + STEERED, SHARE_STEERED
     count = round(part * passes / (times * GENERIC_TOKENS))
     count = min(max(count, MIN_TEXTS), MAX_TEXTS)
     share = count * GENERIC_TOKENS * times / max(1, passes)
     least = " (the minimum)" if count == MIN_TEXTS else ""
-    why = f"{count} generic texts{least} at each evaluation, about {format_percent(share)} of the training"
+    why = f"{count} generic texts{least} at each evaluation, about {format_percent(share)} of the training time"
     source = FROM_RECIPE + ": " if "drift" in recipe.preserve.model_fields_set else ""
     reasons.settings.append(Setting(name=name, value=True, reason=source + why, is_automatic=not source))
     return count

@@ -8,7 +8,7 @@ from fulltune.errors import DoesNotFitError
 from fulltune.footprint.records import BYTES
 from fulltune.plan import budget
 from fulltune.plan.levers import LEVERS, Lever
-from fulltune.plan.settings import PLACEMENT, WHERE, in_yaml
+from fulltune.plan.settings import PLACEMENT, WHERE, to_yaml
 from fulltune.plan.workload import Basis
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import DiskNeed, MemorySettings, PlacementOption, WayOut
@@ -19,16 +19,18 @@ MIN_SHARE = 0.1
 """Share of the missing bytes below which an insufficient change is omitted."""
 
 
-def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()) -> tuple[WayOut, ...]:
-    """Return at most three ways to make a process fit in memory; those that are enough alone come first.
+def memory_ways_out(
+    basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()
+) -> tuple[WayOut, ...]:
+    """Propose at most three ways to make a process fit in memory; those that are enough alone come first.
 
     The `smallest` settings do not fit; other `placements` are proposed if they fit.
     """
-    recipe, now = basis.recipe, basis.need(smallest).peak
+    recipe, now = basis.recipe, basis.memory_need(smallest).peak
     ways, mild = [], 0
     for lever, changed, settings in _usable_levers(recipe, smallest):
-        peak = basis.need(changed).peak
-        ways.append(way(settings, now - peak, peak <= basis.available_bytes, lever.costs))
+        peak = basis.memory_need(changed).peak
+        ways.append(make_way_out(settings, now - peak, peak <= basis.available_bytes, lever.costs))
         mild += lever.same_result
     others = [one for one in placements if one.fits and one.settings.keys() & WHERE]
     if others:
@@ -39,7 +41,7 @@ def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[Place
         ways[mild:mild] = [_placement_way_out(one, now) for one in (*own, fastest)]
     least = MIN_SHARE * (now - basis.available_bytes)
     ways = [way for way in ways if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
-    enough = [way for way in ways if way.enough] or _combined_levers(basis, smallest)
+    enough = [way for way in ways if way.enough] or _combine_levers(basis, smallest)
     if len(enough) < MAX_WAYS and not recipe.train.engine_by:  # ZeRO's weights may be offloaded
         enough.append(_smaller_model_way_out(basis, smallest))
     rest = sorted((way for way in ways if not way.enough), key=lambda way: -way.frees_bytes)
@@ -50,10 +52,10 @@ def _placement_way_out(placement: PlacementOption, now: int) -> WayOut:
     host = f", {format_bytes(placement.host_bytes)} on the host" if placement.host_bytes else ""
     speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
     costs = speed or "results differ in the last digits"
-    return way(placement.settings, now - placement.device_bytes, True, costs, placement.name)
+    return make_way_out(placement.settings, now - placement.device_bytes, True, costs, placement.name)
 
 
-def way(
+def make_way_out(
     settings: dict[str, Any],
     frees_bytes: int,
     enough: bool,
@@ -61,8 +63,8 @@ def way(
     change: str = "",
     where: Literal["device", "disk"] = "device",
 ) -> WayOut:
-    """Return a way out, described by `change` or by its settings."""
-    first, *others = [f"{name}: {in_yaml(value)}" for name, value in settings.items()] or [""]
+    """Describe a change that frees memory or disk space, by `change` or else by its settings."""
+    first, *others = [f"{name}: {to_yaml(value)}" for name, value in settings.items()] or [""]
     words = change or (f"{first} with {listed(others)}" if others else first)
     return WayOut(change=words, frees_bytes=frees_bytes, where=where, enough=enough, costs=costs, settings=settings)
 
@@ -70,41 +72,41 @@ def way(
 def _usable_levers(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, MemorySettings, dict[str, Any]]]:
     """Yield each usable lever with the new memory settings and the recipe's changes, the mildest first."""
     for lever in LEVERS:
-        if lever.way_out and not lever.obstacle(recipe, now):
+        if lever.way_out and not lever.why_unusable(recipe, now):
             changes = lever.apply(recipe, now)[-1]
-            yield lever, now.changed(**changes), lever.settings(recipe, changes)
+            yield lever, now.changed(**changes), lever.recipe_settings(recipe, changes)
 
 
-def _combined_levers(basis: Basis, now: MemorySettings) -> list[WayOut]:
+def _combine_levers(basis: Basis, now: MemorySettings) -> list[WayOut]:
     """Return a way to fit that combines as few memory savings as are enough, or an empty list."""
-    needed = basis.need(now).peak
+    needed = basis.memory_need(now).peak
     costs: list[str] = []
     named: dict[str, Any] = {}
     while step := next(_usable_levers(basis.recipe, now), None):
         lever, now, settings = step
         named |= settings
         costs += [lever.costs] if lever.costs not in costs else []
-        peak = basis.need(now).peak
+        peak = basis.memory_need(now).peak
         if peak <= basis.available_bytes:
-            return [way(named, needed - peak, True, "; ".join(costs))]
+            return [make_way_out(named, needed - peak, True, "; ".join(costs))]
     return []
 
 
 def _smaller_model_way_out(basis: Basis, settings: MemorySettings) -> WayOut:
-    need = basis.need(settings)
+    need = basis.memory_need(settings)
     parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
-    return way(
+    return make_way_out(
         {}, need.peak - basis.available_bytes, True, "another model", f"a model of at most about {size} parameters"
     )
 
 
-def in_lines(ways: Sequence[WayOut]) -> list[str]:
-    """Format the ways to make a run fit for an error message, one per line."""
+def format_ways_out(ways: Sequence[WayOut]) -> list[str]:
+    """Format ways to make a run fit as lines of an error message."""
     lines = []
     for way in ways:
         named = way.hardware or any(name not in way.change for name in way.settings)
-        flags = f"; {as_flags(way)}" if named else ""
+        flags = f"; {format_flags(way)}" if named else ""
         costs = f" ({way.costs})" if way.costs != "nothing" else ""
         lines.append(
             f"{'enough' if way.enough else 'helps'}: {way.change}: frees {format_bytes(way.frees_bytes)}{costs}{flags}"
@@ -112,32 +114,32 @@ def in_lines(ways: Sequence[WayOut]) -> list[str]:
     return lines
 
 
-def as_flags(way: WayOut) -> str:
-    """Return the way out as command-line flags, quoted for a shell."""
+def format_flags(way: WayOut) -> str:
+    """Return a way out as command-line flags, quoted for a shell."""
     words = ["--for", way.hardware] if way.hardware else []
     for name, value in way.settings.items():
-        words += ["--set", f"{name}={in_yaml(value)}"]
+        words += ["--set", f"{name}={to_yaml(value)}"]
     return shlex.join(words)
 
 
 # ---- a full disk -------------------------------------------------------------------------------------------------
 
 
-def refuse_full_disk(
-    recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int | None, place: str
+def check_disk_space(
+    recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int | None, folder: str
 ) -> DiskNeed:
-    """Return the run's disk need; raise `DoesNotFitError` with ways out if the disk is too small."""
+    """Return the run's disk need; raise `DoesNotFitError` with ways out if it exceeds `free_bytes`."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     if free_bytes is not None and needed.total > free_bytes:
-        lines = in_lines(of_disk(recipe, num_parameters, settings, free_bytes, place))
-        raise DoesNotFitError([budget.short_by(recipe, needed, free_bytes, place), *lines])
+        lines = format_ways_out(disk_ways_out(recipe, num_parameters, settings, free_bytes, folder))
+        raise DoesNotFitError([budget.disk_full_message(recipe, needed, free_bytes, folder), *lines])
     return needed
 
 
-def of_disk(
-    recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, place: str = ""
+def disk_ways_out(
+    recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, folder: str = ""
 ) -> tuple[WayOut, ...]:
-    """Return ways to make the run fit on its disk; those that are enough alone come first."""
+    """Propose ways to make the run fit on its disk; those that are enough alone come first."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     missing = needed.total - free_bytes
     ways: list[WayOut] = []
@@ -145,11 +147,13 @@ def of_disk(
     fewer = max(0, needed.num_checkpoints - 3) * needed.checkpoint_bytes
     if fewer and recipe.train.save_total_limit > 1:
         costs = "fewer checkpoints to roll back to"
-        ways.append(way({"train.save_total_limit": 1}, fewer, fewer >= missing, costs, where="disk"))
+        ways.append(make_way_out({"train.save_total_limit": 1}, fewer, fewer >= missing, costs, where="disk"))
     # ZeRO has its own optimizer, so nothing is freed there.
     smaller = needed.total - budget.disk_need(recipe, num_parameters, settings.changed(optim="adamw_8bit")).total
     if smaller > 0 and not recipe.train.engine_by:
-        ways.append(way({"train.optim": "adamw_8bit"}, smaller, smaller >= missing, "8-bit moments", where="disk"))
-    by_hand = f"free {format_bytes(missing)} on the disk of {place or recipe.output}, or choose another folder"
-    ways.append(way({}, missing, True, "nothing", by_hand, "disk"))
+        ways.append(
+            make_way_out({"train.optim": "adamw_8bit"}, smaller, smaller >= missing, "8-bit moments", where="disk")
+        )
+    by_hand = f"free {format_bytes(missing)} on the disk of {folder or recipe.output}, or choose another folder"
+    ways.append(make_way_out({}, missing, True, "nothing", by_hand, "disk"))
     return tuple(sorted(ways, key=lambda way: not way.enough))[:MAX_WAYS]

@@ -10,8 +10,8 @@ from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import budget, defaults, resolve, time
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.levers import whole_logits
-from fulltune.plan.settings import Reasons, given, with_settings
+from fulltune.plan.levers import why_loss_not_chunked
+from fulltune.plan.settings import Reasons, recipe_value, with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemoryNeed, MemorySettings
@@ -30,12 +30,12 @@ class Workload:
     """Returns the model's footprint for a weight type; tracing takes seconds."""
     summary: DataSummary
     spread: tuple[str, ...] = ()
-    """Settings that `spread_over` added."""
+    """Settings that `set_one_process_per_device` added."""
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What a plan is chosen from: a workload's memory and speed on some hardware, by settings."""
+    """A workload and its hardware, with the memory and speed that settings would give."""
 
     recipe: Recipe
     shapes: Shapes
@@ -52,7 +52,6 @@ class Basis:
     layout: ParallelLayout | None
     """How the state is sharded, or None if it is not."""
     available_bytes: int
-    """Bytes that one process may use on its device."""
     where: str
     work: time.Work
 
@@ -60,39 +59,38 @@ class Basis:
     def rows_per_process(self) -> int:
         return max(1, self.global_batch_size // self.start.num_processes)
 
-    def need(self, settings: MemorySettings) -> MemoryNeed:
-        """Compute the memory of one process; its micro batch is at most the number of train rows."""
+    def memory_need(self, settings: MemorySettings) -> MemoryNeed:
+        """Compute the memory of one process, whose micro batch is limited to the number of train rows."""
         full = settings.changed(micro_batch_size=min(settings.micro_batch_size, max(1, self.train_rows)))
-        return budget.need(self.shapes, self.footprint, full, self.layout)
+        return budget.memory_need(self.shapes, self.footprint, full, self.layout)
 
-    def seconds(self, settings: MemorySettings) -> dict[str, float]:
-        """Estimate how many seconds each part of a step takes; return an empty dictionary if the speed is unknown."""
+    def step_seconds(self, settings: MemorySettings) -> dict[str, float]:
         return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.layout)
 
-    def speed(self, settings: MemorySettings) -> float | None:
-        """Estimate tokens per second over all devices, or None if unknown."""
-        seconds = self.seconds(settings)
-        return self.global_batch_size * self.work.tokens_per_row / time.together(seconds) if seconds else None
+    def tokens_per_second(self, settings: MemorySettings) -> float | None:
+        """Estimate tokens per second over all devices, or return None if the speed is unknown."""
+        seconds = self.step_seconds(settings)
+        return self.global_batch_size * self.work.tokens_per_row / time.step_duration(seconds) if seconds else None
 
 
-def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Choose everything that does not depend on memory. A user's loss (`own_loss`) needs all logits at once."""
+def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
+    """Choose all settings that do not depend on memory; `own_loss` is True if the user passed a loss."""
     recipe, shapes, summary = workload.recipe, workload.shapes, workload.summary
     train, reasons = recipe.train, reasons or Reasons()
     if train.activation_checkpointing and not shapes.can_recompute:
         raise RecipeError(
-            f"train.activation_checkpointing: true, but {shapes.model_type} does not support it; remove it"
+            f"train.activation_checkpointing: true, but {shapes.model_type} models do not support it; remove it"
         )
-    device = resolve.device(recipe, fleet.machine, reasons)
-    precision = resolve.precision(recipe, fleet.machine, device, reasons)
-    resolve.refuse_kernels(recipe, fleet.machine, device, precision)
-    optim, rounding = resolve.optimizer(recipe, reasons)
-    global_batch = resolve.global_batch(recipe, summary, reasons)
-    steps = resolve.steps(recipe, summary, global_batch, reasons)
-    grouped, why = defaults.group_by_length(summary.length_explained)
+    device = resolve.choose_device(recipe, fleet.machine, reasons)
+    precision = resolve.choose_precision(recipe, fleet.machine, device, reasons)
+    resolve.check_kernels(recipe, fleet.machine, device, precision)
+    optim, rounding = resolve.choose_optimizer(recipe, reasons)
+    global_batch = resolve.choose_global_batch_size(recipe, summary, reasons)
+    steps = resolve.choose_steps(recipe, summary, global_batch, reasons)
+    grouped, why = defaults.should_group_by_length(summary.length_explained)
     grouped = reasons.add("train.group_by_length", train.group_by_length, grouped, why)
     footprint = workload.footprint(recipe.model.weights_dtype)
-    head_init = resolve.head_init(recipe, shapes, reasons)
+    head_init = resolve.choose_head_init(recipe, shapes, reasons)
     plain_logits = shapes.plain_logits and not own_loss
     start = MemorySettings(
         micro_batch_size=1,
@@ -113,11 +111,13 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         num_machines=train.num_machines,
         num_all_parameters=shapes.num_all_parameters,
         num_trainable=shapes.num_trainable,
-        num_saves=time.occasions(steps.total, steps.between_evaluations, steps.between_saves),
+        num_saves=time.count_interval_steps(steps.total, steps.between_evaluations, steps.between_saves),
         # scikit-learn works in the host's memory.
-        probe_bytes=time.probe_cost(summary, shapes.hidden_size)[1] if (head_init, device) == ("probe", "cpu") else 0,
+        probe_bytes=time.linear_probe_cost(summary, shapes.hidden_size)[1]
+        if (head_init, device) == ("probe", "cpu")
+        else 0,
     )
-    available_bytes, where = budget.available(recipe, fleet.machine, device)
+    available_bytes, where = budget.usable_memory(recipe, fleet.machine, device)
     return Basis(
         recipe=recipe,
         shapes=shapes,
@@ -129,29 +129,29 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         head_init=head_init,
         group_by_length=grouped,
         start=start,
-        layout=parallel_layout.of(recipe),
+        layout=parallel_layout.layout_of(recipe),
         available_bytes=available_bytes,
         where=where,
-        work=time.work_of(
+        work=time.work_per_row(
             summary,
             footprint,
             grouped,
             methods.virtual_tokens(recipe),
-            time.backward_of(recipe.method.kind, shapes),
+            time.backward_cost(recipe.method.kind, shapes),
         ),
     )
 
 
 def is_loss_chunked(recipe: Recipe, plain_logits: bool) -> bool:
-    """Return whether the loss is chunked, by default wherever possible."""
+    """Return whether the loss is computed in chunks, by default wherever possible."""
     wanted = recipe.train.chunked_loss
-    return whole_logits(recipe, plain_logits) is None if wanted is None else wanted
+    return why_loss_not_chunked(recipe, plain_logits) is None if wanted is None else wanted
 
 
 SPREAD = (NUM_PROCESSES, NUM_MACHINES) = ("train.num_processes", "train.num_machines")
 
 
-def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
+def set_one_process_per_device(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
     """Return the recipe with one process for each `--for` device, and the names of the settings added.
 
     Raises `RecipeError` if the devices cannot divide the batch, or the recipe names other hardware.
@@ -161,11 +161,11 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
     train, devices = recipe.train, fleet.num_devices
     if train.device == ("cuda" if fleet.gpu_model is None else "cpu"):
         names = "a GPU" if fleet.gpu_model else "no GPU"
-        raise RecipeError(f"train.device: '{train.device}' but --for names {names}; add --set train.device=auto")
-    _refuse_other_machines(recipe, fleet)
+        raise RecipeError(f"train.device: '{train.device}', but --for names {names}; add --set train.device=auto")
+    _raise_if_machines_contradict(recipe, fleet)
     added = {NUM_MACHINES: fleet.num_machines} if fleet.num_machines > 1 else {}
     added |= {NUM_PROCESSES: devices} if devices > 1 else {}
-    added = {name: number for name, number in added.items() if given(recipe, name) is None}
+    added = {name: number for name, number in added.items() if recipe_value(recipe, name) is None}
     each = (train.micro_batch_size or 1) * devices
     if NUM_PROCESSES in added and train.global_batch_size and train.global_batch_size % each:
         micro = f" x micro batch {train.micro_batch_size}" if (train.micro_batch_size or 1) > 1 else ""
@@ -176,8 +176,8 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
     return with_settings(recipe, added), tuple(added)
 
 
-def _refuse_other_machines(recipe: Recipe, fleet: Fleet) -> None:
-    wanted, named = given(recipe, NUM_MACHINES), counted(fleet.num_machines, "machine")
+def _raise_if_machines_contradict(recipe: Recipe, fleet: Fleet) -> None:
+    wanted, named = recipe_value(recipe, NUM_MACHINES), counted(fleet.num_machines, "machine")
     if wanted not in (None, fleet.num_machines):
         raise RecipeError(
             f"{NUM_MACHINES}: {wanted}, but --for names {named}; write "
@@ -187,9 +187,9 @@ def _refuse_other_machines(recipe: Recipe, fleet: Fleet) -> None:
     if fleet.num_machines > 1 and (recipe.methods or recipe.is_searched):
         several = "a comparison" if recipe.methods else "a search"
         alone = replace(fleet.named, machines=1)
-        raise RecipeError(f'--for: {several} runs on one machine, but {named} are named; write --for "{alone}"')
+        raise RecipeError(f'--for: {several} runs on one machine, but --for names {named}; write --for "{alone}"')
     processes = recipe.train.num_processes
-    if given(recipe, NUM_PROCESSES) is not None and processes % fleet.num_machines:
+    if recipe_value(recipe, NUM_PROCESSES) is not None and processes % fleet.num_machines:
         raise RecipeError(
             f"{NUM_PROCESSES}: {processes} cannot be spread evenly over the {named} of --for; remove it (for a process "
             f"on each of {fleet.num_devices} devices), or set a multiple of {fleet.num_machines}"

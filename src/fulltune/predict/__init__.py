@@ -13,7 +13,7 @@ from fulltune.methods import folder as folders
 from fulltune.models.base import Base, opened
 from fulltune.models.load import load as load_model
 from fulltune.recipe.model import ModelBlock
-from fulltune.system.run_folder import comparison_of
+from fulltune.system.run_folder import load_comparison
 from fulltune.tasks import Refused, Row, RowAnswer, Target, Task, task_named, token_classification
 from fulltune.tasks.columns import unreadable, windows
 
@@ -194,7 +194,7 @@ def choose(run: Path, method: str | None = None) -> tuple[Path, str]:
         raise SetupError(f"{run}: no finished model here; expected a run folder with models/full, or a model folder")
     if len(there) == 1:
         return next(iter(there.values())), ""
-    comparison = comparison_of(run)
+    comparison = load_comparison(run)
     if comparison is None or comparison.decision.verdict == "UNDECIDED":
         why = "there is no verdict yet" if comparison is None else "the verdict is UNDECIDED"
         raise SetupError(f"{run}: has several models and {why}; name one with --method: {names}")

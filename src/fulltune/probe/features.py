@@ -23,7 +23,7 @@ from fulltune.probe.layers import HeadLayers, HiddenStates, read_hidden
 from fulltune.probe.linear import Items, NoProbe
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import MOST_ROWS, OTHER_TOKENS, items_per_row, rows_within
-from fulltune.system.memory import with_smaller_batches
+from fulltune.system.memory import run_with_smaller_batches
 from fulltune.tasks import Target, Task, question_answering, task_named
 from fulltune.tasks.padding import IGNORED
 from fulltune.tasks.token_classification import WORD_IDS
@@ -89,7 +89,7 @@ class FeatureExtractor:
         """Call `run` with the batch size, and with smaller ones if memory runs out, unless the weights are sharded."""
         if needs_all_ranks(self.model):
             return run(self.batch_size)
-        return with_smaller_batches("linear probe", self.batch_size, run)
+        return run_with_smaller_batches("linear probe", self.batch_size, run)
 
     def items(self, features: np.ndarray, source: Features) -> Items:
         return Items(self.kind, features, source.labels, source.rows, self.num_outputs, self.class_weights)

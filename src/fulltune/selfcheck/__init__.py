@@ -158,7 +158,7 @@ def planned_bytes(device: str) -> CheckOutcome:
     ids = tokens(device, vocabulary=4096)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
-    planned = sum(memory.state_bytes(sum(parameter.numel() for parameter in model.parameters()), "fp32").values())
+    planned = sum(memory.trained_bytes(sum(parameter.numel() for parameter in model.parameters()), "fp32").values())
     measured = _allocated_bytes() - before
     error, highest = measured / planned - 1, torch.cuda.max_memory_allocated() - before
     text = f"planned {format_bytes(planned)}, measured {format_bytes(measured)} ({error:+.1%})"
@@ -187,7 +187,7 @@ def all_reduce(device: str) -> CheckOutcome:
         stdin=subprocess.DEVNULL,
         text=True,
         # Safe path: a file in the user's folder must not stand in for a library.
-        env={**os.environ, **spawn.loopback_variables(), "PYTHONSAFEPATH": "1"},
+        env={**os.environ, **spawn.on_loopback(), "PYTHONSAFEPATH": "1"},
     )
     try:
         out, err = child.communicate(timeout=SECONDS)
@@ -355,7 +355,7 @@ def devices() -> tuple[str, ...]:
 
 def environment() -> dict[str, str]:
     """Return versions, hardware and relevant environment variables by name."""
-    machine = hardware.here()
+    machine = hardware.measure_machine()
 
     distributions = importlib.metadata.distributions()
     installed = {re.sub(r"[-_.]+", "-", one.name).lower(): one.version for one in distributions}

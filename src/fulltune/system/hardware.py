@@ -26,7 +26,6 @@ COMPUTE_32F)."""
 
 
 _REPEATS = 8
-"""Number of measurements, of which the fastest counts."""
 
 
 class Gpu(Record):
@@ -71,23 +70,23 @@ class Machine(Record):
     """Free bytes in /dev/shm, through which processes pass tensors."""
     load_average: float = 0.0
     differs: str = ""
-    """How several machines differ that this record summarises, such as `16 to 64 cores`."""
+    """How the machines that this record summarises differ, such as `16 to 64 cores`."""
 
     @property
-    def busy(self) -> str:
+    def busy_warning(self) -> str:
         """A warning if other programs slow this machine down, or an empty string."""
         if self.load_average < BUSY * self.num_cores:
             return ""
         cores = counted(self.num_cores, "core")
         return (
-            f"this machine is busy (load {self.load_average:.0f} on {cores}): when idle, it may be several times "
-            "faster and choose another precision; if cores stay shared, one thread may be faster (OMP_NUM_THREADS=1)"
+            f"this machine is busy (load {self.load_average:.0f} on {cores}), so measured speeds are too low "
+            "and the chosen precision may be wrong; if other programs keep running, try OMP_NUM_THREADS=1"
         )
 
 
-def here() -> Machine:
-    """Measure this machine; torch is imported to measure speeds and list GPUs."""
-    total, available = memory_bytes()
+def measure_machine() -> Machine:
+    """Measure this machine's memory, speed and GPUs; this imports torch."""
+    total, available = total_and_free_memory()
     flops, copied, load = cpu_rates()
     return Machine(
         cpu=_cpu_name(),
@@ -103,7 +102,7 @@ def here() -> Machine:
     )
 
 
-def weakest(machines: Sequence[Machine]) -> Machine:
+def weakest_machine(machines: Sequence[Machine]) -> Machine:
     """Return a record with the lowest value of each property over several machines."""
     shared = [one.shared_memory_bytes for one in machines if one.shared_memory_bytes is not None]
     return Machine(
@@ -118,41 +117,42 @@ def weakest(machines: Sequence[Machine]) -> Machine:
         memory_bytes_per_second=min(one.memory_bytes_per_second for one in machines),
         load_average=max(one.load_average for one in machines),
         shared_memory_bytes=min(shared, default=None),
-        differs=_differences(machines),
+        differs=_describe_differences(machines),
     )
 
 
 def _weakest_gpu(gpus: Sequence[Gpu]) -> Gpu:
+    """Combine GPUs into one: the oldest, with the smallest memory of all."""
     oldest = min(gpus, key=lambda gpu: (gpu.capability, gpu.memory_bytes))
     free = min((gpu.available_bytes for gpu in gpus if gpu.free_bytes is not None), default=None)
     return oldest.model_copy(update={"memory_bytes": min(gpu.memory_bytes for gpu in gpus), "free_bytes": free})
 
 
-def _differences(machines: Sequence[Machine]) -> str:
-    """Return how machines differ in GPUs, cores and memory, in words; empty if they do not."""
+def _describe_differences(machines: Sequence[Machine]) -> str:
+    """Describe how machines differ in GPUs, cores and memory; return an empty string if they do not."""
     kinds = {tuple(sorted(gpu.name for gpu in one.gpus)) for one in machines}
     names = sorted({name for kind in kinds for name in kind})
     spans = (
-        _range_in_words([len(one.gpus) for one in machines], "GPUs"),
+        _format_range([len(one.gpus) for one in machines], "GPUs"),
         listed(names) if len(kinds) > 1 and len(names) > 1 else "",
-        _range_in_words([one.num_cores for one in machines], "cores"),
-        _range_in_words([one.memory_bytes / 2**30 for one in machines], "GiB of memory", digits=1, ratio=ALIKE),
-        _range_in_words(
+        _format_range([one.num_cores for one in machines], "cores"),
+        _format_range([one.memory_bytes / 2**30 for one in machines], "GiB of memory", digits=1, ratio=ALIKE),
+        _format_range(
             [one.memory_available_bytes / 2**30 for one in machines], "GiB of free memory", digits=1, ratio=ALIKE
         ),
     )
     return ", ".join(filter(None, spans))
 
 
-def _range_in_words(values: Sequence[float], words: str, digits: int = 0, ratio: float = 1.0) -> str:
-    """Return a range such as `16 to 64 cores`, or an empty text if the values are close."""
+def _format_range(values: Sequence[float], unit: str, digits: int = 0, ratio: float = 1.0) -> str:
+    """Return a range such as `16 to 64 cores`, or an empty string if the values are close."""
     least, most = min(values), max(values)
-    return f"{least:,.{digits}f} to {most:,.{digits}f} {words}" if least < ratio * most else ""
+    return f"{least:,.{digits}f} to {most:,.{digits}f} {unit}" if least < ratio * most else ""
 
 
 @cache
 def bf16_speedup(device: str) -> float:
-    """Return how much faster a training step is under bf16 autocast than in fp32, measured once per process."""
+    """Return how many times as fast as fp32 a training step is under bf16 autocast, measured once per process."""
     if device != "cpu":
         return _measure_bf16_speedup(device, rows=4096, width=2048)
     small = _measure_bf16_speedup(device, rows=64, width=128)
@@ -162,14 +162,14 @@ def bf16_speedup(device: str) -> float:
 
 @cache
 def cpu_rates() -> tuple[float, float, float]:
-    """Return the FLOP/s of fp32 matrix products, the bytes per second of a copy in memory, and the load average just
-    before."""
+    """Return the FLOP/s of fp32 matrix products, the bytes per second of a copy, and the previous load average."""
     # The load is that of the whole computer, but a container or CPU set may have only some of its cores.
     load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     return (*_measure_cpu_rates(), load)
 
 
 def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -> tuple[float, float]:
+    """Measure the FLOP/s of fp32 matrix products, and the bytes per second of a memory copy."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -191,14 +191,16 @@ def _measure_bf16_speedup(device: str, rows: int, width: int) -> float:
     up = torch.randn(4 * width, width, generator=draw).to(device).requires_grad_()
     down = torch.randn(width, 4 * width, generator=draw).to(device).requires_grad_()
 
-    def step(bf16: bool) -> None:
+    def run_training_step(bf16: bool) -> None:
         with torch.autocast(device.partition(":")[0], dtype=torch.bfloat16, enabled=bf16):
             outputs = F.linear(F.gelu(F.linear(inputs, up)), down)
         loss = outputs.float().square().mean()
         torch.autograd.grad(loss, (up, down))[0].sum().item()  # waits for a GPU
 
     # Alternate, so that other programs slow both equally.
-    times = [[timeit.timeit(partial(step, bf16), number=1) for bf16 in (False, True)] for _ in range(_REPEATS)]
+    times = [
+        [timeit.timeit(partial(run_training_step, bf16), number=1) for bf16 in (False, True)] for _ in range(_REPEATS)
+    ]
     fp32, bf16 = map(min, zip(*times, strict=True))
     return fp32 / bf16
 
@@ -226,7 +228,7 @@ def _list_gpus() -> tuple[Gpu, ...]:
 
 
 def _cpu_name() -> str:
-    lines = (line.partition(":") for line in memory.lines_of("/proc/cpuinfo"))
+    lines = (line.partition(":") for line in memory.read_lines("/proc/cpuinfo"))
     names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -234,30 +236,30 @@ def _cpu_name() -> str:
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = "".join(memory.lines_of("/sys/fs/cgroup/cpu.max")).split()
+    quota = "".join(memory.read_lines("/sys/fs/cgroup/cpu.max")).split()
     if len(quota) == 2 and quota[0] != "max":
         cores = min(cores, max(1, math.ceil(int(quota[0]) / int(quota[1]))))
     return cores
 
 
-def memory_bytes() -> tuple[int, int]:
-    """Return the total and free memory for this process; outside Linux, all memory counts as free."""
-    sizes = memory.sizes_of("/proc/meminfo")
+def total_and_free_memory() -> tuple[int, int]:
+    """Return the total and free bytes of memory for this process; outside Linux, all memory counts as free."""
+    sizes = memory.read_sizes("/proc/meminfo")
     total = sizes.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux
     available = sizes.get("MemAvailable", total)
-    limit, used = ("".join(memory.lines_of(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
+    limit, used = ("".join(memory.read_lines(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
     if limit.isdigit() and used.isdigit():
         total = min(total, int(limit))
         # A cgroup counts page cache as used, although the kernel frees it on demand.
-        counts = dict(line.split(" ", 1) for line in memory.lines_of("/sys/fs/cgroup/memory.stat"))
+        counts = dict(line.split(" ", 1) for line in memory.read_lines("/sys/fs/cgroup/memory.stat"))
         available = min(available, int(limit) - int(used) + int(counts.get("file", 0)))
-    own = memory.limit_bytes() or total
+    own = memory.process_memory_limit() or total
     return min(total, own), min(available, own)
 
 
 _DISK_FULL = ("No space left", "PytorchStreamWriter failed", "enforce fail at inline_container")
 _MAYBE_DISK_FULL = ("iostream error", "requested and")
-"""Error texts of C++ and numpy that may have other causes; free space below 1 MiB decides."""
+"""Error texts of C++ and numpy that mean a full disk only if less than 1 MiB is free."""
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:

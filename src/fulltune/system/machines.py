@@ -1,4 +1,4 @@
-"""Several machines that train one model, coordinated by heartbeat files in a shared folder."""
+"""Coordinate several machines that train one model, by heartbeat files in a shared folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fulltune.records.base import Record
 from fulltune.records.training import LostMachine
 from fulltune.system import parallel_layout, signals
 from fulltune.system.hardware import Machine
-from fulltune.system.run_folder import PACKAGES, flat
+from fulltune.system.run_folder import PACKAGES, flatten_settings
 from fulltune.text import first_few, format_bytes, parse_seconds
 
 _log = logging.getLogger(__name__)
@@ -65,11 +65,10 @@ class MachineAddress:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def file_of(self, recipe: Recipe, rank: int) -> Path:
-        """Return the path of a machine's heartbeat file."""
         return Path(recipe.output) / FOLDER / f"{self.host}-{self.port}".replace(":", "-") / f"machine-{rank}.json"
 
 
-def machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> MachineAddress | None:
+def parse_machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> MachineAddress | None:
     """Parse this machine's command-line options; return None if the recipe uses one machine."""
     machines = recipe.train.num_machines
     if machines == 1:
@@ -80,13 +79,13 @@ def machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wa
             "train.num_machines"
         )
     if rank is None and rendezvous is None:
-        raise RecipeError(missing_machines(recipe))
+        raise RecipeError(missing_rank_message(recipe))
     problems, seconds = [], 0.0
     if rank is None or not 0 <= rank < machines:
         problem = "missing" if rank is None else f"found {rank}"
         problems.append(
-            f"--machine-rank: {problem}, expected this machine's number, 0 to {machines - 1}, as train.num_machines is "
-            f"{machines} ('fulltune launch' writes the commands)"
+            f"--machine-rank: {problem}, expected this machine's number, 0 to {machines - 1}, because "
+            f"train.num_machines is {machines} ('fulltune launch' writes the commands)"
         )
     parts = re.fullmatch(r"(?:\[([\da-fA-F:.]+)\]|([\w.-]+))(?::(\d+))?", rendezvous or "")
     port = 0 if parts is None else int(parts[3] or DEFAULT_PORT)
@@ -105,17 +104,17 @@ def machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wa
     return MachineAddress(rank, parts[1] or parts[2], port, seconds)
 
 
-def missing_machines(recipe: Recipe) -> str:
-    """Return the error message for a command that was given no rank."""
+def missing_rank_message(recipe: Recipe) -> str:
+    """Return the error message for a command without the rank that several machines need."""
     return (
         f"train.num_machines: {recipe.train.num_machines}, but this command would train on one machine; start it on "
-        "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set train.num_machines=1"
+        "each machine with --machine-rank and --rendezvous ('fulltune launch' writes the commands), or set "
+        "train.num_machines=1"
     )
 
 
 def own_address(host: str, port: int) -> str:
-    """Return this machine's address on the network interface that leads to the host, because its own name may mean the
-    loopback."""
+    """Return this machine's address on the network interface that leads to `host`."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -137,7 +136,7 @@ class SharedAttempt(Record):
     name: str
     request: str
     instances: tuple[str, ...]
-    """Commands running on the other participating machines; one started later must wait."""
+    """Identifiers of the commands that take part; a command started later must wait."""
 
 
 class AttemptEnd(Record):
@@ -145,7 +144,6 @@ class AttemptEnd(Record):
 
     attempt: str
     lost: LostMachine | None
-    """The failure, or None."""
 
 
 class Member(Record):
@@ -160,7 +158,7 @@ class Member(Record):
     host: str
     address: str
     facts: dict[str, dict[str, str]]
-    """Values that must be the same on all machines, by kind and name."""
+    """Values that must be the same on all machines, by subject (such as `versions`) and name."""
     machine: Machine
     exit_code: int | None = None
     problems: tuple[str, ...] = ()
@@ -168,7 +166,7 @@ class Member(Record):
     last_part: AttemptEnd | None = None
     """How the last attempt ended on this machine, written by the other machines."""
 
-    def is_awaited(self, attempt: SharedAttempt | None) -> bool:
+    def must_still_end(self, attempt: SharedAttempt | None) -> bool:
         """Return whether this machine takes part in the attempt and has not ended it."""
         if attempt is None or self.instance not in attempt.instances:
             return False
@@ -179,9 +177,9 @@ class Member(Record):
         return f"machine {self.rank} ({self.host})"
 
 
-def member(recipe: Recipe, place: MachineAddress, machine: Machine, token: str = "") -> Member:
-    """Return this machine's heartbeat record."""
-    settings = flat(recipe.model_dump(mode="json"))
+def own_member(recipe: Recipe, place: MachineAddress, machine: Machine, token: str = "") -> Member:
+    """Return this machine's heartbeat record. `token` identifies machine 0's command."""
+    settings = flatten_settings(recipe.model_dump(mode="json"))
     return Member(
         rank=place.rank,
         token=token,
@@ -234,7 +232,7 @@ _COMPARED = (
 )
 
 
-def differences(first: Member, others: Sequence[Member]) -> list[str]:
+def describe_differences(first: Member, others: Sequence[Member]) -> list[str]:
     """Return one message per machine and kind of fact that differs from machine 0's."""
     lines = []
     for other in others:
@@ -255,7 +253,7 @@ def differences(first: Member, others: Sequence[Member]) -> list[str]:
 
 
 class Heartbeat:
-    """Writes this machine's file every two seconds until `end`."""
+    """Writes this machine's heartbeat file every two seconds until `end`."""
 
     def __init__(self, path: Path, record: Member) -> None:
         self.path, self.record = path, record
@@ -266,12 +264,13 @@ class Heartbeat:
         self._thread.start()
 
     def write(self, **changes: Any) -> None:
+        """Change fields of the record, and write the file."""
         with self._lock:
             self.record = self.record.model_copy(update={**changes, "heartbeats": self.record.heartbeats + 1})
             self.record.save(self.path)
 
     def write_end(self, error: BaseException | None) -> None:
-        """Write how this machine's command ended."""
+        """Write the exit code and the problems of this machine's command."""
         match error:
             case None:
                 self.write(exit_code=0)
@@ -292,7 +291,7 @@ class Heartbeat:
 
 
 class Peer:
-    """Reads another machine's file, and measures how long the file has not changed."""
+    """Reads another machine's heartbeat file, and measures how long the file has not changed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -302,7 +301,8 @@ class Peer:
         self._since, self._looked = time.monotonic(), -math.inf
 
     def read(self) -> Member | None:
-        """Return the machine's newest record, or None; the file is read at most twice per heartbeat."""
+        """Return the machine's newest record, or None before the first; the file is read twice per heartbeat at
+        most."""
         if time.monotonic() - self._looked < HEARTBEAT_SECONDS / 2:
             return self.member
         member = self.member
@@ -314,7 +314,7 @@ class Peer:
         self._looked = time.monotonic()
         return self.member
 
-    def answers(self, token: str) -> bool:
+    def repeats_token(self, token: str) -> bool:
         """Return whether the machine repeats the token of machine 0's command."""
         member = self.read()
         return member is not None and member.token == token
@@ -325,16 +325,18 @@ class Peer:
 
 
 @contextlib.contextmanager
-def heartbeat(path: Path, record: Member, others_know: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
-    """Write heartbeats during the block, then how it ended; then wait until the other machines have noticed."""
+def send_heartbeats(
+    path: Path, record: Member, others_noticed: Callable[[], bool] = lambda: True
+) -> Iterator[Heartbeat]:
+    """Write heartbeats during the block, then its outcome; then wait a while for `others_noticed` to return True."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SetupError(
-                f"{path}: another command is running as this machine at this rendezvous; end it, or use another port "
-                "in --rendezvous, and a different --machine-rank on each machine"
+                f"{path}: another command with this rank uses this rendezvous; stop it, or use another port in "
+                "--rendezvous and a different --machine-rank on each machine"
             ) from None
         except OSError:
             _log.warning("%s: locks are not supported here; make sure that no two jobs share a --rendezvous", path)
@@ -349,7 +351,7 @@ def heartbeat(path: Path, record: Member, others_know: Callable[[], bool] = lamb
         try:
             # Ignored signals, and those with the default action, keep their handlers.
             handled = [number for number in signals.ENDING if callable(signal.getsignal(number))]
-            with signals.answered(write_and_end, handled) as before:
+            with signals.temporary_handlers(write_and_end, handled) as before:
                 yield sign
         except KeyboardInterrupt:
             ended = interrupted
@@ -361,6 +363,6 @@ def heartbeat(path: Path, record: Member, others_know: Callable[[], bool] = lamb
             with contextlib.suppress(OSError):  # the error that is already raised says more than a full disk
                 sign.write_end(ended)
                 until = time.monotonic() + LINGER_SECONDS
-                while time.monotonic() < until and not others_know():
+                while time.monotonic() < until and not others_noticed():
                     time.sleep(POLL_SECONDS)
             sign.end()

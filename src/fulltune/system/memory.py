@@ -15,7 +15,7 @@ from typing import TypeVar
 from fulltune.errors import DoesNotFitError
 
 
-def lines_of(path: str) -> list[str]:
+def read_lines(path: str) -> list[str]:
     """Return a file's lines, or an empty list if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
@@ -23,13 +23,13 @@ def lines_of(path: str) -> list[str]:
         return []
 
 
-def sizes_of(path: str) -> dict[str, int]:
-    """Return sizes in bytes by name, from lines such as `VmRSS: 123 kB`."""
-    parts = (line.split() for line in lines_of(path))
+def read_sizes(path: str) -> dict[str, int]:
+    """Return sizes in bytes by name, from a file with lines such as `VmRSS: 123 kB`."""
+    parts = (line.split() for line in read_lines(path))
     return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in (part for part in parts if part[2:] == ["kB"])}
 
 
-def limit_bytes() -> int | None:
+def process_memory_limit() -> int | None:
     """Return the user's memory limit per process (`ulimit -d`, `ulimit -v`), or None if there is none."""
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
     limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
@@ -37,7 +37,7 @@ def limit_bytes() -> int | None:
 
 
 class Meter:
-    """Measures how memory use grows after `begin`."""
+    """Measures how a process's memory, or a GPU's, grows after `begin`."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
@@ -45,16 +45,16 @@ class Meter:
 
     def begin(self) -> None:
         """Start measuring from the memory in use now."""
-        self.forget_peak()
-        self.base_bytes = self.held_bytes()
+        self.reset_peak()
+        self.base_bytes = self.bytes_in_use()
 
-    def held_bytes(self) -> int:
+    def bytes_in_use(self) -> int:
         """Return the memory in use now."""
         if self.on_gpu:
             import torch
 
             return int(torch.cuda.memory_reserved())
-        return status_bytes("VmRSS") or life_peak_bytes()
+        return status_bytes("VmRSS") or process_peak_bytes()
 
     def peak_bytes(self) -> int:
         """Return the peak memory since `begin`."""
@@ -62,13 +62,12 @@ class Meter:
             import torch
 
             return int(torch.cuda.max_memory_reserved())
-        return status_bytes("VmHWM") or life_peak_bytes()
+        return status_bytes("VmHWM") or process_peak_bytes()
 
     def growth_bytes(self) -> int:
-        """Return how far the peak since `begin` exceeds the memory in use at that time."""
         return max(0, self.peak_bytes() - self.base_bytes)
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         """Reset the peak to the memory in use now."""
         if self.on_gpu:
             import torch
@@ -82,10 +81,10 @@ class Meter:
 
 def status_bytes(key: str) -> int:
     """Return a size from /proc/self/status, or 0 if it is missing."""
-    return sizes_of("/proc/self/status").get(key, 0)
+    return read_sizes("/proc/self/status").get(key, 0)
 
 
-def life_peak_bytes() -> int:
+def process_peak_bytes() -> int:
     """Return the peak memory of this process since its start."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
@@ -130,28 +129,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return _OUT_OF_MEMORY_TEXT.search(text) is not None or (_NO_THREAD.search(text) is not None and memory_is_limited())
 
 
-def in_last_words(lines: Sequence[str], limited: bool) -> bool:
-    """Return whether the log of a dead process says that memory ran out."""
+def log_shows_out_of_memory(lines: Sequence[str], limited: bool) -> bool:
+    """Return whether a dead process's log says that memory ran out; `limited` is True under a memory limit."""
     text = "\n".join(lines)
     return _LAST_WORDS.search(text) is not None or (limited and _NO_THREAD.search(text) is not None)
 
 
 def memory_is_limited() -> bool:
-    """Return whether the user's processes have a memory limit."""
-    return limit_bytes() is not None
+    return process_memory_limit() is not None
 
 
-def asked_bytes(text: str) -> int:
-    """Return the size of the failed allocation from an error's text, or 0 if it is not given."""
+def requested_bytes(text: str) -> int:
+    """Return the size of the failed allocation from an error's text, or 0 if the text does not state it."""
     match = _ALLOCATION_SIZE.search(text)
     if match is None:
         return 0
     return int(match[3]) if match[3] else int(float(match[1]) * 1024 ** _UNITS.index(match[2] or "bytes"))
 
 
-def kernel_kills() -> int:
+def count_oom_kills() -> int:
     """Return how many processes the kernel killed in this container or machine because memory ran out."""
-    groups = dict(line.split(":", 2)[1:] for line in lines_of("/proc/self/cgroup"))
+    groups = dict(line.split(":", 2)[1:] for line in read_lines("/proc/self/cgroup"))
     for file in (
         f"/sys/fs/cgroup{groups.get('', '/')}/memory.events",
         "/sys/fs/cgroup/memory.events",  # inside a container, the group's path is hidden
@@ -159,15 +157,15 @@ def kernel_kills() -> int:
         "/sys/fs/cgroup/memory/memory.oom_control",
         "/proc/vmstat",
     ):
-        for line in lines_of(file):
+        for line in read_lines(file):
             name, _, count = line.partition(" ")
             if name == "oom_kill":
                 return int(count)
     return 0
 
 
-def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) -> T:
-    """Call `run` with the batch size, and halve it each time memory runs out."""
+def run_with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) -> T:
+    """Call `run` with the batch size, halved each time memory runs out; raise the error at one row."""
     while True:
         try:
             return run(batch_size)
@@ -183,7 +181,7 @@ def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) ->
         _log.warning("%s: memory ran out; continuing with batches of %d rows", what, batch_size)
 
 
-def does_not_fit(what: str, error: BaseException, ways_out: str) -> DoesNotFitError:
+def out_of_memory_error(what: str, error: BaseException, ways_out: str) -> DoesNotFitError:
     """Return the error for when even the smallest batch does not fit."""
     return DoesNotFitError(f"{what}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {ways_out}")
 
@@ -195,7 +193,7 @@ EXPANDABLE = "expandable_segments:True"
 def allocator_variables(variables: Mapping[str, str], system: str, release: str) -> dict[str, str]:
     """Return environment variables for expandable GPU memory segments, which avoid fragmentation.
 
-    None are returned if the user has set one, outside Linux, and on WSL (pytorch issue 192330).
+    The result is empty if the user has set one, outside Linux, and on WSL (pytorch issue 192330).
     """
     if system != "Linux" or "microsoft" in release.lower() or any(name in variables for name in ALLOCATOR_NAMES):
         return {}
@@ -203,6 +201,6 @@ def allocator_variables(variables: Mapping[str, str], system: str, release: str)
     return dict.fromkeys(ALLOCATOR_NAMES[:2], EXPANDABLE)
 
 
-def allocator_in_words(variables: Mapping[str, str]) -> str:
-    """Return the allocator's settings for the journal."""
+def describe_allocator(variables: Mapping[str, str]) -> str:
+    """Return the GPU allocator's settings for the journal."""
     return ", ".join(f"{name}={variables[name]}" for name in ALLOCATOR_NAMES if name in variables) or "torch's default"

@@ -25,18 +25,20 @@ class ParallelLayout:
     offload_weights: bool
     engine: Literal["zero", "fsdp2"] = "zero"
 
-    def tier(self, kind: MemoryKind) -> MemoryTier:
+    def tier_of(self, kind: MemoryKind) -> MemoryTier:
         """Return where a kind of tensors is stored between steps; gradients are stored with the optimizer state."""
         offloaded = self.offload_weights if kind == "weights" else self.offload_optimizer
         return "host" if offloaded else "device"
 
-    def parts_at(self, tier: MemoryTier, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
-        """Return the bytes by kind that one process stores on the device or the host between steps."""
-        parts = self.parts(state, num_processes)
-        return {kind: size if self.tier(kind) == tier else 0 for kind, size in parts.items()}
+    def bytes_stored_on(
+        self, tier: MemoryTier, state: dict[MemoryKind, int], num_processes: int
+    ) -> dict[MemoryKind, int]:
+        """Return the bytes per `MemoryKind` that one process stores on the device or the host between steps."""
+        parts = self.bytes_per_process(state, num_processes)
+        return {kind: size if self.tier_of(kind) == tier else 0 for kind, size in parts.items()}
 
-    def parts(self, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
-        """Return the bytes by kind that one process owns."""
+    def bytes_per_process(self, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
+        """Return the bytes per `MemoryKind` that one process owns of the whole `state`."""
         from_stage: dict[MemoryKind, int] = {"weights": 3, "gradients": 2, "optimizer": 1}
         return {
             name: -(-state[name] // num_processes) if self.stage >= stage else state[name]
@@ -44,13 +46,13 @@ class ParallelLayout:
         }
 
 
-def of(recipe: Recipe) -> ParallelLayout | None:
+def layout_of(recipe: Recipe) -> ParallelLayout | None:
     """Return how the recipe shards the training state, or None if each process holds all of it."""
     if recipe.train.placement == "fsdp2":
         return ParallelLayout(3, False, False, engine="fsdp2")
     if not recipe.train.engine_by:
         return None
-    block = settings(recipe)["zero_optimization"]
+    block = zero_settings(recipe)["zero_optimization"]
     optimizer, weights = (_offload_device(block, what) != "none" for what in ("optimizer", "param"))
     return ParallelLayout(block["stage"], optimizer, weights)
 
@@ -63,12 +65,12 @@ SETTINGS_FILE = ".deepspeed.json"
 """Suffix of the file with DeepSpeed's settings, beside the plan."""
 AUTO = "auto"
 _LEFT_TO_THE_RECIPE = {
-    "optimizer": "train.optim, method.learning_rate and train.weight_decay; DeepSpeed's would decay norms and biases",
-    "scheduler": "train.lr_scheduler_type and train.warmup_steps",
-    "tensor_parallel": "nothing: rows are split over processes, tensors are not",
-    "autotuning": "nothing: the plan fixes the batch sizes",
-    "data_efficiency": "nothing: fulltune orders the rows",
-    "curriculum_learning": "nothing: fulltune orders the rows",
+    "optimizer": "set by train.optim, method.learning_rate and train.weight_decay, which spares norms and biases",
+    "scheduler": "set by train.lr_scheduler_type and train.warmup_steps",
+    "tensor_parallel": "fulltune splits rows over processes, but not tensors",
+    "autotuning": "the plan chooses the batch sizes",
+    "data_efficiency": "fulltune orders the rows",
+    "curriculum_learning": "fulltune orders the rows",
 }
 STAGES = {"zero2": 2, "zero3": 3}
 BUCKET_VALUES = 5 * 10**8
@@ -77,14 +79,14 @@ LATEST = "latest"
 """DeepSpeed's file that names the folder of shards."""
 _OF_WEIGHTS = "zero_pp_rank_*_model_states.pt"
 _OF_OPTIMIZER = "*_optim_states.pt"
-_BACK = "set the same again, or start a new run (--fresh)"
+_BACK = "use the same settings as before, or start a new run (--fresh)"
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
-    """Return DeepSpeed's settings, completed for the recipe; raise `RecipeError` with all problems."""
+def zero_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return DeepSpeed's settings, with "auto" where the plan decides; raise `RecipeError` with all problems."""
     block = recipe.train.engine_settings
-    read = _placement_settings(recipe) if block is None else _read_settings(block)
-    problems = _settings_problems(read, recipe)
+    read = _settings_of_placement(recipe) if block is None else _read_settings(block)
+    problems = _problems_in_settings(read, recipe)
     if problems:
         raise RecipeError([f"{recipe.train.engine_by}: {problem}" for problem in problems])
     # Without gradient_clipping DeepSpeed would not clip at all.
@@ -96,14 +98,14 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return complete
 
 
-def missing_package(recipe: Recipe) -> list[str]:
+def missing_package_problems(recipe: Recipe) -> list[str]:
     """Return a problem if DeepSpeed is needed but not installed, or an empty list."""
     if not recipe.train.engine_by or importlib.util.find_spec(PACKAGE) is not None:
         return []
     return [f"{recipe.train.engine_by}: needs DeepSpeed; {INSTALL}"]
 
 
-def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+def resolve_settings(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """Return DeepSpeed's settings with the plan's numbers; values that transformers fills in stay "auto"."""
     sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
     filled, problems = _fill_and_check(recipe, *sizes)
@@ -115,7 +117,7 @@ def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     return filled
 
 
-def disagreements(
+def plan_conflicts(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> list[str]:
     """Return a problem for each DeepSpeed setting that contradicts the plan."""
@@ -127,8 +129,8 @@ def disagreements(
 def _fill_and_check(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Replace "auto" in the settings by the plan's numbers; also return the contradictions."""
-    filled, problems = settings(recipe), []
+    """Replace "auto" in the settings by the plan's numbers; also return a problem for each contradiction."""
+    filled, problems = zero_settings(recipe), []
     planned: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation, "train.global_batch_size / (micro batch x processes)"),
@@ -151,7 +153,7 @@ def _fill_and_check(
 
 
 def _read_settings(block: Any) -> dict[str, Any]:
-    """Return the settings of a block or of the JSON file that it names."""
+    """Return settings that the recipe contains, or reads from a JSON file."""
     if isinstance(block, Mapping):
         return dict(json.loads(json.dumps(block)))
     path = Path(str(block))
@@ -168,7 +170,7 @@ def _read_settings(block: Any) -> dict[str, Any]:
     return content
 
 
-def _placement_settings(recipe: Recipe) -> dict[str, Any]:
+def _settings_of_placement(recipe: Recipe) -> dict[str, Any]:
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[recipe.train.offload]
     devices = {f"offload_{what}": {"device": "cpu"} for what in offloaded}
     return {"zero_optimization": {"stage": STAGES[recipe.train.placement], **devices}}
@@ -179,11 +181,9 @@ def _offload_device(block: Mapping[str, Any], what: str) -> Any:
     return offload.get("device", "none") if isinstance(offload, dict) else offload
 
 
-def _settings_problems(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
+def _problems_in_settings(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
     problems = [
-        f"{name}: remove it; set by {instead}" if not instead.startswith("nothing") else f"{name}: remove it; {instead}"
-        for name, instead in _LEFT_TO_THE_RECIPE.items()
-        if name in block_settings
+        f"{name}: remove it; {instead}" for name, instead in _LEFT_TO_THE_RECIPE.items() if name in block_settings
     ]
     problems += [
         f'{name}: expected a block such as {{"enabled": "auto"}}, found {json.dumps(block_settings[name])}'
@@ -202,9 +202,9 @@ def _settings_problems(block_settings: Mapping[str, Any], recipe: Recipe) -> lis
     return problems
 
 
-def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
+def why_resume_impossible(checkpoint: Path, recipe: Recipe) -> str | None:
     """Return why DeepSpeed prevents the recipe from resuming from a checkpoint, or None if it does not."""
-    layout = of(recipe)
+    layout = layout_of(recipe)
     in_engine = layout is not None and layout.engine == "zero"
     latest = checkpoint / LATEST
     if not latest.exists():

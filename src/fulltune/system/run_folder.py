@@ -32,11 +32,10 @@ from fulltune.system.hardware import Machine, is_disk_full
 from fulltune.text import first_few
 
 IDENTITY = "recipe.json"
-"""The checked recipe and its fingerprint, by which a run folder is found."""
+"""File with the checked recipe and its fingerprint, which identifies a run folder."""
 REPORT = "report.html"
 ENVIRONMENT = "environment.json"
 CARD = "card.html"
-"""The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
 """Files with the record of a finished comparison; the second is a copy."""
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "scikit-learn", "numpy")
@@ -63,74 +62,74 @@ class RunResult:
         return "\n".join([*lines, *([f"  report: {self.report}"] if self.report else [])])
 
 
-def finished(recipe: Recipe, folder: Path) -> RunResult | None:
-    """Return the results of a finished run from its files, or None if the run is unfinished."""
+def load_finished_run(recipe: Recipe, folder: Path) -> RunResult | None:
+    """Return a finished run's results, or None if unfinished; raise `SetupError` if its weights are missing."""
     plan_path, summary_path = folder / "plan" / f"{recipe.method.label}.json", folder / "data" / "summary.json"
     if not (is_complete(folder) and plan_path.exists() and summary_path.exists()):
         return None
     plan = Plan.load(plan_path)
-    lost = lost_weights(folder / plan.model_folder)
+    lost = missing_weight_file(folder / plan.model_folder)
     if lost is not None:
         raise SetupError(
-            f"{lost}: is missing, although this run finished at {finished_at(folder):%Y-%m-%d %H:%M}; restore it, or "
-            "train again as a new run: 'fulltune run RECIPE --fresh'"
+            f"{lost}: is missing, although this run finished at {finished_at(folder):%Y-%m-%d %H:%M}; restore the "
+            "file, or train a new run: 'fulltune run RECIPE --fresh'"
         )
     files = sorted((folder / "scores").glob("*.json"), key=lambda file: file.stat().st_mtime)
     scores = tuple(sorted(map(Scores.load, files), key=lambda entry: entry.kind == "trained"))
     return RunResult(folder, DataSummary.of_run(folder), plan, None, scores, folder / REPORT)
 
 
-def plan_to_continue(path: Path, machine: Machine) -> Plan:
-    """Return the plan of a started run; raise `SetupError` if its GPU is missing."""
+def load_plan_to_continue(path: Path, machine: Machine) -> Plan:
+    """Return the plan of a started run; raise `SetupError` if it needs a GPU and the machine has none."""
     plan = Plan.load(path)
     if plan.device == "cuda" and not machine.gpus:
-        raise SetupError(f"{path.parents[1]}: was planned for a GPU, but there is none here; start a new run (--fresh)")
+        raise SetupError(
+            f"{path.parents[1]}: was planned for a GPU, but this machine has none; start a new run (--fresh)"
+        )
     return plan
 
 
-def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
+def load_trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
     """Return the plan of a run with a trained model; raise `SetupError` if the folder has none."""
     if recipe.methods:
-        raise SetupError(f"{folder}: belongs to a comparison, expected the folder of a trained run")
+        raise SetupError(f"{folder}: belongs to a comparison; give the folder of a single run instead")
     path = folder / "plan" / f"{recipe.method.label}.json"
-    if not path.exists() or lost_weights(folder / Plan.load(path).model_folder) is not None:
+    if not path.exists() or missing_weight_file(folder / Plan.load(path).model_folder) is not None:
         raise SetupError(f"{folder}: has no trained model; train it first: fulltune run {folder}")
-    return plan_to_continue(path, machine)
+    return load_plan_to_continue(path, machine)
 
 
 def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
     """Write ZeRO's settings, if the run uses ZeRO, and then the plan."""
     settings = (folder / plan.file).with_suffix(parallel_layout.SETTINGS_FILE)
     if recipe.train.engine_by:
-        write_json(settings, parallel_layout.completed(recipe, plan))
+        write_json(settings, parallel_layout.resolve_settings(recipe, plan))
     else:  # an earlier placement may have written it
         settings.unlink(missing_ok=True)
     plan.save(folder / plan.file)
 
 
-def find_or_make(
-    recipe: Recipe, recipe_text: str, name: str, wanted_folder: Path | None, fresh: bool, marks: str = ""
+def find_or_make_folder(
+    recipe: Recipe, recipe_text: str, name: str, wanted_folder: Path | None, fresh: bool, function_marks: str = ""
 ) -> tuple[Path, bool]:
     """Return the folder of a recipe's run, and whether it resumes an earlier run.
 
-    The folder is `wanted_folder`, else the newest unfinished run unless `fresh`, else a new folder; `marks` identify
-    the user's functions.
-
-    Raises `SetupError` if the folder belongs to another recipe or cannot be written.
+    The folder is `wanted_folder`, else the newest unfinished run unless `fresh`, else a new folder; `function_marks`
+    identify the user's functions. Raises `SetupError` if the folder is another recipe's or cannot be written.
     """
-    fingerprint = recipe.fingerprint() + marks
+    fingerprint = recipe.fingerprint() + function_marks
     if wanted_folder is not None:
-        return wanted_folder, _adopt(wanted_folder, recipe, recipe_text, fingerprint)
+        return wanted_folder, _claim_folder(wanted_folder, recipe, recipe_text, fingerprint)
     output = Path(recipe.output)
-    if not fresh and (folders := unfinished(output, fingerprint)):
+    if not fresh and (folders := find_unfinished_runs(output, fingerprint)):
         return folders[-1], True
     stem = f"{name}-{datetime.now():%Y-%m-%d-%H%M}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     folder = next(output / free for free in names if not (output / free).exists())
-    return folder, _adopt(folder, recipe, recipe_text, fingerprint)
+    return folder, _claim_folder(folder, recipe, recipe_text, fingerprint)
 
 
-def unfinished(output: Path, fingerprint: str) -> list[Path]:
+def find_unfinished_runs(output: Path, fingerprint: str) -> list[Path]:
     """Return the folders of unfinished runs with this fingerprint, the newest last."""
     files = [path for path in output.glob(f"*/{IDENTITY}") if _stored_fingerprint(path) == fingerprint]
     files.sort(key=lambda path: path.stat().st_mtime)
@@ -140,19 +139,18 @@ def unfinished(output: Path, fingerprint: str) -> list[Path]:
 def is_complete(folder: Path) -> bool:
     """Return whether a run has a report newer than its scores, or a comparison has ended and cannot be resumed."""
     if (folder / CARD).exists():
-        return not _can_resume(folder)
+        return not _is_resumable_comparison(folder)
     scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
     report = folder / REPORT
     return bool(scored) and report.exists() and report.stat().st_mtime >= max(scored)
 
 
 def finished_at(folder: Path) -> datetime:
-    """Return when a run's trained model was scored."""
     return datetime.fromtimestamp(max(path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")))
 
 
-def note_command(folder: Path, began: float) -> None:
-    """Record the command's duration if it made the whole run, from plan to report."""
+def record_duration(folder: Path, began: float) -> None:
+    """Record how long the command took, if it made the whole run from plan to report. `began` is its start time."""
     files = [path for part in ("plan", "attempts/*", "scores") for path in folder.glob(f"{part}/*.json")]
     is_scored = any(folder.glob("scores/*-seed*.json"))
     if is_scored and all(path.stat().st_mtime >= began for path in files):
@@ -165,7 +163,7 @@ def change_environment(folder: Path, **changes: Any) -> None:
     Environment.load(path).model_copy(update=changes).save(path)
 
 
-def lost_weights(model_folder: Path) -> Path | None:
+def missing_weight_file(model_folder: Path) -> Path | None:
     """Return the first weight file that is missing from a model folder, or None if all are there."""
     index = model_folder / "model.safetensors.index.json"
     if index.exists():
@@ -176,30 +174,30 @@ def lost_weights(model_folder: Path) -> Path | None:
     return None if file.is_file() else file
 
 
-def _can_resume(folder: Path) -> bool:
+def _is_resumable_comparison(folder: Path) -> bool:
     """Return whether the folder has a finished comparison that can be resumed."""
     try:
-        comparison = comparison_of(folder)
+        comparison = load_comparison(folder)
     except SetupError:  # written by another version
         return False
     return comparison is not None and comparison.can_resume
 
 
-def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
-    """Mark an empty folder as this recipe's; return True if it already is."""
+def _claim_folder(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
+    """Make a new or empty folder this recipe's; return True if it already is, else raise `SetupError`."""
     identity = folder / IDENTITY
     if identity.exists():
         if _stored_fingerprint(identity) != fingerprint:
             raise SetupError(
-                f"{folder}: belongs to a run with other settings{_differing_settings(folder, recipe)}; name another "
+                f"{folder}: belongs to a run with other settings{_differing_settings(folder, recipe)}; choose another "
                 "folder, or omit --run-folder to start a new run"
             )
         return True
     if folder.is_file():
         raise SetupError(f"{folder}: is a file, expected a folder for the run")
     if folder.exists() and any(folder.iterdir()):
-        raise SetupError(f"{folder}: is not empty and not a run folder; name another folder")
-    with writing(folder):
+        raise SetupError(f"{folder}: is neither empty nor a run folder; choose another folder")
+    with explain_os_errors(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError:
@@ -209,33 +207,33 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
     return False
 
 
-def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flatten_settings(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Return settings by dotted name, omitting empty blocks."""
     settings: dict[str, Any] = {}
     for name, value in values.items():
-        settings |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+        settings |= flatten_settings(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
     return settings
 
 
 def _differing_settings(folder: Path, recipe: Recipe) -> str:
-    """Return the names of settings that differ from the folder's recipe, in brackets."""
-    before, now = flat(recipe_of(folder).shaping()), flat(recipe.shaping())
+    """Return the names of settings that differ from the folder's recipe as text in brackets, or an empty string."""
+    before, now = flatten_settings(load_run_recipe(folder).shaping()), flatten_settings(recipe.shaping())
     names = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
     return f" ({first_few(names)})" if names else ""
 
 
 def _stored_fingerprint(identity: Path) -> str | None:
-    """Return the stored recipe's fingerprint with the marks of the user's functions, or None if unreadable."""
+    """Return the fingerprint of the stored recipe and the user's functions, or None if unreadable."""
     try:
         stored = str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
-        fingerprint = recipe_of(identity.parent).fingerprint()
+        fingerprint = load_run_recipe(identity.parent).fingerprint()
     except (ValueError, KeyError, TypeError, OSError, SetupError):
         return None
     return fingerprint + stored[len(fingerprint) :]
 
 
-def recipe_of(folder: Path) -> Recipe:
-    """Return a run folder's checked recipe; raise `SetupError` for another folder."""
+def load_run_recipe(folder: Path) -> Recipe:
+    """Return a run folder's recipe; raise `SetupError` for any other folder."""
     identity = folder / IDENTITY
     if not identity.exists():
         raise SetupError(f"{folder}: is not a run folder of fulltune ({IDENTITY} is missing)")
@@ -248,17 +246,16 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def is_comparison(folder: Path) -> bool:
-    """Return whether the folder belongs to a comparison, finished or not."""
-    return (folder / IDENTITY).exists() and bool(recipe_of(folder).methods)
+    return (folder / IDENTITY).exists() and bool(load_run_recipe(folder).methods)
 
 
-def comparison_of(folder: Path) -> Comparison | None:
+def load_comparison(folder: Path) -> Comparison | None:
     """Return the record of a finished comparison, or None if there is none."""
     record = next((folder / name for name in COMPARISONS if (folder / name).exists()), None)
     return None if record is None else Comparison.load(record)
 
 
-def refuse_comparison(folder: Path) -> None:
+def raise_if_comparison(folder: Path) -> None:
     """Raise `SetupError` if the folder belongs to a comparison."""
     if is_comparison(folder):
         raise SetupError(
@@ -268,15 +265,15 @@ def refuse_comparison(folder: Path) -> None:
         )
 
 
-def refuse_with_functions(folder: Path, recipe: Recipe) -> None:
-    """Raise `SetupError` for an unfinished run that was started from Python with functions."""
+def raise_if_started_with_functions(folder: Path, recipe: Recipe) -> None:
+    """Raise `SetupError` for an unfinished run that was started from Python with the user's functions."""
     if _stored_fingerprint(folder / IDENTITY) != recipe.fingerprint() and not is_complete(folder):
-        raise SetupError(f"{folder}: was started from Python with functions of its own; resume it from there")
+        raise SetupError(f"{folder}: was started from Python with your own functions; resume the run from Python")
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn errors that occur while writing to the folder into errors with advice."""
+def explain_os_errors(folder: Path) -> Iterator[None]:
+    """Turn errors while writing to the folder, such as a full disk, into errors with advice."""
     try:
         yield
     except Exception as error:
@@ -287,10 +284,10 @@ def writing(folder: Path) -> Iterator[None]:
         if not isinstance(error, OSError):
             raise
         refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-        if error.errno in refusals and not _is_about(error, folder):
+        if error.errno in refusals and not _concerns_folder(error, folder):
             raise SetupError(
                 f"{error.filename}: cannot be opened ({str(error.strerror).lower()}), expected a file that you can "
-                "read; change its permissions, or name another one"
+                "read; change the file's permissions, or use another file"
             ) from None
         if error.errno in refusals:
             raise SetupError(
@@ -299,7 +296,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise
 
 
-def _is_about(error: OSError, folder: Path) -> bool:
+def _concerns_folder(error: OSError, folder: Path) -> bool:
     """Return whether the error's file is in, beside or above the folder, or unknown."""
     if not isinstance(error.filename, str):
         return True
@@ -308,7 +305,7 @@ def _is_about(error: OSError, folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock the run folder during the block; raise `SetupError` if another command has locked it."""
     with (folder / ".lock").open("w") as file:
         try:
@@ -319,8 +316,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def not_left_when_refused(folder: Path, *except_for: type[FulltuneError]) -> Iterator[None]:
-    """Remove a new run's files if the block raises an error before any work, except those in `except_for`."""
+def remove_new_run_on_error(folder: Path, *except_for: type[FulltuneError]) -> Iterator[None]:
+    """Remove a new run's files if the block raises an error before any work, unless `except_for` has its type."""
     began = (folder / "data" / "summary.json").exists()
     try:
         yield
@@ -335,8 +332,8 @@ def not_left_when_refused(folder: Path, *except_for: type[FulltuneError]) -> Ite
         raise
 
 
-def environment(machine: Machine) -> Environment:
-    """Return versions, devices and, in a git checkout, the commit."""
+def describe_environment(machine: Machine) -> Environment:
+    """Return the versions of packages, the hardware and, in a git checkout, the commit."""
     return Environment(
         start_time=datetime.now().astimezone().isoformat(timespec="seconds"),
         fulltune=metadata.version("fulltune"),
@@ -347,11 +344,11 @@ def environment(machine: Machine) -> Environment:
         num_cores=machine.num_cores,
         memory_bytes=machine.memory_bytes,
         devices=tuple(gpu.name for gpu in machine.gpus),
-        commit=_git_commit(),
+        commit=_git_commit_hash(),
     )
 
 
-def _git_commit() -> str | None:
+def _git_commit_hash() -> str | None:
     try:
         result = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5, check=False
@@ -362,7 +359,6 @@ def _git_commit() -> str | None:
 
 
 def hide_progress_bars() -> None:
-    """Hide the libraries' own progress bars."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -14,33 +14,35 @@ Handlers = Mapping[int, Any]
 _TERMINALS = [number for number in (1, 2) if os.isatty(number)]
 
 
-def answer(handler: Handler, numbers: Sequence[int] = STOPPING) -> Handlers:
-    """Make these signals call `handler`, except an ignored SIGHUP (`nohup`); return the previous handlers."""
+def set_handlers(handler: Handler, numbers: Sequence[int] = STOPPING) -> Handlers:
+    """Make these signals call `handler`, except a SIGHUP that `nohup` ignores; return the previous handlers."""
 
-    def hung_up(number: int, frame: FrameType | None) -> None:
+    def silence_closed_terminals(number: int, frame: FrameType | None) -> None:
         for terminal in _TERMINALS:
             if not os.isatty(terminal):  # closed, so writing would fail
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         handler(number, frame)
 
     heard = [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, hung_up if number == signal.SIGHUP else handler) for number in heard}
+    return {
+        number: signal.signal(number, silence_closed_terminals if number == signal.SIGHUP else handler)
+        for number in heard
+    }
 
 
-def put_back(handlers: Handlers) -> None:
+def restore_handlers(handlers: Handlers) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def answered(handler: Handler, numbers: Sequence[int] = STOPPING) -> Iterator[Handlers]:
-    """Make these signals call `handler` during the block, which gets the previous handlers; works only in the main
-    thread."""
+def temporary_handlers(handler: Handler, numbers: Sequence[int] = STOPPING) -> Iterator[Handlers]:
+    """Make these signals call `handler` during the block, which gets the previous handlers (main thread only)."""
     try:
-        before: Handlers = answer(handler, numbers)
+        before: Handlers = set_handlers(handler, numbers)
     except ValueError:
         before = {}
     try:
         yield before
     finally:
-        put_back(before)
+        restore_handlers(before)

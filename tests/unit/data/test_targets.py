@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.data.written import length_explained_by_class, length_explained_by_value, target_mean_and_std
 from fulltune.errors import DataError
-from fulltune.plan.defaults import group_by_length
+from fulltune.plan.defaults import should_group_by_length
 
 
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (1e8, 1e3), (-1e6, 1e3), (2e-4, 1e-5), (3e30, 1e29)])
@@ -61,6 +61,6 @@ def test_explained_by_value_follows_the_correlation() -> None:
 
 @pytest.mark.parametrize(("share", "grouped"), [(0.0, True), (0.13, True), (0.25, False), (0.9, False)])
 def test_group_by_length_by_share_is_off_where_batches_would_be_one_sided(share: float, grouped: bool) -> None:
-    chosen, reason = group_by_length(share)
+    chosen, reason = should_group_by_length(share)
     assert chosen is grouped
     assert ("explains" in reason) == (share > 0)

@@ -9,8 +9,8 @@ import pytest
 from fulltune.errors import RecipeError
 from fulltune.plan import gpus, resolve
 from fulltune.plan.settings import Reasons, with_settings
-from fulltune.plan.survey import survey
-from fulltune.plan.workload import basis_of
+from fulltune.plan.survey import survey_placements
+from fulltune.plan.workload import make_basis
 from fulltune.recipe.fields import Recipe
 from fulltune.system.hardware import Gpu, Machine
 from tests.unit.plan import sizes
@@ -42,7 +42,7 @@ def precision(there: Machine, **settings: Any) -> tuple[str, str]:
     """It, and why."""
     reasons = Reasons()
     recipe = with_settings(sizes.bert().recipe, {f"train.{name}": value for name, value in settings.items()})
-    found = resolve.precision(recipe, there, "cuda", reasons)
+    found = resolve.choose_precision(recipe, there, "cuda", reasons)
     [setting] = reasons.settings
     assert setting.value == found
     return found, setting.reason
@@ -74,25 +74,25 @@ def test_oldest_of_the_cards_that_are_used_decides_and_the_one_with_the_least_me
         FP16.format(label) + "; other GPUs support more, but all use the same precision",
     )
     assert "could do more" not in precision(machine(A100, H100), num_processes=2)[1]
-    fleet = gpus.here(mixed, 10 * GIB)
+    fleet = gpus.local_hardware(mixed, 10 * GIB)
     assert fleet.name == "this machine: 1x NVIDIA A100, 1x Tesla T4, 8 cores, 64 GiB"
-    one, two = (basis_of(sizes.bert(train={"num_processes": number}), fleet) for number in (1, 2))
+    one, two = (make_basis(sizes.bert(train={"num_processes": number}), fleet) for number in (1, 2))
     assert one.where == "79 GiB of GPU memory"
-    assert two.where == "14 GiB of GPU memory (GPU 1, Tesla T4, has the least free of 2)"
+    assert two.where == "14 GiB of GPU memory (GPU 1, Tesla T4, has the least free memory of 2 GPUs)"
 
 
 def test_few_bytes_of_shared_memory_leave_images_to_the_training_process() -> None:
     asked = Recipe.model_validate({"model": "m", "task": "image-classification", "data": {"train": "t"}})
     for free, expected in ((2**26, 0), (2**31, 7), (None, 7)):
         reasons, here = Reasons(), machine(A100).model_copy(update={"num_cores": 8, "shared_memory_bytes": free})
-        assert resolve.loader_workers(asked, here, "cuda", reasons) == expected
+        assert resolve.choose_loader_workers(asked, here, "cuda", reasons) == expected
         assert ("shared memory (/dev/shm) has only 64 MiB" in reasons.settings[0].reason) == (expected == 0)
 
 
 @pytest.mark.parametrize("card", ["T4", "V100-16GB", "P100"])
 @pytest.mark.parametrize("given", ["auto", "fp32"])
 def test_bf16_weights_are_no_way_out_where_bf16_is_emulated(card: str, given: str) -> None:
-    surveyed, plan = survey(sizes.llama(train={"precision": given}), gpus.parse(f"1x {card}"))
+    surveyed, plan = survey_placements(sizes.llama(train={"precision": given}), gpus.parse_hardware(f"1x {card}"))
     assert plan is None
     assert not [one.name for one in surveyed.placements if "bf16" in one.name]
     assert not [one.change for one in surveyed.ways_out if "bf16" in one.change]
@@ -114,7 +114,7 @@ def test_images_are_decoded_beside_the_gpu(task: str, device: str, train: dict[s
         Recipe.model_validate({"model": "m", "task": task, "data": {"train": "a"}, "train": train}),
         Reasons(),
     )
-    assert resolve.loader_workers(recipe, machine(A100), device, reasons) == workers
+    assert resolve.choose_loader_workers(recipe, machine(A100), device, reasons) == workers
     assert all(setting.is_automatic and setting.value == workers for setting in reasons.settings)
 
 
@@ -145,10 +145,10 @@ def test_an_attention_kernel_that_cannot_be_had_is_refused_with_what_it_needs(
     recipe = with_settings(sizes.bert().recipe, {"model.attn_implementation": kernel})
     there = machine(*([card] if card else []))
     if not problem:
-        resolve.refuse_kernels(recipe, there, device, precision)
+        resolve.check_kernels(recipe, there, device, precision)
         return
     with pytest.raises(RecipeError) as caught:
-        resolve.refuse_kernels(recipe, there, device, precision)
+        resolve.check_kernels(recipe, there, device, precision)
     assert caught.value.problems[0].startswith(f"model.attn_implementation: {kernel} ")
     assert problem in caught.value.problems[0]
 
@@ -158,4 +158,4 @@ def test_of_several_cards_the_oldest_says_which_attention_can_be_had() -> None:
         sizes.bert().recipe, {"model.attn_implementation": "flash_attention_2", "train.num_processes": 2}
     )
     with pytest.raises(RecipeError, match="this is Tesla T4"):
-        resolve.refuse_kernels(recipe, machine(A100, T4), "cuda", "fp16")
+        resolve.check_kernels(recipe, machine(A100, T4), "cuda", "fp16")

@@ -32,7 +32,7 @@ from tests import plans
 def test_plan_is_kept_where_the_recipe_asks_for_no_other_place(
     planned: dict[str, Any], train: dict[str, Any], expected: bool
 ) -> None:
-    assert planning.is_placed_as(plans.plan(**planned), plans.recipe(train=train)) is expected
+    assert planning.has_same_placement(plans.plan(**planned), plans.recipe(train=train)) is expected
 
 
 def _setting(name: str, value: Any, reason: str) -> Setting:
@@ -60,7 +60,7 @@ def test_only_the_place_is_planned_anew() -> None:
         **{"activation_checkpointing": True, "chunked_loss": True, "num_machines": 2},
     )
 
-    moved = planning.placed_anew(begun, anew)
+    moved = planning.with_new_placement(begun, anew)
 
     kept = ("learning_rate", "total_steps", "optim", "rollbacks", "global_batch_size", "seed", "trial")
     assert {name: getattr(moved, name) for name in kept} == {name: getattr(begun, name) for name in kept}
@@ -87,19 +87,19 @@ def test_only_the_place_is_planned_anew() -> None:
 def test_run_that_goes_on_keeps_the_rows_of_its_steps() -> None:
     """Left open, they would follow from the number of processes."""
     begun = plans.plan(global_batch_size=32)
-    assert planning.as_begun(plans.recipe(train={"num_processes": 2}), begun).train.global_batch_size == 32
+    assert planning.recipe_for_resuming(plans.recipe(train={"num_processes": 2}), begun).train.global_batch_size == 32
     with pytest.raises(
         RecipeError, match="started with 32 rows per step, which cannot be divided among 3 processes; set a"
     ):
-        planning.as_begun(plans.recipe(train={"num_processes": 3}), begun)
+        planning.recipe_for_resuming(plans.recipe(train={"num_processes": 3}), begun)
     with pytest.raises(RecipeError, match="cannot be divided among 2 processes in micro batches of 24"):
-        planning.as_begun(plans.recipe(train={"num_processes": 2, "micro_batch_size": 24}), begun)
+        planning.recipe_for_resuming(plans.recipe(train={"num_processes": 2, "micro_batch_size": 24}), begun)
 
 
 def test_optimizer_that_cannot_run_there_is_said() -> None:
     """Memory ran out before, and the run took one that the recipe does not name."""
     begun = plans.plan(optim="adamw_8bit")
     with pytest.raises(RecipeError, match=r"train\.placement: zero3: the run started with adamw_8bit"):
-        planning.as_begun(plans.recipe(train={"placement": "zero3", "num_processes": 2}), begun)
+        planning.recipe_for_resuming(plans.recipe(train={"placement": "zero3", "num_processes": 2}), begun)
     for placement in ("ddp", "fsdp2"):
-        planning.as_begun(plans.recipe(train={"placement": placement, "num_processes": 2}), begun)
+        planning.recipe_for_resuming(plans.recipe(train={"placement": placement, "num_processes": 2}), begun)

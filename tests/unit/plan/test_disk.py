@@ -24,7 +24,7 @@ def sealing(folder: Path, limit: int, journal: Journal, on_seal: Callable[[], No
     """The training's own callback; `on_seal` is called when the disk is at its fullest."""
     recipe = plans.recipe(train={"save_total_limit": limit})
     request: Any = SimpleNamespace(checkpoints=folder, all_initial_weights=[], recipe=recipe)
-    usage: Any = SimpleNamespace(update_peak_disk=lambda *_: on_seal())
+    usage: Any = SimpleNamespace(disk=lambda *_: on_seal())
     return Checkpoints(request, journal, usage)
 
 
@@ -67,10 +67,10 @@ def most_at_once(folder: Path, steps: list[int], limit: int, best: int) -> int:
 def test_planned_checkpoints_are_those_at_the_fullest_moment(
     tmp_path: Path, total: int, between_evaluations: int, between_saves: int, limit: int, expected: int
 ) -> None:
-    written = time.occasions(total, between_evaluations, between_saves)
+    written = time.count_interval_steps(total, between_evaluations, between_saves)
     recipe = plans.recipe(train={"save_total_limit": limit})
 
-    planned = changed.on_disk(recipe, plans.plan(num_saves=written), 2**60, "").disk
+    planned = changed.with_disk_need(recipe, plans.plan(num_saves=written), 2**60, "").disk
 
     steps = saves(total, between_evaluations, between_saves)
     numbers = [most_at_once(tmp_path / str(n), steps, limit, best) for n, best in enumerate(steps)]
@@ -84,8 +84,8 @@ def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
 
     for (epochs, rows), expected in zip(product((1.0, 1.25, 2.0), (96,)), (1, 2, 2), strict=True):
         recipe = plans.recipe(train={"num_train_epochs": epochs, "global_batch_size": 8})
-        steps = resolve.steps(recipe, sizes.summary(recipe.task, rows, 8), 8, Reasons())
-        assert time.occasions(steps.total, steps.between_evaluations, steps.between_saves) == expected
+        steps = resolve.choose_steps(recipe, sizes.summary(recipe.task, rows, 8), 8, Reasons())
+        assert time.count_interval_steps(steps.total, steps.between_evaluations, steps.between_saves) == expected
 
 
 @pytest.mark.parametrize(("placement", "expected"), [("ddp", 6.1), ("fsdp2", 12.0)])
@@ -98,7 +98,7 @@ def test_shared_out_moments_of_8_bits_are_in_fp32_in_a_checkpoint(placement: str
 
 def test_a_checkpoint_is_sealed_in_the_phase_saving(tmp_path: Path) -> None:
     journal, seen = Journal(None), []
-    journal.set_phase("step")
+    journal.at("step")
     seals = sealing(tmp_path, 2, journal, lambda: seen.append(journal.phase))
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / checkpoints.STATE).write_text('{"best_global_step": 1}', encoding="utf-8")

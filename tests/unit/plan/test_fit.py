@@ -10,9 +10,9 @@ import pytest
 
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint
-from fulltune.plan import defaults, fit, gpus
+from fulltune.plan import defaults, gpus, make_plan
 from fulltune.plan.budget import LIBRARIES_BYTES
-from fulltune.plan.levers import whole_logits
+from fulltune.plan.levers import why_loss_not_chunked
 from fulltune.records.data import MixedSummary
 from fulltune.records.plan import Plan
 from fulltune.system.hardware import Gpu, Machine
@@ -41,7 +41,7 @@ def footprint() -> Footprint:
 
 def planned(rows: int = 3200, machine: Machine = CPU, disk: int = 100 * GB, **blocks: Any) -> Plan:
     workload = replace(sizes.bert(rows, **blocks), footprint=lambda weights_dtype: footprint())
-    return fit(workload, gpus.here(machine, disk))
+    return make_plan(workload, gpus.local_hardware(machine, disk))
 
 
 def test_mixed_rows_lengthen_the_epochs_and_not_their_number() -> None:
@@ -50,8 +50,8 @@ def test_mixed_rows_lengthen_the_epochs_and_not_their_number() -> None:
     others = task.summary.splits["train"].model_copy(update={"rows": 400, "tokens": 400 * 64})
     mixed = MixedSummary(where="b", weight=1 / 3, rows_per_epoch=1600, kind="single label", counts=others)
     both = task.summary.model_copy(update={"mixed": (mixed,)})
-    fleet = gpus.here(CPU.model_copy(update={"cpu_flops": 1e12}), 100 * GB)
-    alone, plan = (fit(replace(task, summary=one), fleet) for one in (task.summary, both))
+    fleet = gpus.local_hardware(CPU.model_copy(update={"cpu_flops": 1e12}), 100 * GB)
+    alone, plan = (make_plan(replace(task, summary=one), fleet) for one in (task.summary, both))
     assert (alone.num_train_epochs, alone.total_steps, alone.eval_steps) == (5, 500, 100)
     assert (plan.num_train_epochs, plan.total_steps, plan.eval_steps) == (5, 750, 150)
     assert both.tokens_per_epoch == (3200 + 1600) * 64
@@ -62,11 +62,11 @@ def test_mixed_rows_lengthen_the_epochs_and_not_their_number() -> None:
 
 def test_learning_rate_falls_with_size_and_epochs_with_rows() -> None:
     millions = (22, 110, 340, 900)
-    assert [defaults.learning_rate(one * 10**6, False)[0] for one in millions] == [2e-4, 5e-5, 2e-5, 1e-5]
-    assert [defaults.learning_rate(one * 10**9, True)[0] for one in (1, 2, 7, 30)] == [5e-5, 2e-5, 1e-5, 5e-6]
+    assert [defaults.full_learning_rate(one * 10**6, False)[0] for one in millions] == [2e-4, 5e-5, 2e-5, 1e-5]
+    assert [defaults.full_learning_rate(one * 10**9, True)[0] for one in (1, 2, 7, 30)] == [5e-5, 2e-5, 1e-5, 5e-6]
     rows = (500, 2000, 10_000)
-    assert [defaults.num_train_epochs("text-classification", one)[0] for one in rows] == [10, 5, 3]
-    assert [defaults.num_train_epochs("causal-lm", one)[0] for one in rows] == [3, 3, 2]
+    assert [defaults.default_num_epochs("text-classification", one)[0] for one in rows] == [10, 5, 3]
+    assert [defaults.default_num_epochs("causal-lm", one)[0] for one in rows] == [3, 3, 2]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,9 @@ def test_precision_follows_the_machine(
 
 def test_precision_on_a_cpu_says_what_was_measured() -> None:
     plan = planned(machine=CPU.model_copy(update={"cpu_bf16_speedup": 0.1}))
-    expected = "bf16 is about 0.1 times as fast as fp32 here (measured); it is used if at least 1.2 times as fast"
+    expected = (
+        "bf16 is about 0.1 times as fast as fp32 here (measured); a plan uses bf16 if it is at least 1.2 times as fast"
+    )
     assert {setting.name: setting.reason for setting in plan.settings}["train.precision"] == expected
 
 
@@ -204,9 +206,13 @@ def test_every_placement_begins_and_is_watched_alike_and_says_what_makes_its_res
                 "machine": CPU.model_copy(update={"memory_available_bytes": GB, "gpus": (CARD,)}),
                 "train": {"placement": "zero3", "offload": "all"},
             },
-            "train.placement: zero3: offloading needs 2.25 GiB of host memory, but 954 MiB",
+            "train.placement: zero3: offloading needs 2.25 GiB of host memory, but only 954 MiB",
         ),
-        (DoesNotFitError, {"disk": GB}, r"need 5.82 GiB on disk \(4 x 1.24 GiB and 855 MiB\), but 954 MiB are free"),
+        (
+            DoesNotFitError,
+            {"disk": GB},
+            r"need 5.82 GiB on disk \(4 x 1.24 GiB and 855 MiB\), but only 954 MiB is free",
+        ),
     ],
 )
 def test_plan_that_cannot_work_is_refused(error: type[Exception], changes: dict[str, Any], words: str) -> None:
@@ -226,7 +232,7 @@ def test_plan_that_cannot_work_is_refused(error: type[Exception], changes: dict[
 )
 def test_one_reason_keeps_the_logits_whole(train: dict[str, Any], own_loss: bool, plain: bool, reason: str) -> None:
     recipe = plans.recipe("causal-lm", train=train)
-    obstacle = whole_logits(recipe, plain, own_loss=own_loss)
+    obstacle = why_loss_not_chunked(recipe, plain, own_loss=own_loss)
     assert reason in (obstacle or "")
     assert bool(obstacle) == bool(reason)
 

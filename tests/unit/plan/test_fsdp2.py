@@ -51,7 +51,7 @@ def footprint(
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_state_is_shared_out_and_a_block_is_whole_on_a_gpu(processes: int) -> None:
     settings = SETTINGS.changed(num_processes=processes)
-    needed = fsdp2.need(SHAPES, footprint(20 * M, gradients=4 * BLOCK / 2), settings)
+    needed = fsdp2.fsdp2_memory_need(SHAPES, footprint(20 * M, gradients=4 * BLOCK / 2), settings)
 
     part = 4 * P // processes
     assert (needed.kinds["weights"], needed.kinds["optimizer"]) == (part, 2 * part)
@@ -73,20 +73,22 @@ def test_what_an_encoder_recomputes_is_gone_when_a_block_ends() -> None:
     both = tuple(one.model_copy(update={"first": (*one.first, *other.first)}) for one, other in pairs)
     traced = last.model_copy(update={"variants": both})
     settings = SETTINGS.changed(num_processes=10**6, activation_checkpointing=True)
-    needed = fsdp2.need(SHAPES, traced, settings)
+    needed = fsdp2.fsdp2_memory_need(SHAPES, traced, settings)
     assert needed.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
     assert needed.kinds["activations"] == (NUM_BLOCKS - 1) * kept + NORM
 
 
 def test_a_blocks_gradients_are_whole_when_its_activations_are_gone() -> None:
-    needed = fsdp2.need(SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), SETTINGS.changed(num_processes=10**6))
+    needed = fsdp2.fsdp2_memory_need(
+        SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), SETTINGS.changed(num_processes=10**6)
+    )
     # Its share is gone, and its first norm's backward pass holds some numbers of each token.
     assert needed.kinds["activations"] == 100 * M / 2 * (1 - 1 / NUM_BLOCKS) + NORM
     assert needed.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
     # Blocks that differ: nothing tells how many of its gradients are there.
     other = SHAPES.units.model_copy(update={"freed": NUM_BLOCKS * BLOCK - M}) if SHAPES.units else None
     shapes = SHAPES.model_copy(update={"units": other})
-    needed = fsdp2.need(shapes, footprint(20 * M, gradients=4 * BLOCK / 2), SETTINGS)
+    needed = fsdp2.fsdp2_memory_need(shapes, footprint(20 * M, gradients=4 * BLOCK / 2), SETTINGS)
     assert (needed.kinds["gradients"], needed.kinds["activations"]) == (4 * BLOCK, 100 * 20 * M)
 
 
@@ -96,7 +98,7 @@ def test_a_loss_in_pieces_has_the_heads_gradient_before_the_backward_pass() -> N
     shapes, settings = SHAPES.model_copy(update={"units": units}), SETTINGS.changed(longest_tokens=1000)
     for dtype, value in (("fp32", 4), ("bf16", 2)):
         chunked = settings.changed(weights_dtype=dtype, chunked_loss=True)
-        needed = fsdp2.need(shapes, footprint(20 * M, "backward head", 0, 1), chunked)
+        needed = fsdp2.fsdp2_memory_need(shapes, footprint(20 * M, "backward head", 0, 1), chunked)
         # Summed up in fp32, whatever the weights are.
         assert needed.kinds["logits"] == 1000 * words * 4
         assert needed.kinds["gradients"] == 4 * words * hidden
@@ -105,7 +107,7 @@ def test_a_loss_in_pieces_has_the_heads_gradient_before_the_backward_pass() -> N
 
 def test_accumulation_holds_parts_of_gradients_alone() -> None:
     one, more = (
-        fsdp2.need(SHAPES, footprint(20 * M), SETTINGS.changed(gradient_accumulation_steps=passes)).kinds
+        fsdp2.fsdp2_memory_need(SHAPES, footprint(20 * M), SETTINGS.changed(gradient_accumulation_steps=passes)).kinds
         for passes in (1, 16)
     )
     assert more["gradients"] - one["gradients"] == 4 * P // SETTINGS.num_processes
@@ -114,7 +116,8 @@ def test_accumulation_holds_parts_of_gradients_alone() -> None:
 
 def test_one_tensor_of_the_finished_model_is_put_together_at_a_time() -> None:
     on_cpu, on_gpu = (
-        fsdp2.need(SHAPES, footprint(0), SETTINGS.changed(device=device)).phases for device in ("cpu", "cuda")
+        fsdp2.fsdp2_memory_need(SHAPES, footprint(0), SETTINGS.changed(device=device)).phases
+        for device in ("cpu", "cuda")
     )
     largest = 4 * 90 * M
     assert on_gpu["saving"] == 12 * P / 4 + largest * (1 + 1 / 4) + memory.CUDA_CONTEXT_BYTES
@@ -133,7 +136,7 @@ def test_one_tensor_of_the_finished_model_is_put_together_at_a_time() -> None:
 )
 def test_other_types_of_weights_and_moments(types: dict[str, Any], weights: int, optimizer: float) -> None:
     settings = SETTINGS.changed(**(types | {"precision": "fp32"}))
-    needed = fsdp2.need(SHAPES, footprint(20 * M, gradients=weights * BLOCK / 2), settings)
+    needed = fsdp2.fsdp2_memory_need(SHAPES, footprint(20 * M, gradients=weights * BLOCK / 2), settings)
     assert needed.kinds["weights"] == weights * P / 4
     assert needed.kinds["optimizer"] == pytest.approx(optimizer * P / 4)
     # What is gathered and sent has the weights' type.
@@ -143,7 +146,7 @@ def test_other_types_of_weights_and_moments(types: dict[str, Any], weights: int,
 
 def test_peak_of_one_process_falls_towards_what_is_whole() -> None:
     peaks = [
-        fsdp2.need(SHAPES, footprint(M), SETTINGS.changed(num_processes=count)).phases["step"]
+        fsdp2.fsdp2_memory_need(SHAPES, footprint(M), SETTINGS.changed(num_processes=count)).phases["step"]
         for count in (2, 4, 8, 10**6)
     ]
     assert peaks == sorted(peaks, reverse=True)
@@ -152,7 +155,7 @@ def test_peak_of_one_process_falls_towards_what_is_whole() -> None:
 
 
 def test_units_by_a_rule_where_none_are_known() -> None:
-    units = fsdp2.units_of(SHAPES.model_copy(update={"units": None}))
+    units = fsdp2.fsdp_units(SHAPES.model_copy(update={"units": None}))
     assert units.root == 90 * M
     assert units.block == (P - 90 * M) // NUM_BLOCKS
     assert units.reduced == P

@@ -62,7 +62,7 @@ def test_unknown_gpu_of_a_driver_is_none() -> None:
 def test_hardware_in_words_is_read(
     text: str, count: int, gpu: str, host: int, disk: int | None, assumed: tuple[str, ...]
 ) -> None:
-    fleet = gpus.parse(text)
+    fleet = gpus.parse_hardware(text)
     assert fleet.gpu_model is not None
     assert (fleet.num_devices, fleet.gpu_model.name, len(fleet.machine.gpus)) == (count, gpu, count)
     assert (fleet.machine.memory_bytes, fleet.disk_bytes, fleet.assumed) == (host, disk, assumed)
@@ -71,7 +71,7 @@ def test_hardware_in_words_is_read(
 
 
 def test_cpu_is_read() -> None:
-    fleet = gpus.parse("cpu, 16 cores, 64GB host")
+    fleet = gpus.parse_hardware("cpu, 16 cores, 64GB host")
     assert (fleet.gpu_model, fleet.num_devices, fleet.machine.gpus) == (None, 1, ())
     assert (fleet.machine.num_cores, fleet.machine.memory_bytes) == (16, 64 * GB)
     assert fleet.machine.cpu_flops == 16 * gpus.CPU_FLOPS_PER_CORE
@@ -85,7 +85,7 @@ def test_checked_memory_of_a_gpu_is_less() -> None:
 
 
 KNOWN = ", ".join(gpu.name for gpu in gpus.GPUS)
-UNREAD = "cannot be read; write for example '64GB host', '2TB disk', '16 cores' or '400Gb network'"
+UNREAD = "cannot be read; write, for example, '64GB host', '2TB disk', '16 cores' or '400Gb network'"
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ UNREAD = "cannot be read; write for example '64GB host', '2TB disk', '16 cores' 
         ("V100", ("--for: 'V100' comes in several sizes; write V100-16GB or V100-32GB",)),
         ("4060 Ti", ("--for: '4060 Ti' comes in several sizes; write RTX 4060 Ti 8GB or RTX 4060 Ti 16GB",)),
         ("2x H1000", ("--for: unknown GPU 'H1000'; did you mean H100-80GB, A100-80GB or A100-40GB?",)),
-        ("abacus", (f"--for: unknown GPU 'abacus'; known are {KNOWN}, or cpu",)),
+        ("abacus", (f"--for: unknown GPU 'abacus'; known names are {KNOWN}, or cpu",)),
         ("0x H100", ("--for: '0x H100': numbers must be greater than 0; omit what you do not know",)),
-        ("", (f"--for: unknown GPU ''; known are {KNOWN}, or cpu",)),
+        ("", (f"--for: unknown GPU ''; known names are {KNOWN}, or cpu",)),
         (
             "RTX 4900, 3 bananas, 0GB host",
             (
@@ -110,7 +110,7 @@ UNREAD = "cannot be read; write for example '64GB host', '2TB disk', '16 cores' 
 )
 def test_hardware_that_cannot_be_read_is_refused_with_all_problems(text: str, problems: tuple[str, ...]) -> None:
     with pytest.raises(RecipeError) as raised:
-        gpus.parse(text)
+        gpus.parse_hardware(text)
     assert raised.value.problems == problems
 
 
@@ -124,7 +124,7 @@ def test_this_machine_is_a_fleet() -> None:
         cpu_bf16_speedup=1.0,
         gpus=(gpu, gpu),
     )
-    fleet = gpus.here(machine, 7 * GB)
+    fleet = gpus.local_hardware(machine, 7 * GB)
     assert fleet.name == "this machine: 2x NVIDIA L4, 8 cores, 32 GiB"
     assert fleet.gpu_model == gpus.find_gpu("L4")
     assert (fleet.here, fleet.num_devices, fleet.disk_bytes) == (True, 2, 7 * GB)
@@ -136,4 +136,4 @@ def test_size_of_a_gpu_here_is_told_by_its_memory(memory_gib: float, name: str) 
     machine = Machine(
         cpu="x", num_cores=8, memory_bytes=GIB, memory_available_bytes=GIB, cpu_bf16_speedup=1.0, gpus=(gpu,)
     )
-    assert gpus.here(machine, GB).gpu_model == gpus.find_gpu(name)
+    assert gpus.local_hardware(machine, GB).gpu_model == gpus.find_gpu(name)

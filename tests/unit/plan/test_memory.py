@@ -10,7 +10,7 @@ from fulltune.errors import SetupError
 from fulltune.footprint.records import Footprint, LiveMemory, Variant
 from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
-from fulltune.plan.memory import need, state_bytes
+from fulltune.plan.memory import trained_bytes, unsharded_need
 from fulltune.records.plan import MemorySettings
 from tests.unit.plan.sizes import moment
 
@@ -58,7 +58,7 @@ def test_footprint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
 
 def tensors(settings: MemorySettings) -> dict[str, int]:
     """What is alive, without what a process holds beyond it."""
-    needed = need(SHAPES, FOOTPRINT, settings.changed(device="cuda")).kinds
+    needed = unsharded_need(SHAPES, FOOTPRINT, settings.changed(device="cuda")).kinds
     return {**needed, "buffers": needed["buffers"] - memory.CUDA_CONTEXT_BYTES}
 
 
@@ -77,7 +77,7 @@ def tensors(settings: MemorySettings) -> dict[str, int]:
     ],
 )
 def test_state_of_an_optimizer(optim: str, dtype: str, rounding: str | None, optimizer: int) -> None:
-    state = state_bytes(1_000_000, dtype, optim, rounding)
+    state = trained_bytes(1_000_000, dtype, optim, rounding)
     size = {"fp32": 4, "bf16": 2}[dtype]
     assert state == {"weights": size * 10**6, "gradients": size * 10**6, "optimizer": optimizer}
 
@@ -109,13 +109,13 @@ def test_generic_text_that_is_trained_along_leaves_its_gradients_as_accumulation
 
 
 def test_a_chunked_loss_holds_a_piece_and_the_heads_gradient() -> None:
-    needed = need(SHAPES, FOOTPRINT, SETTINGS.changed(chunked_loss=True)).kinds
+    needed = unsharded_need(SHAPES, FOOTPRINT, SETTINGS.changed(chunked_loss=True)).kinds
     # 256 tokens x 2,000 words x 4 bytes; 2,000 x 100 x 4 bytes.
     assert (needed["logits"], needed["gradients"]) == (2_048_000, 800_000)
 
 
 def test_several_processes_have_buckets() -> None:
-    needed = need(SHAPES, FOOTPRINT, ON_GPU.changed(num_processes=2)).kinds
+    needed = unsharded_need(SHAPES, FOOTPRINT, ON_GPU.changed(num_processes=2)).kinds
     assert needed["buffers"] == memory.CUDA_CONTEXT_BYTES + 4_000_000
 
 
@@ -125,7 +125,7 @@ def test_without_a_scratch_a_step_of_adafactor_is_smaller() -> None:
 
 
 def test_phases() -> None:
-    needed = need(SHAPES, FOOTPRINT, ON_GPU)
+    needed = unsharded_need(SHAPES, FOOTPRINT, ON_GPU)
     base = memory.CUDA_CONTEXT_BYTES
     assert needed.phases == {
         "loading": 4_000_000 + base,
@@ -141,7 +141,7 @@ def test_phases() -> None:
 def test_a_linear_probe_lies_beside_weights_alone() -> None:
     passing, base = 80_000 + 12_800_000, memory.CUDA_CONTEXT_BYTES
     for probe_bytes, kept in ((7_000_000, 12_000_000), (9_000_000, 13_000_000)):
-        needed = need(SHAPES, FOOTPRINT, ON_GPU.changed(probe_bytes=probe_bytes))
+        needed = unsharded_need(SHAPES, FOOTPRINT, ON_GPU.changed(probe_bytes=probe_bytes))
         assert needed.phases["evaluation"] == kept + passing + base
 
 
@@ -150,13 +150,13 @@ AROUND = round(memory.STATE_SHARE * 12_000_000)
 
 
 def test_on_a_cpu_what_the_heap_kept_is_there_when_saving() -> None:
-    needed = need(SHAPES, FOOTPRINT, SETTINGS).phases
+    needed = unsharded_need(SHAPES, FOOTPRINT, SETTINGS).phases
     # 13.6 MB of small blocks; one tensor of 200,000 values is compared with what it was.
     assert needed["saving"] == 12_000_000 + memory.FIRST_CALLS_BYTES + AROUND + 13_600_000 + 800_000
 
 
 def test_on_a_cpu_freed_blocks_stay() -> None:
-    needed = need(SHAPES, FOOTPRINT, SETTINGS)
+    needed = unsharded_need(SHAPES, FOOTPRINT, SETTINGS)
     # 4.0 MB of activations and 9.6 MB of logits, all in small blocks.
     assert needed.kinds["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.GAP_SHARE * 13_600_000)
     assert needed.phases["step"] == sum(needed.kinds.values())
@@ -164,15 +164,15 @@ def test_on_a_cpu_freed_blocks_stay() -> None:
 
 def test_on_a_cpu_large_logits_come_on_top_of_what_small_blocks_left() -> None:
     # 6,400 tokens: 51 MB of logits are a large block, 64 MB of activations are taken to be small ones.
-    needed = need(SHAPES, FOOTPRINT, SETTINGS.changed(micro_batch_size=64)).kinds
+    needed = unsharded_need(SHAPES, FOOTPRINT, SETTINGS.changed(micro_batch_size=64)).kinds
     assert needed["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.GAP_SHARE * 64_000_000)
 
 
 def test_bf16_weights_are_made_beside_the_file() -> None:
-    needed = need(SHAPES, FOOTPRINT, SETTINGS.changed(weights_dtype="bf16"))
+    needed = unsharded_need(SHAPES, FOOTPRINT, SETTINGS.changed(weights_dtype="bf16"))
     assert needed.phases["loading"] == 2_000_000 + 4_000_000 + memory.FIRST_CALLS_BYTES
     # For a GPU both lie in the host's memory.
-    needed = need(SHAPES, FOOTPRINT, ON_GPU.changed(weights_dtype="bf16"))
+    needed = unsharded_need(SHAPES, FOOTPRINT, ON_GPU.changed(weights_dtype="bf16"))
     assert needed.phases["loading"] == 2_000_000 + memory.CUDA_CONTEXT_BYTES
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fulltune.plan import gpus, placements
-from fulltune.plan.settings import in_yaml
-from fulltune.plan.workload import Workload, basis_of
+from fulltune.plan.settings import to_yaml
+from fulltune.plan.workload import Workload, make_basis
 from fulltune.records.plan import PlacementOption
 from tests.unit.plan import sizes
 
@@ -20,10 +20,10 @@ GIB = 2**30
 
 
 def table(hardware: str, task: Workload | None = None, **train: Any) -> dict[str, PlacementOption]:
-    fleet = gpus.parse(hardware)
+    fleet = gpus.parse_hardware(hardware)
     train = {"global_batch_size": 64, **train, "num_processes": fleet.num_devices}
     task = task or sizes.llama(train=train)
-    options = placements.table(basis_of(task, fleet))
+    options = placements.placement_table(make_basis(task, fleet))
     return {one.name: one for one in options}
 
 
@@ -139,7 +139,7 @@ def test_how_says_what_to_change_in_the_recipe(
 
 
 def _how(one: PlacementOption) -> str:
-    return ", ".join(f"{name}: {in_yaml(value)}" for name, value in one.settings.items()) or "as the recipe is"
+    return ", ".join(f"{name}: {to_yaml(value)}" for name, value in one.settings.items()) or "as the recipe is"
 
 
 @pytest.mark.parametrize("rows", [8, 16, 32])
@@ -155,8 +155,8 @@ def test_speed_of_a_measured_offload_run_is_met_within_a_factor_of_two(rows: int
 
 
 def test_unknown_gpu_has_bytes_and_no_speed() -> None:
-    fleet = gpus.parse("1x H100").model_copy(update={"gpu_model": None})
-    options = placements.table(basis_of(sizes.llama(), fleet))
+    fleet = gpus.parse_hardware("1x H100").model_copy(update={"gpu_model": None})
+    options = placements.placement_table(make_basis(sizes.llama(), fleet))
     assert all(one.device_bytes > 0 and one.tokens_per_second is None for one in options)
 
 

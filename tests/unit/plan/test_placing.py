@@ -8,14 +8,14 @@ import pytest
 
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import gpus
-from fulltune.plan.fit import fit, fsdp2_obstacle
+from fulltune.plan.fit import fsdp2_obstacle, make_plan
 from fulltune.records.plan import Plan
 from tests.unit.plan import sizes
 
 
 def planned(hardware: str, **train: Any) -> Plan:
     task = sizes.llama(train={"global_batch_size": 64, **train})
-    return fit(task, gpus.parse(hardware))
+    return make_plan(task, gpus.parse_hardware(hardware))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_where_neither_fits_both_needs_are_named() -> None:
 
 
 def test_a_model_without_blocks_or_of_a_method_that_trains_little_is_not_shared_out() -> None:
-    task, machine = sizes.llama(), gpus.parse("2x A100-80GB").machine
+    task, machine = sizes.llama(), gpus.parse_hardware("2x A100-80GB").machine
     assert "blocks" in str(fsdp2_obstacle(task.recipe, task.shapes.model_copy(update={"units": None}), machine))
     assert "full" in str(fsdp2_obstacle(task.recipe, task.shapes.model_copy(update={"num_trainable": 1}), machine))
 
@@ -62,6 +62,6 @@ def test_a_model_without_blocks_or_of_a_method_that_trains_little_is_not_shared_
     ("train", "said"), [({}, ""), ({"optim": "adafactor"}, "adafactor needs whole"), ({"device": "cpu"}, "the GPUs")]
 )
 def test_what_fsdp2_cannot_have_keeps_it_from_being_chosen(train: dict[str, Any], said: str) -> None:
-    task, machine = sizes.llama(train=train), gpus.parse("2x A100-80GB").machine
+    task, machine = sizes.llama(train=train), gpus.parse_hardware("2x A100-80GB").machine
     assert said in (fsdp2_obstacle(task.recipe, task.shapes, machine) or "")
     assert bool(said) == bool(fsdp2_obstacle(task.recipe, task.shapes, machine))

@@ -13,7 +13,7 @@ from fulltune.cli.show.plan import sections
 from fulltune.errors import RecipeError
 from fulltune.plan import gpus, time, ways_out, workload
 from fulltune.plan.settings import with_settings
-from fulltune.plan.survey import advise, ranked, survey
+from fulltune.plan.survey import advise_on_methods, rank_fitting_placements, survey_placements
 from fulltune.records.plan import Plan, Survey
 from fulltune.report.format import pages
 from tests.unit.plan import sizes
@@ -24,9 +24,9 @@ ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 def planned(
     hardware: str, task: workload.Workload | None = None, price: time.DevicePrice | None = None
 ) -> tuple[Survey, Plan | None]:
-    task, fleet = task or sizes.llama(), gpus.parse(hardware)
-    recipe, spread = workload.spread_over(task.recipe, fleet)
-    return survey(replace(task, recipe=recipe, spread=spread), fleet, price)
+    task, fleet = task or sizes.llama(), gpus.parse_hardware(hardware)
+    recipe, spread = workload.set_one_process_per_device(task.recipe, fleet)
+    return survey_placements(replace(task, recipe=recipe, spread=spread), fleet, price)
 
 
 @pytest.mark.parametrize("gpu", gpus.GPUS, ids=lambda gpu: gpu.name)
@@ -115,7 +115,7 @@ def test_every_way_out_that_is_followed_gives_what_it_promised(hardware: str, tr
 def test_every_placement_that_is_followed_is_as_fast_as_its_row_says(hardware: str) -> None:
     task = sizes.llama(train={"global_batch_size": 64})
     table = planned(hardware, task)[0].placements
-    followed = ranked(table)
+    followed = rank_fitting_placements(table)
     assert followed
     for row in followed:
         _, plan = planned(hardware, replace(task, recipe=with_settings(task.recipe, row.settings)))
@@ -131,7 +131,7 @@ def test_recomputing_that_is_faster_is_chosen_with_its_reason() -> None:
     assert plan.activation_checkpointing
     assert plan.micro_batch_size > 1
     reason = next(one.reason for one in plan.settings if one.name == "train.activation_checkpointing")
-    assert re.fullmatch(r"1\.\d\d times as fast as without it, because micro batches are larger", reason)
+    assert re.fullmatch(r"1\.\d\d times as fast as without checkpointing, because micro batches are larger", reason)
 
 
 def test_whole_command_is_foreseen_part_by_part() -> None:
@@ -189,7 +189,7 @@ def _survey(
     task: workload.Workload | None, hardware: str, other: workload.Workload | None
 ) -> tuple[Survey, Plan | None]:
     assert task is not None
-    return survey(task, gpus.parse(hardware), other=lambda kind: other)
+    return survey_placements(task, gpus.parse_hardware(hardware), with_method=lambda kind: other)
 
 
 def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -> None:
@@ -198,7 +198,7 @@ def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -
     way = next(one for one in surveyed.ways_out if one.change == "method: lora")
     assert way.enough
     assert way.settings["method"] == "lora"
-    assert "--set method=lora" in ways_out.as_flags(way)
+    assert "--set method=lora" in ways_out.format_flags(way)
     assert {one.method: one.verdict for one in surveyed.advice}["LoRA"] == "take"
     for other in (_by("lora"), None):  # as large as full; not possible
         surveyed, _ = _survey(_by("full"), "1x RTX 4090, 64GB host", other)
@@ -211,7 +211,7 @@ def test_method_as_a_way_out_leaves_no_comparison_behind() -> None:
     surveyed, _ = _survey(compared, "1x RTX 4090, 64GB host", _by("lora", SMALL))
     (way,) = (one for one in surveyed.ways_out if one.change == "method: lora")
     assert way.settings.items() >= {"method": "lora", "methods": [], "compare.budget": None}.items()
-    assert "--set 'methods=[]' --set compare.budget=null" in ways_out.as_flags(way)
+    assert "--set 'methods=[]' --set compare.budget=null" in ways_out.format_flags(way)
 
 
 def test_disk_too_small_has_ways_out_of_its_own() -> None:
@@ -266,8 +266,8 @@ def test_only_devices_that_work_are_paid() -> None:
 
 def test_given_copies_that_do_not_fit_are_told_to_be_shared_out() -> None:
     train = {"global_batch_size": 64, "num_processes": 8, "placement": "ddp", "optim": "adamw_torch_fused"}
-    here = gpus.parse("8x L40S").model_copy(update={"here": True})
-    surveyed, plan = survey(sizes.llama(train=train), here)
+    here = gpus.parse_hardware("8x L40S").model_copy(update={"here": True})
+    surveyed, plan = survey_placements(sizes.llama(train=train), here)
     assert plan is None
     assert any(way.settings.get("train.placement") == "fsdp2" and way.enough for way in surveyed.ways_out)
 
@@ -287,8 +287,8 @@ def test_several_devices_share_the_state_rather_than_round_it() -> None:
 def test_table_and_plan_agree_on_the_host(host: int) -> None:
     block = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     task = sizes.llama(train={"global_batch_size": 64, "extra": {"deepspeed": {"zero_optimization": block}}})
-    fleet = gpus.parse(f"1x H100, {host}GB host")
-    surveyed, _ = survey(task, fleet.model_copy(update={"here": True}))
+    fleet = gpus.parse_hardware(f"1x H100, {host}GB host")
+    surveyed, _ = survey_placements(task, fleet.model_copy(update={"here": True}))
     row = next(one for one in surveyed.placements if one.name == "ZeRO-3, all on host")
     assert surveyed.fits == row.fits
 
@@ -315,14 +315,14 @@ def test_memory_limit_of_the_recipe_is_the_limit_of_the_table() -> None:
 
 
 def test_busy_machine_is_said_before_its_times(capsys: pytest.CaptureFixture[str]) -> None:
-    fleet = gpus.parse("cpu, 2 cores, 64GB host")
+    fleet = gpus.parse_hardware("cpu, 2 cores, 64GB host")
     busy = fleet.model_copy(update={"machine": fleet.machine.model_copy(update={"load_average": 9.0})})
-    surveyed, plan = survey(sizes.bert(), busy)
+    surveyed, plan = survey_placements(sizes.bert(), busy)
     pages.show(Console(width=80), sections(surveyed, plan))
     text = " ".join(capsys.readouterr().out.split())
     assert text.index("busy this machine is busy (load 9 on 2 cores)") < text.index("takes ")
     assert "(arithmetic: measured on a busy machine, see above)" in text
-    _, idle = survey(sizes.bert(), fleet)
+    _, idle = survey_placements(sizes.bert(), fleet)
     assert plan is not None
     assert idle is not None
     assert bool(plan.busy) > bool(idle.busy)
@@ -352,7 +352,7 @@ SMALL_CARD, LARGE_CARD = 4 * sizes.GIB, 79 * sizes.GIB
 def test_advice_follows_from_rows_model_and_what_fits(
     rows: int, shapes: Any, full_fits: bool, lora_fits: bool | None, card: int, full: str, lora: str
 ) -> None:
-    advice = advise(rows, shapes, full_fits, lora_fits, card)
+    advice = advise_on_methods(rows, shapes, full_fits, lora_fits, card)
     assert {one.method: one.verdict for one in advice} == {
         "full fine-tuning": full,
         "LoRA": lora,

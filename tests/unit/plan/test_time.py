@@ -39,7 +39,7 @@ def test_tokens_of_a_row_count_padding(mean: int, p95: int, grouped: bool, packe
         update={"tokens": 1000 * mean, "length_percentiles": {"p50": mean, "p95": p95, "max": 64}}
     )
     data = data.model_copy(update={"splits": {**data.splits, "train": split}, "packed": packed})
-    work = time.work_of(data, sizes.footprint(sizes.BERT), grouped)
+    work = time.work_per_row(data, sizes.footprint(sizes.BERT), grouped)
     assert work.tokens_per_row == pytest.approx(tokens)
 
 
@@ -55,11 +55,11 @@ def test_tokens_of_a_row_count_padding(mean: int, p95: int, grouped: bool, packe
     ],
 )
 def test_rate_of_a_device(hardware: str, precision: str, hidden: int, tera: float) -> None:
-    assert time.device_flops(gpus.parse(hardware), precision, hidden) == pytest.approx(tera * 1e12)
+    assert time.device_flops(gpus.parse_hardware(hardware), precision, hidden) == pytest.approx(tera * 1e12)
 
 
 def test_rate_of_unknown_hardware_is_none() -> None:
-    cpu = gpus.parse("cpu")
+    cpu = gpus.parse_hardware("cpu")
     slow = cpu.machine.model_copy(update={"cpu_flops": 0.0})
     assert time.device_flops(cpu.model_copy(update={"machine": slow}), "fp32", 512) is None
 
@@ -108,7 +108,7 @@ SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=8, num_processes=8,
 def test_bytes(
     shared: ParallelLayout | None, changes: dict[str, Any], each_pass: int, each_step: int, processes: int
 ) -> None:
-    sent = time.traffic(LLAMA, SETTINGS.changed(num_processes=processes, **changes), shared)
+    sent = time.communication_bytes(LLAMA, SETTINGS.changed(num_processes=processes, **changes), shared)
     share = (processes - 1) / processes
     assert sent == pytest.approx((share * each_pass, share * each_step))
 
@@ -123,13 +123,13 @@ def with_labels(count: int, rows: int) -> DataSummary:
 
 def test_rows_are_those_that_are_looked_at() -> None:
     summary = with_labels(10, 100_000)
-    assert time.probe_cost(summary, 384)[0] == 20_000 + 1_000
-    assert time.probe_cost(summary, 4096)[0] == MOST_FEATURE_BYTES // (12 * 4096) + 1_000
-    assert time.probe_cost(summary, 4096)[1] <= time.PROBE_PARTS * MOST_FEATURE_BYTES + MOST_SOLVER_BYTES
+    assert time.linear_probe_cost(summary, 384)[0] == 20_000 + 1_000
+    assert time.linear_probe_cost(summary, 4096)[0] == MOST_FEATURE_BYTES // (12 * 4096) + 1_000
+    assert time.linear_probe_cost(summary, 4096)[1] <= time.PROBE_PARTS * MOST_FEATURE_BYTES + MOST_SOLVER_BYTES
 
 
 @pytest.mark.parametrize("count", [5_000, 30_000])
 def test_classes_that_are_too_many_to_fit_cost_nothing(count: int) -> None:
     few, many = with_labels(100, 20_000), with_labels(count, 20_000)
-    assert time.probe_cost(few, 768)[2] > time.probe_cost(many, 768)[2] == time.PROBE_SECONDS
-    assert time.probe_cost(many, 768)[1] < time.probe_cost(few, 768)[1]
+    assert time.linear_probe_cost(few, 768)[2] > time.linear_probe_cost(many, 768)[2] == time.PROBE_SECONDS
+    assert time.linear_probe_cost(many, 768)[1] < time.linear_probe_cost(few, 768)[1]

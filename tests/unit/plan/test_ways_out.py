@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fulltune.plan import budget, gpus, placements, ways_out
-from fulltune.plan.workload import basis_of
+from fulltune.plan.workload import make_basis
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import DiskNeed, MemoryNeed, MemorySettings, WayOut
 from tests import plans
@@ -36,9 +36,9 @@ def need(settings: MemorySettings) -> MemoryNeed:
 
 def ways(budget_gib: float, settings: MemorySettings = SETTINGS, **train: Any) -> list[tuple[str, float, bool]]:
     basis: Any = SimpleNamespace(
-        recipe=plans.recipe("causal-lm", train=train), need=need, available_bytes=round(budget_gib * GIB)
+        recipe=plans.recipe("causal-lm", train=train), memory_need=need, available_bytes=round(budget_gib * GIB)
     )
-    proposed = ways_out.of_memory(basis, settings)
+    proposed = ways_out.memory_ways_out(basis, settings)
     return [(way.change, way.frees_bytes / GIB, way.enough) for way in proposed]
 
 
@@ -109,13 +109,13 @@ def test_nothing_that_frees_nothing_is_named() -> None:
 
 
 def test_other_placements_that_fit_are_ways_out() -> None:
-    basis = basis_of(sizes.llama(), gpus.parse("1x RTX 4090, 256GB host"))
+    basis = make_basis(sizes.llama(), gpus.parse_hardware("1x RTX 4090, 256GB host"))
     smallest = basis.start.changed(gradient_accumulation_steps=64, activation_checkpointing=True, optim="adamw_8bit")
-    proposed = ways_out.of_memory(basis, smallest, placements.table(basis))
+    proposed = ways_out.memory_ways_out(basis, smallest, placements.placement_table(basis))
     assert proposed[0].enough
     assert "on host" in proposed[0].change
     assert proposed[0].settings == {"train.placement": "zero2", "train.offload": "optimizer"}
-    assert "--set train.placement=zero2 --set train.offload=optimizer" in ways_out.in_lines(proposed)[0]
+    assert "--set train.placement=zero2 --set train.offload=optimizer" in ways_out.format_ways_out(proposed)[0]
     assert len(proposed) <= ways_out.MAX_WAYS
 
 
@@ -156,11 +156,11 @@ def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[WayO
         return DiskNeed(checkpoint_bytes=one * GIB, num_checkpoints=4, model=8 * GIB)
 
     monkeypatch.setattr(budget, "disk_need", need)
-    return ways_out.of_disk(plans.recipe(train={"save_total_limit": kept}), 1, SETTINGS, free)
+    return ways_out.disk_ways_out(plans.recipe(train={"save_total_limit": kept}), 1, SETTINGS, free)
 
 
 def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ways_out.in_lines(of_disk(monkeypatch, 20 * GIB, 1))
+    lines = ways_out.format_ways_out(of_disk(monkeypatch, 20 * GIB, 1))
     assert lines == [
         "enough: free 36 GiB on the disk of runs, or choose another folder: frees 36 GiB",
         "helps: train.optim: adamw_8bit: frees 24 GiB (8-bit moments)",

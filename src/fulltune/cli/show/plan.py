@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fulltune.plan.choose import PHASE_NAMES
-from fulltune.plan.settings import FROM_RECIPE, in_yaml
+from fulltune.plan.settings import FROM_RECIPE, to_yaml
 from fulltune.plan.time import NETWORK
-from fulltune.plan.ways_out import as_flags
+from fulltune.plan.ways_out import format_flags
 from fulltune.records.plan import MemoryKind, Plan, Setting, Survey, TimeNeed
 from fulltune.records.training import Measurements
 from fulltune.report.format import words
@@ -150,12 +150,12 @@ def _time_facts(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, s
 
 def _setting_blocks(settings: Sequence[Setting]) -> list[Element]:
     reasoned = [one for one in settings if one.reason not in ("default", FROM_RECIPE)]
-    rows = [(one.name, in_yaml(one.value), one.reason) for one in reasoned]
+    rows = [(one.name, to_yaml(one.value), one.reason) for one in reasoned]
     long = [Paragraph(f"{name}: {value} ({why})") for name, value, why in rows if len(value) > WIDEST_VALUE]
     short = tuple(row for row in rows if len(row[1]) <= WIDEST_VALUE)
     blocks = ("method", "train", "evaluate")
     named = [one for one in settings if one.reason == FROM_RECIPE and one.name.partition(".")[0] in blocks]
-    from_recipe = [f"{one.name.split('.')[-1]} {in_yaml(one.value)}" for one in named if one.name != "method.kind"]
+    from_recipe = [f"{one.name.split('.')[-1]} {to_yaml(one.value)}" for one in named if one.name != "method.kind"]
     defaults = counted(sum(one.is_automatic and one.reason == "default" for one in settings), "default")
     start = f"from the recipe: {', '.join(from_recipe)};" if from_recipe else "and"
     return [
@@ -172,7 +172,7 @@ def _ways_out_blocks(survey: Survey) -> list[Element]:
     )
     table = Table("", ("change", "frees GiB", "enough", "costs"), rows, frozenset({1}))
     flags = [
-        Code(f"{number}  {flag}", "sh") for number, way in enumerate(survey.ways_out, 1) if (flag := as_flags(way))
+        Code(f"{number}  {flag}", "sh") for number, way in enumerate(survey.ways_out, 1) if (flag := format_flags(way))
     ]
     lead = Paragraph("to plan one of them, add its options to the command (--for replaces yours):")
     return [table, lead, *flags] if flags else [table]

@@ -1,3 +1,5 @@
+"""Interpolates between pretrained and trained weights to keep the budget for forgetting."""
+
 from __future__ import annotations
 
 import hashlib
@@ -33,14 +35,13 @@ from fulltune.train.forgetting.generic import DriftMonitor
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
 
-PHASE = "choosing weights within the budget for forgetting"
+PHASE = "choosing how far to go within the budget for forgetting"
 
 
 class WeightInterpolation:
     """Interpolates a model's trained weights between those before step 1 and those after training."""
 
     def __init__(self, model: PreTrainedModel, before: Path, after: Path) -> None:
-        """Save the trained weights to `after`; `before` holds those before step 1."""
         sharding.reshard(model)
         self.model, self.trained, self.before, self.after = model, methods.trained(model), before, after
         tensors = {name: sharding.local(parameter.detach()).cpu() for name, parameter in self.trained.items()}
@@ -50,9 +51,9 @@ class WeightInterpolation:
             digest.update(sharding.whole(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
         self.digest = digest.hexdigest()[:16]
 
-    def set_weights(self, share: float) -> None:
+    def put(self, share: float) -> None:
         """Set the weights to `share` of the way from pretrained (0) to trained (1). Of LoRA's two matrices only B is
-        scaled."""
+        scaled, which scales their product."""
         sharding.reshard(self.model)
         with safe_open(self.before, "pt") as before, safe_open(self.after, "pt") as after, torch.no_grad():
             for name, parameter in self.trained.items():
@@ -63,11 +64,12 @@ class WeightInterpolation:
                 sharding.local(parameter).copy_(value.to(parameter.dtype))
 
 
-def keep_within_budget(
+def keep_within(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Sequence[Row]], float]
 ) -> BudgetResult | None:
-    """Interpolate the weights so that drift stays within the budget, and certify the result on texts kept for this;
-    return None without a budget. A saved result for the same weights is reused."""
+    """Interpolate the weights so that drift stays within the budget, and certify the result on sealed texts; return
+    None if there is no budget. A saved result for the same weights is reused. `score` returns the metric of eval
+    rows."""
     plan, request = inputs.plan, inputs.request
     if plan.generic.budget is None:
         return None
@@ -89,7 +91,7 @@ def keep_within_budget(
                 result.save(record)
             inputs.recorder.write(Certified(result=result))
         assert result is not None
-        interpolation.set_weights(result.choice.share)
+        interpolation.put(result.choice.share)
         return result
     finally:
         after.unlink(missing_ok=True)
@@ -102,43 +104,41 @@ def _choose_and_certify(
     score: Callable[[Sequence[Row]], float],
     opening_times: tuple[str, ...],
 ) -> BudgetResult:
-    """Choose the largest share of training within the budget, and measure its drift on the texts kept for
-    certification."""
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None
     texts = budget_texts(inputs.recipe.preserve)
-    selection, sealed = monitor.tokenize(texts.selection), monitor.tokenize(texts.sealed)
+    selection, sealed = monitor.text_of(texts.selection), monitor.text_of(texts.sealed)
     is_language_model = inputs.summary.form.reads_any_text
     limit = limit_of(budget, is_language_model)
     rows = _sample_eval_rows(inputs, trainer)
 
     def read(share: float, text: GenericText) -> np.ndarray:
-        interpolation.set_weights(share)
-        return text.read(trainer.model, trainer.head, trainer.write_heartbeat)
+        interpolation.put(share)
+        return text.read(trainer.model, trainer.head, trainer.alive)
 
     start = read(0.0, selection)
 
-    def measure_point(share: float) -> InterpolationPoint:
+    def measure(share: float) -> InterpolationPoint:
         # With sharded weights all ranks run this and must stop together; otherwise only rank 0 does.
-        if stop.is_requested_on_any_rank(trainer.args) if trainer.is_shared else stop.is_requested:
-            raise InterruptedRun("stopped on request while choosing weights within the budget; training is complete")
-        interpolation.set_weights(share)
+        if stop.any_asked(trainer.args) if trainer.is_shared else stop.is_asked:
+            raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
+        interpolation.put(share)
         drift = mean_drift(start, start if share == 0 else read(share, selection))
         return InterpolationPoint(share=share, drift=drift, metric=score(rows))
 
-    with inputs.journal.phase_within("evaluation"):
-        points = [measure_point(share) for share in (0.0, *SHARES)]
-        points += _refine_near_limit(points, limit, measure_point)
+    with inputs.journal.during("evaluation"):
+        points = [measure(share) for share in (0.0, *SHARES)]
+        points += _refine_near_limit(points, limit, measure)
         choice = best(points, limit, plan.greater_is_better)
         sealed_drift = None
         if not choice.is_start:
             opening_times = (*opening_times, datetime.now().astimezone().isoformat(timespec="seconds"))
             sealed_drift = mean_drift(read(0.0, sealed), read(choice.share, sealed))
-    result = "no trained weights are within the budget; the sealed texts were not used"
+    result = "no point within the budget; the sealed texts were not used"
     if sealed_drift is not None:
         verdict = "PASS" if sealed_drift.upper <= limit else "FAIL"
-        result = f"measured on {len(sealed.ids)} sealed generic texts: {verdict}"
+        result = f"{len(sealed.ids)} sealed generic texts were opened: {verdict}"
     inputs.journal.write("budget for forgetting", result)
     return BudgetResult(
         trial=plan.trial,
@@ -168,7 +168,7 @@ def _sample_eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[R
 def _refine_near_limit(
     points: list[InterpolationPoint], limit: float, measure: Callable[[float], InterpolationPoint]
 ) -> list[InterpolationPoint]:
-    """Measure further points near where drift first exceeds `limit`, and return only those."""
+    """Measure extra points near where drift first exceeds `limit`, and return only the new points."""
     refined: list[InterpolationPoint] = []
     for _ in range(REFINEMENTS):
         tried = sorted([*points, *refined], key=lambda point: point.share)

@@ -1,3 +1,5 @@
+"""Maps settings to `transformers.TrainingArguments`."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -18,23 +20,25 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def check_trainable(recipe: Recipe, *, check_packages: bool = True) -> None:
-    """Raise `RecipeError` for settings that cannot be trained, and `SetupError`, if `check_packages` is set, for
-    missing packages."""
+def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
+    """Refuse a recipe that cannot be trained, before any row is read.
+
+    Checks the recipe, ZeRO's settings and, with `runs_here`, the installed packages.
+    """
     problems = recipe_rules.problems_of(recipe)
     if recipe.train.engine_by:
         try:
-            parallel_layout.settings(recipe)
+            parallel_layout.zero_settings(recipe)
         except RecipeError as error:
             problems += error.problems
     if problems:
         raise RecipeError(problems)
-    missing = _missing_package_messages(recipe) if check_packages else []
+    missing = _missing_packages(recipe) if runs_here else []
     if missing:
         raise SetupError(missing)
 
 
-def _missing_package_messages(recipe: Recipe) -> list[str]:
+def _missing_packages(recipe: Recipe) -> list[str]:
     problems = []
     if recipe.train.report_to:
         from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -45,7 +49,7 @@ def _missing_package_messages(recipe: Recipe) -> list[str]:
             for name in recipe.train.report_to
             if name not in (*present, *NO_PACKAGES)
         ]
-    package, install = package_for_optimizer(recipe.train.optim or "")
+    package, install = package_of(recipe.train.optim or "")
     if package and importlib.util.find_spec(package) is None:
         problems.append(f"train.optim: '{recipe.train.optim}' needs a package that is missing; pip install {install}")
     if recipe.train.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
@@ -55,12 +59,11 @@ def _missing_package_messages(recipe: Recipe) -> list[str]:
     if of_kernel and not any(map(importlib.util.find_spec, of_kernel)):
         names = " or ".join(name.replace("_", "-") for name in of_kernel)
         problems.append(f"model.attn_implementation: '{kernel}' needs a package that is missing: {names}")
-    return [*problems, *parallel_layout.missing_package(recipe)]
+    return [*problems, *parallel_layout.missing_package_problems(recipe)]
 
 
-def package_for_optimizer(optim: str) -> tuple[str, str]:
-    """Return the module that an optimizer needs and its pip package, or two empty strings for torch's and fulltune's
-    own."""
+def package_of(optim: str) -> tuple[str, str]:
+    """Return the module and the package that an optimizer needs, or empty strings for torch's and fulltune's own."""
     if optim in OWN_OPTIMIZERS:
         return "", ""
     if optim in ("adamw_torch_4bit", "adamw_torch_8bit"):
@@ -85,12 +88,12 @@ _KERNELS = {
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
-"""Modules, of which an attention implementation needs one."""
+"""For each attention implementation, the modules of which one is needed."""
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
 
 
 def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> TrainingArguments:
-    """Convert recipe and plan to transformers' `TrainingArguments`, with output folder `checkpoints`."""
+    """Convert recipe and plan to transformers' `TrainingArguments`; all other arguments keep their defaults."""
     from transformers import TrainingArguments
 
     train = recipe.train
@@ -125,7 +128,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
         "eval_steps": plan.eval_steps,
         "save_strategy": "steps",
         "save_steps": plan.save_steps,
-        # `checkpoints.delete_old_checkpoints` counts only whole checkpoints and keeps the best one.
+        # `checkpoints.keep_few` counts only whole checkpoints and keeps the best one.
         "save_total_limit": None,
         "metric_for_best_model": plan.metric,
         "greater_is_better": plan.greater_is_better,
@@ -146,23 +149,22 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
     if extra.get("dataloader_num_workers") and hasattr(os, "fork"):
         # Forked workers need no pickling and touch no GPU.
         extra.setdefault("dataloader_multiprocessing_context", "fork")
-    extra |= {parallel_layout.PACKAGE: parallel_layout.completed(recipe, plan)} if recipe.train.engine_by else {}
+    extra |= {parallel_layout.PACKAGE: parallel_layout.resolve_settings(recipe, plan)} if recipe.train.engine_by else {}
     try:
         arguments = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise _error_from_transformers(" ".join(str(error).split()), isinstance(error, RuntimeError), plan) from None
+        raise _translate_error(" ".join(str(error).split()), isinstance(error, RuntimeError), plan) from None
     if arguments.n_gpu > 1:
         # The Trainer would split each micro batch over all visible GPUs (DataParallel) and scale the loss.
         arguments._n_gpu = 1
     return arguments
 
 
-def _error_from_transformers(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
-    """Convert an error of `TrainingArguments` to `SetupError` if a connection failed, else to `RecipeError`."""
+def _translate_error(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
     if not is_runtime_error or re.search("gloo|nccl|connect|socket", message, re.IGNORECASE) is None:
         return RecipeError(f"train: transformers refuses these settings: {message}")
     return SetupError(
         f"train.num_processes: {plan.num_processes} processes cannot reach each other: {message}; on several machines, "
-        "set GLOO_SOCKET_IFNAME (on GPUs also NCCL_SOCKET_IFNAME) to the network interface that reaches the others, "
-        "and open the ports between them"
+        "name the network interface that leads to the others in GLOO_SOCKET_IFNAME (on GPUs also in "
+        "NCCL_SOCKET_IFNAME), and open the machines' ports to each other"
     )

@@ -11,18 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fulltune.plan.time import occasions
+from fulltune.plan.time import count_interval_steps
 from fulltune.records.plan import TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.worker import dry_run
-from fulltune.train.worker.dry_run import (
-    PassTime,
-    PassTimer,
-    fit_pass_time,
-    forecast_from_passes,
-    pass_work,
-    restored_buffers,
-)
+from fulltune.train.worker.dry_run import PassTime, PassTimer, fit_pass_time, same_buffers, timed_forecast, works
 from tests import plans
 
 
@@ -47,8 +40,8 @@ def test_speed_is_a_line_through_both_passes_or_through_the_origin(
 
 def test_work_grows_with_the_square_of_the_length_by_what_attention_adds() -> None:
     shape = np.array([[4, 10]])
-    assert pass_work(shape, 0.0) == [40]
-    assert pass_work(shape, 0.1) == [80]
+    assert works(shape, 0.0) == [40]
+    assert works(shape, 0.1) == [80]
 
 
 @pytest.mark.parametrize(
@@ -66,8 +59,8 @@ def test_work_grows_with_the_square_of_the_length_by_what_attention_adds() -> No
 def test_evaluations_and_saves_are_counted_as_the_trainer_does_them(
     first: int, last: int, eval_steps: int, save_steps: int, evaluations: int, saves: int
 ) -> None:
-    assert occasions(last, eval_steps, after=first) == evaluations
-    assert occasions(last, eval_steps, save_steps, after=first) == saves
+    assert count_interval_steps(last, eval_steps, after=first) == evaluations
+    assert count_interval_steps(last, eval_steps, save_steps, after=first) == saves
 
 
 # ---- the sampler knows every pass ------------------------------------------------------------------------------
@@ -84,14 +77,14 @@ def test_passes_are_those_that_training_will_take(num_processes: int, grouped: b
         taken += list(sampler)
     sampler.set_epoch(1)
 
-    found = [part for step in sampler.forward_passes(0, 18) for part in step]
+    found = [part for step in sampler.passes(0, 18) for part in step]
 
     together = range(0, len(taken), num_processes)
     longest = [max(lengths[i] for part in taken[at : at + num_processes] for i in part) for at in together]
     assert [max(lengths[i] for i in part) for part in found] == longest
     assert sampler.epoch == 1
     # Steps 5 to 8 go over the end of the first epoch of 6 steps.
-    assert list(sampler.forward_passes(4, 8)) == list(sampler.forward_passes(0, 18))[4:8]
+    assert list(sampler.passes(4, 8)) == list(sampler.passes(0, 18))[4:8]
 
 
 # ---- a dry run whose first passes were cold: a script of seconds in place of a machine ----------------------------
@@ -119,10 +112,10 @@ class Machine:
 class Scripted(PassTimer):
     """Passes whose seconds are a machine's."""
 
-    def run_pass(self, positions: Any, *, keep_gradients: bool = False) -> tuple[float, float]:
+    def train(self, positions: Any, *, keep: bool = False) -> tuple[float, float]:
         return 1.0, self.model.take("train", TRAIN)
 
-    def time_scoring(self, positions: Any) -> float:
+    def score(self, positions: Any) -> float:
         return self.model.take("eval", FORWARD)
 
 
@@ -131,9 +124,7 @@ def foreseen(machine: Machine, first_seconds: float = 9.0, total_steps: int = 40
     batches = [list(range(8 * step, 8 * step + 8)) for step in range(40)]
     trainer: Any = SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace())),
-        sampler=SimpleNamespace(
-            forward_passes=lambda first, last: [[batch] for batch in batches[first:last]], lengths=LENGTHS
-        ),
+        sampler=SimpleNamespace(passes=lambda first, last: [[batch] for batch in batches[first:last]], lengths=LENGTHS),
         eval_dataset={"length": LENGTHS[::20]},
     )
     inputs: Any = SimpleNamespace(
@@ -143,7 +134,7 @@ def foreseen(machine: Machine, first_seconds: float = 9.0, total_steps: int = 40
         is_main=False,
     )
     passes = Scripted(inputs, trainer, machine, mock.Mock(), lambda rows: None)
-    return forecast_from_passes(passes, batches[-1], (first_seconds, TRAIN), 0.1)
+    return timed_forecast(passes, batches[-1], (first_seconds, TRAIN), 0.1)
 
 
 def test_forecast_after_cold_passes_is_that_of_warm_ones() -> None:
@@ -218,7 +209,7 @@ class _Table(torch.nn.Module):
 
 def test_module_that_remembers_the_size_of_its_buffer_makes_it_again() -> None:
     model = torch.nn.Sequential(_Table())
-    with restored_buffers(model):
+    with same_buffers(model):
         assert model(8).shape == (8,)
     assert (model[0].made_for, model[0].table.shape) == (0, (0,))
     assert model(4).shape == (4,)
