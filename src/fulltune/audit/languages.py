@@ -1,5 +1,3 @@
-"""Detects the language of each text (py3langid 0.4), and rows in a rare language."""
-
 from __future__ import annotations
 
 from array import array
@@ -31,7 +29,7 @@ MIN_ROWS = 20
 
 @cache
 def _load_identifier() -> Any:
-    """Load the language model of py3langid once."""
+    """Load the language identifier of py3langid (0.4) once."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -44,7 +44,7 @@ class AuditedRows:
     target: Target
     own_files: frozenset[str]
     packed: Recipe | None
-    """Recipe if the rows are packed, so that their files must be read again; otherwise None."""
+    """Recipe if packed rows must be read again from files, else None."""
 
     @property
     def has_texts(self) -> bool:
@@ -113,7 +113,7 @@ class RowScan:
     ids: array[int] = field(default_factory=lambda: array("Q"))
     keys: array[int] = field(default_factory=lambda: array("Q"))
     content_hashes: array[int] = field(default_factory=lambda: array("q"))
-    """Python's hash of each row's content, valid only in this process."""
+    """Python's hash of each row's content."""
     signed: np.ndarray = field(default_factory=lambda: minhash([]))
     """MinHash of each row's input: uint16 [rows, 128]."""
     labels: array[int] = field(default_factory=lambda: array("q"))
@@ -354,6 +354,7 @@ def chat_faults(turns: Sequence[Turn]) -> list[str]:
 
 
 def _describe_turn_order_faults(turns: Sequence[Turn]) -> Iterator[str]:
+    """Describe turns in an impossible order, counting from 1."""
     for number, (before, turn) in enumerate(pairwise(turns), start=2):
         role = turn["role"]
         if role in _SYSTEM and before["role"] not in _SYSTEM:

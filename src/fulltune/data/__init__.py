@@ -1,5 +1,3 @@
-"""Reads data files, checks and splits their rows, and tokenises them."""
-
 from fulltune.data.limits import Limits
 from fulltune.data.prepare import SUMMARY, Stage, prepare
 from fulltune.data.sources import file_problems

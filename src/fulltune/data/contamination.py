@@ -22,7 +22,7 @@ from fulltune.text import counted
 
 NUM_WORDS = 8
 MAX_TEXTS = 100
-"""An 8-gram that occurs in more texts is probably from a template, and is ignored."""
+"""More frequent 8-grams come from templates and are ignored."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _hash_word = lru_cache(maxsize=50_000)(partial(draw, 0))
 _NOT_COMPARED = ("label", "tags", "tools", "context")

@@ -1,5 +1,3 @@
-"""Turns data files into tokenised splits that share no row, and lists every dropped row."""
-
 from __future__ import annotations
 
 import contextlib

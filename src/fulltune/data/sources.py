@@ -50,7 +50,7 @@ def is_mixed(name: SourceName) -> bool:
 
 
 def find_source_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
-    """Return the files of each source, train first. Raises `DataError` with all problems at once."""
+    """Return the files of each source, train first. Raises `DataError` with all problems."""
     block = recipe.data
     paths: dict[SourceName, Sequence[str]] = {"train": recipe.data.task_files}
     paths |= {name: (path,) for name, path in (("eval", block.eval), ("test", block.test)) if path}
@@ -146,6 +146,7 @@ def find_target_and_count_rows(
     first_names, first_rows = _read_first_rows(train)
 
     def read_and_count(name: SourceName) -> Iterator[PlacedRow]:
+        """Yield a source's rows while counting rows and columns."""
         counts[name] = 0
         for place, row in sources[name].rows(problems):
             counts[name] += 1
@@ -154,6 +155,7 @@ def find_target_and_count_rows(
         read.add(name)
 
     def readable_train_rows(roles: Mapping[str, str]) -> Iterator[Row]:
+        """Yield train rows with readable cells in the columns of `roles`."""
         faults.clear()
         for place, row in read_and_count("train"):
             if fault := unreadable(row, roles):  # listed when the rows are tokenised
@@ -162,6 +164,7 @@ def find_target_and_count_rows(
                 yield {**row, PLACE: place}
 
     def find_roles_and_target(names: tuple[str, ...]) -> tuple[dict[str, str], Target]:
+        """Return the columns by role, and the target."""
         roles = task.find_columns(_columns_for_roles(block, names), first_rows, block, train.where)
         _refuse_second_text_column(block, roles, names, first_rows, train.where)
         try:
@@ -222,6 +225,7 @@ def _read_first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
     columns: dict[str, None] = {}
 
     def readable_rows() -> Iterator[Row]:
+        """Yield rows without bad cells, and collect columns."""
         for _, row in islice(source.rows([]), _HEAD):
             columns.update(dict.fromkeys(row))
             if is_whole(row):

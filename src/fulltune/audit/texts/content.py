@@ -45,6 +45,7 @@ def check_repetition(text: str) -> Flaw | None:
 
 
 def _check_repeated_character(text: str) -> Flaw | None:
+    """Detect a character or short piece repeated through much of a text."""
     match = RE["same_character"].search(text) if RE["run"].search(text) else None
     if match is None and len(text) >= 20 and " " not in text[:60]:
         # A text without blanks is in a script such as Chinese, or a broken export.
@@ -58,6 +59,7 @@ def _check_repeated_character(text: str) -> Flaw | None:
 
 
 def _check_repeated_words(text: str) -> Flaw | None:
+    """Detect a phrase repeated through much of a text."""
     rough = text.split()
     if len(rough) < MIN_WORDS or (len(set(rough)) > len(rough) * 0.8 and len(rough) < 100):
         return None

@@ -1,5 +1,3 @@
-"""Reads parquet, Arrow and Feather files in batches."""
-
 from __future__ import annotations
 
 import json

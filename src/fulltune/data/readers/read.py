@@ -120,7 +120,7 @@ class DataFiles:
 def locate_data_files(
     paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None
 ) -> DataFiles:
-    """Find the files at these paths without reading them. Raises `DataError` with all problems at once."""
+    """Find the files at these paths without reading them. Raises `DataError` with all problems."""
     if len(paths) == 1:
         folder = Path(paths[0])
         with convert_os_errors(folder):
@@ -206,6 +206,7 @@ def _refuse_non_data_file(file: Path) -> None:
 
 
 def _refuse_nul_bytes(file: Path) -> None:
+    """Raise `DataError` for NUL bytes."""
     with file.open("rb") as stream:
         line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
     if line is not None:

@@ -342,6 +342,7 @@ def _looks_like_data_cell(first_cell: str, cells_below: Sequence[str]) -> bool:
 
 
 def is_number(text: str) -> bool:
+    """Return whether Python's `float` accepts a text."""
     try:
         float(text)
     except ValueError:
