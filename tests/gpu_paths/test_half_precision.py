@@ -97,7 +97,7 @@ def test_run_of_a_regression_computes_every_pass_in_its_format(tmp_path: Path) -
         "inference/run.py: reduce_batch",
         "probe/layers.py: read_hidden",
         "train/loop/guarded_step.py: compute_loss",
-        "train/worker/loading.py: _returns_output_of",
+        "train/worker/loading.py: _returns_layer_output",
     }
     assert {name for name, types in found.items() if types != {torch.bfloat16}} == set()
 

@@ -53,7 +53,7 @@ def test_groups_of_the_head_come_last_and_leave_the_bodys_rates(factor: float) -
 def first_step(folder: Path, model: Path, **blocks: Any) -> dict[str, float]:
     """Name to the longest way of a value of each trained tensor; of AdamW's first step it is the rate itself."""
     ways: dict[str, float] = {}
-    original = InitialWeights.moved
+    original = InitialWeights.count_changes
 
     def moved(self: InitialWeights, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Any:
         for name, parameter in methods.trained(model).items():
@@ -61,7 +61,7 @@ def first_step(folder: Path, model: Path, **blocks: Any) -> dict[str, float]:
         return original(self, model, optimizer, with_gradient)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InitialWeights, "moved", moved)
+        patch.setattr(InitialWeights, "count_changes", moved)
         reached = runs.run(folder, model, tiny.topic_rows(), **blocks)
     assert reached.plan is not None
     assert (reached.plan.learning_rate, reached.plan.head_learning_rate) == (BODY, HEAD)

@@ -20,7 +20,7 @@ def test_full_after_three_steps_moved_equals_requires_grad(kind: str, tmp_path: 
     model = tiny.save_model(tmp_path / kind, kind)
     before: dict[str, torch.Tensor] = {}
     seen: dict[str, Any] = {}
-    original = InitialWeights.moved
+    original = InitialWeights.count_changes
 
     def moved(self: InitialWeights, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Any:
         from safetensors.torch import load_file
@@ -30,7 +30,7 @@ def test_full_after_three_steps_moved_equals_requires_grad(kind: str, tmp_path: 
         return original(self, model, optimizer, with_gradient)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InitialWeights, "moved", moved)
+        patch.setattr(InitialWeights, "count_changes", moved)
         outcome = runs.run(tmp_path, model, tiny.topic_rows(), train=THREE_STEPS).outcome
 
     parameters = dict(seen["model"].named_parameters())

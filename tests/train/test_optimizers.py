@@ -239,14 +239,14 @@ def test_moved_equals_requires_grad_with_each_optimizer(
     model_block: dict[str, Any], train_block: dict[str, Any], kind: type, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     seen: list[Any] = []
-    original = InitialWeights.moved
+    original = InitialWeights.count_changes
 
     def moved(self: InitialWeights, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Any:
         seen.extend([len(list(model.parameters())), optimizer, with_gradient])
         return original(self, model, optimizer, with_gradient)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InitialWeights, "moved", moved)
+        patch.setattr(InitialWeights, "count_changes", moved)
         outcome = runs.run(
             tmp_path,
             tiny_encoder,
