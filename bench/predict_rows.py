@@ -74,7 +74,7 @@ def ours(model: Path, file: Path, output: Path) -> Callable[[], float]:
 
     predictor = predict.load(model)
     return timed(
-        lambda: cli_predict.write(
+        lambda: cli_predict.write_answers(
             predictor, cli_predict.read_input([], file, predictor.notes), output, 128, lambda done, total: None
         )
     )

@@ -18,7 +18,7 @@ from fulltune.records.comparison import (
     Search,
 )
 from fulltune.records.scores import Estimate, Scores
-from fulltune.report.format.words import Writer
+from fulltune.report.format.words import MetricFormatter
 
 HOSTILE = (
     "\"</script><img src=x onerror=alert(1)>\" & 'l' | `x` $\\frac{1$ [red]😀 \x1b[31m\u202e שלום\nsecond **line**"
@@ -88,7 +88,8 @@ def comparison(methods: Sequence[Method] = CLASSIFICATION, **changes: Any) -> Co
         differences=differences,
         headline="Take lora: as good as full within the margin, and it trains fewer weights.",
         because=tuple(
-            f"full minus {one.method}: {Writer(metric, 0.01).adjusted(one)}" for one in differences if one.decides
+            f"full minus {one.method}: {MetricFormatter(metric, 0.01).adjusted(one)}"
+            for one in differences if one.decides
         ),
     ).model_copy(update=changes.pop("decision", {}))  # fmt: skip
     values: dict[str, Any] = {

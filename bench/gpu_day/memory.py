@@ -235,7 +235,7 @@ def _survey(shape: Cell, folder: Path, hardware: str) -> dict[str, dict[str, Any
     data = {"train": "rows.jsonl", "prompt": "prompt", "completion": "completion"}
     recipe = {"model": str(place / "model"), "task": "causal-lm", "data": data, "train": train, "output": "."}
     (place / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    survey, _ = plan.without_data(place / "recipe.yaml", [], 64, LENGTH, hardware, None)
+    survey, _ = plan.plan_without_data(place / "recipe.yaml", [], 64, LENGTH, hardware, None)
     weights = 2 * survey.num_parameters
     return {layout.name: layout.model_dump(mode="json") | {"file_bytes": weights} for layout in survey.placements}
 

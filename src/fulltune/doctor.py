@@ -13,7 +13,7 @@ from fulltune.errors import SetupError
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.report.format import words
-from fulltune.report.run.about_training import curves_of
+from fulltune.report.run.about_training import collect_curves
 from fulltune.report.run.read import after_start, before_start, read_run
 from fulltune.stats.curves import (
     EATEN,
@@ -89,7 +89,7 @@ def _read_run_log(folder: Path) -> Log:
         raise SetupError(
             f"{folder}: this run has no logged step yet; train it, or see why it ended with 'fulltune report {folder}'"
         )
-    curves, norms = curves_of(view, plan), history.train.get("grad_norm", ())
+    curves, norms = collect_curves(view, plan), history.train.get("grad_norm", ())
     steps = max((step for step, _ in curves.train_loss), default=0)
     return Log(folder, curves, steps, norms, plan.learning_rate, plan, view.outcome, history.skipped)
 
@@ -194,7 +194,7 @@ def _diagnose_end(log: Log) -> Iterator[Diagnosis]:
             f"{log.steps:,} of {log.plan.total_steps:,} steps, and no outcome: it is still running, or was killed"
         )
         yield "unfinished", evidence, "if it was killed, run the same command to resume"
-    elif (name := words.status(log.outcome.status)) != "done":
+    elif (name := words.readable_status(log.outcome.status)) != "done":
         lower = f"a lower rate: {_rate_setting(log, rate_factor(log.plan.rollbacks) / 10)}"
         advice = {"diverged": lower, "interrupted": "run the same command to resume"}.get(name, "")
         yield name, without_cause(log.outcome.reason), advice

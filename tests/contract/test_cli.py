@@ -98,7 +98,7 @@ def test_init_existing_recipe_is_kept_unless_forced(tmp_path: Path) -> None:
     recipe.write_text("mine")
     result = fulltune("init", data, "-o", recipe)
     assert result.code == 2
-    assert result.problems == [f"{recipe}: exists already; give --force to replace it, or another name with --output"]
+    assert result.problems == [f"{recipe}: already exists; replace it with --force, or give another name with --output"]
     assert recipe.read_text() == "mine"
     assert fulltune("init", data, "-o", recipe, "--force").code == 0
 
@@ -115,7 +115,7 @@ def test_init_unknown_form_of_data_is_refused(tmp_path: Path) -> None:
     result = fulltune("init", data, "-o", tmp_path / "recipe.yaml")
     assert result.code == 4
     assert result.problems == [
-        f"{data}: no known form of data: expected columns text + label (classification), tokens + tags (entities), "
+        f"{data}: its columns fit no task: expected columns text + label (classification), tokens + tags (entities), "
         "prompt + completion or messages (language model), question + context + answers, source + target, choices + "
         "label, image + label, or only text; no column holds texts or images; columns here: a, b"
     ]

@@ -97,8 +97,8 @@ def test_report_of_an_unfinished_one_is_an_error(unfinished: Path) -> None:
     said = fulltune("report", unfinished)
     assert said.code == 2
     assert said.problems == [
-        f"{unfinished}: has no finished comparison (compare/comparison.json is missing); let 'fulltune compare "
-        "RECIPE' finish first"
+        f"{unfinished}: contains no finished comparison (compare/comparison.json is missing); run 'fulltune compare "
+        "RECIPE' to the end"
     ]
     assert not (unfinished / "report.md").exists()
 
@@ -109,7 +109,7 @@ def test_compare_refuses_the_folder_of_a_single_run(tmp_path: Path, tiny_encoder
     assert fulltune("data", single, "--run-folder", tmp_path / "run").code == 0
     said = fulltune("compare", tmp_path / "run")
     assert said.code == 2
-    assert "is the folder of a single run; give a recipe" in said.err
+    assert "belongs to a single run; give a recipe" in said.err
 
 
 # ---- more time ---------------------------------------------------------------------------------------------------
@@ -192,11 +192,11 @@ def test_only_model_is_taken_without_a_verdict(unfinished: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([], "models/full: is already a whole model; name one that can be merged with --method: lora"),
+        ([], "models/full: is already a complete model; with --method, choose a model that can be merged: lora"),
         (
             ["--method", "adapter"],
-            "models/adapter: a method of kind adapter adds modules to the model and cannot be merged; name "
-            "one that can be merged with --method: lora",
+            "models/adapter: a method of kind adapter adds modules to the model and cannot be merged; with "
+            "--method, choose a model that can be merged: lora",
         ),
     ],
 )

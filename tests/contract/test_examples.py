@@ -189,7 +189,7 @@ def test_example_of_a_comparison_ends_with_verdict_and_card(tmp_path: Path, mode
 
 def test_example_of_a_comparison_is_fair_by_its_lint() -> None:
     result = fulltune("compare", EXAMPLES / "compare-banking77.yaml", "--lint")
-    assert (result.code, result.out.strip()) == (0, "nothing would make this comparison unfair")
+    assert (result.code, result.out.strip()) == (0, "no setting would make this comparison unfair")
 
 
 def test_comparison_recipe_is_not_run_as_one_method(tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def test_comparison_recipe_is_not_run_as_one_method(tmp_path: Path) -> None:
     result = fulltune("run", path, "--run-folder", tmp_path / "run")
     assert result.code == 2
     assert result.problems == [
-        f"{path}: methods: a comparison is run by 'fulltune compare {path}'; for a single run, replace 'methods' by "
-        "one 'method'"
+        f"{path}: methods: run a comparison with 'fulltune compare {path}', or replace 'methods' with one 'method' for "
+        "a single run"
     ]
     assert not (tmp_path / "run").exists()
 

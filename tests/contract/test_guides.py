@@ -188,7 +188,7 @@ def test_commands_run(line: str, place: Path) -> None:
 def test_file_without_header_is_answered_by_the_names_of_the_recipe(place: Path) -> None:
     said = command.fulltune("predict", "RUN", "--file", "new.tsv", "--json")
     assert said.code == 0, said.err
-    assert "new.tsv: no header line; columns as in training: text" in said.err
+    assert "new.tsv: has no header line, so the columns of the train file are used: text" in said.err
     assert len(said.out.splitlines()) == 2
 
 

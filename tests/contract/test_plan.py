@@ -64,7 +64,7 @@ def shown(result: Result, width: int = 80) -> str:
     found = json.loads(result.out)
     survey = Survey.model_validate(found.pop("survey"))
     screen = Console(file=StringIO(), width=width)
-    pages.show(screen, display_plan.sections(survey, Plan.model_validate(found) if found else None))
+    pages.print_parts(screen, display_plan.build_plan_sections(survey, Plan.model_validate(found) if found else None))
     return screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
@@ -184,7 +184,7 @@ def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -
             [
                 "--for: unknown GPU 'RTX 4900'; did you mean RTX 4090, RTX 4080 or RTX 4070 Ti?",
                 "--price: 'much' is not a price; write the cost of one device per hour, such as 2.5",
-                "--rows: -5, but the number of train rows must be at least 1",
+                "--rows: found -5, but the number of train rows must be at least 1",
                 "--rows: a plan without data also needs --tokens",
             ],
         ),

@@ -150,7 +150,10 @@ def test_file_keeps_the_rows_own_columns_and_adds_label_and_all_probabilities(
     assert not any(found[1][name] for name in ADDED[:-1])
     place = "in.csv:4" if given == "csv" else "in.parquet:2"
     assert f"{place}: column 'text' is empty" in said.err
-    assert "without an answer: 1 of 3 rows; their columns are empty, 'predicted_error' says why" in said.err
+    assert (
+        "without an answer: 1 of 3 rows; their new columns are empty, and 'predicted_error' gives the reason"
+        in said.err
+    )
     assert list(tmp_path.glob("*.part")) == []
 
 
@@ -242,7 +245,7 @@ def test_table_without_header_has_the_names_of_the_recipe_and_loses_no_row(
     said = fulltune("predict", trained_without_header, "--file", tmp_path / "in.csv", "-o", output)
     assert said.code == 0, said.err
     names = ["id", "text", "label"][:num_cells]
-    assert f"in.csv: no header line; columns as in training: {', '.join(names)}" in said.err
+    assert f"in.csv: has no header line, so the columns of the train file are used: {', '.join(names)}" in said.err
     found = read(output)
     assert [[row[name] for name in names] for row in found] == [cells[:num_cells] for cells in HEADERLESS]
     assert list(found[0]) == [*names, *ADDED]
@@ -298,14 +301,14 @@ def test_interrupted_output_leaves_no_file_and_keeps_the_one_it_would_replace(
     file = tiny.write_csv(tmp_path / "in.csv", ROWS)
     output = tmp_path / "out.csv"
     output.write_text("before", encoding="utf-8")
-    cells = cli_predict.cells
+    cells = cli_predict.added_cells
 
     def interrupt(new: Any, answer: Any, reason: Any) -> Any:
         if answer is None:
             raise KeyboardInterrupt
         return cells(new, answer, reason)
 
-    monkeypatch.setattr(cli_predict, "cells", interrupt)
+    monkeypatch.setattr(cli_predict, "added_cells", interrupt)
     said = fulltune("predict", classifier, "--file", file, "-o", output, "--force")
     assert said.code == InterruptedRun.exit_code
     assert "was not written" in said.err

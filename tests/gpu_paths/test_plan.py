@@ -129,7 +129,7 @@ def test_table_of_memory_calls_a_card_a_device() -> None:
 
     def first_cell(device: str) -> str:
         need = MemoryNeed(kinds={"weights": GIB}, phases={"step": GIB})
-        [table, *_] = shown._memory_blocks(survey, plan(device=device, memory=need))
+        [table, *_] = shown._build_memory_blocks(survey, plan(device=device, memory=need))
         return str(table.rows[0][0])
 
     assert (first_cell("cuda"), first_cell("cpu")) == ("device", "memory")

@@ -19,7 +19,7 @@ from fulltune.pipeline import Run
 from fulltune.records.events import Event, Listener, StepLogged
 from fulltune.records.training import Outcome
 from fulltune.report.run.read import read_run
-from fulltune.report.run.verdict import judge
+from fulltune.report.run.verdict import judge_scores
 from fulltune.system.run_folder import RunResult
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child
@@ -103,7 +103,7 @@ def assert_report_is_whole(reached: RunResult) -> None:
     for name, found in trained.differences.items():
         assert found.value == pytest.approx(trained.metrics[metric].value - expected[name])
         assert found.low <= found.value <= found.high
-    assert judge(reached.scores).kind in ("better", "worse", "unresolved")
+    assert judge_scores(reached.scores).kind in ("better", "worse", "unresolved")
 
 
 def at_step(step: int, action: Callable[[], None]) -> Listener:

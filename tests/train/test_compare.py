@@ -20,7 +20,7 @@ from fulltune.files import append_line
 from fulltune.records.comparison import Comparison, Trial
 from fulltune.records.events import Event, Message
 from fulltune.records.run import ACCESSES, Access
-from fulltune.report.run.about_scores import scored_again
+from fulltune.report.run.about_scores import warn_of_repeated_scoring
 from tests.contract.command import fulltune
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
@@ -151,7 +151,7 @@ def test_test_rows_are_opened_once_and_by_somebody(
     assert sealed == ["full-seed42", "full-seed43", "lora-seed42", "lora-seed43"]
     noted = Access.of_same_rows(folder)
     assert [one.trial for one in noted] == ["comparison"] * 2, "two verdicts, and nothing of any trial"
-    assert scored_again(noted) == "", "it is one look"
+    assert warn_of_repeated_scoring(noted) == "", "it is one look"
 
 
 def test_other_comparisons_that_opened_the_same_test_rows_are_known(finished: tuple[Path, Comparison]) -> None:

@@ -204,7 +204,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
     assert found.is_feasible
     assert free.outcome is not None
     report = (held / "run" / "report.md").read_text(encoding="utf-8")
-    assert "Forgetting, budget 0.3%: PASS" in report
+    assert "Forgetting (budget 0.3%): PASS" in report
     assert re.search(
         r"from the recipe: \d+ texts for selection, \d+ for the final measurement, [\d,]+ for replay", report
     )
@@ -275,9 +275,9 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
     assert found.choice.share == 0
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert "infeasible" in report
-    assert "the untouched model's" in report
+    assert "the pretrained model's" in report
     evidence, helps = budget_advice(found)
-    assert "keeps the untouched model" in evidence
+    assert "limits the weights to the pretrained model" in evidence
     assert "--set preserve.budget=" in helps
     assert runs.events(tmp_path, "steered") == []
 

@@ -41,7 +41,7 @@ def test_several_recipes_end_with_what_parts_side_by_side_cost(tmp_path: Path) -
     with runs.in_this_process():
         said = compare(*paths, "--run-folder", tmp_path / "both")
     assert said.code == 0, said.err
-    assert "2 tasks on one base" in said.out
+    assert "2 tasks with one pretrained model" in said.out
     shown = said.out.splitlines()
     for task in ("intents", "topics"):
         card = f"card.html    {tmp_path / 'both' / task / 'card.html'}"
@@ -68,7 +68,7 @@ def test_recipes_that_do_not_go_together_are_refused_at_once(tmp_path: Path) -> 
     said = compare(one, two, one)
     assert "another recipe is also called 'intents'" in said.err
     assert (
-        "model: several tasks must share one base; found "
+        "model: several tasks must share one pretrained model; found "
         f"{tmp_path / 'model'} in intents, {tmp_path / 'other'} in topics"
     ) in said.err
-    assert "methods: all recipes must share 'full' and one more method by name" in said.err
+    assert "methods: all recipes must have 'full' and another method of the same name" in said.err

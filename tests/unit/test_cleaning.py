@@ -23,7 +23,7 @@ from fulltune.probe.linear import MIDDLE, Items
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.report.run.data_page import about_labels
+from fulltune.report.run.data_page import describe_label_errors
 from fulltune.stats.bootstrap import ResamplableMetric
 from fulltune.tasks import Predictions
 from tests import tiny
@@ -187,9 +187,9 @@ def test_no_row_that_differs_is_no_proof_that_none_would() -> None:
 @pytest.mark.parametrize(
     ("rows", "suspects", "precision", "said"),
     [
-        (192, 2, 1.0, "Of the 2 suspects between 0 and 2 are wrong: correct labels may"),
-        (100_000, 1_900, 0.8, "between 0 and 1,900 are wrong: correct labels may"),
-        (192, 60, 0.8, "Of the 60 suspects about 80% are wrong by the same measure (between 39 and 57)"),
+        (192, 2, 1.0, "Of the 2 suspects, between 0 and 2 are wrong: correct labels can"),
+        (100_000, 1_900, 0.8, "between 0 and 1,900 are wrong: correct labels can"),
+        (192, 60, 0.8, "Of the 60 suspects, about 80% (between 39 and 57 rows) are wrong by the same measure"),
     ],
 )
 def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
@@ -205,7 +205,7 @@ def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
         precision=precision,
         estimated_errors=5.0,
     )
-    told = about_labels(found, rows)
+    told = describe_label_errors(found, rows)
     assert said in told
-    assert "45 of these would be among the suspects" in told
-    assert ("; in all about" in told) == (suspects == 60)
+    assert "45 of these wrong labels would be suspected" in told
+    assert ("In all, about" in told) == (suspects == 60)

@@ -14,23 +14,23 @@ from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import content
 from fulltune.report.format import pages
 from fulltune.report.format.blocks import Element, Headline, Section
-from fulltune.report.format.words import Writer
+from fulltune.report.format.words import MetricFormatter
 from tests import comparisons
 
 
 def printed(parts: Iterable[Headline | Section | Element]) -> str:
     console = Console(width=80, file=io.StringIO())
-    pages.show(console, parts)
+    pages.print_parts(console, parts)
     return console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
 def shown(comparison: Comparison) -> str:
-    return printed(content.for_terminal(comparison))
+    return printed(content.comparison_for_terminal(comparison))
 
 
 def expected(comparison: Comparison, metric: str, **changes: object) -> str:
     design = comparison.expectation.model_copy(update=changes)
-    return " ".join(printed([content.expectation(design, Writer(metric, 0.01))]).split())
+    return " ".join(printed([content.build_expectation_section(design, MetricFormatter(metric, 0.01))]).split())
 
 
 def test_verdict_classification_is_said_first_with_the_field_below() -> None:
@@ -55,7 +55,7 @@ def test_verdict_fits_80_columns_and_cuts_no_number(made: Callable[[], Compariso
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "5 seeds of each method at most; clear answers need fewer"),
+        ({}, "5 seeds of each method at most; a clear result needs fewer"),
         ({"sequential": False}, "5 seeds of each method takes"),
         ({"num_seeds": 1}, "1 seed of each method takes"),
     ],
@@ -67,6 +67,6 @@ def test_expectation_promises_fewer_seeds_only_where_there_may_be(changes: dict[
 def test_expectation_of_a_budget_is_one_design_that_fits_into_it() -> None:
     changes = {"budget_seconds": 360.0, "seconds": 280.0, "num_seeds": 2, "detectable": None}
     text = expected(comparisons.comparison(), "accuracy", **changes)
-    assert "2 seeds of full and the best other method, one of the rest" in text
+    assert "2 seeds of full and of the best other method and one of each other method" in text
     assert "about 4 min 40 s of the 6 min budget" in text
-    assert "detectable unknown before the first seeds" in text
+    assert "detectable unknown until the first seeds are trained" in text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.cli.init import hints_of, infer, write_recipe
+from fulltune.cli.init import infer_task, parse_hints, write_recipe
 from fulltune.data.readers.read import locate_data_files
 from fulltune.data.readers.text_files import guess_missing_header
 from fulltune.data.sources import find_source_files, find_target_and_count_rows, read_source_rows
@@ -40,7 +40,7 @@ def test_columns_that_are_named_tell_the_task(
     tmp_path: Path, task: str | None, roles: dict[str, str], found: str | None
 ) -> None:
     data, recipe = _written(tmp_path / "rows.csv", RESTAURANTS), tmp_path / "recipe.yaml"
-    hints = hints_of(task, [f"{role}={name}" for role, name in roles.items()], None)
+    hints = parse_hints(task, [f"{role}={name}" for role, name in roles.items()], None)
     if found is None:
         with pytest.raises(DataError):
             write_recipe(data, recipe, None, False, hints)
@@ -63,7 +63,7 @@ def test_columns_that_are_named_tell_the_task(
 def test_data_below_the_recipe_is_named_relative_to_it(tmp_path: Path, file: str, recipe: str, train: str) -> None:
     (tmp_path / "data").mkdir()
     data = _written(tmp_path / file, RESTAURANTS)
-    write_recipe(data, tmp_path / recipe, None, False, hints_of(None, ["prompt=mr", "completion=ref"], None))
+    write_recipe(data, tmp_path / recipe, None, False, parse_hints(None, ["prompt=mr", "completion=ref"], None))
     assert f"\n  train: {train.format(tmp_path)}\n" in (tmp_path / recipe).read_text()
     assert load_recipe(tmp_path / recipe).data.train == (str(tmp_path / file),)
 
@@ -81,13 +81,13 @@ def test_hints_that_cannot_be_are_refused(
     task: str | None, roles: list[str], columns: str | None, problem: str
 ) -> None:
     with pytest.raises(SetupError, match=problem):
-        hints_of(task, roles, columns)
+        parse_hints(task, roles, columns)
 
 
 def test_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.csv", RESTAURANTS)
     with pytest.raises(DataError, match=r"rows.csv: no column 'mrr' \(--column prompt=\); columns here: mr, ref"):
-        infer(data, hints=(None, {"prompt": "mrr"}))
+        infer_task(data, hints=(None, {"prompt": "mrr"}))
 
 
 def test_table_without_header_loses_no_row(tmp_path: Path) -> None:
@@ -104,12 +104,12 @@ def test_held_out_file_with_a_header_beside_train_without_one_is_not_used(tmp_pa
     data, recipe = _written(tmp_path / "train.tsv", REVIEWS), tmp_path / "recipe.yaml"
     _written(tmp_path / "test.tsv", "index\tsentence\n0\ta film that is long\n1\ta film of some length\n")
     _, files = write_recipe(data, recipe, None, False)
-    assert files[2] == ("test.tsv: has a header line or other columns than train",)
+    assert files[2] == ("test.tsv: has a header line, or its columns differ from the train file's",)
 
 
 def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.tsv", REVIEWS)
-    found = infer(data, hints=(None, {"columns": ("review", "stars"), "label": "stars"}))
+    found = infer_task(data, hints=(None, {"columns": ("review", "stars"), "label": "stars"}))
     assert (found.target.columns, found.num_rows) == ({"text": "review", "label": "stars"}, 20)
 
 
@@ -169,7 +169,7 @@ def test_columns_without_usual_names_are_proposed_as_the_rows_suggest(
 ) -> None:
     data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(DataError) as refusal:
-        infer(data)
+        infer_task(data)
     assert f"for example {example}; columns here: " in str(refusal.value)
 
 
@@ -232,10 +232,10 @@ def test_second_column_of_texts_is_asked_about(
 ) -> None:
     data = _rows(tmp_path, **cells)
     if problem is None:
-        assert infer(data, hints=(None, block)).unused == ("" if "text_pair" in block else "b")
+        assert infer_task(data, hints=(None, block)).unused == ("" if "text_pair" in block else "b")
         return
     with pytest.raises(DataError, match=problem):
-        infer(data)
+        infer_task(data)
     task = {"a": "text-classification", "question": "causal-lm"}.get(next(iter(cells)), "seq2seq")
     recipe = Recipe.model_validate({"model": "m", "task": task, "data": {"train": str(data)}})
     given = {"train": read_source_rows(recipe, find_source_files(recipe)["train"], None)}
@@ -257,12 +257,12 @@ def test_preferences_are_refused_with_what_trains_on_them(
     with pytest.raises(
         DataError, match=rf"DPOTrainer.*data.completion: {chosen}, .* \(init: --column completion={chosen}\)"
     ):
-        infer(data)
-    found = infer(data, hints=hints_of("causal-lm", [f"{role}={chosen}"], None))
+        infer_task(data)
+    found = infer_task(data, hints=parse_hints("causal-lm", [f"{role}={chosen}"], None))
     assert (found.target.columns[role], "ejected" in found.unused) == (chosen, True)
     if role == "completion":
         with pytest.raises(DataError, match="hold preferences"):
-            infer(data, hints=hints_of(None, ["prompt=prompt"], None))
+            infer_task(data, hints=parse_hints(None, ["prompt=prompt"], None))
 
 
 FLAGS: dict[str, str | list[object]] = {"text": "a fine film", "sports": [0, 1], "tech": ["0", "1", "0"], "at": [0]}
@@ -282,16 +282,16 @@ def test_rows_that_cannot_be_used_as_they_are_are_told_what_they_are(
     tmp_path: Path, cells: dict[str, str | list[object]], problem: str
 ) -> None:
     with pytest.raises(DataError, match=problem):
-        infer(_rows(tmp_path, **cells))
+        infer_task(_rows(tmp_path, **cells))
 
 
 def test_user_decides_about_columns_of_0_and_1(tmp_path: Path) -> None:
     data = _rows(tmp_path, **FLAGS)
     with pytest.raises(DataError, match="hold only 0 and 1"):
-        infer(data, hints=hints_of(None, ["text=text"], None))
-    assert infer(data, hints=hints_of("causal-lm", [], None)).target.problem_type == "text"
-    assert infer(data, hints=hints_of(None, ["label=tech"], None)).target.labels == ("0", "1")
-    assert infer(_rows(tmp_path, **FLAGS, label=["a", "b"])).unused == "sports, tech, at"
+        infer_task(data, hints=parse_hints(None, ["text=text"], None))
+    assert infer_task(data, hints=parse_hints("causal-lm", [], None)).target.problem_type == "text"
+    assert infer_task(data, hints=parse_hints(None, ["label=tech"], None)).target.labels == ("0", "1")
+    assert infer_task(_rows(tmp_path, **FLAGS, label=["a", "b"])).unused == "sports, tech, at"
 
 
 def test_judged_answers_are_trained_on_when_they_are_named(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_judged_answers_are_trained_on_when_they_are_named(tmp_path: Path) -> No
             task_named("causal-lm"),
             {"train": read_source_rows(recipe, find_source_files(recipe)["train"], None)},
         )
-    found = infer(data, hints=hints_of(None, ["completion=completion"], None))
+    found = infer_task(data, hints=parse_hints(None, ["completion=completion"], None))
     assert found.target.columns == {"prompt": "prompt", "completion": "completion"}
 
 
@@ -314,10 +314,10 @@ def test_encoding_that_is_named_is_written_and_read(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"rows.csv:2: not UTF-8; .*--encoding\) to its encoding, such as cp1252"):
         write_recipe(data, recipe, None, False)
-    found, _ = write_recipe(data, recipe, None, False, hints_of(None, [], None, "cp1252"))
+    found, _ = write_recipe(data, recipe, None, False, parse_hints(None, [], None, "cp1252"))
     assert (found.num_rows, found.target.labels) == (20, ("gutx", "x"))
     loaded = load_recipe(recipe)
     assert loaded.data.encoding == "cp1252"
     assert next(find_source_files(loaded)["train"].rows())[1]["Text"] == "schöner Film 0"
     with pytest.raises(SetupError, match="--encoding: expected a name such as utf-8"):
-        hints_of(None, [], None, "cp125x2")
+        parse_hints(None, [], None, "cp125x2")

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fulltune.cli import audit
-from fulltune.cli.audit import accepted, go_through, queue, to_decide
+from fulltune.cli.audit import accept_remedies, open_decision, review_rows, undecided_rows
 from fulltune.data.patch import load_patch
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
@@ -46,7 +46,7 @@ def pressing(keys: str) -> Callable[[], str]:
 
 def asked(keys: str, patch: Path) -> tuple[dict[str, RowDecision], str]:
     out = StringIO()
-    found = go_through(
+    found = review_rows(
         Console(file=out, width=80), ISSUES, patch, load_patch(patch) if patch.exists() else {}, pressing(keys)
     )
     return {row: one for (_, row), one in found.items()}, out.getvalue()
@@ -57,7 +57,7 @@ def kept_in(patch: Path) -> dict[str, RowDecision]:
 
 
 def test_rows_come_once_the_costliest_and_surest_first() -> None:
-    waiting = queue(ISSUES, {})
+    waiting = undecided_rows(ISSUES, {})
     assert [one[0].key for one in waiting] == [("train", "c"), ("train", "b"), ("train", "a")]
     assert [one.check for one in waiting[1]] == ["label error", "duplicate"]
 
@@ -99,36 +99,36 @@ def test_other_keys_and_changes_that_are_not_proposed_do_nothing(tmp_path: Path)
 def test_rows_that_are_written_down_to_be_decided_are_asked_about_again(tmp_path: Path) -> None:
     asked("dq", patch := tmp_path / "p.jsonl")
     before = load_patch(patch)
-    found = {them[0].key: to_decide(them) for them in queue(ISSUES, before)}
+    found = {them[0].key: open_decision(them) for them in undecided_rows(ISSUES, before)}
     assert [one.remedy.action for one in found.values()] == ["undecided", "undecided"]  # what was decided stays
     assert all(one.proposed and one.text and one.reason for one in found.values())
-    assert len(queue(ISSUES, {**before, **found})) == 2
+    assert len(undecided_rows(ISSUES, {**before, **found})) == 2
 
 
 def test_what_is_proposed_for_a_check_can_be_taken_at_once(tmp_path: Path) -> None:
     patch = tmp_path / "p.jsonl"
     asked("kq", patch)  # the surest is kept by hand
-    decided, said = accepted(ISSUES, ["label error"], load_patch(patch))
+    decided, said = accept_remedies(ISSUES, ["label error"], load_patch(patch))
     assert {row: one.remedy.action for (_, row), one in decided.items()} == {"c": "keep", "b": "replace"}
-    assert said == ["label error: 1 row, as proposed"]
+    assert said == ["label error: accepted the proposals for 1 row"]
 
 
 def test_of_several_proposals_for_a_row_leaving_it_out_wins_and_others_are_said_to_wait() -> None:
-    decided, said = accepted(ISSUES, ["label error", "duplicate"], {})
+    decided, said = accept_remedies(ISSUES, ["label error", "duplicate"], {})
     assert decided["train", "b"].remedy.action == "drop"
     two = [issue("a", "markup", change="x"), issue("a", "secret", change="y")]
-    decided, said = accepted(two, ["markup", "secret"], {})
+    decided, said = accept_remedies(two, ["markup", "secret"], {})
     assert decided["train", "a"].remedy.value == "y"  # the costlier one first
     assert said == [
-        "secret: 1 row, as proposed",
-        "1 row with another proposed change: apply the patch, then run this again",
+        "secret: accepted the proposals for 1 row",
+        "more changes are proposed for 1 row: apply the patch, then run this again",
     ]
 
 
 def test_any_other_label_can_be_given(tmp_path: Path) -> None:
     answers = iter([None, Remedy(action="replace", column="label", value="rare")])
     out = StringIO()
-    found = go_through(Console(file=out), ISSUES, tmp_path / "p.jsonl", {}, pressing("llq"), lambda: next(answers))
+    found = review_rows(Console(file=out), ISSUES, tmp_path / "p.jsonl", {}, pressing("llq"), lambda: next(answers))
     assert [(row, one.remedy.value) for (_, row), one in found.items()] == [("c", "rare")]  # the first was no answer
     assert "[l]abel" in out.getvalue()
 
@@ -145,7 +145,7 @@ def test_ctrl_d_ends_a_review_as_q_does_and_keeps_what_was_decided(tmp_path: Pat
     def press() -> str:
         return next(waiting, None) or ended()
 
-    found = go_through(Console(file=StringIO()), ISSUES, tmp_path / "p.jsonl", {}, press, ended)
+    found = review_rows(Console(file=StringIO()), ISSUES, tmp_path / "p.jsonl", {}, press, ended)
     assert [(row, one.remedy.action) for (_, row), one in found.items()] == [("c", "keep")]
     assert list(kept_in(tmp_path / "p.jsonl")) == ["c"]
 
@@ -162,9 +162,9 @@ def test_label_is_one_that_there_is_or_a_new_one_typed_twice(
     )
     waiting = iter(typed)
     monkeypatch.setattr(audit.out, "input", lambda prompt: next(waiting))
-    ask = audit._label_prompt(summary)
+    ask = audit._make_label_prompt(summary)
     assert ask is not None
     found = ask()
     assert found == (None if value is None else Remedy(action="replace", column="topic", value=value))
     assert next(waiting, None) is None
-    assert audit._label_prompt(summary.model_copy(update={"problem_type": "regression"})) is None
+    assert audit._make_label_prompt(summary.model_copy(update={"problem_type": "regression"})) is None

@@ -50,7 +50,7 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[str | None, typer.Option(help="Hub id, folder, GGUF file or package:NAME/PATH.")] = None,
     force: options.Force = False,
-    task: Annotated[str | None, typer.Option(help="The task, if the columns do not show it.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task, if it is not clear from the columns.")] = None,
     columns: Annotated[
         str | None,
         typer.Option(help="Names of all columns, for a file without a header line.", metavar="NAME,NAME"),
@@ -58,7 +58,7 @@ def init(
     encoding: Annotated[str, typer.Option(help="Encoding of text files, such as cp1252.")] = "utf-8",
     column: Annotated[
         list[str] | None,
-        typer.Option(help="The column of a role, if its name is not usual. Repeatable.", metavar="ROLE=COLUMN"),
+        typer.Option(help="Column that has a role, if its name is unusual. Repeatable.", metavar="ROLE=COLUMN"),
     ] = None,
 ) -> None:
     """Read a data file, infer the task and write a commented recipe.
@@ -66,10 +66,10 @@ def init(
     Columns with usual names are recognised. Name others: --column prompt=mr --column completion=ref.
 
     """
-    from fulltune.cli.init import hints_of, lines, write_recipe
+    from fulltune.cli.init import parse_hints, summary_lines, write_recipe
 
-    inferred, files = write_recipe(data, output, model, force, hints_of(task, column or [], columns, encoding))
-    for line in lines(inferred, files):
+    inferred, files = write_recipe(data, output, model, force, parse_hints(task, column or [], columns, encoding))
+    for line in summary_lines(inferred, files):
         out.print(escape(line))
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)
 
@@ -87,27 +87,27 @@ def run(
     rendezvous: options.Rendezvous = None,
     wait_for_machines: options.WaitForMachines = "10m",
 ) -> None:
-    """Run all stages: data, plan, train, evaluate, report. The same command resumes an unfinished run."""
+    """Run all stages (data, plan, train, evaluate, report), or resume an unfinished run."""
     from fulltune import report
     from fulltune.report.format import pages
     from fulltune.report.format.blocks import Headline
-    from fulltune.report.run.about_data import row_words
+    from fulltune.report.run.about_data import form_of_rows
 
     began = time.time()
     overrides = [*(set_ or []), *["method.learning_rate=search"] * search]
     overrides += [f"compare.budget={budget}"] if budget is not None else []
-    with stages.joined(target, overrides, machine_rank, rendezvous, wait_for_machines) as group:
+    with stages.machine_group(target, overrides, machine_rank, rendezvous, wait_for_machines) as group:
         recipe, folder = stages.open_run(target, overrides, run_folder, fresh, "report")
-        reached = stages.finished(recipe, folder)
-        reached = reached or stages.reach(recipe, folder, "report", details=True, began=began, group=group)
+        reached = stages.load_if_finished(recipe, folder)
+        reached = reached or stages.run_to(recipe, folder, "report", details=True, began=began, group=group)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    parts = report.for_terminal(folder)
-    pages.show(out, parts)
+    parts = report.run_for_terminal(folder)
+    pages.print_parts(out, parts)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
     if not any(isinstance(part, Headline) and part.kind == "worse" for part in parts):
-        question = row_words(reached.summary).question
+        question = form_of_rows(reached.summary).question
         out.print(f"try it:  fulltune predict {escape(str(folder))} {question}", soft_wrap=True)
 
 
@@ -127,17 +127,17 @@ def data(
     patch: options.PatchFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Read, check, split and tokenise the rows, audit them, and show what the model will see."""
+    """Read, check, split, tokenise and audit the rows, and show what the model will see."""
     from fulltune.cli import audit as cli_audit
 
     wanted = cli_audit.AuditRequest(labels=labels, losses=losses, prove=prove, trainings=trainings, checks=check or [])
-    wanted.refuse(target)
+    wanted.raise_if_unsuitable(target)
     recipe, folder = stages.open_run(target, set_, run_folder, fresh, "data")
-    cli_audit.audit(recipe, folder, wanted)
+    cli_audit.run_audit(recipe, folder, wanted)
     if review or accept or patch:
-        cli_audit.decide(target, folder, patch, review, accept or [], as_json)
+        cli_audit.write_decisions(target, folder, patch, review, accept or [], as_json)
     else:
-        cli_audit.show(target, folder, as_json)
+        cli_audit.print_audit(target, folder, as_json)
 
 
 @app.command()
@@ -153,35 +153,35 @@ def plan(
     price: options.HourlyPrice = None,
     measure: options.MeasureSettings = False,
 ) -> None:
-    """Choose every setting and explain it; show memory, placements, time, and alternatives if the run does not fit."""
+    """Choose and explain every setting; show memory, placements, time, and alternatives if the run does not fit."""
     from fulltune.cli import plan as cli_plan
     from fulltune.cli.show import plan as display_plan
     from fulltune.records.training import Measurements
     from fulltune.report.format import pages
 
     if measure:
-        cli_plan.check_measure(hardware, rows, tokens)
+        cli_plan.raise_if_measure_conflicts(hardware, rows, tokens)
     if rows is not None or tokens is not None:
-        survey, planned = cli_plan.without_data(target, set_ or [], rows, tokens, hardware, price)
+        survey, planned = cli_plan.plan_without_data(target, set_ or [], rows, tokens, hardware, price)
     else:
-        checked = cli_plan.check(hardware, rows, tokens, price)
+        checked = cli_plan.parse_plan_options(hardware, rows, tokens, price)
         recipe, folder = stages.open_run(target, set_, run_folder, fresh, "plan")
         planned = None
         try:
-            planned = stages.reach(recipe, folder, "data" if hardware else "plan", details=False, measure=measure).plan
+            planned = stages.run_to(recipe, folder, "data" if hardware else "plan", details=False, measure=measure).plan
         except DoesNotFitError:  # shown below, with the alternatives
             if measure or not (folder / "data" / "summary.json").exists():
                 raise
-        survey, planned = cli_plan.with_data(target, set_ or [], recipe, folder, checked, planned)
+        survey, planned = cli_plan.plan_with_data(target, set_ or [], recipe, folder, checked, planned)
     measured = Measurements.load(folder / "plan" / "measured.json") if measure else None
     if as_json:
-        stages.print_json(cli_plan.as_json(survey, planned, measured))
+        stages.print_json(cli_plan.plan_as_json(survey, planned, measured))
     else:
-        pages.show(out, display_plan.sections(survey, planned))
+        pages.print_parts(out, display_plan.build_plan_sections(survey, planned))
         if measured is not None:
-            pages.show(out, [display_plan.measured(measured)])
+            pages.print_parts(out, [display_plan.build_measured_table(measured)])
     if planned is None:
-        raise cli_plan.refusal(survey, shown=not as_json)
+        raise cli_plan.does_not_fit_error(survey, ways_shown=not as_json)
 
 
 @app.command()
@@ -195,12 +195,12 @@ def train(
     rendezvous: options.Rendezvous = None,
     wait_for_machines: options.WaitForMachines = "10m",
 ) -> None:
-    """Train, and save the model in the run folder's models."""
+    """Train the model and save it in the run folder."""
     from fulltune.train.journal import run_seconds
 
-    with stages.joined(target, set_, machine_rank, rendezvous, wait_for_machines) as group:
+    with stages.machine_group(target, set_, machine_rank, rendezvous, wait_for_machines) as group:
         recipe, folder = stages.open_run(target, set_, run_folder, fresh, "train")
-        reached = stages.reach(recipe, folder, "train", details=True, group=group)
+        reached = stages.run_to(recipe, folder, "train", details=True, group=group)
     outcome = reached.outcome
     assert outcome is not None
     if as_json:
@@ -225,11 +225,11 @@ def evaluate(
     from fulltune.report.format import pages
 
     recipe, folder = stages.open_run(target, set_, run_folder, fresh, "evaluate")
-    reached = stages.reach(recipe, folder, "evaluate", details=True)
+    reached = stages.run_to(recipe, folder, "evaluate", details=True)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    pages.show(out, report.for_terminal(folder))
+    pages.print_parts(out, report.run_for_terminal(folder))
 
 
 @app.command()
@@ -237,7 +237,7 @@ def compare(
     targets: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RECIPE|RUN...", help="A recipe, or a comparison's folder; several recipes are tasks on one base."
+            metavar="RECIPE|RUN...", help="A recipe, a comparison's folder, or several recipes (tasks of one model)."
         ),
     ],
     set_: options.Overrides = None,
@@ -249,11 +249,11 @@ def compare(
         bool, typer.Option("--lint", help="Only check for unfair settings; exit code 2 if there are any.")
     ] = False,
 ) -> None:
-    """Compare full fine-tuning with LoRA, adapters and prompt tuning: a fair comparison, a verdict, a report."""
+    """Compare full fine-tuning with LoRA, adapters and prompt tuning on equal terms, and write a report."""
     from fulltune.cli import compare as cli_compare
 
     if lint:
-        cli_compare.lint(targets, set_ or [], budget, as_json)
+        cli_compare.print_unfair_settings(targets, set_ or [], budget, as_json)
     else:
         cli_compare.compare(targets, set_ or [], run_folder, fresh, budget, as_json)
 
@@ -265,7 +265,7 @@ app.command()(launch)
 def report(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
 ) -> None:
-    """Write a run's report.md and report.html (for a comparison card.md and card.html) again from its files."""
+    """Rewrite a run's report.md and report.html (card.md and card.html for a comparison) from its files."""
     from fulltune import pipeline
     from fulltune.pipeline import Run
     from fulltune.report import write_comparison
@@ -298,7 +298,7 @@ def doctor(
         return
     out.print(escape(in_words(log)), soft_wrap=True)
     rows = ((name, f"{evidence}{f' → {advice}' if advice else ''}") for name, evidence, advice in diagnoses)
-    pages.show(out, [Facts(tuple(rows))])
+    pages.print_parts(out, [Facts(tuple(rows))])
 
 
 @app.command()
@@ -307,7 +307,9 @@ def predict(
     text: Annotated[
         list[str] | None, typer.Argument(help="Texts. Without texts, or with '-', stdin is read line by line.")
     ] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="csv, jsonl, parquet ... or lines of .txt.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Table (csv, jsonl, parquet ...) or .txt file.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write rows and answers into this csv, tsv, jsonl or parquet file."),
@@ -317,23 +319,23 @@ def predict(
     method: options.MethodName = None,
     as_json: options.Json = False,
 ) -> None:
-    """Answer texts, stdin or the rows of a file with a finished model."""
+    """Answer texts, stdin or the rows of a file with a trained model."""
     from fulltune import predict as predicting
     from fulltune.cli import predict as cli_predict
     from fulltune.methods import folder as folders
 
     if text and file is not None:
-        raise SetupError("predict: texts and --file are both given; keep one")
+        raise SetupError("predict: give either texts or --file, not both")
     if output is not None:
         cli_predict.check_output(output, force)
-    model_folder = stages.chosen_model(run_folder, method)
+    model_folder = stages.choose_model_folder(run_folder, method)
     what = cli_predict.read_input(text or [], file, folders.notes_of(model_folder))
     predictor = predicting.load(model_folder)
     if output is None:
-        cli_predict.show(predictor, what, max_new_tokens, as_json)
+        cli_predict.print_answers(predictor, what, max_new_tokens, as_json)
         return
-    with stages.bar("answering", shown=not as_json) as watch:
-        written = cli_predict.write(predictor, what, output, max_new_tokens, watch)
+    with stages.progress_bar("answering", shown=not as_json) as watch:
+        written = cli_predict.write_answers(predictor, what, output, max_new_tokens, watch)
     if as_json:
         stages.print_json(written)
     else:
@@ -346,15 +348,15 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     method: options.MethodName = None,
 ) -> None:
-    """Merge the weights of LoRA or a head into the pretrained model and write a plain Hugging Face folder."""
+    """Merge LoRA or head weights into the pretrained model and write a plain Hugging Face folder."""
     from fulltune.cli import predict as cli_predict
     from fulltune.methods import folder
     from fulltune.report import write_merged_card
     from fulltune.system.run_folder import explain_os_errors, hide_progress_bars
 
-    model_folder = stages.chosen_model(run_folder, method)
+    model_folder = stages.choose_model_folder(run_folder, method)
     if not folder.can_be_merged(model_folder):
-        raise SetupError(cli_predict.no_merge(run_folder, model_folder))
+        raise SetupError(cli_predict.why_not_mergeable(run_folder, model_folder))
     hide_progress_bars()
     with explain_os_errors(output):
         folder.merge(model_folder, output)
@@ -387,12 +389,12 @@ def selfcheck(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check what depends on this machine (precision, speed, attention, memory, two processes), offline in seconds."""
+    """Check precision, speed, attention, memory and two processes on this machine, offline in seconds."""
     # Some libraries print a greeting to stdout on import, which must not mix with the page.
     with err.status("starting") as status, redirect_stdout(sys.stderr):
         from fulltune import selfcheck as checking
         from fulltune.report.format import pages
-        from fulltune.report.format.pages import section_in_markdown
+        from fulltune.report.format.pages import render_section
         from fulltune.report.format.words import write_sanitized
         from fulltune.system.run_folder import explain_os_errors
 
@@ -400,11 +402,11 @@ def selfcheck(
     shown = checking.in_blocks(page)
     if output is not None:
         with explain_os_errors(output):
-            write_sanitized(output, section_in_markdown(shown))
+            write_sanitized(output, render_section(shown))
     if as_json:
         stages.print_json(page.model_dump(mode="json"))
     else:
-        pages.show(out, [shown])
+        pages.print_parts(out, [shown])
         share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
         out.print(escape(share), soft_wrap=True)
     if failed := [f"selfcheck: {one.device}: {one.ran}: {one.result}" for one in page.findings if one.status == "fail"]:
@@ -424,7 +426,7 @@ def main() -> None:
         colour = "yellow" if isinstance(error, InterruptedRun) else "red"
         if isinstance(error, InterruptedRun):  # another signal must no longer change the exit code
             signals.restore_handlers(dict.fromkeys(signals.STOPPING, signal.SIG_IGN))
-        for problem in stages.shown(error):
+        for problem in stages.printable_problems(error):
             err.print(f"[{colour}]{escape(problem)}[/{colour}]", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

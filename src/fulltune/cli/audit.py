@@ -20,7 +20,7 @@ from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, load_proofs
 from fulltune.records.data import DataSummary
-from fulltune.report.run.data_page import could_do
+from fulltune.report.run.data_page import describe_remedy
 from fulltune.text import counted, did_you_mean, listed
 
 KEYS = "[k]eep  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
@@ -37,49 +37,49 @@ class AuditRequest:
     checks: Sequence[str]
     """Checks whose steps are tried by training; if empty, all with enough rows."""
 
-    def refuse(self, target: Path) -> None:
-        """Raise a `RecipeError` if the options do not suit the recipe or run folder."""
+    def raise_if_unsuitable(self, target: Path) -> None:
+        """Raise a `RecipeError` if the options do not suit the recipe or run folder `target`."""
         from fulltune.system import hardware, run_folder
 
         if self.trainings < 0 or self.trainings == 1:
-            raise RecipeError(f"--trainings: found {self.trainings}, expected 2 or more seeds of each step")
+            raise RecipeError(f"--trainings: found {self.trainings}, expected at least 2 seeds for each step")
         if self.checks and not self.trainings:
-            raise RecipeError("--check: selects the steps of --trainings; expected --trainings as well")
+            raise RecipeError("--check: selects the steps that --trainings tries; add --trainings")
         if self.losses and not target.is_dir():
             raise RecipeError(f"--losses: needs a trained model; give a run folder instead of {target}")
         if self.losses:
             run_folder.load_trained_plan(run_folder.load_run_recipe(target), target, hardware.measure_machine())
 
 
-def audit(recipe: Recipe, folder: Path, wanted: AuditRequest) -> None:
+def run_audit(recipe: Recipe, folder: Path, request: AuditRequest) -> None:
     """Run the data stage and the audit, and write the data page."""
     from fulltune.cleaning import prove_by_classifiers, prove_by_training, refuse_proofs
     from fulltune.pipeline import Run, audit_rows, list_losses
     from fulltune.report import write_data_page
     from fulltune.system import run_folder
 
-    summary = stages.reach(recipe, folder, "data", details=False).summary
-    refuse_proofs(recipe, summary, wanted.prove, wanted.trainings > 0)
+    summary = stages.run_to(recipe, folder, "data", details=False).summary
+    refuse_proofs(recipe, summary, request.prove, request.trainings > 0)
     with (
         run_folder.explain_os_errors(folder),
         run_folder.lock_folder(folder),
-        stages.displayed(details=False) as display,
+        stages.progress_display(details=False) as display,
     ):
         job = Run(recipe, folder, listener=display)
-        audit_rows(job, summary, wanted.labels)
-        if wanted.losses:
+        audit_rows(job, summary, request.labels)
+        if request.losses:
             list_losses(job, summary)
-        if wanted.prove:
+        if request.prove:
             prove_by_classifiers(job, summary)
-        if wanted.trainings:
-            prove_by_training(job, summary, wanted.trainings, wanted.checks)
+        if request.trainings:
+            prove_by_training(job, summary, request.trainings, request.checks)
         write_data_page(folder)
 
 
-def show(target: Path, folder: Path, as_json: bool) -> None:
+def print_audit(target: Path, folder: Path, as_json: bool) -> None:
     """Print the data and the audit's findings, or their records as JSON."""
     from fulltune.report.format import pages
-    from fulltune.report.run.about_data import rows_for_terminal
+    from fulltune.report.run.about_data import data_for_terminal
     from fulltune.report.run.data_page import audit_for_terminal
 
     summary, audit = DataSummary.of_run(folder), Audit.load(folder / "data" / AUDIT)
@@ -92,24 +92,24 @@ def show(target: Path, folder: Path, as_json: bool) -> None:
         }
         stages.print_json(summary.model_dump(mode="json") | more)
         return
-    pages.show(out, [*rows_for_terminal(summary), *audit_for_terminal(audit, proofs)])
+    pages.print_parts(out, [*data_for_terminal(summary), *audit_for_terminal(audit, proofs)])
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:
         out.print(f"review:  fulltune data {escape(str(target))} --review", soft_wrap=True)
 
 
-def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept: Sequence[str], as_json: bool) -> None:
-    """Write decisions about suspicious rows into a patch file.
+def write_decisions(
+    target: Path, folder: Path, patch: Path | None, review: bool, accept: Sequence[str], as_json: bool
+) -> None:
+    """Write decisions about suspicious rows into `patch`, by default the recipe's patch or a file beside the recipe.
 
-    They accept the remedies of some checks, come from a review on the terminal, or are left open for editing. The file
-    is `patch`, else the recipe's patch, else one beside the recipe.
-
+    The decisions accept the remedies of the checks in `accept`, come from a review on the terminal, or stay open.
     """
     from fulltune.system.run_folder import load_run_recipe
 
     if not (review or accept):
-        raise RecipeError("--patch: names the file of decisions; expected --review or --accept (to apply: data.patch)")
-    _check_acceptable(Audit.load(folder / "data" / AUDIT), accept)
+        raise RecipeError("--patch: names the file for decisions; add --review or --accept (to apply it: data.patch)")
+    _raise_if_no_remedies(Audit.load(folder / "data" / AUDIT), accept)
     applied, issues, notes = load_run_recipe(folder).data.patch, load_issues(folder / "data"), list[str]()
     beside = target / "patch.jsonl" if target.is_dir() else target.with_suffix(".patch.jsonl")
     file = patch or Path(applied or beside)
@@ -117,15 +117,15 @@ def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept:
         raise RecipeError(f"--patch: {file.parent}: there is no such folder")
     before = load_patch(file, "--patch") if file.exists() else {}
     if accept:
-        decided, notes = accepted(issues, accept, before)
+        decided, notes = accept_remedies(issues, accept, before)
     elif sys.stdin.isatty() and sys.stdout.isatty():
         import typer
 
-        decided = go_through(out, issues, file, before, typer.getchar, _label_prompt(DataSummary.of_run(folder)))
+        decided = review_rows(out, issues, file, before, typer.getchar, _make_label_prompt(DataSummary.of_run(folder)))
     else:
-        decided = dict(before) | {row_issues[0].key: to_decide(row_issues) for row_issues in queue(issues, before)}
+        decided = dict(before) | {one[0].key: open_decision(one) for one in undecided_rows(issues, before)}
     if decided != before:
-        save(file, decided)
+        save_decisions(file, decided)
     if as_json:
         stages.print_json({"decisions": len(decided), "new": len(decided) - len(before), "patch": str(file)})
         return
@@ -136,18 +136,18 @@ def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept:
     if decided and applied is None:
         # Paths in a recipe are relative to its folder.
         name = file.resolve() if target.is_dir() else os.path.relpath(file, target.parent)
-        lines.append(f"to apply them, add to the recipe data.patch: {name}")
+        lines.append(f"to apply the decisions, add this to the recipe: data.patch: {name}")
     for line in lines:
         out.print(escape(line), soft_wrap=True)
 
 
-def _check_acceptable(audit: Audit, accept: Sequence[str]) -> None:
-    if HIGH_LOSS in accept:
+def _raise_if_no_remedies(audit: Audit, accepted_checks: Sequence[str]) -> None:
+    if HIGH_LOSS in accepted_checks:
         raise RecipeError(f"--accept: '{HIGH_LOSS}' has no remedy; use --review to read its rows")
     checks = {*audit.clean, *audit.checks}
-    for check in (one for one in accept if one not in checks):
+    for check in (one for one in accepted_checks if one not in checks):
         if (why := audit.not_run.get(check)) is not None:
-            raise RecipeError(f"--accept: '{check}' was not run: {why}")
+            raise RecipeError(f"--accept: the check '{check}' was not run: {why}")
         hint = did_you_mean(check, checks) or f"expected one of {listed(sorted(checks))}"
         raise RecipeError(f"--accept: there is no check '{check}'; {hint}")
 
@@ -155,16 +155,16 @@ def _check_acceptable(audit: Audit, accept: Sequence[str]) -> None:
 # ---- the review ---------------------------------------------------------------------------------------------------
 
 
-def save(patch: Path, decided: Decisions) -> None:
-    """Write a patch file. Raise a `SetupError` if that is impossible."""
+def save_decisions(patch_file: Path, decided: Decisions) -> None:
+    """Write a patch file, or raise a `SetupError` if that is impossible."""
     try:
-        save_patch(patch, decided.values())
+        save_patch(patch_file, decided.values())
     except OSError as error:
         reason = str(error.strerror or error).lower()
-        raise SetupError(f"{patch}: cannot be written ({reason}); name another file (--patch)") from None
+        raise SetupError(f"{patch_file}: cannot be written ({reason}); name another file with --patch") from None
 
 
-def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
+def undecided_rows(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
     """Return the issues of each undecided row, with the costliest and most certain first."""
     order, by_row = list(ABOUT), defaultdict[tuple[str, str], list[RowIssue]](list)
     for issue in sorted(issues, key=lambda issue: (order.index(issue.check), -issue.score)):
@@ -177,53 +177,52 @@ def _proposed_change(issues: Issues) -> Remedy | None:
     return next((one.remedy for one in issues if one.remedy.action == "replace"), None)
 
 
-def to_decide(issues: Issues) -> RowDecision:
+def open_decision(issues: Issues) -> RowDecision:
     """Return an open decision that the user will edit in the patch file."""
     reasons = "; ".join(f"{one.check}: {one.reason}" for one in issues)
     more = {"text": issues[0].text, "reason": reasons, "proposed": _proposed_change(issues) or Remedy(action="drop")}
     return issues[0].decision(Remedy(action="undecided")).model_copy(update=more)
 
 
-def _label_prompt(summary: DataSummary) -> Callable[[], Remedy | None] | None:
-    """Return a function that asks for a row's label (twice if it is new), or None if rows have no label of their
-    own."""
+def _make_label_prompt(summary: DataSummary) -> Callable[[], Remedy | None] | None:
+    """Return a function that asks the user for a row's label, or None unless each row has its own label."""
     if not summary.form.one_label or summary.task != "text-classification":
         return None
 
-    def ask() -> Remedy | None:
+    def ask_label() -> Remedy | None:
         value = out.input("  label: ").strip()
         is_meant = value in summary.labels or (value and out.input("  new label; type it again: ").strip() == value)
         return Remedy(action="replace", column=summary.columns["label"], value=value) if is_meant else None
 
-    return ask
+    return ask_label
 
 
-def go_through(
+def review_rows(
     console: Console,
     issues: Issues,
     patch: Path,
-    before: Decisions,
-    ask: Callable[[], str],
-    relabel: Callable[[], Remedy | None] | None = None,
+    already_decided: Decisions,
+    read_key: Callable[[], str],
+    ask_label: Callable[[], Remedy | None] | None = None,
 ) -> dict[tuple[str, str], RowDecision]:
-    """Ask about each undecided row, and save the patch after each key. Return all decisions."""
-    decided, waiting = dict(before), queue(issues, before)
+    """Ask the user about each undecided row, save the patch after each key, and return all decisions."""
+    decided, waiting = dict(already_decided), undecided_rows(issues, already_decided)
     index, history = 0, list[int]()
     with suppress(EOFError):  # Ctrl-D quits
         while index < len(waiting):
             row_issues = waiting[index]
             change = _proposed_change(row_issues)
-            keys = KEYS if relabel is not None else KEYS.replace("[l]abel  ", "")
+            keys = KEYS if ask_label is not None else KEYS.replace("[l]abel  ", "")
             keys = keys if change is not None else keys.replace("[c]hange as proposed  ", "")
-            _show_row(console, row_issues, f"{index + 1:,} of {len(waiting):,}", keys)
-            match ask():
+            _print_row(console, row_issues, f"{index + 1:,} of {len(waiting):,}", keys)
+            match read_key():
                 case "k":
                     remedy = Remedy(action="keep")
                 case "d":
                     remedy = Remedy(action="drop")
                 case "c" if change is not None:
                     remedy = change
-                case "l" if relabel is not None and (other := relabel()) is not None:
+                case "l" if ask_label is not None and (other := ask_label()) is not None:
                     remedy = other
                 case "n":
                     index += 1
@@ -232,7 +231,7 @@ def go_through(
                     if history:
                         index = history.pop()
                         decided.pop(waiting[index][0].key)
-                        save(patch, decided)
+                        save_decisions(patch, decided)
                     continue
                 case "q" | "\x03" | "\x1b":
                     break
@@ -240,27 +239,27 @@ def go_through(
                     continue
             decided[row_issues[0].key] = row_issues[0].decision(remedy)
             history.append(index)
-            save(patch, decided)
+            save_decisions(patch, decided)
             index += 1
     return decided
 
 
-def _show_row(console: Console, issues: Issues, place: str, keys: str) -> None:
+def _print_row(console: Console, issues: Issues, position: str, keys: str) -> None:
     first, change = issues[0], _proposed_change(issues)
-    lines = [f"\n[bold]{place}[/bold]  [dim]{escape(first.place)} ({first.split})[/dim]", f"  {escape(first.text)}"]
+    lines = [f"\n[bold]{position}[/bold]  [dim]{escape(first.place)} ({first.split})[/dim]", f"  {escape(first.text)}"]
     lines += [f"  label: [bold]{escape(first.label)}[/bold]"] if first.label is not None else []
     lines += [f"  [yellow]{escape(one.check)}[/yellow]: {escape(one.reason)}" for one in issues]
-    lines += [f"  proposed: [green]{escape(could_do(change))}[/green]"] if change is not None else []
+    lines += [f"  proposed: [green]{escape(describe_remedy(change))}[/green]"] if change is not None else []
     for line in [*lines, f"  [dim]{escape(keys)}[/dim]"]:
         console.print(line, highlight=False)
 
 
-def accepted(
-    issues: Iterable[RowIssue], checks: Sequence[str], before: Decisions
+def accept_remedies(
+    issues: Iterable[RowIssue], checks: Sequence[str], already_decided: Decisions
 ) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
-    """Accept the remedies of some checks. Return all decisions, and notes on what was accepted."""
-    decided, counts, more = dict(before), Counter[str](), 0
-    for row_issues in queue(issues, before):
+    """Accept the remedies of some checks. Return all decisions, and notes on the accepted ones."""
+    decided, counts, more = dict(already_decided), Counter[str](), 0
+    for row_issues in undecided_rows(issues, already_decided):
         wanted = [issue for issue in row_issues if issue.check in checks]
         if not wanted:
             continue
@@ -269,7 +268,7 @@ def accepted(
         more += first.remedy.action == "replace" and any(issue.remedy != first.remedy for issue in wanted)
         counts[first.check] += 1
         decided[first.key] = first.decision(first.remedy)
-    notes = [f"{check}: {counted(count, 'row')}, as proposed" for check, count in counts.items()]
+    notes = [f"{check}: accepted the proposals for {counted(count, 'row')}" for check, count in counts.items()]
     if more:
-        notes.append(f"{counted(more, 'row')} with another proposed change: apply the patch, then run this again")
+        notes.append(f"more changes are proposed for {counted(more, 'row')}: apply the patch, then run this again")
     return decided, notes

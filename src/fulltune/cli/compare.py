@@ -11,12 +11,12 @@ import typer
 from rich.markup import escape
 
 from fulltune import report
-from fulltune.cli.stages import displayed, err, open_folder, out, print_json
+from fulltune.cli.stages import err, open_run_folder, out, print_json, progress_display
 from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.report.comparison import content
-from fulltune.report.comparison.many_tasks import many_tasks, on_one_base
+from fulltune.report.comparison.many_tasks import build_tasks_section, combine_tasks
 from fulltune.report.format import pages
 from fulltune.report.format.blocks import Element, Headline, Section
 from fulltune.system import run_folder
@@ -32,29 +32,29 @@ _LONGEST_NAME = 100
 def compare(
     targets: list[Path], overrides: list[str], folder: Path | None, fresh: bool, budget: str | None, as_json: bool
 ) -> None:
-    """Run or resume a comparison and show its verdict. Several recipes are compared one by one, then together."""
+    """Run or resume a comparison and print its verdict. Several recipes are compared one by one, then together."""
     began, share = time.time(), _budget_per_task(budget, len(targets))
     if len(targets) > 1:
         if fresh:
-            raise SetupError("--fresh: with several recipes name a new --run-folder instead")
-        _compare_tasks(targets, overrides, folder, share, as_json)
+            raise SetupError("--fresh: is not possible with several recipes; name a new --run-folder instead")
+        _compare_recipes(targets, overrides, folder, share, as_json)
         return
-    recipe, run = _open_folder(targets[0], overrides, folder, fresh)
+    recipe, run = _open_comparison(targets[0], overrides, folder, fresh)
     comparison, cards = _run_comparison(recipe, run, share, began)
     if as_json:
         typer.echo(comparison.model_dump_json(indent=2))
     else:
-        _print_results(content.for_terminal(comparison), cards)
+        _print_results(content.comparison_for_terminal(comparison), cards)
 
 
-def _compare_tasks(
+def _compare_recipes(
     targets: list[Path], overrides: list[str], folder: Path | None, budget: str | None, as_json: bool
 ) -> None:
     if folder is not None and (folder / run_folder.IDENTITY).exists():
         what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
         raise SetupError(
-            f"{folder}: is the folder of {what}; several recipes need a folder that holds one folder for each: name "
-            "another, or omit --run-folder"
+            f"{folder}: belongs to {what}, but several recipes need a folder with a subfolder for each; choose another "
+            "--run-folder, or omit the option"
         )
     recipes = _load_tasks(targets, overrides)
     # The same names give the same folder, so that the same command resumes.
@@ -63,22 +63,22 @@ def _compare_tasks(
     for name, target in zip(recipes, targets, strict=True):
         err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
         began = time.time()
-        recipe, run = _open_folder(target, overrides, parent / name, False)
+        recipe, run = _open_comparison(target, overrides, parent / name, False)
         comparisons[name], cards = _run_comparison(recipe, run, budget, began)
         if not as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
-            _print_results(content.for_terminal(comparisons[name]), cards)
-    together = many_tasks(comparisons)
+            _print_results(content.comparison_for_terminal(comparisons[name]), cards)
+    together = combine_tasks(comparisons)
     with run_folder.explain_os_errors(parent):
-        files = report.write_tasks(parent, together)
+        files = report.write_tasks_report(parent, together)
     if as_json:
         typer.echo(together.model_dump_json(indent=2))
     else:
-        _print_results([on_one_base(together)], files)
+        _print_results([build_tasks_section(together)], files)
 
 
 def _print_results(parts: Iterable[Headline | Section | Element], files: Sequence[Path]) -> None:
-    pages.show(out, parts)
+    pages.print_parts(out, parts)
     for path in files:
         out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)
 
@@ -89,9 +89,9 @@ def _load_tasks(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
     problems = []
     for target in targets:
         if target.is_dir():
-            problems.append(f"{target}: is a folder; to compare several tasks, give their recipes")
+            problems.append(f"{target}: is a folder; give recipes to compare several tasks")
             continue
-        recipe = _load_comparison(target, overrides)
+        recipe = _load_comparison_recipe(target, overrides)
         name = recipe.name or target.stem
         if name in recipes:
             problems.append(f"{target}: another recipe is also called '{name}'; change its 'name'")
@@ -99,7 +99,7 @@ def _load_tasks(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
     models = {name: recipe.model.in_words() for name, recipe in recipes.items()}
     if len(set(models.values())) > 1:
         by_recipe = ", ".join(f"{model} in {name}" for name, model in models.items())
-        problems.append(f"model: several tasks must share one base; found {by_recipe}")
+        problems.append(f"model: several tasks must share one pretrained model; found {by_recipe}")
     without_rates = {"learning_rate", "learning_rates"}
     methods = [
         {
@@ -111,7 +111,7 @@ def _load_tasks(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
     ]
     common = set.intersection(*map(set, methods)) if methods else set()
     if methods and (len(common) < 2 or not any(methods[0][name][0] == "full" for name in common)):
-        problems.append("methods: all recipes must share 'full' and one more method by name")
+        problems.append("methods: all recipes must have 'full' and another method of the same name")
     problems += [
         f"methods: '{name}' has different settings in different recipes; change its 'name'"
         for name in sorted(common)
@@ -122,7 +122,7 @@ def _load_tasks(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
     return recipes
 
 
-def _load_comparison(target: Path, overrides: list[str]) -> Recipe:
+def _load_comparison_recipe(target: Path, overrides: list[str]) -> Recipe:
     recipe = load_recipe(target, overrides)
     from fulltune.compare.run import recipe_for  # imported late, so that recipe errors do not wait for libraries
 
@@ -133,48 +133,48 @@ def _load_comparison(target: Path, overrides: list[str]) -> Recipe:
 
 
 def _budget_per_task(budget: str | None, count: int) -> str | None:
+    """Return each task's share of the budget in seconds, such as `90s`, or None without a budget."""
     try:
         return None if budget is None else f"{max(1, round(parse_seconds(budget) / count))}s"
     except ValueError as error:
         raise RecipeError(f"--budget: {error}") from None
 
 
-def _run_comparison(recipe: Recipe, folder: Path, budget: str | None, began: float) -> Compared:
-    with displayed(details=False) as display:
+def _run_comparison(recipe: Recipe, folder: Path, budget: str | None, start_time: float) -> Compared:
+    with progress_display(details=False) as display:
         from fulltune.compare.run import run_comparison
         from fulltune.pipeline import Run
 
-        job = Run(recipe, folder, listener=display, began=began)
+        job = Run(recipe, folder, listener=display, began=start_time)
         return run_comparison(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
 
 
-def _open_folder(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
-    recipe = run_folder.load_run_recipe(target) if target.is_dir() else _load_comparison(target, overrides)
+def _open_comparison(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
+    recipe = run_folder.load_run_recipe(target) if target.is_dir() else _load_comparison_recipe(target, overrides)
     if not recipe.methods:  # only a folder's: a file's recipe was refused before
         raise SetupError(
-            f"{target}: is the folder of a single run; give a recipe with 'methods', or resume the run: fulltune run "
-            f"{target}"
+            f"{target}: belongs to a single run; give a recipe with 'methods', or resume the run: fulltune run {target}"
         )
-    return recipe, open_folder(target, recipe, overrides, folder, fresh)
+    return recipe, open_run_folder(target, recipe, overrides, folder, fresh)
 
 
 UNFAIR = 2
 
 
-def lint(targets: list[Path], overrides: list[str], budget: str | None, as_json: bool) -> None:
-    """Print what would make the comparisons unfair, and exit with `UNFAIR` if anything would."""
+def print_unfair_settings(targets: list[Path], overrides: list[str], budget: str | None, as_json: bool) -> None:
+    """Print what would make the comparisons unfair, and exit with code 2 if anything would."""
     if budget is not None:
         raise RecipeError("--budget: has no effect with --lint, which only reads the recipe; remove one of them")
     run_folder.hide_progress_bars()
     from fulltune.compare.lint import lint_recipe
 
-    findings = {target: lint_recipe(_load_comparison(target, overrides)) for target in targets}
+    findings = {target: lint_recipe(_load_comparison_recipe(target, overrides)) for target in targets}
     if as_json:
         print_json([{"recipe": str(path), **f.model_dump(mode="json")} for path in findings for f in findings[path]])
     for target, several in () if as_json else findings.items():
         where = f"{target}: " if len(findings) > 1 else ""
         lines = [f"{each.level}: {each.where}: {each.what}; {each.to_do}" for each in several]
-        for line in lines or ["nothing would make this comparison unfair"]:
+        for line in lines or ["no setting would make this comparison unfair"]:
             out.print(f"{where}{line}", soft_wrap=True, markup=False)
     if any(finding.level == "unfair" for several in findings.values() for finding in several):
         raise typer.Exit(UNFAIR)

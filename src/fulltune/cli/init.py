@@ -68,12 +68,12 @@ method:
   kind: full                    # every parameter is trained
 
 evaluate:
-  metric: {metric}              # chooses the checkpoint, on eval rows; test rows only report
+  metric: {metric}              # chooses the checkpoint on eval rows; test rows are for the report
 
 output: runs
 
-# Not set, because the plan chooses them by model and rows: method.learning_rate, train.num_train_epochs,
-# train.global_batch_size, train.precision and more. To see each with its reason: fulltune plan {recipe}
+# The plan chooses the other settings for this model and these rows: method.learning_rate,
+# train.num_train_epochs, train.global_batch_size and more. To see the reasons: fulltune plan {recipe}
 """
 
 
@@ -81,13 +81,13 @@ Hints = tuple[TaskName | None, Mapping[str, Any]]
 NO_HINTS: Hints = (None, {})
 
 
-def hints_of(task: str | None, named: Sequence[str], columns: str | None, encoding: str = "utf-8") -> Hints:
-    """Check and return the command line's hints; `named` holds entries `ROLE=COLUMN`."""
+def parse_hints(task: str | None, role_options: Sequence[str], columns: str | None, encoding: str = "utf-8") -> Hints:
+    """Parse the options that help to infer the task. `role_options` have the form `ROLE=COLUMN`."""
     if task is not None and task not in FACTS:
         raise SetupError(f"--task: expected one of {', '.join(FACTS)}, found '{task}'")
     roles = [role for role in USUAL_NAMES if task is None or task in READ_BY[role]]
     settings: dict[str, Any] = {"encoding": encoding}
-    for text in named:
+    for text in role_options:
         role, _, column = text.partition("=")
         if role not in roles or not column:
             raise SetupError(
@@ -112,15 +112,15 @@ SplitFiles = tuple[tuple[Path, ...], dict[SplitName, Path], tuple[str, ...]]
 """Train files, the file of each other split, and unused files with reasons."""
 
 
-def split_files(path: Path) -> SplitFiles:
+def assign_files_to_splits(path: Path) -> SplitFiles:
     """Assign a folder's files to splits by their names. For a single file, find the splits beside it."""
     if not path.is_dir():
-        return (path,), _single_files(find_held_out_beside(path)), ()
+        return (path,), _one_file_per_split(find_held_out_beside(path)), ()
     splits = group_folders_by_split(path)
     if not splits and is_image_folder(path):
         return (path,), {}, ()
     splits = splits or group_files_by_split(list_data_files(path))
-    held_out = _single_files({split: splits[split] for split in ("eval", "test") if split in splits})
+    held_out = _one_file_per_split({split: splits[split] for split in ("eval", "test") if split in splits})
     unnamed = splits.get(None, [])
     train = splits.get("train", unnamed)
     if not train:
@@ -131,13 +131,14 @@ def split_files(path: Path) -> SplitFiles:
     return tuple(train), held_out, tuple(spare)
 
 
-def _single_files(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Path]:
+def _one_file_per_split(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Path]:
+    """Return the only file of each split, or raise a `DataError` if a split has several."""
     for split, files in splits.items():
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise DataError(
-                f"{files[0].parent}: expected one file of {split} rows, found {names}; put them into a folder of their "
-                "own, or move the others away"
+                f"{files[0].parent}: expected one file of {split} rows, found {names}; keep one and move the others to "
+                "another folder"
             )
     return {split: files[0] for split, files in splits.items()}
 
@@ -147,10 +148,10 @@ def _column_mismatch(file: Path, inferred: Inferred, encoding: str) -> str | Non
     if inferred.columns:
         names = guess_missing_header(locate_data_files([str(file)]).files[0], encoding)
         alike = names is not None and len(names) == len(inferred.columns)
-        return None if alike else f"{file.name}: has a header line or other columns than train"
+        return None if alike else f"{file.name}: has a header line, or its columns differ from the train file's"
     columns, _ = _first_rows(replace(locate_data_files([str(file)]), encoding=encoding), _FEW)
     missing = [column for column in inferred.target.columns.values() if column not in columns]
-    return f"{file.name}: has no column '{missing[0]}', which train has" if missing else None
+    return f"{file.name}: has no column '{missing[0]}', which the train file has" if missing else None
 
 
 # ---- what they hold --------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ class Inferred:
     num_rows: int
     columns: tuple[str, ...] | None = None
     is_guess: bool = False
-    """True if it is a guess that there is no header line."""
+    """True if the missing header line is only a guess."""
     unused: str = ""
     notes: tuple[str, ...] = ()
 
@@ -174,8 +175,8 @@ def _first_rows(files: DataFiles, most: int = _HEAD) -> tuple[tuple[str, ...], l
     return tuple(dict.fromkeys(name for row in head for name in row)), head
 
 
-def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
-    """Infer task, target and columns of data files from their rows."""
+def infer_task(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
+    """Infer task, target and columns of data files from their rows, or raise a `DataError`."""
     # Naming columns of a file implies that it has a header.
     given_task, settings = hints
     roles = {role: column for role, column in settings.items() if role in USUAL_NAMES}
@@ -209,8 +210,8 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
         return Inferred(task, target, files.where, counts["train"], named, is_guess, unused, tuple(files.notes))
     if refusals and len({task for task, _ in forms}) == 1:
         raise refusals[0]
-    advice = _how_to_name_columns(columns, head, flags)
-    raise DataError(f"{paths[0]}: no known form of data: {advice}; columns here: {shown(columns)}")
+    advice = _advice_on_columns(columns, head, flags)
+    raise DataError(f"{paths[0]}: its columns fit no task: {advice}; columns here: {shown(columns)}")
 
 
 def _possible_tasks(
@@ -233,19 +234,19 @@ def _one_hot_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) 
     return flags if len(flags) > 1 else []
 
 
-def _how_to_name_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> str:
-    if flags:
+def _advice_on_columns(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], one_hot: Sequence[str]) -> str:
+    if one_hot:
         return (
-            f"columns {shown(flags)} hold only 0 and 1, one column per label; expected one column with a list of "
-            f"labels, such as {json.dumps(flags[:2])}: docs/guides/data.md shows how to write it (for one label only: "
-            f"--column label={flags[0]}; for the texts only: --task causal-lm)"
+            f"columns {shown(one_hot)} hold only 0 and 1, one column per label; expected one column with a list of "
+            f"labels, such as {json.dumps(one_hot[:2])}: docs/guides/data.md shows how to write it (for one label "
+            f"only: --column label={one_hot[0]}; for the texts only: --task causal-lm)"
         )
-    cells = {name: [row.get(name) for row in head] for name in columns}
+    cells = {name: [row.get(name) for row in rows] for name in columns}
     sizes = {
         name: sum(len(cell) for cell in values if isinstance(cell, str) and re.search(r"[^\W\d]", cell))
         for name, values in cells.items()
     }
-    few = [name for name in columns if 1 < len(set(map(str, cells[name]))) <= len(head) // _ROWS_OF_A_LABEL]
+    few = [name for name in columns if 1 < len(set(map(str, cells[name]))) <= len(rows) // _ROWS_OF_A_LABEL]
     texts = sorted((name for name in columns if sizes[name] and name not in few), key=lambda name: -sizes[name])
     expected = (
         "expected columns text + label (classification), tokens + tags (entities), prompt + completion or messages "
@@ -257,20 +258,20 @@ def _how_to_name_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any
     if not few and len(texts) > 1:
         example = {"prompt": texts[0], "completion": texts[1]}
     options = " ".join(f"--column {role}={name}" for role, name in example.items())
-    return f"{expected}; name them, for example {options}"
+    return f"{expected}; name the columns, for example {options}"
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------
 
 
 def write_recipe(
-    path: Path, recipe: Path, model: str | None, force: bool, hints: Hints = NO_HINTS
+    data_path: Path, recipe_file: Path, model: str | None, force: bool, hints: Hints = NO_HINTS
 ) -> tuple[Inferred, SplitFiles]:
-    """Write the recipe for a data file or folder, by default with a small model."""
-    if recipe.exists() and not force:
-        raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
-    paths, files, unused = split_files(path)
-    inferred = infer(*paths, hints=hints)
+    """Infer and write the recipe for a data file or folder. Return what was inferred and the files of each split."""
+    if recipe_file.exists() and not force:
+        raise SetupError(f"{recipe_file}: already exists; replace it with --force, or give another name with --output")
+    paths, files, unused = assign_files_to_splits(data_path)
+    inferred = infer_task(*paths, hints=hints)
     target, encoding = inferred.target, hints[1].get("encoding", "utf-8")
     # Official test rows often come without labels: a held-out file without a needed column is not used.
     problems = {split: _column_mismatch(file, inferred, codec_of(encoding)) for split, file in files.items()}
@@ -278,44 +279,45 @@ def write_recipe(
     not_used = (*unused, *filter(None, problems.values()))
     model_name = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
     where = "" if model_name.startswith("package:") else ", from the Hub"
-    train = [_path(file, recipe) for file in paths]
+    train = [_yaml_path(file, recipe_file) for file in paths]
+    held_out_paths = {split: _yaml_path(file, recipe_file) for split, file in held_out.items()}
     names = ", ".join(map(_yaml_scalar, inferred.columns or ()))
     some = f": {', '.join(target.labels[:5])}{' ...' if len(target.labels) > 5 else ''}" if target.labels else ""
     data = [
         f"train: {train[0]}" if len(train) == 1 else "\n    - ".join(["train:", *train]),
         *(f"# not used: {reason}" for reason in not_used),
         *(
-            f"{split}: {_path(held_out[split], recipe)}" if split in held_out else f"# {split} rows are split off train"
+            f"{split}: {held_out_paths[split]}" if split in held_out else f"# {split} rows are split off train"
             for split in ("eval", "test")
         ),
         *([f"encoding: {_yaml_scalar(encoding)}"] if codec_of(encoding) != UTF_8 else []),
-        *([f"columns: [{names}]   # of a file without a header line"] if names else []),
+        *([f"columns: [{names}]   # the file has no header line"] if names else []),
         *(f"{role}: {_yaml_scalar(column)}" for role, column in target.columns.items()),
         *([f"# columns not used: {inferred.unused}"] if inferred.unused else []),
         f"# contents: {counted(inferred.num_rows, 'row')}, {_target_in_words(target)}{' '.join(some.split())}",
     ]
     text = TEMPLATE.format(
-        file=path.name,
-        recipe=recipe.name,
+        file=data_path.name,
+        recipe=recipe_file.name,
         model=_yaml_scalar(model_name)
-        + ("" if model else f"   # a small model to start with{where}: any Hub id, folder or GGUF"),
+        + ("" if model else f"   # a small model to start with{where}; any Hub id, folder or GGUF file works"),
         task=inferred.task,
         data="\n  ".join(data),
         metric=target.form.metrics[0],
     )
-    with explain_os_errors(recipe):
-        write_text(recipe, text)
+    with explain_os_errors(recipe_file):
+        write_text(recipe_file, text)
     return inferred, (paths, held_out, not_used)
 
 
-def lines(inferred: Inferred, files: SplitFiles) -> list[str]:
-    """Return what the command prints about the inferred files, columns and rows."""
+def summary_lines(inferred: Inferred, files: SplitFiles) -> list[str]:
+    """Return the lines that describe the inferred files, columns and rows to the user."""
     _, held_out, not_used = files
     output: list[str] = []
     if inferred.is_guess:
         output += [
             f"{inferred.where}: no header line, because the first line looks like a row",
-            f"columns: {', '.join(inferred.columns or ())}; other names: --columns NAME,NAME",
+            f"columns: {', '.join(inferred.columns or ())}; to rename them: --columns NAME,NAME",
             "if the first line is a header, name one of its columns, such as --column label=NAME",
         ]
     rows = f"{counted(inferred.num_rows, 'row')}, {inferred.task} ({_target_in_words(inferred.target)})"
@@ -333,9 +335,9 @@ def _target_in_words(target: Target) -> str:
     return target.form.words + (f", {counted(len(target.labels), 'label')}" if target.labels else "")
 
 
-def _path(file: Path, recipe: Path) -> str:
-    """Write a path relative to the recipe's folder if it lies there, so that both can be moved together."""
-    whole, folder = file.resolve(), recipe.parent.resolve()
+def _yaml_path(file: Path, recipe_file: Path) -> str:
+    """Return a path as YAML, relative if it lies in the recipe's folder, so that both can move together."""
+    whole, folder = file.resolve(), recipe_file.parent.resolve()
     is_beside = whole.is_relative_to(folder) and not whole.relative_to(folder).as_posix().startswith(("~", "package:"))
     return _yaml_scalar(str(whole.relative_to(folder) if is_beside else whole))
 

@@ -50,6 +50,6 @@ def launch(
     each = f", {counted(job.processes, 'process', 'processes')} each" if job.num_machines > 1 else ""
     out.print(f"{counted(job.num_machines, 'machine')}{each}", soft_wrap=True)
     submit = escape(shlex.join(command))
-    out.print(f"wrote {escape(str(path))}; edit what '# edit:' marks, then submit it: {submit}", soft_wrap=True)
+    out.print(f"wrote {escape(str(path))}; edit lines marked '# edit:', then submit it: {submit}", soft_wrap=True)
     for note in launch.absent(job, on):
         out.print(escape(note), soft_wrap=True)

@@ -21,18 +21,18 @@ Overrides = Annotated[
     typer.Option("--set", help="Change a setting: block.name=value. Repeatable.", metavar="NAME=VALUE"),
 ]
 RunFolder = Annotated[
-    Path | None, typer.Option("--run-folder", help="Work in this folder instead of a new one in 'output'.")
+    Path | None, typer.Option("--run-folder", help="Run folder to use instead of a new one in 'output'.")
 ]
 JudgeLabels = Annotated[
     bool,
     typer.Option(
         "--labels/--no-labels",
-        help="Let the untouched model judge labels and find outliers, or skip these checks.",
+        help="Judge labels and find outliers by the pretrained model, or skip these checks.",
     ),
 ]
 Prove = Annotated[
     bool,
-    typer.Option("--prove", help="Fit classifiers on the untouched model with and without each cleaning step."),
+    typer.Option("--prove", help="Fit classifiers on the pretrained model with and without each cleaning step."),
 ]
 Trainings = Annotated[
     int,
@@ -42,7 +42,7 @@ Trainings = Annotated[
 ]
 StepsOf = Annotated[
     list[str] | None,
-    typer.Option("--check", help="For --trainings: only the steps of this check. Repeatable.", metavar="CHECK"),
+    typer.Option("--check", help="For --trainings: try only the steps of this check. Repeatable.", metavar="CHECK"),
 ]
 ListLosses = Annotated[
     bool,
@@ -56,24 +56,24 @@ Accept = Annotated[
 ]
 Review = Annotated[
     bool,
-    typer.Option("--review", help="Decide about each suspicious row; without a terminal, write them to the patch."),
+    typer.Option("--review", help="Decide about each suspicious row; without a terminal, list the rows in the patch."),
 ]
 PatchFile = Annotated[
     Path | None,
     typer.Option("--patch", help="File for decisions. Default: NAME.patch.jsonl beside the recipe, or in the RUN."),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start again even if an unfinished run of this recipe exists.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
 SearchRate = Annotated[
     bool, typer.Option("--search", help="Search the learning rate first: short for --set method.learning_rate=search.")
 ]
 SearchBudget = Annotated[
     str | None,
-    typer.Option("--budget", help="Approximate time for the search and the best run: 20m, 2h.", metavar="TIME"),
+    typer.Option("--budget", help="Approximate time for search and best run, such as 20m or 2h.", metavar="TIME"),
 ]
 CompareBudget = Annotated[
     str | None,
     typer.Option(
-        "--budget", help="Maximum total time: 30m, 2h. Run again with a larger one to resume.", metavar="TIME"
+        "--budget", help="Maximum total time, such as 30m or 2h. Rerun with a larger budget to resume.", metavar="TIME"
     ),
 ]
 MethodName = Annotated[
@@ -86,7 +86,7 @@ MachineRank = Annotated[
 ]
 Rendezvous = Annotated[
     str | None,
-    typer.Option("--rendezvous", help="Address where several machines meet: that of machine 0.", metavar="HOST[:PORT]"),
+    typer.Option("--rendezvous", help="Address of machine 0, where several machines meet.", metavar="HOST[:PORT]"),
 ]
 WaitForMachines = Annotated[
     str, typer.Option("--wait-for-machines", help="How long machines wait for each other.", metavar="TIME")

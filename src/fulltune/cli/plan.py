@@ -31,10 +31,10 @@ SURVEY = "survey.json"
 USUAL_CHOICES = 4
 
 
-Checked = tuple[Fleet | None, DevicePrice | None]
+FleetAndPrice = tuple[Fleet | None, DevicePrice | None]
 
 
-def check(hardware: str | None, rows: int | None, tokens: int | None, price: str | None) -> Checked:
+def parse_plan_options(hardware: str | None, rows: int | None, tokens: int | None, price: str | None) -> FleetAndPrice:
     """Parse the options into hardware and price, or raise a `RecipeError`."""
     problems: list[str] = []
 
@@ -47,9 +47,9 @@ def check(hardware: str | None, rows: int | None, tokens: int | None, price: str
             return None
 
     fleet, hourly = parse_or_note(gpus.parse_hardware, hardware), parse_or_note(time.parse_price, price)
-    for name, value, what in (("rows", rows, "train rows"), ("tokens", tokens, "tokens of a row")):
+    for name, value, what in (("rows", rows, "train rows"), ("tokens", tokens, "tokens per row")):
         if value is not None and value < 1:
-            problems.append(f"--{name}: {value}, but the number of {what} must be at least 1")
+            problems.append(f"--{name}: found {value}, but the number of {what} must be at least 1")
     if (rows is None) != (tokens is None):
         present, other = ("rows", "tokens") if tokens is None else ("tokens", "rows")
         problems.append(f"--{present}: a plan without data also needs --{other}")
@@ -58,7 +58,7 @@ def check(hardware: str | None, rows: int | None, tokens: int | None, price: str
     return fleet, hourly
 
 
-def check_measure(hardware: str | None, rows: int | None, tokens: int | None) -> None:
+def raise_if_measure_conflicts(hardware: str | None, rows: int | None, tokens: int | None) -> None:
     """Raise a `RecipeError` if --measure is combined with other hardware or rows."""
     named = (("for", hardware), ("rows", rows), ("tokens", tokens))
     others = " and ".join(f"--{name}" for name, value in named if value is not None)
@@ -66,35 +66,35 @@ def check_measure(hardware: str | None, rows: int | None, tokens: int | None) ->
         raise RecipeError(f"--measure: runs real steps on this machine with the recipe's rows; remove {others}")
 
 
-def without_data(
+def plan_without_data(
     target: Path, overrides: list[str], rows: int | None, tokens: int | None, hardware: str | None, price: str | None
 ) -> tuple[Survey, Plan | None]:
-    """Make a survey and a plan from the recipe, the model's config and two numbers, without writing files."""
+    """Make a survey and a plan from the recipe, the model's config, and numbers of rows and tokens."""
     problems: list[str] = []
     recipe, checked = None, None
     try:
         if target.is_dir():
-            raise RecipeError(f"{target}: is a run folder with known rows; give the recipe to plan without data")
+            raise RecipeError(f"{target}: is a run folder with known rows; to plan without data, give the recipe")
         recipe = load_recipe(target, overrides)
     except RecipeError as error:
         problems += error.problems
     try:
-        checked = check(hardware, rows, tokens, price)
+        checked = parse_plan_options(hardware, rows, tokens, price)
     except RecipeError as error:
         problems += error.problems
     if recipe is None or checked is None or rows is None or tokens is None:
         raise RecipeError(problems)
     survey, plan = _survey_and_plan(
-        recipe, _assumed_data(recipe, rows, tokens), checked, None, Path(recipe.output), by_config=True
+        recipe, _make_assumed_summary(recipe, rows, tokens), checked, None, Path(recipe.output), by_config=True
     )
     return _add_commands(survey, target, overrides, recipe), plan
 
 
-def with_data(
-    target: Path, overrides: list[str], recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
+def plan_with_data(
+    target: Path, overrides: list[str], recipe: Recipe, folder: Path, wanted: FleetAndPrice, plan: Plan | None
 ) -> tuple[Survey, Plan | None]:
     """Make a survey and a plan from prepared rows, and save the survey."""
-    survey, planned = _survey_and_plan(recipe, DataSummary.of_run(folder), checked, plan, folder)
+    survey, planned = _survey_and_plan(recipe, DataSummary.of_run(folder), wanted, plan, folder)
     survey = survey if target.is_dir() else _add_commands(survey, target, overrides, recipe)
     survey.save(folder / "plan" / SURVEY)
     return survey, planned
@@ -121,45 +121,46 @@ def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Re
 
 
 def _survey_and_plan(
-    recipe: Recipe, summary: DataSummary, checked: Checked, plan: Plan | None, folder: Path, by_config: bool = False
+    recipe: Recipe, data: DataSummary, wanted: FleetAndPrice, plan: Plan | None, folder: Path, by_config: bool = False
 ) -> tuple[Survey, Plan | None]:
     from fulltune.footprint.trace import PlannedModel
     from fulltune.models.base import Base
     from fulltune.models.shapes import Shapes
 
-    fleet, price = checked
+    fleet, price = wanted
     fleet = fleet or gpus.local_hardware(
         hardware.measure_machine(), hardware.disk_free_bytes(folder), recipe.train.num_machines, str(folder)
     )
     spread, followed = workload.set_one_process_per_device(recipe, fleet)
     base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, not by_config))
 
-    def workload_of(changed: Recipe) -> workload.Workload:
+    def make_workload(changed: Recipe) -> workload.Workload:
         if by_config:
-            _check_model_and_length(changed, base(), summary, fleet.here)
-        model = PlannedModel(changed, base(), summary)
+            _raise_if_model_or_length_unfit(changed, base(), data, fleet.here)
+        model = PlannedModel(changed, base(), data)
 
         def traced(weights_dtype: str) -> records.Footprint:
             same = with_settings(changed, {"model.weights_dtype": weights_dtype})
             return model.footprint(same, *device_and_precision(same, fleet.machine))
 
-        return workload.Workload(changed, model.shapes, traced, summary, followed)
+        return workload.Workload(changed, model.shapes, traced, data, followed)
 
     def workload_with_method(kind: str) -> workload.Workload | None:
-        changed = _with_method(spread, kind, base())
-        return None if changed is None else workload_of(changed)
+        changed = _recipe_with_method(spread, kind, base())
+        return None if changed is None else make_workload(changed)
 
     files = [folder / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
     if fleet.here and plan is not None and all(file.exists() for file in files):
         # This machine's plan was made from these files; a plan of an earlier version lacks them.
         shapes, footprint = Shapes.load(files[0]), records.Footprint.load(files[1])
-        load = workload.Workload(spread, shapes, lambda weights_dtype: footprint, summary, followed)
+        load = workload.Workload(spread, shapes, lambda weights_dtype: footprint, data, followed)
     else:
-        load = workload_of(spread)
+        load = make_workload(spread)
     return survey_placements(load, fleet, price, plan, workload_with_method)
 
 
-def _with_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
+def _recipe_with_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
+    """Return the recipe with another method, or None if that method is impossible."""
     from fulltune.pipeline import check_recipe
 
     try:
@@ -171,7 +172,7 @@ def _with_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
     return changed
 
 
-def _check_model_and_length(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
+def _raise_if_model_or_length_unfit(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
     from fulltune.models.shapes import position_limit
     from fulltune.pipeline import check_recipe
 
@@ -184,7 +185,7 @@ def _check_model_and_length(recipe: Recipe, base: Base, summary: DataSummary, ru
         )
 
 
-def _assumed_data(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
+def _make_assumed_summary(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     from fulltune.tasks import Target
 
     data, form = recipe.data, form_of(recipe)
@@ -194,17 +195,17 @@ def _assumed_data(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     percentiles = {"p50": length, "p95": length, "max": length}
     choices = USUAL_CHOICES if recipe.task == "multiple-choice" else 0
 
-    def split_of(number: int) -> SplitSummary:
+    def make_split(num_rows: int) -> SplitSummary:
         return SplitSummary(
-            rows=number,
-            tokens=number * length * max(1, choices),
-            trained_tokens=number * length,
-            truncated_rows=number if tokens > length else 0,
+            rows=num_rows,
+            tokens=num_rows * length * max(1, choices),
+            trained_tokens=num_rows * length,
+            truncated_rows=num_rows if tokens > length else 0,
             dropped_rows=0,
             length_percentiles=percentiles,
         )
 
-    splits: Any = {name: split_of(number) for name, number in {"train": rows, **counts}.items()}
+    splits: Any = {name: make_split(number) for name, number in {"train": rows, **counts}.items()}
     labels = ("a", "b") if recipe.task.endswith("classification") else ()
     target = Target(form.name if form else FACTS[recipe.task].types[0], {}, labels, num_choices=choices)
     return DataSummary(
@@ -219,13 +220,13 @@ def _assumed_data(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     )
 
 
-def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = None) -> dict[str, Any]:
+def plan_as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = None) -> dict[str, Any]:
     fields = {} if plan is None else plan.model_dump(mode="json")
     rows = {} if measured is None else {"measured": measured.model_dump(mode="json")}
     return {**fields, "survey": survey.model_dump(mode="json"), **rows}
 
 
-def refusal(survey: Survey, shown: bool) -> FulltuneError:
-    """Return the error for a plan that does not fit, with ways to make it fit unless they are `shown` already."""
-    ways = [] if shown else format_ways_out(survey.ways_out)
+def does_not_fit_error(survey: Survey, ways_shown: bool) -> FulltuneError:
+    """Return the error for a plan that does not fit, with remedies unless they were already shown."""
+    ways = [] if ways_shown else format_ways_out(survey.ways_out)
     return DoesNotFitError([*survey.notes, *ways])

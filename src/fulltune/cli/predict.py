@@ -42,6 +42,7 @@ _ROWS_AT_ONCE = 1000
 _ENCODING: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
 Columns = Mapping[str, tuple[tuple[Any, ...], str]]
 """Added columns, each with its path in an answer and its parquet type."""
+RowWriter = Callable[[Row, Row], None]
 
 
 # ---- input -----------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ Columns = Mapping[str, tuple[tuple[Any, ...], str]]
 @dataclass(frozen=True)
 class PredictInput:
     where: str
-    placed: Callable[[], Iterator[tuple[str, dict[str, Any]]]]
+    located_rows: Callable[[], Iterator[tuple[str, dict[str, Any]]]]
     """Yields each row's location and columns. Rows of stdin can be read only once."""
     columns: tuple[str, ...] = ("text",)
     total: int | None = None
@@ -59,17 +60,17 @@ class PredictInput:
     images_in: Path | None = None
     """Base folder of relative image paths, or None for the current folder."""
 
-    def rows(self, notes: Row, own: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    def model_rows(self, notes: Row, user_rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
         """Yield the user's rows in the form that the model reads."""
         image = notes["columns"].get("image")
-        for row in own:
+        for row in user_rows:
             if self.table is None:
                 yield predict.row_from_text(row["text"], notes)
             else:
                 yield resolve_image_paths(row, self.images_in, image) if image and self.images_in else row
 
-    def types(self) -> dict[str, Any]:
-        """Return the types of a parquet table's columns, or nothing for other input, which is text."""
+    def parquet_types(self) -> dict[str, Any]:
+        """Return the types of a parquet table's columns, or nothing for other input."""
         if self.table is None or self.table.suffix.lower() != ".parquet":
             return {}
         schema = parquet.read_schema(self.table)
@@ -96,7 +97,7 @@ def _read_table(file: Path, notes: Row) -> PredictInput:
     source = locate_data_files([str(file)])
     if named := _missing_header(source, notes):
         source = replace(source, columns=named)
-        note = f"{file}: no header line; columns as in training: {', '.join(named)}"
+        note = f"{file}: has no header line, so the columns of the train file are used: {', '.join(named)}"
         err.print(f"[dim]{escape(note)}[/dim]", soft_wrap=True)
     problems: list[str] = []
     columns: dict[str, None] = {}
@@ -115,9 +116,7 @@ def _read_table(file: Path, notes: Row) -> PredictInput:
 def _missing_header(source: DataFiles, notes: Row) -> tuple[str, ...] | None:
     """Return the column names of a table without a header line, or None if it has one.
 
-    A table lacks the header if the train file did and its first line does not hold all columns that the model reads. A
-    shorter line lacks the columns that are not read, such as the label.
-
+    The header is missing if the train file had none and the first line lacks columns that the model reads.
     """
     names = tuple(notes.get("table_columns") or ())
     if not names or any(file.suffix.lower() not in SEPARATED for file in source.files):
@@ -139,6 +138,7 @@ def _number_texts(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[
 
 
 def _read_lines(file: Path | None) -> Iterator[str]:
+    """Yield the lines of a file, or of stdin if `file` is None."""
     try:
         with contextlib.nullcontext(sys.stdin) if file is None else file.open(encoding="utf-8-sig") as stream:
             for line in stream:
@@ -151,39 +151,39 @@ def _read_lines(file: Path | None) -> Iterator[str]:
 # ---- answers ---------------------------------------------------------------------------------------------------
 
 
-def show(predictor: predict.Predictor, what: PredictInput, max_new_tokens: int, as_json: bool) -> None:
+def print_answers(predictor: predict.Predictor, inputs: PredictInput, max_new_tokens: int, as_json: bool) -> None:
     """Print each row's answer as text, or as JSON with the row's location."""
 
-    def put(place: str, row: Row, answer: Row | None, reason: str | None) -> None:
+    def print_answer(place: str, row: Row, answer: Row | None, reason: str | None) -> None:
         if as_json:
             typer.echo(json.dumps({"place": place, **(answer or {"error": reason})}, ensure_ascii=False))
         else:
-            typer.echo("" if answer is None else _answer_in_words(answer))
+            typer.echo("" if answer is None else _format_answer(answer))
 
-    _answer_rows(predictor, what, put, _IN_PLACE[as_json], max_new_tokens)
+    _answer_rows(predictor, inputs, print_answer, _IN_PLACE[as_json], max_new_tokens)
 
 
-def write(
+def write_answers(
     predictor: predict.Predictor,
-    what: PredictInput,
+    inputs: PredictInput,
     output: Path,
     max_new_tokens: int,
-    watch: Callable[[int, int | None], None],
+    on_progress: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
-    """Write rows with their answers to a file that gets its name only when complete; return the counts."""
-    new = added(predictor.notes, what.columns)
+    """Write rows with their answers to a file, and return the counts."""
+    new = added_columns(predictor.notes, inputs.columns)
     *_, reason_column = new
-    types = what.types() if output.suffix.lower() == ".parquet" else {}
+    types = inputs.parquet_types() if output.suffix.lower() == ".parquet" else {}
     try:
-        with into(output, what.columns, new, types) as put:
-            watch(0, what.total)
+        with open_output(output, inputs.columns, new, types) as put:
+            on_progress(0, inputs.total)
             counts = _answer_rows(
                 predictor,
-                what,
-                lambda place, row, answer, reason: put(row, cells(new, answer, reason)),
-                f"their columns are empty, '{reason_column}' says why",
+                inputs,
+                lambda place, row, answer, reason: put(row, added_cells(new, answer, reason)),
+                f"their new columns are empty, and '{reason_column}' gives the reason",
                 max_new_tokens,
-                watch,
+                on_progress,
             )
     except KeyboardInterrupt:
         raise InterruptedRun(f"interrupted: {output} was not written; run the same command to start again") from None
@@ -192,39 +192,39 @@ def write(
 
 def _answer_rows(
     predictor: predict.Predictor,
-    what: PredictInput,
-    put: Callable[[str, Row, Row | None, str | None], None],
-    instead: str,
+    inputs: PredictInput,
+    use_answer: Callable[[str, Row, Row | None, str | None], None],
+    replacement: str,
     max_new_tokens: int,
-    watch: Callable[[int, int | None], None] = lambda done, total: None,
+    on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Pass each row with its answer, or the reason for none, to `put`, and return the counts. Warnings say what comes
-    `instead`."""
-    placed, again = tee(what.placed())
-    rows_to_answer = what.rows(predictor.notes, (row for _, row in again))
+    """Pass each row and its answer (or why there is none) to `use_answer`, and return the counts. Warnings name the
+    `replacement`."""
+    placed, again = tee(inputs.located_rows())
     rows = without = cut = 0
     first: list[str] = []
-    answers = predictor.answer_each(rows_to_answer, max_new_tokens, lambda done, _: watch(rows + done, what.total))
+    model_rows = inputs.model_rows(predictor.notes, (row for _, row in again))
+    answers = predictor.answer_each(model_rows, max_new_tokens, lambda done, _: on_progress(rows + done, inputs.total))
     for (place, row), answered in zip(placed, answers, strict=True):
         rows += 1
         cut += answered.is_cut
         reason = None
         if refused := answered.refused:
             reason = (
-                refused.check if what.table is None else refused.reason
+                refused.check if inputs.table is None else refused.reason
             )  # a line of text has no column that the reason could name
             without += 1
             if without <= _LISTED:
                 first.append(f"{place}: {reason}")
-        put(place, row, answered.answer, reason)
+        use_answer(place, row, answered.answer, reason)
     if without > _LISTED:
         first.append(f"... and {without - _LISTED:,} more")
     for line in first:
         _warn(line)
     if rows and without == rows:
-        raise DataError(f"{what.where}: no row could be answered ({counted(rows, 'row')})")
+        raise DataError(f"{inputs.where}: no row could be answered ({counted(rows, 'row')})")
     if without:
-        _warn(f"without an answer: {without:,} of {counted(rows, 'row')}; {instead}")
+        _warn(f"without an answer: {without:,} of {counted(rows, 'row')}; {replacement}")
     if cut:
         _warn(f"truncated: {cut:,} of {counted(rows, 'row')}; each {predictor.cut_in_words()}")
     return {"rows": rows, "without_answer": without, "cut": cut}
@@ -234,7 +234,7 @@ def _warn(line: str) -> None:
     err.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
 
 
-def _answer_in_words(answer: Row) -> str:
+def _format_answer(answer: Row) -> str:
     if "answer" in answer:
         return str(answer["answer"])
     if "entities" in answer:
@@ -253,7 +253,7 @@ def _answer_in_words(answer: Row) -> str:
 def check_output(output: Path, replace: bool) -> None:
     """Raise a `SetupError` if the output file cannot be written or may not be replaced."""
     if output.suffix.lower() not in _WRITTEN:
-        raise SetupError(f"{output}: cannot be written as '{output.suffix}'; expected {', '.join(_WRITTEN)}")
+        raise SetupError(f"{output}: cannot be written as '{output.suffix}'; expected one of {', '.join(_WRITTEN)}")
     if not output.parent.is_dir():
         raise SetupError(f"{output}: there is no folder {output.parent}; create it, or name another")
     if output.is_dir():
@@ -262,9 +262,9 @@ def check_output(output: Path, replace: bool) -> None:
         raise SetupError(f"{output}: already exists; name another file, or replace it with --force")
 
 
-def added(notes: Row, own: Collection[str]) -> Columns:
-    """Return the columns that answers add: `predicted_...`, or `predicted2_...` if that name is taken. The last column
-    holds the reason for a missing answer."""
+def added_columns(notes: Row, own_columns: Collection[str]) -> Columns:
+    """Return the columns that answers add, named `predicted_...` (`predicted2_...` if taken). The last one gives the
+    reason for a missing answer."""
     target = Target.from_notes(notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
     each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()
@@ -272,36 +272,36 @@ def added(notes: Row, own: Collection[str]) -> Columns:
     columns["error"] = (("error",), "string")
     prefixes = ("predicted" if number == 1 else f"predicted{number}" for number in count(1))
     named = ({f"{prefix}_{name}": where for name, where in columns.items()} for prefix in prefixes)
-    return next(new for new in named if not set(new) & set(own))
+    return next(new for new in named if not set(new) & set(own_columns))
 
 
-def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any]:
-    """Return the added columns of one row; a row without an answer has only the reason."""
+def added_cells(added: Columns, answer: Row | None, reason: str | None) -> dict[str, Any]:
+    """Return the added columns of one row. Without an answer, only the reason is set."""
     if answer is None:
-        return {**dict.fromkeys(new), [*new][-1]: reason}
-    return {name: reduce(getitem, path, {**answer, "error": None}) for name, (path, _) in new.items()}
+        return {**dict.fromkeys(added), [*added][-1]: reason}
+    return {name: reduce(getitem, path, {**answer, "error": None}) for name, (path, _) in added.items()}
 
 
 @contextlib.contextmanager
-def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
-    """Yield a function that writes one row to a file, which gets its name only when complete. `types` are the rows'
-    parquet types."""
+def open_output(output: Path, own_columns: Sequence[str], added: Columns, parquet_types: Row) -> Iterator[RowWriter]:
+    """Yield a function that writes a row with its answer. The file gets its name only when complete."""
     form = output.suffix.lower()
     with explain_os_errors(output), replacing(output) as part:
         if form == ".parquet":
-            with _write_parquet(part, own, new, types) as write:
+            with _write_parquet(part, own_columns, added, parquet_types) as write:
                 yield write
             return
         with part.open("w", newline="", **_ENCODING) as stream:  # both writers end their own lines
             if _WRITTEN[form]:
-                yield _write_separated(stream, _WRITTEN[form], [*own, *new])
+                yield _write_separated(stream, _WRITTEN[form], [*own_columns, *added])
             else:
                 yield lambda row, answer: stream.write(
                     json.dumps({**row, **answer}, ensure_ascii=False, default=readable) + "\n"
                 )
 
 
-def _write_separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[Row, Row], None]:
+def _write_separated(stream: Any, delimiter: str, names: Sequence[str]) -> RowWriter:
+    """Write the header, and return a function that writes one row."""
     # The writer quotes a lone \r only if lines end with one, so lines are written with \r\n and then end with \n.
     writer = csv.writer(SimpleNamespace(write=lambda line: stream.write(f"{line[:-2]}\n")), delimiter=delimiter)
     writer.writerow(names)
@@ -322,11 +322,11 @@ def _plain_value(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _write_parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
+def _write_parquet(part: Path, own_columns: Sequence[str], added: Columns, parquet_types: Row) -> Iterator[RowWriter]:
     kinds = {"list": pa.list_(pa.string()), "json": pa.string(), "string": pa.string()}
     kinds |= {"double": pa.float64(), "int64": pa.int64()}
-    fields = {name: types.get(name, pa.string()) for name in own}
-    schema = pa.schema(fields | {name: kinds[kind] for name, (_, kind) in new.items()})
+    fields = {name: parquet_types.get(name, pa.string()) for name in own_columns}
+    schema = pa.schema(fields | {name: kinds[kind] for name, (_, kind) in added.items()})
     waiting: list[dict[str, Any]] = []
     with parquet.ParquetWriter(part, schema) as writer:
 
@@ -336,11 +336,12 @@ def _write_parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> 
 
         def write(row: Row, answer: Row) -> None:
             cells = {
-                name: _plain_value(answer[name]) if kind == "json" else answer[name] for name, (_, kind) in new.items()
+                name: _plain_value(answer[name]) if kind == "json" else answer[name]
+                for name, (_, kind) in added.items()
             }
-            for name, value in ((name, row.get(name)) for name in own):
-                unread = value is None or (name in types and isinstance(value, BadCell))
-                cells[name] = None if unread else value if name in types else str(_plain_value(value))
+            for name, value in ((name, row.get(name)) for name in own_columns):
+                unread = value is None or (name in parquet_types and isinstance(value, BadCell))
+                cells[name] = None if unread else value if name in parquet_types else str(_plain_value(value))
             waiting.append(cells)
             if len(waiting) == _ROWS_AT_ONCE:
                 flush()
@@ -350,13 +351,13 @@ def _write_parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> 
             flush()
 
 
-def no_merge(run: Path, model_folder: Path) -> str:
-    """Return why a model cannot be merged, and which models of its run can."""
-    why, models = "is already a whole model", predict.models_of(run)
+def why_not_mergeable(run: Path, model_folder: Path) -> str:
+    """Say why a model cannot be merged, and which models of its run can."""
+    why, models = "is already a complete model", predict.models_of(run)
     if folders.is_partial(model_folder):
         kind = folders.notes_of(model_folder)["method"]["kind"]
         why = f"a method of kind {kind} adds modules to the model and cannot be merged"
     can = [name for name, path in models.items() if folders.can_be_merged(path)]
     if can:
-        return f"{model_folder}: {why}; name one that can be merged with --method: {', '.join(can)}"
+        return f"{model_folder}: {why}; with --method, choose a model that can be merged: {', '.join(can)}"
     return f"{model_folder}: {why}" + (f"; {run} has no other model that can be merged" if models else "")

@@ -27,8 +27,8 @@ err = Console(stderr=True, highlight=False, emoji=False)
 out = Console(highlight=False, emoji=False)
 
 
-def shown(error: FulltuneError) -> Iterator[str]:
-    """Yield an error's problems with control characters removed and, in data errors, personal data masked."""
+def printable_problems(error: FulltuneError) -> Iterator[str]:
+    """Yield an error's problems without control characters. Personal data in data errors is masked."""
     from fulltune.audit.texts import masked_text
 
     for problem in error.problems:
@@ -39,26 +39,26 @@ def shown(error: FulltuneError) -> Iterator[str]:
 def end_on_signal(number: int, frame: object) -> None:
     """End the command at once if a signal comes outside training, and say that it can resume.
 
-    The default handler would not end the first process of a container. An exception would be lost, or end the process
-    with SIGABRT, where PyTorch calls Python.
+    The default handler would not end a container's first process. An exception would be lost inside PyTorch.
     """
     os.write(2, b"stopped by a signal; run the same command to resume or start again\n")
     os._exit(InterruptedRun.exit_code)
 
 
 @contextmanager
-def joined(
-    target: Path, overrides: list[str] | None, rank: int | None, rendezvous: str | None, wait: str
+def machine_group(
+    target: Path, overrides: list[str] | None, machine_rank: int | None, rendezvous: str | None, max_wait: str
 ) -> Iterator[MachineGroup | None]:
-    """On machine 0, lead the other machines during the block; on others, follow machine 0 and exit. If the run uses one
-    machine, yield None."""
+    """On machine 0, lead the other machines during the block. On others, follow machine 0 and exit. Yield None for a
+    run on one machine."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
     from fulltune.system.machines import parse_machine_address
 
     recipe = run_folder.load_run_recipe(target) if target.is_dir() else load_recipe(target, overrides or [])
-    alone = rank is None and rendezvous is None and target.is_dir()  # refused later if something is left to train
-    address = None if alone else parse_machine_address(recipe, rank, rendezvous, wait)
+    # A run folder without these options is refused later if something is left to train.
+    alone = machine_rank is None and rendezvous is None and target.is_dir()
+    address = None if alone else parse_machine_address(recipe, machine_rank, rendezvous, max_wait)
     if address is None:
         yield None
         return
@@ -92,13 +92,13 @@ def open_run(
         recipe = load_recipe(target, overrides or [])
         if recipe.methods and until not in ("data", "plan"):
             raise RecipeError(
-                f"{target}: methods: a comparison is run by 'fulltune compare {target}'; for a single run, replace "
-                "'methods' by one 'method'"
+                f"{target}: methods: run a comparison with 'fulltune compare {target}', or replace 'methods' with one "
+                "'method' for a single run"
             )
-    return recipe, open_folder(target, recipe, overrides or [], folder, fresh)
+    return recipe, open_run_folder(target, recipe, overrides or [], folder, fresh)
 
 
-def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path | None, fresh: bool) -> Path:
+def open_run_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path | None, fresh: bool) -> Path:
     """Return the run folder, which is new or resumed, and print its path."""
     from fulltune.system import run_folder
 
@@ -113,7 +113,7 @@ def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path
     return run
 
 
-def finished(recipe: Recipe, folder: Path) -> RunResult | None:
+def load_if_finished(recipe: Recipe, folder: Path) -> RunResult | None:
     """Return the results of a run if it is complete, else None."""
     from fulltune.system import run_folder
 
@@ -123,12 +123,12 @@ def finished(recipe: Recipe, folder: Path) -> RunResult | None:
     return reached
 
 
-def reach(
+def run_to(
     recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **settings: Any
 ) -> RunResult:
     """Run the pipeline up to a stage while showing progress. `settings` are fields of `Run`."""
     settings = {"began": time.time(), **settings}
-    with displayed(details) as display:
+    with progress_display(details) as display:
         from fulltune.compare.rate_search import run_recipe
         from fulltune.pipeline import Run
 
@@ -136,7 +136,7 @@ def reach(
 
 
 @contextmanager
-def displayed(details: bool) -> Iterator[Display]:
+def progress_display(details: bool) -> Iterator[Display]:
     """Show progress during the block, in which Ctrl-C raises `InterruptedRun`."""
     from fulltune.system import run_folder
 
@@ -152,8 +152,8 @@ def displayed(details: bool) -> Iterator[Display]:
 
 
 @contextmanager
-def bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """Show rows done and time left during the block, only on a terminal."""
+def progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield a function that shows rows done and total, only on a terminal and if `shown`."""
     from fulltune.cli.show.run import Display
     from fulltune.records.events import RowsRead
 
@@ -164,7 +164,7 @@ def bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
         yield lambda done, total: display(RowsRead(name=name, done=done, total=total))
 
 
-def chosen_model(run: Path, method: str | None) -> Path:
+def choose_model_folder(run: Path, method: str | None) -> Path:
     """Return the folder of a run's model, and print it if a comparison's verdict chose it."""
     from fulltune import predict as predicting
 

@@ -10,7 +10,7 @@ import numpy as np
 from fulltune.recipe.methods import RIVALS, VARIANT, MethodKind
 from fulltune.records.comparison import Decision, Difference, VerdictKind
 from fulltune.records.scores import Estimate
-from fulltune.report.format.words import Writer
+from fulltune.report.format.words import MetricFormatter
 from fulltune.stats.bootstrap import ResamplableMetric, ResampledTrials
 from fulltune.stats.intervals import UncertainValue, difference, holm, mean_of_method, seed_spreads
 from fulltune.stats.precision import MAX_ROWS_FACTOR, MAX_SEEDS, ComparisonPrecision, needed
@@ -85,7 +85,7 @@ def decide(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Term
         differences=tuple(differences),
         headline=_headline(verdict, recommended, methods[full].name, differences),
         because=tuple(
-            _explain_difference(difference, Writer(measure.name, terms.margin))
+            _explain_difference(difference, MetricFormatter(measure.name, terms.margin))
             for difference in differences
             if difference.decides
         ),
@@ -177,7 +177,7 @@ def _headline(verdict: VerdictKind, recommended: str, full: str, differences: Se
     return "These rows and seeds cannot distinguish the methods."
 
 
-def _explain_difference(rival: Difference, write: Writer) -> str:
+def _explain_difference(rival: Difference, write: MetricFormatter) -> str:
     if not rival.seeds_known:
         answer = "one seed, so the spread between seeds is not known"
     elif rival.full_better:

@@ -1,4 +1,4 @@
-"""Reports of runs and comparisons, and model cards, made from the files in a folder."""
+"""Write and show reports of runs and comparisons, and model cards, from the files in a folder."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from fulltune.errors import SetupError
 from fulltune.records.comparison import Comparison
 from fulltune.records.scores import Scores
 from fulltune.report.comparison import content as about_comparison
-from fulltune.report.comparison.many_tasks import write_tasks
+from fulltune.report.comparison.many_tasks import write_tasks_report
 from fulltune.report.format.blocks import Element, Headline, Section
 from fulltune.report.format.pages import write_pages
-from fulltune.report.format.plots import cost_picture
+from fulltune.report.format.plots import write_cost_picture
 from fulltune.report.format.words import write_sanitized
 from fulltune.report.run import content
-from fulltune.report.run.content import build
+from fulltune.report.run.content import build_run_report
 from fulltune.report.run.data_page import write_data_page
-from fulltune.report.run.model_card import merged_card, model_card
+from fulltune.report.run.model_card import build_merged_card, build_model_card
 from fulltune.report.run.read import read_run
 
 __all__ = [
-    "for_terminal",
+    "run_for_terminal",
     "write",
     "write_comparison",
     "write_data_page",
     "write_merged_card",
     "write_model_card",
-    "write_tasks",
+    "write_tasks_report",
 ]
 
 RECORD, PROOF = "compare/comparison.json", "proof.json"
@@ -34,49 +34,50 @@ RECORD, PROOF = "compare/comparison.json", "proof.json"
 
 def write(folder: Path) -> Path:
     """Write `report.md` and `report.html` into a run folder and return the path of `report.html`."""
-    return write_pages(Path(folder) / "report", build(read_run(folder)))
+    return write_pages(Path(folder) / "report", build_run_report(read_run(folder)))
 
 
-def for_terminal(folder: Path) -> list[Headline | Section | Element]:
-    """Return the parts of a run's report that the terminal shows."""
-    return content.for_terminal(read_run(Path(folder)))
+def run_for_terminal(folder: Path) -> list[Headline | Section | Element]:
+    return content.run_for_terminal(read_run(Path(folder)))
 
 
 def write_comparison(folder: Path) -> tuple[Path, ...]:
-    """Write the pages, plot and `proof.json` of a finished comparison and return their paths."""
-    source = _find_comparison_record(Path(folder))
+    """Write the pages, plot and `proof.json` of a finished comparison (else raise `SetupError`) and return their
+    paths."""
+    source = _comparison_record_path(Path(folder))
     comparison = Comparison.load(source)
     target = Path(folder) if Path(folder).is_dir() else source.parent
     card, picture, proof = (target / name for name in ("card.md", "card.png", PROOF))
-    if plots := about_comparison.plots(comparison):
+    if plots := about_comparison.build_cost_plots(comparison):
         subtitle = f"{comparison.name}: {comparison.decision.headline}"
-        cost_picture(about_comparison.label(comparison.decision), subtitle, plots, picture)
+        write_cost_picture(about_comparison.verdict_label(comparison.decision), subtitle, plots, picture)
     else:
         picture.unlink(missing_ok=True)  # an earlier comparison's picture would contradict the report
-    report = about_comparison.build(comparison, picture.name)
+    report = about_comparison.build_comparison_report(comparison, picture.name)
     html = write_pages(card, report, "comparison.html.j2", private=False)
     comparison.save(proof)
     return (card, html, picture, proof) if plots else (card, html, proof)
 
 
-def _find_comparison_record(folder: Path) -> Path:
+def _comparison_record_path(folder: Path) -> Path:
+    """Return the path of the comparison's record, or raise a `SetupError` if there is none."""
     if folder.is_file():
         return folder
     source = next((folder / name for name in (RECORD, PROOF) if (folder / name).is_file()), None)
     if source is None:
         raise SetupError(
-            f"{folder}: has no finished comparison ({RECORD} is missing); let 'fulltune compare RECIPE' finish first"
+            f"{folder}: contains no finished comparison ({RECORD} is missing); run 'fulltune compare RECIPE' to the end"
         )
     return source
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
-    """Write the model card beside the weights; for a trial of a comparison, from its `scores`."""
-    write_sanitized(Path(model_folder) / "README.md", model_card(read_run(folder, scores), Path(model_folder)))
+    """Write the model card beside the weights. A trial of a comparison passes its `scores`."""
+    write_sanitized(Path(model_folder) / "README.md", build_model_card(read_run(folder, scores), Path(model_folder)))
 
 
-def write_merged_card(source: Path, model_folder: Path, task: str) -> None:
-    """Write `README.md` for a merged model, based on the trained model's card."""
-    path = Path(source) / "README.md"
+def write_merged_card(trained_folder: Path, merged_folder: Path, task: str) -> None:
+    """Write a merged model's `README.md`, based on the trained model's card."""
+    path = Path(trained_folder) / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_sanitized(Path(model_folder) / "README.md", merged_card(text, Path(model_folder).name, task))
+    write_sanitized(Path(merged_folder) / "README.md", build_merged_card(text, Path(merged_folder).name, task))

@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.audit import languages
 from fulltune.audit.languages import OTHER_LANGUAGE, SURE, ColumnLanguages
-from fulltune.report.run.data_page import _languages_in_words
+from fulltune.report.run.data_page import _describe_languages
 from tests.unit.audit.test_stage import CLEAN, audited, prepared
 from tests.unit.audit.test_texts import TEXTS
 
@@ -139,7 +139,7 @@ def test_rows_in_a_language_that_hardly_any_other_is_in_stand_out(
 
 
 def test_shares_of_languages_are_said_with_what_is_in_none() -> None:
-    sentence = _languages_in_words(
+    sentence = _describe_languages(
         "text", {"en": 60, "de": 20, "fr": 10, "es": 2, "it": 2, "pt": 1, "nl": 1, "sv": 1}, 100
     )
     assert "en 60.0%, de 20.0%, fr 10.0%" in sentence

@@ -36,7 +36,7 @@ def test_it_says_what_it_wrote_and_what_submits_it(place: Place) -> None:
         said = place.launch(launcher)
         assert said.code == 0, said.err
         path = place.written(ending)
-        assert f"wrote {path}; edit what '# edit:' marks, then submit it: {command} {path}\n" in said.out
+        assert f"wrote {path}; edit lines marked '# edit:', then submit it: {command} {path}\n" in said.out
         assert "2 machines, 1 process each\n" in said.out
         assert "# edit:" in path.read_text(encoding="utf-8")
         assert path.stat().st_mode & 0o100 == 0o100 * ending.endswith("sh")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fulltune.cli.show.plan import sections
+from fulltune.cli.show.plan import build_plan_sections
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.plan import budget, gpus, placements, resolve, time, workload
 from fulltune.plan.settings import Reasons
@@ -185,7 +185,7 @@ def test_four_machines_are_planned_with_their_settings() -> None:
 
 def test_machines_are_shown_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     surveyed, plan = planned("4x 8x A100-80GB")
-    pages.show(Console(width=80), sections(surveyed, plan))
+    pages.print_parts(Console(width=80), build_plan_sections(surveyed, plan))
     lines = capsys.readouterr().out.splitlines()
     text = " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= 80

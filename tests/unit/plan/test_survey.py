@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fulltune.cli.show.plan import sections
+from fulltune.cli.show.plan import build_plan_sections
 from fulltune.errors import RecipeError
 from fulltune.plan import gpus, time, ways_out, workload
 from fulltune.plan.settings import with_settings
@@ -318,7 +318,7 @@ def test_busy_machine_is_said_before_its_times(capsys: pytest.CaptureFixture[str
     fleet = gpus.parse_hardware("cpu, 2 cores, 64GB host")
     busy = fleet.model_copy(update={"machine": fleet.machine.model_copy(update={"load_average": 9.0})})
     surveyed, plan = survey_placements(sizes.bert(), busy)
-    pages.show(Console(width=80), sections(surveyed, plan))
+    pages.print_parts(Console(width=80), build_plan_sections(surveyed, plan))
     text = " ".join(capsys.readouterr().out.split())
     assert text.index("busy this machine is busy (load 9 on 2 cores)") < text.index("takes ")
     assert "(arithmetic: measured on a busy machine, see above)" in text

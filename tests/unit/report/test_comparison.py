@@ -11,7 +11,7 @@ from fulltune import report
 from fulltune.errors import SetupError
 from fulltune.records.comparison import Comparison
 from fulltune.report.format import words
-from fulltune.report.format.words import Writer
+from fulltune.report.format.words import MetricFormatter
 from tests import comparisons
 from tests.unit.report.test_write import Page
 
@@ -36,7 +36,7 @@ def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path)
     markdown, html = cards(tmp_path, comparisons.comparison())
     sentence = "Take lora: as good as full within the margin, and it trains fewer weights."
     terms = (
-        "Margin: differences below 1 point of accuracy do not matter. Confidence: 95% for the 3 methods together. "
+        "Margin: differences below 1 point of accuracy do not matter. Confidence: 95% jointly for 3 methods. "
         "Measured on 3,080 test rows."
     )
     assert f"**EQUIVALENT: take lora.** {sentence}" in markdown
@@ -71,7 +71,7 @@ def test_table_each_method_has_quality_and_cost(tmp_path: Path) -> None:
 def test_table_method_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert cells(markdown, "prompt")[0][-1] == "2"
-    assert "- prompt: fewer seeds, because full and the best other method were decided first" in markdown
+    assert "- prompt: fewer seeds, because full and the best other method come first" in markdown
     assert "- took: 45 min 12 s in all, 10.0× one full run (4 min 31 s); cpu, 2 cores" in markdown
     assert cells(markdown, "head")[0][-2] == "0.0032*"
     assert cells(markdown, "head")[2][3] == "0.0032*"
@@ -93,7 +93,7 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
     markdown, html = cards(
         tmp_path, comparisons.comparison(findings=(comparisons.finding(),), openings=comparisons.openings(2))
     )
-    assert "**The sealed test rows were used for 2 verdicts. 1 unfair setting: see Fairness.**" in markdown
+    assert "**These test rows were used for 2 verdicts. 1 unfair setting: see Fairness.**" in markdown
     assert "test rows used for a verdict 2 times: 2026-11-24T16:12:03+01:00 by ada@lab" in Page(html).text
 
 
@@ -103,9 +103,9 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
         (0.62, ""),
         (
             0.9155,
-            "nearest centroid, which needs no training, has 91.5% on the same test rows, within the interval of lora",
+            "nearest centroid needs no training and reaches 91.5% on the same test rows, within the interval of lora",
         ),
-        (0.955, "No method beats nearest centroid, which needs no training and has 95.5%."),
+        (0.955, "No method beats nearest centroid, which needs no training and reaches 95.5%."),
     ],
 )
 def test_headline_leads_with_what_trains_nothing_where_it_comes_near(tmp_path: Path, value: float, lead: str) -> None:
@@ -123,9 +123,7 @@ def test_card_of_a_budget_that_ended_says_how_to_go_on_and_blames_the_budget(tmp
     expected = made.expectation.model_copy(update={"budget_seconds": 360.0, "num_seeds": 2})
     markdown, html = cards(tmp_path, made.model_copy(update={"expectation": expected}))
     for text in (markdown, Page(html).text):
-        assert (
-            "What to do: give more time (the budget was 6 min): the same command with a larger --budget resumes" in text
-        )
+        assert "What to do: rerun the same command with a larger --budget (the budget was 6 min); it resumes" in text
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -144,7 +142,7 @@ def test_write_comparison_from_its_json_alone_gives_the_same_card(tmp_path: Path
 
 
 def test_write_comparison_without_a_comparison_says_so(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match="has no finished comparison"):
+    with pytest.raises(SetupError, match="contains no finished comparison"):
         report.write_comparison(tmp_path)
 
 
@@ -173,11 +171,11 @@ def test_html_is_well_formed_loads_nothing_and_escapes(tmp_path: Path, made: typ
     [(0.674, "0.67×"), (1.0, "1×"), (0.0065, "0.0065×"), (9.996, "10.0×"), (123.4, "123×"), (0, "0×")],
 )
 def test_ratio_keeps_what_matters(value: float, text: str) -> None:
-    assert words.ratio(value) == text
+    assert words.format_ratio(value) == text
 
 
 def test_writer_has_no_minus_zero_and_no_needless_digits() -> None:
-    assert Writer("accuracy", 0.01).difference(-0.00001) == "+0.00"
-    assert Writer("accuracy", 0.001).difference(0.00123) == "+0.12"
-    assert Writer("perplexity", 0.01).value(12.3456) == "12.35"
-    assert Writer("loss", 0.01).value(float("nan")) == "not finite"
+    assert MetricFormatter("accuracy", 0.01).difference(-0.00001) == "+0.00"
+    assert MetricFormatter("accuracy", 0.001).difference(0.00123) == "+0.12"
+    assert MetricFormatter("perplexity", 0.01).value(12.3456) == "12.35"
+    assert MetricFormatter("loss", 0.01).value(float("nan")) == "not finite"

@@ -11,14 +11,14 @@ from rich.console import Console
 from fulltune import report
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import ManyTasks
-from fulltune.report.comparison.many_tasks import many_tasks, on_one_base
+from fulltune.report.comparison.many_tasks import build_tasks_section, combine_tasks
 from fulltune.report.format import pages
 from tests import comparisons
 
 
 def together(shares: bool = True) -> ManyTasks:
     one = comparisons.comparison() if shares else comparisons.language()
-    return many_tasks({"intents": one, "topics": one})
+    return combine_tasks({"intents": one, "topics": one})
 
 
 def test_full_is_stored_once_a_task_and_parts_beside_one_base() -> None:
@@ -35,13 +35,13 @@ def test_full_is_stored_once_a_task_and_parts_beside_one_base() -> None:
 def test_variant_of_full_is_a_whole_model_for_each_task(tmp_path: Path) -> None:
     one = comparisons.comparison()
     rows = [row.model_copy(update={"kind": "variant"} if row.method == "lora" else {}) for row in one.rows]
-    found = many_tasks(dict.fromkeys(("a", "b"), one.model_copy(update={"rows": tuple(rows)})))
+    found = combine_tasks(dict.fromkeys(("a", "b"), one.model_copy(update={"rows": tuple(rows)})))
     way = next(way for way in found.methods if way.method == "lora")
     assert way.stored_bytes == 2 * way.bytes_per_task
-    page, _ = report.write_tasks(tmp_path, found)
+    page, _ = report.write_tasks_report(tmp_path, found)
     assert "with adapter for each" in page.read_text(encoding="utf-8")
     alone = found.model_copy(update={"methods": tuple(one for one in found.methods if one.kind in ("full", "variant"))})
-    page, _ = report.write_tasks(tmp_path, alone)
+    page, _ = report.write_tasks_report(tmp_path, alone)
     assert "One base" not in page.read_text(encoding="utf-8")
 
 
@@ -63,22 +63,22 @@ def test_no_method_in_common_is_refused() -> None:
     one = comparisons.comparison()
     other = one.model_copy(update={"rows": tuple(row for row in one.rows if row.kind in ("base", "full"))})
     with pytest.raises(RecipeError, match="too short to train full and one other method for every task"):
-        many_tasks({"a": one, "b": other})
+        combine_tasks({"a": one, "b": other})
 
 
 def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
-    page, record = report.write_tasks(tmp_path, together())
+    page, record = report.write_tasks_report(tmp_path, together())
     assert ManyTasks.load(record) == together()
     text = page.read_text(encoding="utf-8")
     said = (
-        "A full model for each of 2 tasks: 173 MiB of weights on disk, and as much memory if all models are loaded. "
-        "One base (86.7 MiB) with adapter for each: 89.8 MiB, 0.52×; each further task adds 1.56 MiB instead of 86.7 "
-        "MiB."
+        "A full model for each of 2 tasks takes 173 MiB on disk and as much memory if all models are loaded. One "
+        "pretrained model (86.7 MiB) with adapter for each task takes 89.8 MiB (0.52×). Each further task adds 1.56 "
+        "MiB instead of 86.7 MiB."
     )
     assert said in text
-    assert "full is better by [points], mean over the tasks" in text
+    assert "full is better by [points], averaged over tasks" in text
     console = Console(width=80, record=True, file=(tmp_path / "out.txt").open("w", encoding="utf-8"))
-    pages.show(console, [on_one_base(together())])
+    pages.print_parts(console, [build_tasks_section(together())])
     shown = console.export_text()
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert said in " ".join(shown.split())

@@ -12,7 +12,7 @@ import yaml
 from fulltune import report
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan, Setting
-from fulltune.report.run.model_card import merged_card
+from fulltune.report.run.model_card import build_merged_card
 
 
 def written(folder: Path) -> tuple[dict[str, Any], str]:
@@ -129,7 +129,7 @@ model = PeftModel.from_pretrained(base, "lora")
 
 
 def test_card_keeps_what_is_known_and_loads_the_whole_model() -> None:
-    found = merged_card(CARD, "merged", "text-classification")
+    found = build_merged_card(CARD, "merged", "text-classification")
     before, _, loading = found.partition("## How to load")
     assert before == CARD.partition("## How to load")[0]
     assert 'AutoModelForSequenceClassification.from_pretrained("merged")' in loading
@@ -137,6 +137,6 @@ def test_card_keeps_what_is_known_and_loads_the_whole_model() -> None:
 
 
 def test_card_of_a_model_without_one_says_how_to_load_it() -> None:
-    found = merged_card("", "merged", "causal-lm")
+    found = build_merged_card("", "merged", "causal-lm")
     assert found.startswith("---\nlibrary_name: transformers")
     assert 'AutoModelForCausalLM.from_pretrained("merged")' in found

@@ -14,9 +14,9 @@ from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 from fulltune.records.plan import Setting
 from fulltune.records.scores import Confusion, Estimate
 from fulltune.report.run.about_forgetting import budget_advice
-from fulltune.report.run.content import conclude
+from fulltune.report.run.content import judge_run
 from fulltune.report.run.read import read_run
-from fulltune.report.run.verdict import RunFacts, next_steps
+from fulltune.report.run.verdict import RunFacts, suggest_next_steps
 from fulltune.stats.curves import Curves, Fit
 from tests.plans import outcome as ended
 from tests.plans import plan
@@ -65,9 +65,9 @@ def kept(chosen: float, *drifts: float) -> BudgetResult:
     [
         (None, "", ""),
         (kept(1.0, 0.001, 0.002, 0.003), "", ""),
-        (kept(0.0, 0.1, 0.2, 0.3), "keeps the untouched model", "--set preserve.budget=32%"),
-        (kept(1 / 3, 0.002, 0.02, 0.03), "keeps 33.3% of the way", "--set preserve.budget=3.6%"),
-        (kept(0.0, 0.0001, 0.0002, 0.0003), "keeps the untouched model", "--set preserve.budget=0.4%"),
+        (kept(0.0, 0.1, 0.2, 0.3), "limits the weights to the pretrained model", "--set preserve.budget=32%"),
+        (kept(1 / 3, 0.002, 0.02, 0.03), "limits the weights to 33.3% of the way", "--set preserve.budget=3.6%"),
+        (kept(0.0, 0.0001, 0.0002, 0.0003), "limits the weights to the pretrained model", "--set preserve.budget=0.4%"),
     ],
 )
 def test_budget_that_holds_a_model_back_says_what_would_not(
@@ -77,7 +77,7 @@ def test_budget_that_holds_a_model_back_says_what_would_not(
     assert (evidence in said[0], helps in said[1]) == (True, True)
     assert (said == ("", "")) == (evidence == "")
     if evidence:
-        (step,) = next_steps(but(budget_advice=said, train_loss=GROWING))
+        (step,) = suggest_next_steps(but(budget_advice=said, train_loss=GROWING))
         assert helps in step
         assert "rate" not in step
 
@@ -90,7 +90,7 @@ MAX_STEPS, MAX_ROWS = ("train.max_steps", 400), ("data.max_rows", 200)
     ("run", "wanted", "unwanted"),
     [
         (but(train_loss=FALLING), ["still falling at the end (3.88 to", LONGER], ["learning_rate", "few"]),
-        (but(train_loss=KNOWN), ["The curves show no reason"], ["still falling"]),
+        (but(train_loss=KNOWN), ["The curves do not show why"], ["still falling"]),
         (but(train_loss=ROSE_AND_FELL), [], ["still falling"]),
         (but(metric=RISING), ["Accuracy on the eval rows was still rising", LONGER], ["learning_rate"]),
         (but(metric_name="loss", greater_is_better=False, metric=RISING), [], ["still"]),
@@ -100,7 +100,7 @@ MAX_STEPS, MAX_ROWS = ("train.max_steps", 400), ("data.max_rows", 200)
         (but(steps=12, planned=400), [], ["are few"]),  # stopped early: a longer run would stop there too
         (but(train_loss=GROWING), ["The loss diverged", LOWER], [LONGER]),
         (but(train_loss=GROWING, metric=RISING), [LOWER], [LONGER]),
-        (but(train_loss=FALLING, metric=((200, 0.5), (400, 0.4))), ["show no reason"], [LONGER]),
+        (but(train_loss=FALLING, metric=((200, 0.5), (400, 0.4))), ["do not show why"], [LONGER]),
         (but(train_loss=FALLING, metric=((200, 0.5), (400, 0.4)), weights_reason="as good"), [LONGER], [LOWER]),
         (but(train_loss=GROWING, rate_searched=True), ["more than the"], [LOWER]),
         (but(fit=Fit("over-fitted", "", 100)), ["from step 100 on", "num_train_epochs=0.5"], [LONGER, LOWER]),
@@ -111,7 +111,7 @@ MAX_STEPS, MAX_ROWS = ("train.max_steps", 400), ("data.max_rows", 200)
         (
             but(**FEW, metric=((6, 1.0), (12, 1.0)), train_loss=FALLING, fit=Fit("over-confident", "", 6)),
             [
-                "Accuracy on the eval rows is 100.0%: there is nothing left to gain",
+                "Accuracy on the eval rows is 100.0%, so there is nothing left to gain",
                 "Keep the baseline",
                 "more test rows",
             ],
@@ -129,13 +129,13 @@ MAX_STEPS, MAX_ROWS = ("train.max_steps", 400), ("data.max_rows", 200)
         (but(MAX_ROWS), ["remove data.max_rows"], ["labels"]),
         (but(labels=400, train_rows=800), ["are about 2 for each of 400 labels", "Use more if there"], ["reason"]),
         (but(MAX_ROWS, labels=400, train_rows=800), ["about 2 for", "remove data.max_rows"], ["Only"]),
-        (but(), ["The curves show no reason", LOWER, "learning_rate=0.0009", "3,000"], [LONGER]),
+        (but(), ["The curves do not show why", LOWER, "learning_rate=0.0009", "3,000"], [LONGER]),
         (but(verdict="unresolved"), ["More test rows"], []),
-        (but(train_loss=((10, float("nan")), (20, float("nan"))) * 3), ["The curves show no reason"], ["nan"]),
+        (but(train_loss=((10, float("nan")), (20, float("nan"))) * 3), ["The curves do not show why"], ["nan"]),
     ],
 )
 def test_proposals_follow_from_what_was_seen(run: RunFacts, wanted: list[str], unwanted: list[str]) -> None:
-    said = "\n".join(next_steps(run))
+    said = "\n".join(suggest_next_steps(run))
     assert said
     assert [part for part in wanted if part not in said] == []
     assert [part for part in unwanted if part in said] == []
@@ -143,7 +143,7 @@ def test_proposals_follow_from_what_was_seen(run: RunFacts, wanted: list[str], u
 
 @pytest.mark.parametrize("verdict", ["better", "alone", "none", "unpaired"])
 def test_nothing_is_proposed_where_nothing_is_known_to_be_wrong(verdict: str) -> None:
-    assert next_steps(but(verdict=verdict, train_loss=FALLING)) == ()
+    assert suggest_next_steps(but(verdict=verdict, train_loss=FALLING)) == ()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_weights_are_proposed_where_all_rows_get_the_label_that_most_have(
     worse = {"nearest centroid (frozen)": Estimate(value=-0.2, low=-0.3, high=-0.1)}
     confusion = Confusion(labels=("a", "b", "c")[: len(counts)], counts=counts)
     kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.6, confusion=confusion, differences=worse))
-    verdict, steps = conclude(read_run(classification))
+    verdict, steps = judge_run(read_run(classification))
     assert verdict.label == "Worse than without training"
     assert ("Nearly every test row gets the same label" in " ".join(steps)) == (is_proposed is not None)
     assert ("--set train.class_weights=balanced" in " ".join(steps)) == bool(is_proposed)
@@ -185,7 +185,7 @@ def test_tagger_that_finds_nothing_is_told(classification: Path, kit: SimpleName
     nothing = Estimate(value=0.0, low=0.0, high=0.0)
     metrics = {**row.metrics, "precision": nothing, "recall": nothing}
     kit.save_scores(classification, row.model_copy(update={"metrics": metrics}))
-    assert conclude(read_run(classification))[1][0].startswith("The model finds no entity in the test rows.")
+    assert judge_run(read_run(classification))[1][0].startswith("The model finds no entity in the test rows.")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -193,6 +193,6 @@ def test_noise_of_the_batches_on_a_falling_curve_is_no_sign_of_a_high_rate(seed:
     draw = np.random.default_rng(seed)
     falling = np.geomspace(1.0, 0.6, 24) * draw.normal(1.0, 0.2, 24)
     loss = tuple((10 * place, float(value)) for place, value in enumerate(falling, start=1))
-    said = " ".join(next_steps(but(steps=80, train_loss=loss)))
+    said = " ".join(suggest_next_steps(but(steps=80, train_loss=loss)))
     assert "higher than it began" not in said
     assert LONGER in said

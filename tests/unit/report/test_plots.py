@@ -11,23 +11,23 @@ from xml.etree import ElementTree
 import pytest
 
 from fulltune.report.format import plots
-from fulltune.report.format.plots import CostPlot, Mark, PointSeries, cost_picture
+from fulltune.report.format.plots import CostPlot, Mark, PointSeries, write_cost_picture
 from tests import comparisons
 
 
 def learning_curve(*given: Any, **more: Any) -> str:
-    return plots.learning_curve(*given, **more).svg
+    return plots.draw_learning_curve(*given, **more).svg
 
 
 DECISION = comparisons.comparison().decision
 
 
 def cost_plot(*dots: Mark, cost: str = "training time") -> str:
-    return plots.cost_plot(CostPlot(cost, dots, DECISION)).svg
+    return plots.draw_cost_plot(CostPlot(cost, dots, DECISION)).svg
 
 
 def interval_plot(*marks: Mark, title: str = "accuracy") -> str:
-    return plots.interval_plot(title, marks, "accuracy", "the legend").svg
+    return plots.draw_intervals(title, marks, "accuracy", "the legend").svg
 
 
 def curve(drawing: str) -> str:
@@ -113,7 +113,7 @@ def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool
 def test_cost_picture_is_a_png_of_all_plots(tmp_path: Path, number: int) -> None:
     dots = (dot("full", 1, 0.92, full=True), dot("שלום 😀 \ud800", 0.5, 0.9))
     drawn = [CostPlot(f"cost {place}", dots, DECISION) for place in range(number)]
-    cost_picture("a $\\frac{1$ title", "of what " * 99, drawn, tmp_path / "card.png")
+    write_cost_picture("a $\\frac{1$ title", "of what " * 99, drawn, tmp_path / "card.png")
     head = (tmp_path / "card.png").read_bytes()[:24]
     assert head.startswith(b"\x89PNG")
     assert int.from_bytes(head[16:20], "big") == pytest.approx(number * 400 * 160 / 72, abs=2)
@@ -123,6 +123,6 @@ def test_cost_picture_is_a_png_of_all_plots(tmp_path: Path, number: int) -> None
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_number_of_series_has_a_look_each(count: int) -> None:
     series = [PointSeries(f"kind {place}", ((1.0, 0.5), (2.0, math.nan)), filled=place == 1) for place in range(count)]
-    drawn = plots.series_plot("by rate", series, "accuracy", plots.LEARNING_RATE, 1.0, "dashed: chosen").svg
+    drawn = plots.draw_points("by rate", series, "accuracy", plots.LEARNING_RATE, 1.0, "dashed: chosen").svg
     named = {text.text for text in texts(drawn)}
     assert {one.name for one in series} <= named

@@ -13,12 +13,12 @@ from fulltune.records.plan import (
     TimeNeed,
 )
 from fulltune.report.format.blocks import Paragraph, Section, Table
-from fulltune.report.run.about_training import resources
+from fulltune.report.run.about_training import build_resources_section
 from fulltune.report.run.read import read_run
 from tests.unit.report.conftest import environment, outcome, plan, write_lines
 
 MIB, GIB = 2**20, 2**30
-TIME = "time of the training steps, with evaluations and checkpoints"
+TIME = "training time (with evaluations and checkpoints)"
 NEED = MemoryNeed(
     kinds={
         "weights": 90 * MIB,
@@ -56,7 +56,7 @@ def section(folder: Path, made: Plan, *, journal: Any = (), **changes: Any) -> S
     phases = [("loading the model", 1.0), ("training", 20.0), ("saving the model", 120.0)]
     write_lines(attempt / "metrics.jsonl", [{"kind": "phase", "name": n, "seconds": s} for n, s in phases])
     write_lines(attempt / "journal.jsonl", list(journal))
-    return resources(read_run(folder))
+    return build_resources_section(read_run(folder))
 
 
 def comparison(found: Section | None) -> dict[str, tuple[Any, ...]]:
@@ -67,7 +67,7 @@ def comparison(found: Section | None) -> dict[str, tuple[Any, ...]]:
 
 def test_plan_dry_run_and_actual_stand_side_by_side_with_their_errors(tmp_path: Path) -> None:
     assert comparison(section(tmp_path, planned())) == {
-        "memory of the training process, without the libraries": ("500 MiB", "510 MiB", "520 MiB", "-4%", "-2%"),
+        "memory of the training process (without libraries)": ("500 MiB", "510 MiB", "520 MiB", "-4%", "-2%"),
         TIME: ("2 min 30 s", "1 min 35 s", "1 min 40 s", "+50%", "-5%"),
         "disk": ("5 GiB", "-", "4 GiB", "+25%", "-"),
     }
@@ -78,8 +78,8 @@ def test_memory_of_several_processes_is_that_of_the_largest_and_what_they_send_i
     found = section(tmp_path, made, memory_growth_per_process=(520 * MIB, 600 * MIB))
     assert found is not None
     texts = [block.text for block in found.blocks if isinstance(block, Paragraph)]
-    assert any("Each of 2 processes sends 6 GiB per step (fsdp2, 3 GiB of it" in text for text in texts)
-    assert comparison(found)["memory of the training process, without the libraries"][2] == "600 MiB"
+    assert any("Each of 2 processes sends 6 GiB per step (fsdp2, 3 GiB of which" in text for text in texts)
+    assert comparison(found)["memory of the training process (without libraries)"][2] == "600 MiB"
 
 
 def test_memory_at_the_peak_is_shown_by_kind(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from fulltune import report
 from fulltune.records.data import DataSummary, Preview, Segment
 from fulltune.records.scores import Answer
-from fulltune.report.run.about_data import row_words
-from fulltune.report.run.model_card import loading_code
+from fulltune.report.run.about_data import form_of_rows
+from fulltune.report.run.model_card import build_loading_code
 
 
 def rewritten(folder: Path, labels: tuple[str, ...] = (), counts: Any = None, **changes: Any) -> tuple[str, str]:
@@ -48,7 +48,7 @@ def test_reports_tags_count_entities_and_show_no_legend_of_trained_tokens(
     assert "B-PER" not in markdown.partition("## Data")[2]
     assert "entities: [Ada]PER lives in [London]LOC ." in markdown
     assert "Test rows with the most wrong entities:" in markdown
-    assert "Trained tokens are between" not in markdown
+    assert "The model is trained on the tokens between" not in markdown
     assert "trained tokens are bold" not in html
     assert "entities: <mark>[Ada]PER lives in [London]LOC .</mark>" in html
 
@@ -89,13 +89,13 @@ def test_reports_windows_and_answers_of_questions(classification: Path) -> None:
     ],
 )
 def test_loading_code_of_each_task_compiles_and_names_its_class(task: str, parts: tuple[str, ...]) -> None:
-    code = loading_code('a "folder"', task, None)
+    code = build_loading_code('a "folder"', task, None)
     compile(code, task, "exec")
     assert all(part in code for part in parts)
 
 
 def test_loading_code_finds_a_base_in_a_package() -> None:
-    code = loading_code("m", "text-classification", None, "package:json/tool.py")
+    code = build_loading_code("m", "text-classification", None, "package:json/tool.py")
     [place] = [
         line.partition("from_pretrained(")[2].partition(", config=")[0]
         for line in code.splitlines()
@@ -120,4 +120,4 @@ def test_question_fits_what_the_model_reads(
     classification: Path, kind: str, columns: dict[str, str], expected: str
 ) -> None:
     summary = DataSummary.load(classification / "data" / "summary.json")
-    assert row_words(summary.model_copy(update={"problem_type": kind, "columns": columns})).question == expected
+    assert form_of_rows(summary.model_copy(update={"problem_type": kind, "columns": columns})).question == expected

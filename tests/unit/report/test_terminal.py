@@ -27,7 +27,7 @@ from fulltune.report.format.blocks import (
 
 def printed(*parts: Headline | Section | Element) -> list[str]:
     console = Console(width=80, file=io.StringIO())
-    pages.show(console, parts)
+    pages.print_parts(console, parts)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]  # a StringIO
 
 
@@ -66,7 +66,7 @@ def test_long_command_can_be_copied() -> None:
 def test_end_of_a_run_has_scores_verdict_and_what_to_try(classification: Path, kit: SimpleNamespace) -> None:
     ahead = {"nearest centroid (frozen)": Estimate(value=-0.1, low=-0.15, high=-0.05)}
     kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.712, differences=ahead))
-    lines = printed(*report.for_terminal(classification))
+    lines = printed(*report.run_for_terminal(classification))
     text = " ".join(" ".join(lines).split())
     assert max(map(cell_len, lines)) <= 80
     places = [text.index(said) for said in ("Each metric on the test rows", "Worse than without training.", "--set ")]
@@ -76,5 +76,5 @@ def test_end_of_a_run_has_scores_verdict_and_what_to_try(classification: Path, k
 
 
 def test_end_of_a_run_with_answers_shows_what_was_said_before_and_after(causal_lm: Path) -> None:
-    text = " ".join(" ".join(printed(*report.for_terminal(causal_lm))).split())
+    text = " ".join(" ".join(printed(*report.run_for_terminal(causal_lm))).split())
     assert re.search(r"expected .* before training untouched says .* after training trained says", text)

@@ -14,7 +14,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.run import ACCESSES, Access
 from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format.blocks import Headline, Paragraph
-from fulltune.report.run.about_scores import scored_again, without_leaks
+from fulltune.report.run.about_scores import describe_leaks, warn_of_repeated_scoring
 from fulltune.report.run.read import read_run
 
 
@@ -43,8 +43,8 @@ UNSEEN = Estimate(value=0.931, low=0.922, high=0.94, rows=2935, clusters=2900)
         ),
         (
             37, 40, None,
-            "Of 40 test rows, 37 leak: their text also occurs in train. Too few others remain to judge the model on "
-            "unseen rows.",
+            "Of 40 test rows, 37 leak: their text also occurs in train. Too few other rows remain to judge the model "
+            "on unseen rows.",
         ),
     ],
 )  # fmt: skip
@@ -52,14 +52,14 @@ def test_metric_without_rows_of_train_is_said_in_report_and_terminal(
     classification: Path, kit: SimpleNamespace, left_out: int, rows: int, unseen: Estimate | None, expected: str
 ) -> None:
     scores, summary = of(kit, left_out, rows, unseen), DataSummary.of_run(classification)
-    assert without_leaks(scores, summary) == expected
+    assert describe_leaks(scores, summary) == expected
     passages = summary.model_copy(update={"columns": {"context": "c", "question": "q"}})
-    assert "passage" in (without_leaks(scores, passages) or "")
+    assert "passage" in (describe_leaks(scores, passages) or "")
     kit.save_scores(classification, *scores)
     report.write(classification)
     text = (classification / "report.md").read_text(encoding="utf-8")
     assert expected in text.replace("\\", "")
-    assert Paragraph(expected) in report.for_terminal(classification)
+    assert Paragraph(expected) in report.run_for_terminal(classification)
 
 
 def access(run: str, model: str = "m", day: int = 2, trial: str = "full-seed1", rows: str = "r") -> Access:
@@ -68,14 +68,16 @@ def access(run: str, model: str = "m", day: int = 2, trial: str = "full-seed1", 
 
 
 def test_models_are_counted_and_not_how_often_one_is_scored() -> None:
-    assert scored_again([]) == scored_again([access("a"), access("a", day=3)]) == ""
-    assert scored_again([access("a", day=4), access("b"), access("c", day=7), access("c", day=8)]) == (
-        "These test rows have been scored 3 times here, first on 2026-11-02. Choosing the best of these "
-        "runs by test score would be optimistic: choose by eval score."
+    assert warn_of_repeated_scoring([]) == warn_of_repeated_scoring([access("a"), access("a", day=3)]) == ""
+    assert warn_of_repeated_scoring([access("a", day=4), access("b"), access("c", day=7), access("c", day=8)]) == (
+        "3 runs in this folder have scored these test rows, first on 2026-11-02. The best of several test scores is "
+        "optimistic, so choose a run by its eval score."
     )
-    assert "2 times here" in scored_again([access("a"), access("a", "trained anew")])
+    assert "2 runs in this folder" in warn_of_repeated_scoring([access("a"), access("a", "trained anew")])
     compared = [access("b", "", trial="comparison"), access("b", "", trial="comparison"), access("a")]
-    assert "2 times here (1 comparison among them)" in scored_again(compared)
+    assert "2 runs in this folder have scored these test rows (1 comparison among them)" in warn_of_repeated_scoring(
+        compared
+    )
 
 
 def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> None:
@@ -83,11 +85,11 @@ def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> No
     lines = [access(name), access("other", day=1), access("of other rows", rows="s")]
     log = classification.parent / ACCESSES
     log.write_text("".join(json.dumps(one.model_dump()) + "\n" for one in lines), encoding="utf-8")
-    [headline] = [part for part in report.for_terminal(classification) if isinstance(part, Headline)]
-    assert "scored 2 times here, first on 2026-11-01" in headline.note
+    [headline] = [part for part in report.run_for_terminal(classification) if isinstance(part, Headline)]
+    assert "2 runs in this folder have scored these test rows, first on 2026-11-01" in headline.note
     report.write(classification)
     for page in ("report.md", "report.html"):
-        assert "scored 2 times here" in (classification / page).read_text(encoding="utf-8")
+        assert "2 runs in this folder have scored" in (classification / page).read_text(encoding="utf-8")
 
 
 def test_log_that_cannot_be_read_is_missing_and_the_report_is_written(classification: Path) -> None:

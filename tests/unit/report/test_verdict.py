@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fulltune.records.scores import Answer, Estimate, Scores
-from fulltune.report.run.verdict import judge
+from fulltune.report.run.verdict import judge_scores
 
 BASELINE = "nearest centroid"
 
@@ -44,7 +44,7 @@ def pair(
 def test_interval_of_the_difference_on_the_same_rows_decides_and_is_said(
     kit: SimpleNamespace, metric: str, trained: float, bar: float, bounds: tuple[float, float], kind: str, said: str
 ) -> None:
-    verdict = judge(pair(kit, trained, bar, bounds, metric))
+    verdict = judge_scores(pair(kit, trained, bar, bounds, metric))
     assert verdict.kind == kind
     assert said in verdict.sentence
     assert ("Worse than without training" in verdict.label) == (kind == "worse")
@@ -76,7 +76,7 @@ def test_loss_alone_is_not_called_better_than_answers_say(
         row.model_copy(update={"metrics": row.metrics | {"rougeL": Estimate(value=value, low=value, high=value)}})
         for row, value in ((untouched, before), (trained.model_copy(update={"answers": answers}), after))
     ]
-    verdict = judge([*rows, copy])
+    verdict = judge_scores([*rows, copy])
     assert verdict.kind == kind
     assert said in verdict.sentence
     assert "is -1.1" in verdict.sentence
@@ -86,10 +86,10 @@ def test_loss_alone_is_not_called_better_than_answers_say(
 def test_verdict_without_a_paired_difference_claims_none(kit: SimpleNamespace) -> None:
     """Intervals far apart are still not a difference that was measured."""
     rows = [kit.scores("majority class", "baseline", 0.3), kit.scores("full-seed42", "trained", 0.9)]
-    verdict = judge(rows)
+    verdict = judge_scores(rows)
     assert verdict.kind == "unpaired"
     assert verdict.sentence.endswith("Their difference on the same rows was not measured.")
-    others = judge([rows[0].model_copy(update={"rows": rows[0].rows + 1}), rows[1]])
+    others = judge_scores([rows[0].model_copy(update={"rows": rows[0].rows + 1}), rows[1]])
     assert "were scored on different rows, so their difference is unknown" in others.sentence
 
 
@@ -100,16 +100,16 @@ def test_bar_is_the_best_untrained_row_in_the_metric_s_direction(kit: SimpleName
         kit.scores("before training", "untouched", 2.0, 0.02, "loss", False),
         kit.scores("full-seed42", "trained", 1.2, 0.02, "loss", False),
     ]
-    assert "for the best baseline, low." in judge(rows).sentence
-    assert "for the model before training." in judge([rows[0], *rows[2:]]).sentence
+    assert "for the best baseline, low." in judge_scores(rows).sentence
+    assert "for the model before training." in judge_scores([rows[0], *rows[2:]]).sentence
 
 
 def test_verdict_metric_not_finite_is_none(kit: SimpleNamespace) -> None:
     rows = [kit.scores("full-seed42", "trained", float("nan")), kit.scores("majority class", "baseline", 0.3)]
-    assert judge(rows).kind == "none"
+    assert judge_scores(rows).kind == "none"
 
 
 def test_sentence_loss_says_its_direction_and_who_lost(kit: SimpleNamespace) -> None:
-    untouched = judge(pair(kit, 2.3, 1.2, (1.0, 1.2), "loss", "untouched"))
+    untouched = judge_scores(pair(kit, 2.3, 1.2, (1.0, 1.2), "loss", "untouched"))
     assert "loss 2.3 [2.23, 2.37] (smaller is better) on" in untouched.sentence
     assert untouched.sentence.endswith(", and training made it worse.")

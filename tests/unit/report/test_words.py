@@ -6,7 +6,7 @@ import pytest
 
 from fulltune.records.scores import Calibration
 from fulltune.report.format import words
-from fulltune.report.run.about_scores import calibration_in_words
+from fulltune.report.run.about_scores import describe_calibration
 from tests import plans
 
 
@@ -14,15 +14,15 @@ from tests import plans
     ("each_pass", "passes", "machines", "said"),
     [
         (0, 4, 1, "each of 2 processes sends 1 GiB per step (fsdp2)"),
-        (2**30, 3, 1, "each of 2 processes sends 4 GiB per step (fsdp2, 1 GiB of it for each of 3 micro batches)"),
+        (2**30, 3, 1, "each of 2 processes sends 4 GiB per step (fsdp2, 1 GiB of which for each of 3 micro batches)"),
         (0, 1, 2, "each of 2 processes sends 1 GiB per step; each of 2 machines sends as much to the others (fsdp2)"),
     ],
 )
 def test_what_processes_send_is_a_line(each_pass: int, passes: int, machines: int, said: str) -> None:
     many = {"num_processes": 2, "num_machines": machines, "gradient_accumulation_steps": passes}
     made = plans.plan(**many, placement="fsdp2", sent_bytes_per_micro_batch=each_pass, sent_bytes_per_update=2**30)
-    assert words.sent(made) == said
-    assert words.sent(plans.plan()) is None
+    assert words.describe_traffic(made) == said
+    assert words.describe_traffic(plans.plan()) is None
 
 
 def test_harmless_control_and_direction_marks_are_shown_by_code() -> None:
@@ -52,7 +52,7 @@ def test_file_name_local_places_lose_their_folders(place: str, text: str) -> Non
 )
 def test_calibration_is_said_in_the_field_s_words(temperature: float, said: str) -> None:
     found = Calibration(temperature=temperature, expected_calibration_error=0.2, expected_calibration_error_scaled=0.1)
-    assert said in calibration_in_words(found)
+    assert said in describe_calibration(found)
 
 
 @pytest.mark.parametrize(

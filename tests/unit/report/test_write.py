@@ -163,7 +163,7 @@ def test_reports_many_labels_show_the_most_confused_pairs(classification: Path, 
     confusion = Confusion(labels=labels, counts=tuple(tuple(row) for row in counts))
     kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.9, confusion=confusion))
     markdown, _ = both(classification)
-    assert "The 1 most confused of 1 confused pair (30 labels)" in markdown
+    assert "The 1 most frequent of 1 confused pair (30 labels)" in markdown
     assert re.search(r"\| label 3 +\| label 7 +\| +10 \| 50\.0%", markdown)
 
 
@@ -181,7 +181,7 @@ def test_reports_resumed_attempts_say_where_they_continued(classification: Path,
     kit.write_lines(second / "metrics.jsonl", kit.curve_lines(210, 300))
     kit.outcome(attempt=2).save(second / "outcome.json")
     for text in both(classification):
-        assert "The curve joins 2 attempts" in text
+        assert "The curves join 2 attempts" in text
         assert "step 210" in text
 
 
@@ -193,7 +193,7 @@ def test_reports_draw_the_metric_that_chose_and_list_the_others(classification: 
     kit.write_lines(classification / "attempts" / "full-seed42-01" / "metrics.jsonl", lines)
     markdown, html = both(classification)
     assert html.count("<svg") == 3  # accuracy, loss, and the intervals on the test rows
-    assert "On the eval rows, each evaluation" in markdown
+    assert "Metrics on the eval rows at each evaluation" in markdown
     assert re.search(r"\| step +\| +accuracy +\| +f1 macro +\| +mcc +\| +loss \|", markdown)
     assert re.search(r"\| 59 +\| +59\.0% +\| +59\.0% +\| +0\.59 +\| +1 \|", markdown)
 

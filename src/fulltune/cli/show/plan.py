@@ -9,38 +9,38 @@ from fulltune.plan.ways_out import format_flags
 from fulltune.records.plan import MemoryKind, Plan, Setting, Survey, TimeNeed
 from fulltune.records.training import Measurements
 from fulltune.report.format import words
-from fulltune.report.format.blocks import Code, Element, Facts, Paragraph, Section, Table, TableRow
-from fulltune.report.format.words import short_count
+from fulltune.report.format.blocks import Code, Element, Facts, NameAndValue, Paragraph, Section, Table, TableRow
+from fulltune.report.format.words import format_count
 from fulltune.text import counted, format_bytes, format_seconds
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 WIDEST_VALUE = 20
 
 
-def sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
+def build_plan_sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
     """Yield the sections of a plan, from the decision to the next commands."""
-    yield _section("plan", Facts(tuple(_fit_and_cost(survey, plan))))
+    yield _section("plan", Facts(tuple(_fit_and_cost_facts(survey, plan))))
     yield _section("inputs", Facts(tuple(_input_facts(survey))))
     if plan is not None:
-        yield _section(f"memory of a step, micro batch {plan.micro_batch_size}", *_memory_blocks(survey, plan))
-    yield _section("placements", _placement_table(survey), Paragraph(_placement_legend(survey)))
+        yield _section(f"memory of a step, micro batch {plan.micro_batch_size}", *_build_memory_blocks(survey, plan))
+    yield _section("placements", _build_placement_table(survey), Paragraph(_placement_legend(survey)))
     if plan is not None:
         if plan.time:
             yield _section("time", Facts(tuple(_time_facts(survey, plan, plan.time))))
-        yield _section("settings", *_setting_blocks(plan.settings))
+        yield _section("settings", *_build_setting_blocks(plan.settings))
     if survey.ways_out:
-        yield _section("ways out", *_ways_out_blocks(survey))
+        yield _section("ways out", *_build_alternative_blocks(survey))
     advice = tuple((one.verdict, one.method, one.rule) for one in survey.advice)
     title = "method: where to start (sources: docs/evidence.md)"
     yield _section(title, Table("", ("", "method", "why"), advice))
-    yield _section("next", *_next_commands(survey, plan))
+    yield _section("next", *_build_next_commands(survey, plan))
 
 
 def _section(title: str, *blocks: Element) -> Section:
     return Section(title, title, blocks)
 
 
-def gib(num_bytes: int) -> str:
+def format_gib(num_bytes: int) -> str:
     if not num_bytes:
         return "–"
     value = num_bytes / 2**30
@@ -49,10 +49,10 @@ def gib(num_bytes: int) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
 
 
-def _fit_and_cost(survey: Survey, plan: Plan | None) -> list[tuple[str, str]]:
+def _fit_and_cost_facts(survey: Survey, plan: Plan | None) -> list[NameAndValue]:
     if plan is None:
         return [("fits", f"no: {'; '.join(survey.notes[:1])}")]
-    peak = f", {gib(plan.memory.peak)} of {gib(survey.device_free_bytes)} GiB" if plan.memory else ""
+    peak = f", {format_gib(plan.memory.peak)} of {format_gib(survey.device_free_bytes)} GiB" if plan.memory else ""
     each = f" in each of {plan.num_processes} processes" if peak and plan.num_processes > 1 else ""
     rows = [("fits", f"yes: {plan.method} on {survey.hardware}, {survey.placement or plan.placement}{peak}{each}")]
     if (need := plan.time) is None:
@@ -66,15 +66,15 @@ def _fit_and_cost(survey: Survey, plan: Plan | None) -> list[tuple[str, str]]:
     return rows
 
 
-def _input_facts(survey: Survey) -> list[tuple[str, str]]:
+def _input_facts(survey: Survey) -> list[NameAndValue]:
     lengths = survey.length_percentiles
     tokens = f"median {lengths['p50']:,}, 95th percentile {lengths['p95']:,}, longest {lengths['max']:,}"
     # In GiB as everywhere below; for the host also in GB, as hosts are sold and `--for` counts (1 GiB is 1.07 GB).
     host = "each host's" if survey.num_machines > 1 else "the host's"
-    free = f"{gib(survey.device_free_bytes)} GiB for each process, {gib(survey.host_free_bytes)} GiB "
+    free = f"{format_gib(survey.device_free_bytes)} GiB for each process, {format_gib(survey.host_free_bytes)} GiB "
     free += f"({survey.host_free_bytes / 1e9:,.0f} GB) of {host} memory"
     rows = [
-        ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({short_count(survey.num_parameters)})"),
+        ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({format_count(survey.num_parameters)})"),
         ("rows", f"{survey.train_rows:,} train, {survey.eval_rows:,} eval (choose the checkpoint)"),
         ("tokens per row", f"{tokens}; truncated at {survey.max_length:,}"),
         ("hardware", survey.hardware),
@@ -83,14 +83,14 @@ def _input_facts(survey: Survey) -> list[tuple[str, str]]:
     return [*rows, ("assumed", "; ".join(survey.assumptions))] if survey.assumptions else rows
 
 
-def _memory_blocks(survey: Survey, plan: Plan) -> list[Element]:
+def _build_memory_blocks(survey: Survey, plan: Plan) -> list[Element]:
     need, disk = plan.memory, plan.disk
     kinds = need.kinds if need else {}
-    sizes = [gib(size) for size in (*(kinds.get(kind, 0) for kind in KINDS), sum(kinds.values()))]
-    row = ("device" if plan.device == "cuda" else "memory", *sizes, gib(survey.device_free_bytes))
+    sizes = [format_gib(size) for size in (*(kinds.get(kind, 0) for kind in KINDS), sum(kinds.values()))]
+    row = ("device" if plan.device == "cuda" else "memory", *sizes, format_gib(survey.device_free_bytes))
     header = ("GiB", *KINDS, "sum", "of")
     blocks: list[Element] = [Table("", header, (row,), frozenset(range(1, len(header))))]
-    blocks += [Paragraph(words.at_the_peak(kinds))] if kinds else []
+    blocks += [Paragraph(words.describe_memory_peak(kinds))] if kinds else []
     if need is not None and need.peak_phase != "step":
         blocks.append(
             Paragraph(f"the peak is outside the step: {PHASE_NAMES[need.peak_phase]}, {format_bytes(need.peak)}")
@@ -102,22 +102,26 @@ def _memory_blocks(survey: Survey, plan: Plan) -> list[Element]:
         free = survey.disk_free_bytes
         room = "free space unknown" if free is None else f"{format_bytes(free)} free"
         facts.append(("disk", f"{parts} = {format_bytes(disk.total)}; {room}"))
-    if sent := words.sent(plan):
+    if sent := words.describe_traffic(plan):
         facts.append(("traffic", sent))
     return [*blocks, Facts(tuple(facts))]
 
 
-def _placement_table(survey: Survey) -> Table:
+def _build_placement_table(survey: Survey) -> Table:
     rows: list[TableRow] = []
     for placement in survey.placements:
         is_chosen = placement.name == survey.placement
         last = ("", "", (placement.shortage or "").replace(" GiB", ""))
         if placement.fits:
-            speed = short_count(placement.tokens_per_second) if placement.tokens_per_second else "?"
+            speed = format_count(placement.tokens_per_second) if placement.tokens_per_second else "?"
             micro = f"{placement.micro_batch_size}{'*' * placement.activation_checkpointing}"
             last = (micro, speed, "chosen" if is_chosen else "fits")
         rows.append(
-            (f"{'▸ ' * is_chosen}{placement.name}", gib(placement.device_bytes), gib(placement.host_bytes), *last)
+            (
+                f"{'▸ ' * is_chosen}{placement.name}",
+                *map(format_gib, (placement.device_bytes, placement.host_bytes)),
+                *last,
+            )
         )
     header = ("placement", "device", "host", "batch", "tokens/s", "")
     return Table("", header, tuple(rows), frozenset(range(1, len(header) - 1)))
@@ -128,7 +132,7 @@ def _placement_legend(survey: Survey) -> str:
     return f"GiB on each device and {host}; batch: rows per pass on each device, * with activation checkpointing"
 
 
-def _time_facts(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
+def _time_facts(survey: Survey, plan: Plan, need: TimeNeed) -> list[NameAndValue]:
     batch = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} x {plan.num_processes}"
     rows = counted(plan.global_batch_size, "row")
     epochs = f"{plan.num_train_epochs:g} {'epoch' if plan.num_train_epochs == 1 else 'epochs'}"
@@ -141,14 +145,14 @@ def _time_facts(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, s
     training = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
     besides = (f"{name} {format_seconds(seconds)}" for name, seconds in need.overhead_seconds.items())
     return [
-        ("steps", f"{steps}, {short_count(need.tokens)} tokens"),
+        ("steps", f"{steps}, {format_count(need.tokens)} tokens"),
         ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: {doubt}){waits}"),
         ("training", f"{format_seconds(need.total_seconds)}: {training}"),
         ("besides", ", ".join(besides)),
     ]
 
 
-def _setting_blocks(settings: Sequence[Setting]) -> list[Element]:
+def _build_setting_blocks(settings: Sequence[Setting]) -> list[Element]:
     reasoned = [one for one in settings if one.reason not in ("default", FROM_RECIPE)]
     rows = [(one.name, to_yaml(one.value), one.reason) for one in reasoned]
     long = [Paragraph(f"{name}: {value} ({why})") for name, value, why in rows if len(value) > WIDEST_VALUE]
@@ -165,20 +169,20 @@ def _setting_blocks(settings: Sequence[Setting]) -> list[Element]:
     ]
 
 
-def _ways_out_blocks(survey: Survey) -> list[Element]:
+def _build_alternative_blocks(survey: Survey) -> list[Element]:
     rows = tuple(
-        (f"{number} {way.change}", gib(way.frees_bytes), "yes" if way.enough else "no", way.costs)
+        (f"{number} {way.change}", format_gib(way.frees_bytes), "yes" if way.enough else "no", way.costs)
         for number, way in enumerate(survey.ways_out, 1)
     )
     table = Table("", ("change", "frees GiB", "enough", "costs"), rows, frozenset({1}))
     flags = [
         Code(f"{number}  {flag}", "sh") for number, way in enumerate(survey.ways_out, 1) if (flag := format_flags(way))
     ]
-    lead = Paragraph("to plan one of them, add its options to the command (--for replaces yours):")
+    lead = Paragraph("to plan one of them, add its options to the command (its --for replaces yours):")
     return [table, lead, *flags] if flags else [table]
 
 
-def _next_commands(survey: Survey, plan: Plan | None) -> list[Element]:
+def _build_next_commands(survey: Survey, plan: Plan | None) -> list[Element]:
     if plan is None:
         return [Paragraph("nothing fits yet: choose one of the ways out first")]
     blocks: list[Element] = []
@@ -186,7 +190,7 @@ def _next_commands(survey: Survey, plan: Plan | None) -> list[Element]:
         blocks.append(Paragraph("to decide on your own rows: a fair comparison of methods, each at its best rate"))
         blocks.append(Code(survey.comparison, "sh"))
     elif survey.full_fits:
-        where = "with methods: [full, lora] instead of method in the recipe, on one machine, without ZeRO"
+        where = "with methods: [full, lora] in the recipe instead of method, on one machine, without ZeRO"
         blocks.append(Paragraph(f"to decide on your own rows: fulltune compare, {where}"))
     if survey.command:
         machines = "; RANK counts the machines from 0, HOST is the name of machine 0" if survey.num_machines > 1 else ""
@@ -194,7 +198,7 @@ def _next_commands(survey: Survey, plan: Plan | None) -> list[Element]:
     return blocks
 
 
-def measured(measurements: Measurements) -> Table:
+def build_measured_table(measurements: Measurements) -> Table:
     """Build the table of memory, speed and loss in one measured step per setting."""
     first = next((row.loss for row in measurements.rows if row.loss is not None), None)
     rows = tuple(

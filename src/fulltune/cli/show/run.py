@@ -24,12 +24,12 @@ from fulltune.records.events import (
 )
 from fulltune.records.forgetting import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
-from fulltune.report.comparison.content import expectation
+from fulltune.report.comparison.content import build_expectation_section
 from fulltune.report.format import pages
-from fulltune.report.format.words import Writer
-from fulltune.report.run.about_data import mixed_words, rows_for_terminal
-from fulltune.report.run.about_forgetting import verdict
-from fulltune.report.run.about_training import check_table
+from fulltune.report.format.words import MetricFormatter
+from fulltune.report.run.about_data import data_for_terminal, describe_mixed_sources
+from fulltune.report.run.about_forgetting import describe_budget_result
+from fulltune.report.run.about_training import build_check_table
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
 _MOST_ROWS = 8
@@ -78,7 +78,7 @@ class Display:
                 self.metric = plan.metric
                 self._show_plan(plan)
             case ChecksDone(checks=checks):
-                pages.show(self.console, [check_table(checks)])
+                pages.print_parts(self.console, [build_check_table(checks)])
             case Forecast():
                 self._show_forecast(event)
             case Message(text=text, level="progress" | "resumed"):
@@ -88,9 +88,9 @@ class Display:
             case Message(text=text):
                 self.console.print(f"[yellow]{escape(text)}[/yellow]")
             case Designed(expectation=expected, metric=metric, margin=margin):
-                pages.show(self.console, [expectation(expected, Writer(metric, margin))])
+                pages.print_parts(self.console, [build_expectation_section(expected, MetricFormatter(metric, margin))])
             case Certified(result=result):
-                self.console.print(escape(verdict(result)))
+                self.console.print(escape(describe_budget_result(result)))
             case StepSkipped(step=step, reason=reason, rows=rows):
                 named = first_few([f"{row + 1:,}" for row in rows], _MOST_ROWS)
                 self.console.print(f"[yellow]step {step}: skipped:[/yellow] {escape(reason)}; train rows {named}")
@@ -139,13 +139,13 @@ class Display:
             self.last_metric = f"  eval {self.metric} {format_metric(self.metric, metrics[self.metric])}"
         self.console.print(f"step {event.step:>5}  epoch {event.epoch:.2f}  eval {values}")
 
-    def _show_data(self, summary: DataSummary, is_known: bool) -> None:
+    def _show_data(self, summary: DataSummary, is_reused: bool) -> None:
         self.summary = summary
-        if self.details and is_known:
+        if self.details and is_reused:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
             self.console.print(f"[dim]rows unchanged: {rows}[/dim]")
         elif self.details:
-            pages.show(self.console, rows_for_terminal(summary))
+            pages.print_parts(self.console, data_for_terminal(summary))
 
     def _show_plan(self, plan: Plan) -> None:
         if self.details:
@@ -158,7 +158,7 @@ class Display:
             )
             if plan.busy:
                 self.console.print(f"[yellow]{escape(plan.busy)}[/yellow]")
-            for line in mixed_words(self.summary, plan.num_train_epochs) if self.summary else ():
+            for line in describe_mixed_sources(self.summary, plan.num_train_epochs) if self.summary else ():
                 self.console.print(f"mixed in: {escape(line)}")
 
     def _show_forecast(self, event: Forecast) -> None:

@@ -13,6 +13,7 @@ from fulltune.report.format.blocks import (
     Figures,
     Folded,
     Headline,
+    NameAndValue,
     Paragraph,
     Report,
     Section,
@@ -20,67 +21,69 @@ from fulltune.report.format.blocks import (
     unless_empty,
     untrusted,
 )
-from fulltune.report.format.plots import CostPlot, Mark, cost_plot
-from fulltune.report.format.words import NOTHING, Writer, fine_share, ratio, short, short_count
+from fulltune.report.format.plots import CostPlot, Mark, draw_cost_plot
+from fulltune.report.format.words import NOTHING, MetricFormatter, format_ratio, format_short
 from fulltune.text import counted, format_bytes, format_number, format_seconds, listed
 
 _POINTER = "▸ "
-_MADE_FROM = Paragraph("This report is made from proof.json beside it, which holds every number.")
+_MADE_FROM = Paragraph("The file proof.json in this folder contains every number of this report.")
 
 
-def build(comparison: Comparison, picture: str = "") -> Report:
+def build_comparison_report(comparison: Comparison, picture_file: str = "") -> Report:
     sections = (
-        _why_section(comparison),
-        Section("field", "The methods", _method_tables(comparison)),
-        _plot_section(comparison, picture),
-        Section("fairness", "Fairness", (_fairness_block(comparison),)),
-        how(comparison),
+        _build_reasons_section(comparison),
+        Section("field", "The methods", _build_method_tables(comparison)),
+        _build_plot_section(comparison, picture_file),
+        Section("fairness", "Fairness", (_build_fairness_block(comparison),)),
+        build_details_section(comparison),
         Section("again", "Reproduce", (Code(comparison.command, "sh"), _MADE_FROM)),
     )
     rows = counted(comparison.train_rows, "train row")
     return Report(
         title=comparison.name,
-        subtitle=f"Full fine-tuning or less? {words.file_name(comparison.model)} · {comparison.task} · {rows}",
-        headline=_headline(comparison),
+        subtitle=f"Is full fine-tuning worth it? {words.file_name(comparison.model)} · {comparison.task} · {rows}",
+        headline=_build_headline(comparison),
         key_figures=tuple(_key_figures(comparison)),
         sections=tuple(section for section in sections if section is not None),
     )
 
 
-def for_terminal(comparison: Comparison) -> list[Headline | Section | Element]:
+def comparison_for_terminal(comparison: Comparison) -> list[Headline | Section | Element]:
     """Return the parts that are printed at the end of a comparison."""
+    took = tuple(one for one in comparison_facts(comparison) if one[0] == "took")
     parts = (
-        _headline(comparison),
-        _why_section(comparison),
-        Section("field", "The methods", _method_tables(comparison)),
-        Section("fairness", "Fairness", (_fairness_block(comparison),)),
-        Section("how", "How it was made", (Facts(tuple(one for one in facts(comparison) if one[0] == "took")),)),
+        _build_headline(comparison),
+        _build_reasons_section(comparison),
+        Section("field", "The methods", _build_method_tables(comparison)),
+        Section("fairness", "Fairness", (_build_fairness_block(comparison),)),
+        Section("how", "How it was made", (Facts(took),)),
     )
     return [part for part in parts if part is not None]
 
 
-def label(decision: Decision) -> str:
-    """Return the verdict with the method that it recommends: `PEFT: lora`."""
+def verdict_label(decision: Decision) -> str:
+    """Return the verdict with the method that it recommends, such as `PEFT: lora`."""
     name = decision.recommended
     take = {"PEFT": f": {name}", "VARIANT": f": {name}", "EQUIVALENT": f": take {name}"}
     return decision.verdict + take.get(decision.verdict, "")
 
 
-def _headline(comparison: Comparison) -> Headline:
-    decision, write = comparison.decision, Writer.of(comparison.decision)
+def _build_headline(comparison: Comparison) -> Headline:
+    decision, write = comparison.decision, MetricFormatter.of(comparison.decision)
     rivals = sum(one.decides for one in decision.differences)
-    together = f" for the {rivals} methods together" if rivals > 1 else ""
+    together = f" jointly for {rivals} methods" if rivals > 1 else ""
     smaller = "" if comparison.decision.greater_is_better else f" Smaller {write.name} is better."
     terms = (
         f"Margin: differences below {write.amount(decision.margin)} of {write.name} do not matter. Confidence: "
         f"{_confidence_level(comparison)}{together}. Measured on {counted(decision.num_rows, 'test row')}.{smaller}"
     )
-    sentence = f"{_near_without_training(comparison)} {decision.headline}".lstrip()
-    return Headline(decision.verdict.lower(), label(decision), sentence, note=terms, warning=_warning(comparison))
+    sentence = f"{_baseline_note(comparison)} {decision.headline}".lstrip()
+    warning = _fairness_warning(comparison)
+    return Headline(decision.verdict.lower(), verdict_label(decision), sentence, note=terms, warning=warning)
 
 
-def _near_without_training(comparison: Comparison) -> str:
-    """Say that the best baseline is no worse than the recommended or best method, or return an empty string."""
+def _baseline_note(comparison: Comparison) -> str:
+    """Return a sentence if a baseline scores as well as the recommended (or best) method, else an empty string."""
     scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
     trained = [row for row in comparison.rows if row.seeds]
     if not scored or not trained:
@@ -89,24 +92,25 @@ def _near_without_training(comparison: Comparison) -> str:
     best = max(scored, key=lambda scores: sign * scores.metrics[comparison.decision.metric].value)
     top = max(trained, key=lambda row: sign * row.metric.value)
     row = next((one for one in trained if one.method == comparison.decision.recommended), top)
-    value, write = best.metrics[comparison.decision.metric].value, Writer.of(comparison.decision)
+    value, write = best.metrics[comparison.decision.metric].value, MetricFormatter.of(comparison.decision)
     if sign * value >= sign * top.metric.value:
-        return f"No method beats {best.name}, which needs no training and has {write.value(value)}."
+        return f"No method beats {best.name}, which needs no training and reaches {write.value(value)}."
     if sign * value < min(sign * row.metric.low, sign * row.metric.high):
         return ""
     return (
-        f"{best.name}, which needs no training, has {write.value(value)} on the same test rows, within the interval of "
+        f"{best.name} needs no training and reaches {write.value(value)} on the same test rows, within the interval of "
         f"{row.method}, {write.estimate(row.metric)}."
     )
 
 
-def _warning(comparison: Comparison) -> str:
-    findings = marks(comparison)
+def _fairness_warning(comparison: Comparison) -> str:
+    """Return a sentence that counts unfair settings and notes, or an empty string without any."""
+    findings = list_warnings(comparison)
     unfair = sum(one.startswith("Unfair") for one in findings)
     counts = ((unfair, "unfair setting"), (len(findings) - unfair, "note"))
     parts = [counted(count, noun) for count, noun in counts if count]
     opened = comparison.verdicts_on_test_rows
-    again = f"The sealed test rows were used for {opened} verdicts. " if opened > 1 else ""
+    again = f"These test rows were used for {opened} verdicts. " if opened > 1 else ""
     return f"{again}{listed(parts)}: see Fairness." if parts else ""
 
 
@@ -114,33 +118,34 @@ def _confidence_level(comparison: Comparison) -> str:
     return f"{100 * comparison.decision.confidence:g}%"
 
 
-def _key_figures(comparison: Comparison) -> list[tuple[str, str]]:
+def _key_figures(comparison: Comparison) -> list[NameAndValue]:
     trained = [row for row in comparison.rows if row.kind != "base"]
     return [
         ("methods trained", f"{len(trained):,}"),
         ("trials", f"{comparison.num_trials:,}"),
-        ("seeds, at most", f"{max((len(row.seeds) for row in trained), default=0):,}"),
+        ("seeds per method, at most", f"{max((len(row.seeds) for row in trained), default=0):,}"),
         ("took", format_seconds(comparison.seconds)),
     ]
 
 
-def _why_section(comparison: Comparison) -> Section | None:
+def _build_reasons_section(comparison: Comparison) -> Section | None:
+    """Build the section of reasons and advice, or None without either."""
     decision, to_do = comparison.decision, list(comparison.decision.would_decide)
     if comparison.can_resume:
         limit = comparison.expectation.budget_seconds
         previous = f" (the budget was {format_seconds(limit)})" if limit else ""
-        more = f"give more time{previous}: the same command with a larger --budget resumes from these trials"
+        more = f"rerun the same command with a larger --budget{previous}; it resumes from these trials"
         to_do.insert(0, more)
     items = (*decision.because, *(f"What to do: {one}" for one in to_do), *decision.notes)
     return unless_empty("Why", [Bullets(items)] if items else [])
 
 
-def _method_tables(comparison: Comparison) -> tuple[Element, ...]:
+def _build_method_tables(comparison: Comparison) -> tuple[Element, ...]:
     fewer = [row.method for row in comparison.rows if row.waited and row.method != comparison.decision.recommended]
-    tables = (_quality_table(comparison), _cost_table(comparison))
+    tables = (_build_quality_table(comparison), _build_cost_table(comparison))
     if not fewer:
         return tables
-    why = f"{', '.join(fewer)}: fewer seeds, because full and the best other method were decided first"
+    why = f"{', '.join(fewer)}: fewer seeds, because full and the best other method come first"
     return (*tables, Bullets((why,)))
 
 
@@ -148,33 +153,33 @@ def _method_cell(row: MethodRow, comparison: Comparison) -> Cell:
     return untrusted(f"{_POINTER}{row.method}" if row.method == comparison.decision.recommended else row.method)
 
 
-def _quality_table(comparison: Comparison) -> Table:
-    write = Writer.of(comparison.decision)
+def _build_quality_table(comparison: Comparison) -> Table:
+    write = MetricFormatter.of(comparison.decision)
     behind = {one.method: write.adjusted(one) for one in comparison.decision.differences}
     rows = []
     for row in comparison.rows:
-        updated = short_count(row.num_trainable)
+        updated = words.format_count(row.num_trainable)
         if row.num_trainable and row.num_parameters:
-            updated += f" ({fine_share(row.num_trainable / row.num_parameters)})"
+            updated += f" ({words.format_fine_share(row.num_trainable / row.num_parameters)})"
         rows.append(
             (
                 _method_cell(row, comparison),
                 updated,
                 write.estimate(row.metric),
                 "reference" if row.kind == "full" else behind.get(row.method, NOTHING),
-                NOTHING if row.gain_share is None else fine_share(row.gain_share),
+                NOTHING if row.gain_share is None else words.format_fine_share(row.gain_share),
                 NOTHING if row.drift is None else format_number(row.drift.value),
-                NOTHING if row.search is None else chosen_rate(row.search),
+                NOTHING if row.search is None else format_chosen_rate(row.search),
                 str(len(row.seeds) or NOTHING),
             )
         )
     level = _confidence_level(comparison)
-    recommended = f"{_POINTER}the recommended method. " if comparison.decision.recommended else ""
-    spread = "rows and seeds" if known(comparison) else "rows alone, because there is one seed"
+    recommended = f"{_POINTER}marks the recommended method. " if comparison.decision.recommended else ""
+    spread = "rows and seeds" if differences_with_spread(comparison) else "rows alone, because there is one seed"
     caption = (
-        f"Quality on the sealed test rows. {recommended}{write.name}: mean over seeds, with its {level} interval over "
-        f"{spread}. Intervals of differences hold for all deciding methods together; above 0 full is better. "
-        f"Drift: {comparison.drift_unit} on generic text. *: best rate at the edge of those tried"
+        f"Quality on the test rows. {recommended}{write.name}: mean over seeds, with a {level} interval over {spread}. "
+        "The intervals of differences hold jointly for all deciding methods; above 0, full is better. "
+        f"Drift: {comparison.drift_unit} on generic text. *: the best rate is at the edge of those tried"
     )
     better = f"full is better by{' [points]' if write.in_points else ''}"
     metric = f"{write.name} [{level}]"
@@ -182,32 +187,32 @@ def _quality_table(comparison: Comparison) -> Table:
     return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
-def _cost_table(comparison: Comparison) -> Table:
+def _build_cost_table(comparison: Comparison) -> Table:
     full = _full_row(comparison)
 
-    def cell(row: MethodRow, field: str, write: Callable[[float], str]) -> str:
+    def format_cost(row: MethodRow, field: str, format_value: Callable[[float], str]) -> str:
         value, whole = float(getattr(row, field)), float(getattr(full, field, 0))
         if value <= 0:
             return NOTHING
-        return write(value) if row is full or not whole else f"{write(value)} · {ratio(value / whole)}"
+        return format_value(value) + ("" if row is full or not whole else f" · {format_ratio(value / whole)}")
 
     rows = tuple(
         (
             _method_cell(row, comparison),
-            cell(row, "train_seconds", format_seconds),
-            short(row.tokens_per_second) if row.tokens_per_second else NOTHING,
-            cell(row, "train_flops", short),
-            cell(row, "peak_memory_bytes", format_bytes),
-            cell(row, "memory_growth_bytes", format_bytes),
-            cell(row, "saved_bytes", format_bytes),
+            format_cost(row, "train_seconds", format_seconds),
+            format_short(row.tokens_per_second) if row.tokens_per_second else NOTHING,
+            format_cost(row, "train_flops", format_short),
+            format_cost(row, "peak_memory_bytes", format_bytes),
+            format_cost(row, "memory_growth_bytes", format_bytes),
+            format_cost(row, "saved_bytes", format_bytes),
             f"{format_number(1000 * row.seconds_per_row)} ms" if row.seconds_per_row else NOTHING,
         )
         for row in comparison.rows
     )
     caption = (
-        "Cost of one whole run: median over seeds, for memory the maximum; ×: relative to full. FLOP: all steps, "
-        "forward and backward. Growth: increase over the memory before the model was loaded. Saved: trained weights on "
-        "disk. Per row: time to predict one test row, in batches"
+        "Cost of one whole run: the median over seeds, or for memory the maximum. ×: relative to full. FLOP: forward "
+        "and backward passes of all steps. Growth: memory beyond what was in use before the model was loaded. Saved: "
+        "trained weights on disk. Per row: time to predict one test row in a batch"
     )
     header = ("method", "training time", "tokens/s", "FLOP", "peak memory", "growth", "saved", "per row")
     return Table(caption, header, rows, frozenset(range(1, len(header))))
@@ -217,9 +222,9 @@ def _full_row(comparison: Comparison) -> MethodRow | None:
     return next((row for row in comparison.rows if row.kind == "full"), None)
 
 
-def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
-    """Return a plot of quality against each measured cost: training time and operations."""
-    full, write, drawn = _full_row(comparison), Writer.of(comparison.decision), list[CostPlot]()
+def build_cost_plots(comparison: Comparison) -> tuple[CostPlot, ...]:
+    """Return one plot of quality against training time and one against operations, if measured."""
+    full, write, drawn = _full_row(comparison), MetricFormatter.of(comparison.decision), list[CostPlot]()
     for cost, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
         if (whole := getattr(full, field, 0.0)) <= 0:
             continue
@@ -237,35 +242,35 @@ def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
     return tuple(drawn)
 
 
-def _plot_section(comparison: Comparison, picture: str) -> Section | None:
+def _build_plot_section(comparison: Comparison, picture_file: str) -> Section | None:
     legend = (
-        "Filled: the recommended method. Square: full fine-tuning; the band around it is the margin. "
+        "Filled: the recommended method. Square: full fine-tuning, with the margin as a band. "
         f"Whiskers: {_confidence_level(comparison)} intervals."
     )
-    drawn = tuple(map(cost_plot, plots(comparison)))
-    blocks = (Figures(drawn, file=picture), Paragraph(legend))
+    drawn = tuple(map(draw_cost_plot, build_cost_plots(comparison)))
+    blocks = (Figures(drawn, file=picture_file), Paragraph(legend))
     return Section("plot", "Quality against cost", blocks) if drawn else None
 
 
-def _fairness_block(comparison: Comparison) -> Element:
-    findings = marks(comparison)
+def _build_fairness_block(comparison: Comparison) -> Element:
+    findings = list_warnings(comparison)
     return Bullets(tuple(findings)) if findings else Paragraph("No unfair setting was found.")
 
 
-def marks(comparison: Comparison) -> list[str]:
-    """Return what a reader must know about fairness and statistical power, unfair findings first."""
+def list_warnings(comparison: Comparison) -> list[str]:
+    """List warnings about unfair settings and low statistical power. Unfair settings come first."""
     lines = [
         f"{'Unfair' if finding.level == 'unfair' else 'Note'}: {finding.where}: {finding.what}. To do: {finding.to_do}."
         for finding in comparison.findings
     ]
     decision = comparison.decision
-    write, deciding = Writer.of(decision), known(comparison)
+    write, deciding = MetricFormatter.of(decision), differences_with_spread(comparison)
     still_open = [one for one in deciding if one.is_open]
     if any(one.detectable > decision.margin for one in still_open):
         lines.append(
-            "Note: in 8 of 10 cases these test rows and seeds detect differences "
-            f"{listed([f'{write.found_from(one.detectable)} ({one.method})' for one in still_open])}; the margin is "
-            f"{write.amount(decision.margin)}."
+            "Note: in 8 of 10 cases, a comparison with these test rows and seeds detects differences "
+            f"{listed([f'{write.detectable_size(one.detectable)} ({one.method})' for one in still_open])}. "
+            f"The margin is {write.amount(decision.margin)}."
         )
     return lines
 
@@ -273,11 +278,10 @@ def marks(comparison: Comparison) -> list[str]:
 # ---- how it was made -----------------------------------------------------------------------------------------
 
 
-def how(comparison: Comparison) -> Section:
-    """Build the section on how the comparison was made."""
-    blocks: list[Element] = [Facts(tuple(facts(comparison))), _search_table(comparison)]
+def build_details_section(comparison: Comparison) -> Section:
+    blocks: list[Element] = [Facts(tuple(comparison_facts(comparison))), _build_search_table(comparison)]
     if comparison.baselines:
-        write = Writer.of(comparison.decision)
+        write = MetricFormatter.of(comparison.decision)
         scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
         rows = tuple((untrusted(one.name), write.estimate(one.metrics[comparison.decision.metric])) for one in scored)
         blocks.append(Table("Without training", ("baseline", write.name), rows, frozenset({1})))
@@ -292,102 +296,103 @@ def how(comparison: Comparison) -> Section:
     return Section("how", "How it was made", tuple(blocks))
 
 
-def facts(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return facts about rows, openings, time and design as pairs of name and value."""
+def comparison_facts(comparison: Comparison) -> list[NameAndValue]:
+    """Return facts about rows, time, design and the use of the test rows."""
     expected, openings = comparison.expectation, comparison.openings
     cores, full = counted(comparison.cores, "core"), _full_row(comparison)
     took = f"{format_seconds(comparison.seconds)} in all"
     if full is not None and full.train_seconds > 0:
         full_seconds = full.train_seconds
-        took += f", {ratio(comparison.seconds / full_seconds)} one full run ({format_seconds(full_seconds)})"
+        took += f", {format_ratio(comparison.seconds / full_seconds)} one full run ({format_seconds(full_seconds)})"
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
-    mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
+    mixed = f" and {comparison.mixed_rows:,} mixed in per epoch" if comparison.mixed_rows else ""
     opened = f"{times}: " + "; ".join(f"{full_seconds.time} by {full_seconds.by}" for full_seconds in openings)
-    write, seeds = Writer.of(comparison.decision), counted(expected.num_seeds, "seed")
-    detectable = f"expected before the start, with {seeds}: {can_find(expected, write)}"
+    write, seeds = MetricFormatter.of(comparison.decision), counted(expected.num_seeds, "seed")
+    detectable = f"forecast before the start, with {seeds}: {describe_detectable(expected, write)}"
     spread = [
         f"{method} by {write.amount(full_seconds)}" for method, full_seconds in comparison.decision.seed_sds.items()
     ]
     lines = [
         (
             "rows",
-            f"{comparison.train_rows:,} train{mixed}, {comparison.eval_rows:,} eval (choose rates and checkpoints), "
-            f"{comparison.test_rows:,} test; data {comparison.data_fingerprint[:12]}",
+            f"{comparison.train_rows:,} train{mixed}, {comparison.eval_rows:,} eval (to choose rates and checkpoints), "
+            f"{comparison.test_rows:,} test; data fingerprint {comparison.data_fingerprint[:12]}",
         ),
         ("test rows used for a verdict", opened if openings else "not recorded"),
         ("took", f"{took}; {comparison.device}, {cores}"),
         ("detectable", detectable if expected.detectable else ""),
         ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
         ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
-        ("drift", f"{comparison.drift_unit} against the untouched model, on {comparison.generic_text}"),
+        ("drift", f"{comparison.drift_unit} relative to the pretrained model, on {comparison.generic_text}"),
     ]
     return [(name, value) for name, value in lines if value]
 
 
-def expectation(expected: Expectation, write: Writer) -> Section:
-    """Build the section that is printed before a comparison starts."""
+def build_expectation_section(expected: Expectation, formatter: MetricFormatter) -> Section:
+    """Build the section on trials, time and detectable differences that is printed before a comparison starts."""
     search, whose = "", "of each method"
     if expected.num_search_trials:
-        search = f"{expected.num_search_trials} short trials to choose rates, more if the best is at an edge; then "
+        search = f"{expected.num_search_trials} short trials (more if the best rate is at an edge), then "
     if expected.sequential and expected.num_seeds > 1:
-        whose = "of each method at most; clear answers need fewer"
+        whose = "of each method at most; a clear result needs fewer"
         if expected.budget_seconds is not None:
-            rest = ", one of the rest" if len(expected.methods) > 2 else ""
-            whose = f"of full and the best other method{rest}"
+            rest = " and one of each other method" if len(expected.methods) > 2 else ""
+            whose = f"of full and of the best other method{rest}"
     takes = f"about {format_seconds(expected.seconds)}"
     if expected.budget_seconds is not None:
         limit = format_seconds(expected.budget_seconds)
-        takes += f" of the {limit} budget; the rest is a reserve, because forecasts err"
+        takes += f" of the {limit} budget; the rest is a reserve, because forecasts can be wrong"
     rows = [
         ("methods", ", ".join(expected.methods)),
         ("trials", f"{search}{counted(expected.num_seeds, 'seed')} {whose}"),
         ("takes", takes),
-        ("detectable", can_find(expected, write)),
+        ("detectable", describe_detectable(expected, formatter)),
         *(("note" if expected.budget_seconds is None else "budget", note) for note in expected.notes),
     ]
-    if expected.detectable is not None and expected.detectable[0] > write.margin:
-        more = "smaller than detectable: the comparison may end UNDECIDED; more test rows or seeds would help"
-        rows.append(("margin", f"{write.amount(write.margin)}, {more}"))
+    if expected.detectable is not None and expected.detectable[0] > formatter.margin:
+        more = "too small to detect reliably: the comparison may end UNDECIDED; more test rows or seeds help"
+        rows.append(("margin", f"{formatter.amount(formatter.margin)}, {more}"))
     return Section("comparison", "comparison", (Facts(tuple(rows)),))
 
 
-def can_find(expected: Expectation, write: Writer) -> str:
-    """Describe which differences such a comparison usually detects."""
+def describe_detectable(expected: Expectation, formatter: MetricFormatter) -> str:
+    """Describe how large a difference must be for this comparison to detect it."""
     if expected.num_seeds < 2:
-        return "nothing: one seed does not show the spread between seeds"
+        return "nothing, because one seed does not show the spread between seeds"
     if expected.detectable is None:
-        return f"unknown before the first seeds{'' if write.in_points else f': {write.name} is no share of rows'}"
-    alike, apart = map(write.found_from, expected.detectable)
-    return f"differences {alike} if seeds differ by half a point, {apart} if by two (power 80 %)"
+        reason = "" if formatter.in_points else f", because {formatter.name} is not a share of rows"
+        return f"unknown until the first seeds are trained{reason}"
+    alike, apart = map(formatter.detectable_size, expected.detectable)
+    return f"differences {alike} if seeds differ by half a point, {apart} if they differ by two (power 80 %)"
 
 
-def _search_table(comparison: Comparison) -> Table:
-    write = Writer.of(comparison.decision)
+def _build_search_table(comparison: Comparison) -> Table:
+    write = MetricFormatter.of(comparison.decision)
     rows = tuple(
         (
             untrusted(search.method),
             _rates_with_metrics(search.tried, write) or NOTHING,
             _rates_with_metrics(search.whole, write) or NOTHING,
-            chosen_rate(search),
+            format_chosen_rate(search),
             search.reason,
         )
         for row in comparison.rows
         if (search := row.search) is not None
     )
     header = ("method", "short runs", "whole runs", "chosen", "why")
-    caption = f"Learning rates with their {write.name} on the eval rows. *: a better rate may lie beyond those tried"
+    caption = f"Scores ({write.name}) on the eval rows by learning rate. *: a better rate may lie beyond those tried"
     return Table(caption, header, rows, frozenset({3}))
 
 
-def chosen_rate(search: Search) -> str:
-    """Format a rate, with a star if a better rate may lie beyond those tried."""
+def format_chosen_rate(search: Search) -> str:
+    """Format the chosen rate, with a star if a better rate may lie beyond those tried."""
     return f"{format_number(search.chosen)}{'*' * search.on_edge}"
 
 
-def _rates_with_metrics(tried: Mapping[float, float], write: Writer) -> str:
-    return " · ".join(f"{format_number(rate)}: {write.value(tried[rate])}" for rate in sorted(tried))
+def _rates_with_metrics(tried: Mapping[float, float], formatter: MetricFormatter) -> str:
+    return " · ".join(f"{format_number(rate)}: {formatter.value(tried[rate])}" for rate in sorted(tried))
 
 
-def known(comparison: Comparison) -> list[Difference]:
-    """Return the decisive differences whose spread between seeds is known."""
+def differences_with_spread(comparison: Comparison) -> list[Difference]:
+    """Return the differences that decide the verdict and whose spread between seeds is known."""
     return [one for one in comparison.decision.differences if one.decides and one.seeds_known]

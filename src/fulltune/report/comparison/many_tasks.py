@@ -8,19 +8,20 @@ from pathlib import Path
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import Comparison, ManyTasks, MethodOverTasks
 from fulltune.records.scores import Estimate
-from fulltune.report.comparison.content import label
+from fulltune.report.comparison.content import verdict_label
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Element, Paragraph, Section, Table, TableRow, untrusted
-from fulltune.report.format.pages import section_in_markdown
-from fulltune.report.format.words import NOTHING, Writer, ratio
+from fulltune.report.format.pages import render_section
+from fulltune.report.format.words import NOTHING, MetricFormatter, format_ratio
 from fulltune.text import counted, format_bytes, format_seconds, is_share
 
 RECORD, PAGE = "tasks.json", "tasks.md"
 _MARGIN = 0.01
 
 
-def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
-    """Combine finished comparisons of one pretrained model, keyed by task name."""
+def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
+    """Combine finished comparisons of one pretrained model, keyed by task name. Raise `RecipeError` without a common
+    method."""
     rows = {task: {row.method: row for row in one.rows} for task, one in comparisons.items()}
     first = next(iter(comparisons.values()))
     full = next(row.method for row in first.rows if row.kind == "full")
@@ -34,7 +35,7 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
     # A full model's file holds the base and a small head.
     base = min(one[full].saved_bytes for one in rows.values())
 
-    def totals_of(method: str) -> MethodOverTasks:
+    def sum_over_tasks(method: str) -> MethodOverTasks:
         task_rows = {task: one[method] for task, one in rows.items()}
         stored, kind = sum(row.saved_bytes for row in task_rows.values()), task_rows[next(iter(task_rows))].kind
         return MethodOverTasks(
@@ -51,13 +52,13 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
         model=first.model,
         base_bytes=base,
         tasks={task: one.decision for task, one in comparisons.items()},
-        methods=tuple(map(totals_of, (full, *methods))),
+        methods=tuple(map(sum_over_tasks, (full, *methods))),
     )
 
 
 def _mean_lead_of_full(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
-    """Return how much better full is on average, or None unless all metrics are shares. Intervals are combined as
-    independent."""
+    """Return full fine-tuning's mean lead over `method`, or None unless every metric is a share of rows and has several
+    seeds."""
     gaps = [one.decision.difference(method) for one in comparisons]
     if not all(is_share(one.decision.metric) for one in comparisons) or not all(gap.seeds_known for gap in gaps):
         return None
@@ -67,17 +68,17 @@ def _mean_lead_of_full(method: str, comparisons: Sequence[Comparison]) -> Estima
     return Estimate(value=mean, low=mean - half, high=mean + half)
 
 
-def write_tasks(folder: Path, record: ManyTasks) -> tuple[Path, ...]:
-    """Write the page and record on all tasks and return their paths."""
+def write_tasks_report(folder: Path, record: ManyTasks) -> tuple[Path, ...]:
+    """Write `tasks.md` and `tasks.json` into a folder and return their paths."""
     record.save(folder / RECORD)
-    words.write_sanitized(folder / PAGE, section_in_markdown(on_one_base(record)))
+    words.write_sanitized(folder / PAGE, render_section(build_tasks_section(record)))
     return folder / PAGE, folder / RECORD
 
 
-def on_one_base(record: ManyTasks) -> Section:
+def build_tasks_section(record: ManyTasks) -> Section:
     """Build the section that compares the methods' costs and scores over all tasks."""
     write, totals, scores, tasks = (
-        Writer("accuracy", _MARGIN),
+        MetricFormatter("accuracy", _MARGIN),
         list[TableRow](),
         list[TableRow](),
         list[TableRow](),
@@ -93,37 +94,37 @@ def on_one_base(record: ManyTasks) -> Section:
         )
         totals.append((untrusted(method.method), *costs, apart))
     for task, decision in record.tasks.items():
-        name, metric = untrusted(task), Writer(decision.metric, _MARGIN)
-        tasks.append((name, untrusted(label(decision)), metric.name))
+        name, metric = untrusted(task), MetricFormatter(decision.metric, _MARGIN)
+        tasks.append((name, untrusted(verdict_label(decision)), metric.name))
         scores.append((name, *(metric.estimate(method.scores[task]) for method in record.methods)))
-    cost = ("method", "stored", "one more task", "training", "full is better by [points], mean over the tasks")
+    cost = ("method", "stored", "each further task", "training", "full is better by [points], averaged over tasks")
     header = ("task", *(method.method for method in record.methods))
     blocks: tuple[Element, ...] = (
         Paragraph(words.file_name(record.model)),
-        *map(Paragraph, _summary_sentences(record)),
-        Table("Methods, for all tasks together", cost, tuple(totals), frozenset(range(1, len(cost)))),
+        *map(Paragraph, _compare_stored_sizes(record)),
+        Table("Totals over all tasks, by method", cost, tuple(totals), frozenset(range(1, len(cost)))),
         Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),
         Table("Scores on each task's test rows", header, tuple(scores), frozenset(range(1, len(header)))),
     )
-    return Section("tasks", f"{counted(len(record.tasks), 'task')} on one base", blocks)
+    return Section("tasks", f"{counted(len(record.tasks), 'task')} with one pretrained model", blocks)
 
 
-def _summary_sentences(record: ManyTasks) -> list[str]:
+def _compare_stored_sizes(record: ManyTasks) -> list[str]:
     full, *others = record.methods
     # A head alone decides nothing; the others count unless they are known to be worse.
     on_base = [method for method in others if method.kind != "variant"]
     fair = [method for method in on_base if method.kind != "head" and (method.behind is None or method.behind.low <= 0)]
     smallest = min(fair or on_base, key=lambda method: method.stored_bytes, default=None)
     lines = [
-        f"A full model for each of {counted(len(record.tasks), 'task')}: {format_bytes(full.stored_bytes)} of weights "
-        "on disk, and as much memory if all models are loaded."
+        f"A full model for each of {counted(len(record.tasks), 'task')} takes {format_bytes(full.stored_bytes)} on "
+        "disk and as much memory if all models are loaded."
     ]
     if smallest is not None:
         lines[0] += (
-            f" One base ({format_bytes(record.base_bytes)}) with {smallest.method} for each: "
-            f"{format_bytes(smallest.stored_bytes)}, {ratio(smallest.stored_bytes / full.stored_bytes)}; each "
+            f" One pretrained model ({format_bytes(record.base_bytes)}) with {smallest.method} for each task takes "
+            f"{format_bytes(smallest.stored_bytes)} ({format_ratio(smallest.stored_bytes / full.stored_bytes)}). Each "
             f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
         )
     if all(method.behind is None for method in others):
-        lines.append("The tasks' metrics cannot be averaged, or there is only one seed: see each task's report.")
+        lines.append("No mean over the tasks is shown: their metrics cannot be averaged, or there is only one seed.")
     return lines

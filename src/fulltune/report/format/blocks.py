@@ -15,15 +15,16 @@ class Cell:
     untrusted: bool = False
     """True for text from data or a model, which is escaped and isolated."""
     limit: int | None = None
-    """Maximum length on a page, in characters; elsewhere at most 160, or 80 without a limit."""
+    """Maximum length on a page, in characters (80 elsewhere if None)."""
 
-    def shown(self, on_page: bool = False) -> str:
-        """Return the text, cut to the cell's limit if it is untrusted."""
+    def shown_text(self, on_page: bool = False) -> str:
+        """Return the text. Untrusted text is cut to `limit` on a page and to 160 characters elsewhere."""
         most = self.limit if on_page else min(self.limit or 80, 160)
         return clipped(self.text, most) if self.untrusted and most else self.text
 
 
 TableRow = tuple[Cell | str, ...]
+NameAndValue = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    rows: tuple[tuple[str, str], ...]
+    rows: tuple[NameAndValue, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Table:
     numeric: frozenset[int] = frozenset()
     matrix: bool = False
 
-    def only(self, columns: Collection[str]) -> Table:
+    def keep_columns(self, columns: Collection[str]) -> Table:
         """Return the table with only its first column and the named ones."""
         indices = [index for index, name in enumerate(self.header) if index == 0 or name in columns]
         rows = tuple(tuple(row[index] for index in indices) for row in self.rows)
@@ -70,7 +71,7 @@ class Figures:
     drawn_only: bool = False
     """True if a table shows the same numbers in Markdown."""
     file: str = ""
-    """Picture beside the Markdown file with the same content."""
+    """PNG file that the Markdown page shows, with the same content."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Previews:
-    """Rows as the model sees them."""
-
     items: tuple[tuple[tuple[Segment, ...], str | None], ...]
     target: str = "label"
 
     @property
     def some_trained(self) -> bool:
-        """True if any token is trained, so that marks are needed."""
         return any(segment.trained for segments, _ in self.items for segment in segments)
 
 
@@ -103,8 +101,6 @@ class Exchanges:
 
 @dataclass(frozen=True)
 class Folded:
-    """A part that is folded until a reader opens it."""
-
     title: str
     blocks: tuple[Element, ...]
 
@@ -121,8 +117,6 @@ class Section:
 
 @dataclass(frozen=True)
 class Headline:
-    """The verdict in the report's box."""
-
     kind: str
     """Class in `report.css`: `better`, `worse`, `full`, `undecided` and so on."""
     label: str
@@ -136,7 +130,7 @@ class Report:
     title: str
     subtitle: str
     headline: Headline
-    key_figures: tuple[tuple[str, str], ...]
+    key_figures: tuple[NameAndValue, ...]
     sections: tuple[Section, ...]
 
 

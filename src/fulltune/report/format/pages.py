@@ -1,5 +1,3 @@
-"""Render reports as HTML, as Markdown or on a terminal."""
-
 from __future__ import annotations
 
 import re
@@ -46,16 +44,16 @@ TEMPLATES = jinja2.Environment(
 )
 
 
-def page(report: Report, template: str = "report.html.j2") -> str:
-    """Render a report as HTML."""
+def render_html(report: Report, template: str = "report.html.j2") -> str:
     return TEMPLATES.get_template(template).render(report=report)
 
 
 def write_pages(path: Path, report: Report, template: str = "report.html.j2", private: bool = True) -> Path:
-    """Write a report as Markdown and HTML side by side and return the path of the HTML."""
-    write_sanitized(path.with_suffix(".md"), markdown(report), private)
+    """Write a report as Markdown and HTML side by side and return the path of the HTML. Only the user can read
+    `private` files."""
+    write_sanitized(path.with_suffix(".md"), render_markdown(report), private)
     target = path.with_suffix(".html")
-    write_sanitized(target, page(report, template), private)
+    write_sanitized(target, render_html(report, template), private)
     return target
 
 
@@ -63,96 +61,100 @@ _BAR_LENGTH = 20
 _TEXT_LIMIT = 600
 
 
-def markdown(report: Report) -> str:
-    """Render a report as Markdown."""
-    lines = [f"# {escaped(report.title)}", "", escaped(report.subtitle), ""]
-    lines += [f"**{escaped(report.headline.label)}.** {escaped(report.headline.sentence)}", ""]
+def render_markdown(report: Report) -> str:
+    lines = [f"# {escape_markdown(report.title)}", "", escape_markdown(report.subtitle), ""]
+    lines += [f"**{escape_markdown(report.headline.label)}.** {escape_markdown(report.headline.sentence)}", ""]
     if report.headline.note:
-        lines += [escaped(report.headline.note), ""]
+        lines += [escape_markdown(report.headline.note), ""]
     if report.headline.warning:
-        lines += [f"**{escaped(report.headline.warning)}**", ""]
+        lines += [f"**{escape_markdown(report.headline.warning)}**", ""]
     if report.key_figures:
         lines += [*(f"- {name}: {value}" for name, value in report.key_figures), ""]
-    body = "\n".join(section_in_markdown(section, "##") for section in report.sections)
+    body = "\n".join(render_section(section, "##") for section in report.sections)
     return "\n".join([*lines, body]).rstrip() + "\n"
 
 
-def section_in_markdown(section: Section, level: str = "#") -> str:
-    """Render a section as Markdown."""
-    lines = [f"{level} {section.title}", "", *(line for block in section.blocks for line in _block_in_markdown(block))]
+def render_section(section: Section, level: str = "#") -> str:
+    """Render a section as Markdown, with its heading at `level` (`#`, `##`)."""
+    lines = [f"{level} {section.title}", "", *(line for block in section.blocks for line in _markdown_lines(block))]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def escaped(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Put text on one line and escape Markdown's HTML, table, link and image signs."""
     text = " ".join(text.split())
     text = re.sub(r"[\\<|`&]", r"\\\g<0>", text)
     return text.replace("](", "]\\(")
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[int] = frozenset()) -> str:
-    cells = [[escaped(text) for text in row] for row in (header, *rows)]
+def _format_markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], numeric_columns: frozenset[int] = frozenset()
+) -> str:
+    cells = [[escape_markdown(text) for text in row] for row in (header, *rows)]
     widths = [max(3, *(cell_len(row[index]) for row in cells)) for index in range(len(header))]
-    rule = ["-" * (width - 1) + (":" if index in numeric else "-") for index, width in enumerate(widths)]
+    rule = ["-" * (width - 1) + (":" if index in numeric_columns else "-") for index, width in enumerate(widths)]
     lines = []
     for row in (cells[0], rule, *cells[1:]):
         padded = []
         for index, text in enumerate(row):
             space = " " * (widths[index] - cell_len(text))
-            padded.append(space + text if index in numeric else text + space)
+            padded.append(space + text if index in numeric_columns else text + space)
         lines.append(f"| {' | '.join(padded)} |")
     return "\n".join(lines)
 
 
-def _fenced_code(text: str, language: str = "") -> str:
+def _fence_code(text: str, language: str = "") -> str:
+    """Put text between backticks that it does not contain."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def _block_in_markdown(block: Element) -> Iterator[str]:
+def _markdown_lines(block: Element) -> Iterator[str]:
+    """Yield a block's Markdown, paragraph by paragraph."""
     match block:
         case Paragraph():
-            yield from (escaped(block.text), "")
+            yield from (escape_markdown(block.text), "")
         case Bullets():
-            yield from (*(f"- {escaped(item)}" for item in block.items), "")
+            yield from (*(f"- {escape_markdown(item)}" for item in block.items), "")
         case Facts():
-            yield from (*(f"- {escaped(name)}: {escaped(value)}" for name, value in block.rows), "")
+            yield from (*(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in block.rows), "")
         case Table():
-            yield from (f"{escaped(block.caption)}:", "") if block.caption else ()
+            yield from (f"{escape_markdown(block.caption)}:", "") if block.caption else ()
             rows = [[_cell_in_markdown(cell) for cell in row] for row in block.rows]
-            yield _markdown_table(block.header, rows, block.numeric)
+            yield _format_markdown_table(block.header, rows, block.numeric)
             yield ""
         case Figures(drawn_only=True):
             return
         case Figures():  # the drawings are in report.html; Markdown describes them
-            yield from (*(f"- {escaped(figure.title)}: {escaped(figure.words)}" for figure in block.items), "")
+            named = [(figure.title, figure.words) for figure in block.items]
+            yield from (*(f"- {escape_markdown(title)}: {escape_markdown(text)}" for title, text in named), "")
             if block.file:
-                yield from (f"![{escaped(listed([figure.title for figure in block.items]))}]({block.file})", "")
+                yield from (f"![{escape_markdown(listed([figure.title for figure in block.items]))}]({block.file})", "")
         case Code():
-            yield from (_fenced_code(block.text, block.language), "")
+            yield from (_fence_code(block.text, block.language), "")
         case Previews():
             if block.some_trained:
-                yield from ("Trained tokens are between ⟦ and ⟧.", "")
+                yield from ("The model is trained on the tokens between ⟦ and ⟧.", "")
             for segments, label in block.items:
                 text = "".join(f"⟦{one.text}⟧" if one.trained else one.text for one in segments)
-                yield from (_fenced_code(text), "")
+                yield from (_fence_code(text), "")
                 if label is not None:
-                    yield from (f"{block.target}: {escaped(label)}", "")
+                    yield from (f"{block.target}: {escape_markdown(label)}", "")
         case Exchanges():
             for prompt, replies in block.items:
                 parts = [prompt, *(f"[{who}]\n{what}" for who, what in replies)]
-                yield from (_fenced_code("\n\n".join(clipped(part, _TEXT_LIMIT) for part in parts)), "")
+                yield from (_fence_code("\n\n".join(clipped(part, _TEXT_LIMIT) for part in parts)), "")
         case Folded():
-            yield from (f"### {escaped(block.title)}", "")
+            yield from (f"### {escape_markdown(block.title)}", "")
             for inner in block.blocks:
-                yield from _block_in_markdown(inner)
+                yield from _markdown_lines(inner)
 
 
 def _cell_in_markdown(cell: Cell | str) -> str:
     if isinstance(cell, str):
         return cell
-    text = cell.shown()
+    text = cell.shown_text()
     if cell.bar is None:
         return text
     filled = max(round(cell.bar * _BAR_LENGTH), 1 if cell.bar > 0 else 0)
@@ -172,21 +174,21 @@ _STYLES = {
 }
 
 
-def show(console: Console, parts: Iterable[Headline | Section | Element]) -> None:
-    """Print the parts of a report. A table wider than the terminal continues below itself."""
+def print_parts(console: Console, parts: Iterable[Headline | Section | Element]) -> None:
+    """Print the parts of a report. A table too wide for the terminal is split into several."""
     for index, part in enumerate(parts):
         if index and isinstance(part, Table) and part.caption:
             console.print()
         if isinstance(part, Section):
             console.print(Text(f"\n{part.title}", style="bold"))
-            show(console, part.blocks)
+            print_parts(console, part.blocks)
         else:
-            for line in _part_on_terminal(part, console.width):
+            for line in _terminal_renderables(part, console.width):
                 # Commands are for copying: only the terminal may wrap them.
                 console.print(line, soft_wrap=isinstance(part, Code), highlight=False)
 
 
-def _part_on_terminal(part: Headline | Element, width: int) -> Iterator[RenderableType]:
+def _terminal_renderables(part: Headline | Element, width: int) -> Iterator[RenderableType]:
     match part:
         case Headline():
             style = _STYLES.get(part.kind, "bold yellow")
@@ -195,9 +197,9 @@ def _part_on_terminal(part: Headline | Element, width: int) -> Iterator[Renderab
         case Paragraph():
             yield Text(one_line(part.text))
         case Bullets():
-            yield _two_columns([("-", item) for item in part.items], gap=1)
+            yield _two_column_grid([("-", item) for item in part.items], gap_width=1)
         case Facts():
-            yield _two_columns(part.rows)
+            yield _two_column_grid(part.rows)
         case Table():
             if part.caption:
                 yield Text(one_line(part.caption), style="dim")
@@ -206,15 +208,15 @@ def _part_on_terminal(part: Headline | Element, width: int) -> Iterator[Renderab
             is_long = part.language == "sh" and len(part.text) > width
             yield Text(re.sub(r"(?<=\S) --set ", " \\\\\n  --set ", part.text) if is_long else part.text)
         case Previews():
-            yield from (_preview_on_terminal(segments, label) for segments, label in part.items)
+            yield from (_terminal_preview(segments, label) for segments, label in part.items)
         case Exchanges():
             for prompt, replies in part.items:
                 yield Text(_shortened(prompt), style="bold")
-                yield _two_columns([(who, _shortened(what)) for who, what in replies])
+                yield _two_column_grid([(who, _shortened(what)) for who, what in replies])
 
 
-def _two_columns(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
-    grid = Grid.grid(padding=(0, gap, 0, 0))
+def _two_column_grid(rows: Iterable[tuple[str, str]], gap_width: int = 2) -> Grid:
+    grid = Grid.grid(padding=(0, gap_width, 0, 0))
     grid.add_column(max_width=_TEXT_WIDTH, style="dim")
     grid.add_column(overflow="fold")
     for name, text in rows:
@@ -224,7 +226,7 @@ def _two_columns(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
 
 def _split_to_width(table: Table, width: int) -> Iterator[Grid]:
     """Split a table into tables that fit the width, each with the first column."""
-    cells = [[_cell_on_terminal(cell) for cell in row] for row in table.rows]
+    cells = [[_terminal_cell_text(cell) for cell in row] for row in table.rows]
     headers, widest, needed = [], [], []
     for number, name in enumerate(map(one_line, table.header)):
         wide = max((cell_len(row[number]) for row in cells), default=0)
@@ -253,13 +255,13 @@ def _split_to_width(table: Table, width: int) -> Iterator[Grid]:
         yield grid
 
 
-def _cell_on_terminal(cell: Cell | str) -> str:
+def _terminal_cell_text(cell: Cell | str) -> str:
     if isinstance(cell, str):
         return one_line(cell)
-    return one_line(cell.shown())
+    return one_line(cell.shown_text())
 
 
-def _preview_on_terminal(segments: Iterable[Segment], label: str | None) -> Text:
+def _terminal_preview(segments: Iterable[Segment], label: str | None) -> Text:
     line = Text("  ")
     for segment in segments:
         text = one_line(segment.text)

@@ -1,4 +1,4 @@
-"""Plots by matplotlib: as SVG in the colours of `report.css`, and as PNG for a comparison."""
+"""Draw plots with matplotlib, as SVG in the colours of `report.css` or as PNG."""
 
 from __future__ import annotations
 
@@ -61,8 +61,6 @@ class Mark:
 
 @dataclass(frozen=True)
 class CostPlot:
-    """Quality against one cost, with the margin as a band around full fine-tuning."""
-
     cost: str
     marks: tuple[Mark, ...]
     decision: Decision
@@ -77,7 +75,7 @@ class PointSeries:
 
 @contextmanager
 def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure with plots side by side, ignoring the user's matplotlib settings."""
+    """Yield a figure (height in points) with `columns` plots side by side and matplotlib's default settings."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -99,14 +97,14 @@ def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Ax
         yield figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def _style_axes(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
-    """Remove frame and ticks, and format the axis `along` which the metric lies."""
+def _style_axes(axes: Axes, metric: str, metric_axis: Literal["x", "y"]) -> None:
+    """Remove frame and ticks, and format the axis that shows the metric."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_frame_on(False)
     axes.tick_params(which="both", length=0, pad=5)
-    axes.grid(visible=False, axis="x" if along == "y" else "y")
-    axis = axes.yaxis if along == "y" else axes.xaxis
+    axes.grid(visible=False, axis="x" if metric_axis == "y" else "y")
+    axis = axes.yaxis if metric_axis == "y" else axes.xaxis
     if axis.get_scale() != "log":
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
     if not is_share(metric):
@@ -117,7 +115,7 @@ def _style_axes(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
     axis.set_view_interval(max(0.0, low), min(1.0, high), ignore=True)
 
 
-def _add_legend(figure: Figure, axes: Axes) -> None:
+def _add_legend_below(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + math.ceil(len(names) / 3) * LINE_HEIGHT / 72)
@@ -129,7 +127,7 @@ def _show_no_finite_value(axes: Axes) -> None:
     axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color=QUIET, size=FONT_SIZE)
 
 
-def _to_svg(figure: Figure, title: str, description: str) -> blocks.Figure:
+def _to_svg_figure(figure: Figure, title: str, description: str) -> blocks.Figure:
     for artist in figure.findobj():
         artist.set_clip_on(False)  # nothing is outside, and clipping would need URLs
     buffer = io.StringIO()
@@ -155,9 +153,9 @@ def _shortened_name(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
-def _draw_mark(axes: Axes, mark: Mark, position: tuple[float, float], along: Literal["x", "y"], marker: str) -> None:
+def _draw_mark(axes: Axes, mark: Mark, position: tuple[float, float], axis: Literal["x", "y"], marker: str) -> None:
     colour = BLUE if mark.filled else QUIET
-    reach: dict[str, Any] = {f"{along}err": [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]}
+    reach: dict[str, Any] = {f"{axis}err": [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]}
     axes.errorbar(
         *position, **reach, fmt=marker, markersize=7, color=colour, markerfacecolor=colour if mark.filled else PAGE,
         elinewidth=1.75, capsize=5, capthick=1.75, mew=1.75, zorder=4 if mark.filled else 3,
@@ -165,7 +163,7 @@ def _draw_mark(axes: Axes, mark: Mark, position: tuple[float, float], along: Lit
     )  # fmt: skip
 
 
-def learning_curve(
+def draw_learning_curve(
     title: str,
     points: Sequence[Point],
     metric: str,
@@ -173,11 +171,9 @@ def learning_curve(
     restarts: Sequence[int] = (),
     skipped: Sequence[int] = (),
 ) -> blocks.Figure:
-    """Draw one series over the optimizer steps.
+    """Draw one metric over the optimizer steps.
 
-    A ring marks the step of the saved weights. Ticks mark restarts (on the axis) and skipped updates (at the top).
-    Non-finite values break the line.
-
+    A ring marks `kept_step`, whose weights were saved. Ticks mark restarts and skipped updates.
     """
     steps, values = [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
     with _new_figure(CURVE_HEIGHT) as (figure, [axes]):
@@ -192,7 +188,7 @@ def learning_curve(
                 if step == kept_step and not math.isnan(value):
                     axes.axvline(step, **_LIMIT)
                     axes.plot(step, value, "o", markersize=12, color=AMBER, markerfacecolor="none", mew=2)
-        return _to_svg(figure, title, _curve_in_words(points, metric, kept_step))
+        return _to_svg_figure(figure, title, _describe_curve(points, metric, kept_step))
 
 
 def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) -> None:
@@ -214,7 +210,7 @@ def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) 
     axes.set_xlabel("optimizer step" + (" (value on a log scale)" if logarithmic else ""))
 
 
-def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None) -> str:
+def _describe_curve(points: Sequence[Point], metric: str, kept_step: int | None) -> str:
     finite = [(step, format_metric(metric, value)) for step, value in points if math.isfinite(value)]
     if not finite:
         return "no finite value was logged."
@@ -225,10 +221,10 @@ def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None)
     return text + (f"; {counted(len(lost), 'value')} not finite, first at step {lost[0]:,}." if lost else ".")
 
 
-def series_plot(
-    title: str, series: Sequence[PointSeries], metric: str, across: str, marked: float, description: str
+def draw_points(
+    title: str, series: Sequence[PointSeries], metric: str, x_label: str, marked_x: float, description: str
 ) -> blocks.Figure:
-    """Draw a metric over another value, with a dashed line at `marked`."""
+    """Draw a metric over another value, with a dashed line at `marked_x`."""
     markers = itertools.cycle("o^Dv")
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
         for each in series:
@@ -236,19 +232,19 @@ def series_plot(
             if finite_points := [point for point in each.points if all(map(math.isfinite, point))]:
                 look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if each.filled else PAGE}
                 axes.plot(*zip(*finite_points, strict=True), marker=marker, linewidth=0, label=each.name, **look)
-        axes.axvline(marked, **_LIMIT)
-        axes.set_xlabel(across)
-        if across == LEARNING_RATE:
+        axes.axvline(marked_x, **_LIMIT)
+        axes.set_xlabel(x_label)
+        if x_label == LEARNING_RATE:
             rates = sorted({rate for each in series for rate, _ in each.points})
             axes.set_xscale("log")
             axes.set_xticks(rates, [f"{rate:.1g}" for rate in rates])
             axes.set_xticks([], minor=True)
         _style_axes(axes, metric, "y")
-        _add_legend(figure, axes)
-        return _to_svg(figure, title, description)
+        _add_legend_below(figure, axes)
+        return _to_svg_figure(figure, title, description)
 
 
-def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -> blocks.Figure:
+def draw_intervals(title: str, marks: Sequence[Mark], metric: str, description: str) -> blocks.Figure:
     """Draw the value and interval of every finite mark on one axis."""
     shown = [mark for mark in marks if mark.is_finite]
     names = [textwrap.fill(words.one_line(mark.name), _LONGEST_NAME) for mark in shown]
@@ -259,20 +255,20 @@ def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -
         axes.set_yticks(range(len(shown)), names)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         _style_axes(axes, metric, "x")
-        return _to_svg(figure, title, legend)
+        return _to_svg_figure(figure, title, description)
 
 
-def cost_plot(plot: CostPlot) -> blocks.Figure:
+def draw_cost_plot(plot: CostPlot) -> blocks.Figure:
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
-        _draw_costs(axes, plot)
-        _add_legend(figure, axes)
+        _draw_quality_and_cost(axes, plot)
+        _add_legend_below(figure, axes)
         description = "; ".join(
             f"{mark.name}: {mark.text} at {mark.cost:.2f}×" for mark in plot.marks if mark.is_finite
         )
-        return _to_svg(figure, f"Quality against {plot.cost}", f"{description}.")
+        return _to_svg_figure(figure, f"Quality against {plot.cost}", f"{description}.")
 
 
-def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Path) -> None:
+def write_cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Path) -> None:
     """Write the plots side by side into one PNG."""
     with _new_figure(COST_HEIGHT + 2 * LINE_HEIGHT, len(plots)) as (figure, all_axes):
         figure.set(frameon=True, facecolor=PAGE)
@@ -280,13 +276,13 @@ def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Pat
         lines = [textwrap.shorten(words.one_line(text), width, placeholder=" …") for text in (title, subtitle)]
         figure.suptitle("\n".join(lines), x=0.02, ha="left", color=INK, size=FONT_SIZE)
         for axes, plot in zip(all_axes, plots, strict=True):
-            _draw_costs(axes, plot)
-        _add_legend(figure, all_axes[0])
+            _draw_quality_and_cost(axes, plot)
+        _add_legend_below(figure, all_axes[0])
         with replacing(path) as part:
             figure.savefig(part, format="png", dpi=_PICTURE_DPI)
 
 
-def _draw_costs(axes: Axes, plot: CostPlot) -> None:
+def _draw_quality_and_cost(axes: Axes, plot: CostPlot) -> None:
     from matplotlib.ticker import MaxNLocator
 
     marks, markers = [mark for mark in plot.marks if mark.is_finite], itertools.cycle("o^DvP<X>*")

@@ -29,46 +29,46 @@ def metric_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def interval(name: str, estimate: Estimate) -> str:
-    """Format an interval, `[90.4%, 93.6%]`, or the reason why there is none."""
+def format_interval(metric: str, estimate: Estimate) -> str:
+    """Format an interval, such as `[90.4%, 93.6%]`, or the reason why there is none."""
     if estimate.no_interval_reason:
         return f"[{estimate.no_interval_reason}]"
-    return f"[{format_metric(name, estimate.low)}, {format_metric(name, estimate.high)}]"
+    return f"[{format_metric(metric, estimate.low)}, {format_metric(metric, estimate.high)}]"
 
 
-def estimate(name: str, value: Estimate) -> str:
+def format_estimate(metric: str, value: Estimate) -> str:
     """Format a value with its interval: `92.1% [90.4%, 93.6%]`."""
-    return f"{format_metric(name, value.value)} {interval(name, value)}"
+    return f"{format_metric(metric, value.value)} {format_interval(metric, value)}"
 
 
-def sent(plan: Plan) -> str | None:
+def describe_traffic(plan: Plan) -> str | None:
     """Describe the bytes that each process sends per step, or return None for a single process."""
     if not plan.sent_bytes:
         return None
     each, passes = "", plan.gradient_accumulation_steps
     if passes > 1 and plan.sent_bytes_per_micro_batch:
-        each = f", {format_bytes(plan.sent_bytes_per_micro_batch)} of it for each of {passes} micro batches"
+        each = f", {format_bytes(plan.sent_bytes_per_micro_batch)} of which for each of {passes} micro batches"
     several = f"; each of {plan.num_machines} machines sends as much to the others" if plan.num_machines > 1 else ""
     sends = f"{plan.num_processes} processes sends {format_bytes(plan.sent_bytes)} per step{several}"
     return f"each of {sends} ({plan.placement}{each})"
 
 
-def at_the_peak(kinds: Mapping[MemoryKind, int]) -> str:
-    """Describe the moment of a step at which memory peaks."""
-    after = "in the backward pass" if kinds.get("activations") else "in the optimizer's update"
-    moment = after if kinds.get("gradients") else "before the first gradient"
+def describe_memory_peak(peak_bytes_by_kind: Mapping[MemoryKind, int]) -> str:
+    """Say whether a step's memory peaks before, in or after the backward pass."""
+    after = "in the backward pass" if peak_bytes_by_kind.get("activations") else "in the optimizer's update"
+    moment = after if peak_bytes_by_kind.get("gradients") else "before the first gradient"
     # A kind without bytes at the peak can be large at another moment.
-    return f"Memory by kind at the peak of a step, {moment}"
+    return f"The memory of a step peaks {moment}"
 
 
-def setting_value(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Return a setting as the recipe would write it."""
     if value is None or value == "":
         return "none" if value is None else '""'
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def status(outcome: str) -> str:
+def readable_status(outcome: str) -> str:
     """Return an attempt's status in words; `spiked` counts as diverged."""
     return "diverged" if outcome == "spiked" else outcome.replace("_", " ")
 
@@ -79,7 +79,6 @@ def sanitized(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return sanitized text on one line."""
     return " ".join(sanitized(text).split())
 
 
@@ -113,16 +112,16 @@ def named(text: str) -> str:
     return text if text.strip() else "(empty)"
 
 
-def way(share: float) -> str:
-    """Name the weights that lie at a share (0 to 1) of the way from the untouched to the trained model."""
+def name_weights(share: float) -> str:
+    """Name the weights at a share (0 to 1) of the way from the pretrained to the trained model."""
     if share in (0, 1):
-        return "the trained model" if share else "the untouched model"
-    return f"{format_percent(share)} of the way from the untouched to the trained model"
+        return "the trained model" if share else "the pretrained model"
+    return f"{format_percent(share)} of the way from the pretrained to the trained model"
 
 
-def as_share(drift: float, writes: bool) -> str:
-    """Format a drift as a percentage. A language model's drift (`writes`) is in nats."""
-    share = 100 * (-math.expm1(-drift) if writes else drift)
+def format_drift(drift: float, in_nats: bool) -> str:
+    """Format a drift as a percentage. Set `in_nats` for a language model's drift."""
+    share = 100 * (-math.expm1(-drift) if in_nats else drift)
     if 0.001 <= abs(share) < 0.095:
         return f"{share:.2g}%"
     return f"{share:.2f}%" if abs(share) < 10 else f"{share:.0f}%"
@@ -134,14 +133,14 @@ NOTHING = "–"
 
 
 @dataclass(frozen=True)
-class Writer:
+class MetricFormatter:
     """Formats a metric's values and differences with the margin's precision."""
 
     metric: str
     margin: float
 
     @classmethod
-    def of(cls, decision: Decision) -> Writer:
+    def of(cls, decision: Decision) -> MetricFormatter:
         return cls(decision.metric, decision.margin)
 
     @property
@@ -180,7 +179,6 @@ class Writer:
         return f"{rounded:+,.{self._decimals}f}"
 
     def interval(self, value: float, low: float, high: float) -> str:
-        """Format a difference with its interval: `+0.62 [-0.35, +1.58]`."""
         return f"{self.difference(value)} [{self.difference(low)}, {self.difference(high)}]"
 
     def adjusted(self, gap: Difference) -> str:
@@ -194,12 +192,12 @@ class Writer:
         shown = f"{100 * value:.2g}" if value < 0.995 else f"{100 * value:.0f}"
         return f"{shown} point{'' if shown == '1' else 's'}"
 
-    def found_from(self, value: float) -> str:
+    def detectable_size(self, value: float) -> str:
         """Format the smallest detectable difference: `of 1.4 points or more`."""
-        return "of no size" if self.in_points and value >= 1 else f"of {self.amount(value)} or more"
+        return "of more than 100 points" if self.in_points and value >= 1 else f"of {self.amount(value)} or more"
 
 
-def ratio(value: float) -> str:
+def format_ratio(value: float) -> str:
     """Format a ratio: `0.67×`, `1.04×`, `0.0065×`, `12.0×`."""
     if not math.isfinite(value):
         return NOTHING
@@ -208,7 +206,7 @@ def ratio(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") + "×" if value >= 0.095 or value == 0 else f"{value:.2g}×"
 
 
-def fine_share(value: float) -> str:
+def format_fine_share(value: float) -> str:
     """Format a share, small ones with two digits: `100%`, `45.2%`, `0.65%`, `0.0034%`."""
     if not math.isfinite(value):
         return NOTHING
@@ -217,7 +215,7 @@ def fine_share(value: float) -> str:
     return f"{100 * value:.2g}%"
 
 
-def short(value: float) -> str:
+def format_short(value: float) -> str:
     """Shorten a large number: `22.7 M`, `1.5 T`, `950`."""
     for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * power:
@@ -225,6 +223,6 @@ def short(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def short_count(value: float) -> str:
+def format_count(value: float) -> str:
     """Shorten a number of parameters, with B for 10⁹: `6.7 B`."""
-    return short(value).replace("G", "B")
+    return format_short(value).replace("G", "B")

@@ -13,6 +13,7 @@ from fulltune.report.format.blocks import (
     Element,
     Facts,
     Folded,
+    NameAndValue,
     Paragraph,
     Previews,
     Section,
@@ -24,8 +25,8 @@ from fulltune.report.run.read import RunView
 from fulltune.text import counted, format_number, format_percent
 
 
-def row_words(summary: DataSummary | None) -> Form:
-    """Return the words that describe a run's rows, by default those for rows with one label."""
+def form_of_rows(summary: DataSummary | None) -> Form:
+    """Return the `Form` that describes a run's rows, by default that of rows with one label."""
     form = summary.form if summary else FORMS["single_label"]
     if summary and has_images(summary):
         return replace(form, kind="images", question="IMAGE.png")
@@ -37,25 +38,27 @@ def has_images(summary: DataSummary) -> bool:
     return "image" in summary.columns
 
 
-def mixed_words(summary: DataSummary, epochs: float | None = None, trained_shares: Sequence[float] = ()) -> list[str]:
-    """Describe each source that is mixed into the train rows, one line per source."""
+def describe_mixed_sources(
+    summary: DataSummary, epochs: float | None = None, trained_token_shares: Sequence[float] = ()
+) -> list[str]:
+    """Return one line per source mixed into the train rows. It says how often rows are read in `epochs` (default 1)."""
     lines = []
     for number, source in enumerate(summary.mixed):
         often = source.times_read(1 if epochs is None else epochs)
         share = source.tokens_per_epoch / max(1, summary.tokens_per_epoch)
         parts = [
-            f"{source.where}: weight {source.weight:g}, {counted(source.rows_per_epoch, 'row')} of each epoch's "
-            f"{summary.rows_per_epoch:,}, {format_percent(share)} of the tokens"
+            f"{source.where}: weight {source.weight:g}, {source.rows_per_epoch:,} of the "
+            f"{counted(summary.rows_per_epoch, 'row')} per epoch, {format_percent(share)} of the tokens"
         ]
         if source.kind != summary.form.kind:
-            parts.append(f"its form is {source.kind}")
+            parts.append(f"its rows are {source.kind}")
         if often > 1:
             in_what = "in an epoch" if epochs is None else "over the run"
             parts.append(f"each row is read {often:.1f} times {in_what}")
         elif epochs is not None:
             parts.append(f"{format_percent(often)} of its {counted(source.counts.rows, 'row')} are read")
-        if trained_shares:
-            parts.append(f"{format_percent(trained_shares[number])} of the trained tokens")
+        if trained_token_shares:
+            parts.append(f"{format_percent(trained_token_shares[number])} of the trained tokens")
         lines.append("; ".join(parts))
     return lines
 
@@ -66,51 +69,51 @@ _TEXT_LIMIT = 1500
 _CELL_LIMIT = 300
 
 
-def data(view: RunView) -> Section | None:
-    """Build the data section, or return None if no data are prepared."""
+def build_data_section(view: RunView) -> Section | None:
+    """Build the data section, or None if no data are prepared."""
     summary = view.summary
     if summary is None:
         return None
-    facts = [("kind of rows", row_words(summary).kind)]
+    facts = [("kind of rows", form_of_rows(summary).kind)]
     facts += [(f"column for {role.replace('_', ' ')}", column) for role, column in summary.columns.items()]
     facts += _longest_row_fact(summary)
     if summary.scale is not None:
         mean, spread = map(format_number, summary.scale)
         facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
     facts.append(("fingerprint of files and settings", summary.fingerprint))
-    blocks: list[Element] = [splits(summary), *_mixed_sources(view, summary), Facts(tuple(facts))]
+    blocks: list[Element] = [build_split_table(summary), *_build_mixed_sources(view, summary), Facts(tuple(facts))]
     if summary.notes:
         blocks.append(Bullets(tuple(words.clipped(note, _TEXT_LIMIT) for note in summary.notes)))
-    blocks += [*_label_counts(summary), *_dropped_rows(view, summary), *_preview_blocks(summary)]
+    blocks += [*_build_label_counts(summary), *_build_dropped_rows(view, summary), *_build_previews(summary)]
     return Section("data", "Data", tuple(blocks))
 
 
-def rows_for_terminal(summary: DataSummary) -> list[Element]:
+def data_for_terminal(summary: DataSummary) -> list[Element]:
     """Return the elements that are printed once the rows are prepared."""
-    kind = f"{row_words(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
+    kind = f"{form_of_rows(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
     facts = [("kind of rows", kind), *_longest_row_fact(summary)]
-    blocks: list[Element] = [splits(summary), Facts(tuple(facts)), *_preview_blocks(summary)]
-    if notes := [*(f"mixed in: {line}" for line in mixed_words(summary)), *summary.notes]:
+    blocks: list[Element] = [build_split_table(summary), Facts(tuple(facts)), *_build_previews(summary)]
+    if notes := [*(f"mixed in: {line}" for line in describe_mixed_sources(summary)), *summary.notes]:
         blocks.append(Bullets(tuple(notes)))
     return blocks
 
 
-def _longest_row_fact(summary: DataSummary) -> list[tuple[str, str]]:
+def _longest_row_fact(summary: DataSummary) -> list[NameAndValue]:
+    """Return the length limit of a row in tokens with its reason, or nothing for images."""
     if has_images(summary):
         return []
-    return [(row_words(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")]
+    return [(form_of_rows(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")]
 
 
-def splits(summary: DataSummary) -> Table:
-    """Build the table of splits, with row counts and token lengths."""
-    lengths = _token_columns(summary, next(iter(summary.splits.values())))
-    row = row_words(summary).row
+def build_split_table(summary: DataSummary) -> Table:
+    lengths = _token_cells(summary, next(iter(summary.splits.values())))
+    row = form_of_rows(summary).row
     header = ("split", f"{row}s", *lengths, "dropped", "source")
     rows: tuple[TableRow, ...] = tuple(
         (
             split,
             f"{counts.rows:,}",
-            *_token_columns(summary, counts).values(),
+            *_token_cells(summary, counts).values(),
             f"{counts.dropped_rows:,}",
             Cell(source, untrusted=True),
         )
@@ -125,18 +128,18 @@ def splits(summary: DataSummary) -> Table:
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
 
 
-def _mixed_sources(view: RunView, summary: DataSummary) -> list[Element]:
+def _build_mixed_sources(view: RunView, summary: DataSummary) -> list[Element]:
     if not summary.mixed:
         return []
     plan, tokens = view.plan, view.outcome.tokens_by_source if view.outcome else ()
     shares = [number / max(1, sum(tokens)) for number in tokens[1:]]
-    lines = mixed_words(summary, plan.num_train_epochs if plan else None, shares)
-    lead = "Mixed into the train rows of each epoch and never scored:"
+    lines = describe_mixed_sources(summary, plan.num_train_epochs if plan else None, shares)
+    lead = "These rows are mixed into the train rows of each epoch and are never scored:"
     return [Paragraph(lead), Bullets(tuple(words.clipped(line, _TEXT_LIMIT) for line in lines))]
 
 
-def _token_columns(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
-    """Return a split's numbers of tokens by column."""
+def _token_cells(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
+    """Return a split's token counts as text by column name, or nothing for images."""
     if has_images(summary):
         return {}
     trained = {"trained tokens": split.trained_tokens} if summary.form.writes_answers else {}
@@ -145,7 +148,8 @@ def _token_columns(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
     return {name: "-" if value is None else f"{value:,}" for name, value in columns.items()}
 
 
-def _label_counts(summary: DataSummary) -> list[Element]:
+def _build_label_counts(summary: DataSummary) -> list[Element]:
+    """Build the table of rows per label, or nothing without labels."""
     counts = {split: rows.label_counts for split, rows in summary.splits.items() if rows.label_counts}
     if not counts:
         return []
@@ -169,7 +173,7 @@ def _label_counts(summary: DataSummary) -> list[Element]:
     return [table] if len(rows) <= _LABELS_OPEN else [Folded(f"{len(rows)} {noun}s", (table,))]
 
 
-def _dropped_rows(view: RunView, summary: DataSummary) -> list[Element]:
+def _build_dropped_rows(view: RunView, summary: DataSummary) -> list[Element]:
     if not summary.dropped:
         return [Paragraph("No row was dropped.")]
     reasons = sorted(summary.dropped.items(), key=lambda item: -item[1])
@@ -182,21 +186,21 @@ def _dropped_rows(view: RunView, summary: DataSummary) -> list[Element]:
             for row in view.dropped
         )
         title = f"the first {len(rows)} of {counted(sum(summary.dropped.values()), 'dropped row')}"
-        blocks.append(Folded(title, (Table("From data/dropped.jsonl, which lists all", columns, rows),)))
+        blocks.append(Folded(title, (Table("data/dropped.jsonl lists all dropped rows", columns, rows),)))
     return blocks
 
 
-def _preview_blocks(summary: DataSummary) -> list[Element]:
+def _build_previews(summary: DataSummary) -> list[Element]:
     shown = [*summary.previews[:_PREVIEWS], *(preview for source in summary.mixed for preview in source.previews)]
-    items = tuple((_cut_preview(preview.segments), preview.label) for preview in shown)
+    items = tuple((_shorten_preview(preview.segments), preview.label) for preview in shown)
     if not items:
         return []
     origin = "" if has_images(summary) else ", decoded from its tokens"
-    of_mixed = "; last, a row of each mixed-in source" if summary.mixed else ""
-    return [Paragraph(f"What the model sees{origin}{of_mixed}:"), Previews(items, row_words(summary).target)]
+    of_mixed = " (rows of mixed-in sources come last)" if summary.mixed else ""
+    return [Paragraph(f"What the model sees{origin}{of_mixed}:"), Previews(items, form_of_rows(summary).target)]
 
 
-def _cut_preview(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+def _shorten_preview(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     shown: list[Segment] = []
     left = _TEXT_LIMIT
     for segment in segments:

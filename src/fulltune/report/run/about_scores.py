@@ -23,8 +23,8 @@ from fulltune.report.format.blocks import (
     unless_empty,
     untrusted,
 )
-from fulltune.report.format.plots import Mark, interval_plot
-from fulltune.report.run.about_data import row_words
+from fulltune.report.format.plots import Mark, draw_intervals
+from fulltune.report.run.about_data import form_of_rows
 from fulltune.report.run.read import RunView, trained_row
 from fulltune.text import counted, format_metric, format_number, format_percent, listed
 
@@ -38,13 +38,13 @@ _MISTAKE_LIMIT = 500
 _LABEL_LIMIT = 60
 
 
-def results(view: RunView) -> Section | None:
-    """Build the section of test scores, or return None if there are none."""
+def build_results_section(view: RunView) -> Section | None:
+    """Build the section of test scores, or None without scores."""
     if not view.scores:
         return None
     leading = view.trained or view.scores[-1]
     main, level = leading.main_metric, _confidence_levels(view)
-    title = f"{words.metric_name(main)}, {'larger' if leading.greater_is_better else 'smaller'} is better"
+    title = f"{words.metric_name(main)}, {'higher' if leading.greater_is_better else 'lower'} is better"
     marks = [
         Mark(
             *(row.name, score.value, score.low, score.high, format_metric(main, score.value)),
@@ -53,17 +53,16 @@ def results(view: RunView) -> Section | None:
         for row in view.scores
         if (score := row.metrics.get(main)) is not None
     ]
-    legend = f"Value and {level} interval; filled: trained."
-    drawn = [Figures((interval_plot(title, marks, main, legend),), drawn_only=True)] if marks else []
-    return Section("results", "Results on the test rows", (score_table(view), *about_table(view), *drawn))
+    legend = f"Value and {level} interval; filled: the trained model."
+    drawn = [Figures((draw_intervals(title, marks, main, legend),), drawn_only=True)] if marks else []
+    return Section("results", "Results on the test rows", (build_score_table(view), *score_notes(view), *drawn))
 
 
 def _confidence_levels(view: RunView) -> str:
     return " and ".join(sorted({f"{100 * row.confidence:g}%" for row in view.scores}))
 
 
-def score_table(view: RunView) -> Table:
-    """Build the table of all models and metrics, the main metric first."""
+def build_score_table(view: RunView) -> Table:
     leading = view.trained or view.scores[-1]
     main = leading.main_metric
     metrics = sorted(
@@ -73,7 +72,7 @@ def score_table(view: RunView) -> Table:
     rows = tuple(
         (
             row.name,
-            *(words.estimate(name, row.metrics[name]) if name in row.metrics else "-" for name in metrics),
+            *(words.format_estimate(name, row.metrics[name]) if name in row.metrics else "-" for name in metrics),
             f"{row.rows:,}",
             _KIND_IN_WORDS[row.kind],
         )
@@ -83,17 +82,18 @@ def score_table(view: RunView) -> Table:
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
 
 
-def about_table(view: RunView) -> list[Paragraph]:
-    """Return the sentences that a reader of the score table needs."""
-    sentences: list[str | None] = [without_leaks(view.scores, view.summary), _groups_in_words(view.scores)]
-    sentences += [about_answers(row) for row in view.scores if row.answers and len(row.answers) < row.rows][-1:]
+def score_notes(view: RunView) -> list[Paragraph]:
+    """Return notes on leaked rows, groups, generated answers and missing metrics."""
+    sentences: list[str | None] = [describe_leaks(view.scores, view.summary), _describe_groups(view.scores)]
+    sampled = [row for row in view.scores if row.answers and len(row.answers) < row.rows]
+    sentences += map(describe_answer_sample, sampled[-1:])
     sentences += [
         f"{reason[:1].upper()}{reason[1:]}." for reason in {row.missing_metrics: 0 for row in view.scores} if reason
     ]
     return [Paragraph(sentence) for sentence in sentences if sentence]
 
 
-def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str | None:
+def describe_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str | None:
     """Compare the main metric with and without leaked test rows, or return None if no row leaked."""
     row = trained_row(scores) or scores[-1]
     whole = row.metrics.get(row.main_metric)
@@ -102,49 +102,48 @@ def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str 
     content = leaked_content(summary.columns if summary else (), row.near_leaks)
     leaks = f"Of {whole.rows or row.rows:,} test rows, {row.num_leaks:,} leak: their {content}"
     if row.metric_without_leaks is None:
-        return f"{leaks}. Too few others remain to judge the model on unseen rows."
-    name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, row.metric_without_leaks)
+        return f"{leaks}. Too few other rows remain to judge the model on unseen rows."
+    name, value = words.metric_name(row.main_metric), words.format_estimate(row.main_metric, row.metric_without_leaks)
     return f"{leaks}. Without them: {name} {value} ({format_metric(row.main_metric, whole.value)} with them)."
 
 
-def scored_again(accesses: Sequence[Access]) -> str:
-    """Warn that several runs scored the same test rows, or return an empty string."""
+def warn_of_repeated_scoring(accesses: Sequence[Access]) -> str:
+    """Return a warning if several runs scored the same test rows, else an empty string."""
     runs = {(one.run, one.model): one.trial for one in accesses}
     if len(runs) < 2:
         return ""
     compared, since = list(runs.values()).count(COMPARISON), min(one.time for one in accesses)[:10]
     among = f" ({counted(compared, 'comparison')} among them)" if compared else ""
     return (
-        f"These test rows have been scored {len(runs)} times here{among}, first on {since}. Choosing the best of these "
-        "runs by test score would be optimistic: choose by eval score."
+        f"{len(runs)} runs in this folder have scored these test rows{among}, first on {since}. The best of several "
+        "test scores is optimistic, so choose a run by its eval score."
     )
 
 
-def _groups_in_words(scores: Sequence[Scores]) -> str | None:
-    """Say that intervals are computed over groups of dependent rows, or return None if there are no groups."""
+def _describe_groups(scores: Sequence[Scores]) -> str | None:
+    """Explain that intervals are computed over groups of dependent rows, or return None without groups."""
     sizes = {(one.rows, one.clusters) for row in scores for one in row.metrics.values() if one.rows and one.clusters}
     num_rows, num_groups = max(sizes, default=(0, 0))
     if num_rows == num_groups:
         return None
     return (
-        f"The {counted(num_rows, 'test row')} form {counted(num_groups, 'group')}: rows of a group have (nearly) the "
-        "same text, prompt or passage. Intervals are computed over groups, because dependent rows are not independent "
-        "evidence."
+        f"The {counted(num_rows, 'test row')} form {counted(num_groups, 'group')} with (nearly) the same text, prompt "
+        "or passage. Intervals are computed over groups, because rows of the same group are not independent."
     )
 
 
-def about_answers(row: Scores) -> str:
-    """Say for how many test rows answers were generated, and which metrics use these answers."""
+def describe_answer_sample(row: Scores) -> str:
+    """Say for how many test rows answers were generated, and which metrics use them."""
     names = [words.metric_name(name) for name in row.metrics if name in words.OF_ANSWERS]
     distinct = " with different prompts" if len(row.answers) > 1 else ""
     return (
-        f"Answers were generated for {counted(len(row.answers), 'test row')}{distinct}, drawn at random. Measured on "
-        f"these: {listed(names)}."
+        f"Answers were generated for {counted(len(row.answers), 'random test row')}{distinct}. Metrics measured on "
+        f"these rows: {listed(names)}."
     )
 
 
-def answers(view: RunView) -> Section | None:
-    """Build the section of generated answers, or return None if there are none."""
+def build_answers_section(view: RunView) -> Section | None:
+    """Build the section of generated answers, or None without answers."""
     before = next((row.answers for row in view.scores if row.kind == "untouched" and row.answers), ())
     after = view.trained.answers if view.trained else ()
     exchanges = _pair_answers(before, after)
@@ -152,7 +151,7 @@ def answers(view: RunView) -> Section | None:
         return None
     blocks: list[Element] = [Exchanges(exchanges[:_ANSWERS_OPEN])]
     if not after:
-        blocks.insert(0, Paragraph("These answers are from the untouched model; there are none after training."))
+        blocks.insert(0, Paragraph("These answers are from the pretrained model; there are none after training."))
     elif rest := exchanges[_ANSWERS_OPEN:]:
         blocks.append(Folded(counted(len(rest), "more answer"), (Exchanges(rest),)))
     return Section("answers-before-and-after-training", "Answers before and after training", tuple(blocks))
@@ -175,13 +174,13 @@ def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Ex
     return tuple(exchanges)
 
 
-def confusion(view: RunView) -> Section | None:
-    """Build the section on confused labels, or return None if there are no counts."""
+def build_confusion_section(view: RunView) -> Section | None:
+    """Build the section on confused labels, or None without a confusion matrix."""
     counts = view.trained.confusion if view.trained else None
-    return Section("confusion", "Confusion", (label_table(counts), _confusion_table(counts))) if counts else None
+    return unless_empty("Confusion", [build_label_table(counts), _build_confusion_table(counts)] if counts else [])
 
 
-def label_table(confusion: Confusion) -> Table:
+def build_label_table(confusion: Confusion) -> Table:
     """Build a table of each label's precision, recall and F1, or of the labels with the lowest F1."""
     predicted, rows = [sum(counts) for counts in zip(*confusion.counts, strict=True)], []
     for index, (name, counts) in enumerate(zip(confusion.labels, confusion.counts, strict=True)):
@@ -199,7 +198,8 @@ def label_table(confusion: Confusion) -> Table:
     return Table(caption, header, tuple(row for _, row in rows), frozenset({1, 2, 3, 4}))
 
 
-def _confusion_table(confusion: Confusion) -> Table | Paragraph:
+def _build_confusion_table(confusion: Confusion) -> Table | Paragraph:
+    """Build the confusion matrix, or for many labels a table of the most confused pairs."""
     labels = [untrusted(label, _LABEL_LIMIT) for label in confusion.labels]
     totals = [max(1, sum(counts)) for counts in confusion.counts]
     if len(labels) <= _LARGEST_HEAT_TABLE:
@@ -207,7 +207,7 @@ def _confusion_table(confusion: Confusion) -> Table | Paragraph:
             (label, *(Cell(f"{value:,}", heat=value / total) for value in counts))
             for label, counts, total in zip(labels, confusion.counts, totals, strict=True)
         )
-        caption = "Test rows by true label (down) and predicted label (across); the shade is the share of the row"
+        caption = "Test rows by true label (down) and predicted label (across); shade: share of the true label"
         header = ("true label", *(label.text for label in labels))
         return Table(caption, header, rows, numeric=frozenset(range(1, len(header))), matrix=True)
     pairs = sorted(
@@ -223,23 +223,23 @@ def _confusion_table(confusion: Confusion) -> Table | Paragraph:
         (labels[true], labels[guess], f"{number:,}", Cell(format_percent(share), bar=share))
         for true, guess, number, share in shown
     )
-    caption = f"The {len(confused)} most confused of {counted(len(pairs), 'confused pair')} ({len(labels)} labels)"
+    caption = f"The {len(confused)} most frequent of {counted(len(pairs), 'confused pair')} ({len(labels)} labels)"
     header = ("true label", "predicted label", "test rows", "share of the true label's rows")
     return Table(caption, header, confused, frozenset({2}))
 
 
-def mistakes(view: RunView) -> Section | None:
-    """Build the section of the worst mistakes, or return None if there are none."""
+def build_mistakes_section(view: RunView) -> Section | None:
+    """Build the section of the worst mistakes, or None without mistakes."""
     worst = view.trained.worst if view.trained else ()
     if not worst:
         return None
-    blocks: list[Element] = [_mistake_table(row_words(view.summary).worst, worst[:_MISTAKES_OPEN])]
+    blocks: list[Element] = [_build_mistake_table(form_of_rows(view.summary).worst, worst[:_MISTAKES_OPEN])]
     if rest := worst[_MISTAKES_OPEN:]:
-        blocks.append(Folded(f"{len(rest)} more", (_mistake_table("The next ones", rest),)))
+        blocks.append(Folded(f"{len(rest)} more", (_build_mistake_table("Further mistakes", rest),)))
     return Section("worst-mistakes", "Worst mistakes", tuple(blocks))
 
 
-def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
+def _build_mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
     rows: tuple[TableRow, ...] = tuple(
         (
             *(untrusted(text, _MISTAKE_LIMIT) for text in (row.text, row.expected, row.predicted)),
@@ -250,27 +250,26 @@ def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
     return Table(caption, ("text", "expected", "predicted", "loss"), rows, numeric=frozenset({3}))
 
 
-def calibration(view: RunView) -> Section | None:
-    """Build the calibration section, or return None if calibration was not measured."""
-    return unless_empty("Calibration", calibration_of(view.trained) if view.trained else [])
+def build_calibration_section(view: RunView) -> Section | None:
+    """Build the calibration section, or None if calibration was not measured."""
+    return unless_empty("Calibration", build_calibration_blocks(view.trained) if view.trained else [])
 
 
-def calibration_of(row: Scores) -> list[Element]:
-    """Return the blocks on temperature and calibration errors, if there are any."""
+def build_calibration_blocks(row: Scores) -> list[Element]:
     calibration = row.calibration
     if calibration is None:
         return []
     fitted = {
         "temperature, fitted on the eval rows": calibration.temperature,
         "expected calibration error": calibration.expected_calibration_error,
-        "after dividing the logits by the temperature": calibration.expected_calibration_error_scaled,
+        "calibration error with this temperature": calibration.expected_calibration_error_scaled,
     }
     facts = [(name, format_number(value)) for name, value in fitted.items()]
     facts = [("temperature", "1, not fitted"), facts[1]] if calibration.note else facts
-    return [Facts(tuple(facts)), Paragraph(calibration_in_words(calibration))]
+    return [Facts(tuple(facts)), Paragraph(describe_calibration(calibration))]
 
 
-def calibration_in_words(calibration: Calibration) -> str:
+def describe_calibration(calibration: Calibration) -> str:
     """Explain the temperature, or say why none was fitted."""
     if calibration.note:
         return f"{calibration.note[0].upper()}{calibration.note[1:]}."

@@ -17,13 +17,14 @@ from fulltune.report.format.blocks import (
     Facts,
     Figures,
     Folded,
+    NameAndValue,
     Paragraph,
     Section,
     Table,
     TableRow,
     unless_empty,
 )
-from fulltune.report.format.plots import learning_curve
+from fulltune.report.format.plots import draw_learning_curve
 from fulltune.report.run.read import RunView, after_start, before_start
 from fulltune.stats.curves import Curves, Fit, Point, fit
 from fulltune.text import (
@@ -43,8 +44,8 @@ _EVENTS = {"next attempt": "After", "skipped": "Skipped in", "warning": "Warning
 _OPEN = 10
 
 
-def curves(view: RunView) -> Section | None:
-    """Build the section of learning curves, or return None if there are none."""
+def build_curves_section(view: RunView) -> Section | None:
+    """Build the section of learning curves, or None without curves."""
     history, plan = view.history, view.plan
     # Interpolated weights belong to no step.
     kept_step = view.outcome.best_step if view.outcome and not (view.budget and view.budget.weights_reason) else None
@@ -60,30 +61,29 @@ def curves(view: RunView) -> Section | None:
     if not series:
         return None
     blocks: list[Element] = []
-    if (judged := fit_of(view)).evidence:
+    if (judged := judge_fit(view)).evidence:
         helps = f" What helps: {judged.helps}." if judged.helps else ""
         blocks.append(Paragraph(f"{judged.sentence} {judged.details}{helps}"))
-    blocks.append(Figures(tuple(learning_curve(*drawn, history.restarts, history.skipped) for drawn in series)))
+    blocks.append(Figures(tuple(draw_learning_curve(*drawn, history.restarts, history.skipped) for drawn in series)))
     if history.restarts:
         at = listed([f"{step:,}" for step in dict.fromkeys(history.restarts)])
-        lead = f"The curve joins {len(history.restarts) + 1} attempts; ticks on the axis mark where each one began"
+        lead = f"The curves join {len(history.restarts) + 1} attempts; ticks on the axis mark where a later one began"
         blocks.append(Paragraph(f"{lead}: at step {at}."))
     if history.skipped:
         at = first_few([f"{step:,}" for step in history.skipped], _OPEN)
         lead = f"{counted(len(history.skipped), 'skipped step')} (ticks at the top; see the journal)"
         blocks.append(Paragraph(f"{lead}: {at}."))
-    return Section("learning-curves", "Learning curves", (*blocks, *_evaluation_table(history.evaluation, plan)))
+    return Section("learning-curves", "Learning curves", (*blocks, *_build_evaluation_table(history.evaluation, plan)))
 
 
-def fit_of(view: RunView) -> Fit:
+def judge_fit(view: RunView) -> Fit:
     """Judge from a run's curves whether the model over- or underfits."""
     if view.plan is None or view.outcome is None or view.summary is None or "eval" not in view.summary.splits:
         return Fit("not known")
-    return fit(curves_of(view, view.plan))
+    return fit(collect_curves(view, view.plan))
 
 
-def curves_of(view: RunView, plan: Plan) -> Curves:
-    """Collect the curves from which the fit is judged."""
+def collect_curves(view: RunView, plan: Plan) -> Curves:
     history, summary = view.history, view.summary
     return Curves(
         train_loss=history.train.get("loss", ()),
@@ -99,7 +99,8 @@ def curves_of(view: RunView, plan: Plan) -> Curves:
     )
 
 
-def _evaluation_table(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Element]:
+def _build_evaluation_table(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Element]:
+    """Build a folded table of each evaluation, or nothing if the plots show all metrics."""
     series = {name: points for name, points in series.items() if name not in OF_GENERIC_TEXT}
     if plan is None or set(series) <= {plan.metric, "loss"}:
         return []
@@ -110,13 +111,13 @@ def _evaluation_table(series: dict[str, tuple[Point, ...]], plan: Plan | None) -
         for step in sorted({step for points in values.values() for step in points})
     )
     header = ("step", *(words.metric_name(name) for name in names))
-    table = Table("On the eval rows, each evaluation", header, rows, frozenset(range(1, len(header))))
+    table = Table("Metrics on the eval rows at each evaluation", header, rows, frozenset(range(1, len(header))))
     return [Folded("all metrics on the eval rows", (table,))]
 
 
-def training(view: RunView) -> Section | None:
-    """Build the section on attempts, events and changes, or return None if there are none."""
-    blocks: list[Element] = [_attempt_table(view)] if view.attempts else []
+def build_training_section(view: RunView) -> Section | None:
+    """Build the section on attempts, events and changes, or None without attempts."""
+    blocks: list[Element] = [_build_attempt_table(view)] if view.attempts else []
     journal = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
     # Not in a table, whose cells would cut the advice at their end.
     details = dict.fromkeys(
@@ -128,7 +129,7 @@ def training(view: RunView) -> Section | None:
             events[_OPEN:] = [f"{counted(len(events) - _OPEN, 'more event')}: see the journal"]
         blocks.append(Bullets(tuple(events)))
     if view.outcome:
-        blocks += _outcome_blocks(view, view.outcome)
+        blocks += _build_outcome_blocks(view, view.outcome)
     rows = tuple((name, one.time, one.event, Cell(one.detail, untrusted=True)) for name, one in journal)
     if rows:
         table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), rows)
@@ -136,22 +137,22 @@ def training(view: RunView) -> Section | None:
     return unless_empty("Training", blocks)
 
 
-def _attempt_table(view: RunView) -> Table:
+def _build_attempt_table(view: RunView) -> Table:
     header = ("attempt", "status", "steps", "time of the process", "tokens/s", "peak memory", "why it ended")
     rows: list[TableRow] = []
     for attempt in view.attempts:
         status, facts = "no outcome", ("-", "-", "-", "its process wrote no outcome.json")
         if outcome := attempt.outcome:
-            status = words.status(outcome.status)
+            status = words.readable_status(outcome.status)
             speed = format_number(outcome.tokens_per_second) if outcome.tokens_per_second else "-"
             peak = format_bytes(outcome.peak_memory_bytes) if outcome.peak_memory_bytes else "-"
             facts = (format_seconds(outcome.train_seconds), speed, peak, outcome.reason)
         rows.append((attempt.name, status, f"{attempt.steps:,}", *facts[:3], Cell(facts[3], untrusted=True)))
-    return Table("Attempts; each is a fresh process", header, tuple(rows), numeric=frozenset(range(2, 6)))
+    return Table("Attempts (each is a new process)", header, tuple(rows), numeric=frozenset(range(2, 6)))
 
 
-def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
-    """Return facts on trained parameters and changed values as pairs of name and value."""
+def training_facts(plan: Plan | None, outcome: Outcome) -> list[NameAndValue]:
+    """Return facts on trained parameters, the saved step and changed values."""
     facts, changes = [], outcome.parameter_changes
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
@@ -169,36 +170,36 @@ def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
     return facts
 
 
-def _outcome_blocks(view: RunView, outcome: Outcome) -> list[Element]:
-    facts = changed(view.plan, outcome)
+def _build_outcome_blocks(view: RunView, outcome: Outcome) -> list[Element]:
+    facts = training_facts(view.plan, outcome)
     if updates := view.history.updates:
         facts.append((f"sampled values that changed in step {updates.step:,}", format_share(updates.changed_share)))
         sizes = f"{updates.update_ratio:.1e} (median of the tensors)"
-        facts.append(("size of that update relative to the weights", sizes))
+        facts.append(("update size relative to the weights", sizes))
     blocks: list[Element] = [Facts(tuple(facts))] if facts else []
     if outcome.parameter_changes and outcome.parameter_changes.unchanged_tensors:
         names = ", ".join(outcome.parameter_changes.unchanged_tensors)
-        blocks.append(Paragraph(f"Received a gradient but did not change (at most 20 are listed): {names}"))
+        blocks.append(Paragraph(f"Tensors that received a gradient but did not change (at most 20 listed): {names}"))
     if outcome.checks:
-        blocks.append(check_table(outcome.checks))
+        blocks.append(build_check_table(outcome.checks))
     if outcome.log_tail and outcome.status != "done":
         blocks.append(Folded("last lines of the log", (Code("\n".join(outcome.log_tail)),)))
     return blocks
 
 
-def check_table(checks: Sequence[Check]) -> Table:
+def build_check_table(checks: Sequence[Check]) -> Table:
     rows = tuple((check.name, "passed" if check.passed else "FAILED", check.result) for check in checks)
     return Table("Checks before step 1", ("check", "verdict", "details"), rows)
 
 
-def settings(view: RunView) -> Section | None:
-    """Build the section of settings, or return None if there are none."""
+def build_settings_section(view: RunView) -> Section | None:
+    """Build the section of settings, or None if none are known."""
     blocks: list[Element] = []
     if view.plan and view.plan.settings:
         rows = tuple(
             (
                 setting.name,
-                Cell(words.setting_value(setting.value), untrusted=True),
+                Cell(words.format_setting(setting.value), untrusted=True),
                 "fulltune" if setting.is_automatic else "recipe",
                 setting.reason,
             )
@@ -210,8 +211,8 @@ def settings(view: RunView) -> Section | None:
     return unless_empty("Settings", blocks)
 
 
-def environment(view: RunView) -> Section | None:
-    """Build the section on versions and machines, or return None if they are unknown."""
+def build_environment_section(view: RunView) -> Section | None:
+    """Build the section on versions and machines, or None if unknown."""
     env = view.environment
     if env is None:
         return None
@@ -222,16 +223,16 @@ def environment(view: RunView) -> Section | None:
         ("platform", env.platform),
         ("processor", f"{env.cpu}, {counted(env.num_cores, 'core')}"),
         ("memory", format_bytes(env.memory_bytes)),
-        ("devices", listed(env.devices) or "the processor only"),
+        ("devices", listed(env.devices) or "CPU only"),
     )
     packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(env.packages.items())))
     folded = Folded("package versions", (packages,))
     return Section(
-        "environment", "Environment", (Facts(facts), *_machine_table(env), *([folded] if env.packages else []))
+        "environment", "Environment", (Facts(facts), *_build_machine_tables(env), *([folded] if env.packages else []))
     )
 
 
-def _machine_table(env: Environment) -> tuple[Table, ...]:
+def _build_machine_tables(env: Environment) -> tuple[Table, ...]:
     rows = tuple(
         (
             str(machine.rank),
@@ -248,30 +249,32 @@ def _machine_table(env: Environment) -> tuple[Table, ...]:
 
 
 _HEADER = ("what", "planned", "after the dry run", "actual", "error of the plan", "error of the dry run")
-_MEMORY = "memory of the training process, without the libraries"
-_TIME = "time of the training steps, with evaluations and checkpoints"
+_MEMORY = "memory of the training process (without libraries)"
+_TIME = "training time (with evaluations and checkpoints)"
 
 
-def resources(view: RunView) -> Section | None:
-    """Build the section that compares plan and measurements, or return None if there is no plan."""
+def build_resources_section(view: RunView) -> Section | None:
+    """Build the section that compares plan and measurements, or None without a plan."""
     if view.plan is None:
         return None
-    return unless_empty("Plan and actual", [*_planned_memory_blocks(view.plan), *_plan_and_actual(view, view.plan)])
+    return unless_empty(
+        "Plan and actual", [*_build_planned_memory_blocks(view.plan), *_compare_with_plan(view, view.plan)]
+    )
 
 
-def _planned_memory_blocks(plan: Plan) -> list[Element]:
-    need, sent = plan.memory, words.sent(plan)
+def _build_planned_memory_blocks(plan: Plan) -> list[Element]:
+    need, sent = plan.memory, words.describe_traffic(plan)
     if need is None:
         return []
     row: TableRow = tuple(format_bytes(size) for size in (*need.kinds.values(), need.phases["step"]))
-    caption = f"Planned memory at the peak of a step, micro batch of {plan.micro_batch_size}"
+    caption = f"Planned memory at the peak of a step with micro batch size {plan.micro_batch_size}"
     table = Table(caption, (*need.kinds, "total"), (row,), frozenset(range(len(row))))
-    sent = f" {sent[0].upper()}{sent[1:]}: computed, not measured." if sent else ""
-    return [table, Paragraph(f"{words.at_the_peak(need.kinds)}.{sent}")]
+    sent = f" {sent[0].upper()}{sent[1:]}. This traffic is computed, not measured." if sent else ""
+    return [table, Paragraph(f"{words.describe_memory_peak(need.kinds)}.{sent}")]
 
 
-def _plan_and_actual(view: RunView, plan: Plan) -> list[Element]:
-    """Compare the last attempt with its plan. The plan has no time for a resumed attempt."""
+def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:
+    """Compare the last attempt's memory, time and disk with the plan, or return nothing without an outcome."""
     outcome = view.outcome
     if outcome is None:
         return []
@@ -281,18 +284,18 @@ def _plan_and_actual(view: RunView, plan: Plan) -> list[Element]:
     if plan.memory or outcome.memory_growth_bytes:
         planned = plan.memory.peak if plan.memory else 0
         actual = max((outcome.memory_growth_bytes, *outcome.memory_growth_per_process))
-        rows.append(_plan_and_actual_row(_MEMORY, planned, outcome.dry_run_growth_bytes, actual, format_bytes))
+        rows.append(_planned_and_actual_row(_MEMORY, planned, outcome.dry_run_growth_bytes, actual, format_bytes))
     if outcome.forecast or time:
         planned_seconds, forecast = (one.total_seconds if one else 0.0 for one in (time, outcome.forecast))
         # From the first step to the last; 0 if training did not get that far.
         trained = phases.get("saving the model", 0.0) - phases["training"] if "training" in phases else 0.0
-        rows.append(_plan_and_actual_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
+        rows.append(_planned_and_actual_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
     seconds = view.environment.seconds if view.environment else None
     if time is not None and time.overhead_seconds and seconds and not view.searched:  # a search takes several runs
-        rows.append(_plan_and_actual_row("the whole command", time.whole_seconds, 0, seconds, format_seconds))
+        rows.append(_planned_and_actual_row("the whole command", time.whole_seconds, 0, seconds, format_seconds))
     if plan.disk or outcome.disk_bytes:
         rows.append(
-            _plan_and_actual_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes)
+            _planned_and_actual_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes)
         )
     if not rows:
         return []
@@ -304,11 +307,12 @@ def _plan_and_actual(view: RunView, plan: Plan) -> list[Element]:
     return blocks
 
 
-def _plan_and_actual_row(
-    what: str, planned: float, tried: float, actual: float, shown: Callable[[Any], str]
+def _planned_and_actual_row(
+    quantity: str, planned: float, after_dry_run: float, actual: float, format_value: Callable[[Any], str]
 ) -> TableRow:
 
     def error(value: float) -> str:
         return f"{round(value / actual - 1, 2) or 0:+.0%}" if value and actual else "-"
 
-    return (what, *(shown(value) if value else "-" for value in (planned, tried, actual)), error(planned), error(tried))
+    values = (format_value(value) if value else "-" for value in (planned, after_dry_run, actual))
+    return (quantity, *values, error(planned), error(after_dry_run))

@@ -1,5 +1,3 @@
-"""Put a run's report together, in the order of a reader's questions."""
-
 from __future__ import annotations
 
 import math
@@ -15,41 +13,42 @@ from fulltune.report.format.blocks import (
     Figures,
     Folded,
     Headline,
+    NameAndValue,
     Paragraph,
     Report,
     Section,
     Table,
     TableRow,
 )
-from fulltune.report.format.plots import LEARNING_RATE, PointSeries, series_plot
+from fulltune.report.format.plots import LEARNING_RATE, PointSeries, draw_points
 from fulltune.report.run import about_data, about_forgetting, about_scores, about_training
-from fulltune.report.run.about_data import row_words
-from fulltune.report.run.model_card import how_to_load
+from fulltune.report.run.about_data import form_of_rows
+from fulltune.report.run.model_card import build_loading_blocks
 from fulltune.report.run.read import RunView
-from fulltune.report.run.verdict import NOT_MEASURED, facts_of, judge, next_steps
+from fulltune.report.run.verdict import NOT_MEASURED, collect_facts, judge_scores, suggest_next_steps
 from fulltune.text import format_metric, format_number, format_seconds, format_share
 
 _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", "loss")
 
 
-def build(view: RunView) -> Report:
-    headline, steps = conclude(view)
+def build_run_report(view: RunView) -> Report:
+    headline, steps = judge_run(view)
     sections = (
-        _missing_section(view),
-        about_scores.results(view),
-        search(view),
-        about_training.curves(view),
-        about_forgetting.section(view),
-        about_scores.answers(view),
-        about_scores.confusion(view),
-        about_scores.mistakes(view),
-        about_scores.calibration(view),
-        about_data.data(view),
-        about_training.training(view),
-        about_training.resources(view),
-        about_training.settings(view),
-        about_training.environment(view),
-        Section("next", "What to do next", (*_steps_to_try(steps), *_how_to_use(view, headline))),
+        _build_missing_section(view),
+        about_scores.build_results_section(view),
+        build_search_section(view),
+        about_training.build_curves_section(view),
+        about_forgetting.build_forgetting_section(view),
+        about_scores.build_answers_section(view),
+        about_scores.build_confusion_section(view),
+        about_scores.build_mistakes_section(view),
+        about_scores.build_calibration_section(view),
+        about_data.build_data_section(view),
+        about_training.build_training_section(view),
+        about_training.build_resources_section(view),
+        about_training.build_settings_section(view),
+        about_training.build_environment_section(view),
+        Section("next", "What to do next", (*_steps_to_try(steps), *_build_usage_blocks(view, headline))),
     )
     return Report(
         title=view.name,
@@ -60,44 +59,46 @@ def build(view: RunView) -> Report:
     )
 
 
-_SCORE_AGAIN = "To measure it, delete the run's folder 'scores', then give the run's folder to 'fulltune run'."
+_SCORE_AGAIN = (
+    "To measure it, delete the folder 'scores' in the run folder, then give the run folder to 'fulltune run'."
+)
 
 
-def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
-    """Return the verdict and, unless training helped, changes to try."""
+def judge_run(view: RunView) -> tuple[Headline, tuple[str, ...]]:
+    """Return the headline and, unless training helped, changes to try."""
     why = next((why for what, why in view.missing if what.startswith("the test scores of")), "")
-    headline = judge(view.scores, why)
-    note = _SCORE_AGAIN if headline.sentence.endswith(NOT_MEASURED) else about_scores.scored_again(view.accesses)
-    headline = replace(headline, note=note)
-    facts = facts_of(view, headline)
-    return headline, next_steps(facts) if facts else ()
+    headline = judge_scores(view.scores, why)
+    repeated = about_scores.warn_of_repeated_scoring(view.accesses)
+    headline = replace(headline, note=_SCORE_AGAIN if headline.sentence.endswith(NOT_MEASURED) else repeated)
+    facts = collect_facts(view, headline)
+    return headline, suggest_next_steps(facts) if facts else ()
 
 
-def for_terminal(view: RunView) -> list[Headline | Section | Element]:
+def run_for_terminal(view: RunView) -> list[Headline | Section | Element]:
     """Return the elements that are printed at the end of a run."""
-    headline, steps = conclude(view)
+    headline, steps = judge_run(view)
     parts: list[Headline | Section | Element] = []
     if view.scores:
-        table = about_scores.score_table(view)
+        table = about_scores.build_score_table(view)
         second = next((name for name in _SECOND_METRICS if name in table.header[2:]), "")
-        answers = about_scores.answers(view)
-        parts += [table.only((table.header[1], second)), *about_scores.about_table(view)]
+        answers = about_scores.build_answers_section(view)
+        parts += [table.keep_columns((table.header[1], second)), *about_scores.score_notes(view)]
         parts += answers.blocks if answers else ()
-    fit = about_training.fit_of(view)
+    fit = about_training.judge_fit(view)
     unfit = [Paragraph(fit.sentence)] if view.trained and fit.kind not in ("sound", "not known") else []
     return [*parts, headline, *unfit, *_steps_to_try(steps)]
 
 
-def _key_figures(view: RunView) -> list[tuple[str, str]]:
+def _key_figures(view: RunView) -> list[NameAndValue]:
     figures = []
     if outcomes := [attempt.outcome for attempt in view.attempts if attempt.outcome]:
         figures += [
-            ("training", words.status(outcomes[-1].status)),
+            ("training", words.readable_status(outcomes[-1].status)),
             ("steps", f"{view.attempts[-1].steps:,}"),
             ("time of the training process", format_seconds(sum(outcome.train_seconds for outcome in outcomes))),
         ]
         if view.budget is not None and view.budget.choice.is_start:
-            figures.append(("weights kept", "the untouched model's"))
+            figures.append(("weights kept", "the pretrained model's"))
         elif changes := outcomes[-1].parameter_changes:
             figures.append(("values changed", format_share(changes.share)))
     if view.summary and "train" in view.summary.splits:
@@ -107,8 +108,8 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
     return figures
 
 
-def _missing_section(view: RunView) -> Section | None:
-    lead = Paragraph("This report is made from the run's files. These parts are missing:")
+def _build_missing_section(view: RunView) -> Section | None:
+    lead = Paragraph("Some files of the run are missing or damaged, so these parts cannot be shown:")
     items = Bullets(tuple(f"{what}: {why}" for what, why in view.missing))
     return Section("missing", "What is missing", (lead, items)) if view.missing else None
 
@@ -117,23 +118,23 @@ def _steps_to_try(steps: tuple[str, ...]) -> list[Element]:
     return [Paragraph("Run the same recipe again with one change at a time:"), Bullets(steps)] if steps else []
 
 
-def _how_to_use(view: RunView, headline: Headline) -> tuple[Element, ...]:
-    folder, question = view.model_folder, row_words(view.summary).question
+def _build_usage_blocks(view: RunView, headline: Headline) -> tuple[Element, ...]:
+    folder, question = view.model_folder, form_of_rows(view.summary).question
     if folder is None:
-        blocks: tuple[Element, ...] = (Paragraph(_how_to_continue(view.outcome.status if view.outcome else None)),)
+        blocks: tuple[Element, ...] = (Paragraph(_how_to_get_model(view.outcome.status if view.outcome else None)),)
     else:
         columns = Paragraph("ROWS.jsonl is any file with the columns that the model reads; see 'Data'.")
         blocks = (
             Paragraph("Try the model, from the folder that contains this run folder:"),
             Code(f"fulltune predict {shlex.quote(view.name)} {question}", "sh"),
             *([columns] if "--file" in question else []),
-            *how_to_load(f"{view.name}/{folder}", view),
+            *build_loading_blocks(f"{view.name}/{folder}", view),
         )
     return (Folded("how to use this model anyway", blocks),) if headline.kind == "worse" else blocks
 
 
-def _how_to_continue(status: str | None) -> str:
-    """Say how to get a model after an attempt with this status."""
+def _how_to_get_model(status: str | None) -> str:
+    """Say how to get a model after the last attempt ended with `status` (None without an outcome)."""
     match status:
         case None:
             return "There is no trained model in this run folder. 'fulltune run RECIPE' resumes the run."
@@ -141,30 +142,30 @@ def _how_to_continue(status: str | None) -> str:
             what = "A machine was lost" if status == "lost" else f"The run was {status}"
             return f"{what}. Run the same 'fulltune run' command to resume from the last checkpoint."
         case "done":
-            return "Training is done, but the model folder is missing: 'fulltune run RECIPE' trains it again."
+            return "Training is done, but the model folder is missing: 'fulltune run RECIPE' trains the model again."
     return "There is no trained model in this run folder. Read 'Training' above for what happened and what helps."
 
 
-def search(view: RunView) -> Section | None:
-    """Build the section on the learning rate search, or return None if there was no search."""
+def build_search_section(view: RunView) -> Section | None:
+    """Build the section on the learning rate search, or None without a search."""
     searched = view.searched
     if searched is None:
         return None
     rate = searched.rate
     choice = f"The learning rate is {format_number(rate.chosen)}: {rate.reason}."
-    choice += " It is at the edge of the rates tried: a better one may lie beyond." if rate.on_edge else ""
+    choice += " This rate is at the edge of those tried, so a better one may lie beyond." if rate.on_edge else ""
     times = searched.seconds / searched.run_seconds if searched.run_seconds else 0.0
-    late = " The budget ended it early: 'fulltune run' with a larger --budget and --fresh tries more rates."
-    took = f"The search took {format_seconds(searched.seconds)}, {times:.1f} times as long as the run it chose"
-    cost = f"{took}, on {searched.eval_rows:,} eval rows.{late if rate.time_was_up else ''}"
-    return Section("search", "Search", (Paragraph(choice), *_rate_plot_and_table(searched), Paragraph(cost)))
+    late = " The budget ended the search early: 'fulltune run' with a larger --budget and --fresh tries more rates."
+    took = f"The search took {format_seconds(searched.seconds)}, {times:.1f} times as long as the chosen run,"
+    cost = f"{took} and used {searched.eval_rows:,} eval rows.{late if rate.time_was_up else ''}"
+    return Section("search", "Search", (Paragraph(choice), *_build_rate_plot_and_table(searched), Paragraph(cost)))
 
 
-def _rate_plot_and_table(searched: Searched) -> list[Element]:
+def _build_rate_plot_and_table(searched: Searched) -> list[Element]:
     name, search = words.metric_name(searched.metric_name), searched.rate
     short, whole = search.tried, search.whole
 
-    def metric(value: float | None) -> str:
+    def format_score(value: float | None) -> str:
         if value is None:
             return "-"
         return "diverged" if math.isnan(value) else format_metric(searched.metric_name, value)
@@ -172,17 +173,17 @@ def _rate_plot_and_table(searched: Searched) -> list[Element]:
     rows: tuple[TableRow, ...] = tuple(
         (
             format_number(rate),
-            metric(short.get(rate)),
-            metric(whole.get(rate)),
+            format_score(short.get(rate)),
+            format_score(whole.get(rate)),
             ", ".join(word for word, one in (("default", search.usual), ("chosen", search.chosen)) if one == rate),
         )
         for rate in sorted({*short, *whole})
     )
     header = ("learning rate", f"short run ({search.share:.0%} of the steps)", "whole run", "")
-    table = Table(f"Learning rates with their {name} on the eval rows", header, rows, frozenset({0, 1, 2}))
+    table = Table(f"Scores ({name}) on the eval rows by learning rate", header, rows, frozenset({0, 1, 2}))
     series = [
         PointSeries("short runs", tuple(short.items())),
         PointSeries("whole runs", tuple(whole.items()), filled=True),
     ]
-    title, caption = f"{name} on the eval rows by learning rate", "see the table; dashed: the chosen rate."
-    return [Figures((series_plot(title, series, searched.metric_name, LEARNING_RATE, search.chosen, caption),)), table]
+    title, caption = f"{name} on the eval rows by learning rate", "see the table; the dashed line is the chosen rate."
+    return [Figures((draw_points(title, series, searched.metric_name, LEARNING_RATE, search.chosen, caption),)), table]

@@ -21,7 +21,7 @@ from fulltune.report.format.blocks import (
     untrusted,
 )
 from fulltune.report.format.pages import write_pages
-from fulltune.report.run.about_data import data
+from fulltune.report.run.about_data import build_data_section
 from fulltune.report.run.read import RunView, read_run
 from fulltune.stats.curves import error_of_share
 from fulltune.text import counted, format_percent, format_share, listed
@@ -36,7 +36,7 @@ def write_data_page(folder: Path) -> Path:
     """Write `data.md` and `data.html` into an audited run folder and return the path of `data.html`."""
     view, audit = read_run(folder), Audit.load(folder / "data" / AUDIT)
     rows, dropped = sum(audit.rows.values()), sum(view.summary.dropped.values()) if view.summary else 0
-    figures = [("rows looked at", f"{rows:,}"), ("dropped while reading", f"{dropped:,}")]
+    figures = [("rows checked", f"{rows:,}"), ("dropped while reading", f"{dropped:,}")]
     if audit.labels is not None:
         figures.append(("labels suspected", f"{audit.labels.suspects:,}"))
     headline = Headline("better", "Nothing found", f"None of {counted(len(audit.clean), 'check')} found anything.")
@@ -47,23 +47,23 @@ def write_data_page(folder: Path) -> Path:
             "undecided",
             "Rows to look at",
             f"{counted(len(audit.checks), 'check')} found something in {rows:,} rows: {most}{more}.",
-            note="Nothing was changed. Each finding is a suspicion with a suggested remedy.",
+            note="No row was changed. Each finding is a suspicion with a suggested remedy.",
         )
     sections = [
         *audit_for_terminal(audit, load_proofs(folder, audit)),
-        *(_check_section(audit, check) for check in audit.checks),
+        *(_build_check_section(audit, check) for check in audit.checks),
     ]
-    sections += [*filter(None, [data(view)]), _next_section(view, audit)]
+    sections += [*filter(None, [build_data_section(view)]), _build_next_section(view, audit)]
     report = Report(view.name, f"The data · {view.task}", headline, tuple(figures), tuple(sections))
     return write_pages(folder / "data", report)
 
 
 def audit_for_terminal(audit: Audit, proofs: Sequence[Proofs]) -> list[Section]:
     """Return the sections that are printed after an audit."""
-    return [part for part in (_findings_section(audit), _cleaning_section(proofs)) if part is not None]
+    return [part for part in (_build_findings_section(audit), _build_cleaning_section(proofs)) if part is not None]
 
 
-def _findings_section(audit: Audit) -> Section:
+def _build_findings_section(audit: Audit) -> Section:
     total = max(1, sum(audit.rows.values()))
     blocks: list[Element] = []
     if audit.checks:
@@ -75,11 +75,11 @@ def _findings_section(audit: Audit) -> Section:
         header = ("check", "rows", "of all", "for example")
         blocks.append(Table("Rows that each check found", header, rows, frozenset({1, 2})))
     if audit.clean:
-        blocks.append(Paragraph(f"Checked, nothing found: {', '.join(audit.clean)}."))
+        blocks.append(Paragraph(f"Checks that found nothing: {', '.join(audit.clean)}."))
     if audit.labels is not None:
-        blocks.append(Paragraph(about_labels(audit.labels, audit.rows["train"])))
+        blocks.append(Paragraph(describe_label_errors(audit.labels, audit.rows["train"])))
     blocks += [
-        Paragraph(_languages_in_words(column, counts, total)) for column, counts in audit.languages.items() if counts
+        Paragraph(_describe_languages(column, counts, total)) for column, counts in audit.languages.items() if counts
     ]
     if audit.not_run:
         lines = tuple(words.clipped(f"{check}: {why}", 300) for check, why in audit.not_run.items())
@@ -87,53 +87,55 @@ def _findings_section(audit: Audit) -> Section:
     return Section("found", "Findings", tuple(blocks))
 
 
-def _languages_in_words(column: str, counts: Mapping[str, int], rows: int) -> str:
-    most, others = list(counts.items())[:_MOST_LANGUAGES], list(counts.values())[_MOST_LANGUAGES:]
-    shares = [f"{code} {format_share(count / rows)}" for code, count in most]
-    shares += [f"{counted(len(others), 'other')} {format_share(sum(others) / rows)}"] if others else []
-    rest = format_share(1 - sum(counts.values()) / rows)
+def _describe_languages(column: str, rows_by_language: Mapping[str, int], num_rows: int) -> str:
+    most, others = list(rows_by_language.items())[:_MOST_LANGUAGES], list(rows_by_language.values())[_MOST_LANGUAGES:]
+    shares = [f"{code} {format_share(count / num_rows)}" for code, count in most]
+    shares += [f"{counted(len(others), 'other')} {format_share(sum(others) / num_rows)}"] if others else []
+    rest = format_share(1 - sum(rows_by_language.values()) / num_rows)
     return f"Languages of column '{words.clipped(column, 60)}': {', '.join(shares)}; undetermined {rest}."
 
 
-def about_labels(errors: LabelErrors, of_rows: int) -> str:
-    """Describe how many suspected label errors are real, as estimated by planting errors on purpose."""
-    some = "" if errors.judged_rows == of_rows else f" of {of_rows:,}, drawn at random"
+def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:
+    """Describe how many suspected label errors are real, estimated by planting errors."""
+    some = "" if errors.judged_rows == num_train_rows else f" (a random sample of {num_train_rows:,})"
     text = (
-        f"Linear classifiers on the untouched model judged the labels of {errors.judged_rows:,} train rows{some}, each "
-        "row by a classifier that was not fitted on it. They agree with "
-        f"{format_percent(errors.agreement)} of the labels. "
-        f"To measure their reliability, {counted(errors.planted, 'row')} got a wrong label on purpose."
+        f"Linear classifiers on the pretrained model judged the labels of {errors.judged_rows:,} train rows{some}. "
+        "Each row was judged by a classifier that was not fitted on it. The classifiers agree with "
+        f"{format_percent(errors.agreement)} of the labels. To measure their reliability, "
+        f"{counted(errors.planted, 'row')} got a wrong label on purpose."
     )
     doubt = (
-        f" For {counted(errors.doubtful, 'further row' if errors.suspects else 'row')} another label is clearly "
-        "likelier. If classes are often confused, only reading these rows shows how many labels are wrong."
+        f" For {counted(errors.doubtful, 'further row' if errors.suspects else 'row')}, another label is clearly "
+        "more likely. If classes are often confused, only reading these rows shows how many labels are wrong."
     )
     doubt = doubt if errors.doubtful else ""
     if not errors.suspects:
-        return f"{text} Fewer than three in four suspicions would be right, so none is raised.{doubt}"
-    text += f" {round(errors.recall * errors.planted):,} of these would be among the suspects. Of the "
+        return f"{text} Fewer than three in four suspicions would be right, so no row is suspected.{doubt}"
+    text += f" {round(errors.recall * errors.planted):,} of these wrong labels would be suspected. Of the "
     text += counted(errors.suspects, "suspect")
     if errors.suspects < max(_FEW_SUSPECTS, _FEW_OF_ROWS * errors.judged_rows):
-        few = "correct labels may give as many suspects, so read them"
-        return f"{text} between 0 and {errors.suspects:,} are wrong: {few}.{doubt}"
+        few = "correct labels can look this suspicious too, so read the rows"
+        return f"{text}, between 0 and {errors.suspects:,} are wrong: {few}.{doubt}"
     # The estimate rests on the suspects in the range of the surest half of the planted errors.
     error = 1.96 * error_of_share(errors.precision, errors.suspects // 2)
     least, most = (max(0.0, min(1.0, errors.precision + one)) * errors.suspects for one in (-error, error))
+    wrong = round(min(errors.estimated_errors, errors.suspects / errors.recall))
     return (
-        f"{text} about {errors.precision:.0%} are wrong by the same measure (between {least:,.0f} and {most:,.0f}); "
-        f"in all about {round(min(errors.estimated_errors, errors.suspects / errors.recall)):,} labels.{doubt}"
+        f"{text}, about {errors.precision:.0%} (between {least:,.0f} and {most:,.0f} rows) are wrong by the same "
+        f"measure. In all, about {wrong:,} labels are wrong.{doubt}"
     )
 
 
-def _cleaning_section(all_proofs: Sequence[Proofs]) -> Section | None:
-    blocks = [block for proofs in all_proofs for block in _proof_blocks(proofs)]
+def _build_cleaning_section(all_proofs: Sequence[Proofs]) -> Section | None:
+    blocks = [block for proofs in all_proofs for block in _build_proof_blocks(proofs)]
     return Section("cleaning", "Would cleaning help?", tuple(blocks)) if blocks else None
 
 
-def _proof_blocks(proofs: Proofs) -> list[Element]:
+def _build_proof_blocks(proofs: Proofs) -> list[Element]:
+    """Build the blocks that show whether each cleaning step improved the scores."""
     if not proofs.proofs:
-        return [Paragraph(f"No step could be compared by {proofs.source}.")]
-    write, rows = words.Writer(proofs.metric, _MARGIN), list[TableRow]()
+        return [Paragraph(f"No cleaning step could be compared by {proofs.source}.")]
+    write, rows = words.MetricFormatter(proofs.metric, _MARGIN), list[TableRow]()
     for proof in proofs.proofs:
         done, then = (
             {"drop": "dropped", "replace": "changed"}[proof.action],
@@ -142,10 +144,10 @@ def _proof_blocks(proofs: Proofs) -> list[Element]:
         difference = write.interval(proof.difference, proof.low, proof.high)
         rows.append((proof.check, done, f"{proof.rows:,}", then, difference, proofs.verdict(proof)))
     if proofs.source == "classifiers":
-        over, how = "eval rows", f"Linear classifiers on the untouched model were fitted {proofs.repetitions} times"
+        over, how = "eval rows", f"Linear classifiers on the pretrained model were fitted {proofs.repetitions} times"
     else:
         over, how = "eval rows and seeds", f"The model was trained with {counted(proofs.repetitions, 'seed')}"
-    tried = f" Not tried, with too few or too many rows: {'; '.join(proofs.untried)}." if proofs.untried else ""
+    tried = f" Not tried (too few or too many rows): {'; '.join(proofs.untried)}." if proofs.untried else ""
     difference = f"difference{' in points' if write.in_points else ''}"
     header = ("check", "its rows", "rows", write.name, difference, "verdict")
     caption = f"By {proofs.source}: {write.name} with each step alone; joint 95% intervals over {over}"
@@ -165,18 +167,19 @@ def _proof_blocks(proofs: Proofs) -> list[Element]:
 def _cleaning_advice(proofs: Proofs) -> str:
     helping = [one for one in proofs.proofs if proofs.verdict(one) == "helps"]
     if not helping:
-        return "No step helps measurably: keep the rows as they are, or read some of them first."
+        return "No step helps measurably. Keep the rows unchanged, or read some of them first."
     if proofs.source == "trainings":
-        return f"Steps that helped can be named as data.patch: {listed([one.patch for one in helping])}."
+        patches = listed([one.patch for one in helping])
+        return f"To apply the steps that helped, name their patches as data.patch: {patches}."
     checks = listed(list(dict.fromkeys(one.check for one in helping)))
-    return f"Worth a few trainings (--trainings 3): {checks}. What helps classifiers may not help a trained model."
+    return f"Test these by training (--trainings 3): {checks}. What helps classifiers may not help a trained model."
 
 
-def _check_section(audit: Audit, check: str) -> Section:
+def _build_check_section(audit: Audit, check: str) -> Section:
     count, examples = audit.checks[check], audit.examples_of(check)
     has_labels = any(one.label for one in examples)
     cells = (
-        (row.place, row.text, *([row.label or "-"] if has_labels else []), row.reason, could_do(row.remedy))
+        (row.place, row.text, *([row.label or "-"] if has_labels else []), row.reason, describe_remedy(row.remedy))
         for row in examples
     )
     rows = tuple(tuple(untrusted(text, _CELL) for text in row) for row in cells)
@@ -187,30 +190,29 @@ def _check_section(audit: Audit, check: str) -> Section:
     return Section(check.replace(" ", "-"), title, (Paragraph(ABOUT[check]), table))
 
 
-def could_do(remedy: Remedy) -> str:
-    """Describe the remedy suggested for a row."""
+def describe_remedy(remedy: Remedy) -> str:
     if remedy.action == "drop":
         return "drop the row"
     value = ", ".join(remedy.value) if isinstance(remedy.value, list) else remedy.value
     return f"{remedy.column}: {value}"
 
 
-def _next_section(view: RunView, audit: Audit) -> Section:
+def _build_next_section(view: RunView, audit: Audit) -> Section:
     folder = shlex.quote(str(view.folder))
     blocks: list[Element] = []
     if audit.checks:
         blocks = [
-            Paragraph("Review these rows, the most certain first, and decide: keep, drop or change."),
+            Paragraph("Review these rows, the most certain findings first, and keep, drop or change each one."),
             Code(f"fulltune data {folder} --review", "sh"),
             Paragraph(
-                "Your decisions are written to a patch file. Name it as data.patch in the recipe: it is applied "
-                "whenever the data is read, so that every run uses the same rows."
+                "Your decisions are written to a patch file. Name the file as data.patch in the recipe. It is then "
+                "applied whenever the data is read, so that every run uses the same rows."
             ),
         ]
     limits = (
         "Wrong facts and poor answers are not found, because each text is checked on its own.",
-        "A label error is a label that disagrees with similar rows. If a whole class is mislabelled, none disagree.",
-        "Secrets and personal data are found by their format. Names and addresses of people have none.",
+        "A label error is a label that disagrees with similar rows. If a whole class is mislabelled, none is found.",
+        "Secrets and personal data are found by their format. Names and addresses have no format, so they are missed.",
     )
     blocks.append(Folded("what these checks cannot see", (Bullets(limits),)))
     return Section("next", "What to do next", tuple(blocks))

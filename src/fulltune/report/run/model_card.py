@@ -1,4 +1,4 @@
-"""Write the trained model's card, a README.md for the Hub that names no local folder."""
+"""Build the trained model's card, a README.md for the Hub that names no local folder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Code, Element, Facts, Paragraph, Section
-from fulltune.report.format.pages import LOADING, TEMPLATES, escaped, section_in_markdown
+from fulltune.report.format.pages import LOADING, TEMPLATES, escape_markdown, render_section
 from fulltune.report.run import about_training
-from fulltune.report.run.about_data import has_images, mixed_words, row_words, splits
-from fulltune.report.run.about_scores import about_table, calibration_of, score_table
+from fulltune.report.run.about_data import build_split_table, describe_mixed_sources, form_of_rows, has_images
+from fulltune.report.run.about_scores import build_calibration_blocks, build_score_table, score_notes
 from fulltune.report.run.read import RunView
-from fulltune.report.run.verdict import judge
+from fulltune.report.run.verdict import judge_scores
 from fulltune.text import counted, format_number
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -27,32 +27,32 @@ _LOADING = "## How to load\n"
 _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged model\n\n"
 
 
-def model_card(view: RunView, model_folder: Path) -> str:
+def build_model_card(view: RunView, model_folder: Path) -> str:
     """Return the model card as Markdown, with the Hub's YAML metadata on top."""
     plan, scores = view.plan, view.trained
     trained = "all parameters fine-tuned"
     if plan and plan.num_frozen_parameters:
-        trained = f"{plan.num_trainable_parameters:,} parameters trained ({escaped(plan.method)})"
+        trained = f"{plan.num_trainable_parameters:,} parameters trained ({escape_markdown(plan.method)})"
     sections = (
-        _data_section(view.summary),
-        _metrics_section(view, scores),
-        _training_section(view, plan),
-        _versions_section(view),
-        Section("load", "How to load", how_to_load(model_folder.name, view)),
+        _build_data_section(view.summary),
+        _build_metrics_section(view, scores),
+        _build_training_section(view, plan),
+        _build_versions_section(view),
+        Section("load", "How to load", build_loading_blocks(model_folder.name, view)),
     )
-    lead = f"{escaped(words.file_name(view.model))} with {trained} by fulltune, for {view.task}."
-    head = f"{_front_matter(view, scores)}\n\n# {escaped(view.name)}\n\n{lead}\n\n"
-    return head + "\n".join(section_in_markdown(one, "##") for one in sections if one is not None)
+    lead = f"{escape_markdown(words.file_name(view.model))} with {trained} by fulltune, for {view.task}."
+    head = f"{_build_front_matter(view, scores)}\n\n# {escape_markdown(view.name)}\n\n{lead}\n\n"
+    return head + "\n".join(render_section(one, "##") for one in sections if one is not None)
 
 
-def merged_card(text: str, name: str, task: str) -> str:
-    """Return a merged model's card: the trained model's card with instructions to load a plain model."""
+def build_merged_card(trained_card: str, folder_name: str, task: str) -> str:
+    """Turn a trained model's card into that of the merged model, which loads without an adapter."""
     what = "The trained weights are merged into those of the pretrained model. " + HOW_TO_LOAD["full"]
-    blocks = (Paragraph(what), Code(loading_code(name, task, None), "python"))
-    return (text or _BARE).partition(_LOADING)[0] + section_in_markdown(Section("load", "How to load", blocks), "##")
+    blocks = (Paragraph(what), Code(build_loading_code(folder_name, task, None), "python"))
+    return (trained_card or _BARE).partition(_LOADING)[0] + render_section(Section("load", "How to load", blocks), "##")
 
 
-def _front_matter(view: RunView, scores: Scores | None) -> str:
+def _build_front_matter(view: RunView, scores: Scores | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     facts = FACTS.get(view.task)
@@ -88,14 +88,14 @@ def _without_folders(source: str) -> str:
     return re.sub(r"\S*[\\/](?=\S)", "", source)
 
 
-def _data_section(summary: DataSummary | None) -> Section | None:
+def _build_data_section(summary: DataSummary | None) -> Section | None:
     if summary is None:
         return None
     places = {split: _without_folders(source) for split, source in summary.sources.items()}
-    blocks: list[Element] = [splits(summary.model_copy(update={"sources": places}))]
-    blocks += [Paragraph(f"Mixed in: {_without_folders(line)}.") for line in mixed_words(summary)]
+    blocks: list[Element] = [build_split_table(summary.model_copy(update={"sources": places}))]
+    blocks += [Paragraph(f"Mixed in: {_without_folders(line)}.") for line in describe_mixed_sources(summary)]
     if not has_images(summary):
-        longest = row_words(summary).longest.capitalize()
+        longest = form_of_rows(summary).longest.capitalize()
         blocks.append(Paragraph(f"{longest}: {counted(summary.max_length, 'token')}."))
     if summary.labels:
         labels = words.clipped(", ".join(words.named(label) for label in summary.labels), 2000)
@@ -103,14 +103,15 @@ def _data_section(summary: DataSummary | None) -> Section | None:
     return Section("data", "Data", tuple(blocks))
 
 
-def _metrics_section(view: RunView, scores: Scores | None) -> Section:
+def _build_metrics_section(view: RunView, scores: Scores | None) -> Section:
     if scores is None:
         return Section("metrics", "Metrics", (Paragraph("This model was not scored on test rows."),))
-    verdict = Paragraph(f"Test rows were never used to choose anything. {judge(view.scores).sentence}")
-    return Section("metrics", "Metrics", (score_table(view), *about_table(view), verdict, *calibration_of(scores)))
+    verdict = Paragraph(f"Test rows were never used to choose anything. {judge_scores(view.scores).sentence}")
+    blocks = (build_score_table(view), *score_notes(view), verdict, *build_calibration_blocks(scores))
+    return Section("metrics", "Metrics", blocks)
 
 
-def _training_section(view: RunView, plan: Plan | None) -> Section | None:
+def _build_training_section(view: RunView, plan: Plan | None) -> Section | None:
     if plan is None:
         return None
     head_rate, outcome = plan.head_learning_rate, view.outcome
@@ -125,12 +126,12 @@ def _training_section(view: RunView, plan: Plan | None) -> Section | None:
         ("global batch size", f"{plan.global_batch_size:,}"),
         ("precision", f"{plan.precision}, weights stored in {plan.weights_dtype}"),
         ("seed", str(plan.seed)),
-        *([("steps done", f"{outcome.steps:,}"), *about_training.changed(plan, outcome)] if outcome else []),
+        *([("steps done", f"{outcome.steps:,}"), *about_training.training_facts(plan, outcome)] if outcome else []),
     )
     return Section("training", "Training", (Facts(facts),))
 
 
-def _versions_section(view: RunView) -> Section | None:
+def _build_versions_section(view: RunView) -> Section | None:
     env = view.environment
     if env is None:
         return None
@@ -149,21 +150,21 @@ HOW_TO_LOAD = {
 }
 
 
-def how_to_load(folder: str, view: RunView) -> tuple[Element, ...]:
-    """Return blocks on how to query and load a model, with Python code unless only fulltune can load it."""
+def build_loading_blocks(folder: str, view: RunView) -> tuple[Element, ...]:
+    """Build blocks on how to query and load a model, with Python code unless only fulltune can load it."""
     # A method's name may differ from its kind.
     kinds = (str(one.value) for one in (view.plan.settings if view.plan else ()) if one.name == "method.kind")
     kind = next(kinds, "full")
     ask = view.summary.form.how_to_ask if view.summary else ""
     blocks: list[Element] = [Paragraph(one) for one in (ask, HOW_TO_LOAD.get(kind, HOW_TO_LOAD["peft"])) if one]
     if kind not in ONLY_OURS:
-        code = loading_code(folder, view.task, view.summary, "" if kind == "full" else view.model)
+        code = build_loading_code(folder, view.task, view.summary, "" if kind == "full" else view.model)
         blocks.append(Code(code, "python"))
     return tuple(blocks)
 
 
-def loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
-    """Return Python code that loads a model, with PEFT if `base` is named."""
+def build_loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
+    """Return Python code that loads a model. If `base` is set, PEFT adds the weights to that pretrained model."""
     facts = FACTS.get(task, FACTS["text-classification"])
     package, _, inner = base.removeprefix("package:").partition("/") if base.startswith("package:") else ("", "", "")
     pretrained = json.dumps(words.file_name(base), ensure_ascii=False) if base else ""

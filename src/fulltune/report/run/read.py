@@ -32,13 +32,11 @@ _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 _MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
 _KINDS = ("baseline", "untouched", "trained")
 DROPPED_SHOWN = 20
-_CUT = "unreadable: a process was stopped while writing it, or the file was damaged. The rest is used."
+_CUT = "unreadable, because a process was stopped while writing or the file is damaged. Other lines are used."
 
 
 @dataclass(frozen=True)
 class History:
-    """Values measured during training."""
-
     train: MetricSeries = field(default_factory=dict)
     evaluation: MetricSeries = field(default_factory=dict)
     restarts: tuple[int, ...] = ()
@@ -57,14 +55,14 @@ def before_start(points: Sequence[Point]) -> float | None:
 
 @dataclass(frozen=True)
 class AttemptFiles:
-    """The files of one attempt folder. `outcome` is None if the process ended without writing one."""
+    """Contents of one attempt folder. `outcome` is None if the process wrote none."""
 
     name: str
     trial: str
     outcome: Outcome | None
     events: tuple[Event, ...]
     first_step: int | None
-    """Step of the first checkpoint, or None if unreadable."""
+    """Step of the checkpoint that the attempt resumed, or None if unreadable."""
     journal: tuple[JournalEntry, ...]
 
     @property
@@ -74,8 +72,8 @@ class AttemptFiles:
         return (self.outcome.steps if self.outcome else 0) or max(logged, default=0)
 
 
-def merge(attempts: Sequence[AttemptFiles]) -> History:
-    """Join the curves of a trial's attempts. The last attempt counts for a repeated step."""
+def join_attempts(attempts: Sequence[AttemptFiles]) -> History:
+    """Join the curves of a trial's attempts. For a repeated step the last attempt counts."""
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
     restarts: list[int] = []
@@ -103,15 +101,17 @@ def merge(attempts: Sequence[AttemptFiles]) -> History:
                 case UpdatesMeasured():
                     updates = event
     return History(
-        _points_by_name(train), _points_by_name(evaluation), tuple(restarts), tuple(sorted(skipped)), updates
+        _points_by_metric(train), _points_by_metric(evaluation), tuple(restarts), tuple(sorted(skipped)), updates
     )
 
 
-def _points_by_name(rows: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
-    names = dict.fromkeys(name for row in rows.values() for name in row)
+def _points_by_metric(rows_by_step: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
+    names = dict.fromkeys(name for row in rows_by_step.values() for name in row)
     series = {
         name: tuple(
-            (step, float(row[name])) for step, row in sorted(rows.items()) if isinstance(row.get(name), int | float)
+            (step, float(row[name]))
+            for step, row in sorted(rows_by_step.items())
+            if isinstance(row.get(name), int | float)
         )
         for name in names
     }
@@ -139,7 +139,7 @@ class RunView:
     searched: Searched | None = None
     budget: BudgetResult | None = None
     accesses: tuple[Access, ...] = ()
-    """Every scoring of these test rows, also by neighbouring runs."""
+    """Every scoring of these test rows, including neighbouring runs'."""
 
     @property
     def name(self) -> str:
@@ -151,12 +151,11 @@ class RunView:
 
     @property
     def outcome(self) -> Outcome | None:
-        """Outcome of the last attempt, or None if it has none."""
         return self.attempts[-1].outcome if self.attempts else None
 
     @cached_property
     def history(self) -> History:
-        return merge(self.attempts)
+        return join_attempts(self.attempts)
 
     @property
     def model_folder(self) -> str | None:
@@ -174,26 +173,26 @@ def trained_row(scores: Sequence[Scores]) -> Scores | None:
 def read_run(folder: Path, scores: Scores | None = None) -> RunView:
     """Read the folder of a run or comparison, any of whose files may be missing.
 
-    `scores` are those of a comparison's trial, which has no file of its own. Raises `SetupError` if the folder holds
-    nothing of a run.
+    `scores` are those of a comparison's trial, which has no file of its own. Raises `SetupError` if the folder is not a
+    run's.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise SetupError(f"{folder}: no such run folder")
+        raise SetupError(f"{folder}: there is no such run folder")
     if not any((folder / mark).exists() for mark in _MARKS_OF_A_RUN):
-        raise SetupError(f"{folder}: not a run folder; it has none of {', '.join(_MARKS_OF_A_RUN)}")
+        raise SetupError(f"{folder}: is not a run folder, because it contains none of {', '.join(_MARKS_OF_A_RUN)}")
 
     files = _Files(folder)
-    plans = files.records(Plan, filter(_may_be_a_plan, folder.glob("plan/*.json")))
-    attempts = list(files.attempts())
-    rows = files.records(Scores, folder.glob("scores/*.json"))
+    plans = files.read_records(Plan, filter(_may_be_a_plan, folder.glob("plan/*.json")))
+    attempts = list(files.read_attempts())
+    rows = files.read_records(Scores, folder.glob("scores/*.json"))
     trained = [scores] if scores else [row for row in rows if row.kind == "trained"]
     started = sorted({one.trial for one in plans} | {one.trial for one in attempts})
     trial = next(iter([*(row.name for row in trained), *started]), "")
     rows = [row for row in rows if row.kind != "trained"] + [row for row in trained if row.name == trial]
     plan = next((plan for plan in plans if plan.trial == trial), None)
     settings = {setting.name: setting.value for setting in plan.settings} if plan else {}
-    summary = files.record(DataSummary, folder / "data" / "summary.json")
+    summary = files.read_record(DataSummary, folder / "data" / "summary.json")
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     task = (summary and summary.task) or settings.get("task") or _recipe_value(recipe_text, "task")
@@ -203,24 +202,24 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         task=str(task or "unknown task"),
         trial=trial,
         recipe_text=recipe_text,
-        environment=files.record(Environment, folder / "environment.json"),
+        environment=files.read_record(Environment, folder / "environment.json"),
         summary=summary,
-        dropped=tuple(islice(files.lines(folder / "data" / "dropped.jsonl"), DROPPED_SHOWN)),
+        dropped=tuple(islice(files.read_lines(folder / "data" / "dropped.jsonl"), DROPPED_SHOWN)),
         plan=plan,
         attempts=tuple(one for one in attempts if one.trial == trial),
         scores=tuple(sorted(rows, key=lambda row: (_KINDS.index(row.kind), row.name))),
-        searched=files.record(Searched, folder / "search.json"),
+        searched=files.read_record(Searched, folder / "search.json"),
         budget=next(
-            (one for one in files.records(BudgetResult, folder.glob(BUDGET_FILES)) if one.trial == trial), None
+            (one for one in files.read_records(BudgetResult, folder.glob(BUDGET_FILES)) if one.trial == trial), None
         ),
-        accesses=files.accesses(),
+        accesses=files.read_accesses(),
     )
     cut = [(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]
     return replace(view, missing=(*files.damaged, *cut, *_missing_parts(view)))
 
 
 def _missing_parts(view: RunView) -> Iterator[tuple[str, str]]:
-    """Yield the parts of the report that cannot be shown, each with the reason."""
+    """Yield (part, reason) for each part of the report that cannot be shown."""
     outcome, row = view.outcome, f"the test scores of {view.trial or 'a trained model'}"
     for present, what, why in (
         (view.recipe_text is not None, "the recipe", "recipe.yaml is not in the run folder."),
@@ -242,7 +241,7 @@ def _missing_parts(view: RunView) -> Iterator[tuple[str, str]]:
         (
             any(row.kind != "trained" for row in view.scores),
             "baselines to compare with",
-            "none was scored: the run ended earlier, or the recipe has 'evaluate.baselines: false'.",
+            "no baseline was scored: the run ended earlier, or the recipe has 'evaluate.baselines: false'.",
         ),
     ):
         if not present:
@@ -256,7 +255,7 @@ def _why_unscored(view: RunView) -> str:
         return "training has no recorded end, so there was nothing to score."
     if view.outcome.status == "done":
         return "training is done, but the model was not scored on the test rows."
-    return f"training ended as '{words.status(view.outcome.status)}': {view.outcome.reason.rstrip('.')}."
+    return f"training ended as '{words.readable_status(view.outcome.status)}': {view.outcome.reason.rstrip('.')}."
 
 
 class _Files:
@@ -268,11 +267,11 @@ class _Files:
         self.unreadable: dict[str, list[str]] = {}
         """Line numbers that are not JSON, by file; usually the last line of a killed process."""
 
-    def record(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
-        return next(iter(self.records(kind, [path] if path.is_file() else [])), None)
+    def read_record(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
+        return next(iter(self.read_records(kind, [path] if path.is_file() else [])), None)
 
-    def records(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
-        """Return the readable records in order of file names."""
+    def read_records(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
+        """Return the readable records, sorted by file name."""
         records = []
         for path in sorted(paths):
             try:
@@ -282,7 +281,7 @@ class _Files:
                 self.damaged.append((name, "damaged, or written by another version of fulltune"))
         return records
 
-    def lines(self, path: Path) -> Iterator[dict[str, Any]]:
+    def read_lines(self, path: Path) -> Iterator[dict[str, Any]]:
         """Yield the entries of a JSON lines file, and note broken lines."""
         if not path.is_file():
             return
@@ -294,26 +293,27 @@ class _Files:
                 elif line.strip():
                     self.unreadable.setdefault(path.relative_to(self.folder).as_posix(), []).append(str(number))
 
-    def accesses(self) -> tuple[Access, ...]:
-        """Read when these test rows were scored, from the file beside the run folder."""
+    def read_accesses(self) -> tuple[Access, ...]:
+        """Return every scoring of these test rows, from the file beside the run folder."""
         try:
             return Access.of_same_rows(self.folder)
         except OSError:
             self.damaged.append((f"{ACCESSES}, beside the run folder", "it cannot be opened"))
             return ()
 
-    def attempts(self) -> Iterator[AttemptFiles]:
+    def read_attempts(self) -> Iterator[AttemptFiles]:
         named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in self.folder.glob("attempts/*"))
         numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
         for trial, _, path in sorted(numbered):
-            outcome = self.record(Outcome, path / "outcome.json")
-            events = tuple(filter(None, map(event_of, self.lines(path / "metrics.jsonl"))))
-            journal = tuple(map(JournalEntry.model_validate, self.lines(path / "journal.jsonl")))
-            yield AttemptFiles(path.name, trial, outcome, events, _first_step(path / "request.json"), journal)
+            outcome = self.read_record(Outcome, path / "outcome.json")
+            events = tuple(filter(None, map(event_of, self.read_lines(path / "metrics.jsonl"))))
+            journal = tuple(map(JournalEntry.model_validate, self.read_lines(path / "journal.jsonl")))
+            first_step = _first_checkpoint_step(path / "request.json")
+            yield AttemptFiles(path.name, trial, outcome, events, first_step, journal)
 
 
-def _first_step(path: Path) -> int | None:
-    """Return the step of a request's checkpoint (0 if it has none), or None if unreadable."""
+def _first_checkpoint_step(path: Path) -> int | None:
+    """Return the step of the checkpoint that an attempt resumed (0 without one), or None if unreadable."""
     try:
         checkpoint = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
         return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])

@@ -11,7 +11,7 @@ from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
 from fulltune.report.run.about_forgetting import budget_advice
-from fulltune.report.run.about_training import curves_of, fit_of
+from fulltune.report.run.about_training import collect_curves, judge_fit
 from fulltune.report.run.read import RunView, trained_row
 from fulltune.stats.curves import Curves, Fit, ended_high, still_falling, without_cause
 from fulltune.text import counted, format_metric, format_number, is_share, listed
@@ -32,34 +32,34 @@ _LONE = "The test rows are {}: more rows with other texts are needed to distingu
 
 
 def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better: bool) -> Scores | None:
-    """Return the best finite score of a baseline or the untouched model, or None if there is none."""
+    """Return the best finite score without training (a baseline's or the pretrained model's), or None."""
     rows = [row for row in scores if row.kind != "trained" and metric in row.metrics]
     rows = [row for row in rows if math.isfinite(row.metrics[metric].value)]
     sign = 1 if greater_is_better else -1
     return max(rows, key=lambda row: sign * row.metrics[metric].value, default=None)
 
 
-def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
+def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     """Judge the trained model against the best untrained one: better or worse only if the difference's interval
     excludes 0."""
     row = trained_row(scores)
     if row is None:
-        return _headline(
+        return _build_headline(
             "none", f"No trained model was scored on the test rows{why_unscored and ': '}{why_unscored or '.'}"
         )
     name = row.main_metric
     mine = row.metrics.get(name)
     if mine is None or not _is_finite(mine):
-        return _headline("none", f"{row.name} has no finite {words.metric_name(name)} on the test rows.")
-    measured = f"{words.metric_name(name)} {words.estimate(name, mine)}"
+        return _build_headline("none", f"{row.name} has no finite {words.metric_name(name)} on the test rows.")
+    measured = f"{words.metric_name(name)} {words.format_estimate(name, mine)}"
     measured += "" if row.greater_is_better else " (smaller is better)"
     claim = f"{row.name} has {measured} on {counted(row.rows, 'test row')}"
     bar = strongest_untrained(scores, name, row.greater_is_better)
     if bar is None:
-        return _headline("alone", f"{claim}; no baseline was scored to compare it with.")
+        return _build_headline("alone", f"{claim}; no baseline was scored to compare it with.")
     elsewhere = "" if bar.rows == row.rows else f" on {counted(bar.rows, 'row')}"
     which = "the model before training" if bar.kind == "untouched" else f"the best baseline, {bar.name}"
-    claim = f"{claim}, against {words.estimate(name, bar.metrics[name])}{elsewhere} for {which}"
+    claim = f"{claim}, against {words.format_estimate(name, bar.metrics[name])}{elsewhere} for {which}"
     ahead = row.differences.get(bar.name)
     if ahead is None or not _is_finite(ahead):
         note = (
@@ -69,24 +69,24 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
             if bar.rows == row.rows
             else _OTHER_ROWS
         )
-        return _headline("unpaired", f"{claim}. {note}")
+        return _build_headline("unpaired", f"{claim}. {note}")
     note = f"{claim}. On the same rows the difference in {words.metric_name(name)} is "
-    note += difference(name, ahead, row.confidence)
+    note += format_difference(name, ahead, row.confidence)
     if ahead.low <= 0 <= ahead.high:
-        return _headline("unresolved", f"{note}; these rows do not show which is better.")
+        return _build_headline("unresolved", f"{note}; these rows do not show which is better.")
     if (ahead.value > 0) != row.greater_is_better:
         why = "training made it worse" if bar.kind == "untouched" else "the baseline needs no training"
-        return _headline("worse", f"{note}, and {why}.")
-    answers = _answers_no_better(row, scores)
-    return _headline("contested" if answers else "better", f"{note}.{answers}")
+        return _build_headline("worse", f"{note}, and {why}.")
+    answers = _warn_of_poor_answers(row, scores)
+    return _build_headline("contested" if answers else "better", f"{note}.{answers}")
 
 
-def _headline(kind: str, sentence: str) -> Headline:
+def _build_headline(kind: str, sentence: str) -> Headline:
     return Headline(kind, _LABELS[kind], sentence)
 
 
-def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
-    """Return a sentence if generated answers are no better, or are empty, else an empty string."""
+def _warn_of_poor_answers(row: Scores, scores: Sequence[Scores]) -> str:
+    """Return a sentence if generated answers are empty or no better than before, else an empty string."""
     name = next((name for name in words.OF_ANSWERS if name in row.metrics and row.answers), "")
     bar = strongest_untrained(scores, name, greater_is_better=True)
     if bar is None:
@@ -96,14 +96,14 @@ def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
     if mine.value > theirs.value or (mine.value == theirs.value and says_something):
         return ""
     them = "generated answers are no better" if says_something else "generated answers are all empty"
-    values = f"{words.metric_name(name)} {words.estimate(name, mine)}, against {words.estimate(name, theirs)}"
-    return f" But its {them}: {values} for {bar.name}."
+    shown, others = words.format_estimate(name, mine), words.format_estimate(name, theirs)
+    return f" But its {them}: {words.metric_name(name)} {shown}, against {others} for {bar.name}."
 
 
-def difference(metric: str, gap: Estimate, confidence: float) -> str:
+def format_difference(metric: str, difference: Estimate, confidence: float) -> str:
     """Format a difference: `+10.9 points (95% interval: +8.0 to +14.0)`."""
     size, digits, unit = (100.0, ".1f", " points") if is_share(metric) else (1.0, ".3g", "")
-    value, low, high = (f"{size * one + 0.0:+{digits}}" for one in (gap.value, gap.low, gap.high))
+    value, low, high = (f"{size * one + 0.0:+{digits}}" for one in (difference.value, difference.low, difference.high))
     return f"{value}{unit} ({100 * confidence:g}% interval: {low} to {high})"
 
 
@@ -119,7 +119,7 @@ _FEW_ROWS_OF_A_LABEL = 10
 _ONE_CLASS = 0.98
 """Minimum share of rows predicted as one label for a model to count as blind."""
 _UNEVEN = 2.0
-"""A label is the most frequent one if its rows are this many times the other labels' mean."""
+"""How many times as many rows as the other labels' mean the most frequent label must have."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class RunFacts:
         return {setting.name: setting.value for setting in self.plan.settings if not setting.is_automatic}
 
 
-def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
+def collect_facts(view: RunView, headline: Headline) -> RunFacts | None:
     """Collect the facts for advice, or return None if scores, plan or outcome are missing."""
     row, plan, outcome = view.trained, view.plan, view.outcome
     if row is None or plan is None or outcome is None:
@@ -164,12 +164,12 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         verdict=headline.kind,
         plan=plan,
         outcome=outcome,
-        curves=curves_of(view, plan),
-        fit=fit_of(view),
+        curves=collect_curves(view, plan),
+        fit=judge_fit(view),
         train_rows=train.rows if train else 0,
         labels=len(summary.labels) if summary and summary.form.is_calibrated else 0,
         rate_searched=view.searched is not None,
-        bar="the untouched model" if bar is None or bar.kind == "untouched" else bar.name,
+        bar="the pretrained model" if bar is None or bar.kind == "untouched" else bar.name,
         blind=blind,
         predicts_majority=is_usual,
         budget_advice=budget_advice(view.budget),
@@ -188,27 +188,27 @@ def _dominant_label(confusion: Confusion) -> tuple[str, bool]:
     return confusion.labels[index], usual >= _UNEVEN * statistics.mean(expected)
 
 
-def next_steps(run: RunFacts) -> tuple[str, ...]:
-    """Return changes to try one at a time, with evidence and setting, or nothing if training helped."""
+def suggest_next_steps(run: RunFacts) -> tuple[str, ...]:
+    """Return changes to try one at a time, or nothing if training helped."""
     if run.verdict not in ("worse", "unresolved"):
         return ()
     evidence, helps = run.budget_advice
     if evidence:  # the curves belong to a model that was not kept
         return (f"{_capitalised(evidence)}. {_capitalised(helps)}.",)
     narrower = (
-        ["More test rows narrow the interval; four times as many halve it"] if run.verdict == "unresolved" else []
+        ["More test rows narrow the interval: four times as many halve it"] if run.verdict == "unresolved" else []
     )
     if run.curves.is_at_ceiling and not run.blind:
         value = format_metric(run.curves.metric_name, run.curves.metric[-1][1])
         unless = ", unless harder or more test rows show a difference" if narrower else ""
         advice = f"Keep {run.bar}, which needs no training{unless}"
-        return (f"{_capitalised(run.curves.on_eval)} is {value}: there is nothing left to gain. {advice}.",)
+        return (f"{_capitalised(run.curves.on_eval)} is {value}, so there is nothing left to gain. {advice}.",)
     steps = [*_suggest_more_rows(run), *_suggest_settings(run)]
     if not steps:
         others = (
-            f"other rates, {_rate_setting(run, 1 / 3)} or {_rate_setting(run, 3)}, or " if not run.rate_searched else ""
+            f"other rates ({_rate_setting(run, 1 / 3)} or {_rate_setting(run, 3)}) or " if not run.rate_searched else ""
         )
-        steps.append(f"The curves show no reason. Try {others}more than the {run.train_rows:,} train rows")
+        steps.append(f"The curves do not show why. Try {others}more than the {run.train_rows:,} train rows")
     return tuple(f"{one}." for one in [*steps, *narrower])
 
 
@@ -218,7 +218,7 @@ def _suggest_more_rows(run: RunFacts) -> Iterator[str]:
     if run.train_rows < _FEW_ROWS_OF_A_LABEL * run.labels:
         yield (
             f"{run.train_rows:,} train rows are about {run.train_rows / run.labels:.2g} for each of {run.labels:,} "
-            f"labels, too few to learn most labels well: more rows help more than more epochs. {more}"
+            f"labels, too few to learn most labels well. More rows help more than more epochs. {more}"
         )
     elif is_limited:
         yield f"Only {counted(run.train_rows, 'row')} are used for training. {more}"
@@ -238,7 +238,7 @@ def _suggest_settings(run: RunFacts) -> Iterator[str]:
         rate = f"{_capitalised(without_cause(high.reason))}. Try a lower rate: {_rate_setting(run, 1 / 3)}"
     elif run.fit.kind in ("over-fitted", "over-confident") and run.fit.turn is not None:
         length = (
-            f"The run is {run.fit.kind} from step {run.fit.turn:,} on (see 'Learning curves'). "
+            f"The model is {run.fit.kind} from step {run.fit.turn:,} on (see 'Learning curves'). "
             f"Stop there: {_length_setting(run, run.fit.turn / run.plan.total_steps)}"
         )
     elif longer := _reasons_to_train_longer(run):
@@ -272,14 +272,15 @@ def _capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _length_setting(run: RunFacts, times: float) -> str:
-    """Return the setting for a run `times` as long."""
+def _length_setting(run: RunFacts, factor: float) -> str:
+    """Return the `--set` option for a run that is `factor` times as long."""
     if "train.max_steps" in run.recipe_settings:
-        return f"--set train.max_steps={round(times * run.plan.total_steps)}"
-    return f"--set train.num_train_epochs={float(f'{times * run.plan.num_train_epochs:.2g}'):g}"
+        return f"--set train.max_steps={round(factor * run.plan.total_steps)}"
+    return f"--set train.num_train_epochs={float(f'{factor * run.plan.num_train_epochs:.2g}'):g}"
 
 
 def _rate_setting(run: RunFacts, factor: float) -> str:
+    """Return the `--set` option for `factor` times the learning rate."""
     has_method = any(name.startswith("method.") for name in run.recipe_settings)
     kind = "" if has_method else "--set method.kind=full "
     return f"{kind}--set method.learning_rate={float(f'{factor * run.plan.learning_rate:.2g}'):g}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.cli.init import split_files, write_recipe
+from fulltune.cli.init import assign_files_to_splits, write_recipe
 from fulltune.data.readers.files import group_files_by_split
 from fulltune.data.sources import find_source_files
 from fulltune.errors import DataError
@@ -72,7 +72,7 @@ def test_files_of_a_folder_and_beside_a_file_are_found_by_name(
     tmp_path: Path, names: tuple[str, ...], given: str, expected: tuple[list[str], str | None, str | None]
 ) -> None:
     train, *held_out = expected
-    splits = split_files(_folder(tmp_path, *names) / given)
+    splits = assign_files_to_splits(_folder(tmp_path, *names) / given)
     named = zip(("eval", "test"), held_out, strict=True)
     assert splits[0] == tuple(tmp_path / name for name in train)
     assert splits[1] == {split: tmp_path / name for split, name in named if name}
@@ -94,7 +94,7 @@ def test_folders_named_for_splits_are_taken_as_these(tmp_path: Path, has_mark: b
         find_source_files(_recipe(tmp_path))
     if not has_mark:
         _folder(tmp_path, "rows.csv")
-        assert split_files(tmp_path) == ((tmp_path,), {}, ())
+        assert assign_files_to_splits(tmp_path) == ((tmp_path,), {}, ())
 
 
 @pytest.mark.parametrize("inner", ["cat", ""])
@@ -103,18 +103,18 @@ def test_folders_of_images_are_splits_only_if_they_hold_classes(tmp_path: Path, 
         (tmp_path / name / inner).mkdir(parents=True)
         (tmp_path / name / inner / "1.png").write_bytes(b"")
     expected = ((tmp_path / "train",), {"test": tmp_path / "test"}, ()) if inner else ((tmp_path,), {}, ())
-    assert split_files(tmp_path) == expected
+    assert assign_files_to_splits(tmp_path) == expected
 
 
 def test_file_that_says_nothing_beside_train_is_named(tmp_path: Path) -> None:
-    splits = split_files(_folder(tmp_path, "train.csv", "labels.csv", "test.csv"))
+    splits = assign_files_to_splits(_folder(tmp_path, "train.csv", "labels.csv", "test.csv"))
     unused = ("labels.csv: its name does not mention train, eval or test",)
     assert splits == ((tmp_path / "train.csv",), {"test": tmp_path / "test.csv"}, unused)
 
 
 def test_two_files_for_the_same_held_out_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"expected one file of eval rows, found dev.csv, val.csv; put them"):
-        split_files(_folder(tmp_path, "train.csv", "dev.csv", "val.csv"))
+    with pytest.raises(DataError, match=r"expected one file of eval rows, found dev.csv, val.csv; keep one"):
+        assign_files_to_splits(_folder(tmp_path, "train.csv", "dev.csv", "val.csv"))
 
 
 def test_init_leaves_out_test_rows_without_labels_and_says_so(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_init_leaves_out_test_rows_without_labels_and_says_so(tmp_path: Path) ->
     recipe = tmp_path / "new" / "recipe.yaml"
     written, files = write_recipe(tmp_path, recipe, None, False)
     assert (written.where, written.num_rows) == ("train.csv", 20)
-    assert files[2] == ("test.csv: has no column 'label', which train has",)
+    assert files[2] == ("test.csv: has no column 'label', which the train file has",)
     data = load_recipe(recipe).data
     assert (data.train, data.eval, data.test) == ((str(tmp_path / "train.csv"),), str(tmp_path / "dev.csv"), None)
-    assert "# not used: test.csv: has no column 'label', which train has" in recipe.read_text()
+    assert "# not used: test.csv: has no column 'label', which the train file has" in recipe.read_text()
 
 
 def test_init_writes_no_number_that_the_plan_chooses(tmp_path: Path) -> None:
