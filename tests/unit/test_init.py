@@ -211,7 +211,7 @@ STS: dict[str, str | list[object]] = {"a": "A man plays music", "b": "Somebody p
         (
             STS,
             {},
-            r"'a' and 'b' both have texts.*data.text: a, and data.text_pair: b .*--column text=a --column text_pair=b",
+            r"'a' and 'b' contain texts.*data.text: a, and data.text_pair: b .*--column text=a --column text_pair=b",
         ),
         (
             {"question": "Who has made it", "passage": "It was made by them", "response": "By them"},

@@ -166,28 +166,29 @@ def judge_labels_of(items: Items) -> JudgedLabels:
     return JudgedLabels(margins, other, suspects, doubtful, about)
 
 
-def choose_suspect_margin(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
+def choose_suspect_margin(margins: np.ndarray, planted_margins: np.ndarray) -> tuple[float, float, float, float]:
     """Return the margin below which labels are suspects, the suspects' recall and precision, and the estimated number
     of errors.
 
-    `planted` holds margins of deliberately wrong labels.
+    `planted_margins` belong to deliberately wrong labels.
     """
-    margins, planted = np.sort(margins), np.sort(planted)
-    wrong = max(_estimate_min_errors(margins, planted, share) for share in SURE)
-    cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
+    margins, planted_margins = np.sort(margins), np.sort(planted_margins)
+    wrong = max(_estimate_min_errors(margins, planted_margins, share) for share in SURE)
+    cuts = np.linspace(float(np.quantile(planted_margins, SURE[0])), min(0.0, float(planted_margins[-1])), 50)[::-1]
     for cut in cuts:
-        suspects, recall = int(np.searchsorted(margins, cut)), float(np.searchsorted(planted, cut)) / len(planted)
+        suspects = int(np.searchsorted(margins, cut))
+        recall = float(np.searchsorted(planted_margins, cut)) / len(planted_margins)
         precision = min(1.0, wrong * recall / max(1, suspects))
         if suspects and precision >= PRECISION:
             return float(cut), recall, precision, wrong
     return -math.inf, 0.0, 0.0, wrong
 
 
-def _estimate_min_errors(margins: np.ndarray, planted: np.ndarray, quantile: float) -> float:
+def _estimate_min_errors(margins: np.ndarray, planted_margins: np.ndarray, quantile: float) -> float:
     """Estimate the number of errors from the margins below a quantile of planted ones, minus one standard error."""
-    num_below = int(np.searchsorted(margins, np.quantile(planted, quantile)))
+    num_below = int(np.searchsorted(margins, np.quantile(planted_margins, quantile)))
     # Relative standard error of a count of rows, and of a share of the planted errors.
-    error = math.sqrt(1 / max(1, num_below) + (1 - quantile) / (quantile * len(planted)))
+    error = math.sqrt(1 / max(1, num_below) + (1 - quantile) / (quantile * len(planted_margins)))
     return num_below / quantile * max(0.0, 1 - error)
 
 

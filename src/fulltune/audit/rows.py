@@ -155,19 +155,19 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
     return scan
 
 
-def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
-    """Return the issues, with hashes of equal rows numbered; rows that `decided` drops count as well."""
+def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decisions: Decisions) -> list[RowIssue]:
+    """Return the issues, with hashes of equal rows numbered; rows that `decisions` drop count as well."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}
-    several |= {row.partition("-")[0] for _, row in decided}
+    several |= {row.partition("-")[0] for _, row in decisions}
     # The rows are read again only if that can change a name.
-    named_rows = identify_rows(rows, decided, several) if any(issue.row in several for issue in issues) else ()
+    named_rows = identify_rows(rows, decisions, several) if any(issue.row in several for issue in issues) else ()
     names = {(split, str(row[PLACE])): name for split, row, name in named_rows}
     return [issue.model_copy(update={"row": names.get((issue.split, issue.place), issue.row)}) for issue in issues]
 
 
 def identify_rows(
-    rows: AuditedRows, decided: Decisions, only_hashes: Collection[str] | None = None
+    rows: AuditedRows, decisions: Decisions, only_hashes: Collection[str] | None = None
 ) -> Iterator[tuple[SplitName, Row, str]]:
     """Yield each row's split, row and hash, which is numbered if rows are equal. `only_hashes` limits the rows."""
     times = Counter[tuple[str, str]]()
@@ -177,7 +177,7 @@ def identify_rows(
             continue
         times[key] += 1
         # Rows that a patch dropped count as well.
-        while (decision := decided.get((key[0], numbered(key[1], times[key])))) and decision.remedy.action == "drop":
+        while (decision := decisions.get((key[0], numbered(key[1], times[key])))) and decision.remedy.action == "drop":
             times[key] += 1
         yield split, row, numbered(key[1], times[key])
 

@@ -71,14 +71,14 @@ def refuse_unusable_rows(recipe: Recipe, encoded: Mapping[SourceName, EncodedSou
 
 
 def _too_many_dropped_problem(
-    source: EncodedSource, kind: DropKind, allowed_checks: Collection[str], num_rows: int
+    source: EncodedSource, kind: DropKind, allowed_checks: Collection[str], num_checked: int
 ) -> list[str]:
     """Return an error message in a list if too many rows failed other checks than `allowed_checks`, else an empty
     list."""
     counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed_checks})
     total = counts.total()
     # A single row is never too many, even in a file of ten.
-    if total <= max(1, MAX_DROPPED * num_rows) and (total < num_rows or not total):
+    if total <= max(1, MAX_DROPPED * num_checked) and (total < num_checked or not total):
         return []
     check = next(iter(counts))
     place, reason = source.tally.first[kind, check][0]
@@ -89,7 +89,7 @@ def _too_many_dropped_problem(
     )
     by_check = ", ".join(f"{count} x {check}" for check, count in counts.most_common())
     return [
-        f"{source.where}: {total:,} of {counted(num_rows, 'row')} cannot be used ({by_check}); first: {place}, "
+        f"{source.where}: {total:,} of {counted(num_checked, 'row')} cannot be used ({by_check}); first: {place}, "
         f"{masked_text(reason)}. {remedy}"
     ]
 

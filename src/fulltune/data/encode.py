@@ -290,17 +290,17 @@ def encode_source(
     return _concatenate_chunks(parts, folder)
 
 
-def with_joined_groups(sources: Mapping[str, EncodedSource], near_duplicates: float) -> dict[str, EncodedSource]:
+def with_joined_groups(sources: Mapping[str, EncodedSource], threshold: float) -> dict[str, EncodedSource]:
     """Return the sources; `groups` now joins near duplicates, and `split_groups` also rows with equal `data.group`
     cells."""
-    if near_duplicates >= 1 and not any(len(source.group_values) for source in sources.values()):
+    if threshold >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
     groups, signed, values = (
         np.concatenate([getattr(source, name) for source in sources.values()])
         for name in ("groups", "signatures", "group_values")
     )
-    groups = join_near_duplicates(groups, signed, near_duplicates) if near_duplicates < 1 else groups
+    groups = join_near_duplicates(groups, signed, threshold) if threshold < 1 else groups
     split_groups = join_by_value(groups, values) if len(values) else groups
     parts = zip(np.split(groups, ends), np.split(split_groups, ends), strict=True)
     return {

@@ -296,7 +296,7 @@ def format_time(kind: str, time: float) -> str:
     return f"{text} UTC" if kind == "date-time with a zone" else text
 
 
-def group_and_time_problems(block: DataBlock, tally: RowCounts, num_rows: int, where: str) -> list[str]:
+def group_and_time_problems(block: DataBlock, tally: RowCounts, num_rows: int, file_name: str) -> list[str]:
     """Return error messages about bad cells in the `data.group` and `data.time` columns."""
     problems, kinds = [], []
     for (kind, what), count in tally.counts.items():
@@ -309,12 +309,12 @@ def group_and_time_problems(block: DataBlock, tally: RowCounts, num_rows: int, w
         more = count - min(3, len(places))
         shown = ", ".join(places[:3]) + (f" and {more:,} more" if more else "")
         problems.append(
-            f"{where}: column '{getattr(block, kind)}' (data.{kind}) {what} in {count:,} of "
+            f"{file_name}: column '{getattr(block, kind)}' (data.{kind}) {what} in {count:,} of "
             f"{counted(num_rows, 'row')} ({shown}); {_REMEDIES[kind]}, or remove these rows"
         )
     if len(kinds) > 1:
         problems.append(
-            f"{where}: column '{block.time}' (data.time) mixes kinds of times that cannot be ordered: "
+            f"{file_name}: column '{block.time}' (data.time) mixes kinds of times that cannot be ordered: "
             f"{listed(kinds)}; write all of them in one form"
         )
     return problems

@@ -340,11 +340,11 @@ def lock_cache(folder: Path) -> Iterator[None]:
         yield
 
 
-def replace_folder(part: Path, folder: Path) -> None:
-    """Move the finished `part` to `folder`, replacing an older one."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
+def replace_folder(new: Path, old: Path) -> None:
+    """Rename the folder `new` to `old`, replacing the old one."""
+    if old.exists():
+        shutil.rmtree(old)
+    new.rename(old)
 
 
 def link_cached_rows(cached: Path, folder: Path) -> None:

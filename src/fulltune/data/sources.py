@@ -245,7 +245,7 @@ def list_unused_columns(block: DataBlock, roles: Mapping[str, str], source: Sour
 
 
 def _refuse_second_text_column(
-    block: DataBlock, roles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Row], where: str
+    block: DataBlock, roles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Row], file_name: str
 ) -> None:
     """Raise `DataError` if another column may be half of the input, but the recipe does not name it."""
     role = next((role for role in _SECOND_ROLE if role in roles), "")
@@ -256,7 +256,7 @@ def _refuse_second_text_column(
         first, last = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
         beside = _SECOND_ROLE[role]
         raise DataError(
-            f"{where}: columns '{first}' and '{last}' both have texts, but only one is read; set data.{role}: {first}"
+            f"{file_name}: columns '{first}' and '{last}' contain texts, but only one is read; set data.{role}: {first}"
             + (f", and data.{beside}: {last} to read both" if beside else "")
             + f" (init: --column {role}={first}{f' --column {beside}={last}' if beside else ''})"
         )

@@ -48,16 +48,16 @@ def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:
         file.writelines(map(as_line, items))
 
 
-def iterate_stored_rows(source: EncodedSource, wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yield index, location and cells of each source row that `wanted` marks, in order."""
-    if not wanted.any():  # a source without rows has no files
+def iterate_stored_rows(source: EncodedSource, is_wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield index, location and cells of each source row that `is_wanted` marks, in order."""
+    if not is_wanted.any():  # a source without rows has no files
         return
     first = np.diff(source.row_of, prepend=-1) > 0  # the row's cells are stored with its first example
     start = 0
     for batch in batches(source.folder):
         row_of, is_first = source.row_of[start : start + len(batch)], first[start : start + len(batch)]
         start += len(batch)
-        for place in np.flatnonzero(wanted[row_of] & is_first):
+        for place in np.flatnonzero(is_wanted[row_of] & is_first):
             row = json.loads(batch.column(WORDS)[int(place)].as_py())
             yield int(row_of[place]), row.pop(PLACE), row
 
@@ -228,10 +228,10 @@ def _rows_per_epoch(recipe: Recipe, num_train_rows: int) -> dict[SourceName, int
 # ---- what follows from the train rows' targets -----------------------------------------------------------------
 
 
-def target_mean_and_std(targets: np.ndarray, where: str, column: str) -> tuple[float, float]:
+def target_mean_and_std(targets: np.ndarray, file_name: str, column: str) -> tuple[float, float]:
     """Return the targets' mean and standard deviation. Raises `DataError` if they are equal in fp32."""
     mean, spread = float(targets.mean()), float(targets.std())
-    rows = f"{where}: all {len(targets):,} train rows have"
+    rows = f"{file_name}: all {len(targets):,} train rows have"
     if targets.min() == targets.max():
         raise DataError(
             f"{rows} the same target {targets[0]:g} in column '{column}'; there is nothing to learn: add rows with "
