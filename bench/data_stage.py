@@ -31,7 +31,7 @@ def with_datasets(file: Path, folder: Path) -> None:
     from fulltune.models.base import Base
     from fulltune.recipe.model import ModelBlock
 
-    tokenizer = Base.of(ModelBlock(name=MINILM)).processor
+    tokenizer = Base.from_block(ModelBlock(name=MINILM)).processor
     rows = load_dataset("csv", data_files=str(file), split="train", cache_dir=str(folder / "cache"))
     rows = rows.class_encode_column("label")
     rest = rows.train_test_split(test_size=SCORED, seed=42, stratify_by_column="label")

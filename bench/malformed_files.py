@@ -107,7 +107,7 @@ def _models(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         "image-classification": tiny.save_image_model(folder / "vit"),
     }
     loaded = {
-        task: Base.of(ModelBlock(name=str(model)), task).processor  # type: ignore[arg-type]  # a TaskName
+        task: Base.from_block(ModelBlock(name=str(model)), task).processor  # type: ignore[arg-type]  # a TaskName
         for task, model in models.items()
     }
     return models, loaded

@@ -29,16 +29,16 @@ def write_model(folder: Path, name: str) -> Path:
     import torch
 
     from fulltune.models.base import Base
-    from fulltune.models.load import load
+    from fulltune.models.load import load_model
     from fulltune.recipe.model import ModelBlock
     from fulltune.tasks import Target, text_classification
 
-    base = Base.of(ModelBlock(name=name))
+    base = Base.from_block(ModelBlock(name=name))
     tokenizer = base.processor
     columns = {"text": "text", "label": "label"}
     changes = text_classification.config_changes(Target("single_label", columns, LABELS), tokenizer)
     torch.manual_seed(0)
-    model = load(base, changes, head_is_new=True)
+    model = load_model(base, changes, head_is_new=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     notes = {"task": "text-classification", "problem_type": "single_label", "columns": columns, "labels": LABELS}
@@ -72,7 +72,7 @@ def ours(model: Path, file: Path, output: Path) -> Callable[[], float]:
     from fulltune import predict
     from fulltune.cli import predict as cli_predict
 
-    predictor = predict.load(model)
+    predictor = predict.load_predictor(model)
     return timed(
         lambda: cli_predict.write_answers(
             predictor, cli_predict.read_input([], file, predictor.notes), output, 128, lambda done, total: None

@@ -103,7 +103,7 @@ def tiny(folder: Path) -> str:
     from fulltune.models.base import Base
     from fulltune.recipe.model import ModelBlock
 
-    tokenizer = Base.of(ModelBlock(name=MINILM)).processor
+    tokenizer = Base.from_block(ModelBlock(name=MINILM)).processor
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

@@ -197,11 +197,11 @@ def classifier(run_folder: Path, seed: int = 0) -> tuple[Any, Any]:
 def writer() -> tuple[Any, Any]:
     """SmolLM2 and its tokenizer; its 4-bit weights are made fp32 by fulltune's loader for everyone."""
     from fulltune.models.base import Base
-    from fulltune.models.load import load
+    from fulltune.models.load import load_model
     from fulltune.recipe.model import ModelBlock
 
-    base = Base.of(ModelBlock(name=SMOLLM2), "causal-lm")
-    return load(base, {}, head_is_new=False), base.processor
+    base = Base.from_block(ModelBlock(name=SMOLLM2), "causal-lm")
+    return load_model(base, {}, head_is_new=False), base.processor
 
 
 def loss_of(model: Any, batch: dict[str, Any], by_token: bool, bf16: bool = True) -> Any:

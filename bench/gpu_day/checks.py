@@ -43,7 +43,7 @@ def selfcheck(here: Here, folder: Path, rows: Rows) -> None:
     """Run `fulltune selfcheck`; without a card its findings on the CPU become notes."""
     from fulltune import selfcheck as checking
 
-    findings = checking.run().findings
+    findings = checking.run_checks().findings
     on_card = [finding for finding in findings if finding.device != "cpu"] if here.cards else []
     for finding in on_card or findings:
         passed = None if finding.status == "not here" else finding.status == "pass"

@@ -18,8 +18,8 @@ from bench.gpu_day.here import Here
 from bench.gpu_day.parts import STAND_IN_MINUTES, Decision
 from bench.results import ROOT
 
-from fulltune.files import append_line, lines_of, write_json, write_text
-from fulltune.selfcheck import without_names
+from fulltune.files import append_line, read_json_lines, write_json, write_text
+from fulltune.selfcheck import mask_names
 from fulltune.text import counted
 from fulltune.train.parent import spawn
 
@@ -52,7 +52,7 @@ class Rows:
             ok: Whether it is as expected; None: nothing was expected, or it was not measured.
             note: A sentence for the page, without names and paths.
         """
-        row = {"case": case, "figures": dict(figures), "ok": ok, "note": without_names(note) if note else ""}
+        row = {"case": case, "figures": dict(figures), "ok": ok, "note": mask_names(note) if note else ""}
         append_line(self.path, row)
 
 
@@ -182,7 +182,7 @@ def _run_part(folder: Path, decision: Decision, seconds_left: float, here: Here)
             spawn.end(child)
             child.wait()
     seconds = round(time.monotonic() - began, 1)
-    return base | {"status": status, "reason": reason, "seconds": seconds, "rows": lines_of(rows)}
+    return base | {"status": status, "reason": reason, "seconds": seconds, "rows": read_json_lines(rows)}
 
 
 def command_of(part: str, folder: Path, seconds: float) -> list[str]:
@@ -199,7 +199,7 @@ def _awaited(child: subprocess.Popen[bytes], limit: float, log: Path) -> tuple[s
     if code == 0:
         return FINISHED, ""
     output = [text.strip() for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
-    return "failed", without_names(f"ended with code {code}: {output[-1] if output else 'nothing was written'}")
+    return "failed", mask_names(f"ended with code {code}: {output[-1] if output else 'nothing was written'}")
 
 
 def environment(here: Here, cards: int) -> dict[str, str]:

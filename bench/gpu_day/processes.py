@@ -32,7 +32,7 @@ def two(here: Here, folder: Path, rows: Rows) -> None:
     from fulltune import selfcheck
 
     fresh(folder)
-    passed, text = selfcheck.all_reduce("cuda" if here.cards else "cpu")
+    passed, text = selfcheck.check_all_reduce("cuda" if here.cards else "cpu")
     result = f"{'NCCL' if here.cards else 'on the CPU, gloo'}: {text}"
     rows.add("all-reduce of two processes", {"all_reduce": text if here.cards else None}, passed, result)
     precision = half_precision(here) if here.cards else "fp32"

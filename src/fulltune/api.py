@@ -30,22 +30,20 @@ def job(
 
     Args:
         recipe: A recipe, or its path.
-        run_folder: Folder to work in. Default: the newest unfinished run of this recipe, or a new one in `output`.
+        run_folder: Default: the newest unfinished run of this recipe, or a new one in `output`.
         fresh: Never resume an unfinished run.
         listener: Called with each event (`fulltune.records.events`). Default: progress is printed.
         functions: Your own functions: `metrics(predictions, references) -> {name: value}` adds metrics on the test
         rows; `preprocess(row) -> row` changes each row after reading; `compute_loss(outputs, labels,
-        num_items_in_batch)` returns a loss divided by `num_items_in_batch`, and training runs in this process. For
-        their arguments see `help(fulltune.train.hooks.Hooks)`.
+        num_items_in_batch)` returns a loss divided by `num_items_in_batch`. See `help(fulltune.train.hooks.Hooks)`.
 
     Raises:
         FulltuneError: The recipe or the folder is wrong.
         TypeError: An argument is unknown.
-
     """
     if unknown := next((name for name in functions if name not in Hooks.__dataclass_fields__), None):
         names = ["run_folder", "fresh", "listener", *Hooks.__dataclass_fields__]
-        raise TypeError(f"there is no argument '{unknown}'; {did_you_mean(unknown, names) or ', '.join(names)}")
+        raise TypeError(f"unknown argument '{unknown}'; {did_you_mean(unknown, names) or ', '.join(names)}")
     hide_progress_bars()
     text, name = "", "run"
     if not isinstance(recipe, Recipe):
@@ -56,22 +54,21 @@ def job(
     folder = None if run_folder is None else Path(run_folder)
     hooks = Hooks(**functions)
     folder_path, _ = find_or_make_folder(recipe, text, recipe.name or name, folder, fresh, hooks.digest())
-    return Run(recipe, folder_path, hooks, listener or _printing())
+    return Run(recipe, folder_path, hooks, listener or _printing_listener())
 
 
 def run(recipe: Recipe | str | Path, **settings: Any) -> RunResult:
-    """Run all stages. `settings` are the other arguments of `job`.
+    """Run all stages of a recipe. `settings` are the other arguments of `job`.
 
     Returns:
         The records of every stage: `folder`, `summary`, `plan`, `outcome`, `scores` (the trained model last), `report`.
 
     Raises:
-        FulltuneError: One of its kinds. Nothing is lost, and the same call resumes.
+        FulltuneError: One of its subclasses. Nothing is lost, and the same call resumes.
 
     Example:
         >>> result = fulltune.run("banking77.yaml", metrics=my_metrics)  # doctest: +SKIP
         >>> result.scores[-1].metrics["accuracy"].value  # doctest: +SKIP
-
     """
     return run_recipe(job(recipe, **settings))
 
@@ -81,18 +78,18 @@ def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
 
     Args:
         run: A run folder, or a model folder that fulltune wrote.
-        method: Which of a run's models. Default: the only one, or the one that the comparison recommends.
+        method: The method that trained the model. Default: the only one, or the one that the comparison recommends.
 
     Raises:
         SetupError: There is no such model.
-
     """
     from fulltune import predict
 
-    return predict.load(Path(run), method)
+    return predict.load_predictor(Path(run), method)
 
 
-def _printing() -> Listener:
+def _printing_listener() -> Listener:
+    """Return a listener that prints progress to stderr."""
     from rich.console import Console
 
     from fulltune.cli.show.run import Display

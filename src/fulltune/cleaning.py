@@ -1,5 +1,3 @@
-"""Compare training with and without each cleaning step on the same eval rows, by classifiers or whole runs."""
-
 from __future__ import annotations
 
 import hashlib
@@ -21,7 +19,7 @@ from fulltune.audit.stage import load_issues
 from fulltune.data.patch import Decisions, load_patch, numbered, save_patch
 from fulltune.errors import RecipeError, SetupError
 from fulltune.evaluate.scoring import load_outputs, outputs, save_outputs
-from fulltune.inference.store import CLUSTERS, row_id, texts
+from fulltune.inference.store import CLUSTERS, read_original_rows, row_id
 from fulltune.pipeline import Run, reader_of
 from fulltune.plan.settings import with_settings
 from fulltune.probe.linear import Items, NoProbe, error_rate, fits, select_classifier
@@ -72,8 +70,7 @@ class CleaningStep:
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
-    """Return up to two steps for each check except leaks and high losses: drop its train rows, or apply its
-    remedies."""
+    """Return up to two steps per check except leaks and high losses: drop its train rows, or apply its remedies."""
     steps = []
     for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
         # A row with several issues of a check, such as in both texts of a pair, counts with its first one.
@@ -85,13 +82,12 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
     return steps
 
 
-def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
-    """Yield each row's id, with equal rows numbered as in the issues. Numbers of rows that `decided` drops are
-    skipped."""
+def row_ids(folder: Path, decisions: Decisions | None = None) -> Iterator[str]:
+    """Yield each row's id, numbered if rows are equal; the numbers of rows that `decisions` drop are skipped."""
     times = Counter[str]()
-    of_train = [line for (source, _), line in (decided or {}).items() if source == "train"]
+    of_train = [line for (source, _), line in (decisions or {}).items() if source == "train"]
     dropped = {line.row for line in of_train if line.remedy.action == "drop"}
-    for row in texts(folder):
+    for row in read_original_rows(folder):
         name = row_id(row)
         times[name] += 1
         while numbered(name, times[name]) in dropped:
@@ -103,7 +99,7 @@ def ids(folder: Path, decided: Decisions | None = None) -> Iterator[str]:
 
 
 def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> None:
-    """Train with and without each step of `checks` (all if empty), compare on eval rows and write the proofs."""
+    """Train with and without each cleaning step of `checks` (all if empty), and write the comparisons on eval rows."""
     of_data, folder, number = job.folder / "data", job.folder / FOLDER, 0
     possible = cleaning_steps(load_issues(of_data))
     steps = _steps_to_train(possible, summary, checks)
@@ -123,7 +119,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
         for seed in range(seeds):
             number += 1
             which = f"training {number} of {(1 + len(steps)) * seeds}"
-            job.listener(Message(text=f"{which}: {step or 'rows as they are'}, seed {seed}"))
+            job.listener(Message(text=f"{which}: {step or 'unchanged rows'}, seed {seed}"))
             recipe = with_settings(job.recipe, {**changes, "train.seed": job.recipe.train.seed + seed})
             outputs[-1].append(_eval_outputs_of_run(replace(job, recipe=recipe, folder=folder / f"{stem.name}-{seed}")))
     shutil.rmtree(folder / ".fulltune-cache", ignore_errors=True)
@@ -142,19 +138,18 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     ).save(of_data / TRAINED_PROOFS)
 
 
-def refuse_proofs(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by_trainings: bool) -> None:
-    """Raise a `RecipeError` if these rows or this recipe cannot be compared in the requested way."""
+def check_proofs_possible(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by_trainings: bool) -> None:
+    """Raise `RecipeError` if this recipe or its rows cannot be compared by classifiers or by trainings."""
     if by_classifiers and not summary.form.one_label:
         raise RecipeError(
-            "--prove: needs rows with one label each, the only ones that classifiers can compare in seconds; compare "
-            "by trainings instead: --trainings 3"
+            "--prove: needs rows with one label each; compare other rows by whole trainings: --trainings 3"
         )
     if by_trainings and (recipe.is_searched or recipe.methods):
         several = "search" if recipe.is_searched else "methods"
-        raise RecipeError(f"--trainings: compares runs of one method and its settings; give a recipe without {several}")
+        raise RecipeError(f"--trainings: needs a recipe with one method and fixed settings; remove {several}")
     if by_trainings and summary.packed and not recipe.data.eval:
         raise RecipeError(
-            "--trainings: these texts share rows, so dropping a text would change the held-out ones; give eval texts "
+            "--trainings: packed texts share rows, so dropping a text would change the eval texts; give the eval texts "
             "in a separate file (data.eval)"
         )
     if (by_classifiers or by_trainings) and (count := summary.splits["eval"].rows) < LEAST_EVAL_ROWS:
@@ -166,25 +161,27 @@ def refuse_proofs(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by
 
 
 def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
-    """Return the steps to train: those of `checks`, else all with enough rows."""
+    """Return the steps of `checks` or, without checks, all with enough rows; raise `RecipeError` if there are none."""
     steps = [step for step in steps if _leaves_enough(step, summary)]
     if checks:
         available = {step.check for step in steps}
         if unknown := [check for check in checks if check not in available]:
-            others = f"expected one of {', '.join(sorted(available))}" if available else "nor did any other check"
+            others = (
+                f"expected one of {', '.join(sorted(available))}" if available else "no other check has rows to clean"
+            )
             raise RecipeError(f"--check: '{unknown[0]}' found no train rows to clean, or too many; {others}")
         return [step for step in steps if step.check in checks]
     least = LEAST_SHARE * summary.splits["train"].rows
     if not (worth := [step for step in steps if len(step.issues) >= least]):
         raise RecipeError(
-            f"--trainings: no check found {LEAST_SHARE:.1%} of the train rows, and with fewer a few "
-            "trainings cannot show an effect; to try a step anyway, name its check (--check)"
+            f"--trainings: no check found {LEAST_SHARE:.1%} of the train rows, and a few trainings "
+            "cannot show the effect of fewer; name a check with --check to try anyway"
         )
     return worth
 
 
 def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
-    """Return whether a step leaves at least half of the train rows and some of each label."""
+    """Return True if a step leaves at least half of the train rows and some of each label."""
     if step.action == "replace":
         return True
     labels, counts = Counter(one.label for one in step.issues), summary.splits["train"].label_counts
@@ -193,7 +190,7 @@ def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
 
 
 def _eval_outputs_of_run(job: Run) -> Predictions:
-    """Train a run unless its eval outputs are saved, and return these."""
+    """Return the outputs of a run's model on the eval rows; train first unless they are saved."""
     run, saved = job.folder, Path(f"{job.folder}.npz")
     if not saved.exists():
         run_folder.find_or_make_folder(job.recipe, "", run.name, run, fresh=False)
@@ -204,12 +201,13 @@ def _eval_outputs_of_run(job: Run) -> Predictions:
         scoring = evaluate.scoring_of(job.recipe, reached.plan, reached.summary, run, job.base)
         predictions = outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
         rows = run / "data" / "eval"
-        save_outputs(saved, {**predictions, _IDS: np.array(list(ids(rows))), _CLUSTERS: np.load(rows / CLUSTERS)})
+        save_outputs(saved, {**predictions, _IDS: np.array(list(row_ids(rows))), _CLUSTERS: np.load(rows / CLUSTERS)})
     shutil.rmtree(run, ignore_errors=True)
     return load_outputs(saved)
 
 
-def _select_rows(saved: Predictions, names: np.ndarray) -> Predictions:
+def _select_by_id(saved: Predictions, names: np.ndarray) -> Predictions:
+    """Return the saved outputs of the rows with these ids, in this order."""
     order = np.argsort(saved[_IDS])
     places = order[np.searchsorted(saved[_IDS][order], names)]
     return {name: array[places] for name, array in saved.items()}
@@ -219,15 +217,15 @@ def _compare_runs(
     measure: ResamplableMetric,
     steps: Sequence[CleaningStep],
     patches: Sequence[str],
-    outputs: Sequence[Sequence[Predictions]],
+    eval_outputs: Sequence[Sequence[Predictions]],
 ) -> tuple[list[Proof], int]:
-    """Return each step's comparison with the runs without it, and the number of common eval rows."""
-    common = reduce(np.intersect1d, [one[_IDS] for trials in outputs for one in trials])
+    """Return each cleaning step's comparison with the runs without it, and the number of eval rows in all runs."""
+    common = reduce(np.intersect1d, [one[_IDS] for trials in eval_outputs for one in trials])
     if len(common) < 2:
-        raise RecipeError("--trainings: the runs have no eval rows in common; give these in a file (data.eval)")
-    same = [[_select_rows(one, common) for one in trials] for trials in outputs]
+        raise RecipeError("--trainings: the runs have no eval rows in common; give the eval rows in a file (data.eval)")
+    same = [[_select_by_id(one, common) for one in trials] for trials in eval_outputs]
     drawn = draw(measure, same, same[0][0][_CLUSTERS])
-    spreads = seed_spreads(drawn, [False] * len(outputs))
+    spreads = seed_spreads(drawn, [False] * len(eval_outputs))
     proofs = []
     for number, (step, patch) in enumerate(zip(steps, patches, strict=True), start=1):
         gap = difference(drawn, number, 0, spreads, 1.0, measure.span)
@@ -255,7 +253,7 @@ Change = tuple[CleaningStep, np.ndarray, np.ndarray]
 
 
 def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
-    """Fit classifiers with and without each step, compare on eval rows and write `proofs.json`."""
+    """Fit classifiers with and without each cleaning step, and write the comparisons on eval rows."""
     job.phase("fitting classifiers with and without each cleaning step")
     reader, folder = reader_of(job, summary), job.folder / "data"
     try:
@@ -263,7 +261,7 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
         held_out, _ = reader.items("eval")
         _, strength, _ = select_classifier(train, held_out, fits, error_rate)
         decided = load_patch(Path(job.recipe.data.patch)) if job.recipe.data.patch else None
-        names = list(ids(folder / "train", decided))
+        names = list(row_ids(folder / "train", decided))
         place = {names[position]: at for at, position in enumerate(positions)}
         changes, left_out = list[Change](), list[str]()
         for step in cleaning_steps(load_issues(folder)):
@@ -291,12 +289,12 @@ def _fit_and_compare(
     train: Items,
     held_out: Items,
     changes: Sequence[Change],
-    strength: float,
-    left_out: list[str],
+    regularization: float,
+    untried: list[str],
 ) -> Iterator[Proof]:
-    """Yield the comparison of fits with and without each step. Steps that leave nothing to fit are added to
-    `left_out`."""
-    fitted = partial(_correct_rows, held_out=held_out, strength=strength)
+    """Yield comparisons of classifiers with and without each cleaning step. Steps that leave nothing to fit are added
+    to `untried`."""
+    fitted = partial(_correct_rows, held_out=held_out, regularization=regularization)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]
     before = np.mean([fitted(train.select(part)) for part in parts], axis=0)
@@ -309,7 +307,7 @@ def _fit_and_compare(
         try:
             after = np.mean([fitted(items.select(part & stays)) for part in parts], axis=0)
         except NoProbe:  # hardly anything is left, or a single class
-            left_out.append(str(step))
+            untried.append(str(step))
             continue
         moved = after - before
         low, high = np.quantile(moved[samples].mean(axis=1), [tails, 1 - tails])
@@ -326,7 +324,7 @@ def _fit_and_compare(
         )
 
 
-def _correct_rows(items: Items, held_out: Items, strength: float) -> np.ndarray:
-    """Return 1 for each held-out row that a fitted classifier predicts correctly, else 0."""
-    [(_, classifier)] = fits(items, strengths=(strength,))
+def _correct_rows(items: Items, held_out: Items, regularization: float) -> np.ndarray:
+    """Fit a classifier; return 1 for each held-out row that it predicts correctly, else 0."""
+    [(_, classifier)] = fits(items, strengths=(regularization,))
     return (classifier(held_out.features).argmax(axis=1) == held_out.labels).astype(np.float64)

@@ -36,8 +36,8 @@ _GREATER_IS_BETTER = (
     *("accuracy", "f1", "mcc", "matthews", "precision", "recall", "auc", "rouge", "bleu", "meteor", "exact_match"),
     *("pearson", "spearman"),
 )
-"""Parts of metric names for which larger is better."""
 Diagnosis = tuple[str, str, str]
+"""Name, evidence and advice; the advice may be empty."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,15 @@ class Log:
     steps: int
     grad_norm: tuple[Point, ...] = ()
     rate: float = 0.0
-    """Highest learning rate, or 0 if it is unknown."""
     plan: Plan | None = None
-    """Plan of fulltune's run, or None for another Trainer."""
     outcome: Outcome | None = None
     skipped: tuple[int, ...] = ()
 
 
 def read_log(source: Path) -> Log:
-    """Read the log of a run folder, a Trainer's state or a TensorBoard folder.
-
-    Raises:
-        SetupError: There is no log, or its format is unknown.
-
-    """
+    """Read the log in a run folder, a Trainer's state or a TensorBoard folder; raise `SetupError` without one."""
     if not source.exists():
-        raise SetupError(f"{source}: no such file or folder; expected a run folder, {STATE}, or TensorBoard's folder")
+        raise SetupError(f"{source}: no such file or folder; expected a run folder, {STATE}, or a TensorBoard folder")
     if source.is_dir() and any((source / name).exists() for name in ("attempts", "plan", "data/summary.json")):
         return _read_run_log(source)
     below = [path for path in source.glob(f"*/{STATE}") if path.parent.name.rpartition("-")[2].isdigit()]
@@ -77,12 +70,13 @@ def read_log(source: Path) -> Log:
     if events := sorted(source.rglob("events.out.tfevents.*")):
         return _read_tensorboard(source, events)
     raise SetupError(
-        f"{source}: no known log; expected a run folder of fulltune, transformers' {STATE} (in a checkpoint or a "
-        "folder of checkpoints), or a folder with TensorBoard events"
+        f"{source}: no log in a known format; expected a run folder of fulltune, transformers' {STATE} (in a "
+        "checkpoint or a folder of checkpoints), or a folder with TensorBoard events"
     )
 
 
 def _read_run_log(folder: Path) -> Log:
+    """Read the curves, plan and outcome of a fulltune run; raise `SetupError` without a logged step."""
     view = read_run(folder)
     plan, history = view.plan, view.history
     if plan is None or not (history.train or history.evaluation):
@@ -95,6 +89,7 @@ def _read_run_log(folder: Path) -> Log:
 
 
 def _read_trainer_state(path: Path) -> Log:
+    """Read the log history in a `trainer_state.json`, or raise `SetupError`."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         series: dict[str, dict[int, float]] = defaultdict(dict)
@@ -105,13 +100,13 @@ def _read_trainer_state(path: Path) -> Log:
         best_step = state.get("best_global_step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise SetupError(
-            f"{path}: is not the state of a Trainer: expected JSON with 'log_history', a list of lines with a 'step'"
+            f"{path}: is not the state of a Trainer: expected JSON with 'log_history', a list of entries with a 'step'"
         ) from None
     return _log_from_series(path, series, best_step if isinstance(best_step, int) else None)
 
 
 def _finite_or_nan(value: Any) -> float:
-    """Return a logged value as a float, or NaN if it is no number or huge."""
+    """Return a logged value as a float, or NaN if it is not a number or is huge."""
     try:
         return float(value) if abs(float(value)) < 1e100 else math.nan
     except (TypeError, ValueError):
@@ -119,11 +114,12 @@ def _finite_or_nan(value: Any) -> float:
 
 
 def _read_tensorboard(folder: Path, files: list[Path]) -> Log:
+    """Read the newest folder with TensorBoard events, or raise `SetupError`."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
         raise SetupError(
-            f"{folder}: reading TensorBoard events needs its package: pip install 'fulltune[tensorboard]'"
+            f"{folder}: TensorBoard events need the package 'tensorboard'; pip install 'fulltune[tensorboard]'"
         ) from None
     series: dict[str, dict[int, float]] = defaultdict(dict)
     # Each start writes into its own folder; only the newest is read, because steps repeat between starts.
@@ -138,11 +134,11 @@ def _read_tensorboard(folder: Path, files: list[Path]) -> Log:
 
 
 def _log_from_series(where: Path, series: Mapping[str, Mapping[int, float]], best_step: int | None = None) -> Log:
-    """Return the log of another Trainer, from values by series and step."""
+    """Make the log of another Trainer from values by series name and step; raise `SetupError` without a train loss."""
     points = {name: tuple(sorted(values.items())) for name, values in series.items()}
     if "loss" not in points:
         names = ", ".join(sorted(points)[:6]) or "nothing"
-        raise SetupError(f"{where}: expected a train loss, the series 'loss'; found {names}")
+        raise SetupError(f"{where}: expected a train loss (a series named 'loss'), found {names}")
     judged = [name for name in points if name.startswith("eval_") and any(part in name for part in _GREATER_IS_BETTER)]
     name, steps = next(iter(judged), "eval_loss"), max(step for values in points.values() for step, _ in values)
     epochs = [value for _, value in points.get("epoch", ()) if math.isfinite(value)]
@@ -161,8 +157,8 @@ def _log_from_series(where: Path, series: Mapping[str, Mapping[int, float]], bes
     return Log(where, curves, steps, points.get("grad_norm", ()), max(rates, default=0.0))
 
 
-def in_words(log: Log) -> str:
-    """Describe how much was logged, and by which metric it is judged."""
+def summarise_log(log: Log) -> str:
+    """Return a line with the log's source, its numbers of steps and evaluations, and the metric it is judged by."""
     curves = log.curves
     evaluations = len(curves.metric or curves.eval_loss)
     by = f", judged by {curves.metric_name} and loss" if curves.metric and curves.metric_name != "loss" else ""
@@ -170,7 +166,7 @@ def in_words(log: Log) -> str:
 
 
 def diagnose(log: Log) -> tuple[Diagnosis, ...]:
-    """Return the diagnoses, the most serious first."""
+    """Return the diagnoses, the most serious first; never empty."""
     # A guard's judgement goes first, because it is based on more than the curves. A diverged loss explains the rest.
     diverged_by_guard = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
     diagnoses = (
@@ -179,7 +175,7 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
         *_diagnose_steps(log),
     )
     readings, evaluations = len(log.curves.train_loss), len(log.curves.eval_loss)
-    unseen = "" if evaluations >= MIN_EVALUATIONS else "; so few evaluations cannot show over-fitting"
+    unseen = "" if evaluations >= MIN_EVALUATIONS else ", but so few evaluations cannot show overfitting"
     sound = ("sound", f"the curves show no problem{unseen}", "")
     if readings < MIN_FOR_SHAPE:
         sound = ("too little to tell", f"{counted(readings, 'reading')} of the train loss", "")
@@ -187,21 +183,23 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
 
 
 def _diagnose_end(log: Log) -> Iterator[Diagnosis]:
+    """Yield a diagnosis if a fulltune run is unfinished or failed."""
     if log.plan is None:
         return
     if log.outcome is None:
         evidence = (
-            f"{log.steps:,} of {log.plan.total_steps:,} steps, and no outcome: it is still running, or was killed"
+            f"{log.steps:,} of {log.plan.total_steps:,} steps and no outcome; the run is in progress or was killed"
         )
-        yield "unfinished", evidence, "if it was killed, run the same command to resume"
+        yield "unfinished", evidence, "if the run was killed, run the same command to resume"
     elif (name := words.readable_status(log.outcome.status)) != "done":
-        lower = f"a lower rate: {_rate_setting(log, rate_factor(log.plan.rollbacks) / 10)}"
+        lower = f"try a lower rate: {_rate_setting(log, rate_factor(log.plan.rollbacks) / 10)}"
         advice = {"diverged": lower, "interrupted": "run the same command to resume"}.get(name, "")
         yield name, without_cause(log.outcome.reason), advice
 
 
 def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
-    lower = f"a lower rate: {_rate_setting(log, 1 / 10)}"
+    """Yield a diagnosis if a loss or gradient norm is non-finite or the loss diverged."""
+    lower = f"try a lower rate: {_rate_setting(log, 1 / 10)}"
     last = log.grad_norm[-MIN_FOR_SHAPE:]
     # Occasional non-finite norms are normal with fp16: its loss scaler skips such updates.
     norms = log.grad_norm if sum(not math.isfinite(value) for _, value in last) * 2 > len(last) else ()
@@ -209,7 +207,7 @@ def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
     for name, points in series.items():
         if lost := [step for step, value in points if not math.isfinite(value)]:
             evidence = f"the {name} is not finite at {counted(len(lost), 'reading')}, first at step {lost[0]:,}"
-            yield "diverged", evidence, f"look at the rows of that step; {lower}"
+            yield "diverged", evidence, f"inspect the rows of that step, or {lower}"
             return
     losses, evals = log.curves.losses, [value for _, value in log.curves.eval_loss]
     for judged in (diverged(losses, log.rate), ended_high(losses, evals, log.rate)):
@@ -219,27 +217,31 @@ def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
 
 
 def _diagnose_fit(log: Log) -> Iterator[Diagnosis]:
+    """Yield a diagnosis if the curves show overfitting, underfitting or a plateau."""
     judged, losses = fit(log.curves), log.curves.losses
     evidence = f"{judged.evidence}. {judged.details}".rstrip(". ")
     if judged.kind == "got worse":
         yield judged.kind, evidence, f"{judged.helps}: {_rate_setting(log, 1 / 10 if judged.turn == 0 else 1 / 3)}"
     elif stayed_flat(losses):
         stayed = f"the train loss stayed at about {format_number(statistics.median(losses))} from start to end"
-        yield "plateau", stayed, f"a higher rate: {_rate_setting(log, 3)}; do the labels belong to these rows?"
+        yield "plateau", stayed, f"try a higher rate: {_rate_setting(log, 3)}; check that the labels belong to the rows"
     elif judged.kind not in ("sound", "not known"):
-        calibrate = "'fulltune run' calibrates the probabilities; if in doubt, more eval rows show how good answers are"
+        calibrate = (
+            "'fulltune run' calibrates the probabilities; more eval rows show more exactly how good the answers are"
+        )
         yield judged.kind, evidence, judged.helps or calibrate
 
 
 def _diagnose_steps(log: Log) -> Iterator[Diagnosis]:
+    """Yield diagnoses for skipped steps, rollbacks, and updates that were lost to rounding."""
     rollbacks = log.plan.rollbacks if log.plan else ()
     if log.skipped or rollbacks:
         evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"
-        yield "bad steps", evidence, "look at the rows that the journal in the report lists"
+        yield "bad steps", evidence, "inspect the rows listed in the report's journal"
     changes = log.outcome.parameter_changes if log.outcome else None
     if changes is not None and changes.share < EATEN:
         evidence = f"only {format_share(changes.share)} of the values that received a gradient changed"
-        advice = "fp32 weights, --set model.weights_dtype=fp32, or --set train.bf16_rounding=stochastic"
+        advice = "set fp32 weights (--set model.weights_dtype=fp32) or --set train.bf16_rounding=stochastic"
         yield "lost updates", evidence, advice
 
 

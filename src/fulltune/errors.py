@@ -4,12 +4,7 @@ from collections.abc import Sequence
 
 
 class FulltuneError(Exception):
-    """A problem that the user can understand and act on, shown without a traceback.
-
-    Args:
-        problems: One message or several. Each says where, what happened, what was expected and what to do.
-
-    """
+    """A problem that the user can understand and act on, shown without a traceback."""
 
     exit_code = 1
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "checksums.json"
-"""The last file of a complete folder."""
 
 
 @contextmanager
-def replacing(path: Path, private: bool = False) -> Iterator[Path]:
-    """Yield `<path>.part`, which replaces `path` if the block succeeds. Only its owner can read a `private` file."""
+def replace_atomically(path: Path, private: bool = False) -> Iterator[Path]:
+    """Yield the path `<path>.part`, which replaces `path` if the block succeeds; `private` lets only the owner read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
@@ -33,8 +32,8 @@ def make_private(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file atomically: it is flushed to disk before it gets its name."""
-    with replacing(path, private) as part, part.open("wb") as file:
+    """Write a file atomically: another process sees the old or the whole new content."""
+    with replace_atomically(path, private) as part, part.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -48,8 +47,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def seal(folder: Path) -> None:
-    """Write each file's SHA-256 into the folder, after flushing all files to disk."""
+def write_checksums(folder: Path) -> None:
+    """Write each file's SHA-256 to `checksums.json` in the folder, after flushing all files to disk."""
     sums = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != SEAL:
@@ -59,14 +58,14 @@ def seal(folder: Path) -> None:
     write_json(folder / SEAL, sums)
 
 
-def flaw(folder: Path) -> str | None:
-    """Return what is wrong with a sealed folder, or None if nothing is."""
+def find_damage(folder: Path) -> str | None:
+    """Return why a folder with checksums is damaged or incomplete, or None if it is intact."""
     try:
         sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return "it was not finished"
+        return "the folder is incomplete"
     except ValueError:
-        return "its list of checksums is broken"
+        return f"{SEAL} is damaged"
     for name, expected in sums.items():
         file = folder / name
         if not file.is_file():
@@ -88,14 +87,14 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
         file.write((("" if whole else "\n") + json.dumps(entry) + "\n").encode())
 
 
-def entry_of(line: str | bytes) -> dict[str, Any] | None:
-    """Parse a JSON line into its entry, or return None if it is broken."""
+def parse_json_line(line: str | bytes) -> dict[str, Any] | None:
+    """Return the dictionary in a JSON line, or None if the line is broken."""
     with suppress(ValueError, RecursionError):
         return entry if isinstance(entry := json.loads(line), dict) else None
     return None
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a JSON lines file, skipping broken lines."""
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a JSON lines file, without broken lines; empty if the file is missing."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
-    return [entry for line in lines if (entry := entry_of(line)) is not None]
+    return [entry for line in lines if (entry := parse_json_line(line)) is not None]

@@ -61,17 +61,17 @@ class Run:
 
     @cached_property
     def base(self) -> Base:
-        """The pretrained model's config and processor, read once."""
-        return Base.of(self.recipe.model, self.recipe.task, self.recipe.data.chat_template)
+        return Base.from_block(self.recipe.model, self.recipe.task, self.recipe.data.chat_template)
 
-    def model(self, summary: DataSummary) -> PlannedModel:
+    def planned_model(self, summary: DataSummary) -> PlannedModel:
+        """Return the model to trace for a plan, without weights."""
         from fulltune.footprint.trace import PlannedModel  # imports torch
 
         return PlannedModel(self.recipe, self.base, summary)
 
-    def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
+    def memory_need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
         """Return a function that computes the memory of a changed plan. Its first call traces the model."""
-        model = cache(lambda: self.model(summary))
+        model = cache(lambda: self.planned_model(summary))
         return lambda changed: plan.memory_need_of_plan(changed, self.recipe, model())
 
     @property
@@ -88,7 +88,8 @@ class Run:
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
-    """Run the stages up to `until`, and return their records. The same call resumes an interrupted run."""
+    """Run the stages up to `until`, resuming an interrupted run, and return their records. `measure` times settings
+    before training."""
     if until not in ("data", "plan") and job.recipe.methods:
         raise RecipeError(
             "methods: a run trains one method; use 'fulltune compare', or give one 'method' instead of 'methods'"
@@ -103,7 +104,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
             summary = prepare(job, runs_here=until != "data")
             if until == "data":
                 return RunResult(job.folder, summary)
-            forget_old_speeds(job.folder, job.plan_path)
+            delete_outdated_plan(job.folder, job.plan_path)
             trial = make_plan(job, summary)
         if measure:
             trial = measure_plan(job, trial, summary)
@@ -124,7 +125,8 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
-    """Run the data stage. If `runs_here` is false, dependencies needed only for training may be missing."""
+    """Run the data stage, and return the summary of the prepared rows. If `runs_here` is False, dependencies needed
+    only for training may be missing."""
     job.phase("reading the data")
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None
@@ -158,19 +160,19 @@ def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
     """Raise an error for settings that the libraries, the model or the method forbid, before rows are read."""
     check_extra(recipe, runs_here=runs_here)
     check_model(recipe, base)
-    methods.check(recipe, base.config)
+    methods.check_methods(recipe, base.config)
 
 
 def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit:
-    """Audit the rows. If `reads_rows`, the untouched model also judges labels and finds outliers."""
+    """Audit the rows and return the issues. With `reads_rows`, the pretrained model judges labels and outliers."""
     if reads_rows and stage.checks_that_need_model(summary):
         check_weights(job.base)
     job.phase("auditing the rows")
     return stage.audit_rows(reader_of(job, summary), reads_rows)
 
 
-def list_losses(job: Run, summary: DataSummary) -> Audit:
-    """Add the rows with the trained model's highest losses to the audit."""
+def add_highest_losses(job: Run, summary: DataSummary) -> Audit:
+    """Add the rows with the trained model's highest losses to the audit, and return the audit."""
     trial = run_folder.load_trained_plan(job.recipe, job.folder, hardware.measure_machine())
     if summary.packed:
         raise SetupError(
@@ -185,17 +187,18 @@ def reader_of(job: Run, summary: DataSummary) -> Reader:
     return Reader(job.recipe, job.base, summary, job.folder / "data", job.listener)
 
 
-def forget_old_speeds(folder: Path, path: Path) -> None:
-    """Delete an unused plan whose speeds are old or from a busy machine, so that it is made again. Plans by `--measure`
-    stay."""
-    if not path.exists() or any((folder / name).exists() for name in ("attempts", "search", "plan/measured.json")):
+def delete_outdated_plan(run_folder_path: Path, plan_path: Path) -> None:
+    """Delete an unused plan whose measured speeds are a day old or from a busy machine. A plan by `--measure` stays."""
+    if not plan_path.exists() or any(
+        (run_folder_path / name).exists() for name in ("attempts", "search", "plan/measured.json")
+    ):
         return
-    if Plan.load(path).busy or time.time() - path.stat().st_mtime > 24 * 3600:
-        path.unlink()
+    if Plan.load(plan_path).busy or time.time() - plan_path.stat().st_mtime > 24 * 3600:
+        plan_path.unlink()
 
 
 def make_plan(job: Run, summary: DataSummary) -> Plan:
-    """Run the plan stage: choose every setting with its reason. A resumed run changes only its placement."""
+    """Run the plan stage: choose every setting, with the reason. A resumed run can change only its placement."""
     job.phase("planning")
     machine = job.machine
     before = run_folder.load_plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
@@ -203,7 +206,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         trial = before
     else:
         recipe = job.recipe if before is None else plan.recipe_for_resuming(job.recipe, before)
-        model = job.model(summary)
+        model = job.planned_model(summary)
         footprint = model.footprint(recipe, *plan.device_and_precision(recipe, machine))
         model.save(footprint, job.folder)
         free, machines = hardware.disk_free_bytes(job.folder), job.recipe.train.num_machines
@@ -221,9 +224,9 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
 
 
 def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
-    """Replace settings by the fastest ones measured on this machine, and save the plan."""
+    """Replace settings by the fastest ones measured on this machine, and save and return the plan."""
     if job.recipe.train.num_machines > 1:
-        raise RecipeError("--measure: tries settings on one machine; set train.num_machines=1, and fewer processes")
+        raise RecipeError("--measure: needs a single machine; set train.num_machines=1 and fewer processes")
     available, _ = plan.usable_memory(job.recipe, hardware.measure_machine(), trial.device)
     trial = fastest_here(_trial_to_train(job, trial, summary), summary, available)
     trial = plan.with_disk_need(job.recipe, trial, hardware.disk_free_bytes(job.folder), str(job.folder))
@@ -233,20 +236,18 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
 
 
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
-    """Run the train stage: attempts under guards until one succeeds or nothing is left to try."""
+    """Run the train stage, with new attempts until one succeeds or nothing is left to try; return the outcome."""
     if job.recipe.is_searched:
-        raise RecipeError(
-            "method.learning_rate: search needs several runs, and this is one; call fulltune.run, or give the rate"
-        )
+        raise RecipeError("method.learning_rate: the search needs several runs; call fulltune.run, or set a rate")
     return train(_trial_to_train(job, trial, summary), job.start)
 
 
 def _trial_to_train(job: Run, trial: Plan, summary: DataSummary) -> PlannedTrial:
-    return PlannedTrial(job.recipe, trial, job.folder, job.hooks, job.listener, job.need(summary))
+    return PlannedTrial(job.recipe, trial, job.folder, job.hooks, job.listener, job.memory_need(summary))
 
 
 def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:
-    """Score the baselines on the test rows, unless the recipe turns them off."""
+    """Score the baselines on the test rows; return an empty list if the recipe turns them off."""
     if not job.recipe.evaluate.baselines:
         return []
     job.phase("scoring the baselines")
@@ -264,7 +265,7 @@ def _scoring(job: Run, trial: Plan, summary: DataSummary, metrics: UserMetrics |
 
 
 def write_report(job: Run) -> Path:
-    """Run the report stage, which reads only files, and return the report's path."""
+    """Write the report from the run's files, and return its path."""
     job.phase("writing the report")
     if job.began is not None:
         run_folder.record_duration(job.folder, job.began)

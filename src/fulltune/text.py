@@ -9,12 +9,7 @@ _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_bytes(text: str) -> int:
-    """Parse `6GiB` (binary), `24 GB` (decimal), `1.5 TiB` or `512MiB` into bytes.
-
-    Raises:
-        ValueError: With the expected format.
-
-    """
+    """Parse `6GiB` (binary), `24 GB` (decimal), `1.5 TiB` or `512MiB` into bytes, or raise `ValueError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip())
     if match is None:
         raise ValueError(f"expected a size such as 6GiB, 512MiB or 24GB, found '{text}'")
@@ -40,12 +35,7 @@ _TIME = re.compile(
 
 
 def parse_seconds(text: str) -> float:
-    """Parse `30m`, `2h`, `90s`, `1h30m`, `2d` or the output of `format_seconds` into seconds.
-
-    Raises:
-        ValueError: With the expected format.
-
-    """
+    """Parse `30m`, `2h`, `90s`, `1h30m`, `2d` or the output of `format_seconds` into seconds, or raise `ValueError`."""
     match = _TIME.fullmatch(text.strip())
     if match is None or not any(match.groups()):
         raise ValueError(f"expected a time such as 30m, 2h or 90s, found '{text}'")
@@ -56,12 +46,7 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_share(value: str | float) -> float:
-    """Parse `1%`, `0.5 %` or a number such as 0.01 into a share.
-
-    Raises:
-        ValueError: The value is no share above 0 and below 1.
-
-    """
+    """Parse `1%`, `0.5 %` or a number such as 0.01 into a share, or raise `ValueError` unless it is between 0 and 1."""
     text = str(value).strip()
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -117,7 +102,7 @@ def format_percent(share: float) -> str:
 
 
 def format_share(share: float) -> str:
-    """Format a percentage in which only exactly all is `100.0%` and only exactly nothing `0.0%`."""
+    """Format a share as a percentage that rounds to `0.0%` or `100.0%` only if it is exactly 0 or 1."""
     if 0 < share < 0.0005:
         return "<0.1%"
     return ">99.9%" if 0.9995 <= share < 1 else format_percent(share)
@@ -140,8 +125,8 @@ def listed(items: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else "".join(items)
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Format ascending numbers with runs shortened: `0 to 7, 12`."""
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Format ascending numbers with consecutive ones joined: `0 to 7, 12`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -151,10 +136,10 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
-def first_few(items: Sequence[str], most: int = 3) -> str:
-    """List the first items and the number of others: `a, b, c and 4 more`."""
-    more = len(items) - most
-    return ", ".join(items[:most]) + (f" and {more:,} more" if more > 0 else "")
+def first_few(items: Sequence[str], max_items: int = 3) -> str:
+    """List the first items and count the others: `a, b, c and 4 more`."""
+    more = len(items) - max_items
+    return ", ".join(items[:max_items]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def near_names(name: str, names: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
@@ -163,6 +148,6 @@ def near_names(name: str, names: Iterable[str], most: int = 3, cutoff: float = 0
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return `did you mean 'model'?` for `modle`, or an empty string."""
+    """Return `did you mean 'model'?` for `modle`, or an empty string if no name is similar."""
     near = near_names(name, names, most=1)
     return f"did you mean '{near[0]}'?" if near else ""

@@ -849,14 +849,14 @@ def run_here(case: Case, processors: dict[str, Any], prepared: Callable[[], None
 
 def outcome_of(case: Case, folder: Path, processor: Any) -> Outcome:
     """What prepared rows say."""
-    from fulltune.inference.store import Rows, texts
+    from fulltune.inference.store import Rows, read_original_rows
     from fulltune.records.data import DataSummary
 
     summary = DataSummary.load(folder / "summary.json")
     labels = summary.labels
     used: dict[str, tuple[str, Any, Any, str | None]] = {}
     for split in ("train", "eval", "test"):
-        for features, row in zip(Rows(folder / split), list(texts(folder / split)), strict=True):
+        for features, row in zip(Rows(folder / split), list(read_original_rows(folder / split)), strict=True):
             place = row[PLACE]
             if place not in used:  # a long text gives several examples, and the row stands beside the first
                 text, label = _seen(case, row, features, labels)

@@ -355,8 +355,8 @@ def test_model_id_offline_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, model="nobody/nothing"),
         RECIPE,
-        "model: nobody/nothing: no such folder, and the Hub could not provide it (offline, or no such id); give a "
-        "folder, a .gguf file, package:NAME/PATH or an id that is in the local cache",
+        "model: nobody/nothing: no such folder, and not available from the Hub (offline, or unknown id); give a "
+        "folder, a .gguf file, package:NAME/PATH or the id of a cached model",
     )
 
 
@@ -376,13 +376,13 @@ def test_model_file_and_column_that_are_missing_are_named_at_once(case: Case) ->
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
 @pytest.mark.parametrize(
-    ("content", "said"), [("[1]", "expected an object in { }, found [1]"), ("{", "is damaged (not valid JSON)")]
+    ("content", "said"), [("[1]", "expected a JSON object, found [1]"), ("{", "the file is not valid JSON")]
 )
 def test_model_file_that_is_damaged_is_named(
     case: Case, broken_model: Path, name: str, content: str, said: str
 ) -> None:
     (broken_model / name).write_text(content)
-    problem = f"{broken_model}/{name}: {said}; copy the model again, or train it again"
+    problem = f"{broken_model}/{name}: {said}; copy or train the model again"
     refused(case.data(CSV, model=broken_model), RECIPE, problem)
 
 
@@ -414,8 +414,8 @@ def test_model_weights_pickled_are_refused_unless_allowed(case: Case, broken_mod
     refused(
         case.data(CSV, model=broken_model),
         RECIPE,
-        f"model: {broken_model}: holds only pickled weights, and unpickling can run foreign code; convert them to "
-        "safetensors, or set model.allow_pickled_weights: true if you trust their source",
+        f"model: {broken_model}: the weights are pickled, and unpickling can run arbitrary code; convert them to "
+        "safetensors or, if you trust their source, set model.allow_pickled_weights: true",
     )
     allowed = {"name": str(broken_model), "allow_pickled_weights": True}
     tiny.write_recipe(case.folder / "allowed.yaml", broken_model, "train.csv", model=allowed)
@@ -441,7 +441,7 @@ def test_pickle_with_foreign_code_is_refused_in_our_own_words(
         result = fulltune("run", recipe)
     assert not (case.folder / "ran").exists()
     assert result.code == RECIPE
-    assert f"model: {broken_model}: its pickled weights were not read" in result.err
+    assert f"model: {broken_model}: the pickled weights were not loaded" in result.err
     assert "posix.mkdir" in result.err
     assert "weights_only" not in result.err
 
@@ -454,7 +454,8 @@ def test_model_code_is_never_run_unless_trusted(case: Case, broken_model: Path) 
     refused(
         case.data(CSV, model=broken_model),
         RECIPE,
-        f"model: {broken_model}: needs its own Python code; read the code, then set model.trust_remote_code: true",
+        f"model: {broken_model}: the model needs Python code from its repository; review the code, then set "
+        "model.trust_remote_code: true",
     )
     assert not (case.folder / "ran").exists()
 
@@ -483,8 +484,8 @@ def test_model_tokenizer_missing_is_refused(case: Case, broken_model: Path) -> N
     refused(
         case.data(CSV, model=broken_model),
         RECIPE,
-        f"model: {broken_model}: its tokenizer has no vocabulary; is tokenizer.json (or vocab.txt, tokenizer.model) "
-        "missing?",
+        f"model: {broken_model}: the tokenizer has no vocabulary; check that the folder has "
+        "tokenizer.json, vocab.txt or tokenizer.model",
     )
 
 
@@ -494,7 +495,7 @@ def test_model_config_broken_is_refused(case: Case, broken_model: Path, config: 
     result = case.data(CSV, model=broken_model)
     assert result.code == RECIPE
     assert "Traceback" not in result.err
-    assert result.problems[0].startswith(f"model: {broken_model}: its config cannot be read: ")
+    assert result.problems[0].startswith(f"model: {broken_model}: the config cannot be read: ")
 
 
 def test_model_that_cannot_write_is_refused_for_causal_lm(case: Case) -> None:

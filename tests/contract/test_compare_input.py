@@ -26,7 +26,11 @@ def recipe(folder: Path, methods: list[Any], rows: list[dict[str, Any]] | None =
     [
         (["full", "lara"], 2, "found 'lara'; did you mean 'lora'?"),
         (["full", {"kind": "peft", "type": "IA4"}], 2, "PEFT has no 'IA4'; did you mean 'IA3'?"),
-        (["full", {"kind": "prompt", "num_virtual_tokens": 100}], 2, "100 are more than half of the 128 tokens"),
+        (
+            ["full", {"kind": "prompt", "num_virtual_tokens": 100}],
+            2,
+            "100 are more than half of the model's maximum length of 128 tokens",
+        ),
         (["full", "lora", "lora"], 2, "methods: two are called 'lora'; give one of them another 'name'"),
     ],
 )

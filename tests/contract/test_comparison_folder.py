@@ -156,9 +156,9 @@ def test_budget_that_changes_nothing_is_not_ignored_in_silence(
 
 @pytest.mark.parametrize(("verdict", "recommended"), [("FULL", "full"), ("PEFT", "lora"), ("EQUIVALENT", "adapter")])
 def test_model_is_the_one_that_the_verdict_recommends(verdict: str, recommended: str, unfinished: Path) -> None:
-    chosen = predict.choose(decided(unfinished, verdict, recommended))
+    chosen = predict.choose_model_folder(decided(unfinished, verdict, recommended))
     assert chosen == (unfinished / "models" / recommended, f"the verdict is {verdict}")
-    assert predict.choose(unfinished, "lora") == (unfinished / "models" / "lora", "")
+    assert predict.choose_model_folder(unfinished, "lora") == (unfinished / "models" / "lora", "")
 
 
 @pytest.mark.parametrize(
@@ -179,14 +179,14 @@ def test_model_without_a_recommendation_must_be_named(
     if verdict is not None:
         decided(unfinished, verdict, recommended)
     with pytest.raises(SetupError) as caught:
-        predict.choose(unfinished)
+        predict.choose_model_folder(unfinished)
     assert str(caught.value).startswith(f"{unfinished}: {problem}")
 
 
 def test_only_model_is_taken_without_a_verdict(unfinished: Path) -> None:
     for name in ("full", "adapter"):
         (unfinished / "models" / name / "fulltune.json").unlink()
-    assert predict.choose(unfinished) == (unfinished / "models" / "lora", "")
+    assert predict.choose_model_folder(unfinished) == (unfinished / "models" / "lora", "")
 
 
 @pytest.mark.parametrize(

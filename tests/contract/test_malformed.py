@@ -26,7 +26,7 @@ def given(tmp_path_factory: pytest.TempPathFactory, encoder_tokenizer: Any, deco
         "text-classification": encoder_tokenizer,
         "token-classification": encoder_tokenizer,
         "causal-lm": decoder_tokenizer,
-        "image-classification": Base.of(ModelBlock(name=str(vit)), "image-classification").processor,
+        "image-classification": Base.from_block(ModelBlock(name=str(vit)), "image-classification").processor,
     }
 
 

@@ -161,7 +161,9 @@ def test_plan_for_other_hardware_needs_config_tokenizer_and_rows_but_no_weights(
     assert fulltune("data", recipe, *there, "--no-labels").code == 0
     for verb in (("run",), ("plan",), ("data",)):  # the untouched model judges labels
         refused = fulltune(*verb, recipe, *there)
-        problems = [f"model: {here}: has a config.json but no weights (*.safetensors); only plan --for needs none"]
+        problems = [
+            f"model: {here}: no weights (*.safetensors) beside config.json; only plan --for works without weights"
+        ]
         assert (refused.code, refused.problems) == (2, problems)
 
 
@@ -205,8 +207,8 @@ def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:
     )
     assert result.code == 2
     assert result.problems == [
-        f"model: {EXAMPLES / 'llama-2-7b'}: has a config.json but no weights (*.safetensors); "
-        "only plan --for needs none",
+        f"model: {EXAMPLES / 'llama-2-7b'}: no weights (*.safetensors) beside config.json; "
+        "only plan --for works without weights",
     ]
 
 

@@ -90,13 +90,13 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("null", "expected an object in { }, found null"), ("{", "is damaged (not valid JSON)")]
+    ("content", "said"), [("null", "expected a JSON object, found null"), ("{", "the file is not valid JSON")]
 )
 def test_notes_of_a_model_that_are_damaged_are_named(content: str, said: str, classifier: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(classifier, tmp_path / "run" / "models" / "full")
     (folder / "fulltune.json").write_text(content)
     result = fulltune("predict", tmp_path / "run", "a text")
-    assert result.problems == [f"{folder}/fulltune.json: {said}; copy the model again, or train it again"]
+    assert result.problems == [f"{folder}/fulltune.json: {said}; copy or train the model again"]
     assert result.code == 2
 
 
@@ -140,7 +140,7 @@ def test_file_keeps_the_rows_own_columns_and_adds_label_and_all_probabilities(
     assert [{name: row[name] for name in ("id", "text", "label")} for row in found] == ROWS
     assert list(found[0]) == ["id", "text", "label", *ADDED]
 
-    plain = predict.load(classifier).predict([{"text": row["text"]} for row in ROWS if row["text"].strip()])
+    plain = predict.load_predictor(classifier).predict([{"text": row["text"]} for row in ROWS if row["text"].strip()])
     for row, answer in zip((found[0], found[2]), plain, strict=True):
         assert row["predicted_label"] == answer["label"]
         for name, chance in answer["probabilities"].items():
@@ -364,7 +364,7 @@ def test_json_is_the_same_for_texts_stdin_and_files_but_for_the_place(classifier
 
 def test_row_that_cannot_be_answered_is_an_error_from_python(classifier: Path) -> None:
     with pytest.raises(DataError, match=r"predict: row 2: column 'text' is empty \(1 such rows\)"):
-        predict.load(classifier).predict([{"text": "sun"}, {"text": ""}])
+        predict.load_predictor(classifier).predict([{"text": "sun"}, {"text": ""}])
 
 
 # ---- many rows -------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_answers_come_in_order_while_only_a_window_of_rows_has_been_read(classif
             read_so_far = number + 1
             yield {"text": "sun" if number % 2 else "the rain in the town" * (number % 3)}
 
-    answers = predict.load(classifier).answer_each(rows())
+    answers = predict.load_predictor(classifier).answer_each(rows())
     first = [next(answers) for _ in range(12)]
     assert read_so_far <= 2049
     assert [one.refused is not None for one in first[::2]] == [True, False, False] * 2

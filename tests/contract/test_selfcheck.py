@@ -15,7 +15,7 @@ import torch
 
 from fulltune import selfcheck
 from fulltune.cli import app as cli
-from fulltune.selfcheck import CheckOutcome, NotHere, without_names
+from fulltune.selfcheck import CheckOutcome, NotHere, mask_names
 from tests.contract.command import fulltune
 
 CPU = "cpu"
@@ -38,7 +38,7 @@ def names_in(text: str) -> list[str]:
 
 def only(monkeypatch: pytest.MonkeyPatch, *chosen: Any) -> None:
     monkeypatch.setattr(selfcheck, "CHECKS", chosen)
-    monkeypatch.setattr(selfcheck, "devices", lambda: (CPU,))
+    monkeypatch.setattr(selfcheck, "devices_to_check", lambda: (CPU,))
 
 
 @pytest.mark.slow
@@ -97,14 +97,14 @@ def test_broken_check_is_on_the_page_and_exits_2(broken: str, tmp_path: Path, mo
     ],
 )
 def test_names_and_paths_are_taken_out(text: str, expected: str) -> None:
-    assert without_names(text) == expected
+    assert mask_names(text) == expected
 
 
 # ---- each check notices its fault ------------------------------------------------------------------------------
 
 
 def other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = selfcheck.decoder
+    right = selfcheck.make_llama
 
     def wrong(device: str, **options: Any) -> Any:
         model = right(device, **options)
@@ -112,7 +112,7 @@ def other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
             model.model.layers[0].self_attn.q_proj.weight.data += 0.01
         return model
 
-    monkeypatch.setattr(selfcheck, "decoder", wrong)
+    monkeypatch.setattr(selfcheck, "make_llama", wrong)
 
 
 def less_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +123,8 @@ def less_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fault", "check", "words"),
     [
-        (less_exact, lambda: selfcheck.product(CPU, "fp32"), "relative error 2.9e-03"),
-        (other_weights, lambda: selfcheck.sdpa(CPU, None), "unpadded off by"),
+        (less_exact, lambda: selfcheck.check_matrix_product(CPU, "fp32"), "relative error 2.9e-03"),
+        (other_weights, lambda: selfcheck.check_sdpa(CPU, None), "unpadded off by"),
     ],
     ids=["precision", "attention"],
 )
@@ -144,16 +144,16 @@ def test_check_notices_its_fault(
 def test_two_processes_add_up_whatever_lies_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numpy.py").write_text("raise SystemExit('not the library')")
     monkeypatch.chdir(tmp_path)
-    assert selfcheck.all_reduce(CPU) == (True, "sum 3000, expected 3000")
+    assert selfcheck.check_all_reduce(CPU) == (True, "sum 3000, expected 3000")
 
 
 @pytest.mark.long
 def test_process_that_hangs_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "SECONDS", 0.2)
-    assert selfcheck.all_reduce(CPU) == (False, "no answer within 0.2 seconds")
+    assert selfcheck.check_all_reduce(CPU) == (False, "no answer within 0.2 seconds")
 
 
 def test_device_without_the_means_is_not_here() -> None:
-    for check in (selfcheck.flash_attention_2, selfcheck.planned_bytes):
+    for check in (selfcheck.check_flash_attention_2, selfcheck.check_planned_bytes):
         with pytest.raises(NotHere, match=r"needs an? .*GPU"):
             check(CPU)

@@ -184,7 +184,7 @@ def test_checkpoint_of_another_placement_is_refused_before_an_attempt(tmp_path: 
         summary = pipeline.prepare(first)
         plan = pipeline.make_plan(first, summary)
     checkpoint = written(first.folder / "checkpoints" / plan.trial, 3, 2)
-    files.seal(checkpoint)
+    files.write_checksums(checkpoint)
     with pytest.raises(SetupError, match="but is resumed with"):
         pipeline.train_trial(first, plan, summary)
     assert not (first.folder / "attempts").exists()

@@ -37,7 +37,7 @@ def test_run_on_cuda_learns_and_its_model_answers_on_the_cpu(precision: str, kin
     )
     assert reached.outcome.peak_memory_bytes > 0
     assert reached.scores[-1].metrics["accuracy"].value > 0.9
-    answers = predict.load(reached.folder).predict([{"text": "the soup in the town number 1"}])
+    answers = predict.load_predictor(reached.folder).predict([{"text": "the soup in the town number 1"}])
     assert answers[0]["label"] == "food"
     assert sum(answers[0]["probabilities"].values()) == pytest.approx(1)
 

@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification
 
 from fulltune.footprint.allocations import _trace_micro_batch
 from fulltune.inference.run import _recompute_in_float32, autocast
-from fulltune.inference.selective_head import _in_autocast_dtype, _rounding_tolerance, as_its_attention_can
+from fulltune.inference.selective_head import _cast_for_autocast, _rounding_tolerance, attention_precision
 from fulltune.models import sharding
 from fulltune.models.chunked_loss import ChunkedLogits
 from fulltune.recipe.fields import Recipe
@@ -60,7 +60,7 @@ def test_products_have_the_precisions_type(precision: str, found: torch.dtype) -
 @pytest.mark.parametrize("shared", [True, False])
 def test_copies_of_weights_that_are_shared_out_are_not_kept(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would be whole: neither by the Trainer's autocast nor by that of other passes."""
-    monkeypatch.setattr(sharding, "is_sharded", lambda model: shared)
+    monkeypatch.setattr(sharding, "is_fsdp2_sharded", lambda model: shared)
     forget_what_was_found()
     with autocast(weighted(), "bf16"):
         assert torch.is_autocast_cache_enabled() != shared
@@ -93,7 +93,7 @@ def test_run_of_a_regression_computes_every_pass_in_its_format(tmp_path: Path) -
     with formats() as found:
         runs.run(tmp_path, model, rows, until="evaluate", train=TRAIN, **blocks)
     assert set(found) == {
-        "inference/run.py: states",
+        "inference/run.py: mean_states",
         "inference/run.py: reduce_batch",
         "probe/layers.py: read_hidden",
         "train/loop/guarded_step.py: compute_loss",
@@ -114,7 +114,7 @@ def test_run_of_a_language_model_computes_every_pass_in_its_format(tmp_path: Pat
         runs.run(tmp_path, model, tiny.pair_rows(30), until="evaluate", task="causal-lm", train=TRAIN, **blocks)
     exact = {name for name in found if name.startswith(EXACT)}
     assert set(found) - exact == {
-        "inference/run.py: generate",
+        "inference/run.py: generate_answers",
         "inference/run.py: reduce_batch",
         "train/loop/guarded_step.py: compute_loss",
         "train/forgetting/generic.py: _next_token_logits",
@@ -157,8 +157,8 @@ def test_numbers_of_a_regression_are_exact_in_half_precision() -> None:
 def test_picked_states_have_the_type_that_the_heads_product_would_have() -> None:
     hidden = torch.ones(2, 3)
     with torch.autocast("cpu", dtype=torch.float16):
-        assert _in_autocast_dtype(hidden).dtype == torch.float16
-    assert _in_autocast_dtype(hidden).dtype == torch.float32
+        assert _cast_for_autocast(hidden).dtype == torch.float16
+    assert _cast_for_autocast(hidden).dtype == torch.float32
 
 
 @on_the_cpu
@@ -167,7 +167,7 @@ def test_picked_states_have_the_type_that_the_heads_product_would_have() -> None
 )
 def test_head_is_tried_in_the_types_that_its_attention_knows(attention: str | None, computed: torch.dtype) -> None:
     model = weighted(config=SimpleNamespace(_attn_implementation=attention), dtype=torch.float32)
-    with as_its_attention_can(model, "cpu"):
+    with attention_precision(model, "cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == computed
         assert _rounding_tolerance(model) == torch.finfo(computed).eps ** 0.5
 

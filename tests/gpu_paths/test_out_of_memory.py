@@ -17,7 +17,7 @@ import torch
 from fulltune.audit.pretrained import Reader
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.evaluate import _explain_out_of_memory
-from fulltune.methods.added import put_peft
+from fulltune.methods.added import add_peft_modules
 from fulltune.probe import _out_of_memory_as_no_probe
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.methods import LoraMethod
@@ -99,7 +99,7 @@ def test_method_that_finds_no_memory_is_no_fault_of_the_recipe(
 ) -> None:
     monkeypatch.setattr(peft, "get_peft_model", raising(error))
     with pytest.raises(found):
-        put_peft(torch.nn.Linear(1, 1), LoraMethod(kind="lora"), "text-classification", ())
+        add_peft_modules(torch.nn.Linear(1, 1), LoraMethod(kind="lora"), "text-classification", ())
 
 
 @pytest.mark.parametrize(("error", "ends_it"), [(CardIsFull(), True), (Fault(), False)])

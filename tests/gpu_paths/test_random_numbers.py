@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fulltune.selfcheck import decoder
+from fulltune.selfcheck import make_llama
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import checks, dry_run
 from fulltune.train.worker.dry_run import same_randomness
@@ -45,7 +45,7 @@ def test_trial_pass_on_the_cpu_does_not_touch_the_cards(two_h100s: Cards) -> Non
 
 def test_self_check_leaves_both_cards_alone(two_h100s: Cards) -> None:
     before = states(two_h100s)
-    decoder("cpu")
+    make_llama("cpu")
     assert states(two_h100s) == before
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from fulltune import selfcheck as checks
 from fulltune.plan import memory
-from fulltune.selfcheck import NotHere, devices, environment
+from fulltune.selfcheck import NotHere, describe_environment, devices_to_check
 from fulltune.system import hardware
 from fulltune.train.parent import spawn
 from tests.gpu_paths.cards import GIB, Cards
@@ -27,18 +27,18 @@ small_model_on_the_cpu = pytest.mark.stand_in(
 
 @named
 def test_devices_of_each_maker_are_found(two_h100s: Cards, monkeypatch: Patch) -> None:
-    assert devices() == (CPU, CUDA)
+    assert devices_to_check() == (CPU, CUDA)
     monkeypatch.setattr(torch.version, "hip", "6.3")
-    assert devices() == (CPU, "rocm")
+    assert devices_to_check() == (CPU, "rocm")
 
 
 @named
 def test_checks_of_a_rocm_card_ask_torch_for_cuda(monkeypatch: Patch) -> None:
     asked = list[str]()
-    monkeypatch.setattr(checks, "devices", lambda: (CPU, "rocm"))
-    monkeypatch.setattr(checks, "environment", dict)
+    monkeypatch.setattr(checks, "devices_to_check", lambda: (CPU, "rocm"))
+    monkeypatch.setattr(checks, "describe_environment", dict)
     monkeypatch.setattr(checks, "CHECKS", (("speed", "a stand-in", lambda one: (not asked.append(one), "well")),))
-    assert [one.device for one in checks.run().findings] == [CPU, "rocm"]
+    assert [one.device for one in checks.run_checks().findings] == [CPU, "rocm"]
     assert asked == [CPU, CUDA]
 
 
@@ -47,30 +47,30 @@ def test_page_names_each_card(an_a100_and_a_t4: Cards, monkeypatch: Patch) -> No
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(hardware, "bf16_speedup", lambda device: 1.5)
     monkeypatch.setattr(hardware, "cpu_rates", lambda: (80.5e9, 20.1e9, 0.0))
-    found = environment()
+    found = describe_environment()
     assert found["gpu 0"] == "NVIDIA A100-SXM4-40GB (compute capability 8.0), 40 GiB, CUDA 13.0"
     assert found["gpu 1"] == "Tesla T4 (compute capability 7.5), 16 GiB, CUDA 13.0"
     assert "gpu" not in found
     monkeypatch.setattr(torch.version, "hip", "6.3")
-    assert environment()["gpu 1"].endswith("ROCm 6.3")
+    assert describe_environment()["gpu 1"].endswith("ROCm 6.3")
 
 
 @named
 def test_page_says_where_there_is_none(monkeypatch: Patch) -> None:
     monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
     monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
-    assert devices() == (CPU,)
+    assert devices_to_check() == (CPU,)
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
-    found = environment()
-    assert found["gpu"] == "torch sees none"
+    found = describe_environment()
+    assert found["gpu"] == "not visible to torch"
     assert found["set"].endswith("HIP_VISIBLE_DEVICES=1")
 
 
 def on_the_cpu(monkeypatch: Patch) -> None:
     """Models and tokens of the self-check, whatever device is asked for."""
-    decoder, tokens = checks.decoder, checks.tokens
-    monkeypatch.setattr(checks, "decoder", lambda device, **options: decoder("cpu", **options))
-    monkeypatch.setattr(checks, "tokens", lambda device, **options: tokens("cpu", **options))
+    decoder, tokens = checks.make_llama, checks.random_token_ids
+    monkeypatch.setattr(checks, "make_llama", lambda device, **options: decoder("cpu", **options))
+    monkeypatch.setattr(checks, "random_token_ids", lambda device, **options: tokens("cpu", **options))
 
 
 def kept_in(take: Callable[[int], None]) -> type[torch.optim.AdamW]:
@@ -96,38 +96,38 @@ def test_planned_bytes_are_held_against_the_allocators(two_h100s: Cards, monkeyp
         card.free(3 * GIB)
 
     monkeypatch.setattr(torch.optim, "AdamW", kept_in(take))
-    passed, text = checks.planned_bytes(CUDA)
+    passed, text = checks.check_planned_bytes(CUDA)
     assert passed
     assert "(+0.0%), 3.07 GiB with activations; bound" in text
     assert two_h100s.waits == 2, "what is still being computed is not yet allocated"
     with pytest.raises(NotHere, match="needs a GPU"):
-        checks.planned_bytes(CPU)
+        checks.check_planned_bytes(CPU)
 
 
 @pytest.mark.stand_in("the comparison itself replaced", card="flash and cuDNN kernels")
 def test_kernels_for_16_bits_are_compared_in_16_bits_on_a_gpu(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(checks, "compare", lambda *asked: asked)
-    assert checks.sdpa(CUDA, "flash") == ("cuda", "sdpa", "bf16")
-    assert checks.sdpa(CUDA, "math") == ("cuda", "sdpa", "fp32")
-    assert checks.sdpa(CPU, "flash") == ("cpu", "sdpa", "fp32")
+    monkeypatch.setattr(checks, "compare_with_eager", lambda *asked: asked)
+    assert checks.check_sdpa(CUDA, "flash") == ("cuda", "sdpa", "bf16")
+    assert checks.check_sdpa(CUDA, "math") == ("cuda", "sdpa", "fp32")
+    assert checks.check_sdpa(CPU, "flash") == ("cpu", "sdpa", "fp32")
 
 
 @pytest.mark.stand_in("the comparison itself replaced, flash-attn said to be installed", card="flash-attn's kernels")
 def test_flash_attention_is_compared_on_a_gpu_alone(monkeypatch: Patch) -> None:
     from transformers import utils
 
-    monkeypatch.setattr(checks, "compare", lambda device, kind, precision: (kind, precision))
+    monkeypatch.setattr(checks, "compare_with_eager", lambda device, kind, precision: (kind, precision))
     with pytest.raises(NotHere, match="not installed"):
-        checks.flash_attention_2(CUDA)
+        checks.check_flash_attention_2(CUDA)
     monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda: True)
-    assert checks.flash_attention_2(CUDA) == ("flash_attention_2", "bf16")
+    assert checks.check_flash_attention_2(CUDA) == ("flash_attention_2", "bf16")
     with pytest.raises(NotHere, match="needs an NVIDIA or AMD GPU"):
-        checks.flash_attention_2(CPU)
+        checks.check_flash_attention_2(CPU)
 
 
 @pytest.mark.stand_in("the CPU", card="the error of its kernels")
 def test_attention_in_16_bits_is_computed_in_16_bits() -> None:
-    passed, text = checks.compare(CPU, "sdpa", "bf16")
+    passed, text = checks.compare_with_eager(CPU, "sdpa", "bf16")
     assert passed
     assert float(text.split("off by ")[1].split(",")[0]) > 1e-5, "computed in fp32"
 
@@ -145,7 +145,7 @@ def test_each_process_talks_by_its_devices_library_on_its_own_card(
     monkeypatch.setattr(dist, "all_reduce", lambda numbers: numbers.mul_(3))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch, "full", lambda *given, device: asked.append(device) or full(*given))
-    assert checks.add_up(device) == (3000.0, 3000.0)
+    assert checks.sum_over_processes(device) == (3000.0, 3000.0)
     assert asked == [(backend, card), device]
 
 
@@ -164,17 +164,17 @@ def test_two_cards_are_asked_to_add_up_one_is_not(monkeypatch: Patch) -> None:
 
     monkeypatch.setattr(checks.subprocess, "Popen", Answers)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert checks.all_reduce(CUDA)[0]
+    assert checks.check_all_reduce(CUDA)[0]
     assert asked[0][-1] == "cuda"
-    assert checks.all_reduce(CPU)[0], "a CPU takes two processes"
+    assert checks.check_all_reduce(CPU)[0], "a CPU takes two processes"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(NotHere, match="two GPUs"):
-        checks.all_reduce(CUDA)
+        checks.check_all_reduce(CUDA)
 
 
 @pytest.mark.stand_in("the CPU", card="the error of its kernels")
 def test_product_in_fp16_is_less_exact_than_in_fp32_and_within_its_bound() -> None:
-    passed, text = checks.product(CPU, "fp16")
+    passed, text = checks.check_matrix_product(CPU, "fp16")
     assert passed
     assert float(text.split()[2].rstrip(",")) > checks.PRODUCT_BOUNDS["fp32"]
 

@@ -39,7 +39,7 @@ from fulltune.inference.run import autocast, logits_of
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import chunked_loss, sharding
 from fulltune.models.base import Base
-from fulltune.models.shapes import Shapes, shapes_of
+from fulltune.models.shapes import Shapes, measure_shapes
 from fulltune.plan import budget, memory
 from fulltune.recipe.methods import FullMethod
 from fulltune.recipe.model import ModelBlock
@@ -106,7 +106,7 @@ def sizes_of(cell: Cell) -> dict[str, Any]:
     """What a plan knows of the model: its shapes and its footprint, as they are kept beside a plan."""
     case = cell.case
     base = Base(ModelBlock(name="model"), cell.task, None, case.config)
-    return {"shapes": shapes_of(base, {}).model_dump(), "footprint": trace_footprint(case).model_dump()}
+    return {"shapes": measure_shapes(base, {}).model_dump(), "footprint": trace_footprint(case).model_dump()}
 
 
 def planned(cell: Cell, sizes: dict[str, Any]) -> MemoryNeed:
@@ -177,7 +177,7 @@ def _sharing(cell: Cell, case: TraceCase) -> Callable[[Any], Any]:
     # Outside of the mode: a mesh looks at the values of its ranks.
     mesh = init_device_mesh("cpu", (1, 1, cell.ranks, 1), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
     auto_class = getattr(transformers, case.task.FACTS.auto_class)
-    shared, given = sharding.sharded_class(auto_class, case.config, max(2, cell.ranks))
+    shared, given = sharding.sharded_model_class(auto_class, case.config, max(2, cell.ranks))
     return lambda model: shared.maybe_distribute_model(model, given, TransformersDeviceMesh(mesh, mesh))
 
 
@@ -200,7 +200,7 @@ def _micro_batch(cell: Cell, case: TraceCase, model: Any, batch: dict[str, Any])
     wanted = inputs.pop("wanted", labels)
     if trained is not None:
         head = SelectiveHead(model.get_output_embeddings(), case.task.target_ids, model)
-        selecting = head.only(labels, trained, chunked=cell.chunked)
+        selecting = head.computing_only(labels, trained, chunked=cell.chunked)
     with autocast(model, "fp32" if cell.weights_dtype == "bf16" else cell.precision), selecting:
         outputs = model(**inputs)
     logits = logits_of(outputs)

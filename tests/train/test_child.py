@@ -112,7 +112,7 @@ def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
         checkpoint = request.checkpoints / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         if step in saved:
-            files.seal(checkpoint)
+            files.write_checksums(checkpoint)
     texts = []
 
     def impatient(event: Event) -> None:

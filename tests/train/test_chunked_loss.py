@@ -152,7 +152,7 @@ def gradients(model: Any, inputs: dict[str, torch.Tensor], head: Any, task: Any,
     """Loss and gradients by all logits (no head), by picked ones, or in pieces."""
     model.zero_grad()
     given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    selecting = nullcontext() if head is None else head.only(inputs["labels"], chunked=chunked)
+    selecting = nullcontext() if head is None else head.computing_only(inputs["labels"], chunked=chunked)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), selecting:
         logits = model(**given).logits
     assert isinstance(logits, ChunkedLogits) == chunked
@@ -165,7 +165,7 @@ def gradients(model: Any, inputs: dict[str, torch.Tensor], head: Any, task: Any,
 
 def assert_same(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, bf16: bool = False) -> None:
     """Picked logits, and a chunked loss if it is possible, give what all logits give."""
-    head, found = selective_head.verified(model, task, inputs)
+    head, found = selective_head.verify_selective_head(model, task, inputs)
     assert head is not None, found
     model.train()
     whole, expected = gradients(model, inputs, None, task, False, bf16)
@@ -183,7 +183,7 @@ def assert_same(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, bf16:
 
 
 def assert_in_pieces(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, bf16: bool = False) -> None:
-    head, _ = selective_head.verified(model, task, inputs)
+    head, _ = selective_head.verify_selective_head(model, task, inputs)
     assert head is not None
     assert head.can_chunk
     assert head.chunking_note.startswith("yes; ")
@@ -208,7 +208,7 @@ def test_a_bias_that_follows_the_head_is_added_to_the_pieces() -> None:
     model = writer_of("marian")
     model.final_logits_bias.normal_()
     inputs = writer_batch(model)
-    head, _ = selective_head.verified(model, seq2seq, inputs)
+    head, _ = selective_head.verify_selective_head(model, seq2seq, inputs)
     assert head is not None
 
     loss, _ = gradients(model, inputs, head, seq2seq, chunked=True, bf16=False)
@@ -240,7 +240,7 @@ def strange(name: str, **changes: Any) -> Any:
 def test_models_that_change_logits_later_keep_whole_ones(name: str, changes: Any, kind: torch.dtype) -> None:
     model = strange(name, **changes).to(kind)
 
-    head, found = selective_head.verified(model, causal_lm, batch())
+    head, found = selective_head.verify_selective_head(model, causal_lm, batch())
 
     assert head is not None, found
     assert not head.can_chunk
@@ -258,7 +258,7 @@ class Scaled(torch.nn.Linear):
 def test_a_head_that_is_no_plain_product_keeps_whole_logits() -> None:
     model = model_of("llama")
     model.lm_head = Scaled(model.lm_head.in_features, model.lm_head.out_features, bias=False)
-    head, _ = selective_head.verified(model, causal_lm, batch())
+    head, _ = selective_head.verify_selective_head(model, causal_lm, batch())
     assert head is not None
     assert head.chunking_note == "off: the model's head is a Scaled, not a linear layer"
 
@@ -267,7 +267,7 @@ def test_a_head_that_is_no_plain_product_keeps_whole_logits() -> None:
 def test_evaluation_in_pieces_keeps_the_same_numbers(precision: str) -> None:
     model = model_of("gpt2")
     rows = [{"input_ids": list(range(5, 9 + n)), "labels": [-100, 6, *range(7, 9 + n)]} for n in range(9)]
-    head, _ = selective_head.verified(model, causal_lm, batch())
+    head, _ = selective_head.verify_selective_head(model, causal_lm, batch())
     assert head is not None
 
     def kept(head: Any) -> Any:

@@ -209,7 +209,7 @@ def test_script_with_the_import_changed_and_nothing_else_trains_as_with_a_tokeni
     assert words == {"the", "fp16=True:", "evaluation_strategy='epoch'", *(() if padding else ("rows",))}, notices(
         caught
     )
-    assert "needs a padding token to classify and has none: token 0 is used, its end token" in "".join(notices(caught))
+    assert "which classification needs; token 0 is used (the model's end token)" in "".join(notices(caught))
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").config
     assert config.pad_token_id == tokenizer.pad_token_id
     handed_over = script(processing_class=tokenizer)
@@ -670,7 +670,7 @@ def test_accumulated_micro_batches_equal_whole_batch(case: str, kind: Any, token
 
 
 def test_upstream_trainer_with_accumulation_still_scales_the_loss_wrongly(tokenizer: Any, tmp_path: Path) -> None:
-    """When this fails, transformers has repaired it and `_find_loss_scaling` can go."""
+    """When this fails, transformers has repaired it and `_detect_mean_loss` can go."""
     start = weights(tiny_model(tokenizer))["score.weight"]
     whole = _train("one label", transformers.Trainer, tokenizer, tmp_path, 8, 1)["score.weight"] - start
     parts = _train("one label", transformers.Trainer, tokenizer, tmp_path, 2, 4)["score.weight"] - start

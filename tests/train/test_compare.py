@@ -170,10 +170,10 @@ def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Com
     folder, comparison = finished
     rows = [json.loads(line) for line in (folder.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     labels = {row["text"]: row["label"] for row in rows}
-    from fulltune.inference.store import texts
+    from fulltune.inference.store import read_original_rows
 
-    test = list(texts(folder / "data" / "test"))
-    answers = predict.load(folder, "lora").predict([{"text": row["text"], "label": ""} for row in test])
+    test = list(read_original_rows(folder / "data" / "test"))
+    answers = predict.load_predictor(folder, "lora").predict([{"text": row["text"], "label": ""} for row in test])
     right = np.mean([answer["label"] == labels[row["text"]] for answer, row in zip(answers, test, strict=True)])
     assert any(abs(value - right) < 1e-9 for value in comparison.decision.values["lora"])
 

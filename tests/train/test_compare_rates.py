@@ -65,8 +65,8 @@ def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path
 
 def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path) -> None:
     places = ["a:1", "a:1", "a:1", "a:2"]
-    stored = [store.words(place, {"q": "x"}) for place in places]
-    store.write_rows(tmp_path / "data" / "eval", [store.record_batch([{"labels": 0}] * 4, stored)])
+    stored = [store.row_as_json(place, {"q": "x"}) for place in places]
+    store.write_rows(tmp_path / "data" / "eval", [store.make_record_batch([{"labels": 0}] * 4, stored)])
     job = mock.Mock(folder=tmp_path)
     job.recipe.preserve.budget = None
     for form, rows in (("span", 2), ("single_label", 4)):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fulltune.models.dropout import SixteenBitDropout, install, threshold
+from fulltune.models.dropout import SixteenBitDropout, drop_threshold, replace_dropout
 from tests import tiny
 
 ODD = (3, 5, 7)
@@ -21,7 +21,7 @@ def test_share_and_scale_are_those_of_the_probability(p: float) -> None:
 
     made = SixteenBitDropout(p)(ones)
 
-    true = threshold(p) / 65536
+    true = drop_threshold(p) / 65536
     assert abs(true - p) <= 0.5 / 65536
     sigma = (true * (1 - true) / ones.numel()) ** 0.5
     assert float((made == 0).float().mean()) == pytest.approx(true, abs=5 * sigma)
@@ -62,8 +62,8 @@ def test_install_replaces_dropout_and_keeps_weights_and_modes() -> None:
     names = list(model.state_dict())
     count = sum(type(module) is nn.Dropout for module in model.modules())
 
-    assert install(model) == count > 3
+    assert replace_dropout(model) == count > 3
     assert not any(type(module) is nn.Dropout for module in model.modules())
     assert list(model.state_dict()) == names
     assert not any(module.training for module in model.modules())
-    assert install(model) == 0
+    assert replace_dropout(model) == 0

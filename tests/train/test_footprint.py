@@ -61,7 +61,7 @@ def count(config: Any, task: str) -> int:
 def case_of(config: Any, task: str, **options: Any) -> TraceCase:
     """Of a model as a CPU trains it."""
     pixels = (3, 16, 16) if task == "image-classification" else None
-    usual = {"prepare": dropout.install, "num_parameters": count(config, task), "pixels": pixels}
+    usual = {"prepare": dropout.replace_dropout, "num_parameters": count(config, task), "pixels": pixels}
     return TraceCase(config, task_named(task), TARGETS[task], **{**usual, **options})
 
 
@@ -130,7 +130,7 @@ def _saved_bytes(case: TraceCase) -> int:
         if head is None:
             loss = case.task.loss(model(**batch).logits, labels, case.target)
         else:
-            with head.only(labels):
+            with head.computing_only(labels):
                 logits = model(**batch).logits
             loss = case.task.loss(logits, labels, case.target)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -226,7 +226,7 @@ def test_the_size_of_images_is_the_processors(tmp_path: Path) -> None:
     CONVOLUTIONS["resnet"].save_pretrained(tmp_path)
     block = ModelBlock(name=str(tmp_path))
     assumed = f"images of 224 x 224 pixels, the size of most models: {tmp_path} has no preprocessor_config.json"
-    assert Base.of(block, "image-classification", has_processor=False).image_shape == ((3, 224, 224), assumed)
+    assert Base.from_block(block, "image-classification", has_processor=False).image_shape == ((3, 224, 224), assumed)
     processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 96}, "crop_pct": 0.875}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
-    assert Base.of(block, "image-classification", has_processor=False).image_shape == ((3, 96, 96), "")
+    assert Base.from_block(block, "image-classification", has_processor=False).image_shape == ((3, 96, 96), "")

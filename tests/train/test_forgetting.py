@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulltune.errors import DataError, InterruptedRun
-from fulltune.forgetting.generic_text import drift, generic_texts, weak_texts_reason
+from fulltune.forgetting.generic_text import drift_per_text, load_generic_texts, why_texts_are_weak
 from fulltune.inference.run import GenericText
 from tests import tiny
 from tests.train import runs
@@ -64,7 +64,7 @@ def test_drift_of_a_language_model_is_the_rise_of_its_loss(tiny_decoder: Path, t
     last = reached.outcome.steps
     finished = tmp_path / "run" / str(reached.outcome.model_folder)
     assert reached.outcome.best_step == last
-    texts, _ = generic_texts(None, reached.plan.generic.texts_per_evaluation)
+    texts, _ = load_generic_texts(None, reached.plan.generic.texts_per_evaluation)
     assert len(texts) == 8
     before, after = (losses(folder, texts) for folder in (tiny_decoder, finished))
     assert measured(tmp_path)[last] == pytest.approx(float((after - before).mean()), rel=1e-3)
@@ -90,14 +90,14 @@ def test_reading_generic_text_in_batches_gives_what_single_texts_give(tiny_encod
 
     model, tokenizer = AutoModel.from_pretrained(tiny_encoder), AutoTokenizer.from_pretrained(tiny_encoder)
     model.train()
-    texts, _ = generic_texts(None, 20)
-    whole = GenericText.of(texts, tokenizer, False, "fp32", 32).read(model)
+    texts, _ = load_generic_texts(None, 20)
+    whole = GenericText.tokenise(texts, tokenizer, False, "fp32", 32).measure(model)
     assert model.training
-    single = [GenericText.of([text], tokenizer, False, "fp32", 32).read(model)[0] for text in texts]
+    single = [GenericText.tokenise([text], tokenizer, False, "fp32", 32).measure(model)[0] for text in texts]
     assert np.abs(whole - np.stack(single)).max() < 1e-5
     assert np.abs(np.linalg.norm(whole, axis=1) - 1).max() < 1e-6
-    assert drift(whole, whole).max() < 1e-6
-    assert drift(whole, whole[::-1]).mean() > 1e-4
+    assert drift_per_text(whole, whole).max() < 1e-6
+    assert drift_per_text(whole, whole[::-1]).mean() > 1e-4
 
 
 def test_nothing_is_measured_where_it_is_turned_off_or_cannot_be(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -137,5 +137,5 @@ def test_probe_that_holds_nothing_is_refused_before_training(
 )
 def test_texts_that_say_little(loss: float, writes: bool, tokens: list[int], part: str | None) -> None:
     text = GenericText((tokens,), 0, writes, "fp32")
-    reason = weak_texts_reason(text, np.array([loss]), 1000, unknown_id=1)
+    reason = why_texts_are_weak(text, np.array([loss]), 1000, unknown_id=1)
     assert part in reason if part is not None and reason is not None else reason == part

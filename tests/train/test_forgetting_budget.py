@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError
 from fulltune.forgetting import budget
-from fulltune.forgetting.generic_text import budget_texts
+from fulltune.forgetting.generic_text import load_budget_texts
 from fulltune.inference.run import GenericText
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.model import PreserveBlock
@@ -68,7 +68,7 @@ def at(drift: float, error: float = 0.0) -> Drift:
     ],
 )
 def test_weight_rises_where_the_budget_is_spent(drift: float, error: float, rate: float, expected: float) -> None:
-    found = budget.next_weight(20.0, at(drift, error), 0.01, rate, budget.LANGUAGE_WEIGHTS)
+    found = budget.next_replay_weight(20.0, at(drift, error), 0.01, rate, budget.LANGUAGE_WEIGHTS)
     assert found == pytest.approx(20 * expected, rel=1e-6)
 
 
@@ -89,7 +89,7 @@ def point(share: float, drift: float, metric: float, error: float = 0.0) -> Inte
 def test_best_point_within_the_budget_is_chosen(
     points: list[InterpolationPoint], better: bool, expected: float
 ) -> None:
-    assert budget.best(points, 0.02, better).share == expected
+    assert budget.best_point_within(points, 0.02, better).share == expected
 
 
 @pytest.mark.parametrize(("drift", "error", "passed"), [(0.01, 0.005, True), (0.01, 0.007, False), (0.03, 0.0, False)])
@@ -110,9 +110,9 @@ def numbered(file: Path, count: int, word: str = "text") -> Path:
 
 def test_no_text_is_in_two_parts(tmp_path: Path) -> None:
     probe, other = numbered(tmp_path / "probe.txt", 300), numbered(tmp_path / "other.txt", 500, "line")
-    shared = budget_texts(PreserveBlock(budget="1%", probe=str(probe)))
-    apart = budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(other)))
-    bundled = budget_texts(PreserveBlock(budget="1%"))
+    shared = load_budget_texts(PreserveBlock(budget="1%", probe=str(probe)))
+    apart = load_budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(other)))
+    bundled = load_budget_texts(PreserveBlock(budget="1%"))
     sizes = []
     for found in (shared, apart, bundled):
         three = (found.selection, found.sealed, found.replayed)
@@ -121,24 +121,25 @@ def test_no_text_is_in_two_parts(tmp_path: Path) -> None:
     assert sizes[:2] == [(100, 100, 100), (150, 150, 500)]
     assert sizes[2][0] == sizes[2][1] > 200
     assert sizes[2][2] > 1000
-    assert budget_texts(PreserveBlock(budget="1%", probe=str(probe))) == shared
+    assert load_budget_texts(PreserveBlock(budget="1%", probe=str(probe))) == shared
 
 
 def test_replayed_texts_leave_out_what_the_probe_has(tmp_path: Path) -> None:
     probe, more = numbered(tmp_path / "probe.txt", 100), numbered(tmp_path / "more.txt", 120)
-    found = budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(more)))
+    found = load_budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(more)))
     assert len(found.replayed) == 20
     with pytest.raises(DataError, match=r"preserve\.replay: .*contains only texts of the probe"):
-        budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(probe)))
+        load_budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(probe)))
 
 
 def test_probe_that_is_too_short_for_a_certificate_says_how_much_it_takes(tmp_path: Path) -> None:
     probe = numbered(tmp_path / "probe.txt", 100)
     with pytest.raises(
-        DataError, match=r"contains 100 texts; a budget needs at least 120 \(40 for selection, 40 sealed, 40"
+        DataError,
+        match=r"contains 100 texts; a budget needs at least 120 \(40 for selection, 40 for the final measurement",
     ):
-        budget_texts(PreserveBlock(budget="1%", probe=str(probe)))
-    assert len(budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=None)).sealed) == 50
+        load_budget_texts(PreserveBlock(budget="1%", probe=str(probe)))
+    assert len(load_budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=None)).sealed) == 50
 
 
 def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
@@ -243,7 +244,9 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
     few = mock.patch.multiple(within_budget, SHARES=(1.0, 0.4), REFINEMENTS=0)
     with (
         few,
-        mock.patch.object(within_budget, "best", lambda points, *_: next(one for one in points if one.share == 0.4)),
+        mock.patch.object(
+            within_budget, "best_point_within", lambda points, *_: next(one for one in points if one.share == 0.4)
+        ),
     ):
         runs.run(tmp_path / "held", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)
     found = preserved(tmp_path / "held")

@@ -382,7 +382,7 @@ def test_disk_full_while_saving_does_not_fit_and_leaves_earlier_checkpoints_soun
     folder = tmp_path / "run" / "checkpoints" / "full-seed42"
     # What was half written is gone, so that there is room for the outcome.
     assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
-    assert files.flaw(folder / "checkpoint-2") is None
+    assert files.find_damage(folder / "checkpoint-2") is None
 
     monkeypatch.undo()
     assert runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN).outcome is not None

@@ -56,7 +56,7 @@ def first_step(folder: Path, model: Path, **blocks: Any) -> dict[str, float]:
     original = InitialWeights.count_changes
 
     def moved(self: InitialWeights, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Any:
-        for name, parameter in methods.trained(model).items():
+        for name, parameter in methods.trainable_parameters(model).items():
             ways[name] = float((parameter.detach().float() - self._initial_values(name).float()).abs().max())
         return original(self, model, optimizer, with_gradient)
 

@@ -15,7 +15,7 @@ from fulltune.errors import RecipeError
 from fulltune.inference.run import Batching, run_rows
 from fulltune.inference.store import Rows
 from fulltune.models.base import Base
-from fulltune.models.load import load
+from fulltune.models.load import load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.records.training import Outcome
 from fulltune.tasks import Target, text_classification
@@ -113,9 +113,9 @@ def test_label_smoothing_is_part_of_the_training_loss_only(tiny_encoder: Path, t
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "gpt_neox"])
 def test_layerwise_decay_lowers_the_rate_from_the_head_to_the_embeddings(kind: str, tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path / kind, kind)
-    base = Base.of(ModelBlock(name=str(folder)))
+    base = Base.from_block(ModelBlock(name=str(folder)))
     target = Target("single_label", {}, ("a", "b"))
-    model = load(
+    model = load_model(
         base,
         text_classification.config_changes(target, base.processor),
         head_is_new=True,
@@ -143,7 +143,7 @@ def eval_metrics(folder: Path) -> dict[str, float]:
     block = ModelBlock(name=str(folder / "run" / "models" / "full"))
     notes = json.loads((folder / "run" / "models" / "full" / "fulltune.json").read_text(encoding="utf-8"))
     target = Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]))
-    model = load(Base.of(block), {}, head_is_new=False)
+    model = load_model(Base.from_block(block), {}, head_is_new=False)
     rows = Rows(folder / "run" / "data" / "eval")
     kept = run_rows(model, rows, text_classification, target, 0, Batching(8))
     return text_classification.metrics(kept, target)

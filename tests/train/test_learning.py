@@ -16,7 +16,7 @@ from scipy.special import expit, softmax
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune import predict
-from fulltune.inference.store import texts
+from fulltune.inference.store import read_original_rows
 from fulltune.system.run_folder import RunResult
 from tests import tiny
 from tests.train import runs
@@ -57,7 +57,7 @@ def assert_files_are_whole(reached: RunResult) -> Path:
 
 def assert_plain_transformers_agree(folder: Path, texts: list[str]) -> list[dict[str, Any]]:
     """Probabilities of `fulltune predict` are those that anyone gets from the folder, with its temperature."""
-    answers = predict.load(folder).predict([{"text": text} for text in texts])
+    answers = predict.load_predictor(folder).predict([{"text": text} for text in texts])
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_single_label_run_beats_the_baselines(tmp_path: Path) -> None:
     assert trained.metrics["accuracy"].value > majority + 0.3
     assert gain(reached, "accuracy") >= 0
     folder = assert_files_are_whole(reached)
-    words = [row["text"] for row in texts(reached.folder / "data" / "test")]
+    words = [row["text"] for row in read_original_rows(reached.folder / "data" / "test")]
     answers = assert_plain_transformers_agree(folder, words)
     assert trained.calibration is not None
     notes = json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ def test_language_model_run_learns_to_answer_and_to_stop(tmp_path: Path) -> None
     assert trained.metrics["exact_match"].value > before.metrics["exact_match"].value + 0.8
     folder = assert_files_are_whole(reached)
     question = {"messages": [{"role": "user", "content": "7 d:"}]}
-    assert predict.load(reached.folder).predict([question], max_new_tokens=8) == [{"answer": "dd"}]
+    assert predict.load_predictor(reached.folder).predict([question], max_new_tokens=8) == [{"answer": "dd"}]
     plain = AutoModelForCausalLM.from_pretrained(folder)
     reader = AutoTokenizer.from_pretrained(folder)
     ends = plain.generation_config.eos_token_id

@@ -15,7 +15,7 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer
 from fulltune import predict
 from fulltune.errors import DataError
 from fulltune.evaluate import LINEAR_PROBE
-from fulltune.inference.store import texts
+from fulltune.inference.store import read_original_rows
 from tests import tiny
 from tests.train import runs
 
@@ -63,8 +63,8 @@ def test_multiple_choice_run_beats_the_baselines(tmp_path: Path) -> None:
 
     folder = reached.folder / "models" / "full"
     assert json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))["num_choices"] == 4
-    held_out = list(texts(reached.folder / "data" / "test"))[:6]
-    predictor = predict.load(folder)
+    held_out = list(read_original_rows(reached.folder / "data" / "test"))[:6]
+    predictor = predict.load_predictor(folder)
     answers = predictor.predict(held_out)
     plain = AutoModelForMultipleChoice.from_pretrained(folder).eval()
     reader = AutoTokenizer.from_pretrained(folder)

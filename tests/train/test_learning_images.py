@@ -54,7 +54,7 @@ def test_image_run_beats_the_baselines_and_answers_as_transformers_does(tmp_path
     assert {path.name for path in made.iterdir()} >= {"preprocessor_config.json", "fulltune.json", "README.md"}
     assert "AutoImageProcessor" in (made / "README.md").read_text(encoding="utf-8")
     paths = [str(path) for path in sorted(folder.glob("*/*.png"))[::40]]
-    predictor = predict.load(made)
+    predictor = predict.load_predictor(made)
     answers = predictor.predict([predict.row_from_text(path, predictor.notes) for path in paths])
     model = AutoModelForImageClassification.from_pretrained(made).eval()
     reader = AutoImageProcessor.from_pretrained(made, backend="pil")

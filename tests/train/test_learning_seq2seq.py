@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from fulltune import methods, predict
-from fulltune.inference.store import texts
+from fulltune.inference.store import read_original_rows
 from fulltune.recipe.methods import FullMethod
 from tests import tiny
 from tests.train import runs
@@ -51,7 +51,7 @@ def test_run_learns_to_write_and_to_stop(tmp_path: Path) -> None:
     for metric in ("exact_match", "chrf", "bleu"):
         best = max(row.metrics[metric].value for row in (before, copy))
         assert trained.metrics[metric].value > best + (0.7 if metric == "exact_match" else 50)
-    test = list(texts(reached.folder / "data" / "test"))
+    test = list(read_original_rows(reached.folder / "data" / "test"))
     asked = [answer.text for answer in trained.answers]
     assert len(set(asked)) == 16
     assert asked != [row["document"] for row in test[:16]]
@@ -62,7 +62,7 @@ def test_run_learns_to_write_and_to_stop(tmp_path: Path) -> None:
     assert "copy of the source" in report
 
     question = "7 town soup"
-    predictor = predict.load(reached.folder)
+    predictor = predict.load_predictor(reached.folder)
     rows = [predict.row_from_text(question, predictor.notes)]
     assert predictor.predict(rows, max_new_tokens=20) == [{"answer": "now we cook soup here"}]
     folder = reached.folder / "models" / "full"
@@ -79,7 +79,9 @@ def test_run_leaves_a_table_of_positions_that_is_not_saved_as_it_is(tmp_path: Pa
     assert reached.outcome is not None
     assert reached.outcome.parameter_changes is not None
     assert not reached.outcome.parameter_changes.unchanged_tensors
-    model = methods.apply(AutoModelForSeq2SeqLM.from_pretrained(folder), FullMethod(kind="full"), "seq2seq").model
+    model = methods.apply_method(
+        AutoModelForSeq2SeqLM.from_pretrained(folder), FullMethod(kind="full"), "seq2seq"
+    ).model
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert fixed == set(methods.sinusoidal_tables(model)) != set()
     assert not fixed & set(load_file(reached.folder / "models" / "full" / "model.safetensors"))

@@ -13,7 +13,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from fulltune import predict
 from fulltune.evaluate import LINEAR_PROBE
 from fulltune.evaluate.spans import compared
-from fulltune.inference.store import Rows, texts
+from fulltune.inference.store import Rows, read_original_rows
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs
@@ -66,12 +66,12 @@ def test_span_run_beats_the_baselines_and_merges_windows(tmp_path: Path) -> None
     for metric in ("f1", "exact_match"):
         best = max(sentence.metrics[metric].value, none.metrics[metric].value)
         assert trained.metrics[metric].value > best + 0.3
-    asked = {row["fulltune:place"]: row for row in texts(reached.folder / "data" / "test")}
+    asked = {row["fulltune:place"]: row for row in read_original_rows(reached.folder / "data" / "test")}
     windows = Rows(reached.folder / "data" / "test")
     assert trained.rows == len(asked) < len(windows)
 
     rows = list(asked.values())
-    answers = predict.load(reached.folder).predict(rows)
+    answers = predict.load_predictor(reached.folder).predict(rows)
     scores = compared([answer["answer"] for answer in answers], [row["answers"]["text"] for row in rows])
     assert float(scores["f1"].mean()) == pytest.approx(trained.metrics["f1"].value)
     for answer, row in zip(answers, rows, strict=True):
@@ -80,7 +80,7 @@ def test_span_run_beats_the_baselines_and_merges_windows(tmp_path: Path) -> None
             assert row["context"][answer["start"] :].startswith(answer["answer"])
     assert any(answer["start"] is None for answer in answers)
     folder = reached.folder / "models" / "full"
-    places = [row["fulltune:place"] for row in texts(reached.folder / "data" / "test")]
+    places = [row["fulltune:place"] for row in read_original_rows(reached.folder / "data" / "test")]
     short = [i for i, row in enumerate(rows) if places.count(row["fulltune:place"]) == 1 and answers[i]["answer"]]
     assert len(short) > 5
     assert plain_transformers(folder, [rows[i] for i in short]) == [answers[i]["answer"] for i in short]

@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from fulltune import predict
 from fulltune.evaluate import LINEAR_PROBE
-from fulltune.inference.store import Rows, texts
+from fulltune.inference.store import Rows, read_original_rows
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs
@@ -70,15 +70,15 @@ def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(
     assert trained.metrics["f1"].low <= trained.metrics["f1"].value <= trained.metrics["f1"].high
 
     folder = reached.folder / "models" / "full"
-    test = list(texts(reached.folder / "data" / "test"))
-    answers = predict.load(reached.folder).predict([{"tokens": row["tokens"]} for row in test])
+    test = list(read_original_rows(reached.folder / "data" / "test"))
+    answers = predict.load_predictor(reached.folder).predict([{"tokens": row["tokens"]} for row in test])
     ours = [answer["tags"] for answer in answers]
     expected = [row["tags"] for row in test]
     assert trained.metrics["f1"].value == pytest.approx(f1_score(expected, ours))
     assert plain_transformers(folder, [row["tokens"] for row in test[:5]]) == ours[:5]
     assert len(Rows(reached.folder / "data" / "test")) == len(test)
 
-    predictor = predict.load(reached.folder)
+    predictor = predict.load_predictor(reached.folder)
     limit = predictor.notes["max_length"]
     assert limit == reached.summary.limit > reached.summary.max_length
     caplog.clear()

@@ -38,11 +38,11 @@ def test_liger_is_given_everything_but_the_loss(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(theirs, "apply_liger_kernel", lambda model, config: given.append((model, config)))
     model = SimpleNamespace(config=SimpleNamespace(model_type="llama"))
 
-    kernels.put_kernels(model)
+    kernels.apply_liger_kernels(model)
 
     assert given == [(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})]
     with pytest.raises(SetupError, match="Liger has no kernels for models of type 'bert'; remove it"):
-        kernels.put_kernels(SimpleNamespace(config=SimpleNamespace(model_type="bert")))
+        kernels.apply_liger_kernels(SimpleNamespace(config=SimpleNamespace(model_type="bert")))
 
 
 def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ L = pytest.importorskip("lightning", reason="needs lightning; pip install 'fullt
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402  # after the skip
 
 from fulltune.lightning import FineTuning, FineTuningModule, prepare  # noqa: E402  # after the skip
-from fulltune.lightning.prepare import usable  # noqa: E402  # after the skip
+from fulltune.lightning.prepare import choose_package  # noqa: E402  # after the skip
 
 PREPARING = sys.modules["fulltune.lightning.prepare"]  # its package has a function of this name
 TRAIN: dict[str, Any] = {
@@ -107,7 +107,7 @@ def test_what_cannot_be_had_with_lightning_is_refused_all_at_once(tmp_path: Path
         *("train.extra", "train.save_steps", "train.report_to", "method.kind", "train.optim"),
     ]
     assert "give an engine's settings to its strategy" in str(refused.value)
-    assert "give the Trainer ModelCheckpoint(every_n_train_steps=...)" in str(refused.value)
+    assert "pass ModelCheckpoint(every_n_train_steps=...) to the Trainer" in str(refused.value)
     assert not (tmp_path / "runs").exists()
 
 
@@ -161,7 +161,7 @@ def test_trainer_must_train_the_planned_global_batches(
 def test_missing_lightning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PREPARING, "find_spec", lambda name: None)
     with pytest.raises(SetupError, match="needs the package lightning; pip install"):
-        usable("lightning")
+        choose_package("lightning")
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def test_run_finds_its_model_and_reads_config_and_tokenizer_once_in_each_process
         now = here
         return outcome
 
-    locate, read = base.locate, base.reading
+    locate, read = base.find_model_path, base.load_with_advice
 
     def located(block: ModelBlock) -> Any:
         now[f"{Path(block.name).name}: place"] += 1
@@ -46,8 +46,8 @@ def test_run_finds_its_model_and_reads_config_and_tokenizer_once_in_each_process
     job = runs.job(tmp_path, tiny_encoder, tiny.topic_rows(40), method={"kind": method}, train={"num_train_epochs": 1})
     with (
         runs.in_this_process(attempt),
-        mock.patch.object(base, "locate", located),
-        mock.patch.object(base, "reading", reading),
+        mock.patch.object(base, "find_model_path", located),
+        mock.patch.object(base, "load_with_advice", reading),
     ):
         assert pipeline.run(job).report
 

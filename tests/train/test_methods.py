@@ -108,7 +108,7 @@ def _trained(folder: Path, case: Case, method: Mapping[str, Any]) -> Done:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InitialWeights, "__init__", remember)
         reached = runs.run(folder, model, case.rows, task=case.task, method=method, train=STEPS, until="evaluate")
-    assert seen["kept"] == set(methods.trained(seen["model"]))
+    assert seen["kept"] == set(methods.trainable_parameters(seen["model"]))
     return Done(folder, reached, seen["model"].eval(), seen["before"])
 
 
@@ -117,7 +117,7 @@ def test_method_after_four_steps_moved_equals_requires_grad(done: Any, name: str
     found = done(name, kind)
     now = dict(found.model.named_parameters())
     moved = {key for key, one in now.items() if not torch.equal(one.detach(), found.before[key])}
-    assert moved == set(methods.trained(found.model))
+    assert moved == set(methods.trainable_parameters(found.model))
     counted = found.reached.outcome.parameter_changes
     assert counted.num_tensors_changed == counted.num_tensors_with_gradient == len(moved)
     original = load_file(found.folder / "model" / "model.safetensors")
@@ -141,7 +141,7 @@ def test_saved_folder_holds_what_is_trained_and_nothing_else(done: Any, name: st
     tensors = load_file(found.model_folder / "adapter_model.safetensors")
     values = sum(one.numel() for one in tensors.values())
     assert values == found.reached.plan.num_trainable_parameters
-    assert len(tensors) == len(methods.trained(found.model))
+    assert len(tensors) == len(methods.trainable_parameters(found.model))
     assert not (found.model_folder / "model.safetensors").exists()
     assert len({file.stat().st_mode for file in found.model_folder.iterdir()}) == 1
 
@@ -167,7 +167,7 @@ def logits(model: Any, found: Done, rows: list[dict[str, Any]]) -> torch.Tensor:
 def test_saved_folder_loaded_gives_the_same_logits(done: Any, name: str, kind: str) -> None:
     found = done(name, kind)
     expected = logits(found.model, found, features(found))
-    loaded = predict.load(found.folder / "run")
+    loaded = predict.load_predictor(found.folder / "run")
     assert torch.equal(logits(loaded.model, found, features(found)), expected)
     assert loaded.notes["method"]["kind"] == kind
     assert found.reached.scores[-1].kind == "trained"
@@ -190,12 +190,12 @@ def test_saved_folder_loaded_by_plain_peft_gives_the_same_logits(done: Any, name
 @pytest.mark.parametrize(("name", "kind"), [("classifier", "lora"), ("decoder", "lora"), ("tagger", "head")])
 def test_merged_model_is_plain_and_gives_the_same_logits(done: Any, name: str, kind: str, tmp_path: Path) -> None:
     found = done(name, kind)
-    folders.merge(found.model_folder, tmp_path / "merged")
+    folders.merge_into_pretrained(found.model_folder, tmp_path / "merged")
     loader = getattr(transformers, task_named(CASES[name].task).FACTS.auto_class)
     plain = loader.from_pretrained(tmp_path / "merged").eval()
     expected = logits(found.model, found, features(found))
     torch.testing.assert_close(logits(plain, found, features(found)), expected, atol=1e-5, rtol=1e-4)
-    row = predict.load(tmp_path / "merged")
+    row = predict.load_predictor(tmp_path / "merged")
     assert row.notes["task"] == CASES[name].task
     assert "method" not in row.notes
 
@@ -205,7 +205,7 @@ def test_tensors_of_another_method_are_refused(done: Any, tmp_path: Path) -> Non
     other = done("tagger", "head").model_folder / "adapter_model.safetensors"
     shutil.copy(other, tmp_path / "model" / "adapter_model.safetensors")
     with pytest.raises(SetupError, match="tensors are missing or unexpected"):
-        predict.load(tmp_path / "model")
+        predict.load_predictor(tmp_path / "model")
 
 
 # ---- resuming ----------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_run_interrupted_and_continued_equals_an_unbroken_one(kind: str, tmp_pat
 
 
 def test_prompt_generation_padded_on_the_left_equals_one_by_one(done: Any) -> None:
-    loaded = predict.load(done("decoder", "prompt").folder / "run")
+    loaded = predict.load_predictor(done("decoder", "prompt").folder / "run")
     rows = [{"prompt": "a town 3:"}, {"prompt": "the garden and the house by the lake 17:"}]
     together = loaded.predict(rows, max_new_tokens=6)
     assert together == [*loaded.predict(rows[:1], max_new_tokens=6), *loaded.predict(rows[1:], max_new_tokens=6)]
@@ -291,21 +291,23 @@ def test_matrices_that_are_not_there_are_refused_before_training(tmp_path: Path)
 
 def test_lora_without_float32_copies_gives_the_same_numbers_under_autocast(tiny_encoder: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_encoder)
-    applied = methods.apply(model, LoraMethod(kind="lora", rank=4), "text-classification")
+    applied = methods.apply_method(model, LoraMethod(kind="lora", rank=4), "text-classification")
     model.eval()
     with torch.no_grad():
-        for name, parameter in methods.trained(model).items():
+        for name, parameter in methods.trainable_parameters(model).items():
             if "lora_B" in name:
                 parameter.normal_()
     ids = torch.arange(24).reshape(2, 12) % 20 + 5
     found = []
     for autocast in (False, True):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16), methods.without_casts(applied, autocast):
+        with torch.autocast("cpu", torch.bfloat16), methods.without_lora_input_casts(applied, autocast):
             logits = model(input_ids=ids).logits
         logits.float().sum().backward()
         gradients = [
-            parameter.grad.clone() for parameter in methods.trained(model).values() if parameter.grad is not None
+            parameter.grad.clone()
+            for parameter in methods.trainable_parameters(model).values()
+            if parameter.grad is not None
         ]
         found.append((logits, gradients))
     (one, with_copies), (two, without) = found

@@ -44,7 +44,9 @@ def about_head(folder: Path) -> str:
 
 
 def answers(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
-    return np.array([one["value"] for one in predict.load(folder).predict([{"text": row["text"]} for row in rows])])
+    return np.array(
+        [one["value"] for one in predict.load_predictor(folder).predict([{"text": row["text"]} for row in rows])]
+    )
 
 
 def plain(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fulltune.inference.run import Batching, generate, run_rows
+from fulltune.inference.run import Batching, generate_answers, run_rows
 from fulltune.models.base import Base
-from fulltune.models.load import load
+from fulltune.models.load import load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, causal_lm, text_classification
 from tests import tiny
@@ -33,11 +33,11 @@ TEXTS = (
 def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Model and tokenizer as training loads them; decoders pad with their end token, which also stands in the texts."""
     folder = tiny.save_model(tmp_path_factory.mktemp("classifier") / request.param, request.param)
-    base = Base.of(ModelBlock(name=str(folder)))
+    base = Base.from_block(ModelBlock(name=str(folder)))
     tokenizer = base.processor
     torch.manual_seed(1)
     changes = text_classification.config_changes(TARGET, tokenizer)
-    model = load(base, changes, head_is_new=True).eval()
+    model = load_model(base, changes, head_is_new=True).eval()
     # The head starts near 0 (RoBERTa's, GPT-2's): make differences visible.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,8 +49,8 @@ def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module", params=tiny.DECODERS)
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tiny.save_model(tmp_path_factory.mktemp("decoder") / request.param, request.param, initializer_range=0.2)
-    base = Base.of(ModelBlock(name=str(folder)), "causal-lm")
-    return load(base, {}, head_is_new=False).eval(), base.processor
+    base = Base.from_block(ModelBlock(name=str(folder)), "causal-lm")
+    return load_model(base, {}, head_is_new=False).eval(), base.processor
 
 
 def encode(tokenizer: Any) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def test_greedy_answers_alone_equal_those_in_a_padded_batch(decoder: tuple[Any, 
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
 
     def answers(batch_size: int) -> list[str]:
-        return generate(model, tokenizer, prompts, 12, Batching(batch_size))
+        return generate_answers(model, tokenizer, prompts, 12, Batching(batch_size))
 
     alone = answers(1)
     assert answers(5) == alone
@@ -126,7 +126,7 @@ def test_greedy_answers_alone_equal_those_in_a_padded_batch(decoder: tuple[Any, 
 def test_generate_beyond_the_positions_keeps_prompt_and_answer_within_them(kind: str, tmp_path: Path) -> None:
     """The default of 128 new tokens on a model with 128 positions; the longest prompt alone fills them."""
     folder = tiny.save_model(tmp_path / kind, kind)
-    tokenizer = Base.of(ModelBlock(name=str(folder))).processor
+    tokenizer = Base.from_block(ModelBlock(name=str(folder))).processor
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     widths = []
     forward = model.generate
@@ -139,5 +139,5 @@ def test_generate_beyond_the_positions_keeps_prompt_and_answer_within_them(kind:
     model.generate = watched
     prompts = [[7] * 3, [7] * 200]
 
-    assert len(generate(model, tokenizer, prompts, 128, Batching(1))) == 2
+    assert len(generate_answers(model, tokenizer, prompts, 128, Batching(1))) == 2
     assert max(widths) <= tiny.POSITIONS

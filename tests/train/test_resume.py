@@ -176,7 +176,7 @@ def unseal(checkpoint: Path) -> None:
     ("damage", "message"),
     [
         (flip_a_bit, "model.safetensors does not match its checksum"),
-        (unseal, "it was not finished"),
+        (unseal, "the folder is incomplete"),
         (lambda checkpoint: (checkpoint / "rng_state.pth").unlink(), "rng_state.pth is missing"),
     ],
 )
@@ -226,7 +226,7 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
         best = 10 if step == 15 else 5
         (folder / checkpoints.STATE).write_text(json.dumps({"best_global_step": best}), encoding="utf-8")
         if step != 25:
-            files.seal(folder)
+            files.write_checksums(folder)
 
     checkpoints.keep_few(tmp_path, 2, best_step=5)
 

@@ -78,7 +78,7 @@ def test_folder_of_a_searched_run_is_a_run_folder(searched: RunResult) -> None:
     before = (searched.folder / "report.md").read_text(encoding="utf-8")
     report.write(searched.folder)
     assert (searched.folder / "report.md").read_text(encoding="utf-8") == before
-    assert predict.load(searched.folder).predict([{"text": ROWS[0]["text"]}])
+    assert predict.load_predictor(searched.folder).predict([{"text": ROWS[0]["text"]}])
     for until in ("train", "evaluate"):
         with in_this_process():
             again = run_recipe(Run(load_run_recipe(searched.folder), searched.folder), until)
@@ -143,7 +143,7 @@ def test_single_stages_do_not_pass_a_search_over(tmp_path: Path, model: Path) ->
     one = search_job(tmp_path, model)
     summary = pipeline.prepare(one)
     made = pipeline.make_plan(one, summary)
-    with pytest.raises(RecipeError, match=r"method\.learning_rate: search needs several runs"):
+    with pytest.raises(RecipeError, match=r"method\.learning_rate: the search needs several runs"):
         pipeline.train_trial(one, made, summary)
 
 

@@ -51,7 +51,7 @@ def test_a_head_that_needs_all_places_is_found_out() -> None:
     plain = model.lm_head
     model.lm_head = Misplacing(plain.in_features, plain.out_features, bias=False)
 
-    head, found = selective_head.verified(model, causal_lm, batch())
+    head, found = selective_head.verify_selective_head(model, causal_lm, batch())
 
     assert head is None
     assert "differ by" in found

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.evaluate import scoring
-from fulltune.files import append_line, lines_of
-from fulltune.inference.store import record_batch, rows_id, words, write_rows
+from fulltune.files import append_line, read_json_lines
+from fulltune.inference.store import hash_rows, make_record_batch, row_as_json, write_rows
 from fulltune.records.events import Event, Message
 from fulltune.records.run import ACCESSES, Access
 from fulltune.records.training import Outcome
@@ -19,8 +19,8 @@ ROWS = [{"text": f"text {number}", "label": "ab"[number % 2]} for number in rang
 
 
 def run_folder(folder: Path, rows: Sequence[dict[str, Any]] = ROWS) -> Path:
-    texts = [words(f"t.csv:{place}", row) for place, row in enumerate(rows)]
-    write_rows(folder / "data" / "test", [record_batch([{"labels": 1}] * len(texts), texts)])
+    texts = [row_as_json(f"t.csv:{place}", row) for place, row in enumerate(rows)]
+    write_rows(folder / "data" / "test", [make_record_batch([{"labels": 1}] * len(texts), texts)])
     return folder
 
 
@@ -49,9 +49,9 @@ def test_log_outlives_the_runs_and_a_folder_made_anew_is_another_model(tmp_path:
 
 
 def test_identity_of_rows_counts_the_windows_of_a_row_once(tmp_path: Path) -> None:
-    texts = [words(f"t.csv:{place}", part) for place, row in enumerate(ROWS) for part in (row, {})]
-    write_rows(tmp_path / "windows", [record_batch([{"labels": 1}] * len(texts), texts)])
-    assert rows_id(tmp_path / "windows") == rows_id(run_folder(tmp_path / "a") / "data" / "test")
+    texts = [row_as_json(f"t.csv:{place}", part) for place, row in enumerate(ROWS) for part in (row, {})]
+    write_rows(tmp_path / "windows", [make_record_batch([{"labels": 1}] * len(texts), texts)])
+    assert hash_rows(tmp_path / "windows") == hash_rows(run_folder(tmp_path / "a") / "data" / "test")
 
 
 def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_processes_that_append_at_the_same_time_lose_and_mix_no_line(tmp_path: P
         writer.start()
     for writer in writers:
         writer.join()
-    lines = lines_of(path)
+    lines = read_json_lines(path)
     assert len(path.read_text(encoding="utf-8").splitlines()) == len(lines) == 800
     for number in range(4):
         assert [one["line"] for one in lines if one["number"] == number] == list(range(200))

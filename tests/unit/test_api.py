@@ -20,7 +20,7 @@ def _recipe(folder: Path) -> Path:
 
 def test_functions_are_there_and_unknown_ones_are_refused(tmp_path: Path) -> None:
     assert set(fulltune.__all__) <= set(dir(fulltune))
-    with pytest.raises(TypeError, match="there is no argument 'metric'; did you mean 'metrics'"):
+    with pytest.raises(TypeError, match="unknown argument 'metric'; did you mean 'metrics'"):
         fulltune.job(_recipe(tmp_path), metric=len)
 
 

@@ -14,8 +14,14 @@ from torch.distributed.fsdp import fully_shard
 
 from fulltune.models import sharding
 from fulltune.models.base import Base
-from fulltune.models.load import HeadOrigin, expected_head, load, match_labels, redraw
-from fulltune.models.shapes import shapes_of
+from fulltune.models.load import (
+    HeadOrigin,
+    head_origin_by_labels,
+    initialise_missing_from_seed,
+    load_model,
+    predict_head_origin,
+)
+from fulltune.models.shapes import measure_shapes
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, task_named
 from tests import tiny
@@ -30,18 +36,18 @@ LABELS = ("bad", "fine", "good")
     [
         (LABELS, LABELS, (0, 1, 2), ": its 3 labels are the same"),
         (LABELS, ("good", "bad", "fine"), (2, 0, 1), ": its 3 labels are the same, reordered by name"),
-        (LABELS, ("bad", "good"), None, "the checkpoint's 3 labels are not these (bad, fine, good)"),
-        (("a", "b", "c", "d"), LABELS, None, "the checkpoint's 4 labels are not these (a, b, c ...)"),
+        (LABELS, ("bad", "good"), None, "the checkpoint's 3 labels are different (bad, fine, good)"),
+        (("a", "b", "c", "d"), LABELS, None, "the checkpoint's 4 labels are different (a, b, c ...)"),
         (("LABEL_0", "LABEL_1"), ("0", "1"), None, "the checkpoint's 2 labels have no names (LABEL_0, LABEL_1)"),
         (("LABEL_0", "LABEL_1"), ("LABEL_1", "LABEL_0"), (1, 0), None),
-        (("bad", "bad"), ("bad", "good"), None, "the checkpoint's 2 labels are not these (bad, bad)"),
+        (("bad", "bad"), ("bad", "good"), None, "the checkpoint's 2 labels are different (bad, bad)"),
         (("LABEL_0",), ("value",), (0,), ""),
     ],
 )
 def test_rows_of_a_head_follow_the_names(
     theirs: tuple[str, ...], ours: tuple[str, ...], order: tuple[int, ...] | None, why: str | None
 ) -> None:
-    found = match_labels(theirs, ours)
+    found = head_origin_by_labels(theirs, ours)
     assert found.order == order
     assert why is None or found.why == why
 
@@ -51,10 +57,10 @@ def test_head_of_another_class_is_not_taken() -> None:
         architectures=["BertForTokenClassification"], id2label=dict(enumerate(LABELS)), label2id={}
     )
     changes = {"id2label": dict(enumerate(LABELS))}
-    assert expected_head(config, "BertForTokenClassification", changes).order == (0, 1, 2)
-    assert expected_head(config, "BertForSequenceClassification", changes).order is None
-    assert expected_head(config, "BertForTokenClassification", {}) == HeadOrigin((), "")  # has no rows for labels
-    assert expected_head(config, "BertForMultipleChoice", {}).order is None
+    assert predict_head_origin(config, "BertForTokenClassification", changes).order == (0, 1, 2)
+    assert predict_head_origin(config, "BertForSequenceClassification", changes).order is None
+    assert predict_head_origin(config, "BertForTokenClassification", {}) == HeadOrigin((), "")  # has no rows for labels
+    assert predict_head_origin(config, "BertForMultipleChoice", {}).order is None
 
 
 def _checkpoint(folder: Path, kind: str, task: str, labels: tuple[str, ...]) -> Any:
@@ -75,7 +81,9 @@ def _loaded(folder: Path, task: str, labels: tuple[str, ...], seed: int = 0) -> 
     module, target = task_named(task), Target("single_label", {}, labels)
     changes = module.config_changes(target, tiny.encoder_tokenizer())
     torch.manual_seed(seed)
-    model = load(Base.of(ModelBlock(name=str(folder)), task), changes, head_is_new=True, on_head=heads.append)
+    model = load_model(
+        Base.from_block(ModelBlock(name=str(folder)), task), changes, head_is_new=True, on_head=heads.append
+    )
     return model, heads[0]
 
 
@@ -118,9 +126,9 @@ def test_rows_of_a_head_are_the_numbers_in_the_config_not_their_order_in_the_fil
 def test_head_without_labels_is_expected_of_its_own_class_only_and_taken_where_it_is(tmp_path: Path) -> None:
     _checkpoint(tmp_path, "bert", "text-classification", ("one",))
     block = ModelBlock(name=str(tmp_path))
-    assert not shapes_of(Base.of(block, "question-answering"), {}).head_is_kept
+    assert not measure_shapes(Base.from_block(block, "question-answering"), {}).head_is_kept
     heads: list[HeadOrigin] = []
-    load(Base.of(block, "multiple-choice"), {}, head_is_new=True, on_head=heads.append)
+    load_model(Base.from_block(block, "multiple-choice"), {}, head_is_new=True, on_head=heads.append)
     assert heads == [HeadOrigin((), "")], "one row that rates texts, as a choice is rated"
 
 
@@ -128,7 +136,7 @@ def test_head_without_labels_is_expected_of_its_own_class_only_and_taken_where_i
 def test_head_with_other_labels_is_drawn_anew(tmp_path: Path, kind: str) -> None:
     saved = _checkpoint(tmp_path, kind, "text-classification", LABELS)
     model, head = _loaded(tmp_path, "text-classification", ("a", "b", "c"))
-    assert head.in_words == "new, drawn at random: the checkpoint's 3 labels are not these (bad, fine, good)"
+    assert head.in_words == "new, drawn at random: the checkpoint's 3 labels are different (bad, fine, good)"
     theirs, ours = saved.state_dict(), model.state_dict()
     changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
     rows = "classifier" if kind == "bert" else "classifier.out_proj"
@@ -144,7 +152,7 @@ def test_head_with_other_labels_is_drawn_anew(tmp_path: Path, kind: str) -> None
 
 def test_checkpoint_without_a_head_says_so(tiny_encoder: Path) -> None:
     _, head = _loaded(tiny_encoder, "text-classification", ("LABEL_0", "LABEL_1"))
-    assert head.in_words == "new, drawn at random: the checkpoint has none for this task"
+    assert head.in_words == "new, drawn at random: the checkpoint has no head for this task"
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
@@ -156,17 +164,17 @@ def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> No
         placed.save_encoder(tmp_path, "ModernBertConfig")
     heads: list[HeadOrigin] = []
     changes = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
-    base = Base.of(ModelBlock(name=str(tmp_path)), "text-classification")
+    base = Base.from_block(ModelBlock(name=str(tmp_path)), "text-classification")
     torch.manual_seed(5)
-    model = load(base, changes, head_is_new=True, on_head=heads.append)
+    model = load_model(base, changes, head_is_new=True, on_head=heads.append)
     expected = {name: one.detach().clone() for name, one in model.named_parameters()}
     assert "classifier.weight" in heads[0].drawn
 
     state = torch.get_rng_state()
-    redraw(model, heads[0], 6)
+    initialise_missing_from_seed(model, heads[0], 6)
     assert torch.equal(torch.get_rng_state(), state)
     other = {name: one.detach().clone() for name, one in model.named_parameters()}
-    redraw(model, heads[0], 5)
+    initialise_missing_from_seed(model, heads[0], 5)
     again = dict(model.named_parameters())
 
     assert {name for name in expected if not torch.equal(expected[name], again[name])} == set()
@@ -176,6 +184,6 @@ def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> No
     with process_group(tmp_path):  # of each process's own part another one would be drawn
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         model._is_distributed_loading_by_transformers = True
-        redraw(model, heads[0], 6)
-        shared = {name: sharding.whole(one.detach()) for name, one in model.named_parameters()}
+        initialise_missing_from_seed(model, heads[0], 6)
+        shared = {name: sharding.full_tensor(one.detach()) for name, one in model.named_parameters()}
         assert {name for name in other if not torch.equal(other[name], shared[name])} == set()

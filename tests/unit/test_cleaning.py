@@ -12,9 +12,9 @@ from fulltune.cleaning import (
     _compare_runs,
     _fit_and_compare,
     _leaves_enough,
+    check_proofs_possible,
     cleaning_steps,
-    ids,
-    refuse_proofs,
+    row_ids,
 )
 from fulltune.data.patch import load_patch, save_patch
 from fulltune.errors import RecipeError
@@ -67,7 +67,7 @@ def test_a_row_whose_equal_twin_a_patch_dropped_keeps_its_number(tmp_path: Path)
     tokenizer = tiny.encoder_tokenizer()
     prepare(tmp_path, rows, tokenizer, "text-classification", patch=str(tmp_path / "patch.jsonl"))
     splits = [tmp_path / "data" / split for split in ("train", "eval", "test")]
-    numbered = {name for split in splits for name in ids(split, load_patch(tmp_path / "patch.jsonl"))}
+    numbered = {name for split in splits for name in row_ids(split, load_patch(tmp_path / "patch.jsonl"))}
     assert f"{twin.row}-2" in numbered
     assert twin.row not in numbered
 
@@ -165,7 +165,7 @@ def test_too_few_eval_rows_are_refused() -> None:
         problem_type="single_label", splits={"eval": SplitSummary.model_construct(rows=43)}
     )
     with pytest.raises(RecipeError, match="--prove: 43 eval rows are too few, expected at least 50"):
-        refuse_proofs(recipe, summary, True, False)
+        check_proofs_possible(recipe, summary, True, False)
 
 
 def test_no_row_that_differs_is_no_proof_that_none_would() -> None:

@@ -134,7 +134,7 @@ def test_value_that_is_no_number_any_more_is_seen(name: str, value: Any, tmp_pat
 
 def test_little_is_said_to_be_little() -> None:
     assert [name for name, _, _ in diagnose(log([1.0, 0.9]))] == ["too little to tell"]
-    assert "so few evaluations cannot show over-fitting" in diagnose(log(FALLING))[0][1]
+    assert "so few evaluations cannot show overfitting" in diagnose(log(FALLING))[0][1]
 
 
 def test_events_of_tensorboard_are_read(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_events_of_tensorboard_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("notes.txt", "hello", "no known log; expected a run folder"),
+        ("notes.txt", "hello", "no log in a known format; expected a run folder"),
         ("trainer_state.json", '{"log_history": 3}', "is not the state of a Trainer"),
         ("trainer_state.json", '{"log_history": [{"eval_loss": 1, "step": 3}]}', "expected a train loss"),
     ],

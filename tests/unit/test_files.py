@@ -23,7 +23,7 @@ def test_text_and_json_are_written_into_folders_that_are_made(tmp_path: Path) ->
 def test_writing_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     files.write_text(path, "old")
-    with pytest.raises(OSError, match="full"), files.replacing(path) as part:  # noqa: PT012  # what fails in the block
+    with pytest.raises(OSError, match="full"), files.replace_atomically(path) as part:  # noqa: PT012  # what fails in the block
         part.write_text("ne")
         assert path.read_text() == "old"
         raise OSError("disk full")
@@ -35,7 +35,7 @@ def test_what_is_private_is_its_owners_alone_from_the_first_byte_on(tmp_path: Pa
     path = tmp_path / "a.txt"
     files.write_text(path, "anyone")
     assert path.stat().st_mode & 0o077
-    with files.replacing(path, private=True) as part:
+    with files.replace_atomically(path, private=True) as part:
         assert part.stat().st_mode & 0o777 == 0o600
         part.write_text("rows")
     assert path.stat().st_mode & 0o777 == 0o600

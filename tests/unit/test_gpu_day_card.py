@@ -14,7 +14,7 @@ from bench.gpu_day import cell, memory, processes, speed
 from bench.gpu_day.day import Rows
 from bench.gpu_day.here import Card, Here
 
-from fulltune.files import lines_of
+from fulltune.files import read_json_lines
 from fulltune.plan.memory import CUDA_CONTEXT_BYTES
 
 GIB = 2**30
@@ -28,7 +28,7 @@ def rows_in(folder: Path, seconds: float = 600) -> Rows:
 
 
 def written(rows: Rows) -> dict[str, dict[str, Any]]:
-    return {row["case"]: row for row in lines_of(rows.path)}
+    return {row["case"]: row for row in read_json_lines(rows.path)}
 
 
 def test_plan_is_compared_with_all_that_is_taken_and_with_the_tensors_alone(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_placements_are_compared_with_one_process(tmp_path: Path, monkeypatch: p
         }
 
     monkeypatch.setattr(processes, "_trained", trained)
-    monkeypatch.setattr("fulltune.selfcheck.all_reduce", lambda device: (True, "sum 3, expected 3"))
+    monkeypatch.setattr("fulltune.selfcheck.check_all_reduce", lambda device: (True, "sum 3, expected 3"))
 
     processes.two(replace(HERE, cards=(H100, H100)), tmp_path / "work", rows := rows_in(tmp_path))
 

@@ -138,5 +138,5 @@ def test_plan_of_a_busy_machine_or_of_another_day_is_made_again_before_anything_
     os.utime(path, (time.time() - 3600 * hours,) * 2)
     if beside:
         (tmp_path / beside).mkdir()
-    pipeline.forget_old_speeds(tmp_path, path)
+    pipeline.delete_outdated_plan(tmp_path, path)
     assert path.exists() == is_kept

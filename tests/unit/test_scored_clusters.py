@@ -14,7 +14,7 @@ import pytest
 from fulltune import evaluate
 from fulltune.evaluate import classifiers, spans
 from fulltune.evaluate.scoring import Scoring
-from fulltune.inference.store import CLUSTERS, IN_TRAIN, record_batch, words, write_rows
+from fulltune.inference.store import CLUSTERS, IN_TRAIN, make_record_batch, row_as_json, write_rows
 from fulltune.records.scores import Answer, Scores
 from fulltune.stats.bootstrap import resample
 from fulltune.stats.intervals import paired
@@ -30,9 +30,9 @@ TEST = [place // 10 % 2 for place in range(120)]
 
 
 def bench(folder: Path, clusters: Any, target: Target = LABELS, task: str = "text-classification") -> Scoring:
-    texts = [words(f"t.csv:{place // 2}", {"text": "x", "question": "?"}) for place in range(len(TEST))]
+    texts = [row_as_json(f"t.csv:{place // 2}", {"text": "x", "question": "?"}) for place in range(len(TEST))]
     for split, labels in (("train", [1, 1, 0]), ("test", TEST)):
-        write_rows(folder / split, [record_batch([{"labels": label} for label in labels], texts[: len(labels)])])
+        write_rows(folder / split, [make_record_batch([{"labels": label} for label in labels], texts[: len(labels)])])
     np.save(folder / "test" / CLUSTERS, clusters)
     np.save(folder / "test" / IN_TRAIN, np.zeros(len(TEST), bool))
     return Scoring(RECIPE, PLAN, task_named(task), target, folder, None)  # type: ignore[arg-type]  # a stand-in

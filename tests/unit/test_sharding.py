@@ -51,8 +51,8 @@ def test_blocks_of_each_family_are_found_and_shared_out(
     with torch.device("meta"):
         model = auto_class.from_config(config)
 
-    assert list(sharding.blocks_of(model)) == expected
-    _, given = sharding.sharded_class(auto_class, config, 2)
+    assert list(sharding.block_sharding_plan(model)) == expected
+    _, given = sharding.sharded_model_class(auto_class, config, 2)
 
     assert given.fsdp_size == 2
     _, _, plan = model._resolve_parallel_plans(given)
@@ -82,7 +82,7 @@ def test_tensor_with_several_names_is_shared_out_as_one(
     config = getattr(transformers, name)(**size)
     with torch.device("meta"), init.no_tie_weights():  # as `from_pretrained` makes it
         model = auto_class.from_config(config)
-    shared, given = sharding.sharded_class(auto_class, config, 2)
+    shared, given = sharding.sharded_model_class(auto_class, config, 2)
     _, _, plan = model._resolve_parallel_plans(given)
     seen: list[dict[str, str]] = []
 
@@ -108,34 +108,34 @@ def test_outermost_lists_are_taken_and_those_without_weights_are_not() -> None:
     model.towers = torch.nn.ModuleList([block(), block()])
     model.towers_of_more = block()
     model.silent = torch.nn.ModuleList([torch.nn.Dropout()])
-    assert list(sharding.blocks_of(model)) == ["towers.*", "towers_of_more.*"]
+    assert list(sharding.block_sharding_plan(model)) == ["towers.*", "towers_of_more.*"]
 
 
 def test_model_without_blocks_is_refused() -> None:
     with pytest.raises(SetupError, match=r"train.placement: fsdp2: Linear has no repeated blocks .* use ddp or zero3"):
-        sharding.blocks_of(torch.nn.Linear(2, 2))
+        sharding.block_sharding_plan(torch.nn.Linear(2, 2))
 
 
 def test_running_statistics_are_refused() -> None:
     with torch.device("meta"):
         model = AutoModelForImageClassification.from_config(transformers.ResNetConfig())
     with pytest.raises(SetupError, match=r"ResNetForImageClassification has running statistics .* use ddp"):
-        sharding.blocks_of(model)
+        sharding.block_sharding_plan(model)
 
 
 def test_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "OLDEST", (99, 1))
     with pytest.raises(SetupError, match=r"fsdp2 needs transformers 99\.1 or newer, found 5\."):
-        sharding.sharded_class(CLASSES, transformers.BertConfig(**_TWO), 2)
+        sharding.sharded_model_class(CLASSES, transformers.BertConfig(**_TWO), 2)
 
 
 def test_model_that_is_not_shared_out_is_left_alone() -> None:
     model = torch.nn.Linear(3, 2)
-    sharding.reshard(model)
+    sharding.free_gathered_weights(model)
     values = torch.ones(2, 3)
-    assert not sharding.is_sharded(model)
-    assert sharding.whole(model.weight) is sharding.local(model.weight) is model.weight
-    assert sharding.like(values, model.weight) is values
+    assert not sharding.is_fsdp2_sharded(model)
+    assert sharding.full_tensor(model.weight) is sharding.local_tensor(model.weight) is model.weight
+    assert sharding.shard_like(values, model.weight) is values
 
 
 _TOKENS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
@@ -164,7 +164,7 @@ def test_what_deepspeed_shares_out_is_read_block_by_block(monkeypatch: pytest.Mo
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
     small |= {"vocab_size": 64, **dict.fromkeys(_TOKENS, 0), "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
     model = CLASSES.from_config(getattr(transformers, name)(**small)).eval()
-    [list_of_blocks] = sharding.lists_of_blocks(model)
+    [list_of_blocks] = sharding.block_list_paths(model)
     blocks = list(model.get_submodule(list_of_blocks))
     own = [len(list(block.parameters())) for block in blocks]
     everything = list(model.parameters())
@@ -181,7 +181,7 @@ def test_what_deepspeed_shares_out_is_read_block_by_block(monkeypatch: pytest.Mo
         missing = [name for name, one in module.named_parameters(recurse=False) if id(one) not in _Gathered.whole]
         assert not missing, (type(module), missing)
 
-    with torch.no_grad(), sharding.gathered_by_block(model):
+    with torch.no_grad(), sharding.callable_before_engine(model):
         hooks = [module.register_forward_pre_hook(seen_whole) for module in model.modules()]
         model(input_ids=torch.tensor([[1, 2, 3]]))
         assert _Gathered.most == len(everything) - sum(own) + max(own)

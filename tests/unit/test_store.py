@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from fulltune.inference import store
-from fulltune.inference.store import Rows, batches, record_batch, texts, words, write_rows
+from fulltune.inference.store import (
+    Rows,
+    make_record_batch,
+    read_original_rows,
+    read_record_batches,
+    row_as_json,
+    write_rows,
+)
 
 
 def features(number: int) -> dict[str, Any]:
@@ -32,9 +39,9 @@ WRITTEN = [features(number) for number in range(50)]
 
 
 def write(folder: Path, rows: Sequence[Mapping[str, Any]], at_once: int) -> Rows:
-    kept = [words(f"train.csv:{place}", {"text": "é"}) for place in range(len(rows))]
+    kept = [row_as_json(f"train.csv:{place}", {"text": "é"}) for place in range(len(rows))]
     starts = range(0, len(rows), at_once)
-    write_rows(folder, (record_batch(rows[at : at + at_once], kept[at : at + at_once]) for at in starts))
+    write_rows(folder, (make_record_batch(rows[at : at + at_once], kept[at : at + at_once]) for at in starts))
     return Rows(folder)
 
 
@@ -70,7 +77,7 @@ def test_rows_written_are_read_back(rows: Rows) -> None:
 def test_rows_large_are_flushed_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_BYTES_PER_BATCH", 1000)
     write(tmp_path, [{"input_ids": list(range(200))}] * 10, at_once=1)
-    assert [len(batch) for batch in batches(tmp_path)] == [2] * 5
+    assert [len(batch) for batch in read_record_batches(tmp_path)] == [2] * 5
 
 
 def test_lists_are_views_of_the_file(rows: Rows) -> None:
@@ -106,22 +113,28 @@ def test_lists_of_all_rows_come_part_by_part(rows: Rows) -> None:
 
 def test_texts_are_the_rows_in_the_users_columns(tmp_path: Path) -> None:
     rows = [{"text": "é", "raw": b"12345", "nested": {"a": [1, None]}}, {"text": "b", "raw": b"", "nested": {}}]
-    kept = [words(f"a.csv:{i}", rows[i]) for i in (0, 1)]
-    write_rows(tmp_path, [record_batch([{"labels": 0}, {"labels": 1}], kept)])
-    assert list(texts(tmp_path)) == [
+    kept = [row_as_json(f"a.csv:{i}", rows[i]) for i in (0, 1)]
+    write_rows(tmp_path, [make_record_batch([{"labels": 0}, {"labels": 1}], kept)])
+    assert list(read_original_rows(tmp_path)) == [
         {"text": "é", "raw": "<5 bytes>", "nested": {"a": [1, None]}, "fulltune:place": "a.csv:0"},
         {"text": "b", "raw": "<0 bytes>", "nested": {}, "fulltune:place": "a.csv:1"},
     ]
-    assert "é" in words("a", rows[0])
-    assert json.loads(words("a", {"n": np.int64(3)})) == {"n": 3, "fulltune:place": "a"}
+    assert "é" in row_as_json("a", rows[0])
+    assert json.loads(row_as_json("a", {"n": np.int64(3)})) == {"n": 3, "fulltune:place": "a"}
 
 
 def test_texts_of_a_rows_other_examples_are_those_of_its_first(tmp_path: Path) -> None:
     """Windows of a long row have only its place; a file of an earlier version has the row beside each of them."""
     long, short = {"text": "long"}, {"text": "short"}
-    kept = [words("a:1", long), words("a:1", {}), words("a:2", short), words("a:3", long), words("a:3", long)]
-    write_rows(tmp_path, [record_batch([{"labels": number}], [text]) for number, text in enumerate(kept)])
-    found = list(texts(tmp_path))
+    kept = [
+        row_as_json("a:1", long),
+        row_as_json("a:1", {}),
+        row_as_json("a:2", short),
+        row_as_json("a:3", long),
+        row_as_json("a:3", long),
+    ]
+    write_rows(tmp_path, [make_record_batch([{"labels": number}], [text]) for number, text in enumerate(kept)])
+    found = list(read_original_rows(tmp_path))
     assert [(row["fulltune:place"], row["text"]) for row in found] == [
         ("a:1", "long"),
         ("a:1", "long"),

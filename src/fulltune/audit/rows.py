@@ -19,7 +19,7 @@ from fulltune.audit.texts.flaw import Flaw
 from fulltune.data.groups import character_5grams, draw, jaccard_similarity, join_near_duplicates, minhash
 from fulltune.data.patch import Decisions, PatchedRows, load_patch, numbered
 from fulltune.data.sources import find_source_files, read_source_rows
-from fulltune.inference.store import row_id, texts
+from fulltune.inference.store import read_original_rows, row_id
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Remedy, RowIssue
 from fulltune.records.data import SplitName
@@ -55,7 +55,7 @@ class AuditedRows:
         if self.packed is not None and split == "train":
             yield from self._reread_packed_rows(self.packed)
             return
-        for _, examples in groupby(texts(self.folder / split), key=itemgetter(PLACE)):
+        for _, examples in groupby(read_original_rows(self.folder / split), key=itemgetter(PLACE)):
             yield next(examples)
 
     def all(self) -> Iterator[tuple[SplitName, Row]]:

@@ -32,8 +32,8 @@ from fulltune.audit.texts import checks_without_package, select_checks
 from fulltune.audit.texts.flaw import is_installed
 from fulltune.data.patch import load_patch
 from fulltune.errors import SetupError
-from fulltune.files import replacing
-from fulltune.inference.store import texts
+from fulltune.files import replace_atomically
+from fulltune.inference.store import read_original_rows
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import (
@@ -165,7 +165,7 @@ def count_issues_by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
 def save_issues(folder: Path, issues: list[RowIssue]) -> None:
     """Sort the issues, and write them to a run's `issues.jsonl`."""
     issues.sort(key=lambda issue: (issue.check, -issue.score))
-    with replacing(folder / ISSUES, private=True) as part, part.open("w", encoding="utf-8") as file:
+    with replace_atomically(folder / ISSUES, private=True) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(f"{issue.model_dump_json(exclude_defaults=True)}\n" for issue in issues)
 
 
@@ -228,7 +228,7 @@ def write_losses(
     of_split = {split: _row_losses(folder / split, *of_examples) for split, of_examples in losses_of_split.items()}
     median = {split: float(np.median([loss for loss, *_ in lines] or [0.0])) for split, lines in of_split.items()}
     remaining = {split: iter(lines) for split, lines in of_split.items()}
-    with replacing(folder / LOSSES, private=True) as part, part.open("w", encoding="utf-8") as file:
+    with replace_atomically(folder / LOSSES, private=True) as part, part.open("w", encoding="utf-8") as file:
         for split, row, name in identify_rows(rows, decided):
             if split not in remaining:
                 continue
@@ -254,7 +254,9 @@ def _row_losses(
     `sums` holds the loss sum and number of items of each example.
     """
     losses: list[tuple[float, int, str | None]] = []
-    for _, group in groupby(zip(texts(folder), sums, answers, strict=True), key=lambda example: example[0][PLACE]):
+    for _, group in groupby(
+        zip(read_original_rows(folder), sums, answers, strict=True), key=lambda example: example[0][PLACE]
+    ):
         examples = list(group)
         total, items = np.sum([count for _, count, _ in examples], axis=0)
         losses.append((float(total / max(1.0, items)), int(items), examples[0][2]))

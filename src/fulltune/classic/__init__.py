@@ -1,5 +1,3 @@
-"""Trainer and arguments for scripts of transformers 3 and 4, with fulltune's guards."""
-
 from fulltune.classic.arguments import FulltuneNotice, Seq2SeqTrainingArguments, TrainingArguments
 from fulltune.classic.trainer import Seq2SeqTrainer, Trainer
 

@@ -1,5 +1,3 @@
-"""Translates arguments of transformers 3 and 4 to those of 5."""
-
 from __future__ import annotations
 
 import dataclasses
@@ -23,7 +21,7 @@ class FulltuneNotice(UserWarning):
 _NOT_THE_SCRIPT = ("fulltune", "transformers", "accelerate", "torch", "trl")
 
 
-def notice(text: str) -> None:
+def issue_notice(text: str) -> None:
     """Issue a `FulltuneNotice` at the line of the user's script, so that Python shows each text once."""
     level, frame = 1, sys._getframe()
     while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _NOT_THE_SCRIPT:
@@ -58,27 +56,25 @@ INSIDE = {
     "fsdp_transformer_layer_cls_to_wrap": "fsdp_config",
     "split_batches": "accelerator_config",
 }
-"""Old names that are now keys of a dictionary."""
 IGNORED = {
-    "fp16_backend": "mixed precision is always PyTorch's own",
-    "fp16_opt_level": "mixed precision is always PyTorch's own, no longer apex's",
-    "half_precision_backend": "mixed precision is always PyTorch's own",
+    "fp16_backend": "PyTorch's mixed precision is always used",
+    "fp16_opt_level": "PyTorch's mixed precision is always used, no longer apex",
+    "half_precision_backend": "PyTorch's mixed precision is always used",
     "jit_mode_eval": "evaluation no longer traces the model; torch_compile=True compiles it",
     "logging_dir": "report_to='tensorboard' writes to the folder that TENSORBOARD_LOGGING_DIR names",
-    "mp_parameters": "SageMaker's launcher sets it itself",
+    "mp_parameters": "SageMaker's launcher sets this option",
     "overwrite_output_dir": "training always starts from the model and writes to output_dir; resume with "
     "trainer.train(resume_from_checkpoint=True)",
     "past_index": "the state of one batch is no longer passed to the next",
     "push_to_hub_organization": "write hub_model_id='ORGANIZATION/MODEL'",
     "ray_scope": "pass scope= to the search itself",
     "save_safetensors": "weights are always saved as safetensors",
-    "sharded_ddp": "FairScale is no longer supported; fsdp shards a model",
-    "tpu_num_cores": "the launcher sets it",
-    "use_ipex": "Intel's extension is no longer used; PyTorch has most of it",
+    "sharded_ddp": "FairScale is no longer supported; use fsdp to shard a model",
+    "tpu_num_cores": "the launcher sets the number of cores",
+    "use_ipex": "Intel's extension is no longer used; PyTorch includes most of it",
     "use_legacy_prediction_loop": "there is only one prediction loop",
-    "use_mps_device": "Apple's GPU is used whenever there is one; use_cpu=True avoids it",
+    "use_mps_device": "Apple's GPU is always used if available; set use_cpu=True to avoid it",
 }
-"""Old names without effect, and the reason."""
 OLD_NAMES = (*RENAMED, *SWITCHES, *INSIDE, *IGNORED)
 
 
@@ -107,14 +103,14 @@ class OldNames:
                 _translate_old_name(name, value, arguments)
         optim = arguments.get("optim")
         if str(getattr(optim, "value", optim)) in ("adamw_hf", "adamw_apex_fused"):
-            notice(f"optim={optim!r} no longer exists; 'adamw_torch' is used, PyTorch's own AdamW")
+            issue_notice(f"optim={optim!r} no longer exists; PyTorch's AdamW ('adamw_torch') is used instead")
             arguments["optim"] = "adamw_torch"
         _use_cpu_for_bf16(arguments)
         if not torch.accelerator.is_available():
             arguments["dataloader_pin_memory"] = False  # it has no effect, and torch warns at each loader
         super().__init__(*positional, **(arguments | {"logging_nan_inf_filter": False}))
         if self.fp16 and self.device.type == "cpu":  # type: ignore[attr-defined]  # of the class beside
-            notice("fp16=True: there is no GPU here, so training computes in fp32 (as transformers does, silently)")
+            issue_notice("fp16=True: no GPU found, so training computes in fp32")
 
 
 class TrainingArguments(OldNames, transformers.TrainingArguments):
@@ -126,8 +122,9 @@ class Seq2SeqTrainingArguments(OldNames, transformers.Seq2SeqTrainingArguments):
 
 
 def _translate_old_name(name: str, value: Any, arguments: dict[str, Any]) -> None:
+    """Set the new argument for an old one in `arguments`, with a notice; raise `ValueError` if both differ."""
     if name in IGNORED:
-        notice(f"{name} is ignored: {IGNORED[name]}")
+        issue_notice(f"{name} is ignored: {IGNORED[name]}")
         return
     new, new_value = RENAMED.get(name, ""), value
     if name in SWITCHES:
@@ -151,16 +148,16 @@ def _translate_old_name(name: str, value: Any, arguments: dict[str, Any]) -> Non
     if is_set and present != new_value:
         raise ValueError(
             f"TrainingArguments: {before} and {new}={'...' if hidden else repr(present)} contradict each other; "
-            f"give {new} only"
+            f"give only {new}"
         )
     arguments[new] = new_value
-    notice(f"{before} is now {after}")
+    issue_notice(f"{before} is now {after}")
 
 
 def _use_cpu_for_bf16(keywords: dict[str, Any]) -> None:
-    """Set `use_cpu` for bf16 without a GPU, which transformers refuses otherwise."""
+    """Set `use_cpu` for bf16 without a GPU, which transformers would refuse."""
     bf16_names = [name for name in ("bf16", "bf16_full_eval") if keywords.get(name)]
     has_gpu = torch.accelerator.is_available() or is_torch_bf16_gpu_available() or is_torch_xla_available()
     if bf16_names and not keywords.get("use_cpu") and not has_gpu:
         keywords["use_cpu"] = True
-        notice(f"{bf16_names[0]}=True: there is no GPU here; use_cpu=True was set, and the CPU computes in bf16")
+        issue_notice(f"{bf16_names[0]}=True: no GPU found, so use_cpu=True was set and the CPU computes in bf16")

@@ -1,5 +1,3 @@
-"""Runs the dry-run step of the classic `Trainer`."""
-
 from __future__ import annotations
 
 import logging
@@ -13,7 +11,7 @@ import torch
 import transformers
 from accelerate.utils import send_to_device
 
-from fulltune.classic.arguments import notice
+from fulltune.classic.arguments import issue_notice
 from fulltune.errors import GuardStop
 from fulltune.train.loop.guarded_step import gradients_are_finite
 from fulltune.train.worker.dry_run import same_buffers, same_randomness
@@ -22,11 +20,11 @@ _log = logging.getLogger(__name__)
 
 
 NUM_MEASURED_ROWS = 2000
-"""Rows measured in a dataset without columns, which may tokenize on the fly."""
 
 
 def dry_run(trainer: transformers.Trainer) -> float | None:
-    """Run one step on the longest rows at learning rate 0. Return its loss, or None if it cannot run.
+    """Run forward, backward and optimizer on the longest rows at learning rate 0. Return the loss, or None if the rows
+    are unknown.
 
     Random state, buffers and optimizer are restored, but not the generator of a collator or dataset.
     """
@@ -46,8 +44,8 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
             _step_at_rate_zero(trainer)
     except (RuntimeError, MemoryError) as error:
         error.add_note(
-            f"fulltune: this was the dry-run step before training, on the longest batch ({size}); "
-            "trainer.dry_run = False skips it"
+            f"fulltune: the dry-run step before training failed on the longest batch ({size}); "
+            "set trainer.dry_run = False to skip the step"
         )
         raise
     finally:
@@ -60,45 +58,45 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
 
 
 def _positions_for_dry_run(trainer: transformers.Trainer) -> list[int]:
-    """Return positions of the longest train rows, or an empty list if unknown."""
+    """Return positions of the longest train rows; if they are unknown, warn and return an empty list."""
     dataset: Any = trainer.train_dataset
     if type(trainer).get_train_dataloader is not transformers.Trainer.get_train_dataloader:
-        notice("no dry-run step before training: the script builds the batches itself (get_train_dataloader)")
+        issue_notice("no dry-run step before training: the script builds the batches itself (get_train_dataloader)")
         return []
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        notice("no dry-run step before training: the length of the train dataset is unknown")
+        issue_notice("no dry-run step before training: the length of the train dataset is unknown")
         return []
     names = getattr(trainer.processing_class, "model_input_names", None) or ["input_ids"]
     with same_randomness():
-        return longest(dataset, trainer._train_batch_size, names[0])
+        return longest_rows(dataset, trainer._train_batch_size, names[0])
 
 
-def longest(dataset: Sequence[object], count: int, name: str) -> list[int]:
-    """Return the positions of the longest rows, or of the first ones if rows have no length."""
+def longest_rows(dataset: Sequence[object], count: int, column: str) -> list[int]:
+    """Return the positions of the `count` rows with the longest `column`, or of the first ones if it has no length."""
     positions: Sequence[int] = range(len(dataset))
-    lengths = _column_lengths(dataset, name)
+    lengths = _column_lengths(dataset, column)
     if lengths is None:
         count = min(len(dataset), NUM_MEASURED_ROWS)
         positions = [number * len(dataset) // count for number in range(count)]  # evenly spaced
-        if positions and row_length(dataset[positions[0]], name) is None:
+        if positions and row_length(dataset[positions[0]], column) is None:
             return list(range(min(count, len(dataset))))
-        lengths = [row_length(dataset[i], name) or 0 for i in positions]
+        lengths = [row_length(dataset[i], column) or 0 for i in positions]
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")[:count]
     return [int(positions[i]) for i in order]
 
 
-def _column_lengths(dataset: Any, name: str) -> list[int] | None:
-    """Return each row's length in a list column of a `datasets.Dataset` without reading values, else None."""
-    feature = (getattr(dataset, "features", None) or {}).get(name)
+def _column_lengths(dataset: Any, column: str) -> list[int] | None:
+    """Return the lengths of a list column in a `datasets.Dataset` without reading values, or None for other data."""
+    feature = (getattr(dataset, "features", None) or {}).get(column)
     if not hasattr(dataset, "with_format") or not hasattr(feature, "feature") or dataset.format["type"] == "custom":
         return None
-    tables = dataset.select_columns([name]).with_format("arrow").iter(10_000)
-    return [length or 0 for table in tables for length in pyarrow.compute.list_value_length(table[name]).to_pylist()]
+    tables = dataset.select_columns([column]).with_format("arrow").iter(10_000)
+    return [length or 0 for table in tables for length in pyarrow.compute.list_value_length(table[column]).to_pylist()]
 
 
-def row_length(row: object, name: str) -> int | None:
-    """Return the length of a row's value, or None if it has none."""
-    value = row.get(name) if isinstance(row, Mapping) else None
+def row_length(row: object, column: str) -> int | None:
+    """Return the length of a column's value in a row, or None if it has no length."""
+    value = row.get(column) if isinstance(row, Mapping) else None
     try:
         return None if value is None else len(value)
     except TypeError:
@@ -111,8 +109,9 @@ def _describe_length(batch: object) -> str:
 
 
 def _forward_and_backward(trainer: transformers.Trainer, model: torch.nn.Module, batch: dict[str, Any]) -> float:
+    """Compute the loss and gradients of a batch as the Trainer does, and return the loss."""
     _, num_items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-    inputs = send_to_device(copied(batch), trainer.args.device)
+    inputs = send_to_device(shallow_copy(batch), trainer.args.device)
     model.train()
     with trainer.compute_loss_context_manager():
         loss: Any = trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
@@ -140,6 +139,6 @@ def _step_at_rate_zero(trainer: transformers.Trainer) -> None:
         optimizer.state.clear()
 
 
-def copied(inputs: dict[str, Any]) -> dict[str, Any]:
+def shallow_copy(inputs: dict[str, Any]) -> dict[str, Any]:
     # `compute_loss` may remove the labels.
     return dict(inputs) if isinstance(inputs, Mapping) else inputs

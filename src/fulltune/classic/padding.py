@@ -1,5 +1,3 @@
-"""Adds a missing padding token, and pads rows of unequal length."""
-
 from __future__ import annotations
 
 import logging
@@ -12,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.data.data_collator import DataCollator
 from transformers.models.auto.tokenization_auto import AutoTokenizer, get_tokenizer_config
 
-from fulltune.classic.arguments import notice
+from fulltune.classic.arguments import issue_notice
 from fulltune.classic.dry_run import row_length
 from fulltune.tasks.padding import IGNORED, padded
 
@@ -27,10 +25,11 @@ class PaddingCollator:
         self._pad, self._has_warned = pad, False
 
     def __call__(self, features: Sequence[object]) -> dict[str, torch.Tensor]:
+        """Pad rows of unequal length, and return them as a batch of tensors."""
         rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
         if _have_unequal_lengths(rows, "input_ids"):
             if not self._has_warned:
-                notice(f"rows of unequal length are padded with token {self._pad}: no tokenizer or collator pads them")
+                issue_notice(f"rows of unequal length are padded with token {self._pad}: no tokenizer or collator pads")
             self._has_warned = True
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         fills = {"input_ids": self._pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
@@ -48,8 +47,8 @@ def _have_unequal_lengths(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     return len({row_length(row, name) for row in rows}) > 1
 
 
-def complete(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -> DataCollator:
-    """Set the model's padding token if it is missing, and return a collator that can pad."""
+def with_padding(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -> DataCollator:
+    """Set the model's padding token if it is missing, and return `collate` or another collator, which can pad."""
     reader = collate if tokenizer is None else tokenizer
     pad_of_reader = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
     lacks = collate is transformers.default_data_collator or type(collate) is PaddingCollator
@@ -66,12 +65,12 @@ def complete(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = pad
         if source:
-            notice(f"the model needs a padding token to classify and has none: token {pad} is used, {source}")
+            issue_notice(f"the model has no padding token, which classification needs; token {pad} is used ({source})")
     return PaddingCollator(pad) if lacks and pad is not None else collate
 
 
 def _choose_padding_token(config: PretrainedConfig, text: PretrainedConfig) -> tuple[int | None, str]:
-    """Return the tokenizer's padding token or the model's end token, and its origin."""
+    """Return the padding token of the model's tokenizer, or its end token, and a source; (None, "") without both."""
     name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers creates an empty one
@@ -79,7 +78,7 @@ def _choose_padding_token(config: PretrainedConfig, text: PretrainedConfig) -> t
     except (OSError, ValueError, KeyError, ImportError) as error:
         _log.info("%s: no readable tokenizer: %s", name, error)
     end = end[0] if isinstance(end, Sequence) and end else end
-    for token, source in ((pad, f"that of the tokenizer in {name}"), (end, "its end token")):
+    for token, source in ((pad, f"the padding token of the tokenizer in {name}"), (end, "the model's end token")):
         if isinstance(token, int) and 0 <= token < text.vocab_size:
             return token, source
     return None, ""

@@ -1,12 +1,10 @@
-"""TRL's `SFTTrainer` and `SFTConfig` with fulltune's guards."""
-
 from __future__ import annotations
 
 import copy
 import importlib.util
 from typing import Any
 
-from fulltune.classic.arguments import OldNames, notice
+from fulltune.classic.arguments import OldNames, issue_notice
 from fulltune.classic.trainer import Trainer
 from fulltune.errors import SetupError
 
@@ -22,7 +20,7 @@ class SFTConfig(OldNames, trl.SFTConfig):
     def __init__(self, *positional: Any, **keywords: Any) -> None:
         if "max_seq_length" in keywords:
             keywords["max_length"] = keywords.pop("max_seq_length")
-            notice(f"max_seq_length is now max_length={keywords['max_length']!r}")
+            issue_notice(f"max_seq_length is now max_length={keywords['max_length']!r}")
         super().__init__(*positional, **keywords)
 
 

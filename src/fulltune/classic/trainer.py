@@ -1,5 +1,3 @@
-"""Trainers for scripts of transformers 3 and 4."""
-
 from __future__ import annotations
 
 import functools
@@ -20,9 +18,9 @@ from transformers.data.data_collator import DataCollator
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from fulltune import methods
-from fulltune.classic.arguments import notice
-from fulltune.classic.dry_run import copied, dry_run
-from fulltune.classic.padding import complete
+from fulltune.classic.arguments import issue_notice
+from fulltune.classic.dry_run import dry_run, shallow_copy
+from fulltune.classic.padding import with_padding
 from fulltune.errors import GuardStop
 from fulltune.records.training import ParameterChanges
 from fulltune.stats.curves import diverged, ended_high
@@ -61,15 +59,14 @@ class Trainer(Guarded, transformers.Trainer):
             if keywords.get("processing_class", tokenizer) is not tokenizer:
                 raise ValueError("Trainer: tokenizer and processing_class are the same argument; give only one")
             keywords["processing_class"] = tokenizer
-            notice("Trainer(tokenizer=...) is now processing_class=...")
+            issue_notice("Trainer(tokenizer=...) is now processing_class=...")
         super().__init__(*positional, **keywords)
         self._accept_old_overrides()
-        self.data_collator = complete(self.model, self.processing_class, self.data_collator)
+        self.data_collator = with_padding(self.model, self.processing_class, self.data_collator)
         self.add_callback(_GuardCallback(self))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The name of `processing_class` before 4.46."""
         return self.processing_class  # type: ignore[return-value]  # for other processors it has the wrong name
 
     @tokenizer.setter
@@ -77,20 +74,21 @@ class Trainer(Guarded, transformers.Trainer):
         self.processing_class = value
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a model, and set its padding token if it has none."""
         model = super().call_model_init(trial)
         collate = cast("DataCollator", getattr(self, "data_collator", None))
-        complete(model, getattr(self, "processing_class", None), collate)
+        with_padding(model, getattr(self, "processing_class", None), collate)
         return model
 
     def train(self, *positional: object, **keywords: object) -> TrainOutput:
-        """Train, judge the final loss and count the changed values.
+        """Train, warn if the final loss is high, and count the changed values in `moved`.
 
         Raises:
             GuardStop: Several steps were non-finite, or no value changed.
         """
         if "model_path" in keywords:
             keywords["resume_from_checkpoint"] = keywords.pop("model_path")
-            notice("train(model_path=...) is now resume_from_checkpoint=...")
+            issue_notice("train(model_path=...) is now resume_from_checkpoint=...")
         self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
         self._untrained_loss = None
         # A script's own loss may rise for good reason.
@@ -99,8 +97,8 @@ class Trainer(Guarded, transformers.Trainer):
         )
         try:
             result = super().train(*positional, **keywords)
-            self._judge_final_loss()
-            self._count_changed_values()
+            self._warn_if_final_loss_high()
+            self._check_changed_values()
         finally:
             if self._initial is not None:
                 self._initial.path.unlink(missing_ok=True)
@@ -108,13 +106,14 @@ class Trainer(Guarded, transformers.Trainer):
         return result
 
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
-        notice(f"the update of step {step} is skipped: {verdict.reason}")
+        issue_notice(f"the update of step {step} is skipped: {verdict.reason}")
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
+        """Compute a micro batch's gradients, scaled correctly for models whose loss is a mean."""
         if num_items_in_batch is not None and not self._loss_scaling_known:
-            self._find_loss_scaling(model, inputs, num_items_in_batch)
+            self._detect_mean_loss(model, inputs, num_items_in_batch)
         return super().training_step(model, inputs, None if self._loss_is_mean else num_items_in_batch)
 
     def predict(self, *positional: Any, **keywords: Any) -> PredictionOutput:
@@ -126,7 +125,7 @@ class Trainer(Guarded, transformers.Trainer):
             self.args.train_sampling_strategy = strategy
 
     def _accept_old_overrides(self) -> None:
-        """Accept overridden methods with signatures from before 4.46, which lack an argument."""
+        """Wrap overridden methods with signatures from before 4.46, which lack an argument."""
         for name, argument in (
             ("compute_loss", "num_items_in_batch"),
             ("training_step", "num_items_in_batch"),
@@ -139,13 +138,13 @@ class Trainer(Guarded, transformers.Trainer):
             setattr(self, name, _without_argument(method, argument))
             _log.info("%s.%s has a signature from before transformers 4.46", type(self).__name__, name)
 
-    def _find_loss_scaling(
+    def _detect_mean_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int
     ) -> None:
-        """Determine whether the loss is divided by `num_items_in_batch`: twice as many items should halve it.
+        """Set `_loss_is_mean` if twice as many `num_items_in_batch` do not halve the loss.
 
-        transformers 5.24 assumes so, but most models' sequence classification returns a mean. The gradient would be too
-        large by the number of accumulation steps and processes. Delete this when transformers detects it.
+        transformers 5.24 does not detect such models, and makes their gradients too large by the number of accumulation
+        steps and processes. Delete this when it does.
         """
         self._loss_scaling_known = True
         accumulates = self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1
@@ -156,21 +155,21 @@ class Trainer(Guarded, transformers.Trainer):
         losses = []
         for factor in (1, 2):
             with same_randomness(), torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, copied(inputs), num_items_in_batch=num_items_in_batch * factor)
+                loss = self.compute_loss(model, shallow_copy(inputs), num_items_in_batch=num_items_in_batch * factor)
             losses.append(loss.detach().float().mean())  # a tensor, as no outputs are requested
         # Summed over processes, so that all make the same decision.
         once, twice = self.accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
         if once == 0:
             self._loss_scaling_known = False
         elif math.isclose(once, twice, rel_tol=1e-2):
-            _log.info("the loss is a mean over each micro batch: it is divided by the gradient accumulation steps")
+            _log.info("the loss is a mean over each micro batch, so it is divided by the gradient accumulation steps")
             self._loss_is_mean = True
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
 
     def before_first_step(self) -> None:
         """Save the initial weights and run the dry-run step, unless the model is sharded."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
-            _log.info("the model is sharded: no dry-run step, and changed values are not counted")
+            _log.info("the model is sharded, so there is no dry-run step and changed values are not counted")
             return
         if self._initial is None:
             self._first_step = self.state.global_step
@@ -179,7 +178,7 @@ class Trainer(Guarded, transformers.Trainer):
             loss = dry_run(self)
             self._untrained_loss = loss if self._first_step == 0 else None
 
-    def judge_logged(self) -> None:
+    def warn_if_diverged(self) -> None:
         """Warn once if the logged loss has diverged."""
         if self._ignores_divergence:
             return
@@ -189,9 +188,9 @@ class Trainer(Guarded, transformers.Trainer):
         decision = diverged(losses, self.args.learning_rate, self._untrained_loss)
         if decision.action == "stop":
             self._ignores_divergence = True
-            notice(decision.reason)
+            issue_notice(decision.reason)
 
-    def _judge_final_loss(self) -> None:
+    def _warn_if_final_loss_high(self) -> None:
         """Warn if the loss of the last steps is high."""
         # The last steps are used because a script may log none of them. After resuming, nothing is judged.
         if self._ignores_divergence or self.first_loss is None or self._first_step > 0:
@@ -200,9 +199,10 @@ class Trainer(Guarded, transformers.Trainer):
         eval_losses = logged(self.state, "eval_loss")
         decision = ended_high(losses, eval_losses, self.args.learning_rate, self._untrained_loss)
         if decision.action != "go on":
-            notice(decision.reason)
+            issue_notice(decision.reason)
 
     def _save_initial_weights(self) -> None:
+        """Save the weights on rank 0 to count changed values later, or warn if this fails."""
         if not self.is_world_process_zero():
             return
         folder, path = Path(str(self.args.output_dir)), None
@@ -214,10 +214,10 @@ class Trainer(Guarded, transformers.Trainer):
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             if path is not None:
                 path.unlink(missing_ok=True)
-            notice(f"changed values will not be counted: the weights could not be saved in {folder} ({error})")
+            issue_notice(f"changed values will not be counted: the weights could not be saved in {folder} ({error})")
 
-    def _count_changed_values(self) -> None:
-        """Count the changed values, and stop or warn if none or few changed."""
+    def _check_changed_values(self) -> None:
+        """Count the values that training changed; raise `GuardStop` if none changed, and warn if few did."""
         if self._initial is None or self.state.global_step <= self._first_step:
             return
         # DDP and torch.compile put prefixes before the names.
@@ -227,17 +227,19 @@ class Trainer(Guarded, transformers.Trainer):
             return  # the schedule's rate may be 0 in a single step
         decision = check_parameters_moved(self.moved, bool(names), self.largest_grad_norm)
         if decision.action == "stop" and self._first_step > 0:
-            notice(f"since the checkpoint at step {self._first_step}: {decision.reason}")
+            issue_notice(f"since the checkpoint at step {self._first_step}: {decision.reason}")
             return
         if decision.action == "stop":
             raise GuardStop(decision.reason)
-        share = f"{self.moved.share:.1%} of the {self.moved.num_values_with_gradient:,} values that got a gradient"
-        _log.info("%s moved", share)
+        share = f"{self.moved.share:.1%} of the {self.moved.num_values_with_gradient:,} values that received a gradient"
+        _log.info("%s changed", share)
         if self.moved.share < 0.5:
-            dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in methods.trained(self.model).values()})
-            notice(
-                f"only {share} moved ({', '.join(dtypes)} weights): the updates are too small for the weights' type; "
-                "load the model with dtype=torch.float32 or raise learning_rate"
+            dtypes = sorted(
+                {str(p.dtype).removeprefix("torch.") for p in methods.trainable_parameters(self.model).values()}
+            )
+            issue_notice(
+                f"only {share} changed ({', '.join(dtypes)} weights), because the updates are too small for "
+                "this dtype; load the model with dtype=torch.float32 or raise learning_rate"
             )
 
 
@@ -246,8 +248,6 @@ class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
 
 
 class _GuardCallback(transformers.TrainerCallback):
-    """Calls the trainer's dry-run step and loss check."""
-
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
@@ -256,11 +256,11 @@ class _GuardCallback(transformers.TrainerCallback):
         self._trainer.before_first_step()
 
     def on_log(self, *_: object, **__: object) -> None:
-        self._trainer.judge_logged()
+        self._trainer.warn_if_diverged()
 
 
 def _without_argument(method: Callable[..., Result], argument: str) -> Callable[..., Result]:
-    """Return a method that ignores an argument, by name or position."""
+    """Return a function that calls `method` without this argument, given by name or as the last position."""
     parameters = inspect.signature(method).parameters.values()
     limit = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 

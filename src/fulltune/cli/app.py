@@ -287,7 +287,7 @@ def doctor(
     as_json: options.Json = False,
 ) -> None:
     """Diagnose what went wrong in training, from the log of any Trainer."""
-    from fulltune.doctor import diagnose, in_words, read_log
+    from fulltune.doctor import diagnose, read_log, summarise_log
     from fulltune.report.format import pages
     from fulltune.report.format.blocks import Facts
 
@@ -296,7 +296,7 @@ def doctor(
     if as_json:
         stages.print_json([dict(zip(("name", "evidence", "advice"), one, strict=True)) for one in diagnoses])
         return
-    out.print(escape(in_words(log)), soft_wrap=True)
+    out.print(escape(summarise_log(log)), soft_wrap=True)
     rows = ((name, f"{evidence}{f' → {advice}' if advice else ''}") for name, evidence, advice in diagnoses)
     pages.print_parts(out, [Facts(tuple(rows))])
 
@@ -329,8 +329,8 @@ def predict(
     if output is not None:
         cli_predict.check_output(output, force)
     model_folder = stages.choose_model_folder(run_folder, method)
-    what = cli_predict.read_input(text or [], file, folders.notes_of(model_folder))
-    predictor = predicting.load(model_folder)
+    what = cli_predict.read_input(text or [], file, folders.read_notes(model_folder))
+    predictor = predicting.load_predictor(model_folder)
     if output is None:
         cli_predict.print_answers(predictor, what, max_new_tokens, as_json)
         return
@@ -359,8 +359,8 @@ def merge(
         raise SetupError(cli_predict.why_not_mergeable(run_folder, model_folder))
     hide_progress_bars()
     with explain_os_errors(output):
-        folder.merge(model_folder, output)
-        write_merged_card(model_folder, output, folder.notes_of(model_folder)["task"])
+        folder.merge_into_pretrained(model_folder, output)
+        write_merged_card(model_folder, output, folder.read_notes(model_folder)["task"])
     out.print(f"model: {escape(str(output))}", soft_wrap=True)
 
 
@@ -398,8 +398,8 @@ def selfcheck(
         from fulltune.report.format.words import write_sanitized
         from fulltune.system.run_folder import explain_os_errors
 
-        page = checking.run(lambda line: status.update(escape(line)))
-    shown = checking.in_blocks(page)
+        page = checking.run_checks(lambda line: status.update(escape(line)))
+    shown = checking.page_section(page)
     if output is not None:
         with explain_os_errors(output):
             write_sanitized(output, render_section(shown))

@@ -53,13 +53,13 @@ class AuditRequest:
 
 def run_audit(recipe: Recipe, folder: Path, request: AuditRequest) -> None:
     """Run the data stage and the audit, and write the data page."""
-    from fulltune.cleaning import prove_by_classifiers, prove_by_training, refuse_proofs
-    from fulltune.pipeline import Run, audit_rows, list_losses
+    from fulltune.cleaning import check_proofs_possible, prove_by_classifiers, prove_by_training
+    from fulltune.pipeline import Run, add_highest_losses, audit_rows
     from fulltune.report import write_data_page
     from fulltune.system import run_folder
 
     summary = stages.run_to(recipe, folder, "data", details=False).summary
-    refuse_proofs(recipe, summary, request.prove, request.trainings > 0)
+    check_proofs_possible(recipe, summary, request.prove, request.trainings > 0)
     with (
         run_folder.explain_os_errors(folder),
         run_folder.lock_folder(folder),
@@ -68,7 +68,7 @@ def run_audit(recipe: Recipe, folder: Path, request: AuditRequest) -> None:
         job = Run(recipe, folder, listener=display)
         audit_rows(job, summary, request.labels)
         if request.losses:
-            list_losses(job, summary)
+            add_highest_losses(job, summary)
         if request.prove:
             prove_by_classifiers(job, summary)
         if request.trainings:

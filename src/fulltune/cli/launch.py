@@ -44,12 +44,12 @@ def launch(
         hint = did_you_mean(on, launch.LAUNCHERS)
         expected = f"--on {on}: expected {listed(list(launch.LAUNCHERS), 'or')}"
         raise SetupError(f"{expected}; {hint}" if hint else expected)
-    job = launch.job_of(recipe, set_ or [], hardware)
-    path = launch.path_of(job, on, output)
-    command = launch.write(job, on, path, force)
+    job = launch.load_job(recipe, set_ or [], hardware)
+    path = launch.job_file_path(job, on, output)
+    command = launch.write_job_file(job, on, path, force)
     each = f", {counted(job.processes, 'process', 'processes')} each" if job.num_machines > 1 else ""
     out.print(f"{counted(job.num_machines, 'machine')}{each}", soft_wrap=True)
     submit = escape(shlex.join(command))
     out.print(f"wrote {escape(str(path))}; edit lines marked '# edit:', then submit it: {submit}", soft_wrap=True)
-    for note in launch.absent(job, on):
+    for note in launch.missing_input_warnings(job, on):
         out.print(escape(note), soft_wrap=True)

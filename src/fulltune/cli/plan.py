@@ -132,7 +132,7 @@ def _survey_and_plan(
         hardware.measure_machine(), hardware.disk_free_bytes(folder), recipe.train.num_machines, str(folder)
     )
     spread, followed = workload.set_one_process_per_device(recipe, fleet)
-    base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, not by_config))
+    base = cache(lambda: Base.from_block(recipe.model, recipe.task, recipe.data.chat_template, not by_config))
 
     def make_workload(changed: Recipe) -> workload.Workload:
         if by_config:

@@ -24,8 +24,8 @@ from fulltune.data.readers.columnar import read_class_names
 from fulltune.data.readers.read import DataFiles, locate_data_files, resolve_image_paths
 from fulltune.data.readers.text_files import SEPARATED, detect_delimiter, open_csv_reader
 from fulltune.errors import DataError, InterruptedRun, SetupError
-from fulltune.files import replacing
-from fulltune.inference.store import readable
+from fulltune.files import replace_atomically
+from fulltune.inference.store import to_json_value
 from fulltune.methods import folder as folders
 from fulltune.system.run_folder import explain_os_errors
 from fulltune.tasks import Row, Target
@@ -226,7 +226,7 @@ def _answer_rows(
     if without:
         _warn(f"without an answer: {without:,} of {counted(rows, 'row')}; {replacement}")
     if cut:
-        _warn(f"truncated: {cut:,} of {counted(rows, 'row')}; each {predictor.cut_in_words()}")
+        _warn(f"truncated: {cut:,} of {counted(rows, 'row')}; each {predictor.describe_truncation()}")
     return {"rows": rows, "without_answer": without, "cut": cut}
 
 
@@ -286,7 +286,7 @@ def added_cells(added: Columns, answer: Row | None, reason: str | None) -> dict[
 def open_output(output: Path, own_columns: Sequence[str], added: Columns, parquet_types: Row) -> Iterator[RowWriter]:
     """Yield a function that writes a row with its answer. The file gets its name only when complete."""
     form = output.suffix.lower()
-    with explain_os_errors(output), replacing(output) as part:
+    with explain_os_errors(output), replace_atomically(output) as part:
         if form == ".parquet":
             with _write_parquet(part, own_columns, added, parquet_types) as write:
                 yield write
@@ -296,7 +296,7 @@ def open_output(output: Path, own_columns: Sequence[str], added: Columns, parque
                 yield _write_separated(stream, _WRITTEN[form], [*own_columns, *added])
             else:
                 yield lambda row, answer: stream.write(
-                    json.dumps({**row, **answer}, ensure_ascii=False, default=readable) + "\n"
+                    json.dumps({**row, **answer}, ensure_ascii=False, default=to_json_value) + "\n"
                 )
 
 
@@ -317,8 +317,8 @@ def _write_separated(stream: Any, delimiter: str, names: Sequence[str]) -> RowWr
 def _plain_value(value: Any) -> Any:
     """Return a value as text or number, lists and dictionaries as JSON."""
     if isinstance(value, (list, tuple, dict)):
-        return json.dumps(value, ensure_ascii=False, default=readable)
-    return value if value is None or isinstance(value, (str, int, float)) else readable(value)
+        return json.dumps(value, ensure_ascii=False, default=to_json_value)
+    return value if value is None or isinstance(value, (str, int, float)) else to_json_value(value)
 
 
 @contextlib.contextmanager
@@ -353,9 +353,9 @@ def _write_parquet(part: Path, own_columns: Sequence[str], added: Columns, parqu
 
 def why_not_mergeable(run: Path, model_folder: Path) -> str:
     """Say why a model cannot be merged, and which models of its run can."""
-    why, models = "is already a complete model", predict.models_of(run)
-    if folders.is_partial(model_folder):
-        kind = folders.notes_of(model_folder)["method"]["kind"]
+    why, models = "is already a complete model", predict.model_folders(run)
+    if folders.has_only_trained_parameters(model_folder):
+        kind = folders.read_notes(model_folder)["method"]["kind"]
         why = f"a method of kind {kind} adds modules to the model and cannot be merged"
     can = [name for name, path in models.items() if folders.can_be_merged(path)]
     if can:

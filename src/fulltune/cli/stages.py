@@ -168,7 +168,7 @@ def choose_model_folder(run: Path, method: str | None) -> Path:
     """Return the folder of a run's model, and print it if a comparison's verdict chose it."""
     from fulltune import predict as predicting
 
-    folder, reason = predicting.choose(run, method)
+    folder, reason = predicting.choose_model_folder(run, method)
     if reason:
         note = f"{run}: using '{folder.name}': {reason} (choose another with --method)"
         err.print(f"[dim]{escape(note)}[/dim]", soft_wrap=True)

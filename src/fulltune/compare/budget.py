@@ -10,7 +10,7 @@ from fulltune.compare.context import CLOCK, FOLDER, Context
 from fulltune.compare.sequential import TIME_UP_SHARE, spent
 from fulltune.compare.trials import is_done, run_trial
 from fulltune.errors import RecipeError
-from fulltune.files import lines_of
+from fulltune.files import read_json_lines
 from fulltune.recipe.methods import RIVALS, Method
 from fulltune.records.comparison import Comparison, Expectation, Search, Trial
 from fulltune.records.events import Designed
@@ -261,7 +261,7 @@ def pace(context: Context) -> tuple[dict[str, float], float]:
     """Return the ratios of actual to planned time: by method for steps (an empty name stands for all methods), and for
     everything else."""
     took: defaultdict[str, float] = defaultdict(float)
-    for entry in lines_of(context.folder / CLOCK):
+    for entry in read_json_lines(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]
     steps, planned = defaultdict[str, float](float), defaultdict[str, float](float)
     rest, planned_rest = 0.0, _FIRST_SECONDS

@@ -17,8 +17,8 @@ from fulltune.compare.sequential import left
 from fulltune.compare.trials import best_seed, keep
 from fulltune.compare.verdict import MethodOutputs, Terms, decide
 from fulltune.evaluate.scoring import MIN_UNSEEN, load_outputs, note_access, outputs
-from fulltune.files import append_line, lines_of
-from fulltune.forgetting.generic_text import drift
+from fulltune.files import append_line, read_json_lines
+from fulltune.forgetting.generic_text import drift_per_text
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.recipe.tasks import ALSO_OCCURS, FACTS, leaked_content
 from fulltune.records.comparison import Comparison, Decision, MethodRow, Opening, TrialResult
@@ -100,7 +100,7 @@ def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later:
         left=later,
     )
     append_line(context.folder / OPENINGS, opening.model_dump(mode="json"))
-    return tuple(Opening.model_validate(entry) for entry in lines_of(context.folder / OPENINGS))
+    return tuple(Opening.model_validate(entry) for entry in read_json_lines(context.folder / OPENINGS))
 
 
 def untouched(context: Context) -> tuple[Scores, ...]:
@@ -197,7 +197,7 @@ def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
     if not (folder / f"{BASE}.npz").exists():
         return None
     before, *after = (load_outputs(folder / f"{name}.npz") for name in (BASE, *(one.trial.name for one in results)))
-    of_text = np.mean([drift(before["generic"], one["generic"]) for one in after], axis=0)
+    of_text = np.mean([drift_per_text(before["generic"], one["generic"]) for one in after], axis=0)
     drawn = resample({"drift": of_text}, lambda texts: {"drift": float(texts["drift"].mean())}, samples=_TEXT_SAMPLES)
     return drawn["drift"].estimate(context.recipe.evaluate.confidence)
 

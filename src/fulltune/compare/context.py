@@ -12,12 +12,12 @@ from typing import Any
 from fulltune import evaluate, methods, plan
 from fulltune.compare.rates import Scale
 from fulltune.evaluate.scoring import Scoring
-from fulltune.files import append_line, lines_of
+from fulltune.files import append_line, read_json_lines
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import PlannedModel
-from fulltune.forgetting.generic_text import generic_texts
+from fulltune.forgetting.generic_text import load_generic_texts
 from fulltune.inference.run import MOST_TOKENS
-from fulltune.inference.store import texts
+from fulltune.inference.store import read_original_rows
 from fulltune.models.shapes import Shapes
 from fulltune.pipeline import Run
 from fulltune.plan.settings import with_settings
@@ -80,12 +80,12 @@ class Context:
 
     @cached_property
     def texts(self) -> tuple[list[str], str]:
-        return generic_texts(self.recipe.preserve.probe)
+        return load_generic_texts(self.recipe.preserve.probe)
 
     @cached_property
     def most_tokens(self) -> int:
         limit = self.setup(self.full.label).shapes.position_limit or MOST_TOKENS
-        return min(MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
+        return min(MOST_TOKENS, limit - methods.max_virtual_tokens(self.recipe))
 
     @cached_property
     def measure(self) -> bootstrap.ResamplableMetric:
@@ -96,7 +96,7 @@ class Context:
         """Return the eval metric's direction and number of rows. Windows of one question count as one row."""
         num_rows = self.summary.splits["eval"].rows
         if self.summary.form.has_windows:
-            num_rows = len({row[PLACE] for row in texts(self.folder / "data" / "eval")})
+            num_rows = len({row[PLACE] for row in read_original_rows(self.folder / "data" / "eval")})
         return Scale(self.measure.greater_is_better, num_rows, is_share(self.measure.name))
 
     @cached_property
@@ -149,7 +149,7 @@ class Context:
     @property
     def seconds_spent(self) -> float:
         """Recorded seconds of all commands on this folder."""
-        return sum(entry["seconds"] for entry in lines_of(self.folder / CLOCK))
+        return sum(entry["seconds"] for entry in read_json_lines(self.folder / CLOCK))
 
     @property
     def seconds_left(self) -> float:

@@ -8,8 +8,8 @@ from fulltune import plan
 from fulltune.compare import budget, rates
 from fulltune.compare.context import settings_of
 from fulltune.compare.seeds import SeedRuns
-from fulltune.models.base import Base, is_quantised
-from fulltune.models.shapes import shapes_of
+from fulltune.models.base import Base, is_quantised_gguf
+from fulltune.models.shapes import measure_shapes
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import VARIANT
 from fulltune.recipe.tasks import ALSO_OCCURS
@@ -77,8 +77,8 @@ def lint_comparison(ran: SeedRuns, comparison: Comparison) -> tuple[Finding, ...
 
 def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
     """Check a recipe before the comparison, and return all findings."""
-    base = Base.of(recipe.model, recipe.task)
-    shapes = shapes_of(base, {})
+    base = Base.from_block(recipe.model, recipe.task)
+    shapes = measure_shapes(base, {})
     seeds = recipe.compare.seeds or budget.num_seeds(None, budget.FEW_TRAIN_ROWS)
     trained = []
     for method in recipe.methods:
@@ -254,7 +254,7 @@ def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleH
 
 
 def _check_pretrained_weights(base: Base) -> RuleHits:
-    if is_quantised(base.path):
+    if is_quantised_gguf(base.path):
         yield (
             "quantised-source",
             "model",

@@ -11,7 +11,7 @@ from fulltune.compare.conclude import judge
 from fulltune.compare.context import OPENINGS, RECORD, Context
 from fulltune.compare.seeds import SeedRuns, search_all
 from fulltune.errors import RecipeError
-from fulltune.files import lines_of
+from fulltune.files import read_json_lines
 from fulltune.pipeline import Run
 from fulltune.plan.settings import with_settings
 from fulltune.recipe.fields import Recipe
@@ -48,7 +48,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
             if busy := context.setup(context.full.label).plan.busy:
                 context.say(busy)
             expectation = expect(context)
-            if len(lines_of(job.folder / OPENINGS)) > len(openings):
+            if len(read_json_lines(job.folder / OPENINGS)) > len(openings):
                 context.say("the test rows were opened before: nothing more is trained")
                 context.budget_seconds = 0.0
             comparison = judge(SeedRuns(context, search_all(context, expectation), expectation).run())

@@ -20,7 +20,7 @@ from fulltune.data.contamination import ForbiddenTexts, mark_rows_with_forbidden
 from fulltune.data.groups import RowCounts, draw, join_by_value, join_near_duplicates, minhash, parse_groups_and_times
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
-from fulltune.inference.store import record_batch, words, write_rows
+from fulltune.inference.store import make_record_batch, row_as_json, write_rows
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.system.hardware import num_cores
@@ -189,7 +189,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         examples += good
         row_of += [len(rows)] * len(good)
         # A row's cells are stored with its first example only, its location with each.
-        texts += [words(place, row), *[words(place, {})] * (len(good) - 1)]
+        texts += [row_as_json(place, row), *[row_as_json(place, {})] * (len(good) - 1)]
         rows.append((place, row))
     features = [
         {**example.features, LENGTH: example.features.get(LENGTH, len(example.features.get("input_ids", ())))}
@@ -222,7 +222,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         tally=tally,
         longest=max((one.longest or row[LENGTH] for one, row in zip(examples, features, strict=True)), default=0),
     )
-    return numbers, record_batch(features, texts) if examples else None, dropped
+    return numbers, make_record_batch(features, texts) if examples else None, dropped
 
 
 def _why_row_unusable(job: Job, task: Task, row: Row) -> Refused | None:

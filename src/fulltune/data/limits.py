@@ -9,7 +9,7 @@ import numpy as np
 
 from fulltune import methods
 from fulltune.errors import RecipeError
-from fulltune.inference.store import WORDS, record_batch
+from fulltune.inference.store import WORDS, make_record_batch
 from fulltune.models import packing as model_packing
 from fulltune.models.base import Base
 from fulltune.models.shapes import position_limit
@@ -41,9 +41,9 @@ class Limits:
         attention = recipe.model.attn_implementation
         return cls(
             position_limit(base.config) if FACTS[recipe.task].reads == "text" else None,
-            base.identity(attention),
-            lambda: model_packing.obstacle(base.config, attention),
-            methods.virtual_tokens(recipe),
+            base.config_digest(attention),
+            lambda: model_packing.why_not_packable(base.config, attention),
+            methods.max_virtual_tokens(recipe),
         )
 
 
@@ -111,7 +111,7 @@ def pack_texts(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.
     """Pack whole tokenised texts into rows of at most `max_length` tokens; yield batches of rows."""
     blocks = _group_texts_by_best_fit(parts, max_length)
     while full := list(islice(blocks, _BLOCKS_PER_BATCH)):
-        yield record_batch(list(map(_block_to_row, full)), [block[0][2] for block in full])
+        yield make_record_batch(list(map(_block_to_row, full)), [block[0][2] for block in full])
 
 
 def _block_to_row(block: list[TokenizedText]) -> dict[str, np.ndarray | int]:

@@ -59,8 +59,8 @@ from fulltune.data.written import (
     write_splits,
 )
 from fulltune.errors import RecipeError, SetupError
-from fulltune.files import flaw, make_private, seal
-from fulltune.models.base import processor_identity
+from fulltune.files import find_damage, make_private, write_checksums
+from fulltune.models.base import processor_fingerprint
 from fulltune.recipe.data import DataBlock, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
@@ -139,7 +139,7 @@ def prepare(stage: Stage) -> DataSummary:
                 for name, source in files.items()
             }
             summary = _prepare_uncached(replace(stage, folder=part), sources, forbidden, fingerprint)
-        seal(part)
+        write_checksums(part)
         if cached is None:
             replace_folder(part, folder)
         else:
@@ -294,7 +294,7 @@ def _load_earlier_summary(folder: Path, fingerprint: str, listener: Listener) ->
         return None
     if summary.fingerprint != fingerprint:
         return None
-    if damage := flaw(folder):
+    if damage := find_damage(folder):
         listener(Message(text=f"{folder}: {damage}; preparing the rows again from the data files", level="warning"))
         return None
     return summary
@@ -322,7 +322,7 @@ def _fingerprint_inputs(stage: Stage, files: Mapping[SourceName, DataFiles], for
         *(bool(block.eval), bool(block.test), [file.weight for file in block.mixed_files]),
         block.patch and hashlib.sha256(Path(block.patch).read_bytes()).hexdigest(),
         hash_files({"contamination": DataFiles(forbidden, "")}),
-        processor_identity(stage.tokenizer),
+        processor_fingerprint(stage.tokenizer),
         *(limits.positions, stage.tokenizer.model_max_length, limits.identity, limits.virtual),
     )
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -21,9 +21,9 @@ from fulltune.inference.store import (
     MIXED,
     WORDS,
     Rows,
-    batches,
-    readable,
-    texts,
+    read_original_rows,
+    read_record_batches,
+    to_json_value,
     write_rows,
 )
 from fulltune.recipe.data import rows_per_epoch
@@ -40,7 +40,9 @@ _MAX_PREVIEWED = 200
 
 
 def as_line(item: Dropped) -> str:
-    return json.dumps(masked_cells(json.loads(json.dumps(asdict(item), default=readable))), ensure_ascii=False) + "\n"
+    return (
+        json.dumps(masked_cells(json.loads(json.dumps(asdict(item), default=to_json_value))), ensure_ascii=False) + "\n"
+    )
 
 
 def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:
@@ -54,7 +56,7 @@ def iterate_stored_rows(source: EncodedSource, is_wanted: np.ndarray) -> Iterato
         return
     first = np.diff(source.row_of, prepend=-1) > 0  # the row's cells are stored with its first example
     start = 0
-    for batch in batches(source.folder):
+    for batch in read_record_batches(source.folder):
         row_of, is_first = source.row_of[start : start + len(batch)], first[start : start + len(batch)]
         start += len(batch)
         for place in np.flatnonzero(is_wanted[row_of] & is_first):
@@ -68,7 +70,7 @@ def iterate_examples(split: Split, task: Task, with_test_features: bool = False)
 
     without = () if with_test_features else getattr(task, "ONLY_FOR_TEST_ROWS", ())
     start = 0
-    for batch in batches(split.source.folder):
+    for batch in read_record_batches(split.source.folder):
         mask = split.examples[start : start + len(batch)]
         start += len(batch)
         if mask.any():
@@ -125,13 +127,15 @@ def make_previews(
 ) -> tuple[Preview, ...]:
     """Return up to `max_previews` rows of `span` as the model reads them, without rows that hold private data."""
     rows, shown = Rows(folder), list[Preview]()
-    for position, words in enumerate(islice(texts(folder), span.start, min(span.stop, span.start + _MAX_PREVIEWED))):
+    for position, words in enumerate(
+        islice(read_original_rows(folder), span.start, min(span.stop, span.start + _MAX_PREVIEWED))
+    ):
         if len(shown) == max_previews:
             break
         row = rows[span.start + position]
         plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
         preview = task.preview(plain, target, tokenizer)
-        cells = json.dumps(words, ensure_ascii=False, default=readable)
+        cells = json.dumps(words, ensure_ascii=False, default=to_json_value)
         if all(masked_text(text) == text for text in (cells, "".join(segment.text for segment in preview.segments))):
             shown.append(preview)
     return tuple(shown)

@@ -16,8 +16,8 @@ from fulltune import files, probe
 from fulltune.errors import SetupError
 from fulltune.evaluate.scoring import Scored, Scoring, note_access
 from fulltune.footprint.records import SHAPES
-from fulltune.methods.folder import NOTES, notes_of
-from fulltune.models.base import Base, opened
+from fulltune.methods.folder import NOTES, read_notes
+from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.shapes import Shapes
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS, TaskName
@@ -75,7 +75,7 @@ def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable
     with_head = scoring.plan.head_init is not None
     if not with_head and scoring.target.form.has_windows:
         return {}
-    rows, eval_rows = (opened(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
+    rows, eval_rows = (with_decoded_images(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
     # The probe is in the run folder if training needed it, otherwise it is fitted here.
     fitted = probe.load_or_fit(scoring.data.parent, lambda: _feature_extractor(scoring), rows, eval_rows, with_head)
     scorers: dict[str, Callable[[], Scored]] = {}
@@ -110,7 +110,7 @@ def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe
     extractor, folder = _feature_extractor(scoring), scoring.data.parent
     if fitted.head is not None:
         probe.put_head(extractor.model, folder)  # the head's other layers may affect the embeddings
-    rows = opened(scoring.rows("test"), scoring.base.processor)
+    rows = with_decoded_images(scoring.rows("test"), scoring.base.processor)
     rows_note = f" of {fitted.train_rows:,} train rows" if fitted.train_rows < fitted.available_rows else ""
     pair_note = ", each text read alone" if baseline.pooling == "pair" else ""
     name = f"{baseline.kind} (frozen embeddings{rows_note}{pair_note})"
@@ -190,7 +190,7 @@ def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Prediction
 
 
 def _save_temperature(model_folder: Path, temperature: float) -> None:
-    files.write_json(model_folder / NOTES, notes_of(model_folder) | {"temperature": temperature})
+    files.write_json(model_folder / NOTES, read_notes(model_folder) | {"temperature": temperature})
 
 
 def _scorer_of(task: TaskName) -> ModuleType:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fulltune.evaluate.scoring import Scored, Scoring
-from fulltune.inference.run import Batching, generate
+from fulltune.inference.run import Batching, generate_answers
 from fulltune.records.scores import Answer
 from fulltune.system.memory import run_with_smaller_batches
 from fulltune.tasks import Row, Tokenizer, written
@@ -59,7 +59,7 @@ def _generate_answers(
     return run_with_smaller_batches(
         "evaluation",
         scoring.plan.eval_batch_size,
-        lambda batch_size: generate(
+        lambda batch_size: generate_answers(
             model,
             tokenizer,
             prompts,

@@ -14,13 +14,13 @@ import numpy as np
 
 from fulltune.audit.texts import masked_cells
 from fulltune.errors import SetupError
-from fulltune.files import append_line, replacing
-from fulltune.inference.run import Batching, GenericText, ProgressCallback, by_length, model_batch, run_rows
-from fulltune.inference.selective_head import SelectiveHead, verified
-from fulltune.inference.store import CLUSTERS, IN_TRAIN, Rows, rows_id, texts
+from fulltune.files import append_line, replace_atomically
+from fulltune.inference.run import Batching, GenericText, ProgressCallback, model_batch, positions_by_length, run_rows
+from fulltune.inference.selective_head import SelectiveHead, verify_selective_head
+from fulltune.inference.store import CLUSTERS, IN_TRAIN, Rows, hash_rows, read_original_rows
 from fulltune.methods import folder
-from fulltune.models.base import Base, opened
-from fulltune.models.load import load
+from fulltune.models.base import Base, with_decoded_images
+from fulltune.models.load import load_model
 from fulltune.recipe.fields import Recipe
 from fulltune.records.events import Listener, Message, RowsRead
 from fulltune.records.plan import Plan
@@ -67,7 +67,7 @@ class Scoring:
     @property
     def texts(self) -> list[Row]:
         """The test rows in the user's own columns, each with its location in the file."""
-        return list(texts(self.data / "test"))
+        return list(read_original_rows(self.data / "test"))
 
     def estimates(
         self,
@@ -149,7 +149,7 @@ class Scoring:
 
     def run(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
         """Return the model's predictions for each row of a split, as the task defines them."""
-        rows, pad_token_id = opened(self.rows(split), processor), processor.pad_token_id
+        rows, pad_token_id = with_decoded_images(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.
         return run_with_smaller_batches(
@@ -172,8 +172,10 @@ class Scoring:
         the same."""
         if not self.task.FACTS.writes:
             return None
-        batch = model_batch(model, self.task, [rows[by_length(rows)[-1]]], pad_token_id)
-        return verified(model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()})[0]
+        batch = model_batch(model, self.task, [rows[positions_by_length(rows)[-1]]], pad_token_id)
+        return verify_selective_head(
+            model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()}
+        )[0]
 
     def load(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
         """Return a finished model, or the pretrained one if `model_folder` is None, on the plan's device, and its
@@ -182,15 +184,15 @@ class Scoring:
         if model_folder is None:
             processor = self.base.processor
             changes = self.task.config_changes(self.target, processor)
-            model: Any = load(replace(self.base, block=block), changes, head_is_new=head_is_new)
-        elif folder.is_partial(model_folder):
-            processor = folder.processor_of(model_folder)
-            model = folder.load(model_folder, processor, replace(self.base, block=block)).model
+            model: Any = load_model(replace(self.base, block=block), changes, head_is_new=head_is_new)
+        elif folder.has_only_trained_parameters(model_folder):
+            processor = folder.load_processor(model_folder)
+            model = folder.load_method_folder(model_folder, processor, replace(self.base, block=block)).model
         else:
             # Keeps what the recipe says about remote code and attention; the revision belongs to the pretrained model.
             block = block.model_copy(update={"name": str(model_folder), "revision": None})
-            finished = Base.of(block, self.recipe.task)
-            model, processor = load(finished, {}, head_is_new=False), finished.processor
+            finished = Base.from_block(block, self.recipe.task)
+            model, processor = load_model(finished, {}, head_is_new=False), finished.processor
         return model.to(self.plan.device), processor
 
 
@@ -203,7 +205,7 @@ def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None
         run=folder.name,
         trial=COMPARISON if outcome is None else outcome.trial,
         model="" if outcome is None else hashlib.sha256(outcome.model_dump_json().encode()).hexdigest()[:16],
-        rows=rows_id(folder / "data" / "test"),
+        rows=hash_rows(folder / "data" / "test"),
     )
     try:
         append_line(folder.parent / ACCESSES, access.model_dump(mode="json"))
@@ -238,7 +240,7 @@ def outputs(
     if texts and scoring.task.FACTS.reads == "text":
         form, precision = scoring.target.form, scoring.plan.precision
         head = scoring.selective_head(model, processor.pad_token_id, scoring.rows("eval"))
-        read = GenericText.of(texts, processor, form.reads_any_text, precision, most_tokens).read(model, head)
+        read = GenericText.tokenise(texts, processor, form.reads_any_text, precision, most_tokens).measure(model, head)
         by_split["generic"] = {"generic": read}
     return by_split, seconds
 
@@ -246,7 +248,7 @@ def outputs(
 def save_outputs(path: Path, predictions: Predictions) -> None:
     """Save the numeric arrays of predictions. Other arrays would need pickle."""
     numbers: dict[str, Any] = {name: array for name, array in predictions.items() if array.dtype != object}
-    with replacing(path) as part, part.open("wb") as file:
+    with replace_atomically(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **numbers)
 
 

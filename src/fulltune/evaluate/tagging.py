@@ -72,7 +72,7 @@ def _score_lexicon(scoring: Scoring) -> Scored:
     """Score a baseline that gives each word its most frequent training tag, and `O` to unseen words."""
     ids = {label: position for position, label in enumerate(scoring.target.labels)}
     tag_counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
-    for row in store.texts(scoring.data / "train"):  # read one at a time, as there may be many
+    for row in store.read_original_rows(scoring.data / "train"):  # read one at a time, as there may be many
         for word, tag in zip(*token_classification.words_and_tags(row, scoring.target.columns), strict=True):
             tag_counts[word][ids[tag]] += 1
     lexicon = {word: min(counts, key=lambda label: (-counts[label], label)) for word, counts in tag_counts.items()}

@@ -370,7 +370,7 @@ def _trace_micro_batch(
     inputs = {name: tensor.clone() for name, tensor in batch.items()}
     if case.task.FACTS is seq2seq.FACTS:
         inputs["decoder_input_ids"] = seq2seq.decoder_input_ids(model, labels)
-    selecting = contextlib.nullcontext() if head is None else head.only(labels)
+    selecting = contextlib.nullcontext() if head is None else head.computing_only(labels)
     with autocast(model, "fp32" if case.weights_dtype == "bf16" else case.precision), selecting:
         logits = logits_of(model(**inputs)).float()
     log.place = "forward loss"

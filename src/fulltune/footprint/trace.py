@@ -19,7 +19,7 @@ from fulltune.footprint.records import BYTES, FOOTPRINT, SHAPES, Footprint, Live
 from fulltune.models import dropout
 from fulltune.models.base import Base
 from fulltune.models.pixels import num_patches
-from fulltune.models.shapes import Shapes, shapes_of
+from fulltune.models.shapes import Shapes, measure_shapes
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Method
 from fulltune.recipe.tasks import TaskName
@@ -129,7 +129,7 @@ class PlannedModel:
     def shapes(self) -> Shapes:
         """The model's dimensions, including the parameters of the recipe's method."""
         apply = make_preparation(self.recipe, on_cpu=False) if self.recipe.method.kind != "full" else None
-        return shapes_of(self.base, self.config_changes, apply)
+        return measure_shapes(self.base, self.config_changes, apply)
 
     def footprint(self, recipe: Recipe, device: str, precision: str) -> Footprint:
         """Return the model's footprint for a recipe that may differ in weight type and attention."""
@@ -137,7 +137,7 @@ class PlannedModel:
         attention = recipe.model.attn_implementation
         footprint = trace_or_estimate(
             TraceCase(
-                self.base.configured(self.config_changes, recipe.model.dropout),
+                self.base.copy_config(self.config_changes, recipe.model.dropout),
                 task_named(self.recipe.task),
                 Target.of(self.summary),
                 make_preparation(recipe, on_cpu=device == "cpu"),
@@ -172,9 +172,9 @@ def make_preparation(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel]
 def apply_method_and_dropout(method: Method, task: TaskName, on_cpu: bool, model: PreTrainedModel) -> None:
     """Apply the method to a model and, with `on_cpu`, replace its dropout layers."""
     if method.kind != "full":
-        methods.apply(model, method, task)
+        methods.apply_method(model, method, task)
     if on_cpu:
-        dropout.install(model)
+        dropout.replace_dropout(model)
 
 
 _TRACED: dict[str, Footprint] = {}

@@ -1,1 +1,1 @@
-"""Generic texts and the budget, as functions without a model."""
+

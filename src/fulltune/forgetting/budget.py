@@ -1,5 +1,5 @@
-"""Computes the replay weight by dual ascent on a budget for forgetting, and chooses among interpolated weights
-(Wortsman et al. 2022, arXiv 2109.01903)."""
+"""Compute the replay weight by dual ascent on a budget for forgetting, and choose among interpolated weights (Wortsman
+et al. 2022, arXiv 2109.01903)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ SELECTION_TOKENS = 12_800
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """Interpolation points that are tried first; 0 is the pretrained model."""
 REFINEMENTS = 2
-"""Further points between the largest share within the budget and the next one."""
 NUM_POINTS = 1 + len(SHARES) + REFINEMENTS
 MIN_SHARE_STEP = 0.01
 MAX_ROWS = 300
@@ -28,12 +27,14 @@ LANGUAGE_WEIGHTS, STATE_WEIGHTS = (0.1, 1.0), (0.005, 0.03)
 MAX_EXCESS = 1.0
 """Drift allowed above the limit at the peak learning rate, as a multiple of the limit. It falls with the rate to 0."""
 MAX_FACTOR = 1.5
-"""Largest factor by which one measurement changes the replay weight."""
 
 
-def next_weight(weight: float, measured: Drift, limit: float, rate: float, bounds: tuple[float, float]) -> float:
-    """Return the replay weight to use after a drift measurement; `rate` is the share of the peak learning rate."""
-    allowed = limit * (1 + MAX_EXCESS * rate)
+def next_replay_weight(
+    weight: float, measured: Drift, limit: float, rate_share: float, bounds: tuple[float, float]
+) -> float:
+    """Return the replay weight after a drift measurement: higher if the drift exceeds its limit, else lower.
+    `rate_share` is the learning rate divided by its peak."""
+    allowed = limit * (1 + MAX_EXCESS * rate_share)
     if not math.isfinite(measured.upper):
         return weight
     step = (measured.upper - allowed) / allowed
@@ -41,36 +42,36 @@ def next_weight(weight: float, measured: Drift, limit: float, rate: float, bound
     return min(max(weight * factor, bounds[0] / limit), bounds[1] / limit)
 
 
-def min_limit(measured: Drift) -> float:
+def smallest_limit(measured: Drift) -> float:
     """Return the smallest limit at which a point with this drift may be chosen."""
     return measured.upper + SAFETY_ERRORS * math.sqrt(2) * measured.error
 
 
 def is_within(measured: Drift, limit: float) -> bool:
-    return min_limit(measured) <= limit
+    return smallest_limit(measured) <= limit
 
 
 MOST_GAIN = 0.9
 
 
 def limit_for_most_gain(result: BudgetResult) -> float | None:
-    """Return the smallest limit at which `MOST_GAIN` of the trained model's gain is possible, or None if the chosen
-    point already reaches it."""
+    """Return the smallest limit that allows `MOST_GAIN` of the trained model's gain; None if the choice has it."""
     most = result.gain_of(result.end)
     if result.gain_of(result.choice) >= MOST_GAIN * most:
         return None
-    return min(min_limit(point.drift) for point in result.points if result.gain_of(point) >= MOST_GAIN * most)
+    return min(smallest_limit(point.drift) for point in result.points if result.gain_of(point) >= MOST_GAIN * most)
 
 
-def crossing(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:
-    """Return the share at which drift is expected to reach `limit`, by linear interpolation between a point within it
-    and one beyond."""
-    low, high = (min_limit(point.drift) - limit for point in (inside, outside))
+def share_at_limit(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:
+    """Estimate the interpolation share at which drift reaches `limit`, from a point inside it and one outside."""
+    low, high = (smallest_limit(point.drift) - limit for point in (inside, outside))
     fraction = low / (low - high) if math.isfinite(low - high) else 0.5
     return round(inside.share + fraction * (outside.share - inside.share), 3)
 
 
-def best(points: Sequence[InterpolationPoint], limit: float, greater_is_better: bool) -> InterpolationPoint:
+def best_point_within(
+    points: Sequence[InterpolationPoint], limit: float, greater_is_better: bool
+) -> InterpolationPoint:
     """Return the point with the best metric within the limit; among equals, the point with the least drift."""
     sign = 1 if greater_is_better else -1
     possible = [point for point in points if point.is_start or is_within(point.drift, limit)]

@@ -1,6 +1,3 @@
-"""Generic texts, unlike the task's, from the user's file or docstrings of Python's standard library, and drift on
-them."""
-
 from __future__ import annotations
 
 import ast
@@ -26,7 +23,7 @@ from fulltune.text import counted
 
 NUM_TEXTS = 200
 MAX_PARAGRAPH_LINES = 30
-"""If paragraphs have more lines than this on average, each line of a file is a text."""
+"""Paragraphs with more lines on average are read as one text per line."""
 _KEY_WORDS, _DOCUMENTATION_KEY_WORDS = 64, 8
 """First words that identify a text or a docstring, as boilerplate begins alike."""
 _MIN_MAX_WORDS = (20, 120)
@@ -36,13 +33,13 @@ _WORD_BYTES = 6
 _EXCLUDED = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
 
 
-def generic_texts(
-    file: str | None = None, count: int = NUM_TEXTS, setting: str = "preserve.probe"
+def load_generic_texts(
+    file: str | None = None, max_texts: int = NUM_TEXTS, setting: str = "preserve.probe"
 ) -> tuple[list[str], str]:
-    """Return at most `count` texts of the file, or docstrings of the standard library, and their source. The order is
-    fixed."""
+    """Return at most `max_texts` texts, in a fixed order, and their source: the file, or docstrings of the standard
+    library if it is None. `setting` is named in errors."""
     if file is None:
-        return _distinct_in_fixed_order(_docstrings_of_standard_library(count))[:count], BUNDLED
+        return _distinct_in_fixed_order(_docstrings_of_standard_library(max_texts))[:max_texts], BUNDLED
     if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
         raise DataError(
             f"{setting}: {file}: expected plain text with one text per line or paragraph; write the texts into a .txt "
@@ -51,7 +48,7 @@ def generic_texts(
     try:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise DataError(f"{setting}: {file}: is not UTF-8, expected a text file; save it as UTF-8") from None
+        raise DataError(f"{setting}: {file}: expected UTF-8 text; save the file as UTF-8") from None
     except OSError as error:
         raise DataError(f"{setting}: {file}: cannot be read ({error.strerror}); expected a text file") from None
     lines = [line for line in text.splitlines() if line.strip()]
@@ -64,7 +61,7 @@ def generic_texts(
         raise DataError(
             f"{setting}: {file}: contains {counted(len(texts), kind)}; expected at least 2 distinct lines or paragraphs"
         )
-    return texts[:count], file
+    return texts[:max_texts], file
 
 
 @dataclass(frozen=True)
@@ -76,18 +73,20 @@ class BudgetTexts:
     sealed: list[str]
     """Texts that are read only for the final measurement."""
     replayed: list[str]
-    """Texts from which each step replays some, or none if there is no replay."""
     source: str
 
 
-def budget_texts(block: PreserveBlock) -> BudgetTexts:
-    """Return the texts of a run with a budget. Raises `DataError` if there are too few."""
+def load_budget_texts(block: PreserveBlock) -> BudgetTexts:
+    """Return the disjoint texts of a run with a budget, or raise `DataError` if there are too few."""
     replays_probe = block.replay == AUTO
-    texts, source = generic_texts(block.probe, 2 * MAX_TEXTS + MAX_REPLAYED * replays_probe)
-    each = min(MAX_TEXTS, enough(texts, SELECTION_TOKENS), len(texts) // (3 if replays_probe else 2))
+    texts, source = load_generic_texts(block.probe, 2 * MAX_TEXTS + MAX_REPLAYED * replays_probe)
+    each = min(MAX_TEXTS, count_texts_for(texts, SELECTION_TOKENS), len(texts) // (3 if replays_probe else 2))
     if each < MIN_TEXTS:
         needed = MIN_TEXTS * (3 if replays_probe else 2)
-        use = f"{MIN_TEXTS} for selection, {MIN_TEXTS} sealed" + f", {MIN_TEXTS} for replay" * replays_probe
+        use = (
+            f"{MIN_TEXTS} for selection, {MIN_TEXTS} for the final measurement"
+            + f", {MIN_TEXTS} for replay" * replays_probe
+        )
         raise DataError(
             f"preserve.probe: {source}: contains {len(texts):,} texts; a budget needs at least {needed} ({use}): add "
             "lines or paragraphs"
@@ -95,27 +94,27 @@ def budget_texts(block: PreserveBlock) -> BudgetTexts:
     replayed = texts[2 * each :][:MAX_REPLAYED]
     if not replays_probe:
         probe_keys = set(map(text_key, texts))
-        candidates = generic_texts(block.replay, MAX_REPLAYED, "preserve.replay")[0] if block.replay else []
+        candidates = load_generic_texts(block.replay, MAX_REPLAYED, "preserve.replay")[0] if block.replay else []
         replayed = [text for text in candidates if text_key(text) not in probe_keys]
         if block.replay and not replayed:
-            raise DataError(f"preserve.replay: {block.replay}: contains only texts of the probe; name other texts")
+            raise DataError(f"preserve.replay: {block.replay}: all texts are also in preserve.probe; name other texts")
     return BudgetTexts(texts[:each], texts[each : 2 * each], replayed, source)
 
 
-def enough(texts: Sequence[str], tokens: int) -> int:
-    """Return how many texts, from the first on, contain about this many tokens, each truncated as a model reads it."""
+def count_texts_for(texts: Sequence[str], total_tokens: int) -> int:
+    """Return how many texts, from the first on, contain about this many tokens in total after truncation."""
     # Scripts without spaces, or with several bytes per letter, have more tokens than words.
     sizes = (max(len(text.split()), len(text.encode()) // _WORD_BYTES) for text in texts)
     words = accumulate(min(size, _READ_WORDS) for size in sizes)
-    return sum(total <= tokens * 3 // 4 for total in words)
+    return sum(total <= total_tokens * 3 // 4 for total in words)
 
 
 def check_texts(block: PreserveBlock) -> None:
     """Raise `DataError` if the recipe's generic texts cannot be used."""
     if block.budget is not None:
-        budget_texts(block)
+        load_budget_texts(block)
     elif block.probe is not None:
-        generic_texts(block.probe)
+        load_generic_texts(block.probe)
 
 
 def _distinct_in_fixed_order(texts: Iterable[str]) -> list[str]:
@@ -124,12 +123,13 @@ def _distinct_in_fixed_order(texts: Iterable[str]) -> list[str]:
 
 
 def text_key(text: str, words: int = _KEY_WORDS) -> str:
-    """Return the first words of a text. They identify the text, because a model reads no more of it."""
+    """Return the first words of a text, which identify it because a model reads no more."""
     return " ".join(normalised(text).split()[:words])
 
 
 @cache
 def _docstrings_of_standard_library(count: int) -> tuple[str, ...]:
+    """Return `count` or slightly more docstring paragraphs, in a fixed order of files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = (path.relative_to(root) for path in (*root.glob("*.py"), *root.glob("*/*.py")))
     included = [path for path in modules if not any(part in _EXCLUDED for part in path.parts)]
@@ -143,6 +143,7 @@ def _docstrings_of_standard_library(count: int) -> tuple[str, ...]:
 
 
 def _docstring_paragraphs(file: Path) -> Iterator[str]:
+    """Yield a file's docstring paragraphs that are prose of 20 to 120 words."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8", errors="ignore"))
     except (SyntaxError, ValueError, RecursionError):
@@ -162,35 +163,35 @@ def _docstring_paragraphs(file: Path) -> Iterator[str]:
 NEAR_CHANCE, MAX_UNKNOWN = 0.8, 0.3
 
 
-def weak_texts_reason(
-    text: GenericText, first: np.ndarray, vocabulary: int | None, unknown_id: int | None
+def why_texts_are_weak(
+    text: GenericText, losses_or_states: np.ndarray, vocabulary_size: int | None, unknown_id: int | None
 ) -> str | None:
-    """Return why drift on these texts says little about the pretrained model's abilities, or None.
+    """Return the reason why drift on these texts says little about the pretrained model's abilities, or None.
 
     Args:
-        first: Result of `GenericText.read` for the pretrained model.
+        losses_or_states: Result of `GenericText.measure` for the pretrained model.
     """
-    advice = "such texts say little about what the model could do before; name texts that it knows in preserve.probe"
+    advice = "so drift on these texts says little; in preserve.probe, name texts that the model knows"
     tokens = [token for ids in text.ids for token in ids]
     unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
     if unknown_id is not None and unknown > MAX_UNKNOWN:
-        return f"{unknown:.0%} of their tokens are unknown to the tokenizer: {advice}"
-    loss, chance = float(np.mean(first)), math.log(vocabulary) if vocabulary else math.inf
+        return f"{unknown:.0%} of their tokens are unknown to the tokenizer, {advice}"
+    loss, chance = float(np.mean(losses_or_states)), math.log(vocabulary_size) if vocabulary_size else math.inf
     if text.writes and loss > NEAR_CHANCE * chance:
-        return f"the pretrained model's loss is {loss:.2f} nats per token (chance: {chance:.2f}): {advice}"
+        return f"the pretrained model's loss is {loss:.2f} nats per token (chance: {chance:.2f}), {advice}"
     return None
 
 
 def mean_drift(before: np.ndarray, after: np.ndarray) -> Drift:
-    """Compute each text's drift between `before` and `after`; return the mean, its standard error and the number of
-    texts."""
-    drifts = drift(before, after)
+    """Return the mean drift over all texts, its standard error and the number of texts."""
+    drifts = drift_per_text(before, after)
     error = float(drifts.std(ddof=1)) / math.sqrt(len(drifts)) if len(drifts) > 1 else 0.0
     return Drift(mean=float(drifts.mean()), error=error, texts=len(drifts))
 
 
-def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return each text's drift, the increase of its loss in nats or 1 - cosine of its two states: float64 [texts]."""
+def drift_per_text(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Return each text's drift between two results of `GenericText.measure`: the increase of its loss in nats, or 1 -
+    cosine of its states."""
     if before.ndim == 1:
         return after - before
     # For equal states the product may differ from 1 by rounding.

@@ -9,8 +9,8 @@ import numpy as np
 
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.methods import virtual_tokens_of
-from fulltune.methods.head import output_layer_of
-from fulltune.models import evaluating, sharding
+from fulltune.methods.head import find_output_layer
+from fulltune.models import evaluation_mode, sharding
 from fulltune.tasks import LENGTH, Predictions, RowFeatures, Target, Task, Tensor, Tokenizer, seq2seq, task_named
 from fulltune.tasks.padding import IGNORED, mask, padded
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST_TOKENS = 64
-"""Tokens after which a generic text is cut."""
 BATCH, STATES_BATCH = 8, 32
 """Generic texts per batch, for language models, whose logits take memory, and for other models."""
 ProgressCallback = Callable[[int, int, float], None]
@@ -28,8 +27,6 @@ ProgressCallback = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Batching:
-    """Settings of forward passes over rows."""
-
     batch_size: int
     precision: str = "fp32"
     head: SelectiveHead | None = None
@@ -44,29 +41,30 @@ def run_rows(
     pad_token_id: int,
     batching: Batching,
 ) -> Predictions:
-    """Run the model in evaluation mode over tokenised rows with `labels`, longest first; return the result of
-    `task.reduce` for each row."""
+    """Run the model without gradients over tokenised rows with `labels`, and return the arrays of `task.reduce` in the
+    rows' order."""
     import torch
 
     head = batching.head
 
     def reduce_batch(positions: Sequence[int]) -> dict[str, np.ndarray]:
+        """Run a batch of rows, and return the arrays of `task.reduce`."""
         # Not pinned: results are read back before the next batch is made, so nothing overlaps.
         batch = model_batch(model, task, [rows[i] for i in positions], pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
-        selecting = contextlib.nullcontext() if head is None else head.only(labels, chunked=head.can_chunk)
-        with autocast(model, batching.precision), selecting, number_head_in_float32(model, target):
+        selecting = contextlib.nullcontext() if head is None else head.computing_only(labels, chunked=head.can_chunk)
+        with autocast(model, batching.precision), selecting, regression_head_in_float32(model, target):
             logits = logits_of(model(**batch))
         values = task.reduce(logits, labels, target)
         return {name: part if isinstance(part, np.ndarray) else part.cpu().numpy() for name, part in values.items()}
 
-    lengths = lengths_of(rows)
-    order = longest_first(lengths)
-    with evaluating(model), torch.no_grad():
+    lengths = row_lengths(rows)
+    order = positions_longest_first(lengths)
+    with evaluation_mode(model), torch.no_grad():
         parts = [
             reduce_batch(positions)
-            for positions in reported_batches(order, batching.batch_size, lengths, batching.on_progress)
+            for positions in batches_with_progress(order, batching.batch_size, lengths, batching.on_progress)
         ]
     place = np.argsort(order)
     return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
@@ -75,7 +73,7 @@ def run_rows(
 def model_batch(
     model: PreTrainedModel, task: Task, rows: Sequence[RowFeatures], pad_token_id: int
 ) -> dict[str, Tensor]:
-    """Collate rows; for seq2seq, add `decoder_input_ids`."""
+    """Collate rows into a batch of tensors; for seq2seq, add `decoder_input_ids`."""
     batch = task.collate(rows, pad_token_id)
     if task.FACTS is seq2seq.FACTS:
         batch["decoder_input_ids"] = seq2seq.decoder_input_ids(model, batch["labels"])
@@ -91,14 +89,14 @@ def logits_of(outputs: Any) -> Tensor:
     return outputs.logits
 
 
-def mean_hidden(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Average hidden states over the tokens of `mask`, or over an image's patches or pixels: [batch, hidden]."""
+def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Return hidden states averaged over `mask`'s tokens or an image's patches or pixels: [batch, hidden]."""
     if mask is not None:
         return (hidden * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
     return hidden.flatten(2).mean(dim=2) if hidden.dim() == 4 else hidden.mean(dim=1)
 
 
-def generate(
+def generate_answers(
     model: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -107,8 +105,7 @@ def generate(
 ) -> list[str]:
     """Generate greedy answers to tokenised prompts, decoded without special tokens.
 
-    An encoder-decoder's own beams and lengths are ignored, because they often suit other texts, such as summaries of at
-    least 56 tokens.
+    An encoder-decoder's own settings for beams and lengths are ignored, because they often suit other texts.
     """
     import torch
 
@@ -125,7 +122,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     model.eval()
-    for positions in reported_batches(order, batching.batch_size, np.ones(len(prompts)), batching.on_progress):
+    for positions in batches_with_progress(order, batching.batch_size, np.ones(len(prompts)), batching.on_progress):
         batch = [list(prompts[i])[-room:] if room else list(prompts[i]) for i in positions]
         if two_parts:
             ids, attention = padded(batch, tokenizer.pad_token_id), mask(batch)
@@ -146,7 +143,7 @@ def generate(
 
 
 def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context that computes in `precision`, in which cast weights are cached unless they are sharded."""
+    """Return a context that computes in `precision`. It caches cast weights unless they are sharded."""
     import torch
 
     if precision == "fp32":
@@ -156,14 +153,14 @@ def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractConte
 
 
 @contextlib.contextmanager
-def number_head_in_float32(model: PreTrainedModel, target: Target) -> Iterator[None]:
-    """Compute a regression head's last layer in float32, like its weights, inside the context.
+def regression_head_in_float32(model: PreTrainedModel, target: Target) -> Iterator[None]:
+    """Compute the last layer of a regression head in float32 inside the context.
 
     In bf16, 526,580 and 528,000 are equal; fp16 ends at 65,504.
     """
     layer = None
     if target.form.is_number:
-        layer = output_layer_of(getattr(model, "module", model), 1)  # an engine wraps the model
+        layer = find_output_layer(getattr(model, "module", model), 1)  # an engine wraps the model
     if layer is None:
         yield
         return
@@ -176,7 +173,7 @@ def number_head_in_float32(model: PreTrainedModel, target: Target) -> Iterator[N
 
 
 def _recompute_in_float32(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    """Return a linear layer's output in float32 (a forward hook); unchanged for 16-bit weights."""
+    """Return a linear layer's output in float32 (a forward hook), or unchanged for 16-bit weights."""
     import torch
 
     if layer.weight.dtype != torch.float32 or output.dtype == torch.float32:
@@ -186,8 +183,6 @@ def _recompute_in_float32(layer: nn.Linear, inputs: tuple[Tensor], output: Tenso
 
 
 class RowSubset(Sequence[RowFeatures]):
-    """A subset of rows by their positions; a row is read, and its image decoded, when it is indexed."""
-
     def __init__(self, rows: Sequence[RowFeatures], positions: Sequence[int]) -> None:
         self.rows = rows
         self.positions = positions
@@ -196,20 +191,21 @@ class RowSubset(Sequence[RowFeatures]):
         return len(self.positions)
 
     def __getitem__(self, i: Any) -> Any:
+        """Return a row by its position in the subset, or a column of the subset by its name."""
         if isinstance(i, str):
             return self.rows[i][self.positions]  # type: ignore[call-overload]  # columns have names
         return self.rows[self.positions[i]]
 
 
-def by_length(rows: Sequence[RowFeatures]) -> list[int]:
-    return longest_first(lengths_of(rows))
+def positions_by_length(rows: Sequence[RowFeatures]) -> list[int]:
+    return positions_longest_first(row_lengths(rows))
 
 
-def longest_first(lengths: np.ndarray) -> list[int]:
+def positions_longest_first(lengths: np.ndarray) -> list[int]:
     return [int(position) for position in np.argsort(-lengths, kind="stable")]
 
 
-def lengths_of(rows: Sequence[RowFeatures]) -> np.ndarray:
+def row_lengths(rows: Sequence[RowFeatures]) -> np.ndarray:
     """Return each row's `length`, or its number of `input_ids`: int64 [rows]."""
     # Prepared rows have a column of lengths; reading row by row would decode all images.
     if not isinstance(rows, (list, tuple)):
@@ -221,17 +217,17 @@ def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (order[start : start + size] for start in range(0, len(order), size))
 
 
-def reported_batches(
-    order: Sequence[int], size: int, work: np.ndarray, report: ProgressCallback
+def batches_with_progress(
+    order: Sequence[int], size: int, work: np.ndarray, on_progress: ProgressCallback
 ) -> Iterator[Sequence[int]]:
-    """Yield `batches`, and report progress after each by the rows' `work`, in any unit [rows]."""
+    """Yield batches of `order`, and report progress after each. `work[rows]` is each row's cost in any unit."""
     shares = np.cumsum(np.asarray(work, np.float64)[list(order)]) if len(order) else np.zeros(1)
-    report(0, len(order), 0.0)
+    on_progress(0, len(order), 0.0)
     done = 0
     for positions in batches(order, size):
         yield positions
         done += len(positions)
-        report(done, len(order), float(shares[done - 1] / shares[-1]))
+        on_progress(done, len(order), float(shares[done - 1] / shares[-1]))
 
 
 # ---- generic texts --------------------------------------------------------------------------------------------
@@ -248,27 +244,28 @@ class GenericText:
     batch: int = BATCH
 
     @classmethod
-    def of(
+    def tokenise(
         cls,
         texts: Sequence[str],
         tokenizer: Any,
         is_language_model: bool,
         precision: str,
-        most_tokens: int,
-        batch: int = BATCH,
+        max_tokens: int,
+        batch_size: int = BATCH,
     ) -> GenericText:
-        """Tokenise texts and cut them at `most_tokens`, which must be equal for all compared models."""
-        ids = [tokenizer(text, truncation=True, max_length=most_tokens, verbose=False)["input_ids"] for text in texts]
+        """Tokenise texts, cut to `max_tokens`, which must be equal for all compared models."""
+        ids = [tokenizer(text, truncation=True, max_length=max_tokens, verbose=False)["input_ids"] for text in texts]
         # A single token has nothing to be predicted from.
         ids = [row for row in ids if len(row) > 1 or not is_language_model]
-        return cls(tuple(ids), tokenizer.pad_token_id or 0, is_language_model, precision, batch)
+        return cls(tuple(ids), tokenizer.pad_token_id or 0, is_language_model, precision, batch_size)
 
-    def read(
-        self, model: Any, head: SelectiveHead | None = None, between: Callable[[], None] = lambda: None
+    def measure(
+        self, model: Any, head: SelectiveHead | None = None, between_batches: Callable[[], None] = lambda: None
     ) -> np.ndarray:
-        """Return each text's loss in nats per token [texts], or its normalised mean hidden state [texts, hidden]."""
+        """Return each text's loss in nats per token [texts], or its normalised mean hidden state [texts, hidden].
+        `between_batches` is called before each batch."""
         if not self.writes:
-            return self._read_states(model, between)
+            return self._measure_states(model, between_batches)
         rows = [{"input_ids": ids, "labels": [IGNORED, *ids[1:]], LENGTH: len(ids)} for ids in self.ids]
         batch_size = self.batch if head is not None and head.can_chunk else 1
         outputs = run_rows(
@@ -277,28 +274,28 @@ class GenericText:
             task_named("causal-lm"),
             Target("text", {}),
             self.pad_token_id,
-            Batching(batch_size, self.precision, head, lambda *_: between()),
+            Batching(batch_size, self.precision, head, lambda *_: between_batches()),
         )
         return outputs["nll"] / outputs["tokens"]
 
-    def _read_states(self, model: PreTrainedModel, between: Callable[[], None]) -> np.ndarray:
+    def _measure_states(self, model: PreTrainedModel, between_batches: Callable[[], None]) -> np.ndarray:
         """Return each text's mean hidden state, normalised to length 1: float64 [texts, hidden]."""
         import torch
         import torch.nn.functional as F
 
-        order = longest_first(np.array([len(ids) for ids in self.ids]))
+        order = positions_longest_first(np.array([len(ids) for ids in self.ids]))
         by_position: dict[int, np.ndarray] = {}
-        with evaluating(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             for positions in batches(order, self.batch):
-                between()
+                between_batches()
                 with autocast(model, self.precision):
-                    states = self.states(model, positions)
+                    states = self.mean_states(model, positions)
                 directions = F.normalize(states.double(), dim=-1).cpu().numpy()
                 by_position.update(zip(positions, directions, strict=True))
         return np.stack([by_position[position] for position in range(len(self.ids))])
 
-    def states(self, model: PreTrainedModel, positions: Sequence[int]) -> Tensor:
-        """Average the body's last hidden states over each text's tokens: float32 [positions, hidden]."""
+    def mean_states(self, model: PreTrainedModel, positions: Sequence[int]) -> Tensor:
+        """Return the body's last hidden states, averaged over each text's tokens: float32 [positions, hidden]."""
         texts = [self.ids[position] for position in positions]
         ids, attention_mask = padded(texts, self.pad_token_id).to(model.device), mask(texts).to(model.device)
         inner = getattr(model, "module", model)  # an engine wraps the model
@@ -306,13 +303,15 @@ class GenericText:
             inner.get_encoder() if inner.config.is_encoder_decoder else getattr(inner, inner.base_model_prefix, inner)
         )
         inputs = {"input_ids": ids, "attention_mask": attention_mask}
-        outputs = _body_output(model, inner, body, inputs) if sharding.needs_all_ranks(model) else body(**inputs)
+        outputs = (
+            _run_and_capture_body(model, inner, body, inputs) if sharding.needs_all_ranks(model) else body(**inputs)
+        )
         hidden = outputs.last_hidden_state.float()
         hidden = hidden[:, hidden.shape[1] - ids.shape[1] :]  # without virtual tokens in front
         return (hidden * attention_mask.unsqueeze(-1)).sum(dim=1) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _body_output(model: nn.Module, inner: Any, body: nn.Module, inputs: dict[str, Tensor]) -> Any:
+def _run_and_capture_body(model: nn.Module, inner: Any, body: nn.Module, inputs: dict[str, Tensor]) -> Any:
     """Run the whole model, which gathers sharded weights outside of its blocks, and return the body's output."""
     if inner.config.is_encoder_decoder:
         inputs = {**inputs, "decoder_input_ids": inputs["input_ids"][:, :1]}

@@ -1,5 +1,3 @@
-"""Apply a language model's head only to trained or scored tokens, which saves time and memory."""
-
 from __future__ import annotations
 
 import contextlib
@@ -7,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fulltune.models import evaluating
+from fulltune.models import evaluation_mode
 from fulltune.tasks import Task, Tensor, padding
 
 if TYPE_CHECKING:
@@ -27,27 +25,26 @@ class SelectiveHead:
     """Returns the token that each logit should predict, or -100, from labels [batch, length]."""
     model: nn.Module
     can_chunk: bool = False
-    """True if loss and scores can be computed from chunks of logits."""
     chunking_note: str = ""
-    """Why logits can or cannot be chunked, for the checks before step 1."""
 
     @contextlib.contextmanager
-    def only(self, labels: Tensor, trained: Tensor | None = None, *, chunked: bool = False) -> Iterator[None]:
-        """Compute, inside the context, only the logits that `labels[batch, length]` need, or chunks of them.
+    def computing_only(self, labels: Tensor, trained: Tensor | None = None, *, chunked: bool = False) -> Iterator[None]:
+        """Compute, inside the context, only the logits that `labels[batch, length]` need, in chunks if `chunked`.
 
-        `trained` is the result of `padding.trained_places`, if known.
+        `trained` is the result of `padding.trained_places`, or None to compute it.
         """
         at = padding.trained_places(self.target_ids(labels)) if trained is None else trained
         states: list[Tensor] = []
 
         def select_hidden(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            """Replace the head's input by the needed tokens' hidden states (a forward pre-hook)."""
             # Inputs that are not these rows' hidden states pass unchanged: logits stay 3-dimensional, and tasks select.
             if not args or args[0].shape[:2] != labels.shape:
                 return None
             picked = args[0].flatten(0, 1).index_select(0, at)
             if not chunked:
                 return (picked, *args[1:])
-            states.append(_in_autocast_dtype(picked))
+            states.append(_cast_for_autocast(picked))
             return (picked[:0], *args[1:])
 
         def replace_logits(_: object, __: object, outputs: Any) -> None:
@@ -61,7 +58,8 @@ class SelectiveHead:
             yield
 
 
-def _in_autocast_dtype(hidden: Tensor) -> Tensor:
+def _cast_for_autocast(hidden: Tensor) -> Tensor:
+    """Cast hidden states to the dtype of the active autocast, if any."""
     import torch
 
     kind = hidden.device.type
@@ -69,15 +67,15 @@ def _in_autocast_dtype(hidden: Tensor) -> Tensor:
 
 
 def _chunked_logits(model: nn.Module, head: nn.Linear, hidden: Tensor, empty: Tensor) -> ChunkedLogits:
-    """Make the chunked logits of `hidden[tokens, hidden]`; `empty[0, vocabulary]` is the head's output for no token."""
+    """Return the chunked logits of `hidden[tokens, hidden]`; `empty` is the head's output for zero tokens."""
     from fulltune.models.chunked_loss import ChunkedLogits
 
-    biases = [bias for bias in (head.bias, _later_bias(model)) if bias is not None]
+    biases = [bias for bias in (head.bias, _bias_after_head(model)) if bias is not None]
     # Adding makes a new tensor through which a trained bias still gets its gradient.
     return ChunkedLogits(hidden, head.weight, sum(biases[1:], start=biases[0]) if biases else None, empty)
 
 
-def _later_bias(model: nn.Module) -> Tensor | None:
+def _bias_after_head(model: nn.Module) -> Tensor | None:
     """Return the untrained bias [vocabulary] that BART and Marian add to the logits, or None."""
     bias = getattr(model, "final_logits_bias", None)
     return None if bias is None else bias[0]
@@ -88,6 +86,7 @@ BEFORE, TRIED = 4, 16
 
 
 def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut a batch's tensors to 16 tokens, starting shortly before the first trained one."""
     first = (batch["labels"] != padding.IGNORED).int().argmax(dim=1)
     start, length = max(0, int(first.min()) - BEFORE), batch["labels"].shape[1]
 
@@ -98,9 +97,11 @@ def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: piece(tensor) for name, tensor in batch.items()}
 
 
-def verified(model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]) -> tuple[SelectiveHead | None, str]:
-    """Return a selective head and the reason; the head is None if its logits differ from the whole model's on a few
-    tokens.
+def verify_selective_head(
+    model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]
+) -> tuple[SelectiveHead | None, str]:
+    """Return a selective head, or None if it gives other logits than the whole model on a few tokens, and the reason as
+    a text.
 
     `batch` is collated and on the model's device.
     """
@@ -109,35 +110,38 @@ def verified(model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]) ->
     target_ids = getattr(task, "target_ids", None)
     head = model.get_output_embeddings()
     if target_ids is None or head is None:
-        return None, "off: the task has no logits of tokens" if target_ids is None else "off: the model names no head"
+        return (
+            None,
+            "off: the task has no token logits" if target_ids is None else "off: the model has no output embeddings",
+        )
     selective = SelectiveHead(head, target_ids, model)
     batch = _cut_to_few_tokens(batch)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
-    with evaluating(model), as_its_attention_can(model, model.device.type), torch.no_grad():
+    with evaluation_mode(model), attention_precision(model, model.device.type), torch.no_grad():
         whole = model(**inputs).logits[target_ids(labels) != padding.IGNORED].float()
-        with selective.only(labels):
+        with selective.computing_only(labels):
             picked = model(**inputs).logits.float()
         if picked.shape != whole.shape:
-            return None, f"off: the logits became {list(picked.shape)} instead of {list(whole.shape)}"
+            return None, f"off: the logits have the shape {list(picked.shape)} instead of {list(whole.shape)}"
         difference = float((picked - whole).abs().max()) if len(whole) else 0.0
         # Another order of summation changes about ten roundings; a wrong position changes everything.
         if not difference <= _rounding_tolerance(model) * float(whole.abs().max()):
-            return None, f"off: its logits differ by {difference:.2g}"
-        obstacle = _obstacle_to_chunks(selective, inputs, labels)
-    same = f"the same up to {difference:.2g}" if difference else "exactly the same"
-    chunking_note = f"off: {obstacle}" if obstacle else "yes; tried on real rows: the model returns its head's logits"
+            return None, f"off: the logits differ by {difference:.2g}"
+        obstacle = _why_not_chunked(selective, inputs, labels)
+    same = f"the same logits up to {difference:.2g}" if difference else "exactly the same logits"
+    chunking_note = f"off: {obstacle}" if obstacle else "yes; on real rows the model returns its head's logits"
     selective = replace(selective, can_chunk=obstacle is None, chunking_note=chunking_note)
-    return selective, f"yes; tried on real rows: {same} as with all logits"
+    return selective, f"yes; on real rows the head gives {same}"
 
 
-def as_its_attention_can(model: nn.Module, kind: str) -> torch.autocast:
-    """Return a disabled autocast, because full precision shows more, or a bf16 one for flash attention."""
+def attention_precision(model: nn.Module, device_type: str) -> torch.autocast:
+    """Return a context without autocast, which shows differences best, or with bf16 for flash attention."""
     import torch
 
     if "flash" not in (getattr(getattr(model, "config", None), "_attn_implementation", None) or ""):
-        return torch.autocast(kind, enabled=False)
-    return torch.autocast(kind, dtype=torch.bfloat16)  # every GPU with flash attention has bf16
+        return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, dtype=torch.bfloat16)  # every GPU with flash attention has bf16
 
 
 def _rounding_tolerance(model: PreTrainedModel) -> float:
@@ -149,11 +153,9 @@ def _rounding_tolerance(model: PreTrainedModel) -> float:
     return float(torch.finfo(computed).eps) ** 0.5
 
 
-def _obstacle_to_chunks(selective: SelectiveHead, inputs: Mapping[str, Tensor], labels: Tensor) -> str | None:
-    """Return why logits cannot be chunked (the head is no linear layer, or the model changes its logits), or None.
-
-    The test uses logits far from zero, where a soft cap shows.
-    """
+def _why_not_chunked(selective: SelectiveHead, inputs: Mapping[str, Tensor], labels: Tensor) -> str | None:
+    """Return the reason why logits cannot be chunked, or None: the head must be a linear layer, and nothing may change
+    its logits."""
     import torch
 
     head = selective.head
@@ -167,15 +169,15 @@ def _obstacle_to_chunks(selective: SelectiveHead, inputs: Mapping[str, Tensor], 
 
     handle = head.register_forward_hook(spread)
     try:
-        with torch.no_grad(), selective.only(labels):
+        with torch.no_grad(), selective.computing_only(labels):
             logits = selective.model(**inputs).logits
     finally:
         handle.remove()
-    bias = _later_bias(selective.model)
+    bias = _bias_after_head(selective.model)
     if len(probes) != 1:
         return f"the model calls its head {len(probes)} times"
     expected = probes[0] if bias is None else probes[0] + bias
     if logits.shape != expected.shape:
-        return "the model returns other logits than its head's"
+        return "the model's logits have another shape than its head's"
     difference = float((logits.float() - expected.float()).abs().max()) if logits.numel() else 0.0
     return None if difference == 0 else f"the model changes logits after its head, by up to {difference:.2g}"

@@ -20,20 +20,21 @@ CLUSTERS = "clusters.npy"
 IN_TRAIN = "in_train.npy"
 """File next to test rows: True where a train row has the same text, prompt or passage, bool [rows]."""
 MIXED = "mixed"
-"""Folder of the mixed-in rows, source after source."""
 WORDS = "words"
 """Column with a row and its location as JSON; a row's further examples have only the location."""
 _ROWS_PER_BATCH = 8192
 _BYTES_PER_BATCH = 16 * 2**20
 
 
-def record_batch(rows: Sequence[RowFeatures], words: Sequence[str]) -> pa.RecordBatch:
-    """Make Arrow columns from features, each a number, a text, bytes or a flat list of numbers."""
+def make_record_batch(rows: Sequence[RowFeatures], row_texts: Sequence[str]) -> pa.RecordBatch:
+    """Return an Arrow batch with a column per feature, and `row_texts` (by `row_as_json`) as column `WORDS`."""
     names = [*rows[0], WORDS]
-    return pa.record_batch([*(_array([row[name] for row in rows]) for name in rows[0]), pa.array(words)], names=names)
+    return pa.record_batch(
+        [*(_feature_array([row[name] for row in rows]) for name in rows[0]), pa.array(row_texts)], names=names
+    )
 
 
-def _array(values: Sequence[Any]) -> pa.Array:
+def _feature_array(values: Sequence[Any]) -> pa.Array:
     """Convert one feature of all rows to an Arrow array: lists of float32 or int32, or plain values."""
     if not isinstance(values[0], (list, tuple, np.ndarray)):
         return pa.array(values)
@@ -48,16 +49,16 @@ def _array(values: Sequence[Any]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
-def write_rows(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
+def write_rows(folder: Path, record_batches: Iterable[pa.RecordBatch]) -> None:
     """Write batches to the folder's Arrow file, merged to at least 8,192 rows or 16 MiB each."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting: list[pa.RecordBatch] = []
-    parts = iter(parts)
-    if (first := next(parts, None)) is None:
+    record_batches = iter(record_batches)
+    if (first := next(record_batches, None)) is None:
         return
     make_private(folder / FILE)
     with pa.OSFile(str(folder / FILE), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
-        for part in chain([first], parts):
+        for part in chain([first], record_batches):
             waiting.append(part)
             num_rows, num_bytes = sum(map(len, waiting)), sum(batch.nbytes for batch in waiting)
             if num_rows >= _ROWS_PER_BATCH or num_bytes >= _BYTES_PER_BATCH:
@@ -67,19 +68,16 @@ def write_rows(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
             writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
 
 
-def batches(folder: Path) -> Iterator[pa.RecordBatch]:
+def read_record_batches(folder: Path) -> Iterator[pa.RecordBatch]:
     with pa.OSFile(str(folder / FILE)) as file, pa.ipc.open_stream(file) as reader:
         yield from reader
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """The memory-mapped features of one split, or of several folders concatenated.
-
-    `rows[i]` is a dictionary of plain values and numpy views of lists; `rows["length"]` is one feature of all rows, an
-    array or a list.
-    """
+    """The memory-mapped features of one split, or of several folders concatenated."""
 
     def __init__(self, *folders: Path) -> None:
+        """Map the Arrow files in these folders."""
         self.folders = folders
         # Not closed explicitly: arrays are views of the map, which closes with the last of them.
         mapped = (pa.ipc.open_stream(pa.memory_map(str(folder / FILE))) for folder in folders)
@@ -106,6 +104,8 @@ class Rows(Sequence[dict[str, Any]]):
         return tuple(self._batches[0].schema.names)
 
     def __getitem__(self, key: Any) -> Any:
+        """Return a row as a dictionary, a list of rows for a slice, or a feature of all rows (array or list) for a
+        name."""
         if isinstance(key, str):
             if key in self._lists[0]:
                 return [flat[start:end] for flat, offsets in self.lists(key) for start, end in pairwise(offsets)]
@@ -133,13 +133,13 @@ class Rows(Sequence[dict[str, Any]]):
         return (lists[name] for lists in self._lists)
 
 
-def texts(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield each example's original row and its location; examples of one row share one dictionary.
+def read_original_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield each example's original row and its location, as a dictionary that examples of one row share.
 
     A packed block gives the row of its first text, or only the location if that text started in another block.
     """
     row: dict[str, Any] = {}
-    for batch in batches(folder):
+    for batch in read_record_batches(folder):
         for text in batch.column(WORDS).to_pylist():
             stored = json.loads(text)
             # A place alone belongs to the previous row, or to a text that started in another block.
@@ -149,25 +149,24 @@ def texts(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def row_id(row: Row) -> str:
-    """Hash all columns of a row, with the same result before and after it is stored."""
+    """Hash all columns of a row; the hash is the same before and after the row is stored."""
     columns = {name: value for name, value in row.items() if name != PLACE}
-    return hashlib.sha256(json.dumps(columns, sort_keys=True, default=readable).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(columns, sort_keys=True, default=to_json_value).encode()).hexdigest()[:16]
 
 
-def rows_id(folder: Path) -> str:
-    """Hash a folder's rows, ignoring their order."""
+def hash_rows(folder: Path) -> str:
+    """Hash a folder's rows, ignoring their order and repetitions."""
     # The windows of a long row share one dictionary.
-    ids = {row_id(next(same)) for _, same in groupby(texts(folder), key=id)}
+    ids = {row_id(next(same)) for _, same in groupby(read_original_rows(folder), key=id)}
     return hashlib.sha256("".join(sorted(ids)).encode()).hexdigest()[:16]
 
 
-def words(place: str, row: Row) -> str:
-    """Make the JSON text of a row and its location for the column `WORDS`."""
-    return json.dumps({**row, PLACE: place}, ensure_ascii=False, default=readable)
+def row_as_json(place: str, row: Row) -> str:
+    return json.dumps({**row, PLACE: place}, ensure_ascii=False, default=to_json_value)
 
 
-def readable(value: Any) -> Any:
-    """Convert a value that JSON cannot represent: arrays to lists, bytes to their number, others to text."""
+def to_json_value(value: Any) -> Any:
+    """Convert a value that JSON cannot represent: arrays to lists, bytes to "<n bytes>", others to text."""
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -61,13 +61,13 @@ class LaunchedJob:
 
     @property
     def gpus(self) -> int:
-        """GPUs per machine: one per process, or none on a CPU."""
+        """GPUs per machine: one per process, or 0 on a CPU."""
         on_cpu = self.recipe.train.device == "cpu" or (self.hardware is not None and self.hardware.gpu_model is None)
         return 0 if on_cpu else self.processes
 
     @property
-    def words(self) -> list[str]:
-        """The words of the command in the recipe's folder, omitting options that differ by machine."""
+    def command(self) -> list[str]:
+        """The `fulltune` command as words, run in the recipe's folder, without options that differ by machine."""
         verb = "compare" if self.recipe.methods else "run"
         return ["fulltune", verb, f"./{self.file.name}", *(word for one in self.overrides for word in ("--set", one))]
 
@@ -78,13 +78,8 @@ class LaunchedJob:
         return plain if plain[:1].isalpha() else f"fulltune-{plain}".strip("-")
 
 
-def job_of(file: Path, overrides: Sequence[str], hardware: str | None) -> LaunchedJob:
-    """Load the recipe and parse `--for` into the machines.
-
-    Raises:
-        RecipeError: With all problems at once.
-
-    """
+def load_job(file: Path, overrides: Sequence[str], hardware: str | None) -> LaunchedJob:
+    """Load the recipe and parse `hardware`, the machines of `--for`. Raise `RecipeError` with all problems."""
     problems, fleet = list[str](), None
     try:
         fleet = parse_hardware(hardware) if hardware is not None else None
@@ -97,7 +92,7 @@ def job_of(file: Path, overrides: Sequence[str], hardware: str | None) -> Launch
         problems.append(f"{file}: is a folder, expected a recipe (YAML)")
     for word in dict.fromkeys((str(file), *overrides)):
         if (shown := word.encode("utf-8", "backslashreplace").decode()) != word:
-            problems.append(f"launch: {shown} is not UTF-8, as job files must be; rename it")
+            problems.append(f"launch: {shown} is not valid UTF-8, which job files need; rename it")
     if problems:
         raise RecipeError(problems)
     sizes = (f"train.num_machines={fleet.num_machines}", f"train.num_processes={fleet.num_devices}") if fleet else ()
@@ -106,8 +101,8 @@ def job_of(file: Path, overrides: Sequence[str], hardware: str | None) -> Launch
     return LaunchedJob(Path(os.path.abspath(file)), recipe, whole, fleet)  # noqa: PTH100  # links stay
 
 
-def text_of(job: LaunchedJob, launcher: str) -> str:
-    """Return the job file's text, from the launcher's template."""
+def render_job_file(job: LaunchedJob, launcher: str) -> str:
+    """Return the content of the job file for a launcher such as "slurm"."""
     jinja = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         undefined=StrictUndefined,
@@ -151,25 +146,21 @@ def _escape_for_kubernetes(word: str) -> str:
     return re.sub(r"\$(?=[$(])", "$$", word)
 
 
-def path_of(job: LaunchedJob, launcher: str, output: Path | None) -> Path:
-    """Return the job file's path: `output` as a file or folder, else beside the recipe."""
+def job_file_path(job: LaunchedJob, launcher: str, output: Path | None) -> Path:
+    """Return the job file's path: `output`, in the folder `output`, or beside the recipe."""
     if output is not None and output.suffix and not output.is_dir():
         return output
     return (output or job.file.parent) / f"{job.file.stem}.{LAUNCHERS[launcher][0]}"
 
 
-def write(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]:
-    """Write the job file and return the command that submits it.
-
-    Raises:
-        SetupError: The file exists, or is the recipe or one of its inputs.
-
-    """
+def write_job_file(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]:
+    """Write the job file and return the command that submits it. Raise `SetupError` if the file exists without `force`,
+    or is one that the job needs."""
     if os.path.realpath(path) in {os.path.realpath(one) for one in (str(job.file), *named_paths(job.recipe))}:
         raise SetupError(f"--output: {path} is a file that the job needs; name another file")
     if path.exists() and not force:
         raise SetupError(f"{path}: already exists; give --force to replace it, or another name with --output")
-    text = text_of(job, launcher)
+    text = render_job_file(job, launcher)
     with explain_os_errors(path):
         write_text(path, text)
         if text.startswith("#!"):
@@ -177,9 +168,9 @@ def write(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]
     return [*LAUNCHERS[launcher][1], str(path) if not str(path).startswith("-") else f"./{path}"]
 
 
-def absent(job: LaunchedJob, launcher: str) -> Iterator[str]:
-    """Yield a warning about inputs outside the recipe's folder if the launcher copies only that folder."""
+def missing_input_warnings(job: LaunchedJob, launcher: str) -> Iterator[str]:
+    """Yield a warning if inputs are outside the recipe's folder and the launcher copies only that folder."""
     folder = Path(os.path.realpath(job.file.parent))
     outside = [path for path in named_paths(job.recipe) if not Path(path).is_relative_to(folder)]
     if outside and launcher in _GET_THE_FOLDER:
-        yield f"not in {folder}, so copy to the machines yourself: {listed(outside)}"
+        yield f"these inputs are outside {folder}; copy them to the machines yourself: {listed(outside)}"

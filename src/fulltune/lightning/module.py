@@ -1,5 +1,3 @@
-"""A recipe's model as a `LightningModule` with a step guard, and its rows as a `LightningDataModule`."""
-
 from __future__ import annotations
 
 import warnings
@@ -16,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 
 from fulltune.errors import SetupError, Spiked
-from fulltune.inference.run import Batching, RowSubset, by_length, run_rows
+from fulltune.inference.run import Batching, RowSubset, positions_by_length, run_rows
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.inference.store import Rows
-from fulltune.methods.head import names_of
+from fulltune.methods.head import head_paths
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.tasks.padding import TRAINED
 from fulltune.train.loop import step_guard
@@ -34,7 +32,7 @@ PREFIX = "eval_"
 
 
 class FineTuningModule:
-    """Fine-tunes all parameters of a model as planned; `prepare.based` adds `LightningModule` as a base.
+    """Fine-tunes all parameters of a model by its plan; `with_lightning_base` adds `LightningModule` as a base.
 
     It logs `train_loss` of each step over all processes, `eval_loss`, `eval_accuracy` and other eval metrics.
     """
@@ -58,21 +56,16 @@ class FineTuningModule:
         self.objective, self.plan, self.model = objective, objective.plan, objective.model
         self.tokenizer, self.rows, self.eval_rows = tokenizer, rows, eval_rows
         self.head = head
-        """Computes only the logits that the loss needs; if None, all logits are computed."""
         self.sharded_by = ""
-        """Strategy that shards weights and gradients, or an empty string."""
         self.guard_history = step_guard.StepHistory()
         self._items: torch.Tensor | float = 1.0
-        """Items in the current step's loss, over all processes."""
         self._loss: torch.Tensor | float = 0.0
-        """This process's part of the current step's loss."""
         self._rows = 0
         self._is_last = False
-        """True in the last micro batch of a step."""
         self.model.train()  # it is loaded in evaluation mode, and Lightning does not change that
 
     def on_fit_start(self) -> None:
-        """Refuse a Trainer whose global batches differ from the plan."""
+        """Raise `SetupError` for a Trainer whose global batches differ from the plan."""
         trainer, plan, summary = self.trainer, self.plan, self.objective.summary
         kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
         in_deepspeed = "DeepSpeedStrategy" in kinds  # a subclass of DDPStrategy
@@ -104,7 +97,8 @@ class FineTuningModule:
         torch.empty((), dtype=torch.int64).random_()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        """Return the micro batch's part of the step's loss, a mean over the items of the global batch."""
+        """Return this micro batch's share of the step's loss, scaled so that Lightning's averages give the mean over
+        the global batch."""
         trainer = self.trainer
         passes, processes = trainer.accumulate_grad_batches, trainer.world_size
         batch = dict(batch)
@@ -124,15 +118,16 @@ class FineTuningModule:
         return loss * processes * passes * (passes if trainer.strategy.handles_gradient_accumulation else 1)
 
     def _summed_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the micro batch's loss, summed over its items."""
         labels, trained, head = batch.pop("labels"), batch.pop(TRAINED, None), self.head
         if head is None:
             return self.objective.loss(self.model(**batch), labels)
         wanted = head.target_ids(labels).flatten().index_select(0, trained)
-        with head.only(labels, trained, chunked=head.can_chunk and self.plan.chunked_loss):
+        with head.computing_only(labels, trained, chunked=head.can_chunk and self.plan.chunked_loss):
             return self.objective.loss(self.model(**batch), wanted)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip a non-finite or suspect step. Raises `Spiked` if skipping does not help."""
+        """Skip a non-finite or suspect step, or raise `Spiked` if skipping does not help."""
         if not self._is_last:
             return  # DeepSpeed's strategy calls this after each micro batch
         trainer, step = self.trainer, self.trainer.global_step + 1
@@ -163,9 +158,9 @@ class FineTuningModule:
         self.guard_history = step_guard.StepHistory.from_json(checkpoint["fulltune"])
 
     def validation_step(self, batch: object, batch_idx: int) -> None:
-        """Log the task's metrics on all eval rows."""
+        """Log the task's metrics on all eval rows; `batch` is ignored."""
         trainer, plan, objective = self.trainer, self.plan, self.objective
-        order, size = by_length(self.eval_rows), plan.eval_batch_size
+        order, size = positions_by_length(self.eval_rows), plan.eval_batch_size
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
         rows, batching = RowSubset(self.eval_rows, positions), Batching(size, plan.precision, self.head)
         reduced = run_rows(self.model, rows, objective.task, objective.target, objective.pad_token_id, batching)
@@ -185,7 +180,7 @@ class FineTuningModule:
             optim=OptimizerNames("adamw_torch" if unfused else plan.optim),
             optim_args=None,
         )
-        heads = () if plan.head_learning_rate is None else names_of(self.model, recipe.task, recipe.method.label)
+        heads = () if plan.head_learning_rate is None else head_paths(self.model, recipe.task, recipe.method.label)
         kind, groups, options = planned_optimizer(self.model, plan, arguments, heads)
         config = getattr(self.trainer.strategy, "config", None) or {}
         if kind is torch.optim.AdamW and config.get("zero_optimization", {}).get("offload_optimizer"):
@@ -199,10 +194,10 @@ class FineTuningModule:
 
 
 class TrainBatches:
-    """Iterates over one process's micro batches, each with the number of `ITEMS` of the process in the whole step.
+    """Iterates over one process's micro batches. Each contains `ITEMS`, the process's number of items in the whole
+    step.
 
-    `state_dict` lets Lightning resume inside an epoch. It is not a `DataLoader`, because Lightning would replace the
-    sampler.
+    It is not a `DataLoader`, because Lightning would replace the sampler.
     """
 
     def __init__(self, module: FineTuningModule, trainer: Any) -> None:
@@ -219,6 +214,7 @@ class TrainBatches:
         return len(self.sampler) // self.sampler.num_processes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the micro batches of the current epoch."""
         plan, objective, head = self.module.plan, self.module.objective, self.module.head
         self.sampler.set_epoch(self.trainer.current_epoch)
         self.position, self.first = self.first, 0
@@ -249,7 +245,7 @@ class TrainBatches:
 
 
 class FineTuningData:
-    """The rows of a recipe in a run's order; `prepare.based` adds `LightningDataModule` as a base."""
+    """The rows of a recipe in a run's order; `with_lightning_base` adds `LightningDataModule` as a base."""
 
     trainer: Any
 

@@ -1,5 +1,3 @@
-"""Prepares data, plan and model of a recipe for a Lightning `Trainer`."""
-
 from __future__ import annotations
 
 import fcntl
@@ -18,7 +16,7 @@ import transformers
 from fulltune import methods, pipeline
 from fulltune.errors import RecipeError, SetupError
 from fulltune.inference import selective_head
-from fulltune.inference.run import by_length, model_batch
+from fulltune.inference.run import model_batch, positions_by_length
 from fulltune.inference.store import Rows
 from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule
 from fulltune.pipeline import Run
@@ -37,29 +35,24 @@ from fulltune.train.worker.loading import Objective
 _PACKAGES = ("lightning", "pytorch_lightning")
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _NO_EFFECT = {
-    "methods": "give one method of kind full, or compare by 'fulltune compare'",
+    "methods": "give one method of kind full, or compare methods with 'fulltune compare'",
     "preserve": "only 'fulltune run' uses generic text",
-    "train.extra": "it is for transformers' Trainer; give an engine's settings to its strategy",
-    "train.max_rollbacks": "a guard that stops the training raises; resume by Trainer.fit(ckpt_path=...)",
+    "train.extra": "these arguments are for transformers' Trainer; pass an engine's settings to Lightning's strategy",
+    "train.max_rollbacks": "a guard that stops training raises an exception; resume with Trainer.fit(ckpt_path=...)",
     "train.hang_timeout": "set the strategy's timeout, such as DDPStrategy(timeout=...)",
-    "train.notice": "give the Trainer ModelCheckpoint",
-    "train.save_steps": "give the Trainer ModelCheckpoint(every_n_train_steps=...)",
-    "train.save_total_limit": "give the Trainer ModelCheckpoint(save_top_k=...)",
-    "train.load_best_model_at_end": "give job.save(folder, checkpoint=...) the path that ModelCheckpoint calls best",
-    "train.early_stopping_patience": "give the Trainer EarlyStopping(**job.monitor(), patience=...)",
-    "train.early_stopping_threshold": "give the Trainer EarlyStopping(**job.monitor(), min_delta=...)",
-    "train.report_to": "give the Trainer its loggers",
+    "train.notice": "pass ModelCheckpoint to the Trainer",
+    "train.save_steps": "pass ModelCheckpoint(every_n_train_steps=...) to the Trainer",
+    "train.save_total_limit": "pass ModelCheckpoint(save_top_k=...) to the Trainer",
+    "train.load_best_model_at_end": "pass ModelCheckpoint's best_model_path to job.save(folder, checkpoint=...)",
+    "train.early_stopping_patience": "pass EarlyStopping(**job.monitor(), patience=...) to the Trainer",
+    "train.early_stopping_threshold": "pass EarlyStopping(**job.monitor(), min_delta=...) to the Trainer",
+    "train.report_to": "pass loggers to the Trainer",
 }
-"""Settings without effect under Lightning, and their alternatives."""
 
 
-def usable(package: str | None) -> str:
-    """Return `lightning` or `pytorch_lightning`: the named, imported or installed package. Each accepts only its own
-    classes.
-
-    Raises:
-        SetupError: The package is missing.
-    """
+def choose_package(package: str | None) -> str:
+    """Return "lightning" or "pytorch_lightning": `package`, else the imported or installed one; raise `SetupError` if
+    it is missing."""
     names = sorted(_PACKAGES, key=lambda name: name not in sys.modules)
     name = package or next(filter(find_spec, names), _PACKAGES[0])
     if find_spec(name) is None:
@@ -68,22 +61,21 @@ def usable(package: str | None) -> str:
 
 
 @cache
-def based(ours: type, base: str, package: str) -> Any:
-    """Return a class that inherits from `ours` and from a base class of the package."""
-    return type(ours.__name__, (ours, getattr(import_module(package), base)), {"__doc__": ours.__doc__})
+def with_lightning_base(cls: type, base_name: str, package: str) -> Any:
+    return type(cls.__name__, (cls, getattr(import_module(package), base_name)), {"__doc__": cls.__doc__})
 
 
-def problems_of(recipe: Recipe) -> list[str]:
-    """Return an error message for each setting that Lightning does not support."""
+def unsupported_settings(recipe: Recipe) -> list[str]:
+    """List an error message for each setting that Lightning does not support."""
     changed = recipe.model_dump(exclude_defaults=True)
     changed |= {f"train.{name}": value for name, value in changed.get("train", {}).items()}
     problems = [
         f"{name}: has no effect under Lightning; {instead}" for name, instead in _NO_EFFECT.items() if name in changed
     ]
     if recipe.method.kind != "full" and not recipe.methods:
-        problems.append(f"method.kind: Lightning supports full only, not '{recipe.method.kind}'; use 'fulltune run'")
+        problems.append(f"method.kind: Lightning supports only full, not '{recipe.method.kind}'; use 'fulltune run'")
     if recipe.is_searched:
-        problems.append("search: only 'fulltune run' searches; set a value instead")
+        problems.append("search: only 'fulltune run' can search; set a value instead")
     if recipe.train.optim not in (None, *PER_TENSOR_OPTIMIZERS):
         optimizers = ", ".join(PER_TENSOR_OPTIMIZERS)
         problems.append(f"train.optim: Lightning does not support '{recipe.train.optim}'; choose one of {optimizers}")
@@ -95,12 +87,11 @@ class FineTuning:
     """A recipe prepared for a Lightning `Trainer`."""
 
     folder: Path
-    """Run folder with prepared rows and plan."""
     module: FineTuningModule
     data: FineTuningData
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """Return keyword arguments for the `Trainer` that follow the plan."""
+        """Return keyword arguments for Lightning's `Trainer` that follow the plan."""
         plan, train = self.module.plan, self.module.objective.recipe.train
         values: dict[str, Any] = {
             "accelerator": "cpu" if plan.device == "cpu" else "gpu",
@@ -146,7 +137,7 @@ class FineTuning:
             module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
         elif module.sharded_by and not zero.holds(module.model):
             raise SetupError(
-                f"save: {module.sharded_by} has sharded the weights, so that no process has all of them; in a new "
+                f"save: {module.sharded_by} has sharded the weights, so no process has all of them; in a new "
                 "process, call save(folder, checkpoint=...) with gathered weights (docs/guides/training.md)"
             )
         is_first = module.global_rank == 0
@@ -164,24 +155,24 @@ def prepare(
     run_folder: str | Path | None = None,
     package: str | None = None,
 ) -> FineTuning:
-    """Prepare rows, plan and model, as a run does before training.
+    """Prepare rows, plan and model of a recipe for a Lightning `Trainer`.
 
     Each process calls this; the first one does the work.
 
     Args:
         recipe: Path of the recipe.
         overrides: Settings as for `--set`, such as `train.num_processes=2`.
-        run_folder: Folder for rows and plan, by default one in `output`.
-        package: Package of the `Trainer`, by default the imported one.
+        run_folder: Default: a folder in `output`.
+        package: Package of the `Trainer`. Default: the imported one.
 
     Raises:
         FulltuneError: The recipe or the data is wrong, or the run does not fit.
     """
-    package = usable(package)
+    package = choose_package(package)
     folders.hide_progress_bars()
     path = Path(recipe)
     checked = load_recipe(path, [overrides] if isinstance(overrides, str) else overrides)
-    if problems := problems_of(checked):
+    if problems := unsupported_settings(checked):
         raise RecipeError(problems)
     default = Path(checked.output) / f"{checked.name or path.stem}-lightning-{checked.fingerprint()[:8]}"
     folder = Path(run_folder or default)
@@ -193,15 +184,20 @@ def prepare(
         with folders.lock_folder(folder), folders.remove_new_run_on_error(folder):
             summary = pipeline.prepare(job)
             if summary.form.is_number:
-                raise RecipeError("data.label: has numbers, which only 'fulltune run' supports; give class names")
+                raise RecipeError(
+                    "data.label: the labels are numbers, which only 'fulltune run' supports; use class names"
+                )
             plan = pipeline.make_plan(job, summary)
-    module = based(FineTuningModule, "LightningModule", package)(*_load_objective_and_rows(job, plan, summary))
-    return FineTuning(folder, module, based(FineTuningData, "LightningDataModule", package)(module))
+    module = with_lightning_base(FineTuningModule, "LightningModule", package)(
+        *_load_objective_and_rows(job, plan, summary)
+    )
+    return FineTuning(folder, module, with_lightning_base(FineTuningData, "LightningDataModule", package)(module))
 
 
 def _load_objective_and_rows(
     job: Run, plan: Plan, summary: DataSummary
 ) -> tuple[Objective, transformers.PreTrainedTokenizerBase, selective_head.SelectiveHead | None, Rows, Rows]:
+    """Load the model and return the arguments of `FineTuningModule`, with train and eval rows."""
     recipe, task, data = job.recipe, task_named(job.recipe.task), job.folder / "data"
     transformers.set_seed(plan.seed)
     target = Target.of(summary)
@@ -214,8 +210,8 @@ def _load_objective_and_rows(
     if plan.activation_checkpointing:
         model.activation_checkpointing_enable()
     rows, eval_rows = loading.rows_with_mixed(data, summary, tokenizer), loading.task_rows(data, tokenizer)[1]
-    two_rows = model_batch(model, task, [rows[i] for i in by_length(rows)[-2:]], tokenizer.pad_token_id)
+    two_rows = model_batch(model, task, [rows[i] for i in positions_by_length(rows)[-2:]], tokenizer.pad_token_id)
     if summary.form.writes_answers:
         stop_generation_at(model, trained_ends(Rows(data / "train"), tokenizer)[1])
-    head = selective_head.verified(model, task, two_rows)[0]
+    head = selective_head.verify_selective_head(model, task, two_rows)[0]
     return objective, tokenizer, head, rows, eval_rows

@@ -23,16 +23,14 @@ BY_HOOKS = ("adapter", "prompt")
 
 @dataclass(frozen=True)
 class AppliedMethod:
-    """A model prepared for a method."""
-
     model: PreTrainedModel
-    """Model of its plain Hugging Face class; trained parameters have `requires_grad`."""
+    """Model of its plain Hugging Face class; trainable parameters have `requires_grad`."""
     method: Method
     peft_model: PeftModel | None = None
 
 
-def apply(model: PreTrainedModel, method: Method, task: TaskName) -> AppliedMethod:
-    """Add the method's parameters, drawn from torch's random state, and make them and a new head trainable."""
+def apply_method(model: PreTrainedModel, method: Method, task: TaskName) -> AppliedMethod:
+    """Add the method's parameters, drawn from torch's random state, and freeze what the method does not train."""
     from fulltune.methods import added, head
 
     if method.kind == "full":
@@ -40,25 +38,25 @@ def apply(model: PreTrainedModel, method: Method, task: TaskName) -> AppliedMeth
         for parameter in sinusoidal_tables(model).values():
             parameter.requires_grad_(False)
         return AppliedMethod(model, method)
-    heads = head.names_of(model, task, method.label)
+    heads = head.head_paths(model, task, method.label)
     model.requires_grad_(False)
     peft_model = None
     match method.kind:
         case "lora" | "peft":
-            peft_model = added.put_peft(model, method, task, heads)
+            peft_model = added.add_peft_modules(model, method, task, heads)
         case "adapter":
-            added.put_adapters(model, method, heads)
+            added.add_adapters(model, method, heads)
         case "prompt":
-            added.put_prompt(model, method, task)
+            added.add_virtual_tokens(model, method, task)
     if peft_model is None:  # PEFT trains a copy of the head
         for name in heads:
             model.get_submodule(name).requires_grad_(True)
-    head.freeze_statistics(model)
+    head.keep_frozen_batch_norms_in_eval(model)
     return AppliedMethod(model, method, peft_model)
 
 
-def without_casts(applied: AppliedMethod, autocast: bool) -> AbstractContextManager[None]:
-    """Stop LoRA's layers from casting their input to float32 under autocast, which would cast it back anyway."""
+def without_lora_input_casts(applied: AppliedMethod, autocast: bool) -> AbstractContextManager[None]:
+    """Return a context in which LoRA's layers do not cast inputs to float32, which autocast would undo."""
     if applied.method.kind != "lora" or applied.peft_model is None or not autocast:
         return nullcontext()
     from peft.helpers import disable_input_dtype_casting
@@ -68,7 +66,7 @@ def without_casts(applied: AppliedMethod, autocast: bool) -> AbstractContextMana
 
 
 def sinusoidal_tables(model: nn.Module) -> dict[str, Parameter]:
-    """Return position tables computed by a formula (Marian, Pegasus, RoFormer), which are not always saved."""
+    """Return position tables computed by a formula (Marian, Pegasus, RoFormer) by name; they are not always saved."""
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
@@ -77,13 +75,13 @@ def sinusoidal_tables(model: nn.Module) -> dict[str, Parameter]:
     }
 
 
-def trained(model: nn.Module) -> dict[str, Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def virtual_tokens(recipe: Recipe) -> int:
-    """Return the largest `num_virtual_tokens` of any prompt method, or 0; rows of every method are shortened by this
-    many tokens."""
+def max_virtual_tokens(recipe: Recipe) -> int:
+    """Return the largest `num_virtual_tokens` of the recipe's prompt methods, or 0. The rows of all methods are
+    shortened by it."""
     return max(
         (
             method.num_virtual_tokens
@@ -99,15 +97,15 @@ def virtual_tokens_of(model: nn.Module) -> int:
     return 0 if prompt is None else len(prompt.weight)
 
 
-def check(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Raise `RecipeError` if a method cannot do the recipe's task with this model."""
-    lines = [line for method in recipe.methods or (recipe.method,) for line in problems(recipe, config, method)]
+def check_methods(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Raise `RecipeError` if one of the recipe's methods cannot do its task with this model."""
+    lines = [line for method in recipe.methods or (recipe.method,) for line in method_problems(recipe, config, method)]
     if lines:
         raise RecipeError(lines)
 
 
-def problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -> list[str]:
-    """Return why a method cannot do the recipe's task with a model of this config, one message per reason."""
+def method_problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -> list[str]:
+    """List error messages about why a method cannot do the recipe's task with this model."""
     from fulltune.models.shapes import position_limit
 
     lines = []
@@ -116,11 +114,11 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -
     if method.kind == "prompt":
         limit = position_limit(config)
         if FACTS[recipe.task].reads == "image":
-            lines.append("an image has no tokens to put virtual ones before; use lora, adapter or head")
+            lines.append("images have no tokens, so they cannot have virtual tokens; use lora, adapter or head")
         elif limit is not None and method.num_virtual_tokens > limit // 2:
             lines.append(
-                f"num_virtual_tokens: {method.num_virtual_tokens} are more than half of the {limit} tokens that the "
-                "model takes; use fewer"
+                f"num_virtual_tokens: {method.num_virtual_tokens} are more than half of the model's "
+                f"maximum length of {limit} tokens; use fewer"
             )
     if method.kind == "peft":
         from fulltune.methods.added import peft_problems
@@ -129,5 +127,5 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -
         layout = parallel_layout.layout_of(recipe)
         if layout is not None and layout.engine == "zero" and layout.stage == 3:
             by = recipe.train.engine_by
-            lines.append(f"PEFT may read weights, which {by} shards; use lora, or train.placement: zero2")
+            lines.append(f"PEFT may read whole weights, but {by} shards them; use lora, or train.placement: zero2")
     return [f"method {method.label}: {line}" for line in lines]

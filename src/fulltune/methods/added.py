@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulltune.errors import RecipeError
-from fulltune.models.sharding import gathered_to_modify, whole
+from fulltune.models.sharding import full_tensor, gathered_to_modify
 from fulltune.recipe.methods import PROMPT_MODULE, AdapterMethod, LoraMethod, PeftMethod, PromptMethod
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system.memory import is_out_of_memory
@@ -40,10 +40,10 @@ STANDARD_DEVIATION = 1e-2
 class Bottleneck(nn.Module):
     """Bottleneck adapter with a residual connection (Houlsby et al. 2019, arXiv 1902.00751), which PEFT lacks."""
 
-    def __init__(self, size: int, bottleneck: int, non_linearity: str) -> None:
+    def __init__(self, hidden_size: int, bottleneck_size: int, non_linearity: str) -> None:
         super().__init__()
-        self.down = nn.Linear(size, bottleneck)
-        self.up = nn.Linear(bottleneck, size)
+        self.down = nn.Linear(hidden_size, bottleneck_size)
+        self.up = nn.Linear(bottleneck_size, hidden_size)
         self.non_linearity = nn.ReLU() if non_linearity == "relu" else nn.GELU()
         for linear in (self.down, self.up):
             nn.init.trunc_normal_(
@@ -57,9 +57,9 @@ class Bottleneck(nn.Module):
         return hidden + added.to(hidden.dtype)
 
 
-def put_adapters(model: PreTrainedModel, method: AdapterMethod, heads: tuple[str, ...]) -> None:
+def add_adapters(model: PreTrainedModel, method: AdapterMethod, head_paths: tuple[str, ...]) -> None:
     """Add an adapter after each projection in the layers, and make adapters and layer norms trainable."""
-    projections = [(name, module) for name, module in model.named_modules() if _is_projection(name, module, heads)]
+    projections = [(name, module) for name, module in model.named_modules() if _is_projection(name, module, head_paths)]
     if not projections:
         raise RecipeError(
             f"method {method.label}: the projections of {type(model).__name__}'s layers are unknown; use lora or full"
@@ -71,16 +71,17 @@ def put_adapters(model: PreTrainedModel, method: AdapterMethod, heads: tuple[str
         module.add_module("adapter", added.to(weight.device))
         module.register_forward_hook(lambda module, _, hidden: module.adapter(hidden))
     for name, module in model.named_modules():
-        if "Norm" in type(module).__name__ and not isinstance(module, _BatchNorm) and not _is_inside(name, heads):
+        if "Norm" in type(module).__name__ and not isinstance(module, _BatchNorm) and not _is_inside(name, head_paths):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(True)
 
 
-def _is_projection(name: str, module: nn.Module, heads: tuple[str, ...]) -> bool:
+def _is_projection(name: str, module: nn.Module, head_paths: tuple[str, ...]) -> bool:
+    """Return True for a projection inside a numbered layer that is not in a head."""
     from transformers.pytorch_utils import Conv1D
 
     ends = any(name.endswith(f".{end}") for end in PROJECTIONS)
-    in_layer = _IN_LAYER.search(name) is not None and not _is_inside(name, heads)
+    in_layer = _IN_LAYER.search(name) is not None and not _is_inside(name, head_paths)
     return isinstance(module, (nn.Linear, Conv1D)) and ends and in_layer
 
 
@@ -98,13 +99,18 @@ UNUSABLE = {
     "SUPERTUNING",  # needs more than the model
     "XLORA",  # mixes adapters that are trained already
 }
-"""PEFT types that are not supported, because they do more than add modules to layers."""
-_OURS = {"peft_type", "task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision"}
-"""Fields of PEFT's configs that follow from the recipe and cannot be set."""
+_FIELDS_FROM_RECIPE = {
+    "peft_type",
+    "task_type",
+    "inference_mode",
+    "modules_to_save",
+    "base_model_name_or_path",
+    "revision",
+}
 
 
 def peft_problems(method: PeftMethod) -> list[str]:
-    """Return why PEFT's type or config fields cannot be used, one message per reason."""
+    """List error messages about a PEFT type or config fields that cannot be used."""
     from peft import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -116,8 +122,8 @@ def peft_problems(method: PeftMethod) -> list[str]:
         here = f"supported types: {', '.join(usable)}"
         if name not in configs:
             return [f"type: PEFT has no '{method.type}'; {did_you_mean(name, usable) or here}"]
-        return [f"type: {name} is more than modules in layers (virtual tokens: 'kind: prompt'); {here}"]
-    fields = sorted(set(configs[name].__dataclass_fields__) - _OURS)
+        return [f"type: {name} does more than add modules to layers (for virtual tokens use 'kind: prompt'); {here}"]
+    fields = sorted(set(configs[name].__dataclass_fields__) - _FIELDS_FROM_RECIPE)
     return [
         f"config.{field}: {name} has no field of this name that can be set; "
         + (did_you_mean(field, fields) or f"it has {', '.join(fields)}")
@@ -126,17 +132,17 @@ def peft_problems(method: PeftMethod) -> list[str]:
     ]
 
 
-def put_peft(
-    model: PreTrainedModel, method: LoraMethod | PeftMethod, task: TaskName, heads: tuple[str, ...]
+def add_peft_modules(
+    model: PreTrainedModel, method: LoraMethod | PeftMethod, task: TaskName, head_paths: tuple[str, ...]
 ) -> PeftModel:
-    """Add PEFT's modules to the model, or raise `RecipeError` if PEFT does not support it."""
+    """Add PEFT's modules to the model, or raise `RecipeError` if PEFT does not support the model."""
     from peft import LoraConfig, get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     # PEFT takes every module whose path ends with one of these names.
     shared: dict[str, Any] = {
         "task_type": FACTS[task].peft,
-        "modules_to_save": [name.rpartition(".")[2] for name in heads] or None,
+        "modules_to_save": [name.rpartition(".")[2] for name in head_paths] or None,
     }
     try:
         if method.kind == "lora":
@@ -161,33 +167,35 @@ def put_peft(
         if is_out_of_memory(error):  # a RuntimeError, but not the recipe's fault
             raise
         text = " ".join(str(error).split())[:300]
-        raise RecipeError(f"method {method.label}: PEFT cannot apply it to {type(model).__name__}: {text}") from error
+        raise RecipeError(
+            f"method {method.label}: PEFT cannot apply the method to {type(model).__name__}: {text}"
+        ) from error
 
 
 _TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
 
 
 class Prompt(nn.Module):
-    """Virtual tokens (Lester et al. 2021, arXiv 2104.08691), float32 `weight[tokens, size]`, and the hooks that feed
-    them to a model.
+    """Virtual tokens (Lester et al. 2021, arXiv 2104.08691), float32 `weight[tokens, size]`, and hooks that put them
+    before a model's input.
 
-    PEFT's own fail with token heads, find the wrong last token in decoders that classify, and ignore position ids.
+    PEFT's version fails with token heads, finds the wrong last token in decoders that classify, and ignores position
+    ids.
     """
 
-    def __init__(self, weight: torch.Tensor, filler: int) -> None:
+    def __init__(self, weight: torch.Tensor, filler_id: int) -> None:
         super().__init__()
         self.size = len(weight)
         self.weight = nn.Parameter(weight)
-        self.filler = filler
-        """Token id used for virtual tokens in `input_ids`."""
+        self.filler = filler_id
         self.waiting = False
         """True if the next call of the embeddings gets the virtual tokens."""
         self.in_front = False
-        """True if this pass has virtual tokens in front, and does not continue from a cache."""
+        """True if the current pass starts with virtual tokens instead of a cache."""
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Replace the first `embeddings[rows, tokens, size]` by virtual tokens. This is a module call, so that ZeRO
-        gathers the weight."""
+        """Replace the first `embeddings[rows, tokens, size]` by virtual tokens. As a module call, this makes ZeRO
+        gather the weight."""
         ahead = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat((ahead, embeddings[:, self.size :]), dim=1)
 
@@ -197,7 +205,7 @@ class Prompt(nn.Module):
     def before_body(
         self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
-        """Extend the body's inputs by the virtual tokens; if there is a cache, extend only mask and positions."""
+        """Extend the body's inputs by the virtual tokens; with a filled cache, extend only mask and positions."""
         inputs = {**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs}
         cache = inputs.get("past_key_values")
         self.in_front = self.waiting = cache is None or not cache.get_seq_length()
@@ -221,7 +229,7 @@ class Prompt(nn.Module):
         return self(embeddings) if is_first else embeddings
 
     def before_decoder(self, _: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Extend the decoder's mask over the encoder's virtual positions."""
+        """Extend the decoder's mask over the encoder's virtual tokens."""
         mask = kwargs.get("encoder_attention_mask")
         return args, kwargs if mask is None else {**kwargs, "encoder_attention_mask": self._prepend(mask, 1)}
 
@@ -234,9 +242,8 @@ class Prompt(nn.Module):
         return outputs
 
 
-def put_prompt(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> None:
-    """Add virtual tokens before the model's input; raise `RecipeError` if the model has no separate body or
-    embeddings."""
+def add_virtual_tokens(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> None:
+    """Add virtual tokens before the model's input; raise `RecipeError` if it has no separate body or embeddings."""
     from fulltune.models.shapes import is_decoder
 
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
@@ -246,7 +253,7 @@ def put_prompt(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> 
         raise RecipeError(f"method {method.label}: {type(model).__name__} has {lacks}; use lora or adapter")
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     # RoBERTa counts positions of tokens that are not padding.
-    prompt = Prompt(_initial_vectors(embeddings, method), filler=1 if pad == 0 else 0)
+    prompt = Prompt(_initial_vectors(embeddings, method), filler_id=1 if pad == 0 else 0)
     model.add_module(PROMPT_MODULE, prompt)
     body.register_forward_pre_hook(prompt.before_body, with_kwargs=True)
     embeddings.register_forward_hook(prompt.after_embeddings)
@@ -257,6 +264,7 @@ def put_prompt(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> 
 
 
 def _token_embeddings(module: Any) -> nn.Embedding | None:
+    """Return the layer that embeds token ids, or None if the model has none."""
     try:
         embeddings = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # raised by models that read no tokens
@@ -265,9 +273,9 @@ def _token_embeddings(module: Any) -> nn.Embedding | None:
 
 
 def _initial_vectors(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
-    """Draw initial vectors from the vocabulary, or at random with its spread: float32 [tokens, size]."""
+    """Return initial virtual tokens, float32 [tokens, size]: vectors from the vocabulary, or noise of its spread."""
     with gathered_to_modify([embeddings.weight]):
-        weight, size = whole(embeddings.weight.detach()), method.num_virtual_tokens
+        weight, size = full_tensor(embeddings.weight.detach()), method.num_virtual_tokens
         if method.init == "vocabulary":
             return weight[torch.randint(0, len(weight), (size,), device=weight.device)].float()
         spread = weight.float().std()

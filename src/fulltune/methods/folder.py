@@ -9,10 +9,10 @@ from pydantic import TypeAdapter
 
 from fulltune import files
 from fulltune.errors import SetupError
-from fulltune.methods import BY_HOOKS, AppliedMethod, apply, trained
-from fulltune.models.base import Base, json_object
-from fulltune.models.load import load as load_model
-from fulltune.models.sharding import like
+from fulltune.methods import BY_HOOKS, AppliedMethod, apply_method, trainable_parameters
+from fulltune.models.base import Base, read_json_object
+from fulltune.models.load import load_model as load_model
+from fulltune.models.sharding import shard_like
 from fulltune.recipe.methods import PROMPT_MODULE, Method
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS, TaskName
@@ -23,18 +23,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 NOTES = "fulltune.json"
-"""File of a model folder with task, columns, method and pretrained model."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model."
 _PROMPT = f"{PROMPT_MODULE}.weight"
 
 
-def save(applied: AppliedMethod, folder: Path, task: TaskName, base: str | None) -> None:
-    """Write the trained parameters and the model's config; `base` is the pretrained model's folder or Hub id."""
+def save_method_folder(applied: AppliedMethod, folder: Path, task: TaskName, base_name: str | None) -> None:
+    """Write the trained parameters and the config; `base_name` is the pretrained model's folder or Hub id."""
     folder.mkdir(parents=True, exist_ok=True)
     model = applied.model
     if applied.peft_model is not None:
-        applied.peft_model.peft_config["default"].base_model_name_or_path = base
+        applied.peft_model.peft_config["default"].base_model_name_or_path = base_name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it did not check the vocabulary on the Hub
             # Without sharded frozen weights, which PEFT would gather from all ranks.
@@ -48,12 +47,12 @@ def save(applied: AppliedMethod, folder: Path, task: TaskName, base: str | None)
     else:
         from safetensors.torch import save_file
 
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained(model).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable_parameters(model).items()}
         if applied.method.kind == "prompt":
-            config = _prompt_config(applied, task, base, list(tensors))
+            config = _peft_prompt_config(applied, task, base_name, list(tensors))
             tensors = {_peft_name(name): tensor for name, tensor in tensors.items()}
         else:
-            config = {"fulltune_method": applied.method.kind, "base_model_name_or_path": base}
+            config = {"fulltune_method": applied.method.kind, "base_model_name_or_path": base_name}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         files.write_json(folder / CONFIG, config)
     model.config.save_pretrained(folder)
@@ -61,8 +60,8 @@ def save(applied: AppliedMethod, folder: Path, task: TaskName, base: str | None)
         model.generation_config.save_pretrained(folder)
 
 
-def share_permissions(folder: Path) -> None:
-    """Give all files the permissions of `config.json`, because only the owner may read new safetensors files."""
+def copy_permissions_from_config(folder: Path) -> None:
+    """Give all files the permissions of `config.json`; only the owner can read new safetensors files."""
     mode = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.iterdir():
         if file.is_file():
@@ -73,15 +72,18 @@ def _peft_name(name: str) -> str:
     return "prompt_embeddings" if name == _PROMPT else f"{_PEFT_PREFIX}{name}"
 
 
-def _prompt_config(applied: AppliedMethod, task: TaskName, base: str | None, names: list[str]) -> dict[str, Any]:
+def _peft_prompt_config(
+    applied: AppliedMethod, task: TaskName, base_name: str | None, tensor_names: list[str]
+) -> dict[str, Any]:
+    """Return the content of `adapter_config.json` with which PEFT loads the virtual tokens."""
     text = applied.model.config.get_text_config()
-    size = trained(applied.model)[_PROMPT].shape
-    heads = {name.rpartition(".")[0] for name in names if name != _PROMPT}
+    size = trainable_parameters(applied.model)[_PROMPT].shape
+    heads = {name.rpartition(".")[0] for name in tensor_names if name != _PROMPT}
     modules = sorted({path.removeprefix(f"{applied.model.base_model_prefix}.").split(".")[0] for path in heads})
     return {
         "peft_type": "PROMPT_TUNING",
         "task_type": FACTS[task].peft,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "num_virtual_tokens": size[0],
         "token_dim": size[1],
@@ -93,36 +95,35 @@ def _prompt_config(applied: AppliedMethod, task: TaskName, base: str | None, nam
     }
 
 
-def is_partial(folder: Path) -> bool:
+def has_only_trained_parameters(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
 def can_be_merged(folder: Path) -> bool:
-    """Return True for a folder of a method that can be merged into the pretrained weights."""
-    return is_partial(folder) and notes_of(folder)["method"]["kind"] not in BY_HOOKS
+    return has_only_trained_parameters(folder) and read_notes(folder)["method"]["kind"] not in BY_HOOKS
 
 
-def notes_of(folder: Path) -> dict[str, Any]:
-    """Read a model folder's notes, or raise `SetupError` if the file is damaged."""
-    return json_object(folder / NOTES)
+def read_notes(folder: Path) -> dict[str, Any]:
+    """Read a model folder's `fulltune.json`, or raise `SetupError` if the file is damaged."""
+    return read_json_object(folder / NOTES)
 
 
-def processor_of(folder: Path) -> Any:
-    return Base.of(ModelBlock(name=str(folder.resolve())), notes_of(folder)["task"]).processor
+def load_processor(folder: Path) -> Any:
+    return Base.from_block(ModelBlock(name=str(folder.resolve())), read_notes(folder)["task"]).processor
 
 
-def load(folder: Path, processor: Any, base: Base | None = None) -> AppliedMethod:
-    """Load the pretrained model, by default the one in the notes, with the saved parameters, on the CPU."""
+def load_method_folder(folder: Path, processor: Any, base: Base | None = None) -> AppliedMethod:
+    """Load the pretrained model (by default the one in the folder's notes) with the folder's parameters, on the CPU."""
     import torch
 
-    notes = notes_of(folder)
+    notes = read_notes(folder)
     method: Method = TypeAdapter(Method).validate_python(notes["method"])
     task, target = task_named(notes["task"]), Target.from_notes(notes)
     changes = task.config_changes(target, processor)
     with torch.random.fork_rng():
-        pretrained = base or Base.of(ModelBlock(**notes["base_model"]), notes["task"])
+        pretrained = base or Base.from_block(ModelBlock(**notes["base_model"]), notes["task"])
         model = load_model(pretrained, changes, head_is_new=task.FACTS.head_is_new)
-        applied = apply(model, method, notes["task"])
+        applied = apply_method(model, method, notes["task"])
     _load_saved_parameters(applied, folder)
     if model.can_generate():
         from transformers import GenerationConfig
@@ -133,6 +134,7 @@ def load(folder: Path, processor: Any, base: Base | None = None) -> AppliedMetho
 
 
 def _load_saved_parameters(applied: AppliedMethod, folder: Path) -> None:
+    """Copy the folder's parameters into the model, or raise `SetupError` if their names differ."""
     from safetensors.torch import load_file
 
     tensors = load_file(folder / WEIGHTS)
@@ -143,47 +145,47 @@ def _load_saved_parameters(applied: AppliedMethod, folder: Path) -> None:
         _check_tensor_names(expected, set(tensors), folder / WEIGHTS)
         set_peft_model_state_dict(applied.peft_model, tensors)
         return
-    names = trained(applied.model)
+    names = trainable_parameters(applied.model)
     if applied.method.kind == "prompt":
         tensors = {name: tensors[_peft_name(name)] for name in names if _peft_name(name) in tensors}
-    load_trained(applied.model, tensors, folder / WEIGHTS)
+    copy_into_trained(applied.model, tensors, folder / WEIGHTS)
 
 
-def load_trained(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
-    """Copy values into the trained parameters, which must have exactly these names."""
+def copy_into_trained(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Copy tensors into the trainable parameters; raise `SetupError` naming `source` if names or shapes differ."""
     import torch
 
-    parameters = trained(model)
-    _check_tensor_names(set(parameters), set(tensors), where)
+    parameters = trainable_parameters(model)
+    _check_tensor_names(set(parameters), set(tensors), source)
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
                 raise SetupError(
-                    f"{where}: {name} has the shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
+                    f"{source}: {name} has the shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
                 )
-            parameter.copy_(like(tensors[name], parameter))
+            parameter.copy_(shard_like(tensors[name], parameter))
 
 
-def _check_tensor_names(expected: set[str], names: set[str], where: Path) -> None:
-    wrong = sorted(expected ^ names)
+def _check_tensor_names(expected: set[str], actual: set[str], source: Path) -> None:
+    """Raise `SetupError` if the names differ."""
+    wrong = sorted(expected ^ actual)
     if wrong:
-        raise SetupError(f"{where}: {len(wrong)} tensors are missing or unexpected, for example {wrong[0]}")
+        raise SetupError(f"{source}: {len(wrong)} tensors are missing or unexpected, for example {wrong[0]}")
 
 
-def merge(folder: Path, output: Path) -> None:
-    """Merge trained parameters into the pretrained weights, and write a Hugging Face folder with tokenizer and
-    notes."""
+def merge_into_pretrained(folder: Path, output: Path) -> None:
+    """Merge a folder's parameters into the pretrained weights, and write a whole model to the empty folder `output`."""
     if output.exists() and any(output.iterdir()):
         raise SetupError(f"{output}: is not empty; name a new folder")
     if not can_be_merged(folder):
-        raise SetupError(f"{folder}: cannot be merged: it is a whole model, or its method adds hooks to the model")
-    notes, processor = notes_of(folder), processor_of(folder)
-    applied = load(folder, processor)
+        raise SetupError(f"{folder}: cannot be merged: the folder contains a whole model, or a method that adds hooks")
+    notes, processor = read_notes(folder), load_processor(folder)
+    applied = load_method_folder(folder, processor)
     try:
         model = applied.model if applied.peft_model is None else applied.peft_model.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError) as error:  # raised by PEFT's methods that cannot merge
-        raise SetupError(f"{folder}: PEFT cannot merge it: {' '.join(str(error).split())[:200]}") from error
+        raise SetupError(f"{folder}: PEFT cannot merge the method: {' '.join(str(error).split())[:200]}") from error
     model.save_pretrained(output)
     processor.save_pretrained(output)
     files.write_json(output / NOTES, {name: notes[name] for name in notes if name not in ("method", "base_model")})
-    share_permissions(output)
+    copy_permissions_from_config(output)

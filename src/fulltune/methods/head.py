@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def names_of(model: PreTrainedModel, task: TaskName, method: str) -> tuple[str, ...]:
-    """Return the paths of the modules above the body and of the pooler, or nothing for tasks with a pretrained head."""
+def head_paths(model: PreTrainedModel, task: TaskName, method: str) -> tuple[str, ...]:
+    """Return the paths of the modules above the body and of the pooler; empty for tasks with a pretrained head."""
     if not FACTS[task].head_is_new:
         return ()
     if _body_of(model) is None:
@@ -25,8 +25,8 @@ def names_of(model: PreTrainedModel, task: TaskName, method: str) -> tuple[str, 
     return _modules_above_body(model)
 
 
-def output_layer_of(model: PreTrainedModel, num_outputs: int) -> nn.Linear | None:
-    """Return the head's last linear layer of this size (the trained copy if PEFT made one), or None."""
+def find_output_layer(model: PreTrainedModel, num_outputs: int) -> nn.Linear | None:
+    """Return the head's last linear layer with this many outputs (PEFT's trained copy if there is one), or None."""
     from torch import nn
 
     layer = None
@@ -43,7 +43,7 @@ def _body_of(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _modules_above_body(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the paths of the pooler and of the modules outside of the body that have weights."""
+    """Return the paths of the pooler and of modules outside of the body, if they have weights."""
     prefix = model.base_model_prefix
     pooler = [f"{prefix}.pooler"] if _has_weights(getattr(_body_of(model), "pooler", None)) else []
     others = (prefix, PROMPT_MODULE)
@@ -54,8 +54,8 @@ def _has_weights(module: nn.Module | None) -> bool:
     return module is not None and next(module.parameters(), None) is not None
 
 
-def freeze_statistics(model: nn.Module) -> None:
-    """Keep frozen batch norms in evaluation mode, because their statistics are not saved."""
+def keep_frozen_batch_norms_in_eval(model: nn.Module) -> None:
+    """Keep frozen batch norms in evaluation mode, because their running statistics are not saved."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     for module in model.modules():
@@ -64,18 +64,18 @@ def freeze_statistics(model: nn.Module) -> None:
             vars(module)["train"] = lambda mode=True, module=module: module
 
 
-def rescale(layer: nn.Linear, shift: float, factor: float) -> None:
-    """Change a layer so that its outputs are multiplied by `factor` and, if it has a bias, shifted by `shift`."""
+def rescale_outputs(layer: nn.Linear, shift: float, factor: float) -> None:
+    """Change a layer in place so that its output is `output * factor + shift`; without a bias, `shift` is ignored."""
     import torch
 
     parameters = dict(layer.named_parameters())
     with torch.no_grad(), gathered_to_modify(list(parameters.values())):
-        for name, values in rescaled(parameters, shift, factor).items():
+        for name, values in rescaled_parameters(parameters, shift, factor).items():
             parameters[name].copy_(values)
 
 
-def rescaled(tensors: Mapping[str, torch.Tensor], shift: float, factor: float) -> dict[str, torch.Tensor]:
-    """Return a layer's `weight` and `bias`, changed as by `rescale`, in their dtypes."""
+def rescaled_parameters(tensors: Mapping[str, torch.Tensor], shift: float, factor: float) -> dict[str, torch.Tensor]:
+    """Return a layer's `weight` and `bias` after `rescale_outputs`, in their dtypes."""
     shifts = {"bias": shift}
     return {
         name: (values.double() * factor + shifts.get(name, 0.0)).to(values.dtype) for name, values in tensors.items()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode inside the context, and restore its mode after it."""
     was_training = model.training
     model.eval()

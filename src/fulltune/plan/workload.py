@@ -136,7 +136,7 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
             summary,
             footprint,
             grouped,
-            methods.virtual_tokens(recipe),
+            methods.max_virtual_tokens(recipe),
             time.backward_cost(recipe.method.kind, shapes),
         ),
     )

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DataError, SetupError
-from fulltune.inference.run import Batching, generate, run_rows
+from fulltune.inference.run import Batching, generate_answers, run_rows
 from fulltune.methods import folder as folders
-from fulltune.models.base import Base, opened
-from fulltune.models.load import load as load_model
+from fulltune.models.base import Base, with_decoded_images
+from fulltune.models.load import load_model as load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.system.run_folder import load_comparison
 from fulltune.tasks import Refused, Row, RowAnswer, Target, Task, task_named, token_classification
@@ -56,24 +56,22 @@ class Predictor:
         return Target.from_notes(self.notes)
 
     def predict(self, rows: Sequence[Mapping[str, Any]], max_new_tokens: int = 128) -> list[RowAnswer]:
-        """Answer rows in the columns that the model was trained on.
+        """Answer rows with the columns that the model was trained on; labels are not needed.
 
         Args:
-            rows: Columns by task. Classifiers: the text column(s), or the image's path or bytes; multiple choice: the
-                choices and the question; language models: `prompt` or `messages`; encoder-decoders: `source`; taggers:
-                the words; question answering: `question` and `context`.
-            max_new_tokens: Longest answer of models that write, in tokens.
+            rows: Language models read `prompt` or `messages`, image classifiers an image's path or bytes.
+            max_new_tokens: Maximum length of a generated answer.
 
         Returns:
-            One dictionary per row. Single label: `label`, calibrated `probability`, and `probabilities` of all labels.
-            Several labels: `labels` and `probabilities`. Numbers: `value`. Multiple choice: `index` and `text` of the
-            choice, `probability`, and `probabilities` in the order of the choices. Models that write: `answer`.
-            Taggers: `tokens`, their `tags`, and `entities` with `type`, `start` and `end` (word positions, `end`
-            excluded), `text` and `probability` (of the least certain word). Question answering: `answer` (empty if
-            there is none), its first character `start` in the context, and `probability`.
+            One dictionary per row. Single label: `label`, calibrated `probability`, `probabilities` of all labels.
+            Several labels: `labels`, `probabilities`. Numbers: `value`. Multiple choice: `index`, `text`,
+            `probability`, and `probabilities` in the order of the choices. Generated text: `answer`. Taggers: `tokens`,
+            `tags`, and `entities` with `type`, `start` and `end` (word positions, `end` excluded), `text`,
+            `probability` (of the least certain word). Question answering: `answer` (empty if the context has none), its
+            first character `start` in the context, `probability`.
 
         Raises:
-            DataError: When a row cannot be answered; `answer_each` continues with the next row instead.
+            DataError: When a row cannot be answered; `answer_each` continues instead.
         """
         predicted = list(self.answer_each(rows, max_new_tokens))
         refused = [(number, row.refused) for number, row in enumerate(predicted, start=1) if row.refused is not None]
@@ -82,11 +80,11 @@ class Predictor:
             raise DataError(f"predict: row {number}: {first.reason} ({len(refused)} such rows); remove or repair them")
         cut = [number for number, row in enumerate(predicted, start=1) if row.is_cut]
         if cut:
-            _log.warning("predict: row %d %s (%d such rows)", cut[0], self.cut_in_words(), len(cut))
+            _log.warning("predict: row %d %s (%d such rows)", cut[0], self.describe_truncation(), len(cut))
         return [row.answer for row in predicted if row.answer is not None]
 
-    def cut_in_words(self) -> str:
-        """Describe how a row that is too long is cut, as the end of a sentence."""
+    def describe_truncation(self) -> str:
+        """Return how a too long row is cut, as the end of a sentence: "is longer than ... tokens: ..."."""
         words = "the remaining words are not read and get the tag O"
         beyond = words if self.target.form.tags_words else "the rest is not read"
         return f"is longer than {self.notes['max_length']} tokens: {beyond}"
@@ -97,12 +95,12 @@ class Predictor:
         max_new_tokens: int = 128,
         report: RowProgress = lambda done, total: None,
     ) -> Iterator[PredictedRow]:
-        """Yield each row's answer, or the reason there is none, in order, holding only a few rows in memory."""
+        """Yield each row's answer, or the reason why there is none, reading only a few rows at a time."""
         writes = self.task.FACTS.writes
         # Models that write are slow: their first answers must not wait for two thousand others.
         for window in windows(rows, _WINDOW_PROMPTS) if writes else windows(rows):
             questions = [self.task.as_question(row, self.target) for row in window]
-            predicted = [PredictedRow(None, self._refuse(row)) for row in questions]
+            predicted = [PredictedRow(None, self._find_refusal(row)) for row in questions]
             usable = [number for number, row in enumerate(predicted) if row.refused is None]
             rest = [questions[number] for number in usable]
             answers = self._generate_answers(rest, max_new_tokens, report) if writes else self._classify(rest, report)
@@ -110,13 +108,14 @@ class Predictor:
                 predicted[number] = answered
             yield from predicted
 
-    def _refuse(self, row: Row) -> Refused | None:
-        """Return why a row cannot be answered, or None."""
+    def _find_refusal(self, row: Row) -> Refused | None:
+        """Return the reason why a row cannot be answered, or None."""
         if reason := unreadable(row, self.target.columns):
             return Refused("unreadable", reason)
         return self.task.refuse_question(row, self.target)
 
     def _generate_answers(self, rows: Sequence[Row], max_new_tokens: int, report: RowProgress) -> list[PredictedRow]:
+        """Let the model write an answer to each row that its chat template accepts."""
         prompts = []
         refused: list[Refused | None] = []
         for row in rows:
@@ -126,7 +125,7 @@ class Predictor:
             except DataError as error:
                 refused.append(Refused("refused by the chat template", str(error)))
         answers = iter(
-            generate(
+            generate_answers(
                 self.model,
                 self.tokenizer,
                 prompts,
@@ -137,11 +136,11 @@ class Predictor:
         return [PredictedRow(None, why) if why else PredictedRow({"answer": next(answers)}) for why in refused]
 
     def _classify(self, rows: Sequence[Row], report: RowProgress) -> list[PredictedRow]:
-        """Answer rows of all other tasks in one forward pass each."""
+        """Answer rows in one forward pass each, for tasks in which the model writes no text."""
         if not rows:  # tokenizers take no empty list
             return []
         encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
-        no_token = Refused("no token", "the tokenizer returns no token for it")  # it ignores all characters
+        no_token = Refused("no token", "the tokenizer returns no tokens")  # it ignores all characters
         refused = [
             first.refused or (no_token if len(first.features.get("input_ids", "?")) == 0 else None)
             for first, *_ in encoded
@@ -154,7 +153,7 @@ class Predictor:
             batching = Batching(
                 _BATCH, on_progress=lambda done, total, _: report(done * len(questions) // total, len(questions))
             )
-            opened_rows, pad = opened(features, self.tokenizer), self.tokenizer.pad_token_id
+            opened_rows, pad = with_decoded_images(features, self.tokenizer), self.tokenizer.pad_token_id
             outputs = run_rows(self.model, opened_rows, self.task, self.target, pad, batching)
             temperature = float(self.notes.get("temperature", 1.0))
             answers = iter(self.task.answers(outputs, questions, usable, self.target, temperature))
@@ -167,21 +166,22 @@ class Predictor:
 # ---- which model ----------------------------------------------------------------------------------------------
 
 
-def load(run: Path, method: str | None = None) -> Predictor:
-    """Load the model of a model folder or of a run: the one trained by `method`, else the only or recommended one."""
-    folder = choose(run, method)[0]
-    notes = folders.notes_of(folder)
-    base = Base.of(ModelBlock(name=str(folder.resolve())), notes["task"])
-    if folders.is_partial(folder):
-        model = folders.load(folder, base.processor).model
+def load_predictor(run: Path, method: str | None = None) -> Predictor:
+    """Load a model folder, or a run's model: the one trained by `method`, the only one, or the recommended one."""
+    folder = choose_model_folder(run, method)[0]
+    notes = folders.read_notes(folder)
+    base = Base.from_block(ModelBlock(name=str(folder.resolve())), notes["task"])
+    if folders.has_only_trained_parameters(folder):
+        model = folders.load_method_folder(folder, base.processor).model
     else:
         model = load_model(base, {}, head_is_new=False)
     return Predictor(model.eval(), base.processor, notes)
 
 
-def choose(run: Path, method: str | None = None) -> tuple[Path, str]:
-    """Return a model's folder, and the reason if a comparison's verdict chose it, else an empty string."""
-    there = models_of(run)
+def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str]:
+    """Return a model's folder, and the reason if a comparison's verdict chose the model, else an empty string. Raise
+    `SetupError` without a unique model."""
+    there = model_folders(run)
     names = ", ".join(there)
     if method is not None:
         if method not in there:
@@ -207,16 +207,15 @@ def choose(run: Path, method: str | None = None) -> tuple[Path, str]:
     return there[recommended], reason
 
 
-def models_of(run: Path) -> dict[str, Path]:
-    """Return the folders of a run's finished models by method."""
+def model_folders(run: Path) -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(run.glob(f"models/*/{folders.NOTES}"))}
 
 
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Put one text into the column that the model reads."""
+    """Return a row with the text in the column that the model reads; raise `DataError` if it reads several."""
     columns, read = notes["columns"], columns_read(notes)
     if len(read) > 1:
-        raise DataError(f"this model reads several columns of a row, give a file with them: {', '.join(read)}")
+        raise DataError(f"this model reads several columns; give a file with the columns {', '.join(read)}")
     role = next(role for role in ("messages", "tokens", "prompt", "source", "image", "text") if role in columns)
     forms = {"messages": [{"role": "user", "content": text}], "tokens": token_classification.WORD.findall(text)}
     return {columns[role]: forms.get(role, text)}
@@ -226,5 +225,4 @@ NOT_READ = ("label", "completion", "tools", "tags", "target", "answers")
 
 
 def columns_read(notes: Mapping[str, Any]) -> list[str]:
-    """Return the columns that the model reads."""
     return [column for role, column in notes["columns"].items() if role not in NOT_READ]

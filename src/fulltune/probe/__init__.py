@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.files import replacing
-from fulltune.methods.head import names_of
-from fulltune.models.sharding import gathered_to_modify, like, needs_all_ranks, reshard
+from fulltune.files import replace_atomically
+from fulltune.methods.head import head_paths
+from fulltune.models.sharding import free_gathered_weights, gathered_to_modify, needs_all_ranks, shard_like
 from fulltune.probe.features import EncodedRows, FeatureExtractor, Features, sample_rows, separators
 from fulltune.probe.layers import HeadLayers, dense_replacements, head_layers, recognise_activation, to_numpy
 from fulltune.probe.linear import (
@@ -118,7 +118,7 @@ def _fit_and_save(
 def _save_tensors(path: Path, arrays: HeadTensors) -> None:
     from safetensors.numpy import save_file
 
-    with replacing(path) as part:
+    with replace_atomically(path) as part:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part)
 
 
@@ -130,11 +130,11 @@ def put_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False
     values = load_file(folder / FOLDER / HEAD)
     if for_training:
         values |= load_file(folder / FOLDER / START)
-    reshard(model)
+    free_gathered_weights(model)
     parameters = {name: model.get_parameter(name) for name in values}
     with torch.no_grad(), gathered_to_modify(list(parameters.values())):
         for name, parameter in parameters.items():
-            parameter.copy_(like(values[name], parameter))
+            parameter.copy_(shard_like(values[name], parameter))
 
 
 def frozen_classifier(folder: Path) -> LinearClassifier:
@@ -258,7 +258,7 @@ def _fit_head(
         [(_, at_start)] = fits(spaces[name][0], has_bias, [strength / START_STRENGTH_DIVISOR])
         start = _layer_tensors(last_layer, at_start, has_bias)
     # The rest of the head is saved too: it may be random, and the last layer was fitted on it.
-    inside = tuple(f"{module}." for module in names_of(extractor.model, extractor.task_name, ""))
+    inside = tuple(f"{module}." for module in head_paths(extractor.model, extractor.task_name, ""))
     tensors = {path: to_numpy(values) for path, values in parameters.items() if path.startswith(inside)}
     tensors |= _layer_tensors(last_layer, last, has_bias)
     if (dense := options[name]) is not None:

@@ -12,12 +12,12 @@ from fulltune.inference.run import (
     ProgressCallback,
     RowSubset,
     autocast,
-    lengths_of,
-    longest_first,
-    mean_hidden,
-    reported_batches,
+    batches_with_progress,
+    mean_pool,
+    positions_longest_first,
+    row_lengths,
 )
-from fulltune.models import evaluating
+from fulltune.models import evaluation_mode
 from fulltune.models.sharding import needs_all_ranks
 from fulltune.probe.layers import HeadLayers, HiddenStates, read_hidden
 from fulltune.probe.linear import Items, NoProbe
@@ -104,9 +104,9 @@ class FeatureExtractor:
         """
         import torch
 
-        model, lengths = self.model, lengths_of(rows)
-        with evaluating(model):
-            for positions in reported_batches(longest_first(lengths), batch_size, lengths, self.watch):
+        model, lengths = self.model, row_lengths(rows)
+        with evaluation_mode(model):
+            for positions in batches_with_progress(positions_longest_first(lengths), batch_size, lengths, self.watch):
                 batch_rows = [rows[i] for i in positions]
                 batch, labels = self._collate(batch_rows)
                 with torch.no_grad(), autocast(model, self.precision):
@@ -137,7 +137,7 @@ def sample_rows(
     rows: EncodedRows, kind: ProblemType, num_choices: int, width: int, max_rows: int = MOST_ROWS
 ) -> EncodedRows:
     """Draw at most `max_rows` rows at random, or fewer if their features would need too much memory."""
-    words = float(lengths_of(rows).mean()) if kind == "tags" else 0.0
+    words = float(row_lengths(rows).mean()) if kind == "tags" else 0.0
     max_rows = rows_within(kind, items_per_row(kind, words, num_choices), width, max_rows)
     if len(rows) <= max_rows:
         return rows
@@ -219,7 +219,7 @@ def _mean_embedding(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> 
     mask = batch.get("attention_mask")
     if mask is not None and hidden.shape[:2] != mask.shape:
         return None
-    return F.normalize(mean_hidden(hidden, mask), dim=-1)
+    return F.normalize(mean_pool(hidden, mask), dim=-1)
 
 
 def _word_embeddings(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:

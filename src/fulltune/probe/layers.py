@@ -11,7 +11,7 @@ import numpy as np
 
 from fulltune.inference.run import logits_of
 from fulltune.methods import head as heads
-from fulltune.models.sharding import whole
+from fulltune.models.sharding import full_tensor
 from fulltune.probe.linear import LEAST_SPREAD, LinearClassifier, NoProbe, standardization
 from fulltune.recipe.tasks import TaskName
 
@@ -38,7 +38,7 @@ def head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> Hea
     body_of(model)
     linears = {
         f"{name}.{inner}" if inner else name: module
-        for name in heads.names_of(model, task, "")
+        for name in heads.head_paths(model, task, "")
         for inner, module in model.get_submodule(name).named_modules()
         if isinstance(module, Linear)
     }
@@ -126,7 +126,7 @@ def _select_last_token(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
 
 def to_numpy(parameter: torch.Tensor) -> np.ndarray:
     """Return a float32 copy of a parameter. A view would keep FSDP2 from freeing the gathered tensor."""
-    return np.asarray(whole(parameter.detach()).float().cpu().clone().numpy())
+    return np.asarray(full_tensor(parameter.detach()).float().cpu().clone().numpy())
 
 
 # ---- what a dense layer may become -------------------------------------------------------------------------------

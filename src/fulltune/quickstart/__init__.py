@@ -1,7 +1,5 @@
-"""Make example data from the docstrings of installed Python packages, without importing them.
-
-The same package and Python versions give the same bytes. All rows of a source file are in the same split.
-"""
+"""Make example data from the docstrings of installed Python packages, without importing them. The same versions give
+the same bytes."""
 
 import ast
 import csv
@@ -28,7 +26,6 @@ TOPIC_SOURCES, CHAT_SOURCES = tomllib.loads(_HERE.with_name("sources.toml").read
 _SKIPPED = "tests test testing _internal externals _vendor vendor benchmarks _lib _test utils"
 _TOPIC_WORDS, _ANSWER_WORDS = (8, 32), (4, 40)
 _ROWS_PER_FILE = 60
-"""Maximum number of rows from one file, so that no file dominates a topic."""
 _TOPIC_ROWS, _CHAT_ROWS = (360, 150), (1200, 150)
 _TEST_SHARE = 0.25
 
@@ -39,14 +36,11 @@ _NOT_PROSE = re.compile(
     r"^\s*(>>>|\.\.|[-=~*^]{3}|@\w|:param|:return|[*-] |Args:|Arguments:|Parameters\b:?|Returns:|Examples?:?$|Usage)",
     re.MULTILINE,
 )
-"""Starts of sections, lists, code and directives in NumPy, Google and Sphinx style."""
 _NAME = re.compile(r"^[_\d]|.[A-Z_\d]")
 
 
 @dataclass(frozen=True)
 class _Doc:
-    """A public docstring with the dotted names of its file and of the documented object."""
-
     topic: str
     module: str
     name: str
@@ -58,7 +52,7 @@ _Row = tuple[_Doc, str]
 
 
 def write_example(output: Path, chat: bool) -> Path:
-    """Write data and recipe of the classifier or chat model, and return the recipe's path."""
+    """Write data and recipe of the classifier or, if `chat`, of the chat model; return the recipe's path."""
     if chat:
         write_docstring_chat(output / "chat-data")
     else:
@@ -69,12 +63,8 @@ def write_example(output: Path, chat: bool) -> Path:
 
 
 def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
-    """Write `train.csv` and `test.csv` with a docstring's first sentences and its file's topic.
-
-    Raises:
-        DataError: The installed packages have too few docstrings.
-
-    """
+    """Write `train.csv` and `test.csv`: a docstring's first sentences as text, its file's topic as label. Raise
+    `DataError` if the installed packages have too few docstrings."""
     rows = _without_near_copies(_read_docstrings(TOPIC_SOURCES), _first_sentences)
     splits = [_split_by_file([row for row in rows if row[0].topic == topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,13 +78,8 @@ def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
 
 
 def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `test.jsonl` with questions about functions, answered by the first sentence of their
-    docstrings.
-
-    Raises:
-        DataError: The installed packages have too few docstrings.
-
-    """
+    """Write `train.jsonl` and `test.jsonl`: questions about functions, answered by their docstrings' first sentences.
+    Raise `DataError` if there are too few."""
     splits = _split_by_file(_without_near_copies(_read_docstrings(CHAT_SOURCES), _one_sentence_answer), *_CHAT_ROWS)
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "train.jsonl", folder / "test.jsonl"
@@ -110,6 +95,7 @@ def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
 
 
 def _read_docstrings(sources: dict[str, str]) -> Iterator[_Doc]:
+    """Yield the public docstrings in the packages of each topic; `sources` maps topics to package names."""
     for topic, entries in sources.items():
         for file, module in (source for entry in entries.split() for source in _source_files(entry)):
             try:
@@ -122,6 +108,7 @@ def _read_docstrings(sources: dict[str, str]) -> Iterator[_Doc]:
 
 
 def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
+    """Yield the Python files of a package (or of `package/pattern`), and their dotted module names."""
     name, _, below = entry.partition("/")
     root = _package_root(name)
     if root is None or not root.exists():
@@ -150,6 +137,7 @@ _Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tuple[str, _Documented]]:
+    """Yield the public functions and classes in a syntax tree with their dotted names."""
     for node in body:
         if isinstance(node, _Documented):
             if not node.name.startswith("_"):
@@ -164,7 +152,7 @@ def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tupl
 
 
 def _paragraphs(docstring: str) -> Iterator[list[str]]:
-    """Yield the sentences of each paragraph, without markup, up to the first that is not prose."""
+    """Yield each paragraph as a list of sentences without markup, up to the first paragraph that is not prose."""
     for block in re.split(r"\n\s*\n", docstring.strip()):
         if _NOT_PROSE.search(block):
             return
@@ -174,8 +162,13 @@ def _paragraphs(docstring: str) -> Iterator[list[str]]:
         yield [text[start:end].strip() for start, end in pairwise(starts) if text[start:end].strip()]
 
 
-def _is_prose(text: str, words: tuple[int, int]) -> bool:
-    return words[0] <= len(text.split()) <= words[1] and text.isascii() and not re.search(r"[{}|\\]|::|->|\$", text)
+def _is_prose(text: str, word_limits: tuple[int, int]) -> bool:
+    """Return True if a text is ASCII without code, and its number of words is within the limits."""
+    return (
+        word_limits[0] <= len(text.split()) <= word_limits[1]
+        and text.isascii()
+        and not re.search(r"[{}|\\]|::|->|\$", text)
+    )
 
 
 def _first_sentences(doc: _Doc) -> str:
@@ -190,7 +183,7 @@ def _first_sentences(doc: _Doc) -> str:
 
 
 def _one_sentence_answer(doc: _Doc) -> str:
-    """Return the first sentence if it answers what the function does, else an empty string."""
+    """Return the docstring's first sentence if it can answer what the function does, else an empty string."""
     if not doc.is_function or not _public_name(doc):
         return ""
     sentences = next(_paragraphs(doc.docstring), [])
@@ -202,11 +195,9 @@ def _one_sentence_answer(doc: _Doc) -> str:
 
 
 def _public_name(doc: _Doc) -> str:
-    """Return the name under which a function is imported, or an empty string if it is not exported.
+    """Return the name under which users import a function, or an empty string if the package does not export it.
 
     Many packages define `package.area.function` in `package/area/_file.py`, and NumPy defines much in `numpy/lib`.
-    Public are the names in the package's `__init__.py`.
-
     """
     parts = doc.module.split(".")
     shown = next((parts[:index] for index, part in enumerate(parts) if part.startswith("_")), parts)
@@ -218,6 +209,7 @@ def _public_name(doc: _Doc) -> str:
 
 @cache
 def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
+    """Return all words in a package's `__init__.py`, or an empty set without such a file."""
     root = _package_root(package[0])
     init = root.joinpath(*package[1:], "__init__.py") if root is not None else None
     return frozenset(re.findall(r"\w+", init.read_text(encoding="utf-8"))) if init and init.is_file() else frozenset()
@@ -226,11 +218,12 @@ def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
-def _without_near_copies(docs: Iterable[_Doc], text_of: Callable[[_Doc], str]) -> list[_Row]:
-    """Drop texts that differ from an earlier one only in names, or in one word of six or more."""
+def _without_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) -> list[_Row]:
+    """Return the docstrings with their texts, without texts that differ from an earlier one only in names or in one of
+    six or more words."""
     known_masks: set[tuple[str, ...]] = set()
     rows: list[_Row] = []
-    for doc, text in ((doc, text) for doc in docs if (text := text_of(doc))):
+    for doc, text in ((doc, text) for doc in docs if (text := make_text(doc))):
         words = _masked_words(text)
         # Texts that differ in one word share the tuple that has a gap in place of that word.
         gapped = [(*words[:i], "", *words[i + 1 :]) for i in range(len(words))] if len(words) >= 6 else []
@@ -251,7 +244,7 @@ def _digest(text: str) -> str:
 
 
 def _split_by_file(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row], list[_Row]]:
-    """Assign whole source files to test in the order of their digests, then the rest to train."""
+    """Return train and test rows. Whole files go to test by their digests, the others to train."""
     by_module: dict[str, list[_Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _digest(row[1])):
         if len(by_module[row[0].module]) < _ROWS_PER_FILE:
@@ -263,8 +256,8 @@ def _split_by_file(rows: list[_Row], most_train: int, most_test: int) -> tuple[l
         (test if len(test) < wanted else train).extend(by_module[module])
     if len(rows) < 100 or not train:
         raise DataError(
-            "The installed packages have too few docstrings for the example; install those of "
-            "constraints-quickstart.txt, with their .py sources"
+            "The installed packages have too few docstrings for the example; install the packages in "
+            "constraints-quickstart.txt with their .py sources"
         )
     return _in_digest_order(train)[:most_train], _in_digest_order(test)[:most_test]
 

@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from fulltune.files import lines_of
+from fulltune.files import read_json_lines
 from fulltune.records.base import Record
 
 ACCESSES = "test-rows-scored.jsonl"
@@ -59,7 +59,7 @@ class Access(Record):
     def of_same_rows(cls, folder: Path) -> tuple[Self, ...]:
         """List every scoring of a run's test rows, by this or other runs. The list is empty if this run scored none."""
         folder, accesses = folder.resolve(), []
-        for line in lines_of(folder.parent / ACCESSES):
+        for line in read_json_lines(folder.parent / ACCESSES):
             try:
                 accesses.append(cls.model_validate(line))
             except ValidationError:

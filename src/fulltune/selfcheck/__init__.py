@@ -1,6 +1,3 @@
-"""The command `fulltune selfcheck`: run hardware-dependent decisions on this machine and show the results on one
-page."""
-
 from __future__ import annotations
 
 import contextlib
@@ -37,7 +34,7 @@ from fulltune.text import counted, format_bytes
 from fulltune.train.parent import ranks, spawn
 
 CheckOutcome = tuple[bool, str]
-"""Whether a check passed, and its result in words."""
+"""Whether a check passed, and its result as text."""
 
 
 class NotHere(Exception):
@@ -59,7 +56,7 @@ ATTENTION_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
 # ---- number formats --------------------------------------------------------------------------------------------
 
 
-def product(device: str, precision: str) -> CheckOutcome:
+def check_matrix_product(device: str, precision: str) -> CheckOutcome:
     """Check a matrix product's relative error against float64."""
     draw = torch.Generator().manual_seed(0)
     first, second = (torch.randn(256, 256, generator=draw) for _ in range(2))
@@ -68,8 +65,8 @@ def product(device: str, precision: str) -> CheckOutcome:
     return (error <= bound, f"relative error {error:.1e}, bound {bound:.0e}")
 
 
-def speed(device: str) -> CheckOutcome:
-    """Measure how much faster bf16 is than fp32, by which `precision: auto` decides on a CPU."""
+def measure_bf16_speed(device: str) -> CheckOutcome:
+    """Measure how much faster bf16 is than fp32, by which `precision: auto` decides on a CPU; always passes."""
     ratio = hardware.bf16_speedup(device)
     precision = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
     auto = f": precision auto is {precision}" if device == "cpu" else ""
@@ -79,16 +76,16 @@ def speed(device: str) -> CheckOutcome:
 # ---- attention kernels -----------------------------------------------------------------------------------------
 
 
-def sdpa(device: str, backend: str | None) -> CheckOutcome:
-    """Check torch's attention with one backend, or with the default if it is None."""
+def check_sdpa(device: str, backend: str | None) -> CheckOutcome:
+    """Check torch's attention with one of `BACKENDS`, or with the default if None."""
     kernel = contextlib.nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend])
     # On a GPU these two are written for 16-bit types only; on a CPU flash takes fp32 as well.
     half = device == "cuda" and backend in ("flash", "cudnn")
     with kernel:
-        return compare(device, "sdpa", "bf16" if half else "fp32")
+        return compare_with_eager(device, "sdpa", "bf16" if half else "fp32")
 
 
-def flash_attention_2(device: str) -> CheckOutcome:
+def check_flash_attention_2(device: str) -> CheckOutcome:
     """Check the attention of the package flash-attn."""
     from transformers import utils
 
@@ -96,17 +93,17 @@ def flash_attention_2(device: str) -> CheckOutcome:
         raise NotHere("needs an NVIDIA or AMD GPU")
     if not utils.is_flash_attn_2_available():  # type: ignore[attr-defined]  # exported lazily
         raise NotHere("the package flash-attn is not installed")
-    return compare(device, "flash_attention_2", "bf16")
+    return compare_with_eager(device, "flash_attention_2", "bf16")
 
 
-def compare(device: str, implementation: str, precision: str) -> CheckOutcome:
-    """Compare logits and gradients with eager attention in fp32, with and without padding. bf16 uses autocast."""
-    ids = tokens(device, rows=3)
+def compare_with_eager(device: str, implementation: str, precision: str) -> CheckOutcome:
+    """Compare an attention's logits and gradients with eager attention in fp32, with and without padding."""
+    ids = random_token_ids(device, rows=3)
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
     mask[2, 5:] = 0
-    plain = decoder(device, attn_implementation="eager")
-    model = decoder(device, attn_implementation=implementation)
+    plain = make_llama(device, attn_implementation="eager")
+    model = make_llama(device, attn_implementation=implementation)
     bound = ATTENTION_BOUNDS[precision]
     errors: list[float] = []
     words = []
@@ -120,7 +117,7 @@ def compare(device: str, implementation: str, precision: str) -> CheckOutcome:
             if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
                 raise
             if name == "unpadded":
-                raise NotHere("torch has no such kernel here") from None
+                raise NotHere("torch has no such kernel on this machine") from None
             words.append(f"{name}: no kernel")
             continue
         errors.append(max(relative_error(one, other) for one, other in zip(results, expected, strict=True)))
@@ -132,7 +129,7 @@ def compare(device: str, implementation: str, precision: str) -> CheckOutcome:
 def _logits_and_gradients(
     model: Any, ids: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the real tokens' logits [tokens, vocabulary] and all gradients in one vector."""
+    """Return the unpadded tokens' logits [tokens, vocabulary], and all gradients in one vector."""
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     model.zero_grad()
     outputs = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(~real, -100))
@@ -144,18 +141,18 @@ def _logits_and_gradients(
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-def planned_bytes(device: str) -> CheckOutcome:
+def check_planned_bytes(device: str) -> CheckOutcome:
     """Compare planned and allocated bytes of weights, gradients and AdamW's moments."""
     if device != "cuda":
         raise NotHere("needs a GPU; on a CPU the dry run before step 1 measures the process")
     # The first product also allocates a workspace that stays.
-    decoder(device)(input_ids=tokens(device)).logits.sum().backward()
+    make_llama(device)(input_ids=random_token_ids(device)).logits.sum().backward()
     gc.collect()
     before = _allocated_bytes()
     torch.cuda.reset_peak_memory_stats()
-    model = decoder(device, layers=4, width=256, vocabulary=4096)
+    model = make_llama(device, layers=4, width=256, vocabulary=4096)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = tokens(device, vocabulary=4096)
+    ids = random_token_ids(device, vocabulary=4096)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     planned = sum(memory.trained_bytes(sum(parameter.numel() for parameter in model.parameters()), "fp32").values())
@@ -175,7 +172,7 @@ def _allocated_bytes() -> int:
 SECONDS = 60.0
 
 
-def all_reduce(device: str) -> CheckOutcome:
+def check_all_reduce(device: str) -> CheckOutcome:
     """Check that two processes, started as for `num_processes: 2`, sum a tensor correctly."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         raise NotHere("needs two GPUs, but this machine has one")
@@ -198,12 +195,12 @@ def all_reduce(device: str) -> CheckOutcome:
     answers = [line for line in out.splitlines() if line.startswith("[")]
     if child.returncode != 0 or not answers:
         lines = [line for line in err.splitlines() if "Error" in line] or err.splitlines() or ["nothing was written"]
-        raise RuntimeError(f"ended with code {child.returncode}: {lines[-1]}")
+        raise RuntimeError(f"the processes ended with code {child.returncode}: {lines[-1]}")
     total, expected = json.loads(answers[-1])
     return (total == expected, f"sum {total:g}, expected {expected:g}")
 
 
-def add_up(device: str) -> tuple[float, float] | None:
+def sum_over_processes(device: str) -> tuple[float, float] | None:
     """Sum a tensor over all processes. Return the sum and its expected value on rank 0, and None on other ranks."""
     import torch.distributed as dist
 
@@ -222,7 +219,7 @@ def add_up(device: str) -> tuple[float, float] | None:
 # ---- helpers of the checks -------------------------------------------------------------------------------------
 
 
-def decoder(device: str, *, layers: int = 2, width: int = 64, vocabulary: int = 128, **options: Any) -> Any:
+def make_llama(device: str, *, layers: int = 2, width: int = 64, vocabulary: int = 128, **options: Any) -> Any:
     """Return a Llama with fixed random weights and head size 32, which every attention kernel supports."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -240,13 +237,13 @@ def decoder(device: str, *, layers: int = 2, width: int = 64, vocabulary: int = 
         return AutoModelForCausalLM.from_config(config, **options).to(device)
 
 
-def tokens(device: str, rows: int = 4, length: int = 24, vocabulary: int = 128) -> torch.Tensor:
-    """Return random token ids, the same at each call."""
+def random_token_ids(device: str, rows: int = 4, length: int = 24, vocabulary: int = 128) -> torch.Tensor:
+    """Return random token ids [rows, length], the same at each call."""
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the norm of the difference relative to `exact`, infinite for NaN."""
+    """Return the norm of the difference divided by the norm of `exact`, or infinity for NaN."""
     value, exact = value.detach().cpu().double(), exact.detach().cpu().double()
     error = float((value - exact).norm() / exact.norm())
     return error if math.isfinite(error) else math.inf
@@ -257,15 +254,15 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
 EXTRAS = ("triton", "flash-attn", "deepspeed", "bitsandbytes")
 CHECKS: tuple[tuple[str, str, Callable[[str], CheckOutcome]], ...] = (
     *(
-        ("precision", f"{kind} product of 256 x 256 against float64", partial(product, precision=kind))
+        ("precision", f"{kind} product of 256 x 256 against float64", partial(check_matrix_product, precision=kind))
         for kind in TYPES
     ),
-    ("speed", "two linear layers, forward and backward, bf16 against fp32", speed),
-    ("attention", "sdpa, as torch chooses, against eager", partial(sdpa, backend=None)),
-    *(("attention", f"sdpa {kind} against eager", partial(sdpa, backend=kind)) for kind in BACKENDS),
-    ("attention", "flash_attention_2 against eager", flash_attention_2),
-    ("memory", "planned against measured bytes, AdamW on 6 M parameters", planned_bytes),
-    ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", all_reduce),
+    ("speed", "two linear layers, forward and backward, bf16 against fp32", measure_bf16_speed),
+    ("attention", "sdpa, as torch chooses, against eager", partial(check_sdpa, backend=None)),
+    *(("attention", f"sdpa {kind} against eager", partial(check_sdpa, backend=kind)) for kind in BACKENDS),
+    ("attention", "flash_attention_2 against eager", check_flash_attention_2),
+    ("memory", "planned against measured bytes, AdamW on 6 M parameters", check_planned_bytes),
+    ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", check_all_reduce),
 )
 
 
@@ -287,37 +284,38 @@ class Page(Record):
     seconds: float
 
 
-def run(listener: Callable[[str], None] = lambda line: None) -> Page:
-    """Run every check on every device and announce each. A check that raises counts as failed."""
+def run_checks(listener: Callable[[str], None] = lambda line: None) -> Page:
+    """Run every check on every device, and tell `listener` before each. A check that raises counts as failed."""
     started = time.monotonic()
     hide_progress_bars()
     findings = []
     with warnings.catch_warnings():
         # Torch warns for each reason why it skips a kernel; the page shows which ones are missing.
         warnings.simplefilter("ignore")
-        for device in devices():
+        for device in devices_to_check():
             for name, ran, function in CHECKS:
                 listener(f"{device}: {ran}")
                 findings.append(_run_check(name, ran, function, device))
     today, seconds = datetime.date.today().isoformat(), round(time.monotonic() - started, 1)
-    return Page(date=today, environment=environment(), findings=tuple(findings), seconds=seconds)
+    return Page(date=today, environment=describe_environment(), findings=tuple(findings), seconds=seconds)
 
 
-def _run_check(name: str, ran: str, function: Callable[[str], CheckOutcome], device: str) -> CheckResult:
+def _run_check(name: str, label: str, function: Callable[[str], CheckOutcome], device: str) -> CheckResult:
+    """Run a check, and return a result also if it raises."""
     started = time.monotonic()
     status: Literal["pass", "fail", "not here"]
     try:
         passed, text = function("cpu" if device == "cpu" else "cuda")  # ROCm calls itself cuda in torch
         status = "pass" if passed else "fail"
     except NotHere as reason:
-        status, text = "not here", without_names(str(reason))
+        status, text = "not here", mask_names(str(reason))
     except Exception as error:  # any failure is a result that the user wants to see
-        status, text = "fail", without_names(f"{type(error).__name__}: {error}")
+        status, text = "fail", mask_names(f"{type(error).__name__}: {error}")
     seconds = round(time.monotonic() - started, 1)
-    return CheckResult(device=device, check=name, ran=ran, status=status, result=text, seconds=seconds)
+    return CheckResult(device=device, check=name, ran=label, status=status, result=text, seconds=seconds)
 
 
-def in_blocks(page: Page) -> Section:
+def page_section(page: Page) -> Section:
     """Return the page as a report section."""
     rows = tuple(
         (check.ran, check.device, check.status.replace("fail", "FAIL"), check.result, f"{check.seconds:.1f}")
@@ -332,7 +330,7 @@ def in_blocks(page: Page) -> Section:
     return Section("selfcheck", f"fulltune selfcheck, {page.date}", blocks)
 
 
-def without_names(text: str, most: int = 300) -> str:
+def mask_names(text: str, max_characters: int = 300) -> str:
     """Shorten an error's text, and mask paths, host and user names."""
     text = " ".join(text.split()).replace(str(Path.home()), "~")
     text = re.sub(r"(?<![\w/])~?(?:/[\w.+@~-]+)+/?", lambda match: match[0].rstrip("/").rpartition("/")[2], text)
@@ -343,17 +341,17 @@ def without_names(text: str, most: int = 300) -> str:
     for name, instead in ((socket.gethostname(), "HOST"), (user, "USER")):
         if name:
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", instead, text)
-    return text if len(text) <= most else text[: most - 2] + " …"
+    return text if len(text) <= max_characters else text[: max_characters - 2] + " …"
 
 
-def devices() -> tuple[str, ...]:
-    """Return the CPU and, if there is one, the first GPU."""
+def devices_to_check() -> tuple[str, ...]:
+    """Return "cpu" and, if there is a GPU, "cuda" or "rocm"."""
     if not torch.cuda.is_available():
         return ("cpu",)
     return "cpu", "rocm" if torch.version.hip else "cuda"
 
 
-def environment() -> dict[str, str]:
+def describe_environment() -> dict[str, str]:
     """Return versions, hardware and relevant environment variables by name."""
     machine = hardware.measure_machine()
 
@@ -372,12 +370,12 @@ def environment() -> dict[str, str]:
     for index, gpu in enumerate(machine.gpus):
         facts[f"gpu {index}"] = f"{gpu.label}, {format_bytes(gpu.memory_bytes)}, {driver}"
     if not machine.gpus:
-        facts["gpu"] = "torch sees none"
+        facts["gpu"] = "not visible to torch"
     variables = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
     if present := [f"{name}={os.environ[name]}" for name in variables if name in os.environ]:
         facts["set"] = ", ".join(present)
     return facts
 
 
-if __name__ == "__main__" and (answer := add_up(sys.argv[1])):
+if __name__ == "__main__" and (answer := sum_over_processes(sys.argv[1])):
     print(json.dumps(answer), flush=True)

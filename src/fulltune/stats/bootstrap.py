@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.errors import SetupError
-from fulltune.files import replacing
+from fulltune.files import replace_atomically
 from fulltune.recipe.tasks import FACTS, TaskName, greater_is_better
 from fulltune.records.scores import Estimate
 from fulltune.tasks import FromSums, Predictions, RowTerms, Target, task_named
@@ -140,7 +140,7 @@ class Resampled:
     def save(self, path: Path) -> None:
         names = ("value", "draws", "num_rows", "num_clusters")
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        with replacing(path) as part, part.open("wb") as file:
+        with replace_atomically(path) as part, part.open("wb") as file:
             np.savez(file, **fields)
 
     @classmethod

@@ -7,7 +7,7 @@ from pathlib import PurePath
 import numpy as np
 
 from fulltune.errors import DataError
-from fulltune.models.pixels import CONTENT, PATH, PIXELS, ImageReader, content_hash, decode, where_from
+from fulltune.models.pixels import CONTENT, PATH, PIXELS, ImageReader, decode_image, image_hash, split_image_value
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
@@ -47,7 +47,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
     image = row.get(target.columns["image"])
     if not isinstance(image, (str, bytes, Mapping, type(None))):
         return Refused("no image", f"column '{target.columns['image']}' holds {type(image).__name__}, not an image")
-    if where_from(image) == ("", b""):
+    if split_image_value(image) == ("", b""):
         return Refused("no image", f"column '{target.columns['image']}' is empty")
     if is_empty(row.get(target.columns["label"])):
         return Refused("no label", f"column '{target.columns['label']}' is empty")
@@ -58,7 +58,7 @@ refuse_question = refuse
 
 
 def group_key(row: Row, target: Target) -> str:
-    return content_hash(*where_from(row.get(target.columns["image"])))
+    return image_hash(*split_image_value(row.get(target.columns["image"])))
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_length: int) -> RowExamples:
@@ -66,10 +66,10 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_leng
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for row in rows:
-        path, content = where_from(row[target.columns["image"]])
+        path, content = split_image_value(row[target.columns["image"]])
         refused = None
         try:
-            decode(path, content)
+            decode_image(path, content)
         except DataError as error:
             refused = Refused(UNDECODABLE, str(error))
         label = ids[row_labels(row, target)[0]]

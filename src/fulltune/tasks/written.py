@@ -36,7 +36,7 @@ def loss(
         tokens = target_ids(labels)
         is_trained = tokens != IGNORED
         logits, labels = _logits_at(logits, is_trained), tokens[is_trained]
-    return chunked_loss.summed_loss(logits, labels, smoothing)
+    return chunked_loss.summed_cross_entropy(logits, labels, smoothing)
 
 
 def count_items(target_ids: TargetIds, labels: Tensor) -> int:

@@ -13,8 +13,8 @@ import numpy as np
 
 from fulltune import methods
 from fulltune.errors import SetupError
-from fulltune.files import SEAL, flaw, write_json
-from fulltune.methods.folder import load_trained
+from fulltune.files import SEAL, find_damage, write_json
+from fulltune.methods.folder import copy_into_trained
 from fulltune.models import sharding
 from fulltune.train.request import number_in
 
@@ -32,7 +32,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest undamaged checkpoint, or None, and a warning for each newer one that is damaged."""
     damaged: list[str] = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
-        problem = flaw(checkpoint)
+        problem = find_damage(checkpoint)
         if problem is None:
             return checkpoint, damaged
         damaged.append(f"{checkpoint.name}: {problem}; trying the checkpoint before it")
@@ -43,7 +43,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     """Hash some values of each weight in the model's body."""
     digest = hashlib.sha256()
     for name, values in model.base_model.named_parameters():
-        flat = sharding.whole(values.detach()).reshape(-1)
+        flat = sharding.full_tensor(values.detach()).reshape(-1)
         sample = flat[:: max(1, len(flat) // _DIGEST_VALUES)][:_DIGEST_VALUES]
         digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -73,7 +73,7 @@ def newest_healthy(folder: Path, before: int) -> Path | None:
     """Return the newest undamaged checkpoint that is older than step `before` and has no recently skipped steps, or
     None."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True)
-    sound = (path for path in newest_first if number_in(path) < before and flaw(path) is None)
+    sound = (path for path in newest_first if number_in(path) < before and find_damage(path) is None)
     return next((path for path in sound if not guard_state(path).get("skipped")), None)
 
 
@@ -110,7 +110,7 @@ def save_trained(model: PreTrainedModel, checkpoint: Path) -> None:
     from safetensors.torch import save_file
 
     checkpoint.mkdir(parents=True, exist_ok=True)
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in methods.trained(model).items()}
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in methods.trainable_parameters(model).items()}
     save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -120,10 +120,10 @@ def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = 
     if trained_only:
         from safetensors.torch import load_file
 
-        load_trained(model, load_file(checkpoint / WEIGHTS), checkpoint)
+        copy_into_trained(model, load_file(checkpoint / WEIGHTS), checkpoint)
         return
     source = load_model(model, checkpoint, model.dtype)
-    sharding.reshard(model)
+    sharding.free_gathered_weights(model)
     model.load_state_dict(source.state_dict())
 
 
@@ -133,7 +133,7 @@ def load_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> 
 
     model_class: Any = type(model)
     keywords = {"config": model.config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    if sharding.is_sharded(model):
+    if sharding.is_fsdp2_sharded(model):
         keywords["distributed_config"] = model.config.distributed_config
     with torch.random.fork_rng(devices=[]):
         other, info = model_class.from_pretrained(checkpoint, **keywords)

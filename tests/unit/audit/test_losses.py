@@ -13,7 +13,7 @@ import pytest
 from fulltune.audit import stage
 from fulltune.audit.stage import write_losses
 from fulltune.data.patch import save_patch
-from fulltune.inference.store import row_id, texts
+from fulltune.inference.store import read_original_rows, row_id
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit, Remedy, RowDecision
 from fulltune.records.data import DataSummary
@@ -48,7 +48,7 @@ def test_highest_losses_of_each_split_are_listed_with_what_is_usual(tmp_path: Pa
     audit, issues = listed(
         tmp_path, recipe, summary, train=counts(sizes["train"], p3=4.0, p7=5.0), eval=counts(sizes["eval"], p1=9.0)
     )
-    rows = {split: list(texts(tmp_path / "data" / split)) for split in sizes}
+    rows = {split: list(read_original_rows(tmp_path / "data" / split)) for split in sizes}
     assert [one["row"] for one in issues[:3]] == [
         row_id(rows["eval"][1]),
         row_id(rows["train"][7]),
@@ -77,7 +77,7 @@ def test_another_audit_of_the_same_rows_keeps_the_list(tmp_path: Path) -> None:
 
 def test_rows_that_were_decided_about_are_not_listed_again(tmp_path: Path) -> None:
     recipe, summary = looked_at(tmp_path, CLEAN)
-    row = row_id(list(texts(tmp_path / "data" / "train"))[3])
+    row = row_id(list(read_original_rows(tmp_path / "data" / "train"))[3])
     save_patch(tmp_path / "patch.jsonl", [RowDecision(row=row, remedy=Remedy(action="keep"))])
     patched = recipe.model_copy(
         update={"data": recipe.data.model_copy(update={"patch": str(tmp_path / "patch.jsonl")})}
@@ -90,7 +90,7 @@ def test_rows_that_were_decided_about_are_not_listed_again(tmp_path: Path) -> No
 def test_second_of_two_equal_rows_is_told_apart(tmp_path: Path) -> None:
     recipe, summary = looked_at(tmp_path, [CLEAN[0], *CLEAN])
     for split in ("train", "eval"):
-        rows = [row_id(row) for row in texts(tmp_path / "data" / split)]
+        rows = [row_id(row) for row in read_original_rows(tmp_path / "data" / split)]
         again = [at for at, row in enumerate(rows) if row in rows[:at]]
         if again:
             high = {f"p{again[0]}": 3.0}
@@ -104,7 +104,7 @@ def test_row_that_gave_several_examples_has_their_mean_by_token(tmp_path: Path) 
     rows = [{"text": f"text {at}: " + "many words of a long text, " * (40 if at == 5 else 1)} for at in range(40)]
     recipe, summary = looked_at(tmp_path, rows, "causal-lm", packing=False)
     folder = tmp_path / "data" / "train"
-    places = [str(row[PLACE]) for row in texts(folder)]
+    places = [str(row[PLACE]) for row in read_original_rows(folder)]
     long = next((one for one in places if places.count(one) > 1), None)
     assert long is not None, "the long row is cut into pieces"
     of = np.array([[6.0, 2.0] if place == long else [1.0, 4.0] for place in places])

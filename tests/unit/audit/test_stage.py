@@ -17,7 +17,7 @@ from fulltune.audit.pretrained import JudgedLabels, Reader
 from fulltune.audit.stage import load_issues
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError, SetupError
-from fulltune.inference.store import row_id, texts
+from fulltune.inference.store import read_original_rows, row_id
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit, LabelErrors, Remedy, RowDecision, RowIssue
@@ -128,7 +128,7 @@ def test_outliers_of_each_split_are_listed_the_farthest_first(tmp_path: Path) ->
         return {"train": {2: 0.6, 5: 0.81234}, "test": {1: 0.7}}, 0.3, 4
 
     result, issues = audited(tmp_path, summary, outlie=outlie)
-    train, test = (list(texts(tmp_path / "data" / split)) for split in ("train", "test"))
+    train, test = (list(read_original_rows(tmp_path / "data" / split)) for split in ("train", "test"))
     assert [one.row for one in issues["outlier"]] == [row_id(train[5]), row_id(test[1]), row_id(train[2])]
     first = issues["outlier"][0]
     assert (first.split, first.score, first.remedy) == ("train", 0.8123, Remedy(action="drop"))
@@ -158,7 +158,7 @@ def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
     about = LabelErrors.model_construct(suspects=2, doubtful=1, planted=20)
     judged = JudgedLabels(margins, np.zeros(len(margins), int), margins < -0.8, np.isin(margins, -0.6), about)
     result, issues = audited(tmp_path, summary, lambda: (np.arange(len(margins)), judged))
-    rows = list(texts(tmp_path / "data" / "train"))
+    rows = list(read_original_rows(tmp_path / "data" / "train"))
     assert [one.row for one in issues["label error"]] == [row_id(rows[7]), row_id(rows[2])]
     assert [one.row for one in issues["doubtful label"]] == [row_id(rows[9])]
     assert issues["label error"][0].remedy == Remedy(action="replace", column="label", value=summary.labels[0])
@@ -261,7 +261,7 @@ def test_patch_does_what_was_decided(tmp_path: Path) -> None:
         ],
     )
     summary = prepared(tmp_path, CLEAN, patch=str(patch))
-    rows = [row for split in ("train", "eval", "test") for row in texts(tmp_path / "data" / split)]
+    rows = [row for split in ("train", "eval", "test") for row in read_original_rows(tmp_path / "data" / split)]
     labels = {row["text"]: row["label"] for row in rows}
     assert len(rows) == len(CLEAN) - 1
     assert CLEAN[0]["text"] not in labels
@@ -326,7 +326,7 @@ def test_of_equal_rows_the_one_that_was_decided_about_is_dropped(tmp_path: Path)
     prepared(tmp_path, [*CLEAN, CLEAN[0], CLEAN[0]], patch=str(tmp_path / "p.jsonl"))
     [line] = (tmp_path / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["place"].endswith(f":{len(CLEAN) + 1}")
-    rows = [row for split in ("train", "eval", "test") for row in texts(tmp_path / "data" / split)]
+    rows = [row for split in ("train", "eval", "test") for row in read_original_rows(tmp_path / "data" / split)]
     assert sum(row["text"] == CLEAN[0]["text"] for row in rows) == 2
 
 

@@ -76,7 +76,7 @@ def rules_of(
         **{"test_share_in_eval": more.pop("test_share_in_eval", 0.0), "notes": more.pop("notes", ())}
     )
     ran: Any = SimpleNamespace(**{"context": line, "time_was_up": False, "left_out": (), **more})
-    with mock.patch.object(lint, "is_quantised", return_value=is_quantised):
+    with mock.patch.object(lint, "is_quantised_gguf", return_value=is_quantised):
         return lint.lint_comparison(ran, compared)
 
 

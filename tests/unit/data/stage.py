@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune import data
-from fulltune.inference.store import texts
+from fulltune.inference.store import read_original_rows
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from tests import tiny
@@ -36,7 +36,7 @@ def prepare(
 
 def of_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of each split."""
-    return {name: list(texts(folder / "data" / name)) for name in ("train", "eval", "test")}
+    return {name: list(read_original_rows(folder / "data" / name)) for name in ("train", "eval", "test")}
 
 
 def dropped(folder: Path) -> list[dict[str, Any]]:

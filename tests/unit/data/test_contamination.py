@@ -17,7 +17,7 @@ from fulltune.data.contamination import (
     texts_in_cell,
 )
 from fulltune.errors import DataError
-from fulltune.inference.store import texts
+from fulltune.inference.store import read_original_rows
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks.columns import normalised
@@ -258,7 +258,7 @@ def test_text_in_any_column_of_a_task_is_found(tmp_path: Path, case: str) -> Non
     tokenizer = tiny.encoder_tokenizer() if task == "question-answering" else tiny.decoder_tokenizer(tiny.CHATML)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     [note] = notes(prepare(tmp_path, rows, tokenizer, task=task))
-    trained = list(texts(tmp_path / "data" / "train"))
+    trained = list(read_original_rows(tmp_path / "data" / "train"))
     planted = [row for row in trained if all(row[key] == value for key, value in changed.items())]
     assert planted
     assert note.startswith(f"{len(planted)} of {len(trained)} train rows contain one of 4 texts of bench")

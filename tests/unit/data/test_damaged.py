@@ -17,7 +17,7 @@ from fulltune.data.readers.files import list_images
 from fulltune.data.readers.read import hash_files, locate_data_files, resolve_image_paths
 from fulltune.data.sources import find_source_files
 from fulltune.errors import DataError, SetupError
-from fulltune.inference.store import texts
+from fulltune.inference.store import read_original_rows
 from fulltune.models import base as model_base
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
@@ -37,7 +37,7 @@ class Prepared:
         recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": str(file), **settings}})
         stage = data.Stage(recipe, folder / "data", tokenizer, data.Limits(tiny.POSITIONS))
         self.summary: DataSummary = data.prepare(stage)
-        splits = [list(texts(folder / "data" / name)) for name in ("train", "eval", "test")]
+        splits = [list(read_original_rows(folder / "data" / name)) for name in ("train", "eval", "test")]
         self.rows = {row.pop(PLACE): row for rows in splits for row in rows}
         lines = (folder / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
         self.dropped = {item["place"]: item["reason"] for item in map(json.loads, lines)}

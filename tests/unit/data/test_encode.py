@@ -17,7 +17,7 @@ from fulltune.data import encode
 from fulltune.data.encode import EncodedSource, Job
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
-from fulltune.inference.store import Rows, texts
+from fulltune.inference.store import Rows, read_original_rows
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import Target
 from tests import tiny
@@ -77,10 +77,10 @@ def test_many_processes_give_the_files_and_numbers_of_one(
 def test_work_is_done_in_other_processes(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.platform != "linux":
         pytest.skip("a worker that is not forked does not know what was replaced here")
-    plain = encode.words
-    monkeypatch.setattr(encode, "words", lambda place, row: plain(str(os.getpid()), row))
+    plain = encode.row_as_json
+    monkeypatch.setattr(encode, "row_as_json", lambda place, row: plain(str(os.getpid()), row))
     run(job, placed(ROWS), tmp_path)
-    pids = {row["fulltune:place"] for row in texts(tmp_path)}
+    pids = {row["fulltune:place"] for row in read_original_rows(tmp_path)}
     assert str(os.getpid()) not in pids
     assert 1 <= len(pids) <= WORKERS
 
@@ -89,7 +89,7 @@ def test_work_is_done_in_other_processes(job: Job, tmp_path: Path, monkeypatch: 
 def test_order_is_the_files(job: Job, tmp_path: Path) -> None:
     source = run(job, placed(ROWS), tmp_path)
     expected = [place for place, row in placed(ROWS) if row["text"].strip()]
-    assert [row["fulltune:place"] for row in texts(tmp_path)] == expected
+    assert [row["fulltune:place"] for row in read_original_rows(tmp_path)] == expected
     assert np.asarray(source.row_of).tolist() == list(range(59))
     assert [source.label_sets[number] for number in source.labels[:4]] == [("weather",), ("food",)] * 2
     labels = [row["label"] for row in ROWS if row["text"].strip()]

@@ -24,7 +24,7 @@ from fulltune.data.groups import (
 )
 from fulltune.data.split import rarest_class_in_group
 from fulltune.errors import DataError
-from fulltune.inference.store import CLUSTERS, texts
+from fulltune.inference.store import CLUSTERS, read_original_rows
 from fulltune.tasks.columns import BadCell
 from tests.unit.data.stage import of_splits, prepare
 
@@ -311,7 +311,7 @@ def test_mixed_rows_of_a_scored_user_are_left_out_and_others_need_none(tmp_path:
     mixed += [{"text": f"nobody {number}", "label": "a", "user": None} for number in range(5)]
     summary = prepare(tmp_path, rows, encoder_tokenizer, group="user", mixed=mixed)
     scored = {row["user"] for name in ("eval", "test") for row in of_splits(tmp_path)[name]}
-    users = [row["user"] for row in texts(tmp_path / "data" / "mixed")]
+    users = [row["user"] for row in read_original_rows(tmp_path / "data" / "mixed")]
     assert users.count(None) == 5
     assert set(users) == {None, *(f"u{user}" for user in range(60))} - scored
     assert summary.dropped["also in test"] + summary.dropped["also in eval"] == len(scored)

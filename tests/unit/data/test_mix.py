@@ -11,7 +11,7 @@ import pytest
 
 from fulltune import data
 from fulltune.errors import DataError, RecipeError
-from fulltune.inference.store import MIXED, Rows, texts
+from fulltune.inference.store import MIXED, Rows, read_original_rows
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
@@ -47,7 +47,7 @@ def test_splits_are_those_without_mixed_rows(tmp_path: Path, encoder_tokenizer: 
         tmp_path / "both", encoder_tokenizer, "text-classification", rows, (others, 0.2), near_duplicates=0.7
     )
     for name in alone.splits:
-        one, other = (list(texts(tmp_path / folder / "data" / name)) for folder in ("alone", "both"))
+        one, other = (list(read_original_rows(tmp_path / folder / "data" / name)) for folder in ("alone", "both"))
         assert one == other
     assert both.splits == alone.splits
     assert (alone.mixed, (tmp_path / "alone" / "data" / MIXED).exists()) == ((), False)
@@ -76,8 +76,11 @@ def test_mixed_row_that_is_scored_on_is_left_out_and_listed(tmp_path: Path, enco
     rows = [{"text": f"number {number}", "label": "ab"[number % 2]} for number in range(100)]
     others = [{**row, "text": row["text"].upper() + " "} for row in rows]
     summary = prepare(tmp_path, encoder_tokenizer, "text-classification", rows, (others, 0.2))
-    held_out = {name: {row["text"] for row in texts(tmp_path / "data" / name)} for name in ("train", "eval", "test")}
-    left = {row["text"].strip().lower() for row in texts(tmp_path / "data" / MIXED)}
+    held_out = {
+        name: {row["text"] for row in read_original_rows(tmp_path / "data" / name)}
+        for name in ("train", "eval", "test")
+    }
+    left = {row["text"].strip().lower() for row in read_original_rows(tmp_path / "data" / MIXED)}
     assert left == held_out["train"]
     assert summary.dropped == {"also in test": 10, "also in eval": 10}
     assert (summary.mixed[0].counts.rows, summary.mixed[0].counts.dropped_rows) == (80, 20)
@@ -110,10 +113,12 @@ def test_questions_about_a_scored_passage_are_left_out_with_all_their_windows(
     summary = prepare(
         tmp_path, encoder_tokenizer, "question-answering", questions("what"), (questions("which"), 0.2), max_length=64
     )
-    scored = {name: {row["context"] for row in texts(tmp_path / "data" / name)} for name in ("eval", "test")}
+    scored = {
+        name: {row["context"] for row in read_original_rows(tmp_path / "data" / name)} for name in ("eval", "test")
+    }
     lost = [line["row"]["context"] for line in dropped(tmp_path) if line["check"].startswith("also in")]
     assert sorted(lost) == sorted(scored["eval"] | scored["test"])
-    left = list(texts(tmp_path / "data" / MIXED))
+    left = list(read_original_rows(tmp_path / "data" / MIXED))
     assert len(left) > len({row["question"] for row in left}) == 30 - len(lost)
     # What only answers need is kept for the test rows alone.
     folders = [tmp_path / "data" / name for name in ("train", MIXED, "test")]
@@ -184,7 +189,7 @@ def test_raw_text_beside_raw_text_is_packed_on_its_own(tmp_path: Path, decoder_t
     rows = Rows(tmp_path / "data" / "train", tmp_path / "data" / MIXED)
     assert "position_ids" in rows.features
     assert summary.mixed[0].counts.rows < 50
-    assert all(row["text"].startswith("other") for row in texts(tmp_path / "data" / MIXED))
+    assert all(row["text"].startswith("other") for row in read_original_rows(tmp_path / "data" / MIXED))
 
 
 def test_raw_text_beside_other_forms_is_not_packed(tmp_path: Path, decoder_tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 from fulltune import data
 from fulltune.data import groups as near
 from fulltune.errors import RecipeError
-from fulltune.inference.store import CLUSTERS, IN_TRAIN, Rows, texts
+from fulltune.inference.store import CLUSTERS, IN_TRAIN, Rows, read_original_rows
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from tests import tiny
@@ -113,7 +113,7 @@ def test_prepare_near_duplicates_stay_on_one_side_and_share_a_cluster(tmp_path: 
     families = {}
     for name in ("train", "eval", "test"):
         folder = tmp_path / "data" / name
-        families[name] = [row["family"] for row in texts(folder)]
+        families[name] = [row["family"] for row in read_original_rows(folder)]
         if name != "train":
             numbers = np.load(folder / CLUSTERS)
             assert len(numbers) == len(Rows(folder))
@@ -155,7 +155,7 @@ def test_prepare_says_which_test_rows_stand_in_train(tmp_path: Path, encoder_tok
         folder = tmp_path / str(threshold)
         prepare(folder, rows, encoder_tokenizer, near_duplicates=threshold, eval_fraction=0.02, test=file)
         stands = np.load(folder / "data" / "test" / IN_TRAIN)
-        words = {row["text"] for row in texts(folder / "data" / "train")}
+        words = {row["text"] for row in read_original_rows(folder / "data" / "train")}
         assert len(stands) == len(test)
         assert not stands[: len(other)].any()
         assert {row["text"] for row in exact} <= words, "or the draw of eval rows has changed: take other ones"

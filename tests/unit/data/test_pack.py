@@ -13,7 +13,7 @@ import pytest
 
 from fulltune.data import limits as packing
 from fulltune.data.limits import pack_texts
-from fulltune.inference.store import Rows, record_batch, texts, words, write_rows
+from fulltune.inference.store import Rows, make_record_batch, read_original_rows, row_as_json, write_rows
 
 LIMIT = 100
 
@@ -28,7 +28,7 @@ def parts(lengths: list[int], at_once: int = 50) -> Iterator[Any]:
         start += length
     for first in range(0, len(rows), at_once):
         part = rows[first : first + at_once]
-        yield record_batch(part, [words(f"a.txt:{first + place}", {}) for place in range(len(part))])
+        yield make_record_batch(part, [row_as_json(f"a.txt:{first + place}", {}) for place in range(len(part))])
 
 
 def packed(lengths: list[int], folder: Path) -> Rows:
@@ -80,7 +80,7 @@ def test_pack_blocks_are_nearly_full(longest: int, tmp_path: Path) -> None:
 def test_pack_words_are_the_first_texts(tmp_path: Path) -> None:
     packed([60, 100, 40, 30], tmp_path)
     # The blocks in the order in which they are full; the 30 stay alone.
-    assert [row["fulltune:place"] for row in texts(tmp_path)] == ["a.txt:1", "a.txt:0", "a.txt:3"]
+    assert [row["fulltune:place"] for row in read_original_rows(tmp_path)] == ["a.txt:1", "a.txt:0", "a.txt:3"]
 
 
 def test_pack_holds_few_blocks_open(monkeypatch: pytest.MonkeyPatch) -> None:

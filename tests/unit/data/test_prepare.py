@@ -16,7 +16,7 @@ from fulltune import data
 from fulltune.data.patch import save_patch
 from fulltune.data.sources import SourceRows, find_target_and_count_rows
 from fulltune.errors import DataError
-from fulltune.inference.store import WORDS, Rows, batches, row_id, texts
+from fulltune.inference.store import WORDS, Rows, read_original_rows, read_record_batches, row_id
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Remedy, RowDecision
 from fulltune.tasks import Target, question_answering, task_named
@@ -27,7 +27,10 @@ from tests.unit.data.stage import prepare
 def test_prepare_duplicates_stay_on_one_side(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [{**row, "text": text} for row in tiny.topic_rows(60) for text in (row["text"], row["text"].upper() + " ")]
     summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
-    splits = {name: {row["text"].strip().lower() for row in texts(tmp_path / "data" / name)} for name in summary.splits}
+    splits = {
+        name: {row["text"].strip().lower() for row in read_original_rows(tmp_path / "data" / name)}
+        for name in summary.splits
+    }
     assert not splits["train"] & splits["eval"]
     assert not splits["train"] & splits["test"]
     assert not splits["eval"] & splits["test"]
@@ -100,7 +103,7 @@ def test_prepare_truncation_is_counted_and_lost_answers_are_left_out(tmp_path: P
 def test_previews_show_the_first_train_rows_with_their_own_labels(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [{"text": f"row {number}", "label": f"l{number % 3}"} for number in range(40)]
     summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
-    first = list(texts(tmp_path / "data" / "train"))[:5]
+    first = list(read_original_rows(tmp_path / "data" / "train"))[:5]
     assert [preview.label for preview in summary.previews] == [row["label"] for row in first]
     assert len({row["label"] for row in first}) > 1
 
@@ -143,7 +146,11 @@ def _passages(count: int, sentences: int) -> list[dict[str, Any]]:
 
 
 def _words_bytes(folder: Path) -> int:
-    return sum(batch.column(WORDS).nbytes for split in ("train", "eval", "test") for batch in batches(folder / split))
+    return sum(
+        batch.column(WORDS).nbytes
+        for split in ("train", "eval", "test")
+        for batch in read_record_batches(folder / split)
+    )
 
 
 @pytest.mark.parametrize("packing", [True, False, None], ids=["packed", "not packed", "windows"])
@@ -168,7 +175,7 @@ def test_answers_are_found_in_all_windows_of_a_long_passage(tmp_path: Path, enco
     rows = _passages(40, 30)
     prepare(tmp_path, rows, encoder_tokenizer, "question-answering", max_length=64)
     folder = tmp_path / "data" / "test"
-    windows, rows = Rows(folder), list(texts(folder))
+    windows, rows = Rows(folder), list(read_original_rows(folder))
     places = [row["fulltune:place"] for row in rows]
     assert len(set(places)) * 5 < len(places)
     labels = np.stack([row["labels"] for row in windows])

@@ -113,7 +113,7 @@ def test_what_is_not_in_the_recipes_folder_is_named_for_machines_elsewhere(
 ) -> None:
     rows = tmp_path / "elsewhere.csv"
     said = place.launch(launcher, "--set", f"data.train={rows}")
-    assert f"not in {place.work}, so copy to the machines yourself: {rows}\n" in said.out
+    assert f"these inputs are outside {place.work}; copy them to the machines yourself: {rows}\n" in said.out
     assert "outside" not in place.launch(launcher, "--force").out
 
 
@@ -170,8 +170,8 @@ def test_name_that_is_not_utf_8_is_refused(place: Place) -> None:
     said = place.launch("slurm")
     assert said.code == 2
     assert said.problems == [
-        "launch: " + str(other).encode(errors="backslashreplace").decode() + " is not UTF-8, as job files must be; "
-        "rename it"
+        "launch: " + str(other).encode(errors="backslashreplace").decode() + " is not valid UTF-8, "
+        "which job files need; rename it"
     ]
 
 

@@ -14,12 +14,12 @@ from transformers import AutoImageProcessor
 from fulltune.data.readers.files import is_image_folder, list_images
 from fulltune.data.readers.read import locate_data_files, resolve_image_paths
 from fulltune.errors import DataError, SetupError
-from fulltune.inference.run import RowSubset, by_length
-from fulltune.inference.store import Rows, record_batch, write_rows
+from fulltune.inference.run import RowSubset, positions_by_length
+from fulltune.inference.store import Rows, make_record_batch, write_rows
 from fulltune.models import base
 from fulltune.models.base import Base
-from fulltune.models.load import load
-from fulltune.models.pixels import ImageReader, ImageRows, num_patches, where_from
+from fulltune.models.load import load_model
+from fulltune.models.pixels import ImageReader, ImageRows, num_patches, split_image_value
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, image_classification
@@ -31,7 +31,7 @@ TARGET = Target("single_label", {"image": "image", "label": "label"}, ("cat", "d
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> ImageReader:
     folder = tiny.save_image_model(tmp_path_factory.mktemp("vit"))
-    return Base.of(ModelBlock(name=str(folder)), "image-classification").processor
+    return Base.from_block(ModelBlock(name=str(folder)), "image-classification").processor
 
 
 def picture(path: Path, colour: tuple[int, ...] = (200, 100, 0), mode: str = "RGB", **save: Any) -> Path:
@@ -116,7 +116,7 @@ def test_path_in_a_table_starts_at_its_folder(value: Any, expected: Any) -> None
     ],
 )
 def test_cell_is_a_path_or_bytes(value: Any, expected: tuple[str, bytes]) -> None:
-    assert where_from(value) == expected
+    assert split_image_value(value) == expected
 
 
 def test_pixels_are_those_of_the_models_processor(tmp_path: Path, reader: ImageReader) -> None:
@@ -167,10 +167,10 @@ def test_reader_of_a_saved_model_is_the_same(tmp_path: Path, reader: ImageReader
     reader.save_pretrained(tmp_path / "again")
     again = AutoImageProcessor.from_pretrained(tmp_path / "again", backend="pil")
     assert again.to_json_string() == reader.to_json_string()
-    assert base.processor_identity(reader) == reader.to_json_string()
+    assert base.processor_fingerprint(reader) == reader.to_json_string()
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(SetupError, match="its image processor cannot be read"):
-        _ = Base.of(ModelBlock(name=str(folder)), "image-classification").processor
+    with pytest.raises(SetupError, match="the image processor cannot be read"):
+        _ = Base.from_block(ModelBlock(name=str(folder)), "image-classification").processor
 
 
 def test_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
 
     folder = tiny.save_image_model(tmp_path / "vit")
     ViTForImageClassification(ViTConfig.from_pretrained(folder, num_labels=7)).save_pretrained(folder)
-    base = Base.of(ModelBlock(name=str(folder)), "image-classification")
+    base = Base.from_block(ModelBlock(name=str(folder)), "image-classification")
     changes = {"num_labels": 2, "id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
-    loaded: Any = load(base, changes, head_is_new=True)
+    loaded: Any = load_model(base, changes, head_is_new=True)
     assert loaded.classifier.out_features == 2
 
 
@@ -198,15 +198,15 @@ def test_missing_pillow_names_what_to_install(tmp_path: Path, monkeypatch: pytes
     found = base.importlib.util.find_spec
     monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None if name == "PIL" else found(name))
     with pytest.raises(SetupError, match=r"pip install 'fulltune\[images\]'"):
-        _ = Base.of(ModelBlock(name=str(folder)), "image-classification").processor
+        _ = Base.from_block(ModelBlock(name=str(folder)), "image-classification").processor
 
 
 def test_lengths_are_known_without_decoding(tmp_path: Path, reader: ImageReader) -> None:
     rows = [{"path": f"missing{n}.png", "content": b"", "labels": n % 2, "length": 4} for n in range(3)]
-    write_rows(tmp_path, [record_batch(rows, ["{}"] * 3)])
-    opened = base.opened(Rows(tmp_path), reader)
-    assert by_length(opened) == [0, 1, 2]
-    assert by_length(RowSubset(opened, [2, 0])) == [0, 1]
+    write_rows(tmp_path, [make_record_batch(rows, ["{}"] * 3)])
+    opened = base.with_decoded_images(Rows(tmp_path), reader)
+    assert positions_by_length(opened) == [0, 1, 2]
+    assert positions_by_length(RowSubset(opened, [2, 0])) == [0, 1]
     assert opened["labels"].tolist() == [0, 1, 0]
     assert RowSubset(opened, [1, 0])["labels"].tolist() == [1, 0]
     with pytest.raises(DataError, match="no such file"):

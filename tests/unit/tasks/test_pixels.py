@@ -75,7 +75,7 @@ WHOLE, BAD = _whole(), _bad()
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_an_unusual_image_is_decoded_upright_in_its_colour(kind: str) -> None:
-    image = pixels.decode("", WHOLE[kind])
+    image = pixels.decode_image("", WHOLE[kind])
     assert (image.mode, image.size) == ("RGB", (6, 4))
     assert all(abs(one - two) <= 4 for one, two in zip(image.getpixel((3, 2)), COLOUR, strict=True))
 
@@ -83,7 +83,7 @@ def test_an_unusual_image_is_decoded_upright_in_its_colour(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
 def test_an_image_of_16_bits_keeps_its_greys(kind: str) -> None:
     content = saved(Image.fromarray(np.full((4, 6), 55 * 257, np.uint16)), kind)
-    assert pixels.decode("", content).getpixel((3, 2)) == (55, 55, 55)
+    assert pixels.decode_image("", content).getpixel((3, 2)) == (55, 55, 55)
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -91,4 +91,4 @@ def test_a_bad_image_is_refused_with_its_name(tmp_path: Path, kind: str) -> None
     path = tmp_path / "a.png"
     path.write_bytes(BAD[kind])
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded: "):
-        pixels.decode(str(path), b"")
+        pixels.decode_image(str(path), b"")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from fulltune.errors import DataError
-from fulltune.inference.run import Batching, generate, model_batch, run_rows
+from fulltune.inference.run import Batching, generate_answers, model_batch, run_rows
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import LENGTH, Target, seq2seq
 from tests import tiny
@@ -98,11 +98,11 @@ def test_answers_do_not_depend_on_the_batch_or_on_settings_for_other_texts(kind:
     model = AutoModelForSeq2SeqLM.from_pretrained(tiny.save_model(tmp_path, kind)).eval()
     tokenizer = tiny.writer_tokenizer(kind)
     sources = [row.features["input_ids"] for row in encoded(kind)]
-    plain = [generate(model, tokenizer, [ids], 6, Batching(1))[0] for ids in sources]
+    plain = [generate_answers(model, tokenizer, [ids], 6, Batching(1))[0] for ids in sources]
     model.generation_config.update(num_beams=4, min_length=5, no_repeat_ngram_size=1, early_stopping=True)
-    assert generate(model, tokenizer, sources, 6, Batching(2)) == plain
+    assert generate_answers(model, tokenizer, sources, 6, Batching(2)) == plain
     if kind == "bart":  # the only one with learned positions: more tokens than those would be an error
-        room = generate(model, tokenizer, sources, 10_000, Batching(2))
+        room = generate_answers(model, tokenizer, sources, 10_000, Batching(2))
         assert [text[:3] for text in room] == [text[:3] for text in plain]
 
 

@@ -81,7 +81,9 @@ def test_task_is_learned_scored_reported_and_asked(toy: None, tmp_path: Path) ->
     assert reached.scores[-1].metrics["accuracy"].value > 0.9
     assert "ends of texts" in (reached.folder / "report.md").read_text(encoding="utf-8")
     assert reached.outcome is not None
-    asked = predict.load(reached.folder).predict([{"text": "soup and then rain"}, {"text": "rain before the sun"}])
+    asked = predict.load_predictor(reached.folder).predict(
+        [{"text": "soup and then rain"}, {"text": "rain before the sun"}]
+    )
     assert [answer["label"] for answer in asked] == ["wet", "dry"]
 
 

@@ -45,7 +45,7 @@ def share_out(model: Any) -> Any:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model._is_distributed_loading_by_transformers = True
-    assert sharding.is_sharded(model)
+    assert sharding.is_fsdp2_sharded(model)
     return model
 
 
@@ -62,14 +62,14 @@ def trained(model: Any) -> torch.optim.AdamW:
 
 def moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{name}.{kind}": sharding.whole(value).clone()
+        f"{name}.{kind}": sharding.full_tensor(value).clone()
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state[parameter].items()
     }
 
 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:
-    return {name: sharding.whole(one.detach()).clone() for name, one in model.named_parameters()}
+    return {name: sharding.full_tensor(one.detach()).clone() for name, one in model.named_parameters()}
 
 
 def names_in(folder: Path) -> list[str]:

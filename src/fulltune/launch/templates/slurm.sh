@@ -36,7 +36,7 @@ cd {{ [folder] | shell }} || exit 2
 export PATH="$PATH":{{ [programs] | shell }}
 
 # edit: the command; add --wait-for-machines 30m where the nodes do not start at once
-command=({{ job.words | shell }})
+command=({{ job.command | shell }})
 
 # Slurm also signals this shell before the time limit. It keeps running to see how the tasks end.
 trap ':' TERM

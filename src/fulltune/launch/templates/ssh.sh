@@ -25,7 +25,7 @@ read -r -d '' setup <<'SETUP'
 export PATH="$PATH":{{ [programs] | shell }}
 SETUP
 # edit: the command; add --wait-for-machines 30m where the machines do not start at once
-command=({{ job.words | shell }})
+command=({{ job.command | shell }})
 # edit: a local folder for their output
 logs="${0%.sh}.logs"
 

@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fulltune.files import replacing
+from fulltune.files import replace_atomically
 from fulltune.records.comparison import Decision
 from fulltune.report.format import blocks, words
 from fulltune.stats.curves import Point
@@ -278,7 +278,7 @@ def write_cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], pat
         for axes, plot in zip(all_axes, plots, strict=True):
             _draw_quality_and_cost(axes, plot)
         _add_legend_below(figure, all_axes[0])
-        with replacing(path) as part:
+        with replace_atomically(path) as part:
             figure.savefig(part, format="png", dpi=_PICTURE_DPI)
 
 

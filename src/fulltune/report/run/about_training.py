@@ -33,10 +33,10 @@ from fulltune.text import (
     format_bytes,
     format_metric,
     format_number,
+    format_ranges,
     format_seconds,
     format_share,
     listed,
-    ranges,
 )
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
@@ -237,7 +237,7 @@ def _build_machine_tables(env: Environment) -> tuple[Table, ...]:
         (
             str(machine.rank),
             Cell(machine.host, untrusted=True),
-            ranges(machine.ranks) or "none",
+            format_ranges(machine.ranks) or "none",
             Cell(listed(machine.devices) or machine.cpu, untrusted=True),
             str(machine.num_cores),
             format_bytes(machine.memory_bytes),

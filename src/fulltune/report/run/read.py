@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fulltune.errors import SetupError
-from fulltune.files import entry_of
+from fulltune.files import parse_json_line
 from fulltune.records.base import Record
 from fulltune.records.comparison import Searched
 from fulltune.records.data import DataSummary
@@ -288,7 +288,7 @@ class _Files:
         # A process killed while writing can cut a character in two: replace it rather than fail.
         with path.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
-                if (entry := entry_of(line)) is not None:
+                if (entry := parse_json_line(line)) is not None:
                     yield entry
                 elif line.strip():
                     self.unreadable.setdefault(path.relative_to(self.folder).as_posix(), []).append(str(number))

@@ -14,11 +14,17 @@ import torch.nn.functional as F
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fulltune.errors import SetupError
-from fulltune.forgetting.budget import LANGUAGE_WEIGHTS, STATE_WEIGHTS, next_weight
-from fulltune.forgetting.generic_text import budget_texts, enough, generic_texts, mean_drift, weak_texts_reason
+from fulltune.forgetting.budget import LANGUAGE_WEIGHTS, STATE_WEIGHTS, next_replay_weight
+from fulltune.forgetting.generic_text import (
+    count_texts_for,
+    load_budget_texts,
+    load_generic_texts,
+    mean_drift,
+    why_texts_are_weak,
+)
 from fulltune.inference.run import BATCH, MOST_TOKENS, STATES_BATCH, GenericText, autocast, batches
 from fulltune.methods import virtual_tokens_of
-from fulltune.models import evaluating
+from fulltune.models import evaluation_mode
 from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.model import BUNDLED
@@ -50,10 +56,10 @@ class DriftMonitor(TrainingPart):
         """Output of `GenericText.read` for the pretrained model."""
         plan, preserve = inputs.plan, inputs.recipe.preserve
         if num_texts := plan.generic.texts_per_evaluation:
-            split = None if plan.generic.budget is None else budget_texts(preserve)
-            texts = split.selection if split else generic_texts(preserve.probe, num_texts)[0]
+            split = None if plan.generic.budget is None else load_budget_texts(preserve)
+            texts = split.selection if split else load_generic_texts(preserve.probe, num_texts)[0]
             # Steering needs a precise drift. Short texts cost less, so more of them are read.
-            count = max(num_texts, enough(texts, num_texts * GENERIC_TOKENS)) if split else len(texts)
+            count = max(num_texts, count_texts_for(texts, num_texts * GENERIC_TOKENS)) if split else len(texts)
             self.text = self.text_of(texts[:count])
             all_texts = [*split.selection, *split.sealed, *split.replayed] if split else texts
             self.identity = hashlib.sha256("\0".join(all_texts).encode()).hexdigest()[:16]
@@ -68,13 +74,15 @@ class DriftMonitor(TrainingPart):
         plan, writes = self.inputs.plan, self.inputs.summary.form.reads_any_text
         # Not above the eval batch size, which falls when an evaluation runs out of memory.
         batch = min(BATCH if writes else STATES_BATCH, plan.eval_batch_size)
-        return GenericText.of(texts, self.trainer.processing_class, writes, plan.precision, self.max_tokens, batch)
+        return GenericText.tokenise(
+            texts, self.trainer.processing_class, writes, plan.precision, self.max_tokens, batch
+        )
 
     def weak_texts_reason(self, text: GenericText, first: np.ndarray) -> str | None:
         """Return why drift on these texts says little about this model, or None."""
         tokenizer: Any = self.trainer.processing_class
         vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", None)
-        return weak_texts_reason(text, first, vocabulary, tokenizer.unk_token_id)
+        return why_texts_are_weak(text, first, vocabulary, tokenizer.unk_token_id)
 
     def scores(self) -> dict[str, float]:
         """Return `drift` and its standard error `drift_error`, or nothing if drift cannot be measured."""
@@ -90,7 +98,7 @@ class DriftMonitor(TrainingPart):
             return None
         try:
             with self.inputs.journal.during("evaluation"):
-                now = self.text.read(trainer.forward_model, trainer.head, trainer.alive)
+                now = self.text.measure(trainer.forward_model, trainer.head, trainer.alive)
         except Exception as error:
             if is_out_of_memory(error) or not is_start or plan.generic.budget is not None:
                 raise
@@ -154,10 +162,10 @@ class Replay(TrainingPart):
         """Store the pretrained model's outputs for all texts."""
         model, between = self.trainer.model, self.trainer.alive
         if not self.text.writes:
-            self.before = list(self.text.read(model, between=between))
+            self.before = list(self.text.measure(model, between_batches=between))
             return
         outputs: list[Any] = []
-        with evaluating(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             for positions in batches(range(len(self.text.ids)), self.rows_per_pass):
                 between()
                 with autocast(model, self.text.precision):
@@ -181,7 +189,7 @@ class Replay(TrainingPart):
         if trainer.is_shared:
             most = -(-len(texts[:: arguments.world_size]) // self.rows_per_pass)
             passes += [(texts[:1], 0.0)] * (most - len(passes))  # as many as on the other ranks
-        with evaluating(model):
+        with evaluation_mode(model):
             for positions, counts in passes:
                 with autocast(model, self.text.precision):
                     summed = self._distance_from_pretrained(positions)
@@ -194,7 +202,7 @@ class Replay(TrainingPart):
         if step % plan.generic.steer_steps or step >= plan.total_steps or (drift := self.monitor.read()) is None:
             return
         rate = cast("Any", self.trainer.lr_scheduler).get_last_lr()[0] / plan.learning_rate
-        self.weight = next_weight(self.weight, drift, self.limit, rate, self.bounds)
+        self.weight = next_replay_weight(self.weight, drift, self.limit, rate, self.bounds)
         self.inputs.recorder.write(Steered(step=step, drift=drift.mean, error=drift.error, weight=self.weight))
 
     def state(self) -> dict[str, Any]:
@@ -209,7 +217,7 @@ class Replay(TrainingPart):
         if not self.text.writes:
             stacked = np.stack([self.before[position] for position in positions])
             before = torch.tensor(stacked, dtype=torch.float32, device=device)
-            return (1 - F.cosine_similarity(self.text.states(model, positions), before, dim=-1)).sum()
+            return (1 - F.cosine_similarity(self.text.mean_states(model, positions), before, dim=-1)).sum()
         logs = F.log_softmax(self._next_token_logits(positions).float(), dim=-1)
         stored = (np.concatenate([self.before[position][part] for position in positions]) for part in (0, 1))
         before, ids = (torch.as_tensor(part, device=device) for part in stored)
@@ -232,7 +240,7 @@ def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingP
     if budget is None or not rows or inputs.request.probe:
         return []
     with inputs.journal.during("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
-        text = monitor.text_of(budget_texts(inputs.recipe.preserve).replayed[: plan.total_steps * rows])
+        text = monitor.text_of(load_budget_texts(inputs.recipe.preserve).replayed[: plan.total_steps * rows])
     # Read at most the tokens of a micro batch, and few logits; with activation checkpointing one text, as that does
     # nothing in evaluation mode.
     at_once = plan.micro_batch_size * inputs.summary.max_length // monitor.max_tokens

@@ -21,11 +21,11 @@ from fulltune.forgetting.budget import (
     MIN_SHARE_STEP,
     REFINEMENTS,
     SHARES,
-    best,
-    crossing,
+    best_point_within,
     is_within,
+    share_at_limit,
 )
-from fulltune.forgetting.generic_text import budget_texts, mean_drift
+from fulltune.forgetting.generic_text import load_budget_texts, mean_drift
 from fulltune.inference.run import GenericText, RowSubset
 from fulltune.models import sharding
 from fulltune.records.events import Certified
@@ -42,26 +42,26 @@ class WeightInterpolation:
     """Interpolates a model's trained weights between those before step 1 and those after training."""
 
     def __init__(self, model: PreTrainedModel, before: Path, after: Path) -> None:
-        sharding.reshard(model)
-        self.model, self.trained, self.before, self.after = model, methods.trained(model), before, after
-        tensors = {name: sharding.local(parameter.detach()).cpu() for name, parameter in self.trained.items()}
+        sharding.free_gathered_weights(model)
+        self.model, self.trained, self.before, self.after = model, methods.trainable_parameters(model), before, after
+        tensors = {name: sharding.local_tensor(parameter.detach()).cpu() for name, parameter in self.trained.items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, after)
         digest = hashlib.sha256()
         for parameter in self.trained.values():  # gathered, so that the digest is the same for any world size
-            digest.update(sharding.whole(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
+            digest.update(sharding.full_tensor(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
         self.digest = digest.hexdigest()[:16]
 
     def put(self, share: float) -> None:
         """Set the weights to `share` of the way from pretrained (0) to trained (1). Of LoRA's two matrices only B is
         scaled, which scales their product."""
-        sharding.reshard(self.model)
+        sharding.free_gathered_weights(self.model)
         with safe_open(self.before, "pt") as before, safe_open(self.after, "pt") as after, torch.no_grad():
             for name, parameter in self.trained.items():
                 begin, end = before.get_tensor(name), after.get_tensor(name)
                 weight = 1.0 if ".lora_A." in name else share
                 # Exact at both ends.
                 value = end if weight == 1 else begin if weight == 0 else torch.lerp(begin.float(), end.float(), weight)
-                sharding.local(parameter).copy_(value.to(parameter.dtype))
+                sharding.local_tensor(parameter).copy_(value.to(parameter.dtype))
 
 
 def keep_within(
@@ -107,7 +107,7 @@ def _choose_and_certify(
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None
-    texts = budget_texts(inputs.recipe.preserve)
+    texts = load_budget_texts(inputs.recipe.preserve)
     selection, sealed = monitor.text_of(texts.selection), monitor.text_of(texts.sealed)
     is_language_model = inputs.summary.form.reads_any_text
     limit = limit_of(budget, is_language_model)
@@ -115,7 +115,7 @@ def _choose_and_certify(
 
     def read(share: float, text: GenericText) -> np.ndarray:
         interpolation.put(share)
-        return text.read(trainer.model, trainer.head, trainer.alive)
+        return text.measure(trainer.model, trainer.head, trainer.alive)
 
     start = read(0.0, selection)
 
@@ -130,7 +130,7 @@ def _choose_and_certify(
     with inputs.journal.during("evaluation"):
         points = [measure(share) for share in (0.0, *SHARES)]
         points += _refine_near_limit(points, limit, measure)
-        choice = best(points, limit, plan.greater_is_better)
+        choice = best_point_within(points, limit, plan.greater_is_better)
         sealed_drift = None
         if not choice.is_start:
             opening_times = (*opening_times, datetime.now().astimezone().isoformat(timespec="seconds"))
@@ -175,7 +175,7 @@ def _refine_near_limit(
         first = next((i for i, point in enumerate(tried) if i and not is_within(point.drift, limit)), None)
         if first is None:
             break
-        share = crossing(tried[first - 1], tried[first], limit)
+        share = share_at_limit(tried[first - 1], tried[first], limit)
         if share - tried[first - 1].share < MIN_SHARE_STEP:
             break  # the budget is used up
         refined.append(measure(share))

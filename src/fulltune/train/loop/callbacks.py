@@ -170,7 +170,7 @@ class Checkpoints(TrainerCallback):
             if not state.is_world_process_zero:
                 return
             folder = self.request.checkpoints
-            files.seal(folder / f"checkpoint-{state.global_step}")
+            files.write_checksums(folder / f"checkpoint-{state.global_step}")
             self.usage.disk(folder, *self.request.all_initial_weights)  # now it is at its fullest
             checkpoints.keep_few(folder, self.request.recipe.train.save_total_limit, state.best_global_step)
 
@@ -255,12 +255,12 @@ def compare_updates(step: int, before: dict[str, torch.Tensor], after: dict[str,
 def _sample_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copy evenly spaced values of each trained weight, by name, except token embeddings."""
     # Without token embeddings, of which a step updates only the rows of tokens that it read.
-    sharding.reshard(model)
+    sharding.free_gathered_weights(model)
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     excluded = {id(parameter) for parameter in embeddings.parameters()} if embeddings is not None else set()
     samples = {}
     for name, parameter in model.named_parameters():
-        flat = sharding.local(parameter.detach()).flatten()
+        flat = sharding.local_tensor(parameter.detach()).flatten()
         if parameter.requires_grad and id(parameter) not in excluded and flat.numel():
             samples[name] = flat[:: max(1, flat.numel() // SAMPLED_VALUES)][:SAMPLED_VALUES].clone()
     return samples

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.trainer_utils import TrainOutput
 
 from fulltune.errors import Spiked
-from fulltune.inference.selective_head import as_its_attention_can
+from fulltune.inference.selective_head import attention_precision
 from fulltune.models import sharding
 from fulltune.stats.curves import LOSS_WINDOW
 from fulltune.tasks.padding import IGNORED, TRAINED
@@ -161,7 +161,7 @@ class Guarded:
         """Return the guard's verdict with the step's mean loss and gradient norm over the ranks."""
         in_engine = bool(self.is_deepspeed_enabled)
         if isinstance(norm, torch.Tensor):  # sharded by FSDP2
-            norm = sharding.whole(norm)
+            norm = sharding.full_tensor(norm)
         rows = sum(rows_in(batch) for batch in self.batches)
         values = [losses, rows] if norm is None else [losses, rows, norm]
         # A norm is the same in each process.
@@ -184,7 +184,7 @@ class Guarded:
 
 
 def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
-    gradients = [sharding.local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [sharding.local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
     return all(bool(torch.stack(gradient.aminmax()).isfinite().all()) for gradient in gradients if gradient.numel())
 
 
@@ -232,7 +232,7 @@ def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> s
     hooks = [watch(name, module) for name, module in model.named_modules()]
     model.eval()  # without dropout, so that no random number is drawn
     try:
-        with torch.no_grad(), as_its_attention_can(model, device.type):
+        with torch.no_grad(), attention_precision(model, device.type):
             model(**inputs)
     finally:
         model.train()

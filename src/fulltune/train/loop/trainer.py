@@ -123,7 +123,7 @@ class FullTrainer(Guarded, Trainer):
 
     @property
     def is_shared(self) -> bool:
-        return sharding.is_sharded(self.model)
+        return sharding.is_fsdp2_sharded(self.model)
 
     @property
     def forward_model(self) -> nn.Module:
@@ -206,7 +206,7 @@ class FullTrainer(Guarded, Trainer):
         if self.head is None:
             return contextlib.nullcontext()
         chunked = self.head.can_chunk and self._plan.chunked_loss and not whole
-        return self.head.only(labels, trained, chunked=chunked)
+        return self.head.computing_only(labels, trained, chunked=chunked)
 
     def collated(self, rows: list[Row]) -> dict[str, Any]:
         return collated(rows, cast("Collate", self.data_collator), self.count_items, self.head)
@@ -347,7 +347,7 @@ class FullTrainer(Guarded, Trainer):
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
         """Yield an optimizer like the run's but with rate and weight decay 0, so that no weight changes. This does not
         work with DeepSpeed."""
-        sharding.reshard(self.model)
+        sharding.free_gathered_weights(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self.create_optimizer()
         self.optimizer = present

@@ -45,7 +45,7 @@ def save(
 
 def _assign_files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Return the number of each tensor's file; a file takes tensors up to a size limit."""
-    sizes = {name: sharding.local(values).nbytes for name, values in state.items()}
+    sizes = {name: sharding.local_tensor(values).nbytes for name, values in state.items()}
     limit = max(MIN_FILE_BYTES, sum(sizes.values()) // MAX_FILES)
     number, file_size, files = 1, 0, dict[str, int]()
     for name, size in sizes.items():
@@ -93,7 +93,7 @@ def write_whole(model: PreTrainedModel, folder: Path, max_bytes: int = GATHERED_
         name.removeprefix(WEIGHTS): weight for name, weight in _weights_by_key(model, trained_only=False).items()
     }
     shapes = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in tensors.items()}
-    write_by_file(shapes, lambda name: sharding.whole(tensors[name]), folder, max_bytes)
+    write_by_file(shapes, lambda name: sharding.full_tensor(tensors[name]), folder, max_bytes)
 
 
 def write_by_file(
@@ -123,10 +123,10 @@ def is_first() -> bool:
 
 
 def whole_state(
-    model: PreTrainedModel, whole: Callable[[Any], torch.Tensor] = sharding.whole
+    model: PreTrainedModel, whole: Callable[[Any], torch.Tensor] = sharding.full_tensor
 ) -> dict[str, torch.Tensor]:
     """Gather a sharded model's state dict on the CPU of rank 0, with tied tensors once; other ranks return {}."""
-    sharding.reshard(model)
+    sharding.free_gathered_weights(model)
     state: dict[str, torch.Tensor] = {}
     first_name: dict[int, str] = {}
     for name, values in model.state_dict(keep_vars=True).items():
@@ -142,8 +142,10 @@ def whole_state(
 
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
     """Return parameters (each tied one once) and persistent buffers, by checkpoint key."""
-    sharding.reshard(model)
-    tensors: dict[str, torch.Tensor] = dict(methods.trained(model) if trained_only else model.named_parameters())
+    sharding.free_gathered_weights(model)
+    tensors: dict[str, torch.Tensor] = dict(
+        methods.trainable_parameters(model) if trained_only else model.named_parameters()
+    )
     if not trained_only:
         saved = model.state_dict().keys()
         tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
@@ -155,13 +157,15 @@ def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, tor
 
 def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return a sharded model's optimizer state by checkpoint key, with each tensor sharded like its parameter."""
-    sharding.reshard(model)
+    sharding.free_gathered_weights(model)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         state: dict[str, torch.Tensor] = optimizer.state.get(parameter, {})
         if state and isinstance(optimizer, AdamW):
-            local = in_fp32(state, sharding.local(parameter).shape)
-            state = {kind: v if kind == "step" else sharding.part(v, parameter) for kind, v in local.items()}
+            local = in_fp32(state, sharding.local_tensor(parameter).shape)
+            state = {
+                kind: v if kind == "step" else sharding.dtensor_from_shard(v, parameter) for kind, v in local.items()
+            }
         for kind, value in state.items():
             # A sharded file identifies shards by offsets, and a scalar has none.
             tensors[f"{OPTIMIZER}{name}.{kind}"] = value.reshape(1) if value.dim() == 0 else value
@@ -170,7 +174,7 @@ def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 
 def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Load a checkpoint's state, sharded or not, into a new optimizer. Learning rates are left to the schedule."""
-    sharding.reshard(model)
+    sharding.free_gathered_weights(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     if is_in(checkpoint):
@@ -178,12 +182,12 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, che
     else:
         saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)["state"]
         state = {ordered[index]: values for index, values in saved.items()}
-    if sharding.is_sharded(model):
+    if sharding.is_fsdp2_sharded(model):
         parameters = dict(model.named_parameters())
         state = {name: _shard_optimizer_state(values, parameters[name]) for name, values in state.items()}
         if isinstance(optimizer, AdamW):
             for name, values in state.items():
-                local = {kind: sharding.local(value) for kind, value in values.items()}
+                local = {kind: sharding.local_tensor(value) for kind, value in values.items()}
                 optimizer.take_over(local, parameters[name])
             return
     # The optimizer loads the state: it may store moments in another format, or steps on the device.
@@ -198,7 +202,9 @@ def _shard_optimizer_state(values: dict[str, torch.Tensor], parameter: torch.Ten
     placed = {}
     for kind, value in values.items():
         is_whole = value.shape == parameter.shape and not hasattr(value, "placements")
-        placed[kind] = sharding.like(value, parameter).clone() if is_whole else value  # a copy, out of the mapped file
+        placed[kind] = (
+            sharding.shard_like(value, parameter).clone() if is_whole else value
+        )  # a copy, out of the mapped file
     return placed
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fulltune.errors import SetupError
-from fulltune.models.sharding import local
+from fulltune.models.sharding import local_tensor
 from fulltune.train.optim import moments
 from fulltune.train.optim.moments import Format, Noise
 
@@ -91,8 +91,8 @@ class AdamW(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and local(parameter).numel():
-                    self._update_parameter(parameter, local(parameter.grad).reshape(-1), group)
+                if parameter.grad is not None and local_tensor(parameter).numel():
+                    self._update_parameter(parameter, local_tensor(parameter.grad).reshape(-1), group)
         return loss
 
     def _update_parameter(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             state.update(self._new_state(parameter))
         state["step"] += 1
-        shard = local(parameter.detach())
+        shard = local_tensor(parameter.detach())
         weights, size = shard.reshape(-1), self._buffers(parameter).size
         for begin in range(0, len(weights), size):
             part = slice(begin, begin + size)
@@ -159,7 +159,7 @@ class AdamW(torch.optim.Optimizer):
         return self._scratch[device]
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        count, device = local(parameter).numel(), parameter.device
+        count, device = local_tensor(parameter).numel(), parameter.device
         state = moments.start(count, self._format, device)
         if parameter.dtype == torch.bfloat16 and self._rounding == "kahan":
             state["compensation"] = torch.zeros(count, dtype=torch.bfloat16, device=device)
@@ -170,7 +170,7 @@ class AdamW(torch.optim.Optimizer):
         """Return the running mean of squared gradients, in fp32 and the shape of this rank's shard, or None before the
         first update. It is positive exactly where some gradient was not 0."""
         state = self.state.get(parameter)
-        return in_fp32(state, local(parameter).shape)["exp_avg_sq"] if state else None
+        return in_fp32(state, local_tensor(parameter).shape)["exp_avg_sq"] if state else None
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ class AdamW(torch.optim.Optimizer):
         if same_format:
             return
         buffers, step, place = self._buffers(parameter), int(saved["step"]), self._places[parameter]
-        count = local(parameter).numel()
+        count = local_tensor(parameter).numel()
         for begin in range(0, count, buffers.size):
             end = min(begin + buffers.size, count)
             numbers = (step, place, begin)

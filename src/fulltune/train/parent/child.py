@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 
-from fulltune.files import entry_of
+from fulltune.files import parse_json_line
 from fulltune.records.events import Listener, Message, event_of
 from fulltune.records.training import LostMachine, Outcome, OutcomeStatus
 from fulltune.system import signals
@@ -172,7 +172,7 @@ def _follow(request: Request, child: spawn.WorkerProcess, listener: Listener, st
                 file.seek(position)
                 while (line := file.readline()).endswith(b"\n"):
                     position += len(line)
-                    if (event := event_of(entry_of(line) or {})) is not None:
+                    if (event := event_of(parse_json_line(line) or {})) is not None:
                         listener(event)
         if ended:
             return False

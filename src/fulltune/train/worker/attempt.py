@@ -58,7 +58,7 @@ def train(inputs: AttemptInputs) -> Fields:
     trainer.add_parts(_create_parts(training))
     # bf16 weights compute in bf16 without autocast; LoRA's layers then need their own casts.
     autocast = plan.precision != "fp32" and plan.weights_dtype == "fp32"
-    with methods.without_casts(loaded.applied, autocast):
+    with methods.without_lora_input_casts(loaded.applied, autocast):
         _run_checks(training)
         if not inputs.request.probe:
             return _train_and_save(training)

@@ -28,7 +28,7 @@ def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) 
     if as_good := _last_weights_if_as_good(inputs, state):
         return as_good
     folder = inputs.request.checkpoints / f"checkpoint-{best}"
-    problem = trainer.agreed(files.flaw(folder) if inputs.is_main else None)
+    problem = trainer.agreed(files.find_damage(folder) if inputs.is_main else None)
     if problem is not None:
         warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
         inputs.journal.write("best weights lost", warning)

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fulltune import methods
 from fulltune.errors import GuardStop
 from fulltune.inference import selective_head
-from fulltune.inference.run import by_length
+from fulltune.inference.run import positions_by_length
 from fulltune.inference.store import Rows
-from fulltune.models.dropout import STEPS, SixteenBitDropout, threshold
-from fulltune.models.packing import leak
+from fulltune.models.dropout import STEPS, SixteenBitDropout, drop_threshold
+from fulltune.models.packing import find_packing_leak
 from fulltune.records.events import ChecksDone
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check
@@ -98,7 +98,7 @@ def _num_values(parameter: torch.nn.Parameter) -> int:
 
 def _describe_dropout(model: PreTrainedModel) -> Check:
     modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
-    shares = ", ".join(sorted({f"{module.p:g} becomes {threshold(module.p) / STEPS:.6g}" for module in modules}))
+    shares = ", ".join(sorted({f"{module.p:g} becomes {drop_threshold(module.p) / STEPS:.6g}" for module in modules}))
     ours = f"{counted(len(modules), 'module')}, with random numbers of 16 bits for speed ({shares})"
     return Check(name="dropout", result=ours if modules else "torch's own, or none", passed=True)
 
@@ -122,7 +122,7 @@ def _check_texts_apart(trainer: FullTrainer, model: PreTrainedModel) -> Check:
     if trainer.is_deepspeed_enabled:
         result = "on a one-layer copy of the model; not tried on its weights, which ZeRO shards"
         return Check(name=_APART, result=result, passed=True)
-    problem = leak(model, model.config.model_type)
+    problem = find_packing_leak(model, model.config.model_type)
     return Check(name=_APART, result=problem or "yes", passed=problem is None)
 
 
@@ -133,8 +133,8 @@ def _verify_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_los
     elif own_loss:  # needs all logits
         result = "off: compute_loss is your own"
     else:
-        batch = batch_of(trainer, [rows[i] for i in by_length(rows)[-2:]])
-        trainer.head, result = selective_head.verified(trainer.model, task, batch)
+        batch = batch_of(trainer, [rows[i] for i in positions_by_length(rows)[-2:]])
+        trainer.head, result = selective_head.verify_selective_head(trainer.model, task, batch)
     return Check(name=_SELECTIVE, result=result, passed=True)
 
 
@@ -155,7 +155,7 @@ def _check_end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) ->
     without = sum(count for token, count in last.items() if token not in ends)
     cut = inputs.summary.splits["train"].truncated_rows
     stop_generation_at(loaded.objective.model, ends)
-    pair = [dict(rows[i]) for i in (by_length(rows)[0], by_length(rows)[-1])]
+    pair = [dict(rows[i]) for i in (positions_by_length(rows)[0], positions_by_length(rows)[-1])]
     padded = inputs.task.collate(pair, tokenizer.pad_token_id)
     survives = end_token({"labels": padded["labels"][1].tolist()}) == end_token(pair[1])
     names = ", ".join(repr(tokenizer.decode([token])) for token in sorted(ends)) or "none"
@@ -189,7 +189,7 @@ def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
     """Run one forward and backward pass at the longest length through DeepSpeed's engine, with the loss multiplied by
     0."""
     engine: Any = trainer.model_wrapped
-    batch = batch_of(trainer, [rows[i] for i in by_length(rows)[: plan.micro_batch_size]])
+    batch = batch_of(trainer, [rows[i] for i in positions_by_length(rows)[: plan.micro_batch_size]])
     started = time.monotonic()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         engine.train()

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fulltune import files
-from fulltune.inference.run import RowSubset, batches, by_length, longest_first
+from fulltune.inference.run import RowSubset, batches, positions_by_length, positions_longest_first
 from fulltune.models import sharding
 from fulltune.plan.time import GENERIC_TOKENS, count_interval_steps, dry_run_extra_seconds
 from fulltune.records.plan import Plan, TimeNeed
@@ -40,7 +40,7 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
     """Run two steps at the longest micro batch, an evaluation at the longest eval batch and timed passes, then restore
     everything. Stores loss and forecast (None if the loss is non-finite) in `inputs.usage`."""
     began, plan, rows = time.monotonic(), inputs.plan, trainer.train_rows
-    longest = by_length(rows)[: plan.micro_batch_size]
+    longest = positions_by_length(rows)[: plan.micro_batch_size]
     forecast: TimeNeed | None = None
     unreached: tuple[str, ...] = ()
     with _restored(trainer, plan) as (model, optimizer):
@@ -80,7 +80,7 @@ def _restored(trainer: FullTrainer, plan: Plan) -> Iterator[tuple[nn.Module, tor
         model.activation_checkpointing_enable()
     with same_buffers(model), same_randomness(on_gpu=plan.device == "cuda"):
         # As in the Trainer, sharded weights are not wrapped again.
-        is_whole = not sharding.is_sharded(model)
+        is_whole = not sharding.is_fsdp2_sharded(model)
         prepared = accelerator.prepare_model(model, device_placement=is_whole, evaluation_mode=not is_whole)
         try:
             with trainer.rehearsal() as optimizer:
@@ -321,7 +321,7 @@ def _forecast_evaluations(passes: PassTimer, train: PassTime, quadratic: float, 
     """Return the seconds of one evaluation, and the number of evaluations."""
     plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
-    parts = list(batches(longest_first(lengths), plan.eval_batch_size))
+    parts = list(batches(positions_longest_first(lengths), plan.eval_batch_size))
     passes.optimizer.zero_grad()
     seconds = passes.score(parts[0])
     both = train.seconds(1, float(works(_shapes(lengths, parts[:1]), quadratic)[0]))
@@ -367,11 +367,11 @@ def _estimate_save_seconds(passes: PassTimer) -> float:
     try:
         began = time.perf_counter()
         cast("Any", trainer.processing_class).save_pretrained(trial)
-        files.seal(trial)
+        files.write_checksums(trial)
         small = time.perf_counter() - began
         (trial / "sample").mkdir()  # apart, so that the small files are not read again
         save_file({"sample": sample}, trial / "sample" / "sample.safetensors")
-        files.seal(trial / "sample")
+        files.write_checksums(trial / "sample")
         seconds = time.perf_counter() - began - small
     finally:
         shutil.rmtree(trial, ignore_errors=True)

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fulltune.errors import Diverged, Spiked
-from fulltune.inference.run import Batching, RowSubset, by_length, run_rows
+from fulltune.inference.run import Batching, RowSubset, positions_by_length, run_rows
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import ResamplableMetric, gain, measure_of
 from fulltune.stats.curves import BEYOND_CHANCE, diverged, ended_high, ended_worse, made_worse
@@ -46,7 +46,7 @@ class Evaluator(TrainingPart):
             self._predictions = self.reduced(rows)
         else:
             size, rank = self.inputs.plan.eval_batch_size, arguments.process_index
-            positions, count = distributed.share(by_length(rows), size, rank, arguments.world_size)
+            positions, count = distributed.share(positions_by_length(rows), size, rank, arguments.world_size)
             self._predictions = distributed.gather_rows(self.reduced(RowSubset(rows, positions)), positions[:count])
         return self.inputs.task.metrics(self._predictions, self.target)
 

@@ -17,13 +17,13 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.generic import ModelOutput
 
 from fulltune import methods, probe
-from fulltune.inference.run import autocast, by_length, logits_of, model_batch
+from fulltune.inference.run import autocast, logits_of, model_batch, positions_by_length
 from fulltune.inference.store import MIXED, Rows
-from fulltune.methods.head import names_of, output_layer_of, rescale, rescaled
-from fulltune.models import dropout, evaluating, sharding
-from fulltune.models.base import Base, opened
-from fulltune.models.kernels import compile_blocks, put_kernels
-from fulltune.models.load import HeadOrigin, draw, load, redraw
+from fulltune.methods.head import find_output_layer, head_paths, rescale_outputs, rescaled_parameters
+from fulltune.models import dropout, evaluation_mode, sharding
+from fulltune.models.base import Base, with_decoded_images
+from fulltune.models.kernels import apply_liger_kernels, compile_blocks
+from fulltune.models.load import HeadOrigin, initialise_missing, initialise_missing_from_seed, load_model
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
@@ -47,8 +47,8 @@ def load_pretrained(
     num_ranks: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, HeadOrigin | None]:
     """Load the pretrained model with the task's head; return it, its processor, and the head's origin or None."""
-    base, heads = Base.of(recipe.model, recipe.task, recipe.data.chat_template), list[HeadOrigin]()
-    model = load(
+    base, heads = Base.from_block(recipe.model, recipe.task, recipe.data.chat_template), list[HeadOrigin]()
+    model = load_model(
         base,
         task.config_changes(target, base.processor),
         head_is_new=task.FACTS.head_is_new,
@@ -62,9 +62,9 @@ def load_pretrained(
 
 
 def apply_method(model: PreTrainedModel, recipe: Recipe) -> methods.AppliedMethod:
-    copied = names_of(model, recipe.task, recipe.method.label) if recipe.method.kind in ("lora", "peft") else ()
-    with sharding.gathered_while_copied(model, copied):
-        applied = methods.apply(model, recipe.method, recipe.task)
+    copied = head_paths(model, recipe.task, recipe.method.label) if recipe.method.kind in ("lora", "peft") else ()
+    with sharding.unsharded_while_copied(model, copied):
+        applied = methods.apply_method(model, recipe.method, recipe.task)
     zero.unify_dtype(model)
     return applied
 
@@ -113,11 +113,11 @@ class ScaledHead:
         """Rescale the layer so that the trained model predicts in the user's units."""
         parameters = dict(self.layer.named_parameters())
         if not any(map(zero.is_in_engine, parameters.values())):
-            sharding.reshard(model)
-            rescale(self.layer, self.shift, self.factor)
+            sharding.free_gathered_weights(model)
+            rescale_outputs(self.layer, self.shift, self.factor)
             return
         tensors = {name: zero.whole(parameter) for name, parameter in parameters.items()}
-        for name, values in rescaled(tensors, self.shift, self.factor).items():
+        for name, values in rescaled_parameters(tensors, self.shift, self.factor).items():
             zero.put(parameters[name], values)
 
 
@@ -132,7 +132,7 @@ def scale_head(
 ) -> tuple[ScaledHead | None, str]:
     """Make the head's last layer learn numbers in units of their spread. Returns the layer, or None if that is
     impossible, and a note."""
-    layer, problem = output_layer_of(model, 1), ""
+    layer, problem = find_output_layer(model, 1), ""
     if own_loss:
         problem = "compute_loss is your own"
     elif layer is None or not layer.weight.requires_grad:
@@ -144,9 +144,9 @@ def scale_head(
     mean, spread = scale
     # Without a bias the numbers can only be divided.
     shift, factor = (mean, spread) if layer.bias is not None else (0.0, math.hypot(mean, spread))
-    sharding.reshard(model)
+    sharding.free_gathered_weights(model)
     if gives_numbers:
-        rescale(layer, -shift / factor, 1 / factor)
+        rescale_outputs(layer, -shift / factor, 1 / factor)
     minus = f"(number - {shift:.6g})" if shift else "number"
     return (
         ScaledHead(layer, shift, factor),
@@ -162,7 +162,7 @@ def _returns_output_of(
     hook = layer.register_forward_hook(lambda _, inputs, output: layer_outputs.append(output))
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     try:
-        with evaluating(model), torch.no_grad(), autocast(model, precision):
+        with evaluation_mode(model), torch.no_grad(), autocast(model, precision):
             logits = model(**inputs).logits
     finally:
         hook.remove()
@@ -207,11 +207,11 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     begin = partial(inputs.usage.measure, plan.device, task.FACTS.writes)
     num_ranks = plan.num_processes if plan.placement == "fsdp2" else 1
     model, tokenizer, head = load_pretrained(recipe, task, target, begin, num_ranks)
-    if sharding.is_sharded(model):  # each rank has drawn its shard; from here on all have the same random state
+    if sharding.is_fsdp2_sharded(model):  # each rank has drawn its shard; from here on all have the same random state
         transformers.set_seed(plan.seed)
         if head is not None and head.order is None:
-            draw(model, head)
-    in_zero = sharding.needs_all_ranks(model) and not sharding.is_sharded(model)
+            initialise_missing(model, head)
+    in_zero = sharding.needs_all_ranks(model) and not sharding.is_fsdp2_sharded(model)
     base_digest = None if in_zero else checkpoints.weights_digest(model)
     head_start, objective = None, Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and not inputs.request.probe and head is not None and head.order is None:
@@ -226,7 +226,7 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     if summary.scale is not None:
         two_rows = None
         if not inputs.in_engine:
-            batch = model_batch(model, task, [rows[i] for i in by_length(rows)[-2:]], tokenizer.pad_token_id)
+            batch = model_batch(model, task, [rows[i] for i in positions_by_length(rows)[-2:]], tokenizer.pad_token_id)
             two_rows = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
         has_trained_head = head is not None and head.order is not None
         has_probe_head = head_start is not None and head_start.head is not None
@@ -269,7 +269,7 @@ def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
         compute_loss_func=inputs.hooks.compute_loss or objective.loss,
         lengths=loaded.rows["length"],
         mixed=mixed_ranges(inputs.summary),
-        head_modules=() if plan.head_learning_rate is None else names_of(model, recipe.task, recipe.method.label),
+        head_modules=() if plan.head_learning_rate is None else head_paths(model, recipe.task, recipe.method.label),
         base_digest=loaded.base_digest,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -283,22 +283,22 @@ def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
 def make_faster(model: PreTrainedModel, recipe: Recipe, plan: Plan, summary: DataSummary) -> None:
     """Install Liger's kernels and compile blocks as planned, or install a faster dropout on a CPU."""
     if recipe.train.use_liger_kernel:
-        put_kernels(model)
+        apply_liger_kernels(model)
     if plan.torch_compile:
         # Packed rows have one length, and images one size.
         same_sizes = summary.packed or task_named(recipe.task).FACTS.reads == "image"
         compile_blocks(model, plan.device, dynamic=None if same_sizes else True)
     elif plan.device == "cpu":
-        dropout.install(model)
+        dropout.replace_dropout(model)
 
 
 def task_rows(data: Path, tokenizer: PreTrainedTokenizerBase) -> list[Rows]:
-    return [opened(Rows(data / split), tokenizer) for split in ("train", "eval")]
+    return [with_decoded_images(Rows(data / split), tokenizer) for split in ("train", "eval")]
 
 
 def rows_with_mixed(data: Path, summary: DataSummary, tokenizer: PreTrainedTokenizerBase) -> Rows:
     folders = ["train", MIXED] if summary.mixed else ["train"]
-    return opened(Rows(*(data / folder for folder in folders)), tokenizer)
+    return with_decoded_images(Rows(*(data / folder for folder in folders)), tokenizer)
 
 
 def mixed_ranges(summary: DataSummary) -> tuple[MixedSource, ...]:
@@ -336,8 +336,8 @@ def start_from_probe(
     together, reading = sharding.needs_all_ranks(model), contextlib.ExitStack()
 
     def extractor() -> probe.FeatureExtractor:
-        redraw(model, head, probe.SEED)
-        reading.enter_context(sharding.gathered_by_block(model))
+        initialise_missing_from_seed(model, head, probe.SEED)
+        reading.enter_context(sharding.callable_before_engine(model))
         return probe.FeatureExtractor(
             model if together else model.to(device),  # type: ignore[arg-type]  # a wrapped method
             recipe.task,
@@ -355,7 +355,7 @@ def start_from_probe(
     if not together:
         model.to("cpu")  # type: ignore[arg-type]  # the method must draw its values on the CPU, whether the probe was fitted here or before
     if probed.head is None:
-        redraw(model, head, plan.seed)
+        initialise_missing_from_seed(model, head, plan.seed)
     else:
         probe.put_head(model, folder, for_training=recipe.method.kind != "head")
     return probed

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fulltune import methods
 from fulltune.files import write_json
-from fulltune.methods.folder import save, share_permissions
+from fulltune.methods.folder import copy_permissions_from_config, save_method_folder
 from fulltune.models import sharding
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
@@ -32,7 +32,7 @@ def on_cpu(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Copy a parameter to the CPU: with FSDP2 this rank's shard, with ZeRO the fp32 master copy."""
     if zero.is_in_engine(parameter) or hasattr(parameter, "ds_id"):
         return zero.whole(parameter).cpu()
-    return sharding.local(parameter.detach()).cpu()
+    return sharding.local_tensor(parameter.detach()).cpu()
 
 
 def second_moment(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor | None:
@@ -46,32 +46,32 @@ def second_moment(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor
         return zero.second_moment(parameter).cpu()
     own = isinstance(optimizer, AdamW)
     second = optimizer.second_moment(parameter) if own else optimizer.state.get(parameter, {}).get("exp_avg_sq")
-    return None if second is None else sharding.local(second).cpu()
+    return None if second is None else sharding.local_tensor(second).cpu()
 
 
 class InitialWeights:
     """The trainable weights before step 1, on disk; if they are sharded, each rank writes and compares its shard."""
 
     def __init__(self, model: PreTrainedModel, path: Path, is_sharded: bool = False) -> None:
-        sharding.reshard(model)
+        sharding.free_gathered_weights(model)
         self.path, self._is_sharded = path, is_sharded
         tensors = {}
-        for number, (name, parameter) in enumerate(methods.trained(model).items()):
+        for number, (name, parameter) in enumerate(methods.trainable_parameters(model).items()):
             values = on_cpu(parameter)
-            if self._is_counted_here(number, parameter) or sharding.is_sharded(model):
+            if self._is_counted_here(number, parameter) or sharding.is_fsdp2_sharded(model):
                 tensors[name] = values.contiguous()
         save_file(tensors, path)
 
     def moved(self, model: PreTrainedModel, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
         """Count, over all ranks, the values that received a gradient (those with a positive second moment, so not
         embeddings of unused tokens) and those that changed."""
-        sharding.reshard(model)
+        sharding.free_gathered_weights(model)
         inner = optimizer
         while inner is not None:
             zero.link(inner)
             inner = getattr(inner, "optimizer", None)
         counts: dict[str, tuple[int, int]] = {}  # values that received a gradient, and how many of them moved
-        for number, (name, parameter) in enumerate(methods.trained(model).items()):
+        for number, (name, parameter) in enumerate(methods.trainable_parameters(model).items()):
             second = second_moment(parameter, optimizer)
             if second is None and name not in with_gradient:
                 continue
@@ -129,7 +129,7 @@ def _is_running(process: int) -> bool:
 def load_finished(trainer: FullTrainer, checkpoint: Path, total_steps: int) -> torch.optim.Optimizer:
     """Load weights and optimizer from a checkpoint after which no steps remain."""
     # Only optimizers without second moments need this; an earlier attempt saw the gradients.
-    trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
+    trainer.tensors_with_gradient = frozenset(methods.trainable_parameters(trainer.model))
     if trainer.is_deepspeed_enabled:
         # Only the engine can read it; transformers has no public way to create one without training.
         trainer._prepare_for_training(total_steps, trainer.get_train_dataloader(), str(checkpoint))
@@ -158,7 +158,7 @@ def save_model(
     else:
         _gather_trained(applied.model)
         if is_first:
-            save(applied, part, recipe.task, applied.model.name_or_path)
+            save_method_folder(applied, part, recipe.task, applied.model.name_or_path)
     if not is_first:
         return
     target = replace(Target.of(summary), stride=recipe.data.stride)
@@ -175,29 +175,29 @@ def save_model(
         notes["method"] = recipe.method.model_dump(mode="json")
         notes["base_model"] = recipe.model.model_dump(mode="json")
     write_json(part / "fulltune.json", notes)
-    share_permissions(part)
+    copy_permissions_from_config(part)
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
 
 
 def _gather_trained(model: PreTrainedModel) -> None:
-    sharding.reshard(model)
+    sharding.free_gathered_weights(model)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if zero.is_in_engine(parameter):
                 setattr(module, name, torch.nn.Parameter(zero.whole(parameter)))
             elif parameter.requires_grad and hasattr(parameter, "placements"):
-                setattr(module, name, torch.nn.Parameter(sharding.whole(parameter.detach())))
+                setattr(module, name, torch.nn.Parameter(sharding.full_tensor(parameter.detach())))
 
 
 def _save_full(model: PreTrainedModel, folder: Path, is_first: bool) -> None:
     """Save like `save_pretrained`; sharded weights are written file by file, so that no rank holds all of them."""
     in_engine = zero.holds(model)
-    is_shared = in_engine or sharding.is_sharded(model)
+    is_shared = in_engine or sharding.is_fsdp2_sharded(model)
     # `save_pretrained` converts tensors that have other names in files.
     at_once = is_shared and getattr(model, "_weight_conversions", None)
-    state = fsdp2.whole_state(model, zero.whole if in_engine else sharding.whole) if at_once else {}
+    state = fsdp2.whole_state(model, zero.whole if in_engine else sharding.full_tensor) if at_once else {}
     # With this entry `save_pretrained` would gather the shards itself.
     vars(model.config).pop("distributed_config", None)
     if is_first:
