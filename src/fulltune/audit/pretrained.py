@@ -138,7 +138,7 @@ def judge_labels(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
 
 
 def judge_labels_of(items: Items) -> JudgedLabels:
-    """Judge the labels of `items`. Raises `NoProbe` if there are too few rows or the features are useless."""
+    """Judge the labels of `items`. Raises `NoProbe` for too few rows or features that do not separate the classes."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
     if len(labels) < MIN_ROWS or np.count_nonzero(counts >= MIN_OF_A_CLASS) < 2:
@@ -248,7 +248,8 @@ def _is_likely_error(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarra
 
 
 def label_margins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each label's margin, and the likeliest other class: float64 and int64 [rows]."""
+    """Return each label's probability minus that of the likeliest other class, and that class: float64 and int64
+    [rows]."""
     rows, others = np.arange(len(labels)), probabilities.copy()
     others[rows, labels] = -1.0
     other = others.argmax(axis=1)

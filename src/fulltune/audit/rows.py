@@ -354,7 +354,7 @@ def chat_faults(turns: Sequence[Turn]) -> list[str]:
 
 
 def _describe_turn_order_faults(turns: Sequence[Turn]) -> Iterator[str]:
-    """Describe turns in an impossible order, counting from 1."""
+    """Describe turns in an impossible order, such as two user turns in a row."""
     for number, (before, turn) in enumerate(pairwise(turns), start=2):
         role = turn["role"]
         if role in _SYSTEM and before["role"] not in _SYSTEM:

@@ -29,8 +29,7 @@ _SHINGLE = 5
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _CHARACTERS_AT_ONCE = 50_000
 _PAIRS_AT_ONCE = 4_000
-_NEIGHBOURS = 16
-"""Maximum number of rows compared with each row of a large band."""
+_MAX_ROWS_COMPARED = 16
 
 
 def minhash(texts: Sequence[str]) -> np.ndarray:
@@ -112,7 +111,7 @@ def _find_similar_pairs(signatures: np.ndarray, band: slice, threshold: float) -
     # Within a band they are sorted by another part of the signature, so that similar rows are neighbours.
     order = several[np.lexsort((signatures[several, band.stop % NUM_HASHES], keys[several]))]
     ordered, pairs = keys[order], [np.zeros((2, 0), np.int64)]
-    for distance in range(1, _NEIGHBOURS + 1):
+    for distance in range(1, _MAX_ROWS_COMPARED + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
         if not len(same):
             break

@@ -155,7 +155,7 @@ def prepare(stage: Stage) -> DataSummary:
 def _prepare_uncached(
     stage: Stage, sources: Mapping[SourceName, SourceRows], forbidden: ForbiddenTexts | None, fingerprint: str
 ) -> DataSummary:
-    """Read, check, split, tokenise and write all rows."""
+    """Read, check, split, tokenise and write all rows, and return their summary."""
     recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, task_named(stage.recipe.task)
     target, counts = find_target_and_count_rows(block, task, sources)
     if block.patch:
@@ -227,7 +227,7 @@ def _encode_sources(
     targets: Mapping[SourceName, Target],
     num_rows: Mapping[SourceName, int],
 ) -> dict[SourceName, EncodedSource]:
-    """Tokenise all sources, and list their dropped rows in a file."""
+    """Tokenise all sources, and write their dropped rows to `dropped.jsonl`."""
     encoded: dict[SourceName, EncodedSource] = {}
     total, reported, folder = sum(num_rows.values()), 0.0, stage.folder
     folder.mkdir(parents=True)

@@ -175,7 +175,10 @@ def split_by_time(
 
 
 def _choose_split_time(oldest: np.ndarray, wanted: int) -> float:
-    """Return when the newest groups with about `wanted` rows start, or infinity if all groups start together."""
+    """Return when the newest groups with about `wanted` rows start, or infinity if all groups start together.
+
+    `oldest` is the first time of each row's group.
+    """
     starts, counts = np.unique(oldest, return_counts=True)
     if len(starts) < 2:
         return np.inf

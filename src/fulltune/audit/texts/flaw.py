@@ -29,7 +29,7 @@ class Flaw:
 
 
 def to_regex(pattern: str) -> re.Pattern[str]:
-    """Compile an expression of `PATTERNS` after replacing its `<words>`."""
+    """Compile an expression of `PATTERNS` after replacing `<words>` by their patterns."""
     for word, meaning in PATTERNS["words"].items():
         pattern = pattern.replace(f"<{word}>", meaning)
     return re.compile(pattern)

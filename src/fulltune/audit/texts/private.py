@@ -35,8 +35,7 @@ def _find_hits(kind: str, text: str) -> Iterator[_Hit]:
 
 # ---- validation of matches ------------------------------------------------------------------------------------------
 
-_MIN_BITS = 3.0
-"""Minimum entropy of a random value, per character."""
+_MIN_ENTROPY_BITS = 3.0
 
 
 def _looks_random(value: str) -> bool:
@@ -45,7 +44,7 @@ def _looks_random(value: str) -> bool:
         return False
     value = value.rstrip(".:!?]}")
     shares = [count / len(value) for count in Counter(value).values()]
-    if len(value) < 8 or -sum(share * math.log2(share) for share in shares) < _MIN_BITS:
+    if len(value) < 8 or -sum(share * math.log2(share) for share in shares) < _MIN_ENTROPY_BITS:
         return False
     lower, upper, digit = (re.search(kind, value) is not None for kind in ("[a-z]", "[A-Z]", r"\d"))
     other = re.search(r"[^A-Za-z0-9_.-]", value) is not None

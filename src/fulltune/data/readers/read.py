@@ -164,7 +164,7 @@ def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str,
 
 
 def hash_files(sources: Mapping[str, DataFiles]) -> str:
-    """Hash names and bytes of all files; for speed, images only by path, size and time."""
+    """Hash names and bytes of files; for speed, images only by path, size and time."""
     digest = hashlib.sha256()
     for name, source in sources.items():
         digest.update(f"{name}:{len(source.files)}".encode())
