@@ -103,7 +103,7 @@ def alarms(steps: list[tuple[float, float]]) -> int:
     """How often the guard would skip a step or roll back."""
     history, count = step_guard.StepHistory(), 0
     for number, (loss, norm) in enumerate(steps, start=1):
-        verdict = step_guard.judge(history, number, loss, norm)
+        verdict = step_guard.judge_step(history, number, loss, norm)
         history = step_guard.StepHistory() if verdict.action == "stop" else verdict.history
         count += verdict.action != "go on"
         if verdict.reason:

@@ -38,7 +38,7 @@ from bench.runs import Records, environment, events, script
 
 from fulltune.records.plan import Plan
 from fulltune.stats.bootstrap import Resampled
-from fulltune.train.journal import steps_of
+from fulltune.train.journal import read_completed_steps
 
 LONGEST_SECONDS = 1200
 """A command that takes longer hangs, and is killed."""
@@ -184,7 +184,7 @@ def exit_code(
                 process_faults.kill_all(process, run)
                 process.wait()
                 return "hangs"
-            steps = (steps_of(attempt) for attempt in run.glob("attempts/*"))
+            steps = (read_completed_steps(attempt) for attempt in run.glob("attempts/*"))
             if strike is not None and max(steps, default=0) >= TRAININGS[case.kind].middle:
                 strike(process, run)
                 strike = None

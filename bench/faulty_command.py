@@ -65,14 +65,14 @@ def workers_of(file: Path, word: str) -> Iterator[None]:
     """Start a file, with a word before its arguments, where the real worker would be started."""
     from fulltune.train.parent import spawn
 
-    real = spawn.command
+    real = spawn.worker_command
 
     def command(*arguments: Any) -> list[str]:
         words = real(*arguments)
         place = words.index(REAL_WORKER)
         return [*words[: place - 1], str(file), word, *words[place + 1 :]]
 
-    with mock.patch.object(spawn, "command", command):
+    with mock.patch.object(spawn, "worker_command", command):
         yield
 
 

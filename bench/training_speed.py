@@ -167,7 +167,7 @@ def train_with_fulltune(recipe: Path, run_folder: Path, rows: Sequence[Row]) -> 
     )
     request.folder.mkdir(parents=True)
     request.checkpoints.mkdir(parents=True)
-    outcome = worker.run(request, Hooks())
+    outcome = worker.run_attempt(request, Hooks())
     if outcome.status != "done" or outcome.steps != plan.total_steps:
         sys.exit(f"{outcome.status}: {outcome.reason}")
     lines = [json.loads(line) for line in (request.folder / "metrics.jsonl").open(encoding="utf-8")]
@@ -225,7 +225,7 @@ def bare_loop(model: Any, rows: Sequence[Row], data: str) -> Timed:
     from fulltune.train.loop.sampler import GlobalBatchSampler
 
     sampler = GlobalBatchSampler([len(row["input_ids"]) for row in rows], BATCHES[data], BATCHES[data], 42, True)
-    batches = list(sampler.steps(0, EPOCHS[data] * sampler.steps_per_epoch))
+    batches = list(sampler.batches_of_steps(0, EPOCHS[data] * sampler.steps_per_epoch))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01, fused=True)
     model.train()
     began = time.perf_counter()

@@ -137,7 +137,7 @@ def _work(folder: Path, cell: Cell, train: dict[str, Any]) -> dict[str, Any]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0",
         }
-    outcome = worker.run(request, Hooks(), _stop_after(2) if is_zero else None)
+    outcome = worker.run_attempt(request, Hooks(), _stop_after(2) if is_zero else None)
     answer = {"planned_bytes": planned, "planned_host_bytes": plan.memory.host, "host_bytes": process_peak_bytes()}
     if outcome.status not in (("done", "interrupted") if is_zero else ("done",)):
         return answer | {"problem": f"{outcome.status}: {outcome.reason}"}

@@ -179,7 +179,7 @@ def _run_part(folder: Path, decision: Decision, seconds_left: float, here: Here)
         try:
             status, reason = _awaited(child, limit, log)
         finally:
-            spawn.end(child)
+            spawn.kill_workers(child)
             child.wait()
     seconds = round(time.monotonic() - began, 1)
     return base | {"status": status, "reason": reason, "seconds": seconds, "rows": read_json_lines(rows)}

@@ -28,7 +28,7 @@ from fulltune.stats.curves import (
     without_cause,
 )
 from fulltune.text import counted, format_number, format_share
-from fulltune.train.loop.step_guard import rate_factor
+from fulltune.train.loop.step_guard import learning_rate_factor
 from fulltune.train.request import number_in
 
 STATE = "trainer_state.json"
@@ -192,7 +192,7 @@ def _diagnose_end(log: Log) -> Iterator[Diagnosis]:
         )
         yield "unfinished", evidence, "if the run was killed, run the same command to resume"
     elif (name := words.readable_status(log.outcome.status)) != "done":
-        lower = f"try a lower rate: {_rate_setting(log, rate_factor(log.plan.rollbacks) / 10)}"
+        lower = f"try a lower rate: {_rate_setting(log, learning_rate_factor(log.plan.rollbacks) / 10)}"
         advice = {"diverged": lower, "interrupted": "run the same command to resume"}.get(name, "")
         yield name, without_cause(log.outcome.reason), advice
 

@@ -29,11 +29,11 @@ from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import RunResult
 from fulltune.tasks.labels import check_settings_for
 from fulltune.train.hooks import Hooks
-from fulltune.train.loop.arguments import check_extra
+from fulltune.train.loop.arguments import check_trainable
 from fulltune.train.parent.machines import MachineGroup
-from fulltune.train.parent.measure import measure as fastest_here
-from fulltune.train.parent.retry import PlannedTrial, train
-from fulltune.train.parent.spawn import Starter, in_new_process
+from fulltune.train.parent.measure import choose_fastest_plan as fastest_here
+from fulltune.train.parent.retry import PlannedTrial, train_in_attempts
+from fulltune.train.parent.spawn import Starter, start_in_new_process
 
 if TYPE_CHECKING:
     from fulltune.footprint.trace import PlannedModel
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def start(self) -> Starter:
-        return in_new_process if self.group is None else self.group.start
+        return start_in_new_process if self.group is None else self.group.start
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
@@ -158,7 +158,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
 
 def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
     """Raise an error for settings that the libraries, the model or the method forbid, before rows are read."""
-    check_extra(recipe, runs_here=runs_here)
+    check_trainable(recipe, check_packages=runs_here)
     check_model(recipe, base)
     methods.check_methods(recipe, base.config)
 
@@ -239,7 +239,7 @@ def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
     """Run the train stage, with new attempts until one succeeds or nothing is left to try; return the outcome."""
     if job.recipe.is_searched:
         raise RecipeError("method.learning_rate: the search needs several runs; call fulltune.run, or set a rate")
-    return train(_trial_to_train(job, trial, summary), job.start)
+    return train_in_attempts(_trial_to_train(job, trial, summary), job.start)
 
 
 def _trial_to_train(job: Run, trial: Plan, summary: DataSummary) -> PlannedTrial:

@@ -53,7 +53,7 @@ def test_measured_levers_are_shown_and_the_plan_carries_the_reason(recipe: Path,
 
     assert result.code == 0, result.err
     for line in (
-        "fp32, as it is",
+        "fp32, no speedups",
         "+ bf16 computations",
         "+ 8-bit AdamW",
         "micro batch",
@@ -100,7 +100,7 @@ def test_nothing_that_fits_ends_with_exit_code_3_and_all_that_was_tried(recipe: 
         result = fulltune("plan", recipe, "--measure", "--run-folder", tmp_path / "run")
 
     assert result.code == 3
-    assert "measured: fp32, as it is: memory ran out: can't allocate 8 bytes" in result.err
+    assert "measured: fp32, no speedups: memory ran out: can't allocate 8 bytes" in result.err
     assert "measured: micro batch 4: memory ran out: can't allocate 8 bytes" in result.err
 
 
@@ -140,7 +140,7 @@ def test_probe_stops_after_the_dry_run(recipe: Path, tmp_path: Path) -> None:
     )
     request.folder.mkdir(parents=True)
 
-    outcome = worker.run(request, Hooks())
+    outcome = worker.run_attempt(request, Hooks())
 
     assert (outcome.status, outcome.reason, outcome.steps) == ("done", "probed", 0)
     assert outcome.tokens_per_second > 0

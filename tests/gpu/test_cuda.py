@@ -88,7 +88,7 @@ def test_out_of_memory_on_cuda_is_recognised_and_the_micro_batch_halved(tmp_path
             torch.empty(2**50, device="cuda")
 
         inject = runs.at_step(2, exhaust) if len(sizes) == 1 else lambda event: None
-        return worker.run(request, Hooks(), lambda event: inject(event))
+        return worker.run_attempt(request, Hooks(), lambda event: inject(event))
 
     job = runs.job(tmp_path, model, tiny.topic_rows(), train={"device": "cuda", "logging_steps": 1, "max_steps": 4})
     from fulltune import pipeline

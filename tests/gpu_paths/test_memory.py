@@ -115,7 +115,7 @@ def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
     device: str, two_h100s: Cards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = list[tuple[str, str]]()
-    monkeypatch.setattr(attempt, "train", lambda *given: {})
+    monkeypatch.setattr(attempt, "train_attempt", lambda *given: {})
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for name in memory.ALLOCATOR_NAMES[1:]:
         monkeypatch.delenv(name, raising=False)

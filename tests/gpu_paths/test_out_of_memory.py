@@ -51,8 +51,8 @@ def raising(error: BaseException) -> Raise:
 
 
 def test_attempt_is_planned_anew_with_less(tmp_path: Path) -> None:
-    assert worker.meaning_of(CardIsFull(), tmp_path)[0] == "out_of_memory"
-    assert worker.meaning_of(Fault(), tmp_path)[0] == "error"
+    assert worker.outcome_of_error(CardIsFull(), tmp_path)[0] == "out_of_memory"
+    assert worker.outcome_of_error(Fault(), tmp_path)[0] == "error"
 
 
 def test_batches_become_smaller_for_memory_alone() -> None:
@@ -106,20 +106,20 @@ def test_method_that_finds_no_memory_is_no_fault_of_the_recipe(
 def test_generic_text_that_cannot_be_read_ends_a_run_for_memory_alone(error: BaseException, ends_it: bool) -> None:
     monitor: Any = DriftMonitor.__new__(DriftMonitor)
     warnings, plan = list[str](), SimpleNamespace(generic=GenericTexts())
-    during = SimpleNamespace(during=lambda phase: contextlib.nullcontext())
+    journal = SimpleNamespace(phase_within=lambda phase: contextlib.nullcontext())
     trainer = SimpleNamespace(
         state=SimpleNamespace(global_step=0),
         args=SimpleNamespace(world_size=1),
         forward_model=None,
         head=None,
-        alive=None,
+        write_heartbeat=None,
     )
     monitor.trainer, monitor.start = trainer, None
-    monitor.inputs = SimpleNamespace(plan=plan, journal=during, warn=warnings.append)
+    monitor.inputs = SimpleNamespace(plan=plan, journal=journal, warn=warnings.append)
     monitor.text = SimpleNamespace(read=raising(error))
     if ends_it:
         with pytest.raises(torch.OutOfMemoryError):
-            monitor.read()
+            monitor.measure_drift()
     else:
-        assert monitor.read() is None
-        assert "drift on generic text is not measured: Fault" in warnings[0]
+        assert monitor.measure_drift() is None
+        assert "drift on generic text cannot be measured: Fault" in warnings[0]

@@ -12,7 +12,7 @@ import torch
 from fulltune.selfcheck import make_llama
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import checks, dry_run
-from fulltune.train.worker.dry_run import same_randomness
+from fulltune.train.worker.dry_run import restored_random_state
 from tests.gpu_paths.cards import Cards
 
 pytestmark = pytest.mark.stand_in(
@@ -31,14 +31,14 @@ def draw(cards: Cards) -> list[float]:
 
 def test_trial_pass_puts_both_cards_back(two_h100s: Cards) -> None:
     before = states(two_h100s)
-    with same_randomness():
+    with restored_random_state():
         draw(two_h100s)
     assert states(two_h100s) == before
 
 
 def test_trial_pass_on_the_cpu_does_not_touch_the_cards(two_h100s: Cards) -> None:
     before = states(two_h100s)
-    with same_randomness(on_gpu=False):
+    with restored_random_state(on_gpu=False):
         draw(two_h100s)
     assert states(two_h100s) != before, "they were set up for nothing"
 
@@ -67,11 +67,11 @@ def test_dry_run_puts_the_cards_back_where_the_plan_uses_them(device: str, two_h
     trainer: Any = SimpleNamespace(
         model=torch.nn.Linear(1, 1),
         accelerator=SimpleNamespace(prepare_model=lambda model, **named: model, free_memory=lambda: None),
-        rehearsal=lambda: contextlib.nullcontext(),
+        zero_rate_optimizer=lambda: contextlib.nullcontext(),
     )
     plan: Any = SimpleNamespace(device=device, activation_checkpointing=False)
     before = states(two_h100s)
-    with dry_run._restored(trainer, plan):
+    with dry_run._temporary_training_state(trainer, plan):
         draw(two_h100s)
     assert (states(two_h100s) == before) == (device == "cuda")
 

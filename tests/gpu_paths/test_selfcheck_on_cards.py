@@ -188,7 +188,7 @@ def test_helper_books_what_the_plan_says() -> None:
 
 @pytest.mark.stand_in("no card", card="that NCCL listens there alone")
 def test_processes_of_one_machine_are_given_its_loopback() -> None:
-    variables = spawn.on_loopback()
+    variables = spawn.loopback_variables()
     name = variables["GLOO_SOCKET_IFNAME"]
     assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[name]}
     assert variables["NCCL_SOCKET_IFNAME"] == f"={name}", "this one, not each whose name begins so"

@@ -37,7 +37,7 @@ SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "equal", "bincount", 
 KNOWN = {
     "guarded_step.py: _sum_over_ranks": "the guard judges loss and norm before the update: once a step",
     "trainer.py: _clip_grad_norm": "on a CPU alone",
-    "callbacks.py: compare_updates": "whether updates arrive: once in a measured step",
+    "callbacks.py: compare_samples": "whether updates arrive: once in a measured step",
     "optimizers.py: _update_slice": "the count of steps, which lies on the host",
     "data_loader.py: __iter__": "the seed of an epoch, which lies on the host",
     "masking_utils.py: _ignore_bidirectional_mask_sdpa": "transformers asks whether anything is padded",

@@ -117,7 +117,7 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     bare, tokenizer, _ = load_pretrained(job.recipe, task, target)
     untrained = apply_method(bare, job.recipe).model
     split = Rows(tmp_path / "run" / "data" / "train")
-    first = GlobalBatchSampler(split["length"], 8, 8, 42, True).global_batches()[0]
+    first = GlobalBatchSampler(split["length"], 8, 8, 42, True).batches_of_epoch()[0]
     batch = task.collate([split[i] for i in first], tokenizer.pad_token_id)
     labels = batch.pop("labels")
     items = int((labels[:, 1:] != -100).sum()) if case == "answers" else 8

@@ -35,12 +35,12 @@ def in_this_process(attempt: Callable[[Request, Listener], Outcome] | None = Non
     """Replace the child process by a call of the worker, or by `attempt`."""
 
     def call(request: Request, listener: Listener) -> Outcome:
-        return worker.run(request, Hooks(), listener)
+        return worker.run_attempt(request, Hooks(), listener)
 
     def without_start(request: Request, listener: Listener, start: object = None) -> Outcome:
         return (attempt or call)(request, listener)
 
-    with mock.patch.object(child, "run", without_start):
+    with mock.patch.object(child, "run_worker", without_start):
         yield
 
 

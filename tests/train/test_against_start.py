@@ -15,7 +15,7 @@ from fulltune.recipe.tasks import TaskName
 from fulltune.records.training import Outcome
 from fulltune.stats.curves import ended_worse, made_worse
 from fulltune.tasks import Target
-from fulltune.train.worker.evaluation import _row_measure
+from fulltune.train.worker.evaluation import _metric_for_comparison
 from tests import tiny
 from tests.train import faults, runs
 
@@ -85,7 +85,7 @@ def test_judged_by_the_metric_of_the_run_or_by_the_loss_where_rows_do_not_add_up
     task: TaskName, problem: Any, metric: str, kept: dict[str, np.ndarray], judged: str
 ) -> None:
     labels = tuple("abcdefghijkl") if problem == "single_label" else ()
-    found = _row_measure(task, Target(problem, labels, None), metric, kept)
+    found = _metric_for_comparison(task, Target(problem, labels, None), metric, kept)
     assert found.name == judged
     assert found.counts is not None
     assert len(found.counts(kept)) == len(next(iter(kept.values())))

@@ -63,7 +63,7 @@ def test_child_process_is_judged_by_what_it_leaves(
     copies = "".join(f"cp {tmp_path}/ready{rank}.json $here/outcome{rank}.json\n" for rank in left)
     request = start(copies + end)
 
-    outcome_of_child = child.run(request, lambda event: None)
+    outcome_of_child = child.run_worker(request, lambda event: None)
 
     assert outcome_of_child.status == status
     assert Outcome.load(request.folder / "outcome.json") == outcome_of_child
@@ -74,7 +74,7 @@ def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(start: Sta
     beats = "for n in 1 2 3 4; do printf $n > $here/heartbeat; sleep 0.5; done"
     request = start(f"printf evaluation > $here/phase\n{beats}\nsleep 600", hang_timeout="1s")
 
-    result = child.run(request, lambda event: None)
+    result = child.run_worker(request, lambda event: None)
 
     assert (result.status, result.steps, result.phase) == ("hung", 4, "evaluation")
     assert result.reason == (
@@ -89,7 +89,7 @@ def test_one_of_several_processes_that_was_killed_is_told_from_an_error(start: S
     signal_line = "  traceback : Signal 9 (SIGKILL) received by PID 5"
     request = start(f"printf '{cause}\n{signal_line}\n'\nexit 1", processes=2)
 
-    result = child.run(request, lambda event: None)
+    result = child.run_worker(request, lambda event: None)
 
     assert result.status == "killed"
     assert result.reason == "the training process was killed (SIGKILL)"
@@ -120,11 +120,11 @@ def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
         for number in [signal.SIGHUP] if event.text == "up" else [signal.SIGTERM, signal.SIGINT]:
             signal.raise_signal(number)
 
-    result = child.run(request, impatient)
+    result = child.run_worker(request, impatient)
 
     when = "after the current step, which is saved" if beat else "before its first step, as soon as the model is loaded"
     assert texts[0] == "up"
     assert texts[1].startswith(f"stop requested: training ends {when}")
-    assert texts[1].endswith("a second signal changes nothing, a third one ends it at once without saving")
+    assert texts[1].endswith("a second signal has no effect, a third one kills the run without saving")
     assert len(texts) == 2
     assert (result.status, result.reason) == ("interrupted", f"interrupted {when_interrupted}")

@@ -468,7 +468,7 @@ def test_nan_loss_is_left_out_then_stops_and_leaves_finite_weights(tokenizer: An
     trainer = _BreaksAtStep(model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[keeps])
     with (
         pytest.warns(FulltuneNotice, match="the update of step 3 is skipped: the loss is nan"),
-        pytest.raises(GuardStop, match="step 5, before the update: the loss is nan, and the 2 steps before"),
+        pytest.raises(GuardStop, match="step 5, before the update: the loss is nan, and the previous 2 steps"),
     ):
         trainer.train()
     assert sorted(keeps.after) == [1, 2, 3, 4]

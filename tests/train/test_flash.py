@@ -13,7 +13,7 @@ from transformers.integrations import flash_attention
 from fulltune.errors import SetupError
 from fulltune.plan import resolve
 from fulltune.recipe.fields import Recipe
-from fulltune.train.loop.arguments import check_extra
+from fulltune.train.loop.arguments import check_trainable
 from tests import tiny
 from tests.train import runs
 
@@ -76,8 +76,8 @@ def test_a_missing_package_is_named_before_any_row_is_read(monkeypatch: pytest.M
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match="'flash_attention_2' needs a package that is missing: flash-attn or kernels"):
-        check_extra(recipe("flash_attention_2"))
+        check_trainable(recipe("flash_attention_2"))
     with pytest.raises(SetupError, match="is missing: flash-attn-interface or kernels"):
-        check_extra(recipe("flash_attention_3"))
-    check_extra(recipe("flash_attention_3"), runs_here=False)
-    check_extra(recipe("sdpa"))
+        check_trainable(recipe("flash_attention_3"))
+    check_trainable(recipe("flash_attention_3"), check_packages=False)
+    check_trainable(recipe("sdpa"))

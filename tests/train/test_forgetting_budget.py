@@ -24,7 +24,7 @@ from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 from fulltune.records.plan import GenericTexts
 from fulltune.report.run.about_forgetting import budget_advice
 from fulltune.train.forgetting import within_budget
-from fulltune.train.forgetting.generic import Replay, divergence
+from fulltune.train.forgetting.generic import Replay, kl_divergence
 from tests import plans, tiny
 from tests.preserved import preserved_record
 from tests.train import runs
@@ -149,14 +149,14 @@ def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
         return Replay(inputs, monitor, GenericText(tuple([n] for n in range(count)), 0, True, "fp32"), rows, 0.01)
 
     replay = replay_of(10, 4)
-    drawn = [replay.rows_of(step) for step in range(1, 11)]
+    drawn = [replay.texts_of_step(step) for step in range(1, 11)]
     flat = [place for rows in drawn for place in rows]
     for start in range(0, 40, 10):
         assert sorted(flat[start : start + 10]) == list(range(10))
     assert flat[:10] != flat[10:20]
-    assert replay.rows_of(7) == drawn[6]
+    assert replay.texts_of_step(7) == drawn[6]
     many = replay_of(3, 8)
-    assert sorted(many.rows_of(1) + many.rows_of(2) + many.rows_of(3)) == sorted([0, 1, 2] * 8)
+    assert sorted(many.texts_of_step(1) + many.texts_of_step(2) + many.texts_of_step(3)) == sorted([0, 1, 2] * 8)
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
     assert "(chance: " in (found.weak_texts_reason or "")  # a model of random weights
     assert found.sealed is not None
     assert found.sealed.texts >= 200
-    with mock.patch("fulltune.train.worker.attempt.keep_within", return_value=None):
+    with mock.patch("fulltune.train.worker.attempt.keep_within_budget", return_value=None):
         runs.run(tmp_path / "whole", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)
     name = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
     ends = [load_file(tmp_path / one / "run" / "models" / kind / name) for one in ("held", "whole")]
@@ -289,11 +289,11 @@ def test_divergence_is_that_of_torch_where_all_tokens_are_kept_and_less_where_so
     logits = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     before, after = torch.log_softmax(logits[0], -1), torch.log_softmax(logits[1], -1)
     whole = float(torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum"))
-    assert float(divergence(before, after)) == pytest.approx(whole, rel=1e-4)
+    assert float(kl_divergence(before, after)) == pytest.approx(whole, rel=1e-4)
     some = before.topk(10, -1).indices
-    part = float(divergence(before.gather(-1, some), after.gather(-1, some)))
+    part = float(kl_divergence(before.gather(-1, some), after.gather(-1, some)))
     assert 0 < part < whole
-    assert float(divergence(before, before)) == pytest.approx(0.0, abs=1e-9)
+    assert float(kl_divergence(before, before)) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_run_does_not_go_on_with_other_texts_than_it_was_measured_on(tiny_encoder: Path, tmp_path: Path) -> None:

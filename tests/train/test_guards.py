@@ -21,7 +21,7 @@ from fulltune.records.training import Outcome, ParameterChanges
 from fulltune.stats.curves import GuardDecision, diverged, ended_high, stopped_improving
 from fulltune.system import hardware, run_folder
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.loop.step_guard import check_parameters_moved
+from fulltune.train.loop.step_guard import judge_parameter_changes
 from fulltune.train.worker import evaluation
 from fulltune.train.worker import main as worker
 from tests import tiny
@@ -168,7 +168,7 @@ def test_nothing_learned_stops_when_nothing_moved(
         num_values_changed=values_moved,
     )
 
-    decision = check_parameters_moved(moved, reached, largest)
+    decision = judge_parameter_changes(moved, reached, largest)
 
     assert said in decision.reason
     assert decision.action == ("stop" if said else "go on")
@@ -334,7 +334,7 @@ def test_guard_stop_leaves_the_command_line_with_exit_code_5(tiny_encoder: Path,
     ],
 )
 def test_classify_tells_what_an_exception_means(error: BaseException, status: str, tmp_path: Path) -> None:
-    assert worker.meaning_of(error, tmp_path)[0] == status
+    assert worker.outcome_of_error(error, tmp_path)[0] == status
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_classify_tells_what_an_exception_means(error: BaseException, status: st
     [(KeyboardInterrupt(), "interrupted before the first checkpoint"), (FulltuneError([]), "FulltuneError")],
 )
 def test_only_an_interruption_is_described_as_one(error: BaseException, reason: str, tmp_path: Path) -> None:
-    assert worker.meaning_of(error, tmp_path)[1] == reason
+    assert worker.outcome_of_error(error, tmp_path)[1] == reason
 
 
 @pytest.mark.parametrize(("free", "status"), [(4096, "disk_full"), (2**30, "error")])
@@ -354,7 +354,7 @@ def test_words_that_may_mean_a_full_disk_do_so_where_it_is_full(
     error: Exception, free: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "disk_free_bytes", lambda path: free)
-    assert worker.meaning_of(error, tmp_path)[0] == status
+    assert worker.outcome_of_error(error, tmp_path)[0] == status
     with (
         pytest.raises(DoesNotFitError if status == "disk_full" else type(error)),
         run_folder.explain_os_errors(tmp_path),

@@ -204,8 +204,9 @@ def test_last_weights_are_kept_where_eval_rows_cannot_tell_them_from_the_best(
         assert outcome.weights_reason is None
     else:
         assert (outcome.best_step, outcome.best_metric) == (outcome.steps, values[-1])
-        said = f"the best {metric} was {values[1]:.1%} at step {outcome.steps // 2}, higher by less than two standard "
-        assert outcome.weights_reason.startswith(said + "errors of a share of 8 eval rows (")
+        said = f"the best {metric} was {values[1]:.1%} at step {outcome.steps // 2}, but the difference is less than "
+        assert outcome.weights_reason.startswith(said + "two standard errors (")
+        assert outcome.weights_reason.endswith(" points with 8 eval rows)")
 
 
 def test_early_stopping_follows_the_task_metric_and_keeps_the_best(
@@ -224,5 +225,5 @@ def test_early_stopping_follows_the_task_metric_and_keeps_the_best(
     assert (outcome.steps, outcome.best_step, outcome.best_metric) == (4 * 7, 2 * 7, 0.7)
     assert outcome.reason == "early stopping"
     path = tmp_path / "run" / "attempts" / "full-seed42-01"
-    assert "no better" in (path / "journal.jsonl").read_text(encoding="utf-8")
+    assert "did not improve" in (path / "journal.jsonl").read_text(encoding="utf-8")
     assert Outcome.load(path / "outcome.json") == outcome

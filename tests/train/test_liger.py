@@ -56,7 +56,7 @@ def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -
         resolve.check_kernels(recipe(), SimpleNamespace(gpus=()), "cpu", "bf16")  # type: ignore[arg-type]  # has no card
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match=r"needs a package that is missing; pip install 'fulltune\[liger\]'"):
-        arguments.check_extra(recipe())
+        arguments.check_trainable(recipe())
 
 
 @pytest.fixture

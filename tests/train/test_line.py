@@ -29,7 +29,7 @@ def test_run_finds_its_model_and_reads_config_and_tokenizer_once_in_each_process
         """The worker is a process of its own otherwise."""
         nonlocal now
         now = in_worker
-        outcome = main.run(request, Hooks(), listener)
+        outcome = main.run_attempt(request, Hooks(), listener)
         now = here
         return outcome
 

@@ -14,7 +14,7 @@ from transformers import Adafactor
 from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.train.loop import arguments
-from fulltune.train.loop.arguments import check_extra
+from fulltune.train.loop.arguments import check_trainable
 from fulltune.train.optim import moments
 from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.worker.weights import InitialWeights, second_moment
@@ -278,7 +278,7 @@ def test_moved_equals_requires_grad_with_each_optimizer(
 def problems_of(**blocks: Any) -> list[str]:
     values = {"model": "m", "task": "text-classification", "data": {"train": "t.csv"}}
     try:
-        check_extra(Recipe.model_validate({**values, **blocks}))
+        check_trainable(Recipe.model_validate({**values, **blocks}))
     except RecipeError as error:
         return list(error.problems)
     return []
@@ -302,7 +302,7 @@ def test_optimizers_that_round_bf16_weights_to_nearest_are_refused_unless_forced
 
 
 def test_arguments_that_no_optimizer_reads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "package_of", lambda optim: ("", ""))  # whether it is installed or not
+    monkeypatch.setattr(arguments, "package_for_optimizer", lambda optim: ("", ""))  # whether it is installed or not
     extra = {"optim_args": "a=1"}
 
     assert problems_of(train={"optim": "adamw_8bit", "extra": extra}) == [

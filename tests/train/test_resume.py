@@ -119,11 +119,11 @@ def test_time_of_a_resumed_run_is_that_of_an_unbroken_one(tiny_encoder: Path, tm
     (first / "metrics.jsonl").write_text(lines(*begins, trained(9, 30.0), trained(10, 40.0), trained(11, 45.0)))
     outcome.model_copy(update={"train_seconds": 100.0}).save(second / "outcome.json")
     (second / "metrics.jsonl").write_text(lines(*begun, phase(journal.TRAINING, 25.0), trained(21, 90.0)))
-    assert journal.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
+    assert journal.trial_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
     # Neither a line of rubbish nor one that was cut off loses the run.
     whole = (first / "metrics.jsonl").read_bytes()
     (first / "metrics.jsonl").write_bytes(b"\0\xff rubbish\n[1]\n" + whole[:-9])
-    assert journal.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
+    assert journal.trial_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
 
 
 def test_resume_twice_with_other_micro_batches_continues_the_same_global_batches(
@@ -186,12 +186,12 @@ def test_torn_checkpoint_is_passed_over_with_a_message(
     shutil.copytree(interrupted, tmp_path / "checkpoints")
     newest, before = (tmp_path / "checkpoints" / f"checkpoint-{step}" for step in (10, 8))
 
-    assert checkpoints.newest_sound(tmp_path / "checkpoints") == (newest, [])
+    assert checkpoints.newest_undamaged(tmp_path / "checkpoints") == (newest, [])
     damage(newest)
 
-    found, passed_over = checkpoints.newest_sound(tmp_path / "checkpoints")
+    found, passed_over = checkpoints.newest_undamaged(tmp_path / "checkpoints")
     assert found == before
-    assert passed_over == [f"checkpoint-10: {message}; trying the checkpoint before it"]
+    assert passed_over == [f"checkpoint-10: {message}; trying the previous checkpoint"]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
         if step != 25:
             files.write_checksums(folder)
 
-    checkpoints.keep_few(tmp_path, 2, best_step=5)
+    checkpoints.delete_old_checkpoints(tmp_path, 2, best_step=5)
 
     # The unfinished one neither counts nor goes: it is being written. A run that goes back to 15 has 10 for its best.
     assert {number_in(path) for path in tmp_path.iterdir()} == {5, 10, 15, 20, 25}
@@ -236,14 +236,14 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
 
 def ask_in_evaluation(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the evaluation after a step be in its midst when the run is asked to stop."""
-    plain = Evaluator.reduced
+    plain = Evaluator.predict_rows
 
     def asked(scorer: Evaluator, rows: Any) -> Any:
         if scorer.trainer.is_in_train and scorer.trainer.state.global_step == step:
             ask_to_stop()
         return plain(scorer, rows)
 
-    monkeypatch.setattr(Evaluator, "reduced", asked)
+    monkeypatch.setattr(Evaluator, "predict_rows", asked)
 
 
 @pytest.mark.parametrize("step", others_long((0, 5), 5))
@@ -295,7 +295,7 @@ def _killed_before_its_outcome(request: Any, listener: Any, patch: pytest.Monkey
         raise KeyboardInterrupt
 
     patch.setattr(worker.Journal, "write", killed)
-    return worker.run(request, worker.Hooks(), listener)
+    return worker.run_attempt(request, worker.Hooks(), listener)
 
 
 def test_finished_run_called_again_trains_nothing_and_leaves_no_checkpoints(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system.run_folder import RunResult
 from fulltune.train import checkpoints
-from fulltune.train.loop.guarded_step import explain
-from fulltune.train.loop.step_guard import rate_factor
+from fulltune.train.loop.guarded_step import explain_non_finite
+from fulltune.train.loop.step_guard import learning_rate_factor
 from fulltune.train.parent import ranks, spawn
-from fulltune.train.parent.next_attempt import roll_back
+from fulltune.train.parent.next_attempt import plan_rollback
 from tests import tiny
 from tests.plans import outcome, plan
 from tests.train import faults, runs
@@ -40,21 +40,21 @@ INF, NAN = math.inf, math.nan
 
 def test_run_goes_back_so_often_and_from_the_second_time_on_at_half_the_rate() -> None:
     spiked = outcome("spiked", reason="step 412: the loss is nan", first_bad_step=410)
-    first = roll_back(plan(), 3, spiked, 300)
+    first = plan_rollback(plan(), 3, spiked, 300)
     assert first is not None
     assert (first.plan.rollbacks, first.resume) == ((300,), True)
     assert first.reason == (
-        "step 412: the loss is nan; back to the checkpoint of step 300, on at the same rate with the rows in another "
-        "order (rollback 1 of at most 3)"
+        "step 412: the loss is nan; returning to the checkpoint of step 300, continuing at the same rate with the rows "
+        "in another order (rollback 1 of at most 3)"
     )
-    anew = roll_back(first.plan, 3, spiked, 0)
+    anew = plan_rollback(first.plan, 3, spiked, 0)
     assert anew is not None
     assert (anew.plan.rollbacks, anew.resume) == ((300, 0), False)
     assert "; starting over at 0.5 of the planned rate (0.0005) with" in anew.reason
-    assert roll_back(plan(rollbacks=(1, 2, 3)), 3, spiked, 300) is None
-    assert roll_back(plan(), 0, spiked, 300) is None
-    assert roll_back(plan(), 3, outcome("diverged"), 300) is None
-    assert roll_back(plan(), 3, outcome("spiked", first_bad_step=1), 0) is None, "nothing was ever well"
+    assert plan_rollback(plan(rollbacks=(1, 2, 3)), 3, spiked, 300) is None
+    assert plan_rollback(plan(), 0, spiked, 300) is None
+    assert plan_rollback(plan(), 3, outcome("diverged"), 300) is None
+    assert plan_rollback(plan(), 3, outcome("spiked", first_bad_step=1), 0) is None, "nothing was ever well"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_run_goes_back_so_often_and_from_the_second_time_on_at_half_the_rate() -
     [((), 1.0), ((100,), 1.0), ((100, 80, 80), 0.25), ((0, 60), 0.25)],
 )
 def test_rate_is_halved_each_time_but_a_first_one_to_a_checkpoint(rollbacks: tuple[int, ...], factor: float) -> None:
-    assert rate_factor(rollbacks) == factor
+    assert learning_rate_factor(rollbacks) == factor
 
 
 # ---- faults in whole runs --------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_corrupted_rows_are_left_out_and_many_of_them_are_gone_back_from(tmp_pat
     skipped = [event for event in events if isinstance(event, StepSkipped)]
     # The fifth is one too many.
     assert [event.step for event in skipped] == [110, 111, 112, 113]
-    assert all("times the median, loss" in event.reason and len(event.rows) == 16 for event in skipped)
+    assert all("times the median, and the loss" in event.reason and len(event.rows) == 16 for event in skipped)
     assert Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks == (100,)
 
 
@@ -188,7 +188,7 @@ def test_without_rollbacks_the_run_stops(model: Path, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="step 33"):
         run(tmp_path, model, faults.nan_gradient, range(31, 34), train={"max_rollbacks": 0})
     folder = tmp_path / "run/checkpoints/full-seed42"
-    sound, _ = checkpoints.newest_sound(folder)
+    sound, _ = checkpoints.newest_undamaged(folder)
     assert sound is not None
     assert all(bool(one.isfinite().all()) for one in load_file(sound / "model.safetensors").values())
 
@@ -207,7 +207,7 @@ def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: RunResult,
 
     with pytest.raises(InterruptedRun):
         run(tmp_path / "clean", model, listener=stop_at(50))
-    remembered = checkpoints.guard_state(tmp_path / "clean/run/checkpoints/full-seed42/checkpoint-40")
+    remembered = checkpoints.load_guard_state(tmp_path / "clean/run/checkpoints/full-seed42/checkpoint-40")
     assert remembered is not None
     assert len(remembered["losses"]) == 40
     run(tmp_path / "clean", model)
@@ -231,8 +231,8 @@ def spoilt(layer: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda model, batch: None, "each module's output is finite in fp32"),
-        (lambda model, batch: batch.update(labels=torch.full((2,), -100)), "all its labels are masked"),
+        (lambda model, batch: None, "every module's output is finite in fp32"),
+        (lambda model, batch: batch.update(labels=torch.full((2,), -100)), "all labels are masked"),
         (
             lambda model, batch: model.bert.encoder.layer[1].output.dense.bias.data.fill_(NAN),
             "the weights of bert.encoder.layer.1.output.dense.bias are not finite",
@@ -249,10 +249,10 @@ def test_batch_is_looked_at_and_run_again(change: Callable[[Any, dict[str, Any]]
     batch = {"input_ids": torch.tensor([[2, 11, 3], [2, 12, 3]]), "labels": torch.tensor([0, 1])}
     change(model, batch)
     before = torch.get_rng_state()
-    assert words in explain(model, [batch])
+    assert words in explain_non_finite(model, [batch])
     if "masked" in words:  # of the whole step: a micro batch alone is no cause
         whole = {**batch, "labels": torch.tensor([0, 1])}
-        assert "masked" not in explain(model, [batch, whole])
+        assert "masked" not in explain_non_finite(model, [batch, whole])
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(one.grad is None for one in model.parameters())

@@ -19,8 +19,8 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent.fork_server import fork_server
-from fulltune.train.parent.retry import PlannedTrial, train
-from fulltune.train.parent.spawn import Starter, in_new_process
+from fulltune.train.parent.retry import PlannedTrial, train_in_attempts
+from fulltune.train.parent.spawn import Starter, start_in_new_process
 from fulltune.train.request import Request
 from tests import tiny
 from tests.train import runs
@@ -45,11 +45,11 @@ def trained(
     job = runs.job(folder, model, tiny.topic_rows(60), train=train_block)
     reached = runs.run(folder, model, tiny.topic_rows(60), train=train_block, until="plan")
     assert isinstance(reached.plan, Plan)
-    return train(PlannedTrial(job.recipe, reached.plan, folder / "run", Hooks(), listener), start)
+    return train_in_attempts(PlannedTrial(job.recipe, reached.plan, folder / "run", Hooks(), listener), start)
 
 
 def test_forked_workers_end_with_the_weights_of_a_new_process(tiny_encoder: Path, tmp_path: Path) -> None:
-    trained(tmp_path / "new", tiny_encoder, in_new_process)
+    trained(tmp_path / "new", tiny_encoder, start_in_new_process)
     with fork_server() as start:
         for name in ("one", "two"):
             assert trained(tmp_path / name, tiny_encoder, start).status == "done"

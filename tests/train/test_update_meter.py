@@ -9,7 +9,7 @@ import torch
 
 from fulltune import report
 from fulltune.records.events import Event, Message, UpdatesMeasured
-from fulltune.train.loop.callbacks import compare_updates
+from fulltune.train.loop.callbacks import compare_samples
 from tests import tiny
 from tests.train import runs
 
@@ -17,7 +17,7 @@ from tests.train import runs
 def test_update_is_compared_value_by_value() -> None:
     before = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0, 0.0]), "c": torch.ones(4)}
     after = {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([1.0, 0.0]), "c": torch.full((4,), 1.01)}
-    found = compare_updates(7, before, after)
+    found = compare_samples(7, before, after)
     assert found.changed_share == 6 / 8
     assert found.update_ratio == pytest.approx((0.1 + 0.01) / 2), "of a tensor of zeros nothing is told"
 

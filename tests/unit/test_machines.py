@@ -34,7 +34,7 @@ from fulltune.system.machines import (
 )
 from fulltune.train.parent import child, spawn
 from fulltune.train.parent import machines as group_of
-from fulltune.train.parent.machines import MachineGroup, leading
+from fulltune.train.parent.machines import MachineGroup, lead_machines
 from fulltune.train.request import Request
 from tests import plans
 
@@ -204,7 +204,7 @@ def answering(place: MachineAddress, tmp_path: Path) -> Iterator[dict[str, Any]]
 @contextmanager
 def led(place: MachineAddress, recipe: Recipe) -> Iterator[MachineGroup]:
     """What machine 0's command does around a run."""
-    with leading(place, recipe, silent) as group:
+    with lead_machines(place, recipe, silent) as group:
         group.begin(silent)
         yield group
 
@@ -246,7 +246,7 @@ def test_a_machine_that_does_not_come_is_named(place: MachineAddress, tmp_path: 
 
 
 def follow_one(place: MachineAddress, recipe: Recipe) -> None:
-    group_of.follow(replace(place, rank=1), recipe, silent)
+    group_of.follow_machine_0(replace(place, rank=1), recipe, silent)
 
 
 @pytest.mark.usefixtures("quick")
@@ -314,7 +314,7 @@ def test_a_signal_that_the_caller_leaves_to_the_system_is_not_taken(
 def test_one_command_is_one_machine(place: MachineAddress, tmp_path: Path) -> None:
     recipe = several(tmp_path)
     refused = pytest.raises(SetupError, match="another command with this rank uses this rendezvous")
-    with leading(place, recipe, silent), refused, leading(place, recipe, silent):
+    with lead_machines(place, recipe, silent), refused, lead_machines(place, recipe, silent):
         raise AssertionError("it began")
 
 
@@ -331,7 +331,7 @@ def test_others_take_part_only_in_attempts_that_count_on_them(
         begun.append(meeting.attempt)
         return Ran(3)
 
-    monkeypatch.setattr(spawn, "in_new_process", start)
+    monkeypatch.setattr(spawn, "start_in_new_process", start)
     with machines.send_heartbeats(place.file_of(recipe, 0), leader(recipe)) as sign:
 
         def lead() -> None:
@@ -408,9 +408,9 @@ def test_what_became_of_another_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe, ran = several(tmp_path), Ran(code)
-    monkeypatch.setattr(spawn, "end", lambda child: setattr(child, "code", -9))
+    monkeypatch.setattr(spawn, "kill_workers", lambda child: setattr(child, "code", -9))
     gives_none = changes.pop("silent", False)
-    with leading(place, recipe, silent) as group:
+    with lead_machines(place, recipe, silent) as group:
         record = member(recipe, 1, token=group.members[0].token, instance="i")
         sign = Heartbeat(place.file_of(recipe, 1), record)
         group.begin(silent)
@@ -439,7 +439,7 @@ def test_a_machine_that_came_back_otherwise_is_refused(
     place: MachineAddress, answering: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = several(tmp_path)
-    monkeypatch.setattr(spawn, "in_new_process", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(spawn, "start_in_new_process", lambda *_: pytest.fail("it began"))
     with led(place, recipe) as group:
         monkeypatch.setattr(machines, "describe_differences", lambda first, others: ["other versions"])
         with pytest.raises(SetupError, match="other versions"):
@@ -497,14 +497,14 @@ def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:
     recipe = plans.recipe(output=str(tmp_path), train={"num_machines": 2, "num_processes": 16})
     plan = plans.plan().model_copy(update={"num_processes": 16})
     request = Request(run_folder=str(tmp_path), recipe=recipe, plan=plan, attempt=1, checkpoint=None, parent_pid=None)
-    meeting = group_of.meeting(MachineAddress(0, "127.0.0.1", 70, 600.0), "token-1", "127.0.0.1")
-    command = spawn.command(request, tmp_path / "request.json", meeting)
+    meeting = group_of.rendezvous_address(MachineAddress(0, "127.0.0.1", 70, 600.0), "token-1", "127.0.0.1")
+    command = spawn.worker_command(request, tmp_path / "request.json", meeting)
     expected = {"--nnodes=2", "--nproc-per-node=8", "--node-rank=0", "--rdzv-id=token-1", "--rdzv-conf=timeout=600"}
     assert expected <= set(command)
     assert " listen 127.0.0.1:70 " in " ".join(command)
-    other = group_of.meeting(MachineAddress(1, "node0", 70, 600.0), "token-1", "10.0.0.2")
-    assert " join node0:70 --node-rank=1 " in " ".join(spawn.command(request, tmp_path / "request.json", other))
-    first = group_of.meeting(MachineAddress(0, "node0", 70, 600.0), "token-1", "fd00::1")
+    other = group_of.rendezvous_address(MachineAddress(1, "node0", 70, 600.0), "token-1", "10.0.0.2")
+    assert " join node0:70 --node-rank=1 " in " ".join(spawn.worker_command(request, tmp_path / "request.json", other))
+    first = group_of.rendezvous_address(MachineAddress(0, "node0", 70, 600.0), "token-1", "fd00::1")
     assert first.rendezvous == "[fd00::1]:70", "where the others reach it, not on all interfaces"
-    variables = spawn.of_machine(meeting)
+    variables = spawn.multi_machine_variables(meeting)
     assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[variables["GLOO_SOCKET_IFNAME"]]}

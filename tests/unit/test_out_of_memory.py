@@ -246,4 +246,4 @@ def test_held_to_nothing_and_held_to_where_it_cannot_be_enforced(monkeypatch: py
     with memory_limit(2**30, "cpu", warnings.append):
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
-    assert warnings == ["train.memory_limit: only the plan respects it, because this system cannot enforce it"]
+    assert warnings == ["train.memory_limit: only the plan respects the limit, because this system cannot enforce it"]

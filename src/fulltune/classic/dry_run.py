@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 from fulltune.classic.arguments import issue_notice
 from fulltune.errors import GuardStop
 from fulltune.train.loop.guarded_step import gradients_are_finite
-from fulltune.train.worker.dry_run import same_buffers, same_randomness
+from fulltune.train.worker.dry_run import restored_buffers, restored_random_state
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
     assert model is not None, "the training begins"
     was_training, size = model.training, f"{len(rows)} rows"
     try:
-        with same_buffers(model), same_randomness():
+        with restored_buffers(model), restored_random_state():
             collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
             dataset: Any = trainer.train_dataset
             batch = collate([dataset[i] for i in rows])
@@ -67,7 +67,7 @@ def _positions_for_dry_run(trainer: transformers.Trainer) -> list[int]:
         issue_notice("no dry-run step before training: the length of the train dataset is unknown")
         return []
     names = getattr(trainer.processing_class, "model_input_names", None) or ["input_ids"]
-    with same_randomness():
+    with restored_random_state():
         return longest_rows(dataset, trainer._train_batch_size, names[0])
 
 

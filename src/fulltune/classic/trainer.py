@@ -26,9 +26,9 @@ from fulltune.records.training import ParameterChanges
 from fulltune.stats.curves import diverged, ended_high
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import Guarded
-from fulltune.train.loop.step_guard import StepVerdict, check_parameters_moved
-from fulltune.train.worker.dry_run import same_randomness
-from fulltune.train.worker.weights import InitialWeights, own_file
+from fulltune.train.loop.step_guard import StepVerdict, judge_parameter_changes
+from fulltune.train.worker.dry_run import restored_random_state
+from fulltune.train.worker.weights import InitialWeights, initial_weights_file
 
 _log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class Trainer(Guarded, transformers.Trainer):
         model.eval()
         losses = []
         for factor in (1, 2):
-            with same_randomness(), torch.no_grad(), self.compute_loss_context_manager():
+            with restored_random_state(), torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, shallow_copy(inputs), num_items_in_batch=num_items_in_batch * factor)
             losses.append(loss.detach().float().mean())  # a tensor, as no outputs are requested
         # Summed over processes, so that all make the same decision.
@@ -209,7 +209,7 @@ class Trainer(Guarded, transformers.Trainer):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # The Hub's upload ignores names that start with an underscore.
-            path = own_file(folder, "_fulltune-initial-")
+            path = initial_weights_file(folder, "_fulltune-initial-")
             self._initial = InitialWeights(self.model, path)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             if path is not None:
@@ -222,10 +222,10 @@ class Trainer(Guarded, transformers.Trainer):
             return
         # DDP and torch.compile put prefixes before the names.
         names = {name.removeprefix("_orig_mod.").removeprefix("module.") for name in self.tensors_with_gradient}
-        self.moved = self._initial.moved(self.model, self.optimizer, frozenset(names))
+        self.moved = self._initial.count_changes(self.model, self.optimizer, frozenset(names))
         if self.state.global_step == self._first_step + 1 and self.args.learning_rate > 0:
             return  # the schedule's rate may be 0 in a single step
-        decision = check_parameters_moved(self.moved, bool(names), self.largest_grad_norm)
+        decision = judge_parameter_changes(self.moved, bool(names), self.largest_grad_norm)
         if decision.action == "stop" and self._first_step > 0:
             issue_notice(f"since the checkpoint at step {self._first_step}: {decision.reason}")
             return

@@ -196,7 +196,7 @@ def train(
     wait_for_machines: options.WaitForMachines = "10m",
 ) -> None:
     """Train the model and save it in the run folder."""
-    from fulltune.train.journal import run_seconds
+    from fulltune.train.journal import trial_seconds
 
     with stages.machine_group(target, set_, machine_rank, rendezvous, wait_for_machines) as group:
         recipe, folder = stages.open_run(target, set_, run_folder, fresh, "train")
@@ -207,7 +207,7 @@ def train(
         stages.print_json(outcome.model_dump(mode="json"))
         return
     changed = f", {outcome.parameter_changes.share:.1%} of the values changed" if outcome.parameter_changes else ""
-    took = format_seconds(round(run_seconds(folder, outcome.trial)))
+    took = format_seconds(round(trial_seconds(folder, outcome.trial)))
     out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{changed}")
     out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)
 

@@ -63,16 +63,16 @@ def machine_group(
         yield None
         return
     with run_folder.explain_os_errors(Path(recipe.output)):
-        from fulltune.train.parent.machines import follow, leading
+        from fulltune.train.parent.machines import follow_machine_0, lead_machines
 
         def show(phase: str) -> None:
             err.print(f"[dim]{escape(phase)}[/dim]", soft_wrap=True)
 
         if address.rank == 0:
-            with leading(address, recipe, show) as group:
+            with lead_machines(address, recipe, show) as group:
                 yield group
             return
-        follow(address, recipe, show)
+        follow_machine_0(address, recipe, show)
     raise typer.Exit
 
 

@@ -31,7 +31,7 @@ from fulltune.stats import bootstrap
 from fulltune.system import hardware
 from fulltune.tasks import PLACE, Target
 from fulltune.text import is_share
-from fulltune.train.parent.spawn import Starter, in_new_process
+from fulltune.train.parent.spawn import Starter, start_in_new_process
 
 FOLDER = "compare"
 SEALED, OPEN, GENERIC = "predictions/sealed", "predictions/eval", "predictions/generic"
@@ -59,7 +59,7 @@ class Context:
     summary: DataSummary
     command: str
     budget_seconds: float | None = None
-    start: Starter = in_new_process
+    start: Starter = start_in_new_process
     began: float = field(default_factory=time.monotonic)
     passed: set[str] = field(default_factory=set)
     """Methods with a passed dry run, which later trials skip."""

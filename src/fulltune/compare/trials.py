@@ -16,7 +16,7 @@ from fulltune.records.training import Outcome
 from fulltune.system import run_folder
 from fulltune.tasks import Predictions
 from fulltune.train.hooks import Hooks
-from fulltune.train.journal import run_seconds
+from fulltune.train.journal import trial_seconds
 from fulltune.train.parent import retry
 
 
@@ -59,7 +59,7 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
         listener, dry_run = without_tables(context.job.listener), trial.method not in context.passed
         # No rollbacks: a comparison wants to know which rates are too high for a method.
         planned_trial = retry.PlannedTrial(recipe, planned, context.folder, Hooks(), listener)
-        outcome = retry.train(planned_trial, context.start, dry_run, most_rollbacks=0)
+        outcome = retry.train_in_attempts(planned_trial, context.start, dry_run, max_rollbacks=0)
     planned = Plan.load(context.folder / planned.file)  # changed if memory ran out
     if planned == before:
         context.passed.add(trial.method)
@@ -73,7 +73,7 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     result = TrialResult(
         trial=trial,
         metric=math.nan if outcome.best_metric is None else outcome.best_metric,
-        train_seconds=run_seconds(context.folder, trial.name),
+        train_seconds=trial_seconds(context.folder, trial.name),
         tokens_per_second=outcome.tokens_per_second,
         peak_memory_bytes=outcome.peak_memory_bytes,
         memory_growth_bytes=outcome.memory_growth_bytes,

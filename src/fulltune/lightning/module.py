@@ -23,7 +23,7 @@ from fulltune.tasks.padding import TRAINED
 from fulltune.train.loop import step_guard
 from fulltune.train.loop.guarded_step import rows_in
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.loop.trainer import ITEMS, collated
+from fulltune.train.loop.trainer import ITEMS, collate_with_counts
 from fulltune.train.optim.groups import planned_optimizer
 from fulltune.train.worker import distributed, loading
 from fulltune.train.worker.loading import Objective
@@ -140,8 +140,8 @@ class FineTuningModule:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and scaler.get_scale() >= 1
         finite_only = not self.objective.recipe.train.skip_suspect_steps
-        verdict = step_guard.judge(
-            self.guard_history, step, loss, norm, rows=rows, scaled=scaled, finite_only=finite_only
+        verdict = step_guard.judge_step(
+            self.guard_history, step, loss, norm, rows=rows, is_loss_scaled=scaled, finite_only=finite_only
         )
         self.guard_history = verdict.history
         if verdict.action == "stop" or (verdict.action == "skip" and self.sharded_by):
@@ -161,10 +161,10 @@ class FineTuningModule:
         """Log the task's metrics on all eval rows; `batch` is ignored."""
         trainer, plan, objective = self.trainer, self.plan, self.objective
         order, size = positions_by_length(self.eval_rows), plan.eval_batch_size
-        positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
+        positions, count = distributed.rows_of_rank(order, size, trainer.global_rank, trainer.world_size)
         rows, batching = RowSubset(self.eval_rows, positions), Batching(size, plan.precision, self.head)
         reduced = run_rows(self.model, rows, objective.task, objective.target, objective.pad_token_id, batching)
-        predictions = distributed.gather_rows(reduced, positions[:count])
+        predictions = distributed.gather_scores(reduced, positions[:count])
         for name, value in objective.task.metrics(predictions, objective.target).items():
             self.log(PREFIX + name, float(value), prog_bar=name == plan.metric, sync_dist=True, batch_size=1)
 
@@ -204,7 +204,7 @@ class TrainBatches:
         self.module, self.trainer = module, trainer
         plan = module.plan
         batches = (plan.global_batch_size, plan.micro_batch_size, plan.seed, plan.group_by_length, trainer.world_size)
-        mixed = loading.mixed_ranges(module.objective.summary)
+        mixed = loading.mixed_sources(module.objective.summary)
         self.sampler = GlobalBatchSampler(module.rows["length"], *batches, mixed=mixed)
         self.position = 0
         self.first = 0
@@ -223,7 +223,7 @@ class TrainBatches:
         loader: DataLoader[Any] = DataLoader(
             cast("Any", self.module.rows),
             batch_sampler=own[self.position :],
-            collate_fn=lambda rows: collated(rows, objective.collate, objective.task.count_items, head),
+            collate_fn=lambda rows: collate_with_counts(rows, objective.collate, objective.task.count_items, head),
             num_workers=plan.loader_workers,
             multiprocessing_context="fork" if plan.loader_workers else None,
             pin_memory=plan.device != "cpu",

@@ -29,7 +29,7 @@ from fulltune.system import run_folder as folders
 from fulltune.tasks import Target, task_named
 from fulltune.train.optim import zero
 from fulltune.train.worker import loading, weights
-from fulltune.train.worker.checks import stop_generation_at, trained_ends
+from fulltune.train.worker.checks import count_last_tokens, stop_generation_at
 from fulltune.train.worker.loading import Objective
 
 _PACKAGES = ("lightning", "pytorch_lightning")
@@ -135,13 +135,13 @@ class FineTuning:
         module, objective = self.module, self.module.objective
         if checkpoint is not None:
             module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
-        elif module.sharded_by and not zero.holds(module.model):
+        elif module.sharded_by and not zero.is_in_use(module.model):
             raise SetupError(
                 f"save: {module.sharded_by} has sharded the weights, so no process has all of them; in a new "
                 "process, call save(folder, checkpoint=...) with gathered weights (docs/guides/training.md)"
             )
         is_first = module.global_rank == 0
-        if not is_first and not zero.holds(module.model):
+        if not is_first and not zero.is_in_use(module.model):
             return
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
         applied = methods.AppliedMethod(objective.model, objective.recipe.method)
@@ -204,14 +204,14 @@ def _load_objective_and_rows(
     model, tokenizer, new = loading.load_pretrained(recipe, task, target)
     objective = Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and new is not None and new.order is None:
-        loading.start_from_probe(objective, new, tokenizer, job.folder, torch.device(plan.device))
+        loading.init_head_from_probe(objective, new, tokenizer, job.folder, torch.device(plan.device))
     loading.apply_method(model, recipe)
-    loading.make_faster(model, recipe, plan, summary)
+    loading.install_speedups(model, recipe, plan, summary)
     if plan.activation_checkpointing:
         model.activation_checkpointing_enable()
     rows, eval_rows = loading.rows_with_mixed(data, summary, tokenizer), loading.task_rows(data, tokenizer)[1]
     two_rows = model_batch(model, task, [rows[i] for i in positions_by_length(rows)[-2:]], tokenizer.pad_token_id)
     if summary.form.writes_answers:
-        stop_generation_at(model, trained_ends(Rows(data / "train"), tokenizer)[1])
+        stop_generation_at(model, count_last_tokens(Rows(data / "train"), tokenizer)[1])
     head = selective_head.verify_selective_head(model, task, two_rows)[0]
     return objective, tokenizer, head, rows, eval_rows

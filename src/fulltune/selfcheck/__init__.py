@@ -184,7 +184,7 @@ def check_all_reduce(device: str) -> CheckOutcome:
         stdin=subprocess.DEVNULL,
         text=True,
         # Safe path: a file in the user's folder must not stand in for a library.
-        env={**os.environ, **spawn.on_loopback(), "PYTHONSAFEPATH": "1"},
+        env={**os.environ, **spawn.loopback_variables(), "PYTHONSAFEPATH": "1"},
     )
     try:
         out, err = child.communicate(timeout=SECONDS)

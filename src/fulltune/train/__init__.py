@@ -1,1 +1,1 @@
-"""Trains in attempts, each in a process of its own."""
+

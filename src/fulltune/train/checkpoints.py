@@ -1,4 +1,4 @@
-"""Finds, saves and loads checkpoints. One counts only if it matches its checksums, which are written last."""
+"""Finds, saves and loads checkpoints, which are valid only if they match their checksums."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ WEIGHTS = "model.safetensors"
 _DIGEST_VALUES = 64
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint, or None, and a warning for each newer one that is damaged."""
+def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint, or None, and a warning for each newer, damaged one."""
     damaged: list[str] = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
         problem = find_damage(checkpoint)
         if problem is None:
             return checkpoint, damaged
-        damaged.append(f"{checkpoint.name}: {problem}; trying the checkpoint before it")
+        damaged.append(f"{checkpoint.name}: {problem}; trying the previous checkpoint")
     return None, damaged
 
 
@@ -50,31 +50,30 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of the step guard and the trainer's parts, each array to its own file."""
+    """Write the state of the step guard and the Trainer's parts, each array to its own file."""
     arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
     for name, values in arrays.items():
         np.save(checkpoint / f"{name}.npy", values)
     write_json(checkpoint / GUARD, {name: value for name, value in state.items() if name not in arrays})
 
 
-def guard_state(checkpoint: Path, required: Iterable[str] = ()) -> dict[str, Any]:
-    """Read what `save_guard_state` wrote; raises SetupError if one of the `required` names is missing."""
+def load_guard_state(checkpoint: Path, required: Iterable[str] = ()) -> dict[str, Any]:
+    """Read what `save_guard_state` wrote; raise `SetupError` if one of the `required` names is missing."""
     state: dict[str, Any] = json.loads((checkpoint / GUARD).read_text(encoding="utf-8"))
     state |= {file.stem: np.load(file, allow_pickle=False) for file in checkpoint.glob("*.npy")}
     if missing := sorted(set(required) - state.keys()):
         raise SetupError(
-            f"{checkpoint / GUARD}: it has no {', '.join(missing)}, because another version of fulltune wrote it; "
+            f"{checkpoint / GUARD}: {', '.join(missing)} is missing, because another version of fulltune wrote it; "
             "start a new run (--fresh)"
         )
     return state
 
 
 def newest_healthy(folder: Path, before: int) -> Path | None:
-    """Return the newest undamaged checkpoint that is older than step `before` and has no recently skipped steps, or
-    None."""
+    """Return the newest undamaged checkpoint older than step `before` and without recently skipped steps, or None."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True)
     sound = (path for path in newest_first if number_in(path) < before and find_damage(path) is None)
-    return next((path for path in sound if not guard_state(path).get("skipped")), None)
+    return next((path for path in sound if not load_guard_state(path).get("skipped")), None)
 
 
 def last_saved(folder: Path) -> int:
@@ -82,9 +81,9 @@ def last_saved(folder: Path) -> int:
     return max((number_in(path) for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), default=0)
 
 
-def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
-    """Delete all complete checkpoints except the newest `limit`, the best one, and any that was best when one of these
-    was saved, because a rollback makes it the best again."""
+def delete_old_checkpoints(folder: Path, limit: int, best_step: int | None) -> None:
+    """Delete complete checkpoints except the newest `limit`, the best one, and those that were best when one of these
+    was saved, for rollbacks."""
     sealed = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
     states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in sealed[-limit:]]
     best_steps = {best_step, *(state["best_global_step"] for state in states)}
@@ -93,20 +92,20 @@ def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
             shutil.rmtree(checkpoint)
 
 
-def drop_unfinished(folder: Path) -> None:
+def delete_unfinished(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / SEAL).exists():
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def drop_after(folder: Path, step: int) -> None:
+def delete_after(folder: Path, step: int) -> None:
     """Delete the checkpoints of steps after `step`."""
     for checkpoint in folder.glob("checkpoint-*"):
         if number_in(checkpoint) > step:
             shutil.rmtree(checkpoint)
 
 
-def save_trained(model: PreTrainedModel, checkpoint: Path) -> None:
+def save_trained_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     from safetensors.torch import save_file
 
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -115,20 +114,20 @@ def save_trained(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a checkpoint's weights into the model. With `trained_only`, read what `save_trained` wrote; else use
-    `from_pretrained`, because transformers 5.24 renames some tensors."""
+    """Load a checkpoint's weights into the model. With `trained_only`, read what `save_trained_weights` wrote; else let
+    transformers 5.24 rename tensors."""
     if trained_only:
         from safetensors.torch import load_file
 
         copy_into_trained(model, load_file(checkpoint / WEIGHTS), checkpoint)
         return
-    source = load_model(model, checkpoint, model.dtype)
+    source = load_second_model(model, checkpoint, model.dtype)
     sharding.free_gathered_weights(model)
     model.load_state_dict(source.state_dict())
 
 
-def load_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a checkpoint as a second model, sharded like `model`; raises SetupError if their tensors differ."""
+def load_second_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checkpoint as another model, sharded like `model`; raise `SetupError` if their tensors differ."""
     import torch
 
     model_class: Any = type(model)
@@ -141,5 +140,5 @@ def load_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> 
     mismatched = sorted({*info["missing_keys"], *info["unexpected_keys"], *other_shape})
     if mismatched:
         name, count = mismatched[0], len(mismatched)
-        raise SetupError(f"{checkpoint}: its tensors are not those of the model: {name} ({count} such tensors)")
+        raise SetupError(f"{checkpoint}: its tensors differ from the model's: {name} ({count} such tensors)")
     return other

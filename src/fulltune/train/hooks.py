@@ -1,5 +1,3 @@
-"""Functions that a user passes from Python."""
-
 from __future__ import annotations
 
 import functools
@@ -16,7 +14,7 @@ from fulltune.records.data import DataSummary
 
 
 def _stable_description(value: object) -> str:
-    """Describe a value by text that is the same in every process: a function by its code, defaults and closure."""
+    """Describe a value in the same way in every process; functions by code, defaults and closure."""
     match value:
         case Mapping():
             return "{" + ",".join(f"{key}:{_stable_description(inner)}" for key, inner in value.items()) + "}"
@@ -39,21 +37,21 @@ def _stable_description(value: object) -> str:
 
 @dataclass(frozen=True)
 class Hooks:
-    """The user's functions. If `compute_loss` is given, training runs in the user's process."""
+    """The user's functions. With `compute_loss`, training runs in the user's process."""
 
     metrics: Callable[..., Mapping[str, float]] | None = None
-    """`metrics(predictions, references)`: further metrics of the test rows, also called for each bootstrap sample. Both
-    arguments are, for classifiers, arrays of class ids, 0/1 rows or numbers; for multiple choice, arrays of choice
-    numbers; for taggers, lists of tags per row; for question answering, answers (empty if there is none) and lists of
-    accepted answers; for language models and encoder-decoders, generated and expected answers."""
+    """`metrics(predictions, references)` returns further metrics of the test rows, also for each bootstrap sample.
+    Classifiers give arrays of class ids, 0/1 rows or numbers; multiple choice, choice numbers; taggers, lists of
+    tags per row; question answering, answers (may be empty) and lists of accepted answers; other text tasks,
+    generated and expected answers."""
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    """`preprocess(row)`: returns the changed row, after reading."""
+    """`preprocess(row)` returns the changed row, after reading."""
     compute_loss: Callable[..., Any] | None = None
-    """`compute_loss(outputs, labels, num_items_in_batch)`: the training loss, as in `transformers.Trainer`. It must be
-    divided by `num_items_in_batch`, the number of rows (or trained tokens) of the global batch."""
+    """`compute_loss(outputs, labels, num_items_in_batch)` returns the training loss, as in `transformers.Trainer`,
+    divided by `num_items_in_batch`, the rows (or trained tokens) of the global batch."""
 
     def digest(self) -> str:
-        """Hash the hooks that change rows or weights; return an empty string if there are none."""
+        """Hash the hooks that change rows or weights; return "" without such hooks."""
         relevant = {name: value for name, value in vars(self).items() if value is not None and name != "metrics"}
         return "" if not relevant else hashlib.sha256(_stable_description(relevant).encode()).hexdigest()[:16]
 
@@ -62,18 +60,21 @@ class Hooks:
         train, own = recipe.train, self.compute_loss is not None
         answers = not FACTS[recipe.task].writes or recipe.evaluate.generate_rows
         pairs = {
-            "compute_loss and train.class_weights are both given; weigh the classes in your loss": (
+            "compute_loss and train.class_weights are both given; apply class weights in your own loss": (
                 own and train.class_weights is not None
             ),
-            "compute_loss and train.chunked_loss are both given; your loss gets all logits at once": (
+            "compute_loss and train.chunked_loss are both given; your own loss needs all logits at once": (
                 own and train.chunked_loss
             ),
-            "compute_loss and train.label_smoothing_factor are both given; smooth in your loss": (
+            "compute_loss and train.label_smoothing_factor are both given; smooth the labels in your own loss": (
                 own and train.label_smoothing_factor
             ),
-            "compute_loss trains in this process; set train.num_processes: 1": own and train.num_processes > 1,
-            f"compute_loss trains in this process; remove {recipe.train.sharded_by}": own and recipe.train.sharded_by,
-            "metrics needs generated answers; set evaluate.generate_rows above 0": self.metrics and not answers,
+            "with compute_loss training runs in this process; set train.num_processes: 1": own
+            and train.num_processes > 1,
+            f"with compute_loss training runs in this process; remove {recipe.train.sharded_by}": own
+            and recipe.train.sharded_by,
+            "the metrics function needs generated answers; set evaluate.generate_rows above 0": self.metrics
+            and not answers,
         }
         problems = [problem for problem, applies in pairs.items() if applies]
         if problems:
@@ -81,7 +82,9 @@ class Hooks:
 
     def check_data(self, summary: DataSummary) -> None:
         if self.metrics is not None and summary.form.is_raw_text:
-            raise RecipeError("metrics compares answers, and raw text has none; remove it, or give prompts and answers")
+            raise RecipeError(
+                "the metrics function compares answers, which raw text lacks; omit it, or train on prompts"
+            )
 
     @property
     def needs_this_process(self) -> bool:

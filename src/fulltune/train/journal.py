@@ -1,5 +1,3 @@
-"""The journal, phase, heartbeat and duration of attempts."""
-
 from __future__ import annotations
 
 import contextlib
@@ -18,23 +16,23 @@ from fulltune.train.request import Request, attempt_folders
 
 PHASE_FILE = "phase"
 HEARTBEAT = "heartbeat"
-"""File with the number of completed steps, which rank 0 rewrites."""
+"""File with the number of completed steps."""
 NEXT = "next attempt"
-"""Event with which the parent records why another attempt starts."""
+"""Event that records why another attempt starts."""
 PROBING = "fitting a linear probe of the pretrained model"
 CHECKS, TRAINING = "checking, with a dry run at the longest length", "training"
 SCORING = "scoring the eval rows before step 1"
 """Names of phases in `metrics.jsonl`."""
 
 
-def phase_of(folder: Path) -> Phase | None:
+def read_phase(folder: Path) -> Phase | None:
     """Return the last phase that an attempt recorded, or None."""
     path = folder / PHASE_FILE
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return next((phase for phase in get_args(Phase) if phase == text), None)
 
 
-def steps_of(folder: Path) -> int:
+def read_completed_steps(folder: Path) -> int:
     """Return the completed steps at an attempt's last heartbeat, or 0."""
     path = folder / HEARTBEAT
     text = path.read_text(encoding="ascii") if path.exists() else ""
@@ -42,15 +40,14 @@ def steps_of(folder: Path) -> int:
 
 
 class Journal:
-    """Writes rare events to `journal.jsonl`, one JSON line each, and the heartbeat. If the path is None, nothing is
-    written."""
+    """Writes events to `journal.jsonl`, one JSON line each, and the heartbeat, or nothing if `path` is None."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._heartbeat = None if path is None else path.with_name(HEARTBEAT)
         self.phase: Phase = "loading"
 
-    def at(self, phase: Phase) -> None:
+    def set_phase(self, phase: Phase) -> None:
         """Set the current phase and write it to the phase file."""
         if phase == self.phase:
             return
@@ -59,20 +56,20 @@ class Journal:
             self.path.with_name(PHASE_FILE).write_text(phase, encoding="ascii")
 
     @contextlib.contextmanager
-    def during(self, phase: Phase) -> Iterator[None]:
-        """Set the phase within a block. After an error the phase stays set, to show where the error happened."""
+    def phase_within(self, phase: Phase) -> Iterator[None]:
+        """Set the phase within a block. After an error the phase stays set."""
         before = self.phase
-        self.at(phase)
+        self.set_phase(phase)
         yield
-        self.at(before)
+        self.set_phase(before)
 
-    def alive(self, steps: int) -> None:
-        """Write a heartbeat; the parent ends a process whose heartbeat stops."""
+    def write_heartbeat(self, steps: int) -> None:
+        """Write a heartbeat. The parent kills a process whose heartbeat stops."""
         if self._heartbeat is not None:
             self._heartbeat.write_text(str(steps), encoding="ascii")
 
-    def at_rest(self) -> None:
-        """Remove the heartbeat file, so that the parent no longer expects heartbeats."""
+    def remove_heartbeat(self) -> None:
+        """Remove the heartbeat, so that the parent expects no more."""
         if self._heartbeat is not None:
             self._heartbeat.unlink(missing_ok=True)
 
@@ -84,9 +81,9 @@ class Journal:
             file.write(json.dumps(entry.model_dump(), ensure_ascii=False) + "\n")
 
 
-def run_seconds(folder: Path, trial: str) -> float:
-    """Return a trial's duration in seconds, from the first import to the saved model. Steps of earlier attempts count
-    up to the resumed checkpoint; the linear probe and the checks, which only some trials run, do not count."""
+def trial_seconds(folder: Path, trial: str) -> float:
+    """Return a trial's duration in seconds, from the first import to the saved model, over all attempts but without
+    repeated steps, linear probe and checks."""
     *earlier, last = attempt_folders(folder, trial)
     begins = [event for event in _recorded_events(last) if isinstance(event, PhaseBegan)]
     excluded = sum(end.seconds - begin.seconds for begin, end in pairwise(begins) if begin.name in (PROBING, CHECKS))
@@ -106,7 +103,7 @@ def _recorded_events(attempt: Path) -> list[Event]:
 
 
 def _seconds_of_steps(events: list[Event], until: int) -> float:
-    """Return the seconds that an attempt took for scoring and training up to step `until`."""
+    """Return an attempt's seconds for scoring and training up to step `until`."""
     begins = [event.seconds for event in events if isinstance(event, PhaseBegan) and event.name in (SCORING, TRAINING)]
     done = [event.seconds for event in events if isinstance(event, StepLogged | Evaluated) and event.step <= until]
     return max(0.0, done[-1] - begins[0]) if begins and done else 0.0

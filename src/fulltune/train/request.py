@@ -1,5 +1,3 @@
-"""The request for an attempt, and the paths of its files."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -20,9 +18,9 @@ class Request(Record):
     attempt: int
     checkpoint: str | None
     parent_pid: int | None
-    """Process id of the parent; when that process ends, the worker ends too."""
+    """Process id of the parent, with which the worker ends."""
     probe: bool = False
-    """True to stop after the dry run and write only the outcome."""
+    """If True, stop after the dry run and write only the outcome."""
     dry_run: bool = True
     """False if an attempt with the same shapes has passed the dry run."""
 
@@ -42,7 +40,7 @@ class Request(Record):
         return Path(self.run_folder) / "attempts" / f"{self.plan.trial}-{self.attempt:02d}"
 
     def initial_weights(self, rank: int) -> Path:
-        """Return the file of a rank's weights before step 1, which exists while the attempt runs."""
+        """Return the file of a rank's weights before step 1, deleted after the attempt."""
         return self._rank_file(INITIAL_WEIGHTS, rank)
 
     @property
@@ -50,7 +48,7 @@ class Request(Record):
         return sorted(self.folder.glob(f"{Path(INITIAL_WEIGHTS).stem}*.safetensors"))
 
     def trained_weights(self, rank: int) -> Path:
-        """Return the file of a rank's trained weights, which exists while an interpolation is chosen."""
+        """Return the file of a rank's trained weights, used to choose an interpolation."""
         return self._rank_file("trained.safetensors", rank)
 
     def _rank_file(self, name: str, rank: int) -> Path:
@@ -59,14 +57,14 @@ class Request(Record):
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the trial's checkpoints, which all its attempts share."""
+        """Folder of the checkpoints, which all attempts of the trial share."""
         if self.probe:
             return self.folder / "checkpoints"
         return Path(self.run_folder) / "checkpoints" / self.plan.trial
 
     @property
     def tensorboard(self) -> Path:
-        """Folder of the trial's TensorBoard logs; `tensorboard --logdir RUN/tensorboard` shows all trials."""
+        """Folder of the trial's TensorBoard logs."""
         return Path(self.run_folder) / "tensorboard" / self.plan.trial
 
     @property

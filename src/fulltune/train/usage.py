@@ -1,5 +1,3 @@
-"""Measures the resources of an attempt, and limits its memory."""
-
 from __future__ import annotations
 
 import contextlib
@@ -30,23 +28,23 @@ class ResourceUsage:
     memory_growth_per_process: tuple[int, ...] = ()
     """Memory growth in bytes by rank, at the end of training."""
 
-    def measure(self, device: str, writes: bool) -> None:
+    def start_measuring(self, device: str, generates_text: bool) -> None:
         """Start measuring memory, after importing libraries that evaluation needs."""
-        if not writes:
+        if not generates_text:
             for name in ("scipy.stats", "sklearn.metrics"):
                 importlib.import_module(name)
         self.meter = Meter(device)
 
     def growth_bytes(self) -> int:
-        """Return the peak memory in bytes beyond what was used before the weights were loaded."""
+        """Return the peak memory in bytes beyond the use before the weights were loaded."""
         return 0 if self.meter is None else self.meter.growth_bytes()
 
-    def disk(self, *paths: Path) -> None:
+    def update_peak_disk(self, *paths: Path) -> None:
         """Update the peak disk usage with these files' and folders' current size."""
         files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
         self.disk_bytes = max(self.disk_bytes, sum(file.stat().st_size for file in files if file.is_file()))
 
-    def for_outcome(self) -> dict[str, Any]:
+    def as_outcome_fields(self) -> dict[str, Any]:
         """Return the measurements as fields of `Outcome`."""
         fields = {name: value for name, value in vars(self).items() if name != "meter"}
         if self.meter is not None:
@@ -59,7 +57,7 @@ class ResourceUsage:
 
 @contextlib.contextmanager
 def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Make allocations beyond `train.memory_limit` fail as if memory had run out; enter this after importing the
+    """Make allocations beyond `train.memory_limit` fail as if memory had run out. Enter this after importing the
     libraries.
 
     On CUDA torch's allocator is limited. On the CPU RLIMIT_DATA is set to VmData + (limit - VmRSS): it counts reserved
@@ -82,12 +80,12 @@ def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], Non
             resource.setrlimit(resource.RLIMIT_DATA, (_data_limit(limit_bytes, before), before[1]))
             undo.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
         elif limit_bytes is not None:
-            warn("train.memory_limit: only the plan respects it, because this system cannot enforce it")
+            warn("train.memory_limit: only the plan respects the limit, because this system cannot enforce it")
         yield
 
 
 def _data_limit(limit_bytes: int, before: tuple[int, int]) -> int:
-    """Return the RLIMIT_DATA in bytes that allows `limit_bytes` of resident memory."""
+    """Return the RLIMIT_DATA in bytes for `limit_bytes` of resident memory, at most `before`."""
     used = status_bytes("VmRSS")
     if limit_bytes <= used:
         raise DoesNotFitError(

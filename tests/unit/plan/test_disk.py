@@ -98,7 +98,7 @@ def test_shared_out_moments_of_8_bits_are_in_fp32_in_a_checkpoint(placement: str
 
 def test_a_checkpoint_is_sealed_in_the_phase_saving(tmp_path: Path) -> None:
     journal, seen = Journal(None), []
-    journal.at("step")
+    journal.set_phase("step")
     seals = sealing(tmp_path, 2, journal, lambda: seen.append(journal.phase))
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / checkpoints.STATE).write_text('{"best_global_step": 1}', encoding="utf-8")

@@ -12,7 +12,7 @@ from fulltune.plan import choose, levers, ways_out
 from fulltune.plan.levers import LEVERS, SETTING_OF, Lever
 from fulltune.records.plan import MemoryNeed, MemorySettings, Phase, Plan
 from fulltune.train.parent import measure
-from fulltune.train.parent.next_attempt import fallbacks
+from fulltune.train.parent.next_attempt import memory_fallbacks
 from tests import plans
 
 RECIPE = plans.recipe("causal-lm", train={"max_grad_norm": 0})
@@ -51,7 +51,7 @@ def test_fields_that_levers_change_are_those_of_plans_and_recipes(field: str) ->
 def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways_out, "MAX_WAYS", 99)
     for phase in get_args(Phase):
-        offered = [name for name, *_ in fallbacks(RECIPE, PLAN, phase, lambda changes: True)]
+        offered = [name for name, *_ in memory_fallbacks(RECIPE, PLAN, phase, lambda changes: True)]
         assert (lever.name in offered) == (phase in lever.fallback)
     if lever.why_unusable(RECIPE, PLAN if lever.fallback else SETTINGS):
         return
@@ -68,7 +68,7 @@ def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPa
     ways = [way.costs for way in ways_out.memory_ways_out(basis, SETTINGS)]
     assert (lever.costs in ways) == lever.way_out
 
-    rows = [row.name for row in measure.levers(RECIPE, PLAN)]
+    rows = [row.name for row in measure.speedups_to_measure(RECIPE, PLAN)]
     assert (f"+ {lever.measured.format(**changes)}" in rows) == bool(lever.measured)
 
     assert any(one.startswith(f"{lever.setting}: ") for one in levers.memory_savings(RECIPE, PLAN, "step")) or (

@@ -23,7 +23,7 @@ from tests import plans
 @pytest.mark.parametrize(("rows", "size", "processes"), [(10, 3, 2), (7, 2, 3), (1, 4, 2), (12, 3, 4), (5, 8, 1)])
 def test_share_covers_each_row_once_in_batches_of_one_process(rows: int, size: int, processes: int) -> None:
     order = list(range(rows))[::-1]
-    shares = [distributed.share(order, size, rank, processes) for rank in range(processes)]
+    shares = [distributed.rows_of_rank(order, size, rank, processes) for rank in range(processes)]
 
     counted = [position for positions, count in shares for position in positions[:count]]
     assert sorted(counted) == list(range(rows))
@@ -38,7 +38,7 @@ def test_workers_find_programs_that_come_with_packages(monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", "/only/here")
     plan = SimpleNamespace(device="cpu", placement="zero3", num_processes=1)
     request: Any = SimpleNamespace(plan=plan, recipe=plans.recipe(train={"placement": "zero3"}))
-    assert spawn.environment(request)["PATH"] == f"/only/here:{Path(sys.executable).parent}"
+    assert spawn.worker_environment(request)["PATH"] == f"/only/here:{Path(sys.executable).parent}"
 
 
 LAUNCHER = """
@@ -58,7 +58,7 @@ def test_end_reaches_a_worker_in_a_session_of_its_own() -> None:
     assert launcher.stdout is not None
     worker = psutil.Process(int(launcher.stdout.readline()))
 
-    spawn.end(launcher)
+    spawn.kill_workers(launcher)
 
     assert launcher.wait(timeout=60) == -9
     _, alive = psutil.wait_procs([worker], timeout=60)
@@ -96,7 +96,7 @@ def test_torchrun_is_asked_through_its_workers(tmp_path: Path) -> None:
     assert launcher.stdout is not None
     assert launcher.stdout.readline() == b"up\n"
 
-    spawn.ask_to_stop(launcher)
+    spawn.ask_workers_to_stop(launcher)
 
     started = time.monotonic()
     assert launcher.wait(timeout=60) == 7

@@ -100,9 +100,9 @@ def test_what_was_saved_is_read_whole_and_shared_out(is_shared: bool, tmp_path: 
         model = share_out(made()) if is_shared else made()
         optimizer = trained(model)
         expected = weights_of(model), moments(model, optimizer)
-        fsdp2.save(model, fsdp2.state_of(model, optimizer), tmp_path)
+        fsdp2.save_sharded_checkpoint(model, fsdp2.sharded_optimizer_state(model, optimizer), tmp_path)
         assert_restored(tmp_path, share_out(made(seed=1)), expected)
-    assert fsdp2.is_in(tmp_path)
+    assert fsdp2.is_sharded_checkpoint(tmp_path)
     # One process alone needs no group.
     assert_restored(tmp_path, made(seed=2), expected)
 
@@ -116,7 +116,9 @@ def test_what_is_not_trained_can_be_left_out(tmp_path: Path) -> None:
         tokens = torch.arange(12).reshape(2, 6)
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
-        fsdp2.save(model, fsdp2.state_of(model, optimizer), tmp_path, trained_only=True)
+        fsdp2.save_sharded_checkpoint(
+            model, fsdp2.sharded_optimizer_state(model, optimizer), tmp_path, trained_only=True
+        )
         expected = weights_of(model)
     other = made()
     other.requires_grad_(False)
@@ -142,12 +144,12 @@ def test_state_of_whole_tensors_is_read_into_shared_ones(tmp_path: Path) -> None
 def test_other_models_tensors_are_refused(tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = made()
-        fsdp2.save(model, fsdp2.state_of(model, trained(model)), tmp_path)
+        fsdp2.save_sharded_checkpoint(model, fsdp2.sharded_optimizer_state(model, trained(model)), tmp_path)
     with pytest.raises(
-        SetupError, match=r"its tensors are not those of the model: transformer\.h\.1.* \(12 such tensors\)"
+        SetupError, match=r"its tensors differ from the model's: transformer\.h\.1.* \(12 such tensors\)"
     ):
         fsdp2.load_weights(made(n_layer=1), tmp_path)
-    with pytest.raises(SetupError, match=r"its tensors are not those of the model: transformer\.wpe\.weight \(1 such"):
+    with pytest.raises(SetupError, match=r"its tensors differ from the model's: transformer\.wpe\.weight \(1 such"):
         fsdp2.load_weights(made(n_positions=64), tmp_path)
 
 
@@ -155,7 +157,7 @@ def test_other_models_tensors_are_refused(tmp_path: Path) -> None:
 def test_put_together_model_has_tied_tensors_once(kind: str, tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = made(kind)
-        found = fsdp2.whole_state(share_out(model) if kind == "gpt2" else model)
+        found = fsdp2.gathered_state_dict(share_out(model) if kind == "gpt2" else model)
     expected = made(kind).state_dict()
     assert_equal(found, dict(expected))
     assert len({one.data_ptr() for one in found.values()}) == len({one.data_ptr() for one in expected.values()})
@@ -171,7 +173,7 @@ def test_shared_out_model_is_written_file_by_file(most_bytes: int, tmp_path: Pat
         model = share_out(made())
         expected = weights_of(model)
         model.config.save_pretrained(tmp_path)
-        fsdp2.write_whole(model, tmp_path, most_bytes)
+        fsdp2.write_gathered(model, tmp_path, most_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (tmp_path / "model.safetensors.index.json").exists() == (most_bytes == 40_000)
     assert names_in(tmp_path) == sorted(expected)

@@ -9,8 +9,8 @@ import pytest
 from fulltune.records.plan import Setting, TimeNeed
 from fulltune.records.training import MeasuredSetting
 from fulltune.train.parent import measure
-from fulltune.train.parent.measure import measured
-from fulltune.train.parent.next_attempt import with_reasons
+from fulltune.train.parent.measure import with_measurements
+from fulltune.train.parent.next_attempt import settings_with_reasons
 from tests.plans import outcome, plan, recipe
 
 GIB = 2**30
@@ -26,17 +26,21 @@ def row(name: str, seconds: float, problem: str | None = None, **changes: Any) -
 @pytest.mark.parametrize(
     ("task", "train", "expected"),
     [
-        ("text-classification", {}, ["fp32, as it is", "+ bf16 computations", "+ activation checkpointing", "+ 8-bit"]),
+        (
+            "text-classification",
+            {},
+            ["fp32, no speedups", "+ bf16 computations", "+ activation checkpointing", "+ 8-bit"],
+        ),
         (
             "causal-lm",
             {},
-            ["fp32, as it is", "+ bf16 computations", "+ chunked loss", "+ activation checkpointing", "+ 8-bit"],
+            ["fp32, no speedups", "+ bf16 computations", "+ chunked loss", "+ activation checkpointing", "+ 8-bit"],
         ),
-        ("text-classification", {"precision": "bf16", "optim": "adafactor"}, ["bf16, as it is", "+ activation"]),
+        ("text-classification", {"precision": "bf16", "optim": "adafactor"}, ["bf16, no speedups", "+ activation"]),
         (
             "causal-lm",
             {"precision": "fp32", "chunked_loss": True, "activation_checkpointing": False},
-            ["fp32, as it is", "+ 8-bit"],
+            ["fp32, no speedups", "+ 8-bit"],
         ),
         ("text-classification", {"max_grad_norm": 0, "optim": "adamw_torch"}, ["fp32", "+ bf16", "+ act"]),
     ],
@@ -46,14 +50,16 @@ def test_levers_are_those_that_the_recipe_leaves_open_and_the_task_has(
 ) -> None:
     planned = plan(precision=train.get("precision", "bf16"), gradient_accumulation_steps=1)
 
-    rows = measure.levers(recipe(task, train=train), planned)
+    rows = measure.speedups_to_measure(recipe(task, train=train), planned)
 
     assert len(rows) == len(expected)
     assert all(one.name.startswith(name) for one, name in zip(rows, expected, strict=True))
 
 
 def test_levers_add_up_and_leave_alone_what_the_recipe_gives() -> None:
-    rows = measure.levers(recipe(train={"activation_checkpointing": True}), plan(activation_checkpointing=True))
+    rows = measure.speedups_to_measure(
+        recipe(train={"activation_checkpointing": True}), plan(activation_checkpointing=True)
+    )
 
     assert [one.changes for one in rows] == [
         {"precision": "fp32", "optim": "adamw_torch_fused"},
@@ -76,7 +82,7 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
 ) -> None:
     planned = plan(global_batch_size=32, micro_batch_size=micro, gradient_accumulation_steps=32 // micro)
 
-    rows = measure.micro_batches(recipe(**settings), planned, {"precision": "bf16"})
+    rows = measure.micro_batches_to_measure(recipe(**settings), planned, {"precision": "bf16"})
 
     assert [setting.changes["micro_batch_size"] for setting in rows] == expected
     for setting in rows:
@@ -89,17 +95,19 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
     ("seconds", "lacking", "problem"),
     [
         (3600.0, "", None),
-        (3600.0, "C++ compiler", "not tried: there is no C++ compiler here"),
-        (59.0, "", "not tried: the run takes 59 s, and compiling costs a minute or two"),
+        (3600.0, "C++ compiler", "not tried: no C++ compiler was found"),
+        (59.0, "", "not tried: the run takes 59 s, and compiling takes a minute or two"),
     ],
 )
 def test_compiling_is_tried_where_it_can_pay(seconds: float, lacking: str, problem: str | None) -> None:
-    (setting,) = measure.compilations(recipe(), row("best", seconds, precision="bf16", chunked_loss=True), lacking)
+    (setting,) = measure.compilation_to_measure(
+        recipe(), row("best", seconds, precision="bf16", chunked_loss=True), lacking
+    )
 
     assert setting.problem == problem
     assert setting.changes == {"precision": "bf16", "chunked_loss": True, "torch_compile": True}
     for train in ({"torch_compile": False}, {"placement": "zero2"}):
-        assert measure.compilations(recipe(train=train), row("best", seconds), lacking) == []
+        assert measure.compilation_to_measure(recipe(train=train), row("best", seconds), lacking) == []
 
 
 # ---- what is taken ---------------------------------------------------------------------------------------------
@@ -119,7 +127,7 @@ def test_compiling_is_tried_where_it_can_pay(seconds: float, lacking: str, probl
 def test_fastest_that_fits_is_taken_the_earliest_of_equals(
     rows: list[tuple[str, float, str]], expected: str | None
 ) -> None:
-    best = measure.fastest([row(*one) for one in rows])
+    best = measure.find_fastest([row(*one) for one in rows])
 
     assert (None if best is None else best.name) == expected
 
@@ -139,7 +147,9 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
         "torch_compile": True,
     }
 
-    result = with_reasons(plan(settings=settings), changes, lambda old: "derived" if " " in old.name else "measured")
+    result = settings_with_reasons(
+        plan(settings=settings), changes, lambda old: "derived" if " " in old.name else "measured"
+    )
 
     assert [(one.name, one.value, one.reason) for one in result] == [
         ("train.precision", "bf16", "measured"),
@@ -170,7 +180,7 @@ TIME = TimeNeed(
 def test_outcome_of_a_probe_becomes_a_row(
     status: Any, changes: dict[str, Any], problem: str | None, tokens_per_second: float
 ) -> None:
-    result = measured(row("a", 0.0), outcome(status, **changes), 4000.0, 2 * GIB)
+    result = with_measurements(row("a", 0.0), outcome(status, **changes), 4000.0, 2 * GIB)
 
     assert result.problem == problem
     assert result.tokens_per_second == tokens_per_second  # without padding

@@ -11,10 +11,10 @@ from fulltune.records.training import Outcome
 from fulltune.train.parent.next_attempt import (
     MAX_UNCHANGED,
     NextAttempt,
-    killed_too_often,
-    next_attempt,
-    no_way_out,
-    unknown,
+    killed_too_often_message,
+    no_estimate,
+    out_of_memory_messages,
+    plan_next_attempt,
 )
 from tests.plans import MIB, need, outcome, plan, recipe
 
@@ -26,7 +26,7 @@ def walk(recipe: Any, start: Plan, phase: str | None = "step", **facts: Any) -> 
     present, history, changes = start, [], []
     while True:
         history.append(outcome("out_of_memory", len(history) + 1, phase=phase))
-        change = next_attempt(recipe, present, history, facts.get("need", unknown))
+        change = plan_next_attempt(recipe, present, history, facts.get("need", no_estimate))
         if change is None:
             return changes
         assert change.resume
@@ -150,7 +150,7 @@ def test_the_micro_batch_falls_as_far_as_the_shortage_says(used: int, requested:
     reason = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {requested * MIB} bytes."
     last = outcome("out_of_memory", phase="step", memory_growth_bytes=used * MIB, reason=reason)
 
-    change = next_attempt(recipe("causal-lm"), plan(), [last], need)
+    change = plan_next_attempt(recipe("causal-lm"), plan(), [last], need)
 
     assert change is not None
     assert change.plan.micro_batch_size == expected
@@ -163,32 +163,32 @@ def test_the_micro_batch_falls_as_far_as_the_shortage_says(used: int, requested:
 def test_killed_goes_on_as_it_was_some_times_and_is_never_taken_for_memory() -> None:
     why = "the training process was killed (SIGKILL)"
     killed = outcome("killed", phase="evaluation", reason=why)
-    reason = f"{why}; resuming from the last sound checkpoint"
+    reason = f"{why}; resuming from the last undamaged checkpoint"
     for kills in range(1, MAX_UNCHANGED["killed"] + 1):
-        assert next_attempt(recipe(), plan(), [killed] * kills) == NextAttempt(plan(), True, reason)
-    assert next_attempt(recipe(), plan(), [killed] * (MAX_UNCHANGED["killed"] + 1)) is None
+        assert plan_next_attempt(recipe(), plan(), [killed] * kills) == NextAttempt(plan(), True, reason)
+    assert plan_next_attempt(recipe(), plan(), [killed] * (MAX_UNCHANGED["killed"] + 1)) is None
     for fact in (why, "5 times in this command", "without a sign that memory", "train.micro_batch_size"):
-        assert fact in killed_too_often(killed)
+        assert fact in killed_too_often_message(killed)
 
 
 def test_killed_before_does_not_make_memory_of_another_attempt_worse() -> None:
     history = [outcome("killed", phase="saving"), outcome("out_of_memory", 2, phase="saving")]
-    change = next_attempt(recipe(), plan(), history)
+    change = plan_next_attempt(recipe(), plan(), history)
     assert change is not None
     assert change.plan == plan(), "once more as it was, as after the first shortage"
 
 
 def test_hung_is_tried_once_as_it_was() -> None:
     hung = outcome("hung", reason="it sent no heartbeat")
-    assert next_attempt(recipe(), plan(), [hung]) == NextAttempt(
-        plan(), True, "it sent no heartbeat; resuming from the last sound checkpoint"
+    assert plan_next_attempt(recipe(), plan(), [hung]) == NextAttempt(
+        plan(), True, "it sent no heartbeat; resuming from the last undamaged checkpoint"
     )
-    assert next_attempt(recipe(), plan(), [hung, hung]) is None
+    assert plan_next_attempt(recipe(), plan(), [hung, hung]) is None
 
 
 @pytest.mark.parametrize("status", ["crashed", "stopped_by_guard", "disk_full"])
 def test_other_failures_are_not_tried_again(status: str) -> None:
-    assert next_attempt(recipe(), plan(), [outcome(status)]) is None
+    assert plan_next_attempt(recipe(), plan(), [outcome(status)]) is None
 
 
 def test_a_shortage_that_passes_while_saving_costs_nothing_but_a_second_one_does() -> None:
@@ -196,8 +196,8 @@ def test_a_shortage_that_passes_while_saving_costs_nothing_but_a_second_one_does
     saving = outcome("out_of_memory", phase="saving")
     history: list[Outcome] = [outcome("out_of_memory", phase="step"), saving]
 
-    again = next_attempt(recipe(), plan(), history)
-    second = next_attempt(recipe(), plan(), [*history, saving])
+    again = plan_next_attempt(recipe(), plan(), history)
+    second = plan_next_attempt(recipe(), plan(), [*history, saving])
 
     assert again is not None
     assert again.plan == plan()
@@ -212,7 +212,7 @@ def test_reason_says_what_was_short_and_what_changes() -> None:
     reason = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {90 * MIB} bytes."
     last = outcome("out_of_memory", phase="step", memory_growth_bytes=1100 * MIB, reason=reason)
 
-    change = next_attempt(recipe("causal-lm"), plan(memory=need(plan())), [last], need)
+    change = plan_next_attempt(recipe("causal-lm"), plan(memory=need(plan())), [last], need)
 
     assert change is not None
     assert change.reason == (
@@ -251,7 +251,7 @@ def test_message_at_the_end_shows_every_fallback() -> None:
     last = last.model_copy(update={"memory": need(last)})
     failed = outcome("out_of_memory", 3, phase="step", reason="MemoryError", memory_growth_bytes=400 * MIB)
 
-    lines = no_way_out(fixed, last, failed, ["first change", "second change"])
+    lines = out_of_memory_messages(fixed, last, failed, ["first change", "second change"])
 
     assert lines == [
         "memory ran out in a training step with 400 MiB in use (in the plan, mostly optimizer: 200 MiB): MemoryError",

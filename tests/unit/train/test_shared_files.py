@@ -22,7 +22,7 @@ def test_whole_tensors_are_read_as_parts_are(
     folder = tmp_path / fsdp2.FOLDER
     folder.mkdir()
 
-    fsdp2.write_by_file(
+    fsdp2.write_gathered_by_file(
         {name: one.to("meta") for name, one in tensors.items()}, tensors.__getitem__, folder, most_bytes
     )
 
@@ -34,7 +34,7 @@ def test_whole_tensors_are_read_as_parts_are(
         name: one.shape for name, one in tensors.items()
     }
     found = {name: torch.empty(one.shape) for name, one in tensors.items()}
-    fsdp2.read(found, tmp_path)
+    fsdp2.read_into_tensors(found, tmp_path)
     assert all(torch.equal(found[name], one) for name, one in tensors.items())
 
 

@@ -1,1 +1,1 @@
-"""Drift, replay and the budget for forgetting."""
+

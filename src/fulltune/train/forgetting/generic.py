@@ -1,5 +1,3 @@
-"""Measures drift on generic text, and replays some of it against forgetting."""
-
 from __future__ import annotations
 
 import hashlib
@@ -37,10 +35,10 @@ from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 
 TOP_TOKENS = 64
-"""How many of the most likely next tokens have their probability stored; all others count as one token."""
+"""Number of most likely next tokens whose probability is stored."""
 _MIN_REST = 1e-6
 _MAX_LOGITS = 2**24
-"""Maximum number of logits in one pass: 64 MiB."""
+"""Maximum number of logits per pass: 64 MiB."""
 
 
 class DriftMonitor(TrainingPart):
@@ -60,7 +58,7 @@ class DriftMonitor(TrainingPart):
             texts = split.selection if split else load_generic_texts(preserve.probe, num_texts)[0]
             # Steering needs a precise drift. Short texts cost less, so more of them are read.
             count = max(num_texts, count_texts_for(texts, num_texts * GENERIC_TOKENS)) if split else len(texts)
-            self.text = self.text_of(texts[:count])
+            self.text = self.tokenize(texts[:count])
             all_texts = [*split.selection, *split.sealed, *split.replayed] if split else texts
             self.identity = hashlib.sha256("\0".join(all_texts).encode()).hexdigest()[:16]
 
@@ -69,7 +67,7 @@ class DriftMonitor(TrainingPart):
         model = self.trainer.model
         return min(MOST_TOKENS, (position_limit(model.config) or MOST_TOKENS) - virtual_tokens_of(model))
 
-    def text_of(self, texts: Sequence[str]) -> GenericText:
+    def tokenize(self, texts: Sequence[str]) -> GenericText:
         """Tokenise texts for this model."""
         plan, writes = self.inputs.plan, self.inputs.summary.form.reads_any_text
         # Not above the eval batch size, which falls when an evaluation runs out of memory.
@@ -85,26 +83,26 @@ class DriftMonitor(TrainingPart):
         return why_texts_are_weak(text, first, vocabulary, tokenizer.unk_token_id)
 
     def scores(self) -> dict[str, float]:
-        """Return `drift` and its standard error `drift_error`, or nothing if drift cannot be measured."""
-        drift = self.read()
+        """Return `drift` and its standard error `drift_error`, or {} if drift cannot be measured."""
+        drift = self.measure_drift()
         return {} if drift is None else {"drift": drift.mean, "drift_error": drift.error}
 
-    def read(self) -> Drift | None:
-        """Measure the drift from the pretrained model, or return None if that is impossible."""
+    def measure_drift(self) -> Drift | None:
+        """Measure the drift from the pretrained model; return None if that is impossible."""
         trainer, plan = self.trainer, self.inputs.plan
         is_start = trainer.state.global_step == 0
         # Without a start there is nothing to compare with.
         if self.text is None or (self.start is None and not is_start):
             return None
         try:
-            with self.inputs.journal.during("evaluation"):
-                now = self.text.measure(trainer.forward_model, trainer.head, trainer.alive)
+            with self.inputs.journal.phase_within("evaluation"):
+                now = self.text.measure(trainer.forward_model, trainer.head, trainer.write_heartbeat)
         except Exception as error:
             if is_out_of_memory(error) or not is_start or plan.generic.budget is not None:
                 raise
             # A mere observer must not end a run: it warns, and the report has no drift curve.
             self.text = None
-            self.inputs.warn(f"drift on generic text is not measured: {type(error).__name__}: {error}"[:300])
+            self.inputs.warn(f"drift on generic text cannot be measured: {type(error).__name__}: {error}"[:300])
             return None
         if is_start or self.start is None:
             self.start = now
@@ -120,23 +118,24 @@ class DriftMonitor(TrainingPart):
         self.start = state.get("generic")
 
     def _check_texts(self, identity: str | None) -> None:
-        """If the texts differ from the checkpoint's, raise an error if there is a budget, else stop measuring."""
+        """If the texts differ from the checkpoint's, raise `SetupError` if there is a budget, else stop measuring."""
         if self.text is None or identity in (None, self.identity):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED
-        problem = f"preserve.probe: {probe}: the texts changed since this run began, so their drift cannot be compared"
+        problem = (
+            f"preserve.probe: {probe}: the texts changed since this run began, so drift on them cannot be compared"
+        )
         if self.inputs.plan.generic.budget is not None:
-            raise SetupError(f"{problem}; put the old file back, or start a new run (--fresh)")
+            raise SetupError(f"{problem}; restore the old file, or start a new run (--fresh)")
         self.text = None
-        self.inputs.warn(f"{problem}; drift is not measured from here on")
+        self.inputs.warn(f"{problem}; drift is no longer measured")
 
 
 class Replay(TrainingPart):
     """Adds to each step the gradient of a distillation loss, which compares the model with the pretrained one on
     generic texts.
 
-    The loss weight is adjusted to the drift, measured every `steer_steps` steps, so that the run stays within its
-    forgetting budget.
+    The loss weight follows the measured drift, so that the run stays within its forgetting budget.
     """
 
     def __init__(
@@ -150,17 +149,17 @@ class Replay(TrainingPart):
         """The pretrained model's outputs for each text: a language model's log probabilities and ids, float16 and int32
         [tokens, `TOP_TOKENS`]; for others the mean hidden state, float64 [hidden]."""
 
-    def rows_of(self, step: int) -> list[int]:
-        """Return the indices of a step's texts. Steps count from 1, and no text repeats before all have been used, in
-        random order."""
+    def texts_of_step(self, step: int) -> list[int]:
+        """Return the positions of the texts that a step, counted from 1, replays. All texts are used, in random order,
+        before one repeats."""
         plan, count = self.inputs.plan, len(self.text.ids)
         places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
         orders = {cycle: _shuffled_order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
         return [orders[place // count][place % count] for place in places]
 
-    def remember(self) -> None:
+    def store_pretrained_outputs(self) -> None:
         """Store the pretrained model's outputs for all texts."""
-        model, between = self.trainer.model, self.trainer.alive
+        model, between = self.trainer.model, self.trainer.write_heartbeat
         if not self.text.writes:
             self.before = list(self.text.measure(model, between_batches=between))
             return
@@ -177,10 +176,10 @@ class Replay(TrainingPart):
         self.before = outputs
 
     def add_gradient(self) -> None:
-        """Add the replay loss's gradient on this rank's texts, with dropout off so that no random number is drawn."""
+        """Add the replay loss's gradient on this rank's texts, without dropout."""
         trainer = self.trainer
         model, arguments = trainer.model, trainer.args
-        texts = self.rows_of(trainer.state.global_step + 1)
+        texts = self.texts_of_step(trainer.state.global_step + 1)
         mine = texts[arguments.process_index :: arguments.world_size]
         tokens = sum(len(self.text.ids[position]) - 1 for position in texts)
         share = arguments.world_size / (tokens if self.text.writes else len(texts))
@@ -197,9 +196,13 @@ class Replay(TrainingPart):
                 (loss if scaler is None else scaler.scale(loss)).backward()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Adjust the loss weight to the measured drift."""
+        """Adjust the loss weight to the measured drift every `steer_steps` steps."""
         plan, step = self.inputs.plan, state.global_step
-        if step % plan.generic.steer_steps or step >= plan.total_steps or (drift := self.monitor.read()) is None:
+        if (
+            step % plan.generic.steer_steps
+            or step >= plan.total_steps
+            or (drift := self.monitor.measure_drift()) is None
+        ):
             return
         rate = cast("Any", self.trainer.lr_scheduler).get_last_lr()[0] / plan.learning_rate
         self.weight = next_replay_weight(self.weight, drift, self.limit, rate, self.bounds)
@@ -212,7 +215,7 @@ class Replay(TrainingPart):
         self.weight = state["replay_weight"]
 
     def _distance_from_pretrained(self, positions: Sequence[int]) -> torch.Tensor:
-        """Return the summed distance between these texts' outputs and the pretrained model's."""
+        """Return the summed distance of these texts' outputs from the pretrained model's."""
         model, device = self.trainer.model, self.trainer.args.device
         if not self.text.writes:
             stacked = np.stack([self.before[position] for position in positions])
@@ -221,26 +224,26 @@ class Replay(TrainingPart):
         logs = F.log_softmax(self._next_token_logits(positions).float(), dim=-1)
         stored = (np.concatenate([self.before[position][part] for position in positions]) for part in (0, 1))
         before, ids = (torch.as_tensor(part, device=device) for part in stored)
-        return divergence(before.float(), logs.gather(-1, ids.long()))
+        return kl_divergence(before.float(), logs.gather(-1, ids.long()))
 
     def _next_token_logits(self, positions: Sequence[int]) -> torch.Tensor:
+        """Return the logits of each next token in these texts: [tokens, vocabulary]."""
         texts, device = [self.text.ids[position] for position in positions], self.trainer.args.device
         ids = padded(texts, self.text.pad_token_id).to(device)
         labels = padded([[IGNORED, *text[1:]] for text in texts], IGNORED).to(device)
         mask = padded([[1] * len(text) for text in texts], 0).to(device)
-        with self.trainer.selecting(labels, whole=True):
+        with self.trainer.computing_needed_logits(labels, whole=True):
             logits = self.trainer.model(input_ids=ids, attention_mask=mask).logits
         return logits[causal_lm.target_ids(labels) != IGNORED] if logits.dim() == 3 else logits
 
 
-def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
-    """Return the replay of generic text, or no parts if the plan has none. The model must still have its pretrained
-    weights."""
+def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
+    """Create the replay of generic text, or return [] if none is planned. The model must still be pretrained."""
     plan, rows, budget = inputs.plan, inputs.plan.generic.replay_rows, inputs.plan.generic.budget
     if budget is None or not rows or inputs.request.probe:
         return []
-    with inputs.journal.during("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
-        text = monitor.text_of(load_budget_texts(inputs.recipe.preserve).replayed[: plan.total_steps * rows])
+    with inputs.journal.phase_within("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
+        text = monitor.tokenize(load_budget_texts(inputs.recipe.preserve).replayed[: plan.total_steps * rows])
     # Read at most the tokens of a micro batch, and few logits; with activation checkpointing one text, as that does
     # nothing in evaluation mode.
     at_once = plan.micro_batch_size * inputs.summary.max_length // monitor.max_tokens
@@ -249,14 +252,14 @@ def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingP
     at_once = 1 if plan.activation_checkpointing else max(1, min(rows, at_once))
     replay = Replay(inputs, monitor, text, at_once, budget)
     inputs.recorder.phase("reading generic text with the pretrained model")
-    with inputs.journal.during("evaluation"):
-        replay.remember()
+    with inputs.journal.phase_within("evaluation"):
+        replay.store_pretrained_outputs()
     return [replay]
 
 
-def divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Return the summed KL divergence in nats between log probabilities [positions, tokens]; the rest of the vocabulary
-    counts as one token."""
+def kl_divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Return the summed KL divergence in nats between log probabilities [positions, tokens]; all other tokens count as
+    one."""
     rest_before, rest_now = ((1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (before, now))
     return (before.exp() * (before - now)).sum() + (rest_before * (rest_before.log() - rest_now.log())).sum()
 

@@ -1,5 +1,3 @@
-"""Interpolates between pretrained and trained weights to keep the budget for forgetting."""
-
 from __future__ import annotations
 
 import hashlib
@@ -35,13 +33,14 @@ from fulltune.train.forgetting.generic import DriftMonitor
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
 
-PHASE = "choosing how far to go within the budget for forgetting"
+PHASE = "choosing weights within the budget for forgetting"
 
 
 class WeightInterpolation:
     """Interpolates a model's trained weights between those before step 1 and those after training."""
 
     def __init__(self, model: PreTrainedModel, before: Path, after: Path) -> None:
+        """Save the trained weights to `after`; `before` holds those before step 1."""
         sharding.free_gathered_weights(model)
         self.model, self.trained, self.before, self.after = model, methods.trainable_parameters(model), before, after
         tensors = {name: sharding.local_tensor(parameter.detach()).cpu() for name, parameter in self.trained.items()}
@@ -51,9 +50,9 @@ class WeightInterpolation:
             digest.update(sharding.full_tensor(parameter.detach()).cpu().flatten().view(torch.uint8).numpy().data)
         self.digest = digest.hexdigest()[:16]
 
-    def put(self, share: float) -> None:
+    def set_weights(self, share: float) -> None:
         """Set the weights to `share` of the way from pretrained (0) to trained (1). Of LoRA's two matrices only B is
-        scaled, which scales their product."""
+        scaled."""
         sharding.free_gathered_weights(self.model)
         with safe_open(self.before, "pt") as before, safe_open(self.after, "pt") as after, torch.no_grad():
             for name, parameter in self.trained.items():
@@ -64,12 +63,11 @@ class WeightInterpolation:
                 sharding.local_tensor(parameter).copy_(value.to(parameter.dtype))
 
 
-def keep_within(
+def keep_within_budget(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Sequence[Row]], float]
 ) -> BudgetResult | None:
-    """Interpolate the weights so that drift stays within the budget, and certify the result on sealed texts; return
-    None if there is no budget. A saved result for the same weights is reused. `score` returns the metric of eval
-    rows."""
+    """Interpolate the weights so that drift stays within the budget, and certify the result on texts kept for this;
+    return None without a budget. A saved result for the same weights is reused."""
     plan, request = inputs.plan, inputs.request
     if plan.generic.budget is None:
         return None
@@ -91,7 +89,7 @@ def keep_within(
                 result.save(record)
             inputs.recorder.write(Certified(result=result))
         assert result is not None
-        interpolation.put(result.choice.share)
+        interpolation.set_weights(result.choice.share)
         return result
     finally:
         after.unlink(missing_ok=True)
@@ -104,41 +102,43 @@ def _choose_and_certify(
     score: Callable[[Sequence[Row]], float],
     opening_times: tuple[str, ...],
 ) -> BudgetResult:
+    """Choose the largest share of training within the budget, and measure its drift on the texts kept for
+    certification."""
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None
     texts = load_budget_texts(inputs.recipe.preserve)
-    selection, sealed = monitor.text_of(texts.selection), monitor.text_of(texts.sealed)
+    selection, sealed = monitor.tokenize(texts.selection), monitor.tokenize(texts.sealed)
     is_language_model = inputs.summary.form.reads_any_text
     limit = limit_of(budget, is_language_model)
     rows = _sample_eval_rows(inputs, trainer)
 
     def read(share: float, text: GenericText) -> np.ndarray:
-        interpolation.put(share)
-        return text.measure(trainer.model, trainer.head, trainer.alive)
+        interpolation.set_weights(share)
+        return text.measure(trainer.model, trainer.head, trainer.write_heartbeat)
 
     start = read(0.0, selection)
 
-    def measure(share: float) -> InterpolationPoint:
+    def measure_point(share: float) -> InterpolationPoint:
         # With sharded weights all ranks run this and must stop together; otherwise only rank 0 does.
-        if stop.any_asked(trainer.args) if trainer.is_shared else stop.is_asked:
-            raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
-        interpolation.put(share)
+        if stop.is_requested_on_any_rank(trainer.args) if trainer.is_shared else stop.is_requested:
+            raise InterruptedRun("stopped on request while choosing weights within the budget; training is complete")
+        interpolation.set_weights(share)
         drift = mean_drift(start, start if share == 0 else read(share, selection))
         return InterpolationPoint(share=share, drift=drift, metric=score(rows))
 
-    with inputs.journal.during("evaluation"):
-        points = [measure(share) for share in (0.0, *SHARES)]
-        points += _refine_near_limit(points, limit, measure)
+    with inputs.journal.phase_within("evaluation"):
+        points = [measure_point(share) for share in (0.0, *SHARES)]
+        points += _refine_near_limit(points, limit, measure_point)
         choice = best_point_within(points, limit, plan.greater_is_better)
         sealed_drift = None
         if not choice.is_start:
             opening_times = (*opening_times, datetime.now().astimezone().isoformat(timespec="seconds"))
             sealed_drift = mean_drift(read(0.0, sealed), read(choice.share, sealed))
-    result = "no point within the budget; the sealed texts were not used"
+    result = "no trained weights are within the budget; the sealed texts were not used"
     if sealed_drift is not None:
         verdict = "PASS" if sealed_drift.upper <= limit else "FAIL"
-        result = f"{len(sealed.ids)} sealed generic texts were opened: {verdict}"
+        result = f"measured on {len(sealed.ids)} sealed generic texts: {verdict}"
     inputs.journal.write("budget for forgetting", result)
     return BudgetResult(
         trial=plan.trial,
@@ -168,7 +168,7 @@ def _sample_eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[R
 def _refine_near_limit(
     points: list[InterpolationPoint], limit: float, measure: Callable[[float], InterpolationPoint]
 ) -> list[InterpolationPoint]:
-    """Measure extra points near where drift first exceeds `limit`, and return only the new points."""
+    """Measure further points near where drift first exceeds `limit`, and return only those."""
     refined: list[InterpolationPoint] = []
     for _ in range(REFINEMENTS):
         tried = sorted([*points, *refined], key=lambda point: point.share)

@@ -1,1 +1,1 @@
-"""transformers' Trainer, and fulltune's additions to it."""
+

@@ -1,5 +1,3 @@
-"""Maps settings to `transformers.TrainingArguments`."""
-
 from __future__ import annotations
 
 import importlib.util
@@ -20,11 +18,9 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
-    """Refuse a recipe that cannot be trained, before any row is read.
-
-    Checks the recipe, ZeRO's settings and, with `runs_here`, the installed packages.
-    """
+def check_trainable(recipe: Recipe, *, check_packages: bool = True) -> None:
+    """Raise `RecipeError` for settings that cannot be trained, and `SetupError`, if `check_packages` is set, for
+    missing packages."""
     problems = recipe_rules.problems_of(recipe)
     if recipe.train.engine_by:
         try:
@@ -33,12 +29,12 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
             problems += error.problems
     if problems:
         raise RecipeError(problems)
-    missing = _missing_packages(recipe) if runs_here else []
+    missing = _missing_package_messages(recipe) if check_packages else []
     if missing:
         raise SetupError(missing)
 
 
-def _missing_packages(recipe: Recipe) -> list[str]:
+def _missing_package_messages(recipe: Recipe) -> list[str]:
     problems = []
     if recipe.train.report_to:
         from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -49,7 +45,7 @@ def _missing_packages(recipe: Recipe) -> list[str]:
             for name in recipe.train.report_to
             if name not in (*present, *NO_PACKAGES)
         ]
-    package, install = package_of(recipe.train.optim or "")
+    package, install = package_for_optimizer(recipe.train.optim or "")
     if package and importlib.util.find_spec(package) is None:
         problems.append(f"train.optim: '{recipe.train.optim}' needs a package that is missing; pip install {install}")
     if recipe.train.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
@@ -62,8 +58,9 @@ def _missing_packages(recipe: Recipe) -> list[str]:
     return [*problems, *parallel_layout.missing_package_problems(recipe)]
 
 
-def package_of(optim: str) -> tuple[str, str]:
-    """Return the module and the package that an optimizer needs, or empty strings for torch's and fulltune's own."""
+def package_for_optimizer(optim: str) -> tuple[str, str]:
+    """Return the module that an optimizer needs and its pip package, or two empty strings for torch's and fulltune's
+    own."""
     if optim in OWN_OPTIMIZERS:
         return "", ""
     if optim in ("adamw_torch_4bit", "adamw_torch_8bit"):
@@ -88,12 +85,12 @@ _KERNELS = {
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
-"""For each attention implementation, the modules of which one is needed."""
+"""Modules, of which an attention implementation needs one."""
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
 
 
 def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> TrainingArguments:
-    """Convert recipe and plan to transformers' `TrainingArguments`; all other arguments keep their defaults."""
+    """Convert recipe and plan to transformers' `TrainingArguments`, with output folder `checkpoints`."""
     from transformers import TrainingArguments
 
     train = recipe.train
@@ -128,7 +125,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
         "eval_steps": plan.eval_steps,
         "save_strategy": "steps",
         "save_steps": plan.save_steps,
-        # `checkpoints.keep_few` counts only whole checkpoints and keeps the best one.
+        # `checkpoints.delete_old_checkpoints` counts only whole checkpoints and keeps the best one.
         "save_total_limit": None,
         "metric_for_best_model": plan.metric,
         "greater_is_better": plan.greater_is_better,
@@ -153,18 +150,19 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
     try:
         arguments = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise _translate_error(" ".join(str(error).split()), isinstance(error, RuntimeError), plan) from None
+        raise _error_from_transformers(" ".join(str(error).split()), isinstance(error, RuntimeError), plan) from None
     if arguments.n_gpu > 1:
         # The Trainer would split each micro batch over all visible GPUs (DataParallel) and scale the loss.
         arguments._n_gpu = 1
     return arguments
 
 
-def _translate_error(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
+def _error_from_transformers(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
+    """Convert an error of `TrainingArguments` to `SetupError` if a connection failed, else to `RecipeError`."""
     if not is_runtime_error or re.search("gloo|nccl|connect|socket", message, re.IGNORECASE) is None:
         return RecipeError(f"train: transformers refuses these settings: {message}")
     return SetupError(
         f"train.num_processes: {plan.num_processes} processes cannot reach each other: {message}; on several machines, "
-        "name the network interface that leads to the others in GLOO_SOCKET_IFNAME (on GPUs also in "
-        "NCCL_SOCKET_IFNAME), and open the machines' ports to each other"
+        "set GLOO_SOCKET_IFNAME (on GPUs also NCCL_SOCKET_IFNAME) to the network interface that reaches the others, "
+        "and open the ports between them"
     )

@@ -1,5 +1,3 @@
-"""Trainer callbacks for progress, checkpoints, stop requests and measured updates."""
-
 from __future__ import annotations
 
 import json
@@ -27,10 +25,9 @@ from fulltune.train.request import Request
 from fulltune.train.usage import ResourceUsage
 
 MEASUREMENTS = 20
-"""Measured steps per run."""
 SAMPLED_VALUES = 256
 LOW_IN_A_ROW = 3
-"""Consecutive measurements below `EATEN` that cause a warning."""
+"""This many measurements in a row below `EATEN` cause a warning."""
 
 
 @dataclass(eq=False)
@@ -38,7 +35,7 @@ class Recorder:
     """Appends each event as a JSON line to `metrics.jsonl`."""
 
     path: Path | None
-    """File to append to, or None on ranks other than 0."""
+    """None on ranks other than 0."""
     listener: Listener | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -67,15 +64,15 @@ class Progress(TrainerCallback):
     recorder: Recorder
     journal: Journal
     usage: ResourceUsage
-    begin: Callable[[], None]
+    before_first_step: Callable[[], None]
     first: tuple[float, int, float] | None = None
-    """Time, step and token count when training started."""
+    """Time, step and token count at the start of training."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Call `begin`, then record that training starts."""
-        self.begin()
+        """Call `before_first_step`, then record that training starts."""
+        self.before_first_step()
         self.recorder.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))
 
@@ -87,7 +84,7 @@ class Progress(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: object,
     ) -> None:
-        """Record a logged step with speed and remaining time."""
+        """Record a logged step with its loss, the speed and the remaining time."""
         if not state.is_world_process_zero or not logs or "loss" not in logs or self.first is None:
             return
         began, first_step, first_tokens = self.first
@@ -110,17 +107,17 @@ class Progress(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        # transformers 5.24 does not set it when several processes resume inside an epoch.
+        """Set the sampler's epoch, which transformers 5.24 omits if several processes resume within an epoch."""
         self.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self.journal.alive(state.global_step)
+        self.journal.write_heartbeat(state.global_step)
 
     on_substep_end = on_step_end = on_save = on_step_begin
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Record an evaluation's metrics."""
-        self.journal.alive(state.global_step)
+        """Record the metrics of an evaluation."""
+        self.journal.write_heartbeat(state.global_step)
         if not state.is_world_process_zero:
             return
         values = {name.removeprefix("eval_"): value for name, value in event["metrics"].items()}
@@ -134,7 +131,7 @@ def logged(state: TrainerState, name: str) -> list[float]:
 
 @dataclass(eq=False)
 class Checkpoints(TrainerCallback):
-    """Saves a checkpoint at each evaluation, seals it before old ones are deleted, and stops training early."""
+    """Saves a checkpoint at each evaluation, keeps only the newest and best ones, and stops training early."""
 
     request: Request
     journal: Journal
@@ -146,14 +143,14 @@ class Checkpoints(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Stop training early if the eval metric no longer improves."""
-        if self.is_over(state):
+        if self.should_stop_early(state):
             metric, patience = self.request.plan.metric, self.request.recipe.train.early_stopping_patience
-            self.journal.write("early stop", f"no better {metric} in {patience} evaluations")
+            self.journal.write("early stop", f"{metric} did not improve in {patience} evaluations")
             control.should_training_stop = True
 
-    def is_over(self, state: TrainerState) -> bool:
-        """Return whether early stopping ends the run. This is computed from the logged history, because a counter would
-        restart on resume."""
+    def should_stop_early(self, state: TrainerState) -> bool:
+        """Return whether early stopping ends the run, by the logged metrics, because a counter would restart on
+        resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and stopped_improving(
             logged(state, f"eval_{plan.metric}"),
@@ -163,37 +160,39 @@ class Checkpoints(TrainerCallback):
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Seal the new checkpoint, then delete old ones."""
-        with self.journal.during("saving"):
+        """Write the new checkpoint's checksums, then delete old checkpoints."""
+        with self.journal.phase_within("saving"):
             if args.world_size > 1:
                 torch.distributed.barrier()  # each rank writes its own random state
             if not state.is_world_process_zero:
                 return
             folder = self.request.checkpoints
             files.write_checksums(folder / f"checkpoint-{state.global_step}")
-            self.usage.disk(folder, *self.request.all_initial_weights)  # now it is at its fullest
-            checkpoints.keep_few(folder, self.request.recipe.train.save_total_limit, state.best_global_step)
+            self.usage.update_peak_disk(folder, *self.request.all_initial_weights)  # now it is at its fullest
+            checkpoints.delete_old_checkpoints(
+                folder, self.request.recipe.train.save_total_limit, state.best_global_step
+            )
 
 
 class StopOnRequest(TrainerCallback):
-    """Saves and stops training after a signal, on all ranks after the same step."""
+    """After a stop signal to any rank, saves a checkpoint and stops training on all ranks."""
 
-    is_asked = False
+    is_requested = False
 
-    def any_asked(self, args: TrainingArguments) -> bool:
-        """Return whether any rank was asked to stop; all ranks must call this."""
+    def is_requested_on_any_rank(self, args: TrainingArguments) -> bool:
+        """Return whether any rank received a stop signal. All ranks must call this."""
         if args.world_size == 1:
-            return self.is_asked
-        count = torch.tensor(float(self.is_asked), device=args.device)
+            return self.is_requested
+        count = torch.tensor(float(self.is_requested), device=args.device)
         torch.distributed.all_reduce(count)
-        any_asked = bool(count)
-        self.is_asked = self.is_asked or any_asked  # a signal may have come meanwhile
-        return any_asked
+        is_any = bool(count)
+        self.is_requested = self.is_requested or is_any  # a signal may have come meanwhile
+        return is_any
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Save and stop if any rank was asked to."""
+        """Save a checkpoint and stop training if any rank received a stop signal."""
         # The evaluation before step 1 has no step to save.
-        if state.global_step and self.any_asked(args):
+        if state.global_step and self.is_requested_on_any_rank(args):
             control.should_save = True
             control.should_training_stop = True
 
@@ -202,7 +201,7 @@ class StopOnRequest(TrainerCallback):
 
 @dataclass(eq=False)
 class UpdateMeter(TrainerCallback):
-    """Measures how some steps change the weights, and warns once if rounding removes the updates."""
+    """Measures how much some steps change the weights, and warns once if rounding removes most updates."""
 
     trainer: Guarded
     plan: Plan
@@ -211,7 +210,7 @@ class UpdateMeter(TrainerCallback):
     _eaten: int = 0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Sample the weights if this step is measured."""
+        """Copy samples of the weights if this step is measured."""
         step, total = state.global_step + 1, self.plan.total_steps
         # Only after the learning rate has risen from 0.
         is_measured = step % max(1, total // MEASUREMENTS) == 0 and step >= min(self.plan.warmup_steps + 2, total // 2)
@@ -219,11 +218,11 @@ class UpdateMeter(TrainerCallback):
             self._before = _sample_weights(self.trainer.model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Record how the sampled weights changed."""
+        """Record how much the copied samples changed."""
         before, self._before = self._before, {}
         if not before or state.global_step in self.trainer.guard_history.skipped or not state.is_world_process_zero:
             return
-        measured = compare_updates(state.global_step, before, _sample_weights(self.trainer.model))
+        measured = compare_samples(state.global_step, before, _sample_weights(self.trainer.model))
         self.recorder.write(measured)
         self._eaten = self._eaten + 1 if measured.changed_share < EATEN else 0
         # With stochastic or Kahan rounding most values stay the same in a step, and nothing is lost.
@@ -231,13 +230,13 @@ class UpdateMeter(TrainerCallback):
             dtypes = sorted({str(values.dtype).removeprefix("torch.") for values in before.values()})
             self.recorder.warn(
                 f"only {measured.changed_share:.0%} of the sampled values changed in step {state.global_step:,}: the "
-                f"updates are too small for {', '.join(dtypes)} weights. What helps: model.weights_dtype: fp32, "
-                "train.bf16_rounding: stochastic, or a higher rate"
+                f"updates are too small for {', '.join(dtypes)} weights; set model.weights_dtype: fp32, "
+                "train.bf16_rounding: stochastic, or a higher learning rate"
             )
 
 
-def compare_updates(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> UpdatesMeasured:
-    """Compute the share of values that a step changed, and the updates' median relative size."""
+def compare_samples(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> UpdatesMeasured:
+    """Compute the share of sampled values that a step changed, and the median relative size of a tensor's update."""
     numbers = [
         torch.stack([(after[name] != old).sum(), old.float().norm(), (after[name].float() - old.float()).norm()])
         for name, old in before.items()
@@ -253,7 +252,7 @@ def compare_updates(step: int, before: dict[str, torch.Tensor], after: dict[str,
 
 
 def _sample_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copy evenly spaced values of each trained weight, by name, except token embeddings."""
+    """Copy up to `SAMPLED_VALUES` evenly spaced values of each trained tensor, by name, except token embeddings."""
     # Without token embeddings, of which a step updates only the rows of tokens that it read.
     sharding.free_gathered_weights(model)
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()

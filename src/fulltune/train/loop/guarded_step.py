@@ -1,5 +1,3 @@
-"""Runs the step guard inside transformers' training step (`Trainer._run_epoch`, 5.24), just before the update."""
-
 from __future__ import annotations
 
 import logging
@@ -37,7 +35,7 @@ class Guarded:
     Skipping frees the gradients, so the optimizer's moments do not change either. DeepSpeed updates inside its backward
     pass, so each loss is judged before that pass, and no step is skipped.
 
-    Put it before your own Trainer. It raises `Diverged` when skipping does not help:
+    Put the mixin before your own Trainer. If skipping does not help, it raises `Diverged`:
 
         class Mine(fulltune.Guarded, SFTTrainer): ...
     """
@@ -54,20 +52,19 @@ class Guarded:
     tensors_with_gradient: frozenset[str] = frozenset()
     largest_grad_norm: float | None = None
     first_loss: float | None = None
-    """Loss of the first step, before its update."""
     last_losses: tuple[float, ...] = ()
     guard_history: StepHistory = StepHistory()
     skips: bool = True
-    """If True, suspect steps are skipped; else only non-finite ones."""
+    """If False, only non-finite steps are skipped."""
     batches: Sequence[Mapping[str, object]] = ()
     _losses: torch.Tensor | float = 0.0
     usual_loss: float = 0.0
-    """Loss of the last clean step, which is logged instead of a non-finite loss."""
+    """Loss of the last accepted step, which is logged instead of a non-finite loss."""
 
     _has_trained: bool = False
 
     def train(self, *positional: object, **keywords: object) -> TrainOutput:
-        """Train as the Trainer does; a second call starts with an empty guard history."""
+        """Call the Trainer's `train`. A second call starts with an empty guard history."""
         if self._has_trained:
             self.guard_history, self.last_losses = StepHistory(), ()
             self.first_loss, self.usual_loss = None, 0.0
@@ -77,7 +74,8 @@ class Guarded:
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run forward and backward on one micro batch (`input_ids[rows, tokens]`) and return its scalar loss."""
+        """Run forward and backward on one micro batch (`input_ids[rows, tokens]`), add its tokens and loss to the
+        step's, and return the loss."""
         if "attention_mask" in inputs:
             self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
         elif "input_ids" in inputs:  # packed texts fill their rows
@@ -95,20 +93,20 @@ class Guarded:
         return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-        """Return the Trainer's loss for one micro-batch; raise `Spiked` if it is non-finite and the backward pass would
-        also update the weights."""
+        """Return the Trainer's loss for one micro batch. If the backward pass also updates the weights, raise `Spiked`
+        for a non-finite loss."""
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
         if self._updates_in_backward and model.training:
             (total,) = self._sum_over_ranks(loss.detach().float())
             if not math.isfinite(total):
                 step = self.state.global_step + 1
-                reason = f"the loss is {total} at step {step}, before the update: the weights are still good"
+                reason = f"the loss is {total} at step {step}, before the update, so the weights are still good"
                 raise Spiked(f"{reason}. Usual cause: a learning rate that is too high", step)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
-        """Judge the step, and skip it or stop if it is bad. The Trainer calls this between clipping and update, with
-        the unclipped norm (a contract test checks that)."""
+        """Judge the step, which the Trainer calls between clipping and update: skip it or raise `Spiked` if it is bad.
+        Return the unclipped norm, or None if it is not finite."""
         losses, self._losses = self._losses, 0.0
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
         if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
@@ -158,7 +156,7 @@ class Guarded:
     def _judge_step(
         self, losses: torch.Tensor | float, norm: torch.Tensor | float | None
     ) -> tuple[StepVerdict, float, float | None]:
-        """Return the guard's verdict with the step's mean loss and gradient norm over the ranks."""
+        """Return the guard's verdict, the step's mean loss over the ranks, and the gradient norm or None."""
         in_engine = bool(self.is_deepspeed_enabled)
         if isinstance(norm, torch.Tensor):  # sharded by FSDP2
             norm = sharding.full_tensor(norm)
@@ -175,11 +173,11 @@ class Guarded:
             grad_norm = math.nan
         # DeepSpeed has updated already: too late to skip a suspect step.
         finite_only, step = not self.skips or in_engine, self.state.global_step + 1
-        verdict = step_guard.judge(
-            self.guard_history, step, loss, grad_norm, rows=rows, scaled=scaled, finite_only=finite_only
+        verdict = step_guard.judge_step(
+            self.guard_history, step, loss, grad_norm, rows=rows, is_loss_scaled=scaled, finite_only=finite_only
         )
         if not verdict.is_finite and self.accelerator.num_processes == 1 and not in_engine:
-            verdict = replace(verdict, reason=f"{verdict.reason}; {explain(self.model, self.batches)}")
+            verdict = replace(verdict, reason=f"{verdict.reason}; {explain_non_finite(self.model, self.batches)}")
         return verdict, loss, grad_norm
 
 
@@ -188,17 +186,18 @@ def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
     return all(bool(torch.stack(gradient.aminmax()).isfinite().all()) for gradient in gradients if gradient.numel())
 
 
-def explain(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
-    """Describe the cause of a step's non-finite values, such as the first module that produces one."""
+def explain_non_finite(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
+    """Describe what made a step non-finite, such as the first module whose output is not finite."""
     try:
-        return _non_finite_cause(model, batches)
+        return _find_non_finite_cause(model, batches)
     except Exception as error:  # a model that cannot be called without labels, or memory that runs out
-        return f"its origin could not be determined ({type(error).__name__}: {str(error)[:80]})"
+        return f"the cause could not be determined ({type(error).__name__}: {str(error)[:80]})"
 
 
-def _non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
+def _find_non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
+    """Find the cause, or raise any error of the model."""
     if all(_is_all_masked(batch.get("labels")) for batch in batches):
-        return "all its labels are masked, so there is nothing to learn from"
+        return "all labels are masked, so there is nothing to learn from"
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             return f"the weights of {name} are not finite"
@@ -206,8 +205,8 @@ def _non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, object]])
     computed = "in fp32" if dtypes == ["float32"] else f"computed in {', '.join(dtypes)}"
     for batch in batches:
         if module := _first_non_finite_module(model, batch):
-            return f"with finite weights, {module} is the first module whose output is not finite {computed}"
-    return f"each module's output is finite {computed}: it is the loss, the gradients, or a type with too small a range"
+            return f"the weights are finite, but {module} is the first module whose output is not finite {computed}"
+    return f"every module's output is finite {computed}; the loss, the gradients or a dtype's small range is the cause"
 
 
 def _is_all_masked(labels: object) -> bool:
@@ -215,21 +214,23 @@ def _is_all_masked(labels: object) -> bool:
 
 
 def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> str | None:
+    """Run the batch without dropout and return "name (class)" of the first module whose output is not finite, or
+    None."""
     names: list[str] = []
 
-    def watch(name: str, module: nn.Module) -> RemovableHandle:
-        def hook(_: nn.Module, __: object, output: object) -> None:
+    def add_hook(name: str, module: nn.Module) -> RemovableHandle:
+        def record_if_non_finite(_: nn.Module, __: object, output: object) -> None:
             # Masks contain infinities on purpose, but no module outputs only a mask.
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
             if not names and any(leaf.is_floating_point() and not bool(leaf.isfinite().all()) for leaf in tensors):
                 names.append(f"{name or 'the model'} ({type(module).__name__})")
 
-        return module.register_forward_hook(hook)
+        return module.register_forward_hook(record_if_non_finite)
 
     device = next(model.parameters()).device
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     inputs = {name: tensor.to(device) for name, tensor in tensors.items() if name not in ("labels", TRAINED)}
-    hooks = [watch(name, module) for name, module in model.named_modules()]
+    hooks = [add_hook(name, module) for name, module in model.named_modules()]
     model.eval()  # without dropout, so that no random number is drawn
     try:
         with torch.no_grad(), attention_precision(model, device.type):

@@ -1,5 +1,3 @@
-"""The inputs of an attempt."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,14 +13,14 @@ from fulltune.tasks import Task, task_named
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, StopOnRequest
-from fulltune.train.loop.step_guard import rate_factor
+from fulltune.train.loop.step_guard import learning_rate_factor
 from fulltune.train.request import Request
 from fulltune.train.usage import ResourceUsage
 
 
 @dataclass(frozen=True)
 class AttemptInputs:
-    """An attempt's request, data and listeners, which do not change while it runs."""
+    """What an attempt needs that does not change while it runs: request, data summary and listeners."""
 
     request: Request
     hooks: Hooks
@@ -50,7 +48,7 @@ class AttemptInputs:
 
     @property
     def is_main(self) -> bool:
-        """True for rank 0, which writes files."""
+        """True on rank 0, which writes files."""
         return self.journal.path is not None
 
     @property
@@ -59,19 +57,19 @@ class AttemptInputs:
         return self.hooks.compute_loss is not None
 
     @property
-    def highest_rate(self) -> float:
-        """Highest learning rate of body and head, reduced by rollbacks."""
+    def highest_learning_rate(self) -> float:
+        """Highest learning rate of body and head after past rollbacks."""
         highest = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
-        return highest * rate_factor(self.plan.rollbacks)
+        return highest * learning_rate_factor(self.plan.rollbacks)
 
     @cached_property
     def layout(self) -> ParallelLayout | None:
-        """How training state is sharded, or None if every rank holds all of it."""
+        """How training state is sharded, or None if every rank has a full copy."""
         return parallel_layout.layout_of(self.recipe)
 
     @property
     def in_engine(self) -> bool:
-        """True if ZeRO's engine trains the model; the engine is created only when training starts."""
+        """True if ZeRO's engine, created when training starts, trains the model."""
         return self.layout is not None and self.layout.engine == "zero"
 
     def warn(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Draws the order of the train rows, whatever the micro batch and the number of processes."""
+"""Orders the train rows, whatever the micro batch size and number of processes."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ padding (pool of 20: 11.7 %, 100: 4.1 %, random order: 65 %)."""
 
 @dataclass(frozen=True)
 class MixedSource:
-    """A source of mixed-in rows; each epoch uses some of them."""
+    """A source of mixed-in rows, of which each epoch uses `rows_per_epoch`."""
 
     rows: range
-    """Row numbers, after the task's rows."""
+    """Row numbers, which follow the task's own."""
     rows_per_epoch: int
 
-    def drawn(self, seed: int, epoch: int) -> list[int]:
-        """Return the row numbers for an epoch. Each epoch continues where the last one ended, and the rows are
-        reshuffled after the last row."""
+    def rows_of_epoch(self, seed: int, epoch: int) -> list[int]:
+        """Return the row numbers for an epoch, which continues where the previous one ended. Once all rows have been
+        used, they are reshuffled."""
         start, end = epoch * self.rows_per_epoch, (epoch + 1) * self.rows_per_epoch
         size = len(self.rows)
         drawn: list[int] = []
         while start < end:
-            round_, first = divmod(start, size)
-            part = self._shuffled_rows(seed, round_)[first : first + end - start]
+            cycle, first = divmod(start, size)
+            part = self._shuffled_rows(seed, cycle)[first : first + end - start]
             drawn += part.tolist()
             start += len(part)
         return drawn
 
-    def _shuffled_rows(self, seed: int, round_: int) -> np.ndarray:
+    def _shuffled_rows(self, seed: int, cycle: int) -> np.ndarray:
+        """Return all row numbers in the random order of one cycle: [rows]."""
         # An array saves memory, as a generic source may have far more rows than the task.
-        name = f"{seed}:from {self.rows.start}:{round_}".encode()
+        name = f"{seed}:from {self.rows.start}:{cycle}".encode()
         # RandomState gives the same numbers in all versions of NumPy, which resuming needs.
         draw = np.random.RandomState(np.frombuffer(hashlib.sha256(name).digest(), "<u4"))
         return draw.permutation(len(self.rows)) + self.rows.start
@@ -49,8 +50,8 @@ class MixedSource:
 class GlobalBatchSampler:
     """Yields micro batches in an order that depends only on the seed and the epoch.
 
-    A smaller last global batch is spread evenly over the processes; rows are repeated only if it has fewer rows than
-    there are micro batches.
+    A smaller last global batch is spread evenly over the processes; rows repeat only if there are fewer rows than micro
+    batches.
     """
 
     # accelerate reads these. With a batch size it would fill small batches with the epoch's first rows.
@@ -80,11 +81,12 @@ class GlobalBatchSampler:
         return whole * self._num_micro_batches(self.global_batch_size) + self._num_micro_batches(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.global_batches():
+        for batch in self.batches_of_epoch():
             yield from self.micro_batches(batch)
 
     def micro_batches(self, batch: list[int]) -> Iterator[list[int]]:
-        """Split a global batch into equally many micro batches for each process."""
+        """Split a global batch of row numbers into micro batches, which go to the processes in turn, equally many to
+        each."""
         count = self._num_micro_batches(len(batch))
         if len(batch) < count:
             batch = (batch * count)[:count]
@@ -108,16 +110,17 @@ class GlobalBatchSampler:
     def steps_per_epoch(self) -> int:
         return -(-self.rows_per_epoch // self.global_batch_size)
 
-    def steps(self, first_step: int, last_step: int) -> Iterator[list[int]]:
-        """Yield the global batch of each step after `first_step`, up to `last_step`."""
+    def batches_of_steps(self, first_step: int, last_step: int) -> Iterator[list[int]]:
+        """Yield the row numbers of the global batches of steps `first_step` + 1 to `last_step`."""
         epochs = copy.copy(self)
         for epoch in range(first_step // self.steps_per_epoch, -(-last_step // self.steps_per_epoch)):
             epochs.set_epoch(epoch)
             begin = epoch * self.steps_per_epoch
-            yield from epochs.global_batches()[max(0, first_step - begin) : last_step - begin]
+            yield from epochs.batches_of_epoch()[max(0, first_step - begin) : last_step - begin]
 
-    def global_batches(self) -> list[list[int]]:
-        mixed = [row for source in self.mixed for row in source.drawn(self.seed, self.epoch)]
+    def batches_of_epoch(self) -> list[list[int]]:
+        """Return the row numbers of each global batch in the current epoch."""
+        mixed = [row for source in self.mixed for row in source.rows_of_epoch(self.seed, self.epoch)]
         batches = self._shuffled_batches([*range(self._task_rows), *mixed], f"{self.seed}:{self.epoch}")
         for number, step in enumerate(self.rollbacks, start=1):
             if step // self.steps_per_epoch == self.epoch:
@@ -127,15 +130,16 @@ class GlobalBatchSampler:
         return batches
 
     def tokens_by_source(self, steps: int) -> tuple[int, ...]:
-        """Count the tokens of the first `steps` steps: the task's, then each mixed source's."""
+        """Count the tokens of the first `steps` steps: the task's, then those of each mixed-in source."""
         starts = [source.rows.start for source in self.mixed]
         tokens = np.zeros(1 + len(starts))
-        for rows in self.steps(0, steps):
+        for rows in self.batches_of_steps(0, steps):
             tokens += np.bincount(np.searchsorted(starts, rows, side="right"), self.lengths[rows], len(tokens))
         return tuple(tokens.astype(np.int64).tolist())
 
     def _shuffled_batches(self, order: list[int], seed: str) -> list[list[int]]:
-        """Shuffle rows and split them into global batches of rows of similar length, if planned."""
+        """Shuffle row numbers and split them into global batches, of rows with similar length if `group_by_length` is
+        set."""
         draw = random.Random(seed)
         draw.shuffle(order)
         size = self.global_batch_size
@@ -150,10 +154,10 @@ class GlobalBatchSampler:
         rest = self._longest_first(order[whole:])
         return batches + ([rest] if rest else [])
 
-    def passes(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
-        """Yield, for each step after `first_step` up to `last_step`, the rows of each forward pass. Of passes that run
-        at the same time on several ranks, only the one with the longest row is included."""
-        for batch in self.steps(first_step, last_step):
+    def forward_passes(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
+        """Yield each step's forward passes, as lists of row numbers, for steps `first_step` + 1 to `last_step`. Of
+        passes that run together on several ranks, only the longest is included."""
+        for batch in self.batches_of_steps(first_step, last_step):
             parts = list(self.micro_batches(batch))
             together = range(0, len(parts), self.num_processes)
             yield [max(parts[at : at + self.num_processes], key=self._max_length) for at in together]

@@ -1,5 +1,3 @@
-"""The `Trainer` of a run."""
-
 from __future__ import annotations
 
 import contextlib
@@ -27,13 +25,12 @@ from fulltune.train import checkpoints
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.sampler import GlobalBatchSampler, MixedSource
-from fulltune.train.loop.step_guard import StepHistory, StepVerdict, rate_factor
+from fulltune.train.loop.step_guard import StepHistory, StepVerdict, learning_rate_factor
 from fulltune.train.optim import fsdp2, optimizers, zero
 from fulltune.train.optim.groups import planned_optimizer
 
 _MAX_NAMED_ROWS = 32
 ITEMS = "num_items"
-"""Key of a batch for the number of items in its loss."""
 
 Collate = Callable[[list[Row]], dict[str, Any]]
 
@@ -43,14 +40,14 @@ def _leave_process_group(worker: int) -> None:
         os.setpgrp()
 
 
-def collated(
+def collate_with_counts(
     rows: list[Row],
     collate: Collate,
     count_items: Callable[[torch.Tensor], int],
     head: SelectiveHead | None,
 ) -> dict[str, Any]:
-    """Collate rows on the host, and add values that are slow to read from the device: the number of items in the loss
-    and, for a selective head, the trained positions."""
+    """Collate rows on the host, and add two values that are slow to read from the device: the number of items in the
+    loss and, with a selective head, the trained positions."""
     batch = collate(rows)
     batch = batch | {ITEMS: count_items(batch["labels"])}
     if head is not None:
@@ -59,34 +56,28 @@ def collated(
 
 
 class TrainingPart(TrainerCallback):
-    """A Trainer callback with four more hooks. `_create_parts` in `worker/attempt.py` lists all parts."""
+    """A Trainer callback with four more hooks. `worker/attempt.py` lists all parts."""
 
     def add_gradient(self) -> None:
-        """Add gradients before the first micro batch of a step."""
+        """Add gradients before a step's first micro batch."""
 
     def scores(self) -> Mapping[str, float]:
         """Return the metrics of an evaluation, without the `eval_` prefix."""
         return {}
 
     def state(self) -> Mapping[str, Any]:
-        """Return plain values and arrays for the checkpoint; names are unique over all parts."""
+        """Return plain values and arrays for the checkpoint, under names that no other part uses."""
         return {}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Restore the part from a checkpoint's state of all parts."""
+        """Restore this part from a checkpoint's state of all parts."""
 
 
 class FullTrainer(Guarded, Trainer):
-    """The `transformers.Trainer` of a run.
-
-    Args:
-        mixed: The mixed-in sources among the train rows.
-        head_modules: Names of the modules with a learning rate of their own.
-        base_digest: Digest of the pretrained weights, or None if they are sharded.
-    """
+    """The `transformers.Trainer` of a run."""
 
     head: SelectiveHead | None = None
-    """Makes the model compute only the logits that the loss needs; if None, all logits are computed."""
+    """Makes the model compute only the logits that the loss needs. If None, all logits are computed."""
     parts: Sequence[TrainingPart] = ()
 
     def __init__(
@@ -99,6 +90,8 @@ class FullTrainer(Guarded, Trainer):
         base_digest: str | None = None,
         **keywords: Any,
     ) -> None:
+        """Create the Trainer for train rows of these `lengths` in tokens. Modules in `head_modules` get their own
+        learning rate; `base_digest` is None if the weights are sharded."""
         super().__init__(**keywords)
         plan = self._plan = inputs.plan
         self.sampler = GlobalBatchSampler(
@@ -127,7 +120,7 @@ class FullTrainer(Guarded, Trainer):
 
     @property
     def forward_model(self) -> nn.Module:
-        """The module for forward passes: DeepSpeed's engine if there is one, else the model."""
+        """DeepSpeed's engine if it is used, else the model."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
     @property
@@ -147,13 +140,13 @@ class FullTrainer(Guarded, Trainer):
         return cast("Sequence[Row]", self.eval_dataset)
 
     def add_parts(self, parts: Sequence[TrainerCallback]) -> None:
-        """Add callbacks; `TrainingPart`s among them also get their other hooks."""
+        """Add callbacks; `TrainingPart`s among them also get their additional hooks."""
         self.parts = [*self.parts, *(part for part in parts if isinstance(part, TrainingPart))]
         for part in parts:
             self.add_callback(part)
 
     def guard_state(self) -> dict[str, Any]:
-        """Return the state of the step guard and all parts for a checkpoint, by name."""
+        """Return the state of step guard and parts for a checkpoint, by name."""
         state = asdict(self.guard_history) | {"base_weights": self._base_digest}
         for part in self.parts:
             state |= part.state()
@@ -165,10 +158,10 @@ class FullTrainer(Guarded, Trainer):
         for part in self.parts:
             part.resume(state)
 
-    def alive(self, *_: object) -> None:
-        """Write a heartbeat during training; the dry run, which also scores rows, writes none."""
+    def write_heartbeat(self, *_: object) -> None:
+        """Write a heartbeat during training, but not during the dry run, which also scores rows."""
         if self.is_in_train:
-            self._journal.alive(self.state.global_step)
+            self._journal.write_heartbeat(self.state.global_step)
 
     def agreed(self, value: Any) -> Any:
         """Return rank 0's value if ranks share a sharded model, else this process's own."""
@@ -176,21 +169,21 @@ class FullTrainer(Guarded, Trainer):
 
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
         """Record a skipped step with its reason and train rows."""
-        rows = sorted(next(self.sampler.steps(step - 1, step)))
+        rows = sorted(next(self.sampler.batches_of_steps(step - 1, step)))
         named = first_few([f"{row + 1:,}" for row in rows], _MAX_NAMED_ROWS)
         self._journal.write("skipped", f"step {step}: {verdict.reason}; train rows {named}")
         self._recorder.write(StepSkipped(step=step, reason=verdict.reason, rows=tuple(rows)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Create the Trainer's schedule, with the learning rates reduced by the factor for past rollbacks."""
+        """Create the Trainer's schedule, with rates lowered by past rollbacks."""
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
-        if (lower := rate_factor(self._plan.rollbacks)) < 1:
+        if (lower := learning_rate_factor(self._plan.rollbacks)) < 1:
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
         return schedule
 
     def lower_rates(self) -> None:
-        """Reduce the learning rates restored from the checkpoint by the factor for past rollbacks."""
-        if rate_factor(self._plan.rollbacks) == 1:
+        """Lower the learning rates restored from the checkpoint, according to past rollbacks."""
+        if learning_rate_factor(self._plan.rollbacks) == 1:
             return
         schedule = getattr(self._schedule, "scheduler", self._schedule)  # accelerate's wrapper
         groups = self._optimizer.param_groups
@@ -198,10 +191,10 @@ class FullTrainer(Guarded, Trainer):
             group["lr"] = rate * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in groups]  # what is logged
 
-    def selecting(
+    def computing_needed_logits(
         self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, whole: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Within this block, make the model compute only the logits that the loss needs (all if `whole`), chunked if
+        """Return a context in which the model computes only the logits that the loss needs (all if `whole`), chunked if
         planned."""
         if self.head is None:
             return contextlib.nullcontext()
@@ -209,23 +202,24 @@ class FullTrainer(Guarded, Trainer):
         return self.head.computing_only(labels, trained, chunked=chunked)
 
     def collated(self, rows: list[Row]) -> dict[str, Any]:
-        return collated(rows, cast("Collate", self.data_collator), self.count_items, self.head)
+        return collate_with_counts(rows, cast("Collate", self.data_collator), self.count_items, self.head)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Train on one micro batch; at the start of a step, the parts add gradients first."""
+        """Train on one micro batch; before a step's first one, each part adds its gradients."""
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
+        """Compute the loss, with a selective head from trained tokens' logits only."""
         inputs = dict(inputs)
         labels, trained = inputs["labels"], inputs.pop(TRAINED, None)
         if self.head is not None and trained is not None:
             inputs["labels"] = self.head.target_ids(labels).flatten().index_select(0, trained)
-        with self.selecting(labels, trained):
+        with self.computing_needed_logits(labels, trained):
             return super().compute_loss(model, inputs, *rest, **keywords)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -233,6 +227,7 @@ class FullTrainer(Guarded, Trainer):
         return 0
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:
+        """Clip gradients as the Trainer does, but faster on a CPU; return the unclipped norm."""
         if self.args.device.type != "cpu" or self.is_deepspeed_enabled or self.is_shared:
             return super()._clip_grad_norm(model)
         # Same numbers as the Trainer, which multiplies all gradients by 1 if there is nothing to clip.
@@ -258,6 +253,7 @@ class FullTrainer(Guarded, Trainer):
         return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Return a step's number of items over all ranks."""
         # The Trainer counts every label that is not -100: each label of a row for multi_label, and no number -100.0 for
         # regression. Filled on the device: copying would make the host wait.
         count = torch.full((), sum(batch.pop(ITEMS) for batch in batch_samples), dtype=torch.int64, device=device)
@@ -266,8 +262,8 @@ class FullTrainer(Guarded, Trainer):
     def load_weights(self, checkpoint: Path) -> None:
         """Load a checkpoint's weights, sharded or not."""
         if self.is_deepspeed_enabled:
-            zero.load_weights(self.model_wrapped, checkpoint)
-        elif fsdp2.is_in(checkpoint):
+            zero.load_engine_checkpoint(self.model_wrapped, checkpoint)
+        elif fsdp2.is_sharded_checkpoint(checkpoint):
             fsdp2.load_weights(self.model, checkpoint, self.trained_only)
         else:
             checkpoints.load_weights(self.model, checkpoint, self.trained_only)
@@ -276,10 +272,11 @@ class FullTrainer(Guarded, Trainer):
         self.load_weights(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (self.is_shared or fsdp2.is_in(Path(checkpoint))):
+        """Load both from a checkpoint, even if sharded."""
+        if checkpoint is None or not (self.is_shared or fsdp2.is_sharded_checkpoint(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # The Trainer refuses sharded state (transformers 5.24).
+        # The Trainer (transformers 5.24) refuses it.
         optimizer = self._optimizer
         fsdp2.load_optimizer(self.model, optimizer.optimizer, Path(checkpoint))
         schedule = self._schedule
@@ -293,13 +290,13 @@ class FullTrainer(Guarded, Trainer):
         yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, including sharded state and guard state, which the Trainer does not save."""
-        with self._journal.during("saving"):
+        """Save a checkpoint, with sharded state and guard state, which the Trainer does not save."""
+        with self._journal.phase_within("saving"):
             super()._save_checkpoint(model, trial)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             if self.is_shared:  # the Trainer does not save these then
-                state = fsdp2.state_of(self.model, self._optimizer.optimizer)
-                fsdp2.save(self.model, state, folder, self.trained_only)
+                state = fsdp2.sharded_optimizer_state(self.model, self._optimizer.optimizer)
+                fsdp2.save_sharded_checkpoint(self.model, state, folder, self.trained_only)
                 if self.args.should_save:
                     torch.save(self._schedule.state_dict(), folder / SCHEDULER_NAME)
                 self._save_scaler(str(folder))
@@ -315,16 +312,16 @@ class FullTrainer(Guarded, Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the processor and the weights, or only the trained ones, as for LoRA."""
         if not self.trained_only:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
-            checkpoints.save_trained(self.model, folder)
+            checkpoints.save_trained_weights(self.model, folder)
             cast("Any", self.processing_class).save_pretrained(folder)
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
-        """Score the eval rows without changing the random state; return the metrics from which the best step is
-        chosen."""
+        """Score the eval rows without changing the random state; return metrics prefixed with `eval_`."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             metrics = {f"eval_{name}": value for part in self.parts for name, value in part.scores().items()}
         if self.args.world_size > 1:
@@ -335,16 +332,16 @@ class FullTrainer(Guarded, Trainer):
         return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the planned optimizer: the Trainer's, or fulltune's own, with several learning rates if planned."""
+        """Create the planned optimizer, the Trainer's or fulltune's own."""
         plan, model = self._plan, self.model if model is None else model
-        own = optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed) is not None
+        own = optimizers.adamw_arguments(plan.optim, plan.bf16_rounding, plan.seed) is not None
         if self.optimizer is None and (own or plan.layerwise_lr_decay != 1.0 or plan.head_learning_rate is not None):
             kind, groups, options = planned_optimizer(model, plan, self.args, self._head_modules)
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
 
     @contextlib.contextmanager
-    def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
+    def zero_rate_optimizer(self) -> Iterator[torch.optim.Optimizer]:
         """Yield an optimizer like the run's but with rate and weight decay 0, so that no weight changes. This does not
         work with DeepSpeed."""
         sharding.free_gathered_weights(self.model)

@@ -1,1 +1,1 @@
-"""Optimizers with small states."""
+

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded models: each rank writes its shards, and any world size reads them."""
+"""Checkpoints of sharded models, which any world size can read."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from fulltune import methods
 from fulltune.errors import SetupError
 from fulltune.files import write_json
 from fulltune.models import sharding
-from fulltune.train.optim.optimizers import AdamW, in_fp32
+from fulltune.train.optim.optimizers import AdamW, to_torch_state
 
 FOLDER = "shared"
 WHOLE = "model.safetensors"
 MIN_FILE_BYTES, MAX_FILES = 2**24, 64
-"""Smallest file and most files per rank."""
+"""Minimum file size and maximum number of files per rank."""
 WEIGHTS = "weights."
 OPTIMIZER = "optimizer."
-"""Prefix of a parameter's name in a key."""
 GATHERED_FILE_BYTES = 2**28
 
 
-def is_in(checkpoint: Path) -> bool:
+def is_sharded_checkpoint(checkpoint: Path) -> bool:
     return (checkpoint / FOLDER).is_dir()
 
 
-def save(
+def save_sharded_checkpoint(
     model: PreTrainedModel, others: Mapping[str, torch.Tensor], checkpoint: Path, trained_only: bool = False
 ) -> None:
     """Write this rank's shards of the model's weights and of `others`; all ranks must call this."""
@@ -44,7 +43,7 @@ def save(
 
 
 def _assign_files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the number of each tensor's file; a file takes tensors up to a size limit."""
+    """Return each tensor's file number; files have a size limit."""
     sizes = {name: sharding.local_tensor(values).nbytes for name, values in state.items()}
     limit = max(MIN_FILE_BYTES, sum(sizes.values()) // MAX_FILES)
     number, file_size, files = 1, 0, dict[str, int]()
@@ -56,19 +55,19 @@ def _assign_files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a sharded checkpoint's weights into a sharded or unsharded model. Raises `SetupError` if their tensors
+    """Load a sharded checkpoint's weights into a sharded or unsharded model; raise `SetupError` if their tensors
     differ."""
     state = _weights_by_key(model, trained_only)
     sizes = {name: size for name, (size, _) in tensor_types(checkpoint).items() if name.startswith(WEIGHTS)}
     other_shape = [name for name, tensor in state.items() if tensor.shape != sizes.get(name, tensor.shape)]
     if mismatched := sorted(sizes.keys() ^ state.keys()) or other_shape:
         name, count = mismatched[0].removeprefix(WEIGHTS), len(mismatched)
-        raise SetupError(f"{checkpoint}: its tensors are not those of the model: {name} ({count} such tensors)")
-    read(state, checkpoint)
+        raise SetupError(f"{checkpoint}: its tensors differ from the model's: {name} ({count} such tensors)")
+    read_into_tensors(state, checkpoint)
 
 
-def read(state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
-    """Fill tensors in place from a sharded checkpoint. If the tensors are sharded, all ranks must call this."""
+def read_into_tensors(state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
+    """Fill tensors in place from a sharded checkpoint; if they are sharded, all ranks must call this."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -87,16 +86,16 @@ def tensor_types(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (entry.size, entry.properties.dtype) for name, entry in tensors.items()}
 
 
-def write_whole(model: PreTrainedModel, folder: Path, max_bytes: int = GATHERED_FILE_BYTES) -> None:
+def write_gathered(model: PreTrainedModel, folder: Path, max_bytes: int = GATHERED_FILE_BYTES) -> None:
     """Gather a sharded model's weights and write them as plain safetensors; all ranks must call this."""
     tensors = {
         name.removeprefix(WEIGHTS): weight for name, weight in _weights_by_key(model, trained_only=False).items()
     }
     shapes = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in tensors.items()}
-    write_by_file(shapes, lambda name: sharding.full_tensor(tensors[name]), folder, max_bytes)
+    write_gathered_by_file(shapes, lambda name: sharding.full_tensor(tensors[name]), folder, max_bytes)
 
 
-def write_by_file(
+def write_gathered_by_file(
     shapes: Mapping[str, torch.Tensor],
     whole: Callable[[str], torch.Tensor],
     folder: Path,
@@ -122,10 +121,10 @@ def is_first() -> bool:
     return torch.distributed.get_rank() == 0
 
 
-def whole_state(
+def gathered_state_dict(
     model: PreTrainedModel, whole: Callable[[Any], torch.Tensor] = sharding.full_tensor
 ) -> dict[str, torch.Tensor]:
-    """Gather a sharded model's state dict on the CPU of rank 0, with tied tensors once; other ranks return {}."""
+    """Gather a sharded model's state dict on rank 0's CPU, with tied tensors once. Other ranks return {}."""
     sharding.free_gathered_weights(model)
     state: dict[str, torch.Tensor] = {}
     first_name: dict[int, str] = {}
@@ -141,7 +140,7 @@ def whole_state(
 
 
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
-    """Return parameters (each tied one once) and persistent buffers, by checkpoint key."""
+    """Return parameters (tied ones once) and persistent buffers, by checkpoint key."""
     sharding.free_gathered_weights(model)
     tensors: dict[str, torch.Tensor] = dict(
         methods.trainable_parameters(model) if trained_only else model.named_parameters()
@@ -155,14 +154,14 @@ def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, tor
 # ---- the optimizer's state ----------------------------------------------------------------------------------------
 
 
-def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def sharded_optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return a sharded model's optimizer state by checkpoint key, with each tensor sharded like its parameter."""
     sharding.free_gathered_weights(model)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         state: dict[str, torch.Tensor] = optimizer.state.get(parameter, {})
         if state and isinstance(optimizer, AdamW):
-            local = in_fp32(state, sharding.local_tensor(parameter).shape)
+            local = to_torch_state(state, sharding.local_tensor(parameter).shape)
             state = {
                 kind: v if kind == "step" else sharding.dtensor_from_shard(v, parameter) for kind, v in local.items()
             }
@@ -173,11 +172,11 @@ def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Load a checkpoint's state, sharded or not, into a new optimizer. Learning rates are left to the schedule."""
+    """Load a checkpoint's state, sharded or not, into a new optimizer. The schedule sets the learning rates."""
     sharding.free_gathered_weights(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    if is_in(checkpoint):
+    if is_sharded_checkpoint(checkpoint):
         state = _read_sharded_state(model, checkpoint)
     else:
         saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)["state"]
@@ -188,7 +187,7 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, che
         if isinstance(optimizer, AdamW):
             for name, values in state.items():
                 local = {kind: sharding.local_tensor(value) for kind, value in values.items()}
-                optimizer.take_over(local, parameters[name])
+                optimizer.load_parameter_state(local, parameters[name])
             return
     # The optimizer loads the state: it may store moments in another format, or steps on the device.
     by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
@@ -198,7 +197,7 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, che
 def _shard_optimizer_state(values: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """Shard the unsharded tensors of a parameter's state like the parameter."""
     if "exp_avg" in values and values["exp_avg"].shape != parameter.shape:  # fulltune's AdamW, unsharded
-        values = in_fp32(values, parameter.shape)
+        values = to_torch_state(values, parameter.shape)
     placed = {}
     for kind, value in values.items():
         is_whole = value.shape == parameter.shape and not hasattr(value, "placements")
@@ -216,7 +215,7 @@ def _read_sharded_state(model: PreTrainedModel, checkpoint: Path) -> dict[str, d
             parameter = parameters[key.removeprefix(OPTIMIZER).rpartition(".")[0]].detach()
             has_same_shape = size == parameter.shape
             state[key] = torch.empty_like(parameter, dtype=dtype) if has_same_shape else torch.empty(size)
-    read(state, checkpoint)
+    read_into_tensors(state, checkpoint)
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in state.items():
         name, _, kind = key.removeprefix(OPTIMIZER).rpartition(".")

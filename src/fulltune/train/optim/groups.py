@@ -1,5 +1,3 @@
-"""Parameter groups of the optimizer."""
-
 from __future__ import annotations
 
 import re
@@ -24,9 +22,9 @@ Group = dict[str, Any]
 def planned_optimizer(
     model: nn.Module, plan: Plan, arguments: TrainingArguments | SimpleNamespace, head_modules: Sequence[str]
 ) -> tuple[type[torch.optim.Optimizer], list[Group], dict[str, Any]]:
-    """Return the planned optimizer's class, parameter groups and arguments."""
+    """Return the planned optimizer's class, parameter groups and keyword arguments."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(cast("TrainingArguments", arguments), cast("Any", model))
-    if (own := optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)) is not None:
+    if (own := optimizers.adamw_arguments(plan.optim, plan.bf16_rounding, plan.seed)) is not None:
         kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own
     decayed = set(Trainer.get_decay_parameter_names(cast("Any", None), model))  # needs no trainer
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -39,8 +37,8 @@ def planned_optimizer(
 def parameter_groups(
     names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float, head: Collection[str] = ()
 ) -> list[Group]:
-    """Split parameter names into groups: two in transformers' order, so that checkpoints fit, or one per depth from the
-    top down. The head's group comes last. Only the first group's learning rate is logged."""
+    """Split parameter names into groups: two in transformers' order, so that its checkpoints fit, or one per depth, top
+    first. The head's group comes last."""
     body = [name for name in names if name not in head]
     if plan.layerwise_lr_decay == 1.0:
         groups = _group_by_decay(body, decayed, weight_decay)
@@ -51,6 +49,7 @@ def parameter_groups(
 
 
 def _group_by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: float) -> list[Group]:
+    """Return a group with weight decay and one without."""
     return [
         {"params": [name for name in names if name in decayed], "weight_decay": weight_decay},
         {"params": [name for name in names if name not in decayed], "weight_decay": 0.0},
@@ -58,6 +57,7 @@ def _group_by_decay(names: Sequence[str], decayed: Collection[str], weight_decay
 
 
 def _group_by_depth(names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float) -> list[Group]:
+    """Return groups, top first, whose learning rate decays with depth."""
     num_layers = max((int(match.group(1)) + 1 for name in names if (match := _LAYER.search(name))), default=0)
     groups: dict[tuple[int, bool], list[str]] = {}
     for name in names:

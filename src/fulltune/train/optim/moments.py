@@ -25,7 +25,7 @@ GROUP = 128
 SMALL = 4096
 """Tensors with fewer values keep fp32 moments: norms and biases, 0.1 % of a model."""
 _FIRST_TOP, _SECOND_TOP = 126.99, 254.99
-"""Largest codes; with noise below 1 they stay below 128 and 256."""
+"""Largest codes; noise below 1 keeps them below 128 and 256."""
 _SHIFT = 128.0
 """Offset of second-moment codes stored as int8, to which fp32 converts fastest."""
 _TINY = torch.finfo(torch.float32).tiny
@@ -33,8 +33,8 @@ _MIN_SCALE = 1e-30
 
 
 class Noise:
-    """Random numbers for rounding that depend only on seed, step and position. They are read from a table, because
-    drawing them takes longer than an update."""
+    """Random numbers for rounding that depend only on seed, step and position. They come from a table, which is
+    faster."""
 
     def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
         self._seed = seed
@@ -66,8 +66,8 @@ class Noise:
 _64_BITS = 2**64 - 1
 
 
-def start(num_values: int, moments: Format, device: torch.device) -> State:
-    """Create both moments with value 0: [values]; 8-bit ones are padded to whole groups, with `*_scale` [groups]."""
+def create_moments(num_values: int, moments: Format, device: torch.device) -> State:
+    """Create both moments as zeros: [values]; 8-bit ones are padded to whole groups, with `*_scale` [groups]."""
     if moments == "8bit" and num_values >= SMALL:
         groups = -(-num_values // GROUP)
         return {
@@ -80,9 +80,9 @@ def start(num_values: int, moments: Format, device: torch.device) -> State:
     return {name: torch.zeros(num_values, dtype=kind, device=device) for name in ("exp_avg", "exp_avg_sq")}
 
 
-def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: float, out: Tensor) -> Tensor:
+def read_moment(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: float, out: Tensor) -> Tensor:
     """Return `factor` times a moment from `begin` to `end`: fp32 [end - begin]. An fp32 moment is multiplied in place;
-    any other is written to `out`, a buffer of whole groups."""
+    others are written to `out`, a buffer of whole groups."""
     moment = state[name]
     if moment.dtype != torch.int8:
         values = moment[begin:end]
@@ -98,11 +98,13 @@ def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: 
     return values[: end - begin]
 
 
-def write(
+def write_moment(
     state: State, name: Name, begin: int, values: Tensor, other: Tensor, noise: Noise, numbers: tuple[int, ...]
 ) -> None:
-    """Store a moment's fp32 values[count] at `begin`. The buffer that holds these values is overwritten. `other`
-    contains the square root of the second moment; for the first moment it is scratch space."""
+    """Store a moment's fp32 values[count] from `begin` on, overwriting their buffer.
+
+    `other` is the square root of the second moment, or scratch space for the first; `numbers` select the noise.
+    """
     place = state[name][begin : begin + len(values)]
     if place.dtype == torch.bfloat16:
         round_at_random(values, noise.bits(len(values), *numbers))
@@ -148,7 +150,7 @@ def _overlapping_groups(state: Mapping[str, Tensor], name: str, begin: int, end:
 
 
 def _pad_with_zeros(values: Tensor, length: int) -> Tensor:
-    # The values are in a buffer of whole groups: the rest is set to 0.
+    """Lengthen a view on a larger buffer with zeros."""
     longer = values if len(values) == length else values.as_strided((length,), (1,))
     longer[len(values) :] = 0.0
     return longer

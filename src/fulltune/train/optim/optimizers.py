@@ -27,14 +27,14 @@ _GROUP_KEYS = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
 _WEIGHT, _FIRST, _SECOND = range(3)
 
 
-def settings(optim: str, rounding: Rounding | None, seed: int) -> dict[str, Any] | None:
-    """Return the arguments of `AdamW` for fulltune's optimizers, or None for transformers' optimizers."""
+def adamw_arguments(optim: str, rounding: Rounding | None, seed: int) -> dict[str, Any] | None:
+    """Return `AdamW`'s arguments for fulltune's optimizers, or None for others."""
     formats: dict[str, Format] = {"adamw_8bit": "8bit", "adamw_bf16": "bf16"}
     return {"moments_format": formats[optim], "rounding": rounding, "seed": seed} if optim in formats else None
 
 
 class _Buffers:
-    """Scratch tensors of one device in fp32, each as long as a slice."""
+    """A device's fp32 scratch tensors, each as long as a slice."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.size = CPU_SLICE if device.type == "cpu" else GPU_SLICE
@@ -44,22 +44,22 @@ class _Buffers:
         self.noise = Noise(seed, self.size, device)
 
 
-def in_fp32(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+def to_torch_state(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
     """Convert a parameter's state to that of torch's AdamW: the step, and fp32 moments of this shape."""
     count = shape.numel()
     converted = {"step": state["step"]}
     for name in ("exp_avg", "exp_avg_sq"):
         out = torch.empty(-(-count // moments.GROUP) * moments.GROUP, device=state[name].device)
         flat = {**state, name: state[name].reshape(-1)}
-        converted[name] = moments.read(flat, name, 0, count, 1.0, out).reshape(shape).clone()
+        converted[name] = moments.read_moment(flat, name, 0, count, 1.0, out).reshape(shape).clone()
     if "compensation" in state:
         converted["compensation"] = state["compensation"].reshape(shape)
     return converted
 
 
 class AdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW` with compact moments and bf16 weights. Its state dict has torch's names and can be exchanged
-    with torch's; stochastic rounding depends only on seed, step and position."""
+    """`torch.optim.AdamW` with compact moments and bf16 weights. State dicts can be exchanged with torch's; stochastic
+    rounding depends only on seed, step and position."""
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update_parameter(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        """Update this rank's shard of a parameter, slice by slice."""
         state = self.state[parameter]
         if not state:
             state.update(self._new_state(parameter))
@@ -118,11 +119,11 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         if gradient.dtype != torch.float32:
             gradient = buffers.gradient[: len(stored)].copy_(gradient)
-        first = moments.read(state, "exp_avg", begin, end, beta1, buffers.first).add_(gradient, alpha=1 - beta1)
-        second = moments.read(state, "exp_avg_sq", begin, end, beta2, buffers.second)
+        first = moments.read_moment(state, "exp_avg", begin, end, beta1, buffers.first).add_(gradient, alpha=1 - beta1)
+        second = moments.read_moment(state, "exp_avg_sq", begin, end, beta2, buffers.second)
         second.addcmul_(gradient, gradient, value=1 - beta2)
         square_root = moments.root(second, buffers.other[: len(stored)])
-        moments.write(state, "exp_avg_sq", begin, second, square_root, buffers.noise, (*numbers, _SECOND))
+        moments.write_moment(state, "exp_avg_sq", begin, second, square_root, buffers.noise, (*numbers, _SECOND))
         # lr m' / (sqrt(v') + eps) with m' and v' divided by 1 - beta^step, rearranged to save a division.
         correction = (1 - beta2**step) ** 0.5
         rate = group["lr"] * correction / (1 - beta1**step)
@@ -137,7 +138,7 @@ class AdamW(torch.optim.Optimizer):
         weights.addcdiv_(first, square_root.add_(group["eps"] * correction), value=-rate)
         if stored.dtype != torch.float32:
             self._store_rounded(weights, stored, compensation, buffers, numbers)
-        moments.write(state, "exp_avg", begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
+        moments.write_moment(state, "exp_avg", begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
 
     def _store_rounded(
         self, weights: Tensor, stored: Tensor, compensation: Tensor | None, buffers: _Buffers, numbers: tuple[int, ...]
@@ -159,8 +160,9 @@ class AdamW(torch.optim.Optimizer):
         return self._scratch[device]
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Create a parameter's state: step, moments and, for kahan rounding, compensation."""
         count, device = local_tensor(parameter).numel(), parameter.device
-        state = moments.start(count, self._format, device)
+        state = moments.create_moments(count, self._format, device)
         if parameter.dtype == torch.bfloat16 and self._rounding == "kahan":
             state["compensation"] = torch.zeros(count, dtype=torch.bfloat16, device=device)
         return {"step": torch.tensor(0.0), **state}
@@ -170,11 +172,11 @@ class AdamW(torch.optim.Optimizer):
         """Return the running mean of squared gradients, in fp32 and the shape of this rank's shard, or None before the
         first update. It is positive exactly where some gradient was not 0."""
         state = self.state.get(parameter)
-        return in_fp32(state, local_tensor(parameter).shape)["exp_avg_sq"] if state else None
+        return to_torch_state(state, local_tensor(parameter).shape)["exp_avg_sq"] if state else None
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state, converting moments stored in another format, which torch would only cast."""
+        """Load groups and state, converting moments from another format."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for group in self.param_groups:
             for key in group.keys() - _GROUP_KEYS:
@@ -182,17 +184,17 @@ class AdamW(torch.optim.Optimizer):
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, parameter in zip(saved, self._places, strict=True):
             if index in state_dict["state"]:
-                self.take_over(state_dict["state"][index], parameter)
+                self.load_parameter_state(state_dict["state"][index], parameter)
 
     @torch.no_grad()
-    def take_over(self, saved: Mapping[str, Any], parameter: Tensor) -> None:
-        """Load a parameter's AdamW state from a checkpoint, converting between moment formats. Raises `SetupError` if
-        it is not AdamW state."""
+    def load_parameter_state(self, saved: Mapping[str, Any], parameter: Tensor) -> None:
+        """Load a parameter's AdamW state from a checkpoint, converting moment formats; raise `SetupError` for other
+        state."""
         missing = {"step", "exp_avg", "exp_avg_sq"} - set(saved)
         if missing:
             raise SetupError(
-                f"checkpoint: the optimizer's state has no {', '.join(sorted(missing))} (found {', '.join(saved)}): it "
-                "was not written by an AdamW, and another optimizer cannot use it; start a new run"
+                f"checkpoint: the optimizer's state has no {', '.join(sorted(missing))} (found {', '.join(saved)}), "
+                "because another optimizer than AdamW wrote it; start a new run"
             )
         source = {
             name: value.to(parameter.device).reshape(-1)
@@ -211,10 +213,10 @@ class AdamW(torch.optim.Optimizer):
         for begin in range(0, count, buffers.size):
             end = min(begin + buffers.size, count)
             numbers = (step, place, begin)
-            second = moments.read(source, "exp_avg_sq", begin, end, 1.0, buffers.second)
+            second = moments.read_moment(source, "exp_avg_sq", begin, end, 1.0, buffers.second)
             second = buffers.second[: end - begin].copy_(second)
             square_root = moments.root(second, buffers.other[: end - begin])
-            moments.write(state, "exp_avg_sq", begin, second, square_root, buffers.noise, (*numbers, _SECOND))
-            first = moments.read(source, "exp_avg", begin, end, 1.0, buffers.first)
+            moments.write_moment(state, "exp_avg_sq", begin, second, square_root, buffers.noise, (*numbers, _SECOND))
+            first = moments.read_moment(source, "exp_avg", begin, end, 1.0, buffers.first)
             first = buffers.first[: end - begin].copy_(first)
-            moments.write(state, "exp_avg", begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
+            moments.write_moment(state, "exp_avg", begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))

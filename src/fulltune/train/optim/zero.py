@@ -1,4 +1,4 @@
-"""Prepares, gathers and saves models sharded by DeepSpeed's ZeRO; all ranks must call these functions."""
+"""Functions for models sharded by DeepSpeed's ZeRO; all ranks must call them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fulltune.errors import SetupError
 from fulltune.train.optim import fsdp2
 
 
-def connect(arguments: TrainingArguments) -> None:
+def init_process_group(arguments: TrainingArguments) -> None:
     """Initialise DeepSpeed's process group, which transformers 5.24 does not do on a CPU."""
     import deepspeed
 
@@ -26,7 +26,7 @@ def connect(arguments: TrainingArguments) -> None:
 
 
 def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str], None]) -> None:
-    """Compile the DeepSpeed extensions that the run needs and that are missing; rank 0 compiles for all ranks."""
+    """Compile missing DeepSpeed extensions that the run needs; rank 0 compiles for all ranks."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
@@ -37,9 +37,9 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str
             continue  # DeepSpeed works without it, or reports what is missing
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
         if (lock := folder / "lock").exists():  # torch would wait for it silently and for ever
-            phase(f"waiting for {lock}: {builder.name} is being compiled; if nothing compiles, delete this file")
+            phase(f"waiting for {lock}: {builder.name} is being compiled; if no process compiles, delete it")
         if not (folder / f"{builder.name}.so").exists():
-            phase(f"compiling DeepSpeed's {builder.name}, once: about a minute")
+            phase(f"compiling DeepSpeed's {builder.name}, only this once, for about a minute")
         try:
             builder.load(verbose=False)
         except (RuntimeError, OSError, ImportError) as error:
@@ -50,15 +50,15 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str
             ) from error
 
 
-def unify_dtype(model: PreTrainedModel) -> None:
-    """Cast parameters added by a method to the dtype of a ZeRO stage 3 model, which DeepSpeed 0.19.8 does not do."""
+def cast_to_model_dtype(model: PreTrainedModel) -> None:
+    """Cast parameters that a method added to the dtype of a ZeRO stage 3 model, which DeepSpeed 0.19.8 does not do."""
     dtypes = [parameter.dtype for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     for parameter in model.parameters() if dtypes else ():
         if not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtypes[0])
 
 
-def forget_unused_conversions(model: PreTrainedModel) -> None:
+def remove_unused_conversions(model: PreTrainedModel) -> None:
     """Remove name conversions that no tensor of the checkpoint needed.
 
     transformers 5.24 does not do that under DeepSpeed, and would save every `LayerNorm.weight` as `LayerNorm.gamma`.
@@ -73,8 +73,8 @@ def is_in_engine(parameter: torch.Tensor) -> bool:
     return bool(parameter.requires_grad) and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"))
 
 
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """Gather a parameter or buffer in fp32; for a trained parameter this is DeepSpeed's fp32 master copy."""
+def gather(parameter: torch.Tensor) -> torch.Tensor:
+    """Gather a parameter or buffer in fp32; for a trained parameter, from DeepSpeed's fp32 master copy."""
     import deepspeed
 
     if is_in_engine(parameter):
@@ -84,26 +84,26 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return values.float() if values.is_floating_point() else values
 
 
-def second_moment(parameter: torch.Tensor) -> torch.Tensor:
+def gather_second_moment(parameter: torch.Tensor) -> torch.Tensor:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return safe_get_full_optimizer_state(parameter, "exp_avg_sq")
 
 
-def link(zero: Any) -> None:
+def link_moments(zero: Any) -> None:
     """Link all groups' moments to their parameters. DeepSpeed 0.19.8 (stages 1 and 2) does so after the first group's
-    first step, when the second has none. Delete this when it does."""
+    first step, before the second group has moments. Delete this when it does."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def holds(model: PreTrainedModel) -> bool:
+def is_in_use(model: PreTrainedModel) -> bool:
     return any(map(is_in_engine, model.parameters()))
 
 
-def write_whole(model: PreTrainedModel, folder: Path) -> None:
-    """Write the model's weights as plain safetensors in fp32, tied ones once; see `fsdp2.write_by_file`."""
+def write_gathered(model: PreTrainedModel, folder: Path) -> None:
+    """Write the model's weights as plain safetensors in fp32, tied ones once."""
     saved = model.state_dict().keys()
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
@@ -115,11 +115,11 @@ def write_whole(model: PreTrainedModel, folder: Path) -> None:
         )
         for name, tensor in tensors.items()
     }
-    fsdp2.write_by_file(shapes, lambda name: whole(tensors[name]), folder)
+    fsdp2.write_gathered_by_file(shapes, lambda name: gather(tensors[name]), folder)
 
 
-def put(parameter: Any, value: torch.Tensor) -> None:
-    """Set all values of a trained parameter in DeepSpeed's fp32 copy, from which the parameter is saved."""
+def set_values(parameter: Any, value: torch.Tensor) -> None:
+    """Set a trained parameter's values in DeepSpeed's fp32 copy, which is saved."""
     import deepspeed
 
     if not hasattr(parameter, "ds_id"):
@@ -132,7 +132,7 @@ def put(parameter: Any, value: torch.Tensor) -> None:
     deepspeed.utils.safe_set_local_fp32_param(parameter, torch.nn.functional.pad(shard, (0, size - len(shard))))
 
 
-def load_weights(engine: Any, checkpoint: Path) -> None:
+def load_engine_checkpoint(engine: Any, checkpoint: Path) -> None:
     from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
     deepspeed_load_checkpoint(engine, str(checkpoint))

@@ -1,1 +1,1 @@
-"""Starts attempts from the parent process."""
+

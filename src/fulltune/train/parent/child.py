@@ -1,5 +1,3 @@
-"""Runs an attempt in a new process."""
-
 from __future__ import annotations
 
 import contextlib
@@ -16,25 +14,25 @@ from fulltune.system import signals
 from fulltune.system.memory import count_oom_kills, log_shows_out_of_memory, memory_is_limited
 from fulltune.text import parse_seconds
 from fulltune.train.checkpoints import last_saved
-from fulltune.train.journal import HEARTBEAT, phase_of, steps_of
+from fulltune.train.journal import HEARTBEAT, read_completed_steps, read_phase
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
 
 _POLL_SECONDS = 0.1
 
 
-def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_new_process) -> Outcome:
-    """Run an attempt's worker, forward its events, and save and return its outcome."""
+def run_worker(request: Request, listener: Listener, start: spawn.Starter = spawn.start_in_new_process) -> Outcome:
+    """Run an attempt's worker and forward its events; save and return its outcome."""
     kills, began = count_oom_kills(), time.monotonic()
     child = start(request, request.folder / "log.txt")
     with forwarding_signals(child) as stop_signals:
-        hangs = _follow(request, child, listener, stop_signals)
+        hangs = _follow_worker(request, child, listener, stop_signals)
     code, by_kernel = child.wait(), count_oom_kills() > kills
     if hangs and not stop_signals and not _saved_outcomes(request):
-        where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase_of(request.folder) or "", "")
-        step, seconds = steps_of(request.folder), round(time.monotonic() - began, 1)
+        where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(read_phase(request.folder) or "", "")
+        step, seconds = read_completed_steps(request.folder), round(time.monotonic() - began, 1)
         limit = f"{request.recipe.train.hang_timeout} (train.hang_timeout)"
-        reason = f"the training process sent no heartbeat for {limit} after step {step:,}{where}, and was ended"
+        reason = f"the training process sent no heartbeat for {limit} after step {step:,}{where}, and was killed"
         outcome = _outcome_without_file(request, "hung", reason).model_copy(
             update={"steps": step, "train_seconds": seconds}
         )
@@ -46,19 +44,19 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
 
 
 def _outcome_without_file(request: Request, status: OutcomeStatus, reason: str) -> Outcome:
-    """Return the outcome of a worker that could not write its outcome file."""
+    """Create the outcome of a worker that could not write its own."""
     return Outcome(
         status=status,
         reason=reason,
         trial=request.plan.trial,
         attempt=request.attempt,
-        phase=phase_of(request.folder),
+        phase=read_phase(request.folder),
         log_tail=tuple(_last_log_lines(request)) if status in ("crashed", "hung") else (),
     )
 
 
 def _saved_outcomes(request: Request) -> list[Outcome]:
-    """Load the outcomes that ranks saved; ranks other than 0 save an outcome only if they fail."""
+    """Load the outcomes that ranks saved. Ranks other than 0 save one only if they fail."""
     files = (request.folder / "outcome.json", *sorted(request.folder.glob("outcome-rank*.json")))
     return [Outcome.load(file) for file in files if file.exists()]
 
@@ -71,11 +69,11 @@ def _last_log_lines(request: Request) -> list[str]:
 def _determine_outcome(
     request: Request,
     code: int,
-    is_asked: bool = False,
+    is_stop_requested: bool = False,
     killed_by_kernel: bool = False,
     lost: Sequence[LostMachine] = (),
 ) -> Outcome:
-    """Return a saved outcome, or derive one from exit code, log and lost machines."""
+    """Return a saved outcome, or derive one from the exit code, the log and lost machines."""
     written = _saved_outcomes(request)
     tail = _last_log_lines(request)
     # torchrun logs the signal if one of several ranks was killed; the others only saw a closed connection.
@@ -86,20 +84,20 @@ def _determine_outcome(
     if outcome is None and written and not killed and not about_memory:
         outcome = written[0]
     lost = sorted(lost, key=lambda machine: _LOST.index(machine.kind))
-    is_asked = is_asked or any(machine.kind == "interrupted" for machine in lost)
-    if outcome is not None and outcome.status == "interrupted" and lost and not is_asked:
+    is_stop_requested = is_stop_requested or any(machine.kind == "interrupted" for machine in lost)
+    if outcome is not None and outcome.status == "interrupted" and lost and not is_stop_requested:
         # A torchrun that loses the others sends SIGTERM, at which its ranks save and stop.
         why = "torchrun ended on one machine and stopped the others"
         reason = f"{why} after step {outcome.steps:,}, which is saved"
         return outcome.model_copy(update={"status": "lost", "reason": reason})
     if outcome is not None and outcome.status not in ("error", "refused"):
         return outcome
-    if lost and not is_asked and lost[0].kind != "failed":
+    if lost and not is_stop_requested and lost[0].kind != "failed":
         return _outcome_without_file(request, *_explain_lost_machine(lost[0]))
-    if outcome is not None and not (is_asked and lost):
+    if outcome is not None and not (is_stop_requested and lost):
         return outcome
-    if is_asked:
-        done, saved = steps_of(request.folder), last_saved(request.checkpoints)
+    if is_stop_requested:
+        done, saved = read_completed_steps(request.folder), last_saved(request.checkpoints)
         checkpoint = f"; step {saved:,} is saved" if saved else "; there is no checkpoint yet"
         when = f"after step {done:,}{checkpoint}" if done else f"before step {saved + 1:,}{checkpoint if saved else ''}"
         return _outcome_without_file(request, "interrupted", f"interrupted {when}")
@@ -117,30 +115,30 @@ def _determine_outcome(
 
 
 _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
-"""Kinds of lost machines; an earlier kind can cause a later one."""
+"""Ways to lose a machine; an earlier one can cause a later one."""
 
 
 def _explain_lost_machine(machine: LostMachine) -> tuple[OutcomeStatus, str]:
+    """Return the outcome's status and reason."""
     name = f"machine {machine.rank} ({machine.host})"
     meanings: dict[str, tuple[OutcomeStatus, str]] = {
-        "out_of_memory": ("out_of_memory", f"the kernel killed a training process of {name} because memory ran out"),
-        "killed": ("killed", f"the training processes of {name} were killed (SIGKILL)"),
+        "out_of_memory": ("out_of_memory", f"the kernel killed a training process on {name} because memory ran out"),
+        "killed": ("killed", f"the training processes on {name} were killed (SIGKILL)"),
     }
     return meanings.get(machine.kind, ("lost", f"{name} was lost: it {machine.reason}"))
 
 
 @contextlib.contextmanager
 def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
-    """Forward stop signals to the worker, and kill the worker at the third signal. Yields the list of received
-    signals."""
+    """Forward stop signals to the worker, and kill it at the third. Yields the list of received signals."""
     received: list[int] = []
 
     def forward(number: int, _: object) -> None:
         received.append(number)
         if len(received) < 3:
-            spawn.ask_to_stop(child)
+            spawn.ask_workers_to_stop(child)
         else:
-            spawn.end(child)
+            spawn.kill_workers(child)
 
     with signals.temporary_handlers(forward):
         try:
@@ -151,9 +149,10 @@ def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
                     os.killpg(child.pid, signal.SIGTERM)
 
 
-def _follow(request: Request, child: spawn.WorkerProcess, listener: Listener, stop_signals: Sequence[int]) -> bool:
-    """Forward events until the child ends; return True if it was killed because its heartbeat stopped. The monotonic
-    clock pauses while the machine sleeps."""
+def _follow_worker(
+    request: Request, child: spawn.WorkerProcess, listener: Listener, stop_signals: Sequence[int]
+) -> bool:
+    """Forward events until the worker ends; return True if it was killed because its heartbeat stopped."""
     path, position, answered = request.folder / "metrics.jsonl", 0, False
     heartbeat, last_beat, since = request.folder / HEARTBEAT, 0, time.monotonic()
     timeout = request.recipe.train.hang_timeout
@@ -162,9 +161,11 @@ def _follow(request: Request, child: spawn.WorkerProcess, listener: Listener, st
         if stop_signals and not answered:
             answered = True
             when = "before its first step, as soon as the model is loaded and checked"
-            if steps_of(request.folder) or request.plan.num_processes > 1:  # several agree at the end of a step
+            if (
+                read_completed_steps(request.folder) or request.plan.num_processes > 1
+            ):  # several agree at the end of a step
                 when = "after the current step, which is saved"
-            third = "a second signal changes nothing, a third one ends it at once without saving"
+            third = "a second signal has no effect, a third one kills the run without saving"
             listener(Message(text=f"stop requested: training ends {when}; {third}", level="warning"))
         ended = child.poll() is not None
         if path.exists():
@@ -180,6 +181,6 @@ def _follow(request: Request, child: spawn.WorkerProcess, listener: Listener, st
         if beat != last_beat:
             last_beat, since = beat, time.monotonic()
         if last_beat and time.monotonic() - since > limit:
-            spawn.end(child)
+            spawn.kill_workers(child)
             return True
         time.sleep(_POLL_SECONDS)

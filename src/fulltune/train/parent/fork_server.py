@@ -19,7 +19,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from fulltune.train.parent.spawn import Starter, WorkerProcess, end_with, environment, in_new_process
+from fulltune.train.parent.spawn import (
+    Starter,
+    WorkerProcess,
+    die_with_parent,
+    start_in_new_process,
+    worker_environment,
+)
 from fulltune.train.request import Request
 
 PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "peft", "sklearn.metrics")
@@ -27,23 +33,23 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """Yield a starter that forks workers one at a time if that is safe, and else starts new processes."""
+    """Yield a starter that forks workers, one at a time, if that is safe, and else starts new processes."""
     servers: list[subprocess.Popen[bytes]] = []
 
-    def start(request: Request, log: Path) -> WorkerProcess:
+    def start_worker(request: Request, log: Path) -> WorkerProcess:
         plan = request.plan
         alone = plan.device == "cpu" and plan.num_processes == 1 and not request.recipe.train.engine_by
         if not (alone and sys.platform == "linux"):
-            return in_new_process(request, log)
+            return start_in_new_process(request, log)
         if not servers or servers[-1].poll() is not None:
-            servers.append(_start_server(environment(request)))
+            servers.append(_start_server(worker_environment(request)))
         log.touch()  # the parent must report a folder that is not writable
         line = json.dumps({"request": str(request.folder / "request.json"), "log": str(log)})
         # If the server died while importing, a new process writes the reason into the log.
-        return _request_fork(servers[-1], line) or in_new_process(request, log)
+        return _request_fork(servers[-1], line) or start_in_new_process(request, log)
 
     try:
-        yield start
+        yield start_worker
     finally:
         for server in servers:  # a running worker ends with it
             server.kill()
@@ -52,7 +58,12 @@ def fork_server() -> Iterator[Starter]:
 
 def _start_server(variables: dict[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", "from fulltune.train.parent import fork_server as f; f.serve()", str(os.getpid())],
+        [
+            sys.executable,
+            "-c",
+            "from fulltune.train.parent import fork_server as f; f.run_fork_server()",
+            str(os.getpid()),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # output of imports; workers have logs
@@ -63,7 +74,7 @@ def _start_server(variables: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def _request_fork(server: subprocess.Popen[bytes], line: str) -> ForkedWorker | None:
-    """Ask the server to fork a worker; returns it, or None if the server died."""
+    """Ask the server to fork a worker; return the worker, or None if the server died."""
     assert server.stdin is not None, "a pipe"
     assert server.stdout is not None, "a pipe"
     with contextlib.suppress(BrokenPipeError):
@@ -82,20 +93,22 @@ class ForkedWorker:
         self._answers = answers
 
     def poll(self) -> int | None:
+        """Return the exit code, or None while the worker runs."""
         if self._code is None and select.select([self._answers], [], [], 0)[0]:
             return self.wait()
         return self._code
 
     def wait(self) -> int:
+        """Wait for the worker and return its exit code."""
         if self._code is None:
             # Without an answer the server itself was killed, and its worker with it.
             self._code = int(self._answers.readline() or -signal.SIGKILL)
         return self._code
 
 
-def serve() -> None:
+def run_fork_server() -> None:
     """Import the libraries, then fork a worker for each line of stdin."""
-    end_with(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
     answers = os.dup(1)
     os.dup2(2, 1)  # output of libraries must not mix with the answers
     for name in PRELOADED:
@@ -114,13 +127,14 @@ def serve() -> None:
 
 
 def _run_as_worker(request: dict[str, str], server: int) -> None:
+    """Run a request in this forked process, log its output, and exit."""
     code = 1
     try:
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
-        end_with(server)
+        die_with_parent(server)
         from fulltune.train.worker import main as worker
 
         code = worker.main(request["request"])

@@ -1,4 +1,4 @@
-"""Runs attempts on several machines, which machine 0 leads."""
+"""Runs attempts on several machines, led by machine 0."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ from fulltune.train.parent.child import forwarding_signals
 from fulltune.train.request import Request
 
 GRACE_SECONDS = 30.0
-"""How long this machine's processes may run, in seconds, after another machine's have ended."""
-_CHECKING = "looking at this machine and the recipe's files"
+"""How long this machine's processes may run on after another machine's have ended."""
+_CHECKING = "checking this machine and the recipe's files"
 
 
 @contextlib.contextmanager
-def leading(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> Iterator[MachineGroup]:
-    """Write machine 0's heartbeat within this block; leaving the block also ends the other machines."""
+def lead_machines(machine: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> Iterator[MachineGroup]:
+    """Yield all machines of a run and write machine 0's heartbeat. Leaving the block also ends the other machines."""
     phase(_CHECKING)
-    own = machines.own_member(recipe, place, hardware.measure_machine(), uuid.uuid4().hex)
-    others = {rank: Peer(place.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
+    own = machines.own_member(recipe, machine, hardware.measure_machine(), uuid.uuid4().hex)
+    others = {rank: Peer(machine.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
 
     def all_know() -> bool:
         return all(peer.repeats_token(own.token) for peer in others.values())
 
-    with machines.send_heartbeats(place.file_of(recipe, 0), own, all_know) as heartbeat:
-        yield MachineGroup(place, heartbeat, others)
+    with machines.send_heartbeats(machine.file_of(recipe, 0), own, all_know) as heartbeat:
+        yield MachineGroup(machine, heartbeat, others)
 
 
 class MachineGroup:
     """All machines of a run, as machine 0 sees them."""
 
-    def __init__(self, place: MachineAddress, heartbeat: Heartbeat, others: Mapping[int, Peer]) -> None:
-        self._place, self._heartbeat, self._others = place, heartbeat, others
+    def __init__(self, machine: MachineAddress, heartbeat: Heartbeat, others: Mapping[int, Peer]) -> None:
+        self._machine, self._heartbeat, self._others = machine, heartbeat, others
         self._has_begun = False
 
     def begin(self, phase: Callable[[str], None]) -> None:
-        """Wait for all machines before the first attempt."""
+        """Wait for all machines before the first attempt; `phase` reports progress."""
         self._phase = phase
-        _check_port(self._place)
+        _check_port(self._machine)
         self.gather()
         self._has_begun = True
 
@@ -78,8 +78,8 @@ class MachineGroup:
         return hardware.weakest_machine([member.machine for member in self.members])
 
     def gather(self) -> None:
-        """Wait for all machines, and raise `SetupError` if one of them would train something else."""
-        until, named = time.monotonic() + self._place.wait_seconds, None
+        """Wait for all machines; raise `SetupError` if one would train differently."""
+        until, named = time.monotonic() + self._machine.wait_seconds, None
         missing = list(self._others)
         # A machine is waited for only once, as a file server may show changes late.
         while missing := [rank for rank in missing if not self._is_ready(self._others[rank])]:
@@ -94,7 +94,7 @@ class MachineGroup:
             raise SetupError(problems)
 
     def start(self, request: Request, log: Path) -> spawn.WorkerProcess:
-        """Start the attempt's processes on all machines."""
+        """Start an attempt's processes on all machines and return them as one."""
         try:
             self.gather()
         except InterruptedRun as error:
@@ -102,14 +102,14 @@ class MachineGroup:
             outcome = Outcome(status="interrupted", reason=reason, trial=trial, attempt=request.attempt)
             outcome.save(request.folder / "outcome.json")
             raise
-        _check_port(self._place)
+        _check_port(self._machine)
         own, *others = self.members
         name = f"{own.token[:8]}-{request.folder.name}"
         # Machine 0 may know itself as the loopback; the others need the address that they can reach.
-        place, address = self._place, own.address
-        if address != place.host:
-            address = machines.own_address(others[0].address, place.port)
-        child = spawn.in_new_process(request, log, meeting(place, name, address))
+        machine, address = self._machine, own.address
+        if address != machine.host:
+            address = machines.own_address(others[0].address, machine.port)
+        child = spawn.start_in_new_process(request, log, rendezvous_address(machine, name, address))
         path = str((request.folder / "request.json").resolve())
         attempt = SharedAttempt(name=name, request=path, instances=tuple(other.instance for other in others))
         self._heartbeat.write(attempt=attempt)
@@ -132,24 +132,25 @@ class MachineGroup:
         )
 
     def _is_ready(self, peer: Peer) -> bool:
-        """Return whether a machine answers; raise its error if the machine has ended."""
+        """Return whether a machine answers, or raise its error if its command has ended."""
         is_silent = peer.silent_seconds > 4 * machines.HEARTBEAT_SECONDS
         if not peer.repeats_token(self._heartbeat.record.token) or is_silent or peer.member is None:
             return False
         if peer.member.exit_code is not None:
-            raise ended_as(peer.member)
+            raise error_of_member(peer.member)
         return True
 
     def _absence_error(self, missing: Sequence[int]) -> FulltuneError:
-        waited = format_seconds(round(self._place.wait_seconds))
+        """Return the error for machines that do not answer in time."""
+        waited = format_seconds(round(self._machine.wait_seconds))
         if self._has_begun:
             labels = [member.label for member in self.members if member.rank in missing]
             return InterruptedRun(f"{listed(labels)} did not come back in {waited}; {GO_ON}")
         return SetupError(
-            f"{_machine_names(missing)} ({len(self._others) + 1} in all) did not answer in {waited}. Either the "
-            "command was not started there, with the same --rendezvous and version of fulltune, or "
-            f"{self._heartbeat.path.parent} is not the same folder there: 'output' must lie on storage that all "
-            "machines share. The command's output on those machines shows which"
+            f"{_machine_names(missing)} ({len(self._others) + 1} in all) did not answer in {waited}. Start the command "
+            "there, with the same --rendezvous and version of fulltune, and check that "
+            f"{self._heartbeat.path.parent} is the same folder there: 'output' must be on storage that all machines "
+            "share. The command's output on those machines shows the cause"
         )
 
 
@@ -157,10 +158,10 @@ def _machine_names(ranks: Sequence[int]) -> str:
     return f"{'machines' if len(ranks) > 1 else 'machine'} {listed([str(rank) for rank in ranks])}"
 
 
-def ended_as(member: Member) -> FulltuneError:
-    """Return the error that corresponds to another machine's exit code."""
+def error_of_member(member: Member) -> FulltuneError:
+    """Return the error with which another machine's command ended."""
     problems = [f"{member.label}: {problem}" for problem in member.problems]
-    problems = problems or [f"{member.label}: its command has ended"]
+    problems = problems or [f"{member.label}: the command there has ended"]
     if member.exit_code == InterruptedRun.exit_code:
         return InterruptedRun(problems)
     error = FulltuneError(problems)
@@ -168,20 +169,21 @@ def ended_as(member: Member) -> FulltuneError:
     return error
 
 
-def _check_port(place: MachineAddress) -> None:
+def _check_port(machine: MachineAddress) -> None:
+    """Raise `SetupError` if the rendezvous port is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", place.port))
+            probe.bind(("", machine.port))
         except OSError as error:
             raise SetupError(
-                f"--rendezvous: port {place.port} of this machine cannot be used ({error.strerror}); end the process "
-                "that uses it, or give all machines another port"
+                f"--rendezvous: port {machine.port} of this machine cannot be used ({error.strerror}); end the process "
+                "that uses it, or choose another port on all machines"
             ) from None
 
 
 class _AttemptOnAllMachines:
-    """A running attempt. This machine's processes end soon after those on another machine."""
+    """A running attempt, whose processes here end soon after those on another machine."""
 
     def __init__(
         self, child: spawn.WorkerProcess, heartbeat: Heartbeat, attempt: str, others: Mapping[Peer, str]
@@ -206,7 +208,7 @@ class _AttemptOnAllMachines:
             # A lost machine cannot end the connection; if processes ended elsewhere, those here notice by themselves.
             is_gone = any(part.kind == "machine" for part in self.lost)
             if is_gone or (self._over_at and time.monotonic() - self._over_at > GRACE_SECONDS):
-                spawn.end(self._child)
+                spawn.kill_workers(self._child)
                 self._was_ended = True
             return None
         if code and self._heartbeat.record.attempt is not None:
@@ -222,7 +224,7 @@ class _AttemptOnAllMachines:
 
 
 def _status_elsewhere(peer: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
-    """Return whether an attempt is over on another machine, and if so, how that machine was lost, or None."""
+    """Return whether an attempt is over on another machine, and how that machine was lost, or None."""
     member = peer.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)
@@ -239,74 +241,77 @@ def _status_elsewhere(peer: Peer, attempt: str, instance: str) -> tuple[bool, Lo
     return False, None
 
 
-def meeting(place: MachineAddress, attempt: str, address: str) -> MachineAddress:
-    """Return the address at which torchrun meets the other machines; machine 0 listens on `address` only."""
-    return replace(place, host=place.host if place.rank else address, attempt=attempt, address=address)
+def rendezvous_address(machine: MachineAddress, attempt: str, address: str) -> MachineAddress:
+    """Return the address where torchrun meets the other machines; machine 0 listens on `address` only."""
+    return replace(machine, host=machine.host if machine.rank else address, attempt=attempt, address=address)
 
 
 # ---- the other machines ------------------------------------------------------------------------------------------
 
 
-def follow(place: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> None:
-    """Take part in all attempts until machine 0's command ends; raises its error if it failed."""
+def follow_machine_0(machine: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> None:
+    """Take part in all attempts until machine 0's command ends, and raise its error if it failed."""
     phase(_CHECKING)
-    own = machines.own_member(recipe, place, hardware.measure_machine())
-    with machines.send_heartbeats(place.file_of(recipe, place.rank), own) as heartbeat:
-        leader = Peer(place.file_of(recipe, 0))
-        phase(f"waiting for machine 0 ({place.rendezvous})")
-        while (member := _await_attempt(leader, place, heartbeat, phase)).exit_code is None:
+    own = machines.own_member(recipe, machine, hardware.measure_machine())
+    with machines.send_heartbeats(machine.file_of(recipe, machine.rank), own) as heartbeat:
+        leader = Peer(machine.file_of(recipe, 0))
+        phase(f"waiting for machine 0 ({machine.rendezvous})")
+        while (member := _await_attempt(leader, machine, heartbeat, phase)).exit_code is None:
             assert member.attempt is not None  # `_await_attempt` waits for it
-            _run_attempt(member.attempt, leader, place, heartbeat, phase)
+            _run_attempt(member.attempt, leader, machine, heartbeat, phase)
         if member.exit_code:
-            raise ended_as(member)
+            raise error_of_member(member)
         phase("machine 0 has finished")
 
 
-def _await_attempt(leader: Peer, place: MachineAddress, heartbeat: Heartbeat, phase: Callable[[str], None]) -> Member:
-    """Return machine 0's record once it waits for this machine in an attempt, or has ended."""
-    until = time.monotonic() + place.wait_seconds
+def _await_attempt(leader: Peer, machine: MachineAddress, heartbeat: Heartbeat, phase: Callable[[str], None]) -> Member:
+    """Wait until machine 0 has an attempt for this machine, or has ended; return its record."""
+    until = time.monotonic() + machine.wait_seconds
     while True:
         member, own = leader.read(), heartbeat.record
         if member is not None and leader.is_alive and leader.silent_seconds < machines.LOST_SECONDS:
-            until = time.monotonic() + place.wait_seconds
+            until = time.monotonic() + machine.wait_seconds
             if member.token != own.token:
                 heartbeat.write(token=member.token)
                 phase(f"found machine 0 ({member.host}); waiting for an attempt")
             if member.exit_code is not None or own.must_still_end(member.attempt):
                 return member
         elif time.monotonic() > until:
-            raise _silence_error(leader, place, heartbeat)
+            raise _silence_error(leader, machine, heartbeat)
         time.sleep(POLL_SECONDS)
 
 
-def _silence_error(leader: Peer, place: MachineAddress, heartbeat: Heartbeat) -> FulltuneError:
-    waited = format_seconds(round(place.wait_seconds))
+def _silence_error(leader: Peer, machine: MachineAddress, heartbeat: Heartbeat) -> FulltuneError:
+    """Return the error for a machine 0 that does not answer in time."""
+    waited = format_seconds(round(machine.wait_seconds))
     if heartbeat.record.token and leader.member is not None:
         return InterruptedRun(f"{leader.member.label} sent no heartbeat and did not come back in {waited}; {GO_ON}")
     return SetupError(
-        f"machine 0 did not answer in {waited}: it writes {leader.path} every {machines.HEARTBEAT_SECONDS:g} s. "
-        "Either the command was not started there (--machine-rank 0, the same --rendezvous and version of "
-        "fulltune), or that file is not the same one here: 'output' must lie on storage that all machines share"
+        f"machine 0 did not answer in {waited}. Start the command there (--machine-rank 0, the same --rendezvous and "
+        f"version of fulltune), and check that {leader.path}, which it writes every {machines.HEARTBEAT_SECONDS:g} s, "
+        "is the same file here: 'output' must be on storage that all machines share"
     )
 
 
 def _run_attempt(
-    attempt: SharedAttempt, leader: Peer, place: MachineAddress, heartbeat: Heartbeat, phase: Callable[[str], None]
+    attempt: SharedAttempt, leader: Peer, machine: MachineAddress, heartbeat: Heartbeat, phase: Callable[[str], None]
 ) -> None:
     """Run this machine's part of an attempt and report how it ended."""
     path, until = Path(attempt.request), time.monotonic() + machines.LOST_SECONDS
     while not path.exists():
         if time.monotonic() > until:
             raise SetupError(
-                f"{path}: machine 0 wrote this file, and it is not here: the run folder is not shared; 'output' "
-                "and --run-folder must lie on storage that all machines share"
+                f"{path}: machine 0 wrote this file, but it is missing here; 'output' and --run-folder must be on "
+                "storage that all machines share"
             )
         time.sleep(POLL_SECONDS)
     request = Request.load(path)
     phase(f"taking part in attempt {request.attempt} of {request.plan.trial} (log: {path.parent})")
     kills, over_at = count_oom_kills(), 0.0
-    log = path.with_name(f"log-machine{place.rank}.txt")
-    child = spawn.in_new_process(request, log, meeting(place, attempt.name, heartbeat.record.address))
+    log = path.with_name(f"log-machine{machine.rank}.txt")
+    child = spawn.start_in_new_process(
+        request, log, rendezvous_address(machine, attempt.name, heartbeat.record.address)
+    )
     with forwarding_signals(child) as stop_signals:
         while (code := child.poll()) is None:
             now = leader.read()
@@ -315,9 +320,9 @@ def _run_attempt(
             if not is_same or is_gone or (path.parent / "outcome.json").exists():
                 over_at = over_at or time.monotonic()
             if over_at and time.monotonic() - over_at > GRACE_SECONDS:
-                spawn.end(child)
+                spawn.kill_workers(child)
             time.sleep(POLL_SECONDS)
-    lost = partial(LostMachine, rank=place.rank, host=heartbeat.record.host)
+    lost = partial(LostMachine, rank=machine.rank, host=heartbeat.record.host)
     part = None
     if stop_signals:
         part = lost(kind="interrupted", reason="was asked to stop")

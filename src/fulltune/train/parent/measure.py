@@ -1,5 +1,3 @@
-"""Measures settings by dry runs for `fulltune plan --measure`."""
-
 from __future__ import annotations
 
 import os
@@ -17,23 +15,22 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import MeasuredSetting, Measurements, Outcome
 from fulltune.text import format_bytes
 from fulltune.train.parent import child
-from fulltune.train.parent.next_attempt import with_reasons
+from fulltune.train.parent.next_attempt import settings_with_reasons
 from fulltune.train.parent.retry import PlannedTrial
 from fulltune.train.request import Request
 
 MARGIN = 0.03
-"""Relative difference of times that is only noise."""
+"""Relative difference of run times that counts as noise."""
 MIN_SECONDS_TO_COMPILE = 600.0
-"""Shortest run for which a minute or two of compiling pays off."""
+"""Shortest training for which compiling pays off."""
 _DERIVED = ("gradient accumulation", "evaluate.batch_size")
-"""Settings that follow from the micro batch."""
 
 
 # ---- what is measured, and the choice: pure functions ------------------------------------------------------------
 
 
-def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
-    """Return the settings to measure: first the plan with no optional speedups, then with each one added in turn."""
+def speedups_to_measure(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
+    """Return the settings to measure: first without optional speedups, then with one more speedup each time."""
     measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
     plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
     now: Changes = {}
@@ -41,7 +38,7 @@ def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
         off = {name: plain.get(name, False) for name in changes}
         if not lever.why_not_automatic(recipe, plan.model_copy(update=off)):
             now |= off
-    name = f"{now.get('precision', plan.precision)}, as it is"
+    name = f"{now.get('precision', plan.precision)}, no speedups"
     rows = [MeasuredSetting(name=name, kind="lever", changes=dict(now))]
     for lever, changes in measured:
         if not lever.why_not_automatic(recipe, plan.model_copy(update=now)):
@@ -50,8 +47,8 @@ def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
     return rows
 
 
-def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSetting]:
-    """Return settings with the next two smaller and larger micro batches that divide a rank's batch."""
+def micro_batches_to_measure(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSetting]:
+    """Return settings with the next two smaller and larger micro batch sizes that divide a rank's batch."""
     if recipe.train.micro_batch_size is not None:
         return []
     share = plan.global_batch_size // plan.num_processes
@@ -73,23 +70,23 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSet
     ]
 
 
-def compilations(recipe: Recipe, best: MeasuredSetting, missing: str | None) -> list[MeasuredSetting]:
-    """Return a setting with torch.compile, or nothing if the recipe already sets or excludes it. `missing` names a
-    missing tool."""
+def compilation_to_measure(recipe: Recipe, best: MeasuredSetting, missing_tool: str | None) -> list[MeasuredSetting]:
+    """Return a setting with torch.compile, marked as not tried if a tool is missing, or [] if the recipe sets or
+    excludes compilation."""
     train = recipe.train
     if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
         return []
     problem = None
-    if missing:
-        problem = f"not tried: there is no {missing} here"
+    if missing_tool:
+        problem = f"not tried: no {missing_tool} was found"
     elif best.train_seconds < MIN_SECONDS_TO_COMPILE:
-        problem = f"not tried: the run takes {best.train_seconds:,.0f} s, and compiling costs a minute or two"
+        problem = f"not tried: the run takes {best.train_seconds:,.0f} s, and compiling takes a minute or two"
     changes = {**best.changes, "torch_compile": True}
     return [MeasuredSetting(name="torch.compile", kind="compile", changes=changes, problem=problem)]
 
 
-def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
-    """Return the first row within `MARGIN` of the fastest one that fits, or None if none fits."""
+def find_fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
+    """Return the first setting that fits and is at most `MARGIN` slower than the fastest, or None if none fits."""
     fitting = [row for row in rows if not row.problem]
     least = min((row.train_seconds for row in fitting), default=0.0)
     return next((row for row in fitting if row.train_seconds <= least * (1 + MARGIN)), None)
@@ -98,50 +95,52 @@ def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
 # ---- measured ----------------------------------------------------------------------------------------------------
 
 
-def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> Plan:
-    """Return the plan with the fastest settings that fit, and save all measurements."""
+def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> Plan:
+    """Measure settings, save all measurements, and return the plan with the fastest settings that fit."""
     recipe, plan, folder = trial.recipe, trial.plan, trial.folder
     if trial.hooks.needs_this_process:
-        raise SetupError("measure: compute_loss cannot be passed to the processes that measure")
+        raise SetupError("plan --measure: compute_loss cannot be passed to the processes that measure")
     if any((folder / "attempts").glob("*")):
         raise SetupError(f"{folder}: training with these settings has begun; measure in a new run (--fresh)")
     if recipe.train.engine_by:
-        raise SetupError("plan --measure: it cannot measure a model that ZeRO shards; omit --measure")
+        raise SetupError("plan --measure: a model that ZeRO shards cannot be measured; omit --measure")
     rows: list[MeasuredSetting] = []
 
-    def run(candidates: Sequence[MeasuredSetting]) -> list[MeasuredSetting]:
+    def measure_all(candidates: Sequence[MeasuredSetting]) -> list[MeasuredSetting]:
         results = [_measure_setting(trial, candidate, tokens, available_bytes) for candidate in candidates]
         rows.extend(results)
         return results
 
     shutil.rmtree(folder / "plan" / "probes", ignore_errors=True)
     tokens = summary.tokens_per_epoch * plan.num_train_epochs
-    levered = run(levers(recipe, plan))
-    best = fastest(levered)
+    levered = measure_all(speedups_to_measure(recipe, plan))
+    best = find_fastest(levered)
     # If nothing fits, smaller micro batches with all levers may.
-    batches = micro_batches(recipe, plan, best.changes if best else levered[-1].changes)
+    batches = micro_batches_to_measure(recipe, plan, best.changes if best else levered[-1].changes)
     if best is None:
         batches = [row for row in batches if row.changes["micro_batch_size"] < plan.micro_batch_size]
-    best = fastest([*([best] if best else []), *run(batches)])
+    best = find_fastest([*([best] if best else []), *measure_all(batches)])
     if best is None:
         raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in rows])
-    best = fastest([best, *run(compilations(recipe, best, missing_compiler(plan.device)))]) or best
+    best = (
+        find_fastest([best, *measure_all(compilation_to_measure(recipe, best, missing_compiler(plan.device)))]) or best
+    )
     marked = tuple(row.model_copy(update={"is_best": row is best}) for row in rows)
     Measurements(available_bytes=available_bytes, rows=marked).save(folder / "plan" / "measured.json")
     ran = sum(not row.problem for row in rows)
     peak = f"{format_bytes(best.peak_memory_bytes)} of {format_bytes(available_bytes)}"
     why = f"measured: the fastest of {ran} that fit, {best.tokens_per_second:,.0f} tokens/s, {peak}"
-    settings = with_reasons(plan, best.changes, lambda old: old.reason if old.name in _DERIVED else why)
+    settings = settings_with_reasons(plan, best.changes, lambda old: old.reason if old.name in _DERIVED else why)
     changed = plan.model_copy(update={**best.changes, "settings": settings})
     time = None
     if plan.time is not None:
         speeds = {"train_seconds": best.train_seconds, "tokens_per_second": best.tokens_per_second}
         time = plan.time.model_copy(update={**speeds, "source": "measured"})
-    return changed.model_copy(update={"memory": trial.need(changed), "time": time})
+    return changed.model_copy(update={"memory": trial.estimate_memory(changed), "time": time})
 
 
-def measured(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
-    """Return the row with an attempt's measurements, or with the problem that the attempt had."""
+def with_measurements(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
+    """Add an attempt's measurements, or its problem, to a setting. `tokens` are those of the whole training."""
     forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
         problem = f"memory ran out: {problem}"
@@ -160,6 +159,7 @@ def measured(row: MeasuredSetting, outcome: Outcome, tokens: float, available_by
 
 
 def _measure_setting(trial: PlannedTrial, row: MeasuredSetting, tokens: float, available_bytes: int) -> MeasuredSetting:
+    """Measure a setting in an attempt that stops after the dry run."""
     if row.problem:
         return row
     trial.listener(PhaseBegan(name=f"measuring: {row.name}"))
@@ -174,7 +174,7 @@ def _measure_setting(trial: PlannedTrial, row: MeasuredSetting, tokens: float, a
     )
     request.folder.mkdir(parents=True)
     request.save(request.folder / "request.json")
-    outcome = child.run(request, lambda event: None)
+    outcome = child.run_worker(request, lambda event: None)
     if outcome.status == "interrupted":
         raise InterruptedRun("interrupted while measuring; run the same command to measure again")
-    return measured(row, outcome, tokens, available_bytes)
+    return with_measurements(row, outcome, tokens, available_bytes)

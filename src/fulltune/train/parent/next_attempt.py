@@ -1,5 +1,3 @@
-"""Plans the attempt that follows a failed one, in pure functions."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +10,10 @@ from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.stats.curves import without_cause
 from fulltune.system.memory import requested_bytes
 from fulltune.text import format_bytes
-from fulltune.train.loop.step_guard import rate_factor
+from fulltune.train.loop.step_guard import learning_rate_factor
 
 MAX_UNCHANGED: dict[OutcomeStatus, int] = {"hung": 1, "killed": 4, "lost": 20}
-"""Maximum number of resumes with an unchanged plan, by status; preemptible machines are often lost."""
+"""Maximum number of resumes with an unchanged plan, by status. Preemptible machines are often lost."""
 _MARK = "; memory ran out"
 _WHERE: dict[Phase | None, str] = {
     None: "",
@@ -32,59 +30,67 @@ _NO_SECOND_ATTEMPT = "with a compute_loss of your own, training runs in this pro
 
 
 EstimateMemory = Callable[[Plan], MemoryNeed | None]
-"""Estimates the memory of a changed plan, or returns None if it is unknown."""
+"""Estimates the memory of a plan; returns None if unknown."""
 
 
 @dataclass(frozen=True)
 class NextAttempt:
-    """The plan of the next attempt, and whether it resumes."""
+    """The next attempt's plan, and whether it resumes from a checkpoint."""
 
     plan: Plan
     resume: bool
     reason: str = ""
 
 
-def unknown(plan: Plan) -> None:
-    """Return None because the memory is not estimated."""
+def no_estimate(plan: Plan) -> None:
+    pass
 
 
-def next_attempt(
-    recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: EstimateMemory = unknown
+def plan_next_attempt(
+    recipe: Recipe, plan: Plan, history: Sequence[Outcome], estimate_memory: EstimateMemory = no_estimate
 ) -> NextAttempt | None:
-    """Plan the attempt after the last one in `history`, or return None if no change would help."""
+    """Plan the attempt after the last outcome in `history`; return None if no change would help."""
     last = history[-1]
     if sum(outcome.status == last.status for outcome in history) <= MAX_UNCHANGED.get(last.status, 0):
         there = " when all machines are back" if last.status == "lost" else ""
-        return NextAttempt(plan, True, f"{last.reason}; resuming from the last sound checkpoint{there}")
+        return NextAttempt(plan, True, f"{last.reason}; resuming from the last undamaged checkpoint{there}")
     if last.status != "out_of_memory":
         return None
     repeats = sum(outcome.status == "out_of_memory" and outcome.phase == last.phase for outcome in history)
     if last.phase in ("loading", "saving", "resuming") and repeats == 1:
         return NextAttempt(
-            plan, True, f"{short_of(last, plan)}; retrying once unchanged, in case another process used the memory"
+            plan,
+            True,
+            f"{describe_memory_shortage(last, plan)}; retrying once unchanged, in case another process used the memory",
         )
 
     def fits(changes: Changes) -> bool:
         if last.memory_growth_bytes < _MIN_GROWTH_BYTES:
             return True
-        memory = need(plan.model_copy(update=changes))
+        memory = estimate_memory(plan.model_copy(update=changes))
         return memory is None or memory.phases["step"] <= last.memory_growth_bytes + requested_bytes(last.reason)
 
-    for _, changes, text in fallbacks(recipe, plan, last.phase, fits):
+    for _, changes, text in memory_fallbacks(recipe, plan, last.phase, fits):
         if changes is not None:
-            reason = f"{short_of(last, plan)}; {text}"
-            return NextAttempt(_changed_plan(plan, last, changes, need), True, reason)
+            reason = f"{describe_memory_shortage(last, plan)}; {text}"
+            return NextAttempt(_changed_plan(plan, last, changes, estimate_memory), True, reason)
     return None
 
 
-def _changed_plan(plan: Plan, last: Outcome, changes: Changes, need: EstimateMemory) -> Plan:
+def _changed_plan(plan: Plan, last: Outcome, changes: Changes, estimate_memory: EstimateMemory) -> Plan:
+    """Apply changes with their reason, and estimate the memory again."""
+
     def reason(old: Setting) -> str:
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
         return f"{planned}{_MARK}{_WHERE[last.phase]} of attempt {last.attempt}"
 
     after = plan.model_copy(update=changes)
     after = after.model_copy(
-        update={"memory": need(after), "time": None, "settings": with_reasons(plan, changes, reason)}
+        update={
+            "memory": estimate_memory(after),
+            "time": None,
+            "settings": settings_with_reasons(plan, changes, reason),
+        }
     )
     if after.memory is not None and after.optim != plan.optim:
         state = plan.state | {"optimizer": after.memory.kinds["optimizer"]}
@@ -92,8 +98,8 @@ def _changed_plan(plan: Plan, last: Outcome, changes: Changes, need: EstimateMem
     return after
 
 
-def short_of(outcome: Outcome, plan: Plan) -> str:
-    """Describe where memory ran out, with the bytes in use and the bytes requested."""
+def describe_memory_shortage(outcome: Outcome, plan: Plan) -> str:
+    """Describe where memory ran out, with the bytes in use and requested."""
     parts = [f"memory ran out{_WHERE[outcome.phase]}"]
     if outcome.memory_growth_bytes >= _MIN_REPORTED_BYTES:
         parts.append(f"with {format_bytes(outcome.memory_growth_bytes)} in use")
@@ -106,8 +112,8 @@ def short_of(outcome: Outcome, plan: Plan) -> str:
     return f"{text} (in the plan, mostly {largest}: {format_bytes(plan.memory.kinds[largest])})"
 
 
-def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
-    """Return the plan's settings, updated with the changed values and `reason`."""
+def settings_with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
+    """Return the plan's settings with the changed values, each with a `reason`."""
     present = {setting.name: setting for setting in plan.settings}
     for field, value in changes.items():
         name, before = SETTING_OF[field], getattr(plan, field)
@@ -118,20 +124,20 @@ def with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str])
     return tuple(present.values())
 
 
-def killed_too_often(last: Outcome) -> str:
-    """Return the error message for a training process that is killed again and again."""
+def killed_too_often_message(last: Outcome) -> str:
+    """Return the error message for training that is killed repeatedly."""
     return (
         f"{last.reason}. This happened {MAX_UNCHANGED['killed'] + 1} times in this command, without a sign that memory "
-        "ran out. A person, a scheduler or a memory watcher (earlyoom, systemd-oomd) may have done it. Prevent that, "
+        "ran out. A person, a scheduler or a memory watcher (earlyoom, systemd-oomd) may have killed it. Prevent that, "
         "then run the same command to resume; if memory is short, set a smaller train.micro_batch_size"
     )
 
 
-def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
-    """Return the error messages for when memory ran out and no setting can help."""
-    lines = [f"{short_of(last, plan)}: {last.reason}"]
+def out_of_memory_messages(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
+    """Return the error messages if memory ran out and no setting can help."""
+    lines = [f"{describe_memory_shortage(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
-    for name, changes, text in fallbacks(recipe, plan, last.phase, lambda changes: True):
+    for name, changes, text in memory_fallbacks(recipe, plan, last.phase, lambda changes: True):
         lines.append(f"not possible: {name}: {text}" if changes is None else f"not tried: {name}: {_NO_SECOND_ATTEMPT}")
     lines.append(
         f"what may help: {'; '.join([*memory_savings(recipe, plan, last.phase or 'step'), 'a smaller model'])}"
@@ -142,19 +148,20 @@ def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) 
 # ---- rollback --------------------------------------------------------------------------------------------------------
 
 
-def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
-    """Plan the attempt after a loss spike, or return None if a rollback cannot help."""
+def plan_rollback(plan: Plan, max_rollbacks: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
+    """Plan the attempt after a loss spike, from `healthy_step` (0: the start), or return None if a rollback cannot
+    help."""
     since = outcome.first_bad_step
     # Since step 1: no healthy checkpoint exists, and starting over would spike again.
-    if outcome.status != "spiked" or since is None or since <= 1 or len(plan.rollbacks) >= most:
+    if outcome.status != "spiked" or since is None or since <= 1 or len(plan.rollbacks) >= max_rollbacks:
         return None
     rollbacks = (*plan.rollbacks, healthy_step)
-    lower = rate_factor(rollbacks)
+    lower = learning_rate_factor(rollbacks)
     at = "at the same rate" if lower == 1 else f"at {lower:g} of the planned rate ({plan.learning_rate * lower:.3g})"
-    start = f"back to the checkpoint of step {healthy_step:,}, on" if healthy_step else "starting over"
+    start = f"returning to the checkpoint of step {healthy_step:,}, continuing" if healthy_step else "starting over"
     reason = (
         f"{without_cause(outcome.reason)}; {start} {at} with the rows in another order "
-        f"(rollback {len(rollbacks)} of at most {most})"
+        f"(rollback {len(rollbacks)} of at most {max_rollbacks})"
     )
     return NextAttempt(plan.model_copy(update={"rollbacks": rollbacks}), resume=healthy_step > 0, reason=reason)
 
@@ -162,24 +169,27 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
 # ---- when memory ran out ---------------------------------------------------------------------------------------------
 
 
-def fallbacks(
+def memory_fallbacks(
     recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]
 ) -> Iterator[tuple[str, Changes | None, str]]:
-    """Yield the name, settings and description of each way to save memory in a phase (default: a step), mildest first.
-    The settings are None if that way is ruled out."""
+    """Yield name, changed settings and description of each way to save memory in a phase (default: a step), mildest
+    first.
+
+    The settings are None if a way is ruled out. `fits` tells which changes save enough.
+    """
     for lever in LEVERS:
         if (phase or "step") not in lever.fallback:
             continue
         if refusal := lever.why_not_automatic(recipe, plan):
             yield lever.name, None, refusal
             continue
-        options = [_scale_eval_batch(plan, changes) for changes in lever.apply(recipe, plan)]
+        options = [_with_scaled_eval_batch(plan, changes) for changes in lever.apply(recipe, plan)]
         changes = next((option for option in options if fits(option)), options[-1])
         yield lever.name, changes, lever.done.format(now=plan, **changes)
 
 
-def _scale_eval_batch(plan: Plan, changes: Changes) -> Changes:
-    # The eval batch falls with the micro batch: it is twice as large by default.
+def _with_scaled_eval_batch(plan: Plan, changes: Changes) -> Changes:
+    """Scale the eval batch with the micro batch."""
     size = changes.get("micro_batch_size")
     if size is None:
         return changes

@@ -1,5 +1,3 @@
-"""Trains a trial in as many attempts as it takes."""
-
 from __future__ import annotations
 
 import contextlib
@@ -24,13 +22,13 @@ from fulltune.train.parent import child
 from fulltune.train.parent.next_attempt import (
     EstimateMemory,
     NextAttempt,
-    killed_too_often,
-    next_attempt,
-    no_way_out,
-    roll_back,
-    unknown,
+    killed_too_often_message,
+    no_estimate,
+    out_of_memory_messages,
+    plan_next_attempt,
+    plan_rollback,
 )
-from fulltune.train.parent.spawn import Starter, in_new_process
+from fulltune.train.parent.spawn import Starter, start_in_new_process
 from fulltune.train.request import Request, attempt_folders, number_in
 
 
@@ -41,11 +39,11 @@ class PlannedTrial:
     folder: Path
     hooks: Hooks
     listener: Listener
-    need: EstimateMemory = unknown
+    estimate_memory: EstimateMemory = no_estimate
 
 
-def train(
-    trial: PlannedTrial, start: Starter = in_new_process, dry_run: bool = True, most_rollbacks: int | None = None
+def train_in_attempts(
+    trial: PlannedTrial, start: Starter = start_in_new_process, dry_run: bool = True, max_rollbacks: int | None = None
 ) -> Outcome:
     """Train a trial in as many attempts as are allowed, and return the final outcome."""
     recipe, plan, folder, hooks, listener = trial.recipe, trial.plan, trial.folder, trial.hooks, trial.listener
@@ -54,7 +52,7 @@ def train(
     if model_folder is not None and missing_weight_file(folder / model_folder) is None:
         _delete_resume_files(folder, plan.trial)
         return done[-1]
-    if recipe.train.num_machines > 1 and start is in_new_process:
+    if recipe.train.num_machines > 1 and start is start_in_new_process:
         raise RecipeError(missing_rank_message(recipe))
     (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)  # scores of a lost model
     history, tried = list[Outcome](), list[str]()
@@ -74,16 +72,16 @@ def train(
         if hooks.needs_this_process:
             from fulltune.train.worker import main as worker
 
-            outcome = worker.run(request, hooks, listener)
+            outcome = worker.run_attempt(request, hooks, listener)
         else:
-            outcome = child.run(request, listener, start)
+            outcome = child.run_worker(request, listener, start)
         history.append(outcome)
         if outcome.status == "done":
             _delete_resume_files(folder, plan.trial)
             return outcome
-        following = _plan_rollback(request, outcome, most_rollbacks)
+        following = _roll_back_to_healthy(request, outcome, max_rollbacks)
         if following is None and not hooks.needs_this_process:
-            following = next_attempt(recipe, change.plan, history, trial.need)
+            following = plan_next_attempt(recipe, change.plan, history, trial.estimate_memory)
         if following is None:
             raise _final_error(request, outcome, tried)
         Journal(request.folder / "journal.jsonl").write(NEXT, following.reason)
@@ -96,21 +94,24 @@ def train(
         change = following
 
 
-def _plan_rollback(request: Request, outcome: Outcome, most: int | None) -> NextAttempt | None:
-    """Plan a rollback to the newest healthy checkpoint and delete later ones, or return None."""
-    most = request.recipe.train.max_rollbacks if most is None else most
+def _roll_back_to_healthy(request: Request, outcome: Outcome, max_rollbacks: int | None) -> NextAttempt | None:
+    """Plan a rollback to the newest healthy checkpoint and delete later ones; return None if no rollback is
+    possible."""
+    if max_rollbacks is None:
+        max_rollbacks = request.recipe.train.max_rollbacks
     healthy = checkpoints.newest_healthy(request.checkpoints, outcome.first_bad_step or 0)
     step = 0 if healthy is None else number_in(healthy)
-    following = roll_back(request.plan, most, outcome, step)
+    following = plan_rollback(request.plan, max_rollbacks, outcome, step)
     if following is not None:
-        checkpoints.drop_after(request.checkpoints, step or -1)
+        checkpoints.delete_after(request.checkpoints, step or -1)
     return following
 
 
-def _prepare_folders(request: Request, resume: bool, listener: Listener, saved: int) -> Request:
-    """Create the attempt's folders; returns the request with the newest undamaged checkpoint."""
+def _prepare_folders(request: Request, resume: bool, listener: Listener, expected_step: int) -> Request:
+    """Create the attempt's folders; return the request with the newest undamaged checkpoint. Warn if that is older than
+    `expected_step`."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
-    sound, damaged = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
+    sound, damaged = checkpoints.newest_undamaged(request.checkpoints) if resume else (None, [])
     if sound is not None and (problem := parallel_layout.why_resume_impossible(sound, request.recipe)):
         raise SetupError(problem)
     request.folder.mkdir(parents=True)
@@ -121,19 +122,21 @@ def _prepare_folders(request: Request, resume: bool, listener: Listener, saved: 
             request = request.model_copy(update={"checkpoint": str(sound)})
             text = f"continuing from the checkpoint of step {request.first_step}"
             listener(Message(text=text, level="resumed"))
-        if saved > request.first_step and not damaged:
+        if expected_step > request.first_step and not damaged:
             on = f"from step {request.first_step:,}" if request.first_step else "from the beginning"
-            listener(Message(text=f"no checkpoint of step {saved:,} is left: resuming {on}", level="warning"))
+            listener(
+                Message(text=f"the checkpoint of step {expected_step:,} is missing; resuming {on}", level="warning")
+            )
     if request.checkpoint is None:
-        checkpoints.drop_after(request.checkpoints, -1)
+        checkpoints.delete_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")
     listener(PhaseBegan(name="starting the training process"))
     return request
 
 
 def _delete_resume_files(folder: Path, trial: str) -> None:
-    """Delete files that only resuming needs; the outcome must be saved first, or a killed run would train again."""
-    checkpoints.drop_after(folder / "checkpoints" / trial, -1)
+    """Delete files that only resuming needs, once the outcome is saved."""
+    checkpoints.delete_after(folder / "checkpoints" / trial, -1)
     with contextlib.suppress(OSError):  # not empty, or gone
         (folder / "checkpoints" / trial).rmdir()
     for attempt in attempt_folders(folder, trial):
@@ -160,14 +163,14 @@ def _final_error(request: Request, outcome: Outcome, tried: Sequence[str]) -> Fu
         case "lost":
             return InterruptedRun(f"{reason}; run the same command on all machines to resume")
         case "out_of_memory":
-            return DoesNotFitError(no_way_out(request.recipe, request.plan, outcome, tried))
+            return DoesNotFitError(out_of_memory_messages(request.recipe, request.plan, outcome, tried))
         case "disk_full":
             remedy = "free some space, then run the same command again"
             return DoesNotFitError(f"{request.run_folder}: the disk is full: {reason}; {remedy}")
         case "does_not_fit":
             return DoesNotFitError(reason)
         case "killed":
-            return GuardStop(f"{killed_too_often(outcome)}; {log}")
+            return GuardStop(f"{killed_too_often_message(outcome)}; {log}")
         case "crashed" | "hung":
             return GuardStop([f"{reason}; {log}", *outcome.log_tail])
         case "stopped_by_guard":

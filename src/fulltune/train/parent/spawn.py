@@ -1,5 +1,3 @@
-"""Starts, stops and kills workers."""
-
 from __future__ import annotations
 
 import contextlib
@@ -47,33 +45,33 @@ class WorkerProcess(Protocol):
 
 
 Starter = Callable[[Request, Path], WorkerProcess]
-"""Starts a worker, which writes to a log file."""
 
 
-def in_new_process(request: Request, log: Path, meeting: MachineAddress | None = None) -> WorkerProcess:
-    """Start this machine's worker processes; several run under torchrun."""
+def start_in_new_process(request: Request, log: Path, machine: MachineAddress | None = None) -> WorkerProcess:
+    """Start this machine's worker processes, under torchrun if there are several. `machine` is None for a single
+    machine."""
     with log.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
-            command(request, request.folder / "request.json", meeting),
+            worker_command(request, request.folder / "request.json", machine),
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=environment(request) | (of_machine(meeting) if meeting else on_loopback()),
+            env=worker_environment(request) | (multi_machine_variables(machine) if machine else loopback_variables()),
         )
 
 
-def command(request: Request, file: Path, meeting: MachineAddress | None = None) -> list[str]:
+def worker_command(request: Request, file: Path, machine: MachineAddress | None = None) -> list[str]:
     """Return the command that starts this machine's workers."""
     worker = ["-m", "fulltune.train.worker.main", str(file)]
     processes = request.plan.num_processes
     torchrun = [sys.executable, "-m", LAUNCHER]
-    if meeting is not None:
+    if machine is not None:
         train = request.recipe.train
-        together = ["join" if meeting.rank else "listen", meeting.rendezvous, f"--node-rank={meeting.rank}"]
+        together = ["join" if machine.rank else "listen", machine.rendezvous, f"--node-rank={machine.rank}"]
         together += [f"--nnodes={train.num_machines}", f"--nproc-per-node={train.processes_per_machine}"]
-        together += [f"--rdzv-id={meeting.attempt}", f"--rdzv-conf=timeout={max(60, round(meeting.wait_seconds))}"]
-        logs = ["--tee=3", f"--log-dir={file.parent / 'ranks' / f'machine-{meeting.rank}'}"]
+        together += [f"--rdzv-id={machine.attempt}", f"--rdzv-conf=timeout={max(60, round(machine.wait_seconds))}"]
+        logs = ["--tee=3", f"--log-dir={file.parent / 'ranks' / f'machine-{machine.rank}'}"]
         return [*torchrun, *together, *logs, *worker, str(os.getpid())]
     # An engine needs torchrun's variables even for one process.
     if processes == 1 and not request.recipe.train.engine_by:
@@ -81,7 +79,7 @@ def command(request: Request, file: Path, meeting: MachineAddress | None = None)
     return [*torchrun, *ranks.ONE_MACHINE, f"--nproc-per-node={processes}", *worker]
 
 
-def environment(request: Request) -> dict[str, str]:
+def worker_environment(request: Request) -> dict[str, str]:
     """Return the workers' environment variables."""
     # A file in the user's folder must not shadow a library of the same name.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
@@ -100,22 +98,22 @@ def environment(request: Request) -> dict[str, str]:
     return variables
 
 
-def of_machine(meeting: MachineAddress) -> dict[str, str]:
+def multi_machine_variables(machine: MachineAddress) -> dict[str, str]:
     """Return environment variables for one of several machines; gloo's default interface is often the loopback."""
     variables = dict(_PREFIX)
-    if (interface := _interface_with(meeting.address)) is not None:
+    if (interface := _interface_with_address(machine.address)) is not None:
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     return variables
 
 
-def on_loopback() -> dict[str, str]:
-    """Return environment variables that restrict one machine's processes to its loopback."""
-    name = _interface_with("127.0.0.1") or "lo"
+def loopback_variables() -> dict[str, str]:
+    """Return environment variables that restrict processes to this machine's loopback."""
+    name = _interface_with_address("127.0.0.1") or "lo"
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
-def _interface_with(address: str) -> str | None:
-    """Return the network interface with this IP address, or None."""
+def _interface_with_address(address: str) -> str | None:
+    """Return the network interface that has this IP address, or None."""
     if ":" in address:
         packed = ip_address(address).packed
         entries = (line.split() for line in memory.read_lines("/proc/net/if_inet6"))
@@ -130,8 +128,8 @@ def _interface_with(address: str) -> str | None:
     return None
 
 
-def ask_to_stop(child: WorkerProcess) -> None:
-    """Send SIGTERM to the workers only, because torchrun would kill them after 30 seconds."""
+def ask_workers_to_stop(child: WorkerProcess) -> None:
+    """Send SIGTERM to the workers but not to torchrun, which would kill them after 30 seconds."""
     launched = isinstance(child.args, Sequence) and LAUNCHER in map(str, child.args)
     workers = _child_processes(child.pid) if launched else []
     with contextlib.suppress(ProcessLookupError):
@@ -142,8 +140,8 @@ def ask_to_stop(child: WorkerProcess) -> None:
             os.kill(worker, signal.SIGTERM)
 
 
-def end(child: WorkerProcess) -> None:
-    """Kill all descendants, including torchrun's workers, which have process groups of their own."""
+def kill_workers(child: WorkerProcess) -> None:
+    """Kill all descendant processes, even torchrun's workers, which have their own process groups."""
     below = _child_processes(child.pid)
     for pid in below:
         below += _child_processes(pid)
@@ -160,7 +158,7 @@ def _child_processes(parent: int) -> list[int]:
     return [int(stat.split()[0]) for stat in stats if stat and int(stat.rpartition(")")[2].split()[1]) == parent]
 
 
-def end_with(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Make the Linux kernel kill this process when its parent ends."""
     import ctypes
 

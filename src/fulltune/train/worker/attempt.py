@@ -1,5 +1,3 @@
-"""Runs an attempt from the pretrained weights to the saved model."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,16 +12,16 @@ from fulltune.errors import GuardStop, InterruptedRun, SetupError
 from fulltune.records.events import Forecast
 from fulltune.records.training import Check
 from fulltune.train import checkpoints
-from fulltune.train.forgetting.generic import DriftMonitor, replay_parts
-from fulltune.train.forgetting.within_budget import keep_within
+from fulltune.train.forgetting.generic import DriftMonitor, create_replay
+from fulltune.train.forgetting.within_budget import keep_within_budget
 from fulltune.train.journal import CHECKS, SCORING
 from fulltune.train.loop.callbacks import Checkpoints, Progress, UpdateMeter
 from fulltune.train.loop.inputs import AttemptInputs
-from fulltune.train.loop.step_guard import check_parameters_moved, short_notice_warning
+from fulltune.train.loop.step_guard import judge_parameter_changes, short_notice_warning
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import distributed, loading, weights
-from fulltune.train.worker.best import Fields, keep_best
-from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed
+from fulltune.train.worker.best import Fields, load_best_weights
+from fulltune.train.worker.checks import dry_run_in_engine, run_checks, stop_if_check_failed
 from fulltune.train.worker.dry_run import dry_run
 from fulltune.train.worker.evaluation import Evaluator
 from fulltune.train.worker.loading import LoadedModel
@@ -40,8 +38,9 @@ class Training:
     checks: list[Check]
 
 
-def train(inputs: AttemptInputs) -> Fields:
-    """Load, check, train, choose the weights and save; return fields of `Outcome`, or none on ranks other than 0."""
+def train_attempt(inputs: AttemptInputs) -> Fields:
+    """Load, check and train the model, choose its final weights and save them. Returns fields of `Outcome`, or {} on
+    ranks other than 0."""
     plan = inputs.plan
     loaded = loading.load_for_training(inputs)
     trainer = loading.make_trainer(inputs, loaded)
@@ -55,7 +54,7 @@ def train(inputs: AttemptInputs) -> Fields:
         checkpoints=Checkpoints(inputs.request, inputs.journal, inputs.usage),
         checks=[],
     )
-    trainer.add_parts(_create_parts(training))
+    trainer.add_parts(_create_callbacks(training))
     # bf16 weights compute in bf16 without autocast; LoRA's layers then need their own casts.
     autocast = plan.precision != "fp32" and plan.weights_dtype == "fp32"
     with methods.without_lora_input_casts(loaded.applied, autocast):
@@ -67,7 +66,7 @@ def train(inputs: AttemptInputs) -> Fields:
     return {"reason": "probed", "checks": tuple(training.checks)}
 
 
-def _create_parts(training: Training) -> list[TrainerCallback]:
+def _create_callbacks(training: Training) -> list[TrainerCallback]:
     inputs, trainer = training.inputs, training.trainer
     return [
         Progress(
@@ -81,60 +80,63 @@ def _create_parts(training: Training) -> list[TrainerCallback]:
         *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
         training.evaluator,
         training.monitor,
-        *replay_parts(inputs, training.monitor),
+        *create_replay(inputs, training.monitor),
         training.checkpoints,
         inputs.stop,
     ]
 
 
 def _before_first_step(training: Training) -> None:
+    """Run ZeRO's dry run, which needs the prepared engine, and the evaluation before step 1."""
     inputs, trainer = training.inputs, training.trainer
     trainer.lower_rates()
     if inputs.in_engine:
         training.checks.append(dry_run_in_engine(trainer, training.loaded.rows, inputs.plan))
-        refuse_failed(training.checks, inputs.recorder)
-    inputs.journal.at("step")
+        stop_if_check_failed(training.checks, inputs.recorder)
+    inputs.journal.set_phase("step")
     if trainer.state.global_step == 0 and inputs.plan.eval_on_start:
         inputs.recorder.phase(SCORING)
         trainer.evaluate()
     elif trainer.state.global_step == 0:
-        training.monitor.read()
+        training.monitor.measure_drift()
     _stop_before_training(inputs)  # a signal may have come while the eval rows were scored
 
 
 def _train_and_save(training: Training) -> Fields:
+    """Train, check that parameters changed, and save the final weights. Returns fields of `Outcome`, or {} on ranks
+    other than 0."""
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
     request, recorder, journal, usage = inputs.request, inputs.recorder, inputs.journal, inputs.usage
     plan, is_sharded, initial = inputs.plan, inputs.layout is not None, None
-    journal.at("saving")
+    journal.set_phase("saving")
     if inputs.is_main or is_sharded:
         file = request.initial_weights(trainer.args.process_index)
         initial = weights.InitialWeights(trainer.model, file, is_sharded)
     state, optimizer = _run_trainer(training)
-    journal.at_rest()
+    journal.remove_heartbeat()
     if plan.num_processes > 1 and usage.meter is not None:
         usage.memory_growth_per_process = tuple(distributed.all_gather(usage.growth_bytes()))
     training.evaluator.judge_end(state)
-    journal.at("saving")
+    journal.set_phase("saving")
     if initial is None:  # rank 0 saves and reports
         return {}
-    changes = initial.moved(trainer.model, optimizer, trainer.tensors_with_gradient)
-    decision = check_parameters_moved(changes, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
+    changes = initial.count_changes(trainer.model, optimizer, trainer.tensors_with_gradient)
+    decision = judge_parameter_changes(changes, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
     if decision.action == "stop":
         raise GuardStop(decision.reason)
-    best = keep_best(inputs, trainer, state)
+    best = load_best_weights(inputs, trainer, state)
     # Unless the weights are sharded, only rank 0 is left: it scores all rows.
-    budget = keep_within(inputs, trainer, training.monitor, training.evaluator.metric_of)
+    budget = keep_within_budget(inputs, trainer, training.monitor, training.evaluator.metric_of)
     recorder.phase("saving the model")
     if loaded.scaled is not None:
-        loaded.scaled.fold(trainer.model)
+        loaded.scaled.restore_units(trainer.model)
     weights.save_model(
         *(loaded.applied, loaded.tokenizer, request.model_folder, request.recipe),
         *(inputs.summary, inputs.is_main),
     )
     if not inputs.is_main:
         return {}
-    usage.disk(request.checkpoints, *request.all_initial_weights, request.model_folder)
+    usage.update_peak_disk(request.checkpoints, *request.all_initial_weights, request.model_folder)
     return {
         "reason": "early stopping" if state.global_step < plan.total_steps else "all steps done",
         "steps": state.global_step,
@@ -148,58 +150,58 @@ def _train_and_save(training: Training) -> Fields:
 
 
 def _run_checks(training: Training) -> None:
-    """Run and record the checks and the dry run; raises GuardStop if one fails."""
+    """Run and record the checks and the dry run; raise `GuardStop` if one fails."""
     inputs, usage, checks = training.inputs, training.inputs.usage, training.checks
     _stop_before_training(inputs)
     inputs.recorder.phase(CHECKS)
-    inputs.journal.at("step")
-    checks += before_training(inputs, training.loaded, training.trainer)
+    inputs.journal.set_phase("step")
+    checks += run_checks(inputs, training.loaded, training.trainer)
     passed = all(check.passed for check in checks)
     if passed and inputs.in_engine:
         return  # `_before_first_step` runs the dry run, once the engine exists
     if passed and inputs.request.dry_run:
-        checks += dry_run(inputs, training.trainer, training.evaluator.reduced)
+        checks += dry_run(inputs, training.trainer, training.evaluator.predict_rows)
         usage.dry_run_growth_bytes = usage.growth_bytes()
         if (forecast := usage.forecast) is not None:
             if warning := short_notice_warning(inputs.recipe.train.notice, forecast.stop_seconds):
                 inputs.recorder.warn(warning)
             inputs.recorder.write(Forecast(time=forecast, peak_memory_bytes=usage.dry_run_growth_bytes))
-    refuse_failed(checks, inputs.recorder)
+    stop_if_check_failed(checks, inputs.recorder)
 
 
 def _run_trainer(training: Training) -> tuple[TrainerState, torch.optim.Optimizer]:
-    """Train from the start or the checkpoint; returns the last state and the optimizer."""
+    """Train from the start or from the request's checkpoint; return the Trainer's final state and the optimizer."""
     inputs, trainer, request = training.inputs, training.trainer, training.inputs.request
-    inputs.journal.at("step" if request.checkpoint is None else "resuming")
+    inputs.journal.set_phase("step" if request.checkpoint is None else "resuming")
     if request.checkpoint is not None:
         checkpoint = Path(request.checkpoint)
-        saved = checkpoints.guard_state(checkpoint, trainer.guard_state())
+        saved = checkpoints.load_guard_state(checkpoint, trainer.guard_state())
         if len({saved["base_weights"], training.loaded.base_digest} - {None}) > 1:
             raise SetupError(
-                f"model: {inputs.recipe.model.name}: its weights are not those that this run began with; put them "
-                "back, or start a new run (--fresh)"
+                f"model: {inputs.recipe.model.name}: its weights changed since this run began; restore them, "
+                "or start a new run (--fresh)"
             )
         trainer.resume_parts(saved)
         state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
-        if state.global_step >= inputs.plan.total_steps or training.checkpoints.is_over(state):
-            inputs.journal.write("resume", f"{checkpoint.name} was the last one: nothing is left to train")
-            optimizer = weights.load_finished(trainer, checkpoint, inputs.plan.total_steps)
+        if state.global_step >= inputs.plan.total_steps or training.checkpoints.should_stop_early(state):
+            inputs.journal.write("resume", f"{checkpoint.name} was the last one, so nothing is left to train")
+            optimizer = weights.load_finished_checkpoint(trainer, checkpoint, inputs.plan.total_steps)
             trainer.state = state
             return state, optimizer
         if inputs.is_main:
-            checkpoints.drop_after(request.checkpoints, request.first_step)
+            checkpoints.delete_after(request.checkpoints, request.first_step)
         inputs.journal.write("resume", f"from {checkpoint.name}")
     trainer.usual_loss = next(reversed(trainer.guard_history.losses), training.evaluator.untrained_loss or 0.0)
     _stop_before_training(inputs)
     trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
-    if inputs.stop.is_asked:
+    if inputs.stop.is_requested:
         raise InterruptedRun(f"stopped on request after step {trainer.state.global_step:,}, which is saved")
     return trainer.state, cast("torch.optim.Optimizer", trainer.optimizer)
 
 
 def _stop_before_training(inputs: AttemptInputs) -> None:
-    """Raise `InterruptedRun` if a signal came before training. Several processes can only agree after a step."""
-    if inputs.stop.is_asked and inputs.plan.num_processes == 1:
+    """Raise `InterruptedRun` if a stop signal came before training; several processes can only agree after a step."""
+    if inputs.stop.is_requested and inputs.plan.num_processes == 1:
         step = inputs.request.first_step
         raise InterruptedRun(
             f"stopped on request {f'after step {step:,}, which is saved' if step else 'before step 1'}"

@@ -14,18 +14,18 @@ from fulltune.train.loop.trainer import FullTrainer
 
 Fields = dict[str, Any]
 FALLING = ("linear", "cosine", "polynomial")
-"""Schedules that end near a rate of 0."""
+"""Schedules that end near a learning rate of 0."""
 
 
-def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) -> Fields:
-    """Load the best checkpoint's weights unless the last ones are as good; returns the choice as fields of
+def load_best_weights(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) -> Fields:
+    """Load the best checkpoint's weights unless the last ones are as good. Returns step, metric and reason as fields of
     `Outcome`."""
     best, best_metric = state.best_global_step, state.best_metric
     if not inputs.recipe.train.load_best_model_at_end:
         return _fields_of_last_weights(inputs, state)
     if best is None or best == state.global_step:
         return {"best_step": state.global_step, "best_metric": best_metric}
-    if as_good := _last_weights_if_as_good(inputs, state):
+    if as_good := _keep_last_if_as_good(inputs, state):
         return as_good
     folder = inputs.request.checkpoints / f"checkpoint-{best}"
     problem = trainer.agreed(files.find_damage(folder) if inputs.is_main else None)
@@ -39,14 +39,15 @@ def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) 
 
 
 def _fields_of_last_weights(inputs: AttemptInputs, state: TrainerState) -> Fields:
+    """Return the last step and its metric as fields of `Outcome`."""
     name = f"eval_{inputs.plan.metric}"
     scored = [entry[name] for entry in state.log_history if name in entry and entry["step"] == state.global_step]
     return {"best_step": state.global_step, "best_metric": scored[-1] if scored else None}
 
 
-def _last_weights_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields | None:
-    """Return fields of `Outcome` for the last weights, or None. They are as good if the rate fell to 0 and they are
-    within two standard errors of the best ones."""
+def _keep_last_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields | None:
+    """Return fields of `Outcome` if the last weights are as good as the best ones, else None. They are if the rate fell
+    to 0 and their metric is within two standard errors."""
     plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
     if plan.metric not in inputs.summary.form.row_shares:
         return None
@@ -57,7 +58,7 @@ def _last_weights_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fiel
     if not is_complete or plan.lr_scheduler_type not in FALLING or last < best - errors:
         return None
     why = (
-        f"the best {plan.metric} was {best:.1%} at step {state.best_global_step:,}, higher by less than "
-        f"two standard errors of a share of {counted(rows, 'eval row')} ({100 * errors:.1f} points)"
+        f"the best {plan.metric} was {best:.1%} at step {state.best_global_step:,}, but the difference is less than "
+        f"two standard errors ({100 * errors:.1f} points with {counted(rows, 'eval row')})"
     )
     return {"best_step": step, "best_metric": last, "weights_reason": why if last < best else None}

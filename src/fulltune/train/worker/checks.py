@@ -1,5 +1,3 @@
-"""Checks of the real model and rows before step 1."""
-
 from __future__ import annotations
 
 import math
@@ -28,7 +26,7 @@ from fulltune.text import counted
 from fulltune.train.loop.callbacks import Recorder
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.worker.dry_run import batch_of, check_of
+from fulltune.train.worker.dry_run import collate_on_device, dry_run_check
 from fulltune.train.worker.loading import LoadedModel, ScaledHead
 
 _APART = "texts in one row are kept apart"
@@ -36,8 +34,8 @@ _SELECTIVE = "logits of trained tokens only"
 _CHUNKED = "chunked loss"
 
 
-def before_training(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer) -> list[Check]:
-    """Run all checks except the dry run; the caller must stop if one fails."""
+def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer) -> list[Check]:
+    """Run all checks except the dry run; the caller must stop if one failed."""
     plan, summary, rows = inputs.plan, inputs.summary, loaded.rows
     writes, model = inputs.task.FACTS.writes, loaded.objective.model
     train, world_size = summary.splits["train"], trainer.args.world_size
@@ -52,7 +50,7 @@ def before_training(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTra
     if loaded.head is not None:
         head, start = loaded.head, loaded.head_start
         origin = head.in_words if start is None else f"new, {start.in_words}; {head.why}"
-        problem = _bf16_problem(loaded.scaled, summary.scale)
+        problem = _bf16_resolution_problem(loaded.scaled, summary.scale)
         result = problem or "; ".join(filter(None, [origin, loaded.scale_note]))
         checks.append(Check(name="head", result=result, passed=problem is None))
     if writes:
@@ -61,17 +59,17 @@ def before_training(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTra
         # Only the task's rows: mixed-in raw text may be cut in the middle.
         checks.append(_check_end_tokens(inputs, loaded, Rows(inputs.data / "train")))
     if summary.packed:
-        checks.append(_check_texts_apart(trainer, model))
+        checks.append(_check_packed_texts_isolated(trainer, model))
     if writes:
-        checks.append(_verify_selective_head(trainer, rows, inputs.task, own_loss=inputs.has_own_loss))
+        checks.append(_install_selective_head(trainer, rows, inputs.task, own_loss=inputs.has_own_loss))
         if plan.chunked_loss:
             is_required = inputs.recipe.train.chunked_loss is True
             checks.append(_check_chunked_loss(trainer, checks[-1].result, is_required))
     return checks
 
 
-def refuse_failed(checks: Sequence[Check], recorder: Recorder) -> None:
-    """Record the checks; raise `GuardStop` if a check failed."""
+def stop_if_check_failed(checks: Sequence[Check], recorder: Recorder) -> None:
+    """Record the checks, and raise `GuardStop` if one failed."""
     recorder.write(ChecksDone(checks=tuple(checks)))
     failed = [check for check in checks if not check.passed]
     if failed:
@@ -79,6 +77,7 @@ def refuse_failed(checks: Sequence[Check], recorder: Recorder) -> None:
 
 
 def _check_trainable_parameters(model: PreTrainedModel, plan: Plan) -> Check:
+    """Check that as many parameters are trainable as planned."""
     fixed = methods.sinusoidal_tables(model)
     parameters = [parameter for name, parameter in model.named_parameters() if name not in fixed]
     trainable = sum(_num_values(parameter) for parameter in parameters if parameter.requires_grad)
@@ -97,6 +96,7 @@ def _num_values(parameter: torch.nn.Parameter) -> int:
 
 
 def _describe_dropout(model: PreTrainedModel) -> Check:
+    """Describe the model's dropout in a check that always passes."""
     modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
     shares = ", ".join(sorted({f"{module.p:g} becomes {drop_threshold(module.p) / STEPS:.6g}" for module in modules}))
     ours = f"{counted(len(modules), 'module')}, with random numbers of 16 bits for speed ({shares})"
@@ -104,7 +104,7 @@ def _describe_dropout(model: PreTrainedModel) -> Check:
 
 
 def _last_trained_tokens(rows: Rows) -> np.ndarray:
-    """Return each row's last trained token, or IGNORED if no token is trained: [rows]."""
+    """Return each row's last trained token, or `IGNORED` without one: [rows]."""
     tokens = []
     for flat, offsets in rows.lists("labels"):
         positions = np.where(flat != IGNORED, np.arange(len(flat)), -1)
@@ -118,29 +118,29 @@ def _check_trained_tokens(rows: Rows) -> Check:
     return Check(name="rows with trained tokens", result=f"{len(rows) - without} of {len(rows)}", passed=without == 0)
 
 
-def _check_texts_apart(trainer: FullTrainer, model: PreTrainedModel) -> Check:
+def _check_packed_texts_isolated(trainer: FullTrainer, model: PreTrainedModel) -> Check:
+    """Check that texts packed into one row do not influence each other."""
     if trainer.is_deepspeed_enabled:
-        result = "on a one-layer copy of the model; not tried on its weights, which ZeRO shards"
+        result = "checked on a one-layer copy of the model, because ZeRO shards the weights"
         return Check(name=_APART, result=result, passed=True)
     problem = find_packing_leak(model, model.config.model_type)
     return Check(name=_APART, result=problem or "yes", passed=problem is None)
 
 
-def _verify_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:
-    """Give the trainer a head that computes only trained tokens' logits, if its results are the same."""
+def _install_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:
+    """Let the trainer compute only trained tokens' logits if the results stay the same; this always passes."""
     if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists once training begins
         result = "off: ZeRO shards the model"
     elif own_loss:  # needs all logits
         result = "off: compute_loss is your own"
     else:
-        batch = batch_of(trainer, [rows[i] for i in positions_by_length(rows)[-2:]])
+        batch = collate_on_device(trainer, [rows[i] for i in positions_by_length(rows)[-2:]])
         trainer.head, result = selective_head.verify_selective_head(trainer.model, task, batch)
     return Check(name=_SELECTIVE, result=result, passed=True)
 
 
 def _check_chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> Check:
-    """Check the chunked loss. If it fails, training needs more memory; that fails the run only if the recipe requires a
-    chunked loss."""
+    """Check that the loss can be chunked; otherwise training needs more memory, which fails only if `is_required`."""
     result = head_result if trainer.head is None else trainer.head.chunking_note
     possible = trainer.head is not None and trainer.head.can_chunk
     if is_required and not possible:
@@ -149,9 +149,9 @@ def _check_chunked_loss(trainer: FullTrainer, head_result: str, is_required: boo
 
 
 def _check_end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) -> Check:
-    """Check that each untruncated answer ends with a trained end token that survives padding and stops generation."""
+    """Check that each untruncated answer ends with a trained end token, which survives padding and stops generation."""
     tokenizer = loaded.tokenizer
-    last, ends = trained_ends(rows, tokenizer)
+    last, ends = count_last_tokens(rows, tokenizer)
     without = sum(count for token, count in last.items() if token not in ends)
     cut = inputs.summary.splits["train"].truncated_rows
     stop_generation_at(loaded.objective.model, ends)
@@ -166,8 +166,8 @@ def _check_end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) ->
     )
 
 
-def trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, int], set[int]]:
-    """Count rows by their last trained token; also return which of these tokens are special."""
+def count_last_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, int], set[int]]:
+    """Count the rows by their last trained token; also return which of these tokens are special."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     tokens, counts = np.unique(_last_trained_tokens(rows), return_counts=True)
     last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
@@ -175,8 +175,8 @@ def trained_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[i
 
 
 def stop_generation_at(model: PreTrainedModel, ends: set[int]) -> None:
-    """Add end tokens to the model's generation config, because a chat turn often ends with a token other than the
-    tokenizer's end token."""
+    """Add end tokens to the model's generation config, because a chat turn often ends with another one than the
+    tokenizer's."""
     if not ends:
         return
     eos = model.generation_config.eos_token_id
@@ -186,10 +186,9 @@ def stop_generation_at(model: PreTrainedModel, ends: set[int]) -> None:
 
 
 def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
-    """Run one forward and backward pass at the longest length through DeepSpeed's engine, with the loss multiplied by
-    0."""
+    """Run one forward and backward pass on the longest rows in DeepSpeed's engine, with the loss multiplied by 0."""
     engine: Any = trainer.model_wrapped
-    batch = batch_of(trainer, [rows[i] for i in positions_by_length(rows)[: plan.micro_batch_size]])
+    batch = collate_on_device(trainer, [rows[i] for i in positions_by_length(rows)[: plan.micro_batch_size]])
     started = time.monotonic()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         engine.train()
@@ -204,11 +203,11 @@ def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
         if passed:
             engine.set_gradient_accumulation_boundary(False)
             engine.backward(loss * 0.0, scale_wrt_gas=False)
-    return check_of(batch, float(loss.detach()), started, passed)
+    return dry_run_check(batch, float(loss.detach()), started, passed)
 
 
-def _bf16_problem(scaled: ScaledHead | None, scale: tuple[float, float] | None) -> str | None:
-    """Explain that bf16 weights cannot distinguish the targets, or return None."""
+def _bf16_resolution_problem(scaled: ScaledHead | None, scale: tuple[float, float] | None) -> str | None:
+    """Return a message if bf16 weights are too coarse for the targets' mean and spread, else None."""
     if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
         return None
     size, spread = max(abs(scale[0]), scale[1]), scale[1]
@@ -216,6 +215,6 @@ def _bf16_problem(scaled: ScaledHead | None, scale: tuple[float, float] | None) 
     if apart <= spread:
         return None
     return (
-        f"near {size:.3g} the numbers of bf16 weights (model.weights_dtype) lie {apart:.3g} apart, and the targets' "
-        f"spread is {spread:.3g}; set weights_dtype: fp32"
+        f"bf16 weights are too coarse: near {size:.3g} their values lie {apart:.3g} apart, but the targets' standard "
+        f"deviation is {spread:.3g}; set model.weights_dtype: fp32"
     )

@@ -1,5 +1,3 @@
-"""Exchanges values between the ranks of a training, and splits the eval rows over them."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +12,7 @@ T = TypeVar("T")
 
 
 def all_gather(value: T) -> list[T]:
+    """Return every rank's value."""
     if not torch.distributed.is_initialized():
         return [value]
     values: list[T] = [value] * torch.distributed.get_world_size()
@@ -22,7 +21,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def sum_counts(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Sum pairs of counts by name over all ranks."""
+    """Sum each name's two counts over all ranks."""
     parts = all_gather(dict(counts))
     of_name = {name: [part[name] for part in parts if name in part] for part in parts for name in part}
     return {name: (sum(first for first, _ in pairs), sum(last for _, last in pairs)) for name, pairs in of_name.items()}
@@ -31,11 +30,11 @@ def sum_counts(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, in
 # ---- eval rows -------------------------------------------------------------------------------------------------
 
 
-def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) -> tuple[list[int], int]:
-    """Return the row positions that one rank scores (every n-th batch), and how many of them count.
+def rows_of_rank(order: Sequence[int], batch_size: int, rank: int, num_processes: int) -> tuple[list[int], int]:
+    """Return the positions of the rows that a rank scores (every n-th batch of `order`), and how many of them count.
 
-    A rank with one batch fewer repeats the last row, uncounted, because sharded weights need equally many passes on all
-    ranks.
+    A rank with one batch fewer scores the last row again, uncounted, because sharded weights need equally many passes
+    on all ranks.
     """
     chunks = list(batches(order, batch_size))
     mine = chunks[rank::num_processes]
@@ -46,9 +45,8 @@ def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) 
     return positions, count
 
 
-def gather_rows(mine: Mapping[str, np.ndarray], positions: Sequence[int]) -> dict[str, np.ndarray]:
-    """Gather the values of all ranks in row order, by name: [rows, ...]. A rank's values beyond its positions are
-    ignored."""
-    parts = all_gather((list(positions), {name: values[: len(positions)] for name, values in mine.items()}))
+def gather_scores(local_values: Mapping[str, np.ndarray], positions: Sequence[int]) -> dict[str, np.ndarray]:
+    """Gather all ranks' values by name, in row order: [rows, ...]. Values beyond a rank's `positions` are ignored."""
+    parts = all_gather((list(positions), {name: values[: len(positions)] for name, values in local_values.items()}))
     order = np.argsort([position for positions, _ in parts for position in positions])
     return {name: np.concatenate([values[name] for _, values in parts])[order] for name in parts[0][1]}

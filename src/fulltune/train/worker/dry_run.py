@@ -1,5 +1,3 @@
-"""The dry run before step 1, and its forecast of the training time."""
-
 from __future__ import annotations
 
 import contextlib
@@ -33,19 +31,18 @@ from fulltune.train.worker import distributed
 
 _PLAIN = (bool, int, float, str, torch.Tensor)
 _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
-"""Attributes that accelerate sets on a model."""
 
 
 def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[RowSubset], object]) -> list[Check]:
-    """Run two steps at the longest micro batch, an evaluation at the longest eval batch and timed passes, then restore
-    everything. Stores loss and forecast (None if the loss is non-finite) in `inputs.usage`."""
+    """Run two steps and an evaluation on the longest rows, time some passes and restore everything. Stores loss and
+    forecast (None if the loss is not finite) in `inputs.usage`."""
     began, plan, rows = time.monotonic(), inputs.plan, trainer.train_rows
     longest = positions_by_length(rows)[: plan.micro_batch_size]
     forecast: TimeNeed | None = None
     unreached: tuple[str, ...] = ()
-    with _restored(trainer, plan) as (model, optimizer):
+    with _temporary_training_state(trainer, plan) as (model, optimizer):
         passes = PassTimer(inputs, trainer, model, optimizer, evaluate)
-        loss, first_seconds = passes.train(longest)
+        loss, first_seconds = passes.run_pass(longest)
         if math.isfinite(loss):
             parameters = trainer.model.named_parameters()
             unreached = tuple(name for name, weight in parameters if weight.requires_grad and weight.grad is None)
@@ -55,15 +52,15 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
                 optimizer.zero_grad()
             for part in trainer.parts:
                 part.add_gradient()
-            _, seconds = passes.train(longest, keep=True)
+            _, seconds = passes.run_pass(longest, keep_gradients=True)
             step_seconds = passes.step()
             optimizer.zero_grad()
             # Measured as between steps, with optimizer state but without gradients.
-            forecast = timed_forecast(passes, longest, (first_seconds, seconds), step_seconds)
+            forecast = forecast_from_passes(passes, longest, (first_seconds, seconds), step_seconds)
     del passes, model, optimizer
     if plan.num_processes > 1:
         gc.collect()  # `DistributedDataParallel` hooks into each gradient as long as it lives
-    check = check_of(batch_of(trainer, [rows[i] for i in longest]), loss, began)
+    check = dry_run_check(collate_on_device(trainer, [rows[i] for i in longest]), loss, began)
     inputs.usage.dry_run_loss, inputs.usage.forecast = loss, forecast
     if not plan.num_frozen_parameters:
         return [check]
@@ -72,18 +69,18 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
 
 
 @contextlib.contextmanager
-def _restored(trainer: FullTrainer, plan: Plan) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
-    """Yield the prepared model and the optimizer; restore model, buffers and random state afterwards."""
+def _temporary_training_state(trainer: FullTrainer, plan: Plan) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
+    """Yield the prepared model and a zero-rate optimizer; afterwards restore model, buffers and random state."""
     model, accelerator = trainer.model, trainer.accelerator
     own = {name: model.__dict__[name] for name in _WRAPPED if name in model.__dict__}
     if plan.activation_checkpointing:  # the Trainer does it again when training begins
         model.activation_checkpointing_enable()
-    with same_buffers(model), same_randomness(on_gpu=plan.device == "cuda"):
+    with restored_buffers(model), restored_random_state(on_gpu=plan.device == "cuda"):
         # As in the Trainer, sharded weights are not wrapped again.
         is_whole = not sharding.is_fsdp2_sharded(model)
         prepared = accelerator.prepare_model(model, device_placement=is_whole, evaluation_mode=not is_whole)
         try:
-            with trainer.rehearsal() as optimizer:
+            with trainer.zero_rate_optimizer() as optimizer:
                 yield prepared, optimizer
         finally:
             # accelerate 1.15 also unwraps decorators of the model's own forward, but leaves its mark on the model: it
@@ -95,9 +92,8 @@ def _restored(trainer: FullTrainer, plan: Plan) -> Iterator[tuple[nn.Module, tor
 
 
 @contextlib.contextmanager
-def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
-    """Restore all random generators after the block; `on_gpu` includes the GPUs' generators, which initialises the
-    GPUs."""
+def restored_random_state(*, on_gpu: bool = True) -> Iterator[None]:
+    """Restore all random generators after the block; `on_gpu` includes the GPUs', which initialises the GPUs."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
@@ -108,9 +104,8 @@ def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore all buffers after the block, even if `forward` replaced, enlarged or added some, and plain attributes
-    beside them."""
+def restored_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore buffers and their modules' plain attributes after the block, even if `forward` replaced or added some."""
     before = [
         (
             module,
@@ -134,20 +129,20 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
-def check_of(batch: Mapping[str, torch.Tensor], loss: float, began: float, passed: bool = True) -> Check:
-    """Return the dry run's check, which fails if the loss is non-finite."""
+def dry_run_check(batch: Mapping[str, torch.Tensor], loss: float, started: float, passed: bool = True) -> Check:
+    """Return the dry run's result, which fails if the loss is not finite."""
     # An image has no tokens; its shape is channels, height and width.
     first = batch["input_ids" if "input_ids" in batch else "pixel_values"]
     size = " x ".join(map(str, first.shape[1:])) + (" tokens" if "input_ids" in batch else " values")
     return Check(
         name="dry-run step",
-        result=f"{len(first)} rows of {size}, loss {loss:.4g}, {time.monotonic() - began:.2f} s",
+        result=f"{len(first)} rows of {size}, loss {loss:.4g}, {time.monotonic() - started:.2f} s",
         passed=passed and math.isfinite(loss),
     )
 
 
-def batch_of(trainer: FullTrainer, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """Collate rows on the trainer's device: `input_ids[rows, tokens]` and others of the task."""
+def collate_on_device(trainer: FullTrainer, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Collate rows on the trainer's device."""
     batch = trainer.data_collator(cast("list[Any]", rows))
     return {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
 
@@ -163,16 +158,16 @@ SAMPLE_BYTES = 2**25
 """Bytes written to measure the disk's speed."""
 
 
-def works(shapes: np.ndarray, quadratic: float) -> np.ndarray:
-    """Compute the work of each pass from its rows and the tokens of its longest row: shapes[passes, 2]. `quadratic` is
-    the attention work per token and visible token, relative to the work with the weights."""
+def pass_work(shapes: np.ndarray, quadratic: float) -> np.ndarray:
+    """Compute each pass's relative work from its rows and the tokens of its longest row: shapes[passes, 2]. `quadratic`
+    comes from `_attention_work_ratio`."""
     rows, length = shapes.astype(float).T
     return rows * length * (1 + quadratic * length)
 
 
 @dataclass(frozen=True)
 class PassTime:
-    """Duration of a pass in seconds as a linear function of its work."""
+    """A pass's duration in seconds as a linear function of its work."""
 
     fixed: float
     per_work: float
@@ -182,7 +177,7 @@ class PassTime:
 
 
 def fit_pass_time(longest: tuple[float, float], typical: tuple[float, float] | None) -> PassTime:
-    """Fit seconds = fixed + slope * work to two (work, seconds) pairs; fall back to a line through the origin."""
+    """Fit a line to two passes' (work, seconds), or a line through the origin if that is impossible."""
     work, seconds = longest if typical is None else typical
     through_origin = PassTime(0.0, seconds / work)
     if typical is None or longest[0] <= typical[0]:
@@ -194,19 +189,20 @@ def fit_pass_time(longest: tuple[float, float], typical: tuple[float, float] | N
 
 @dataclass(frozen=True)
 class PassTimer:
-    """Runs and times passes. All ranks use rank 0's seconds, so that they time the same passes."""
+    """Runs and times passes. All ranks use rank 0's times."""
 
     inputs: AttemptInputs
     trainer: FullTrainer
     model: nn.Module
-    """The model with autocast, compiled and wrapped as the Trainer's loop prepares it."""
+    """The model as the Trainer's loop prepares it: with autocast, compiled and wrapped."""
     optimizer: torch.optim.Optimizer
     evaluate: Callable[[RowSubset], object]
 
-    def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
-        """Run forward and backward on rows; returns loss and seconds. `keep` adds to the present gradients."""
+    def run_pass(self, positions: Positions, *, keep_gradients: bool = False) -> tuple[float, float]:
+        """Run forward and backward on train rows; return loss and seconds. `keep_gradients` adds to earlier
+        gradients."""
         trainer, rows = self.trainer, self.trainer.train_rows
-        if not keep:
+        if not keep_gradients:
             self.optimizer.zero_grad()
         began = self._synchronized_time()
         self.model.train()
@@ -220,8 +216,7 @@ class PassTimer:
         return value, self._seconds_since(began)
 
     def step(self) -> float:
-        """Clip, update at a rate of 0 and return the seconds. If gradients are non-finite, which step 1's guard judges,
-        return 0."""
+        """Clip, update at a rate of 0 and return the seconds, or 0 if gradients are not finite."""
         model = self.trainer.model
         if not self._on_all_ranks(gradients_are_finite(model.parameters())):
             return 0.0
@@ -235,8 +230,8 @@ class PassTimer:
         # Ranks with sharded weights must run the same passes.
         return all(distributed.all_gather(finite)) if self.trainer.is_shared else finite
 
-    def score(self, positions: Positions) -> float:
-        """Return the seconds of scoring eval rows."""
+    def time_scoring(self, positions: Positions) -> float:
+        """Score eval rows and return the seconds."""
         began = self._synchronized_time()
         self.evaluate(RowSubset(self.trainer.eval_rows, positions))
         return self._seconds_since(began)
@@ -251,18 +246,18 @@ class PassTimer:
         return float(distributed.all_gather(seconds)[0]) if self.trainer.args.world_size > 1 else seconds
 
 
-def timed_forecast(
+def forecast_from_passes(
     passes: PassTimer, longest: Positions, seconds: tuple[float, float], step_seconds: float
 ) -> TimeNeed:
-    """Forecast the remaining training time from the `seconds` of two passes at the longest micro batch and, if they are
-    short, further passes."""
+    """Forecast the remaining training time from the `seconds` of two longest passes and, if they are short, further
+    passes."""
     inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _attention_work_ratio(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
     steps = max(0, plan.total_steps - first_step)
     counted = min(steps, -(-MAX_COUNTED_ROWS // plan.global_batch_size))
-    parts = [part for step in passes.trainer.sampler.passes(first_step, first_step + counted) for part in step]
+    parts = [part for step in passes.trainer.sampler.forward_passes(first_step, first_step + counted) for part in step]
     scale, shapes = steps / max(1, counted), _shapes(lengths, parts)
-    work, [long] = works(shapes, quadratic), works(_shapes(lengths, [longest]), quadratic)
+    work, [long] = pass_work(shapes, quadratic), pass_work(_shapes(lengths, [longest]), quadratic)
     each = step_seconds + LOOP_SECONDS
     budget = dry_run_extra_seconds(seconds[1] / long * float(work.sum()) * scale + each * steps)
     pass_time, once = _fit_train_time(passes, parts, work, (float(long), *seconds), budget)
@@ -300,8 +295,8 @@ def _fit_train_time(
     longest: tuple[float, float, float],
     budget: float,
 ) -> tuple[PassTime, float]:
-    """Fit the pass time to the longest pass (work, seconds cold and warm) and a typical one; also returns the one-time
-    seconds of compiling or of each shape."""
+    """Fit the pass time to the longest pass (work, first and second seconds) and a typical one; also return the
+    one-time seconds of compiling or of each shape."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
     at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0
@@ -309,8 +304,8 @@ def _fit_train_time(
     # tokens up to twice as slow as those of shorter passes.
     if not len(work) or 2 * seconds * work[at] / long > max(budget, seconds):
         return fit_pass_time((long, seconds), None), compiled if passes.inputs.plan.torch_compile else 0.0
-    keep = passes.inputs.plan.gradient_accumulation_steps > 1
-    first, warm = (passes.train(parts[at], keep=keep)[1] for _ in range(2))
+    keep_gradients = passes.inputs.plan.gradient_accumulation_steps > 1
+    first, warm = (passes.run_pass(parts[at], keep_gradients=keep_gradients)[1] for _ in range(2))
     cold = max(0.0, first - warm)
     # At most the pass itself: the first passes of a process also include other one-time costs.
     once = compiled + cold if passes.inputs.plan.torch_compile else min(cold, warm)
@@ -323,10 +318,10 @@ def _forecast_evaluations(passes: PassTimer, train: PassTime, quadratic: float, 
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
     parts = list(batches(positions_longest_first(lengths), plan.eval_batch_size))
     passes.optimizer.zero_grad()
-    seconds = passes.score(parts[0])
-    both = train.seconds(1, float(works(_shapes(lengths, parts[:1]), quadratic)[0]))
+    seconds = passes.time_scoring(parts[0])
+    both = train.seconds(1, float(pass_work(_shapes(lengths, parts[:1]), quadratic)[0]))
     if min(seconds, both) <= budget or seconds > both:  # the first one is cold
-        seconds = passes.score(parts[0])
+        seconds = passes.time_scoring(parts[0])
     evaluations = count_interval_steps(plan.total_steps, plan.eval_steps, after=first_step)
     evaluations += plan.eval_on_start and first_step == 0
     more = evaluations + plan.generic.scored_rows / max(1, len(lengths))
@@ -334,12 +329,12 @@ def _forecast_evaluations(passes: PassTimer, train: PassTime, quadratic: float, 
     texts = plan.generic.texts_per_evaluation * (evaluations + steered) + plan.generic.texts_read_once
     read = texts / max(1.0, more)  # generic texts per evaluation
     mine = parts[:: plan.num_processes]  # ranks take the eval batches in turn
-    work = float(works(_shapes(lengths, mine), quadratic).sum()) + read * _work_of_generic_text(quadratic)
+    work = float(pass_work(_shapes(lengths, mine), quadratic).sum()) + read * _work_of_generic_text(quadratic)
     return min(1.0, seconds / both) * train.seconds(len(mine) + read, work), round(more)
 
 
 def _work_of_generic_text(quadratic: float) -> float:
-    return float(works(np.array([[1, GENERIC_TOKENS]]), quadratic)[0])
+    return float(pass_work(np.array([[1, GENERIC_TOKENS]]), quadratic)[0])
 
 
 def _shapes(lengths: np.ndarray, parts: Iterable[Positions]) -> np.ndarray:
@@ -347,8 +342,8 @@ def _shapes(lengths: np.ndarray, parts: Iterable[Positions]) -> np.ndarray:
 
 
 def _attention_work_ratio(model: PreTrainedModel) -> float:
-    """Return the attention work per visible token, relative to the work with the weights, without embeddings (Kaplan et
-    al. 2020, arXiv 2001.08361, table 1), or 0 for a model without layers of one width."""
+    """Return the attention work per visible token, relative to the weights' work without embeddings (Kaplan et al.
+    2020, arXiv 2001.08361, table 1), or 0 if the layers' width is unknown."""
     config = model.config.get_text_config()
     layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
     if not isinstance(layers, int) or not isinstance(hidden, int):
@@ -359,6 +354,7 @@ def _attention_work_ratio(model: PreTrainedModel) -> float:
 
 
 def _estimate_save_seconds(passes: PassTimer) -> float:
+    """Estimate the seconds to save a checkpoint by writing a sample."""
     trainer, trial = passes.trainer, passes.inputs.request.checkpoints / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]

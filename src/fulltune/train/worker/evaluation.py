@@ -1,5 +1,3 @@
-"""Scores the eval rows while training, and stops a run that diverges or gets worse than before step 1."""
-
 from __future__ import annotations
 
 import math
@@ -28,7 +26,7 @@ MIN_ROWS = 30
 
 
 class Evaluator(TrainingPart):
-    """Scores the eval rows and judges the curves, except those of a user's own loss."""
+    """Scores the eval rows, and stops a run that diverges or gets worse, unless the loss is the user's own."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, head_is_new: bool) -> None:
         self.inputs, self.trainer, self.target, self.head_is_new = inputs, trainer, target, head_is_new
@@ -41,32 +39,34 @@ class Evaluator(TrainingPart):
         self._predictions: Predictions = {}
 
     def scores(self) -> Mapping[str, float]:
+        """Score the eval rows on all ranks and return their metrics."""
         arguments, rows = self.trainer.args, self.trainer.eval_rows
         if arguments.world_size == 1:
-            self._predictions = self.reduced(rows)
+            self._predictions = self.predict_rows(rows)
         else:
             size, rank = self.inputs.plan.eval_batch_size, arguments.process_index
-            positions, count = distributed.share(positions_by_length(rows), size, rank, arguments.world_size)
-            self._predictions = distributed.gather_rows(self.reduced(RowSubset(rows, positions)), positions[:count])
+            positions, count = distributed.rows_of_rank(positions_by_length(rows), size, rank, arguments.world_size)
+            self._predictions = distributed.gather_scores(
+                self.predict_rows(RowSubset(rows, positions)), positions[:count]
+            )
         return self.inputs.task.metrics(self._predictions, self.target)
 
     def metric_of(self, rows: Sequence[Row]) -> float:
-        """Return the run's metric of these rows; only this process scores them."""
-        return float(self.inputs.task.metrics(self.reduced(rows), self.target)[self.inputs.plan.metric])
+        """Return the run's metric of these rows, scored in this process."""
+        return float(self.inputs.task.metrics(self.predict_rows(rows), self.target)[self.inputs.plan.metric])
 
-    def reduced(self, rows: Sequence[Row]) -> Predictions:
-        """Run these rows through the model in this process; return a few numbers per row, as named arrays [rows,
-        ...]."""
+    def predict_rows(self, rows: Sequence[Row]) -> Predictions:
+        """Run rows through the model in this process; return arrays by name: [rows, ...]."""
         trainer: Any = self.trainer
         plan = self.inputs.plan
-        with self.inputs.journal.during("evaluation"):
+        with self.inputs.journal.phase_within("evaluation"):
             return run_rows(
                 trainer.forward_model,
                 rows,
                 self.inputs.task,
                 self.target,
                 trainer.processing_class.pad_token_id,
-                Batching(plan.eval_batch_size, plan.precision, trainer.head, trainer.alive),
+                Batching(plan.eval_batch_size, plan.precision, trainer.head, trainer.write_heartbeat),
             )
 
     def state(self) -> Mapping[str, Any]:
@@ -89,21 +89,21 @@ class Evaluator(TrainingPart):
         return max(measured or 0.0, inputs.task.chance_loss(inputs.summary, weights))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Raise Spiked if the loss has diverged."""
+        """Raise `Spiked` if the loss has diverged."""
         if self.inputs.has_own_loss or "loss" not in event["logs"]:
             return
-        decision = diverged(logged(state, "loss"), self.inputs.highest_rate, self.untrained_loss)
+        decision = diverged(logged(state, "loss"), self.inputs.highest_learning_rate, self.untrained_loss)
         if decision.action == "stop":
             steps = [int(entry["step"]) for entry in state.log_history if "loss" in entry]
             raise Spiked(decision.reason, steps[decision.readings - 1] + 1 if decision.readings else 1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Compare the eval rows' scores with those before step 1."""
+        """Compare the scores with those before step 1; raise `Diverged` if training made the model worse."""
         inputs, predictions = self.inputs, self._predictions
         self._predictions = {}
         if inputs.has_own_loss or inputs.summary.splits["eval"].rows < MIN_ROWS:
             return
-        measure = _row_measure(inputs.recipe.task, self.target, inputs.plan.metric, predictions)
+        measure = _metric_for_comparison(inputs.recipe.task, self.target, inputs.plan.metric, predictions)
         if measure.counts is None:
             return
         now = measure.counts(predictions)
@@ -115,7 +115,7 @@ class Evaluator(TrainingPart):
     def _compare_with_start(
         self, measure: ResamplableMetric, start: np.ndarray, now: np.ndarray, state: TrainerState
     ) -> None:
-        """Count consecutive worse evaluations; raises Diverged if training made the model worse."""
+        """Count evaluations in a row that are worse than the start; raise `Diverged` if there are too many."""
         better, error = gain(measure, start, now)
         is_worse = not math.isfinite(better) or better < -BEYOND_CHANCE * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps
@@ -124,14 +124,14 @@ class Evaluator(TrainingPart):
         self.worse_by = f"{measure.name} is {abs(better):.3g} {direction} (standard error {error:.2g})"
         # A loss compared instead of the run's metric must not condemn the final weights.
         self.matched_start = self.matched_start or not is_worse or measure.name != self.inputs.plan.metric
-        losses, rate = logged(state, "loss"), self.inputs.highest_rate
+        losses, rate = logged(state, "loss"), self.inputs.highest_learning_rate
         decision = made_worse(self.num_worse, self.worse_by, losses, rate, self.untrained_loss)
         if decision.action == "stop":
             raise Diverged(decision.reason)
 
     def judge_end(self, state: TrainerState) -> None:
         """Raise `Diverged` or warn if the loss ended high, or if the final weights are worse than before step 1."""
-        inputs, rate = self.inputs, self.inputs.highest_rate
+        inputs, rate = self.inputs, self.inputs.highest_learning_rate
         if inputs.has_own_loss:
             return
         losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")
@@ -149,8 +149,8 @@ class Evaluator(TrainingPart):
             inputs.warn(decision.reason)
 
 
-def _row_measure(task: TaskName, target: Target, metric: str, predictions: Predictions) -> ResamplableMetric:
-    """Return the run's metric if it is a function of at most `MAX_COUNTS` sums over rows, else the loss."""
+def _metric_for_comparison(task: TaskName, target: Target, metric: str, predictions: Predictions) -> ResamplableMetric:
+    """Return the run's metric if it follows from few sums over rows, else the loss."""
     measure = measure_of(task, target, metric)
     if measure.counts is None or measure.counts(predictions).shape[1] > MAX_COUNTS:
         return measure_of(task, target, "loss")

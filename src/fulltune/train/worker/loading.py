@@ -1,5 +1,3 @@
-"""Loads model and rows for training, and creates the trainer."""
-
 from __future__ import annotations
 
 import contextlib
@@ -57,15 +55,16 @@ def load_pretrained(
         num_ranks=num_ranks,
     )
     if recipe.train.engine_by:
-        zero.forget_unused_conversions(model)
+        zero.remove_unused_conversions(model)
     return model, base.processor, heads[0] if heads else None
 
 
 def apply_method(model: PreTrainedModel, recipe: Recipe) -> methods.AppliedMethod:
+    """Apply the recipe's method, such as LoRA, to a model that may be sharded."""
     copied = head_paths(model, recipe.task, recipe.method.label) if recipe.method.kind in ("lora", "peft") else ()
     with sharding.unsharded_while_copied(model, copied):
         applied = methods.apply_method(model, recipe.method, recipe.task)
-    zero.unify_dtype(model)
+    zero.cast_to_model_dtype(model)
     return applied
 
 
@@ -86,7 +85,7 @@ class Objective:
         return class_weights(self.recipe, self.summary)
 
     def collate(self, features: list[Row]) -> dict[str, torch.Tensor]:
-        """Collate rows into the model's inputs: `input_ids[rows, tokens]`, `labels` and others of the task."""
+        """Collate rows into `input_ids[rows, tokens]`, `labels` and the task's other inputs."""
         return model_batch(self.model, self.task, features, self.pad_token_id)
 
     def loss(
@@ -109,16 +108,16 @@ class ScaledHead:
     shift: float
     factor: float
 
-    def fold(self, model: PreTrainedModel) -> None:
+    def restore_units(self, model: PreTrainedModel) -> None:
         """Rescale the layer so that the trained model predicts in the user's units."""
         parameters = dict(self.layer.named_parameters())
         if not any(map(zero.is_in_engine, parameters.values())):
             sharding.free_gathered_weights(model)
             rescale_outputs(self.layer, self.shift, self.factor)
             return
-        tensors = {name: zero.whole(parameter) for name, parameter in parameters.items()}
+        tensors = {name: zero.gather(parameter) for name, parameter in parameters.items()}
         for name, values in rescaled_parameters(tensors, self.shift, self.factor).items():
-            zero.put(parameters[name], values)
+            zero.set_values(parameters[name], values)
 
 
 def scale_head(
@@ -127,17 +126,17 @@ def scale_head(
     batch: dict[str, torch.Tensor] | None,
     precision: str,
     *,
-    gives_numbers: bool,
+    predicts_numbers: bool,
     own_loss: bool = False,
 ) -> tuple[ScaledHead | None, str]:
-    """Make the head's last layer learn numbers in units of their spread. Returns the layer, or None if that is
-    impossible, and a note."""
+    """Make the head's last layer learn standardized numbers; return the layer, or None if impossible, and a note.
+    `predicts_numbers` means that the layer was trained before."""
     layer, problem = find_output_layer(model, 1), ""
     if own_loss:
         problem = "compute_loss is your own"
     elif layer is None or not layer.weight.requires_grad:
         problem = "no last layer with one output was found in the head"
-    elif batch is not None and not _returns_output_of(model, layer, batch, precision):
+    elif batch is not None and not _returns_layer_output(model, layer, batch, precision):
         problem = "the model changes the output of its head's last layer"
     if problem or layer is None:
         return None, f"it learns the numbers unscaled: {problem}"
@@ -145,7 +144,7 @@ def scale_head(
     # Without a bias the numbers can only be divided.
     shift, factor = (mean, spread) if layer.bias is not None else (0.0, math.hypot(mean, spread))
     sharding.free_gathered_weights(model)
-    if gives_numbers:
+    if predicts_numbers:
         rescale_outputs(layer, -shift / factor, 1 / factor)
     minus = f"(number - {shift:.6g})" if shift else "number"
     return (
@@ -154,10 +153,10 @@ def scale_head(
     )
 
 
-def _returns_output_of(
+def _returns_layer_output(
     model: PreTrainedModel, layer: torch.nn.Linear, batch: dict[str, torch.Tensor], precision: str
 ) -> bool:
-    """Return whether the model's outputs are this layer's outputs."""
+    """Return whether the model outputs this layer's values unchanged."""
     layer_outputs = list[torch.Tensor]()
     hook = layer.register_forward_hook(lambda _, inputs, output: layer_outputs.append(output))
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -182,11 +181,11 @@ class LoadedModel:
     objective: Objective
     head: HeadOrigin | None
     head_start: Probe | None
-    """The linear probe from which a new head starts."""
+    """The linear probe that initialises a new head."""
     scaled: ScaledHead | None
-    """The last layer, if it learns numbers in units of their spread."""
+    """The last layer, if it learns standardized numbers."""
     scale_note: str | None
-    """Note on the units that a regression head learns, or None if no numbers are learned."""
+    """Note on a regression head's units, or None for other tasks."""
     base_digest: str | None
     """Digest of the pretrained weights, or None if ZeRO shards them."""
 
@@ -202,9 +201,9 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     # Before the model: ZeRO stage 3 shards weights while they are read.
     arguments = training_arguments(recipe, plan, inputs.request.checkpoints)
     if inputs.in_engine:
-        zero.connect(arguments)
+        zero.init_process_group(arguments)
     transformers.set_seed(plan.seed)
-    begin = partial(inputs.usage.measure, plan.device, task.FACTS.writes)
+    begin = partial(inputs.usage.start_measuring, plan.device, task.FACTS.writes)
     num_ranks = plan.num_processes if plan.placement == "fsdp2" else 1
     model, tokenizer, head = load_pretrained(recipe, task, target, begin, num_ranks)
     if sharding.is_fsdp2_sharded(model):  # each rank has drawn its shard; from here on all have the same random state
@@ -215,10 +214,10 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     base_digest = None if in_zero else checkpoints.weights_digest(model)
     head_start, objective = None, Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and not inputs.request.probe and head is not None and head.order is None:
-        head_start = _start_head_from_probe(inputs, objective, head, tokenizer, arguments.device)
+        head_start = _init_head_and_record(inputs, objective, head, tokenizer, arguments.device)
     applied = apply_method(model, recipe)
     model = applied.model
-    make_faster(model, recipe, plan, summary)
+    install_speedups(model, recipe, plan, summary)
     if not inputs.in_engine and not sharding.needs_all_ranks(model):
         model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped method
     rows = rows_with_mixed(inputs.data, summary, tokenizer)
@@ -235,7 +234,7 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
             summary.scale,
             two_rows,
             plan.precision,
-            gives_numbers=has_probe_head or has_trained_head,
+            predicts_numbers=has_probe_head or has_trained_head,
             own_loss=inputs.has_own_loss,
         )
     if scaled is not None:
@@ -268,7 +267,7 @@ def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
         processing_class=loaded.tokenizer,
         compute_loss_func=inputs.hooks.compute_loss or objective.loss,
         lengths=loaded.rows["length"],
-        mixed=mixed_ranges(inputs.summary),
+        mixed=mixed_sources(inputs.summary),
         head_modules=() if plan.head_learning_rate is None else head_paths(model, recipe.task, recipe.method.label),
         base_digest=loaded.base_digest,
     )
@@ -280,8 +279,8 @@ def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
     return trainer
 
 
-def make_faster(model: PreTrainedModel, recipe: Recipe, plan: Plan, summary: DataSummary) -> None:
-    """Install Liger's kernels and compile blocks as planned, or install a faster dropout on a CPU."""
+def install_speedups(model: PreTrainedModel, recipe: Recipe, plan: Plan, summary: DataSummary) -> None:
+    """Install Liger's kernels and compile blocks if planned, or a faster dropout on a CPU."""
     if recipe.train.use_liger_kernel:
         apply_liger_kernels(model)
     if plan.torch_compile:
@@ -301,8 +300,8 @@ def rows_with_mixed(data: Path, summary: DataSummary, tokenizer: PreTrainedToken
     return with_decoded_images(Rows(*(data / folder for folder in folders)), tokenizer)
 
 
-def mixed_ranges(summary: DataSummary) -> tuple[MixedSource, ...]:
-    """Return the row numbers of each mixed-in source."""
+def mixed_sources(summary: DataSummary) -> tuple[MixedSource, ...]:
+    """Return each mixed-in source with its row numbers."""
     ends = accumulate((source.counts.rows for source in summary.mixed), initial=summary.splits["train"].rows)
     return tuple(
         MixedSource(range(start, end), source.rows_per_epoch)
@@ -310,32 +309,32 @@ def mixed_ranges(summary: DataSummary) -> tuple[MixedSource, ...]:
     )
 
 
-def _start_head_from_probe(
+def _init_head_and_record(
     inputs: AttemptInputs,
     objective: Objective,
     head: HeadOrigin,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> Probe:
+    """Initialise the head from a linear probe; warn if there is none."""
     inputs.recorder.phase(PROBING)
-    with inputs.journal.during("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
-        probed = start_from_probe(objective, head, tokenizer, Path(inputs.request.run_folder), device)
+    with inputs.journal.phase_within("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
+        probed = init_head_from_probe(objective, head, tokenizer, Path(inputs.request.run_folder), device)
     if inputs.usage.meter is not None:
         inputs.usage.meter.reset_peak()  # only one trial of a comparison fits it, and memory is compared
     if probed.head is None:
-        inputs.recorder.warn(f"no linear probe ({probed.failure}): the head starts at random")
+        inputs.recorder.warn(f"no linear probe ({probed.failure}), so the head starts at random")
     return probed
 
 
-def start_from_probe(
+def init_head_from_probe(
     objective: Objective, head: HeadOrigin, tokenizer: PreTrainedTokenizerBase, folder: Path, device: torch.device
 ) -> Probe:
-    """Initialise a new head from the run folder's linear probe, fitted now if missing. If that fails, initialise at
-    random."""
+    """Initialise a new head from the run folder's linear probe, fitted now if missing; without a probe, at random."""
     model, recipe, plan, target = objective.model, objective.recipe, objective.plan, objective.target
     together, reading = sharding.needs_all_ranks(model), contextlib.ExitStack()
 
-    def extractor() -> probe.FeatureExtractor:
+    def create_extractor() -> probe.FeatureExtractor:
         initialise_missing_from_seed(model, head, probe.SEED)
         reading.enter_context(sharding.callable_before_engine(model))
         return probe.FeatureExtractor(
@@ -351,7 +350,7 @@ def start_from_probe(
 
     train_rows, eval_rows = task_rows(folder / "data", tokenizer)
     with reading:
-        probed = probe.load_or_fit(folder, extractor, train_rows, eval_rows, together=together)
+        probed = probe.load_or_fit(folder, create_extractor, train_rows, eval_rows, together=together)
     if not together:
         model.to("cpu")  # type: ignore[arg-type]  # the method must draw its values on the CPU, whether the probe was fitted here or before
     if probed.head is None:

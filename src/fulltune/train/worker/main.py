@@ -21,7 +21,7 @@ from fulltune.system.hardware import is_disk_full
 from fulltune.system.memory import is_out_of_memory, process_peak_bytes
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
-from fulltune.train.journal import Journal, steps_of
+from fulltune.train.journal import Journal, read_completed_steps
 from fulltune.train.request import Request
 from fulltune.train.usage import ResourceUsage, memory_limit
 
@@ -36,8 +36,8 @@ _MEANINGS: dict[type[BaseException], OutcomeStatus] = {
 }
 
 
-def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Outcome:
-    """Run an attempt and return its outcome even if it fails; rank 0 also writes it to `outcome.json`."""
+def run_attempt(request: Request, hooks: Hooks, listener: Listener | None = None) -> Outcome:
+    """Run an attempt and return its outcome even if it fails. Rank 0 also writes `outcome.json`."""
     with contextlib.ExitStack() as cleanup:  # in the user's own process Ctrl-C must work again after training
         started = time.monotonic()
         rank = int(os.environ.get("RANK", "0"))
@@ -48,14 +48,14 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
             fields = _train_with_limit(request, hooks, journal, listener, usage, cleanup)
             ended = {"status": "done", "reason": "", **fields}
         except BaseException as error:
-            status, reason = meaning_of(error, request.folder)
+            status, reason = outcome_of_error(error, request.folder)
             if status in ("error", "out_of_memory"):
                 with contextlib.suppress(OSError):  # the disk of the log may be full
                     traceback.print_exc()
             if status == "disk_full":
-                checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
+                checkpoints.delete_unfinished(request.checkpoints)  # room for the outcome
             since = error.since if isinstance(error, Spiked) else None
-            steps = steps_of(request.folder)
+            steps = read_completed_steps(request.folder)
             ended = {
                 "status": status,
                 "reason": reason,
@@ -66,7 +66,7 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         finally:
             request.initial_weights(rank).unlink(missing_ok=True)
             request.trained_weights(rank).unlink(missing_ok=True)
-        measured = {"peak_memory_bytes": process_peak_bytes(), **usage.for_outcome()}
+        measured = {"peak_memory_bytes": process_peak_bytes(), **usage.as_outcome_fields()}
         seconds = round(time.monotonic() - started, 3)
         outcome = Outcome(trial=request.plan.trial, attempt=request.attempt, train_seconds=seconds, **ended, **measured)
         journal.write(outcome.status, outcome.reason)
@@ -86,6 +86,7 @@ def _train_with_limit(
     usage: ResourceUsage,
     cleanup: contextlib.ExitStack,
 ) -> dict[str, Any]:
+    """Train within the memory limit; return fields of `Outcome`. `cleanup` restores signal handlers."""
     # Imported here, so that an error while torch and transformers load becomes an outcome as well.
     from fulltune.train.loop.callbacks import Recorder, StopOnRequest
     from fulltune.train.loop.inputs import AttemptInputs
@@ -94,7 +95,7 @@ def _train_with_limit(
     stop = StopOnRequest()
 
     def ask_to_stop(*_: object) -> None:
-        stop.is_asked = True
+        stop.is_requested = True
 
     cleanup.enter_context(signals.temporary_handlers(ask_to_stop))
     limit, device = request.plan.memory_limit_bytes, request.plan.device
@@ -103,14 +104,13 @@ def _train_with_limit(
     with memory_limit(limit, device, lambda line: journal.write("warning", line)):
         recorder = Recorder(request.folder / "metrics.jsonl" if journal.path is not None else None, listener)
         summary = DataSummary.of_run(Path(request.run_folder))
-        return attempt.train(AttemptInputs(request, hooks, journal, recorder, stop, usage, summary))
+        return attempt.train_attempt(AttemptInputs(request, hooks, journal, recorder, stop, usage, summary))
 
 
-def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
-    """Return the status and reason to record for the exception that ended the attempt; `folder` is the attempt's
-    folder."""
+def outcome_of_error(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
+    """Return the status and reason for the error that ended the attempt in `folder`."""
     if failures := getattr(error, "failures", None):  # torch's `CheckpointException`, with each rank's error
-        return meaning_of(next(iter(failures.values()))[0], folder)
+        return outcome_of_error(next(iter(failures.values()))[0], folder)
     text = " ".join(str(error).split())
     name = type(error).__name__
     if is_out_of_memory(error):
@@ -125,10 +125,9 @@ def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
 
 def _exit_with_parent(parent_pid: int) -> None:
     """Exit when the parent does; an orphan would train beside the next attempt."""
-    # Otherwise an orphaned worker would train beside the next attempt.
     started_by = os.getppid()
 
-    def watch() -> None:
+    def exit_when_orphaned() -> None:
         while os.getppid() == started_by:
             time.sleep(0.5)
             try:
@@ -137,17 +136,18 @@ def _exit_with_parent(parent_pid: int) -> None:
                 break
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_when_orphaned, daemon=True).start()
 
 
 def main(file: str, parent: str | None = None) -> int:
-    """Run the request in `file` and return the exit code; on other machines `parent` is the process to end with."""
+    """Run the request in `file` and return the exit code. `parent` is a process id to end with, by default the
+    request's."""
     request = Request.load(Path(file))
     parent_pid = request.parent_pid if parent is None else int(parent)
     if parent_pid is not None:
         _exit_with_parent(parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    outcome = run(request, Hooks())
+    outcome = run_attempt(request, Hooks())
     return 0 if outcome.status == "done" else 1
 
 

@@ -28,22 +28,21 @@ from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.worker import distributed
 
 
-def on_cpu(parameter: torch.nn.Parameter) -> torch.Tensor:
+def copy_to_cpu(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Copy a parameter to the CPU: with FSDP2 this rank's shard, with ZeRO the fp32 master copy."""
     if zero.is_in_engine(parameter) or hasattr(parameter, "ds_id"):
-        return zero.whole(parameter).cpu()
+        return zero.gather(parameter).cpu()
     return sharding.local_tensor(parameter.detach()).cpu()
 
 
 def second_moment(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor | None:
-    """Return AdamW's running mean of squared gradients on the CPU, in the shape of `on_cpu`, or None for other
-    optimizers."""
+    """Return AdamW's running mean of squared gradients, shaped as by `copy_to_cpu`, or None for other optimizers."""
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # wrappers of accelerate and DeepSpeed
     if zero.is_in_engine(parameter):
         if not any("exp_avg_sq" in state for state in optimizer.state.values()):
             return None
-        return zero.second_moment(parameter).cpu()
+        return zero.gather_second_moment(parameter).cpu()
     own = isinstance(optimizer, AdamW)
     second = optimizer.second_moment(parameter) if own else optimizer.state.get(parameter, {}).get("exp_avg_sq")
     return None if second is None else sharding.local_tensor(second).cpu()
@@ -57,25 +56,25 @@ class InitialWeights:
         self.path, self._is_sharded = path, is_sharded
         tensors = {}
         for number, (name, parameter) in enumerate(methods.trainable_parameters(model).items()):
-            values = on_cpu(parameter)
+            values = copy_to_cpu(parameter)
             if self._is_counted_here(number, parameter) or sharding.is_fsdp2_sharded(model):
                 tensors[name] = values.contiguous()
         save_file(tensors, path)
 
-    def moved(self, model: PreTrainedModel, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
-        """Count, over all ranks, the values that received a gradient (those with a positive second moment, so not
-        embeddings of unused tokens) and those that changed."""
+    def count_changes(self, model: PreTrainedModel, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
+        """Count, over all ranks, the values that received a gradient (a positive second moment, so not embeddings of
+        unused tokens) and those that changed."""
         sharding.free_gathered_weights(model)
         inner = optimizer
         while inner is not None:
-            zero.link(inner)
+            zero.link_moments(inner)
             inner = getattr(inner, "optimizer", None)
         counts: dict[str, tuple[int, int]] = {}  # values that received a gradient, and how many of them moved
         for number, (name, parameter) in enumerate(methods.trainable_parameters(model).items()):
             second = second_moment(parameter, optimizer)
             if second is None and name not in with_gradient:
                 continue
-            now = on_cpu(parameter)
+            now = copy_to_cpu(parameter)
             if not self._is_counted_here(number, parameter):
                 continue
             changed = now != self._initial_values(name).to(now.dtype)
@@ -95,8 +94,8 @@ class InitialWeights:
         )
 
     def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
-        """Return whether this rank counts a parameter. Ranks take turns with replicated parameters, so that none stores
-        a full copy."""
+        """Return whether this rank counts a parameter. Ranks take turns with replicated ones, so that none stores a
+        full copy."""
         if not self._is_sharded or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
@@ -107,18 +106,18 @@ class InitialWeights:
             return file.get_tensor(name)
 
 
-def own_file(folder: Path, prefix: str) -> Path:
-    """Return this process's file for `InitialWeights`, and delete killed processes' files."""
+def initial_weights_file(folder: Path, prefix: str) -> Path:
+    """Return this process's file for `InitialWeights`, and delete the files of killed processes."""
     for left in folder.glob(f"{prefix}*.safetensors"):
         process = left.stem.removeprefix(prefix)
-        if process.isdigit() and not _is_running(int(process)):
+        if process.isdigit() and not _is_process_running(int(process)):
             left.unlink(missing_ok=True)
     return folder / f"{prefix}{os.getpid()}.safetensors"
 
 
-def _is_running(process: int) -> bool:
+def _is_process_running(pid: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
@@ -126,8 +125,8 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def load_finished(trainer: FullTrainer, checkpoint: Path, total_steps: int) -> torch.optim.Optimizer:
-    """Load weights and optimizer from a checkpoint after which no steps remain."""
+def load_finished_checkpoint(trainer: FullTrainer, checkpoint: Path, total_steps: int) -> torch.optim.Optimizer:
+    """Load the weights from a checkpoint after the last step; return an optimizer with its state."""
     # Only optimizers without second moments need this; an earlier attempt saw the gradients.
     trainer.tensors_with_gradient = frozenset(methods.trainable_parameters(trainer.model))
     if trainer.is_deepspeed_enabled:
@@ -146,20 +145,20 @@ def save_model(
     folder: Path,
     recipe: Recipe,
     summary: DataSummary,
-    is_first: bool = True,
+    is_main: bool = True,
 ) -> None:
-    """Write a Hugging Face model folder, or only the weights that a method such as LoRA trains. A complete folder
-    replaces an older one."""
+    """Write a Hugging Face model folder, or only the weights that a method such as LoRA trains, replacing an older one.
+    All ranks must call this; only `is_main` writes."""
     part = folder.with_name(folder.name + ".part")
-    if is_first:
+    if is_main:
         shutil.rmtree(part, ignore_errors=True)
     if recipe.method.kind == "full":
-        _save_full(applied.model, part, is_first)
+        _save_full(applied.model, part, is_main)
     else:
         _gather_trained(applied.model)
-        if is_first:
+        if is_main:
             save_method_folder(applied, part, recipe.task, applied.model.name_or_path)
-    if not is_first:
+    if not is_main:
         return
     target = replace(Target.of(summary), stride=recipe.data.stride)
     causal_lm.with_trained_template(tokenizer, target).save_pretrained(part)
@@ -182,29 +181,30 @@ def save_model(
 
 
 def _gather_trained(model: PreTrainedModel) -> None:
+    """Replace sharded trained parameters by gathered ones."""
     sharding.free_gathered_weights(model)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if zero.is_in_engine(parameter):
-                setattr(module, name, torch.nn.Parameter(zero.whole(parameter)))
+                setattr(module, name, torch.nn.Parameter(zero.gather(parameter)))
             elif parameter.requires_grad and hasattr(parameter, "placements"):
                 setattr(module, name, torch.nn.Parameter(sharding.full_tensor(parameter.detach())))
 
 
-def _save_full(model: PreTrainedModel, folder: Path, is_first: bool) -> None:
+def _save_full(model: PreTrainedModel, folder: Path, is_main: bool) -> None:
     """Save like `save_pretrained`; sharded weights are written file by file, so that no rank holds all of them."""
-    in_engine = zero.holds(model)
+    in_engine = zero.is_in_use(model)
     is_shared = in_engine or sharding.is_fsdp2_sharded(model)
     # `save_pretrained` converts tensors that have other names in files.
     at_once = is_shared and getattr(model, "_weight_conversions", None)
-    state = fsdp2.whole_state(model, zero.whole if in_engine else sharding.full_tensor) if at_once else {}
+    state = fsdp2.gathered_state_dict(model, zero.gather if in_engine else sharding.full_tensor) if at_once else {}
     # With this entry `save_pretrained` would gather the shards itself.
     vars(model.config).pop("distributed_config", None)
-    if is_first:
+    if is_main:
         model.save_pretrained(folder, state_dict=state if is_shared else None)
     if is_shared and not at_once:
-        (zero if in_engine else fsdp2).write_whole(model, folder)
-    if is_first and in_engine:
+        (zero if in_engine else fsdp2).write_gathered(model, folder)
+    if is_main and in_engine:
         # transformers writes the dtype that the engine computes in.
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", values | {"dtype": "float32"})

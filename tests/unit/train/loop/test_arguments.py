@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.train.loop.arguments import check_extra, package_of
+from fulltune.train.loop.arguments import check_trainable, package_for_optimizer
 from tests import plans
 
 
@@ -35,7 +35,7 @@ from tests import plans
     ],
 )
 def test_package_of_each_kind_of_optimizer(optim: str, install: str) -> None:
-    assert package_of(optim)[1] == install
+    assert package_for_optimizer(optim)[1] == install
 
 
 def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypa
         importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else real(name, *rest)
     )
     with pytest.raises(SetupError) as caught:
-        check_extra(plans.recipe(train={"optim": "adamw_bnb_8bit"}))
+        check_trainable(plans.recipe(train={"optim": "adamw_bnb_8bit"}))
     assert caught.value.problems == (
         "train.optim: 'adamw_bnb_8bit' needs a package that is missing; pip install bitsandbytes",
     )

@@ -38,7 +38,7 @@ def epochs(of: GlobalBatchSampler, count: int) -> list[list[int]]:
     found = []
     for epoch in range(count):
         of.set_epoch(epoch)
-        found.append(list(chain.from_iterable(of.global_batches())))
+        found.append(list(chain.from_iterable(of.batches_of_epoch())))
     return found
 
 
@@ -59,12 +59,12 @@ def test_order_without_mixed_rows_is_that_of_earlier_versions(
     lengths = [(number * 7) % 30 + 1 for number in range(20)]
     plain = GlobalBatchSampler(lengths, 8, 4, 42, grouped, rollbacks=rollbacks)
     plain.set_epoch(epoch)
-    assert plain.global_batches() == expected
+    assert plain.batches_of_epoch() == expected
 
 
 def test_rows_that_are_drawn_stay_the_same() -> None:
     """A run that goes on with a later version draws what it would have drawn."""
-    drawn = [MixedSource(range(20, 27), 5).drawn(42, epoch) for epoch in range(3)]
+    drawn = [MixedSource(range(20, 27), 5).rows_of_epoch(42, epoch) for epoch in range(3)]
     assert drawn == [[26, 23, 20, 21, 22], [25, 24, 26, 24, 23], [25, 20, 21, 22, 20]]
 
 
@@ -87,13 +87,13 @@ def test_each_mixed_row_comes_once_before_any_comes_again(size: int) -> None:
     """Over epochs, and however many rounds an epoch takes."""
     made = sampler((size,), (0.3,))
     (source,) = made.mixed
-    drawn = list(chain.from_iterable(source.drawn(42, epoch) for epoch in range(6)))
+    drawn = list(chain.from_iterable(source.rows_of_epoch(42, epoch) for epoch in range(6)))
     rounds = [drawn[start : start + size] for start in range(0, len(drawn), size)]
     assert all(len(set(one)) == len(one) for one in rounds)
     assert all(set(one) == set(source.rows) for one in rounds[:-1])
     assert len(rounds) < 2 or rounds[0] != rounds[1][: len(rounds[0])]
     assert [sorted(row for row in rows if row >= TASK_ROWS) for rows in epochs(made, 6)] == [
-        sorted(source.drawn(42, epoch)) for epoch in range(6)
+        sorted(source.rows_of_epoch(42, epoch)) for epoch in range(6)
     ]
 
 
@@ -117,7 +117,7 @@ def test_global_batches_with_mixed_rows_are_the_same_for_any_micro_batch_and_num
         sorted(row for shard in shards for batch in shard[start : start + each] for row in batch)
         for start in range(0, len(shards[0]), each)
     ]
-    assert found == [sorted(batch) for batch in expected.global_batches()]
+    assert found == [sorted(batch) for batch in expected.batches_of_epoch()]
     assert len(made) == sum(map(len, shards))
 
 
@@ -125,12 +125,12 @@ def test_steps_and_passes_of_a_run_with_mixed_rows() -> None:
     made = sampler((100,), (0.25,), task_rows=60, micro=4)
     assert made.rows_per_epoch == 80
     assert made.steps_per_epoch == 10
-    by_step = list(made.steps(0, 30))
+    by_step = list(made.batches_of_steps(0, 30))
     made.set_epoch(2)
-    assert by_step[20:] == made.global_batches()
-    assert list(made.steps(9, 12)) == by_step[9:12]
+    assert by_step[20:] == made.batches_of_epoch()
+    assert list(made.batches_of_steps(9, 12)) == by_step[9:12]
     # As a run that goes on in the middle of the second epoch reads them.
-    passes = [[row for part in parts for row in part] for parts in made.passes(13, 30)]
+    passes = [[row for part in parts for row in part] for parts in made.forward_passes(13, 30)]
     assert passes == by_step[13:]
 
 
@@ -138,7 +138,7 @@ def test_steps_and_passes_of_a_run_with_mixed_rows() -> None:
 def test_tokens_by_source_are_those_of_the_rows_of_all_steps(steps: int) -> None:
     made = sampler((100, 9), (0.1, 0.2))
     expected = [0, 0, 0]
-    for rows in made.steps(0, steps):
+    for rows in made.batches_of_steps(0, steps):
         for row in rows:
             expected[(row >= TASK_ROWS) + (row >= TASK_ROWS + 100)] += int(made.lengths[row])
     assert made.tokens_by_source(steps) == tuple(expected)

@@ -17,7 +17,7 @@ from fulltune.train.loop.step_guard import (
     RECENT_STEPS,
     StepHistory,
     StepVerdict,
-    judge,
+    judge_step,
 )
 
 INF, NAN = math.inf, math.nan
@@ -28,7 +28,7 @@ def after(steps: int, loss: float = 1.0, norm: float | None = 2.0) -> StepHistor
     draw, history = random.Random(0), StepHistory()
     for step in range(1, steps + 1):
         values = loss * draw.gauss(1, 0.1), None if norm is None else norm * math.exp(draw.gauss(0, 0.2))
-        verdict = judge(history, step, *values)
+        verdict = judge_step(history, step, *values)
         assert verdict.action == "go on"
         history = verdict.history
     return history
@@ -40,7 +40,7 @@ def several(
     """These steps one after the other, until one stops."""
     verdicts: list[StepVerdict] = []
     for number, (loss, norm) in enumerate(steps, start=first):
-        verdicts.append(judge(verdicts[-1].history if verdicts else history, number, loss, norm, **options))
+        verdicts.append(judge_step(verdicts[-1].history if verdicts else history, number, loss, norm, **options))
         if verdicts[-1].action == "stop":
             break
     return verdicts
@@ -71,7 +71,7 @@ def test_step_is_skipped_when_it_is_not_finite_or_loss_and_norm_are_both_far_abo
     loss: float, norm: float | None, scaled: bool, action: str, own: bool
 ) -> None:
     history = after(200)
-    verdict = judge(history, 201, loss, norm, scaled=scaled, finite_only=own)
+    verdict = judge_step(history, 201, loss, norm, is_loss_scaled=scaled, finite_only=own)
     is_finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
     assert verdict.action == ("go on" if own and is_finite else action)
     assert bool(verdict.reason) == (verdict.action == "skip")
@@ -92,10 +92,10 @@ def test_step_is_skipped_when_it_is_not_finite_or_loss_and_norm_are_both_far_abo
     ],
 )
 def test_step_with_few_rows_may_be_farther_off(loss: float, norm: float, rows: int, action: str) -> None:
-    history = judge(after(199), 200, 1.0, 2.0, rows=16).history
+    history = judge_step(after(199), 200, 1.0, 2.0, rows=16).history
     # A run that goes on in between judges alike.
     again = StepHistory.from_json(json.loads(json.dumps(asdict(history))))
-    assert judge(again, 201, loss, norm, rows=rows).action == action
+    assert judge_step(again, 201, loss, norm, rows=rows).action == action
 
 
 def test_nothing_is_suspect_where_the_loss_was_0_from_the_beginning() -> None:
@@ -105,9 +105,9 @@ def test_nothing_is_suspect_where_the_loss_was_0_from_the_beginning() -> None:
 
 
 def test_nothing_is_suspect_before_there_is_something_to_compare_with() -> None:
-    assert judge(after(MIN_CLEAN_STEPS - 1), 40, 9.0, 200.0).action == "go on"
-    assert judge(after(MIN_CLEAN_STEPS), 40, 9.0, 200.0).action == "skip"
-    assert judge(StepHistory(), 1, NAN, 1.0).action == "skip"
+    assert judge_step(after(MIN_CLEAN_STEPS - 1), 40, 9.0, 200.0).action == "go on"
+    assert judge_step(after(MIN_CLEAN_STEPS), 40, 9.0, 200.0).action == "skip"
+    assert judge_step(StepHistory(), 1, NAN, 1.0).action == "skip"
 
 
 def test_three_steps_in_a_row_that_are_not_finite_stop() -> None:
@@ -115,9 +115,9 @@ def test_three_steps_in_a_row_that_are_not_finite_stop() -> None:
     assert [one.action for one in verdicts] == ["skip", "skip", "stop"]
     assert verdicts[-1].since == 201
     assert verdicts[-1].reason == (
-        "the loss is nan, and the 2 steps before it were skipped as well; the weights are still good. Usual causes: a "
-        "learning rate that is too high, rows without a trained token, values out of range or a type with too small a "
-        "range"
+        "the loss is nan, and the previous 2 steps were skipped too; the weights are still good. Usual causes: a "
+        "learning rate that is too high, rows without a trained token, values out of range, or a dtype with too small "
+        "a range"
     )
     verdicts = several(after(200), [(NAN, 1.0), (NAN, 1.0), (1.0, 2.0)] * 6)
     assert [one.action for one in verdicts] == ["skip", "skip", "go on"] * 2 + ["stop"], "the fifth of twenty"
@@ -125,7 +125,7 @@ def test_three_steps_in_a_row_that_are_not_finite_stop() -> None:
 
 def test_too_many_suspect_steps_stop() -> None:
     verdicts = several(after(200), [(9.0, 200.0), (1.0, 2.0)] * 10)
-    assert "4 of the 20 steps before it" in verdicts[-1].reason
+    assert "4 of the previous 20 steps" in verdicts[-1].reason
     assert sum(one.action == "skip" for one in verdicts) == MAX_SKIPPED - 1
     assert verdicts[-1].action == "stop"
     assert verdicts[-1].since == 201
@@ -159,8 +159,8 @@ def test_skipped_steps_of_another_training_are_forgotten() -> None:
     """A Trainer that trains again, or from an earlier checkpoint."""
     history = StepHistory(skipped=(50, 51, 52))
     for step in (1, 41, 50):
-        assert judge(history, step, 1.0, 2.0).history.skipped == ()
-        assert judge(history, step, NAN, 2.0).history.skipped == (step,)
+        assert judge_step(history, step, 1.0, 2.0).history.skipped == ()
+        assert judge_step(history, step, NAN, 2.0).history.skipped == (step,)
 
 
 @pytest.mark.parametrize(("rise", "stops"), [(0.0, False), (2.0, True)])
@@ -179,12 +179,12 @@ def test_what_a_model_has_learned_by_heart_is_no_reason_to_skip_a_hard_row() -> 
         (-3.0,) * BASELINE_WINDOW,
         first=1.0,
     )
-    assert judge(history, 300, 0.2, 2.0).action == "go on"
-    assert judge(history, 300, 4.0, 2.0).action == "skip"
+    assert judge_step(history, 300, 0.2, 2.0).action == "go on"
+    assert judge_step(history, 300, 4.0, 2.0).action == "skip"
 
 
 def test_what_is_remembered_is_bounded_and_comes_back_as_it_was_saved() -> None:
-    history = judge(after(1000), 1001, NAN, 1.0).history
+    history = judge_step(after(1000), 1001, NAN, 1.0).history
     assert (len(history.losses), len(history.log_norms)) == (BASELINE_WINDOW + RECENT_STEPS, BASELINE_WINDOW)
     assert StepHistory.from_json(json.loads(json.dumps(asdict(history)))) == history
     for own in (False, True):

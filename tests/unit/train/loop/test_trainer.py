@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.train.loop.arguments import check_extra, training_arguments
+from fulltune.train.loop.arguments import check_trainable, training_arguments
 from fulltune.train.loop.trainer import FullTrainer
 from tests.plans import plan
 
@@ -77,9 +77,9 @@ def test_settings_that_need_workers_are_refused_without() -> None:
             {"model": "m", "task": "text-classification", "data": data, "train": {"extra": extra}}
         )
 
-    check_extra(recipe(dataloader_persistent_workers=True, dataloader_prefetch_factor=4, dataloader_num_workers=1))
+    check_trainable(recipe(dataloader_persistent_workers=True, dataloader_prefetch_factor=4, dataloader_num_workers=1))
     with pytest.raises(RecipeError) as caught:
-        check_extra(recipe(dataloader_persistent_workers=True, dataloader_prefetch_factor=4))
+        check_trainable(recipe(dataloader_persistent_workers=True, dataloader_prefetch_factor=4))
     assert len(caught.value.problems) == 2
     assert all("dataloader_num_workers above 0" in problem for problem in caught.value.problems)
 

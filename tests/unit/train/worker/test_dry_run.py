@@ -15,7 +15,14 @@ from fulltune.plan.time import count_interval_steps
 from fulltune.records.plan import TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.worker import dry_run
-from fulltune.train.worker.dry_run import PassTime, PassTimer, fit_pass_time, same_buffers, timed_forecast, works
+from fulltune.train.worker.dry_run import (
+    PassTime,
+    PassTimer,
+    fit_pass_time,
+    forecast_from_passes,
+    pass_work,
+    restored_buffers,
+)
 from tests import plans
 
 
@@ -40,8 +47,8 @@ def test_speed_is_a_line_through_both_passes_or_through_the_origin(
 
 def test_work_grows_with_the_square_of_the_length_by_what_attention_adds() -> None:
     shape = np.array([[4, 10]])
-    assert works(shape, 0.0) == [40]
-    assert works(shape, 0.1) == [80]
+    assert pass_work(shape, 0.0) == [40]
+    assert pass_work(shape, 0.1) == [80]
 
 
 @pytest.mark.parametrize(
@@ -77,14 +84,14 @@ def test_passes_are_those_that_training_will_take(num_processes: int, grouped: b
         taken += list(sampler)
     sampler.set_epoch(1)
 
-    found = [part for step in sampler.passes(0, 18) for part in step]
+    found = [part for step in sampler.forward_passes(0, 18) for part in step]
 
     together = range(0, len(taken), num_processes)
     longest = [max(lengths[i] for part in taken[at : at + num_processes] for i in part) for at in together]
     assert [max(lengths[i] for i in part) for part in found] == longest
     assert sampler.epoch == 1
     # Steps 5 to 8 go over the end of the first epoch of 6 steps.
-    assert list(sampler.passes(4, 8)) == list(sampler.passes(0, 18))[4:8]
+    assert list(sampler.forward_passes(4, 8)) == list(sampler.forward_passes(0, 18))[4:8]
 
 
 # ---- a dry run whose first passes were cold: a script of seconds in place of a machine ----------------------------
@@ -134,7 +141,7 @@ def foreseen(machine: Machine, first_seconds: float = 9.0, total_steps: int = 40
         is_main=False,
     )
     passes = Scripted(inputs, trainer, machine, mock.Mock(), lambda rows: None)
-    return timed_forecast(passes, batches[-1], (first_seconds, TRAIN), 0.1)
+    return forecast_from_passes(passes, batches[-1], (first_seconds, TRAIN), 0.1)
 
 
 def test_forecast_after_cold_passes_is_that_of_warm_ones() -> None:
@@ -209,7 +216,7 @@ class _Table(torch.nn.Module):
 
 def test_module_that_remembers_the_size_of_its_buffer_makes_it_again() -> None:
     model = torch.nn.Sequential(_Table())
-    with same_buffers(model):
+    with restored_buffers(model):
         assert model(8).shape == (8,)
     assert (model[0].made_for, model[0].table.shape) == (0, (0,))
     assert model(4).shape == (4,)
