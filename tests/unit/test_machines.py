@@ -462,14 +462,14 @@ CLOSED = "Connection closed by peer"
     [
         (1, {"": "error"}, None, False, "error", CLOSED),
         (1, {"": "error"}, "machine", False, "lost", "machine 1 (b) was lost: it went"),
-        (1, {"": "error"}, "killed", False, "killed", "the training processes of machine 1 (b) were killed"),
+        (1, {"": "error"}, "killed", False, "killed", "the training processes on machine 1 (b) were killed"),
         (
             1,
             {"": "error"},
             "out_of_memory",
             False,
             "out_of_memory",
-            "the kernel killed a training process of machine 1",
+            "the kernel killed a training process on machine 1",
         ),
         (1, {"": "error"}, "interrupted", False, "interrupted", "interrupted before step 1"),
         (1, {"": "error"}, "failed", False, "error", CLOSED),

@@ -63,7 +63,7 @@ def load_guard_state(checkpoint: Path, required: Iterable[str] = ()) -> dict[str
     state |= {file.stem: np.load(file, allow_pickle=False) for file in checkpoint.glob("*.npy")}
     if missing := sorted(set(required) - state.keys()):
         raise SetupError(
-            f"{checkpoint / GUARD}: {', '.join(missing)} is missing, because another version of fulltune wrote it; "
+            f"{checkpoint / GUARD}: no {', '.join(missing)}, because another version of fulltune wrote it; "
             "start a new run (--fresh)"
         )
     return state

@@ -24,7 +24,7 @@ def sealing(folder: Path, limit: int, journal: Journal, on_seal: Callable[[], No
     """The training's own callback; `on_seal` is called when the disk is at its fullest."""
     recipe = plans.recipe(train={"save_total_limit": limit})
     request: Any = SimpleNamespace(checkpoints=folder, all_initial_weights=[], recipe=recipe)
-    usage: Any = SimpleNamespace(disk=lambda *_: on_seal())
+    usage: Any = SimpleNamespace(update_peak_disk=lambda *_: on_seal())
     return Checkpoints(request, journal, usage)
 
 

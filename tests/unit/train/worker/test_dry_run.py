@@ -119,10 +119,10 @@ class Machine:
 class Scripted(PassTimer):
     """Passes whose seconds are a machine's."""
 
-    def train(self, positions: Any, *, keep: bool = False) -> tuple[float, float]:
+    def run_pass(self, positions: Any, *, keep_gradients: bool = False) -> tuple[float, float]:
         return 1.0, self.model.take("train", TRAIN)
 
-    def score(self, positions: Any) -> float:
+    def time_scoring(self, positions: Any) -> float:
         return self.model.take("eval", FORWARD)
 
 
@@ -131,7 +131,9 @@ def foreseen(machine: Machine, first_seconds: float = 9.0, total_steps: int = 40
     batches = [list(range(8 * step, 8 * step + 8)) for step in range(40)]
     trainer: Any = SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace())),
-        sampler=SimpleNamespace(passes=lambda first, last: [[batch] for batch in batches[first:last]], lengths=LENGTHS),
+        sampler=SimpleNamespace(
+            forward_passes=lambda first, last: [[batch] for batch in batches[first:last]], lengths=LENGTHS
+        ),
         eval_dataset={"length": LENGTHS[::20]},
     )
     inputs: Any = SimpleNamespace(
