@@ -153,7 +153,7 @@ def plan(
     price: options.HourlyPrice = None,
     measure: options.MeasureSettings = False,
 ) -> None:
-    """Choose and explain every setting; show memory, placements, time, and alternatives if the run does not fit."""
+    """Choose and explain every setting, and show memory, placements, time, and alternatives if the run does not fit."""
     from fulltune.cli import plan as cli_plan
     from fulltune.cli.show import plan as display_plan
     from fulltune.records.training import Measurements

@@ -35,7 +35,7 @@ class AuditRequest:
     trainings: int
     """Seeds for training with and without each cleaning step, or 0 for no training."""
     checks: Sequence[str]
-    """Checks whose steps are tried by training; if empty, all with enough rows."""
+    """Checks whose cleaning steps are tried by training, or empty for all with enough rows."""
 
     def raise_if_unsuitable(self, target: Path) -> None:
         """Raise a `RecipeError` if the options do not suit the recipe or run folder `target`."""

@@ -53,7 +53,7 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
 """Tasks with the column role that marks them, the clearest first."""
 _HEAD, _FEW = 1000, 100
 _ROWS_OF_A_LABEL = 10
-"""Minimum average repetitions of a value for a column to look like a label."""
+"""A column may be a label if its values repeat at least this often on average."""
 
 TEMPLATE = """\
 # Written by `fulltune init {file}`. Every setting: docs/reference/recipe.md. Run it: fulltune run {recipe}

@@ -198,8 +198,7 @@ def _answer_rows(
     max_new_tokens: int,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Pass each row and its answer (or why there is none) to `use_answer`, and return the counts. Warnings name the
-    `replacement`."""
+    """Pass each row with its answer (or why there is none) to `use_answer`, and return the counts."""
     placed, again = tee(inputs.located_rows())
     rows = without = cut = 0
     first: list[str] = []
@@ -263,8 +262,8 @@ def check_output(output: Path, replace: bool) -> None:
 
 
 def added_columns(notes: Row, own_columns: Collection[str]) -> Columns:
-    """Return the columns that answers add, named `predicted_...` (`predicted2_...` if taken). The last one gives the
-    reason for a missing answer."""
+    """Return the added columns: `predicted_...` (`predicted2_...` if taken). The last is the reason for a missing
+    answer."""
     target = Target.from_notes(notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
     each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()

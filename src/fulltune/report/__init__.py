@@ -42,8 +42,7 @@ def run_for_terminal(folder: Path) -> list[Headline | Section | Element]:
 
 
 def write_comparison(folder: Path) -> tuple[Path, ...]:
-    """Write the pages, plot and `proof.json` of a finished comparison (else raise `SetupError`) and return their
-    paths."""
+    """Write a finished comparison's pages, plot and `proof.json`, and return their paths."""
     source = _comparison_record_path(Path(folder))
     comparison = Comparison.load(source)
     target = Path(folder) if Path(folder).is_dir() else source.parent

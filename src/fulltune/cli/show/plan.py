@@ -116,13 +116,8 @@ def _build_placement_table(survey: Survey) -> Table:
             speed = format_count(placement.tokens_per_second) if placement.tokens_per_second else "?"
             micro = f"{placement.micro_batch_size}{'*' * placement.activation_checkpointing}"
             last = (micro, speed, "chosen" if is_chosen else "fits")
-        rows.append(
-            (
-                f"{'▸ ' * is_chosen}{placement.name}",
-                *map(format_gib, (placement.device_bytes, placement.host_bytes)),
-                *last,
-            )
-        )
+        sizes = map(format_gib, (placement.device_bytes, placement.host_bytes))
+        rows.append((f"{'▸ ' * is_chosen}{placement.name}", *sizes, *last))
     header = ("placement", "device", "host", "batch", "tokens/s", "")
     return Table("", header, tuple(rows), frozenset(range(1, len(header) - 1)))
 

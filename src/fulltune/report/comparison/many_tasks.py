@@ -20,8 +20,7 @@ _MARGIN = 0.01
 
 
 def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
-    """Combine finished comparisons of one pretrained model, keyed by task name. Raise `RecipeError` without a common
-    method."""
+    """Combine comparisons of one pretrained model by task name. Raise `RecipeError` without a common method."""
     rows = {task: {row.method: row for row in one.rows} for task, one in comparisons.items()}
     first = next(iter(comparisons.values()))
     full = next(row.method for row in first.rows if row.kind == "full")

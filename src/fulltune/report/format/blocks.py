@@ -140,5 +140,5 @@ def unless_empty(title: str, blocks: Sequence[Element]) -> Section | None:
 
 
 def untrusted(text: str, limit: int | None = None) -> Cell:
-    """Return a cell for text from data or a model; blank text becomes `(empty)`."""
+    """Return a cell for text from data or a model. Blank text becomes `(empty)`."""
     return Cell(named(text), untrusted=True, limit=limit)

@@ -49,8 +49,7 @@ def render_html(report: Report, template: str = "report.html.j2") -> str:
 
 
 def write_pages(path: Path, report: Report, template: str = "report.html.j2", private: bool = True) -> Path:
-    """Write a report as Markdown and HTML side by side and return the path of the HTML. Only the user can read
-    `private` files."""
+    """Write a report as Markdown and HTML, readable by others unless `private`, and return the path of the HTML."""
     write_sanitized(path.with_suffix(".md"), render_markdown(report), private)
     target = path.with_suffix(".html")
     write_sanitized(target, render_html(report, template), private)

@@ -69,7 +69,7 @@ def format_setting(value: Any) -> str:
 
 
 def readable_status(outcome: str) -> str:
-    """Return an attempt's status in words; `spiked` counts as diverged."""
+    """Return an attempt's status in words. `spiked` counts as diverged."""
     return "diverged" if outcome == "spiked" else outcome.replace("_", " ")
 
 
@@ -101,7 +101,7 @@ _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gguf
 
 
 def file_name(source: str) -> str:
-    """Return a path without its folders; Hub ids and `package:NAME/PATH` stay whole."""
+    """Return a path without its folders. Hub ids and `package:NAME/PATH` stay whole."""
     path = PureWindowsPath(source)  # splits at both kinds of slash
     is_local = source.startswith(("/", "~", ".")) or path.drive or path.suffix.lower() in _FILE_ENDINGS
     return path.name if is_local and not source.startswith("package:") else source
@@ -207,7 +207,7 @@ def format_ratio(value: float) -> str:
 
 
 def format_fine_share(value: float) -> str:
-    """Format a share, small ones with two digits: `100%`, `45.2%`, `0.65%`, `0.0034%`."""
+    """Format a share as a percentage with at least two digits: `100%`, `45.2%`, `0.65%`, `0.0034%`."""
     if not math.isfinite(value):
         return NOTHING
     if abs(value) >= 0.1 or value == 0:

@@ -53,8 +53,8 @@ def build_forgetting_section(view: RunView) -> Section | None:
 
 
 def describe_drift(points: Sequence[Point], errors: Mapping[int, float], kept_step: int | None, in_nats: bool) -> str:
-    """Describe the drift at `kept_step` (else at the end), and when half of it was reached. `errors` are standard
-    errors by step."""
+    """Describe the drift at `kept_step` (else the last), and when half of it was reached. `errors` are standard
+    errors."""
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     if not finite:
         return "The drift on generic text is unknown, because none of its values is finite."
@@ -116,7 +116,7 @@ def _change_of_likelihood(rise: float) -> str:
 
 
 def budget_advice(result: BudgetResult | None) -> tuple[str, str]:
-    """Return (what the forgetting budget cost, what would help), or two empty strings if little was lost."""
+    """Return what the forgetting budget cost and what would help, or two empty strings if it cost little."""
     if result is None:
         return "", ""
     if (limit := limit_for_most_gain(result)) is not None:

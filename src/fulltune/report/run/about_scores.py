@@ -158,7 +158,7 @@ def build_answers_section(view: RunView) -> Section | None:
 
 
 def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Exchange, ...]:
-    """Pair two models' answers to the same text; repeated texts are paired in order."""
+    """Pair two models' answers to the same text. Repeated texts are paired in order."""
     waiting: dict[str, deque[Answer]] = defaultdict(deque)
     for answer in before:
         waiting[answer.text].append(answer)

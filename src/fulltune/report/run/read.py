@@ -120,7 +120,7 @@ def _points_by_metric(rows_by_step: Mapping[int, Mapping[str, Any]]) -> MetricSe
 
 @dataclass(frozen=True)
 class RunView:
-    """The contents of a run folder, for a run or one trial of a comparison."""
+    """Contents of a run folder, for a run or one trial of a comparison."""
 
     folder: Path
     model: str
@@ -134,7 +134,7 @@ class RunView:
     plan: Plan | None
     attempts: tuple[AttemptFiles, ...]
     scores: tuple[Scores, ...]
-    """Baselines, then the untouched and the trained model; by name within a kind."""
+    """Baselines first, then the pretrained and the trained model."""
     missing: tuple[tuple[str, str], ...] = ()
     searched: Searched | None = None
     budget: BudgetResult | None = None
@@ -173,8 +173,7 @@ def trained_row(scores: Sequence[Scores]) -> Scores | None:
 def read_run(folder: Path, scores: Scores | None = None) -> RunView:
     """Read the folder of a run or comparison, any of whose files may be missing.
 
-    `scores` are those of a comparison's trial, which has no file of its own. Raises `SetupError` if the folder is not a
-    run's.
+    `scores` are those of a comparison's trial, which has no file of its own. Raises `SetupError` for any other folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -259,7 +258,7 @@ def _why_unscored(view: RunView) -> str:
 
 
 class _Files:
-    """Reads a run folder's files and notes what is unreadable."""
+    """Reads a run folder's files and notes unreadable ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

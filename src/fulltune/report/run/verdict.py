@@ -40,7 +40,7 @@ def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better
 
 
 def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
-    """Judge the trained model against the best untrained one: better or worse only if the difference's interval
+    """Compare the trained model with the best untrained one. It is better or worse only if the difference's interval
     excludes 0."""
     row = trained_row(scores)
     if row is None:
