@@ -138,8 +138,8 @@ def test_settings_that_agree_with_the_plan_pass() -> None:
 def test_bytes_on_device_and_host_with_two_processes(
     shared: ParallelLayout, device_bytes: int, host_bytes: int
 ) -> None:
-    assert sum(shared.bytes_stored_on("device", STATE, 2).values()) == device_bytes
-    assert 2 * sum(shared.bytes_stored_on("host", STATE, 2).values()) == host_bytes
+    assert sum(shared.bytes_on("device", STATE, 2).values()) == device_bytes
+    assert 2 * sum(shared.bytes_on("host", STATE, 2).values()) == host_bytes
 
 
 def test_what_stays_as_it_was_has_no_gradients_and_no_optimizer_state() -> None:

@@ -188,11 +188,11 @@ def _has_lengths(points: Sequence[tuple[int, int]]) -> bool:
 
 
 def _moments_of_later_micro_batch(
-    first: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], value_bytes: int
+    first_moments: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], value_bytes: int
 ) -> tuple[LiveMemory, ...]:
     """Return the moments of a step's later micro batches, whose gradients are added to earlier ones."""
     total = value_bytes * sum(map(math.prod, shapes))
-    highest = max(moment.coefficients["gradients"][0] for moment in first)
+    highest = max(moment.coefficients["gradients"][0] for moment in first_moments)
     waiting = max(0.0, highest - total) + value_bytes * max(map(math.prod, shapes))
 
     def with_earlier_gradients(moment: LiveMemory) -> LiveMemory:
@@ -200,4 +200,4 @@ def _moments_of_later_micro_batch(
         gradients = (total + min(constant, waiting), *rest)
         return moment.model_copy(update={"coefficients": {**moment.coefficients, "gradients": gradients}})
 
-    return tuple(map(with_earlier_gradients, first))
+    return tuple(map(with_earlier_gradients, first_moments))

@@ -22,7 +22,7 @@ class LiveMemory(Record):
     place: str
     """Position in the step: `backward head`, `forward 0:last` (last layer of the first stack) ..."""
     coefficients: dict[MemoryKind, Coefficients]
-    """Bytes of each kind per 1, row, token, row x length^2, length and length^2."""
+    """Bytes of each `MemoryKind` per 1, row, token, row x length^2, length and length^2."""
 
     def bytes(self, rows: int, length: int) -> dict[MemoryKind, int]:
         """Return the bytes per `MemoryKind` for `rows` sequences (rows x choices) of `length` tokens."""

@@ -78,7 +78,7 @@ def _zero_process_need_on_gpus(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
 ) -> MemoryNeed:
     parameters, processes = shapes.num_parameters, settings.num_processes
-    state = layout.bytes_stored_on("device", zero_state_bytes(parameters, shapes.num_trainable), processes)
+    state = layout.bytes_on("device", zero_state_bytes(parameters, shapes.num_trainable), processes)
     buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
     if layout.stage == 3:  # weights gathered at a time: at least a layer or the vocabulary
         vocabulary = shapes.vocab_size * shapes.hidden_size
@@ -146,7 +146,7 @@ def offloaded_bytes(
     layout: ParallelLayout, num_parameters: int, num_processes: int, num_trainable: int | None = None
 ) -> int:
     """Return how much host memory all processes together need for the state that ZeRO offloads."""
-    each = layout.bytes_stored_on("host", zero_state_bytes(num_parameters, num_trainable), num_processes)
+    each = layout.bytes_on("host", zero_state_bytes(num_parameters, num_trainable), num_processes)
     return round(HOST_BUFFERS * num_processes * sum(each.values()))
 
 

@@ -108,6 +108,7 @@ def _choose_eval_batch(basis: Basis, settings: MemorySettings, limit_bytes: floa
 
 
 def _explain_checkpointing(basis: Basis, option: Option, options: Sequence[Option], limit_bytes: float) -> str:
+    """Return why `option` was chosen among `options` with or without activation checkpointing."""
     if not option.settings.can_recompute:
         return "this model does not support checkpointing"
     if not option.settings.activation_checkpointing:

@@ -24,7 +24,7 @@ RATES = {
 
 
 def full_learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Return the default rate of full fine-tuning with AdamW (lower for larger models), and the reason."""
+    """Return the default learning rate of full fine-tuning, and the reason; larger models get lower rates."""
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
     kind = "decoders" if is_decoder else "encoders"
@@ -33,7 +33,7 @@ def full_learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReas
 
 
 def default_learning_rate(method: Method, num_parameters: int, is_decoder: bool) -> DefaultWithReason:
-    """Return a method's default rate (higher for methods that train fewer values), and the reason."""
+    """Return a method's default learning rate, and the reason; methods that train less get higher rates."""
     full, why = full_learning_rate(num_parameters, is_decoder)
     if method.kind in ("lora", "adapter"):
         rate = min(LORA_TIMES * full, MAX_LORA) if method.kind == "lora" else ADAPTER_TIMES * full
@@ -54,11 +54,11 @@ def default_num_epochs(task: str, num_rows: int) -> DefaultWithReason:
     return (few, "fewer than 10,000 rows") if num_rows < 10_000 else (usual, "10,000 rows or more")
 
 
-def default_warmup(task: str, head_is_kept: bool) -> DefaultWithReason:
+def default_warmup(task: str, has_pretrained_head: bool) -> DefaultWithReason:
     """Return the default share of the steps in which the learning rate rises, and the reason."""
     if FACTS[task].writes:
         return 0.03, "usual for language models"
-    return 0.1, "usual for this kind of task" if head_is_kept else "usual with a new head"
+    return 0.1, "usual for this kind of task" if has_pretrained_head else "usual with a new head"
 
 
 MAX_LENGTH_EXPLAINED = 0.25

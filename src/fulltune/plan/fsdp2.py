@@ -121,16 +121,14 @@ def _possible_peaks(shapes: Shapes, footprint: Footprint, settings: MemorySettin
     # A chunked loss sums the head's gradient in fp32 in the forward pass; the backward pass uses it, or a copy in the
     # weights' type.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
-    current_block_gradients, freed = _block_estimators(
-        traced, units, shapes.num_layers, units.persistent + left, recomputed
-    )
+    block_gradients, freed = _block_estimators(traced, units, shapes.num_layers, units.persistent + left, recomputed)
     moments: list[_Moment] = []
     for place, passing in traced:
         # With checkpointing, only the copies that autograd saves stay alive.
         if recomputed and not place.endswith("below"):
             saved = units.persistent + left if place in AT_HEAD else units.block
             passing = passing | {"buffers": min(passing["buffers"], saved // 2)}
-        now = current_block_gradients(passing)
+        now = block_gradients(passing)
         reduced = max(before, min(1.0, max(0, passing["gradients"] - left - now) / everything))
         without, no_logits = passing | {"gradients": 0}, passing | {"gradients": 0, "logits": 0}
         # At a block's end all its gradients exist, and its activations and copies are freed.

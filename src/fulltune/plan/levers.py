@@ -93,7 +93,7 @@ def plain_optim(weights_dtype: str, rounding: str | None) -> str:
 
 
 def why_loss_not_chunked(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str | None:
-    """Return why the loss cannot be computed in chunks, or None if it can."""
+    """Return why the loss cannot be computed in chunks, or None; `plain_logits` means unscaled logits."""
     if not FACTS[recipe.task].writes:
         return f"{recipe.task} has no logits per token"
     if own_loss:

@@ -140,7 +140,7 @@ def _changes_arithmetic(option: PlacementOption) -> bool:
 
 
 def _plan_with_placement(
-    workload: Workload, fleet: Fleet, table: Sequence[PlacementOption], why: str = ""
+    workload: Workload, fleet: Fleet, table: Sequence[PlacementOption], extra_reason: str = ""
 ) -> PlannedSettings | None:
     """Return the plan of the best placement that fits without contradicting the recipe, or None."""
     for option in rank_fitting_placements(table):
@@ -155,7 +155,8 @@ def _plan_with_placement(
             continue
         names = {"train.extra" if name == ENGINE_SETTINGS else name for name in option.settings}
         installs = f"; {parallel_layout.INSTALL}" if option.name.startswith("ZeRO") else ""
-        return _with_reason_for_settings(plan, names, f"placement: {option.name}{why}{installs}"), option.settings
+        reason = f"placement: {option.name}{extra_reason}{installs}"
+        return _with_reason_for_settings(plan, names, reason), option.settings
     return None
 
 
@@ -188,7 +189,7 @@ def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool =
 
 
 def _find_ways_out(
-    workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
+    workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora_plan: PlannedSettings | None
 ) -> tuple[str, tuple[WayOut, ...]]:
     """Return the problem and ways to solve it: for the disk if only the disk is too small, else for memory."""
     fleet = basis.fleet
@@ -206,8 +207,8 @@ def _find_ways_out(
         now = needed.total
         problem = budget.disk_full_message(recipe, needed, fleet.disk_bytes, fleet.disk_at)
         ways = [*ways_out.disk_ways_out(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
-    if lora is not None:
-        plan, settings = lora
+    if lora_plan is not None:
+        plan, settings = lora_plan
         need_of_lora = plan.disk.total if where == "disk" and plan.disk else plan.memory.peak if plan.memory else 0
         share = plan.num_trainable_parameters / (plan.num_trainable_parameters + plan.num_frozen_parameters)
         costs = f"another method, which trains {100 * share:.2g} % of the parameters"

@@ -69,7 +69,7 @@ def backward_cost(method: str, shapes: Shapes) -> float:
 def work_per_row(
     summary: DataSummary, footprint: Footprint, grouped_by_length: bool, prompt_tokens: int = 0, backward: float = 2.0
 ) -> Work:
-    """Return the work of an average row. `prompt_tokens` are the tokens that prompt tuning adds to each text."""
+    """Return the operations of an average row; prompt tuning adds `prompt_tokens` to each text."""
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(footprint, 1.0, backward)
     longest, mean = summary.max_length, summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
@@ -130,14 +130,14 @@ def step_seconds(
 
 
 def _estimate_optimizer_seconds(
-    trained: int, fleet: Fleet, settings: MemorySettings, layout: ParallelLayout | None
+    num_trained: int, fleet: Fleet, settings: MemorySettings, layout: ParallelLayout | None
 ) -> float:
     host = fleet.host_memory_gb_per_second * 1e9
     if fleet.gpu_model is None:
-        return UPDATE_BYTES * trained / host
+        return UPDATE_BYTES * num_trained / host
     if layout is not None and layout.offload_optimizer:
-        return HOST_UPDATE_BYTES * trained / settings.num_machines / (host * HOST_SHARE)
-    updated = trained / settings.num_processes if layout is not None else trained
+        return HOST_UPDATE_BYTES * num_trained / settings.num_machines / (host * HOST_SHARE)
+    updated = num_trained / settings.num_processes if layout is not None else num_trained
     return UPDATE_BYTES * updated / (fleet.gpu_model.memory_gb_per_second * 1e9)
 
 
@@ -173,22 +173,23 @@ def probe_passes(summary: DataSummary) -> int:
     return 2 if "text_pair" in summary.columns else 1
 
 
-def linear_probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
+def linear_probe_cost(summary: DataSummary, hidden_size: int) -> tuple[int, int, float]:
     """Estimate a linear probe's cost: rows through the model, bytes of host memory, and seconds of fitting."""
     form, train, passes = summary.form, summary.splits["train"], probe_passes(summary)
     words = max(1.0, train.trained_tokens / max(1, train.rows))
     per_row = probe.items_per_row(form.name, words, summary.num_choices)
-    features = round(width * probe.PAIRS) if passes == 2 else width
+    features = round(hidden_size * probe.PAIRS) if passes == 2 else hidden_size
     rows = min(train.rows, probe.rows_within(form.name, per_row, features))
     items = round(rows * per_row)
     outputs = form.num_outputs or len(summary.labels)
     held_out = summary.splits["eval"].rows if "eval" in summary.splits else 0
     rows += min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0
     num_bytes = round(PROBE_PARTS * 4 * (2 if form.tags_words else 3) * features * items)
-    solver = probe.solver_bytes(form.name, items, outputs, width)
+    solver = probe.solver_bytes(form.name, items, outputs, hidden_size)
     if solver > probe.MOST_SOLVER_BYTES:  # nothing is fitted
         return passes * rows, num_bytes, PROBE_SECONDS
-    return passes * rows, num_bytes + solver, PROBE_SECONDS + 4 * PROBE_PASSES * items * outputs * width / PROBE_FLOPS
+    seconds = PROBE_SECONDS + 4 * PROBE_PASSES * items * outputs * hidden_size / PROBE_FLOPS
+    return passes * rows, num_bytes + solver, seconds
 
 
 def count_interval_steps(total_steps: int, *intervals: int, after: int = -1) -> int:

@@ -28,7 +28,7 @@ def memory_ways_out(
     """
     recipe, now = basis.recipe, basis.memory_need(smallest).peak
     ways, mild = [], 0
-    for lever, changed, settings in _usable_levers(recipe, smallest):
+    for lever, changed, settings in _usable_savings(recipe, smallest):
         peak = basis.memory_need(changed).peak
         ways.append(make_way_out(settings, now - peak, peak <= basis.available_bytes, lever.costs))
         mild += lever.same_result
@@ -41,18 +41,18 @@ def memory_ways_out(
         ways[mild:mild] = [_placement_way_out(one, now) for one in (*own, fastest)]
     least = MIN_SHARE * (now - basis.available_bytes)
     ways = [way for way in ways if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
-    enough = [way for way in ways if way.enough] or _combine_levers(basis, smallest)
+    enough = [way for way in ways if way.enough] or _combine_savings(basis, smallest)
     if len(enough) < MAX_WAYS and not recipe.train.engine_by:  # ZeRO's weights may be offloaded
         enough.append(_smaller_model_way_out(basis, smallest))
     rest = sorted((way for way in ways if not way.enough), key=lambda way: -way.frees_bytes)
     return tuple([*enough, *rest][:MAX_WAYS])
 
 
-def _placement_way_out(placement: PlacementOption, now: int) -> WayOut:
+def _placement_way_out(placement: PlacementOption, peak_now: int) -> WayOut:
     host = f", {format_bytes(placement.host_bytes)} on the host" if placement.host_bytes else ""
     speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
     costs = speed or "results differ in the last digits"
-    return make_way_out(placement.settings, now - placement.device_bytes, True, costs, placement.name)
+    return make_way_out(placement.settings, peak_now - placement.device_bytes, True, costs, placement.name)
 
 
 def make_way_out(
@@ -69,20 +69,20 @@ def make_way_out(
     return WayOut(change=words, frees_bytes=frees_bytes, where=where, enough=enough, costs=costs, settings=settings)
 
 
-def _usable_levers(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, MemorySettings, dict[str, Any]]]:
-    """Yield each usable lever with the new memory settings and the recipe's changes, the mildest first."""
+def _usable_savings(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, MemorySettings, dict[str, Any]]]:
+    """Yield each usable memory saving with the new memory settings and the recipe's changes, the mildest first."""
     for lever in LEVERS:
         if lever.way_out and not lever.why_unusable(recipe, now):
             changes = lever.apply(recipe, now)[-1]
             yield lever, now.changed(**changes), lever.recipe_settings(recipe, changes)
 
 
-def _combine_levers(basis: Basis, now: MemorySettings) -> list[WayOut]:
+def _combine_savings(basis: Basis, now: MemorySettings) -> list[WayOut]:
     """Return a way to fit that combines as few memory savings as are enough, or an empty list."""
     needed = basis.memory_need(now).peak
     costs: list[str] = []
     named: dict[str, Any] = {}
-    while step := next(_usable_levers(basis.recipe, now), None):
+    while step := next(_usable_savings(basis.recipe, now), None):
         lever, now, settings = step
         named |= settings
         costs += [lever.costs] if lever.costs not in costs else []

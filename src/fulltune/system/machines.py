@@ -44,7 +44,6 @@ LINGER_SECONDS = 10.0
 """How long an ending command waits for the other machines to notice."""
 GO_ON = "run the same command on all machines to resume"
 _END_BYTES = 32 * 2**20
-"""Bytes compared at each end of a file."""
 _MAX_READ = 1000
 """Number of files above which only a folder's names and sizes are compared."""
 
@@ -69,7 +68,7 @@ class MachineAddress:
 
 
 def parse_machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> MachineAddress | None:
-    """Parse this machine's command-line options; return None if the recipe uses one machine."""
+    """Parse this machine's command-line options, or return None if the recipe uses one machine."""
     machines = recipe.train.num_machines
     if machines == 1:
         if rank is None and rendezvous is None:
@@ -325,10 +324,8 @@ class Peer:
 
 
 @contextlib.contextmanager
-def send_heartbeats(
-    path: Path, record: Member, others_noticed: Callable[[], bool] = lambda: True
-) -> Iterator[Heartbeat]:
-    """Write heartbeats during the block, then its outcome; then wait a while for `others_noticed` to return True."""
+def send_heartbeats(path: Path, record: Member, noticed: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
+    """Write heartbeats during the block, then its outcome; then wait a while for `noticed` to return True."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:
@@ -363,6 +360,6 @@ def send_heartbeats(
             with contextlib.suppress(OSError):  # the error that is already raised says more than a full disk
                 sign.write_end(ended)
                 until = time.monotonic() + LINGER_SECONDS
-                while time.monotonic() < until and not others_noticed():
+                while time.monotonic() < until and not noticed():
                     time.sleep(POLL_SECONDS)
             sign.end()

@@ -164,7 +164,7 @@ def count_oom_kills() -> int:
     return 0
 
 
-def run_with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) -> T:
+def run_with_smaller_batches(activity: str, batch_size: int, run: Callable[[int], T]) -> T:
     """Call `run` with the batch size, halved each time memory runs out; raise the error at one row."""
     while True:
         try:
@@ -178,12 +178,14 @@ def run_with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]
         torch = sys.modules.get("torch")
         if torch is not None:
             torch.cuda.empty_cache()  # has no effect if no GPU is in use
-        _log.warning("%s: memory ran out; continuing with batches of %d rows", what, batch_size)
+        _log.warning("%s: memory ran out; continuing with batches of %d rows", activity, batch_size)
 
 
-def out_of_memory_error(what: str, error: BaseException, ways_out: str) -> DoesNotFitError:
+def out_of_memory_error(activity: str, error: BaseException, ways_out: str) -> DoesNotFitError:
     """Return the error for when even the smallest batch does not fit."""
-    return DoesNotFitError(f"{what}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {ways_out}")
+    return DoesNotFitError(
+        f"{activity}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {ways_out}"
+    )
 
 
 ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")

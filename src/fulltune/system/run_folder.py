@@ -207,11 +207,11 @@ def _claim_folder(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: s
     return False
 
 
-def flatten_settings(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return settings by dotted name, omitting empty blocks."""
     settings: dict[str, Any] = {}
     for name, value in values.items():
-        settings |= flatten_settings(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+        settings |= flatten_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return settings
 
 
