@@ -465,7 +465,7 @@ def test_model_weights_missing_are_named(case: Case, broken_model: Path) -> None
     refused(
         case.data(CSV, model=broken_model),
         RECIPE,
-        f"model: {broken_model}: has a config.json but no weights (*.safetensors)",
+        f"model: {broken_model}: no weights (*.safetensors) beside config.json",
     )
 
 

@@ -210,7 +210,7 @@ def test_classic_script_learns_without_handing_over_tokenizer_or_collator(
     text = (EXAMPLES / "classic_script.py").read_text(encoding="utf-8")
     assert "Trainer(model=model, args=args, train_dataset=train, eval_dataset=val)" in text
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match="needs a padding token to classify and has none"):
+    with pytest.warns(UserWarning, match="the model has no padding token, which classification needs"):
         made = runpy.run_path(str(EXAMPLES / "classic_script.py"))
     assert made["trainer"].evaluate()["eval_loss"] < 0.4  # guessing has 0.69
     assert (tmp_path / "classic-output" / "model" / "model.safetensors").exists()

@@ -128,7 +128,7 @@ def test_replayed_texts_leave_out_what_the_probe_has(tmp_path: Path) -> None:
     probe, more = numbered(tmp_path / "probe.txt", 100), numbered(tmp_path / "more.txt", 120)
     found = load_budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(more)))
     assert len(found.replayed) == 20
-    with pytest.raises(DataError, match=r"preserve\.replay: .*contains only texts of the probe"):
+    with pytest.raises(DataError, match=r"preserve\.replay: .*all texts are also in preserve.probe"):
         load_budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=str(probe)))
 
 

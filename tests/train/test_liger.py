@@ -41,7 +41,7 @@ def test_liger_is_given_everything_but_the_loss(monkeypatch: pytest.MonkeyPatch)
     kernels.apply_liger_kernels(model)
 
     assert given == [(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})]
-    with pytest.raises(SetupError, match="Liger has no kernels for models of type 'bert'; remove it"):
+    with pytest.raises(SetupError, match="Liger has no kernels for models of type 'bert'; remove the setting"):
         kernels.apply_liger_kernels(SimpleNamespace(config=SimpleNamespace(model_type="bert")))
 
 

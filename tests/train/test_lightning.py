@@ -106,13 +106,13 @@ def test_what_cannot_be_had_with_lightning_is_refused_all_at_once(tmp_path: Path
     assert [problem.partition(":")[0] for problem in refused.value.problems] == [
         *("train.extra", "train.save_steps", "train.report_to", "method.kind", "train.optim"),
     ]
-    assert "give an engine's settings to its strategy" in str(refused.value)
+    assert "pass an engine's settings to Lightning's strategy" in str(refused.value)
     assert "pass ModelCheckpoint(every_n_train_steps=...) to the Trainer" in str(refused.value)
     assert not (tmp_path / "runs").exists()
 
 
 def test_numbers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="has numbers, which only 'fulltune run' supports"):
+    with pytest.raises(RecipeError, match="the labels are numbers, which only 'fulltune run' supports"):
         prepare(written(tmp_path, rows=number_rows(), data={"label": "score"}))
 
 

@@ -259,8 +259,8 @@ def test_prompt_generation_padded_on_the_left_equals_one_by_one(done: Any) -> No
         (
             "classifier",
             {"kind": "peft", "type": "prefix_tuning"},
-            "method peft-prefix_tuning: type: PREFIX_TUNING is more than modules in layers (virtual tokens: 'kind: "
-            "prompt'); supported types: ",
+            "method peft-prefix_tuning: type: PREFIX_TUNING does more than add modules to layers (for "
+            "virtual tokens use 'kind: prompt'); supported types: ",
         ),
         (
             "classifier",
@@ -284,7 +284,9 @@ def test_method_that_cannot_do_it_is_refused_before_the_data_are_read(
 
 def test_matrices_that_are_not_there_are_refused_before_training(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert")
-    with pytest.raises(RecipeError, match="method lora-q_proj: PEFT cannot apply it to BertForSequenceClassification"):
+    with pytest.raises(
+        RecipeError, match="method lora-q_proj: PEFT cannot apply the method to BertForSequenceClassification"
+    ):
         runs.run(tmp_path, model, tiny.topic_rows(), method={"kind": "lora", "target_modules": ["q_proj"]}, train=STEPS)
     assert not (tmp_path / "run" / "attempts").exists()
 
