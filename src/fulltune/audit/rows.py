@@ -372,7 +372,7 @@ def _describe_empty_or_repeated_turns(turns: Sequence[Turn]) -> Iterator[str]:
     first_turn: dict[str, int] = {}
     for number, turn in enumerate(turns, start=1):
         text, role = turn["content"].strip(), turn["role"]
-        # A tool call, or text outside of the content, such as reasoning.
+        # This is a tool call, or text outside the content, such as reasoning.
         has_more = any(turn[key] for key in turn.keys() - {"role", "content", "name", "from", "value", "id"})
         # A tool may have nothing to say, and an empty system turn keeps a template from writing its own.
         if not text and role not in (*_SYSTEM, *_TOOL) and not has_more:

@@ -73,7 +73,7 @@ def _hash_word_ngrams(words: list[str]) -> np.ndarray:
     return np.unique(rehash(hashes))
 
 
-# ---- the texts here --------------------------------------------------------------------------------------------
+# ---- forbidden texts -------------------------------------------------------------------------------------------
 
 
 def list_forbidden_text_files(recipe: Recipe) -> tuple[Path, ...]:
@@ -153,7 +153,7 @@ def _is_word(part: object) -> bool:
     return isinstance(part, str) and len(part.split()) == 1
 
 
-# ---- the rows --------------------------------------------------------------------------------------------------
+# ---- rows that contain them ------------------------------------------------------------------------------------
 
 
 def mark_rows_with_forbidden_text(

@@ -108,7 +108,7 @@ def _find_similar_pairs(signatures: np.ndarray, band: slice, threshold: float) -
     agree = keys[order[1:]] == keys[order[:-1]]
     # Few rows agree with another one, so only these are sorted.
     several = np.sort(order[np.append(agree, False) | np.append(False, agree)])
-    # Within a band they are sorted by another part of the signature, so that similar rows are neighbours.
+    # Within a band, rows are sorted by another part of the signature, so that similar rows are neighbours.
     order = several[np.lexsort((signatures[several, band.stop % NUM_HASHES], keys[several]))]
     ordered, pairs = keys[order], [np.zeros((2, 0), np.int64)]
     for distance in range(1, _MAX_ROWS_COMPARED + 1):
@@ -168,7 +168,7 @@ def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     labels = _connected_components(pairs, len(numbers) + len(names))[: len(numbers)]
     # Values are sorted, so the first one of a component is its smallest.
     _, first, component, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
-    # A new number is drawn from it, because the smallest of several would put large components first.
+    # A new number is drawn from the first value, because the smallest of several would put large components first.
     drawn = np.where(sizes > 1, rehash(numbers[first]), numbers[first])
     return np.asarray(drawn[component][of_value], np.uint64)
 

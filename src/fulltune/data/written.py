@@ -229,7 +229,7 @@ def _rows_per_epoch(recipe: Recipe, num_train_rows: int) -> dict[SourceName, int
     return dict(zip(files, numbers, strict=True))
 
 
-# ---- what follows from the train rows' targets -----------------------------------------------------------------
+# ---- statistics of the train rows' targets ---------------------------------------------------------------------
 
 
 def target_mean_and_std(targets: np.ndarray, file_name: str, column: str) -> tuple[float, float]:

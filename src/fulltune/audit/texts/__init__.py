@@ -82,7 +82,7 @@ def repair_text(text: str, checks: Collection[str]) -> str:
     return text
 
 
-# ---- where running text stands in a row, and which checks it gets ----------------------------------------------------
+# ---- running text in a row, and its checks ---------------------------------------------------------------------------
 
 _READ_ROLES = ("text", "text_pair", "prompt", "input", "source", "question", "context", "messages", "tokens")
 _WRITTEN_ROLES = ("completion", "target", "messages")

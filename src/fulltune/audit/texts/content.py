@@ -203,7 +203,7 @@ def _remove_tags(text: str) -> str:
 def _remove_hidden_elements(text: str) -> str:
     """Remove comments, scripts and styles."""
     for end, pattern in _HIDDEN:
-        # After the last end, each start would be searched for in vain.
+        # Without an end tag behind it, each start tag would be searched in vain.
         if (last := text.lower().rfind(end)) >= 0:
             text = pattern.sub(" ", text[: last + len(end)]) + text[last + len(end) :]
     return text

@@ -99,7 +99,7 @@ def check_phone_number(text: str) -> Flaw | None:
     hits = list(_find_hits("phone", text))
     for number in PhoneNumberMatcher(text, "US"):
         raw, before = number.raw_string, text[: number.start].rstrip(" ")[-1:]
-        # Ten digits in a row, or in a sum, may be any number.
+        # Ten digits in a row, or in a calculation, may be any number.
         written = RE["international"].match(raw) or RE["north_american"].fullmatch(raw)
         if written and before not in set("=+-*/<>^×") and not RE["fictional"].fullmatch(re.sub(r"\D", "", raw)):
             hits.append((number.start, number.end, "phone number", "[PHONE]"))

@@ -85,7 +85,7 @@ def _read_arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     for batch in pa.ipc.open_stream(stream):
         num_rows += len(batch)
         yield batch
-    # Only a missing end mark shows that a file was truncated between two batches.
+    # Only a missing end-of-stream marker shows that a file was truncated between two batches.
     end = stream.tell()
     stream.seek(max(0, end - len(_END_OF_STREAM)))
     if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:

@@ -207,7 +207,7 @@ def _is_image(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
-# ---- names that say which rows a file holds --------------------------------------------------------------------
+# ---- splits in file names --------------------------------------------------------------------------------------
 
 _SPLIT_WORDS: dict[str, SplitName] = {
     **dict.fromkeys(("test", "testing", "heldout"), "test"),

@@ -183,7 +183,7 @@ def _replace_surrogates(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-# ---- plain text as lines, paragraphs or sections, and CoNLL with a word a line ---------------------------------------
+# ---- plain text as lines, paragraphs or sections, and CoNLL with one word per line -----------------------------------
 
 SECTION_CHARACTERS = 4_000
 _MAX_LINES_READ = 10_000
