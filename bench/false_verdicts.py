@@ -21,8 +21,8 @@ import numpy as np
 from bench.results import Figure
 from bench.runs import Records, script
 
-from fulltune.compare.sequential import WAITING_SHARE, look
-from fulltune.compare.verdict import MethodOutputs, Terms, decide
+from fulltune.compare.sequential import WAITING_SHARE, plan_next_seeds
+from fulltune.compare.verdict import MethodOutputs, Terms, decide_verdict
 from fulltune.recipe.methods import MethodKind
 from fulltune.records.comparison import Decision, Difference
 from fulltune.stats import bootstrap
@@ -100,7 +100,7 @@ def outputs(trials: Sequence[np.ndarray]) -> list[MethodOutputs]:
 def compare_once(trials: Sequence[np.ndarray], measure: ResamplableMetric, alpha: float) -> Decision:
     compared = outputs(trials)
     drawn = bootstrap.draw(measure, [method.trials for method in compared], None, SAMPLES)
-    return decide(compared, drawn, Terms(measure, MARGIN, alpha=alpha))
+    return decide_verdict(compared, drawn, Terms(measure, MARGIN, alpha=alpha))
 
 
 def sequentially(dev: Trials, test: Trials, measure: ResamplableMetric, most: int) -> tuple[Decision, float]:
@@ -109,7 +109,7 @@ def sequentially(dev: Trials, test: Trials, measure: ResamplableMetric, most: in
     while True:
         looked_at = outputs([method[:count] for method, count in zip(dev, counts, strict=True)])
         drawn = bootstrap.draw(measure, [method.trials for method in looked_at], None, SAMPLES)
-        step = look(looked_at, drawn, Terms(measure, MARGIN), most, rows, again=before == counts[0])
+        step = plan_next_seeds(looked_at, drawn, Terms(measure, MARGIN), most, rows, again=before == counts[0])
         if not step.wanted_seeds:
             break
         before = counts[0]

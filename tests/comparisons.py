@@ -86,7 +86,7 @@ def comparison(methods: Sequence[Method] = CLASSIFICATION, **changes: Any) -> Co
         values={method.name: (method.metric,) * method.seeds for method in methods},
         seed_sds={method.name: 0.002 for method in methods},
         differences=differences,
-        headline="Take lora: as good as full within the margin, and it trains fewer weights.",
+        headline="Take lora: it is as good as full within the margin and trains fewer weights.",
         because=tuple(
             f"full minus {one.method}: {MetricFormatter(metric, 0.01).adjusted(one)}"
             for one in differences if one.decides
@@ -127,7 +127,7 @@ def language(**changes: Any) -> Comparison:
     decision = {
         "verdict": "FULL",
         "recommended": "full",
-        "headline": "Updating every parameter is worth it here: full beats every other method by the margin.",
+        "headline": "Updating every parameter is worth it here: full beats every other method by at least the margin.",
     }
     found = {"model": "HuggingFaceTB/SmolLM2-135M", "task": "causal-lm", "name": "chat"}
     return comparison(LANGUAGE, metric="loss", **({"decision": decision} | found | changes))
@@ -172,7 +172,7 @@ def finding(level: str = "unfair", where: str = "full") -> Finding:
             "rule": "edge-of-grid",
             "level": level,
             "where": where,
-            "what": "the best rate, 0.0002, is the highest that was tried: a better one may lie beyond",
+            "what": "the best rate, 0.0002, is the highest one tried; a rate beyond it may be better",
             "to_do": "add higher rates to its `learning_rates`",
         }
     )

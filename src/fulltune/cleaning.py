@@ -22,11 +22,11 @@ from fulltune.evaluate.scoring import load_outputs, outputs, save_outputs
 from fulltune.inference.store import CLUSTERS, read_original_rows, row_id
 from fulltune.pipeline import Run, reader_of
 from fulltune.plan.settings import with_settings
-from fulltune.probe.linear import Items, NoProbe, error_rate, fits, select_classifier
+from fulltune.probe.linear import Items, NoProbe, error_rate, fit_at_strengths, select_classifier
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import HIGH_LOSS, PROOFS, TRAINED_PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Message, without_tables
+from fulltune.records.events import Message, only_steps_and_warnings
 from fulltune.stats.bootstrap import ResamplableMetric, draw, measure_of
 from fulltune.stats.intervals import SURPRISES, difference, seed_spreads
 from fulltune.system import run_folder
@@ -194,7 +194,7 @@ def _eval_outputs_of_run(job: Run) -> Predictions:
     run, saved = job.folder, Path(f"{job.folder}.npz")
     if not saved.exists():
         run_folder.find_or_make_folder(job.recipe, "", run.name, run, fresh=False)
-        reached = pipeline.run(replace(job, listener=without_tables(job.listener), began=None), "train")
+        reached = pipeline.run(replace(job, listener=only_steps_and_warnings(job.listener), began=None), "train")
         assert reached.plan is not None, "asked for"
         assert reached.outcome is not None, "asked for"
         assert reached.outcome.model_folder is not None, "a run that ended well has a model"
@@ -259,7 +259,7 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
     try:
         train, positions = reader.items("train")
         held_out, _ = reader.items("eval")
-        _, strength, _ = select_classifier(train, held_out, fits, error_rate)
+        _, strength, _ = select_classifier(train, held_out, fit_at_strengths, error_rate)
         decided = load_patch(Path(job.recipe.data.patch)) if job.recipe.data.patch else None
         names = list(row_ids(folder / "train", decided))
         place = {names[position]: at for at, position in enumerate(positions)}
@@ -326,5 +326,5 @@ def _fit_and_compare(
 
 def _correct_rows(items: Items, held_out: Items, regularization: float) -> np.ndarray:
     """Fit a classifier; return 1 for each held-out row that it predicts correctly, else 0."""
-    [(_, classifier)] = fits(items, strengths=(regularization,))
+    [(_, classifier)] = fit_at_strengths(items, strengths=(regularization,))
     return (classifier(held_out.features).argmax(axis=1) == held_out.labels).astype(np.float64)

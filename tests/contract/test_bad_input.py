@@ -530,16 +530,16 @@ def test_max_length_over_the_models_limit_is_refused(case: Case) -> None:
         ),
         (
             "model: x\ntask: causal-lm\ndata: {train: a}\ntask: causal-lm\n",
-            ":4  task: given twice; keep one",
+            ":4  task: set twice; keep only one of the lines",
         ),
         (
             "model: x\ntask: causal-lm\ndata: {train: '${NO_SUCH_NAME}/a'}\n",
             ":3  data.train: environment variable NO_SUCH_NAME is not set",
         ),
-        ("model: x\ntask: causal-lm\ndata: {train: []}\n", ":3  data.train: names no file"),
+        ("model: x\ntask: causal-lm\ndata: {train: []}\n", ":3  data.train: no file is given"),
         (
             "model: x\ntask: causal-lm\ndata:\n  train: a\n  test: a\n",
-            ":5  data.test: is also a file of train; rows for scoring must not be trained on",
+            ":5  data.test: the file is also in train, but rows for scoring must not be trained on",
         ),
     ],
 )
@@ -551,7 +551,7 @@ def test_recipe_missing_is_refused(tmp_path: Path) -> None:
     refused(
         fulltune("run", tmp_path / "no.yaml"),
         RECIPE,
-        f"{tmp_path}/no.yaml: no such file; write one with 'fulltune init DATA'",
+        f"{tmp_path}/no.yaml: no such file; write a recipe with 'fulltune init DATA'",
     )
 
 
@@ -560,7 +560,7 @@ def test_recipe_not_text_is_refused(tmp_path: Path) -> None:
     refused(
         fulltune("run", tmp_path / "r.yaml"),
         RECIPE,
-        f"{tmp_path}/r.yaml: not a text file in UTF-8 (byte 0); expected a recipe (YAML)",
+        f"{tmp_path}/r.yaml: expected a recipe (YAML), found a file that is not UTF-8 text (byte 0)",
     )
 
 

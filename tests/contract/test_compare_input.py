@@ -31,7 +31,7 @@ def recipe(folder: Path, methods: list[Any], rows: list[dict[str, Any]] | None =
             2,
             "100 are more than half of the model's maximum length of 128 tokens",
         ),
-        (["full", "lora", "lora"], 2, "methods: two are called 'lora'; give one of them another 'name'"),
+        (["full", "lora", "lora"], 2, "methods: two methods are called 'lora'; give one of them a different 'name'"),
     ],
 )
 def test_method_that_cannot_be_is_refused_before_any_training(
@@ -49,13 +49,13 @@ def test_recipe_without_methods_is_named(command: list[str], tmp_path: Path) -> 
     said = fulltune(*command, path)
     assert said.code == 2
     assert said.problems == [
-        f"{path}: methods: nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
+        f"{path}: methods: no methods to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
     ]
 
 
 def test_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     path = recipe(tmp_path, ["full", "lora"])
-    one = comparing.recipe_for(load_recipe(path))
+    one = comparing.comparison_recipe(load_recipe(path))
     find_or_make_folder(one, path.read_text(encoding="utf-8"), "run", tmp_path / "run", False)
     said = fulltune("compare", path, "--set", "compare.margin=0.02", "--run-folder", tmp_path / "run")
     assert said.code == 2

@@ -31,7 +31,7 @@ def recipe(tmp_path: Path, tiny_encoder: Path) -> Path:
 @pytest.fixture
 def unfinished(recipe: Path) -> Path:
     """A comparison that was begun: its methods have a model each, and there is no verdict."""
-    checked = comparing.recipe_for(load_recipe(recipe))
+    checked = comparing.comparison_recipe(load_recipe(recipe))
     folder = recipe.parent / "run"
     find_or_make_folder(checked, recipe.read_text(encoding="utf-8"), "run", folder, False)
     for name, kind in KINDS.items():
@@ -119,7 +119,7 @@ def test_recipe_again_goes_on_in_the_folder_whose_time_was_up_but_not_in_one_wit
     unfinished: Path, recipe: Path
 ) -> None:
     (unfinished / "card.html").write_text("", encoding="utf-8")
-    checked = comparing.recipe_for(load_recipe(recipe))
+    checked = comparing.comparison_recipe(load_recipe(recipe))
     checked = checked.model_copy(update={"output": str(unfinished.parent)})
     block = checked.compare.model_copy(update={"budget": "12m"})  # more time in the recipe is the same comparison
     checked = checked.model_copy(update={"compare": block})
@@ -132,8 +132,8 @@ def test_recipe_again_goes_on_in_the_folder_whose_time_was_up_but_not_in_one_wit
 @pytest.mark.parametrize(
     ("verdict", "time_was_up", "budget", "said"),
     [
-        ("FULL", True, "9h", "finished: the verdict is FULL; more time adds nothing"),
-        ("UNDECIDED", False, "9h", "finished: the verdict is UNDECIDED; more time adds nothing"),
+        ("FULL", True, "9h", "finished with the verdict FULL, which more time would not change"),
+        ("UNDECIDED", False, "9h", "finished with the verdict UNDECIDED, which more time would not change"),
         ("UNDECIDED", True, "6m", "the budget of 6m is used up; to continue, raise the total, such as --budget 12m"),
         ("UNDECIDED", True, None, "the budget of 6m is used up; to continue, raise the total, such as --budget 12m"),
     ],

@@ -17,7 +17,7 @@ import fulltune
 from fulltune import errors
 from fulltune.cli.app import app
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.file import check
+from fulltune.recipe.file import check_recipe
 from fulltune.recipe.model import Block
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +174,7 @@ def test_whole_recipes_are_accepted(page: Path) -> None:
         recipe = yaml.safe_load(text)
         # Guides show parts of recipes, too: tests/contract/test_guides.py.
         if page.parent.name != "guides" or {"model", "task", "data"} <= set(recipe):
-            check(recipe, page)
+            check_recipe(recipe, page)
 
 
 @each_page

@@ -20,7 +20,7 @@ import fulltune
 from fulltune.cli.app import app
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.file import check, load_recipe
+from fulltune.recipe.file import check_recipe, load_recipe
 from fulltune.recipe.tasks import FACTS
 from tests import tiny
 from tests.contract import command
@@ -72,7 +72,7 @@ def accepted(given: Mapping[str, Any]) -> Recipe:
         values: dict[str, Any] = {"model": "MODEL", "task": task, **methods, **given}
         values["data"] = {"train": "train.csv", **values.get("data", {})}
         try:
-            return check(values, INDEX)
+            return check_recipe(values, INDEX)
         except RecipeError as error:
             problem = error
     raise problem

@@ -95,7 +95,7 @@ def test_run_of_a_regression_computes_every_pass_in_its_format(tmp_path: Path) -
     assert set(found) == {
         "inference/run.py: mean_states",
         "inference/run.py: reduce_batch",
-        "probe/layers.py: read_hidden",
+        "probe/layers.py: run_and_read_hidden",
         "train/loop/guarded_step.py: compute_loss",
         "train/worker/loading.py: _returns_layer_output",
     }

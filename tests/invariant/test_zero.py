@@ -170,7 +170,7 @@ def test_result_is_the_same_wherever_its_state_lies(place: str, tmp_path: Path, 
     differences = placed.differences(from_probe, found)
     print(place, differences)
     (said,) = [check.result for check in found.outcome.checks if check.name == "head"]
-    assert "starts from a linear probe of the untouched model" in said
+    assert "starts from a linear probe of the pretrained model" in said
     assert differences.weight <= 1e-3
     assert differences.score <= 1e-3
     drifts = [metrics["drift"] for _, metrics in found.scores]

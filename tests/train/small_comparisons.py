@@ -29,6 +29,6 @@ def job(folder: Path, methods: list[Any], listener: Listener = lambda event: Non
         compare={"seeds": 2, "margin": 0.05, **blocks.pop("compare", {})},
         **blocks,
     )
-    recipe = comparing.recipe_for(load_recipe(path))
+    recipe = comparing.comparison_recipe(load_recipe(path))
     found, _ = find_or_make_folder(recipe, path.read_text(encoding="utf-8"), "run", folder / "run", False)
     return pipeline.Run(recipe, found, listener=listener)

@@ -69,8 +69,8 @@ def test_comparison_whose_time_was_up_says_so_and_blames_no_method(ended: tuple[
     assert {row.method: len(row.seeds) for row in comparison.rows} == {"base": 0, "full": 2, "lora": 1}
     few = {one.where: one for one in comparison.findings if one.rule == "no-time-for-seeds"}
     assert {one.level for one in few.values()} == {"worth knowing"}
-    assert few["lora"].what == "1 seed: the budget is too short for another"
-    assert few["full"].what.startswith("2 seeds: the budget is too short for another")
+    assert few["lora"].what == "only 1 seed, because the budget is too short for another"
+    assert few["full"].what.startswith("only 2 seeds, because the budget is too short for another")
 
 
 def test_more_time_goes_on_from_the_trials_and_all_verdicts_together_keep_alpha(
@@ -149,7 +149,7 @@ def test_test_rows_are_opened_once_and_by_somebody(
     assert opening.command == "fulltune compare recipe.yaml"
     sealed = sorted(path.stem for path in (folder / "predictions" / "sealed").iterdir())
     assert sealed == ["full-seed42", "full-seed43", "lora-seed42", "lora-seed43"]
-    noted = Access.of_same_rows(folder)
+    noted = Access.load_for_same_rows(folder)
     assert [one.trial for one in noted] == ["comparison"] * 2, "two verdicts, and nothing of any trial"
     assert warn_of_repeated_scoring(noted) == "", "it is one look"
 
@@ -157,11 +157,13 @@ def test_test_rows_are_opened_once_and_by_somebody(
 def test_other_comparisons_that_opened_the_same_test_rows_are_known(finished: tuple[Path, Comparison]) -> None:
     folder, comparison = finished
     assert not [one for one in comparison.findings if one.where == "test rows" and one.level == "unfair"]
-    assert lint.opened_by_others(folder) == ()
+    assert lint.comparisons_on_same_test_rows(folder) == ()
     path = folder.parent / ACCESSES
     text = path.read_text(encoding="utf-8")
-    append_line(path, Access.of_same_rows(folder)[-1].model_copy(update={"run": "before"}).model_dump(mode="json"))
-    assert lint.opened_by_others(folder) == ("before",)
+    append_line(
+        path, Access.load_for_same_rows(folder)[-1].model_copy(update={"run": "before"}).model_dump(mode="json")
+    )
+    assert lint.comparisons_on_same_test_rows(folder) == ("before",)
     path.write_text(text, encoding="utf-8")
 
 
@@ -195,9 +197,9 @@ def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Compariso
     ("methods", "problem"),
     [
         ([], "methods: nothing to compare"),
-        (["base", "full"], "methods: nothing to compare full fine-tuning with"),
-        (["base", "full", "head"], "methods: nothing to compare full fine-tuning with"),
-        (["base", "lora"], "methods: expected a 'full', which the others are compared with"),
+        (["base", "full"], "methods: no method to compare full fine-tuning with"),
+        (["base", "full", "head"], "methods: no method to compare full fine-tuning with"),
+        (["base", "lora"], "methods: 'full' is missing"),
     ],
 )
 def test_recipe_without_a_comparison_is_refused(tmp_path: Path, methods: list[Any], problem: str) -> None:

@@ -42,8 +42,8 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
             raise Diverged("the loss is not finite")
         return result_of(trial, value)
 
-    with mock.patch.object(trials, "trained", trained):
-        search = whole_runs.search(line, line.trained_methods[1], budget.expect(line).search_share)
+    with mock.patch.object(trials, "train_trial", trained):
+        search = whole_runs.search_rate(line, line.trained_methods[1], budget.load_or_plan_design(line).search_share)
     return ran, search
 
 
@@ -80,8 +80,8 @@ def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path
 def whole_runs_given(trained: Callable[[comparing.Context, Trial], Any]) -> Iterator[None]:
     """Whole runs give what this says, and are kept as those that were trained."""
     with (
-        mock.patch.object(trials, "trained", trained),
-        mock.patch.object(trials, "keep"),
+        mock.patch.object(trials, "train_trial", trained),
+        mock.patch.object(trials, "save_outputs_by_split"),
         mock.patch.object(trials.evaluate, "scoring_of"),
         mock.patch.object(trials.evaluate, "keep_temperature"),
         mock.patch.object(trials, "outputs", return_value=(mock.MagicMock(), 0.1)),
@@ -104,7 +104,7 @@ def made_up(line: comparing.Context, chosen: float = 1e-2) -> dict[str, Search]:
 def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, tmp_path: Path) -> None:
     run = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
     line = comparing.Context(run, pipeline.prepare(run), "test")
-    expectation = budget.expect(line)
+    expectation = budget.load_or_plan_design(line)
     searches = {"full": Search(method="full", chosen=3e-3)} | made_up(line)
     rates: list[tuple[str, float]] = []
 
@@ -114,8 +114,8 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
             raise Diverged("the loss diverged")
         return result_of(trial, 0.95)
 
-    with whole_runs_given(trained), mock.patch.object(SeedRuns, "check_rate", return_value=False):
-        results = SeedRuns(line, searches, expectation).run().results
+    with whole_runs_given(trained), mock.patch.object(SeedRuns, "try_other_rates", return_value=False):
+        results = SeedRuns(line, searches, expectation).train_until_clear().results
     assert [(run.trial.seed, run.trial.learning_rate) for run in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
     assert searches["lora"].reason == f"0.01 diverged in a whole run (seed {diverges})"
     assert len([name for name, _ in rates if name.startswith("full")]) == 2
@@ -135,7 +135,7 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
     line = comparing.Context(compare_job, pipeline.prepare(compare_job), "test")
     methods = ("full", "lora")
     tried = {1e-3: 0.9, 1e-2: 0.5}
-    expectation = budget.expect(line)
+    expectation = budget.load_or_plan_design(line)
     begun: list[str] = []
 
     def trained(_: Any, trial: Trial) -> Any:
@@ -145,7 +145,7 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
     for _ in range(2):  # the second time as when it goes on later
         searches = {method: Search(method=method, tried=tried, share=0.15, chosen=1e-3) for method in methods}
         with whole_runs_given(trained), time_for("full-rate0.01-seed42"):
-            ran = SeedRuns(line, searches, expectation).run()
+            ran = SeedRuns(line, searches, expectation).train_until_clear()
         assert begun == ["full-seed42", "lora-seed42", "full-rate0.01-seed42"]
         assert ran.time_was_up
         assert {method: [run.trial.learning_rate for run in found] for method, found in ran.results.items()} == {
@@ -157,20 +157,20 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
 def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are_searched_later(tmp_path: Path) -> None:
     run = job(tmp_path, ["full", "lora", "adapter"])
     line = comparing.Context(run, pipeline.prepare(run), "test")
-    expectation = budget.expect(line)
+    expectation = budget.load_or_plan_design(line)
     with time_for():
-        searches = whole_runs.search_all(line, expectation)
+        searches = whole_runs.search_all_rates(line, expectation)
     assert {method: (search.tried, search.time_was_up) for method, search in searches.items()} == {
         "full": ({}, True),
         "lora": ({}, True),
     }
-    assert searches["full"].chosen == line.setup("full").plan.learning_rate
+    assert searches["full"].chosen == line.method_setup("full").plan.learning_rate
     with mock.patch.object(
         whole_runs,
         "run_trial",
         lambda _, run: mock.Mock(metric=0.9 if run.learning_rate == searches["full"].chosen else 0.5),
     ):
-        later = whole_runs.search_all(line, expectation)
+        later = whole_runs.search_all_rates(line, expectation)
     assert {method: (len(search.tried), search.time_was_up) for method, search in later.items()} == dict.fromkeys(
         ("full", "lora", "adapter"), (3, False)
     )
@@ -186,7 +186,7 @@ def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) 
     results["full"] *= 3  # the time was up before lora had as many
     with mock.patch.object(whole_runs, "load_outputs"):
         shares = [
-            [run.alpha_share for run in whole_runs.method_outputs(line, results, "eval", waited)]
+            [run.alpha_share for run in whole_runs.load_method_outputs(line, results, "eval", waited)]
             for waited in ((), ("lora",))
         ]
     assert shares == [[1.0, 1.0], [1.0, whole_runs.WAITING_SHARE]]
@@ -196,9 +196,12 @@ def test_going_on_keeps_the_design_and_with_another_budget_it_is_made_anew(tmp_p
     run = job(tmp_path, METHODS)
     summary = pipeline.prepare(run)
     with mock.patch.object(budget, "run_trial"):
-        first = budget.expect(comparing.Context(run, summary, "test", budget_seconds=6e4))
-        assert budget.expect(comparing.Context(run, summary, "test", budget_seconds=6e4)) == first
-        assert budget.expect(comparing.Context(run, summary, "test", budget_seconds=7e4)).budget_seconds == 7e4
+        first = budget.load_or_plan_design(comparing.Context(run, summary, "test", budget_seconds=6e4))
+        assert budget.load_or_plan_design(comparing.Context(run, summary, "test", budget_seconds=6e4)) == first
+        assert (
+            budget.load_or_plan_design(comparing.Context(run, summary, "test", budget_seconds=7e4)).budget_seconds
+            == 7e4
+        )
 
 
 def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path) -> None:
@@ -209,7 +212,7 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
 
     with in_this_process():
         with (
-            mock.patch.object(conclude, "untouched", stop),
+            mock.patch.object(conclude, "score_baselines", stop),
             mock.patch.object(budget, "run_trial"),
             time_for(),
             pytest.raises(KeyboardInterrupt),
@@ -225,20 +228,20 @@ def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None
     line = comparing.Context(run, pipeline.prepare(run), "test")
     searches = {method: Search(method=method, chosen=1e-2) for method in ("full", "lora")}
     with (
-        mock.patch.object(trials, "trained", mock.Mock(side_effect=Diverged("the loss diverged"))),
+        mock.patch.object(trials, "train_trial", mock.Mock(side_effect=Diverged("the loss diverged"))),
         pytest.raises(Diverged, match="the loss diverged"),
     ):
-        SeedRuns(line, searches, budget.expect(line)).run()
+        SeedRuns(line, searches, budget.load_or_plan_design(line)).train_until_clear()
 
 
 def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
     run = job(tmp_path, [METHODS[1], "lora"])
     line = comparing.Context(run, pipeline.prepare(run), "test")
     with (
-        mock.patch.object(trials, "trained", mock.Mock(side_effect=GuardStop("the process crashed"))),
+        mock.patch.object(trials, "train_trial", mock.Mock(side_effect=GuardStop("the process crashed"))),
         pytest.raises(GuardStop, match="the process crashed"),
     ):
-        whole_runs.search(line, line.trained_methods[1], budget.expect(line).search_share)
+        whole_runs.search_rate(line, line.trained_methods[1], budget.load_or_plan_design(line).search_share)
 
 
 def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tmp_path: Path) -> None:
@@ -259,7 +262,7 @@ def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tm
         for _ in range(2):  # the second time as when it goes on later
             searches = {"lora": Search(method="lora", tried=tried, share=0.12, chosen=1e-4)}
             ran = with_first(line, searches, Trial(name="lora-seed42", method="lora", learning_rate=1e-4, seed=42))
-            ran.check_rate("lora")
+            ran.try_other_rates("lora")
             results += ran.results["lora"]
     assert begun == ["lora-seed42", "lora-rate0.0003-seed42", "lora-rate0.001-seed42", "lora-rate0.0032-seed42"]
     assert [run.trial.learning_rate for run in results] == [1e-3, 1e-3]

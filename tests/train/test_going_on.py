@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tup
     reached = runs.run(
         folder, tiny_encoder, ROWS, method={"learning_rate": 3e-3}, train={"num_train_epochs": 12}, data=DATA
     )
-    assert _checks(folder)["head"].startswith("new, starts from a linear probe of the untouched model")
+    assert _checks(folder)["head"].startswith("new, starts from a linear probe of the pretrained model")
     assert _checks(folder)["head"].endswith("; the checkpoint has no head for this task")
     assert reached.outcome is not None
     assert reached.outcome.model_folder is not None

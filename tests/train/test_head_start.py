@@ -136,7 +136,9 @@ def test_each_method_begins_with_the_heads_start(kind: str, tiny_encoder: Path, 
     for name, values in wanted.items():
         [found] = [key for key in saved if key.endswith(name)]
         torch.testing.assert_close(saved[found], values, atol=1e-6, rtol=1e-6)
-    assert started(tmp_path)["head"].startswith("new, starts from a linear probe of the untouched model (52 train rows")
+    assert started(tmp_path)["head"].startswith(
+        "new, starts from a linear probe of the pretrained model (52 train rows"
+    )
 
 
 def test_same_files_whichever_seed_fits_first(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -174,4 +176,4 @@ def test_head_that_a_config_promises_and_the_weights_lack_starts_from_a_probe(
     reached = runs.run(tmp_path / "second", model, ROWS, until="evaluate", train=FEW_STEPS)
     assert reached.plan is not None
     assert reached.plan.head_init is None
-    assert started(tmp_path / "second")["head"].startswith("new, starts from a linear probe of the untouched model")
+    assert started(tmp_path / "second")["head"].startswith("new, starts from a linear probe of the pretrained model")

@@ -49,7 +49,7 @@ def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -
     (problem,) = problems_of(recipe(placement="zero2"))
     assert problem == "train.use_liger_kernel: is not supported with train.placement: zero2 yet; remove one of them"
     with pytest.raises(
-        ValueError, match="use_liger_kernel and torch_compile fuse the same operations; use only one of them"
+        ValueError, match="use_liger_kernel and torch_compile fuse the same operations; use only one of the two"
     ):
         recipe(torch_compile=True)
     with pytest.raises(RecipeError, match="use_liger_kernel only runs on a GPU"):

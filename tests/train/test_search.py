@@ -66,7 +66,7 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
     report = (searched.folder / "report.md").read_text(encoding="utf-8")
     assert "## Search" in report
     assert read_run(searched.folder).missing == ()
-    assert [one.trial for one in Access.of_same_rows(searched.folder)] == ["full-seed42"]
+    assert [one.trial for one in Access.load_for_same_rows(searched.folder)] == ["full-seed42"]
     settings = {one.name: one for one in Plan.load(searched.folder / "plan" / "full.json").settings}
     assert settings["method.learning_rate"].reason.startswith("searched: ")
     before = {one.name for one in Plan.load(tmp_path / "run" / "plan" / "full.json").settings if not one.is_automatic}
@@ -148,5 +148,5 @@ def test_single_stages_do_not_pass_a_search_over(tmp_path: Path, model: Path) ->
 
 
 def test_loss_from_python_cannot_be_searched_with(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(RecipeError, match="which a loss from Python cannot reach"):
+    with pytest.raises(RecipeError, match="where a loss from Python is not available"):
         search(tmp_path, model, {"compute_loss": lambda outputs, labels, num_items_in_batch: outputs.loss})

@@ -33,19 +33,19 @@ def test_every_scoring_of_the_same_rows_is_known_to_each_run_in_whatever_order_t
     note(run_folder(tmp_path / "a"))
     note(run_folder(tmp_path / "b", ROWS[::-1]), trained=2)
     note(run_folder(tmp_path / "c", [*ROWS[:5], {**ROWS[5], "label": "c"}]), trained=3)
-    assert [one.run for one in Access.of_same_rows(tmp_path / "a")] == ["a", "b"]
-    assert [one.run for one in Access.of_same_rows(tmp_path / "c")] == ["c"]
-    assert Access.of_same_rows(tmp_path / "d") == ()
-    first = Access.of_same_rows(tmp_path / "b")[0]
+    assert [one.run for one in Access.load_for_same_rows(tmp_path / "a")] == ["a", "b"]
+    assert [one.run for one in Access.load_for_same_rows(tmp_path / "c")] == ["c"]
+    assert Access.load_for_same_rows(tmp_path / "d") == ()
+    first = Access.load_for_same_rows(tmp_path / "b")[0]
     assert first.trial == "full-seed1"
-    assert first.model != Access.of_same_rows(tmp_path / "b")[1].model
+    assert first.model != Access.load_for_same_rows(tmp_path / "b")[1].model
 
 
 def test_log_outlives_the_runs_and_a_folder_made_anew_is_another_model(tmp_path: Path) -> None:
     note(run_folder(tmp_path / "a"))
     note(run_folder(tmp_path / "a"), trained=2)
     note(tmp_path / "a", trained=2)
-    assert len({one.model for one in Access.of_same_rows(tmp_path / "a")}) == 2
+    assert len({one.model for one in Access.load_for_same_rows(tmp_path / "a")}) == 2
 
 
 def test_identity_of_rows_counts_the_windows_of_a_row_once(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
         b"\xff\xfe\n[1]\n17\n{}\n" + whole + json.dumps({"run": "a", "later": 1}).encode() + b"\n" + whole[:40]
     )
     note(run_folder(tmp_path / "b"), trained=2)
-    assert [one.run for one in Access.of_same_rows(tmp_path / "b")] == ["a", "b"]
+    assert [one.run for one in Access.load_for_same_rows(tmp_path / "b")] == ["a", "b"]
 
 
 def test_log_that_cannot_be_written_is_said_and_ruins_nothing(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ LINES = (
 def test_event_is_read_back_from_its_line(event: events.Event) -> None:
     line = json.loads(json.dumps(event.line()))
     assert line["kind"] == event.kind
-    assert events.event_of(line) == event
-    assert events.event_of({**line, "of a later version": 1}) == event
+    assert events.parse_event(line) == event
+    assert events.parse_event({**line, "of a later version": 1}) == event
 
 
 def test_every_event_has_a_kind_of_its_own() -> None:
@@ -47,7 +47,7 @@ def test_every_event_has_a_kind_of_its_own() -> None:
 def test_one_of_many_runs_says_where_it_goes_on_and_what_is_wrong_without_its_tables() -> None:
     heard: list[events.Event] = []
     levels = ("progress", "resumed", "next attempt", "warning")
-    listen = events.without_tables(heard.append)
+    listen = events.only_steps_and_warnings(heard.append)
     for event in (*LINES[:5], *(events.Message(text="…", level=level) for level in levels)):
         listen(event)
     assert [event.level if isinstance(event, events.Message) else event.kind for event in heard] == [
@@ -58,4 +58,4 @@ def test_one_of_many_runs_says_where_it_goes_on_and_what_is_wrong_without_its_ta
 
 @pytest.mark.parametrize("line", [{}, {"kind": "later"}, {"kind": "train", "loss": 1.0}, {"kind": "eval", "step": 1}])
 def test_line_of_another_shape_is_no_event(line: dict[str, object]) -> None:
-    assert events.event_of(line) is None
+    assert events.parse_event(line) is None

@@ -50,6 +50,6 @@ def test_record_that_another_user_keeps_is_named_and_no_crash(tmp_path: Path, mo
     with pytest.raises(SetupError) as raised:
         Record.load(tmp_path / "plan.json")
     assert raised.value.problems == (
-        f"{tmp_path}/plan.json: permission denied, only its owner may read it; run the command as "
-        "that user, or make the file readable (chmod)",
+        f"{tmp_path}/plan.json: permission denied, because only its owner may read it; run the command as "
+        "the owner, or make the file readable (chmod)",
     )

@@ -81,7 +81,7 @@ def test_folder_with_a_number_for_its_name_is_a_path(tmp_path: Path, folder: str
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("methods.0.rank=4", "methods is a list; set all of it, such as --set 'methods=[...]'"),
+        ("methods.0.rank=4", "methods is a list; set the whole list, such as --set 'methods=[...]'"),
         ("train.=1", "expected block.name=value, for example train.num_train_epochs=3"),
     ],
 )
@@ -117,7 +117,7 @@ def test_override_of_the_model_keeps_its_name(tmp_path: Path) -> None:
         ("train: 3", "recipe.yaml:5  train: expected settings (a block), found a number"),
         (
             "train: {max_steps: 1, num_train_epochs: 2}",
-            "recipe.yaml:5  train.max_steps and num_train_epochs are both given; remove one",
+            "recipe.yaml:5  train.max_steps and num_train_epochs are both set; remove one",
         ),
         (
             "train: {eval_strategy: steps}",
@@ -155,7 +155,9 @@ def test_data_in_place_of_a_recipe_is_told_from_a_file_that_is_missing(tmp_path:
     with pytest.raises(RecipeError, match=r"a\.csv: no such file"):
         load_recipe(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_bytes(b"\xff")
-    with pytest.raises(RecipeError, match=r"a\.csv: is a data file, expected a recipe; write one with 'fulltune init"):
+    with pytest.raises(
+        RecipeError, match=r"a\.csv: expected a recipe, found a data file; write a recipe with 'fulltune init"
+    ):
         load_recipe(tmp_path / "a.csv")
 
 
@@ -190,7 +192,7 @@ def test_fingerprint_ignores_what_does_not_shape_the_result() -> None:
         ("output_dir=a", "output_dir: unknown setting; write output, the folder for run folders"),
         ("lora_r=8", "lora_r: unknown setting; write method: {kind: lora, rank: NUMBER}"),
         ("packing=true", "packing: unknown setting; did you mean 'data.packing'?"),
-        ("method.rank=8", "method.rank: unknown setting; it belongs to kind: lora"),
+        ("method.rank=8", "method.rank: unknown setting; the setting belongs to kind: lora"),
         ("train.tf32=true", "train.tf32: unknown setting; write train.extra.tf32"),
         ("train.gradient_acumulation_steps=2", "train.gradient_acumulation_steps: unknown setting; write train.global"),
         ("load_in_4bit=true", "load_in_4bit: unknown setting; not supported yet: quantized weights are not trained"),
@@ -226,6 +228,6 @@ def test_answers_name_settings_that_exist() -> None:
         *Recipe.model_fields,
         *(f"{block}.{name}" for block in Recipe.model_fields for name in recipe_file._fields_at((block,))),
     }
-    for answer in recipe_rules.answers().values():
+    for answer in recipe_rules.replacement_hints().values():
         for name in re.findall(r"(?<![\w.])(?:model|data|method|train|evaluate|compare)\.[a-z_0-9]+", answer):
             assert name in settings, answer

@@ -11,14 +11,14 @@ from fulltune.cli import plan as cli_plan
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import FOOTPRINT, SHAPES
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.file import check, load_recipe
+from fulltune.recipe.file import check_recipe, load_recipe
 from fulltune.recipe.methods import RESERVED_NAMES
 
 SMALL: dict[str, Any] = {"model": "some/model", "task": "causal-lm", "data": {"train": "a.jsonl"}}
 
 
 def made(**blocks: Any) -> Recipe:
-    return check({**SMALL, **blocks}, Path("recipe.yaml"))
+    return check_recipe({**SMALL, **blocks}, Path("recipe.yaml"))
 
 
 def problems(**blocks: Any) -> list[str]:
@@ -76,7 +76,7 @@ def test_methods_mixed_forms_are_read_and_written_back() -> None:
             "methods: [full, {name: b, kind: full, train: {bf16_rounding: kahan}}]",
             "4  methods.1.train.bf16_rounding: 'kahan' has no effect",
         ),
-        ("method: {kind: full, train: {weight_decay: 0.1}}", "4  method.train: is only for methods of a comparison"),
+        ("method: {kind: full, train: {weight_decay: 0.1}}", "4  method.train: only methods of a comparison"),
     ],
 )
 def test_problem_of_methods_names_the_line(text: str, place: str, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_problem_of_methods_names_the_line(text: str, place: str, tmp_path: Path
 def test_method_on_the_command_line_beside_methods_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model: some/model\ntask: causal-lm\ndata: {train: a}\nmethods: [full, lora]\n")
-    with pytest.raises(RecipeError, match="method and methods are both given"):
+    with pytest.raises(RecipeError, match="method and methods are both set"):
         load_recipe(path, ["method.rank=8"])
     assert load_recipe(path, ["methods=[]", "method=lora"]).method.label == "lora"
 
@@ -102,7 +102,7 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
     [
         ({"method": "loar"}, [f"method.kind: expected {KINDS}, found 'loar'; did you mean 'lora'?"]),
         ({"method": {"kind": "base"}}, [f"method.kind: expected {KINDS}, found 'base'"]),
-        ({"method": {"rank": 8}}, ["method.rank: unknown setting; it belongs to kind: lora"]),
+        ({"method": {"rank": 8}}, ["method.rank: unknown setting; the setting belongs to kind: lora"]),
         (
             {"method": {"kind": "lora", "rnak": 8, "dropout": 1}},
             [
@@ -124,32 +124,32 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         ),
         (
             {"method": {"kind": "lora", "target_modules": []}},
-            ["method.target_modules: names no matrix; write all-linear, or names such as [q_proj, v_proj]"],
+            ["method.target_modules: no matrix is listed; write all-linear, or names such as [q_proj, v_proj]"],
         ),
         (
             {"method": {"kind": "lora", "learning_rate": 0.1, "learning_rates": [0.1, 0.1, 2]}},
             [
-                "method.learning_rate and learning_rates are both given; remove one",
+                "method.learning_rate and learning_rates are both set; remove one",
                 "method.learning_rates: expected numbers above 0 and below 1",
-                "method.learning_rates: names a rate twice",
+                "method.learning_rates: a rate is listed twice",
             ],
         ),
         ({"methods": "lora"}, ["methods: expected a list, found 'lora'; write [lora]"]),
         (
             {"methods": ["lora", {"kind": "lora", "learning_rate": 1e-3}, "full", "full"]},
             [
-                "methods: two are called 'full'; give one of them another 'name'",
-                "methods: two are called 'lora'; give one of them another 'name'",
+                "methods: two methods are called 'full'; give one of them a different 'name'",
+                "methods: two methods are called 'lora'; give one of them a different 'name'",
             ],
         ),
         (
             {"methods": ["base", "lora"]},
-            ["methods: expected a 'full', which the others are compared with; add it"],
+            ["methods: 'full' is missing; add it, because the other methods are compared with it"],
         ),
         (
             {"methods": ["base", "full", "head"]},
             [
-                "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
+                "methods: no method to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
                 "add one of lora, adapter, prompt, peft, or another full with other settings"
             ],
         ),

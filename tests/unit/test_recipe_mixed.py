@@ -66,21 +66,21 @@ def test_weight_is_part_of_what_shapes_a_run(tmp_path: Path) -> None:
         (
             "[{path: b, weight: 0.6}, {path: c, weight: 0.4}]",
             [
-                "data.train: every file has a weight, but the task's rows, from which eval and test are split, need a "
-                "file without one; remove a weight",
-                "data.train: the weights sum to 1, expected at most 0.999, because the rest of each epoch is the "
-                "task's rows; lower them",
+                "data.train: all files have a weight, but the task's rows, from which eval and test are split, need a "
+                "file without a weight; remove one of the weights",
+                "data.train: the weights add up to 1, expected at most 0.999, because each epoch needs rows of the "
+                "task; lower the weights",
             ],
         ),
-        ("[a, {path: a, weight: 0.1}]", ["data.train: names a twice, once with a weight; keep one"]),
+        ("[a, {path: a, weight: 0.1}]", ["data.train: a is listed twice, once with a weight; keep one entry"]),
         (
             "[a, {path: b, weight: 0.1}, {path: b, weight: 0.2}]",
-            ["data.train: names b twice, once with a weight; keep one"],
+            ["data.train: b is listed twice, once with a weight; keep one entry"],
         ),
         (
             "[a, {pth: b, weights: 0.3}]",
             [
-                "data.train.1.path: missing; expected: File or folder, as in `data.train`",
+                "data.train.1.path: missing; expected: File or folder, as for `data.train`",
                 "data.train.1.weight: missing; expected: Share of each epoch's rows that come from this file, such "
                 "as 0.05",
                 "data.train.1.pth: unknown setting; did you mean 'path'?",
@@ -96,14 +96,14 @@ def test_wrong_entries_are_refused_all_at_once(tmp_path: Path, train: str, expec
 
 def test_file_to_score_on_cannot_be_mixed_in(tmp_path: Path) -> None:
     assert problems(written(tmp_path, "[a.jsonl, {path: dev.jsonl, weight: 0.1}]")) == [
-        "recipe.yaml:4  data.eval: is also a file of train; rows for scoring must not be trained on"
+        "recipe.yaml:4  data.eval: the file is also in train, but rows for scoring must not be trained on"
     ]
 
 
 def test_images_cannot_be_mixed_in(tmp_path: Path) -> None:
     start = START.replace("causal-lm", "image-classification")
     assert problems(written(tmp_path, "[a, {path: b, weight: 0.1}]", start)) == [
-        "recipe.yaml:5  data.train: images cannot be mixed in by weight yet; name the folders without a weight"
+        "recipe.yaml:5  data.train: images cannot be mixed in by weight yet; list the folders without weights"
     ]
 
 

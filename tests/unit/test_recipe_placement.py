@@ -17,14 +17,17 @@ STATE = {"weights": 400, "gradients": 401, "optimizer": 800}
 @pytest.mark.parametrize(
     ("train", "expected"),
     [
-        ({"placement": "single", "num_processes": 2}, ["placement: single, but num_processes is 2; set 1"]),
+        (
+            {"placement": "single", "num_processes": 2},
+            ["placement: single runs one process, but num_processes is 2; set 1"],
+        ),
         (
             {"placement": "ddp"},
             ["placement: ddp needs num_processes: 2 or more; with one process use single"],
         ),
         (
             {"num_machines": 2, "num_processes": 3},
-            ["num_processes: 3 is the total over all machines, expected a multiple of"],
+            ["num_processes: expected a multiple of num_machines"],
         ),
         ({"num_machines": 2}, ["(2), such as 2"]),
         ({"placement": "fsdp2"}, ["with one process use zero2 or zero3 with an offload"]),

@@ -45,7 +45,7 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
         "'learning_rate'?",
         f"{path}:8  train.extra.neftune_noise_alpha: expected a number, found 'much'",
         f"{path}:8  train.extra.tf32: expected true or false, found 'perhaps'",
-        f"{path}:9  evaluate.metric: 'rougeL' cannot choose a checkpoint for causal-lm; expected one of loss, "
+        f"{path}:9  evaluate.metric: 'rougeL' cannot select a checkpoint for causal-lm; expected one of loss, "
         "perplexity, token_accuracy",
     ]
 
@@ -55,13 +55,13 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
     [
         (  # of the block with the error
             "train: {warmup_ratio: 0.1,\n  warmup_steps: 4,\n  epochs: 3}",
-            ["6  train.epochs: unknown setting", "4  train.warmup_ratio and warmup_steps are both given"],
+            ["6  train.epochs: unknown setting", "4  train.warmup_ratio and warmup_steps are both set"],
         ),
         (  # of two blocks, and of the rest of a block that contradicts itself
             "preserve: {budget: 1%, drift: false}\ntrain: {max_steps: 4, num_train_epochs: 2, optim: adam}\nnam: x",
             [
                 "6  nam: unknown setting",
-                "5  train.max_steps and num_train_epochs are both given",
+                "5  train.max_steps and num_train_epochs are both set",
                 "5  train.optim: transformers has no optimizer 'adam'",
                 "4  preserve.drift: false, but preserve.budget needs it",
             ],
@@ -69,17 +69,17 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
         (  # a word that is no setting stands in another problem
             "train: {rows: 1, max_steps: 4}\ndata: {train: x.csv, eval: x.csv, max_rows: x}",
             [
-                "5  data: given twice",
+                "5  data: set twice",
                 "4  train.rows: unknown setting",
                 "5  data.max_rows: expected",
-                "5  data.eval: is also a file of train; rows for scoring",
+                "5  data.eval: the file is also in train, but rows for scoring",
             ],
         ),
         (  # nothing is told of what was left out
             "train: {eval_strategy: steps, eval_steps: x}",
             ["4  train.eval_steps: expected"],
         ),
-        ("data: {train: [], near_duplicates: 2}", ["4  data: given twice", "4  data.near_duplicates", "4  data.train"]),
+        ("data: {train: [], near_duplicates: 2}", ["4  data: set twice", "4  data.near_duplicates", "4  data.train"]),
         ("method: {kind: lorra}\ncompare: {budget: 20m}\nmethods: x", ["4  method", "4  method.kind", "6  methods"]),
         (  # the kind that was meant has the rest of its block checked
             "method: {kind: lorra, rank: 0, alpah: 2}",
@@ -88,7 +88,7 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
         (  # a block called as a setting that was left out
             "data: {train: 5}\ntrain: {warmup_ratio: 0.1, warmup_steps: 4, epochs: 3}",
             [
-                "4  data: given twice",
+                "4  data: set twice",
                 "4  data.train: ",
                 "5  train.epochs: unknown",
                 "5  train.warmup_ratio and warmup_",
@@ -243,7 +243,7 @@ def test_extra_values_that_transformers_takes_are_let_through_as_it_takes_them()
     extra = {"run_name": 2024, "ddp_timeout": 1800.0, "dataloader_num_workers": None, "hub_model_id": None}
     values = {"model": "m", "task": "causal-lm", "data": {"train": "t.csv"}, "train": {"extra": extra}}
     assert recipe_rules.problems_of(Recipe.model_validate(values)) == []
-    arguments = recipe_rules.as_arguments(extra)
+    arguments = recipe_rules.as_training_arguments(extra)
     assert arguments == {"run_name": "2024", "ddp_timeout": 1800, "hub_model_id": None}
     assert type(arguments["ddp_timeout"]) is int
     values["train"] = {"extra": {"ddp_timeout": 1800.5, "run_name": True, "accelerator_config": {"even_batch": True}}}

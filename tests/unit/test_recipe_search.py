@@ -30,7 +30,10 @@ def read(folder: Path, lines: str, overrides: tuple[str, ...] = ()) -> Recipe:
         ("method: {learning_rates: [1e-4, 2e-4]}", "4  method.learning_rates: has no effect without a search"),
         ("compare: {budget: 20m}", "4  compare.budget: .*nothing is compared or searched; .*'learning_rate: search'"),
         ("method: {learning_rate: search}\ntrain: {load_best_model_at_end: false}", "5  train.load_best_model_at_end"),
-        ("methods: [{kind: full, learning_rate: search}, lora]", "4  methods.0.learning_rate: a comparison searches"),
+        (
+            "methods: [{kind: full, learning_rate: search}, lora]",
+            "4  methods.0.learning_rate: a comparison always searches",
+        ),
     ],
 )
 def test_search_that_cannot_be_is_refused_once_with_its_line(tmp_path: Path, lines: str, problem: str) -> None:

@@ -23,7 +23,7 @@ from fulltune.inference.store import Rows
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.load import load_model
 from fulltune.probe.features import sample_rows
-from fulltune.probe.linear import FOLDS, MIDDLE, Items, NoProbe, fits
+from fulltune.probe.linear import FOLDS, MIDDLE, Items, NoProbe, fit_at_strengths
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import LabelErrors
 from fulltune.records.data import DataSummary, SplitName
@@ -232,7 +232,7 @@ def predict_out_of_fold(items: Items, is_trained_on: np.ndarray, seed: int) -> n
     probabilities = np.zeros((len(items.rows), items.num_outputs))
     for number in range(FOLDS):
         # Rare classes may be missing from a fold; the others are judged anyway.
-        [(_, classifier)] = fits(items.select((fold != number) & is_trained_on), strengths=(MIDDLE,))
+        [(_, classifier)] = fit_at_strengths(items.select((fold != number) & is_trained_on), strengths=(MIDDLE,))
         probabilities[fold == number] = softmax(classifier(items.features[fold == number]).astype(np.float64), axis=1)
     return probabilities
 

@@ -96,7 +96,7 @@ def _load_tasks(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
         if name in recipes:
             problems.append(f"{target}: another recipe is also called '{name}'; change its 'name'")
         recipes[name] = recipe
-    models = {name: recipe.model.in_words() for name, recipe in recipes.items()}
+    models = {name: recipe.model.describe() for name, recipe in recipes.items()}
     if len(set(models.values())) > 1:
         by_recipe = ", ".join(f"{model} in {name}" for name, model in models.items())
         problems.append(f"model: several tasks must share one pretrained model; found {by_recipe}")
@@ -124,10 +124,10 @@ def _load_tasks(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
 
 def _load_comparison_recipe(target: Path, overrides: list[str]) -> Recipe:
     recipe = load_recipe(target, overrides)
-    from fulltune.compare.run import recipe_for  # imported late, so that recipe errors do not wait for libraries
+    from fulltune.compare.run import comparison_recipe  # imported late, so that recipe errors do not wait for libraries
 
     try:
-        return recipe_for(recipe)
+        return comparison_recipe(recipe)
     except RecipeError as error:
         raise RecipeError([f"{target}: {problem}" for problem in error.problems]) from None
 

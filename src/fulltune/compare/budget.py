@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fulltune.compare import rates
 from fulltune.compare.context import CLOCK, FOLDER, Context
-from fulltune.compare.sequential import TIME_UP_SHARE, spent
+from fulltune.compare.sequential import TIME_UP_SHARE, alpha_spent
 from fulltune.compare.trials import is_done, run_trial
 from fulltune.errors import RecipeError
 from fulltune.files import read_json_lines
@@ -23,12 +23,12 @@ FEW_TRAIN_ROWS = 10_000
 """Train rows below which five seeds are planned instead of three (Bouthillier et al. 2021; Mosbach et al. 2020)."""
 LEAST_SEEDS = 2
 GOOD_SEEDS = 3
-"""Two seeds say little about their spread, so a tight budget first drops methods."""
+"""Seeds that a tight budget keeps by dropping methods first, because two say little about their spread."""
 RESERVE = 0.2
 """Share of the time left unplanned, because forecasts err."""
 FORECAST_AGAIN = 1.15
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
-"""Standard deviations between seeds assumed in forecasts."""
+"""Low and high standard deviation between seeds, assumed in forecasts."""
 START_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 10.0
 """Seconds for small models on a slow CPU; finished trials correct these."""
 _FIRST_SECONDS = 13.0
@@ -55,8 +55,8 @@ def num_seeds(wanted: int | None, train_rows: int) -> int:
     return wanted if wanted is not None else 5 if train_rows < FEW_TRAIN_ROWS else 3
 
 
-def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
-    """Forecast how many seconds unfinished trials take. In a sequential design only full (listed first) and its most
+def forecast_seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
+    """Forecast the seconds that unfinished trials take. In a sequential design, only full fine-tuning and its most
     expensive rival get all seeds."""
     full, *rivals = (method for method in design.methods if costs[method].decides)
     leader = max(rivals, key=lambda method: costs[method].run, default=full)
@@ -73,9 +73,8 @@ def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
     return total
 
 
-def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectation]:
-    """Yield ever smaller designs: with fewer seeds (down to three), fewer rivals, two seeds, and finally no rate
-    search."""
+def smaller_designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectation]:
+    """Yield ever smaller designs: with fewer seeds (down to three), fewer rivals, two seeds, and no rate search."""
     everyone, deciding = whole.methods, tuple(method for method in whole.methods if costs[method].decides)
     good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
     smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
@@ -87,34 +86,41 @@ def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectati
     yield whole.model_copy(update={"methods": deciding[:2], "num_seeds": fewest, "search_share": 0.0})
 
 
-def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spent: float = 0.0) -> Expectation:
-    """Return the first of `designs` that fits into the budget, less RESERVE, or raise a `RecipeError`.
+def fit_design_to_budget(
+    costs: Mapping[str, Cost], whole: Expectation, end_seconds: float = 0.0, seconds_spent: float = 0.0
+) -> Expectation:
+    """Return the largest of `smaller_designs` that fits into the budget, less RESERVE, or raise a `RecipeError`.
 
-    `spent` seconds are over already, and `end` seconds follow the last trial.
+    `end_seconds` is the time after the last trial.
     """
-    ordered = list(designs(costs, whole))
-    most = math.inf if whole.budget_seconds is None else (1 - RESERVE) * (whole.budget_seconds - spent)
-    design = next((each for each in ordered if end + seconds(costs, each) <= most), None)
+    ordered = list(smaller_designs(costs, whole))
+    most = math.inf if whole.budget_seconds is None else (1 - RESERVE) * (whole.budget_seconds - seconds_spent)
+    design = next((each for each in ordered if end_seconds + forecast_seconds(costs, each) <= most), None)
     if design is None:
-        raise RecipeError(_budget_too_short(ordered[-1], end + seconds(costs, ordered[-1]), spent))
+        raise RecipeError(
+            _budget_too_short(ordered[-1], end_seconds + forecast_seconds(costs, ordered[-1]), seconds_spent)
+        )
     num_rates = [costs[name].num_rates for name in design.methods if design.search_share and costs[name].num_rates > 1]
     return design.model_copy(
         update={
             "num_search_trials": sum(num_rates),
-            "seconds": round(spent + end + seconds(costs, design), 1),
+            "seconds": round(seconds_spent + end_seconds + forecast_seconds(costs, design), 1),
             "notes": tuple(_design_notes(costs, design)),
         }
     )
 
 
-def detectable(
+def with_detectable_differences(
     expected: Expectation, costs: Mapping[str, Cost], margin: float, alpha: float, test_rows: int
 ) -> Expectation:
-    """Add the smallest differences that the design can detect, for small and large spread between seeds."""
+    """Return the design with the smallest differences it can detect, for low and high spread between seeds. A design
+    with two seeds is returned unchanged."""
     if expected.num_seeds < GOOD_SEEDS:
         return expected
     limited = expected.num_seeds < expected.most_seeds
-    level = alpha if limited or not expected.sequential else spent(expected.most_seeds, expected.most_seeds, alpha)
+    level = (
+        alpha if limited or not expected.sequential else alpha_spent(expected.most_seeds, expected.most_seeds, alpha)
+    )
     level *= TIME_UP_SHARE if limited or len(expected.methods) < len(costs) else 1
     level /= max(1, sum(costs[method].decides for method in expected.methods) - 1)
     alike, apart = (
@@ -125,41 +131,42 @@ def detectable(
 
 
 def _design_notes(costs: Mapping[str, Cost], design: Expectation) -> Iterator[str]:
-    """Yield a note for each thing the budget cuts: fewer seeds, no rate search, methods not trained."""
+    """Yield a note for each cut: fewer seeds, no rate search, or fewer methods."""
     if design.num_seeds < design.most_seeds:
-        yield f"{design.num_seeds} seeds are planned instead of up to {design.most_seeds}; more run if time remains"
+        yield f"{design.num_seeds} seeds are planned instead of {design.most_seeds}; more seeds run if time remains"
     if not design.search_share and any(costs[method].num_rates > 1 for method in design.methods):
         yield "no rate search: each method trains at its default learning rate, which the report marks as unfair"
     if left_out := [method for method in costs if method not in design.methods]:
         yield f"not trained: {', '.join(left_out)}"
 
 
-def _budget_too_short(least: Expectation, need: float, spent: float) -> str:
-    enough = typed_seconds(round_up(spent + FORECAST_AGAIN * need / (1 - RESERVE)))
+def _budget_too_short(least: Expectation, need: float, seconds_spent: float) -> str:
+    """Return the error message for a budget that is too short for the smallest design."""
+    enough = typed_seconds(round_up_seconds(seconds_spent + FORECAST_AGAIN * need / (1 - RESERVE)))
     each = "one run" if least.num_seeds == 1 else f"{least.num_seeds} runs"
-    before = f" ({typed_seconds(spent)} already spent)" if spent > 1 else ""
+    before = f" ({typed_seconds(seconds_spent)} already spent)" if seconds_spent > 1 else ""
     return (
         f"--budget {typed_seconds(least.budget_seconds or 0.0)}{before} is too short for a verdict: {each} each of "
-        f"{' and '.join(least.methods)}, without a rate search, are forecast to take {typed_seconds(need)}; give "
+        f"{' and '.join(least.methods)}, without a rate search, are forecast to take {typed_seconds(need)}; set "
         f"--budget {enough} or more, or make runs shorter (train.num_train_epochs, fewer rows)"
     )
 
 
-def round_up(time: float) -> float:
-    """Round seconds up to 10 s, 30 s, 1 min or 5 min."""
+def round_up_seconds(time: float) -> float:
+    """Round seconds up to a multiple of 10 s, 30 s, 1 min or 5 min."""
     step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
     return float(math.ceil(time / step) * step)
 
 
-def why_finished(comparison: Comparison, budget_seconds: float | None) -> str | None:
-    """Return why a finished comparison cannot resume with this budget, or None if it can."""
+def why_not_resumable(comparison: Comparison, budget_seconds: float | None) -> str | None:
+    """Explain why a finished comparison cannot resume with this budget, or return None if it can."""
     before = comparison.expectation.budget_seconds or 0.0
     if not comparison.time_was_up or comparison.decision.verdict != "UNDECIDED":
-        why = f"finished: the verdict is {comparison.decision.verdict}; more time adds nothing"
+        why = f"finished with the verdict {comparison.decision.verdict}, which more time would not change"
     elif not comparison.can_resume:
-        why = "finished: the permitted error rate is used up, so these test rows allow no further verdict"
+        why = "finished, because the permitted error rate is used up and these test rows allow no further verdict"
     elif budget_seconds is not None and budget_seconds <= before:
-        more = typed_seconds(round_up(2 * before))
+        more = typed_seconds(round_up_seconds(2 * before))
         why = f"the budget of {typed_seconds(before)} is used up; to continue, raise the total, such as --budget {more}"
     else:
         return None
@@ -169,8 +176,8 @@ def why_finished(comparison: Comparison, budget_seconds: float | None) -> str | 
 # ---- a running comparison --------------------------------------------------------------------------------------
 
 
-def expect(context: Context) -> Expectation:
-    """Return the design with its forecast, planned once per budget."""
+def load_or_plan_design(context: Context) -> Expectation:
+    """Load the design, or plan and save it if there is none for this budget, and announce it."""
     path = context.folder / EXPECTATION
     design = Expectation.load(path) if path.exists() else None
     if design is None or design.budget_seconds != context.budget_seconds:
@@ -184,16 +191,16 @@ def expect(context: Context) -> Expectation:
 def _plan_design(context: Context) -> Expectation:
     """Choose the design that fits into the budget, after measuring the speed in a short trial."""
     block, splits = context.recipe.compare, context.summary.splits
-    steps = context.setup(context.full.label).plan.total_steps
-    context.note_time("preparation")
+    steps = context.method_setup(context.full.label).plan.total_steps
+    context.log_elapsed_time("preparation")
     if context.budget_seconds is not None and not context.kept_results():
         # Arithmetic alone errs too much; the search usually begins with this trial anyway.
         full, share = context.full, rates.share_of_steps(0.0, steps)
-        trial = rates.search_trial(full.label, usual(context, full), share, context.recipe.train.seed)
-        context.say(f"measuring speed before planning the budget: {share:.0%} of a run of {full.label}")
+        trial = rates.short_trial(full.label, default_rate(context, full), share, context.recipe.train.seed)
+        context.say(f"measuring the speed before planning the budget, with {share:.0%} of a run of {full.label}")
         run_trial(context, trial)
-    costs, end = costs_of(context)
-    context.note_time("design")  # noted even if the budget is refused below
+    costs, end = forecast_costs(context)
+    context.log_elapsed_time("design")  # noted even if the budget is refused below
     most = num_seeds(block.seeds, splits["train"].rows)
     whole = Expectation(
         methods=tuple(costs),
@@ -203,31 +210,31 @@ def _plan_design(context: Context) -> Expectation:
         budget_seconds=context.budget_seconds,
         sequential=block.sequential,
     )
-    design = fitting(costs, whole, end, context.seconds_spent)
+    design = fit_design_to_budget(costs, whole, end, context.seconds_spent)
     if not is_share(context.measure.name):
         return design
-    return detectable(design, costs, block.margin, context.alpha, splits["test"].rows)
+    return with_detectable_differences(design, costs, block.margin, context.alpha, splits["test"].rows)
 
 
-def grid(context: Context, method: Method) -> tuple[float, ...]:
-    planned = context.setup(method.label).plan.learning_rate
-    return rates.grid(planned, method.learning_rates, method.fixed_learning_rate)
+def method_rates(context: Context, method: Method) -> tuple[float, ...]:
+    planned = context.method_setup(method.label).plan.learning_rate
+    return rates.rates_to_try(planned, method.learning_rates, method.fixed_learning_rate)
 
 
-def usual(context: Context, method: Method) -> float:
-    """Return the grid's rate that is closest to the planned one."""
-    planned = context.setup(method.label).plan.learning_rate
-    return rates.nearest(grid(context, method), rates.rounded(planned))
+def default_rate(context: Context, method: Method) -> float:
+    """Return the method's rate to try that is closest to the planned rate."""
+    planned = context.method_setup(method.label).plan.learning_rate
+    return rates.nearest_rate(method_rates(context, method), rates.rounded(planned))
 
 
-def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
-    """Forecast each method's costs, with full first, and the seconds after the last trial."""
-    steps, rest = pace(context)
+def forecast_costs(context: Context) -> tuple[dict[str, Cost], float]:
+    """Forecast each method's costs (full fine-tuning first) and the seconds after the last trial."""
+    steps, rest = actual_to_planned_time(context)
     results, costs, splits = context.kept_results(), dict[str, Cost](), context.summary.splits
     scored, rows = sum(splits[split].rows for split in ("eval", "test")), sum(one.rows for one in splits.values())
     end = 0.0
     for method in context.trained_methods:
-        label, planned = method.label, context.setup(method.label).plan
+        label, planned = method.label, context.method_setup(method.label).plan
         slower = steps.get(label, steps.get("", 1.0))
         path = context.search_path(label)
         search = Search.load(path) if path.exists() else None
@@ -242,7 +249,7 @@ def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
             end = rest * VERDICT_SECONDS + slower * max(baselines, rows * row_seconds)
         costs[label] = Cost(
             run=slower * planned.time.total_seconds if planned.time else 0.0,
-            num_rates=len(grid(context, method)),
+            num_rates=len(method_rates(context, method)),
             decides=method is context.full or context.recipe.compared_kind(method) in RIVALS,
             start=rest * START_SECONDS,
             scoring=scoring,
@@ -257,16 +264,20 @@ def _runs_at_current_rates(search: Search, trials: Sequence[Trial]) -> int:
     return sum(one.learning_rate in (search.chosen, *search.whole) for one in whole_runs)
 
 
-def pace(context: Context) -> tuple[dict[str, float], float]:
-    """Return the ratios of actual to planned time: by method for steps (an empty name stands for all methods), and for
-    everything else."""
+def actual_to_planned_time(context: Context) -> tuple[dict[str, float], float]:
+    """Return the ratio of actual to planned training time by method ("" for all methods), and the ratio for all other
+    work."""
     took: defaultdict[str, float] = defaultdict(float)
     for entry in read_json_lines(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]
     steps, planned = defaultdict[str, float](float), defaultdict[str, float](float)
     rest, planned_rest = 0.0, _FIRST_SECONDS
     for result in context.kept_results():
-        method, share, need = result.trial.method, result.trial.share, context.setup(result.trial.method).plan.time
+        method, share, need = (
+            result.trial.method,
+            result.trial.share,
+            context.method_setup(result.trial.method).plan.time,
+        )
         if result.trial.name not in took or not result.tokens_per_second or need is None or not need.train_seconds:
             continue
         slower = need.tokens / result.tokens_per_second / need.train_seconds
@@ -280,18 +291,21 @@ def pace(context: Context) -> tuple[dict[str, float], float]:
     return {name: steps[name] / planned[name] for name in steps if planned[name] > 0}, rest / planned_rest
 
 
-def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bool:
-    """Return whether unfinished trials, `keep` seconds and the verdict fit into the remaining time."""
+def has_time(context: Context, trials: Sequence[Trial], reserved_seconds: float = 0.0) -> bool:
+    """Return whether unfinished trials, the reserved time and the verdict fit into the remaining budget."""
     unfinished = [] if context.budget_seconds is None else [one for one in trials if not is_done(context, one)]
     if not unfinished:
         return True
-    costs, end = costs_of(context)
-    return sum(costs[one.method].of(one) for one in unfinished) + keep + end <= (1 - RESERVE) * context.seconds_left
+    costs, end = forecast_costs(context)
+    return (
+        sum(costs[one.method].of(one) for one in unfinished) + reserved_seconds + end
+        <= (1 - RESERVE) * context.seconds_left
+    )
 
 
-def to_come(context: Context, counts: Mapping[str, int], seeds: int) -> float:
-    """Forecast the seconds until full and its most expensive leading rival have `seeds` runs."""
-    costs = {method: cost for method, cost in costs_of(context)[0].items() if cost.decides and method in counts}
+def forecast_remaining_seconds(context: Context, counts: Mapping[str, int], seeds: int) -> float:
+    """Forecast the time until full fine-tuning and its most expensive leading rival have `seeds` runs each."""
+    costs = {method: cost for method, cost in forecast_costs(context)[0].items() if cost.decides and method in counts}
 
     def rest(method: str) -> float:
         return max(0, seeds - counts[method]) * (costs[method].start + costs[method].run + costs[method].scoring)

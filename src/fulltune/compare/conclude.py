@@ -12,10 +12,10 @@ import numpy as np
 from fulltune import evaluate, report
 from fulltune.compare.context import BASE, GENERIC, OPEN, OPENINGS, RECORD, SEALED, Context, settings_of
 from fulltune.compare.lint import lint_comparison, rows_in_train
-from fulltune.compare.seeds import SeedRuns, method_outputs
-from fulltune.compare.sequential import left
-from fulltune.compare.trials import best_seed, keep
-from fulltune.compare.verdict import MethodOutputs, Terms, decide
+from fulltune.compare.seeds import SeedRuns, load_method_outputs
+from fulltune.compare.sequential import alpha_left
+from fulltune.compare.trials import best_seed, save_outputs_by_split
+from fulltune.compare.verdict import MethodOutputs, Terms, decide_verdict
 from fulltune.evaluate.scoring import MIN_UNSEEN, load_outputs, note_access, outputs
 from fulltune.files import append_line, read_json_lines
 from fulltune.forgetting.generic_text import drift_per_text
@@ -33,44 +33,44 @@ middle = statistics.median
 """Median, because a command's first run loads cold files."""
 
 
-def judge(ran: SeedRuns) -> Comparison:
-    """Open the test rows for the verdict and return the finished comparison."""
+def judge_on_test_rows(ran: SeedRuns) -> Comparison:
+    """Reach the verdict on the test rows, save the finished comparison, and write the model cards."""
     context = ran.context
     context.say("opening the test rows")
-    alpha, later = left(ran.looks, context.alpha, time_was_up=ran.lacks_time)
-    with context.timed("verdict"):
+    alpha, later = alpha_left(ran.looks, context.alpha, time_was_up=ran.lacks_time)
+    with context.log_duration("verdict"):
         trials = [one.trial.name for runs in ran.results.values() for one in runs]
-        openings = open_test_rows(context, trials, alpha, later)
-        baselines = untouched(context)
-        compared = method_outputs(context, ran.results, SEALED, ran.waiting)
+        openings = log_test_opening(context, trials, alpha, later)
+        baselines = score_baselines(context)
+        compared = load_method_outputs(context, ran.results, SEALED, ran.waiting)
         if (context.folder / SEALED / f"{BASE}.npz").exists():
             base = load_outputs(context.folder / SEALED / f"{BASE}.npz")
             compared.append(MethodOutputs(name=BASE, kind="base", trials=[base], cost=0.0))
         clusters = np.load(context.folder / "data" / "test" / CLUSTERS)
-        decision = _decide_on_rows(context, compared, clusters, alpha)
-        leaks = without_leaks(context, compared, clusters, decision)
+        decision = _verdict_on_rows(context, compared, clusters, alpha)
+        leaks = verdict_without_leaks(context, compared, clusters, decision)
     note_access(context.folder, context.job.listener)
-    comparison = comparison_of(ran, decision, baselines, openings)
+    comparison = build_comparison(ran, decision, baselines, openings)
     comparison = comparison.model_copy(update={"notes": (*comparison.notes, *leaks)})
     comparison.save(context.folder / RECORD)  # saved first: the test rows are open, and what follows may fail
     write_model_cards(ran)
     return comparison
 
 
-def _decide_on_rows(
+def _verdict_on_rows(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, alpha: float
 ) -> Decision:
+    """Reach a verdict on the rows of these outputs. Rows with the same number in `clusters` depend on each other."""
     recipe = context.recipe
     terms = Terms(context.measure, recipe.compare.margin, recipe.evaluate.confidence, alpha)
     drawn = draw(context.measure, [method.trials for method in compared], clusters, SAMPLES)
-    return decide(compared, drawn, terms)
+    return decide_verdict(compared, drawn, terms)
 
 
-def without_leaks(
+def verdict_without_leaks(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
-    """Return a note on the verdict computed without test rows that occur in train, or nothing if there are no such
-    rows."""
+    """Return a note on the verdict without test rows that occur in train, or an empty list without such rows."""
     leaked = np.load(context.folder / "data" / "test" / IN_TRAIN)
     if not leaked.any():
         return []
@@ -78,48 +78,51 @@ def without_leaks(
     rows = f"{leaked.sum():,} test rows" if leaked.sum() > 1 else "test row"
     prefix = f"without the {rows} whose {content}: "
     if len(np.unique(clusters[~leaked])) < MIN_UNSEEN:
-        return [f"{prefix}too few remain for a verdict"]
+        return [f"{prefix}too few rows remain for a verdict"]
     unseen = [
         replace(method, trials=[{name: values[~leaked] for name, values in run.items()} for run in method.trials])
         for method in compared
     ]
-    clean = _decide_on_rows(context, unseen, clusters[~leaked], decision.alpha)
+    clean = _verdict_on_rows(context, unseen, clusters[~leaked], decision.alpha)
     scores = ", ".join(f"{method} {format_metric(clean.metric, one.value)}" for method, one in clean.scores.items())
     same = clean.verdict == decision.verdict
     return [f"{prefix}{scores}, and {'still' if same else f'not {decision.verdict} but'} {clean.verdict}"]
 
 
-def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later: float) -> tuple[Opening, ...]:
-    """Record that the sealed test rows were opened, and return the records of all openings."""
+def log_test_opening(
+    context: Context, trial_names: Sequence[str], alpha: float, later_alpha: float
+) -> tuple[Opening, ...]:
+    """Log that this command spends `alpha` on the test rows, and return the whole log. `later_alpha` is left for later
+    verdicts."""
     opening = Opening(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         by=f"{getpass.getuser()}@{platform.node()}",
         command=context.command,
-        trials=tuple(trials),
+        trials=tuple(trial_names),
         alpha=alpha,
-        left=later,
+        left=later_alpha,
     )
     append_line(context.folder / OPENINGS, opening.model_dump(mode="json"))
     return tuple(Opening.model_validate(entry) for entry in read_json_lines(context.folder / OPENINGS))
 
 
-def untouched(context: Context) -> tuple[Scores, ...]:
-    """Return the baselines' scores, starting with the untouched model or the most frequent answer."""
+def score_baselines(context: Context) -> tuple[Scores, ...]:
+    """Score the baselines, starting with the pretrained model or the most frequent answer."""
     folder, writes = context.folder, FACTS[context.recipe.task].writes
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
         splits = ("eval", "test") if writes else ()
         predictions, _ = outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
-        keep(context, BASE, predictions)
+        save_outputs_by_split(context, BASE, predictions)
     return tuple(evaluate.baselines(context.scoring))
 
 
-def comparison_of(
+def build_comparison(
     ran: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[Opening, ...]
 ) -> Comparison:
-    """Assemble the record of the comparison and its findings."""
+    """Assemble the comparison's record and its findings."""
     context, summary = ran.context, ran.context.summary
-    rows = rows_of(ran, decision, baselines)
+    rows = method_rows(ran, decision, baselines)
     environment = run_folder.describe_environment(context.machine)
     comparison = Comparison(
         name=context.folder.name,
@@ -142,7 +145,7 @@ def comparison_of(
         seconds=round(context.seconds_spent, 1),
         cores=context.machine.num_cores,
         time_was_up=ran.lacks_time,
-        device=context.setup(context.full.label).plan.device,
+        device=context.method_setup(context.full.label).plan.device,
         data_fingerprint=summary.fingerprint,
         command=context.command,
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
@@ -151,17 +154,17 @@ def comparison_of(
     return comparison.model_copy(update={"findings": lint_comparison(ran, comparison)})
 
 
-def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
-    """Return one row per method, starting with the untouched model or the first baseline."""
+def method_rows(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
+    """Return one table row per method, after a row for the pretrained model or first baseline."""
     context, scores = ran.context, decision.scores
-    num_parameters = context.setup(context.full.label).plan.num_parameters
+    num_parameters = context.method_setup(context.full.label).plan.num_parameters
     base = scores.get(BASE) or (baselines[0].metrics.get(context.measure.name) if baselines else None)
     rows = []
     if base is not None and any(one.kind == "base" for one in context.recipe.methods):
         rows.append(MethodRow(method=BASE, kind="base", num_parameters=num_parameters, metric=base, gain_share=0.0))
     gain = 0.0 if base is None else scores[context.full.label].value - base.value
     for method, runs in ran.results.items():
-        score, search, setup = scores[method], ran.searches[method], context.setup(method)
+        score, search, setup = scores[method], ran.searches[method], context.method_setup(method)
         share = None if base is None or context.measure.sign * gain <= 0 else (score.value - base.value) / gain
         rows.append(
             MethodRow(
@@ -184,15 +187,15 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
                 peak_memory_bytes=max(one.peak_memory_bytes for one in runs),
                 memory_growth_bytes=max(one.memory_growth_bytes for one in runs),
                 saved_bytes=runs[0].saved_bytes,
-                drift=_drift(context, runs),
+                drift=_estimate_drift(context, runs),
                 seconds_per_row=middle(one.seconds_per_row or 0.0 for one in runs),
             )
         )
     return tuple(rows)
 
 
-def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
-    """Estimate a method's mean drift, or return None if the untouched model's outputs are missing."""
+def _estimate_drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
+    """Estimate a method's mean drift, or return None if the pretrained model's outputs are missing."""
     folder = context.folder / GENERIC
     if not (folder / f"{BASE}.npz").exists():
         return None
@@ -203,6 +206,7 @@ def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
 
 
 def _data_notes(context: Context) -> list[str]:
+    """Return notes on dropped rows and on rows in two splits."""
     dropped = [f"rows dropped: {count:,}, {reason}" for reason, count in context.summary.dropped.items()]
     linted = rows_in_train(context.summary)
     notes = [note for note in context.summary.notes if ALSO_OCCURS in note]
@@ -215,7 +219,7 @@ def write_model_cards(ran: SeedRuns) -> None:
     for method, runs in ran.results.items():
         folder = context.folder / "models" / method
         if not folder.is_dir():
-            context.say(f"{method}: no model card, because models/{method} no longer exists")
+            context.say(f"{method}: no model card was written, because models/{method} no longer exists")
             continue
         name = best_seed(context, runs).trial.name
         eval_outputs, test = (load_outputs(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))

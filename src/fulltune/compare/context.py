@@ -43,7 +43,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class MethodSetup:
-    """A method's shapes, trace and plan, shared by its trials."""
+    """A method's shapes, trace and plan, which all of its trials share."""
 
     method: Method
     shapes: Shapes
@@ -53,7 +53,7 @@ class MethodSetup:
 
 @dataclass
 class Context:
-    """State of a running comparison or rate search."""
+    """The state of a running comparison or rate search."""
 
     job: Run
     summary: DataSummary
@@ -62,7 +62,7 @@ class Context:
     start: Starter = start_in_new_process
     began: float = field(default_factory=time.monotonic)
     passed: set[str] = field(default_factory=set)
-    """Methods with a passed dry run, which later trials skip."""
+    """Methods that passed a dry run, which their later trials skip."""
     alpha_left: float | None = None
     _setups: dict[str, MethodSetup] = field(default_factory=dict)
 
@@ -84,16 +84,18 @@ class Context:
 
     @cached_property
     def most_tokens(self) -> int:
-        limit = self.setup(self.full.label).shapes.position_limit or MOST_TOKENS
+        limit = self.method_setup(self.full.label).shapes.position_limit or MOST_TOKENS
         return min(MOST_TOKENS, limit - methods.max_virtual_tokens(self.recipe))
 
     @cached_property
     def measure(self) -> bootstrap.ResamplableMetric:
-        return bootstrap.measure_of(self.recipe.task, Target.of(self.summary), self.setup(self.full.label).plan.metric)
+        return bootstrap.measure_of(
+            self.recipe.task, Target.of(self.summary), self.method_setup(self.full.label).plan.metric
+        )
 
     @cached_property
     def scale(self) -> Scale:
-        """Return the eval metric's direction and number of rows. Windows of one question count as one row."""
+        """The eval metric's direction and number of rows, where windows of one question count once."""
         num_rows = self.summary.splits["eval"].rows
         if self.summary.form.has_windows:
             num_rows = len({row[PLACE] for row in read_original_rows(self.folder / "data" / "eval")})
@@ -101,12 +103,11 @@ class Context:
 
     @cached_property
     def scoring(self) -> Scoring:
-        reference = self.setup(self.full.label).plan
+        reference = self.method_setup(self.full.label).plan
         return evaluate.scoring_of(self.recipe, reference, self.summary, self.folder, self.job.base)
 
     @property
     def methods(self) -> tuple[ComparedMethod, ...]:
-        """Return the recipe's methods, or the only method of a rate search."""
         return self.recipe.methods or (self.recipe.method,)
 
     @property
@@ -134,17 +135,17 @@ class Context:
         return [TrialResult.load(path) for path in sorted(self.result_path("").parent.glob("*.json"))]
 
     @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Record the block's seconds, even if it is interrupted."""
+    def log_duration(self, name: str) -> Iterator[None]:
+        """Log a `with` block's seconds under a name, even if the block is interrupted."""
         try:
             yield
         finally:
-            self.note_time(what)
+            self.log_elapsed_time(name)
 
-    def note_time(self, what: str) -> None:
-        """Record, under a name, the seconds since the last record."""
+    def log_elapsed_time(self, name: str) -> None:
+        """Log the seconds since the last entry under a name."""
         seconds, self.began = time.monotonic() - self.began, time.monotonic()
-        append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3)})
+        append_line(self.folder / CLOCK, {"what": name, "seconds": round(seconds, 3)})
 
     @property
     def seconds_spent(self) -> float:
@@ -163,8 +164,8 @@ class Context:
     def say(self, text: str) -> None:
         self.job.listener(Message(text=text))
 
-    def setup(self, label: str) -> MethodSetup:
-        """Return a method's setup, planned at the first call."""
+    def method_setup(self, label: str) -> MethodSetup:
+        """Return the setup of the method with this label, which is planned at the first call."""
         if label not in self._setups:
             method = next(one for one in self.trained_methods if one.label == label)
             recipe = self._recipe_of(method)
@@ -182,8 +183,8 @@ class Context:
         return plan.make_plan(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
-        """Return the recipe of one trial, with its rate, seed and share of the steps."""
-        setup = self.setup(trial.method)
+        """Return a trial's recipe, with its learning rate, seed and share of the steps."""
+        setup = self.method_setup(trial.method)
         method = setup.method.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
         changes: dict[str, Any] = {"train.seed": trial.seed}
         steps = max(2, round(trial.share * setup.plan.total_steps))
@@ -198,11 +199,11 @@ class Context:
         return with_settings(self._recipe_of(method), changes)
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
-        setup = self.setup(trial.method)
+        """Plan the memory, time and settings of a trial."""
+        setup = self.method_setup(trial.method)
         planned = self._fit(recipe, setup.shapes, setup.traced)
         return planned.model_copy(update={"trial": trial.name, "model_name": trial.name})
 
 
 def settings_of(method: ComparedMethod) -> dict[str, Any]:
-    """Return a method's settings, omitting kind, name and rates."""
     return dict(method.model_dump(mode="json", exclude={"kind", "name", "learning_rate", "learning_rates"}))

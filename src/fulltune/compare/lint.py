@@ -21,7 +21,7 @@ from fulltune.text import counted
 FEWEST_SEEDS = 3
 FEWEST_RATES = 3
 MOST_TEST_IN_EVAL = 0.1
-"""Share of test rows that may also be in eval."""
+"""Largest share of test rows that may also be in eval."""
 _MOST_TOKENS_APART = 0.02
 """Tolerated difference in train tokens, because a prompt's virtual tokens shorten the rows."""
 _ATTENTION = {
@@ -29,7 +29,7 @@ _ATTENTION = {
     *("query", "key", "value", "query_key_value", "c_attn", "wq", "wk", "wv", "wo", "to_q", "to_k", "to_v"),
     *("q_lin", "k_lin", "v_lin", "out_lin"),
 }
-_MORE_TIME = "give a larger --budget; an undecided comparison then continues"
+_MORE_TIME = "set a larger --budget, with which an undecided comparison continues"
 _UNFAIR = {
     "rate-not-searched": "leave `learning_rate` unset, or give `learning_rates` with three or more",
     "no-time-for-rates": _MORE_TIME,
@@ -60,7 +60,7 @@ RuleHits = Iterator[tuple[str, str, str]]
 
 
 def lint_comparison(ran: SeedRuns, comparison: Comparison) -> tuple[Finding, ...]:
-    """Check a comparison whose test rows were opened, and return all findings."""
+    """Check a comparison for unfair settings and weak evidence; unfair findings come first."""
     trained = [row for row in comparison.rows if row.kind != "base"]
     findings = [
         *_check_rates(trained, full_wins=comparison.decision.verdict == "FULL"),
@@ -71,12 +71,12 @@ def lint_comparison(ran: SeedRuns, comparison: Comparison) -> tuple[Finding, ...
         *_check_pretrained_weights(ran.context.job.base),
     ]
     if ran.left_out:
-        findings.append(("left-out", ", ".join(ran.left_out), "not trained: the budget is too short"))
+        findings.append(("left-out", ", ".join(ran.left_out), "not trained, because the budget is too short"))
     return _to_findings(findings)
 
 
 def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
-    """Check a recipe before the comparison, and return all findings."""
+    """Check a recipe for unfair settings before the comparison starts."""
     base = Base.from_block(recipe.model, recipe.task)
     shapes = measure_shapes(base, {})
     seeds = recipe.compare.seeds or budget.num_seeds(None, budget.FEW_TRAIN_ROWS)
@@ -85,7 +85,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
         if method.kind == "base":
             continue
         usual, _ = plan.default_learning_rate(method, shapes.num_parameters, shapes.is_decoder)
-        grid = rates.grid(usual, method.learning_rates, method.fixed_learning_rate)
+        grid = rates.rates_to_try(usual, method.learning_rates, method.fixed_learning_rate)
         tried, rate = (dict.fromkeys(grid, math.nan), math.nan) if len(grid) > 1 else ({}, grid[0])
         trained.append(
             MethodRow(
@@ -109,6 +109,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
 
 
 def _to_findings(findings: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
+    """Convert rule, location and description to findings, unfair ones first."""
     return tuple(
         Finding(
             rule=rule,
@@ -131,48 +132,50 @@ def _tried_rates(row: MethodRow) -> list[float]:
 
 
 def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
-    weak = "a method may look weak because of a wrong rate"
+    """Yield findings on rates that were searched too little or unequally."""
+    weak = "so the method may look weak because of a wrong rate"
     full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried_rates(row), default=0.0) for row in full), default=0.0)
     for row in trained:
         tried, search = _tried_rates(row), row.search
         assert search is not None, "it is trained"
         if len(tried) < 2 and search.time_was_up:
-            late = "the budget is too short to search its learning rate, so it trains at the default one"
-            yield "no-time-for-rates", row.method, f"{late}: {weak}"
+            late = "the budget was too short to search its learning rate"
+            yield "no-time-for-rates", row.method, f"{late}, {weak}"
         elif len(tried) < 2:
-            yield "rate-not-searched", row.method, f"its learning rate was not searched: {weak}"
+            yield "rate-not-searched", row.method, f"its learning rate was not searched, {weak}"
         elif len(tried) < FEWEST_RATES:
             yield "few-rates", row.method, f"only {len(tried)} learning rates were tried"
         if search.on_edge and len(tried) > 1:
             edge = "highest" if search.chosen > tried[0] else "lowest"
-            best = f"the best rate, {search.chosen:g}, is the {edge} that was tried"
-            yield "edge-of-grid", row.method, f"{best}: a better one may lie beyond"
+            best = f"the best rate, {search.chosen:g}, is the {edge} one tried"
+            yield "edge-of-grid", row.method, f"{best}; a rate beyond it may be better"
         if row.kind in ("full", "head", VARIANT) or not tried:
             continue
         if full_wins and not search.whole and any(one.search and one.search.whole for one in full):
             what = (
-                f"its rate, {search.chosen:g}, was chosen by short trials alone, that of full fine-tuning by whole "
-                "runs: it may lose because of its rate"
+                f"its rate, {search.chosen:g}, was chosen by short trials, but full fine-tuning's rate by whole runs, "
+                "so the method may lose because of its rate"
             )
             yield "unequal-search", row.method, what
         # A rate chosen inside the grid shows that higher ones are no better.
         if max(tried) <= highest * (1 + 1e-6) and (search.on_edge or math.isnan(search.chosen)):
             what = (
-                f"its rates end at {max(tried):g}, no higher than those of full fine-tuning; such methods need rates "
-                "about ten times higher"
+                f"its highest rate, {max(tried):g}, is no higher than full fine-tuning's, although such methods need "
+                "rates about ten times higher"
             )
             yield "low-peft-rates", row.method, what
 
 
 def _check_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> RuleHits:
+    """Yield findings on too few seeds and on unfair settings of a method."""
     for row in trained:
         count = len(set(row.seeds))
         seeds = counted(count, "seed")
         if count < FEWEST_SEEDS and not row.waited and time_was_up:
-            yield "no-time-for-seeds", row.method, f"{seeds}: the budget is too short for another"
+            yield "no-time-for-seeds", row.method, f"only {seeds}, because the budget is too short for another"
         elif count == 1 and not row.waited:
-            yield "one-seed", row.method, "one seed: another seed may reverse the result"
+            yield "one-seed", row.method, "there is only one seed, and another seed may reverse the result"
         elif count < FEWEST_SEEDS and not row.waited:
             yield "few-seeds", row.method, f"only {seeds}"
         # From the recipe's own block, or from a PEFT config.
@@ -181,10 +184,10 @@ def _check_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -
         targets = (row.settings.get("target_modules") or of_peft or []) if row.kind in ("lora", "peft") else []
         names = [] if isinstance(targets, str) else [str(name) for name in targets]
         if names and all(map(_is_attention_matrix, names)):
-            what = f"it changes attention only ({', '.join(names)}), which is known to do worse than all linear layers"
+            what = f"only attention is changed ({', '.join(names)}), which is known to be worse than all linear layers"
             yield "attention-only-lora", row.method, what
         if row.kind == "full" and row.weights_dtype != "fp32" and row.bf16_rounding in (None, "nearest"):
-            rounded = "rounded to nearest: at usual learning rates most updates are lost"
+            rounded = "rounded to nearest, so that most updates are lost at usual learning rates"
             yield "bf16-full", row.method, f"its weights are stored in {row.weights_dtype} and {rounded}"
 
 
@@ -194,8 +197,8 @@ def _is_attention_matrix(name: str) -> bool:
 
 
 def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
-    """Yield findings about differences between methods. Variants are exempt, because their differences are the
-    question."""
+    """Yield findings on unequal tokens or head starts, and on a shared rate. Variants may differ, because their
+    differences are the question."""
     if (
         len(trained) > 1
         and len({row.learning_rate for row in trained}) == 1
@@ -219,56 +222,58 @@ def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
 
 
 def _check_eval_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
+    """Yield findings on eval rows that are too few or also test rows."""
     scale, summary = ran.context.scale, ran.context.summary
     resolution = max(scale.tolerance(row.metric.value) for row in trained) if scale.is_share else 0.0
     if resolution > ran.context.recipe.compare.margin and any(len(_tried_rates(row)) > 1 for row in trained):
         yield (
             "few-eval-rows",
             "eval rows",
-            f"{scale.eval_rows:,} rows choose the learning rates. They cannot distinguish rates that differ by less "
-            f"than about {100 * resolution:.2g} points; only a rate that leads by more replaces the default, so any "
-            "method may have a better rate",
+            f"the learning rates are chosen on {scale.eval_rows:,} rows, which cannot distinguish rates that differ by "
+            f"less than about {100 * resolution:.2g} points. A rate replaces the default only if it leads by more, so "
+            "any method may have a better rate",
         )
     if summary.test_share_in_eval > MOST_TEST_IN_EVAL:
         yield (
             "eval-is-test",
             "rows",
-            f"{summary.test_share_in_eval:.0%} of the test rows also chose learning rates and checkpoints, which "
+            f"{summary.test_share_in_eval:.0%} of the test rows were also used to choose rates and checkpoints, which "
             "favours the method with the most trials",
         )
 
 
 def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
+    """Yield findings on test rows that occur in train (noted in `in_train`) or were used for other verdicts."""
     if in_train:
-        yield "test-in-train", "test rows", f"{in_train}, most of all for a method that memorises rows"
+        yield "test-in-train", "test rows", f"{in_train}, especially for methods that memorise rows"
     if verdicts > 1:
         yield (
             "test-opened-again",
             "test rows",
-            f"used for {verdicts} verdicts, because the time was up and more was given; each verdict may spend only a "
-            "part of the permitted error rate, so that together they keep the stated confidence",
+            f"used for {verdicts} verdicts, because the comparison ran out of time and was continued. Each verdict "
+            "spends a part of the permitted error rate, so that all verdicts together keep the stated confidence",
         )
-    if names := ", ".join(opened_by_others(folder)):
-        what = f"earlier comparisons used them for a verdict ({names}), and their results may have shaped this one"
+    if names := ", ".join(comparisons_on_same_test_rows(folder)):
+        what = f"earlier comparisons ({names}) used these rows for a verdict, which may have influenced this comparison"
         yield "test-opened-by-others", "test rows", what
 
 
 def _check_pretrained_weights(base: Base) -> RuleHits:
+    """Yield a finding if the pretrained weights are quantised."""
     if is_quantised_gguf(base.path):
         yield (
             "quantised-source",
             "model",
-            "the pretrained weights come from a quantised file (gguf): all methods start from rounded weights, and "
-            "full fine-tuning trains these",
+            "the pretrained weights come from a quantised file (gguf), so all methods start from rounded weights, "
+            "and full fine-tuning trains them",
         )
 
 
 def rows_in_train(summary: DataSummary) -> str | None:
-    """Return the data stage's note on test rows that occur in train, or None."""
     return next((one for one in summary.notes if " test rows have " in one and f"{ALSO_OCCURS} train" in one), None)
 
 
-def opened_by_others(folder: Path) -> tuple[str, ...]:
+def comparisons_on_same_test_rows(folder: Path) -> tuple[str, ...]:
     """Return the names of other comparisons that used the same test rows for a verdict."""
-    noted = Access.of_same_rows(folder)
+    noted = Access.load_for_same_rows(folder)
     return tuple(sorted({one.run for one in noted if one.trial == COMPARISON} - {folder.resolve().name}))

@@ -13,8 +13,8 @@ from fulltune import pipeline
 from fulltune.compare import budget
 from fulltune.compare.context import Context
 from fulltune.compare.rates import share_of_steps
-from fulltune.compare.seeds import MOST_WHOLE_RUNS_ALONE, SeedRuns, search_all
-from fulltune.compare.trials import clear
+from fulltune.compare.seeds import MOST_WHOLE_RUNS_ALONE, SeedRuns, search_all_rates
+from fulltune.compare.trials import delete_trial_files
 from fulltune.data.prepare import link_cached_rows
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
 from fulltune.pipeline import Run, Until
@@ -36,13 +36,14 @@ _RUNS = f"2 to {MOST_WHOLE_RUNS_ALONE} whole runs"
 
 
 def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
-    """Run or resume all stages up to `until`, first searching the learning rate if the recipe asks for it."""
+    """Run or resume all stages up to `until`, and search the learning rate first if the recipe asks for it. `measure`
+    tries out settings in the plan stage."""
     if not job.recipe.is_searched:
         return pipeline.run(job, until, measure)
     if measure or (job.folder / "plan" / "measured.json").exists():
         raise SetupError(
-            "search: plans each of its runs itself and ignores 'plan --measure'; run 'plan --measure' on a recipe "
-            "without a search, and write the settings that it shows into this recipe"
+            "search: each run of a search is planned without 'plan --measure'; run 'plan --measure' on a recipe "
+            "without a search, and copy the settings that it shows into this recipe"
         )
     if until in ("data", "plan"):
         reached = pipeline.run(job, until)
@@ -50,7 +51,7 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunR
             time = (
                 f", about {format_seconds(round(MOST_WHOLE_RUNS_ALONE * plan.time.whole_seconds))}" if plan.time else ""
             )
-            message = f"not in this plan: 'fulltune run' first searches the rate with short trials and {_RUNS}{time}"
+            message = f"the search is not in this plan: 'fulltune run' first runs short trials and {_RUNS}{time}"
             job.listener(Message(text=message))
         return reached
     record = job.folder / RECORD
@@ -61,22 +62,22 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunR
                 searched = _search_rate(job, summary)
             except InterruptedRun:
                 raise InterruptedRun(
-                    "interrupted during the search; finished trials are kept: run the same command to resume"
+                    "interrupted during the search; run the same command to resume after the finished trials"
                 ) from None
             searched.save(record)
         job.listener(Message(text=f"search: using the learning rate {searched.rate.chosen:g}: {searched.rate.reason}"))
     searched = Searched.load(record)
     with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
-        move_into_run(job, searched)
+        move_best_run(job, searched)
     return pipeline.run(replace(job, recipe=_with_searched_rate(job.recipe, searched)), until)
 
 
 def _search_rate(job: Run, summary: DataSummary) -> Searched:
-    """Search the learning rate in a subfolder, delete all runs but the best, and return the result."""
+    """Search the learning rate in a subfolder, delete all models but the best, and return the result."""
     if job.hooks.compute_loss is not None:
         raise RecipeError(
-            "method.learning_rate: search trains in separate processes, which a loss from Python cannot reach; give "
-            "the rate"
+            "method.learning_rate: a search trains in separate processes, where a loss from Python is not available; "
+            "set a learning rate"
         )
     folder, limit = job.folder / FOLDER, job.recipe.compare.budget
     run_folder.find_or_make_folder(job.recipe, "", folder.name, folder, fresh=False)
@@ -86,14 +87,14 @@ def _search_rate(job: Run, summary: DataSummary) -> Searched:
         seconds = None if limit is None else parse_seconds(limit)
         context = Context(replace(job, folder=folder), summary, "", seconds, start)
         expectation = _forecast_search(context)
-        ran = SeedRuns(context, search_all(context, expectation), expectation)
-        best = ran.best_rate(context.full.label)
+        ran = SeedRuns(context, search_all_rates(context, expectation), expectation)
+        best = ran.train_best_rate(context.full.label)
     rate_search = ran.searches[best.trial.method]
     if not rate_search.whole:  # there was time for one run only
         rate_search = rate_search.model_copy(update={"whole": {rate_search.chosen: best.metric}})
     for result in context.kept_results():
         if result.trial.name != best.trial.name:
-            clear(context, result.trial)
+            delete_trial_files(context, result.trial)
     return Searched(
         trial=best.trial.name,
         rate=rate_search,
@@ -105,17 +106,17 @@ def _search_rate(job: Run, summary: DataSummary) -> Searched:
 
 
 def _forecast_search(context: Context) -> Expectation:
-    """Forecast and announce the search's time. Raises a `RecipeError` if the budget is too short."""
+    """Forecast and announce the search's time; raise a `RecipeError` if the budget is too short."""
     method, limit = context.full.label, context.budget_seconds
-    share = share_of_steps(context.recipe.compare.search_share, context.setup(method).plan.total_steps)
-    cost = budget.costs_of(context)[0][method]
+    share = share_of_steps(context.recipe.compare.search_share, context.method_setup(method).plan.total_steps)
+    cost = budget.forecast_costs(context)[0][method]
     short, whole = cost.start + share * cost.run, cost.start + cost.run
     least, seconds = 2 * short + whole, cost.num_rates * short + 2 * whole
     if limit is not None and limit < least and not context.kept_results():
         raise RecipeError(
-            f"compare.budget: {typed_seconds(limit)} is too short for a search. It needs at least two short trials and "
-            f"a whole run, forecast to take {typed_seconds(least)}; give --budget "
-            f"{typed_seconds(budget.round_up(budget.FORECAST_AGAIN * least))} or more, or remove the search"
+            f"compare.budget: {typed_seconds(limit)} is too short for a search, which needs at least two short trials "
+            f"and a whole run, forecast to take {typed_seconds(least)}; set --budget "
+            f"{typed_seconds(budget.round_up_seconds(budget.FORECAST_AGAIN * least))} or more, or remove the search"
         )
     context.say(
         f"rate search: {counted(cost.num_rates, 'short trial')} of {share:.0%} of the steps, then {_RUNS}; about "
@@ -133,6 +134,7 @@ def _forecast_search(context: Context) -> Expectation:
 
 
 def _with_searched_rate(recipe: Recipe, searched: Searched) -> Recipe:
+    """Return the recipe with the chosen rate and without a search or budget."""
     method = {
         "method.learning_rate": searched.rate.chosen,
         "method.learning_rates": None,
@@ -141,7 +143,7 @@ def _with_searched_rate(recipe: Recipe, searched: Searched) -> Recipe:
     return with_settings(recipe, {**method, "compare.budget": None})
 
 
-def move_into_run(job: Run, searched: Searched) -> None:
+def move_best_run(job: Run, searched: Searched) -> None:
     """Move the best run into the run folder. Its plan moves last, so that an interrupted move resumes."""
     run, trial, method = job.folder, job.folder / FOLDER, job.recipe.method.label
     (run / "attempts").mkdir(exist_ok=True)

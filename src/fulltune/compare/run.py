@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 from fulltune import pipeline, report
-from fulltune.compare.budget import EXPECTATION, expect, why_finished
-from fulltune.compare.conclude import judge
+from fulltune.compare.budget import EXPECTATION, load_or_plan_design, why_not_resumable
+from fulltune.compare.conclude import judge_on_test_rows
 from fulltune.compare.context import OPENINGS, RECORD, Context
-from fulltune.compare.seeds import SeedRuns, search_all
+from fulltune.compare.seeds import SeedRuns, search_all_rates
 from fulltune.errors import RecipeError
 from fulltune.files import read_json_lines
 from fulltune.pipeline import Run
@@ -28,14 +28,14 @@ Compared = tuple[Comparison, tuple[Path, ...]]
 
 
 def run_comparison(job: Run, command: str, budget: str | None = None) -> Compared:
-    """Compare the recipe's methods, or resume. Every part is saved when it finishes. `budget`, such as `30m`, limits
-    all commands together."""
+    """Compare the recipe's methods, or resume. Every part is saved when it finishes. `command` is shown in the report,
+    and `budget`, such as `30m`, limits all commands together."""
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
         seconds = _budget_seconds(job, budget)
         finished = Comparison.load(record) if record.exists() else None
-        if finished is not None and (why := why_finished(finished, seconds)):
+        if finished is not None and (why := why_not_resumable(finished, seconds)):
             # Its models and its table belong together, so nothing is changed.
             job.listener(Message(text=why))
             return finished, report.write_comparison(job.folder)
@@ -45,28 +45,32 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
                 summary = pipeline.prepare(job)
             alpha_left = openings[-1].left if openings else None
             context = Context(job, summary, command, seconds, start, began, alpha_left=alpha_left)
-            if busy := context.setup(context.full.label).plan.busy:
+            if busy := context.method_setup(context.full.label).plan.busy:
                 context.say(busy)
-            expectation = expect(context)
+            expectation = load_or_plan_design(context)
             if len(read_json_lines(job.folder / OPENINGS)) > len(openings):
-                context.say("the test rows were opened before: nothing more is trained")
+                context.say("the test rows were scored before, so nothing more is trained")
                 context.budget_seconds = 0.0
-            comparison = judge(SeedRuns(context, search_all(context, expectation), expectation).run())
-            with context.timed("report"):
+            comparison = judge_on_test_rows(
+                SeedRuns(context, search_all_rates(context, expectation), expectation).train_until_clear()
+            )
+            with context.log_duration("report"):
                 return comparison, report.write_comparison(job.folder)
 
 
-def recipe_for(recipe: Recipe) -> Recipe:
+def comparison_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe with near duplicates kept in one split; raise a `RecipeError` if it names no methods."""
     if not recipe.methods:
-        raise RecipeError("methods: nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'")
+        raise RecipeError(
+            "methods: no methods to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
+        )
     if "near_duplicates" in recipe.data.model_fields_set or FACTS[recipe.task].reads == "image":
         return recipe
     return with_settings(recipe, {"data.near_duplicates": NEAR_DUPLICATES})
 
 
 def _budget_seconds(job: Run, budget: str | None) -> float | None:
-    """Return the larger of the given and the earlier budget, or None if there is no limit."""
+    """Return the given budget, or the larger of the recipe's and the earlier one, or None for no limit."""
     text, path = budget or job.recipe.compare.budget, job.folder / EXPECTATION
     seconds = parse_seconds(text) if text else None
     before = Expectation.load(path).budget_seconds if path.exists() and budget is None else None

@@ -9,8 +9,8 @@ import numpy as np
 
 from fulltune.compare import budget, rates
 from fulltune.compare.context import OPEN, Context
-from fulltune.compare.sequential import SAMPLES, WAITING_SHARE, look
-from fulltune.compare.trials import clear, is_done, keep_best_model, run_trial
+from fulltune.compare.sequential import SAMPLES, WAITING_SHARE, plan_next_seeds
+from fulltune.compare.trials import delete_trial_files, is_done, keep_best_model, run_trial
 from fulltune.compare.verdict import MethodOutputs, Terms
 from fulltune.errors import Diverged
 from fulltune.evaluate.scoring import load_outputs
@@ -28,17 +28,17 @@ MOST_WHOLE_RUNS_ALONE = 3
 """Maximum number of whole runs at different rates, in a comparison and in a rate search."""
 
 
-def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """Search each method's rate. When time runs out, full and the first rival take the default rate, and other methods
-    are dropped."""
+def search_all_rates(context: Context, expectation: Expectation) -> dict[str, Search]:
+    """Return each method's learning rate search. When time runs out, full fine-tuning and its first rival take the
+    default rate, and other methods are dropped."""
     planned = [one for one in context.trained_methods if one.label in expectation.methods]
     pair = [one.label for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
-    keep = budget.to_come(
+    keep = budget.forecast_remaining_seconds(
         context, dict.fromkeys((one.label for one in planned), 0), min(budget.LEAST_SEEDS, expectation.num_seeds)
     )
     searches: dict[str, Search] = {}
     for method in planned:
-        rate_search = search(context, method, expectation.search_share, keep)
+        rate_search = search_rate(context, method, expectation.search_share, keep)
         if rate_search.tried or not rate_search.time_was_up or method.label in pair:
             searches[method.label] = rate_search
         else:
@@ -46,45 +46,50 @@ def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
     return searches
 
 
-def search(context: Context, method: Method, share: float, keep: float = 0.0) -> Search:
-    """Return a method's finished or new search, leaving `keep` seconds for whole runs."""
+def search_rate(context: Context, method: Method, share: float, reserved_seconds: float = 0.0) -> Search:
+    """Load a method's finished search, or run and save it, leaving `reserved_seconds` for whole runs."""
     path = context.search_path(method.label)
     if path.exists() and not (result := Search.load(path)).time_was_up:
         return result
-    result = _run_short_trials(context, method, share, keep)
+    result = _run_short_trials(context, method, share, reserved_seconds)
     result.save(path)
     return result
 
 
-def _run_short_trials(context: Context, method: Method, search_share: float, keep: float) -> Search:
-    """Try the grid's rates in short trials, then rates beyond its edge while these lead."""
-    label, grid, seed = method.label, budget.grid(context, method), context.recipe.train.seed
+def _run_short_trials(context: Context, method: Method, search_share: float, reserved_seconds: float) -> Search:
+    """Try the grid's rates in short trials, then rates beyond its edge while the edge leads."""
+    label, grid, seed = method.label, budget.method_rates(context, method), context.recipe.train.seed
     if len(grid) == 1:
-        return Search(method=label, chosen=grid[0], reason="from the recipe: the only rate, not searched")
-    usual = budget.usual(context, method)
-    share = rates.share_of_steps(search_share, context.setup(label).plan.total_steps)
+        return Search(method=label, chosen=grid[0], reason="the only rate in the recipe, so no search was needed")
+    usual = budget.default_rate(context, method)
+    share = rates.share_of_steps(search_share, context.method_setup(label).plan.total_steps)
     tried: dict[float, float] = {}
     next_rates = list(grid)
     while next_rates:
-        trials = [rates.search_trial(label, rate, share, seed) for rate in next_rates]
-        if not search_share or not budget.has_time(context, trials, keep):
-            context.say(f"{label}: no time to try the rate {' or '.join(f'{rate:g}' for rate in next_rates)}")
+        trials = [rates.short_trial(label, rate, share, seed) for rate in next_rates]
+        if not search_share or not budget.has_time(context, trials, reserved_seconds):
+            context.say(f"{label}: not enough time to try the rate {' or '.join(f'{rate:g}' for rate in next_rates)}")
             break
         for trial in trials:
             context.say(f"{label}: trying the rate {trial.learning_rate:g} for {share:.1%} of the steps")
             tried[trial.learning_rate] = run_trial(context, trial).metric
         extends = method.learning_rates is None and len(tried) < len(grid) + rates.MOST_EXTENSIONS
-        further = rates.beyond(tried, context.scale) if extends else None
+        further = rates.next_rate_beyond_grid(tried, context.scale) if extends else None
         next_rates = [] if further is None else [further]
     if not tried:
-        return Search(method=label, chosen=usual, reason="the default rate: no time for a search", time_was_up=True)
-    result = rates.finished(label, tried, share, context.scale, usual)
+        return Search(
+            method=label,
+            chosen=usual,
+            reason="the default rate, because there was no time for a search",
+            time_was_up=True,
+        )
+    result = rates.search_from_short_trials(label, tried, share, context.scale, usual)
     return result.model_copy(update={"time_was_up": bool(next_rates)})
 
 
 @dataclass
 class SeedRuns:
-    """Runs a comparison's whole runs seed by seed until the answer is clear."""
+    """Trains a comparison's methods seed by seed until the answer is clear."""
 
     context: Context
     searches: dict[str, Search]
@@ -105,14 +110,14 @@ class SeedRuns:
     def lacks_time(self) -> bool:
         return self.time_was_up or bool(self.left_out) or any(one.time_was_up for one in self.searches.values())
 
-    def run(self) -> SeedRuns:
-        """Train seeds until the eval rows give a clear answer or the time is up."""
+    def train_until_clear(self) -> SeedRuns:
+        """Train seeds until the eval rows give a clear answer or time is up, and return self."""
         self.results = {method: [] for method in self.searches}
         at_once = not self.context.recipe.compare.sequential
         wanted = dict.fromkeys(self.searches, self.expectation.most_seeds if at_once else 1)
         while wanted:
             if not self._train_seeds(wanted):
-                self.context.say("the budget is used up: the verdict uses the finished runs")
+                self.context.say("the budget is used up, so the verdict is based on the finished runs")
                 self.time_was_up = True
                 break
             if at_once:
@@ -122,17 +127,17 @@ class SeedRuns:
                 wanted = self._recheck_rivals()
         return self
 
-    def best_rate(self, method: str) -> TrialResult:
-        """Train one seed at the best rate and save its model as `models/<method>`."""
+    def train_best_rate(self, method: str) -> TrialResult:
+        """Train one seed at the best rate, save its model as `models/<method>`, and return its result."""
         self.results[method] = []
         while (result := run_trial(self.context, self._next_trial(method))).problems:
             self._lower_rate(result)
         self.results[method].append(result)
-        self.check_rate(method)
+        self.try_other_rates(method)
         return self.results[method][0]
 
     def _train_seeds(self, wanted: Mapping[str, int]) -> bool:
-        """Train until each method has its number of seeds. Return false if the time is up first."""
+        """Train until each method has its number of seeds. Return False if time runs out first."""
         while lacking := {name: len(runs) for name, runs in self.results.items() if len(runs) < wanted.get(name, 0)}:
             methods = [name for name, count in lacking.items() if count == min(lacking.values())]
             method = methods[0]
@@ -143,7 +148,7 @@ class SeedRuns:
                 continue
             if len(runs) == 1:  # a second seed follows, so now the rate matters
                 for each in methods:
-                    self.check_rate(each, self._reserved_seconds())
+                    self.try_other_rates(each, self._reserved_seconds())
             trials = [self._next_trial(each) for each in methods]
             begins = bool(runs) and not is_done(self.context, trials[0])
             if begins and not budget.has_time(self.context, trials):
@@ -157,19 +162,19 @@ class SeedRuns:
             runs.append(result)
             keep_best_model(self.context, runs)
             if most == 1:
-                self.check_rate(method, self._reserved_seconds())
+                self.try_other_rates(method, self._reserved_seconds())
         return True
 
     def _next_trial(self, method: str) -> Trial:
         seed = self.context.recipe.train.seed + len(self.results[method])
-        return rates.final_trial(method, self.searches[method].chosen, seed)
+        return rates.whole_run_trial(method, self.searches[method].chosen, seed)
 
     def _reserved_seconds(self, seeds: int | None = None) -> float:
         counts = {method: len(runs) for method, runs in self.results.items()}
-        return budget.to_come(self.context, counts, seeds or self.expectation.num_seeds)
+        return budget.forecast_remaining_seconds(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _method_without_time(self) -> str | None:
-        """Return a method that no longer fits beside two seeds of full and its first rival, or None."""
+        """Return a method that no longer fits beside two seeds of full and its first rival, or None if all fit."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._reserved_seconds(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
@@ -179,17 +184,16 @@ class SeedRuns:
         )
 
     def _look_at_eval_rows(self) -> dict[str, int]:
-        """Judge the runs so far and return the number of seeds that each method needs, or nothing if no more are
-        needed."""
+        """Judge the runs so far on eval rows. Return how many seeds each method needs, or {} if no more are needed."""
         context, again = self.context, self._is_second_look(self.looks)
         full = self.results[context.full.label]
         behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
-        compared = method_outputs(context, self.results, OPEN, behind)
+        compared = load_method_outputs(context, self.results, OPEN, behind)
         clusters = np.load(context.folder / "data" / "eval" / CLUSTERS)
         drawn = draw(context.measure, [one.trials for one in compared], clusters, SAMPLES)
         terms = Terms(context.measure, context.recipe.compare.margin, alpha=context.alpha)
         test_rows = context.summary.splits["test"].rows
-        result = look(compared, drawn, terms, self.expectation.most_seeds, test_rows, again=again)
+        result = plan_next_seeds(compared, drawn, terms, self.expectation.most_seeds, test_rows, again=again)
         self.looks.append(result)
         context.say(f"after {counted(result.num_seeds, 'seed')}: {result.reason}")
         return result.wanted_seeds
@@ -198,8 +202,8 @@ class SeedRuns:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
     def _recheck_rivals(self) -> dict[str, int]:
-        """Give rivals the same rate search as full before it wins. Return the number of seeds for each rival that must
-        catch up."""
+        """Try other rates for rivals before full wins. Return the number of seeds for rivals that must catch up, or
+        {}."""
         context, scale = self.context, self.context.scale
         kinds = ("full", *RIVALS)
         decisive = {method: runs for method, runs in self.results.items() if self._kind(method) in kinds}
@@ -212,47 +216,49 @@ class SeedRuns:
         mine, leader = means.pop(context.full.label), max(means.values())
         if mine - leader < context.recipe.compare.margin:
             return {}
-        changed = [method for method, runs in decisive.items() if len(runs) == 1 and self.check_rate(method)]
+        changed = [method for method, runs in decisive.items() if len(runs) == 1 and self.try_other_rates(method)]
         better = [method for method in changed if scale.oriented(self.results[method][0].metric) > leader]
         return {} if self._is_second_look(self.looks[:-1]) else dict.fromkeys(better, len(full))
 
     def _lower_rate(self, result: TrialResult) -> None:
-        """Lower a method's rate after a divergence, or raise `Diverged` at the lowest rate."""
+        """Lower a method's rate after a divergence; raise `Diverged` if it is the lowest."""
         context, trial, search = self.context, result.trial, self.searches[result.trial.method]
-        lower = rates.after_divergence(search)
+        lower = rates.lower_rate_after_divergence(search)
         if lower is None:
             raise Diverged(result.problems)
         reason = f"{search.chosen:g} diverged in a whole run (seed {trial.seed})"
         context.say(f"{trial.method}: {reason}; using {lower:g} instead")
-        clear(context, trial)
+        delete_trial_files(context, trial)
         # The lower rate may have had its run, but its model was deleted when a higher one was better.
         shutil.rmtree(context.folder / "models" / trial.method, ignore_errors=True)
-        again = rates.final_trial(trial.method, lower, context.recipe.train.seed)
+        again = rates.whole_run_trial(trial.method, lower, context.recipe.train.seed)
         context.result_path(again.name).unlink(missing_ok=True)
-        self.searches[trial.method] = rates.replaced(search, lower, reason)
+        self.searches[trial.method] = rates.with_lower_rate(search, lower, reason)
         self.searches[trial.method].save(context.search_path(trial.method))
         self.results[trial.method].clear()
 
-    def check_rate(self, method: str, keep: float = 0.0) -> bool:
-        """Try other rates in whole runs while `keep` seconds remain. Return true if the rate changed."""
+    def try_other_rates(self, method: str, reserved_seconds: float = 0.0) -> bool:
+        """Try other rates in whole runs, leaving `reserved_seconds`. Return True if the rate changed."""
         context, search, first = self.context, self.searches[method], self.results[method][0]
-        may_extend = context.setup(method).method.learning_rates is None
+        may_extend = context.method_setup(method).method.learning_rates is None
         most = MOST_WHOLE_RUNS if context.recipe.methods else MOST_WHOLE_RUNS_ALONE
         runs = {search.chosen: first}
         while search.share < first.trial.share:  # otherwise the short trials were whole runs
             whole = {rate: one.metric for rate, one in runs.items()}
-            rate = rates.next_whole(search, whole, context.scale, may_extend, most)
+            rate = rates.next_rate_for_whole_run(search, whole, context.scale, may_extend, most)
             if rate is None:
                 break
-            check = rates.final_trial(method, rate, first.trial.seed, check=True)
-            if not budget.has_time(context, [check], keep):
-                context.say(f"{method}: no time to try {rate:g} in a whole run")
+            check = rates.whole_run_trial(method, rate, first.trial.seed, check=True)
+            if not budget.has_time(context, [check], reserved_seconds):
+                context.say(f"{method}: not enough time to try {rate:g} in a whole run")
                 break
-            context.say(f"{method}: trying {rate:g} in a whole run, because short trials do not show the better rate")
+            context.say(
+                f"{method}: trying {rate:g} in a whole run, because short trials cannot show which rate is better"
+            )
             runs[rate] = run_trial(context, check)
         if len(runs) > 1:
             metrics = {rate: one.metric for rate, one in runs.items()}
-            improved = rates.after_whole(search, metrics, context.scale)
+            improved = rates.search_after_whole_runs(search, metrics, context.scale)
             self.results[method][0] = runs.pop(improved.chosen)
             self.searches[method] = improved
             for dropped in runs.values():
@@ -262,20 +268,22 @@ class SeedRuns:
         return self.results[method][0] is not first
 
     def _kind(self, method: str) -> MethodKind:
-        return self.context.recipe.compared_kind(self.context.setup(method).method)
+        return self.context.recipe.compared_kind(self.context.method_setup(method).method)
 
 
-def method_outputs(context: Context, results: Results, place: str, waited: Collection[str]) -> list[MethodOutputs]:
-    """Load every trial's saved outputs from folder `place`, one entry per method. Methods in `waited` get a part of
-    alpha."""
-    folder, setups = context.folder / place, {method: context.setup(method) for method in results}
+def load_method_outputs(
+    context: Context, results: Results, subfolder: str, behind: Collection[str]
+) -> list[MethodOutputs]:
+    """Load each method's saved outputs from a subfolder. Methods in `behind` have fewer seeds and may spend only a part
+    of alpha."""
+    folder, setups = context.folder / subfolder, {method: context.method_setup(method) for method in results}
     return [
         MethodOutputs(
             name=method,
             kind=context.recipe.compared_kind(setups[method].method),
             trials=[load_outputs(folder / f"{one.trial.name}.npz") for one in trials],
             cost=float(setups[method].plan.num_trainable_parameters),
-            alpha_share=WAITING_SHARE if method in waited else 1.0,
+            alpha_share=WAITING_SHARE if method in behind else 1.0,
         )
         for method, trials in results.items()
     ]

@@ -1,5 +1,3 @@
-"""Decide on the eval rows after each seed whether the answer is clear (docs/concepts/statistics.md)."""
-
 from __future__ import annotations
 
 import math
@@ -18,12 +16,12 @@ from fulltune.stats.precision import ComparisonPrecision
 SAMPLES = 2_000
 _LATE = 4.0
 _SURE = 0.95
-"""No more seeds run if a clear answer has at least this probability."""
+"""Minimum probability of a clear answer at which no more seeds run."""
 _LIKELY = 0.5
-"""Other methods catch up after the last seed if full wins with at least this probability."""
-_CLEAR = "clear: the test rows would very likely agree"
+"""Minimum probability that full wins at which other methods catch up after the last seed."""
+_CLEAR = "the answer is clear, and the test rows would very likely give the same one"
 _HOPELESS = 0.2
-"""Probability of a clear answer below which more seeds are a waste."""
+"""Minimum probability of a clear answer for which more seeds run."""
 WAITING_SHARE = 0.25
 """Part of a look's alpha for methods with fewer seeds."""
 
@@ -32,8 +30,9 @@ TIME_UP_SHARE = 0.5
 """Part of the unspent alpha for a verdict when time is up (Bonferroni)."""
 
 
-def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
-    """Return the alpha that the look after `num_seeds` spends. All looks together spend `alpha`."""
+def alpha_spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
+    """Return the part of `alpha`, the accepted error probability, that the decision after `num_seeds` seeds may spend.
+    `again` marks a second decision after the same seeds."""
     if not 1 <= num_seeds <= max_seeds:
         raise ValueError(f"look {num_seeds} of {max_seeds}")
     looks = max(1, max_seeds - 1)  # after one seed nothing is decided
@@ -42,9 +41,8 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
     return alpha * share * (1 - WAITING_SHARE if again else 1)
 
 
-def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
-    """Return the alpha that remains for the sealed test after these looks, and the alpha that remains for later
-    tests."""
+def alpha_left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
+    """Return the alpha left for the test rows after these looks, and the alpha left for later verdicts."""
     of_seeds: dict[int, float] = {}
     for earlier in looks:
         of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more
@@ -65,14 +63,14 @@ def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> t
 
 @dataclass(frozen=True)
 class Outlook:
-    """Expected result of a rival's comparison with full on the sealed rows."""
+    """Predicted result of a rival's comparison with full on the test rows."""
 
     name: str
     score: float
     cost: float
     as_many: bool
     chances: tuple[float, float, float]
-    """Probabilities if seeds ended now: full better, equal, rival better."""
+    """Probabilities, if seeds ended now, that full is better, both are equal, or the rival is better."""
     with_all: float
 
     @property
@@ -81,11 +79,11 @@ class Outlook:
 
     @property
     def full_wins(self) -> bool:
-        """True if the answer is clear, most likely in favour of full."""
+        """True if the answer is clear and most likely in favour of full."""
         return self.clear >= _SURE and self.chances[0] == max(self.chances)
 
 
-def look(
+def plan_next_seeds(
     methods: Sequence[MethodOutputs],
     drawn: ResampledTrials,
     terms: Terms,
@@ -95,12 +93,12 @@ def look(
     again: bool = False,
 ) -> Look:
     """Judge each rival on resamples of the eval rows, and return how many seeds each method needs. `again` marks a
-    second look."""
+    second look after the same seeds."""
     (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure
     now, spreads = counts[full], seed_spreads(drawn, [method.kind == "base" for method in methods])
     rivals = [index for index, method in enumerate(methods) if method.decides]
-    level, last = spent(now, max_seeds, terms.alpha, again=again), spent(max_seeds, max_seeds, terms.alpha)
+    level, last = alpha_spent(now, max_seeds, terms.alpha, again=again), alpha_spent(max_seeds, max_seeds, terms.alpha)
     outlooks = []
     for index in rivals:
         gap = difference(drawn, full, index, spreads, measure.sign, measure.span)
@@ -110,11 +108,11 @@ def look(
         if now > 1:
             then = ComparisonPrecision.of(gap).with_rows(test_rows / drawn.num_rows)
             with_all = (max_seeds, max_seeds if as_many else counts[index])
-            stopped = _chances(gap, terms.margin, share * level, then, (now, counts[index]))
-            planned = _chances(gap, terms.margin, share * last, then, with_all)
+            stopped = _answer_probabilities(gap, terms.margin, share * level, then, (now, counts[index]))
+            planned = _answer_probabilities(gap, terms.margin, share * last, then, with_all)
         score = measure.sign * float(drawn.point[index].mean())
         outlooks.append(Outlook(methods[index].name, score, methods[index].cost, as_many, stopped, sum(planned)))
-    wanted, reason = _wanted_seeds(methods[full].name, outlooks, now, max_seeds, again=again)
+    wanted, reason = _choose_next_seeds(methods[full].name, outlooks, now, max_seeds, again=again)
     return Look(
         num_seeds=now,
         max_seeds=max_seeds,
@@ -127,7 +125,7 @@ def look(
     )
 
 
-def _wanted_seeds(
+def _choose_next_seeds(
     full: str, rivals: Sequence[Outlook], now: int, max_seeds: int, *, again: bool
 ) -> tuple[dict[str, int], str]:
     """Return the number of seeds that each method needs (empty if no more are needed) and the reason."""
@@ -145,10 +143,10 @@ def _wanted_seeds(
     if beaten and not late:
         return {}, _CLEAR
     if beaten and not again:
-        return dict.fromkeys(late, now), f"{full} beats the leader; {', '.join(late)} must catch up"
+        return dict.fromkeys(late, now), f"{full} beats the best other method; {', '.join(late)} must catch up"
     if now >= max_seeds and not again and late and all(one.chances[0] >= _LIKELY for one in leading):
         # Nothing else is left to do, and without this the answer could not be FULL.
-        return dict.fromkeys(late, now), f"{full} seems to beat the leader; {', '.join(late)} must catch up"
+        return dict.fromkeys(late, now), f"{full} seems to beat the best other method; {', '.join(late)} must catch up"
     if now >= max_seeds:
         return {}, "all planned seeds are finished"
     # Two seeds say too little about their spread to give up because of it.
@@ -156,30 +154,39 @@ def _wanted_seeds(
         return {}, "more seeds are unlikely to decide"
     open_ones = late if beaten else [one.name for one in leading if one.clear < _SURE]
     more = dict.fromkeys([full, *(one.name for one in leading), *(late if beaten else [])], now + 1)
-    return more, f"not clear yet: {', '.join(open_ones)}"
+    return more, f"no clear answer yet for {', '.join(open_ones)}"
 
 
-def _chances(
-    gap: UncertainValue, margin: float, level: float, then: ComparisonPrecision, seeds: tuple[int, int]
+def _answer_probabilities(
+    gap: UncertainValue, margin: float, level: float, test_precision: ComparisonPrecision, seeds: tuple[int, int]
 ) -> tuple[float, float, float]:
-    """Estimate the probabilities that the sealed rows clearly favour full, equality or the rival, given both numbers of
-    seeds."""
-    now, then = ComparisonPrecision.of(gap), then.with_seeds(seeds)
+    """Estimate the probabilities that the test rows clearly show full as better, both as equal, or the rival as better.
+    `seeds` holds both numbers of seeds."""
+    now, test_precision = ComparisonPrecision.of(gap), test_precision.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
-    scatter = math.sqrt(now.row_variance + then.row_variance + max(0.0, now.seed_variance - then.seed_variance))
+    scatter = math.sqrt(
+        now.row_variance + test_precision.row_variance + max(0.0, now.seed_variance - test_precision.seed_variance)
+    )
     chances = [
-        _normal_chances(gap.estimate, scatter, then.half_width(level, luck), then.half_width(2 * level, luck), margin)
-        for luck in then.luck(same_seeds=same_seeds)
+        _normal_probabilities(
+            gap.estimate,
+            scatter,
+            test_precision.half_width(level, luck),
+            test_precision.half_width(2 * level, luck),
+            margin,
+        )
+        for luck in test_precision.luck(same_seeds=same_seeds)
     ]
     full, equal, rival = (float(np.mean(each)) for each in zip(*chances, strict=True))
     return full, equal, rival
 
 
-def _normal_chances(
-    estimate: float, scatter: float, half: float, half_one_sided: float, margin: float
+def _normal_probabilities(
+    estimate: float, scatter: float, half_width: float, one_sided_half_width: float, margin: float
 ) -> tuple[float, float, float]:
-    """Return the probabilities of each clear answer for a normal estimate and these half widths."""
-    needed, room = max(margin, half), margin - half_one_sided
+    """Return the probabilities of the three clear answers, if the estimate is normal and its interval has these half
+    widths."""
+    needed, room = max(margin, half_width), margin - one_sided_half_width
     normal = NormalDist(estimate, max(scatter, 1e-12))
     equal = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0
     return 1 - normal.cdf(needed), min(equal, 1.0), normal.cdf(-needed)

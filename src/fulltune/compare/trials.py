@@ -10,7 +10,7 @@ from fulltune.compare.context import GENERIC, OPEN, SEALED, Context
 from fulltune.errors import Diverged
 from fulltune.evaluate.scoring import outputs, save_outputs
 from fulltune.records.comparison import Trial, TrialResult
-from fulltune.records.events import without_tables
+from fulltune.records.events import only_steps_and_warnings
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system import run_folder
@@ -26,44 +26,46 @@ def is_done(context: Context, trial: Trial) -> bool:
 
 
 def run_trial(context: Context, trial: Trial) -> TrialResult:
-    """Return a trial's result, training the trial first if necessary. A whole run also saves its model and its outputs;
-    the outputs on test rows are sealed."""
+    """Load a trial's result, or train the trial and save its result. In a comparison, whole runs also save their model
+    and outputs."""
     path = context.result_path(trial.name)
     if is_done(context, trial):
         result = TrialResult.load(path)
     else:
         began = time.monotonic()
         try:
-            planned, outcome, result = trained(context, trial)
+            planned, outcome, result = train_trial(context, trial)
             if trial.searches:
                 shutil.rmtree(context.folder / str(outcome.model_folder), ignore_errors=True)
             elif context.scores_runs:
-                result = result.model_copy(update={"seconds_per_row": keep_rows(context, trial, planned, outcome)})
+                result = result.model_copy(
+                    update={"seconds_per_row": save_run_outputs(context, trial, planned, outcome)}
+                )
         except Diverged as stop:
             seconds, problems = time.monotonic() - began, tuple(stop.problems)
             result = TrialResult(trial=trial, metric=math.nan, train_seconds=seconds, problems=problems)
-            clear(context, trial)
+            delete_trial_files(context, trial)
         result.save(path)
     for problem in result.problems[:1]:
         context.say(f"{trial.name}: {problem}")
     return result
 
 
-def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
-    """Train a trial with all guards, and return its plan, outcome and result. Raises `Diverged`."""
+def train_trial(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
+    """Train a trial, and return its plan, outcome and result; raise `Diverged` if a guard stops it."""
     recipe = context.trial_recipe(trial)
     planned = context.trial_plan(trial, recipe)
     run_folder.save_plan(context.folder, recipe, planned)
     before = Plan.load(context.folder / planned.file)
-    with context.timed(trial.name):
-        listener, dry_run = without_tables(context.job.listener), trial.method not in context.passed
+    with context.log_duration(trial.name):
+        listener, dry_run = only_steps_and_warnings(context.job.listener), trial.method not in context.passed
         # No rollbacks: a comparison wants to know which rates are too high for a method.
         planned_trial = retry.PlannedTrial(recipe, planned, context.folder, Hooks(), listener)
         outcome = retry.train_in_attempts(planned_trial, context.start, dry_run, max_rollbacks=0)
     planned = Plan.load(context.folder / planned.file)  # changed if memory ran out
     if planned == before:
         context.passed.add(trial.method)
-    setup, summary = context.setup(trial.method), context.summary
+    setup, summary = context.method_setup(trial.method), context.summary
     # Rows and tokens of all steps without padding: each step takes a global batch of rows of mean length.
     rows = outcome.steps * min(setup.plan.global_batch_size, summary.rows_per_epoch)
     tokens = round(rows * summary.tokens_per_epoch / max(1, summary.rows_per_epoch))
@@ -85,27 +87,27 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     return planned, outcome, result
 
 
-def keep_rows(context: Context, trial: Trial, planned: Plan, outcome: Outcome) -> float:
-    """Save a trained model's outputs and temperature, and return the seconds per row."""
+def save_run_outputs(context: Context, trial: Trial, planned: Plan, outcome: Outcome) -> float:
+    """Save a trained model's outputs and temperature, and return the scoring seconds per row."""
     model_folder = context.folder / str(outcome.model_folder)
-    with context.timed(f"{trial.name}: rows"):
+    with context.log_duration(f"{trial.name}: rows"):
         scoring = evaluate.scoring_of(
             context.trial_recipe(trial), planned, context.summary, context.folder, context.job.base
         )
         predictions, seconds_per_row = outputs(scoring, model_folder, context.texts[0], context.most_tokens)
-        keep(context, trial.name, predictions)
+        save_outputs_by_split(context, trial.name, predictions)
         evaluate.keep_temperature(scoring, model_folder, predictions["eval"])
     return seconds_per_row
 
 
-def keep(context: Context, name: str, predictions: Mapping[str, Predictions]) -> None:
+def save_outputs_by_split(context: Context, name: str, predictions: Mapping[str, Predictions]) -> None:
     """Save a model's outputs by split. Only the verdict reads the outputs on test rows."""
     for part, subfolder in (("eval", OPEN), ("test", SEALED), ("generic", GENERIC)):
         if part in predictions:
             save_outputs(context.folder / subfolder / f"{name}.npz", predictions[part])
 
 
-def clear(context: Context, trial: Trial) -> None:
+def delete_trial_files(context: Context, trial: Trial) -> None:
     """Delete a trial's model, checkpoints and initial weights."""
     for folder in ("models", "checkpoints"):
         shutil.rmtree(context.folder / folder / trial.name, ignore_errors=True)

@@ -37,7 +37,7 @@ class MethodOutputs:
 
 @dataclass(frozen=True)
 class Terms:
-    """A comparison's question: metric, margin and permitted error."""
+    """A comparison's metric, margin, confidence and accepted error probability."""
 
     measure: ResamplableMetric
     margin: float
@@ -45,8 +45,8 @@ class Terms:
     alpha: float = 0.05
 
 
-def decide(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Terms) -> Decision:
-    """Compare full fine-tuning with every other method on all resamples, and return the verdict."""
+def decide_verdict(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Terms) -> Decision:
+    """Compare full fine-tuning with every other method on resamples (`drawn`), and return the verdict."""
     measure = terms.measure
     (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
     spreads = seed_spreads(drawn, [method.kind == "base" for method in methods])
@@ -98,14 +98,14 @@ def _test_difference(
     full: MethodOutputs,
     method: MethodOutputs,
     gap: UncertainValue,
-    tested: Sequence[tuple[float, float]],
+    p_values: Sequence[tuple[float, float]],
     num_rows: int,
     terms: Terms,
 ) -> Difference:
-    """Test one difference. `tested` holds p-value and level of the tests for a difference and for equivalence."""
+    """Test one difference. `p_values` holds the p-value and level of the tests for a difference and for equivalence."""
     margin, alpha, span = terms.margin, terms.alpha * method.alpha_share, terms.measure.span
     bounds = None if span is None else (-span, span)
-    (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * method.alpha_share) for p, of_test in tested)
+    (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * method.alpha_share) for p, of_test in p_values)
     low, high = _clip(gap.interval(1 - terms.confidence), bounds)
     adjusted_low, adjusted_high = _clip(gap.interval(level), bounds)
     is_tested = gap.seeds_known
@@ -142,7 +142,7 @@ def _clip(interval: tuple[float, float], bounds: tuple[float, float] | None) -> 
 def _choose_verdict(
     differences: Sequence[Difference], full: str, methods: Sequence[MethodOutputs]
 ) -> tuple[VerdictKind, str]:
-    """Return the verdict and the method that it recommends, or an empty name."""
+    """Return the verdict and the recommended method, or an empty name if none is recommended."""
     cost = {method.name: method.cost for method in methods}
     rivals = [one for one in differences if one.decides]
     if better := [one for one in rivals if one.other_better]:
@@ -159,27 +159,29 @@ def _choose_verdict(
 
 
 def _headline(verdict: VerdictKind, recommended: str, full: str, differences: Sequence[Difference]) -> str:
+    """State the verdict in one sentence."""
     match verdict:
         case "FULL" if all(one.kind == VARIANT for one in differences if one.decides):
-            return f"Keep {full} as it is: it beats every variant with other settings by the margin."
+            return f"Keep {full} unchanged: it beats every variant with other settings by at least the margin."
         case "FULL":
-            return f"Updating every parameter is worth it here: {full} beats every other method by the margin."
+            return f"Updating every parameter is worth it here: {full} beats every other method by at least the margin."
         case "PEFT" | "VARIANT":
-            return f"Take {recommended}: it beats {full} by the margin."
+            return f"Take {recommended}: it beats {full} by at least the margin."
         case "EQUIVALENT" if recommended == full:
             equal = listed([one.method for one in differences if one.equivalent])
             return f"Take {full}: {equal} {'are' if ' and ' in equal else 'is'} equally good within the margin."
         case "EQUIVALENT":
-            return f"Take {recommended}: as good as {full} within the margin, and it trains fewer weights."
+            return f"Take {recommended}: it is as good as {full} within the margin and trains fewer weights."
     if recommended:
         loss = f"is not worse than {full} by the margin"
-        return f"Equality is undecided, but {recommended} {loss} and trains fewer weights."
+        return f"It is undecided whether the methods are equal, but {recommended} {loss} and trains fewer weights."
     return "These rows and seeds cannot distinguish the methods."
 
 
 def _explain_difference(rival: Difference, write: MetricFormatter) -> str:
+    """State a rival's difference from full fine-tuning in one sentence."""
     if not rival.seeds_known:
-        answer = "one seed, so the spread between seeds is not known"
+        answer = "only one seed, so the spread between seeds is unknown"
     elif rival.full_better:
         answer = "full is better"
     elif rival.other_better:
@@ -195,7 +197,7 @@ def _explain_difference(rival: Difference, write: MetricFormatter) -> str:
 
 
 def _what_would_decide(differences: Sequence[Difference]) -> Iterator[str]:
-    """Yield, for each undecided rival, how many rows or seeds would decide."""
+    """Yield a sentence on how many rows or seeds would decide, for each undecided rival."""
     for rival in differences:
         if not rival.is_open:
             continue
@@ -207,7 +209,7 @@ def _what_would_decide(differences: Sequence[Difference]) -> Iterator[str]:
             what = f"train three or more seeds of full and of {rival.method}; fewer do not show how seeds differ"
         else:
             what = (
-                f"if the true difference equals the estimate, neither {MAX_ROWS_FACTOR} times the test rows nor "
+                f"even if the true difference equals the estimate, neither {MAX_ROWS_FACTOR} times the test rows nor "
                 f"{MAX_SEEDS} seeds per method would decide alone; use more of both, or a larger compare.margin (the "
                 "smallest difference that matters to you)"
             )
@@ -215,13 +217,14 @@ def _what_would_decide(differences: Sequence[Difference]) -> Iterator[str]:
 
 
 def _verdict_notes(differences: Sequence[Difference], verdict: VerdictKind, recommended: str) -> Iterator[str]:
+    """Yield notes on reference methods, single seeds, and other methods that beat full."""
     deciding = [one for one in differences if one.decides]
     for shown in differences:
         if not shown.decides and (shown.other_better or shown.equivalent or shown.estimate <= 0):
             how = "is not worse than full" if shown.not_worse else "scores no less than full"
-            yield f"{shown.method}, shown for reference, {how}: is there anything to learn here?"
+            yield f"{shown.method}, shown for reference, {how}: check whether the task can be learned from these rows"
     if fewer := [one.method for one in deciding if one.num_seeds == 1 and one.seeds_known]:
-        yield f"{', '.join(fewer)}: one seed; the spread between seeds is taken from the other methods"
+        yield f"{', '.join(fewer)}: only one seed, so the spread between seeds is taken from the other methods"
     better = [one.method for one in deciding if one.other_better and one.method != recommended]
     if verdict in ("PEFT", "VARIANT") and better:
         yield f"also better than full: {', '.join(better)}"

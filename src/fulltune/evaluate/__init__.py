@@ -77,7 +77,9 @@ def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable
         return {}
     rows, eval_rows = (with_decoded_images(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
     # The probe is in the run folder if training needed it, otherwise it is fitted here.
-    fitted = probe.load_or_fit(scoring.data.parent, lambda: _feature_extractor(scoring), rows, eval_rows, with_head)
+    fitted = probe.load_or_fit_probe(
+        scoring.data.parent, lambda: _feature_extractor(scoring), rows, eval_rows, with_head
+    )
     scorers: dict[str, Callable[[], Scored]] = {}
     if (baseline := fitted.baseline) is not None:
         scorers["baseline-frozen"] = lambda: _score_frozen_classifier(scoring, scorer, fitted, baseline)
@@ -109,17 +111,19 @@ def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
 def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe, baseline: FrozenBaseline) -> Scored:
     extractor, folder = _feature_extractor(scoring), scoring.data.parent
     if fitted.head is not None:
-        probe.put_head(extractor.model, folder)  # the head's other layers may affect the embeddings
+        probe.initialise_head(extractor.model, folder)  # the head's other layers may affect the embeddings
     rows = with_decoded_images(scoring.rows("test"), scoring.base.processor)
     rows_note = f" of {fitted.train_rows:,} train rows" if fitted.train_rows < fitted.available_rows else ""
     pair_note = ", each text read alone" if baseline.pooling == "pair" else ""
     name = f"{baseline.kind} (frozen embeddings{rows_note}{pair_note})"
-    return scorer.frozen(scoring, name, probe.predict(extractor, rows, baseline, probe.frozen_classifier(folder)))
+    return scorer.frozen(
+        scoring, name, probe.predict_baseline(extractor, rows, baseline, probe.load_baseline_classifier(folder))
+    )
 
 
 def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
     model, processor = scoring.load(None)
-    probe.put_head(model, scoring.data.parent)
+    probe.initialise_head(model, scoring.data.parent)
     scores, main = scorer.trained(scoring, model, processor)
     changes = {"name": LINEAR_PROBE, "kind": "baseline", "calibration": None, "worst": ()}
     return scores.model_copy(update=changes), main

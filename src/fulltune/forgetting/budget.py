@@ -56,10 +56,10 @@ MOST_GAIN = 0.9
 
 def limit_for_most_gain(result: BudgetResult) -> float | None:
     """Return the smallest limit that allows `MOST_GAIN` of the trained model's gain; None if the choice has it."""
-    most = result.gain_of(result.end)
-    if result.gain_of(result.choice) >= MOST_GAIN * most:
+    most = result.metric_gain(result.end)
+    if result.metric_gain(result.choice) >= MOST_GAIN * most:
         return None
-    return min(smallest_limit(point.drift) for point in result.points if result.gain_of(point) >= MOST_GAIN * most)
+    return min(smallest_limit(point.drift) for point in result.points if result.metric_gain(point) >= MOST_GAIN * most)
 
 
 def share_at_limit(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:

@@ -179,7 +179,7 @@ def linear_probe_cost(summary: DataSummary, hidden_size: int) -> tuple[int, int,
     words = max(1.0, train.trained_tokens / max(1, train.rows))
     per_row = probe.items_per_row(form.name, words, summary.num_choices)
     features = round(hidden_size * probe.PAIRS) if passes == 2 else hidden_size
-    rows = min(train.rows, probe.rows_within(form.name, per_row, features))
+    rows = min(train.rows, probe.max_probe_rows(form.name, per_row, features))
     items = round(rows * per_row)
     outputs = form.num_outputs or len(summary.labels)
     held_out = summary.splits["eval"].rows if "eval" in summary.splits else 0

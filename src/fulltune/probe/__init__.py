@@ -1,8 +1,7 @@
 """Fit linear classifiers on the pretrained model, to initialise a new head and to serve as a baseline.
 
-A random head distorts the body in the first steps (Kumar et al. 2022, arXiv 2202.10054). So the head's last layer
-starts as scikit-learn's classifier on the model's features. A dense layer before it, such as a pooler's, is kept or
-replaced, whichever is better on held-out rows. Test rows are never used.
+A random head distorts the body in the first steps (Kumar et al. 2022, arXiv 2202.10054). A dense layer before the last
+one, such as a pooler's, is kept or replaced, whichever is better on held-out rows. Test rows are never used.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from fulltune.probe.linear import (
     Items,
     LinearClassifier,
     NoProbe,
-    centroids,
     error_rate,
-    fits,
-    loss,
+    fit_at_strengths,
+    fit_centroids,
+    mean_loss,
     select_features,
 )
 from fulltune.records.probe import (
@@ -49,23 +48,30 @@ from fulltune.system.memory import is_out_of_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SEED", "FeatureExtractor", "frozen_classifier", "load_or_fit", "predict", "put_head", "separators"]
+__all__ = [
+    "SEED",
+    "FeatureExtractor",
+    "initialise_head",
+    "load_baseline_classifier",
+    "load_or_fit_probe",
+    "predict_baseline",
+    "separators",
+]
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetensors"
 SEED = 0
-"""Seed of weights that the checkpoint lacks, which is the same for all trials."""
+"""Seed of weights that the checkpoint lacks, the same for all trials."""
 LOSS_TOLERANCE = 0.02
 """How much higher, relative to the best, the held-out loss of a more regularised probe may be."""
 START_STRENGTH_DIVISOR = 8.0
-"""The best regularisation strength is divided by this when training starts: a head that already fits the train rows
-leaves no gradient for the body."""
+"""Divides the best strength when training starts, because a head that already fits leaves no gradient for the body."""
 _USUAL_HIDDEN_SIZE = 1_024
 
 
 # ---- in the run folder -------------------------------------------------------------------------------------------
 
 
-def load_or_fit(
+def load_or_fit_probe(
     folder: Path,
     extract: Callable[[], FeatureExtractor],
     rows: EncodedRows,
@@ -73,10 +79,11 @@ def load_or_fit(
     with_head: bool = True,
     together: bool = False,
 ) -> Probe:
-    """Load the probe of a run folder; if it is missing, fit and save it while other processes wait.
+    """Load a run folder's linear probe (classifiers on the model's features), or fit and save it while other processes
+    wait.
 
-    `extract` creates the feature extractor. Unless `with_head`, only the baseline is fitted. `together` is True if all
-    processes must run the model, because its weights are sharded.
+    `extract` creates the feature extractor for a fit. Unless `with_head`, only the baseline is fitted. `together` is
+    True if all processes must run the model, because its weights are sharded.
     """
     probe_folder = folder / FOLDER
     probe_folder.mkdir(parents=True, exist_ok=True)
@@ -103,9 +110,9 @@ def _fit_and_save(
     eval_rows: EncodedRows,
     with_head: bool,
 ) -> None:
-    """Fit the probe and save it, unless `folder` is None because another rank saves it."""
+    """Fit the probe, and save it unless `folder` is None because another rank saves it."""
     started = time.monotonic()
-    probe, head, start, baseline = fit(extract(), rows, eval_rows, with_head)
+    probe, head, start, baseline = fit_probe(extract(), rows, eval_rows, with_head)
     if folder is None:
         return
     _save_tensors(folder / HEAD, head)
@@ -122,8 +129,8 @@ def _save_tensors(path: Path, arrays: HeadTensors) -> None:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part)
 
 
-def put_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False) -> None:
-    """Set a loaded model's head to the run folder's probe, or if `for_training` to its more regularised version."""
+def initialise_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False) -> None:
+    """Copy a run folder's probe into a loaded model's head. `for_training` copies a more regularised version."""
     import torch
     from safetensors.torch import load_file
 
@@ -137,8 +144,8 @@ def put_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False
             parameter.copy_(shard_like(values[name], parameter))
 
 
-def frozen_classifier(folder: Path) -> LinearClassifier:
-    """Load the baseline's classifier of a run folder."""
+def load_baseline_classifier(folder: Path) -> LinearClassifier:
+    """Load the linear classifier that serves as a run's baseline."""
     from safetensors.numpy import load_file
 
     tensors = load_file(folder / FOLDER / FROZEN)
@@ -152,14 +159,14 @@ HeadTensors = dict[str, np.ndarray]
 """Values of parameters by their names in the model."""
 
 
-def fit(
+def fit_probe(
     extractor: FeatureExtractor, rows: EncodedRows, eval_rows: EncodedRows, with_head: bool = True
 ) -> tuple[Probe, HeadTensors, HeadTensors, LinearClassifier | None]:
-    """Fit the head and the baseline on features of the rows.
+    """Fit the head and the baseline on features of `rows`, selected on `eval_rows` or by cross-validation.
 
     Returns:
-        The record, the values of the head, the last layer's values for the start of training (if they differ), and
-        the baseline's classifier (or None).
+        The record, the values of the head, the last layer's values for the start of training (if they differ), and the
+        baseline's classifier (or None).
     """
     layers, failure = None, None
     try:
@@ -184,7 +191,7 @@ def fit(
             sample = sample_rows(eval_rows, extractor.kind, extractor.target.num_choices, width, MOST_HELD_OUT)
             held_out = extractor.features(sample, layers)
         with _out_of_memory_as_no_probe(extractor.model):
-            baseline = best_baseline(extractor, train, held_out)
+            baseline = fit_best_baseline(extractor, train, held_out)
     except NoProbe as error:
         return Probe(head=None, baseline=None, failure=str(error)), {}, {}, None
     head, values, start = None, HeadTensors(), HeadTensors()
@@ -206,6 +213,7 @@ def fit(
 
 
 def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
+    """Return the larger of the hidden size and the head's input size."""
     hidden = getattr(model.config.get_text_config(), "hidden_size", None) or 0
     head: Any = None if layers is None else model.get_submodule(layers[0])
     return max(hidden, 0 if head is None else head.in_features) or _USUAL_HIDDEN_SIZE
@@ -213,8 +221,7 @@ def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
 
 @contextlib.contextmanager
 def _out_of_memory_as_no_probe(model: PreTrainedModel) -> Iterator[None]:
-    """Turn running out of memory into `NoProbe`, unless the weights are sharded and all processes must fail
-    together."""
+    """Raise `NoProbe` if memory runs out, unless the weights are sharded and all processes must fail together."""
     try:
         yield
     except Exception as error:
@@ -226,7 +233,7 @@ def _out_of_memory_as_no_probe(model: PreTrainedModel) -> Iterator[None]:
 def _fit_head(
     extractor: FeatureExtractor, layers: HeadLayers, train: Features, held_out: Features | None
 ) -> tuple[HeadStart, HeadTensors, HeadTensors]:
-    """Fit the head's last two layers.
+    """Fit the head's last linear layer and the dense layer before it.
 
     Returns:
         The record, all values of the head, and the last layer's values for the start of training.
@@ -252,10 +259,12 @@ def _fit_head(
         name: (last_inputs(train, dense), None if held_out is None else last_inputs(held_out, dense))
         for name, dense in options.items()
     }
-    name, least, strength, last = select_features(spaces, partial(fits, has_bias=has_bias), loss, LOSS_TOLERANCE)
+    name, least, strength, last = select_features(
+        spaces, partial(fit_at_strengths, has_bias=has_bias), mean_loss, LOSS_TOLERANCE
+    )
     start = HeadTensors()
     if extractor.kind != "regression":  # a ridge regression still leaves a gradient
-        [(_, at_start)] = fits(spaces[name][0], has_bias, [strength / START_STRENGTH_DIVISOR])
+        [(_, at_start)] = fit_at_strengths(spaces[name][0], has_bias, [strength / START_STRENGTH_DIVISOR])
         start = _layer_tensors(last_layer, at_start, has_bias)
     # The rest of the head is saved too: it may be random, and the last layer was fitted on it.
     inside = tuple(f"{module}." for module in head_paths(extractor.model, extractor.task_name, ""))
@@ -273,11 +282,11 @@ def _layer_tensors(layer: str, values: LinearClassifier, has_bias: bool) -> Head
 # ---- the baseline ------------------------------------------------------------------------------------------------
 
 
-def best_baseline(
+def fit_best_baseline(
     extractor: FeatureExtractor, train: Features, held_out: Features | None
 ) -> tuple[FrozenBaseline, LinearClassifier] | None:
-    """Fit the simple classifier on pooled embeddings that is best on held-out rows; return None if there are no
-    embeddings."""
+    """Return the classifier on pooled embeddings that is best on held-out rows (in cross-validation without any), or
+    None if there are no embeddings."""
     if train.mean is None:
         return None
     usual = "ridge regression" if extractor.kind == "regression" else "logistic regression"
@@ -285,9 +294,12 @@ def best_baseline(
     def candidates(
         items: Items, strengths: Sequence[float] = STRENGTHS
     ) -> Iterator[tuple[tuple[str, float], LinearClassifier]]:
-        yield from (((usual, strength), classifier) for strength, classifier in fits(items, strengths=strengths))
+        """Yield fitted classifiers, each with its kind and regularisation strength."""
+        yield from (
+            ((usual, strength), classifier) for strength, classifier in fit_at_strengths(items, strengths=strengths)
+        )
         if extractor.kind in ("single_label", "tags"):
-            yield ("nearest centroid", 0.0), centroids(items)
+            yield ("nearest centroid", 0.0), fit_centroids(items)
 
     selection = None if held_out is None else _pooled_embeddings(held_out)
     spaces = {
@@ -304,7 +316,7 @@ def best_baseline(
 
 
 def _pooled_embeddings(features: Features) -> dict[Pooling, np.ndarray]:
-    """Return the embeddings [items, hidden] of each pooling that was extracted."""
+    """Return the embeddings [items, hidden] of each extracted pooling."""
     embeddings: dict[Pooling, np.ndarray] = {} if features.mean is None else {"mean": features.mean}
     position = features.last if features.dense is None else features.dense
     if position is not None:
@@ -314,10 +326,10 @@ def _pooled_embeddings(features: Features) -> dict[Pooling, np.ndarray]:
     return embeddings
 
 
-def predict(
+def predict_baseline(
     extractor: FeatureExtractor, rows: EncodedRows, baseline: FrozenBaseline, classifier: LinearClassifier
 ) -> list[tuple[int, np.ndarray]]:
-    """Return the baseline's outputs [items, outputs] for each row, with the row's index."""
+    """Return each row's index with the baseline's outputs [items, outputs] for the row."""
     layers = (
         None if baseline.pooling != "head" else head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     )

@@ -1,5 +1,3 @@
-"""Extract features of the pretrained model for each item."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,10 +17,10 @@ from fulltune.inference.run import (
 )
 from fulltune.models import evaluation_mode
 from fulltune.models.sharding import needs_all_ranks
-from fulltune.probe.layers import HeadLayers, HiddenStates, read_hidden
+from fulltune.probe.layers import HeadLayers, HiddenStates, run_and_read_hidden
 from fulltune.probe.linear import Items, NoProbe
 from fulltune.recipe.tasks import ProblemType, TaskName
-from fulltune.records.probe import MOST_ROWS, OTHER_TOKENS, items_per_row, rows_within
+from fulltune.records.probe import MOST_ROWS, OTHER_TOKENS, items_per_row, max_probe_rows
 from fulltune.system.memory import run_with_smaller_batches
 from fulltune.tasks import Target, Task, question_answering, task_named
 from fulltune.tasks.padding import IGNORED
@@ -82,11 +80,10 @@ class FeatureExtractor:
         return self.target.form.num_outputs or len(self.target.labels)
 
     def features(self, rows: EncodedRows, layers: HeadLayers | None) -> Features:
-        """Extract the features of all rows, with smaller batches if memory runs out."""
         return self.within_memory(lambda size: concatenate(self.batches(rows, layers, size)))
 
     def within_memory(self, run: Callable[[int], T]) -> T:
-        """Call `run` with the batch size, and with smaller ones if memory runs out, unless the weights are sharded."""
+        """Return `run(batch_size)`, retried with smaller sizes if memory runs out, unless the weights are sharded."""
         if needs_all_ranks(self.model):
             return run(self.batch_size)
         return run_with_smaller_batches("linear probe", self.batch_size, run)
@@ -97,7 +94,8 @@ class FeatureExtractor:
     def batches(
         self, rows: EncodedRows, layers: HeadLayers | None, batch_size: int, with_pairs: bool = True
     ) -> Iterator[Features]:
-        """Yield the features of each batch, longest rows first. If `layers` is None, only means are extracted.
+        """Yield the features of each batch, longest rows first. If `layers` is None, only mean embeddings are
+        extracted. `with_pairs` adds features of pairs whose texts are read alone.
 
         Raises:
             NoProbe: If the head's inputs cannot be identified, or if a feature is not finite.
@@ -110,24 +108,25 @@ class FeatureExtractor:
                 batch_rows = [rows[i] for i in positions]
                 batch, labels = self._collate(batch_rows)
                 with torch.no_grad(), autocast(model, self.precision):
-                    states = read_hidden(model, layers, batch)
+                    states = run_and_read_hidden(model, layers, batch)
                     features = _item_features(states, batch, labels, batch_rows, self.kind, np.asarray(positions))
                     if with_pairs and self.separators and features.mean is not None:
                         features = replace(features, pair=self._pair_features(batch_rows))
                 yield features
 
     def _pair_features(self, rows: EncodedRows) -> np.ndarray:
-        """Extract the features of pairs from each text alone, in batches as large as those of the pairs."""
+        """Read each text of the pairs alone, and combine the two mean embeddings of each pair."""
         texts = split_pairs(rows, self.separators)
         means: list[torch.Tensor] = []
         for part in (texts[: len(rows)], texts[len(rows) :]):
             batch, _ = self._collate(part)
-            mean = _mean_embedding(read_hidden(self.model, None, batch)[0], batch)
+            mean = _mean_embedding(run_and_read_hidden(self.model, None, batch)[0], batch)
             assert mean is not None, "the pair has one"
             means.append(mean)
         return _check_finite(pair_features(*means).cpu().numpy())
 
     def _collate(self, rows: EncodedRows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return a batch of the model's inputs, and its labels on the CPU."""
         batch = self.task.collate(rows, self.pad_token_id)
         labels = batch["labels"].cpu()
         return {name: tensor.to(self.model.device) for name, tensor in batch.items() if name != "labels"}, labels
@@ -136,9 +135,9 @@ class FeatureExtractor:
 def sample_rows(
     rows: EncodedRows, kind: ProblemType, num_choices: int, width: int, max_rows: int = MOST_ROWS
 ) -> EncodedRows:
-    """Draw at most `max_rows` rows at random, or fewer if their features would need too much memory."""
+    """Draw at most `max_rows` rows at random, or fewer if their features of size `width` would need too much memory."""
     words = float(row_lengths(rows).mean()) if kind == "tags" else 0.0
-    max_rows = rows_within(kind, items_per_row(kind, words, num_choices), width, max_rows)
+    max_rows = max_probe_rows(kind, items_per_row(kind, words, num_choices), width, max_rows)
     if len(rows) <= max_rows:
         return rows
     return RowSubset(rows, np.sort(np.random.default_rng(0).choice(len(rows), max_rows, replace=False)).tolist())
@@ -163,7 +162,8 @@ def _item_features(
     kind: ProblemType,
     positions: np.ndarray,
 ) -> Features:
-    """Select the items of a batch from its hidden states, with their labels and rows."""
+    """Select a batch's items (rows, words, choices or tokens) from its hidden states, with labels and row indices
+    (`positions`)."""
     import torch
 
     hidden, last, dense = states
@@ -189,7 +189,8 @@ def _item_features(
             mean, targets = _mean_embedding(hidden, batch), labels.numpy()
             counts = np.ones(len(positions), np.int64)
 
-    def items(values: torch.Tensor | None) -> np.ndarray | None:
+    def select_items(values: torch.Tensor | None) -> np.ndarray | None:
+        """Select the items of a tensor as an array, or return None for None."""
         if values is None:
             return None
         flat = values.reshape(-1, values.shape[-1])
@@ -197,8 +198,8 @@ def _item_features(
         return _check_finite(flat.cpu().numpy())
 
     return Features(
-        items(last),
-        items(dense),
+        select_items(last),
+        select_items(dense),
         None if mean is None else _check_finite(mean.cpu().numpy()),
         targets,
         np.repeat(positions, counts),
@@ -206,13 +207,14 @@ def _item_features(
 
 
 def _check_finite(values: np.ndarray) -> np.ndarray:
+    """Return the values; raise `NoProbe` if any is not finite."""
     if not np.isfinite(values).all():
-        raise NoProbe("features of the untouched model are not finite")
+        raise NoProbe("the pretrained model's features are not finite")
     return values
 
 
 def _mean_embedding(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Average the tokens' hidden states and scale to length 1, or return None for bodies that pool tokens, such as
+    """Average the tokens' hidden states and scale to length 1, or return None if the body pools tokens, as in
     Funnel."""
     import torch.nn.functional as F
 
@@ -273,7 +275,7 @@ def separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> frozenset[
 
 
 def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str, Any]]:
-    """Return the first texts of all pairs, then the second ones, each with the special tokens."""
+    """Return the first texts of all pairs, then the second ones, each with its special tokens (`separators`)."""
     firsts: list[dict[str, Any]] = []
     seconds: list[dict[str, Any]] = []
     for row in rows:
@@ -291,7 +293,7 @@ def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str,
 
 
 def pair_features(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return difference, product and cosine of two means of length 1, as [rows, 2 hidden + 1]."""
+    """Return difference, product and cosine of two embeddings of length 1, as [rows, 2 hidden + 1]."""
     import torch
 
     product = first * second

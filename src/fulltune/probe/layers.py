@@ -12,7 +12,7 @@ import numpy as np
 from fulltune.inference.run import logits_of
 from fulltune.methods import head as heads
 from fulltune.models.sharding import full_tensor
-from fulltune.probe.linear import LEAST_SPREAD, LinearClassifier, NoProbe, standardization
+from fulltune.probe.linear import LEAST_SPREAD, LinearClassifier, NoProbe, shift_and_scale
 from fulltune.recipe.tasks import TaskName
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ _COMPARED_ITEMS = 16
 
 
 HeadLayers = tuple[str, str | None]
-"""Names of a head's last linear layer and of its only square dense layer, or None."""
+"""Names of the head's last linear layer and of its only square dense layer (or None)."""
 
 
 def head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> HeadLayers:
-    """Return the names of a head's linear layers, the last with `num_outputs` outputs; raise `NoProbe` if there is no
-    such layer."""
+    """Return the names of a head's last linear layer and of its dense layer (or None); raise `NoProbe` if no layer has
+    `num_outputs` outputs."""
     from torch.nn import Linear
 
     body_of(model)
@@ -55,7 +55,7 @@ def head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> Hea
 
 
 def body_of(model: PreTrainedModel) -> torch.nn.Module:
-    """Return the model without its head; raise `NoProbe` if the model's class does not separate the two."""
+    """Return the model without its head; raise `NoProbe` if the model's class does not separate them."""
     body = getattr(model, model.base_model_prefix, None)
     if body is None:
         raise NoProbe(f"{type(model).__name__} has no separate body")
@@ -66,8 +66,10 @@ HiddenStates = tuple["torch.Tensor", "torch.Tensor | None", "torch.Tensor | None
 """Last hidden states, and the inputs of the last and the dense layer, as float32 [..., hidden]."""
 
 
-def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]) -> HiddenStates:
-    """Run one forward pass; return the hidden states, and the inputs of the head's last and dense layers (None where
+def run_and_read_hidden(
+    model: PreTrainedModel, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]
+) -> HiddenStates:
+    """Run the model once. Return the hidden states, and the inputs of the head's last and dense layers (None if
     absent).
 
     Raises:
@@ -83,6 +85,7 @@ def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mappin
     last_outputs: list[torch.Tensor] = []
 
     def record(name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        """Record a module's inputs, or the body's output."""
         recorded[name].append((output[0] if name == "body" else inputs[0]).float())
         if name == "last":
             last_outputs.append(output.float())
@@ -94,7 +97,7 @@ def read_hidden(model: PreTrainedModel, layers: HeadLayers | None, batch: Mappin
         for hook in hooks:
             hook.remove()
     if len(recorded["body"]) != 1:
-        raise NoProbe(f"{type(model).__name__} does not run its body once")
+        raise NoProbe(f"{type(model).__name__} does not run its body exactly once")
     [hidden] = recorded["body"]
     if layers is None:
         return hidden, None, None
@@ -158,12 +161,12 @@ def recognise_activation(
 def dense_replacements(
     dense_inputs: np.ndarray, mean: np.ndarray | None, has_bias: bool, middle: float
 ) -> dict[str, LinearClassifier]:
-    """Fit replacements of a dense layer: a scaled identity, and a map to the mean over tokens.
+    """Fit replacements of a dense layer by name: a `scaled` identity and, if possible, a map to the `mean` over tokens.
 
     `middle` is the input around which the activation is nearly linear.
     """
     shift = middle if has_bias else 0.0
-    centre, scale = standardization(dense_inputs, has_bias)
+    centre, scale = shift_and_scale(dense_inputs, has_bias)
     options = {"scaled": _linear_classifier(np.diag(SPREAD * scale), shift - SPREAD * scale * centre)}
     if mean is not None and mean.shape == dense_inputs.shape:
         options["mean"] = _fit_mean_predictor(dense_inputs, mean, has_bias, shift)
@@ -171,6 +174,7 @@ def dense_replacements(
 
 
 def _apply_activation(activation: str, norm: torch.nn.Module | None, values: np.ndarray) -> np.ndarray:
+    """Apply a named activation, and the layer norm if there is one."""
     import torch
     from transformers.activations import ACT2FN
 
@@ -188,7 +192,7 @@ def _fit_mean_predictor(dense_inputs: np.ndarray, mean: np.ndarray, has_bias: bo
     """Fit a ridge regression from the dense layer's inputs to the mean over tokens."""
     from sklearn.linear_model import RidgeCV
 
-    centre, scale = standardization(dense_inputs, has_bias)
+    centre, scale = shift_and_scale(dense_inputs, has_bias)
     middle = mean.mean(axis=0) if has_bias else np.zeros(mean.shape[1])
     size = LEAST_SPREAD**2 * float((mean**2).mean())
     spread = math.sqrt(max(float(((mean - middle) ** 2).mean()), size, 1e-30))

@@ -1,5 +1,3 @@
-"""Fit linear classifiers with scikit-learn at several strengths, and select one on held-out rows."""
-
 from __future__ import annotations
 
 import contextlib
@@ -27,7 +25,7 @@ MOST_COMPARED = 4_000
 MOST_STEPS, TOLERANCE = 300, 3e-4
 """The solver's limits: three times the tolerance gave 5 % more errors (2026-11-26)."""
 _MANY_MULTIPLICATIONS = 10**9
-"""Minimum number of multiplications for several threads to be faster, about 0.2 s in one thread."""
+"""Multiplications from which several threads are faster, about 0.2 s in one thread."""
 _LEAST_CHANCE = 1e-4
 """Lower limit of a probability, so that one unseen class does not dominate the loss."""
 
@@ -63,7 +61,7 @@ class Items:
         return replace(self, features=self.features[mask], labels=self.labels[mask], rows=self.rows[mask])
 
     def sample(self, max_items: int) -> Items:
-        """Draw whole rows at random, with at most `max_items` items in total."""
+        """Draw whole rows at random, with about `max_items` items in total."""
         if len(self.rows) <= max_items:
             return self
         rows = np.unique(self.rows)
@@ -71,15 +69,14 @@ class Items:
         return self.select(np.isin(self.rows, np.random.default_rng(0).choice(rows, count, replace=False)))
 
 
-def fits(
+def fit_at_strengths(
     items: Items, has_bias: bool = True, strengths: Sequence[float] = STRENGTHS
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit a classifier at each regularisation strength, most regularised first; raise `NoProbe` if none can be
-    fitted."""
+    """Yield each regularisation strength and a classifier fitted at it; raise `NoProbe` if none can be fitted."""
     count, width = items.features.shape
     if solver_bytes(items.kind, count, items.num_outputs, width) > MOST_SOLVER_BYTES:
-        raise NoProbe(f"{items.num_outputs:,} classes of {width:,} features are too many to fit")
-    shift, scale = standardization(items.features, has_bias and items.kind not in ("choice", "span"))
+        raise NoProbe(f"{items.num_outputs:,} classes with {width:,} features each are too many to fit")
+    shift, scale = shift_and_scale(items.features, has_bias and items.kind not in ("choice", "span"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the solver may stop early, but held-out rows judge the result
         features = ((items.features - shift) * scale).astype(np.float32)
@@ -91,8 +88,8 @@ def fits(
             )
 
 
-def standardization(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shift and the scale of each feature. The shift is 0 unless `centred`.
+def shift_and_scale(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return each feature's shift (0 unless `centred`) and scale.
 
     Features that hardly vary are not scaled up fully, because the first training steps would upset such a classifier.
     """
@@ -105,6 +102,7 @@ def standardization(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np
 def _fit_by_kind(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
+    """Yield each strength and a classifier of the type that suits the items."""
     match items.kind:
         case "regression":
             yield from _fit_ridge(features, items.labels, has_bias, strengths)
@@ -126,7 +124,7 @@ def _fit_logistic(
     class_weights: Sequence[float] | None = None,
     has_bias: bool = False,
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit a logistic regression at each strength, with zero weights for classes that do not occur."""
+    """Yield each strength and a logistic regression, with zero weights for classes that do not occur."""
     from sklearn.linear_model import LogisticRegression
 
     present = np.unique(labels)
@@ -152,7 +150,8 @@ def _fit_logistic(
 
 
 def _limit_threads(multiplications: int) -> contextlib.AbstractContextManager[object]:
-    """Use one thread for small products: two took 2.4 times as long, and 30 times with other load on two cores."""
+    """Return a context with one thread for small products: two took 2.4 times as long, and 30 times with other load on
+    two cores."""
     if multiplications > _MANY_MULTIPLICATIONS:
         return contextlib.nullcontext()
     return cast("contextlib.AbstractContextManager[object]", _thread_pools().limit(limits=1))
@@ -169,7 +168,7 @@ def _thread_pools() -> Any:
 def _fit_each_label(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit a classifier for each label, which is constant if all rows or none have the label."""
+    """Yield each strength and a classifier per label, which is constant if all rows or none have the label."""
     labels = items.labels.astype(np.int64)
     varied = [label for label in range(items.num_outputs) if len(np.unique(labels[:, label])) > 1]
     if not varied:
@@ -189,6 +188,7 @@ def _fit_each_label(
 def _fit_ridge(
     features: np.ndarray, numbers: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
+    """Yield each strength and a ridge regression."""
     from sklearn.linear_model import Ridge
 
     middle = (
@@ -203,12 +203,13 @@ def _fit_ridge(
 def _fit_within_rows(
     items: Items, features: np.ndarray, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Fit the right item of each row against the others, from their feature differences and without a bias."""
+    """Yield each strength and a classifier that ranks each row's right item first, fitted on feature differences
+    without a bias."""
     outputs = [_feature_differences(features, right, items.rows) for right in items.labels.reshape(len(features), -1).T]
     paths = []
     for differences in outputs:
         if not len(differences):
-            raise NoProbe("no train row has a right and a wrong choice")
+            raise NoProbe("no train row has both a right and a wrong choice")
         signs = np.where(np.arange(len(differences)) % 2, 1, -1)
         paths.append(list(_fit_logistic(differences * signs[:, None], (signs > 0).astype(np.int64), 2, strengths)))
     for binaries in zip(*paths, strict=True):
@@ -223,7 +224,7 @@ def _feature_differences(features: np.ndarray, right: np.ndarray, rows: np.ndarr
     return features[[of_row[int(rows[i])] for i in wrong]] - features[wrong]
 
 
-def centroids(items: Items) -> LinearClassifier:
+def fit_centroids(items: Items) -> LinearClassifier:
     """Return the nearest-centroid classifier as a linear classifier."""
     weight = np.zeros((items.num_outputs, items.features.shape[1]), np.float32)
     bias = np.full(items.num_outputs, -1e30, np.float32)
@@ -240,10 +241,11 @@ Criterion = Callable[[Items, LinearClassifier], float]
 def select_classifier(
     items: Items, held_out: Items | None, candidates: Candidates[Key], criterion: Criterion, tolerance: float = 0.0
 ) -> tuple[float, Key, LinearClassifier]:
-    """Select the candidate that is best on held-out rows, fitted on all items; raise `NoProbe` if none can be fitted.
+    """Select the candidate with the lowest criterion on held-out rows, fitted on all items; raise `NoProbe` if none can
+    be fitted.
 
-    If `held_out` is None, cross-validation decides. An earlier candidate wins if it is at most `tolerance` worse than
-    the best, as a share. Returns criterion (lower is better), key and classifier.
+    `candidates` yields keys and fitted classifiers. Without `held_out`, cross-validation decides. An earlier candidate
+    wins if it is worse by at most the share `tolerance`. Returns criterion, key and classifier.
     """
     if held_out is not None:
         results = [(criterion(held_out, classifier), key, classifier) for key, classifier in candidates(items)]
@@ -278,7 +280,7 @@ def select_features(
     criterion: Criterion,
     tolerance: float = 0.0,
 ) -> tuple[SpaceName, float, Any, LinearClassifier]:
-    """Select the best features on a sample of items, then the best classifier on all items.
+    """Select the best features (a key of `spaces`) on a sample of items, then the best classifier on all items.
 
     Returns:
         Name of the features, criterion, key and classifier.
@@ -297,7 +299,7 @@ def _compare_features(items: Items, held_out: Items | None, candidates: Candidat
     return select_classifier(items, held_out, candidates, criterion)[0]
 
 
-def loss(items: Items, classifier: LinearClassifier) -> float:
+def mean_loss(items: Items, classifier: LinearClassifier) -> float:
     """Return the mean cross entropy in nats with class weights, or for numbers the squared error divided by the
     variance."""
     weights = None if items.class_weights is None else np.asarray(items.class_weights)
@@ -319,10 +321,10 @@ def loss(items: Items, classifier: LinearClassifier) -> float:
 
 
 def error_rate(items: Items, classifier: LinearClassifier) -> float:
-    """Return the share of items (or of rows with choices) that are predicted wrongly, or the loss if there are no
+    """Return the share of items (or of rows with choices) predicted wrongly, or the mean loss if there are no
     classes."""
     if items.kind in ("regression", "multi_label"):
-        return loss(items, classifier)
+        return mean_loss(items, classifier)
     outputs = classifier(items.features)
     if items.kind == "choice":
         order = np.lexsort((outputs[:, 0], items.rows))

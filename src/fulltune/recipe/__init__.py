@@ -1,1 +1,1 @@
-"""What a user asks for: every setting on its field, read from a file, checked."""
+"""Settings of a recipe, read from a YAML file and checked."""

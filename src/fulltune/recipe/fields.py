@@ -1,5 +1,3 @@
-"""The recipe with all its settings, and its paths."""
-
 from __future__ import annotations
 
 import hashlib
@@ -23,7 +21,7 @@ from fulltune.recipe.model import (
     ModelBlock,
     PlainSettings,
     PreserveBlock,
-    refuse,
+    raise_for_problems,
 )
 from fulltune.recipe.tasks import TaskName
 from fulltune.recipe.training import ENGINE_SETTINGS, TrainBlock
@@ -32,17 +30,17 @@ _DECIDING_KINDS = tuple(kind for kind in RIVALS if kind != VARIANT)
 
 
 class Recipe(Block):
-    """A recipe: model, task, data, method, training, evaluation and output of a run."""
+    """A recipe with the model, task, data, method, training, evaluation and output of a run."""
 
     model: ModelBlock
     """The pretrained model. A plain name is short for `{name: ...}`."""
     task: TaskName
-    """What the model learns."""
+    """The task that the model learns."""
     data: DataBlock
     method: Method = FullMethod(kind="full")
-    """How the parameters are trained. `lora` is short for `{kind: lora}`, and the default kind is `full`."""
+    """How the model is trained. `lora` is short for `{kind: lora}`, and the default kind is `full`."""
     methods: tuple[ComparedMethod, ...] = ()
-    """Methods for `fulltune compare`, instead of `method`: each a method or its kind."""
+    """Methods for `fulltune compare`, instead of `method`. Each is a block like `method`, or only its kind."""
     train: TrainBlock = TrainBlock()
     preserve: PreserveBlock = PreserveBlock()
     evaluate: EvaluateBlock = EvaluateBlock()
@@ -55,7 +53,7 @@ class Recipe(Block):
     @model_validator(mode="before")
     @classmethod
     def _expand_short_forms(cls, values: Any) -> Any:
-        """Expand `model: NAME` and `method: KIND` to blocks, and set the default kind."""
+        """Expand `model: NAME` and kinds of methods to blocks, and make `full` the default kind of `method`."""
         if not isinstance(values, dict):
             return values
         expanded = dict(values)
@@ -70,31 +68,32 @@ class Recipe(Block):
         return expanded
 
     @model_validator(mode="after")
-    def _methods_must_make_a_comparison(self) -> Recipe:
-        """Refuse `methods` that cannot be compared, such as a list without `full`."""
+    def _refuse_incomparable_methods(self) -> Recipe:
+        """Raise `ValueError` if `methods` cannot be compared, for example without `full`."""
         if not self.methods:
             return self
         kinds, names = [self.compared_kind(one) for one in self.methods], [one.label for one in self.methods]
         pairs = {
-            "methods: expected a 'full', which the others are compared with; add it": "full" not in kinds,
-            "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
+            "methods: 'full' is missing; add it, because the other methods are compared with it": "full" not in kinds,
+            "methods: no method to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
             f"add one of {', '.join(_DECIDING_KINDS)}, or another full with other settings": (
                 "full" in kinds and not set(kinds) & set(RIVALS)
             ),
             **{
-                f"methods: two are called '{name}'; give one of them another 'name'": names.count(name) > 1
+                f"methods: two methods are called '{name}'; give one of them a different 'name'": names.count(name) > 1
                 for name in sorted(names)
             },
         }
-        refuse(pairs)
+        raise_for_problems(pairs)
         return self
 
     def fingerprint(self) -> str:
-        """Return a hash of the settings that affect the result. A recipe with the same hash resumes an existing run."""
-        return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()[:16]
+        """Return a hash of `result_settings`. A recipe with the same hash resumes an existing run."""
+        return hashlib.sha256(json.dumps(self.result_settings(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def shaping(self) -> PlainSettings:
-        """Return the settings that affect the result, as JSON values."""
+    def result_settings(self) -> PlainSettings:
+        """Return the settings that affect the result, as JSON values, without output names and, in single runs, the
+        placement."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         # These depend on the machine and do not change the result, but a comparison also measures memory and time.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
@@ -105,13 +104,13 @@ class Recipe(Block):
         return settings
 
     def compared_kind(self, method: ComparedMethod) -> MethodKind:
-        """Return the kind of a compared method, where each `full` after the first is a `variant`."""
+        """Return a compared method's kind, or `variant` for a `full` after the first in `methods`."""
         first = next((one for one in self.methods if one.kind == "full"), method)
         kind: MethodKind = method.kind
         return VARIANT if kind == "full" and method != first else kind
 
     def with_method(self, method: ComparedMethod) -> Recipe:
-        """Return the recipe of a single run with `method`, including that method's own `train` settings."""
+        """Return the recipe of a single run with `method`, after applying the method's own `train` settings."""
         changes = {"method": method, "methods": (), "train": self.train}
         if train_changes := getattr(method, "train", {}):
             changes["train"] = TrainBlock.model_validate({**self.train.model_dump(exclude_unset=True), **train_changes})
@@ -119,12 +118,11 @@ class Recipe(Block):
 
     @property
     def is_searched(self) -> bool:
-        """True if the run searches for its learning rate."""
         return not self.methods and self.method.is_searched
 
     @property
     def texts_not_trained_on(self) -> dict[str, str]:
-        """Paths of texts that must not be trained on, by the setting that names them."""
+        """Paths of texts that must not be trained on, by the setting that gives the path."""
         names = {"data.contamination": self.data.contamination, "preserve.probe": self.preserve.probe}
         return {setting: path for setting, path in names.items() if path is not None}
 
@@ -135,7 +133,7 @@ class Recipe(Block):
 
 
 def with_placement(recipe: Recipe, placement: str) -> Recipe:
-    """Return the recipe with the plan's placement, unless the recipe sets a placement itself."""
+    """Return the recipe with the plan's placement, or unchanged if the recipe sets a placement."""
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
         return recipe
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"placement": placement})})
@@ -147,7 +145,6 @@ _PATH_SETTINGS = {"data": ("eval", "test", "patch", "chat_template", "contaminat
 
 
 def is_address(path: str) -> bool:
-    """Return True for `https://...`, `s3://...` and other addresses with a scheme."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
@@ -157,7 +154,7 @@ def _expand_user(path: str) -> str:
 
 
 def named_paths(recipe: Recipe) -> list[str]:
-    """List the absolute paths of the files and folders that a resolved recipe names, omitting Hub models."""
+    """List the absolute paths of files and folders in a resolved recipe, without Hub models."""
     paths = [entry if isinstance(entry, str) else entry.path for entry in recipe.data.entries]
     paths += [str(getattr(getattr(recipe, block), name)) for block, names in _PATH_SETTINGS.items() for name in names]
     paths += [str(recipe.train.engine_settings), recipe.model.name]
@@ -165,19 +162,20 @@ def named_paths(recipe: Recipe) -> list[str]:
 
 
 def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
-    """Return the recipe with absolute paths, except for Hub ids and `package:` names; raise `RecipeError` for
-    impossible paths."""
+    """Return the recipe with absolute paths, where relative ones start at `base`; raise `RecipeError` for impossible
+    paths. Hub ids and `package:` names stay unchanged."""
     problems: list[str] = []
 
-    def absolute(path: str, setting: str) -> str:
+    def make_absolute(path: str, setting: str) -> str:
+        """Return the absolute path, or append a message to `problems` if it is impossible."""
         if path.startswith("package:"):
             return path
         if "\0" in path:
             problems.append(f"{setting}: expected a path without NUL characters, found {path!r}")
         elif is_address(path):
             problems.append(
-                f"{setting}: expected a path, found the address '{path}'; download it first (from the Hub: "
-                "'hf download NAME --repo-type dataset --local-dir FOLDER') and write the file's path"
+                f"{setting}: expected a path, found the address '{path}'; download the file first (from the Hub: "
+                "'hf download NAME --repo-type dataset --local-dir FOLDER') and write its path"
             )
         else:
             real_path = os.path.realpath(base / _expand_user(path))
@@ -191,22 +189,22 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         for name in names:
             path = getattr(getattr(recipe, block), name)
             if path is not None and (block, path) != ("preserve", AUTO):
-                paths[block][name] = absolute(path, f"{block}.{name}")
+                paths[block][name] = make_absolute(path, f"{block}.{name}")
     paths["data"]["train"] = tuple(
-        absolute(entry, "data.train")
+        make_absolute(entry, "data.train")
         if isinstance(entry, str)
-        else entry.model_copy(update={"path": absolute(entry.path, "data.train")})
+        else entry.model_copy(update={"path": make_absolute(entry.path, "data.train")})
         for entry in recipe.data.entries
     )
     name = recipe.model.name
     is_here = os.path.exists(base / _expand_user(name))  # noqa: PTH110  # as `_expand_user`
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or is_here:
-        paths["model"] = {"name": absolute(name, "model.name")}
+        paths["model"] = {"name": make_absolute(name, "model.name")}
     changed: PlainSettings = {block: getattr(recipe, block).model_copy(update=new) for block, new in paths.items()}
     file = recipe.train.engine_settings
     if isinstance(file, str):
-        changed["train"] = recipe.train.with_engine_settings(absolute(file, ENGINE_SETTINGS))
-    changed["output"] = absolute(recipe.output, "output")
+        changed["train"] = recipe.train.with_engine_settings(make_absolute(file, ENGINE_SETTINGS))
+    changed["output"] = make_absolute(recipe.output, "output")
     if problems:
         raise RecipeError(problems)
     return recipe.model_copy(update=changed)

@@ -25,7 +25,7 @@ from fulltune.text import did_you_mean, near_names
 
 _VARIABLE_PATTERN = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Lines = Mapping[str, int | str]
-"""Line number, or `--set` override, of each setting by its dotted name."""
+"""Line number of each setting, or the `--set` option that sets it, by dotted name."""
 
 FieldError = Mapping[str, Any]
 
@@ -50,14 +50,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         with path.open(encoding="utf-8") as file:
             if path.suffix.lower() in _DATA_SUFFIXES:
-                raise RecipeError(f"{path}: is a data file, expected a recipe; write one with 'fulltune init {path}'")
+                raise RecipeError(
+                    f"{path}: expected a recipe, found a data file; write a recipe with 'fulltune init {path}'"
+                )
             text = file.read()
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; write one with 'fulltune init DATA'") from None
+        raise RecipeError(f"{path}: no such file; write a recipe with 'fulltune init DATA'") from None
     except OSError as error:
         raise RecipeError(f"{path}: {(error.strerror or str(error)).lower()}; expected a recipe file (YAML)") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not a text file in UTF-8 (byte {error.start}); expected a recipe (YAML)") from None
+        raise RecipeError(
+            f"{path}: expected a recipe (YAML), found a file that is not UTF-8 text (byte {error.start})"
+        ) from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
@@ -73,7 +77,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     # YAML would silently keep the last of two equal keys.
     counts = Counter(name for name, _ in numbered_keys)
     twice = [name for name, count in counts.items() if count > 1 and counts.get(name.rpartition(".")[0], 1) == 1]
-    problems = [f"{name}: given twice; keep one" for name in twice]
+    problems = [f"{name}: set twice; keep only one of the lines" for name in twice]
     values = _substitute_variables(values, "", problems)
     problems = [_with_location(text, path, lines) for text in problems]
     for override in overrides:
@@ -86,7 +90,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         blocks = {setting[: dot.start()]: f"--set {override}" for dot in re.finditer(r"\.", setting)}
         lines = {**blocks, **others, setting: f"--set {override}"}
     try:
-        recipe = check(values, path, lines)
+        recipe = check_recipe(values, path, lines)
     except RecipeError as error:
         problems += error.problems
     if problems:
@@ -94,17 +98,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return resolve_paths(recipe, path.parent.resolve())
 
 
-def check(values: PlainSettings, path: Path, lines: Lines | None = None) -> Recipe:
+def check_recipe(values: PlainSettings, path: Path, lines: Lines | None = None) -> Recipe:
     """Build a recipe from plain values, or raise a `RecipeError` that lists every problem.
 
-    The rules across settings need valid values, so invalid settings are removed and the remaining ones are checked
-    again.
+    Rules across settings need valid values, so invalid settings are removed before the rules are checked.
     """
     problems, removed, remaining = list[str](), set[str](), copy.deepcopy(values)
     if "method" in values and values.get("methods"):  # a checked recipe always has a `method`
         problems.append(
-            "method and methods are both given: 'fulltune compare' reads 'methods', the other commands 'method'; "
-            "remove one"
+            "method and methods are both set, but 'fulltune compare' reads only 'methods', and all other commands read "
+            "only 'method'; remove one"
         )
     recipe: Recipe | None = None
     while recipe is None:
@@ -128,18 +131,19 @@ def check(values: PlainSettings, path: Path, lines: Lines | None = None) -> Reci
 
 
 def _with_location(problem: str, path: Path, lines: Lines) -> str:
+    """Prefix a problem with its file and line, or its `--set` option."""
     named = [name for name in lines if re.match(rf"{re.escape(name)}(?![\w-])", problem)]
     line = lines[max(named, key=len)] if named else ""
     return f"{f'{path}:{line}' if isinstance(line, int) else line or path}  {problem}"
 
 
 def _without_removed(problems: Iterable[str], removed: set[str]) -> list[str]:
-    """Omit problems that name a removed setting, as the removal may have caused them."""
     return [problem for problem in problems if not removed & {*re.findall(r"\w+\b(?!\.\w)", problem)}]
 
 
 def _correct_kind(item: FieldError, values: PlainSettings) -> bool:
-    """Replace a misspelt kind in `values`, so that the block's other settings are checked, and return True if done."""
+    """Correct a misspelt method kind in `values`, so that its other settings can be checked. Return True if
+    corrected."""
     if item["type"] != "union_tag_invalid":
         return False
     near = near_names(item["ctx"]["tag"], _quoted_names(item["ctx"]["expected_tags"]))
@@ -151,7 +155,7 @@ def _correct_kind(item: FieldError, values: PlainSettings) -> bool:
 
 
 def _remove_settings(item: FieldError, values: PlainSettings) -> Iterable[str]:
-    """Remove the settings that cause a pydantic error from `values`, and yield their names."""
+    """Remove the settings that caused a pydantic error from `values`, and yield their names."""
     block, location = values, _location_in_file(item)
     if len(location) > 1 and isinstance(values.get(location[0]), dict):
         block, location = values[location[0]], location[1:]
@@ -166,12 +170,12 @@ def _remove_settings(item: FieldError, values: PlainSettings) -> Iterable[str]:
 
 
 def _describe_error(item: FieldError, values: PlainSettings) -> Iterable[str]:
-    """Yield a pydantic error's messages, each starting with the setting's name."""
+    """Yield error messages for a pydantic error, each starting with the setting's name."""
     location, value = _location_in_file(item), item.get("input")
     name = ".".join(map(str, location))
     match item["type"]:
         case "extra_forbidden":
-            yield f"{name}: unknown setting; {_suggestion(location, values)}"
+            yield f"{name}: unknown setting; {_suggest_setting(location, values)}"
         case "missing":
             yield f"{name}: missing; {_describe_setting(location, values)}"
         case "value_error":
@@ -224,14 +228,14 @@ _TYPE_NAMES = {"integer": "whole number", "string": "text"}
 _MAX_LISTED_NAMES = 12
 
 
-def _suggestion(location: tuple[str | int, ...], values: PlainSettings) -> str:
-    """Suggest what to write instead of the unknown setting at a location."""
+def _suggest_setting(location: tuple[str | int, ...], values: PlainSettings) -> str:
+    """Return a hint on what to write instead of an unknown setting."""
     name, block = str(location[-1]), location[:-1]
-    if block[:2] != ("data", "train") and (answer := recipe_rules.answer(name)) is not None:
+    if block[:2] != ("data", "train") and (answer := recipe_rules.replacement_hint(name)) is not None:
         return answer
     kinds = [kind for kind, member in _METHOD_BLOCKS.items() if name in member.model_fields]
     if kinds and block[:1] in (("method",), ("methods",)):
-        return f"it belongs to kind: {' or '.join(kinds)}"
+        return f"the setting belongs to kind: {' or '.join(kinds)}"
     elsewhere = [other for other in Recipe.model_fields if name in _fields_at((other,)) and (other,) != block]
     if elsewhere:
         return f"did you mean '{elsewhere[0]}.{name}'?"
@@ -240,8 +244,8 @@ def _suggestion(location: tuple[str | int, ...], values: PlainSettings) -> str:
     names = sorted(_fields_at(block, values))
     if hint := did_you_mean(name, names):
         return hint
-    if near := near_names(name.lower(), recipe_rules.answers(), cutoff=0.85):
-        return recipe_rules.answers()[near[0]]
+    if near := near_names(name.lower(), recipe_rules.replacement_hints(), cutoff=0.85):
+        return recipe_rules.replacement_hints()[near[0]]
     return (
         f"expected one of {', '.join(names)}"
         if len(names) <= _MAX_LISTED_NAMES
@@ -262,6 +266,7 @@ def _expected_and_found(expected: str, value: object) -> str:
 
 
 def _blocks_in_type(annotation: object) -> list[type[Block]]:
+    """List the block classes in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Block):
         return [annotation]
     return [block for inner in get_args(annotation) for block in _blocks_in_type(inner)]
@@ -273,7 +278,7 @@ _METHOD_BLOCKS: dict[str, type[Block]] = {
 
 
 def _location_in_file(item: FieldError) -> tuple[Any, ...]:
-    """Return an error's location in the file, without the parts that pydantic inserts."""
+    """Return the path of keys to an error's setting, without the names that pydantic inserts."""
     location = item["loc"]
     kind_at = {"method": 1, "methods": 2}.get(str(location[0]) if location else "")
     parts = [part for number, part in enumerate(location) if not (number == kind_at and part in _METHOD_BLOCKS)]
@@ -283,8 +288,7 @@ def _location_in_file(item: FieldError) -> tuple[Any, ...]:
 
 
 def _fields_at(location: Sequence[str | int], values: Any = None) -> dict[str, FieldInfo]:
-    """Return the fields of the block at a location. For a method, return those of all kinds unless `values` names
-    one."""
+    """Return the fields of the block at a location. If a method's kind is unknown, return the fields of all kinds."""
     blocks: list[type[Block]] = [Recipe]
     for part in location:
         if isinstance(part, str):
@@ -301,10 +305,10 @@ def _fields_at(location: Sequence[str | int], values: Any = None) -> dict[str, F
 
 
 def _describe_setting(location: tuple[str | int, ...], values: Any) -> str:
-    """Return what a missing setting is, from the first sentence of its documentation."""
+    """Return `expected: ` with the first sentence of a setting's documentation."""
     field = _fields_at(location[:-1], values).get(str(location[-1]))
     text = (field.description or "") if field else ""
-    return "expected: " + " ".join(text.split()).split(". ")[0].rstrip(".") if text else "it is required"
+    return "expected: " + " ".join(text.split()).split(". ")[0].rstrip(".") if text else "this setting is required"
 
 
 def _type_in_words(value: object) -> str:
@@ -323,7 +327,8 @@ def _setting_lines(node: Any, before: str = "") -> Iterable[tuple[str, int]]:
 
 
 def _substitute_variables(value: Any, name: str, problems: list[str]) -> Any:
-    """Replace `${NAME}` in all texts by environment variables, and add missing ones to `problems`."""
+    """Replace `${NAME}` in all texts by environment variables. Append a message to `problems` for each unset
+    variable."""
     if isinstance(value, dict):
         return {key: _substitute_variables(inner, f"{name}.{key}", problems) for key, inner in value.items()}
     if isinstance(value, list):
@@ -339,7 +344,7 @@ _SHORT_FORMS = {"model": "name", "method": "kind"}
 
 
 def _apply_override(values: PlainSettings, override: str) -> str:
-    """Set one `block.name=value` in `values` and return its dotted name; raise `ValueError` if that is impossible."""
+    """Apply one `block.name=value` to `values` and return its dotted name; raise `ValueError` if that is impossible."""
     name, separator, text = (part.strip() for part in override.partition("="))
     *blocks, last = name.split(".")
     if not separator or not all((*blocks, last)):
@@ -352,7 +357,7 @@ def _apply_override(values: PlainSettings, override: str) -> str:
     for block in blocks:
         inner = block_values.get(block)
         if isinstance(inner, list):
-            raise ValueError(f"{block} is a list; set all of it, such as --set '{block}=[...]'")
+            raise ValueError(f"{block} is a list; set the whole list, such as --set '{block}=[...]'")
         if isinstance(inner, str) and block in _SHORT_FORMS:
             inner = {_SHORT_FORMS[block]: inner}
         block_values[block] = dict(inner) if isinstance(inner, dict) else {}

@@ -1,22 +1,20 @@
-"""The kinds of `method`, each a block with its own settings."""
-
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fulltune.recipe.model import NAME, Block, PlainSettings, read_by, refuse
+from fulltune.recipe.model import NAME, Block, PlainSettings, raise_for_problems, validated_by
 
 RESERVED_NAMES = ("footprint", "measured", "shapes", "survey")
-"""Names that no method may have, because other files of the run folder's `plan` use them."""
+"""Names that a method may not have, because other files in the run folder's `plan` use them."""
 
 
 SEARCH: Literal["search"] = "search"
 
 
 def _parse_rate(text: str) -> float:
-    """Parse a learning rate between 0 and 1, where `search` gives 0; raise `ValueError` for anything else."""
+    """Parse a learning rate between 0 and 1, or return 0 for `search`; raise `ValueError` otherwise."""
     try:
         rate = float(text)
     except ValueError:
@@ -33,56 +31,54 @@ class _MethodSettings(Block):
     """Settings of every method."""
 
     name: str | None = Field(default=None, pattern=NAME)
-    """Name of the model's folder, and of the method in tables. Default: the kind and the settings that are not
-    defaults, such as `lora-r64`."""
+    """Name of the method in tables and of its model folder. Default: the kind and the settings that are not defaults,
+    such as `lora-r64`."""
 
     @model_validator(mode="after")
-    def _name_must_be_free(self) -> Self:
+    def _refuse_reserved_name(self) -> Self:
         if self.name is not None and self.name.lower() in RESERVED_NAMES:  # some file systems ignore case
             raise ValueError(f"name: '{self.name}' is reserved for a file of the run folder; choose another name")
         return self
 
-    def differences(self) -> tuple[str, ...]:
-        """Return the settings that are not defaults, as parts of a name such as `r64`."""
+    def name_parts(self) -> tuple[str, ...]:
+        """Return settings that are not defaults as parts of a name, such as `r64`."""
         return ()
 
     @property
     def label(self) -> str:
-        """Name of the method's folder, of its trials and of its row in tables, such as `lora-r64`."""
-        return self.name or "-".join((str(getattr(self, "kind", "")), *self.differences()))
+        return self.name or "-".join((str(getattr(self, "kind", "")), *self.name_parts()))
 
 
 class _TrainedMethod(_MethodSettings):
-    """Settings of every method that trains something."""
-
-    learning_rate: Annotated[float | Literal["search"], read_by(_parse_rate)] | None = None
-    """Peak learning rate, between 0 and 1. Default: chosen by method, model family and size. `search` finds it with
-    short trials and whole runs on the eval rows, which takes 2 to 3.5 times as long as one run (more below 150
+    learning_rate: Annotated[float | Literal["search"], validated_by(_parse_rate)] | None = None
+    """Peak learning rate, between 0 and 1. Default: depends on method, model family and size. `search` finds a rate
+    with short trials and whole runs on the eval rows, which takes 2 to 3.5 times as long as one run (more below 150
     steps)."""
     learning_rates: tuple[float, ...] | None = Field(default=None, min_length=1)
-    """Learning rates to search. Default: three around the usual one."""
+    """Learning rates to search. Default: three rates around the default learning rate."""
     head_learning_rate: float | None = Field(default=None, gt=0, lt=1)
-    """Peak learning rate of the task's head and pooler. Default: the same as `learning_rate`. Not for `kind: head`, nor
-    for tasks without a new head."""
+    """Peak learning rate of the task's head and pooler. Default: `learning_rate`. This setting is refused for `kind:
+    head` and for tasks without a new head."""
     head_init: Literal["probe", "random"] | None = None
-    """How a new head starts. `probe` (the default): as a linear classifier fitted on the pretrained model's features;
-    `random`: with random weights, whose first gradients distort the body. Not for tasks without a new head."""
+    """Initial weights of a new head. `probe` (the default) takes a linear classifier fitted on the pretrained model's
+    features; `random` draws weights whose first gradients distort the body. This setting is refused for tasks
+    without a new head."""
 
     @model_validator(mode="after")
     def _rates_must_be_usable(self) -> _TrainedMethod:
-        """Refuse learning rates that are out of range or contradict each other."""
+        """Raise `ValueError` if the learning rates are out of range or contradict each other."""
         rates = self.learning_rates
         pairs = {
-            "learning_rate and learning_rates are both given; remove one": (
+            "learning_rate and learning_rates are both set; remove one": (
                 self.fixed_learning_rate is not None and rates is not None
             ),
-            "learning_rates: a search needs at least two; write a single one as learning_rate": (
+            "learning_rates: a search needs at least two rates; write a single rate as learning_rate": (
                 self.is_searched and rates is not None and len(rates) == 1
             ),
             "learning_rates: expected numbers above 0 and below 1": any(not 0 < rate < 1 for rate in rates or ()),
-            "learning_rates: names a rate twice": len(set(rates or ())) != len(rates or ()),
+            "learning_rates: a rate is listed twice": len(set(rates or ())) != len(rates or ()),
         }
-        refuse(pairs)
+        raise_for_problems(pairs)
         return self
 
     @property
@@ -91,7 +87,7 @@ class _TrainedMethod(_MethodSettings):
 
     @property
     def fixed_learning_rate(self) -> float | None:
-        """The recipe's learning rate, or None if it is the default or searched."""
+        """The recipe's learning rate, or None if the recipe sets none or searches for one."""
         return None if self.learning_rate == SEARCH else self.learning_rate
 
 
@@ -101,11 +97,11 @@ class FullMethod(_TrainedMethod):
     kind: Literal["full"]
     """Every parameter is trained."""
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
-    """Learning rate of each layer relative to the layer above it. 0.8 to 0.95 can help encoders with few rows and a
-    random head, but gained nothing with a linear probe. 1: the same rate everywhere."""
+    """Learning rate of each layer relative to the layer above, where 1 means the same rate everywhere. 0.8 to 0.95 can
+    help encoders with few rows and a random head, but gained nothing with a linear probe."""
     train: PlainSettings = Field(default_factory=dict)
-    """Settings that differ from the block `train` for this method of a comparison, such as `{label_smoothing_factor:
-    0.1}`, to measure their effect. The first `full` is the reference."""
+    """Changes to the block `train` for this method of a comparison, to measure their effect, such as
+    `{label_smoothing_factor: 0.1}`. The first `full` is the reference."""
 
 
 class HeadMethod(_TrainedMethod):
@@ -125,14 +121,15 @@ class LoraMethod(_TrainedMethod):
     alpha: float | None = Field(default=None, gt=0)
     """Updates are scaled by alpha / rank. Default: twice the rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the input of the updates."""
+    """Dropout probability on the input of the updates."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank), so that high ranks do not learn slower (Kalajdzievski 2023)."""
+    """Scale by alpha / sqrt(rank), so that high ranks do not learn more slowly (Kalajdzievski 2023)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Matrices to update, by the ends of their names, such as `[q_proj, v_proj]`. `all-linear`: all matrices except the
-    head's. Updating attention alone is known to be worse."""
+    """Matrices to update, given by the ends of their names, such as `[q_proj, v_proj]`. `all-linear` means all matrices
+    except the head's. Updating only the attention is known to be worse."""
 
-    def differences(self) -> tuple[str, ...]:
+    def name_parts(self) -> tuple[str, ...]:
+        """Return settings that are not defaults as parts of a name, such as `r64`."""
         names = () if self.target_modules == "all-linear" else self.target_modules
         return (
             *((f"r{self.rank}",) if self.rank != 16 else ()),
@@ -143,9 +140,9 @@ class LoraMethod(_TrainedMethod):
         )
 
     @model_validator(mode="after")
-    def _must_have_targets(self) -> LoraMethod:
+    def _refuse_empty_targets(self) -> LoraMethod:
         if not self.target_modules or not all(self.target_modules):
-            raise ValueError("target_modules: names no matrix; write all-linear, or names such as [q_proj, v_proj]")
+            raise ValueError("target_modules: no matrix is listed; write all-linear, or names such as [q_proj, v_proj]")
         return self
 
 
@@ -157,9 +154,10 @@ class AdapterMethod(_TrainedMethod):
     reduction_factor: int = Field(default=16, ge=1)
     """Hidden size divided by the size of the bottleneck."""
     non_linearity: Literal["relu", "gelu"] = "gelu"
-    """Activation of the bottleneck."""
+    """Activation function of the bottleneck."""
 
-    def differences(self) -> tuple[str, ...]:
+    def name_parts(self) -> tuple[str, ...]:
+        """Return settings that are not defaults as parts of a name, such as `f8`."""
         return (
             *((f"f{self.reduction_factor}",) if self.reduction_factor != 16 else ()),
             *((self.non_linearity,) if self.non_linearity != "gelu" else ()),
@@ -174,9 +172,11 @@ class PromptMethod(_TrainedMethod):
     num_virtual_tokens: int = Field(default=20, ge=1)
     """Number of virtual tokens."""
     init: Literal["vocabulary", "random"] = "vocabulary"
-    """Start of the virtual tokens: the vectors of random tokens of the vocabulary, or random numbers of their size."""
+    """Initial values of the virtual tokens. `vocabulary` copies the vectors of random tokens, and `random` draws
+    numbers of the same size."""
 
-    def differences(self) -> tuple[str, ...]:
+    def name_parts(self) -> tuple[str, ...]:
+        """Return settings that are not defaults as parts of a name, such as `50`."""
         return (
             *((str(self.num_virtual_tokens),) if self.num_virtual_tokens != 20 else ()),
             *((self.init,) if self.init != "vocabulary" else ()),
@@ -184,7 +184,7 @@ class PromptMethod(_TrainedMethod):
 
 
 class PeftMethod(_TrainedMethod):
-    """Train any other method of the PEFT library that changes layers, and the task's head."""
+    """Train any other PEFT method that changes layers, and the task's head."""
 
     kind: Literal["peft"]
     """A method of the PEFT library is trained."""
@@ -193,15 +193,15 @@ class PeftMethod(_TrainedMethod):
     config: PlainSettings = Field(default_factory=dict)
     """Fields of the method's PEFT config."""
 
-    def differences(self) -> tuple[str, ...]:
+    def name_parts(self) -> tuple[str, ...]:
         return (self.type.lower(),)
 
 
 class BaseMethod(_MethodSettings):
-    """Train nothing, and score the pretrained model for comparison."""
+    """Score the pretrained model without training it, for comparison."""
 
     kind: Literal["base"]
-    """Language models are scored as they are, while classifiers always answer with the most frequent class."""
+    """Language models are scored unchanged, while classifiers always answer with the most frequent class."""
 
 
 Method = Annotated[
@@ -212,7 +212,7 @@ ComparedMethod = Annotated[
     Field(discriminator="kind"),
 ]
 MethodKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prompt", "peft"]
-"""Kinds of compared methods. `variant` is a `full` after the first, with other settings."""
+"""Kinds of compared methods. A `variant` is a `full` after the first, with other settings."""
 VARIANT: MethodKind = "variant"
 RIVALS = ("lora", "adapter", "prompt", "peft", VARIANT)
-"""Kinds that full fine-tuning is compared with."""
+"""Kinds of methods that full fine-tuning is compared with."""

@@ -1,5 +1,3 @@
-"""The base class of all recipe blocks, and the smaller blocks."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -12,37 +10,39 @@ from fulltune.text import parse_seconds, parse_share
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
-def read_by(parse: Callable[[str], float]) -> BeforeValidator:
-    """Return a pydantic validator that refuses a value if `parse` raises a `ValueError` for it."""
+def validated_by(parse: Callable[[str], float]) -> BeforeValidator:
+    """Return a pydantic validator that refuses a value if `parse` raises `ValueError` for its text. None is
+    accepted."""
 
-    def check(value: Any) -> Any:
+    def check_text(value: Any) -> Any:
+        """Return the value unchanged, or raise `ValueError`."""
         if value is not None:
             parse(str(value))
         return value
 
-    return BeforeValidator(check)
+    return BeforeValidator(check_text)
 
 
-Duration = Annotated[str, read_by(parse_seconds)]
+Duration = Annotated[str, validated_by(parse_seconds)]
 
 
 PlainSettings = dict[str, Any]
 
 
 class Block(BaseModel):
-    """Base class of all blocks: frozen, without unknown keys, documented by docstrings."""
+    """Base class of recipe blocks, which are frozen and refuse unknown settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-def refuse(problems: Mapping[str, object]) -> None:
-    """Raise a `ValueError` with every message whose condition is true, one per line."""
+def raise_for_problems(problems: Mapping[str, object]) -> None:
+    """Raise a `ValueError` with every key (a message) whose value is true, or do nothing if there is none."""
     if texts := [text for text, is_wrong in problems.items() if is_wrong]:
         raise ValueError("\n".join(texts))
 
 
 class ModelBlock(Block):
-    """Which pretrained model to load, and how."""
+    """Settings for loading the pretrained model."""
 
     name: str = Field(min_length=1)
     """Hub id, folder, run folder (its trained model), `.gguf` file, or `package:NAME/PATH` for weights in an installed
@@ -52,48 +52,48 @@ class ModelBlock(Block):
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
     """Data type of the stored weights. `bf16` halves their memory (see `train.bf16_rounding`)."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
-    """Every dropout probability of the model. Default: the model's own values."""
+    """Dropout probability of all dropout layers. Default: the model's own values."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
-    """Attention kernel. Default: chosen by transformers, mostly `sdpa`. `flash_attention_2` (package flash-attn) needs
+    """Attention kernel. Default: chosen by transformers, usually `sdpa`. `flash_attention_2` (package flash-attn) needs
     a GPU of compute capability 8.0 (Ampere), `flash_attention_3` one of 9.0 (Hopper). Both compute in 16 bits.
     fulltune was never run with either."""
     trust_remote_code: bool = False
-    """Run Python files that come with the model. Read them first, because they can do anything that your account can
-    do."""
+    """Run Python files that come with the model. Read these files first, because they can do anything that your account
+    can do."""
     allow_pickled_weights: bool = False
-    """Load `pytorch_model.bin`. PyTorch's restricted loader is used, but prefer safetensors: pickle has a history of
+    """Load `pytorch_model.bin` with PyTorch's restricted loader. Prefer safetensors, because pickle has a history of
     vulnerabilities."""
 
-    def in_words(self) -> str:
-        """Return the model's name followed by all settings that are not defaults."""
+    def describe(self) -> str:
+        """Return the model's name and, in parentheses, all settings that are not defaults."""
         more = [f"{name} {value}" for name, value in self.model_dump(exclude={"name"}, exclude_defaults=True).items()]
         return f"{self.name} ({', '.join(more)})" if more else self.name
 
 
 AUTO = "auto"
 BUNDLED = "docstrings of Python's standard library"
-"""Name of the generic text that every installation has."""
 
 
-ShareText = Annotated[str | float, read_by(parse_share)]
+ShareText = Annotated[str | float, validated_by(parse_share)]
 
 
 class PreserveBlock(Block):
-    """Measure and limit forgetting. Full fine-tuning changes every weight, so it can also damage other abilities."""
+    """Settings for measuring and limiting forgetting: full fine-tuning changes every weight, so it can damage other
+    abilities."""
 
     drift: bool = True
-    """Measure the drift on generic text at each evaluation: the rise of the loss (language models) or the change of the
-    hidden states. This costs about 1 % of the training time, more for very short runs."""
+    """Measure at each evaluation how far outputs on generic text drift, by the rise of the loss (language models) or
+    the change of the hidden states. Measuring takes about 1 % of the training time, more in very short runs."""
     probe: str | None = None
     """Text file, one text per line or paragraph, of what the model should still be able to do. Default: docstrings of
     Python's standard library."""
     budget: ShareText | None = None
-    """Most drift to accept on generic text, such as `1%`: how much less likely a token may become (language models), or
-    1 - cosine of the mean hidden states. A budget makes the run replay generic text in training. It then keeps the
-    best weights between pretrained and trained that stay within the budget, and confirms them on sealed texts. For
-    `full` and `lora`, in a single run."""
+    """Maximum drift on generic text, such as `1%`: how much less likely a token may become (language models), or 1 -
+    cosine of the mean hidden states. With a budget, generic text is replayed in training. Afterwards the best
+    weights between pretrained and trained that stay within the budget are kept and confirmed on unused texts. A
+    budget needs a single run with `full` or `lora`."""
     replay: str | None = AUTO
-    """Text file to replay under a budget. `auto`: a part of the texts of `probe`; `null`: replay nothing."""
+    """Text file to replay if there is a budget. `auto` replays a part of `probe`, and `null` replays nothing."""
 
     @property
     def limit(self) -> float | None:
@@ -102,40 +102,43 @@ class PreserveBlock(Block):
 
 
 class EvaluateBlock(Block):
-    """How to measure the result, on rows that are never used for choosing."""
+    """Settings for measuring the result on test rows, which are never used to select anything."""
 
     metric: str | None = None
-    """Metric that chooses the best checkpoint and comes first in the report. Default: accuracy, f1_micro (multi_label),
+    """Metric that selects the best checkpoint and comes first in the report. Default: accuracy, f1_micro (multi_label),
     spearman (regression), f1 (token-classification, question-answering) or loss (causal-lm, seq2seq)."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Rows per forward pass. Default: twice the micro batch. If memory runs out, it is halved, with the same scores."""
+    """Number of rows per forward pass. Default: twice the micro batch size. If scoring runs out of memory, the batch
+    size is halved; the scores stay the same."""
     baselines: bool = True
-    """Also score baselines that need no training: the majority class and a linear probe, or the untouched language
+    """Also score baselines that need no training: the majority class and a linear probe, or the pretrained language
     model."""
     bootstrap_samples: int = Field(default=1000, ge=100)
-    """Number of bootstrap resamples for each interval. Rows with similar text, prompt or passage are drawn together."""
+    """Number of bootstrap resamples for each interval. Rows with similar text, prompt or passage are resampled
+    together."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Confidence level of the intervals."""
     generate_rows: int = Field(default=100, ge=0)
-    """Test rows for which answers are generated and compared (causal-lm, seq2seq), drawn with `data.split_seed` from
-    different prompts. 0: none."""
+    """Number of test rows for which answers are generated (causal-lm, seq2seq), drawn with `data.split_seed` from
+    different prompts. 0 generates none."""
     max_new_tokens: int = Field(default=128, ge=1)
-    """Longest generated answer, in tokens."""
+    """Maximum length of a generated answer in tokens."""
 
 
 class CompareBlock(Block):
-    """How `fulltune compare` compares methods. All use the same rows, each at its best learning rate, over several
-    seeds."""
+    """Settings of `fulltune compare`. All methods use the same rows and several seeds, and each is trained at its best
+    learning rate."""
 
     margin: float = Field(default=0.01, gt=0, lt=1)
-    """Smallest difference of the metric that matters to you. Smaller ones count as equivalent."""
+    """Smallest difference in the metric that matters to you. Smaller differences count as equivalent."""
     seeds: int | None = Field(default=None, ge=1)
-    """Most seeds per method. Default: 3, or 5 below 10,000 train rows."""
+    """Maximum number of seeds per method. Default: 3, or 5 below 10,000 train rows."""
     sequential: bool = True
-    """Decide after each seed, on the eval rows, which methods need another one. `false`: all seeds for every method."""
+    """Decide on the eval rows after each seed which methods need another one. With `false`, every method gets all
+    seeds."""
     search_share: float = Field(default=0.06, gt=0, le=1)
-    """Length of each trial of the learning rate search as a share of a whole run, at least 10 steps. Methods that
-    continue also get whole runs at their two best rates, or at more while that helps."""
+    """Length of each short trial in the learning rate search, as a share of a whole run, at least 10 steps. Methods
+    that continue also get whole runs at their two best rates, or at more while the metric improves."""
     budget: Duration | None = None
-    """Most time for all commands on a comparison together, such as `30m` or `2h`. A later `--budget` continues an
-    undecided comparison. With `learning_rate: search`: most time for the search, including the final run."""
+    """Maximum time for all commands on a comparison together, such as `30m` or `2h`. A later `--budget` continues an
+    undecided comparison. With `learning_rate: search`, the budget limits the search, including the final run."""

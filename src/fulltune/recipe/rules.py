@@ -1,4 +1,4 @@
-"""Check rules across settings: settings without effect, unknown names, and excluded combinations."""
+"""Check rules that involve several settings: settings without effect, unknown names, and excluded combinations."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NO_PACKAGES = ("all", "none", "flyte")
 
 
 def problems_of(recipe: Recipe) -> list[str]:
-    """List a recipe's impossible settings, each message starting with the setting's name."""
     return [*_single_run_problems(recipe), *_search_problems(recipe), *_method_problems(recipe)]
 
 
 def _single_run_problems(recipe: Recipe) -> list[str]:
+    """List the error messages that a single run of the recipe would get."""
     fields = type(recipe.data).model_fields
     return [
         *(
@@ -36,7 +36,7 @@ def _single_run_problems(recipe: Recipe) -> list[str]:
             for name, tasks in READ_BY.items()
             if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
         ),
-        *conflicts(recipe, form_of(recipe)),
+        *excluded_combinations(recipe, form_of(recipe)),
         *_extra_problems(recipe),
         *_unknown_optimizers_and_trackers(recipe),
         *_other_problems(recipe),
@@ -44,38 +44,40 @@ def _single_run_problems(recipe: Recipe) -> list[str]:
 
 
 def form_of(recipe: Recipe) -> Form | None:
-    """Return the form of rows that the recipe's `problem_type` sets, or None if it is left to the data."""
+    """Return the facts about rows (`Form`) of the recipe's `problem_type`, or None if the data decides the type."""
     kind = recipe.data.problem_type
     return FORMS[kind] if kind != "auto" and kind in FACTS[recipe.task].types else None
 
 
-def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
-    """List the combinations of settings that `excluded.toml` forbids. `form` is the form of the rows, or None if
-    unknown."""
+def excluded_combinations(recipe: Recipe, form: Form | None) -> list[str]:
+    """List error messages for combinations of settings that `excluded.toml` forbids. `form` holds facts about the rows,
+    or is None."""
     problems = []
     for setting, values, other, other_values, reason in _load_table("excluded")["excluded"]:
         block, _, field = setting.partition(".")
         if block == "preserve" and FACTS[recipe.task].reads == "image":
             continue  # the whole block is refused below
-        for prefix, method in methods_of(recipe) if block == "method" else [(block, recipe.method)]:
+        for prefix, method in named_methods(recipe) if block == "method" else [(block, recipe.method)]:
             if block == "method" and field not in type(method).model_fields:
                 continue
             value, other_value = (_setting_value(recipe, method, form, name) for name in (setting, other))
-            if _matches(value, values) and _matches(other_value, other_values):
+            if _matches_condition(value, values) and _matches_condition(other_value, other_values):
                 problems.append(f"{prefix}.{field}: {reason.format(task=recipe.task, value=value, other=other_value)}")
     return problems
 
 
-def _matches(value: object, values: bool | str | list[str]) -> bool:
-    if isinstance(values, bool):
-        return (value not in (None, False, 0, ())) == values
-    if isinstance(values, str):
-        return str(value) != values.removeprefix("not ")
-    return any(fnmatchcase(str(value), pattern) for pattern in values)
+def _matches_condition(value: object, condition: bool | str | list[str]) -> bool:
+    """Return whether a value fits a condition of `excluded.toml`: set or unset (a bool), `not VALUE`, or a list of
+    patterns."""
+    if isinstance(condition, bool):
+        return (value not in (None, False, 0, ())) == condition
+    if isinstance(condition, str):
+        return str(value) != condition.removeprefix("not ")
+    return any(fnmatchcase(str(value), pattern) for pattern in condition)
 
 
 def _setting_value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str) -> Any:
-    """Return the value of a dotted name, such as `form.is_number`, for `excluded.toml`."""
+    """Return the value of a dotted name in `excluded.toml`, such as `train.optim` or `form.is_number`."""
     block, *fields = name.split(".")
     value: Any = getattr(recipe, block, None)
     if fields:
@@ -86,11 +88,10 @@ def _setting_value(recipe: Recipe, method: ComparedMethod, form: Form | None, na
 
 
 def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
-    """Return the message for a metric that cannot choose a checkpoint."""
-    return f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {kind}; expected one of {', '.join(possible)}"
+    return f"evaluate.metric: '{wanted}' cannot select a checkpoint for {kind}; expected one of {', '.join(possible)}"
 
 
-def methods_of(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
+def named_methods(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
     """Return each method with its dotted name in the recipe, such as `methods.0`."""
     if not recipe.methods:
         return [("method", recipe.method)]
@@ -98,10 +99,11 @@ def methods_of(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
 
 
 def _search_problems(recipe: Recipe) -> Iterable[str]:
+    """Yield error messages about learning rate searches."""
     if recipe.methods:
-        for prefix, method in methods_of(recipe):
+        for prefix, method in named_methods(recipe):
             if getattr(method, "is_searched", False):
-                yield f"{prefix}.learning_rate: a comparison searches each method's rate anyway; remove it"
+                yield f"{prefix}.learning_rate: a comparison always searches each method's rate; remove this setting"
         return
     is_searched = recipe.is_searched
     pairs = {
@@ -130,12 +132,13 @@ SHARED = (
 
 
 def _method_problems(recipe: Recipe) -> Iterable[str]:
-    for prefix, method in methods_of(recipe):
+    """Yield error messages about the `train` settings of compared methods."""
+    for prefix, method in named_methods(recipe):
         changes = getattr(method, "train", {})
         if not changes:
             continue
         if not recipe.methods:
-            yield f"{prefix}.train: is only for methods of a comparison; move these settings to the block train"
+            yield f"{prefix}.train: only methods of a comparison have train settings; move them to the block train"
             continue
         shared = [name for name in changes if name in SHARED]
         for name in shared:
@@ -151,7 +154,7 @@ def _method_problems(recipe: Recipe) -> Iterable[str]:
 
 
 def _describe_variant_error(error: Mapping[str, Any], changes: Mapping[str, object]) -> str:
-    """Return the message for a wrong `train` setting of a method, starting with the setting's name."""
+    """Return the message for a wrong `train` setting of a compared method, starting with `.NAME`."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(name, list(TrainBlock.model_fields))
@@ -162,7 +165,7 @@ def _describe_variant_error(error: Mapping[str, Any], changes: Mapping[str, obje
 
 
 def _extra_problems(recipe: Recipe) -> list[str]:
-    """List the problems of `train.extra`, which may only hold further fields of `TrainingArguments`."""
+    """List error messages for `train.extra`, which may only hold further fields of `TrainingArguments`."""
     train_fields, problems = set(type(recipe.train).model_fields), []
     for name, value in recipe.train.extra.items():
         arguments, dotted_name = training_arguments(), f"train.extra.{name}"
@@ -171,7 +174,7 @@ def _extra_problems(recipe: Recipe) -> list[str]:
         elif name in train_fields:
             problems.append(f"{dotted_name}: has its own setting; write train.{name}")
         elif name not in arguments:
-            hint = answer(name) or did_you_mean(name, arguments)
+            hint = replacement_hint(name) or did_you_mean(name, arguments)
             problems.append(
                 f"{dotted_name}: transformers.TrainingArguments has no such field{f'; {hint}' if hint else ''}"
             )
@@ -195,8 +198,8 @@ _TYPE_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a num
 
 @cache
 def _type_adapter(annotation: str) -> TypeAdapter[Any]:
-    """Return a pydantic adapter for a type such as `float | None`. It also reads numbers from text, because YAML reads
-    `1e-5` as text."""
+    """Return a pydantic adapter for a type such as `float | None`, which also parses text, because YAML reads `1e-5` as
+    text."""
     types = {"bool": bool, "int": int, "float": float, "str": str, "None": None}
     names = annotation.replace(" ", "").split("|")
     union: Any = Union[tuple(types.get(name, Any) for name in names)]  # noqa: UP007  # of types that only the name tells
@@ -207,8 +210,8 @@ def _type_in_words(annotation: str) -> str:
     return " or ".join(words for name, words in _TYPE_WORDS.items() if name in annotation.replace(" ", "").split("|"))
 
 
-def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `train.extra` in transformers' types, omitting nulls for fields that cannot be None."""
+def as_training_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert `train.extra` to transformers' types, omitting nulls for fields that cannot be None."""
     types = training_arguments()
     return {
         name: _type_adapter(types[name]).validate_python(value)
@@ -218,6 +221,7 @@ def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown_optimizers_and_trackers(recipe: Recipe) -> list[str]:
+    """List error messages for optimizers and trackers that transformers lacks."""
     train = recipe.train
     settings = {
         ("optim", "optimizer"): [] if train.optim in (None, *OWN_OPTIMIZERS) else [train.optim],
@@ -237,7 +241,7 @@ SCALABLE = ("full", "lora")
 
 
 def _other_problems(recipe: Recipe) -> list[str]:
-    """List the problems that neither `excluded.toml` nor a single block can express."""
+    """List error messages for rules that neither `excluded.toml` nor a single block can express."""
     train, block, kind = recipe.train, recipe.preserve, recipe.method.kind
     workers, is_image = train.extra.get("dataloader_num_workers"), FACTS[recipe.task].reads == "image"
     metric, form = recipe.evaluate.metric, form_of(recipe)
@@ -246,7 +250,7 @@ def _other_problems(recipe: Recipe) -> list[str]:
         wrong_metric(str(metric), form.words if form else recipe.task, possible): (
             metric is not None and metric not in possible
         ),
-        "data.train: images cannot be mixed in by weight yet; name the folders without a weight": (
+        "data.train: images cannot be mixed in by weight yet; list the folders without weights": (
             is_image and recipe.data.mixed_files
         ),
         f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}": (
@@ -259,7 +263,7 @@ def _other_problems(recipe: Recipe) -> list[str]:
             and train.optim not in (None, *OWN_OPTIMIZERS)
             and train.bf16_rounding != "nearest"
         ),
-        f"preserve: needs text, but {recipe.task} reads images; remove it": (
+        f"preserve: this block needs text, but {recipe.task} reads images; remove the block": (
             is_image and block != PreserveBlock(drift=block.drift)
         ),
         "preserve.probe: has no effect with preserve.drift: false; remove one of them": (
@@ -283,24 +287,23 @@ def _load_table(name: str) -> dict[str, Any]:
 
 
 def pinned() -> Mapping[str, str]:
-    """Return the fields of `TrainingArguments` that `train.extra` refuses, with what to do instead."""
+    """Map fields of `TrainingArguments` that `train.extra` refuses to what to do instead."""
     return dict(_load_table("elsewhere")["pinned"])
 
 
 @cache
-def answers() -> Mapping[str, str]:
-    """Return what to write instead of other tools' settings, by lower-case name."""
-    by_name = {name: answer for answer, names in _load_table("elsewhere")["answers"].items() for name in names.split()}
+def replacement_hints() -> Mapping[str, str]:
+    """Map other tools' settings, in lower case, to what to write instead."""
+    by_name = {name: hint for hint, names in _load_table("elsewhere")["answers"].items() for name in names.split()}
     return {**by_name, **pinned()}
 
 
-def answer(name: object) -> str | None:
-    """Return what to write instead of another tool's setting, or None if it is unknown."""
-    return answers().get(str(name).lower().replace("-", "_"))
+def replacement_hint(name: object) -> str | None:
+    return replacement_hints().get(str(name).lower().replace("-", "_"))
 
 
 def training_arguments() -> Mapping[str, str]:
-    """Return the fields of `transformers.TrainingArguments` with their annotations as written."""
+    """Map fields of `transformers.TrainingArguments` to their annotations as written."""
     return _annotated_fields("training_args.py", "TrainingArguments")
 
 
@@ -327,9 +330,10 @@ def _parse_transformers_file(file: str) -> list[ast.stmt]:
 
 
 def _find_definition(file: str, name: str) -> Any:
+    """Return the syntax tree of a class or constant in a transformers file; raise `LookupError` if there is none."""
     for line in _parse_transformers_file(file):
         if name == getattr(line, "name", None) or (
             isinstance(line, ast.Assign) and name == ast.unparse(line.targets[0])
         ):
             return line
-    raise LookupError(f"transformers has no {name} any more")
+    raise LookupError(f"transformers no longer defines {name}")

@@ -1,6 +1,6 @@
-"""Facts about each task, readable without torch.
+"""Facts about each task, read from `tasks.toml` without importing torch.
 
-They are written in `tasks.toml`. A task's module has its own entry as `FACTS`.
+The module of each task has its own entry as `FACTS`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fulltune.text import did_you_mean
 
 
 def _check_task_name(name: str) -> str:
+    """Return the name, or raise `ValueError` for an unknown task."""
     if name not in FACTS:
         hint = did_you_mean(name, list(FACTS))
         raise ValueError(f"expected one of {', '.join(FACTS)}, found '{name}'{f'; {hint}' if hint else ''}")
@@ -36,16 +37,16 @@ _SHARED_CONTENT = {
     "tokens": "sentence",
     "image": "image",
 }
-"""What the rows of a group have in common, by the role of its column (by default the text)."""
+"""Word for what the rows of a group have in common, by column role. The default is the text."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """Facts about all rows of one problem type. Code should ask for a fact, not compare the type."""
+    """Facts about the rows of one problem type. Code should read these facts instead of comparing types."""
 
     name: ProblemType
     metrics: tuple[str, ...]
-    """Metrics that can choose a checkpoint, the default first."""
+    """Metrics that can select a checkpoint, starting with the default."""
     kind: str
     target: str = "label"
     label: str = "label"
@@ -54,34 +55,34 @@ class Form:
     """Word for one example in tables."""
     longest: str = "longest row"
     worst: str = "Wrong test rows with the highest loss"
-    """Title of the table of wrong rows."""
+    """Title of the table of wrongly predicted rows."""
     question: str = '"a text"'
     how_to_ask: str = ""
-    """Sentence on how to prompt the language model."""
+    """Sentence that explains how to prompt the language model."""
     majority: str = "majority class"
     answer: tuple[tuple[str, str], ...] = (("answer", "string"),)
-    """Columns of an answer file, with their types."""
+    """Names and types of the columns of an answer file."""
     num_outputs: int | None = None
     """Number of logits per item, or None for one logit per label."""
     is_number: bool = False
-    """The target is a number, which the model learns in units of its standard deviation."""
+    """True if the target is a number, which the model learns in units of its standard deviation."""
     is_calibrated: bool = False
-    """Each row has one right label, so a temperature can calibrate its probability."""
+    """True if each row has one right label, so that a temperature can calibrate its probability."""
     has_classes: bool = False
-    """The target is one or more classes, so a linear probe can find label errors."""
+    """True if the target is one or more classes, so that a linear probe can find label errors."""
     one_label: bool = False
     several_labels: bool = False
     tags_words: bool = False
     row_shares: tuple[str, ...] = ()
-    """Metrics that are a share of about as many items as there are rows."""
+    """Metrics that are a share of the rows, or of about as many items."""
     has_windows: bool = False
-    """A long row becomes several examples but gets one answer."""
+    """True if a long row becomes several examples (windows) but gets one answer."""
     reads_any_text: bool = False
-    """The model is a language model, so its loss can be measured on any text."""
+    """True if the model is a language model, whose loss can be measured on any text."""
     is_raw_text: bool = False
-    """Texts have no prompts, and short ones may share a row."""
+    """True if texts have no prompts. Short texts may then share a sequence."""
     writes_answers: bool = False
-    """Only the answer to a prompt is trained."""
+    """True if only the answer to a prompt is trained."""
 
     @property
     def labels_rows(self) -> bool:
@@ -98,40 +99,36 @@ FORMS: Mapping[ProblemType, Form] = TypeAdapter(dict[ProblemType, Form]).validat
     {name: {"name": name, **facts} for name, facts in _TABLE["forms"].items()}
 )
 FROM_FILE = FORMS["span"].question
-"""Example question for models whose rows have several parts."""
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """Facts about one task."""
-
     auto_class: str
     models: str
-    """End of the error message for a model without that class, after "a 'bert' model"."""
+    """End of the error message for a model without `auto_class`, after "a 'bert' model"."""
     hub: str
     """`pipeline_tag` on the Hub."""
     data: tuple[str, ...]
-    """Settings of `data` that not all tasks read, but this one does."""
+    """Settings of `data` that this task reads but some others do not."""
     types: tuple[ProblemType, ...]
-    """Problem types that its rows may have. A plan without rows assumes the first."""
+    """Problem types that the rows may have. A plan without rows assumes the first type."""
     length_cap: int
     """Upper limit of the default `max_length`, in tokens."""
     scored_by: Literal["classifiers", "tagging", "spans", "language"]
-    """Module of `fulltune.evaluate` that scores its models."""
+    """Module of `fulltune.evaluate` that scores this task's models."""
     other_metrics: tuple[str, ...] = ()
     reads: Literal["text", "image"] = "text"
     writes: bool = False
-    """The model writes text, while models of other tasks have a head."""
+    """True if the model writes text. Models of other tasks have a head."""
     has_classes: bool = False
     has_forms: bool = False
-    """One data set may mix rows of several problem types."""
+    """True if one data set may mix rows of several problem types."""
     other_models: tuple[str, ...] = ()
-    """Model types that have the class but read or write in a different way."""
+    """Model types that have `auto_class` but read or write in a different way."""
     peft: str | None = None
 
     @property
     def head_is_new(self) -> bool:
-        """True if pretrained checkpoints lack this task's head."""
         return not self.writes
 
     @property
@@ -148,7 +145,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     setting: tuple(task for task, facts in FACTS.items() if setting in facts.data)
     for setting in dict.fromkeys(setting for facts in FACTS.values() for setting in facts.data)
 }
-"""Tasks that read each setting of `data`. Settings that are missing here are read by all tasks."""
+"""Tasks that read each setting of `data`. Settings that are not listed are read by all tasks."""
 
 
 def greater_is_better(metric: str) -> bool:
@@ -156,14 +153,12 @@ def greater_is_better(metric: str) -> bool:
 
 
 def shared_content(columns: Collection[str]) -> str:
-    """Return the word for what rows of a group have in common, such as `passage`."""
     return next((word for role, word in _SHARED_CONTENT.items() if role in columns), "text")
 
 
 ALSO_OCCURS = "also occurs in"
-"""Words in each note on rows that occur in two splits, for which comparisons search."""
+"""Phrase in each note on rows that occur in two splits, by which comparisons find these notes."""
 
 
 def leaked_content(columns: Collection[str], near: bool) -> str:
-    """Return a description of a leaked test row, such as `text also occurs in train`."""
     return f"{shared_content(columns)} {ALSO_OCCURS} train{' (equal, or nearly so)' if near else ''}"

@@ -1,5 +1,3 @@
-"""Records of a data audit: suspicious rows with reasons, label errors, and the effects of cleaning steps."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -40,7 +38,7 @@ class RowDecision(Record):
 
     @property
     def is_open(self) -> bool:
-        """True while the user has not decided. Until then the row is used unchanged."""
+        """True until the user decides. Until then, the row is used unchanged."""
         return self.remedy.action == "undecided"
 
     @property
@@ -49,20 +47,18 @@ class RowDecision(Record):
 
 
 class RowIssue(RowDecision):
-    """A row that a check flagged, stored as one line of `data/issues.jsonl`. It is used unchanged until the user
-    decides."""
+    """A row flagged by a check, stored as one line of `data/issues.jsonl`."""
 
     split: SplitName
     label: str | None = None
     score: float = 0.0
 
     def decision(self, remedy: Remedy) -> RowDecision:
-        """Return the user's decision about this row, as a line for a patch file."""
         return RowDecision(row=self.row, remedy=remedy, source=self.source, check=self.check, place=self.place)
 
 
 class LabelErrors(Record):
-    """Estimated label quality, from cross-validated linear classifiers.
+    """Label quality, estimated by cross-validated linear classifiers.
 
     Recall and precision are measured on labels flipped on purpose.
     """
@@ -71,9 +67,9 @@ class LabelErrors(Record):
     agreement: float
     suspects: int
     doubtful: int
-    """Rows for which another label is clearly more likely, with unknown precision."""
+    """Number of rows for which another label is clearly more likely, found with unknown precision."""
     planted: int
-    """Number of labels flipped on purpose, over all rounds."""
+    """Number of labels flipped on purpose."""
     recall: float
     """Share of flipped labels that the check found."""
     precision: float
@@ -82,7 +78,7 @@ class LabelErrors(Record):
 
 
 class Proof(Record):
-    """The measured effect of one cleaning step, on the same eval rows with and without it."""
+    """The measured effect of one cleaning step on the same eval rows."""
 
     check: str
     action: Literal["drop", "replace"]
@@ -96,7 +92,7 @@ class Proof(Record):
 
 
 class Proofs(Record):
-    """The measured effects of several cleaning steps, by linear classifiers or by whole trainings."""
+    """The measured effects of several cleaning steps, from linear classifiers or from whole trainings."""
 
     fingerprint: str
     eval_rows: int
@@ -108,16 +104,13 @@ class Proofs(Record):
     greater_is_better: bool = True
 
     def verdict(self, proof: Proof) -> Literal["helps", "hurts", "no difference found"]:
-        """Return whether a cleaning step helps or hurts, or, if its interval includes 0, that no difference was
-        found."""
+        """Return whether a cleaning step helps or hurts, or `no difference found` if its interval includes 0."""
         if proof.low <= 0 <= proof.high:
             return "no difference found"
         return "helps" if (proof.low > 0) == self.greater_is_better else "hurts"
 
 
 class Audit(Record):
-    """The summary of an audit."""
-
     fingerprint: str
     version: str = ""
     """Version of the checks, with the optional packages that were missing."""
@@ -127,7 +120,7 @@ class Audit(Record):
     clean: tuple[str, ...] = ()
     labels: LabelErrors | None = None
     languages: dict[str, dict[str, int]] = Field(default_factory=dict)
-    """Number of rows by column and language code, without short texts and code."""
+    """Number of rows by column and language code. Short texts and code are not counted."""
     not_run: dict[str, str] = Field(default_factory=dict)
     seconds: float = 0.0
 
@@ -136,7 +129,7 @@ class Audit(Record):
 
 
 def load_proofs(folder: Path, audit: Audit) -> list[Proofs]:
-    """Load the measured cleaning effects in a run folder that belong to this audit."""
+    """Load the cleaning effects that were measured for this audit, or return an empty list."""
     paths = (folder / "data" / name for name in (PROOFS, TRAINED_PROOFS))
     loaded = [Proofs.load(path) for path in paths if path.exists()]
     return [proofs for proofs in loaded if proofs.fingerprint == audit.fingerprint]

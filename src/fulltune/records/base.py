@@ -1,5 +1,3 @@
-"""The base class of records: frozen values with a fixed schema, each saved as one JSON file."""
-
 from __future__ import annotations
 
 import reprlib
@@ -16,7 +14,7 @@ _SHORT_REPR.maxother = _SHORT_REPR.maxstring = 60
 
 
 class Record(BaseModel):
-    """A frozen value that is saved as JSON and loaded again. Unknown fields are refused."""
+    """A frozen value that can be saved as JSON and loaded again. Unknown fields are refused."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -45,10 +43,10 @@ class Record(BaseModel):
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except PermissionError:
             raise SetupError(
-                f"{path}: permission denied, only its owner may read it; run the command as that user, or make the "
-                "file readable (chmod)"
+                f"{path}: permission denied, because only its owner may read it; run the command as the owner, or make "
+                "the file readable (chmod)"
             ) from None
         except ValueError:
             raise SetupError(
-                f"{path}: damaged, or written by another version of fulltune; delete it and run the command again"
+                f"{path}: the file is damaged or from another version of fulltune; delete it and run the command again"
             ) from None

@@ -27,17 +27,17 @@ class Trial(Record):
     share: float = 1.0
     """Share of a whole run's steps."""
     searches: bool = False
-    """True in a learning rate search, where a trial is scored once and its model is not kept."""
+    """True for a short trial of a learning rate search, whose model is not kept."""
 
 
 class TrialResult(Record):
-    """The result of a finished trial. A trial that diverged keeps the defaults."""
+    """The result of a finished trial. A diverged trial keeps the defaults."""
 
     trial: Trial
     metric: float
     """Eval metric of the best checkpoint, or NaN if the trial diverged."""
     train_seconds: float
-    """Time from the start of the process to the saved model, without the checks before step 1."""
+    """Seconds from the start of the process to the saved model, without the checks before step 1."""
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
     memory_growth_bytes: int = 0
@@ -45,30 +45,29 @@ class TrialResult(Record):
     tokens: int = 0
     """Tokens trained on, without padding and virtual tokens."""
     train_flops: float = 0.0
-    """Floating-point operations of all steps, from a trace, or 0 if unknown."""
+    """Floating-point operations of all steps, computed from a trace, or 0 if unknown."""
     saved_bytes: int = 0
     seconds_per_row: float | None = None
     problems: tuple[str, ...] = ()
 
 
 class Search(Record):
-    """A method's learning rate search. Trials that diverged have the metric NaN."""
+    """A method's learning rate search. Diverged trials have the metric NaN."""
 
     method: str
     tried: dict[float, float] = Field(default_factory=dict)
-    """Metric of each short trial, by learning rate."""
+    """Metric of each short trial by learning rate."""
     share: float = 0.0
     chosen: float
     """The learning rate to use, or NaN until it is chosen."""
     reason: str = ""
     whole: dict[float, float] = Field(default_factory=dict)
-    """Metric of each whole run, by learning rate. Empty if there was only one."""
+    """Metric of each whole run by learning rate, or empty if there was only one."""
     usual: float | None = None
-    """Learning rate to keep if the eval rows are inconclusive."""
+    """Default learning rate, which is kept if the eval rows are inconclusive."""
     on_edge: bool = False
-    """True if the best rate is clearly ahead and is the smallest or largest one tried."""
+    """True if the best rate is the smallest or largest one tried and is clearly ahead."""
     time_was_up: bool = False
-    """True if the time budget ended the search."""
 
 
 class Searched(Record):
@@ -86,23 +85,23 @@ class Searched(Record):
 
 
 class Expectation(Record):
-    """The design of a comparison, with its forecast cost and the differences that it can detect."""
+    """The design of a comparison, with its forecast duration and the differences that it can detect."""
 
     methods: tuple[str, ...]
     num_seeds: int
-    """Maximum number of seeds for full fine-tuning and the best other method within the budget."""
+    """Maximum number of seeds within the budget."""
     most_seeds: int
     """Maximum number of seeds if there is no budget."""
     num_search_trials: int = 0
     seconds: float = 0.0
-    """Forecast time if only full fine-tuning and the best other method get all seeds, including time already spent."""
+    """Forecast time if only full fine-tuning and the best other method get all seeds."""
     detectable: tuple[float, float] | None = None
     """Smallest differences usually detected if seeds differ by half a point, and by two points, or None if unknown."""
     notes: tuple[str, ...] = ()
     search_share: float = 0.06
     budget_seconds: float | None = None
     sequential: bool = True
-    """True if no more seeds are run once the answer is clear."""
+    """True if training stops once the answer is clear."""
 
 
 class Finding(Record):
@@ -116,7 +115,7 @@ class Finding(Record):
 
 
 class Look(Record):
-    """A decision on the eval rows, after some seeds, about which methods continue."""
+    """A decision, made on the eval rows after some seeds, about which methods get more seeds."""
 
     num_seeds: int
     max_seeds: int
@@ -124,19 +123,19 @@ class Look(Record):
     """Part of alpha that the verdict may use if no more seeds follow."""
     reason: str
     wanted_seeds: dict[str, int] = Field(default_factory=dict)
-    """Number of seeds that each method should have before the next look, or empty if no more seeds follow."""
+    """Number of seeds that each method needs next, or empty if no more seeds follow."""
     waiting: tuple[str, ...] = ()
 
 
 class Opening(Record):
-    """A record of a command that looked at the sealed test rows."""
+    """The log entry of a command that used the test rows for a verdict."""
 
     time: str
     by: str
     command: str
     trials: tuple[str, ...]
     alpha: float
-    """Error probability allowed to the verdict made then."""
+    """Accepted probability of a wrong verdict at that time."""
     left: float
 
 
@@ -144,8 +143,6 @@ class Opening(Record):
 
 
 class Difference(Record):
-    """The difference between full fine-tuning and one method."""
-
     method: str
     kind: MethodKind
     decides: bool
@@ -157,22 +154,22 @@ class Difference(Record):
     """Upper end of the interval for this difference alone, at `Decision.confidence`."""
     adjusted_low: float
     adjusted_high: float
-    """Upper end of the interval that holds jointly for all methods (Holm, spent alpha)."""
+    """Upper end of the interval that is adjusted for all methods (Holm) and earlier looks."""
     adjusted_p: float
     adjusted_equivalence_p: float
     """Larger p-value of the two one-sided tests against the margin."""
     equivalent: bool
     """True if the difference certainly lies within the margin."""
     not_worse: bool
-    """True if the method certainly loses less than the margin. It may also be better."""
+    """True if the method certainly loses less than the margin."""
     full_better: bool
     other_better: bool
-    """Like `full_better`, True only for a statistically certain difference of at least the margin."""
+    """True if the method is certainly better by at least the margin."""
     seeds_known: bool
     detectable: float
     """Smallest true difference that is detected with a probability of 80 %, at least the margin."""
     rows_needed: int | None = None
-    """Number of test rows that would decide if the estimate were exact, or None if no number would."""
+    """Number of test rows that would decide, or None if no number would."""
     seeds_needed: int | None = None
     """Number of seeds per method that would decide, or None if no number would."""
 
@@ -183,7 +180,7 @@ class Difference(Record):
 
 
 VerdictKind = Literal["FULL", "PEFT", "VARIANT", "EQUIVALENT", "UNDECIDED"]
-"""`VARIANT`: full fine-tuning with other settings beats the recipe's own."""
+"""Possible verdicts. `VARIANT` means that full fine-tuning with other settings beats the recipe's own settings."""
 
 
 class Decision(Record):
@@ -197,14 +194,14 @@ class Decision(Record):
     margin: float
     confidence: float
     alpha: float
-    """Allowed probability of a wrong FULL, PEFT or VARIANT."""
+    """Accepted probability of a wrong FULL, PEFT or VARIANT."""
     num_rows: int
     num_clusters: int
     num_draws: int
     scores: dict[str, Estimate]
     values: dict[str, tuple[float, ...]]
     seed_sds: dict[str, float]
-    """Standard deviation between a method's seeds, without the noise of the rows."""
+    """Standard deviation between the seeds of each method, without the noise of the rows."""
     differences: tuple[Difference, ...]
     headline: str
     because: tuple[str, ...]
@@ -219,7 +216,7 @@ UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan)
 
 
 class MethodRow(Record):
-    """One method's settings, costs and scores. Costs are medians, memory is the maximum. An untrained method keeps the
+    """One method's settings, costs (medians over seeds), maximum memory and scores. An untrained method keeps the
     defaults."""
 
     method: str
@@ -228,15 +225,15 @@ class MethodRow(Record):
     search: Search | None = None
     seeds: tuple[int, ...] = ()
     waited: bool = False
-    """True if the method has fewer seeds, because the verdict did not depend on it."""
+    """True if the method has fewer seeds, because more would not change the verdict."""
     weights_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     num_parameters: int = 0
     num_trainable: int = 0
     metric: Estimate = UNKNOWN
-    """Mean over seeds on the test rows, with an interval that accounts for rows and seeds."""
+    """Mean over seeds, with an interval for both rows and seeds."""
     gain_share: float | None = None
-    """Share of full fine-tuning's gain over the untouched model that this method reaches, if there is such a gain."""
+    """Share of full fine-tuning's gain that this method reaches, or None if there is no gain."""
     train_seconds: float = 0.0
     train_tokens: int = 0
     tokens_per_second: float = 0.0
@@ -253,7 +250,7 @@ class MethodRow(Record):
 
 
 class Comparison(Record):
-    """A finished comparison, used to make its report."""
+    """A finished comparison with everything that its report needs."""
 
     name: str
     model: str
@@ -283,13 +280,13 @@ class Comparison(Record):
 
     @property
     def can_resume(self) -> bool:
-        """True if more time could change an undecided verdict and some alpha is left."""
+        """True if the verdict is undecided because time was up, and some alpha is left."""
         has_alpha = bool(self.openings and self.openings[-1].left)
         return self.time_was_up and self.decision.verdict == "UNDECIDED" and has_alpha
 
     @property
     def verdicts_on_test_rows(self) -> int:
-        """Number of verdicts on the test rows, counting the same trials once."""
+        """Number of verdicts on the test rows. Verdicts on the same trials count once."""
         return len({(one.trials, one.alpha) for one in self.openings})
 
 
@@ -297,22 +294,22 @@ class Comparison(Record):
 
 
 class MethodOverTasks(Record):
-    """One method over all tasks. It stores a separate model per task, or small adapters that share one base model."""
+    """One method over all tasks, with a model per task or small adapters that share one base model."""
 
     method: str
     kind: MethodKind
     stored_bytes: int
-    """Size of the weights for all tasks. For adapter methods, the shared base model is counted only once."""
+    """Size of the weights for all tasks, with a shared base model counted once."""
     bytes_per_task: int
     train_seconds: float
     scores: dict[str, Estimate]
     behind: Estimate | None = None
-    """Mean over tasks of full fine-tuning's score minus this method's, with a joint interval. None for full itself, or
-    if a metric is not a share."""
+    """Mean over tasks of full fine-tuning's score minus this method's, or None for full itself or if a metric is not a
+    share."""
 
 
 class ManyTasks(Record):
-    """Compares a separate fully fine-tuned model per task with small per-task adapters that share one base model."""
+    """Compares one fully fine-tuned model per task with small adapters that share one base model."""
 
     model: str
     base_bytes: int

@@ -1,5 +1,3 @@
-"""Records about the prepared rows: splits, counts and previews."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,7 +10,7 @@ from fulltune.records.base import Record
 
 
 class Segment(Record):
-    """Part of a decoded row, which has a loss if `trained`."""
+    """Part of a decoded row, with a loss if `trained`."""
 
     text: str
     trained: bool
@@ -33,8 +31,6 @@ SplitName = Literal["train", "eval", "test"]
 
 
 class SplitSummary(Record):
-    """Counts of a split's rows and tokens."""
-
     rows: int
     tokens: int
     trained_tokens: int
@@ -57,7 +53,6 @@ class MixedSummary(Record):
 
     @property
     def tokens_per_epoch(self) -> float:
-        """Expected number of tokens drawn per epoch."""
         return self.rows_per_epoch * self.counts.tokens / max(1, self.counts.rows)
 
     def times_read(self, epochs: float) -> float:
@@ -66,8 +61,6 @@ class MixedSummary(Record):
 
 
 class DataSummary(Record):
-    """Summary of the prepared rows."""
-
     task: str
     problem_type: ProblemType
     columns: dict[str, str]
@@ -83,7 +76,7 @@ class DataSummary(Record):
     scale: tuple[float, float] | None = None
     """Mean and standard deviation of the targets (regression)."""
     length_explained: float = 0.0
-    """Share of the length's variance that the target explains."""
+    """Share of the variance of the lengths that the target explains."""
     splits: dict[SplitName, SplitSummary]
     sources: dict[SplitName, str]
     dropped: dict[str, int] = Field(default_factory=dict)
@@ -105,10 +98,8 @@ class DataSummary(Record):
 
     @property
     def rows_per_epoch(self) -> int:
-        """Number of train rows in an epoch, including mixed-in rows."""
         return self.splits["train"].rows + sum(source.rows_per_epoch for source in self.mixed)
 
     @property
     def tokens_per_epoch(self) -> float:
-        """Expected number of train tokens in an epoch, including mixed-in rows."""
         return self.splits["train"].tokens + sum(source.tokens_per_epoch for source in self.mixed)

@@ -1,5 +1,3 @@
-"""Events of a run, one record class per kind, as listeners receive them."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -16,8 +14,6 @@ from fulltune.records.training import Check
 
 
 class Event(Record):
-    """Base class of all events."""
-
     model_config = ConfigDict(extra="ignore")  # a line of another version may have more fields
     kind: ClassVar[str] = ""
 
@@ -31,8 +27,8 @@ class Event(Record):
 Listener = Callable[[Event], None]
 
 
-def event_of(line: Mapping[str, Any]) -> Event | None:
-    """Parse a line of `metrics.jsonl`; return None if this version cannot read it."""
+def parse_event(line: Mapping[str, Any]) -> Event | None:
+    """Parse a line of `metrics.jsonl`; return None if this version cannot read the line."""
     kind = next((event for event in Event.__subclasses__() if event.kind == line.get("kind")), None)
     try:
         return None if kind is None else kind.model_validate(line)
@@ -41,8 +37,6 @@ def event_of(line: Mapping[str, Any]) -> Event | None:
 
 
 class PhaseBegan(Event):
-    """Sent when a phase of the run begins."""
-
     kind = "phase"
     name: str
 
@@ -58,29 +52,23 @@ class RowsRead(Event):
 
 
 class DataPrepared(Event):
-    """Sent when the rows are checked, tokenized and split."""
-
     kind = "data"
     summary: DataSummary
     is_reused: bool = False
 
 
 class Planned(Event):
-    """Sent when the plan of a trial is made."""
-
     kind = "plan"
     plan: Plan
 
 
 class ChecksDone(Event):
-    """Sent when the checks before step 1 are done."""
-
     kind = "checks"
     checks: tuple[Check, ...]
 
 
 class Forecast(Event):
-    """Duration and memory, as measured by a dry run."""
+    """Duration and memory of the run, as measured by a dry run."""
 
     kind = "forecast"
     time: TimeNeed
@@ -119,7 +107,7 @@ class UpdatesMeasured(Event):
     step: int
     changed_share: float
     update_ratio: float
-    """Norm of the update divided by that of the weights, median over tensors."""
+    """Norm of the update divided by the norm of the weights, as the median over tensors."""
 
 
 class Evaluated(Event):
@@ -132,7 +120,7 @@ class Evaluated(Event):
 
 
 class Steered(Event):
-    """Sent when the measured drift changed the weight of the replayed text."""
+    """Sent when a drift measurement has changed the weight of the replayed text."""
 
     kind = "steered"
     step: int
@@ -142,7 +130,7 @@ class Steered(Event):
 
 
 class Certified(Event):
-    """Sent when weights within the budget were chosen and measured on the sealed texts."""
+    """Sent when weights within the drift budget were chosen and measured on unused texts."""
 
     kind = "certified"
     result: BudgetResult
@@ -158,8 +146,6 @@ class Designed(Event):
 
 
 class Message(Event):
-    """A sentence for the user."""
-
     kind = "message"
     text: str
     level: Literal["progress", "resumed", "next attempt", "warning"] = "progress"
@@ -174,8 +160,8 @@ class JournalEntry(Record):
     detail: str = ""
 
 
-def without_tables(listener: Listener) -> Listener:
-    """Return a listener for one of many runs, which ignores everything but steps, warnings and resumes."""
+def only_steps_and_warnings(listener: Listener) -> Listener:
+    """Return a listener that passes only steps, warnings and resumes on to `listener`."""
 
     def listen(event: Event) -> None:
         if isinstance(event, StepLogged) or (isinstance(event, Message) and event.level != "progress"):

@@ -1,5 +1,3 @@
-"""Records of the drift on generic text, and of how a run stayed within its budget for it."""
-
 from __future__ import annotations
 
 import math
@@ -14,13 +12,11 @@ BUDGET_FILES = "preserve/*.json"
 
 
 def limit_of(budget: float, is_language_model: bool) -> float:
-    """Convert a budget, a share between 0 and 1, to the units in which drift is measured."""
+    """Convert a budget, a share between 0 and 1, to the unit in which drift is measured."""
     return -math.log1p(-budget) if is_language_model else budget
 
 
 class Drift(Record):
-    """The mean drift over some generic texts."""
-
     mean: float
     error: float
     texts: int
@@ -32,7 +28,7 @@ class Drift(Record):
 
 
 class InterpolationPoint(Record):
-    """A model with weights between the pretrained and the trained ones."""
+    """A model whose weights lie between the pretrained and the trained ones."""
 
     share: float
     """Position between the pretrained (0) and the trained model (1)."""
@@ -45,7 +41,7 @@ class InterpolationPoint(Record):
 
 
 class BudgetResult(Record):
-    """How a trial stayed within its budget for forgetting."""
+    """How a trial stayed within its drift budget."""
 
     trial: str
     budget: float
@@ -58,12 +54,12 @@ class BudgetResult(Record):
     points: tuple[InterpolationPoint, ...]
     choice: InterpolationPoint
     sealed: Drift | None
-    """Drift of the kept weights on the sealed texts, or None if the pretrained model was kept."""
+    """Drift of the chosen weights on texts unused before, or None if the pretrained model was kept."""
     weights_digest: str
     weak_texts_reason: str | None = None
-    """Why the texts are a poor measure of the pretrained model's abilities, if they are."""
+    """Why the texts are a poor measure of the pretrained model's abilities, or None."""
     opening_times: tuple[str, ...]
-    """Times (ISO 8601) at which the sealed texts were read, once for each new training."""
+    """Times (ISO 8601) at which the sealed texts were read, one per training."""
 
     @property
     def start(self) -> InterpolationPoint:
@@ -75,24 +71,25 @@ class BudgetResult(Record):
 
     @property
     def passed(self) -> bool:
-        """True if the drift's upper bound on the sealed texts is within the limit."""
         return self.sealed is not None and self.sealed.upper <= self.limit
 
     @property
     def weights_reason(self) -> str | None:
-        """Why the kept weights are not the trained weights, or None if they are."""
+        """Why the chosen weights are not the trained weights, or None if they are."""
         if self.choice.share == 1:
             return None
         if not self.is_feasible:
-            return "the untouched model: no better point is within the budget for forgetting (preserve.budget)"
-        return f"scaled back to {self.choice.share:.0%} of the way, within the budget for forgetting (preserve.budget)"
+            return (
+                "the pretrained model, because no better weights are within the budget for forgetting (preserve.budget)"
+            )
+        return f"moved back to {self.choice.share:.0%} of the way from the pretrained weights, within preserve.budget"
 
     @property
     def is_feasible(self) -> bool:
-        """True if other weights than the pretrained ones are kept."""
+        """True if weights other than the pretrained ones were chosen."""
         return not self.choice.is_start
 
-    def gain_of(self, point: InterpolationPoint) -> float:
-        """Return how much a point improves the metric over the pretrained model, or 0 if the metric is not finite."""
+    def metric_gain(self, point: InterpolationPoint) -> float:
+        """Return how much better a point's metric is than the pretrained model's, or 0 if not finite."""
         better = (point.metric - self.start.metric) * (1 if self.greater_is_better else -1)
         return better if math.isfinite(better) else 0.0

@@ -1,5 +1,4 @@
-"""Records of a trial's plan: settings with reasons, memory, disk space and time. Sizes are in bytes, times in
-seconds."""
+"""Records of a trial's plan. Sizes are in bytes, times in seconds."""
 
 from __future__ import annotations
 
@@ -11,8 +10,6 @@ from fulltune.records.base import Record
 
 
 class Setting(Record):
-    """A planned setting with its value and the reason for it."""
-
     name: str
     value: Any
     reason: str
@@ -22,7 +19,7 @@ class Setting(Record):
 
 MemoryKind = Literal["weights", "gradients", "optimizer", "activations", "logits", "buffers"]
 Phase = Literal["loading", "step", "evaluation", "saving", "resuming"]
-"""Parts of an attempt, each with a memory peak of its own."""
+"""Parts of an attempt, each with its own memory peak."""
 
 
 class MemoryNeed(Record):
@@ -31,7 +28,6 @@ class MemoryNeed(Record):
     kinds: dict[MemoryKind, int]
     """Bytes in use at the peak of a step, by what they hold."""
     phases: dict[Phase, int]
-    """Peak memory of each phase in bytes."""
     host: int = 0
     """Bytes that a process offloads to host memory."""
 
@@ -49,8 +45,6 @@ class MemoryNeed(Record):
 
 
 class DiskNeed(Record):
-    """The run's peak disk usage."""
-
     checkpoint_bytes: int
     num_checkpoints: int
     model: int
@@ -65,7 +59,7 @@ BASELINES, TRAINED = "scoring the baselines", "scoring the trained model"
 
 
 class TimeNeed(Record):
-    """The duration of a run, computed before it starts or measured in its dry run."""
+    """The duration of a run, computed before the start or measured in the dry run."""
 
     train_seconds: float
     eval_seconds: float
@@ -77,7 +71,7 @@ class TimeNeed(Record):
     stop_seconds: float = 0.0
     """Longest time from a stop signal to the saved checkpoint, or 0 if unknown."""
     overhead_seconds: dict[str, float] = Field(default_factory=dict)
-    """Time of each phase outside training, in order. The keys are the constants above."""
+    """Time of each phase outside training, such as `STARTING`, in order."""
 
     @property
     def total_seconds(self) -> float:
@@ -91,26 +85,23 @@ class TimeNeed(Record):
 
 
 class GenericTexts(Record):
-    """How many generic texts the run reads to measure and limit forgetting."""
+    """Numbers of generic texts read to measure and limit forgetting."""
 
     texts_per_evaluation: int = 0
     budget: float | None = None
     replay_rows: int = 0
-    """Texts that are replayed in each step."""
     steer_steps: int = 0
     """Number of steps between two updates of the replay weight."""
     texts_read_once: int = 0
-    """Texts read before step 1 and again after the last step."""
+    """Number of texts read before step 1 and again after the last step."""
     scored_rows: int = 0
-    """Eval rows that are scored again after the last step."""
+    """Number of eval rows that are scored again after the last step."""
 
 
 class MemorySettings(Record):
-    """The settings of a plan that affect its memory."""
-
     micro_batch_size: int
     longest_tokens: int
-    """Number of tokens of the longest row, or of its longest choice."""
+    """Number of tokens in the longest row or choice."""
     gradient_accumulation_steps: int = 1
     eval_batch_size: int = 1
     num_processes: int = 1
@@ -125,8 +116,7 @@ class MemorySettings(Record):
     activation_checkpointing: bool = False
     can_recompute: bool = True
     plain_logits: bool = True
-    """False if the loss cannot be chunked, because logits are scaled or capped after the head or a user's loss needs
-    all of them."""
+    """False if the loss cannot be chunked, for example because logits are scaled after the head."""
     torch_compile: bool = False
     chunked_loss: bool = False
     generic_first: bool = False
@@ -135,12 +125,11 @@ class MemorySettings(Record):
     probe_bytes: int = 0
     """Memory needed to fit the linear probe, or 0 if there is none."""
     num_all_parameters: int | None = None
-    """Number of parameters of the model and the method together, or None if the method adds none."""
+    """Number of parameters of model and method together, or None if the method adds none."""
     num_trainable: int | None = None
     """Number of trained parameters, or None for all."""
 
     def changed(self, **values: Any) -> Self:
-        """Return a copy of the settings with some values replaced."""
         return self.model_copy(update=values)
 
     @property
@@ -149,8 +138,6 @@ class MemorySettings(Record):
 
 
 class Plan(MemorySettings):
-    """The complete plan of a trial."""
-
     trial: str
     data_fingerprint: str = ""
     method: str
@@ -158,7 +145,7 @@ class Plan(MemorySettings):
     seed: int
     learning_rate: float
     head_learning_rate: float | None = None
-    """Learning rate of head and pooler, or None if it is the same."""
+    """Learning rate of head and pooler, or None if it equals `learning_rate`."""
     head_init: Literal["probe", "random"] | None = None
     layerwise_lr_decay: float
     num_train_epochs: float
@@ -185,13 +172,13 @@ class Plan(MemorySettings):
     rollbacks: tuple[int, ...] = ()
     """Steps that the run has returned to, oldest first, where 0 is the start.
 
-    Each one changes the order of rows. Each one to a checkpoint, except the first, halves the learning rate.
+    Each rollback changes the order of rows. Each rollback to a checkpoint, except the first, halves the learning rate.
     """
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None
     memory: MemoryNeed | None = None
     sent_bytes_per_micro_batch: int = 0
-    """Bytes that a process, and also its whole machine, sends per micro batch."""
+    """Bytes that each process, and each whole machine, sends per micro batch."""
     sent_bytes_per_update: int = 0
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
@@ -253,16 +240,13 @@ class WayOut(Record):
     frees_bytes: int
     where: Literal["device", "disk"]
     enough: bool
-    """True if this change alone is enough."""
     costs: str
     settings: dict[str, Any] = Field(default_factory=dict)
     hardware: str = ""
-    """Value for `--for`, if the change is other hardware."""
+    """Value for `--for` if the change is other hardware."""
 
 
 class Advice(Record):
-    """What published results say about a method for such a task."""
-
     method: Literal["full fine-tuning", "LoRA", "adapters", "prompt tuning"]
     verdict: Literal["take", "try", "leave"]
     rule: str
@@ -282,7 +266,6 @@ class Survey(Record):
     length_percentiles: dict[str, int]
     max_length: int
     fits: bool
-    """True if some placement fits."""
     full_fits: bool = True
     placement: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)

@@ -1,5 +1,3 @@
-"""Records of linear classifiers on the pretrained model, which initialise a new head and serve as a baseline."""
-
 from __future__ import annotations
 
 from typing import Literal
@@ -12,12 +10,12 @@ MOST_FEATURE_BYTES = 2**28
 MOST_SOLVER_BYTES = 2**30
 """Maximum size of the solver's weights, history and logits, in bytes."""
 OTHER_TOKENS = 8
-"""Number of random tokens used from each window, besides those where the answer starts and ends."""
+"""Number of random tokens used from each window, besides those where the answer begins and ends."""
 PAIRS = 5 / 3
-"""Size of a pair's features relative to a single text's: five vectors instead of three, as each text is also read
+"""Size of a pair's features relative to a single text's: five vectors instead of three, because each text is also read
 alone."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
-"""Limits of the eval rows that select strength and features; with fewer, cross-validation does."""
+"""Limits of the eval rows that select strength and features. With fewer, cross-validation selects them."""
 
 
 def items_per_row(kind: str, words: float, num_choices: int) -> float:
@@ -25,31 +23,30 @@ def items_per_row(kind: str, words: float, num_choices: int) -> float:
     return {"tags": words, "choice": num_choices, "span": OTHER_TOKENS + 2}.get(kind, 1)
 
 
-def rows_within(kind: str, per_row: float, width: int, most: int = MOST_ROWS) -> int:
-    """Return how many rows fit into `MOST_FEATURE_BYTES`, with `per_row` items of `width` features each."""
+def max_probe_rows(kind: str, per_row: float, width: int, most: int = MOST_ROWS) -> int:
+    """Return how many rows' features fit into `MOST_FEATURE_BYTES`, at most `most`. Each row has `per_row` items of
+    `width` features."""
     kinds = 2 if kind == "tags" else 3  # a tagger's head has no dense layer
     return max(1, min(most, int(MOST_FEATURE_BYTES / (kinds * 4 * max(1, width) * per_row))))
 
 
 def solver_bytes(kind: str, num_items: int, num_outputs: int, width: int) -> int:
-    """Return the memory that L-BFGS needs, in bytes.
+    """Return the memory in bytes that L-BFGS needs for `num_items` items of `width` features.
 
-    It holds ten changes of all weights and gradients, and the logits with their gradients, in 64 bits.
+    The solver holds ten changes of all weights and gradients, and the logits with their gradients, in 64 bits.
     """
     logits = 2 * num_items if kind in ("single_label", "tags") else 0
     return 8 * num_outputs * (25 * width + logits)
 
 
 class HeadStart(Record):
-    """How a new head starts."""
-
     dense: Literal["loaded", "scaled", "mean"] | None
     """Dense layer before the last one: `loaded` from the checkpoint, a `scaled` identity, or a linear map to the `mean`
     over all tokens. None if there is no dense layer."""
     strength: float
-    """One of `fulltune.probe.linear.STRENGTHS`. Larger means less regularised."""
+    """One of `fulltune.probe.linear.STRENGTHS`. Larger values mean less regularisation."""
     loss: float
-    """Held-out loss: cross entropy in nats, or the unexplained share of the variance for numbers."""
+    """Held-out loss: cross entropy in nats, or for numbers the unexplained share of the variance."""
 
 
 class FrozenBaseline(Record):
@@ -65,7 +62,7 @@ class FrozenBaseline(Record):
 
 
 class Probe(Record):
-    """The linear classifiers fitted on a pretrained model."""
+    """The linear classifiers fitted on a pretrained model's features."""
 
     head: HeadStart | None
     baseline: FrozenBaseline | None
@@ -76,11 +73,11 @@ class Probe(Record):
     seconds: float = 0.0
 
     @property
-    def in_words(self) -> str:
-        """How the head starts, as the result of a check."""
+    def head_origin(self) -> str:
+        """Describes how the head was initialised, or why at random."""
         if self.head is None:
             return f"drawn at random: {self.failure}"
         dense = {"loaded": "", "scaled": ", pooler scaled", "mean": ", pooler set to the mean of all tokens", None: ""}
         few = f"{self.train_rows:,} of " if self.train_rows < self.available_rows else ""
         rows = f"{few}{self.available_rows:,} train rows"
-        return f"starts from a linear probe of the untouched model ({rows}{dense[self.head.dense]})"
+        return f"starts from a linear probe of the pretrained model ({rows}{dense[self.head.dense]})"

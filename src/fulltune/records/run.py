@@ -1,5 +1,3 @@
-"""Records of a run's environment, and the log of each scoring of test rows."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,8 +14,6 @@ COMPARISON = "comparison"
 
 
 class MachineRecord(Record):
-    """One of the machines of a run."""
-
     rank: int
     host: str
     cpu: str
@@ -28,8 +24,6 @@ class MachineRecord(Record):
 
 
 class Environment(Record):
-    """Machine, packages and duration of a run."""
-
     start_time: str
     fulltune: str
     python: str
@@ -45,7 +39,7 @@ class Environment(Record):
 
 
 class Access(Record):
-    """One scoring of test rows, by a model or by a comparison's verdict."""
+    """A log entry for one scoring of test rows, by a model or a comparison's verdict."""
 
     time: str
     run: str
@@ -56,8 +50,8 @@ class Access(Record):
     """Hash of the test rows, in any order."""
 
     @classmethod
-    def of_same_rows(cls, folder: Path) -> tuple[Self, ...]:
-        """List every scoring of a run's test rows, by this or other runs. The list is empty if this run scored none."""
+    def load_for_same_rows(cls, folder: Path) -> tuple[Self, ...]:
+        """Load all runs' log entries for the test rows of this run. The tuple is empty if this run scored none."""
         folder, accesses = folder.resolve(), []
         for line in read_json_lines(folder.parent / ACCESSES):
             try:

@@ -1,5 +1,3 @@
-"""Records of test scores of models and baselines: metrics with intervals, answers and confusion matrices."""
-
 from __future__ import annotations
 
 from typing import Literal
@@ -16,13 +14,13 @@ class Estimate(Record):
     low: float
     high: float
     rows: int | None = None
-    """Number of scored rows, or None if unknown. Generated answers have fewer than all."""
+    """Number of scored rows, or None if unknown. Only some rows get generated answers."""
     clusters: int | None = None
-    """Number of groups of dependent rows, which are resampled together. None if each row is its own group."""
+    """Number of groups of dependent rows that are resampled together, or None if all rows are independent."""
 
     @property
     def no_interval_reason(self) -> str | None:
-        """Why there is no interval, or None if there is an interval."""
+        """Why the metric has no interval, or None if it has one."""
         if self.rows == 1:
             return "one row"
         return "one group of rows" if self.clusters == 1 else None
@@ -36,7 +34,7 @@ class Calibration(Record):
     expected_calibration_error_scaled: float
     """The error after temperature scaling, with the temperature fitted on eval rows."""
     note: str | None = None
-    """Why no temperature was fitted, or None."""
+    """Why no temperature was fitted, or None if one was."""
 
 
 class Confusion(Record):
@@ -47,7 +45,7 @@ class Confusion(Record):
 
 
 class Answer(Record):
-    """A test row with the expected answer and the model's."""
+    """A test row with the expected and the predicted answer."""
 
     text: str
     expected: str
@@ -56,8 +54,6 @@ class Answer(Record):
 
 
 class Scores(Record):
-    """The scores of one model or baseline on the test rows."""
-
     name: str
     kind: Literal["baseline", "untouched", "trained"]
     rows: int
@@ -66,7 +62,7 @@ class Scores(Record):
     greater_is_better: bool
     confidence: float
     differences: dict[str, Estimate] = Field(default_factory=dict)
-    """Paired difference of the main metric from each other model or baseline, by its name."""
+    """Paired difference in the main metric from each other model or baseline, by name."""
     num_leaks: int = 0
     near_leaks: bool = False
     metric_without_leaks: Estimate | None = None

@@ -1,4 +1,4 @@
-"""Records of an attempt's outcome, and of `fulltune plan --measure`. Sizes are in bytes, times in seconds."""
+"""Records of an attempt's outcome. Sizes are in bytes, times in seconds."""
 
 from __future__ import annotations
 
@@ -26,16 +26,12 @@ OutcomeStatus = Literal[
 
 
 class Check(Record):
-    """The result of a check before step 1."""
-
     name: str
     result: str
     passed: bool
 
 
 class ParameterChanges(Record):
-    """How many parameters training changed."""
-
     num_tensors_with_gradient: int
     num_tensors_changed: int
     num_values_with_gradient: int
@@ -60,19 +56,17 @@ class LostMachine(Record):
 
 
 class Outcome(Record):
-    """How an attempt ended."""
-
     status: OutcomeStatus
     reason: str
     trial: str
     attempt: int
     steps: int = 0
     best_step: int | None = None
-    """Step of the kept weights."""
+    """Step at which the saved weights were reached."""
     best_metric: float | None = None
-    """Eval metric of the kept weights."""
+    """Eval metric of the saved weights."""
     weights_reason: str | None = None
-    """Why the kept weights are not those of the best evaluation, or None if they are."""
+    """Why the saved weights are not those of the best evaluation, or None if they are."""
     tokens_by_source: tuple[int, ...] = ()
     """Number of tokens trained on, of the task and of each mixed-in source. Empty without mixed-in sources."""
     parameter_changes: ParameterChanges | None = None
@@ -80,9 +74,9 @@ class Outcome(Record):
     train_seconds: float = 0.0
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
-    """Peak memory of the training process, or on a GPU the peak reserved there."""
+    """Peak memory of the training process, or on a GPU its peak reserved memory."""
     memory_growth_bytes: int = 0
-    """Peak memory above what was used before the model was loaded."""
+    """Peak memory above the memory in use before the model was loaded."""
     memory_growth_per_process: tuple[int, ...] = ()
     phase: Phase | None = None
     first_bad_step: int | None = None
@@ -96,16 +90,16 @@ class Outcome(Record):
 
 
 class MeasuredSetting(Record):
-    """A setting that was measured for one step in a process of its own."""
+    """A setting that was measured for one step in its own process."""
 
     name: str
     kind: Literal["lever", "micro batch", "compile"]
-    """Speedups are added one on top of the other, while other rows change one setting of the best row."""
+    """Speedups are added to each other, while other rows change one setting of the best row."""
     changes: dict[str, Any]
     peak_memory_bytes: int = 0
     tokens_per_second: float = 0.0
     train_seconds: float = 0.0
-    """Duration of the whole training at this speed."""
+    """Duration of the whole training at this speed, in seconds."""
     loss: float | None = None
     problem: str | None = None
     is_best: bool = False

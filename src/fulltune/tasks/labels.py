@@ -13,7 +13,7 @@ from typing import Any
 from fulltune.errors import DataError, RecipeError
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.rules import conflicts
+from fulltune.recipe.rules import excluded_combinations
 from fulltune.records.data import DataSummary
 from fulltune.tasks import PLACE, Row, Target
 from fulltune.tasks.columns import literal
@@ -272,7 +272,7 @@ def label_name(value: object) -> str:
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
     """Raise `RecipeError` if settings such as class weights do not suit the labels."""
-    if problems := conflicts(recipe, summary.form):
+    if problems := excluded_combinations(recipe, summary.form):
         raise RecipeError(problems)
     class_weights(recipe, summary)
 

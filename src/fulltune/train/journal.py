@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from fulltune.files import read_json_lines
-from fulltune.records.events import Evaluated, Event, JournalEntry, PhaseBegan, StepLogged, event_of
+from fulltune.records.events import Evaluated, Event, JournalEntry, PhaseBegan, StepLogged, parse_event
 from fulltune.records.plan import Phase
 from fulltune.records.training import Outcome
 from fulltune.train.request import Request, attempt_folders
@@ -99,7 +99,7 @@ def trial_seconds(folder: Path, trial: str) -> float:
 
 def _recorded_events(attempt: Path) -> list[Event]:
     # A killed process or a full disk may have truncated a line; the report mentions it.
-    return [event for line in read_json_lines(attempt / "metrics.jsonl") if (event := event_of(line)) is not None]
+    return [event for line in read_json_lines(attempt / "metrics.jsonl") if (event := parse_event(line)) is not None]
 
 
 def _seconds_of_steps(events: list[Event], until: int) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fulltune.compare.sequential import spent
-from fulltune.compare.verdict import MethodOutputs, Terms, decide
+from fulltune.compare.sequential import alpha_spent
+from fulltune.compare.verdict import MethodOutputs, Terms, decide_verdict
 from fulltune.recipe.methods import MethodKind
 from fulltune.records.comparison import Decision, Look
 from fulltune.stats.bootstrap import ResamplableMetric, ResampledTrials, draw, measure_of
@@ -33,7 +33,7 @@ def decided(
 ) -> Decision:
     """The verdict on a thousand resamples."""
     drawn = draw(measure, [one.trials for one in methods], None, 1000)
-    return decide(methods, drawn, Terms(measure, margin, alpha=alpha))
+    return decide_verdict(methods, drawn, Terms(measure, margin, alpha=alpha))
 
 
 def drawn_right(
@@ -71,7 +71,7 @@ def looks_of(count: int, most: int = 0, alpha: float = 0.05, *, ends: bool = Fal
         Look(
             num_seeds=n,
             max_seeds=most,
-            spent=spent(n, most, alpha),
+            spent=alpha_spent(n, most, alpha),
             reason="",
             wanted_seeds={} if ends and n == count else {"full": n + 1},
         )

@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 
 from fulltune.compare import budget
-from fulltune.compare.budget import Cost, detectable, fitting, seconds
+from fulltune.compare.budget import Cost, fit_design_to_budget, forecast_seconds, with_detectable_differences
 from fulltune.compare.context import Context
-from fulltune.compare.sequential import TIME_UP_SHARE, spent
+from fulltune.compare.sequential import TIME_UP_SHARE, alpha_spent
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Expectation
@@ -52,8 +52,8 @@ def design_of(
     **changes: Any,
 ) -> Expectation:
     """With what it can find by a margin of a point."""
-    design = fitting(costs, whole(costs, seeds, budget_seconds=budget, **changes), end, spent)
-    return detectable(design, costs, 0.01, 0.05, test_rows)
+    design = fit_design_to_budget(costs, whole(costs, seeds, budget_seconds=budget, **changes), end, spent)
+    return with_detectable_differences(design, costs, 0.01, 0.05, test_rows)
 
 
 def test_without_budget_it_is_the_whole_design() -> None:
@@ -62,7 +62,7 @@ def test_without_budget_it_is_the_whole_design() -> None:
     assert (design.num_seeds, design.most_seeds, design.num_search_trials, design.notes) == (3, 3, 6, ())
     assert design.detectable is not None
     alike, apart = design.detectable
-    assert alike == planned_detectable(3080, 3, 0.005, 0.01, spent(3, 3, 0.05)) < apart
+    assert alike == planned_detectable(3080, 3, 0.005, 0.01, alpha_spent(3, 3, 0.05)) < apart
 
 
 def test_methods_that_wait_get_one_run_and_head_never_leads() -> None:
@@ -107,7 +107,7 @@ def test_budget_gives_up_breadth_before_the_third_and_the_search_after_it() -> N
     assert all(design.methods == ("full", "lora") for design in fitting if not design.search_share)
     # Five is nothing that a recipe says.
     assert {design.notes[0] for design in fitting if design.num_seeds == 2} == {
-        "2 seeds are planned instead of up to 5; more run if time remains"
+        "2 seeds are planned instead of 5; more seeds run if time remains"
     }
 
 
@@ -116,7 +116,7 @@ def test_budget_that_is_too_short_is_refused_with_one_that_is_enough() -> None:
         design_of(COSTS, budget=120)
     (problem,) = caught.value.problems
     assert problem.startswith("--budget 2m is too short for a verdict: 2 runs each of full and lora")
-    enough = parse_seconds(problem.partition("give --budget ")[2].split()[0])
+    enough = parse_seconds(problem.partition("set --budget ")[2].split()[0])
     slower = {method: replace(cost, run=1.1 * cost.run) for method, cost in COSTS.items()}  # next time
     assert all(design_of(costs, budget=enough).num_seeds == 2 for costs in (COSTS, slower))
 
@@ -137,7 +137,7 @@ def test_detectable_of_a_budget_that_will_end_is_that_of_the_part_of_alpha_it_ma
         if (design := fitted(time, seeds=3)) and len(design.methods) < 4 and design.num_seeds == 3
     )
     rivals = len([method for method in some.methods if FIELD[method].decides]) - 1
-    level = TIME_UP_SHARE * spent(3, 3, 0.05) / rivals
+    level = TIME_UP_SHARE * alpha_spent(3, 3, 0.05) / rivals
     assert some.detectable is not None
     assert some.detectable[0] == planned_detectable(300, 3, 0.005, 0.01, level)
 
@@ -154,8 +154,8 @@ def test_going_on_counts_what_is_there_and_what_was_spent() -> None:
 def test_going_on_reckons_with_another_rate_where_a_search_is_made_again() -> None:
     """Two runs of each at the usual rate: they count only in a design that searches no rates."""
     at_usual = {method: replace(cost, done=2) for method, cost in COSTS.items()}
-    assert seconds(at_usual, whole(COSTS, 2)) == seconds(COSTS, whole(COSTS, 2))
-    assert seconds(at_usual, whole(COSTS, 2, search_share=0.0)) == 0
+    assert forecast_seconds(at_usual, whole(COSTS, 2)) == forecast_seconds(COSTS, whole(COSTS, 2))
+    assert forecast_seconds(at_usual, whole(COSTS, 2, search_share=0.0)) == 0
 
 
 def test_search_alone_pays_for_no_scoring_and_no_verdict(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_search_alone_pays_for_no_scoring_and_no_verdict(tmp_path: Path) -> None
         job.recipe = Recipe.model_validate(
             {"model": "m", "task": "causal-lm", "data": {"train": "a"}, "methods": list(methods)}
         )
-        with mock.patch.object(Context, "setup", return_value=mock.Mock(plan=planned)):
-            costs, end = budget.costs_of(line)
+        with mock.patch.object(Context, "method_setup", return_value=mock.Mock(plan=planned)):
+            costs, end = budget.forecast_costs(line)
         seconds_of[methods] = costs["full"].scoring, end
         assert (costs["full"].run, costs["full"].start) == (70.0, budget.START_SECONDS)
     assert min(seconds_of["full", "lora"]) > budget.SCORING_SECONDS
@@ -182,4 +182,4 @@ def test_search_alone_pays_for_no_scoring_and_no_verdict(tmp_path: Path) -> None
     ("time", "text", "up"), [(45, "45s", "50s"), (61, "1m1s", "1m10s"), (431, "7m11s", "7m30s"), (3601, "1h", "1h5m")]
 )
 def test_times_are_written_as_they_are_typed(time: float, text: str, up: str) -> None:
-    assert (typed_seconds(time), typed_seconds(budget.round_up(time))) == (text, up)
+    assert (typed_seconds(time), typed_seconds(budget.round_up_seconds(time))) == (text, up)

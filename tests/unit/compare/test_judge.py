@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fulltune.compare import conclude, verdict
-from fulltune.compare.conclude import without_leaks
+from fulltune.compare.conclude import verdict_without_leaks
 from fulltune.compare.context import RECORD
 from fulltune.compare.seeds import SeedRuns
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
@@ -50,13 +50,13 @@ def line(tmp_path: Path) -> Any:
 def given() -> Iterator[dict[str, Any]]:
     """What is asked of the verdict's parts."""
     planned = {
-        "untouched": mock.Mock(return_value=()),
-        "method_outputs": mock.Mock(return_value=[]),
-        "decide": mock.Mock(return_value=comparisons.undecided().decision),
+        "score_baselines": mock.Mock(return_value=()),
+        "load_method_outputs": mock.Mock(return_value=[]),
+        "decide_verdict": mock.Mock(return_value=comparisons.undecided().decision),
         "draw": mock.Mock(),
-        "without_leaks": mock.Mock(return_value=[]),
+        "verdict_without_leaks": mock.Mock(return_value=[]),
         "note_access": mock.Mock(),
-        "comparison_of": mock.Mock(return_value=comparisons.undecided()),
+        "build_comparison": mock.Mock(return_value=comparisons.undecided()),
     }
     with mock.patch.multiple(conclude, **planned):
         yield planned
@@ -76,7 +76,7 @@ RESULTS = {method: [result(trial(f"{method}-seed42", 1e-3))] for method in ("ful
         (1, ["without the test row whose text also occurs in train: full 74.9%, lora 25.1%, and still FULL"]),
         (200, ["without the 200 test rows whose text also occurs in train: full 50.0%, lora 50.0%, and not FULL but "
                "EQUIVALENT"]),
-        (395, ["without the 395 test rows whose text also occurs in train: too few remain for a verdict"]),
+        (395, ["without the 395 test rows whose text also occurs in train: too few rows remain for a verdict"]),
     ],
 )  # fmt: skip
 def test_verdict_without_test_rows_that_stand_in_train(
@@ -87,34 +87,36 @@ def test_verdict_without_test_rows_that_stand_in_train(
     half = rows % 2 == 1
     of: list[tuple[Any, np.ndarray]] = [("full", (rows < 200) | half), ("lora", (rows >= 200) & half)]
     methods = [method(name, name, np.stack([right] * 3)) for name, right in of]
-    given["decide"].side_effect, given["draw"].side_effect = verdict.decide, bootstrap.draw
+    given["decide_verdict"].side_effect, given["draw"].side_effect = verdict.decide_verdict, bootstrap.draw
     line.measure, line.recipe.compare.margin, line.recipe.evaluate.confidence = ACCURACY, 0.2, 0.95
     line.recipe.data.near_duplicates = 1.0
     line.summary.columns = {"text": "t"}
-    decision = conclude._decide_on_rows(line, methods, rows, 0.05)
+    decision = conclude._verdict_on_rows(line, methods, rows, 0.05)
     np.save(line.folder / "data" / "test" / IN_TRAIN, rows < leaked)
-    assert without_leaks(line, methods, rows, decision) == expected
+    assert verdict_without_leaks(line, methods, rows, decision) == expected
 
 
 def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any, given: dict[str, Any]) -> None:
     """All seeds were run, so that the last look would take all."""
-    conclude.judge(ran(line, looks_of(3, ends=True)))
-    (opening,) = given["comparison_of"].call_args.args[-1]
-    assert given["decide"].call_args.args[-1].alpha == opening.alpha > 0
+    conclude.judge_on_test_rows(ran(line, looks_of(3, ends=True)))
+    (opening,) = given["build_comparison"].call_args.args[-1]
+    assert given["decide_verdict"].call_args.args[-1].alpha == opening.alpha > 0
     assert opening.left == pytest.approx(opening.alpha)
     line.trained_methods.pop()
-    conclude.judge(ran(line, looks_of(3, ends=True)))
-    assert given["decide"].call_args.args[-1].alpha == looks_of(3)[-1].spent
+    conclude.judge_on_test_rows(ran(line, looks_of(3, ends=True)))
+    assert given["decide_verdict"].call_args.args[-1].alpha == looks_of(3)[-1].spent
 
 
 def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: Any) -> None:
-    comparison = conclude.judge(ran(line))  # there is no models/full, no models/lora
+    comparison = conclude.judge_on_test_rows(ran(line))  # there is no models/full, no models/lora
     assert type(comparison).load(line.folder / RECORD) == comparison
-    assert line.said[1:] == [f"{method}: no model card, because models/{method} no longer exists" for method in RESULTS]
+    assert line.said[1:] == [
+        f"{method}: no model card was written, because models/{method} no longer exists" for method in RESULTS
+    ]
     with mock.patch.object(conclude, "write_model_cards", side_effect=OSError("the disk is full")):
         (line.folder / RECORD).unlink()
         with pytest.raises(OSError, match="the disk is full"):
-            conclude.judge(ran(line))
+            conclude.judge_on_test_rows(ran(line))
     assert (line.folder / RECORD).exists()
 
 
@@ -124,8 +126,8 @@ def test_rate_that_was_not_searched_for_lack_of_time_leaves_a_part_of_alpha_too(
     """The card says that a larger budget would search it, so there must be something left to test with."""
     line.trained_methods.pop()
     unsearched = Search(method="lora", chosen=1e-3, time_was_up=True)
-    conclude.judge(ran(line, looks_of(3, ends=True), {"lora": unsearched}))
-    (opening,) = given["comparison_of"].call_args.args[-1]
+    conclude.judge_on_test_rows(ran(line, looks_of(3, ends=True), {"lora": unsearched}))
+    (opening,) = given["build_comparison"].call_args.args[-1]
     assert opening.left == pytest.approx(opening.alpha)
     assert ran(line, searches={"lora": unsearched}).lacks_time
     assert not ran(line).lacks_time

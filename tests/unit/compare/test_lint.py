@@ -93,13 +93,18 @@ def test_lint_of_clean_design_is_silent() -> None:
 @pytest.mark.parametrize(
     ("planted", "rule", "level", "words"),
     [
-        ({"lora": {"seeds": (1,)}, "time_was_up": True}, "no-time-for-seeds", "worth knowing", "1 seed: the budget"),
-        ({"lora": {"seeds": (1, 2)}, "time_was_up": True}, "no-time-for-seeds", "worth knowing", "2 seeds: the"),
+        ({"lora": {"seeds": (1,)}, "time_was_up": True}, "no-time-for-seeds", "worth knowing", "only 1 seed, because"),
+        (
+            {"lora": {"seeds": (1, 2)}, "time_was_up": True},
+            "no-time-for-seeds",
+            "worth knowing",
+            "only 2 seeds, because",
+        ),
         (
             {"lora": found_by(chosen=3e-4, time_was_up=True)},
             "no-time-for-rates",
             "unfair",
-            "the budget is too short to search",
+            "the budget was too short to search",
         ),
         ({"left_out": ("prompt",)}, "left-out", "worth knowing", "the budget is too short"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.compare.budget import why_finished
+from fulltune.compare.budget import why_not_resumable
 from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import content
 from tests import comparisons
@@ -24,13 +24,13 @@ def ended(left: float, budget_seconds: float = 360.0) -> Comparison:
         (0.01, 720.0, None),
         (0.01, None, None),
         (0.01, 360.0, "the budget of 6m is used up; to continue, raise the total, such as --budget 12m"),
-        (0.0, 720.0, "finished: the permitted error rate is used up"),
+        (0.0, 720.0, "finished, because the permitted error rate is used up"),
     ],
 )
 def test_goes_on_with_more_time_where_a_part_of_the_chance_of_a_wrong_answer_is_left(
     left: float, budget: float | None, reason: str | None
 ) -> None:
-    refusal = why_finished(ended(left), budget)
+    refusal = why_not_resumable(ended(left), budget)
     assert refusal is None if reason is None else (refusal or "").startswith(reason)
 
 

@@ -15,9 +15,9 @@ LOSS = Scale(greater_is_better=False, eval_rows=1003, is_share=False)
 
 
 def test_grid_is_logarithmic_around_the_usual_rate() -> None:
-    assert rates.grid(2e-4, None, None) == (6.3e-05, 0.0002, 0.00063)
-    assert rates.grid(2e-4, (1e-3, 1e-4), None) == (1e-4, 1e-3)
-    assert rates.grid(2e-4, None, 5e-5) == (5e-5,)
+    assert rates.rates_to_try(2e-4, None, None) == (6.3e-05, 0.0002, 0.00063)
+    assert rates.rates_to_try(2e-4, (1e-3, 1e-4), None) == (1e-4, 1e-3)
+    assert rates.rates_to_try(2e-4, None, 5e-5) == (5e-5,)
 
 
 @pytest.mark.parametrize(
@@ -36,13 +36,13 @@ def test_grid_is_logarithmic_around_the_usual_rate() -> None:
 def test_beyond_best_at_the_edge_extends_the_grid(
     metrics: dict[float, float], greater: bool, following: float | None
 ) -> None:
-    assert rates.beyond(metrics, Scale(greater, 1000, True)) == following
+    assert rates.next_rate_beyond_grid(metrics, Scale(greater, 1000, True)) == following
 
 
 def test_best_of_equal_rates_the_lowest_comes_first() -> None:
-    assert rates.best_of({1e-4: 0.5, 3e-4: 0.9, 1e-3: 0.9}, SHARE) == [3e-4, 1e-3]
-    assert rates.best_of({1e-4: 2.0, 3e-4: 2.0, 1e-3: 2.5}, LOSS) == [1e-4, 3e-4]
-    assert rates.best_of({1e-4: math.nan, 3e-4: 0.1}, SHARE) == [3e-4]
+    assert rates.best_rates({1e-4: 0.5, 3e-4: 0.9, 1e-3: 0.9}, SHARE) == [3e-4, 1e-3]
+    assert rates.best_rates({1e-4: 2.0, 3e-4: 2.0, 1e-3: 2.5}, LOSS) == [1e-4, 3e-4]
+    assert rates.best_rates({1e-4: math.nan, 3e-4: 0.1}, SHARE) == [3e-4]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_best_of_equal_rates_the_lowest_comes_first() -> None:
 def test_usual_rate_is_the_default_or_the_nearest_of_given_ones(
     grid: tuple[float, ...], usual: float, nearest: float
 ) -> None:
-    assert rates.nearest(grid, rates.rounded(usual)) == nearest
+    assert rates.nearest_rate(grid, rates.rounded(usual)) == nearest
 
 
 FEW = Scale(greater_is_better=True, eval_rows=28, is_share=True)
@@ -85,7 +85,7 @@ def test_usual_rate_is_kept_unless_another_is_ahead_by_a_standard_error(
     metrics: tuple[float, float, float], scale: Scale, rate: float
 ) -> None:
     tried = dict(zip((1e-4, 3e-4, 1e-3), metrics, strict=True))
-    assert rates.choice(tried, scale, 3e-4) == rate
+    assert rates.choose_rate(tried, scale, 3e-4) == rate
 
 
 @pytest.mark.parametrize(("steps", "share"), [(1000, 0.06), (100, 0.1), (20, 0.5), (4, 1.0)])
@@ -99,7 +99,7 @@ def tried(**metrics: float) -> dict[float, float]:
 
 
 def finished(short: dict[float, float], scale: Scale = SHARE, usual: float = 2e-4) -> Search:
-    return rates.finished("full", short, 0.06, scale, usual)
+    return rates.search_from_short_trials("full", short, 0.06, scale, usual)
 
 
 def test_finished_takes_the_best_rate() -> None:
@@ -108,23 +108,24 @@ def test_finished_takes_the_best_rate() -> None:
     assert result.reason == "the best of 3 short runs of 6% of the steps"
     edge = finished(tried(r1e_4=2.0, r3e_4=2.1, r1e_3=math.nan), LOSS, 3e-4)
     assert (edge.chosen, edge.on_edge) == (1e-4, True)
-    assert edge.reason.endswith("of the steps, at the edge of those tried")
+    assert edge.reason.endswith("of the steps, at the edge of the rates tried")
     near = finished(tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, 1e-4)
     assert (near.chosen, near.on_edge) == (1e-4, False)  # as good as its neighbour: nothing says that it gets better
     default = finished(tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, 3e-4)
     assert (default.chosen, default.on_edge) == (3e-4, False)
-    assert default.reason == "the default rate: no other led by more than 1 % in short runs of 6% of the steps"
+    reason = "the default rate, because no other rate led by more than 1 % in short runs of 6% of the steps"
+    assert default.reason == reason
 
 
 def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given() -> None:
     result = Search(method="lora", tried=tried(r1e_3=0.9, r1e_2=0.9), chosen=1e-2)
     lower_rates = []
-    while (lower := rates.after_divergence(result)) is not None:
-        result = rates.replaced(result, lower, "it diverged")
+    while (lower := rates.lower_rate_after_divergence(result)) is not None:
+        result = rates.with_lower_rate(result, lower, "it diverged")
         lower_rates.append(lower)
     assert lower_rates == [1e-3, 3.2e-4, 1e-4]
     assert result.on_edge
-    assert rates.after_divergence(Search(method="lora", chosen=1e-2)) is None
+    assert rates.lower_rate_after_divergence(Search(method="lora", chosen=1e-2)) is None
 
 
 FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
@@ -148,15 +149,15 @@ FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
 )
 def test_next_whole_is_first_the_usual_rate_else_the_second_best(short: dict[str, float], second: float | None) -> None:
     result = finished(tried(**short), SHARE)
-    assert rates.next_whole(result, {result.chosen: 0.9}, SHARE, True, 4) == second
-    assert rates.next_whole(Search(method="full", chosen=1e-3), {1e-3: 0.9}, SHARE, True, 4) is None
+    assert rates.next_rate_for_whole_run(result, {result.chosen: 0.9}, SHARE, True, 4) == second
+    assert rates.next_rate_for_whole_run(Search(method="full", chosen=1e-3), {1e-3: 0.9}, SHARE, True, 4) is None
 
 
 def test_next_whole_none_where_one_that_whole_runs_chose_came_apart() -> None:
     result = finished(tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE)
-    climbed = rates.after_whole(result, {2e-4: 0.8, 6e-4: 0.9}, SHARE)
-    back = rates.replaced(climbed, 2e-4, "it diverged")
-    assert rates.next_whole(back, {2e-4: 0.8}, SHARE, True, 4) is None  # or it would choose 6e-4 for ever
+    climbed = rates.search_after_whole_runs(result, {2e-4: 0.8, 6e-4: 0.9}, SHARE)
+    back = rates.with_lower_rate(climbed, 2e-4, "it diverged")
+    assert rates.next_rate_for_whole_run(back, {2e-4: 0.8}, SHARE, True, 4) is None  # or it would choose 6e-4 for ever
 
 
 AT_CHANCE = {"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}
@@ -187,9 +188,9 @@ def test_next_whole_goes_on_while_it_gets_clearly_better(
     short: dict[str, float], whole: dict[float, float], following: float | None
 ) -> None:
     result = finished(tried(**short), SHARE)
-    assert rates.next_whole(result, whole, SHARE, may_extend=True, most=4) == following
+    assert rates.next_rate_for_whole_run(result, whole, SHARE, may_extend=True, max_runs=4) == following
     inside = following if following in result.tried else None
-    assert rates.next_whole(result, whole, SHARE, may_extend=False, most=4) == inside
+    assert rates.next_rate_for_whole_run(result, whole, SHARE, may_extend=False, max_runs=4) == inside
 
 
 @pytest.mark.parametrize(
@@ -209,8 +210,8 @@ def test_after_whole_the_better_run_counts(
     metrics: tuple[float, float], scale: Scale, expected_rate: float, on_edge: bool
 ) -> None:
     search = finished(tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE)
-    result = rates.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
+    result = rates.search_after_whole_runs(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
     assert (result.chosen, result.on_edge) == (expected_rate, on_edge)
     assert list(result.whole) == [6e-4, 2e-4]
-    reasons = {(0.925, 0.919): "the default rate: no other led by more than the error of the eval rows in whole runs"}
-    assert result.reason == reasons.get(metrics, "the best of 2 whole runs")
+    default = "the default rate, because no other rate led by more than the error of the eval rows in whole runs"
+    assert result.reason == (default if metrics == (0.925, 0.919) else "the best of 2 whole runs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, left, look, spent
+from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, alpha_left, alpha_spent, plan_next_seeds
 from fulltune.compare.verdict import Terms
 from fulltune.records.comparison import Look
 from fulltune.stats.bootstrap import draw
@@ -30,21 +30,21 @@ def looked(
         for (name, kind), outputs, count in zip(kinds, right, seeds, strict=False)
     ]
     drawn = draw(ACCURACY, [outputs.trials for outputs in methods], None, 1000)
-    return look(methods, drawn, Terms(ACCURACY, 0.01), most, rows, again=again)
+    return plan_next_seeds(methods, drawn, Terms(ACCURACY, 0.01), most, rows, again=again)
 
 
 @pytest.mark.parametrize("most", [2, 3, 5])
 def test_spent_parts_sum_up_to_alpha_and_grow(most: int) -> None:
-    parts = [spent(number, most, 0.05) for number in range(1, most + 1)]
+    parts = [alpha_spent(number, most, 0.05) for number in range(1, most + 1)]
     assert sum(parts) == pytest.approx(0.05)
     assert parts == sorted(parts)
     assert parts[0] == 0.0  # nothing is decided after one seed
     with pytest.raises(ValueError, match="look"):
-        spent(most + 1, most, 0.05)
+        alpha_spent(most + 1, most, 0.05)
 
 
 def test_spent_second_look_after_catching_up_is_paid_for_by_those_that_waited() -> None:
-    firsts, seconds = ([spent(number, 3, 0.05, again=again) for number in (1, 2, 3)] for again in (False, True))
+    firsts, seconds = ([alpha_spent(number, 3, 0.05, again=again) for number in (1, 2, 3)] for again in (False, True))
     assert sum(WAITING_SHARE * one for one in firsts) + sum(seconds) == pytest.approx(0.05)
     assert all(second <= first for first, second in zip(firsts, seconds, strict=True))  # of the leader: the same test
 
@@ -74,17 +74,17 @@ def test_look_equal_leader_ends_it_whatever_the_rest_does() -> None:
 def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
     result = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002, most=3)
     assert (result.wanted_seeds, result.waiting) == ({"prompt": 3}, ())
-    assert result.reason == "full beats the leader; prompt must catch up"
-    assert result.spent == spent(3, 3, 0.05)
+    assert result.reason == "full beats the best other method; prompt must catch up"
+    assert result.spent == alpha_spent(3, 3, 0.05)
     second = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002, most=3, again=True)
     assert not second.wanted_seeds
-    assert second.spent == spent(3, 3, 0.05, again=True)
+    assert second.spent == alpha_spent(3, 3, 0.05, again=True)
 
 
 def test_look_after_the_last_seeds_the_others_catch_up_where_full_is_likely_to_be_better() -> None:
     result = looked([0.95, 0.935, 0.938], [3, 3, 1], spread=0.004, most=3)
     assert (result.wanted_seeds, result.waiting) == ({"prompt": 3}, ())
-    assert result.reason == "full seems to beat the leader; prompt must catch up"
+    assert result.reason == "full seems to beat the best other method; prompt must catch up"
     assert looked([0.95, 0.949, 0.938], [3, 3, 1], spread=0.004, most=3).wanted_seeds == {}
     assert looked([0.95, 0.935, 0.938], [3, 3, 3], spread=0.004, most=3, again=True).wanted_seeds == {}
 
@@ -93,7 +93,7 @@ def test_look_one_that_did_not_catch_up_clearly_goes_on_with_the_others() -> Non
     # `prompt` was beaten clearly before, and is not at the smaller part of alpha of the second look.
     result = looked([0.95, 0.85, 0.938], [3, 3, 1], spread=0.002, again=True)
     assert result.wanted_seeds == {"full": 4, "lora": 4, "prompt": 4}
-    assert result.reason == "not clear yet: prompt"
+    assert result.reason == "no clear answer yet for prompt"
 
 
 def test_look_full_that_beats_all_is_enough_though_some_waited() -> None:
@@ -103,7 +103,7 @@ def test_look_full_that_beats_all_is_enough_though_some_waited() -> None:
 def test_look_clear_difference_is_enough() -> None:
     result = looked([0.95, 0.85], [3, 3])
     assert not result.wanted_seeds
-    assert result.spent == spent(3, 5, 0.05)
+    assert result.spent == alpha_spent(3, 5, 0.05)
 
 
 def test_look_unclear_goes_on_until_all_seeds() -> None:
@@ -119,7 +119,7 @@ def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
     full, lora = (np.repeat(chance.permutation(np.arange(150) < 127)[None], 3, axis=0) for _ in range(2))
     methods = [method("full", "full", full), method("lora", "lora", lora)]
     drawn = draw(ACCURACY, [one.trials for one in methods], None, 2000)
-    result = look(methods, drawn, Terms(ACCURACY, 0.01), 5, 150)
+    result = plan_next_seeds(methods, drawn, Terms(ACCURACY, 0.01), 5, 150)
     assert not result.wanted_seeds
     assert "more seeds are unlikely to decide" in result.reason
 
@@ -127,16 +127,16 @@ def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
 def test_left_is_the_part_of_the_look_that_ended_it_else_what_was_not_spent() -> None:
     first, second = looked([0.93, 0.915], [1, 1], most=3), looked([0.93, 0.915], [2, 2], spread=0.005, most=3)
     assert second.wanted_seeds
-    assert left([first, second], 0.05)[0] == pytest.approx(spent(3, 3, 0.05))
-    assert left([first, second.model_copy(update={"wanted_seeds": {}})], 0.05)[0] == second.spent
-    assert left([], 0.05) == (0.05, 0.0)
-    assert left([], 0.05, time_was_up=True) == (TIME_UP_SHARE * 0.05, (1 - TIME_UP_SHARE) * 0.05)
+    assert alpha_left([first, second], 0.05)[0] == pytest.approx(alpha_spent(3, 3, 0.05))
+    assert alpha_left([first, second.model_copy(update={"wanted_seeds": {}})], 0.05)[0] == second.spent
+    assert alpha_left([], 0.05) == (0.05, 0.0)
+    assert alpha_left([], 0.05, time_was_up=True) == (TIME_UP_SHARE * 0.05, (1 - TIME_UP_SHARE) * 0.05)
 
 
 @pytest.mark.parametrize("most", [1, *MOST])
 def test_left_something_where_all_seeds_were_run_but_a_method_was_left_out(most: int) -> None:
-    now, later = left(looks_of(most, ends=True), 0.05, time_was_up=True)
-    assert now == pytest.approx(TIME_UP_SHARE * spent(most, most, 0.05))
+    now, later = alpha_left(looks_of(most, ends=True), 0.05, time_was_up=True)
+    assert now == pytest.approx(TIME_UP_SHARE * alpha_spent(most, most, 0.05))
     assert later == pytest.approx(now)
 
 
@@ -147,12 +147,12 @@ def test_looks_and_verdicts_of_all_commands_keep_alpha_together(most: int, enoug
     total, alpha = 0.0, 0.05
     for count in range(2 if enough else 1, most):  # nothing is enough after one seed
         looks = looks_of(count, most, alpha, ends=enough)
-        now, later = left(looks, alpha, time_was_up=True)
+        now, later = alpha_left(looks, alpha, time_was_up=True)
         assert 0 < later < alpha
         total += passed(looks) + now
         alpha = later
     looks = looks_of(most, most, alpha, ends=True)
-    now, later = left(looks, alpha)
+    now, later = alpha_left(looks, alpha)
     assert now > 0
     assert total + passed(looks) + now == pytest.approx(0.05)
 
@@ -165,14 +165,14 @@ def passed(looks: list[Look]) -> float:
 def test_left_where_time_is_up_while_others_catch_up_after_the_last_seeds_is_that_of_the_second_look() -> None:
     two, three = (looked([0.93, 0.915], [count] * 2, spread=0.005, most=3) for count in (2, 3))
     looks = [one.model_copy(update={"wanted_seeds": {"prompt": 3}}) for one in (two, three)]
-    for now, later in (left(looks, 0.05), left(looks, 0.05, time_was_up=True)):
-        assert now == pytest.approx(spent(3, 3, 0.05, again=True))
+    for now, later in (alpha_left(looks, 0.05), alpha_left(looks, 0.05, time_was_up=True)):
+        assert now == pytest.approx(alpha_spent(3, 3, 0.05, again=True))
         assert later == 0.0  # full and the leader could have been tested at all that was left
 
 
 def test_left_second_look_takes_no_more_than_the_first_after_the_same_seeds() -> None:
     first, second = looks_of(2, 3)
-    again = second.model_copy(update={"spent": spent(2, 3, 0.05, again=True), "wanted_seeds": {}})
-    now, later = left([first, second, again], 0.05, time_was_up=True)
+    again = second.model_copy(update={"spent": alpha_spent(2, 3, 0.05, again=True), "wanted_seeds": {}})
+    now, later = alpha_left([first, second, again], 0.05, time_was_up=True)
     assert now == again.spent
-    assert later == pytest.approx(spent(3, 3, 0.05))
+    assert later == pytest.approx(alpha_spent(3, 3, 0.05))

@@ -98,7 +98,7 @@ def test_verdict_method_with_one_seed_borrows_the_spread_and_is_noted() -> None:
     ]
     result = decided(methods)
     assert result.verdict == "FULL"
-    assert any(note.startswith("prompt: one seed") for note in result.notes)
+    assert any(note.startswith("prompt: only one seed") for note in result.notes)
     assert result.difference("prompt").num_seeds == 1
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fulltune.data.split import split_by_time
 from fulltune.errors import DataError, RecipeError
-from fulltune.recipe.file import check
+from fulltune.recipe.file import check_recipe
 from fulltune.records.data import DataSummary
 from tests.unit.data.stage import dropped, of_splits
 from tests.unit.data.stage import prepare as prepare_rows
@@ -157,4 +157,4 @@ def test_rows_that_no_boundary_parts_are_refused(
 def test_nothing_to_split_is_refused_by_the_recipe() -> None:
     block = {"train": "a.csv", "eval": "b.csv", "test": "c.csv", "time": "day"}
     with pytest.raises(RecipeError, match=r"data\.time: .* eval and test name files"):
-        check({"model": "x", "task": "causal-lm", "data": block}, Path("recipe.yaml"))
+        check_recipe({"model": "x", "task": "causal-lm", "data": block}, Path("recipe.yaml"))

@@ -147,7 +147,7 @@ def test_what_the_job_needs_is_never_replaced(place: Place) -> None:
         ),
         (
             ("slurm", "--set", "train.num_machines=3"),
-            "train.num_processes: 2 is the total over all machines",
+            "train.num_processes: expected a multiple of num_machines",
         ),
     ],
 )

@@ -10,7 +10,13 @@ import pytest
 import torch
 import transformers
 
-from fulltune.probe import FeatureExtractor, frozen_classifier, load_or_fit, predict, put_head
+from fulltune.probe import (
+    FeatureExtractor,
+    initialise_head,
+    load_baseline_classifier,
+    load_or_fit_probe,
+    predict_baseline,
+)
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import Probe
 from tests.unit.probe.models import extractor_of, logits_alone, model_of, rows_of
@@ -24,7 +30,8 @@ def test_several_who_ask_at_once_get_the_same(tmp_path: Path) -> None:
         return extractor_of(model_of("Bert", "text-classification"), "text-classification", "single_label")
 
     threads = [
-        threading.Thread(target=lambda: probes.append(load_or_fit(tmp_path, extract, rows, rows[:9]))) for _ in range(4)
+        threading.Thread(target=lambda: probes.append(load_or_fit_probe(tmp_path, extract, rows, rows[:9])))
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -44,10 +51,10 @@ def test_one_that_broke_off_is_fitted_again(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_or_fit(tmp_path, broken, rows, rows)
+        load_or_fit_probe(tmp_path, broken, rows, rows)
     model = model_of("Bert", "text-classification")
     assert (
-        load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows).head
+        load_or_fit_probe(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows).head
         is not None
     )
 
@@ -61,8 +68,8 @@ def test_the_same_rows_give_the_same_bytes_and_draw_no_random_number(tmp_path: P
         model = model_of("Bert", "text-classification")
         before = torch.get_rng_state()
         extractor = extractor_of(model, "text-classification", "single_label")
-        load_or_fit(tmp_path / str(seed), lambda extractor=extractor: extractor, rows, rows[:9])
-        put_head(model, tmp_path / str(seed))
+        load_or_fit_probe(tmp_path / str(seed), lambda extractor=extractor: extractor, rows, rows[:9])
+        initialise_head(model, tmp_path / str(seed))
         assert torch.equal(torch.get_rng_state(), before)
         written.append((tmp_path / str(seed) / "probe" / "head.safetensors").read_bytes())
     assert written[0] == written[1]
@@ -72,7 +79,7 @@ def test_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = model_of("Bert", "text-classification").train()
     before = {name: one.clone() for name, one in model.state_dict().items()}
     rows = rows_of("single_label", 40)
-    load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
+    load_or_fit_probe(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert model.training
@@ -96,11 +103,13 @@ def test_layers_that_the_checkpoint_lacks_are_the_same_wherever_the_start_is_tak
         {name: one for name, one in first.bert.state_dict().items() if "pooler" not in name}, False
     )
     rows, task = rows_of("single_label", 40), "text-classification"
-    probe = load_or_fit(tmp_path, lambda: extractor_of(first, "text-classification", "single_label"), rows, rows[:9])
+    probe = load_or_fit_probe(
+        tmp_path, lambda: extractor_of(first, "text-classification", "single_label"), rows, rows[:9]
+    )
     assert probe.head is not None
     assert probe.head.dense is None
     for model in (first, other):
-        put_head(model, tmp_path)
+        initialise_head(model, tmp_path)
     logits, others = (logits_alone(extractor_of(model, task, "single_label"), rows[:5]) for model in (first, other))
     np.testing.assert_array_equal(logits, others)
 
@@ -113,15 +122,17 @@ def test_rival_answers_each_row_by_its_number(task: TaskName, kind: ProblemType,
     """In whatever batches the rows are read, and whatever the pooling; rows without an item have no answer."""
     model = model_of("Bert", task)
     rows = rows_of(kind, 40)
-    probe = load_or_fit(tmp_path, lambda: extractor_of(model, task, kind), rows, rows[:9])
-    classifier = frozen_classifier(tmp_path)
+    probe = load_or_fit_probe(tmp_path, lambda: extractor_of(model, task, kind), rows, rows[:9])
+    classifier = load_baseline_classifier(tmp_path)
     assert probe.baseline is not None
     if kind == "tags":
         rows[5]["labels"] = [-100] * len(rows[5]["labels"])
         rows[5]["word_ids"] = [-1] * len(rows[5]["word_ids"])
     outputs_of = {}
     for batch_size in (7, 1):
-        answers = predict(extractor_of(model, task, kind, batch_size=batch_size), rows, probe.baseline, classifier)
+        answers = predict_baseline(
+            extractor_of(model, task, kind, batch_size=batch_size), rows, probe.baseline, classifier
+        )
         outputs_of[batch_size] = dict(answers)
         assert len(answers) == len(outputs_of[batch_size]) == (39 if kind == "tags" else 40)
     for number, outputs in outputs_of[7].items():

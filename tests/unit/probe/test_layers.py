@@ -12,9 +12,9 @@ from torch import nn
 from transformers import BertForSequenceClassification, FunnelConfig, FunnelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fulltune.probe import load_or_fit, put_head
-from fulltune.probe.layers import head_layers, read_hidden, recognise_activation
-from fulltune.probe.linear import Items, LinearClassifier, NoProbe, loss
+from fulltune.probe import initialise_head, load_or_fit_probe
+from fulltune.probe.layers import head_layers, recognise_activation, run_and_read_hidden
+from fulltune.probe.linear import Items, LinearClassifier, NoProbe, mean_loss
 from fulltune.recipe.tasks import ProblemType, TaskName
 from tests.unit.probe.models import PAD, extractor_of, image_rows, logits_alone, model_of, rows_of
 
@@ -54,8 +54,8 @@ def rows_for(task: TaskName, kind: ProblemType, count: int, seed: int = 0) -> An
 def test_what_the_head_reads_gives_the_models_own_logits(
     name: str, task: TaskName, kind: ProblemType, last: str, dense: str | None, tmp_path: Path
 ) -> None:
-    """Padded as they are: rows of different lengths lie in one batch. After `put_head` the plain model's loss is the
-    one that was measured on its features."""
+    """Padded as they are: rows of different lengths lie in one batch. After `initialise_head` the plain model's loss is
+    the one that was measured on its features."""
     outputs = OUTPUTS.get(kind, 3)
     model = model_of(name, task, outputs)
     layers = head_layers(model, task, outputs)
@@ -87,16 +87,18 @@ def test_what_the_head_reads_gives_the_models_own_logits(
         return logits_of_items
 
     compare()
-    probe = load_or_fit(tmp_path, lambda: extractor, rows_for(task, kind, 60), eval_rows)
+    probe = load_or_fit_probe(tmp_path, lambda: extractor, rows_for(task, kind, 60), eval_rows)
     assert probe.head is not None, probe.failure
     assert probe.failure is None
     assert (probe.head.dense is None) == (dense is None)
     assert probe.selected_on == "eval rows"
-    put_head(model, tmp_path)
+    initialise_head(model, tmp_path)
     logits = compare()
     features = extractor.features(eval_rows, layers)
     given = Items(kind, logits, features.labels, features.rows, outputs)
-    assert loss(given, LinearClassifier(np.eye(outputs), np.zeros(outputs))) == pytest.approx(probe.head.loss, abs=2e-3)
+    assert mean_loss(given, LinearClassifier(np.eye(outputs), np.zeros(outputs))) == pytest.approx(
+        probe.head.loss, abs=2e-3
+    )
 
 
 @pytest.mark.parametrize(("name", "task", "kind", "last", "dense"), CASES)
@@ -181,14 +183,14 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
     with pytest.raises(
         NoProbe, match="the logits of BertForSequenceClassification are not the outputs of its last layer"
     ):
-        read_hidden(model, layers, batch)
-    probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
+        run_and_read_hidden(model, layers, batch)
+    probe = load_or_fit_probe(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert probe.head is None
     assert "not the outputs of its last layer" in str(probe.failure)
     assert probe.baseline is not None
     assert probe.baseline.pooling == "mean"
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    put_head(model, tmp_path)
+    initialise_head(model, tmp_path)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
@@ -202,7 +204,7 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
     with pytest.raises(NoProbe, match="has no separate body"):
         head_layers(model, "text-classification", 3)
     rows = rows_of("single_label", 20)
-    probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
+    probe = load_or_fit_probe(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.baseline) == (None, None)
     assert "has no separate body" in str(probe.failure)
 
@@ -212,7 +214,7 @@ def test_tokens_of_an_answer_are_not_read_where_no_layer_can_be_fitted(tmp_path:
     model.qa_outputs = nn.Identity()
     passes = list[Any]()
     model.bert.register_forward_pre_hook(lambda module, args: passes.append(args))
-    probe = load_or_fit(tmp_path, lambda: extractor_of(model, "question-answering", "span"), rows, rows)
+    probe = load_or_fit_probe(tmp_path, lambda: extractor_of(model, "question-answering", "span"), rows, rows)
     assert (probe.head, probe.baseline, passes) == (None, None, [])
     assert "does not end in a linear layer" in str(probe.failure)
 
@@ -249,14 +251,14 @@ def test_pooler_that_the_last_layer_does_not_read_alone_is_kept(kind: Any, tmp_p
     model.load_state_dict(plain.state_dict())
     extractor = extractor_of(model, "text-classification", "single_label")
     eval_rows = rows_of("single_label", 200, seed=1)
-    probe = load_or_fit(tmp_path, lambda: extractor, rows_of("single_label", 60), eval_rows)
+    probe = load_or_fit_probe(tmp_path, lambda: extractor, rows_of("single_label", 60), eval_rows)
     assert probe.head is not None
     assert probe.head.dense == "loaded"
-    put_head(model, tmp_path)
+    initialise_head(model, tmp_path)
     features = extractor.features(eval_rows, head_layers(model, "text-classification", 3))
     assert features.last is not None
     classifier = LinearClassifier(model.classifier.weight.detach().numpy(), model.classifier.bias.detach().numpy())
-    assert loss(extractor.items(features.last, features), classifier) == pytest.approx(probe.head.loss, abs=2e-3)
+    assert mean_loss(extractor.items(features.last, features), classifier) == pytest.approx(probe.head.loss, abs=2e-3)
     assert torch.equal(model.bert.pooler.dense.weight, plain.bert.pooler.dense.weight)
 
 
@@ -266,10 +268,10 @@ def test_features_that_are_not_finite_say_so(tmp_path: Path) -> None:
         model.bert.embeddings.word_embeddings.weight[17] = torch.nan
     rows = rows_of("single_label", 40)
     rows[7]["input_ids"][0] = 17
-    probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
+    probe = load_or_fit_probe(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.baseline) == (None, None)
-    assert probe.failure == "features of the untouched model are not finite"
-    assert probe.in_words == "drawn at random: features of the untouched model are not finite"
+    assert probe.failure == "the pretrained model's features are not finite"
+    assert probe.head_origin == "drawn at random: the pretrained model's features are not finite"
 
 
 def test_body_with_fewer_states_than_tokens_has_no_mean_and_still_a_probe(tmp_path: Path) -> None:
@@ -277,6 +279,6 @@ def test_body_with_fewer_states_than_tokens_has_no_mean_and_still_a_probe(tmp_pa
     config = FunnelConfig(vocab_size=100, pad_token_id=PAD, **size)
     model = FunnelForSequenceClassification(config).eval()
     rows = rows_of("single_label", 40)
-    probe = load_or_fit(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
+    probe = load_or_fit_probe(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert probe.head is not None
     assert probe.baseline is None

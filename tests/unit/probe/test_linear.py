@@ -14,10 +14,10 @@ from fulltune.probe.linear import (
     Items,
     LinearClassifier,
     NoProbe,
-    centroids,
     error_rate,
-    fits,
-    loss,
+    fit_at_strengths,
+    fit_centroids,
+    mean_loss,
     select_classifier,
     select_features,
 )
@@ -61,9 +61,9 @@ def splits(kind: ProblemType, num_outputs: int, label: Any, has_bias: bool = Tru
 @pytest.mark.parametrize("kind", ["single_label", "tags"])
 def test_planted_classes_are_found(kind: ProblemType, num_outputs: int, has_bias: bool) -> None:
     train, others = splits(kind, num_outputs, lambda outputs: outputs.argmax(axis=1), has_bias)
-    least, _, classifier = select_classifier(train, others, lambda items: fits(items, has_bias), loss)
+    least, _, classifier = select_classifier(train, others, lambda items: fit_at_strengths(items, has_bias), mean_loss)
     assert error_rate(others, classifier) < 0.04 * num_outputs
-    assert least == pytest.approx(loss(others, classifier))
+    assert least == pytest.approx(mean_loss(others, classifier))
     assert classifier.weight.shape == (num_outputs, HIDDEN)
     assert classifier.weight.dtype == classifier.bias.dtype == np.float32
     if not has_bias:
@@ -78,7 +78,7 @@ def test_each_label_of_several_is_found_and_a_constant_one_stays_constant(has_bi
         return labels
 
     train, others = splits("multi_label", 4, label, has_bias)
-    _, _, classifier = select_classifier(train, others, lambda items: fits(items, has_bias), loss)
+    _, _, classifier = select_classifier(train, others, lambda items: fit_at_strengths(items, has_bias), mean_loss)
     outputs = classifier(others.features)
     assert ((outputs[:, [0, 2]] > 0) == others.labels[:, [0, 2]]).mean() > 0.95
     np.testing.assert_array_equal(classifier.weight[[1, 3]], 0)
@@ -92,7 +92,7 @@ def test_each_label_of_several_is_found_and_a_constant_one_stays_constant(has_bi
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_numbers_are_found_at_their_own_scale(has_bias: bool) -> None:
     train, others = splits("regression", 1, lambda outputs: (outputs[:, 0] * 1e4).astype(np.float32), has_bias)
-    least, _, classifier = select_classifier(train, others, lambda items: fits(items, has_bias), loss)
+    least, _, classifier = select_classifier(train, others, lambda items: fit_at_strengths(items, has_bias), mean_loss)
     assert least < 0.01  # of the variance
     assert np.corrcoef(classifier(others.features)[:, 0], others.labels)[0, 1] > 0.99
 
@@ -109,7 +109,7 @@ def choices(count: int, seed: int, choices_of_row: int = 4) -> Items:
 
 def test_the_right_choice_is_found_among_those_of_its_row() -> None:
     train, others = choices(300, 1), choices(200, 2)
-    least, _, classifier = select_classifier(train, others, fits, loss)
+    least, _, classifier = select_classifier(train, others, fit_at_strengths, mean_loss)
     assert error_rate(others, classifier) < 0.1
     assert least < np.log(4) / 2
     assert classifier.weight.shape == (1, HIDDEN)
@@ -125,7 +125,7 @@ def test_begin_and_end_of_a_span_are_found() -> None:
         return items("span", features, labels.reshape(-1, 2), 2, rows=np.repeat(np.arange(count), tokens))
 
     train, others = spans(1), spans(2)
-    least, _, classifier = select_classifier(train, others, fits, loss)
+    least, _, classifier = select_classifier(train, others, fit_at_strengths, mean_loss)
     assert least < np.log(9) / 3
     outputs = classifier(others.features).reshape(-1, 9, 2)
     assert (outputs.argmax(axis=1) == others.labels.reshape(-1, 9, 2).argmax(axis=1)).mean() > 0.85
@@ -140,14 +140,14 @@ def test_class_weights_move_the_border_towards_the_others() -> None:
 
     def found(weights: list[float] | None) -> float:
         train = items("single_label", features, labels, 2, class_weights=weights)
-        return float((next(one for _, one in fits(train))(train.features)[rare].argmax(axis=1) == 1).mean())
+        return float((next(one for _, one in fit_at_strengths(train))(train.features)[rare].argmax(axis=1) == 1).mean())
 
     assert found([1.0, 9.0]) > found(None) + 0.2
     assert found([1.0, 1.0]) == pytest.approx(found(None))
 
     def label_found(weights: list[float] | None) -> float:
         train = items("multi_label", features, np.stack([labels, 1 - labels], axis=1), 2, class_weights=weights)
-        return float((next(one for _, one in fits(train))(train.features)[rare, 0] > 0).mean())
+        return float((next(one for _, one in fit_at_strengths(train))(train.features)[rare, 0] > 0).mean())
 
     assert label_found([9.0, 1.0]) > label_found(None) + 0.2
 
@@ -165,36 +165,39 @@ def test_class_weights_move_the_border_towards_the_others() -> None:
             items("multi_label", drawn(9, HIDDEN), np.tile([0, 1], (9, 1)), 2),
             "each label is the same in all train rows",
         ),
-        (items("choice", drawn(4, HIDDEN), np.zeros(4, np.int64), 1), "no train row has a right and a wrong choice"),
+        (
+            items("choice", drawn(4, HIDDEN), np.zeros(4, np.int64), 1),
+            "no train row has both a right and a wrong choice",
+        ),
         (
             items("single_label", drawn(20_000, HIDDEN), np.arange(20_000) % 5_000, 5_000),
-            "5,000 classes of 16 features are too many to fit",
+            "5,000 classes with 16 features each are too many to fit",
         ),
         (
             items("single_label", drawn(9, HIDDEN), np.arange(9), MOST_SOLVER_BYTES // 25 // 8 // HIDDEN + 1),
-            "classes of 16 features are too many to fit",
+            "classes with 16 features each are too many to fit",
         ),
     ],
 )
 @pytest.mark.parametrize("held_out", [True, False])
 def test_what_cannot_be_fitted_says_why(train: Items, reason: str, held_out: bool) -> None:
     with pytest.raises(NoProbe, match=reason):
-        select_classifier(train, train if held_out else None, fits, loss)
+        select_classifier(train, train if held_out else None, fit_at_strengths, mean_loss)
 
 
 def test_one_row_is_not_enough_to_hold_rows_out() -> None:
     tokens = items("tags", drawn(6, HIDDEN), [0, 1, 0, 1, 0, 1], 2, rows=np.zeros(6, np.int64))
     with pytest.raises(NoProbe, match="one train row"):
-        select_classifier(tokens, None, fits, loss)
+        select_classifier(tokens, None, fit_at_strengths, mean_loss)
 
 
 def test_a_class_without_a_row_is_never_the_best() -> None:
     features = drawn(200, HIDDEN, seed=1)
     labels = np.where(features[:, 0] > features[:, 0].mean(), 4, 1)
-    for _, classifier in fits(items("single_label", features, labels, 6)):
+    for _, classifier in fit_at_strengths(items("single_label", features, labels, 6)):
         assert set(classifier(features).argmax(axis=1)) == {1, 4}
         np.testing.assert_array_equal(classifier.weight[[0, 2, 3, 5]], 0)
-    classifier = centroids(items("single_label", features, labels, 6))
+    classifier = fit_centroids(items("single_label", features, labels, 6))
     assert set(classifier(features).argmax(axis=1)) == {1, 4}
 
 
@@ -208,7 +211,7 @@ def test_few_rows_are_held_out_in_turn(count: int, kind: ProblemType) -> None:
         labels = np.stack([labels, 1 - labels], axis=1)
     train = items(kind, features, labels.astype(np.float32) if kind == "regression" else labels, 2)
     train = items(kind, features, train.labels, 1) if kind == "regression" else train
-    _, _, classifier = select_classifier(train, None, fits, loss)
+    _, _, classifier = select_classifier(train, None, fit_at_strengths, mean_loss)
     assert np.isfinite(classifier.weight).all()
     outputs = classifier(train.features)
     right = {
@@ -228,7 +231,7 @@ def test_items_of_a_row_are_held_out_together() -> None:
         fitted.append((set(of.rows.tolist()), len(of.rows)))
         yield 1.0, LinearClassifier(np.zeros((2, HIDDEN)), np.zeros(2))
 
-    select_classifier(items("tags", drawn(100, HIDDEN), rows % 2, 2, rows=rows), None, candidates, loss)
+    select_classifier(items("tags", drawn(100, HIDDEN), rows % 2, 2, rows=rows), None, candidates, mean_loss)
     *parts, whole = fitted
     assert len(parts) == FOLDS
     assert all(count == 5 * len(part) for part, count in parts)
@@ -241,7 +244,8 @@ def test_noise_asks_for_the_strongest_hold_and_a_clear_signal_for_a_weaker_one()
     features = random.normal(size=(300, HIDDEN))
     noise, signal = random.integers(0, 2, 300), (features @ random.normal(size=HIDDEN) > 0).astype(np.int64)
     strengths = [
-        select_classifier(items("single_label", features, labels, 2), None, fits, loss)[1] for labels in (noise, signal)
+        select_classifier(items("single_label", features, labels, 2), None, fit_at_strengths, mean_loss)[1]
+        for labels in (noise, signal)
     ]
     assert strengths[0] < strengths[1]
 
@@ -269,7 +273,7 @@ def test_losses_by_hand(
     outputs = 1 if kind in ("choice", "regression") else 2
     planted_items = items(kind, np.array(features), labels, outputs, rows=np.array(rows))
     classifier = LinearClassifier(np.eye(2)[:outputs], np.zeros(outputs))
-    assert loss(planted_items, classifier) == pytest.approx(expected_loss)
+    assert mean_loss(planted_items, classifier) == pytest.approx(expected_loss)
     if expected_wrong is not None:
         assert error_rate(planted_items, classifier) == pytest.approx(expected_wrong)
 
@@ -278,7 +282,9 @@ def test_numbers_that_differ_little_beside_their_size_are_found() -> None:
     features = drawn(600, HIDDEN, seed=1)
     numbers = 1e9 + 100 * (features[:, 0] - features[:, 0].mean()).astype(np.float64) / features[:, 0].std()
     train = items("regression", features, numbers, 1)
-    assert min(loss(train, classifier) for _, classifier in fits(train)) < 0.2  # 32 bits lie 64 apart there
+    assert (
+        min(mean_loss(train, classifier) for _, classifier in fit_at_strengths(train)) < 0.2
+    )  # 32 bits lie 64 apart there
 
 
 def test_loss_is_weighted_as_the_training_is() -> None:
@@ -287,12 +293,12 @@ def test_loss_is_weighted_as_the_training_is() -> None:
     plain = items("single_label", features, labels, 2)
     weighted = replace(plain, class_weights=[3.0, 0.5])
     losses = np.log1p(np.exp([-2.0, 0.0]))
-    assert loss(plain, classifier) == pytest.approx(losses.mean(), rel=1e-5)
-    assert loss(weighted, classifier) == pytest.approx((losses * [3.0, 0.5]).mean(), rel=1e-5)
+    assert mean_loss(plain, classifier) == pytest.approx(losses.mean(), rel=1e-5)
+    assert mean_loss(weighted, classifier) == pytest.approx((losses * [3.0, 0.5]).mean(), rel=1e-5)
     several = replace(plain, kind="multi_label", labels=np.eye(2, dtype=np.float32))
     outputs = np.array([[2.0, 0.0], [1.0, 1.0]])
     each = np.logaddexp(0, np.where(np.eye(2) > 0, -outputs, outputs)) * np.where(np.eye(2) > 0, [3.0, 0.5], 1.0)
-    assert loss(replace(several, class_weights=[3.0, 0.5]), classifier) == pytest.approx(each.mean(), rel=1e-5)
+    assert mean_loss(replace(several, class_weights=[3.0, 0.5]), classifier) == pytest.approx(each.mean(), rel=1e-5)
 
 
 def test_a_class_that_no_sample_has_is_learned_all_the_same() -> None:
@@ -303,6 +309,6 @@ def test_a_class_that_no_sample_has_is_learned_all_the_same() -> None:
     features[7] += 30
     whole = items("single_label", features, labels, 2)
     assert len(np.unique(whole.sample(MOST_COMPARED).labels)) == 1
-    name, _, _, classifier = select_features({"a": (whole, whole), "b": (whole, whole)}, fits, loss)
+    name, _, _, classifier = select_features({"a": (whole, whole), "b": (whole, whole)}, fit_at_strengths, mean_loss)
     assert name in ("a", "b")
     assert error_rate(whole, classifier) == 0

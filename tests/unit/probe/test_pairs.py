@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.probe import FeatureExtractor, frozen_classifier, load_or_fit, predict, separators
+from fulltune.probe import FeatureExtractor, load_baseline_classifier, load_or_fit_probe, predict_baseline, separators
 from fulltune.probe.features import split_pairs
 from fulltune.tasks import Target
 from tests.unit.probe.models import LABELS, PAD, model_of
@@ -82,14 +82,20 @@ def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str,
     def extractor(around: frozenset[int]) -> FeatureExtractor:
         return FeatureExtractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=around)
 
-    together = load_or_fit(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:]).baseline
-    apart = load_or_fit(tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:]).baseline
+    together = load_or_fit_probe(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:]).baseline
+    apart = load_or_fit_probe(
+        tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:]
+    ).baseline
     assert together is not None
     assert apart is not None
     assert together.pooling != "pair"
     assert apart.pooling == "pair"
     assert apart.loss < 0.1 < together.loss
-    answers = dict(predict(extractor(frozenset({CLS, SEP})), rows[300:], apart, frozen_classifier(tmp_path / "apart")))
+    answers = dict(
+        predict_baseline(
+            extractor(frozenset({CLS, SEP})), rows[300:], apart, load_baseline_classifier(tmp_path / "apart")
+        )
+    )
     assert len(answers) == 100
     right = [answers[number][0].argmax() == row["labels"] for number, row in enumerate(rows[300:])]
     assert np.mean(right) > 0.9

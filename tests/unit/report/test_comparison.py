@@ -34,7 +34,7 @@ def cells(markdown: str, method: str) -> list[list[str]]:
 
 def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path) -> None:
     markdown, html = cards(tmp_path, comparisons.comparison())
-    sentence = "Take lora: as good as full within the margin, and it trains fewer weights."
+    sentence = "Take lora: it is as good as full within the margin and trains fewer weights."
     terms = (
         "Margin: differences below 1 point of accuracy do not matter. Confidence: 95% jointly for 3 methods. "
         "Measured on 3,080 test rows."

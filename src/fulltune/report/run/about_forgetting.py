@@ -101,7 +101,7 @@ def describe_budget_result(result: BudgetResult) -> str:
         what = f"a token of generic text became {_change_of_likelihood(sealed.mean)} (with 95% confidence at {most})"
     if len(result.opening_times) > 1:
         lead += f" (the sealed texts were read {len(result.opening_times)} times, because the model was trained again)"
-    gain, whole = result.gain_of(result.choice), result.gain_of(trained)
+    gain, whole = result.metric_gain(result.choice), result.metric_gain(trained)
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
     score = f"{name} {format_metric(result.metric, result.choice.metric)} on the eval rows{share}"
     more = f" But {result.weak_texts_reason}." if result.weak_texts_reason else ""

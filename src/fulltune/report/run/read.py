@@ -16,7 +16,15 @@ from fulltune.files import parse_json_line
 from fulltune.records.base import Record
 from fulltune.records.comparison import Searched
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, StepSkipped, UpdatesMeasured, event_of
+from fulltune.records.events import (
+    Evaluated,
+    Event,
+    JournalEntry,
+    StepLogged,
+    StepSkipped,
+    UpdatesMeasured,
+    parse_event,
+)
 from fulltune.records.forgetting import BUDGET_FILES, BudgetResult
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, Access, Environment
@@ -295,7 +303,7 @@ class _Files:
     def read_accesses(self) -> tuple[Access, ...]:
         """Return every scoring of these test rows, from the file beside the run folder."""
         try:
-            return Access.of_same_rows(self.folder)
+            return Access.load_for_same_rows(self.folder)
         except OSError:
             self.damaged.append((f"{ACCESSES}, beside the run folder", "it cannot be opened"))
             return ()
@@ -305,7 +313,7 @@ class _Files:
         numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
         for trial, _, path in sorted(numbered):
             outcome = self.read_record(Outcome, path / "outcome.json")
-            events = tuple(filter(None, map(event_of, self.read_lines(path / "metrics.jsonl"))))
+            events = tuple(filter(None, map(parse_event, self.read_lines(path / "metrics.jsonl"))))
             journal = tuple(map(JournalEntry.model_validate, self.read_lines(path / "journal.jsonl")))
             first_step = _first_checkpoint_step(path / "request.json")
             yield AttemptFiles(path.name, trial, outcome, events, first_step, journal)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fulltune.errors import FulltuneError, RecipeError, SetupError
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.rules import NO_PACKAGES, as_arguments
+from fulltune.recipe.rules import NO_PACKAGES, as_training_arguments
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import Plan
 from fulltune.system import parallel_layout
@@ -137,7 +137,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
         values["ddp_backend"] = "gloo"
     # The Trainer cannot save optimizer state that FSDP2 shards: `FullTrainer` does.
     values["save_only_model"] = plan.placement == "fsdp2"
-    extra = as_arguments(train.extra)
+    extra = as_training_arguments(train.extra)
     # Rows are copied to the GPU while the next ones are collated; pinned memory alone does not do that.
     if isinstance(config := extra.get("accelerator_config") or {}, dict):  # else a file of the user's
         extra["accelerator_config"] = {"non_blocking": plan.device == "cuda", **config}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from fulltune.files import parse_json_line
-from fulltune.records.events import Listener, Message, event_of
+from fulltune.records.events import Listener, Message, parse_event
 from fulltune.records.training import LostMachine, Outcome, OutcomeStatus
 from fulltune.system import signals
 from fulltune.system.memory import count_oom_kills, log_shows_out_of_memory, memory_is_limited
@@ -173,7 +173,7 @@ def _follow_worker(
                 file.seek(position)
                 while (line := file.readline()).endswith(b"\n"):
                     position += len(line)
-                    if (event := event_of(parse_json_line(line) or {})) is not None:
+                    if (event := parse_event(parse_json_line(line) or {})) is not None:
                         listener(event)
         if ended:
             return False

@@ -350,11 +350,11 @@ def init_head_from_probe(
 
     train_rows, eval_rows = task_rows(folder / "data", tokenizer)
     with reading:
-        probed = probe.load_or_fit(folder, create_extractor, train_rows, eval_rows, together=together)
+        probed = probe.load_or_fit_probe(folder, create_extractor, train_rows, eval_rows, together=together)
     if not together:
         model.to("cpu")  # type: ignore[arg-type]  # the method must draw its values on the CPU, whether the probe was fitted here or before
     if probed.head is None:
         initialise_missing_from_seed(model, head, plan.seed)
     else:
-        probe.put_head(model, folder, for_training=recipe.method.kind != "head")
+        probe.initialise_head(model, folder, for_training=recipe.method.kind != "head")
     return probed
