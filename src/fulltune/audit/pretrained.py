@@ -226,7 +226,7 @@ def _probabilities_without_errors(items: Items) -> np.ndarray:
 
 
 def predict_out_of_fold(items: Items, is_trained_on: np.ndarray, seed: int) -> np.ndarray:
-    """Return each row's probabilities from a classifier trained on `is_trained_on` rows of other folds: float64 [rows,
+    """Return each row's probabilities after training on `is_trained_on` rows of other folds: float64 [rows,
     classes]."""
     fold = np.random.default_rng(seed).permutation(len(items.rows)) % FOLDS
     probabilities = np.zeros((len(items.rows), items.num_outputs))

@@ -291,8 +291,7 @@ def encode_source(
 
 
 def with_joined_groups(sources: Mapping[str, EncodedSource], threshold: float) -> dict[str, EncodedSource]:
-    """Return the sources; `groups` now joins near duplicates, and `split_groups` also rows with equal `data.group`
-    cells."""
+    """Return the sources; `groups` now joins near duplicates, and `split_groups` also rows of equal `data.group`."""
     if threshold >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]

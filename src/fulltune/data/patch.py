@@ -29,8 +29,7 @@ Decisions = Mapping[tuple[str, str], RowDecision]
 
 
 def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str], RowDecision]:
-    """Return a patch file's last decision about each row, by source and row hash. Raises `DataError` for invalid
-    lines."""
+    """Return a patch file's last decision about each row by source and row hash. Raises `DataError` for bad lines."""
     expected = "expected a patch file, as 'fulltune data RECIPE --review' writes it"
     try:
         # splitlines would also split at characters that a text may contain.

@@ -203,7 +203,7 @@ def find_target_and_count_rows(
 
 
 def find_mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Target:
-    """Return a mixed-in source's target, from the recipe's columns or the usual names. Raises `DataError` if neither
+    """Return a mixed-in source's target from the recipe's columns or usual names. Raises `DataError` if neither
     fits."""
     columns, rows = _read_first_rows(source)
     columns = _columns_for_roles(block, columns)
