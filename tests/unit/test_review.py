@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fulltune.cli import audit
-from fulltune.cli.audit import accept_remedies, open_decision, review_rows, undecided_rows
+from fulltune.cli.audit import accept_remedies, list_undecided_rows, make_open_decision, review_rows
 from fulltune.data.patch import load_patch
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
@@ -57,7 +57,7 @@ def kept_in(patch: Path) -> dict[str, RowDecision]:
 
 
 def test_rows_come_once_the_costliest_and_surest_first() -> None:
-    waiting = undecided_rows(ISSUES, {})
+    waiting = list_undecided_rows(ISSUES, {})
     assert [one[0].key for one in waiting] == [("train", "c"), ("train", "b"), ("train", "a")]
     assert [one.check for one in waiting[1]] == ["label error", "duplicate"]
 
@@ -99,10 +99,10 @@ def test_other_keys_and_changes_that_are_not_proposed_do_nothing(tmp_path: Path)
 def test_rows_that_are_written_down_to_be_decided_are_asked_about_again(tmp_path: Path) -> None:
     asked("dq", patch := tmp_path / "p.jsonl")
     before = load_patch(patch)
-    found = {them[0].key: open_decision(them) for them in undecided_rows(ISSUES, before)}
+    found = {them[0].key: make_open_decision(them) for them in list_undecided_rows(ISSUES, before)}
     assert [one.remedy.action for one in found.values()] == ["undecided", "undecided"]  # what was decided stays
     assert all(one.proposed and one.text and one.reason for one in found.values())
-    assert len(undecided_rows(ISSUES, {**before, **found})) == 2
+    assert len(list_undecided_rows(ISSUES, {**before, **found})) == 2
 
 
 def test_what_is_proposed_for_a_check_can_be_taken_at_once(tmp_path: Path) -> None:

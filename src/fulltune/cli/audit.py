@@ -123,7 +123,7 @@ def write_decisions(
 
         decided = review_rows(out, issues, file, before, typer.getchar, _make_label_prompt(DataSummary.of_run(folder)))
     else:
-        decided = dict(before) | {one[0].key: open_decision(one) for one in undecided_rows(issues, before)}
+        decided = dict(before) | {one[0].key: make_open_decision(one) for one in list_undecided_rows(issues, before)}
     if decided != before:
         save_decisions(file, decided)
     if as_json:
@@ -164,7 +164,7 @@ def save_decisions(patch_file: Path, decided: Decisions) -> None:
         raise SetupError(f"{patch_file}: cannot be written ({reason}); name another file with --patch") from None
 
 
-def undecided_rows(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
+def list_undecided_rows(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
     """Return the issues of each undecided row, with the costliest and most certain first."""
     order, by_row = list(ABOUT), defaultdict[tuple[str, str], list[RowIssue]](list)
     for issue in sorted(issues, key=lambda issue: (order.index(issue.check), -issue.score)):
@@ -177,7 +177,7 @@ def _proposed_change(issues: Issues) -> Remedy | None:
     return next((one.remedy for one in issues if one.remedy.action == "replace"), None)
 
 
-def open_decision(issues: Issues) -> RowDecision:
+def make_open_decision(issues: Issues) -> RowDecision:
     """Return an open decision that the user will edit in the patch file."""
     reasons = "; ".join(f"{one.check}: {one.reason}" for one in issues)
     more = {"text": issues[0].text, "reason": reasons, "proposed": _proposed_change(issues) or Remedy(action="drop")}
@@ -206,7 +206,7 @@ def review_rows(
     ask_label: Callable[[], Remedy | None] | None = None,
 ) -> dict[tuple[str, str], RowDecision]:
     """Ask the user about each undecided row, save the patch after each key, and return all decisions."""
-    decided, waiting = dict(already_decided), undecided_rows(issues, already_decided)
+    decided, waiting = dict(already_decided), list_undecided_rows(issues, already_decided)
     index, history = 0, list[int]()
     with suppress(EOFError):  # Ctrl-D quits
         while index < len(waiting):
@@ -244,13 +244,13 @@ def review_rows(
     return decided
 
 
-def _print_row(console: Console, issues: Issues, position: str, keys: str) -> None:
+def _print_row(console: Console, issues: Issues, position: str, key_help: str) -> None:
     first, change = issues[0], _proposed_change(issues)
     lines = [f"\n[bold]{position}[/bold]  [dim]{escape(first.place)} ({first.split})[/dim]", f"  {escape(first.text)}"]
     lines += [f"  label: [bold]{escape(first.label)}[/bold]"] if first.label is not None else []
     lines += [f"  [yellow]{escape(one.check)}[/yellow]: {escape(one.reason)}" for one in issues]
     lines += [f"  proposed: [green]{escape(describe_remedy(change))}[/green]"] if change is not None else []
-    for line in [*lines, f"  [dim]{escape(keys)}[/dim]"]:
+    for line in [*lines, f"  [dim]{escape(key_help)}[/dim]"]:
         console.print(line, highlight=False)
 
 
@@ -259,7 +259,7 @@ def accept_remedies(
 ) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
     """Accept the remedies of some checks. Return all decisions, and notes on the accepted ones."""
     decided, counts, more = dict(already_decided), Counter[str](), 0
-    for row_issues in undecided_rows(issues, already_decided):
+    for row_issues in list_undecided_rows(issues, already_decided):
         wanted = [issue for issue in row_issues if issue.check in checks]
         if not wanted:
             continue

@@ -322,6 +322,7 @@ def _plain_value(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _write_parquet(part: Path, own_columns: Sequence[str], added: Columns, parquet_types: Row) -> Iterator[RowWriter]:
+    """Yield a function that writes one row to a parquet file."""
     kinds = {"list": pa.list_(pa.string()), "json": pa.string(), "string": pa.string()}
     kinds |= {"double": pa.float64(), "int64": pa.int64()}
     fields = {name: parquet_types.get(name, pa.string()) for name in own_columns}

@@ -126,7 +126,8 @@ def load_if_finished(recipe: Recipe, folder: Path) -> RunResult | None:
 def run_to(
     recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **settings: Any
 ) -> RunResult:
-    """Run the pipeline up to a stage while showing progress. `settings` are fields of `Run`."""
+    """Run the pipeline up to a stage and show progress. `details` prints tables, `measure` times settings, `settings`
+    are fields of `Run`."""
     settings = {"began": time.time(), **settings}
     with progress_display(details) as display:
         from fulltune.compare.rate_search import run_recipe

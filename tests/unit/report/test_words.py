@@ -66,4 +66,4 @@ def test_calibration_is_said_in_the_field_s_words(temperature: float, said: str)
     ],
 )
 def test_long_texts_are_cut_at_the_end_of_a_word(text: str, shown: str) -> None:
-    assert words.clipped(text, 10) == shown
+    assert words.cut_text(text, 10) == shown

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from fulltune.records.data import Segment
-from fulltune.report.format.words import clipped, named
+from fulltune.report.format.words import cut_text, text_or_empty
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Cell:
     def shown_text(self, on_page: bool = False) -> str:
         """Return the text. Untrusted text is cut to `limit` on a page and to 160 characters elsewhere."""
         most = self.limit if on_page else min(self.limit or 80, 160)
-        return clipped(self.text, most) if self.untrusted and most else self.text
+        return cut_text(self.text, most) if self.untrusted and most else self.text
 
 
 TableRow = tuple[Cell | str, ...]
@@ -141,4 +141,4 @@ def unless_empty(title: str, blocks: Sequence[Element]) -> Section | None:
 
 def untrusted(text: str, limit: int | None = None) -> Cell:
     """Return a cell for text from data or a model. Blank text becomes `(empty)`."""
-    return Cell(named(text), untrusted=True, limit=limit)
+    return Cell(text_or_empty(text), untrusted=True, limit=limit)

@@ -29,7 +29,7 @@ from fulltune.report.format.blocks import (
     Section,
     Table,
 )
-from fulltune.report.format.words import clipped, one_line, write_sanitized
+from fulltune.report.format.words import cut_text, one_line, write_sanitized
 from fulltune.text import listed
 
 LOADING = "loading.py.j2"
@@ -103,7 +103,7 @@ def _format_markdown_table(
 
 
 def _fence_code(text: str, language: str = "") -> str:
-    """Put text between backticks that it does not contain."""
+    """Return a Markdown code block, fenced by more backticks than the text contains."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
@@ -120,7 +120,7 @@ def _markdown_lines(block: Element) -> Iterator[str]:
             yield from (*(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in block.rows), "")
         case Table():
             yield from (f"{escape_markdown(block.caption)}:", "") if block.caption else ()
-            rows = [[_cell_in_markdown(cell) for cell in row] for row in block.rows]
+            rows = [[_format_markdown_cell(cell) for cell in row] for row in block.rows]
             yield _format_markdown_table(block.header, rows, block.numeric)
             yield ""
         case Figures(drawn_only=True):
@@ -143,14 +143,14 @@ def _markdown_lines(block: Element) -> Iterator[str]:
         case Exchanges():
             for prompt, replies in block.items:
                 parts = [prompt, *(f"[{who}]\n{what}" for who, what in replies)]
-                yield from (_fence_code("\n\n".join(clipped(part, _TEXT_LIMIT) for part in parts)), "")
+                yield from (_fence_code("\n\n".join(cut_text(part, _TEXT_LIMIT) for part in parts)), "")
         case Folded():
             yield from (f"### {escape_markdown(block.title)}", "")
             for inner in block.blocks:
                 yield from _markdown_lines(inner)
 
 
-def _cell_in_markdown(cell: Cell | str) -> str:
+def _format_markdown_cell(cell: Cell | str) -> str:
     if isinstance(cell, str):
         return cell
     text = cell.shown_text()

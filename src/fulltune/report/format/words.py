@@ -62,7 +62,7 @@ def describe_memory_peak(peak_bytes_by_kind: Mapping[MemoryKind, int]) -> str:
 
 
 def format_setting(value: Any) -> str:
-    """Return a setting as the recipe would write it."""
+    """Format a setting's value as in a recipe."""
     if value is None or value == "":
         return "none" if value is None else '""'
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -87,7 +87,7 @@ def write_sanitized(path: Path, text: str, private: bool = False) -> None:
     write_text(path, sanitized(text), private)
 
 
-def clipped(text: str, limit: int) -> str:
+def cut_text(text: str, limit: int) -> str:
     """Cut text after `limit` characters, if possible between words, and append how many are missing."""
     if len(text) <= limit:
         return text
@@ -107,12 +107,12 @@ def file_name(source: str) -> str:
     return path.name if is_local and not source.startswith("package:") else source
 
 
-def named(text: str) -> str:
+def text_or_empty(text: str) -> str:
     """Return the text, or `(empty)` if it is blank."""
     return text if text.strip() else "(empty)"
 
 
-def name_weights(share: float) -> str:
+def describe_weights(share: float) -> str:
     """Name the weights at a share (0 to 1) of the way from the pretrained to the trained model."""
     if share in (0, 1):
         return "the trained model" if share else "the pretrained model"

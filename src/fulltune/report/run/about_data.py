@@ -83,7 +83,7 @@ def build_data_section(view: RunView) -> Section | None:
     facts.append(("fingerprint of files and settings", summary.fingerprint))
     blocks: list[Element] = [build_split_table(summary), *_build_mixed_sources(view, summary), Facts(tuple(facts))]
     if summary.notes:
-        blocks.append(Bullets(tuple(words.clipped(note, _TEXT_LIMIT) for note in summary.notes)))
+        blocks.append(Bullets(tuple(words.cut_text(note, _TEXT_LIMIT) for note in summary.notes)))
     blocks += [*_build_label_counts(summary), *_build_dropped_rows(view, summary), *_build_previews(summary)]
     return Section("data", "Data", tuple(blocks))
 
@@ -135,7 +135,7 @@ def _build_mixed_sources(view: RunView, summary: DataSummary) -> list[Element]:
     shares = [number / max(1, sum(tokens)) for number in tokens[1:]]
     lines = describe_mixed_sources(summary, plan.num_train_epochs if plan else None, shares)
     lead = "These rows are mixed into the train rows of each epoch and are never scored:"
-    return [Paragraph(lead), Bullets(tuple(words.clipped(line, _TEXT_LIMIT) for line in lines))]
+    return [Paragraph(lead), Bullets(tuple(words.cut_text(line, _TEXT_LIMIT) for line in lines))]
 
 
 def _token_cells(summary: DataSummary, split: SplitSummary) -> dict[str, str]:

@@ -107,7 +107,7 @@ def describe_budget_result(result: BudgetResult) -> str:
     more = f" But {result.weak_texts_reason}." if result.weak_texts_reason else ""
     return (
         f"{lead}: {what}, on {counted(sealed.texts, 'sealed text')}. "
-        f"Saved weights: {words.name_weights(result.choice.share)} ({score}).{more}"
+        f"Saved weights: {words.describe_weights(result.choice.share)} ({score}).{more}"
     )
 
 
@@ -121,7 +121,7 @@ def budget_advice(result: BudgetResult | None) -> tuple[str, str]:
         return "", ""
     if (limit := limit_for_most_gain(result)) is not None:
         share = _rounded_up(105 * (-math.expm1(-limit) if result.is_language_model else limit))
-        weights = "the pretrained model" if result.choice.is_start else words.name_weights(result.choice.share)
+        weights = "the pretrained model" if result.choice.is_start else words.describe_weights(result.choice.share)
         return (
             f"the forgetting budget (preserve.budget) limits the weights to {weights}",
             f"{MOST_GAIN:.0%} of the gain needs a budget of about {share} (--set preserve.budget={share}), or more "
@@ -141,7 +141,7 @@ def _rounded_up(percent: float) -> str:
 def _build_interpolation_table(result: BudgetResult) -> Table:
     rows: tuple[TableRow, ...] = tuple(
         (
-            words.name_weights(point.share),
+            words.describe_weights(point.share),
             # Rounded, because equal models differ by rounding errors.
             " ± ".join(format_number(round(one, 9) + 0.0) for one in (point.drift.mean, point.drift.error)),
             format_metric(result.metric, point.metric),

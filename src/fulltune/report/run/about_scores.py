@@ -169,8 +169,8 @@ def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Ex
             replies["before training"] = waiting[answer.text].popleft().predicted
         if after:
             replies["after training"] = answer.predicted
-        shown = tuple((who, words.clipped(words.named(what), _ANSWER_LIMIT)) for who, what in replies.items())
-        exchanges.append((words.clipped(answer.text, _ANSWER_LIMIT), shown))
+        shown = tuple((who, words.cut_text(words.text_or_empty(what), _ANSWER_LIMIT)) for who, what in replies.items())
+        exchanges.append((words.cut_text(answer.text, _ANSWER_LIMIT), shown))
     return tuple(exchanges)
 
 
@@ -239,13 +239,13 @@ def build_mistakes_section(view: RunView) -> Section | None:
     return Section("worst-mistakes", "Worst mistakes", tuple(blocks))
 
 
-def _build_mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
+def _build_mistake_table(caption: str, wrong_answers: Sequence[Answer]) -> Table:
     rows: tuple[TableRow, ...] = tuple(
         (
             *(untrusted(text, _MISTAKE_LIMIT) for text in (row.text, row.expected, row.predicted)),
             "-" if row.loss is None else format_number(row.loss),
         )
-        for row in wrong
+        for row in wrong_answers
     )
     return Table(caption, ("text", "expected", "predicted", "loss"), rows, numeric=frozenset({3}))
 

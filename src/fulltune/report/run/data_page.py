@@ -82,7 +82,7 @@ def _build_findings_section(audit: Audit) -> Section:
         Paragraph(_describe_languages(column, counts, total)) for column, counts in audit.languages.items() if counts
     ]
     if audit.not_run:
-        lines = tuple(words.clipped(f"{check}: {why}", 300) for check, why in audit.not_run.items())
+        lines = tuple(words.cut_text(f"{check}: {why}", 300) for check, why in audit.not_run.items())
         blocks += [Paragraph("Not checked:"), Bullets(lines)]
     return Section("found", "Findings", tuple(blocks))
 
@@ -92,7 +92,7 @@ def _describe_languages(column: str, rows_by_language: Mapping[str, int], num_ro
     shares = [f"{code} {format_share(count / num_rows)}" for code, count in most]
     shares += [f"{counted(len(others), 'other')} {format_share(sum(others) / num_rows)}"] if others else []
     rest = format_share(1 - sum(rows_by_language.values()) / num_rows)
-    return f"Languages of column '{words.clipped(column, 60)}': {', '.join(shares)}; undetermined {rest}."
+    return f"Languages of column '{words.cut_text(column, 60)}': {', '.join(shares)}; undetermined {rest}."
 
 
 def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:

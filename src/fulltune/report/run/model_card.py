@@ -98,7 +98,7 @@ def _build_data_section(summary: DataSummary | None) -> Section | None:
         longest = form_of_rows(summary).longest.capitalize()
         blocks.append(Paragraph(f"{longest}: {counted(summary.max_length, 'token')}."))
     if summary.labels:
-        labels = words.clipped(", ".join(words.named(label) for label in summary.labels), 2000)
+        labels = words.cut_text(", ".join(words.text_or_empty(label) for label in summary.labels), 2000)
         blocks.append(Paragraph(f"{counted(len(summary.labels), 'label')}: {labels}"))
     return Section("data", "Data", tuple(blocks))
 

@@ -31,7 +31,7 @@ _OTHER_ROWS = "They were scored on different rows, so their difference is unknow
 _LONE = "The test rows are {}: more rows with other texts are needed to distinguish a difference from chance."
 
 
-def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better: bool) -> Scores | None:
+def find_best_untrained(scores: Sequence[Scores], metric: str, greater_is_better: bool) -> Scores | None:
     """Return the best finite score without training (a baseline's or the pretrained model's), or None."""
     rows = [row for row in scores if row.kind != "trained" and metric in row.metrics]
     rows = [row for row in rows if math.isfinite(row.metrics[metric].value)]
@@ -54,7 +54,7 @@ def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     measured = f"{words.metric_name(name)} {words.format_estimate(name, mine)}"
     measured += "" if row.greater_is_better else " (smaller is better)"
     claim = f"{row.name} has {measured} on {counted(row.rows, 'test row')}"
-    bar = strongest_untrained(scores, name, row.greater_is_better)
+    bar = find_best_untrained(scores, name, row.greater_is_better)
     if bar is None:
         return _build_headline("alone", f"{claim}; no baseline was scored to compare it with.")
     elsewhere = "" if bar.rows == row.rows else f" on {counted(bar.rows, 'row')}"
@@ -88,7 +88,7 @@ def _build_headline(kind: str, sentence: str) -> Headline:
 def _warn_of_poor_answers(row: Scores, scores: Sequence[Scores]) -> str:
     """Return a sentence if generated answers are empty or no better than before, else an empty string."""
     name = next((name for name in words.OF_ANSWERS if name in row.metrics and row.answers), "")
-    bar = strongest_untrained(scores, name, greater_is_better=True)
+    bar = find_best_untrained(scores, name, greater_is_better=True)
     if bar is None:
         return ""
     mine, theirs = row.metrics[name], bar.metrics[name]
@@ -158,8 +158,8 @@ def collect_facts(view: RunView, headline: Headline) -> RunFacts | None:
     entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
     blind = "The model finds no entity in the test rows" if entities and not any(entities) else ""
     if label:
-        blind = f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'"
-    bar = strongest_untrained(view.scores, row.main_metric, row.greater_is_better)
+        blind = f"Nearly every test row gets the same label, '{words.cut_text(label, 40)}'"
+    bar = find_best_untrained(view.scores, row.main_metric, row.greater_is_better)
     return RunFacts(
         verdict=headline.kind,
         plan=plan,
