@@ -26,7 +26,7 @@ from fulltune.compare.verdict import MethodOutputs, Terms, decide_verdict
 from fulltune.recipe.methods import MethodKind
 from fulltune.records.comparison import Decision, Difference
 from fulltune.stats import bootstrap
-from fulltune.stats.bootstrap import ResamplableMetric, measure_of
+from fulltune.stats.bootstrap import ResamplableMetric, find_metric
 from fulltune.tasks import Target
 
 ACCURACY, DISCORDANCE = 0.9, 0.1
@@ -99,7 +99,7 @@ def outputs(trials: Sequence[np.ndarray]) -> list[MethodOutputs]:
 
 def compare_once(trials: Sequence[np.ndarray], measure: ResamplableMetric, alpha: float) -> Decision:
     compared = outputs(trials)
-    drawn = bootstrap.draw(measure, [method.trials for method in compared], None, SAMPLES)
+    drawn = bootstrap.resample_trials(measure, [method.trials for method in compared], None, SAMPLES)
     return decide_verdict(compared, drawn, Terms(measure, MARGIN, alpha=alpha))
 
 
@@ -108,7 +108,7 @@ def sequentially(dev: Trials, test: Trials, measure: ResamplableMetric, most: in
     counts, before, rows = [1] * len(dev), 0, test[0].shape[1]
     while True:
         looked_at = outputs([method[:count] for method, count in zip(dev, counts, strict=True)])
-        drawn = bootstrap.draw(measure, [method.trials for method in looked_at], None, SAMPLES)
+        drawn = bootstrap.resample_trials(measure, [method.trials for method in looked_at], None, SAMPLES)
         step = plan_next_seeds(looked_at, drawn, Terms(measure, MARGIN), most, rows, again=before == counts[0])
         if not step.wanted_seeds:
             break
@@ -132,7 +132,7 @@ def rates(
     """
     seed_sd, rows, seeds, rivals = cell
     source = simulated(rows, seed_sd)
-    measure = measure_of("text-classification", Target("single_label", {}, ("no", "yes")), "accuracy")
+    measure = find_metric("text-classification", Target("single_label", {}, ("no", "yes")), "accuracy")
     decisions, used, right = [], [], 0
     for number in range(comparisons):
         chance = np.random.default_rng([start, number])

@@ -18,7 +18,7 @@ from fulltune.audit.rows import LEAK, NEAR_LEAK
 from fulltune.audit.stage import load_issues
 from fulltune.data.patch import Decisions, load_patch, numbered, save_patch
 from fulltune.errors import RecipeError, SetupError
-from fulltune.evaluate.scoring import load_outputs, outputs, save_outputs
+from fulltune.evaluate.scoring import compute_outputs, load_outputs, save_outputs
 from fulltune.inference.store import CLUSTERS, read_original_rows, row_id
 from fulltune.pipeline import Run, reader_of
 from fulltune.plan.settings import with_settings
@@ -27,8 +27,8 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import HIGH_LOSS, PROOFS, TRAINED_PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Message, only_steps_and_warnings
-from fulltune.stats.bootstrap import ResamplableMetric, draw, measure_of
-from fulltune.stats.intervals import SURPRISES, difference, seed_spreads
+from fulltune.stats.bootstrap import ResamplableMetric, find_metric, resample_trials
+from fulltune.stats.intervals import SURPRISES, difference_of_methods, estimate_seed_spreads
 from fulltune.system import run_folder
 from fulltune.tasks import Predictions, Target
 from fulltune.text import counted
@@ -124,7 +124,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
             outputs[-1].append(_eval_outputs_of_run(replace(job, recipe=recipe, folder=folder / f"{stem.name}-{seed}")))
     shutil.rmtree(folder / ".fulltune-cache", ignore_errors=True)
     metric = job.recipe.evaluate.metric or summary.form.metrics[0]
-    measure = measure_of(job.recipe.task, Target.of(summary), metric)
+    measure = find_metric(job.recipe.task, Target.of(summary), metric)
     proofs, rows = _compare_runs(measure, steps, patches, outputs)
     Proofs(
         fingerprint=summary.fingerprint,
@@ -198,8 +198,8 @@ def _eval_outputs_of_run(job: Run) -> Predictions:
         assert reached.plan is not None, "asked for"
         assert reached.outcome is not None, "asked for"
         assert reached.outcome.model_folder is not None, "a run that ended well has a model"
-        scoring = evaluate.scoring_of(job.recipe, reached.plan, reached.summary, run, job.base)
-        predictions = outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
+        scoring = evaluate.make_scoring(job.recipe, reached.plan, reached.summary, run, job.base)
+        predictions = compute_outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
         rows = run / "data" / "eval"
         save_outputs(saved, {**predictions, _IDS: np.array(list(row_ids(rows))), _CLUSTERS: np.load(rows / CLUSTERS)})
     shutil.rmtree(run, ignore_errors=True)
@@ -224,11 +224,11 @@ def _compare_runs(
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give the eval rows in a file (data.eval)")
     same = [[_select_by_id(one, common) for one in trials] for trials in eval_outputs]
-    drawn = draw(measure, same, same[0][0][_CLUSTERS])
-    spreads = seed_spreads(drawn, [False] * len(eval_outputs))
+    drawn = resample_trials(measure, same, same[0][0][_CLUSTERS])
+    spreads = estimate_seed_spreads(drawn, [False] * len(eval_outputs))
     proofs = []
     for number, (step, patch) in enumerate(zip(steps, patches, strict=True), start=1):
-        gap = difference(drawn, number, 0, spreads, 1.0, measure.span)
+        gap = difference_of_methods(drawn, number, 0, spreads, 1.0, measure.span)
         low, high = gap.interval(ALPHA / len(steps))
         proofs.append(
             Proof(

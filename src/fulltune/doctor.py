@@ -21,10 +21,10 @@ from fulltune.stats.curves import (
     MIN_FOR_SHAPE,
     Curves,
     Point,
-    diverged,
-    ended_high,
-    fit,
-    stayed_flat,
+    check_divergence,
+    is_flat,
+    judge_curves,
+    judge_final_loss,
     without_cause,
 )
 from fulltune.text import counted, format_number, format_share
@@ -210,7 +210,7 @@ def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
             yield "diverged", evidence, f"inspect the rows of that step, or {lower}"
             return
     losses, evals = log.curves.losses, [value for _, value in log.curves.eval_loss]
-    for judged in (diverged(losses, log.rate), ended_high(losses, evals, log.rate)):
+    for judged in (check_divergence(losses, log.rate), judge_final_loss(losses, evals, log.rate)):
         if judged.action != "go on":
             yield "diverged", without_cause(judged.reason), lower
             return
@@ -218,11 +218,11 @@ def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
 
 def _diagnose_fit(log: Log) -> Iterator[Diagnosis]:
     """Yield a diagnosis if the curves show overfitting, underfitting or a plateau."""
-    judged, losses = fit(log.curves), log.curves.losses
+    judged, losses = judge_curves(log.curves), log.curves.losses
     evidence = f"{judged.evidence}. {judged.details}".rstrip(". ")
     if judged.kind == "got worse":
         yield judged.kind, evidence, f"{judged.helps}: {_rate_setting(log, 1 / 10 if judged.turn == 0 else 1 / 3)}"
-    elif stayed_flat(losses):
+    elif is_flat(losses):
         stayed = f"the train loss stayed at about {format_number(statistics.median(losses))} from start to end"
         yield "plateau", stayed, f"try a higher rate: {_rate_setting(log, 3)}; check that the labels belong to the rows"
     elif judged.kind not in ("sound", "not known"):

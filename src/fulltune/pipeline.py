@@ -27,7 +27,7 @@ from fulltune.records.training import Outcome
 from fulltune.system import hardware, run_folder
 from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import RunResult
-from fulltune.tasks.labels import check_settings_for
+from fulltune.tasks.labels import check_label_settings
 from fulltune.train.hooks import Hooks
 from fulltune.train.loop.arguments import check_trainable
 from fulltune.train.parent.machines import MachineGroup
@@ -150,7 +150,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
         listener=job.listener,
     )
     summary = data.prepare(stage)
-    check_settings_for(job.recipe, summary)
+    check_label_settings(job.recipe, summary)
     job.hooks.check_data(summary)
     job.listener(DataPrepared(summary=summary, is_reused=before == path.stat().st_mtime_ns))
     return summary
@@ -179,7 +179,7 @@ def add_highest_losses(job: Run, summary: DataSummary) -> Audit:
             "--losses: packed texts share rows, so no text has its own loss; train with data.packing=false"
         )
     job.phase("reading train and eval rows with the trained model")
-    losses = evaluate.losses(_scoring(job, trial, summary))
+    losses = evaluate.train_and_eval_losses(_scoring(job, trial, summary))
     return stage.write_losses(job.recipe, job.folder / "data", summary, losses)
 
 
@@ -251,16 +251,16 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
     if not job.recipe.evaluate.baselines:
         return []
     job.phase("scoring the baselines")
-    return evaluate.baselines(_scoring(job, trial, summary))
+    return evaluate.score_baselines(_scoring(job, trial, summary))
 
 
 def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:
     job.phase("scoring the trained model")
-    return evaluate.score(_scoring(job, trial, summary, job.hooks.metrics), outcome)
+    return evaluate.score_trained_model(_scoring(job, trial, summary, job.hooks.metrics), outcome)
 
 
 def _scoring(job: Run, trial: Plan, summary: DataSummary, metrics: UserMetrics | None = None) -> Scoring:
-    scoring = evaluate.scoring_of(job.recipe, trial, summary, job.folder, job.base)
+    scoring = evaluate.make_scoring(job.recipe, trial, summary, job.folder, job.base)
     return replace(scoring, user_metrics=metrics, listener=job.listener)
 
 

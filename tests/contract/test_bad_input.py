@@ -220,8 +220,8 @@ def test_labels_all_different_are_refused(case: Case) -> None:
     refused(
         case.data([{"text": f"t {number}", "label": f"x{number}"} for number in range(200)]),
         DATA,
-        "train.csv: column 'label' has 200 different labels in 200 rows; is it the right column? (numbers to predict: "
-        "data.problem_type: regression)",
+        "train.csv: column 'label' has 200 different labels in 200 rows; is it the right column? To predict numbers, "
+        "set data.problem_type: regression",
     )
 
 
@@ -231,7 +231,7 @@ def test_labels_numbers_and_words_are_refused(case: Case) -> None:
         case.data(rows),
         DATA,
         "train.csv: column 'label' mixes words ('food' in 19 rows, 'weather' in 18 rows) and numbers ('3' in 3 rows) "
-        "as labels, first: train.csv:2; expected one kind: rename the labels, or remove the wrong rows",
+        "as labels, first: train.csv:2; expected one kind. Rename the labels, or remove the wrong rows",
     )
 
 
@@ -304,8 +304,9 @@ def test_messages_without_content_are_refused(chat_case: Callable[..., Result]) 
     refused(
         chat_case([{"messages": [{"role": "user"}, ANSWER]}] * 20),
         DATA,
-        "train.jsonl: 20 of 20 rows cannot be used (20 x no conversation); first: train.jsonl:1, a message of 'user' "
-        "has neither 'content' nor 'tool_calls'. Remove or repair these rows, or name another column in the recipe",
+        "train.jsonl: 20 of 20 rows cannot be used (20 x no conversation); first: train.jsonl:1, a message with role "
+        "'user' has neither 'content' nor 'tool_calls'. Remove or repair these rows, or name another column in the "
+        "recipe",
     )
 
 

@@ -13,7 +13,7 @@ from fulltune import pipeline
 from fulltune.errors import Diverged
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.training import Outcome
-from fulltune.stats.curves import ended_worse, made_worse
+from fulltune.stats.curves import check_got_worse, judge_got_worse
 from fulltune.tasks import Target
 from fulltune.train.worker.evaluation import _metric_for_comparison
 from tests import tiny
@@ -42,7 +42,7 @@ BLOCKS: dict[str, Any] = {
 def test_run_that_makes_the_model_worse_stops_when_its_loss_has_not_fallen(
     behind: int, losses: list[float], untrained: float | None, action: str
 ) -> None:
-    decision = made_worse(behind, "accuracy is 0.1 lower (standard error 0.02)", losses, 3e-4, untrained)
+    decision = check_got_worse(behind, "accuracy is 0.1 lower (standard error 0.02)", losses, 3e-4, untrained)
     assert decision.action == action
     if losses[-1:] == [1.5] and action == "stop":
         assert decision.reason == (
@@ -62,7 +62,7 @@ def test_run_that_makes_the_model_worse_stops_when_its_loss_has_not_fallen(
     ],
 )
 def test_run_whose_kept_model_is_worse_stops_when_its_loss_has_not_fallen(losses: list[float], action: str) -> None:
-    found = ended_worse("accuracy is 0.1 lower (standard error 0.02)", losses, 3e-4)
+    found = judge_got_worse("accuracy is 0.1 lower (standard error 0.02)", losses, 3e-4)
     assert found.action == action
     assert found.reason.startswith("training made the model worse: accuracy is 0.1 lower (standard error 0.02) than be")
 

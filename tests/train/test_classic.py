@@ -566,7 +566,7 @@ class _OwnLoss(Trainer):
     ("kind", "factor", "logging", "start"),
     [
         (Trainer, 50.0, "steps", "the loss diverged: before any update it was at most 0"),
-        (Trainer, 2.7, "no", "the loss ended higher than it began: 0"),
+        (Trainer, 2.7, "no", "the loss ended higher than it began: it was 0"),
         (Trainer, 1.0, "steps", ""),
         (_OwnLoss, 50.0, "steps", ""),
     ],

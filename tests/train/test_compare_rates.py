@@ -82,9 +82,9 @@ def whole_runs_given(trained: Callable[[comparing.Context, Trial], Any]) -> Iter
     with (
         mock.patch.object(trials, "train_trial", trained),
         mock.patch.object(trials, "save_outputs_by_split"),
-        mock.patch.object(trials.evaluate, "scoring_of"),
-        mock.patch.object(trials.evaluate, "keep_temperature"),
-        mock.patch.object(trials, "outputs", return_value=(mock.MagicMock(), 0.1)),
+        mock.patch.object(trials.evaluate, "make_scoring"),
+        mock.patch.object(trials.evaluate, "fit_and_save_temperature"),
+        mock.patch.object(trials, "compute_outputs", return_value=(mock.MagicMock(), 0.1)),
     ):
         yield
 

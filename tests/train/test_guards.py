@@ -18,7 +18,7 @@ from fulltune import files, pipeline
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, RecipeError
 from fulltune.records.events import Event, Message, StepLogged
 from fulltune.records.training import Outcome, ParameterChanges
-from fulltune.stats.curves import GuardDecision, diverged, ended_high, stopped_improving
+from fulltune.stats.curves import GuardDecision, check_divergence, judge_final_loss, should_stop_early
 from fulltune.system import hardware, run_folder
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.loop.step_guard import judge_parameter_changes
@@ -47,7 +47,7 @@ INF, NAN = math.inf, math.nan
     ],
 )
 def test_diverged_stops_a_loss_that_fell_and_is_back_for_good(losses: list[float], action: str) -> None:
-    decision = diverged(losses, 6.3e-3)
+    decision = check_divergence(losses, 6.3e-3)
 
     assert decision.action == action
     if action == "stop" and losses[0] == 4:
@@ -60,9 +60,9 @@ def test_diverged_stops_a_loss_that_fell_and_is_back_for_good(losses: list[float
 def test_loss_that_is_back_where_a_linear_probe_began_is_no_divergence() -> None:
     """By chance 77 classes give 4.34; the losses are those of Banking77."""
     losses = [*[0.55, 0.5, 0.6] * 4, *[0.35, 0.3, 0.4] * 4, *[0.55, 0.5, 0.62] * 8]
-    assert diverged(losses, 2e-4, untrained=0.55).action == "stop"
-    assert diverged(losses, 2e-4, untrained=4.34).action == "go on"
-    assert diverged([*losses, *[4.5, 4.3, 4.6] * 8], 2e-4, untrained=4.34).action == "stop"
+    assert check_divergence(losses, 2e-4, untrained=0.55).action == "stop"
+    assert check_divergence(losses, 2e-4, untrained=4.34).action == "go on"
+    assert check_divergence([*losses, *[4.5, 4.3, 4.6] * 8], 2e-4, untrained=4.34).action == "stop"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_loss_that_is_back_where_a_linear_probe_began_is_no_divergence() -> None
 def test_diverged_stops_a_loss_that_is_far_above_its_beginning_for_good(
     losses: list[float], untrained: float | None, action: str
 ) -> None:
-    assert diverged(losses, 0.9, untrained).action == action
+    assert check_divergence(losses, 0.9, untrained).action == action
 
 
 CURVES = {
@@ -115,7 +115,7 @@ def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int
     losses, eval_losses = ([float(loss) for loss in part.split()] for part in CURVES[rate])
     logged = [losses[0]] + [sum(losses[at : at + every]) / every for at in range(0, len(losses), every)]
 
-    decision = ended_high(logged if every > 1 else losses, eval_losses, rate, 1.12)
+    decision = judge_final_loss(logged if every > 1 else losses, eval_losses, rate, 1.12)
 
     assert decision.action == action
     if action != "go on":
@@ -123,7 +123,7 @@ def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int
             f"Usual cause: a learning rate that is too high (here {rate:g}); try a tenth of it"
         )
     if action == "go on":  # nor does it stop in the middle
-        assert all(diverged(losses[:count], rate).action == "go on" for count in range(len(losses)))
+        assert all(check_divergence(losses[:count], rate).action == "go on" for count in range(len(losses)))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int
 def test_ended_high_needs_a_loss_that_nothing_was_better_than(
     losses: list[float], eval_losses: list[float], action: str
 ) -> None:
-    assert ended_high(losses, eval_losses, 0.9).action == action
+    assert judge_final_loss(losses, eval_losses, 0.9).action == action
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_nothing_learned_stops_when_nothing_moved(
 def test_stopped_improving_counts_from_the_best(
     values: list[float], greater: bool, patience: int, threshold: float, stopped: bool
 ) -> None:
-    assert stopped_improving(values, greater, patience, threshold) == stopped
+    assert should_stop_early(values, greater, patience, threshold) == stopped
 
 
 # ---- the order of the rows -------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_loss_that_diverged_stops_the_run_as_diverged(
         seen.append(len(losses))
         return GuardDecision("stop", f"diverged at {learning_rate:g}") if len(losses) == 5 else GuardDecision("go on")
 
-    monkeypatch.setattr(evaluation, "diverged", at_the_fifth)
+    monkeypatch.setattr(evaluation, "check_divergence", at_the_fifth)
     with pytest.raises(Diverged, match=r"diverged at 0\.001"):
         runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 8, "logging_steps": 1})
     assert seen == [1, 2, 3, 4, 5]
@@ -277,7 +277,7 @@ def test_loss_that_ended_high_is_said_or_stops_the_run(
         seen.append((len(losses), len(eval_losses), untrained))
         return GuardDecision(action, f"ended high at {rate:g}")
 
-    monkeypatch.setattr(evaluation, "ended_high", high)
+    monkeypatch.setattr(evaluation, "judge_final_loss", high)
     said: list[str] = []
     train = {"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
     options = {"listener": lambda event: said.append(event.text) if isinstance(event, Message) else None}

@@ -12,7 +12,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from fulltune import predict
 from fulltune.evaluate import LINEAR_PROBE
-from fulltune.evaluate.spans import compared
+from fulltune.evaluate.spans import squad_scores
 from fulltune.inference.store import Rows, read_original_rows
 from tests import tiny
 from tests.contract.command import fulltune
@@ -72,7 +72,7 @@ def test_span_run_beats_the_baselines_and_merges_windows(tmp_path: Path) -> None
 
     rows = list(asked.values())
     answers = predict.load_predictor(reached.folder).predict(rows)
-    scores = compared([answer["answer"] for answer in answers], [row["answers"]["text"] for row in rows])
+    scores = squad_scores([answer["answer"] for answer in answers], [row["answers"]["text"] for row in rows])
     assert float(scores["f1"].mean()) == pytest.approx(trained.metrics["f1"].value)
     for answer, row in zip(answers, rows, strict=True):
         assert 0 < answer["probability"] <= 1

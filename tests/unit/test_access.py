@@ -26,7 +26,7 @@ def run_folder(folder: Path, rows: Sequence[dict[str, Any]] = ROWS) -> Path:
 
 def note(folder: Path, trained: int = 1, listener: Any = lambda event: None) -> None:
     outcome = Outcome(status="done", reason="all done", trial="full-seed1", attempt=1, steps=trained)
-    scoring.note_access(folder, listener, outcome)
+    scoring.log_test_access(folder, listener, outcome)
 
 
 def test_every_scoring_of_the_same_rows_is_known_to_each_run_in_whatever_order_they_stand(tmp_path: Path) -> None:

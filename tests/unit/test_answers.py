@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.evaluate.language import drawn_rows, missing_metrics
+from fulltune.evaluate.language import missing_metrics, rows_to_answer
 from fulltune.records.scores import Estimate
 from fulltune.report.format import words
-from fulltune.stats.bootstrap import resample
+from fulltune.stats.bootstrap import resample_metrics
 from fulltune.tasks import Target, causal_lm, seq2seq, written
 
 PAIRS = Target("prompt_completion", {"prompt": "mr", "completion": "ref"})
@@ -28,7 +28,7 @@ SORTED = [{"mr": f"name[{place // 3:03}]", "ref": f"answer {place}"} for place i
 
 
 def test_answers_are_drawn_among_different_prompts() -> None:
-    drawn = drawn_rows(bench(SORTED, 20))
+    drawn = rows_to_answer(bench(SORTED, 20))
     prompts = [row["mr"] for row in drawn.values()]
     assert len(set(prompts)) == 20
     assert list(drawn) == sorted(drawn)
@@ -37,25 +37,25 @@ def test_answers_are_drawn_among_different_prompts() -> None:
 
 
 def test_draw_depends_on_the_seed_and_the_prompts_alone() -> None:
-    drawn = [row["mr"] for row in drawn_rows(bench(SORTED, 20)).values()]
-    assert [row["mr"] for row in drawn_rows(bench(SORTED, 20)).values()] == drawn
-    assert [row["mr"] for row in drawn_rows(bench(SORTED, 20, seed=1)).values()] != drawn
-    more = {row["mr"] for row in drawn_rows(bench(SORTED, 25)).values()}
+    drawn = [row["mr"] for row in rows_to_answer(bench(SORTED, 20)).values()]
+    assert [row["mr"] for row in rows_to_answer(bench(SORTED, 20)).values()] == drawn
+    assert [row["mr"] for row in rows_to_answer(bench(SORTED, 20, seed=1)).values()] != drawn
+    more = {row["mr"] for row in rows_to_answer(bench(SORTED, 25)).values()}
     assert set(drawn) < more
-    others = {row["mr"] for row in drawn_rows(bench(SORTED[::-1], 20)).values()}
+    others = {row["mr"] for row in rows_to_answer(bench(SORTED[::-1], 20)).values()}
     assert others == set(drawn)
 
 
 def test_all_prompts_where_there_are_fewer_and_none_where_none_is_asked() -> None:
-    assert len(drawn_rows(bench(SORTED, 1000))) == 100
-    assert drawn_rows(bench(SORTED, 0)) == {}
-    assert drawn_rows(bench([{"text": "raw"}], 5, target=Target("text", {"text": "text"}))) == {}
+    assert len(rows_to_answer(bench(SORTED, 1000))) == 100
+    assert rows_to_answer(bench(SORTED, 0)) == {}
+    assert rows_to_answer(bench([{"text": "raw"}], 5, target=Target("text", {"text": "text"}))) == {}
 
 
 def test_conversation_of_several_examples_is_asked_once() -> None:
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
     silent = {"messages": [{"role": "assistant", "content": "nobody asked"}]}
-    assert list(drawn_rows(bench([silent, row, row], 5, target=Target("chat", {"messages": "messages"})))) == [1]
+    assert list(rows_to_answer(bench([silent, row, row], 5, target=Target("chat", {"messages": "messages"})))) == [1]
 
 
 def test_without_the_packages_their_metrics_are_left_out_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,13 +65,15 @@ def test_without_the_packages_their_metrics_are_left_out_with_one_line(monkeypat
     kept = seq2seq.score_answers(["a"], ["A "])
     assert seq2seq.metrics(kept, target) == {"exact_match": 1.0}
     assert missing_metrics(bench([], 1, target=target)) == (
-        "not computed: rougeL, chrf, bleu; pip install 'fulltune[text-metrics]'"
+        "not computed: rougeL, chrf, bleu (to install: pip install 'fulltune[text-metrics]')"
     )
-    assert missing_metrics(bench([], 1)) == "not computed: rougeL, chrf; pip install 'fulltune[text-metrics]'"
+    assert (
+        missing_metrics(bench([], 1)) == "not computed: rougeL, chrf (to install: pip install 'fulltune[text-metrics]')"
+    )
 
 
 def test_metric_of_one_row_has_no_interval() -> None:
-    drawn = resample({"x": np.array([0.5])}, lambda rows: {"rougeL": rows["x"].mean()}, samples=5)
+    drawn = resample_metrics({"x": np.array([0.5])}, lambda rows: {"rougeL": rows["x"].mean()}, samples=5)
     found = drawn["rougeL"].estimate(0.9)
     assert found.rows == 1
     assert words.format_estimate("rougeL", found) == "0.5 [one row]"

@@ -16,8 +16,8 @@ from fulltune.evaluate import classifiers, spans
 from fulltune.evaluate.scoring import Scoring
 from fulltune.inference.store import CLUSTERS, IN_TRAIN, make_record_batch, row_as_json, write_rows
 from fulltune.records.scores import Answer, Scores
-from fulltune.stats.bootstrap import resample
-from fulltune.stats.intervals import paired
+from fulltune.stats.bootstrap import resample_metrics
+from fulltune.stats.intervals import paired_difference
 from fulltune.tasks import PLACE, Target, task_named, written
 
 RECIPE: Any = SimpleNamespace(
@@ -43,7 +43,7 @@ TENS = [place // 10 for place in range(120)]
 
 def test_scores_rest_on_clusters(tmp_path: Path) -> None:
     grouped, alone = (
-        classifiers.majority(bench(tmp_path / str(number), clusters))
+        classifiers.score_majority_class(bench(tmp_path / str(number), clusters))
         for number, clusters in enumerate((TENS, range(120)))
     )
     one, other = grouped[0].metrics["accuracy"], alone[0].metrics["accuracy"]
@@ -58,11 +58,11 @@ def test_difference_in_a_run_rests_on_clusters(tmp_path: Path) -> None:
     run = bench(tmp_path / "data", TENS)
     for name, kind, right in (("before-training", "untouched", of < 4), ("full-seed42", "trained", of < 8)):
         kept = {"right": right.astype(float)}
-        found = run.estimates(kept, metrics=lambda rows: {"accuracy": float(rows["right"].mean())})
+        found = run.estimate_metrics(kept, metrics=lambda rows: {"accuracy": float(rows["right"].mean())})
         scored = run.scores(name, kind, 120, found)  # type: ignore[arg-type]  # of this type
         evaluate._load_or_score(tmp_path / "scores" / f"{name}.json", lambda scored=scored: scored)
     mine = Scores.load(tmp_path / "scores" / "full-seed42.json")
-    ahead = evaluate.with_differences(tmp_path, mine, partial(paired, span=1.0, confidence=0.95))
+    ahead = evaluate.save_differences(tmp_path, mine, partial(paired_difference, span=1.0, confidence=0.95))
     found = ahead.differences["before-training"]
     assert found.low < 0 < found.value < found.high
 
@@ -70,7 +70,7 @@ def test_difference_in_a_run_rests_on_clusters(tmp_path: Path) -> None:
 def test_answers_to_some_rows_rest_on_the_clusters_of_these(tmp_path: Path) -> None:
     target = Target("prompt_completion", {"prompt": "p", "completion": "c"})
     run = bench(tmp_path, TENS, target, "causal-lm")
-    found = run.estimates(written.score_answers(["a", "b", "a"], ["a", "a", "a"]), [3, 7, 100])["exact_match"]
+    found = run.estimate_metrics(written.score_answers(["a", "b", "a"], ["a", "a", "a"]), [3, 7, 100])["exact_match"]
     assert (found.num_rows, found.num_clusters) == (3, 2)
 
 
@@ -78,13 +78,13 @@ def test_questions_rest_on_the_clusters_of_their_windows(tmp_path: Path) -> None
     run = bench(tmp_path, TENS, Target("spans", {}), "question-answering")
     questions = {row[PLACE] for row in run.texts}
     scores = {name: np.linspace(0, 1, len(questions)) for name in ("f1", "exact_match")}
-    found = run.estimates(scores, spans._first_windows(run.texts))["f1"]
+    found = run.estimate_metrics(scores, spans._first_windows(run.texts))["f1"]
     assert (found.num_rows, found.num_clusters) == (60, 12)
 
 
 def test_more_cluster_numbers_than_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="a cluster for each of 3 rows, found 2"):
-        resample({"x": np.ones(3)}, lambda rows: {"a": 1.0}, samples=2, clusters=np.array([0, 1]))
+        resample_metrics({"x": np.ones(3)}, lambda rows: {"a": 1.0}, samples=2, clusters=np.array([0, 1]))
 
 
 # ---- rows that stand in train ----------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
     seen = np.arange(120) < 45
     np.save(tmp_path / "test" / IN_TRAIN, seen)
     kept = {"right": np.where(seen, 1.0, np.arange(120) % 2)}
-    scores = run.scores("full-seed42", "trained", 120, run.estimates(kept, metrics=right))[0]
+    scores = run.scores("full-seed42", "trained", 120, run.estimate_metrics(kept, metrics=right))[0]
     found = scores.metric_without_leaks
     assert scores.num_leaks == 45
     assert found is not None
@@ -108,7 +108,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
     assert found.value == pytest.approx(38 / 75)
     assert found.low < 38 / 75 < found.high < scores.metrics["accuracy"].value
     whole = bench(tmp_path / "other", [place // 3 for place in range(120)])
-    plain = whole.scores("full-seed42", "trained", 120, whole.estimates(kept, metrics=right))[0]
+    plain = whole.scores("full-seed42", "trained", 120, whole.estimate_metrics(kept, metrics=right))[0]
     assert plain.metrics == scores.metrics, "the scores of all rows stay as they are"
     assert (plain.num_leaks, plain.metric_without_leaks) == (0, None)
 
@@ -117,7 +117,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
 def test_hardly_any_row_that_train_does_not_have_gives_no_metric(tmp_path: Path, first_unseen: int) -> None:
     run = bench(tmp_path, TENS)
     np.save(tmp_path / "test" / IN_TRAIN, np.arange(120) < first_unseen)
-    scores = run.scores("x", "trained", 120, run.estimates({"right": np.ones(120)}, metrics=right))[0]
+    scores = run.scores("x", "trained", 120, run.estimate_metrics({"right": np.ones(120)}, metrics=right))[0]
     assert (scores.num_leaks, scores.metric_without_leaks) == (first_unseen, None)
 
 
@@ -125,7 +125,7 @@ def test_user_metric_is_asked_without_them_too(tmp_path: Path) -> None:
     run = bench(tmp_path, range(120))
     np.save(tmp_path / "test" / IN_TRAIN, np.arange(120) < 60)
     mine = replace(run, user_metrics=lambda predicted, true: {"same": float((predicted == true).mean())})
-    found = mine.user_estimates(np.arange(120) < 60, np.ones(120, bool))["same"]
+    found = mine.estimate_user_metrics(np.arange(120) < 60, np.ones(120, bool))["same"]
     assert found.value == 0.5
     assert found.unseen is not None
     assert found.unseen.value == 0.0

@@ -139,7 +139,9 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
             for part, names in checks.items():
                 for column, text in iterate_texts(row, rows.target.columns, part):
                     scan.issues += [_flaw_to_issue(rows, split, row, column, flaw) for flaw in find_flaws(text, names)]
-            if (turns := rows.target.columns.get("messages")) and (faults := chat_faults(chat.clean(row[turns]))):
+            if (turns := rows.target.columns.get("messages")) and (
+                faults := chat_faults(chat.clean_messages(row[turns]))
+            ):
                 reason = masked_text(first_few(faults))
                 scan.issues.append(rows.issue(CHAT_FAULT, (split, row), reason, score=float(len(faults))))
             add_languages(scan.languages, row, rows.target.columns)

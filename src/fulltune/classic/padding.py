@@ -12,7 +12,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer, get_tokeni
 
 from fulltune.classic.arguments import issue_notice
 from fulltune.classic.dry_run import row_length
-from fulltune.tasks.padding import IGNORED, padded
+from fulltune.tasks.padding import IGNORED, pad_right
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class PaddingCollator:
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         fills = {"input_ids": self._pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
         for name in [name for name in fills if _have_unequal_lengths(rows, name)]:
-            for row, values in zip(rows, padded([row[name] for row in rows], fills[name]), strict=True):
+            for row, values in zip(rows, pad_right([row[name] for row in rows], fills[name]), strict=True):
                 row[name] = values
         batch = transformers.default_data_collator(rows)
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")

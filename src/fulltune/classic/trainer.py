@@ -23,7 +23,7 @@ from fulltune.classic.dry_run import dry_run, shallow_copy
 from fulltune.classic.padding import with_padding
 from fulltune.errors import GuardStop
 from fulltune.records.training import ParameterChanges
-from fulltune.stats.curves import diverged, ended_high
+from fulltune.stats.curves import check_divergence, judge_final_loss
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.step_guard import StepVerdict, judge_parameter_changes
@@ -185,7 +185,7 @@ class Trainer(Guarded, transformers.Trainer):
         losses = logged(self.state, "loss")
         if self._first_step == 0 and self.first_loss is not None:
             losses.insert(0, self.first_loss)
-        decision = diverged(losses, self.args.learning_rate, self._untrained_loss)
+        decision = check_divergence(losses, self.args.learning_rate, self._untrained_loss)
         if decision.action == "stop":
             self._ignores_divergence = True
             issue_notice(decision.reason)
@@ -197,7 +197,7 @@ class Trainer(Guarded, transformers.Trainer):
             return
         losses = (self.first_loss, *self.last_losses[-(self.state.global_step - 1) :])
         eval_losses = logged(self.state, "eval_loss")
-        decision = ended_high(losses, eval_losses, self.args.learning_rate, self._untrained_loss)
+        decision = judge_final_loss(losses, eval_losses, self.args.learning_rate, self._untrained_loss)
         if decision.action != "go on":
             issue_notice(decision.reason)
 

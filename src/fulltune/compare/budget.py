@@ -15,7 +15,7 @@ from fulltune.recipe.methods import RIVALS, Method
 from fulltune.records.comparison import Comparison, Expectation, Search, Trial
 from fulltune.records.events import Designed
 from fulltune.records.plan import BASELINES
-from fulltune.stats.precision import planned_detectable
+from fulltune.stats.precision import planned_detectable_difference
 from fulltune.text import is_share, typed_seconds
 
 EXPECTATION = f"{FOLDER}/expectation.json"
@@ -124,7 +124,7 @@ def with_detectable_differences(
     level *= TIME_UP_SHARE if limited or len(expected.methods) < len(costs) else 1
     level /= max(1, sum(costs[method].decides for method in expected.methods) - 1)
     alike, apart = (
-        planned_detectable(test_rows, expected.num_seeds, seed_sd, margin, level)
+        planned_detectable_difference(test_rows, expected.num_seeds, seed_sd, margin, level)
         for seed_sd in (SEEDS_ALIKE, SEEDS_APART)
     )
     return expected.model_copy(update={"detectable": (alike, apart)})

@@ -16,14 +16,14 @@ from fulltune.compare.seeds import SeedRuns, load_method_outputs
 from fulltune.compare.sequential import alpha_left
 from fulltune.compare.trials import best_seed, save_outputs_by_split
 from fulltune.compare.verdict import MethodOutputs, Terms, decide_verdict
-from fulltune.evaluate.scoring import MIN_UNSEEN, load_outputs, note_access, outputs
+from fulltune.evaluate.scoring import MIN_UNSEEN, compute_outputs, load_outputs, log_test_access
 from fulltune.files import append_line, read_json_lines
 from fulltune.forgetting.generic_text import drift_per_text
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.recipe.tasks import ALSO_OCCURS, FACTS, leaked_content
 from fulltune.records.comparison import Comparison, Decision, MethodRow, Opening, TrialResult
 from fulltune.records.scores import Estimate, Scores
-from fulltune.stats.bootstrap import SAMPLES, draw, resample
+from fulltune.stats.bootstrap import SAMPLES, resample_metrics, resample_trials
 from fulltune.stats.calibration import calibrate
 from fulltune.system import run_folder
 from fulltune.text import format_metric
@@ -49,7 +49,7 @@ def judge_on_test_rows(ran: SeedRuns) -> Comparison:
         clusters = np.load(context.folder / "data" / "test" / CLUSTERS)
         decision = _verdict_on_rows(context, compared, clusters, alpha)
         leaks = verdict_without_leaks(context, compared, clusters, decision)
-    note_access(context.folder, context.job.listener)
+    log_test_access(context.folder, context.job.listener)
     comparison = build_comparison(ran, decision, baselines, openings)
     comparison = comparison.model_copy(update={"notes": (*comparison.notes, *leaks)})
     comparison.save(context.folder / RECORD)  # saved first: the test rows are open, and what follows may fail
@@ -63,7 +63,7 @@ def _verdict_on_rows(
     """Reach a verdict on the rows of these outputs. Rows with the same number in `clusters` depend on each other."""
     recipe = context.recipe
     terms = Terms(context.measure, recipe.compare.margin, recipe.evaluate.confidence, alpha)
-    drawn = draw(context.measure, [method.trials for method in compared], clusters, SAMPLES)
+    drawn = resample_trials(context.measure, [method.trials for method in compared], clusters, SAMPLES)
     return decide_verdict(compared, drawn, terms)
 
 
@@ -112,9 +112,9 @@ def score_baselines(context: Context) -> tuple[Scores, ...]:
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
         splits = ("eval", "test") if writes else ()
-        predictions, _ = outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
+        predictions, _ = compute_outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
         save_outputs_by_split(context, BASE, predictions)
-    return tuple(evaluate.baselines(context.scoring))
+    return tuple(evaluate.score_baselines(context.scoring))
 
 
 def build_comparison(
@@ -201,7 +201,9 @@ def _estimate_drift(context: Context, results: Sequence[TrialResult]) -> Estimat
         return None
     before, *after = (load_outputs(folder / f"{name}.npz") for name in (BASE, *(one.trial.name for one in results)))
     of_text = np.mean([drift_per_text(before["generic"], one["generic"]) for one in after], axis=0)
-    drawn = resample({"drift": of_text}, lambda texts: {"drift": float(texts["drift"].mean())}, samples=_TEXT_SAMPLES)
+    drawn = resample_metrics(
+        {"drift": of_text}, lambda texts: {"drift": float(texts["drift"].mean())}, samples=_TEXT_SAMPLES
+    )
     return drawn["drift"].estimate(context.recipe.evaluate.confidence)
 
 
@@ -223,7 +225,7 @@ def write_model_cards(ran: SeedRuns) -> None:
             continue
         name = best_seed(context, runs).trial.name
         eval_outputs, test = (load_outputs(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))
-        metrics = scoring.estimates(test, metrics=context.measure.alone)
+        metrics = scoring.estimate_metrics(test, metrics=context.measure.alone)
         calibration = None
         if context.summary.form.is_calibrated:
             calibration = calibrate(eval_outputs["logits"], eval_outputs["labels"], test["logits"], test["labels"])

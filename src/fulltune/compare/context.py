@@ -89,7 +89,7 @@ class Context:
 
     @cached_property
     def measure(self) -> bootstrap.ResamplableMetric:
-        return bootstrap.measure_of(
+        return bootstrap.find_metric(
             self.recipe.task, Target.of(self.summary), self.method_setup(self.full.label).plan.metric
         )
 
@@ -104,7 +104,7 @@ class Context:
     @cached_property
     def scoring(self) -> Scoring:
         reference = self.method_setup(self.full.label).plan
-        return evaluate.scoring_of(self.recipe, reference, self.summary, self.folder, self.job.base)
+        return evaluate.make_scoring(self.recipe, reference, self.summary, self.folder, self.job.base)
 
     @property
     def methods(self) -> tuple[ComparedMethod, ...]:

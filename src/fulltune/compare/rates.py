@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fulltune.records.comparison import Search, Trial
-from fulltune.stats.curves import error_of_share
+from fulltune.stats.curves import standard_error_of_share
 
 STEP = math.sqrt(10)
 MOST_EXTENSIONS = 2
@@ -35,7 +35,7 @@ class Scale:
             return 0.0
         if not self.is_share:
             return 0.01 * abs(metric)
-        return error_of_share(metric, self.eval_rows)
+        return standard_error_of_share(metric, self.eval_rows)
 
     def lead_in_tolerances(self, rate: float, tried: Mapping[float, float]) -> float:
         """Return how many tolerances a rate's metric is ahead of all others, or infinity if all others diverged."""

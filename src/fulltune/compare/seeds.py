@@ -17,7 +17,7 @@ from fulltune.evaluate.scoring import load_outputs
 from fulltune.inference.store import CLUSTERS
 from fulltune.recipe.methods import RIVALS, Method, MethodKind
 from fulltune.records.comparison import Expectation, Look, Search, Trial, TrialResult
-from fulltune.stats.bootstrap import draw
+from fulltune.stats.bootstrap import resample_trials
 from fulltune.text import counted
 
 Results = dict[str, list[TrialResult]]
@@ -190,7 +190,7 @@ class SeedRuns:
         behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
         compared = load_method_outputs(context, self.results, OPEN, behind)
         clusters = np.load(context.folder / "data" / "eval" / CLUSTERS)
-        drawn = draw(context.measure, [one.trials for one in compared], clusters, SAMPLES)
+        drawn = resample_trials(context.measure, [one.trials for one in compared], clusters, SAMPLES)
         terms = Terms(context.measure, context.recipe.compare.margin, alpha=context.alpha)
         test_rows = context.summary.splits["test"].rows
         result = plan_next_seeds(compared, drawn, terms, self.expectation.most_seeds, test_rows, again=again)

@@ -10,7 +10,7 @@ import numpy as np
 from fulltune.compare.verdict import MethodOutputs, Terms
 from fulltune.records.comparison import Look
 from fulltune.stats.bootstrap import ResampledTrials
-from fulltune.stats.intervals import UncertainValue, difference, seed_spreads
+from fulltune.stats.intervals import UncertainValue, difference_of_methods, estimate_seed_spreads
 from fulltune.stats.precision import ComparisonPrecision
 
 SAMPLES = 2_000
@@ -96,12 +96,12 @@ def plan_next_seeds(
     second look after the same seeds."""
     (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure
-    now, spreads = counts[full], seed_spreads(drawn, [method.kind == "base" for method in methods])
+    now, spreads = counts[full], estimate_seed_spreads(drawn, [method.kind == "base" for method in methods])
     rivals = [index for index, method in enumerate(methods) if method.decides]
     level, last = alpha_spent(now, max_seeds, terms.alpha, again=again), alpha_spent(max_seeds, max_seeds, terms.alpha)
     outlooks = []
     for index in rivals:
-        gap = difference(drawn, full, index, spreads, measure.sign, measure.span)
+        gap = difference_of_methods(drawn, full, index, spreads, measure.sign, measure.span)
         as_many = counts[index] == now
         share = (1.0 if as_many else WAITING_SHARE) / len(rivals)
         stopped = planned = (0.0, 0.0, 0.0)  # one seed each gives no spread between seeds
@@ -175,7 +175,7 @@ def _answer_probabilities(
             test_precision.half_width(2 * level, luck),
             margin,
         )
-        for luck in test_precision.luck(same_seeds=same_seeds)
+        for luck in test_precision.variance_ratios(same_seeds=same_seeds)
     ]
     full, equal, rival = (float(np.mean(each)) for each in zip(*chances, strict=True))
     return full, equal, rival

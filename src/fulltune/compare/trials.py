@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from fulltune import evaluate
 from fulltune.compare.context import GENERIC, OPEN, SEALED, Context
 from fulltune.errors import Diverged
-from fulltune.evaluate.scoring import outputs, save_outputs
+from fulltune.evaluate.scoring import compute_outputs, save_outputs
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.events import only_steps_and_warnings
 from fulltune.records.plan import Plan
@@ -91,12 +91,12 @@ def save_run_outputs(context: Context, trial: Trial, planned: Plan, outcome: Out
     """Save a trained model's outputs and temperature, and return the scoring seconds per row."""
     model_folder = context.folder / str(outcome.model_folder)
     with context.log_duration(f"{trial.name}: rows"):
-        scoring = evaluate.scoring_of(
+        scoring = evaluate.make_scoring(
             context.trial_recipe(trial), planned, context.summary, context.folder, context.job.base
         )
-        predictions, seconds_per_row = outputs(scoring, model_folder, context.texts[0], context.most_tokens)
+        predictions, seconds_per_row = compute_outputs(scoring, model_folder, context.texts[0], context.most_tokens)
         save_outputs_by_split(context, trial.name, predictions)
-        evaluate.keep_temperature(scoring, model_folder, predictions["eval"])
+        evaluate.fit_and_save_temperature(scoring, model_folder, predictions["eval"])
     return seconds_per_row
 
 

@@ -12,8 +12,8 @@ from fulltune.records.comparison import Decision, Difference, VerdictKind
 from fulltune.records.scores import Estimate
 from fulltune.report.format.words import MetricFormatter
 from fulltune.stats.bootstrap import ResamplableMetric, ResampledTrials
-from fulltune.stats.intervals import UncertainValue, difference, holm, mean_of_method, seed_spreads
-from fulltune.stats.precision import MAX_ROWS_FACTOR, MAX_SEEDS, ComparisonPrecision, needed
+from fulltune.stats.intervals import UncertainValue, difference_of_methods, estimate_seed_spreads, holm, mean_of_method
+from fulltune.stats.precision import MAX_ROWS_FACTOR, MAX_SEEDS, ComparisonPrecision, rows_and_seeds_needed
 from fulltune.tasks import Predictions
 from fulltune.text import listed
 
@@ -49,11 +49,11 @@ def decide_verdict(methods: Sequence[MethodOutputs], drawn: ResampledTrials, ter
     """Compare full fine-tuning with every other method on resamples (`drawn`), and return the verdict."""
     measure = terms.measure
     (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
-    spreads = seed_spreads(drawn, [method.kind == "base" for method in methods])
+    spreads = estimate_seed_spreads(drawn, [method.kind == "base" for method in methods])
     differences = []
     for decides in (True, False):  # methods that share the chance of a wrong answer
         group = [index for index, method in enumerate(methods) if index != full and method.decides == decides]
-        gaps = [difference(drawn, full, index, spreads, measure.sign, measure.span) for index in group]
+        gaps = [difference_of_methods(drawn, full, index, spreads, measure.sign, measure.span) for index in group]
         tests = holm([gap.p_value() for gap in gaps], terms.alpha)
         equivalence = holm([gap.equivalence_p(terms.margin) for gap in gaps], terms.alpha)
         for index, gap, *tested in zip(group, gaps, tests, equivalence, strict=True):
@@ -110,7 +110,7 @@ def _test_difference(
     adjusted_low, adjusted_high = _clip(gap.interval(level), bounds)
     is_tested = gap.seeds_known
     certain = is_tested and adjusted_p <= alpha
-    rows, seeds = needed(gap, num_rows, margin, level, equal_level) if is_tested else (None, None)
+    rows, seeds = rows_and_seeds_needed(gap, num_rows, margin, level, equal_level) if is_tested else (None, None)
     return Difference(
         method=method.name,
         kind=method.kind,
@@ -129,7 +129,7 @@ def _test_difference(
         full_better=certain and gap.estimate >= margin and adjusted_low > 0,
         other_better=certain and gap.estimate <= -margin and adjusted_high < 0,
         seeds_known=is_tested,
-        detectable=ComparisonPrecision.of(gap).detectable(margin, level),
+        detectable=ComparisonPrecision.of(gap).detectable_difference(margin, level),
         rows_needed=rows,
         seeds_needed=seeds,
     )

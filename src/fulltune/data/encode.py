@@ -25,7 +25,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.system.hardware import num_cores
 from fulltune.tasks import LENGTH, Example, Refused, Row, Target, Task, task_named
-from fulltune.tasks.columns import unreadable, windows
+from fulltune.tasks.columns import in_batches, why_unreadable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -227,7 +227,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
 
 def _why_row_unusable(job: Job, task: Task, row: Row) -> Refused | None:
     """Return why a row cannot be tokenised, or None if it can."""
-    if problem := unreadable(row, job.target.columns):
+    if problem := why_unreadable(row, job.target.columns):
         return Refused("unreadable", problem)
     if (refused := task.refuse(row, job.target)) is None:
         return None
@@ -310,7 +310,7 @@ def with_joined_groups(sources: Mapping[str, EncodedSource], threshold: float) -
 
 def _encode_chunks(job: Job, rows: Iterable[PlacedRow], expected_rows: int) -> Iterator[Chunk]:
     """Yield encoded chunks in order, using worker processes if `expected_rows` is large."""
-    pieces = windows(rows, ROWS_PER_CHUNK, CHUNK_BYTES)
+    pieces = in_batches(rows, ROWS_PER_CHUNK, CHUNK_BYTES)
     num_workers = num_cores()
     if expected_rows < ROWS_WORTH_PROCESSES or num_workers == 1:
         yield from (encode_chunk(job, piece) for piece in pieces)

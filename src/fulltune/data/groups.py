@@ -21,7 +21,7 @@ import numpy as np
 from fulltune.audit.texts import masked_text
 from fulltune.data.readers.read import PlacedRow
 from fulltune.recipe.data import DataBlock
-from fulltune.tasks.columns import BadCell, is_blank, windows
+from fulltune.tasks.columns import BadCell, in_batches, is_blank
 from fulltune.text import counted, listed
 
 NUM_HASHES = 128
@@ -35,7 +35,7 @@ _MAX_ROWS_COMPARED = 16
 def minhash(texts: Sequence[str]) -> np.ndarray:
     """Compute MinHash signatures of the texts: uint16 [texts, 128]."""
     none = np.empty((0, NUM_HASHES), np.uint16)
-    return np.concatenate([none, *map(_minhash_of_batch, windows(texts, most_characters=_CHARACTERS_AT_ONCE))])
+    return np.concatenate([none, *map(_minhash_of_batch, in_batches(texts, most_characters=_CHARACTERS_AT_ONCE))])
 
 
 def _minhash_of_batch(texts: Sequence[str]) -> np.ndarray:

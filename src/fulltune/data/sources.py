@@ -19,7 +19,7 @@ from fulltune.recipe.data import DataBlock, MixedFile, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import PLACE, Row, Target, Task, task_named
-from fulltune.tasks.columns import USUAL_NAMES, is_whole, second_text, shown, unreadable, windows
+from fulltune.tasks.columns import USUAL_NAMES, in_batches, is_whole, shown, similar_column, why_unreadable
 from fulltune.tasks.question_answering import IMPOSSIBLE
 from fulltune.text import did_you_mean
 
@@ -130,7 +130,7 @@ def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
         return [[] for _ in files.rows([])]
 
     def can_use(row: Row) -> bool:
-        return bool(target.labels) and not unreadable(row, target.columns) and not task.refuse(row, target)
+        return bool(target.labels) and not why_unreadable(row, target.columns) and not task.refuse(row, target)
 
     return [task.row_labels(row, target) if can_use(row) else [] for _, row in files.rows([])]
 
@@ -158,7 +158,7 @@ def find_target_and_count_rows(
         """Yield train rows with readable cells in the columns of `roles`."""
         faults.clear()
         for place, row in read_and_count("train"):
-            if fault := unreadable(row, roles):  # listed when the rows are tokenised
+            if fault := why_unreadable(row, roles):  # listed when the rows are tokenised
                 faults[fault] += 1
             else:
                 yield {**row, PLACE: place}
@@ -231,7 +231,7 @@ def _read_first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
             if is_whole(row):
                 yield row
 
-    rest = windows(readable_rows(), _SAMPLE)
+    rest = in_batches(readable_rows(), _SAMPLE)
     head = next(rest, [])
     for _ in rest:  # for their columns
         pass
@@ -252,7 +252,7 @@ def _refuse_second_text_column(
     # Raw text has no second half, and a recipe that names the column or the answers is unambiguous.
     if not role or _SECOND_ROLE[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:
         return
-    if (second := second_text(roles[role], roles, _columns_for_roles(block, columns), rows)) is not None:
+    if (second := similar_column(roles[role], roles, _columns_for_roles(block, columns), rows)) is not None:
         first, last = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
         beside = _SECOND_ROLE[role]
         raise DataError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from fulltune import files, probe
 from fulltune.errors import SetupError
-from fulltune.evaluate.scoring import Scored, Scoring, note_access
+from fulltune.evaluate.scoring import Scored, Scoring, log_test_access
 from fulltune.footprint.records import SHAPES
 from fulltune.methods.folder import NOTES, read_notes
 from fulltune.models.base import Base, with_decoded_images
@@ -26,41 +26,41 @@ from fulltune.records.plan import Plan
 from fulltune.records.probe import FrozenBaseline, Probe
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
-from fulltune.stats.bootstrap import Resampled, measure_of
+from fulltune.stats.bootstrap import Resampled, find_metric
 from fulltune.stats.calibration import fit_temperature
-from fulltune.stats.intervals import paired
+from fulltune.stats.intervals import paired_difference
 from fulltune.system.memory import is_out_of_memory, out_of_memory_error
 from fulltune.tasks import Predictions, Target, task_named
-from fulltune.tasks.classes import label_words, predict_labels
+from fulltune.tasks.classes import label_as_text, predict_labels
 from fulltune.tasks.labels import class_weights
 
 UNTOUCHED = "before-training"
 LINEAR_PROBE = "linear probe of the untouched model"
 SPLITS: tuple[SplitName, ...] = ("train", "eval")
 SplitLosses = tuple[np.ndarray, Sequence[str | None]]
-"""Each example's summed loss and number of items, float64 [examples, 2], and its predicted label in words or None."""
+"""Each example's summed loss and number of items, float64 [examples, 2], and its predicted label as text or None."""
 
 
-def scoring_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
-    """Return the `Scoring` of a run's test rows."""
+def make_scoring(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
+    """Build the object that loads a run's test rows and scores models on them."""
     weights = class_weights(recipe, summary)
     return Scoring(
         recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, class_weights=weights
     )
 
 
-def baselines(scoring: Scoring) -> list[Scores]:
-    """Score the baselines, such as the majority class or the pretrained model, or load their existing scores."""
+def score_baselines(scoring: Scoring) -> list[Scores]:
+    """Score the baselines, such as the majority class or the pretrained model, or load existing scores."""
     scorer, folder = _scorer_of(scoring.recipe.task), scoring.data.parent
 
     def untouched() -> Scored:
-        scores, main = scorer.trained(scoring, *scoring.load(None))
+        scores, main = scorer.score_model(scoring, *scoring.load(None))
         return scores.model_copy(update={"name": "before training", "kind": "untouched"}), main
 
     scorers = {UNTOUCHED: untouched} if scoring.task.FACTS.writes else {}
-    scorers |= scorer.baselines(scoring)
+    scorers |= scorer.baseline_scorers(scoring)
     if scoring.task.FACTS.head_is_new:
-        with _explain_out_of_memory("the linear probe of the untouched model"):
+        with _explain_out_of_memory("the linear probe of the pretrained model"):
             scorers |= _probe_baselines(scoring, scorer)
     shapes = folder / "plan" / SHAPES
     # A checkpoint that already has a head for the task is also scored untrained. A comparison does so as `base`.
@@ -70,7 +70,7 @@ def baselines(scoring: Scoring) -> list[Scores]:
 
 
 def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
-    """Return the scorers of baselines on the pretrained model: the linear probe as a head, and a classifier on
+    """Return scoring functions by file name: the pretrained model with a linear probe as head, and a classifier on its
     embeddings."""
     with_head = scoring.plan.head_init is not None
     if not with_head and scoring.target.form.has_windows:
@@ -89,7 +89,7 @@ def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable
 
 
 def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
-    """Load the pretrained model, with seeded weights for a missing head, as a feature extractor."""
+    """Load the pretrained model as a feature extractor. A missing head gets seeded random weights."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -104,32 +104,33 @@ def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
         scoring.plan.precision,
         scoring.class_weights,
         probe.separators(processor, scoring.target),
-        scoring.watch("reading rows with the untouched model"),
+        scoring.watch("reading rows with the pretrained model"),
     )
 
 
 def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe, baseline: FrozenBaseline) -> Scored:
+    """Score a fitted classifier on the pretrained model's embeddings."""
     extractor, folder = _feature_extractor(scoring), scoring.data.parent
     if fitted.head is not None:
         probe.initialise_head(extractor.model, folder)  # the head's other layers may affect the embeddings
     rows = with_decoded_images(scoring.rows("test"), scoring.base.processor)
     rows_note = f" of {fitted.train_rows:,} train rows" if fitted.train_rows < fitted.available_rows else ""
-    pair_note = ", each text read alone" if baseline.pooling == "pair" else ""
+    pair_note = ", each text encoded separately" if baseline.pooling == "pair" else ""
     name = f"{baseline.kind} (frozen embeddings{rows_note}{pair_note})"
-    return scorer.frozen(
-        scoring, name, probe.predict_baseline(extractor, rows, baseline, probe.load_baseline_classifier(folder))
-    )
+    outputs = probe.predict_baseline(extractor, rows, baseline, probe.load_baseline_classifier(folder))
+    return scorer.score_frozen_classifier(scoring, name, outputs)
 
 
 def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
+    """Score the pretrained model with the linear probe as its head."""
     model, processor = scoring.load(None)
     probe.initialise_head(model, scoring.data.parent)
-    scores, main = scorer.trained(scoring, model, processor)
+    scores, main = scorer.score_model(scoring, model, processor)
     changes = {"name": LINEAR_PROBE, "kind": "baseline", "calibration": None, "worst": ()}
     return scores.model_copy(update=changes), main
 
 
-def score(scoring: Scoring, outcome: Outcome) -> Scores:
+def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
     """Score the trained model on the test rows, log the access, and save a classifier's temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
@@ -139,21 +140,21 @@ def score(scoring: Scoring, outcome: Outcome) -> Scores:
     if scoring.user_metrics is not None:
         path.unlink(missing_ok=True)  # existing scores may lack these metrics
 
-    def trained() -> Scored:
-        scores = _scorer_of(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
-        note_access(folder, scoring.listener, outcome)
+    def score_and_log() -> Scored:
+        scores = _scorer_of(scoring.recipe.task).score_model(scoring, *scoring.load(model_folder))
+        log_test_access(folder, scoring.listener, outcome)
         return scores
 
-    scores = _load_or_score(path, trained)
+    scores = _load_or_score(path, score_and_log)
     if scores.calibration is not None:
         _save_temperature(model_folder, scores.calibration.temperature)
-    span = measure_of(scoring.recipe.task, scoring.target, plan.metric).span
-    return with_differences(folder, scores, partial(paired, span=span, confidence=scores.confidence))
+    span = find_metric(scoring.recipe.task, scoring.target, plan.metric).span
+    return save_differences(folder, scores, partial(paired_difference, span=span, confidence=scores.confidence))
 
 
-def losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
-    """Return the trained model's loss on each train and eval row. Losses on test rows would bias later choices."""
-    measure = measure_of(scoring.recipe.task, scoring.target, "loss")
+def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
+    """Compute the trained model's loss on each train and eval row. Losses on test rows would bias later choices."""
+    measure = find_metric(scoring.recipe.task, scoring.target, "loss")
     assert measure.counts is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}
     with _explain_out_of_memory("reading rows with the trained model"):
@@ -164,12 +165,12 @@ def losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
             labels: list[str | None] = [None] * len(counts)
             if "logits" in predictions:
                 predicted = predict_labels(predictions["logits"], scoring.target)
-                labels = [label_words(label, scoring.target) for label in predicted]
+                labels = [label_as_text(label, scoring.target) for label in predicted]
             by_split[split] = counts, labels
     return by_split
 
 
-def with_differences(
+def save_differences(
     folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
 ) -> Scores:
     """Add the difference between a trained model and each baseline to its scores, and save them."""
@@ -187,7 +188,7 @@ def with_differences(
     return scores
 
 
-def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
+def fit_and_save_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
     """Fit a classifier's temperature on eval rows and save it in the model's folder."""
     if scoring.target.form.is_calibrated:
         _save_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
@@ -202,6 +203,7 @@ def _scorer_of(task: TaskName) -> ModuleType:
 
 
 def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
+    """Load the scores at `path`, or make and save them with their resamples."""
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()
@@ -217,6 +219,7 @@ def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
 
 @contextlib.contextmanager
 def _explain_out_of_memory(what: str) -> Iterator[None]:
+    """Turn an out-of-memory error into a message that `what` does not fit."""
     try:
         yield
     except Exception as error:
@@ -225,5 +228,5 @@ def _explain_out_of_memory(what: str) -> Iterator[None]:
         raise out_of_memory_error(
             what,
             error,
-            "the smallest batch failed; the trained model is kept: free some memory, then run the same command again",
+            "the smallest batch failed. The trained model is kept. Free some memory, then run the same command again",
         ) from None

@@ -1,4 +1,4 @@
-"""Score classifiers, regressors and models that choose among answers, and their baselines."""
+"""Score classifiers, regressors and multiple-choice models, and their baselines."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return the baselines' scorers by file name: the majority class and, for multiple choice, the longest choice."""
-    scorers: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(majority, scoring)}
+def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
+    """Return scoring functions by file name: for the majority class and, in multiple choice, the longest choice."""
+    scorers: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(score_majority_class, scoring)}
     if scoring.target.num_choices:
         scorers["baseline-longest"] = partial(_score_longest_choice, scoring)
     return scorers
 
 
-def trained(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Scored:
-    """Score the trained model, with a temperature fitted on the eval rows."""
+def score_model(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Scored:
+    """Score a model on test rows, with a temperature fitted on eval rows."""
     test_rows = scoring.run(model, processor)
-    metrics = scoring.estimates(test_rows)
+    metrics = scoring.estimate_metrics(test_rows)
     predicted = classes.predict_labels(test_rows["logits"], scoring.target)
     calibration = None
     if scoring.target.form.is_calibrated:
@@ -40,24 +40,25 @@ def trained(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Scored:
         scoring.plan.trial,
         "trained",
         len(predicted),
-        metrics=metrics | scoring.user_estimates(predicted, test_rows["labels"]),
+        metrics=metrics | scoring.estimate_user_metrics(predicted, test_rows["labels"]),
         calibration=calibration,
-        confusion=_confusion(scoring, test_rows["labels"], predicted),
-        worst=tuple(classes.worst(test_rows, texts, scoring.target, WORST)),
+        confusion=_confusions(scoring, test_rows["labels"], predicted),
+        worst=tuple(classes.worst_rows(test_rows, texts, scoring.target, WORST)),
     )
 
 
 def _score_labels(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
+    """Score a baseline's predicted labels."""
     true = np.array(scoring.rows("test")["labels"])
-    metrics = scoring.estimates(
+    metrics = scoring.estimate_metrics(
         {"true": true, "predicted": predicted},
         metrics=lambda rows: classes.label_metrics(rows["true"], rows["predicted"], scoring.target),
     )
-    return scoring.scores(name, "baseline", len(true), metrics=metrics, confusion=_confusion(scoring, true, predicted))
+    return scoring.scores(name, "baseline", len(true), metrics=metrics, confusion=_confusions(scoring, true, predicted))
 
 
-def majority(scoring: Scoring) -> Scored:
-    """Score the baseline that always predicts the most frequent class of train, or the mean of numbers."""
+def score_majority_class(scoring: Scoring) -> Scored:
+    """Score a baseline that always predicts the most frequent train class, or the mean of numbers."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
 
     form, train, test = scoring.target.form, scoring.rows("train"), scoring.rows("test")
@@ -72,15 +73,15 @@ def _score_longest_choice(scoring: Scoring) -> Scored:
     return _score_labels(scoring, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
 
 
-def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a classifier on embeddings, given each row's index and outputs [items, outputs]."""
+def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
+    """Score a classifier on embeddings from each test row's index and outputs [items, outputs]."""
     outputs = [values for _, values in sorted(predicted, key=lambda row: row[0])]
     if scoring.target.num_choices:
         return _score_labels(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))
     return _score_labels(scoring, name, classes.predict_labels(np.concatenate(outputs), scoring.target))
 
 
-def _confusion(scoring: Scoring, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:
+def _confusions(scoring: Scoring, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:
     """Count the rows by true and predicted label, or return None unless each row has one label."""
     if not scoring.target.form.one_label:
         return None

@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return the baselines' scorers by file name: a copy of the source, if the rows have a source."""
+def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
+    """Return scoring functions by file name: for a copy of the source, if rows have one."""
     if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
     return {"baseline-copy": lambda: _score_copied_source(scoring)}
 
 
-def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
-    """Score the trained model by its loss and by the answers that it generates."""
+def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
+    """Score a model by its loss and by the answers that it generates."""
     predictions = scoring.run(model, tokenizer)
-    estimates = scoring.estimates(predictions)
-    drawn = drawn_rows(scoring)
+    estimates = scoring.estimate_metrics(predictions)
+    drawn = rows_to_answer(scoring)
     answers: tuple[Answer, ...] = ()
     if drawn:
         generated, positions = _generate_answers(scoring, model, tokenizer, drawn), list(drawn)
         prompts, expected = _prompts_and_answers(scoring, list(drawn.values()))
-        estimates |= scoring.estimates(scoring.task.score_answers(generated, expected), positions)
-        estimates |= scoring.user_estimates(generated, expected, positions)
+        estimates |= scoring.estimate_metrics(scoring.task.score_answers(generated, expected), positions)
+        estimates |= scoring.estimate_user_metrics(generated, expected, positions)
         answers = tuple(
             Answer(text=text, expected=want, predicted=got)
             for text, want, got in zip(prompts, expected, generated, strict=True)
@@ -51,6 +51,7 @@ def _generate_answers(
     tokenizer: Tokenizer,
     drawn: Mapping[int, Row],
 ) -> list[str]:
+    """Generate an answer to each of the `drawn` test rows, in smaller batches if memory runs out."""
     if "source" in scoring.target.columns:  # one example per row, truncated as in training
         test = scoring.rows("test")
         prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
@@ -71,15 +72,15 @@ def _generate_answers(
 
 def _score_copied_source(scoring: Scoring) -> Scored:
     """Score a copy of the source as the answer, which a model that summarises or corrects has to beat."""
-    drawn = drawn_rows(scoring)
+    drawn = rows_to_answer(scoring)
     sources, expected = _prompts_and_answers(scoring, list(drawn.values()))
     scores = scoring.task.score_answers([source.strip() for source in sources], expected)
-    metrics = scoring.estimates(scores, list(drawn))
+    metrics = scoring.estimate_metrics(scores, list(drawn))
     return scoring.scores("copy of the source", "baseline", len(drawn), metrics=metrics)
 
 
-def drawn_rows(scoring: Scoring) -> dict[int, Row]:
-    """Pick up to `evaluate.generate_rows` test rows, at most one per prompt, in an order fixed by `data.split_seed`."""
+def rows_to_answer(scoring: Scoring) -> dict[int, Row]:
+    """Draw up to `evaluate.generate_rows` test rows with different prompts; return them by position."""
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
         return {}
@@ -96,7 +97,7 @@ def drawn_rows(scoring: Scoring) -> dict[int, Row]:
 def missing_metrics(scoring: Scoring) -> str | None:
     """Return which answer metrics lack their package and how to install it, or None if none does."""
     missing = [name for name in scoring.task.FACTS.other_metrics if not written.can_score(name)]
-    return f"not computed: {', '.join(missing)}; pip install 'fulltune[text-metrics]'" if missing else None
+    return f"not computed: {', '.join(missing)} (to install: pip install 'fulltune[text-metrics]')" if missing else None
 
 
 def _prompts_and_answers(scoring: Scoring, rows: Sequence[Row]) -> tuple[list[str], list[str]]:

@@ -27,10 +27,10 @@ from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, COMPARISON, Access
 from fulltune.records.scores import Answer, Scores
 from fulltune.records.training import Outcome
-from fulltune.stats.bootstrap import Resampled, bounds_of, resample
+from fulltune.stats.bootstrap import Resampled, bounds_of, resample_metrics
 from fulltune.system.memory import run_with_smaller_batches
 from fulltune.tasks import Predictions, Row, RowFeatures, Target, Task
-from fulltune.tasks.padding import ragged
+from fulltune.tasks.padding import object_array
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
 Scored = tuple[Scores, Resampled | None]
-"""Scores, with the main metric on resamples or None if it was not computed."""
+"""Scores, and the main metric on resamples or None if it was not computed."""
 MIN_UNSEEN = 20
-"""Minimum number of test groups absent from train for a metric on those rows alone."""
+"""Minimum number of test groups absent from train for metrics on those rows alone."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Loads a run's rows and models, and computes scores on the test rows."""
+    """Loads a run's rows and models, and scores them on the test rows."""
 
     recipe: Recipe
     plan: Plan
@@ -58,7 +58,7 @@ class Scoring:
     class_weights: Sequence[float] | None = None
 
     def watch(self, name: str) -> ProgressCallback:
-        """Return a callback that reports a pass's progress to the listener as `name`."""
+        """Return a callback that reports progress to the listener as `name`."""
         return lambda done, total, share: self.listener(RowsRead(name=name, done=done, total=total, share=share))
 
     def rows(self, split: str) -> Rows:
@@ -66,22 +66,23 @@ class Scoring:
 
     @property
     def texts(self) -> list[Row]:
-        """The test rows in the user's own columns, each with its location in the file."""
+        """The test rows in the user's own columns, each with its file and line."""
         return list(read_original_rows(self.data / "test"))
 
-    def estimates(
+    def estimate_metrics(
         self,
         predictions: Mapping[str, np.ndarray],
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Compute metrics (by default the task's) on the test rows at `positions` and on resamples of these, and also
-        on the rows that do not occur in train."""
+        """Compute metrics (by default the task's) by name, on all test rows or those at `positions`, and on
+        resamples."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 
         def resampled(rows: np.ndarray | slice) -> dict[str, Resampled]:
-            return resample(
+            """Resample the metrics on a selection of the rows."""
+            return resample_metrics(
                 {name: values[rows] for name, values in predictions.items()},
                 metrics or (lambda rows: self.task.metrics(rows, self.target)),
                 samples=self.recipe.evaluate.bootstrap_samples,
@@ -95,28 +96,29 @@ class Scoring:
         count = int(in_train.sum())
         return {name: replace(one, num_seen=count, unseen=unseen.get(name)) for name, one in estimates.items()}
 
-    def user_estimates(
+    def estimate_user_metrics(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Compute the user's metrics as `estimates` does, on lists if `predictions` is a list, otherwise on arrays."""
+        """Estimate the user's metrics, if any, on lists if `predictions` is a list, otherwise on arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
 
         def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
+            """Call the user's function; raise `SetupError` if it fails."""
             predicted, true = (list(rows[name]) if plain else rows[name] for name in ("predicted", "true"))
             try:
                 return {str(name): float(value) for name, value in call(predicted, true).items()}
             except Exception as error:
                 raise SetupError(
-                    f"metrics: your function failed on {len(predicted)} rows ({type(error).__name__}: {error}); it "
-                    "must return names and numbers for any selection of the test rows. Correct it and call again; the "
-                    "trained model is kept"
+                    f"metrics: your function failed on {len(predicted)} rows ({type(error).__name__}: {error}). It "
+                    "must return a dictionary of names and numbers for any selection of the test rows. Correct the "
+                    "function and call again; the trained model is kept"
                 ) from error
 
         both = {"predicted": predictions, "true": references}
-        arrays = {name: ragged(values) if plain else values for name, values in both.items()}
-        return self.estimates(arrays, positions, metrics)
+        arrays = {name: object_array(values) if plain else values for name, values in both.items()}
+        return self.estimate_metrics(arrays, positions, metrics)
 
     def scores(
         self,
@@ -126,7 +128,7 @@ class Scoring:
         metrics: Mapping[str, Resampled],
         **fields: Any,
     ) -> Scored:
-        """Return the `Scores` of a model or baseline, with an interval for each metric."""
+        """Make the `Scores` of a model or baseline, with an interval for each metric, from `rows` rows."""
         confidence, main = self.recipe.evaluate.confidence, metrics.get(self.plan.metric)
         for quoting in fields.keys() & {"worst", "answers"}:
             fields[quoting] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[quoting])
@@ -148,7 +150,7 @@ class Scoring:
         return scores, main
 
     def run(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
-        """Return the model's predictions for each row of a split, as the task defines them."""
+        """Run a model over a split; return what the task's `reduce` keeps of each row."""
         rows, pad_token_id = with_decoded_images(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.
@@ -168,8 +170,7 @@ class Scoring:
     def selective_head(
         self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]
     ) -> SelectiveHead | None:
-        """Return a head that computes no logits for prompts, or None unless a test row shows that the other logits stay
-        the same."""
+        """Return a head that skips the logits of prompts, or None if that changes the other logits of a test row."""
         if not self.task.FACTS.writes:
             return None
         batch = model_batch(model, self.task, [rows[positions_by_length(rows)[-1]]], pad_token_id)
@@ -178,7 +179,7 @@ class Scoring:
         )[0]
 
     def load(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
-        """Return a finished model, or the pretrained one if `model_folder` is None, on the plan's device, and its
+        """Load a finished model, or the pretrained one if `model_folder` is None, and its tokenizer or image
         processor."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
@@ -196,9 +197,8 @@ class Scoring:
         return model.to(self.plan.device), processor
 
 
-def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
-    """Log, in a file beside the run folder, that its test rows were scored. `outcome` is None for a comparison's
-    verdict."""
+def log_test_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
+    """Log beside the run folder that its test rows were scored. `outcome` is None for a comparison's verdict."""
     folder = folder.resolve()
     access = Access(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -211,14 +211,14 @@ def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None
         append_line(folder.parent / ACCESSES, access.model_dump(mode="json"))
     except OSError as error:
         reason = str(error.strerror or error).lower()
-        text = f"{folder.parent / ACCESSES}: cannot be written ({reason}); later runs will not count this scoring"
+        text = f"{folder.parent / ACCESSES}: cannot be written ({reason}), so later runs will not count this scoring"
         listener(Message(text=text, level="warning"))
 
 
 # ---- predictions for each row, for comparisons -------------------------------------------------------------------
 
 
-def outputs(
+def compute_outputs(
     scoring: Scoring,
     model_folder: Path | None,
     texts: Sequence[str],
@@ -246,13 +246,12 @@ def outputs(
 
 
 def save_outputs(path: Path, predictions: Predictions) -> None:
-    """Save the numeric arrays of predictions. Other arrays would need pickle."""
+    """Save the numeric arrays of predictions as `.npz`; other arrays would need pickle."""
     numbers: dict[str, Any] = {name: array for name, array in predictions.items() if array.dtype != object}
     with replace_atomically(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **numbers)
 
 
 def load_outputs(path: Path) -> Predictions:
-    """Load the arrays that `save_outputs` wrote."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}

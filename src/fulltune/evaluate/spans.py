@@ -25,9 +25,9 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return the baselines' scorers by file name: the sentence that shares most words with the question, and an empty
-    answer."""
+def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
+    """Return scoring functions by file name: for the sentence nearest to the question and, if some question has no
+    answer, for an empty answer."""
     scorers = {
         "baseline-sentence": lambda: _score_baseline(scoring, "sentence nearest to the question", nearest_sentence)
     }
@@ -38,20 +38,20 @@ def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
     return scorers
 
 
-def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
-    """Score the trained model; the windows of a long context together give one answer."""
+def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
+    """Score a model. The windows of a long context together give one answer."""
     target, windows, texts = scoring.target, scoring.rows("test"), scoring.texts
     predictions = scoring.run(model, tokenizer)
     locations = [row[PLACE] for row in texts]
     contexts = [context_of(row, target) for row in texts]
-    answers = question_answering.find_answers(predictions, windows, locations, contexts)
+    answers = question_answering.best_answers(predictions, windows, locations, contexts)
     questions = _rows_by_question(scoring)
     predicted = [answers[place]["answer"] for place in questions]
     accepted = _accepted_answers(scoring, questions)
     numbers = {place: number for number, place in enumerate(questions)}
     question_of_window = np.array([numbers[place] for place in locations])
     # Average over windows, so that a question with a long context does not count more.
-    scores = compared(predicted, accepted) | {
+    scores = squad_scores(predicted, accepted) | {
         "loss": np.bincount(question_of_window, predictions["loss"]) / np.bincount(question_of_window)
     }
     rows, first = list(questions.values()), _first_windows(texts)
@@ -70,18 +70,19 @@ def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> S
         scoring.plan.trial,
         "trained",
         len(questions),
-        metrics=scoring.estimates(scores, first) | scoring.user_estimates(predicted, accepted, first),
+        metrics=scoring.estimate_metrics(scores, first) | scoring.estimate_user_metrics(predicted, accepted, first),
         worst=tuple(worst),
     )
 
 
 def _score_baseline(scoring: Scoring, name: str, answer: Callable[[str, str], str]) -> Scored:
+    """Score a function that answers a question from its context."""
     questions = _rows_by_question(scoring)
     predicted = [
         answer(question_of(row, scoring.target), context_of(row, scoring.target)) for row in questions.values()
     ]
-    scores = compared(predicted, _accepted_answers(scoring, questions))
-    metrics = scoring.estimates(scores, _first_windows(scoring.texts))
+    scores = squad_scores(predicted, _accepted_answers(scoring, questions))
+    metrics = scoring.estimate_metrics(scores, _first_windows(scoring.texts))
     return scoring.scores(name, "baseline", len(questions), metrics=metrics)
 
 
@@ -90,7 +91,10 @@ def _rows_by_question(scoring: Scoring) -> dict[str, Row]:
 
 
 def _accepted_answers(scoring: Scoring, questions: Mapping[str, Row]) -> list[list[str]]:
-    return [[text for text, _ in question_answering.answers_of(row, scoring.target)] for row in questions.values()]
+    """Return the texts of each question's accepted answers."""
+    return [
+        [text for text, _ in question_answering.accepted_answers(row, scoring.target)] for row in questions.values()
+    ]
 
 
 def _first_windows(texts: Sequence[Row]) -> list[int]:
@@ -109,20 +113,20 @@ def plain_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def compared(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """Return SQuAD's exact match and F1 (0 to 1) of each answer, taking the best over the accepted answers."""
+def squad_scores(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    """Return SQuAD's exact match and F1 (0 to 1) of each answer with its best accepted answer."""
     pairs = [
         [(plain_words(answer), plain_words(text)) for text in texts or [""]]
         for answer, texts in zip(predicted, accepted, strict=True)
     ]
     return {
-        "f1": np.array([max(_f1(one, two) for one, two in row) for row in pairs]),
+        "f1": np.array([max(_word_f1(one, two) for one, two in row) for row in pairs]),
         "exact_match": np.array([max(float(one == two) for one, two in row) for row in pairs]),
     }
 
 
-def _f1(answer: Sequence[str], accepted: Sequence[str]) -> float:
-    """Return the F1 of the words of two answers, 0 to 1."""
+def _word_f1(answer: Sequence[str], accepted: Sequence[str]) -> float:
+    """Return the F1 of two answers' words, 0 to 1."""
     if not answer or not accepted:
         return float(answer == accepted)
     return 2 * sum((Counter(answer) & Counter(accepted)).values()) / (len(answer) + len(accepted))

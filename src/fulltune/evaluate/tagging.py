@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.inference import store
 from fulltune.tasks import Row, Tokenizer, token_classification
-from fulltune.tasks.padding import ragged
+from fulltune.tasks.padding import object_array
 from fulltune.tasks.token_classification import TAGS
 
 if TYPE_CHECKING:
@@ -23,34 +23,34 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return the baselines' scorers by file name: no entity at all, and each word's most frequent tag."""
+def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
+    """Return scoring functions by file name: for no entity at all, and for each word's most frequent tag."""
     return {
         "baseline-no-entity": lambda: _score_tags(scoring, "every word O", _all_outside_tags(scoring)),
         "baseline-lexicon": partial(_score_lexicon, scoring),
     }
 
 
-def trained(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
-    """Score the trained model. Words without a token in its input count as `O`."""
+def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
+    """Score a model. Words without a token count as `O`."""
     target = scoring.target
-    counts = token_classification.over_all_words(scoring.run(model, tokenizer), scoring.rows("test"), target)
+    counts = token_classification.extend_to_all_words(scoring.run(model, tokenizer), scoring.rows("test"), target)
     words = int(counts["words"].sum())
     if lost := words - int(counts["seen"].sum()):
         _log.warning(
-            "%d of %d words of the test rows have no token (cut off at data.max_length, or unknown to the tokenizer); "
-            "they count as O",
+            "%d of %d words in the test rows count as O because they have no token (cut off at data.max_length, or "
+            "unknown to the tokenizer)",
             *(lost, words),
         )
     sentences = [_words(scoring, row) for row in scoring.texts]
-    counts["tokens"] = ragged(sentences)
+    counts["tokens"] = object_array(sentences)
     # Resampling only sums per row is fast.
-    metrics = scoring.estimates({name: array for name, array in counts.items() if array.dtype != object})
+    metrics = scoring.estimate_metrics({name: array for name, array in counts.items() if array.dtype != object})
     predicted, gold = (
         [[target.labels[label] for label in row] for row in counts[name]] for name in ("predicted", "gold")
     )
-    metrics |= scoring.user_estimates(predicted, gold)
-    worst = token_classification.worst(counts, [" ".join(sentence) for sentence in sentences], target, WORST)
+    metrics |= scoring.estimate_user_metrics(predicted, gold)
+    worst = token_classification.worst_rows(counts, [" ".join(sentence) for sentence in sentences], target, WORST)
     return scoring.scores(scoring.plan.trial, "trained", len(sentences), metrics=metrics, worst=tuple(worst))
 
 
@@ -59,9 +59,10 @@ def _words(scoring: Scoring, row: Row) -> list[str]:
 
 
 def _score_tags(scoring: Scoring, name: str, predicted: Sequence[np.ndarray]) -> Scored:
+    """Score a baseline's predicted label ids of each row's words."""
     gold = [np.asarray(row) for row in scoring.rows("test")[TAGS]]
-    counts = token_classification.counts(gold, predicted, scoring.target)
-    return scoring.scores(name, "baseline", len(gold), metrics=scoring.estimates(counts))
+    counts = token_classification.count_spans(gold, predicted, scoring.target)
+    return scoring.scores(name, "baseline", len(gold), metrics=scoring.estimate_metrics(counts))
 
 
 def _all_outside_tags(scoring: Scoring) -> list[np.ndarray]:
@@ -69,7 +70,7 @@ def _all_outside_tags(scoring: Scoring) -> list[np.ndarray]:
 
 
 def _score_lexicon(scoring: Scoring) -> Scored:
-    """Score a baseline that gives each word its most frequent training tag, and `O` to unseen words."""
+    """Score a baseline that gives each word its most frequent train tag, and unseen words `O`."""
     ids = {label: position for position, label in enumerate(scoring.target.labels)}
     tag_counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for row in store.read_original_rows(scoring.data / "train"):  # read one at a time, as there may be many
@@ -80,9 +81,9 @@ def _score_lexicon(scoring: Scoring) -> Scored:
     return _score_tags(scoring, "most frequent tag of each word", predicted)
 
 
-def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a tagger on embeddings, given each row's index and outputs [words with a token, labels]."""
+def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
+    """Score a tagger on embeddings from each row's index and outputs [words with a token, labels]."""
     rows, tagged = scoring.rows("test"), _all_outside_tags(scoring)
     for position, outputs in predicted:
-        tagged[position][token_classification.seen_words(rows[position])] = outputs.argmax(axis=1)
+        tagged[position][token_classification.words_with_token(rows[position])] = outputs.argmax(axis=1)
     return _score_tags(scoring, name, tagged)

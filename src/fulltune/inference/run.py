@@ -12,7 +12,7 @@ from fulltune.methods import virtual_tokens_of
 from fulltune.methods.head import find_output_layer
 from fulltune.models import evaluation_mode, sharding
 from fulltune.tasks import LENGTH, Predictions, RowFeatures, Target, Task, Tensor, Tokenizer, seq2seq, task_named
-from fulltune.tasks.padding import IGNORED, mask, padded
+from fulltune.tasks.padding import IGNORED, make_attention_mask, pad_right
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,10 +124,10 @@ def generate_answers(
     model.eval()
     for positions in batches_with_progress(order, batching.batch_size, np.ones(len(prompts)), batching.on_progress):
         batch = [list(prompts[i])[-room:] if room else list(prompts[i]) for i in positions]
-        if two_parts:
-            ids, attention = padded(batch, tokenizer.pad_token_id), mask(batch)
-        else:
-            ids, attention = padded([row[::-1] for row in batch], tokenizer.pad_token_id).flip(1), mask(batch).flip(1)
+        ids = pad_right(batch if two_parts else [row[::-1] for row in batch], tokenizer.pad_token_id)
+        attention = make_attention_mask(batch)
+        if not two_parts:
+            ids, attention = ids.flip(1), attention.flip(1)
         with torch.no_grad(), autocast(model, batching.precision):
             outputs: Tensor = model.generate(
                 input_ids=ids.to(model.device),
@@ -297,18 +297,18 @@ class GenericText:
     def mean_states(self, model: PreTrainedModel, positions: Sequence[int]) -> Tensor:
         """Return the body's last hidden states, averaged over each text's tokens: float32 [positions, hidden]."""
         texts = [self.ids[position] for position in positions]
-        ids, attention_mask = padded(texts, self.pad_token_id).to(model.device), mask(texts).to(model.device)
+        ids, mask = pad_right(texts, self.pad_token_id).to(model.device), make_attention_mask(texts).to(model.device)
         inner = getattr(model, "module", model)  # an engine wraps the model
         body = (
             inner.get_encoder() if inner.config.is_encoder_decoder else getattr(inner, inner.base_model_prefix, inner)
         )
-        inputs = {"input_ids": ids, "attention_mask": attention_mask}
+        inputs = {"input_ids": ids, "attention_mask": mask}
         outputs = (
             _run_and_capture_body(model, inner, body, inputs) if sharding.needs_all_ranks(model) else body(**inputs)
         )
         hidden = outputs.last_hidden_state.float()
         hidden = hidden[:, hidden.shape[1] - ids.shape[1] :]  # without virtual tokens in front
-        return (hidden * attention_mask.unsqueeze(-1)).sum(dim=1) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return (hidden * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _run_and_capture_body(model: nn.Module, inner: Any, body: nn.Module, inputs: dict[str, Tensor]) -> Any:

@@ -15,7 +15,7 @@ from fulltune.models.load import load_model as load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.system.run_folder import load_comparison
 from fulltune.tasks import Refused, Row, RowAnswer, Target, Task, task_named, token_classification
-from fulltune.tasks.columns import unreadable, windows
+from fulltune.tasks.columns import in_batches, why_unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ class Predictor:
         """Yield each row's answer, or the reason why there is none, reading only a few rows at a time."""
         writes = self.task.FACTS.writes
         # Models that write are slow: their first answers must not wait for two thousand others.
-        for window in windows(rows, _WINDOW_PROMPTS) if writes else windows(rows):
+        for window in in_batches(rows, _WINDOW_PROMPTS) if writes else in_batches(rows):
             questions = [self.task.as_question(row, self.target) for row in window]
             predicted = [PredictedRow(None, self._find_refusal(row)) for row in questions]
             usable = [number for number, row in enumerate(predicted) if row.refused is None]
@@ -110,7 +110,7 @@ class Predictor:
 
     def _find_refusal(self, row: Row) -> Refused | None:
         """Return the reason why a row cannot be answered, or None."""
-        if reason := unreadable(row, self.target.columns):
+        if reason := why_unreadable(row, self.target.columns):
             return Refused("unreadable", reason)
         return self.task.refuse_question(row, self.target)
 

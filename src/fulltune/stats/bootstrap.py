@@ -1,4 +1,4 @@
-"""The bootstrap: metrics on resamples of clusters of rows (docs/concepts/statistics.md)."""
+"""Compute metrics on bootstrap resamples of clusters of rows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fulltune.tasks.classes import NUMBER_METRICS, predict_labels
 
 SAMPLES = 10_000
 SAMPLES_ANEW = 1_000
-"""Number of resamples for a metric that must be recomputed on each of them."""
+"""Number of resamples for metrics that are recomputed from all rows."""
 _MAX_PRODUCTS = 2e10
-"""Maximum number of multiplications; a metric with many counts gets fewer resamples."""
+"""Maximum number of multiplications; a metric with many terms gets fewer resamples."""
 _MIN_SAMPLES = 1_000
 _WEIGHTS_AT_ONCE = 3_000_000
 _SEED = 0
@@ -32,7 +32,7 @@ _BOUNDS = {
     **dict.fromkeys(("mcc", "spearman", "kendall"), (-1.0, 1.0)),
     **dict.fromkeys(("chrf", "bleu"), (0.0, 100.0)),
 }
-"""Bounds of metrics that may leave the range 0 to 1, or None if one bound is missing."""
+"""Minimum and maximum of metrics that can leave 0 to 1, or None if one is missing."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ResamplableMetric:
     name: str
     greater_is_better: bool
     whole: Callable[[Predictions], float]
-    """Computes the metric from all predictions, as the task does."""
+    """Computes the metric from all predictions."""
     counts: RowTerms | None
     """Computes each row's terms, or None if the metric is not a function of sums."""
     value: FromSums | None
@@ -56,33 +56,32 @@ class ResamplableMetric:
 
     @property
     def span(self) -> float | None:
-        """Largest possible difference of the metric, or None if it is unbounded."""
+        """Largest possible difference, or None if unbounded."""
         return None if self.bounds is None else self.bounds[1] - self.bounds[0]
 
     @property
     def sign(self) -> float:
-        """1, or -1 if smaller is better, so that a positive signed difference is an improvement."""
+        """1, or -1 if smaller is better."""
         return 1.0 if self.greater_is_better else -1.0
 
 
 def bounds_of(metric: str) -> tuple[float, float] | None:
-    """Return the minimum and maximum of a metric, or None if either is missing."""
     return _BOUNDS.get(metric, (0.0, 1.0))
 
 
-def measure_of(task_name: TaskName, target: Target, metric: str) -> ResamplableMetric:
+def find_metric(task_name: TaskName, target: Target, metric: str) -> ResamplableMetric:
     """Return a task's metric in a form that can be resampled; raise `SetupError` if the task has no such metric."""
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
     counts, value = task_named(task_name).sums(target, metric).get(metric, (None, None))
     return ResamplableMetric(
-        metric, greater_is_better(metric), _single_metric(task_name, target, metric), counts, value
+        metric, greater_is_better(metric), _function_for_metric(task_name, target, metric), counts, value
     )
 
 
-def _single_metric(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
-    """Return a function that computes this metric alone, because others, such as Kendall's tau, are slow."""
+def _function_for_metric(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
+    """Return a function that computes only this metric, because the task's others may be slow."""
     if target.form.is_number and metric in NUMBER_METRICS:
         return lambda outputs: NUMBER_METRICS[metric](
             outputs["labels"].astype(np.float64), predict_labels(outputs["logits"], target).astype(np.float64)
@@ -94,16 +93,15 @@ def _single_metric(task_name: TaskName, target: Target, metric: str) -> Callable
 
 
 def _draw_cluster_counts(random: np.random.Generator, num_clusters: int, size: int) -> np.ndarray:
-    """Draw clusters with replacement, and return how often each was drawn [size, num_clusters]."""
+    """Draw `size` resamples of clusters; return how often each occurs [size, num_clusters]."""
     clusters = random.integers(0, num_clusters, (size, num_clusters), np.int32)
     offsets = np.arange(size, dtype=np.int64)[:, None] * num_clusters
     counts = np.bincount((clusters + offsets).ravel(), minlength=size * num_clusters)
     return counts.reshape(size, num_clusters)
 
 
-def _number_clusters(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
-    """Return the cluster number of each row, from 0, and the number of clusters. Without clusters, each row is its
-    own."""
+def _cluster_indices(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
+    """Return each row's cluster index and the number of clusters. Without `clusters`, each row is one."""
     of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     return of_row, int(of_row.max(initial=-1)) + 1
 
@@ -113,7 +111,7 @@ def _number_clusters(clusters: np.ndarray | None, num_rows: int) -> tuple[np.nda
 
 @dataclass(frozen=True)
 class Resampled:
-    """A metric on all rows, and on resamples of them."""
+    """A metric's value on all rows and on resamples."""
 
     value: float
     draws: np.ndarray
@@ -127,7 +125,7 @@ class Resampled:
     def estimate(self, confidence: float, bounds: tuple[float, float] | None = None) -> Estimate:
         """Return the value with its percentile interval at level `confidence`, such as 0.95.
 
-        If all rows score the same, the interval is widened towards the bounds as far as this number of rows allows.
+        If all resamples are equal, an exact binomial interval within `bounds` replaces it.
         """
         tail = (1 - confidence) / 2
         low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))
@@ -138,6 +136,7 @@ class Resampled:
         return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
 
     def save(self, path: Path) -> None:
+        """Save the resamples as `.npz`."""
         names = ("value", "draws", "num_rows", "num_clusters")
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         with replace_atomically(path) as part, part.open("wb") as file:
@@ -149,7 +148,7 @@ class Resampled:
             return cls(float(file["value"]), file["draws"], int(file["num_rows"]), int(file["num_clusters"]))
 
 
-def resample(
+def resample_metrics(
     outputs: Predictions,
     metrics: Callable[[Predictions], Mapping[str, float]],
     *,
@@ -157,11 +156,12 @@ def resample(
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Compute metrics on all rows and on resamples of clusters. Equal seeds draw equal rows for every model."""
+    """Compute metrics by name on all rows and on `samples` resamples. Equal seeds give all models the same
+    resamples."""
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"expected a cluster for each of {num_rows} rows, found {len(clusters)}")
-    of_row, num_clusters = _number_clusters(clusters, num_rows)
+    of_row, num_clusters = _cluster_indices(clusters, num_rows)
     random, drawn = np.random.default_rng(seed), []
     for _ in range(samples):
         rows = np.repeat(np.arange(num_rows), _draw_cluster_counts(random, num_clusters, 1)[0][of_row])
@@ -172,8 +172,8 @@ def resample(
     }
 
 
-def gain(measure: ResamplableMetric, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
-    """Return how much a metric of sums improved, with the standard error of this paired difference."""
+def paired_improvement(measure: ResamplableMetric, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
+    """Return how much a metric improved from terms `before` to `now` [rows, k], and the difference's standard error."""
     assert measure.value is not None
     both = np.stack([before, now], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
@@ -186,12 +186,12 @@ def gain(measure: ResamplableMetric, before: np.ndarray, now: np.ndarray) -> tup
 
 @dataclass(frozen=True)
 class ResampledTrials:
-    """The metric of each method's trials, on all rows and on shared resamples."""
+    """Each method's trials' metric on all rows and on shared resamples."""
 
     point: tuple[np.ndarray, ...]
-    """Values on all rows: [seeds] for each method."""
+    """Values on all rows, [seeds] for each method."""
     draws: tuple[np.ndarray, ...]
-    """Values on the resamples: [draws, seeds] for each method."""
+    """Values on the resamples, [draws, seeds] for each method."""
     num_clusters: int
     num_rows: int
 
@@ -200,26 +200,27 @@ class ResampledTrials:
         return len(self.draws[0])
 
 
-def draw(
+def resample_trials(
     measure: ResamplableMetric,
     methods: Sequence[Sequence[Predictions]],
     clusters: np.ndarray | None,
     samples: int = SAMPLES,
 ) -> ResampledTrials:
-    """Compute each trial's metric on shared resamples of clusters, with fewer resamples for costly metrics."""
+    """Compute each trial's metric on resamples that all trials share."""
     trials = [outputs for method in methods for outputs in method]
     rows = {len(next(iter(outputs.values()))) for outputs in trials}
     if len(rows) > 1 or (clusters is not None and rows != {len(clusters)}):
-        raise ValueError(f"expected trials and clusters of the same rows, found trials of {sorted(rows)} rows")
+        raise ValueError(f"all trials and the clusters must have the same rows; the trials have {sorted(rows)} rows")
     num_rows = rows.pop()
-    of_row, num_clusters = _number_clusters(clusters, num_rows)
+    of_row, num_clusters = _cluster_indices(clusters, num_rows)
     if measure.counts is not None and measure.value is not None:
         sums = np.stack([_cluster_sums(measure.counts, outputs, of_row) for outputs in trials], axis=1)
         point, drawn = measure.value(sums.sum(axis=0)), _resample_sums(sums, measure.value, samples)
     else:
         samples = min(samples, SAMPLES_ANEW)
         anew = [
-            resample(outputs, measure.alone, samples=samples, clusters=clusters)[measure.name] for outputs in trials
+            resample_metrics(outputs, measure.alone, samples=samples, clusters=clusters)[measure.name]
+            for outputs in trials
         ]
         # A metric that is undefined on a resample counts as 0.
         point, drawn = (
@@ -231,7 +232,7 @@ def draw(
 
 
 def _cluster_sums(count: RowTerms, outputs: Predictions, of_row: np.ndarray) -> np.ndarray:
-    """Sum the terms of the rows of each cluster, float64 [clusters, k]."""
+    """Sum row terms by cluster `of_row`: float64 [clusters, k]."""
     counts = count(outputs)
     sums = np.zeros((int(of_row.max()) + 1, counts.shape[1]))
     np.add.at(sums, of_row, counts)
@@ -239,7 +240,7 @@ def _cluster_sums(count: RowTerms, outputs: Predictions, of_row: np.ndarray) -> 
 
 
 def _resample_sums(sums: np.ndarray, value: FromSums, samples: int) -> np.ndarray:
-    """Compute the metric on resamples [draws, trials] from sums over clusters [clusters, trials, k]."""
+    """Compute the metric on resamples [draws, trials] from cluster sums [clusters, trials, k]."""
     num_clusters, *of_trials = sums.shape
     samples = min(samples, max(_MIN_SAMPLES, int(_MAX_PRODUCTS / sums.size)))
     at_once, parts = max(1, _WEIGHTS_AT_ONCE // num_clusters), []

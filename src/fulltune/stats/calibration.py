@@ -1,4 +1,4 @@
-"""Compute the expected calibration error, and fit a temperature (Guo et al. 2017, arXiv 1706.04599)."""
+"""Expected calibration error and temperature scaling (Guo et al. 2017, arXiv 1706.04599)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(sum(len(part) * abs(confidence[part].mean() - right[part].mean()) for part in parts) / len(labels))
 
 
-ALL_RIGHT = "every eval row is predicted correctly, so no temperature can be fitted and it stays 1"
+ALL_RIGHT = "all eval rows are predicted correctly, so the temperature stays 1"
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return the temperature (0.05 to 20) with the highest likelihood, or None if every row is right."""
+    """Return the most likely temperature (0.05 to 20), or None if every row is right."""
     if (logits.argmax(axis=-1) == labels).all():
         return None
 
@@ -39,7 +39,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
 def calibrate(
     eval_logits: np.ndarray, eval_labels: np.ndarray, test_logits: np.ndarray, test_labels: np.ndarray
 ) -> Calibration:
-    """Fit a temperature on eval rows, and measure the calibration error on test rows.
+    """Fit a temperature on eval rows, and measure the calibration error on test rows with and without it.
 
     Logits are [rows, classes], labels [rows].
     """

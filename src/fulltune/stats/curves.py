@@ -1,4 +1,4 @@
-"""Judge curves of losses and metrics for divergence, overfitting and underfitting (docs/concepts/guards.md)."""
+"""Judge loss and metric curves for divergence, overfitting and underfitting (docs/concepts/guards.md)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Point = tuple[int, float]
 
 @dataclass(frozen=True)
 class GuardDecision:
-    """What a guard decides, and why."""
+    """A guard's decision and the reason for it."""
 
     action: Literal["go on", "warn", "stop"]
     reason: str = ""
@@ -26,19 +26,19 @@ class GuardDecision:
 
 GO_ON = GuardDecision("go on")
 BEYOND_CHANCE = 2.0
-"""Number of standard errors above which a difference counts as real."""
+"""Standard errors above which a difference counts as real."""
 
 
-def error_of_share(share: float, count: int) -> float:
-    """Return the standard error of a share measured on `count` rows, with Laplace's correction."""
+def standard_error_of_share(share: float, count: int) -> float:
+    """Return the standard error of a proportion measured on `count` rows, with Laplace smoothing."""
     smoothed = (share * count + 1) / (count + 2)
     return math.sqrt(max(0.0, smoothed * (1 - smoothed)) / (count + 2))
 
 
 LOSS_WINDOW = 10
-"""Number of logged losses to average, because single losses fluctuate."""
+"""Number of logged losses to average."""
 _FELL_WELL = 0.75
-"""Largest ratio of the lowest window's mean to the first window's at which the loss had clearly fallen."""
+"""Largest ratio of the lowest to the first window's mean at which the loss has clearly fallen."""
 _SURE = 4.0
 """Standard errors by which the loss must have fallen."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
@@ -46,14 +46,14 @@ _ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
 _MIN_AT_END = 4
 
 
-def diverged(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Decide to stop if the loss has diverged and will not recover."""
-    decision = fell_and_rose(losses, learning_rate, untrained)
-    return decision if decision.action == "stop" else ran_away(losses, learning_rate, untrained)
+def check_divergence(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
+    """Decide to stop if the loss fell and rose again, or stays high."""
+    decision = check_fell_and_rose(losses, learning_rate, untrained)
+    return decision if decision.action == "stop" else check_stays_high(losses, learning_rate, untrained)
 
 
-def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Decide to stop if the loss had clearly fallen, but is now back at its start and at chance level."""
+def check_fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
+    """Decide to stop if the loss clearly fell, but is back at its first values and the untrained model's loss."""
     first, now = statistics.fmean(losses[:LOSS_WINDOW] or [0.0]), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if len(losses) < 4 * LOSS_WINDOW or first <= 0 or now < max(first, untrained or 0.0):
         return GO_ON
@@ -71,19 +71,18 @@ def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: floa
     )
 
 
-def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Decide to stop if the loss stays far above its start: its median three times as high, and no loss below 1.5
-    times."""
+def check_stays_high(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
+    """Decide to stop if the last losses' median is over three times the start loss, and none is below 1.5 times."""
     begin, last = _start_loss(losses, untrained), losses[-2 * LOSS_WINDOW :]
     if len(losses) <= 2 * LOSS_WINDOW or not _is_far_above(begin, last):
         return GO_ON
     return GuardDecision("stop", _divergence_message(begin, last, learning_rate), len(losses) - 2 * LOSS_WINDOW)
 
 
-def ended_high(
+def judge_final_loss(
     losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a finished run by the later half of its losses: stop if far above the start, warn if slightly above."""
+    """Decide to stop if a finished run's last losses are far above the start loss, or to warn if slightly above."""
     if len(losses) < _MIN_AT_END:
         return GO_ON
     begin, last = _start_loss(losses, untrained), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
@@ -99,19 +98,19 @@ def ended_high(
         return GO_ON
     return GuardDecision(
         "warn",
-        f"the loss ended higher than it began: {begin:.3g} before the first update, {now:.3g} as the median of the "
-        f"last {len(last)} values. {_cause(learning_rate)}",
+        f"the loss ended higher than it began: it was {begin:.3g} before the first update, and the median of the last "
+        f"{len(last)} values is {now:.3g}. {_cause(learning_rate)}",
     )
 
 
 MAX_BEHIND = 2
 
 
-def made_worse(
+def check_got_worse(
     behind: int, what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if `behind` consecutive evaluations were worse than before step 1 and the train loss has not
-    fallen."""
+    """Decide to stop if at least two evaluations in a row (`behind`) were worse than before step 1 and the train loss
+    has not fallen."""
     begin, now = _start_loss(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if behind < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
@@ -122,11 +121,11 @@ def made_worse(
     )
 
 
-def ended_worse(
+def judge_got_worse(
     what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a finished run that is over two standard errors worse than before step 1: stop if the train loss has not
-    fallen either, else warn."""
+    """Decide about a finished run that is worse than before step 1: stop if the train loss has not fallen either, else
+    warn."""
     begin, last = _start_loss(losses, untrained), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
     now, worse = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
     if len(losses) < _MIN_AT_END or now < begin:
@@ -136,7 +135,7 @@ def ended_worse(
 
 
 def _start_loss(losses: Sequence[float], untrained: float | None) -> float:
-    """Return the loss before training: the first one, or the untrained model's if it is higher."""
+    """Return the first loss, or the untrained model's loss if higher."""
     return max([*losses[:1], *([] if untrained is None else [untrained])], default=0.0)
 
 
@@ -146,6 +145,7 @@ def _is_far_above(begin: float, last: Sequence[float]) -> bool:
 
 
 def _divergence_message(begin: float, last: Sequence[float], learning_rate: float) -> str:
+    """Compare the last losses with the start loss in a message."""
     return (
         f"the loss diverged: before any update it was at most {begin:.3g}, and the last {len(last)} values are "
         f"between {min(last):.3g} and {max(last):.3g}. {_cause(learning_rate)}"
@@ -153,7 +153,7 @@ def _divergence_message(begin: float, last: Sequence[float], learning_rate: floa
 
 
 def without_cause(reason: str) -> str:
-    """Return the observation in a reason, without its usual cause and the advice."""
+    """Return a guard's reason without usual cause and advice."""
     return reason.partition(". Usual cause")[0]
 
 
@@ -161,8 +161,8 @@ def _cause(learning_rate: float, share: str = "tenth") -> str:
     return f"Usual cause: a learning rate that is too high (here {learning_rate:g}); try a {share} of it"
 
 
-def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
-    """Return True if none of the last `patience` evaluations improved on the best one before them."""
+def should_stop_early(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
+    """Return True if none of the last `patience` evaluations improved on the best one by over `threshold`."""
     best, since = None, 0
     for value in values:
         gain = 0.0 if best is None else (value - best if greater_is_better else best - value)
@@ -185,23 +185,23 @@ HARDLY_FELL = 0.97
 CEILING = 0.995
 ASSUMED_ROWS = 1000
 CHANGED = 0.02
-"""Relative change that counts as a change, for metrics that are not shares."""
+"""Smallest relative change that counts, for metrics that are not shares."""
 NO_GAP = 0.9
-"""Ratio of train to eval loss above which the model fits train rows no better than eval rows."""
+"""Ratio of train to eval loss above which train rows are fitted no better than eval rows."""
 STILL_BETTER = 0.99
 """Ratio of the last eval loss to the one at half the run below which the loss was still falling."""
 _STILL_FALLING = 0.05
-"""Relative fall of the train loss in the last quarter above which it is still falling."""
+"""The train loss is still falling if it fell by more than this fraction in the last quarter."""
 _LEARNED = 0.05
 _FLAT = 0.03
 EATEN = 0.5
-"""Share of values with a gradient that must change. Below it, rounding lost updates."""
+"""Minimum share of values with a gradient that must change. Below it, rounding lost updates."""
 MIN_FOR_SHAPE = 8
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The curves of a training run, in order of steps."""
+    """A training run's losses and metric by step."""
 
     train_loss: tuple[Point, ...] = ()
     eval_loss: tuple[Point, ...] = ()
@@ -218,12 +218,11 @@ class Curves:
 
     @property
     def on_eval(self) -> str:
-        """Metric with its rows in words: `accuracy on the eval rows`."""
         return f"{self.metric_name.replace('_', ' ')} on the eval rows"
 
     @property
     def best(self) -> Point:
-        """The first of the best evaluations, or NaN at step 0 if no value is finite."""
+        """Step and value of the first best evaluation, or 0 and NaN if no value is finite."""
         sign = 1 if self.greater_is_better else -1
         finite = [point for point in self.metric if math.isfinite(point[1])]
         return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))
@@ -234,24 +233,23 @@ class Curves:
 
     @property
     def is_at_ceiling(self) -> bool:
-        """True if nearly all eval rows were right at the end."""
         return is_share(self.metric_name) and bool(self.metric) and self.metric[-1][1] >= CEILING
 
     @property
     def is_loss(self) -> bool:
         return self.metric_name in ("loss", "perplexity")
 
-    def chance(self, *values: float) -> float:
-        """Return by how much values of the metric may differ by chance on these eval rows."""
+    def chance_gap(self, *values: float) -> float:
+        """Return the largest difference between values of the metric that may be chance."""
         if not is_share(self.metric_name):
             return (ROSE - 1 if self.is_loss else CHANGED) * abs(values[0])
         rows = self.eval_rows or ASSUMED_ROWS
-        return BEYOND_CHANCE * math.hypot(*(error_of_share(value, rows) for value in values))
+        return BEYOND_CHANCE * math.hypot(*(standard_error_of_share(value, rows) for value in values))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a run overfitted, underfitted or neither."""
+    """The judgement whether a run overfitted or underfitted."""
 
     kind: Kind
     evidence: str = ""
@@ -261,60 +259,61 @@ class Fit:
 
     @property
     def sentence(self) -> str:
-        """Kind and evidence as a sentence, or an empty string if there is no evidence."""
+        """The kind and evidence, or an empty string without evidence."""
         return self.evidence and f"{self.kind.capitalize()}: {self.evidence}."
 
 
-_FEWER = "fewer epochs, so that the rate reaches 0 earlier; more rows; a lower rate"
-_MORE = "more epochs, or a search for the rate"
-_LOWER = "a lower rate"
+_FEWER = "fewer epochs (the learning rate then reaches 0 earlier), more rows, or a lower learning rate"
+_MORE = "more epochs, or a search for the learning rate"
+_LOWER = "a lower learning rate"
 
 
-def fit(curves: Curves) -> Fit:
-    """Judge overfitting and underfitting from a run's curves. If only the eval loss rises, the model is
-    over-confident."""
-    if worse := _worse_than_before(curves):
+def judge_curves(curves: Curves) -> Fit:
+    """Judge from a run's curves whether it overfitted, underfitted, got worse, or became over-confident (only the eval
+    loss rose)."""
+    if worse := _worse_than_untrained(curves):
         return Fit("got worse", worse, 0, helps=_LOWER)
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
-    trained = _train_loss_by_evaluation(curves.train_loss, [step for step, _ in evaluations])
+    trained = _mean_train_loss_by_evaluation(curves.train_loss, [step for step, _ in evaluations])
     if len(evaluations) < MIN_EVALUATIONS or len(trained) < len(evaluations):
-        reason = f"too few evaluations ({len(evaluations)}) to judge over-fitting; three are needed"
+        reason = f"too few evaluations ({len(evaluations)}) to judge overfitting (at least three are needed)"
         return Fit("not known", reason if evaluations else "")
     turn, least = min(evaluations, key=lambda point: point[1])
     end, last = evaluations[-1]
-    mixed = ", mixed ones included" if curves.is_mixed else ""
+    mixed = ", including mixed-in rows" if curves.is_mixed else ""
     gap = (
-        f"Towards the end the loss was {format_number(trained[end])} on train rows{mixed}, with dropout, and "
+        f"Towards the end, the loss was {format_number(trained[end])} on train rows (with dropout{mixed}) and "
         f"{format_number(last)} on eval rows."
     )
-    since_best, fell = _since_best(curves)
+    since_best, fell = _decline_since_best(curves)
     rose = turn < end and last >= ROSE * least > 0
     if not (rose or fell):
-        return _judge_without_turn(curves, evaluations, trained, gap)
+        return _judge_without_decline(curves, evaluations, trained, gap)
     turn_step = curves.best[0] if fell else turn
     evidence = (
         since_best
         if fell
-        else f"the eval loss was lowest at {_step_and_epoch(curves, turn)}, {format_number(least)}, and rose"
+        else f"the eval loss rose after its minimum of {format_number(least)} at {_step_and_epoch(curves, turn)}"
     )
-    details = f"{gap}{_kept_weights_sentence(curves, turn_step)}"
+    details = f"{gap}{_model_step_sentence(curves, turn_step)}"
     half = list(trained.values())[(len(trained) - 1) // 2]
     if trained[end] >= HARDLY_FELL * max(trained[turn], half):
         return Fit("got worse", f"{evidence}, and the train loss did not fall either", turn_step, details, _LOWER)
-    evidence = f"{evidence}, while the train loss still fell"
+    evidence = f"{evidence}, while the train loss kept falling"
     if fell or not since_best:
         return Fit("over-fitted", evidence, turn_step, details, _FEWER)
-    chance = curves.chance(curves.best[1])
+    chance = curves.chance_gap(curves.best[1])
     chance_in_words = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
     rows = f"{curves.eval_rows:,}" if curves.eval_rows else f"{ASSUMED_ROWS:,} (assumed)"
-    evidence = f"{evidence}; {since_best}, and with {rows} rows a difference of up to {chance_in_words} may be chance"
+    evidence = f"{evidence}. But {since_best}: with {rows} rows, a difference of up to {chance_in_words} may be chance"
     return Fit("over-confident", evidence, turn_step, details)
 
 
-def _judge_without_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
-    """Judge whether a run that never got worse ended too early."""
+def _judge_without_decline(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
+    """Judge whether a run that never got worse underfitted, from its eval losses and the mean train losses by step.
+    `gap` is a sentence for the details."""
     if curves.is_mixed:
-        return Fit("not known", "no sign of over-fitting, but the train loss includes mixed-in rows", None, gap)
+        return Fit("not known", "no sign of overfitting, but the train loss includes mixed-in rows", None, gap)
     (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
     is_least = last <= min(value for _, value in evaluations) and half > 0
     if is_least and trained[end] > NO_GAP * last and not curves.is_at_ceiling:
@@ -324,22 +323,23 @@ def _judge_without_turn(curves: Curves, evaluations: Sequence[Point], trained: d
         if last < STILL_BETTER * half:
             why = "the eval loss was still falling at the end, and the train loss was not much lower"
             return Fit("under-fitted", why, None, gap, _MORE)
-    return Fit("sound", "no sign of over- or under-fitting", None, gap)
+    return Fit("sound", "no sign of overfitting or underfitting", None, gap)
 
 
 def _step_and_epoch(curves: Curves, step: int) -> str:
     return f"step {step:,} (epoch {format_number(step * curves.epochs_per_step)})"
 
 
-def _kept_weights_sentence(curves: Curves, turn: int) -> str:
-    """Return a sentence on whether the kept weights are from before the turn, or an empty string."""
+def _model_step_sentence(curves: Curves, turn: int) -> str:
+    """Return a sentence on whether the saved model is from before or after step `turn`, or "" if unknown."""
     if curves.kept_step is None:
         return ""
-    side = "that point" if curves.kept_step == turn else "before that" if curves.kept_step < turn else "after that"
-    return f" The model's weights are from {side} (step {curves.kept_step:,})."
+    side = "this step" if curves.kept_step == turn else "an earlier step" if curves.kept_step < turn else "a later step"
+    return f" The saved weights are from {side} ({curves.kept_step:,})."
 
 
-def _train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
+def _mean_train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
+    """Return the mean train loss since the previous evaluation, by step."""
     means: dict[int, float] = {}
     for before, end in zip([0, *steps], steps, strict=False):
         if values := [value for step, value in train if before < step <= end and math.isfinite(value)]:
@@ -347,29 +347,29 @@ def _train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> d
     return means
 
 
-def _worse_than_before(curves: Curves) -> str | None:
-    """Return a sentence if every evaluation is worse than before step 1 by more than chance, or None."""
+def _worse_than_untrained(curves: Curves) -> str | None:
+    """Return a sentence if every evaluation is worse than before step 1 beyond chance, else None."""
     before, best, sign = curves.before, curves.best[1], 1 if curves.greater_is_better else -1
-    if before is None or not math.isfinite(before + best) or sign * (before - best) <= curves.chance(before, best):
+    if before is None or not math.isfinite(before + best) or sign * (before - best) <= curves.chance_gap(before, best):
         return None
     metric_before, metric_best = (format_metric(curves.metric_name, value) for value in (before, best))
     return f"{curves.on_eval} was {metric_before} before step 1 and never better than {metric_best} afterwards"
 
 
-def _since_best(curves: Curves) -> tuple[str, bool]:
-    """Return a sentence on the metric's best and last evaluation, and True if it fell beyond chance."""
+def _decline_since_best(curves: Curves) -> tuple[str, bool]:
+    """Return a sentence on the best and last evaluation, and True if the decline exceeds chance."""
     finite = [value for _, value in curves.metric if math.isfinite(value)]
     if curves.is_loss or not finite:
         return "", False
     step, best = curves.best
     lost = abs(best - finite[-1])
     before, after = (format_metric(curves.metric_name, value) for value in (best, finite[-1]))
-    words = f"{curves.on_eval} was best at {_step_and_epoch(curves, step)}, {before}, and {after} at the end"
-    return words, len(finite) >= MIN_EVALUATIONS and lost > curves.chance(best)
+    words = f"{curves.on_eval} was best at {_step_and_epoch(curves, step)} with {before} and ended at {after}"
+    return words, len(finite) >= MIN_EVALUATIONS and lost > curves.chance_gap(best)
 
 
-def stayed_flat(losses: Sequence[float]) -> bool:
-    """Return True if the medians of the first and last quarter of the losses are nearly equal."""
+def is_flat(losses: Sequence[float]) -> bool:
+    """Return True if the losses' first and last quarters have nearly equal medians."""
     size = len(losses) // 4
     if len(losses) < MIN_FOR_SHAPE:
         return False
@@ -377,8 +377,8 @@ def stayed_flat(losses: Sequence[float]) -> bool:
     return 0 < (1 - _FLAT) * began < ended < (1 + _FLAT) * began
 
 
-def still_falling(losses: Sequence[float]) -> float | None:
-    """Return the mean of the last quarter of the losses if they are still falling, or None."""
+def final_loss_if_falling(losses: Sequence[float]) -> float | None:
+    """Return the mean of the last quarter of the losses if they are still falling, else None."""
     size = len(losses) // 4
     if not size:
         return None

@@ -1,8 +1,8 @@
-"""Compute intervals of the difference of two methods over rows and seeds (docs/concepts/statistics.md).
+"""Compute intervals for the difference of two methods over rows and seeds (docs/concepts/statistics.md).
 
 Each draw is the difference on resampled rows plus normal noise for the seeds. The noise's variance is drawn from a
-scaled chi-squared distribution with the degrees of freedom of Welch and Satterthwaite. With seed noise alone this gives
-Student's t, without it the usual bootstrap. Seeds of two methods count as independent.
+scaled chi-squared distribution with Welch-Satterthwaite degrees of freedom. With seed noise alone this gives Student's
+t, without it the usual bootstrap.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from fulltune.stats.bootstrap import Resampled, ResampledTrials
 SURPRISES = 2.0
 """Disagreeing rows to assume besides those observed: 0 of 20 do not prove equality (rule of three)."""
 _MIN_CLUSTERS = 2
-"""With one cluster, all resamples are the same."""
 
 
 # ---- spread between seeds --------------------------------------------------------------------------------------
@@ -53,9 +52,9 @@ class SeedSpread:
 NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 
 
-def seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpread | None]:
-    """Estimate each method's variance between seeds. A method with a single seed borrows the largest variance of the
-    others."""
+def estimate_seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpread | None]:
+    """Estimate each method's variance between seeds, 0 for untrained methods (`fixed`). A method with a single seed
+    borrows the largest, or gets None."""
     spreads = [
         NO_SPREAD if is_fixed else _estimate_spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True)
@@ -68,7 +67,8 @@ def seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpre
 
 
 def _estimate_spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread | None:
-    """Estimate the variance from `point` [seeds] and `draws` [draws, seeds], or return None for a single seed."""
+    """Estimate the variance from the metric on all rows [seeds] and on resamples [draws, seeds], or None for one
+    seed."""
     seeds = len(point)
     if seeds == 1:
         return None
@@ -87,7 +87,7 @@ def _unbiased_factor(num_clusters: int) -> float:
 
 @dataclass(frozen=True)
 class UncertainValue:
-    """A number with its distribution, which is a mixture of one normal distribution per resample."""
+    """A number whose distribution is a mixture of one normal distribution per resample."""
 
     estimate: float
     centres: np.ndarray
@@ -95,21 +95,19 @@ class UncertainValue:
     spreads: np.ndarray
     """Standard deviation of each component, [draws]."""
     row_variance: float
-    """Variance due to the rows, including the noise of single seeds."""
+    """Variance due to the rows, including single seeds' noise."""
     seeds: tuple[SeedSpread, ...]
     seeds_known: bool = True
 
     def below(self, value: float) -> float:
-        """Return the probability that the true number is below `value`."""
         return float(ndtr((value - self.centres) / self.spreads).mean())
 
     def quantile(self, share: float) -> float:
-        """Return the value below which the true number lies with probability `share`."""
+        """Return the value below which the number lies with probability `share`."""
         low, high = float((self.centres - 40 * self.spreads).min()), float((self.centres + 40 * self.spreads).max())
         return float(brentq(lambda value: self.below(value) - share, low, high, xtol=1e-8, maxiter=500))
 
     def interval(self, alpha: float) -> tuple[float, float]:
-        """Return the two-sided interval at level 1 - `alpha`."""
         return self.quantile(alpha / 2), self.quantile(1 - alpha / 2)
 
     def p_value(self, value: float = 0.0) -> float:
@@ -125,12 +123,12 @@ class UncertainValue:
 def mean_of_method(
     drawn: ResampledTrials, method: int, spreads: Sequence[SeedSpread | None], span: float | None
 ) -> UncertainValue:
-    """Return the mean of a method's metric over its seeds, with its uncertainty."""
+    """Return a method's mean metric over its seeds, with its uncertainty. `span` is the largest possible difference."""
     centres = drawn.draws[method].mean(axis=1)
     return _uncertain_value(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
 
 
-def difference(
+def difference_of_methods(
     drawn: ResampledTrials,
     first: int,
     second: int,
@@ -138,9 +136,9 @@ def difference(
     sign: float,
     span: float | None,
 ) -> UncertainValue:
-    """Return one method's mean over its seeds minus another method's mean, with the uncertainty of the difference.
+    """Return the first method's mean over its seeds minus the second's, with its uncertainty.
 
-    `sign` is -1 if smaller is better. `span` is the largest possible difference, or None if it is unbounded.
+    `sign` is -1 if smaller is better. `span` is the largest possible difference, or None if unbounded.
     """
     centres = sign * (drawn.draws[first].mean(axis=1) - drawn.draws[second].mean(axis=1))
     estimate = sign * float(drawn.point[first].mean() - drawn.point[second].mean())
@@ -150,16 +148,18 @@ def difference(
 def _uncertain_value(
     estimate: float, centres: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
 ) -> UncertainValue:
-    """Build an `UncertainValue` from bootstrap centres and seed spreads, widened for few clusters or seeds."""
+    """Build a distribution from bootstrap draws (`centres`) and seed spreads, widened for few clusters or seeds."""
     estimated = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
     # With few clusters, the spread between clusters is uncertain as well.
     stretch = np.sqrt(
-        _unbiased_factor(num_clusters) / _draw_chi_squared(chance, max(1, num_clusters - 1), len(centres))
+        _unbiased_factor(num_clusters) / _scaled_chi_squared(chance, max(1, num_clusters - 1), len(centres))
     )
     centres = estimate + (centres - estimate) * stretch
     surprise = SURPRISES * (0.0 if span is None else span / num_clusters) ** 2
-    between_seeds = variance_of_mean(estimated) / _draw_chi_squared(chance, degrees_of_mean(estimated), len(centres))
+    between_seeds = variance_of_mean(estimated) / _scaled_chi_squared(
+        chance, degrees_of_freedom(estimated), len(centres)
+    )
     beyond = np.maximum(0.0, between_seeds - variance_of_mean(estimated, by_rows=True))
     return UncertainValue(
         estimate=estimate,
@@ -172,9 +172,9 @@ def _uncertain_value(
     )
 
 
-def paired(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """Return the difference of two models on the same resamples, with its interval over rows, or None if rows or finite
-    values are too few."""
+def paired_difference(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
+    """Return the difference of two models' metrics with its interval over rows, or None if rows or finite values are
+    too few."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
     if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:
         return None
@@ -189,12 +189,12 @@ def paired(first: Resampled, second: Resampled, span: float | None, confidence: 
 
 
 def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
-    """Return the variance of the methods' means due to seeds, or with `by_rows` only the part caused by the rows."""
+    """Return the variance of the methods' means due to seeds, or with `by_rows` only the part due to rows."""
     return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in spreads)
 
 
-def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
-    """Return the degrees of freedom of `variance_of_mean` (Welch and Satterthwaite). Borrowed spreads add none."""
+def degrees_of_freedom(spreads: Sequence[SeedSpread]) -> float:
+    """Return the degrees of freedom of `variance_of_mean` (Welch and Satterthwaite)."""
     if any(spread.borrowed for spread in spreads):
         return min(spread.degrees for spread in spreads)
     # A variance below the rows' part only shows that the seeds' part is small.
@@ -204,7 +204,8 @@ def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
     return total**2 / scatter if scatter > 0 else math.inf
 
 
-def _draw_chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.ndarray:
+def _scaled_chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.ndarray:
+    """Draw `count` values of chi-squared / degrees, or ones for infinite degrees."""
     if math.isinf(degrees):
         return np.ones(count)
     return np.maximum(chance.chisquare(degrees, count) / degrees, 1e-12)
@@ -214,8 +215,7 @@ def _draw_chi_squared(chance: np.random.Generator, degrees: float, count: int) -
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[tuple[float, float]]:
-    """Return each test's adjusted p-value and level, such that the probability of any error is at most `alpha` (Holm
-    1979)."""
+    """Correct p-values for several tests (Holm 1979); return each test's adjusted p-value and significance level."""
     adjusted, highest = {}, 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         left = len(p_values) - rank

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import chdtri, chndtrix, ndtr
 
-from fulltune.stats.intervals import SeedSpread, UncertainValue, degrees_of_mean, variance_of_mean
+from fulltune.stats.intervals import SeedSpread, UncertainValue, degrees_of_freedom, variance_of_mean
 
 POWER = 0.8
 MAX_ROWS_FACTOR = 100
@@ -23,10 +23,10 @@ _DISCORDANCE = 0.1
 
 @dataclass(frozen=True)
 class ComparisonPrecision:
-    """The variances of a difference, from which the variances for other numbers of rows or seeds follow."""
+    """The variances of a comparison's difference, also for other numbers of rows or seeds."""
 
     shared: float
-    """Variance due to the rows that all seeds of a method share."""
+    """Variance due to the rows, which all seeds of a method share."""
     seeds: tuple[SeedSpread, ...]
 
     @classmethod
@@ -34,7 +34,7 @@ class ComparisonPrecision:
         return cls(max(0.0, uncertain.row_variance - variance_of_mean(uncertain.seeds, by_rows=True)), uncertain.seeds)
 
     def with_rows(self, factor: float) -> ComparisonPrecision:
-        """Return the precision for `factor` times as many rows."""
+        """Return the precision with `factor` times as many rows."""
 
         def changed(spread: SeedSpread) -> SeedSpread:
             by_rows = spread.by_rows / factor
@@ -43,10 +43,11 @@ class ComparisonPrecision:
         return ComparisonPrecision(self.shared / factor, tuple(changed(one) for one in self.seeds))
 
     def with_seeds(self, counts: Sequence[int]) -> ComparisonPrecision:
-        """Return the precision for `counts` seeds per method. A single seed borrows the other method's spread."""
+        """Return the precision for these numbers of seeds. A single seed borrows the other method's variance."""
         most = max(counts)
 
         def changed(spread: SeedSpread, count: int) -> SeedSpread:
+            """Return the spread with another number of seeds."""
             if spread.is_none:
                 return spread
             degrees = max(1, (count if count > 1 else most) - 1)
@@ -56,7 +57,7 @@ class ComparisonPrecision:
 
     @property
     def degrees(self) -> float:
-        return degrees_of_mean(self.seeds)
+        return degrees_of_freedom(self.seeds)
 
     @property
     def row_variance(self) -> float:
@@ -64,24 +65,21 @@ class ComparisonPrecision:
 
     @property
     def seed_variance(self) -> float:
-        """Variance that only more seeds reduce."""
         return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
 
     def half_width(self, alpha: float, ratio: float = 1.0) -> float:
-        """Return half the width of the two-sided interval.
-
-        `ratio` is the estimated variance between seeds divided by the true one.
-        """
-        shares, inverse = _inverse_chi_squared(self.degrees)
+        """Return half the width of the two-sided interval. `ratio` is the estimated variance between seeds divided by
+        the true one."""
+        shares, inverse = _inverse_chi_squared_quadrature(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
         # The estimated variance scatters around the true one, which is at least the rows' part.
         estimated = ratio * max(variance_of_mean(self.seeds), by_rows)
         beyond = np.maximum(0.0, estimated * inverse - by_rows)
         return _mixture_quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
 
-    def luck(self, *, same_seeds: bool) -> list[float]:
-        """Return equally likely ratios of the estimated to the true variance between seeds, had other rows been
-        drawn."""
+    def variance_ratios(self, *, same_seeds: bool) -> list[float]:
+        """Return equally likely ratios of the estimated to the true variance between seeds, on other rows and, unless
+        `same_seeds`, other seeds."""
         total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
         if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
             return [1.0]
@@ -93,9 +91,10 @@ class ComparisonPrecision:
         most = max(total, by_rows)
         return [float(chndtrix(share, self.degrees, apart)) * scale / most for share in shares]
 
-    def detectable(self, margin: float, alpha: float) -> float:
-        """Return the smallest true difference that is detected with a power of 80 %."""
-        bounds = np.array([max(margin, self.half_width(alpha, ratio)) for ratio in self.luck(same_seeds=False)])
+    def detectable_difference(self, margin: float, alpha: float) -> float:
+        """Return the smallest true difference above `margin` that is detected with a power of 80 %."""
+        ratios = self.variance_ratios(same_seeds=False)
+        bounds = np.array([max(margin, self.half_width(alpha, ratio)) for ratio in ratios])
         error = math.sqrt(self.row_variance + self.seed_variance)
         if not error:
             return float(np.quantile(bounds, POWER))
@@ -107,8 +106,8 @@ _NUM_RATIOS = 20
 
 
 @functools.lru_cache(256)
-def _inverse_chi_squared(degrees: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weights and nodes of a quadrature of degrees / chi squared."""
+def _inverse_chi_squared_quadrature(degrees: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights and nodes of a quadrature over degrees / chi-squared."""
     if math.isinf(degrees):
         return np.ones(1), np.ones(1)
     edges = np.concatenate([[0.0], np.geomspace(1e-7, 1.0, 160)])
@@ -117,7 +116,8 @@ def _inverse_chi_squared(degrees: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float:
-    """Return the value that a mixture of centred normal distributions exceeds with probability `alpha` / 2."""
+    """Return the value that a mixture of centred normal distributions (weights `shares`) exceeds with probability
+    `alpha`/2."""
     if not deviations.any():
         return 0.0
 
@@ -128,19 +128,19 @@ def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) 
     return float(brentq(lambda value: outside(value) - alpha / 2, 0.0, 40 * most, xtol=1e-5 * most, rtol=1e-5))
 
 
-def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
-    """Return the difference that a planned comparison would detect with a power of 80 %."""
+def planned_detectable_difference(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
+    """Return the smallest difference above `margin` that a planned comparison detects with a power of 80 %."""
     # Disagreement between runs is assumed to be noise of single runs, which averages out over seeds.
     by_rows = _DISCORDANCE / num_rows / 2
     spread = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
-    return ComparisonPrecision(0.0, (spread, spread)).detectable(margin, alpha)
+    return ComparisonPrecision(0.0, (spread, spread)).detectable_difference(margin, alpha)
 
 
-def needed(
+def rows_and_seeds_needed(
     uncertain: UncertainValue, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """Return how many test rows, and how many seeds of both methods, would decide if the estimate were exact. Either is
-    None if no number would."""
+    """Return how many test rows, or seeds per method, would decide the comparison if the estimate were exact, each None
+    if no number would."""
     now, size = ComparisonPrecision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: ComparisonPrecision) -> bool:

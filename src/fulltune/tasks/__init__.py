@@ -1,4 +1,4 @@
-"""Tasks: each is a module with the functions of the `Task` protocol and a row in `fulltune/recipe/tasks.toml`."""
+"""Tasks, such as text classification: each is a module with the functions of `Task`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ else:  # torch and transformers are not imported only for types
 LENGTH = "length"
 """Feature with a row's cost in tokens, for sorting by length; the model does not read it."""
 PLACE = "fulltune:place"
-"""Key under which a row stores its file and line, unique within a split."""
+"""Key of a row's file and line, unique within a split."""
 Row = Mapping[str, Any]
 """A row of the user's file: column name to value."""
 RowFeatures = Mapping[str, Any]
 """A tokenised example: feature name to a number, a text, or a flat list or array."""
 RowAnswer = dict[str, Any]
 Predictions = Mapping[str, np.ndarray]
-"""Output of `Task.reduce` for all rows: name to array whose first axis is the row."""
+"""Output of `Task.reduce` for all rows: name to array [rows, ...]."""
 RowTerms = Callable[[Predictions], np.ndarray]
-"""Computes what each row adds to a metric's sums: float64 [rows, k]."""
+"""Computes each row's terms in a metric's sums: float64 [rows, k]."""
 FromSums = Callable[[np.ndarray], np.ndarray]
-"""Computes a metric [...] from sums over rows [..., k]."""
+"""Computes a metric [...] from sums of the terms over rows [..., k]."""
 
 
 _IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices")
@@ -51,45 +51,44 @@ class Target:
     """Role to column name, for example `{"text": "sentence", "label": "intent"}`."""
     labels: tuple[str, ...] = ()
     joint: str = ""
-    """Text between prompt and completion, or the prefix of each seq2seq source."""
+    """Text between prompt and completion, or a prefix of each seq2seq source."""
     num_choices: int = 0
     stride: int | None = None
     """Overlap of a long context's windows in tokens; None means a third of a window."""
     scale: tuple[float, float] | None = None
-    """Mean and standard deviation of the train rows' numbers, or None if unknown. Losses are computed in units of this
-    standard deviation."""
+    """Mean and standard deviation of the train rows' numbers, or None if unknown. Losses are in units of this standard
+    deviation."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
-    """`(shift, factor)`: `factor * logit + shift` is in the user's units. Differs from the default only while a head is
-    trained in standardised units (`train/worker/loading.py`)."""
+    """`(shift, factor)`: `factor * logit + shift` is in the user's units. Other than the default only while a head is
+    trained in standardised units."""
 
     @property
     def form(self) -> Form:
-        """Facts about rows of this problem type."""
         return FORMS[self.problem_type]
 
     @classmethod
     def of(cls, summary: DataSummary) -> Target:
-        """Restore the target from the summary of prepared data."""
+        """Restore the target from a data summary."""
         return cls(**{name: getattr(summary, name) for name in _IN_SUMMARY}, scale=summary.scale)
 
     def in_summary(self) -> dict[str, Any]:
-        """Return the fields that the summary of prepared data stores."""
+        """Return the fields that a data summary stores."""
         return {name: getattr(self, name) for name in _IN_SUMMARY}
 
     def as_notes(self) -> dict[str, Any]:
-        """Return the fields that a finished model's folder stores, ready for JSON."""
+        """Return the fields that a finished model's folder stores."""
         return {**self.in_summary(), "labels": list(self.labels), "stride": self.stride}
 
     @classmethod
     def from_notes(cls, notes: Mapping[str, Any]) -> Target:
-        """Restore the target from `as_notes`; older model folders may lack `num_choices` and `stride`."""
+        """Restore the target from `as_notes`; older folders may lack `num_choices` and `stride`."""
         more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
         return cls(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The reason why a row is dropped: the name of a check, for counting, and a message."""
+    """The reason to drop a row: the name of the failed check, for counting, and a message."""
 
     check: str
     reason: str
@@ -97,7 +96,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised row, or a window of a tokenised row."""
+    """A tokenised row or window of a row."""
 
     features: RowFeatures
     """`input_ids` [tokens], `labels` (a class id, a vector, or [tokens] with -100 for untrained tokens) and the task's
@@ -114,11 +113,8 @@ RowExamples = list[list[Example]]
 
 
 class Task(Protocol):
-    """The functions of a task module.
-
-    A new task is a module `fulltune/tasks/<name>.py` and a row of facts in `fulltune/recipe/tasks.toml`;
-    `text_classification` is a short example.
-    """
+    """The functions of a task module. A new task is a module `fulltune/tasks/<name>.py` and a row in
+    `fulltune/recipe/tasks.toml`."""
 
     @property
     def FACTS(self) -> TaskFacts:
@@ -135,26 +131,23 @@ class Task(Protocol):
         """
 
     def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-        """Derive problem type and labels from the train rows, or raise `DataError` if nothing can be learned.
-
-        Consume `rows` to the end without storing them: there may be millions.
-        """
+        """Derive problem type and labels from the train rows, which are only iterated; raise `DataError` if nothing can
+        be learned."""
 
     def refuse(self, row: Row, target: Target) -> Refused | None:
-        """Return the reason why a row cannot be used for training or scoring, or None."""
+        """Return the reason to drop a row, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
-        """Return a key that duplicates share, and questions about one passage; rows with the same key stay in one
-        split."""
+        """Return a key that duplicates and questions about one passage share; such rows stay in one split."""
 
     def row_labels(self, row: Row, target: Target) -> list[str]:
-        """Return the row's sorted class names for stratified splits, or an empty list for tasks without classes."""
+        """Return the row's sorted class names, or an empty list for tasks without classes."""
 
     def encode(self, rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-        """Tokenise rows that `refuse` accepted. A long row may give several examples, its windows."""
+        """Tokenise rows that `refuse` accepted, each to one example or several windows."""
 
     def preview(self, features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
-        """Return an example as the model reads it, decoded from its tokens."""
+        """Decode an example's tokens to text, as the model reads it."""
 
     def full_row(self, target: Target, length: int) -> RowFeatures:
         """Make dummy features of `length` tokens, which a plan uses to trace the model."""
@@ -165,8 +158,8 @@ class Task(Protocol):
         """Return values to set on the model's config, such as `id2label`."""
 
     def collate(self, features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-        """Pad a batch on the right to int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`
-        (with -100), without features that the model does not read."""
+        """Pad a batch on the right to int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`,
+        without features that the model does not read."""
 
     def loss(
         self,
@@ -176,30 +169,29 @@ class Task(Protocol):
         smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
     ) -> Tensor:
-        """Sum the losses of a batch's items to a scalar; the caller divides by `count_items`.
+        """Sum the losses of a batch's rows or trained tokens; the caller divides by `count_items`.
 
         Args:
-            logits: [batch, ...], as `fulltune.inference.run.logits_of` returns them, or of trained tokens only,
-                `logits[trained, vocabulary]`.
-            labels: The labels of `collate` [batch, ...], or the trained tokens' `target_ids`, `labels[trained]`.
+            logits: [batch, ...], or of trained tokens only [trained, vocabulary].
+            labels: The labels of `collate` [batch, ...], or the trained tokens' ids [trained].
             target: What the model predicts.
             smoothing: Label smoothing.
             class_weights: Weights in the order of the labels.
         """
 
     def count_items(self, labels: Tensor) -> int:
-        """Count the items whose losses `loss` sums: rows or trained tokens."""
+        """Count the rows or trained tokens whose losses `loss` sums."""
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def reduce(self, logits: Tensor, labels: Tensor, target: Target) -> Mapping[str, Tensor | np.ndarray]:
-        """Reduce a batch's logits to a few numbers per row for `metrics`: name to array with rows as first axis."""
+        """Reduce a batch's logits to the numbers per row that `metrics` needs: arrays [batch, ...] by name."""
 
     def metrics(self, predictions: Predictions, target: Target) -> dict[str, float]:
-        """Compute the task's metrics from the output of `reduce`."""
+        """Compute the task's metrics from all rows' output of `reduce`."""
 
     def sums(self, target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
-        """Return the metrics that are functions of sums over rows, for bootstraps that resample thousands of times."""
+        """Return, by name, the metrics that are functions of sums over rows, so that resampling is fast."""
 
     # ---- prediction -----------------------------------------------------------------------------------------------
 
@@ -219,26 +211,24 @@ class Task(Protocol):
         target: Target,
         temperature: float,
     ) -> list[RowAnswer]:
-        """Return the answer of `fulltune predict` to each row; `temperature` calibrates probabilities."""
+        """Return the answers that `fulltune predict` writes, one per row; `temperature` scales probabilities."""
 
     def display_text(self, row: Row, target: Target) -> str:
-        """Return a row as one line for a list of mistakes."""
+        """Return a row as one line for lists of mistakes."""
 
     def chance_loss(self, summary: DataSummary, weights: Sequence[float] | None) -> float:
-        """Return the loss of a model that ignores its input, in the same units as `loss`; `weights` are class
-        weights."""
+        """Return the loss of a model that ignores its input; `weights` are class weights."""
 
     # ---- only tasks whose model writes its answers ----------------------------------------------------------------
 
     def target_ids(self, labels: Tensor) -> Tensor:
-        """Return the token that each logit should predict, -100 where nothing is trained: int64 [batch, tokens] from
-        `labels[batch, tokens]`."""
+        """Return the token that each logit should predict, or -100: int64 [batch, tokens]."""
 
     def prompt_text(self, row: Row, target: Target) -> str:
-        """Return the text of the prompt or source."""
+        """Return the prompt or source."""
 
     def answer_text(self, row: Row, target: Target) -> str:
-        """Return the expected answer."""
+        pass
 
     def generation_ids(
         self, row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None
@@ -246,10 +236,10 @@ class Task(Protocol):
         """Return the tokens from which generation starts. A seq2seq source is cut at `max_length`."""
 
     def score_answers(self, answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-        """Score generated answers: metric name to array whose first axis is the answer."""
+        """Score generated answers against the expected ones: arrays [answers] by metric."""
 
 
 def task_named(name: TaskName) -> Task:
-    """Import the module of a task by the task's name."""
+    """Import a task's module."""
     module = import_module(f"fulltune.tasks.{name.replace('-', '_')}")
     return cast(Task, module)

@@ -25,11 +25,20 @@ from fulltune.tasks import (
     classes,
     written,
 )
-from fulltune.tasks.columns import as_text, is_blank, named, normalised, not_text, parsed, required, without_text
+from fulltune.tasks.columns import (
+    as_text,
+    column_of,
+    is_blank,
+    needed_column,
+    normalised,
+    parse_cell,
+    refuse_blank,
+    refuse_list,
+    usual_column,
+)
 from fulltune.tasks.columns import find_columns as columns_of_roles
-from fulltune.tasks.columns import usual as usual_name
 from fulltune.tasks.labels import row_labels as labels_of_row
-from fulltune.tasks.padding import IGNORED, PART_CHARACTERS, collated, padded, token_ids
+from fulltune.tasks.padding import IGNORED, PART_CHARACTERS, pad_features, pad_right, tokenise_long_text
 
 FACTS = recipe_tasks.FACTS["causal-lm"]
 BLOCK_LENGTH = 1024
@@ -42,7 +51,7 @@ sums, full_row = written.sums, written.full_row
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Choose columns for messages and tools, for raw text, or for prompt, input and completion."""
+    """Map roles to columns for chat (messages, tools), raw text, or pairs (prompt, input, completion)."""
     forms = {
         "data.messages": data.messages,
         "data.prompt/completion": data.completion if data.prompt is None else data.prompt,
@@ -54,49 +63,49 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     form = named_forms[0] if named_forms else None
     if form in (None, "data.prompt/completion") and data.completion is None:
         refuse_preferences(columns, sample, where)
-    messages = named("messages", data.messages, columns, where) if form in (None, "data.messages") else None
+    messages = column_of("messages", data.messages, columns, where) if form in (None, "data.messages") else None
     if messages is not None:
-        tools = named("tools", data.tools, columns, where)
+        tools = column_of("tools", data.tools, columns, where)
         return {"messages": messages} | ({"tools": tools} if tools else {})
     # Raw text: a `text` column without columns that could be a prompt and its completion.
-    prompt = named("prompt", None, columns, where) if form is None and "text" in columns else None
+    prompt = column_of("prompt", None, columns, where) if form is None and "text" in columns else None
     rest = [column for column in columns if column != prompt]
-    has_pairs = "text" not in columns or (prompt is not None and named("completion", None, rest, where) is not None)
+    has_pairs = "text" not in columns or (prompt is not None and column_of("completion", None, rest, where) is not None)
     if form == "data.text" or (form is None and not has_pairs):
-        return {"text": required("text", data.text or "text", columns, where)}
+        return {"text": needed_column("text", data.text or "text", columns, where)}
     pair = columns_of_roles(("prompt", "completion"), columns, sample, data, where)
     if data.input is not None or (data.prompt is None and pair["prompt"].lower().strip() == "instruction"):
         rest = [column for column in columns if column not in pair.values()]
-        if (about := named("input", data.input, rest, where)) is not None:
+        if (about := column_of("input", data.input, rest, where)) is not None:
             return {"prompt": pair["prompt"], "input": about, "completion": pair["completion"]}
     return pair
 
 
 def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str) -> None:
-    """Raise `DataError` for preference data (DPO, KTO), whose preferences would be ignored silently."""
+    """Raise `DataError` for preference data (DPO, KTO), because training would ignore the preferences."""
 
-    def column_of(name: str) -> str | None:
-        return usual_name((name,), columns, where)
+    def column_named(name: str) -> str | None:
+        return usual_column((name,), columns, where)
 
-    chosen, rejected = column_of("chosen"), column_of("rejected")
+    chosen, rejected = column_named("chosen"), column_named("rejected")
     if chosen and rejected:
         raise DataError(
             f"{where}: columns '{chosen}' and '{rejected}' hold preferences, which fulltune cannot train on yet "
-            f"(TRL's DPOTrainer can); to train on the chosen answers alone, set data.completion: {chosen}, or if they "
-            f"are whole conversations data.messages or data.text: {chosen} (init: --column completion={chosen})"
+            f"(TRL's DPOTrainer can). To train on the chosen answers only, set data.completion: {chosen} (init: "
+            f"--column completion={chosen}), or data.messages or data.text if they are whole conversations"
         )
-    good, judged = column_of("label"), column_of("completion")
+    good, judged = column_named("label"), column_named("completion")
     judgements = {str(row.get(good)).lower() for row in sample} if good else set[str]()
-    if judged and column_of("prompt") and judgements and judgements <= {"true", "false"}:
+    if judged and column_named("prompt") and judgements and judgements <= {"true", "false"}:
         raise DataError(
             f"{where}: column '{good}' says which answers in '{judged}' are good, but fulltune cannot train on "
-            f"judgements (TRL's KTOTrainer can); to train on the good answers alone, keep the rows whose '{good}' is "
+            f"judgements (TRL's KTOTrainer can). To train on the good answers only, keep the rows in which '{good}' is "
             f"true, and set data.completion: {judged} (init: --column completion={judged})"
         )
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Return a target for chat, raw text or pairs. A line end joins pairs if neither side brings white space."""
+    """Return the target for chat, raw text or pairs. A line break joins pairs that have no white space between them."""
     glued = False
     for number, row in enumerate(rows):
         if "prompt" in columns and not glued and number < 200:
@@ -111,17 +120,17 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row without text or without a trained answer, or None."""
+    """Return the reason to drop a row without text or without a trained answer, else None."""
     if "messages" not in target.columns:
-        refused = without_text(row, target, *(role for role in target.columns if role != "input"))
-        return refused or (not_text(row, target, "input") if "input" in target.columns else None)
+        refused = refuse_blank(row, target, *(role for role in target.columns if role != "input"))
+        return refused or (refuse_list(row, target, "input") if "input" in target.columns else None)
     try:
-        messages = chat.clean(row.get(target.columns["messages"]))
+        messages = chat.clean_messages(row.get(target.columns["messages"]))
     except DataError as error:
         return Refused("no conversation", str(error))
     answers = [message for message in messages if chat.is_trained(message)]
     if not any(not is_blank(message["content"]) or message.get("tool_calls") for message in answers):
-        return Refused("no answer", "no assistant message with content or tool calls, and a weight other than 0")
+        return Refused("no answer", "no assistant message has content or tool calls and a weight other than 0")
     return None
 
 
@@ -130,7 +139,7 @@ def as_question(row: Row, target: Target) -> Row:
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row without a prompt, or None."""
+    """Return the reason to drop a row without a prompt, else None."""
     if "messages" not in target.columns:
         return refuse(row, target)
     try:
@@ -145,7 +154,7 @@ def group_key(row: Row, target: Target) -> str:
 
 
 def prompt_text(row: Row, target: Target) -> str:
-    """Return the prompt with its input, the raw text, or the messages before the last answer, as text."""
+    """Return the prompt with its input, the raw text, or the text of all messages before the last answer."""
     if "messages" not in target.columns:
         prompt = as_text(row.get(target.columns["prompt" if "prompt" in target.columns else "text"]))
         more = as_text(row.get(target.columns["input"])) if "input" in target.columns else ""
@@ -157,13 +166,14 @@ def answer_text(row: Row, target: Target) -> str:
     """Return the completion, or the last trained message's content or tool calls, as text."""
     if "completion" in target.columns:
         return as_text(row.get(target.columns["completion"])).strip()
-    messages = chat.clean(row[target.columns["messages"]])
+    messages = chat.clean_messages(row[target.columns["messages"]])
     last = [message for message in messages if chat.is_trained(message)][-1]
     return as_text(last.get("content") or last.get("tool_calls")).strip()
 
 
 def _messages_before_answer(row: Row, target: Target) -> list[dict[str, Any]]:
-    messages = chat.clean(row[target.columns["messages"]])
+    """Return the messages before the last trained one."""
+    messages = chat.clean_messages(row[target.columns["messages"]])
     last = max((i for i, message in enumerate(messages) if chat.is_trained(message)), default=len(messages))
     return messages[:last]
 
@@ -172,7 +182,7 @@ def _messages_before_answer(row: Row, target: Target) -> list[dict[str, Any]]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise conversations, pairs or raw texts; except in raw texts, only the answers are trained."""
+    """Tokenise conversations, pairs or raw texts. Except in raw texts, only answers are trained."""
     if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
             "the tokenizer has no chat template; use an instruct model, or set data.chat_template to a Jinja file"
@@ -183,8 +193,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     for row in rows:
         if "messages" in target.columns:
             try:
-                messages, tools = chat.clean(row[target.columns["messages"]]), _tools(row, target)
-                masked = chat.encode(tokenizer, messages, tools, max_length)
+                messages, tools = chat.clean_messages(row[target.columns["messages"]]), _tools(row, target)
+                masked = chat.tokenise_conversation(tokenizer, messages, tools, max_length)
             except DataError as error:
                 refused = Refused("refused by the chat template", str(error))
                 encoded.append([Example({"input_ids": [], "labels": []}, 0, refused=refused)])
@@ -202,12 +212,12 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> list[list[Example]]:
-    """Tokenise raw texts with end tokens and split long ones into examples; all tokens are trained."""
+    """Tokenise raw texts with end tokens, and split long ones into examples."""
     end = tokenizer.eos_token_id
     encoded = []
     is_long = any(len(text) > PART_CHARACTERS for text in texts)
     at_once = [] if is_long else tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    for ids in (token_ids(text, tokenizer) for text in texts) if is_long else at_once:
+    for ids in (tokenise_long_text(text, tokenizer) for text in texts) if is_long else at_once:
         if end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
@@ -218,29 +228,29 @@ def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> li
 
 
 def _tools(row: Row, target: Target) -> chat.Tools:
-    return (parsed(row.get(target.columns["tools"])) or None) if "tools" in target.columns else None
+    return (parse_cell(row.get(target.columns["tools"])) or None) if "tools" in target.columns else None
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokenise a prompt with the tokenizer's opening special tokens, but without closing ones."""
+    """Tokenise a prompt with opening special tokens, but no closing ones."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     while ids and ids[-1] in {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}:
         ids.pop()
     return ids
 
 
-def with_trained_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
-    """Return the tokenizer to save with a finished model; its template writes prompts as in training."""
+def with_prompt_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
+    """Return the tokenizer to save with a finished model. For pairs, its template writes prompts as in training."""
     if "completion" not in target.columns:  # a chat model trained on raw text stays one
         return tokenizer
     tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template = _template_as_trained(target, tokenizer)
+    tokenizer.chat_template = _make_prompt_template(target, tokenizer)
     return tokenizer
 
 
-def _template_as_trained(target: Target, tokenizer: Tokenizer) -> str | None:
-    """Make a chat template that writes prompts as in training, or return None if no template can reproduce the
-    tokenizer's opening tokens."""
+def _make_prompt_template(target: Target, tokenizer: Tokenizer) -> str | None:
+    """Make a chat template that writes prompts as in training, or return None if templates cannot reproduce the opening
+    tokens."""
     opening = tokenizer.bos_token if prompt_ids("a", tokenizer)[:1] == [tokenizer.bos_token_id] else ""
     turn = "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"
     each = f"{turn}{{{{ {json.dumps(target.joint)} }}}}{{% endif %}}"
@@ -265,7 +275,7 @@ def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: i
 
 
 def _masked_example(ids: list[int], trained: list[bool], max_length: int) -> Example:
-    """Make an example whose labels are -100 for untrained tokens."""
+    """Make an example with label -100 for untrained tokens."""
     labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained, strict=True)]
     # The first token is never predicted: its label would not enter the loss.
     labels[:1] = [IGNORED] * len(labels[:1])
@@ -296,18 +306,18 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad a batch; packed rows get `position_ids` instead of an attention mask."""
-    batch = collated(features, pad_token_id, ("position_ids",), label_per_token=True)
+    """Pad a batch. Packed rows get `position_ids` instead of an attention mask."""
+    batch = pad_features(features, pad_token_id, ("position_ids",), label_per_token=True)
     if "position_ids" not in features[0]:
         return batch
     # Without a mask, models separate packed texts where positions restart; the padding is one more, untrained text.
     width = batch["attention_mask"].shape[1]
     positions = [np.concatenate((row["position_ids"], np.arange(width - len(row["input_ids"])))) for row in features]
-    return {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": padded(positions, 0)}
+    return {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": pad_right(positions, 0)}
 
 
 def target_ids(labels: Tensor) -> Tensor:
-    """Return the next token's label for each position: the labels shifted left by one."""
+    """Shift labels [batch, tokens] left by one, to each position's next token."""
     import torch.nn.functional as F
 
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)

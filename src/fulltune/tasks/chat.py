@@ -9,7 +9,7 @@ from typing import Any
 
 from fulltune.errors import DataError, SetupError
 from fulltune.tasks import Tokenizer
-from fulltune.tasks.columns import parsed
+from fulltune.tasks.columns import parse_cell
 
 ChatMessage = Mapping[str, Any]
 """A message with `role`, `content` and perhaps `tool_calls` and `weight`."""
@@ -21,13 +21,10 @@ _ALL, _MANY_TURNS = 2**62, 20
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
-def clean(messages: Any) -> list[dict[str, Any]]:
-    """Return messages as `{"role", "content", ...}` without empty keys; ShareGPT's `from` and `value` are converted.
-
-    Raises:
-        DataError: When `messages` is not a list of messages.
-    """
-    messages = parsed(messages)
+def clean_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return messages without empty keys, also from ShareGPT's `from` and `value`; raise `DataError` for invalid
+    ones."""
+    messages = parse_cell(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f"expected a list of messages {{role, content}}, found {str(messages)[:60]!r}")
     cleaned = []
@@ -41,47 +38,48 @@ def clean(messages: Any) -> list[dict[str, Any]]:
         if not isinstance(fields["role"], str):
             raise DataError(f"a message has the role {fields['role']!r}, expected text")
         if fields.get("weight", 1) not in (0, 1):
-            raise DataError(f"a message of '{fields['role']}' has weight {fields['weight']!r}, expected 0 or 1")
+            raise DataError(f"a message with role '{fields['role']}' has weight {fields['weight']!r}, expected 0 or 1")
         if "content" not in fields and "tool_calls" not in fields:
-            raise DataError(f"a message of '{fields['role']}' has neither 'content' nor 'tool_calls'")
+            raise DataError(f"a message with role '{fields['role']}' has neither 'content' nor 'tool_calls'")
         cleaned.append({"content": "", **fields, **_normalised_content_and_calls(fields)})
     return cleaned
 
 
 def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
-    """Return a message's content as text and its tool calls as a list, if they have another type."""
+    """Return only what changes: the content as text, and tool calls as a list."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
         kinds = {str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in content}
         if kinds - {"text"}:
-            raise DataError(f"a message of '{message['role']}' holds {', '.join(sorted(kinds - {'text'}))}, not text")
+            wrong = ", ".join(sorted(kinds - {"text"}))
+            raise DataError(f"a message with role '{message['role']}' holds {wrong}, not text")
         changed["content"] = "".join(str(part.get("text") or "") for part in content)
     elif not isinstance(content, str):
         if isinstance(content, Mapping):
-            raise DataError(f"a message of '{message['role']}' holds an object, not text")
+            raise DataError(f"a message with role '{message['role']}' has an object as content, expected text")
         changed["content"] = str(content)
     if "tool_calls" in message:
-        calls = parsed(message["tool_calls"])
+        calls = parse_cell(message["tool_calls"])
         calls = [calls] if isinstance(calls, Mapping) else calls
         if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
-            raise DataError(f"'tool_calls' of '{message['role']}' must be a list of objects")
+            raise DataError(f"'tool_calls' of a message with role '{message['role']}' must be a list of objects")
         changed["tool_calls"] = list(calls)
     return changed
 
 
 def is_trained(message: ChatMessage) -> bool:
-    """Return True for assistant messages, except with OpenAI's `weight: 0`."""
+    """Return True for assistant messages without OpenAI's `weight: 0`."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def encode(
+def tokenise_conversation(
     tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools = None, most: int = _ALL
 ) -> list[MaskedIds]:
-    """Tokenise a conversation and return its mask. If the template rewrites earlier turns, each turn is tokenised
-    separately.
+    """Tokenise a conversation with a mask of trained tokens. If the template rewrites earlier turns, return one
+    sequence per answer.
 
-    Turns beyond `most` tokens may stay untrained.
+    Answers beyond `most` tokens may stay untrained.
     """
     has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
     if has_marks and all(message.get("weight") != 0 for message in messages):
@@ -105,7 +103,7 @@ def encode(
 
 
 def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int, tools: Tools) -> tuple[int, str]:
-    """Return where an assistant turn starts in the rendered text, and the text up to the turn's end."""
+    """Return where message `turn` starts in the rendered text, and the text up to its end."""
     after = render(tokenizer, messages[: turn + 1], tools)
     if turn == 0:
         start = _first_turn_start(tokenizer, after)
@@ -119,8 +117,7 @@ def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int,
 
 
 def _first_turn_start(tokenizer: Tokenizer, text: str) -> int:
-    """Return where the assistant's message starts if it is the first; templates cannot render the empty prompt before
-    it."""
+    """Return where the assistant's message starts if a conversation begins with it."""
     question = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, question, None)
     opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)
@@ -132,6 +129,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, 
 
 
 def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> Any:
+    """Apply the chat template; raise `SetupError` for a broken one, and `DataError` for messages that it refuses."""
     import jinja2
 
     try:
@@ -139,14 +137,14 @@ def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], 
     except jinja2.TemplateSyntaxError as error:
         raise SetupError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
     except NotImplementedError:
-        raise SetupError("the tokenizer does not know where its tokens are in the text; use a fast one") from None
+        raise SetupError("the tokenizer is slow; use a fast one, which knows where in the text tokens are") from None
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(" ".join(str(error).split())[:200]) from None
 
 
 def _tokenise_with_mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> MaskedIds:
-    """Tokenise a rendered conversation; tokens that start inside a span, without its trailing white space, are
-    trained."""
+    """Tokenise a rendered conversation. Tokens that start inside the character `spans`, except trailing white space,
+    are trained."""
     # White space after a turn's end token belongs to the next turn: the model never has to produce it.
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     ids, places = _ids_and_offsets(tokenizer, text)

@@ -25,7 +25,7 @@ from fulltune.tasks import (
 )
 
 ROWS = ""
-"""Name in `arrays` that stands for a column of ones."""
+"""Name for `stack_arrays` that stands for a column of ones."""
 
 # ---- terms of a row ------------------------------------------------------------------------------------------
 
@@ -34,15 +34,15 @@ def numbers(*values: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(array, np.float64) for array in values], axis=-1)
 
 
-def arrays(*names: str) -> RowTerms:
-    """Make a function that stacks the predictions' arrays with these names to [rows, names]."""
+def stack_arrays(*names: str) -> RowTerms:
+    """Make a function that stacks the predictions' arrays of these names: [rows, names]."""
     return lambda predictions: numbers(
         *(predictions[name] if name else np.ones(len(predictions[names[0]])) for name in names)
     )
 
 
-def mean_of(score: Callable[[Predictions], np.ndarray]) -> RowTerms:
-    """Make a function that returns each row's score and a 1, so that `ratio` of their sums is the mean."""
+def terms_of_mean(score: Callable[[Predictions], np.ndarray]) -> RowTerms:
+    """Make a function that returns each row's score and a 1; the ratio of their sums is the mean."""
 
     def count(predictions: Predictions) -> np.ndarray:
         values = score(predictions)
@@ -91,7 +91,7 @@ def f1_of_present(sums: np.ndarray) -> np.ndarray:
 
 
 def mcc(sums: np.ndarray) -> np.ndarray:
-    """Compute Matthews' correlation from true positives, predictions and targets per class, [..., 3 * classes]."""
+    """Compute Matthews' correlation from sums of true positives, predictions and targets [..., 3 * classes]."""
     parts = by_three(sums)
     right, predicted, expected = parts[..., 0].sum(axis=-1), parts[..., 1], parts[..., 2]
     rows = predicted.sum(axis=-1)
@@ -108,7 +108,7 @@ def r2(sums: np.ndarray) -> np.ndarray:
 
 
 def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
-    """Return head size, label names, problem type, and the padding token by which decoders find the last token."""
+    """Return config values: labels, problem type, and the padding token by which decoders find the last token."""
     form, labels = target.form, target.labels or ("value",)
     if not (target.labels or form.is_number):
         return {}
@@ -124,7 +124,7 @@ def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
     return changes
 
 
-def label_words(value: Any, target: Target) -> str:
+def label_as_text(value: Any, target: Target) -> str:
     """Return a row's label, labels or number as text."""
     if target.form.is_number:
         return f"{float(value):g}"
@@ -140,6 +140,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
+    """Sum the batch's row losses."""
     return row_losses(logits, labels, target, smoothing, class_weights).sum()
 
 
@@ -150,10 +151,10 @@ def row_losses(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Compute cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
+    """Compute each row's loss: cross entropy, binary cross entropy averaged over labels, or squared error.
 
-    `logits` are [batch, classes] or, for numbers, [batch, 1]; `labels` are class ids or numbers [batch], or 0/1 per
-    label. Squared errors are computed on targets scaled by the standard deviation of the train rows, if known.
+    `logits` are [batch, classes], or [batch, 1] for numbers; `labels` are class ids or numbers [batch], or 0/1 [batch,
+    classes]. Squared errors are in units of the train rows' variance, if known.
     """
     import torch.nn.functional as F
 
@@ -175,7 +176,7 @@ def count_items(labels: Tensor) -> int:
 
 
 def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Return float32 `logits[batch, classes]` (numbers in the user's units), `labels` and unsmoothed `loss[batch]`."""
+    """Return float32 `logits[batch, classes]` (numbers in the data's units), `labels` and unsmoothed `loss[batch]`."""
     outputs = logits.float()
     if target.form.is_number:
         shift, factor = target.logit_scale
@@ -189,7 +190,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
-    """Compute scikit-learn's metrics, in 1 % of its time, from class ids, 0/1 matrices [rows, labels] or numbers."""
+    """Compute scikit-learn's metrics quickly from class ids, 0/1 matrices [rows, labels] or numbers."""
     form = target.form
     if form.is_number:
         both = true.astype(np.float64), predicted.astype(np.float64)
@@ -221,7 +222,7 @@ def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _correlation(name: str, true: np.ndarray, predicted: np.ndarray) -> float:
-    """Compute scipy's rank correlation of this name, or 0 for a constant prediction."""
+    """Compute one of scipy's rank correlations, or 0 if it is undefined."""
     from scipy import stats
 
     with warnings.catch_warnings():
@@ -245,16 +246,16 @@ def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
     return (logits > 0).astype(np.int64) if target.form.several_labels else logits.argmax(axis=-1)
 
 
-def worst(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """Yield the `count` wrong rows with the highest loss; for numbers, all rows count as wrong."""
+def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
+    """Yield the `count` wrong rows with the highest loss. For numbers, all rows count as wrong."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     wrong = np.ones(len(true), bool) if target.form.is_number else ~_is_right(predictions, target)
     order = [position for position in np.argsort(-predictions["loss"], kind="stable") if wrong[position]]
     for position in order[:count]:
         yield Answer(
             text=texts[position],
-            expected=label_words(true[position], target),
-            predicted=label_words(predicted[position], target),
+            expected=label_as_text(true[position], target),
+            predicted=label_as_text(predicted[position], target),
             loss=float(predictions["loss"][position]),
         )
 
@@ -262,7 +263,7 @@ def worst(predictions: Predictions, texts: Sequence[str], target: Target, count:
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Answer each row with a label and probabilities, with several labels and probabilities, or with a number."""
+    """Return each row's label or labels with probabilities, or a number."""
     if target.form.is_number:
         return [{"value": value} for value in predictions["logits"][:, 0].tolist()]
     labels = target.labels
@@ -278,20 +279,20 @@ def answers(
         ]
     return [
         {"label": labels[best], "probability": chances[best], "probabilities": dict(zip(labels, chances, strict=True))}
-        for best, chances in calibrated(predictions["logits"], temperature)
+        for best, chances in classes_with_probabilities(predictions["logits"], temperature)
     ]
 
 
-def calibrated(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, list[float]]]:
-    """Yield each row's best class and the probabilities of all classes at a temperature."""
+def classes_with_probabilities(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, list[float]]]:
+    """Yield each row's best class and all classes' probabilities at a temperature."""
     from scipy.special import softmax
 
     chances = softmax(logits.astype(np.float64) / temperature, axis=-1)
     return zip(logits.argmax(axis=-1).tolist(), chances.tolist(), strict=True)
 
 
-def with_label(row: Row, target: Target) -> Row:
-    """Put a placeholder into the label column, which checks and tokenisation require."""
+def with_placeholder_label(row: Row, target: Target) -> Row:
+    """Return the row with a placeholder label, which checks and tokenisation require."""
     placeholder: object = 0.0 if target.form.is_number else [] if target.form.several_labels else target.labels[0]
     return {**row, target.columns["label"]: placeholder}
 
@@ -305,7 +306,7 @@ def _is_right(predictions: Predictions, target: Target) -> np.ndarray:
 
 
 def _matches(predictions: Predictions, target: Target) -> np.ndarray:
-    """Return indicators of true positives, predictions and targets, 0 or 1 [rows, classes, 3]."""
+    """Return for each class 0 or 1 as true positive, prediction and target: [rows, classes, 3]."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     if target.form.several_labels:
         guessed, expected = predicted > 0, true > 0
@@ -315,8 +316,8 @@ def _matches(predictions: Predictions, target: Target) -> np.ndarray:
     return numbers(guessed & expected, guessed, expected)
 
 
-def _error_terms(predictions: Predictions) -> np.ndarray:
-    """Return each row's squared error, 1, centred target and its square, [rows, 4]."""
+def _regression_terms(predictions: Predictions) -> np.ndarray:
+    """Return each row's squared error, 1, centred target and its square: [rows, 4]."""
     true, predicted = (
         np.asarray(values, np.float64) for values in (predictions["labels"], predictions["logits"][:, 0])
     )
@@ -326,14 +327,17 @@ def _error_terms(predictions: Predictions) -> np.ndarray:
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return the metrics of classes or numbers as functions of sums over rows."""
-    loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (arrays("loss", ROWS), ratio)}
+    """Return each metric's functions for row terms and for the value from their sums."""
+    loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (stack_arrays("loss", ROWS), ratio)}
     if target.form.is_number:
-        return loss | {"r2": (_error_terms, r2), "rmse": (_error_terms, lambda sums: np.sqrt(ratio(sums)))}
+        return loss | {"r2": (_regression_terms, r2), "rmse": (_regression_terms, lambda sums: np.sqrt(ratio(sums)))}
     right, several = partial(_is_right, target=target), target.form.several_labels
     metrics = loss | {
-        "accuracy": (mean_of(right), ratio),
-        "f1_macro": (lambda predictions: flat(_matches(predictions, target)), f1_of_all if several else f1_of_present),
+        "accuracy": (terms_of_mean(right), ratio),
+        "f1_macro": (
+            lambda predictions: flat(_matches(predictions, target)),
+            f1_of_all if several else f1_of_present,
+        ),
     }
     if several:
         return metrics | {"f1_micro": (lambda predictions: _matches(predictions, target).sum(axis=1), f1)}
@@ -344,8 +348,7 @@ def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """Return the loss of predicting the mean of the numbers, or equal probabilities for all classes, with class
-    `weights`."""
+    """Return the loss of predicting the mean number, or equal probabilities for all classes."""
     if summary.form.is_number:
         return 1.0
     if summary.num_choices:

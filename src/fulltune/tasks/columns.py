@@ -37,14 +37,14 @@ class BadCell:
         return self.shown
 
 
-def unreadable(row: Mapping[str, object], columns: Mapping[str, str]) -> str | None:
-    """Return the problem if a cell in a column with a role is unreadable, else None."""
+def why_unreadable(row: Mapping[str, object], columns: Mapping[str, str]) -> str | None:
+    """Return a message if a cell in a column with a role is unreadable, else None."""
     for role, column in columns.items():
         cell = row.get(column)
         if isinstance(cell, BadCell):
             return f"column '{column}' holds {cell.reason}"
         if isinstance(cell, bytes) and role != "image":
-            return f"column '{column}' holds bytes that are not text in UTF-8"
+            return f"column '{column}' holds bytes that are not UTF-8 text"
     return None
 
 
@@ -53,21 +53,21 @@ def is_whole(row: Mapping[str, object]) -> bool:
 
 
 MOST_NESTED = 100
-"""Maximum nesting depth of lists and objects; deeper cells are damaged or malicious."""
+"""Maximum nesting depth; deeper cells are damaged or malicious."""
 
 
-def fault(value: object) -> str | None:
-    """Return the problem that makes a JSON value unusable (a lone surrogate, deep nesting), or None."""
+def defect(value: object) -> str | None:
+    """Return what makes a JSON value unusable, a lone surrogate or deep nesting, or None."""
     waiting: list[Iterator[object]] = [iter([value])]  # one per level: a list may hold millions
     while waiting:
         for part in waiting[-1]:
             if len(waiting) - 1 > MOST_NESTED:
-                return f"lists nested more than {MOST_NESTED} deep"
+                return f"lists nested more than {MOST_NESTED} levels deep"
             if isinstance(part, str):
                 try:
                     part.encode()
                 except UnicodeEncodeError:
-                    return "half a character (a lone surrogate, as a cut emoji leaves it)"
+                    return "half a character (a lone surrogate, such as half an emoji)"
             elif isinstance(part, (dict, list, tuple)):
                 waiting.append(chain.from_iterable(part.items()) if isinstance(part, dict) else iter(part))
                 break
@@ -77,26 +77,26 @@ def fault(value: object) -> str | None:
 
 
 def may_be_faulty(text: str) -> bool:
-    """Return False if a value with this text certainly has no `fault`."""
+    """Return False if a value with this text certainly has no `defect`."""
     has_escape = "\\ud" in text or "\\uD" in text or "\\U" in text
     return has_escape or text.count("[") + text.count("{") > MOST_NESTED
 
 
-def literal(text: str) -> list[Any] | dict[str, Any] | None:
-    """Parse a list or object written as JSON or as a Python literal, as pandas writes it; return None otherwise."""
+def parse_list_or_object(text: str) -> list[Any] | dict[str, Any] | None:
+    """Parse text with a list or object in JSON or as a Python literal; return None for other text."""
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        is_wrong = (may_be_faulty(text) and fault(value)) or (parse is not json.loads and _has_adjacent_strings(text))
+        is_wrong = (may_be_faulty(text) and defect(value)) or (parse is not json.loads and _has_adjacent_strings(text))
         return value if isinstance(value, (list, dict)) and not is_wrong else None
     return None
 
 
-def parsed(value: Any) -> Any:
-    """Parse a cell that holds a list or object as text; return other cells unchanged."""
-    parts = literal(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else None
+def parse_cell(value: Any) -> Any:
+    """Parse a cell with a list or object as text; return other cells unchanged."""
+    parts = parse_list_or_object(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else None
     return value if parts is None else parts
 
 
@@ -108,8 +108,8 @@ def _has_adjacent_strings(text: str) -> bool:
     return any(one == two == tokenize.STRING for one, two in pairwise(kinds))
 
 
-def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | None:
-    """Return the first column with one of these names, ignoring case and outer spaces, or None."""
+def usual_column(names: Sequence[str], columns: Sequence[str], where: str) -> str | None:
+    """Return the first column with one of these names in any case, or None. Raise `DataError` if two match."""
     for name in names:
         alike = [column for column in columns if column.lower().strip() == name]
         if name in alike or len(alike) == 1:
@@ -117,14 +117,14 @@ def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | Non
         if alike:
             shown = " and ".join(repr(column) for column in alike)
             raise DataError(
-                f"{where}: columns {shown} differ only in case or spaces, expected one '{name}'; rename one, or name "
-                "the right one in the recipe"
+                f"{where}: columns {shown} differ only in case or spaces, expected one '{name}'. Rename one of them, "
+                "or name the right one in the recipe"
             )
     return None
 
 
-def named(role: str, name: str | None, columns: Sequence[str], where: str, names: Sequence[str] = ()) -> str | None:
-    """Return the column of a role: the recipe's `name`, which must exist, else a column with a usual name, or None."""
+def column_of(role: str, name: str | None, columns: Sequence[str], where: str, names: Sequence[str] = ()) -> str | None:
+    """Return a role's column: `name` from the recipe, which must exist, else a column with a usual name, or None."""
     if name is not None:
         # Names from other programs may be in another Unicode normal form.
         same = [column for column in columns if normalize("NFC", column) == normalize("NFC", name)]
@@ -132,17 +132,17 @@ def named(role: str, name: str | None, columns: Sequence[str], where: str, names
             hint = did_you_mean(name, columns) or f"columns here: {shown(columns)}"
             raise DataError(f"{where}: no column '{name}' (data.{role}); {hint}")
         return name if name in columns else same[0]
-    return usual(names or USUAL_NAMES[role], columns, where)
+    return usual_column(names or USUAL_NAMES[role], columns, where)
 
 
-def required(
+def needed_column(
     role: str, name: str | None, columns: Sequence[str], where: str, besides: Collection[str | None] = ()
 ) -> str:
-    """Return the column of a required role, or raise `DataError` if none exists besides the columns `besides`."""
+    """Return a role's column, or raise `DataError` if there is none outside the columns `besides`."""
     if name is None:
-        column = named(role, None, [column for column in columns if column not in besides], where)
-    elif (column := named(role, name, columns, where)) in besides:
-        raise DataError(f"{where}: column '{name}' (data.{role}) already has another role; set that role's column, too")
+        column = column_of(role, None, [column for column in columns if column not in besides], where)
+    elif (column := column_of(role, name, columns, where)) in besides:
+        raise DataError(f"{where}: column '{name}' (data.{role}) already has another role; set the other role, too")
     if column is None:
         raise DataError(missing_column(role, columns, where))
     return column
@@ -151,10 +151,10 @@ def required(
 def find_columns(
     roles: Sequence[str], columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
 ) -> dict[str, str]:
-    """Map each role to its column; raise `DataError` if a role has no column, or if two roles share a column."""
+    """Map each role to its column; raise `DataError` if a role has no column, or two share one."""
     by_role: dict[str, str] = {}
     for role in roles:
-        by_role[role] = required(role, getattr(data, role), columns, where, by_role.values())
+        by_role[role] = needed_column(role, getattr(data, role), columns, where, by_role.values())
     return by_role
 
 
@@ -163,31 +163,32 @@ def missing_column(role: str, columns: Sequence[str], where: str) -> str:
 
 
 def shown(columns: Iterable[str]) -> str:
-    """List column names for a message, shortened because a broken file may have millions of columns."""
+    """List column names for a message, shortened because broken files may have millions."""
     return first_few([name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}..." for name in columns], _SHOWN)
 
 
-def without_text(row: Row, target: Target, *roles: str) -> Refused | None:
-    """Return the reason to drop a row if one of the roles' columns has no text, else None."""
+def refuse_blank(row: Row, target: Target, *roles: str) -> Refused | None:
+    """Return the reason to drop a row if a role's cell has no text, else None."""
     for role in roles:
-        if refused := not_text(row, target, role):
+        if refused := refuse_list(row, target, role):
             return refused
         if is_blank(as_text(row.get(target.columns[role]))):
             return Refused(f"no {role}", f"column '{target.columns[role]}' is empty")
     return None
 
 
-def not_text(row: Row, target: Target, role: str) -> Refused | None:
+def refuse_list(row: Row, target: Target, role: str) -> Refused | None:
     is_text = not isinstance(row.get(column := target.columns[role]), (list, tuple, dict))
     return None if is_text else Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
 
 
-def second_text(read: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
-    """Return the first column without a role that looks like the texts of `read`: more than two words per cell, over
-    half the cells distinct, at least half as much text; None if there is none."""
+def similar_column(read: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
+    """Return the first column without a role whose texts are like column `read`'s: long, distinct, of several words; or
+    None."""
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
     def is_similar(cells: Sequence[str]) -> bool:
+        """Return True if the cells resemble the texts of `read`."""
         words = sum(sum(map(str.isalpha, cell.split())) for cell in cells)
         is_long = 2 * sum(map(len, cells)) >= sum(map(len, texts.get(read, ())))
         return is_long and words > 2 * len(cells) < 4 * len(set(cells))
@@ -211,8 +212,8 @@ def normalised(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def windows(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_000_000) -> Iterator[list[T]]:
-    """Yield rows in lists of limited size; a row with more than `most_characters` is in a list by itself."""
+def in_batches(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_000_000) -> Iterator[list[T]]:
+    """Yield rows in lists of limited size. A longer row is a list by itself."""
     window: list[T] = []
     size = 0
     for row in rows:
@@ -227,7 +228,7 @@ def windows(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_
 
 
 def _count_characters(value: Any) -> int:
-    """Count characters and bytes in a cell; other values, and each entry of a list or object, count as one."""
+    """Count a cell's characters or bytes; other values and each item of a list or object count as one."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, Mapping):

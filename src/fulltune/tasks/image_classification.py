@@ -26,7 +26,7 @@ from fulltune.tasks import (
 )
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import is_empty
-from fulltune.tasks.padding import stacked_labels
+from fulltune.tasks.padding import stack_labels
 
 FACTS = recipe_tasks.FACTS["image-classification"]
 find_columns = partial(columns_of_roles, ("image", "label"))
@@ -35,7 +35,7 @@ UNDECODABLE = "undecodable image"
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, answers = classes.metrics, classes.answers
 sums, chance_loss = classes.sums, classes.chance_loss
-as_question, row_labels, config_changes = classes.with_label, labels.row_labels, classes.config_changes
+as_question, row_labels, config_changes = classes.with_placeholder_label, labels.row_labels, classes.config_changes
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -43,7 +43,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row without an image or a label, or None."""
+    """Return the reason to drop a row without an image or a label, else None."""
     image = row.get(target.columns["image"])
     if not isinstance(image, (str, bytes, Mapping, type(None))):
         return Refused("no image", f"column '{target.columns['image']}' holds {type(image).__name__}, not an image")
@@ -62,7 +62,7 @@ def group_key(row: Row, target: Target) -> str:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_length: int) -> RowExamples:
-    """Check that each image can be decoded; the features hold its path, or its bytes if there is no path."""
+    """Check that each image can be decoded. The features hold its path or, if it has none, its bytes."""
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for row in rows:
@@ -79,9 +79,10 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_leng
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: ImageReader) -> Preview:
+    """Show the end of the image's path, or its size, with the label."""
     path, content = features[PATH], features[CONTENT]
     shown = _last_parts(path) if path else f"image of {len(content):,} bytes"
-    return Preview.labelled(shown, classes.label_words(features["labels"], target))
+    return Preview.labelled(shown, classes.label_as_text(features["labels"], target))
 
 
 def display_text(row: Row, target: Target) -> str:
@@ -99,10 +100,11 @@ def _last_parts(path: str) -> str:
 
 
 def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
+    """Stack the pixels and labels of images that have been read."""
     import torch
 
     pixels = torch.from_numpy(np.stack([row[PIXELS] for row in features]))
-    return {PIXELS: pixels, "labels": stacked_labels(features)}
+    return {PIXELS: pixels, "labels": stack_labels(features)}
 
 
 def full_row(target: Target, length: int) -> RowFeatures:

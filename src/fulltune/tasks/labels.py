@@ -16,12 +16,12 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import excluded_combinations
 from fulltune.records.data import DataSummary
 from fulltune.tasks import PLACE, Row, Target
-from fulltune.tasks.columns import literal
+from fulltune.tasks.columns import parse_list_or_object
 from fulltune.text import counted
 
 _MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
-"""Maximum number of distinct label values that are stored; further numbers are only counted."""
+"""Maximum number of distinct labels that are stored; further numbers are only counted."""
 LabelCounts = list[tuple[Any, int, str]]
 """Distinct values of a label column, each with its number of rows and the first row's location."""
 
@@ -35,8 +35,9 @@ def _first_at(counts: LabelCounts, value: object) -> str:
     return f", first: {place}" if place else ""
 
 
-def label_values(rows: Iterable[Row], column: str, where: str) -> tuple[LabelCounts, int]:
-    """Count a label column's values and labelled rows; raise `DataError` if there are no labels or too many words."""
+def count_label_values(rows: Iterable[Row], column: str, where: str) -> tuple[LabelCounts, int]:
+    """Return the distinct labels with counts, and the number of labelled rows; raise `DataError` for none or too
+    many."""
     distinct: dict[Any, list[Any]] = {}
     beyond = 0
     for row in rows:
@@ -48,22 +49,22 @@ def label_values(rows: Iterable[Row], column: str, where: str) -> tuple[LabelCou
             distinct[key][1] += 1
         elif len(distinct) < MOST_DISTINCT:
             distinct[key] = [value, 1, str(row.get(PLACE, ""))]
-        elif parsed_number(value) is not None:
+        elif parse_float32(value) is not None:
             beyond += 1
         else:
             raise DataError(
                 f"{where}: column '{column}' has more than {MOST_DISTINCT:,} different labels; is it the right column?"
             )
     if not distinct:
-        raise DataError(f"{where}: column '{column}' holds no label in any row")
+        raise DataError(f"{where}: column '{column}' has no label in any row")
     values = [(value, count, place) for value, count, place in distinct.values()]
     return values, sum(count for _, count, _ in values) + beyond
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Derive problem type and sorted class names (integers by value) from the train rows."""
+    """Derive the problem type and the sorted class names from the train rows, or raise `DataError`."""
     column = columns["label"]
-    counts, total = label_values(rows, column, where)
+    counts, total = count_label_values(rows, column, where)
     strange = [value for value, *_ in counts if isinstance(value, (dict, date, time, timedelta))]
     if strange:
         kind = "objects" if isinstance(strange[0], dict) else "dates or times"
@@ -81,10 +82,10 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def _regression_target(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
-    """Return the target, or raise `DataError` if labels are words, or all the same number."""
+    """Return a regression target, or raise `DataError` if labels are words or all the same number."""
 
     def is_word(value: object) -> bool:
-        return parsed_number(value) is None and not is_beyond(value)
+        return parse_float32(value) is None and not exceeds_float32(value)
 
     wrong = [value for value, *_ in counts if is_word(value)]
     if wrong:
@@ -93,38 +94,38 @@ def _regression_target(counts: LabelCounts, columns: Mapping[str, str], where: s
             f"({_count_rows(counts, is_word)} such rows{_first_at(counts, wrong[0])}); repair or remove these rows"
         )
     # Numbers that are too large are dropped row by row.
-    if len({number for value, *_ in counts if (number := parsed_number(value)) is not None}) == 1:
-        raise DataError(f"{where}: every row has the same target {counts[0][0]!r}; there is nothing to learn")
+    if len({number for value, *_ in counts if (number := parse_float32(value)) is not None}) == 1:
+        raise DataError(f"{where}: every row has the same target {counts[0][0]!r}, so there is nothing to learn")
     return Target("regression", columns)
 
 
 def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
-    """Return the target, or raise `DataError` if no row names labels, or all name the same ones."""
+    """Return a multi-label target, or raise `DataError` if labels are missing, one-hot, or the same in all rows."""
     column, values = columns["label"], [value for value, *_ in counts if not is_broken_list(value)]
-    labels = sorted({label for value in values for label in label_list(value)})
+    labels = sorted({label for value in values for label in parse_label_list(value)})
     if not labels:
         first = counts[0][0]
         raise DataError(
-            f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{_first_at(counts, first)}; "
-            'write names such as ["food", "travel"], not lists within the list'
+            f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{_first_at(counts, first)}. "
+            'Write names such as ["food", "travel"], without nested lists'
         )
-    of_each = [label_list(value) for value in values]
+    of_each = [parse_label_list(value) for value in values]
     soft = [value for value in values if any(isinstance(part, float) and part % 1 > 0 for part in _list_items(value))]
     if soft or (set(labels) <= {"0", "1"} and len(set(map(len, of_each))) == 1):
         first = (soft or values)[0]
         raise DataError(
-            f"{where}: column '{column}' holds a number for each label, soft or one-hot ({str(first)[:60]}"
+            f"{where}: column '{column}' holds a number for each label (soft or one-hot: {str(first)[:60]}"
             f"{_first_at(counts, first)}); expected the names of the row's labels, such as [a, c] for [1, 0, 1]"
         )
     if len({tuple(sorted(names)) for names in of_each}) == 1:
-        raise DataError(f"{where}: every row has the same labels {values[0]!r}; there is nothing to learn")
+        raise DataError(f"{where}: every row has the same labels {values[0]!r}, so there is nothing to learn")
     if len(labels) == 1:
-        raise DataError(f"{where}: column '{column}' names only the label '{labels[0]}'; expected several")
+        raise DataError(f"{where}: column '{column}' has only the label '{labels[0]}', expected at least two")
     return Target("multi_label", columns, tuple(labels))
 
 
 def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, str], where: str) -> Target:
-    """Return the target, or raise `DataError` for lists, mixed labels, a single class or too many."""
+    """Return a target, or raise `DataError` for lists, mixed labels, a single class or too many."""
     column, values = columns["label"], [value for value, *_ in counts]
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
@@ -136,14 +137,14 @@ def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, 
     names = {label_name(value) for value in values}
     if len(names) == 1:
         raise DataError(
-            f"{where}: every row has the label '{next(iter(names))}'; a classifier needs at least two classes"
+            f"{where}: every row has the label '{next(iter(names))}', but a classifier needs at least two classes"
         )
     if len(names) > max(50, total // 2):
         raise DataError(
             f"{where}: column '{column}' has {len(names)} different labels in {total} rows; "
-            "is it the right column? (numbers to predict: data.problem_type: regression)"
+            "is it the right column? To predict numbers, set data.problem_type: regression"
         )
-    numbers = {name: parsed_number(name) for name in names}
+    numbers = {name: parse_float32(name) for name in names}
     ordered = sorted(names, key=lambda name: (numbers[name] is None, numbers[name] or 0.0, name))
     return Target("single_label", columns, tuple(ordered))
 
@@ -154,7 +155,7 @@ def _guess_problem_type(counts: LabelCounts, total: int) -> str:
     # A few broken lists do not turn the others into class names: broken ones are dropped row by row, and listed.
     if any(isinstance(value, (list, tuple)) for value in values) or _count_rows(counts, _is_list_text) > total / 2:
         return "multi_label"
-    numbers = [parsed_number(value) for value in values if not is_beyond(value)]
+    numbers = [parse_float32(value) for value in values if not exceeds_float32(value)]
     if all(number is not None for number in numbers) and any(number != round(number) for number in numbers if number):
         return "regression"
     return "single_label"
@@ -165,13 +166,13 @@ def _refuse_mixed(counts: LabelCounts, column: str, where: str) -> None:
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
     for value, count, _ in counts:
-        (words if parsed_number(value) is None else numbers)[str(value)] += count
+        (words if parse_float32(value) is None else numbers)[str(value)] += count
     if words and numbers:
         rarer = min((words, numbers), key=Counter.total)
         first = _first_at(counts, next(value for value, *_ in counts if str(value) in rarer))
         raise DataError(
             f"{where}: column '{column}' mixes words ({_two_most(words)}) and numbers ({_two_most(numbers)}) as labels"
-            f"{first}; expected one kind: rename the labels, or remove the wrong rows"
+            f"{first}; expected one kind. Rename the labels, or remove the wrong rows"
         )
 
 
@@ -187,19 +188,20 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
-def parsed_number(value: object) -> float | None:
-    """Return a number that float32 can hold, or None."""
+def parse_float32(value: object) -> float | None:
+    """Return a cell's number if float32 can hold it, else None."""
     number = _float_or_none(value)
     return number if number is not None and abs(number) <= _MOST_FLOAT32 else None
 
 
-def is_beyond(value: object) -> bool:
-    """Return True for numbers that float32 cannot hold: `1e39`, `1e999`, `inf`, the word `nan`."""
+def exceeds_float32(value: object) -> bool:
+    """Return True for numbers that float32 cannot hold: `1e39`, `inf`, the word `nan`."""
     number = _float_or_none(value)
     return number is not None and not abs(number) <= _MOST_FLOAT32
 
 
 def _float_or_none(value: object) -> float | None:
+    """Return a number or numeric text as a float, else None."""
     if isinstance(value, bool) or not isinstance(value, (str, Real, Decimal)):
         return None
     if isinstance(value, str) and "_" in value:  # Python reads 1_1 as 11; in a label it is a name
@@ -213,7 +215,7 @@ def _float_or_none(value: object) -> float | None:
 
 
 def _is_list_text(value: object) -> bool:
-    return isinstance(value, str) and value.startswith("[") and value.endswith("]") and parsed_list(value) is not None
+    return isinstance(value, str) and value.startswith("[") and value.endswith("]") and parse_list(value) is not None
 
 
 def is_infinite(value: object) -> bool:
@@ -221,27 +223,27 @@ def is_infinite(value: object) -> bool:
 
 
 def is_broken_list(value: object) -> bool:
-    """Return True for a list that is cut off, such as `["a", "b`, or nested, but not for a name such as `a [b]`."""
+    """Return True for a nested list or one that is cut off (`["a", "b`), but not for a name such as `a [b]`."""
     if not isinstance(value, str) or not (value.startswith("[") or (value.endswith("]") and "[" not in value)):
         return any(isinstance(part, (list, tuple, dict)) or is_infinite(part) for part in _list_items(value))
-    parsed = parsed_list(value)
+    parsed = parse_list(value)
     return parsed is None or is_broken_list(parsed)
 
 
 def _list_items(value: object) -> Sequence[Any]:
-    parsed = parsed_list(value) if isinstance(value, str) else value
+    parsed = parse_list(value) if isinstance(value, str) else value
     return parsed if isinstance(parsed, (list, tuple)) else ()
 
 
-def parsed_list(value: str) -> list[Any] | None:
-    parsed = literal(value)
+def parse_list(value: str) -> list[Any] | None:
+    parsed = parse_list_or_object(value)
     return parsed if isinstance(parsed, list) else None
 
 
-def label_list(value: object) -> list[str]:
+def parse_label_list(value: object) -> list[str]:
     """Return the label names in a list, a list as text, or text separated by `;` or `|`."""
     if isinstance(value, str):
-        parsed = parsed_list(value)
+        parsed = parse_list(value)
         # `a;b` and `a|b` are the usual forms of several labels in a csv cell.
         value = parsed if parsed is not None else [part for part in value.replace("|", ";").split(";") if part.strip()]
     if not isinstance(value, (list, tuple)):
@@ -250,10 +252,11 @@ def label_list(value: object) -> list[str]:
 
 
 def row_labels(row: Row, target: Target) -> list[str]:
+    """Return the row's sorted class names, or an empty list for tasks without classes."""
     if not target.form.labels_rows:
         return []
     value = row.get(target.columns["label"])
-    return sorted(set(label_list(value))) if target.form.several_labels else [label_name(value)]
+    return sorted(set(parse_label_list(value))) if target.form.several_labels else [label_name(value)]
 
 
 def label_name(value: object) -> str:
@@ -270,7 +273,7 @@ def label_name(value: object) -> str:
 # ---- settings that depend on the labels -------------------------------------------------------------------------
 
 
-def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
+def check_label_settings(recipe: Recipe, summary: DataSummary) -> None:
     """Raise `RecipeError` if settings such as class weights do not suit the labels."""
     if problems := excluded_combinations(recipe, summary.form):
         raise RecipeError(problems)
@@ -278,7 +281,7 @@ def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
 
 
 def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
-    """Return `train.class_weights` in the order of the labels, or None if not set; `balanced` gives every class the
+    """Return `train.class_weights` in the order of the labels, or None if not set. `balanced` gives every class the
     same total weight."""
     setting, labels, name = recipe.train.class_weights, summary.labels, "train.class_weights"
     if setting is None:
@@ -288,7 +291,7 @@ def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
     if isinstance(setting, str):
         if summary.form.tags_words:
             raise RecipeError(
-                f"{name}: 'balanced' counts the rows of a class, but tags belong to words; give a weight for each tag: "
+                f"{name}: 'balanced' counts rows per class, but tags belong to words; give a weight for each tag: "
                 f"{', '.join(labels[:3])} ..."
             )
         counts = summary.splits["train"].label_counts
@@ -303,5 +306,5 @@ def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
             raise RecipeError(f"{name}: {wrong}; the labels are {', '.join(labels[:5])}{' ...' if labels[5:] else ''}")
         return [float(by_label[label]) for label in labels]
     if len(setting) != len(labels):
-        raise RecipeError(f"{name}: {len(setting)} weights for {len(labels)} labels; give one for each")
+        raise RecipeError(f"{name}: {len(setting)} weights for {len(labels)} labels; give one for each label")
     return [float(weight) for weight in setting]

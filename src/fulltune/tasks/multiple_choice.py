@@ -25,21 +25,21 @@ from fulltune.tasks import (
     Tokenizer,
     classes,
 )
-from fulltune.tasks.columns import CHOICE_NAMES, as_text, missing_column, named, normalised
-from fulltune.tasks.labels import is_empty, label_name, parsed_list
+from fulltune.tasks.columns import CHOICE_NAMES, as_text, column_of, missing_column, normalised
+from fulltune.tasks.labels import is_empty, label_name, parse_list
 from fulltune.tasks.labels import row_labels as labels_of_row
-from fulltune.tasks.padding import stacked_labels, tokenised
+from fulltune.tasks.padding import stack_labels, tokenise_and_cut
 
 FACTS = recipe_tasks.FACTS["multiple-choice"]
 CHOICE_LENGTHS = "choice_lengths"
-"""Feature with each choice's number of tokens [choices]; `input_ids` holds the choices one after another."""
+"""Feature with each choice's number of tokens; `input_ids` holds the choices one after another."""
 row_labels, config_changes = labels_of_row, classes.config_changes
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, sums, chance_loss = classes.metrics, classes.sums, classes.chance_loss
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Return the target with the most common number of choices, or raise `DataError` if labels cannot be read."""
+    """Return the target with the most common number of choices, or raise `DataError` for unusable labels."""
     column = columns["label"]
     sizes: Counter[int] = Counter()
     one_too_high = 0
@@ -48,27 +48,27 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         if len(texts) < 2 or is_empty(value):
             continue
         sizes[len(texts)] += 1
-        one_too_high += label_name(value) == str(len(texts)) and right_choice(row, columns, texts) is None
+        one_too_high += label_name(value) == str(len(texts)) and index_of_right_choice(row, columns, texts) is None
     if not sizes:
-        raise DataError(f"{where}: no row has two choices or more and a label in column '{column}'")
+        raise DataError(f"{where}: no row has at least two choices and a label in column '{column}'")
     number = sizes.most_common(1)[0][0]
     if one_too_high:
         raise DataError(
-            f"{where}: column '{column}' counts choices from 1 ({one_too_high} rows hold their number of choices), "
-            f"expected 0 to {number - 1}: subtract 1 from all, or write letters (A, B ...) or the text of the choice"
+            f"{where}: column '{column}' counts choices from 1 ({one_too_high} labels are the number of choices), "
+            f"expected 0 to {number - 1}. Subtract 1 from all labels, or write letters (A, B ...) or the choice's text"
         )
     return Target("choice", columns, num_choices=number)
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row with unusable choices or label, or None."""
+    """Return the reason to drop a row with unusable choices or label, else None."""
     if (refused := refuse_question(row, target)) is not None:
         return refused
     texts, column = choice_texts(row, target), target.columns["label"]
     value = row.get(column)
     if is_empty(value):
         return Refused("no label", f"column '{column}' is empty")
-    if right_choice(row, target.columns, texts) is None:
+    if index_of_right_choice(row, target.columns, texts) is None:
         return Refused(
             "no right choice",
             f"column '{column}' holds {value!r}, expected 0 to {len(texts) - 1}, a letter or the text of one choice",
@@ -77,7 +77,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row with a different number of choices or with an empty choice, or None."""
+    """Return the reason to drop a row with an empty choice or another number of choices, else None."""
     texts = choice_texts(row, target)
     if len(texts) != target.num_choices:
         return Refused("other number of choices", f"{len(texts)} choices, expected {target.num_choices}")
@@ -97,17 +97,17 @@ def as_question(row: Row, target: Target) -> Row:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise each choice with its question; a row's choices are concatenated in one example."""
+    """Tokenise each choice with its question. A row's choices are concatenated in one example."""
     choices = [choice_texts(row, target) for row in rows]
     questions = [question_text(row, target) for row in rows]
     texts = [[text for row in choices for text in row]]
     if any(questions):
         texts.insert(0, [question for question, row in zip(questions, choices, strict=True) for _ in row])
-    tokens, names, is_cut = tokenised(tokenizer, texts, max_length)
+    tokens, names, is_cut = tokenise_and_cut(tokenizer, texts, max_length)
     encoded = []
     for number, row in enumerate(rows):
         members = range(number * target.num_choices, (number + 1) * target.num_choices)
-        right = right_choice(row, target.columns, choices[number])
+        right = index_of_right_choice(row, target.columns, choices[number])
         lengths = [len(tokens["input_ids"][i]) for i in members]
         features: dict[str, Any] = {name: [token for i in members for token in tokens[name][i]] for name in names}
         # Choices are padded to the longest. Only rows to predict have no right choice.
@@ -118,7 +118,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
-    """Decode each choice with its question, and show which one is right."""
+    """Decode each choice with its question, and show the right one's number."""
     ends = np.cumsum(features[CHOICE_LENGTHS])[:-1]
     parts = [tokenizer.decode(ids.tolist()) for ids in np.split(np.asarray(features["input_ids"]), ends)]
     text = "\n".join(f"({place}) {part}" for place, part in enumerate(parts))
@@ -142,13 +142,13 @@ def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Ten
             block = np.full(shown.shape, pad_token_id if name == "input_ids" else 0, np.int64)
             block[shown] = np.concatenate([row[name] for row in features])
             batch[name] = torch.from_numpy(block)
-    return batch | {"labels": stacked_labels(features)}
+    return batch | {"labels": stack_labels(features)}
 
 
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Return each row's best choice, with all probabilities."""
+    """Return each row's best choice with all choices' probabilities."""
     return [
         {
             "index": best,
@@ -156,7 +156,9 @@ def answers(
             "probability": chances[best],
             "probabilities": chances,
         }
-        for row, (best, chances) in zip(rows, classes.calibrated(predictions["logits"], temperature), strict=True)
+        for row, (best, chances) in zip(
+            rows, classes.classes_with_probabilities(predictions["logits"], temperature), strict=True
+        )
     ]
 
 
@@ -166,18 +168,17 @@ def full_row(target: Target, length: int) -> RowFeatures:
 
 
 _STEMS = ("choice", "ending", "option", "candidate", "answer", "sol", "alternative", "")
-"""Prefixes of numbered columns, such as `choice0`, `ending_1`, `optionA`, or a letter alone."""
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Return the columns of `label`, `choices` (or `choice0`, `choice1` ...) and, if present, `question` and `context`.
+    """Map `label`, `choices` (or `choice0`, `choice1` ...) and, if present, `question` and `context` to columns.
 
     Raises `DataError` also if a column of another name may be the question.
     """
     by_role: dict[str, str] = {}
     for role in ("choices", "label", "context", "question"):
         rest = [column for column in columns if column not in by_role.values()]
-        column = named(role, getattr(data, role), rest, where, CHOICE_NAMES[role])
+        column = column_of(role, getattr(data, role), rest, where, CHOICE_NAMES[role])
         if column is not None:
             by_role[role] = column
         elif role == "choices":
@@ -197,7 +198,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
 
 
 def _numbered_columns(columns: Sequence[str]) -> list[str]:
-    """Return columns such as `ending0` to `ending3`, `option_1` to `option_4` or `A` to `E`, in order."""
+    """Return columns such as `ending0` to `ending3` or `A` to `E`, in order, or an empty list."""
     for stem in _STEMS:
         places: dict[int, str] = {}
         for column in columns:
@@ -220,7 +221,7 @@ def choice_texts(row: Row, target: Target) -> list[str]:
 
 
 def _choice_texts_and_names(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return choices and their names, as in ARC and CommonsenseQA: `{"text": [...], "label": ["A", ...]}`."""
+    """Return a row's choices and, from ARC's format, their names, such as `A`."""
     if "choices" not in columns:
         roles = sorted((role for role in columns if role.startswith("choice")), key=lambda role: int(role[6:]))
         texts = [as_text(row.get(columns[role])) for role in roles]
@@ -232,21 +233,21 @@ def _choice_texts_and_names(row: Row, columns: Mapping[str, str]) -> tuple[list[
     if isinstance(value, Mapping):
         value, names = value.get("text"), value.get("label") or []
     if isinstance(value, str):
-        value = parsed_list(value)
+        value = parse_list(value)
     texts = [as_text(text) for text in value] if isinstance(value, (list, tuple)) else []
     return texts, [str(name) for name in names] if len(names) == len(texts) else []
 
 
 def question_text(row: Row, target: Target) -> str:
+    """Join the context and the question with a space."""
     parts = (
         as_text(row.get(target.columns[role])).strip() for role in ("context", "question") if role in target.columns
     )
     return " ".join(part for part in parts if part)
 
 
-def right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> int | None:
-    """Return the index of the choice that the label identifies by name, index, letter or text, or None if it identifies
-    no choice or several."""
+def index_of_right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> int | None:
+    """Return the index of the one choice that the label gives by name, index, letter or text, else None."""
     value = row.get(columns["label"])
     if is_empty(value) or isinstance(value, (list, tuple, Mapping)):
         return None
@@ -254,8 +255,8 @@ def right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> 
     if names := _choice_texts_and_names(row, columns)[1]:
         return names.index(name) if names.count(name) == 1 else None
     same = [place for place, text in enumerate(texts) if text.strip() == name]
-    named = int(name) if re.fullmatch(r"\d+", name) else len(texts)
-    named = ord(name.lower()) - ord("a") if re.fullmatch(r"[A-Za-z]", name) else named
-    if named < len(texts):
-        return named if same in ([], [named]) else None
+    choice = int(name) if re.fullmatch(r"\d+", name) else len(texts)
+    choice = ord(name.lower()) - ord("a") if re.fullmatch(r"[A-Za-z]", name) else choice
+    if choice < len(texts):
+        return choice if same in ([], [choice]) else None
     return same[0] if len(same) == 1 else None

@@ -16,34 +16,36 @@ TRAINED = "trained_places"
 """Key of a batch's `trained_places`, computed before the batch moves to a device."""
 
 
-def collated(
+def pad_features(
     features: Sequence[RowFeatures],
     pad_token_id: int,
     left_out: Collection[str] = (),
     *,
     label_per_token: bool = False,
 ) -> dict[str, Tensor]:
-    """Pad features to `input_ids[batch, tokens]`, `attention_mask[batch, tokens]`, `labels` and the other lists of
-    numbers, except those in `left_out`."""
+    """Pad features on the right to `input_ids[batch, tokens]`, `attention_mask`, `labels` and other lists, except
+    `left_out`."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
     skipped = {LENGTH, "attention_mask", *left_out, *(() if label_per_token else ("labels",))}
     batch = {
-        name: padded([row[name] for row in features], fills.get(name, 0)) for name in features[0] if name not in skipped
+        name: pad_right([row[name] for row in features], fills.get(name, 0))
+        for name in features[0]
+        if name not in skipped
     }
-    batch["attention_mask"] = mask([row["input_ids"] for row in features])
-    return batch if label_per_token else batch | {"labels": stacked_labels(features)}
+    batch["attention_mask"] = make_attention_mask([row["input_ids"] for row in features])
+    return batch if label_per_token else batch | {"labels": stack_labels(features)}
 
 
-def stacked_labels(features: Sequence[RowFeatures]) -> Tensor:
-    """Stack each row's class or numbers to int64 or float32 `labels[batch]` or `labels[batch, n]`."""
+def stack_labels(features: Sequence[RowFeatures]) -> Tensor:
+    """Stack each row's class id or numbers: int64 or float32 [batch] or [batch, n]."""
     import torch
 
     values = np.array([row["labels"] for row in features])
     return torch.from_numpy(values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
 
 
-def padded(values: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor:
-    """Pad lists on the right to the longest: int64 [rows, tokens]."""
+def pad_right(values: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor:
+    """Pad lists on the right with `fill` to the longest: int64 [rows, tokens]."""
     import torch
 
     block = np.full((len(values), max(len(value) for value in values)), fill, np.int64)
@@ -52,8 +54,8 @@ def padded(values: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor:
     return torch.from_numpy(block)
 
 
-def ragged(values: Sequence[object]) -> np.ndarray:
-    """Make an object array [rows], also from lists of equal length, which numpy would make two-dimensional."""
+def object_array(values: Sequence[object]) -> np.ndarray:
+    """Make an object array [rows], also from equally long lists, which numpy would make two-dimensional."""
     array = np.empty(len(values), dtype=object)
     for position, value in enumerate(values):
         array[position] = value
@@ -65,7 +67,7 @@ def trained_places(target_ids: Tensor) -> Tensor:
     return (target_ids.flatten() != IGNORED).nonzero()[:, 0]
 
 
-def mask(values: Sequence[Sized]) -> Tensor:
+def make_attention_mask(values: Sequence[Sized]) -> Tensor:
     """Make an int64 attention mask [rows, tokens] for lists that are padded on the right."""
     import torch
 
@@ -78,8 +80,8 @@ _CHARACTERS_PER_TOKEN = 20
 PART_CHARACTERS = 1_000_000
 
 
-def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
-    """Cut a very long text at a space, well beyond `max_length` tokens, if the cut does not change its first tokens."""
+def cut_long_text(text: str, tokenizer: Tokenizer, max_length: int) -> str:
+    """Cut a very long text far beyond `max_length` tokens, to save time, if its first tokens stay the same."""
     most = max(_CHARACTERS, _CHARACTERS_PER_TOKEN * max_length)
     if len(text) <= most or getattr(tokenizer, "truncation_side", "right") != "right":
         return text
@@ -88,11 +90,10 @@ def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
     return begins if num_tokens > 2 * max_length else text
 
 
-def tokenised(
+def tokenise_and_cut(
     tokenizer: Tokenizer, texts: Sequence[Sequence[str] | Sequence[list[str]]], max_length: int, **options: bool
 ) -> tuple[BatchEncoding, list[str], list[bool]]:
-    """Tokenise texts, or pairs from two lists, and cut them. Also returns the input names, and True for each text that
-    was cut."""
+    """Tokenise texts, or pairs from two lists. Also return the input names, and True for each text that was cut."""
     options |= {"return_attention_mask": False, "verbose": False}
     tokens = tokenizer(*texts, truncation=False, **options)  # to count which are too long
     is_cut = [len(ids) > max_length for ids in tokens["input_ids"]]
@@ -101,9 +102,9 @@ def tokenised(
     return tokens, [name for name in tokenizer.model_input_names if name in tokens], is_cut
 
 
-def token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokenise a whole text. A text of millions of characters is tokenised in parts, if parts give the same tokens."""
-    seam = _dropped_at_cuts(tokenizer) if len(text) > PART_CHARACTERS else None
+def tokenise_long_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokenise a whole text. Over a million characters, tokenise it in parts if that gives the same tokens."""
+    seam = _text_to_drop_at_cuts(tokenizer) if len(text) > PART_CHARACTERS else None
     if seam is not None and (parts := _cut_at_spaces(text, seam)) is not None:
         ids, closing = _opening_and_closing_ids(tokenizer)
         for part in parts:
@@ -113,7 +114,7 @@ def token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _cut_at_spaces(text: str, seam: str) -> list[str] | None:
-    """Cut a text before single spaces and remove `seam` at each cut; return None if spaces are too rare."""
+    """Cut a text before spaces and remove `seam` at each cut, or return None if spaces are too rare."""
     parts, start = list[str](), 0
     while len(text) - start > PART_CHARACTERS:
         end = start + PART_CHARACTERS
@@ -133,8 +134,8 @@ def _bare_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
-def _dropped_at_cuts(tokenizer: Tokenizer) -> str | None:
-    """Return what to remove at a cut before a space (nothing or the space), or None if both change the tokens."""
+def _text_to_drop_at_cuts(tokenizer: Tokenizer) -> str | None:
+    """Return what to remove at a cut before a space, nothing or the space, or None if both change the tokens."""
     together = _bare_ids("of the rain", tokenizer)
     for seam in ("", " "):
         if together == _bare_ids("of", tokenizer) + _bare_ids(" the rain"[len(seam) :], tokenizer):

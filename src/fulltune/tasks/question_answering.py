@@ -1,6 +1,6 @@
 """Extractive question answering: the model predicts the answer's first and last token within the context.
 
-Each overlapping window of a long context is an example. Windows without the answer point at the first token (CLS).
+Each window of a long context is an example. Windows without the answer point at the first token (CLS).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from fulltune.tasks import (
     Tokenizer,
     classes,
 )
-from fulltune.tasks.classes import mean_of, ratio
-from fulltune.tasks.columns import as_text, normalised, parsed, without_text
+from fulltune.tasks.classes import ratio, terms_of_mean
+from fulltune.tasks.columns import as_text, normalised, parse_cell, refuse_blank
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import is_empty
 from fulltune.tasks.labels import row_labels as labels_of_row
-from fulltune.tasks.padding import collated
+from fulltune.tasks.padding import pad_features
 
 FACTS = recipe_tasks.FACTS["question-answering"]
 find_columns = partial(columns_of_roles, ("context", "question", "answers"))
@@ -46,13 +46,12 @@ MOST_ANSWER_TOKENS = 30
 """Longest predicted answer in tokens; training allows longer ones."""
 STARTS, ENDS = "starts", "ends"
 """Features that the model does not read: each token's start and end in the context, in characters [tokens], or -1."""
-collate = partial(collated, left_out=(STARTS, ENDS))
+collate = partial(pad_features, left_out=(STARTS, ENDS))
 IMPOSSIBLE = "is_impossible"
-"""Column of SQuAD 2 that marks questions without an answer, whose `answers` may be only plausible."""
+"""SQuAD 2's column for questions without an answer, whose `answers` are only plausible."""
 ONLY_FOR_TEST_ROWS = (STARTS, ENDS)
-"""Features needed only for predictions as text."""
 START, END, FIRST, LAST, TOKENS = range(5)
-"""Positions in `labels` [5]: first and last token of the answer, first and last of the context, number of tokens."""
+"""Positions in `labels` [5]: the answer's first and last token, the context's first and last, the number of tokens."""
 NOWHERE = 0
 """Index of the token at which a window without the answer points."""
 
@@ -64,21 +63,21 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     target = Target("span", columns, stride=data.stride)
     answered = 0
     for row in rows:
-        answered += refuse(row, target) is None and bool(answers_of(row, target))
+        answered += refuse(row, target) is None and bool(accepted_answers(row, target))
     if not answered:
         raise DataError(
             f"{where}: no row has an answer in column '{columns['answers']}' that occurs in '{columns['context']}' (at "
-            "its answer_start, if given); repair the answers, or set data.answers and data.context to other columns"
+            "its answer_start, if it has one). Correct the answers, or set data.answers and data.context"
         )
     return target
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row without question or context, or with an answer outside of it, or None."""
-    if refused := without_text(row, target, "question", "context"):
+    """Return the reason to drop a row without question or context, or whose answer is not in the context, else None."""
+    if refused := refuse_blank(row, target, "question", "context"):
         return refused
     try:
-        answers_of(row, target)
+        accepted_answers(row, target)
     except DataError as error:
         return Refused("answer not in context", str(error))
     return None
@@ -91,12 +90,11 @@ def as_question(row: Row, target: Target) -> Row:
 refuse_question = refuse
 
 
-def answers_of(row: Row, target: Target) -> list[AnswerSpan]:
-    """Return the accepted answers, of which the first is trained, or an empty list for SQuAD 2's impossible
-    questions."""
+def accepted_answers(row: Row, target: Target) -> list[AnswerSpan]:
+    """Return a row's accepted answers, of which the first is trained, or an empty list for impossible questions."""
     if str(row.get(IMPOSSIBLE)).lower() == "true":
         return []
-    return accepted(row.get(target.columns["answers"]), context_of(row, target))
+    return parse_answers(row.get(target.columns["answers"]), context_of(row, target))
 
 
 def context_of(row: Row, target: Target) -> str:
@@ -117,12 +115,12 @@ AnswerSpan = tuple[str, int]
 """An answer's text and the position of its first character in the context."""
 
 
-def accepted(cell: Any, context: str) -> list[AnswerSpan]:
-    """Read answers from SQuAD's `{"text": [...], "answer_start": [...]}`, or search for answer texts in the context.
+def parse_answers(cell: Any, context: str) -> list[AnswerSpan]:
+    """Return the answers in a cell in SQuAD's format, or find answer texts in the context.
 
     Raises `DataError` if an answer is not at its `answer_start`, or if no answer is in the context.
     """
-    parts = list(_texts_and_starts(parsed(cell)))
+    parts = list(_texts_and_starts(parse_cell(cell)))
     answers: list[AnswerSpan] = []
     for text, start in parts:
         if start is None:
@@ -132,7 +130,7 @@ def accepted(cell: Any, context: str) -> list[AnswerSpan]:
             answers += [(text, position)] if position >= 0 else []
         elif context[start : start + len(text)] != text:
             there = context[start : start + len(text)] if start >= 0 else ""
-            raise DataError(f"at character {start} of the context is {there!r}, not the answer {text!r}")
+            raise DataError(f"the context has {there!r} at character {start}, expected the answer {text!r}")
         else:
             answers.append((text, start))
     if parts and not answers:
@@ -141,7 +139,7 @@ def accepted(cell: Any, context: str) -> list[AnswerSpan]:
 
 
 def _texts_and_starts(cell: Any) -> Iterator[tuple[str, int | None]]:
-    """Yield each answer's text, and its `answer_start` or None, from a cell with objects, lists or texts."""
+    """Yield each answer's text and its `answer_start`, or None, from a cell with objects, lists or texts."""
     match cell:
         case {"text": texts, **more}:
             texts, starts = _as_list(texts), _as_list(more.get("answer_start"))
@@ -162,13 +160,15 @@ def _texts_and_starts(cell: Any) -> Iterator[tuple[str, int | None]]:
 
 
 def _parse_answer_start(start: Any) -> int:
+    """Return `answer_start` as an integer, or raise `DataError`."""
     try:
         return int(start)
     except (ValueError, TypeError, OverflowError):
-        raise DataError(f"answer_start is {start!r}, expected the number of a character") from None
+        raise DataError(f"answer_start is {start!r}, expected a position in characters") from None
 
 
 def _as_list(value: Any) -> list[Any]:
+    """Return a value as a list, which is empty for None."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -178,14 +178,14 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise question and context together, one example per window; windows overlap by the stride, if there is room.
+    """Tokenise each question with its context, one example per window. Windows overlap by the stride, if there is room.
 
-    Slow tokenizers, which do not know tokens' positions, raise `SetupError`.
+    Raises `SetupError` for slow tokenizers, which lack token positions.
     """
     if not tokenizer.is_fast:
         raise SetupError(
-            f"{type(tokenizer).__name__} does not know the positions of tokens in the text (it is a slow tokenizer, "
-            "without tokenizer.json); question-answering needs a fast one: use another model, or convert its tokenizer"
+            "question-answering needs a fast tokenizer, which knows the positions of tokens in the text, but "
+            f"{type(tokenizer).__name__} is slow (no tokenizer.json): use another model, or convert its tokenizer"
         )
     return [_encode_windows(row, target, tokenizer, max_length) for row in rows]
 
@@ -198,7 +198,8 @@ def _encode_windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: 
     least = max(1, max_length // 16)
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - len(question_ids)
     if room < least:
-        return [_refused_example("question too long", f"{len(question_ids)} tokens, with windows of {max_length}")]
+        reason = f"{len(question_ids)} tokens are too many for windows of {max_length}"
+        return [_refused_example("question too long", reason)]
     cut = tokenizer(
         question,
         context_of(row, target),
@@ -210,7 +211,7 @@ def _encode_windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: 
         verbose=False,
     )
     names = [name for name in tokenizer.model_input_names if name in cut]
-    answer, examples = answers_of(row, target)[:1], list[Example]()
+    answer, examples = accepted_answers(row, target)[:1], list[Example]()
     for window, encoding in enumerate(cut.encodings):
         features = {name: cut[name][window] for name in names}
         inside = np.array([part == 1 for part in encoding.sequence_ids])
@@ -228,9 +229,9 @@ def _refused_example(check: str, reason: str) -> Example:
 
 
 def _example(features: RowFeatures, offsets: np.ndarray, inside: np.ndarray, answer: Sequence[AnswerSpan]) -> Example:
-    """Make a window's example from its tokens' character offsets [tokens, 2] and context mask [tokens]."""
+    """Make a window's example from its tokens' character offsets [tokens, 2] and the context's mask `inside`."""
     if not inside.any():
-        return _refused_example("no context", "the tokenizer makes no token of the context")
+        return _refused_example("no context", "the tokenizer produces no tokens for the context")
     first, last = np.flatnonzero(inside)[[0, -1]].tolist()
     starts, ends = np.where(inside, offsets[:, 0], -1), np.where(inside, offsets[:, 1], -1)
     start = end = NOWHERE
@@ -245,7 +246,7 @@ def _example(features: RowFeatures, offsets: np.ndarray, inside: np.ndarray, ans
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
-    """Decode a window and its answer."""
+    """Decode a window and, if it is in the window, the answer."""
     ids = list(features["input_ids"])
     start, end = features["labels"][START], features["labels"][END]
     answer = str(tokenizer.decode(ids[start : end + 1])).strip()
@@ -256,8 +257,8 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
-def log_chances(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute log probabilities that a token is the answer's first or last, [batch, tokens, 2]; -inf for padding."""
+def position_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute each token's log probability to be the answer's first or last, [batch, tokens, 2]; -inf for padding."""
     import torch
 
     is_token = torch.arange(logits.shape[1], device=logits.device) < labels[:, TOKENS, None]
@@ -271,16 +272,16 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the windows' cross entropy, averaged over first and last token."""
-    chances = log_chances(logits, labels)
-    plain = -_log_chances_at_answer(chances, labels).mean(dim=-1)
+    """Sum the windows' cross entropy, each averaged over the first and last token."""
+    chances = position_log_probabilities(logits, labels)
+    plain = -_answer_log_probabilities(chances, labels).mean(dim=-1)
     if not smoothing:
         return plain.sum()
     everywhere = -chances.masked_fill(chances.isinf(), 0.0).sum(dim=1).mean(dim=-1) / labels[:, TOKENS]
     return ((1 - smoothing) * plain + smoothing * everywhere).sum()
 
 
-def _log_chances_at_answer(chances: Tensor, labels: Tensor) -> Tensor:
+def _answer_log_probabilities(chances: Tensor, labels: Tensor) -> Tensor:
     return chances.gather(1, labels[:, None, [START, END]])[:, 0]
 
 
@@ -288,11 +289,11 @@ def _log_chances_at_answer(chances: Tensor, labels: Tensor) -> Tensor:
 
 
 def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Find each window's most probable answer, from `logits[batch, tokens, 2]` and `labels[batch, 5]`."""
+    """Find each window's most probable answer from `logits[batch, tokens, 2]`: its tokens, log probability and loss."""
     import torch
     import torch.nn.functional as F
 
-    chances = log_chances(logits, labels)
+    chances = position_log_probabilities(logits, labels)
     places = torch.arange(logits.shape[1], device=logits.device)
     outside = (places < labels[:, FIRST, None]) | (places > labels[:, LAST, None])
     starts, ends = chances.masked_fill(outside.unsqueeze(-1), -math.inf).unbind(dim=-1)
@@ -307,17 +308,16 @@ def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
         "nowhere": chances[:, NOWHERE].sum(dim=-1),
         "true_first": labels[:, START],
         "true_last": labels[:, END],
-        "loss": -_log_chances_at_answer(chances, labels).mean(dim=-1),
+        "loss": -_answer_log_probabilities(chances, labels).mean(dim=-1),
     }
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    return {name: float(np.mean(values)) for name, values in row_scores(predictions).items()}
+    return {name: float(np.mean(values)) for name, values in window_scores(predictions).items()}
 
 
-def row_scores(predictions: Predictions) -> dict[str, np.ndarray]:
-    """Return each window's F1 over tokens, exact match and loss, or the stored scores if answers were scored as
-    text."""
+def window_scores(predictions: Predictions) -> dict[str, np.ndarray]:
+    """Return each window's F1 over tokens, exact match and loss, or scores that `predictions` already holds."""
     if "f1" in predictions:
         return {name: predictions[name] for name in FACTS.metrics if name in predictions}
     none, truly_none = predictions["nowhere"] > predictions["chance"], predictions["true_first"] == NOWHERE
@@ -329,10 +329,10 @@ def row_scores(predictions: Predictions) -> dict[str, np.ndarray]:
     return {"f1": f1, "exact_match": same, "loss": predictions["loss"]}
 
 
-def find_answers(
+def best_answers(
     predictions: Predictions, windows: Sequence[RowFeatures], questions: Sequence[Hashable], contexts: Sequence[str]
 ) -> dict[Hashable, RowAnswer]:
-    """Return each question's most probable answer over all its windows, by the question's key."""
+    """Return each question's most probable answer over its windows; `questions` are the windows' keys."""
     best: dict[Hashable, RowAnswer] = {}
     nowhere: dict[Hashable, float] = {}
     for number, (key, context) in enumerate(zip(questions, contexts, strict=True)):
@@ -356,15 +356,15 @@ def find_answers(
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Return each row's most probable answer over all windows."""
+    """Return each row's most probable answer over its windows, with probability and start."""
     numbers = [number for number, windows in enumerate(examples) for _ in windows]
     features = [example.features for windows in examples for example in windows]
-    best = find_answers(predictions, features, numbers, [context_of(rows[number], target) for number in numbers])
+    best = best_answers(predictions, features, numbers, [context_of(rows[number], target) for number in numbers])
     return [best[number] for number in range(len(rows))]
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    return {metric: (mean_of(lambda predictions: row_scores(predictions)[metric]), ratio)}
+    return {metric: (terms_of_mean(lambda predictions: window_scores(predictions)[metric]), ratio)}
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:

@@ -22,17 +22,17 @@ from fulltune.tasks import (
     classes,
     written,
 )
-from fulltune.tasks.columns import as_text, normalised, without_text
+from fulltune.tasks.columns import as_text, normalised, refuse_blank
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import row_labels as labels_of_row
-from fulltune.tasks.padding import IGNORED, collated
+from fulltune.tasks.padding import IGNORED, pad_features
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FACTS = recipe_tasks.FACTS["seq2seq"]
 find_columns = partial(columns_of_roles, ("source", "target"))
-collate = partial(collated, label_per_token=True)
+collate = partial(pad_features, label_per_token=True)
 row_labels, config_changes, metrics = labels_of_row, classes.config_changes, written.metrics
 sums, full_row = written.sums, written.full_row
 
@@ -45,7 +45,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    return without_text(row, target, "source", "target")
+    return refuse_blank(row, target, "source", "target")
 
 
 def as_question(row: Row, target: Target) -> Row:
@@ -68,7 +68,7 @@ def answer_text(row: Row, target: Target) -> str:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise rows; source and target are each cut at `max_length`."""
+    """Tokenise sources and targets; both are cut at `max_length`."""
     # Truncation is off, to count what is cut.
     sources = tokenizer([target.joint + prompt_text(row, target) for row in rows], truncation=False, verbose=False)
     written = tokenizer(text_target=[as_text(row.get(target.columns["target"])) for row in rows], verbose=False)
@@ -90,7 +90,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _truncate_before_end_token(ids: Sequence[int], max_length: int | None, tokenizer: Tokenizer) -> list[int]:
-    """Cut tokens at `max_length`; a special token at the end is kept."""
+    """Cut tokens at `max_length`, but keep a special token at the end."""
     if max_length is None or len(ids) <= max_length:
         return list(ids)
     keeps_end = ids[-1] in tokenizer.all_special_ids

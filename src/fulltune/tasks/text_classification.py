@@ -7,8 +7,8 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.tasks import Example, Refused, Row, RowExamples, RowFeatures, Target, Tokenizer, classes, labels
-from fulltune.tasks.columns import USUAL_PAIRS, as_text, named, normalised, not_text, required, without_text
-from fulltune.tasks.padding import beginning, collated, tokenised
+from fulltune.tasks.columns import USUAL_PAIRS, as_text, column_of, needed_column, normalised, refuse_blank, refuse_list
+from fulltune.tasks.padding import cut_long_text, pad_features, tokenise_and_cut
 
 FACTS = recipe_tasks.FACTS["text-classification"]
 find_target, row_labels = labels.find_target, labels.row_labels
@@ -16,7 +16,7 @@ loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, answers = classes.metrics, classes.answers
 sums, chance_loss = classes.sums, classes.chance_loss
 full_row, config_changes = classes.full_row, classes.config_changes
-as_question, collate = classes.with_label, collated
+as_question, collate = classes.with_placeholder_label, pad_features
 
 
 def display_text(row: Row, target: Target) -> str:
@@ -24,36 +24,39 @@ def display_text(row: Row, target: Target) -> str:
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Choose columns for label, text and, if named in the recipe or part of a usual pair, a second text."""
-    label = required("label", data.label, columns, where)
+    """Map `label`, `text` and perhaps `text_pair` (named in the recipe, or a usual pair) to columns, or raise
+    `DataError`."""
+    label = needed_column("label", data.label, columns, where)
     rest = [column for column in columns if column != label]
     texts = [column for column in (data.text, data.text_pair) if column is not None]
     if twice := next((column for column in texts if [*texts, label].count(column) > 1), None):
-        raise DataError(f"{where}: column '{twice}' has two of the roles text, text_pair and label; name another one")
+        raise DataError(
+            f"{where}: column '{twice}' has two of the roles text, text_pair and label; name a column for each"
+        )
     if data.text is None and data.text_pair is None:
         by_lower = {column.lower().strip(): column for column in rest} | {column: column for column in rest}
         for text, pair in USUAL_PAIRS:
             if text in by_lower and pair in by_lower:
                 return {"text": by_lower[text], "text_pair": by_lower[pair], "label": label}
     text_column = data.text
-    if text_column is None and named("text", None, rest, where) is None:
+    if text_column is None and column_of("text", None, rest, where) is None:
         sizes = {name: sum(len(row[name]) for row in sample if isinstance(row.get(name), str)) for name in rest}
         longest = max(rest, key=sizes.__getitem__, default="")
         text_column = longest if sizes.get(longest, 0) >= 10 * max(1, len(sample)) else None
-    by_role = {"text": required("text", text_column, rest, where), "label": label}
+    by_role = {"text": needed_column("text", text_column, rest, where), "label": label}
     if data.text_pair is not None:
-        by_role["text_pair"] = required("text_pair", data.text_pair, rest, where)
+        by_role["text_pair"] = needed_column("text_pair", data.text_pair, rest, where)
     return by_role
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row with an unusable text, pair or label, or None."""
-    if refused := without_text(row, target, "text"):
+    """Return the reason to drop a row with an unusable text, pair or label, else None."""
+    if refused := refuse_blank(row, target, "text"):
         return refused
     if (pair := target.columns.get("text_pair")) is not None:
         if row.get(pair) is None:  # an empty text is a text
             return Refused("no text", f"column '{pair}' is missing")
-        if refused := not_text(row, target, "text_pair"):
+        if refused := refuse_list(row, target, "text_pair"):
             return Refused("no text", refused.reason)
     column = target.columns["label"]
     value = row.get(column)
@@ -63,8 +66,8 @@ def refuse(row: Row, target: Target) -> Refused | None:
     content = f"column '{column}' holds {str(value)[:60]!r}"
     if target.form.one_label and labels.is_infinite(value):
         return Refused("no label", f"{content}, expected a class name")
-    if target.form.is_number and labels.parsed_number(value) is None:
-        expected = "a number of at most 32 bits (up to 3.4e38)" if labels.is_beyond(value) else "a number"
+    if target.form.is_number and labels.parse_float32(value) is None:
+        expected = "a number of at most 32 bits (up to 3.4e38)" if labels.exceeds_float32(value) else "a number"
         return Refused("no number", f"{content}, expected {expected}")
     if is_list and labels.is_broken_list(value):
         return Refused("no list", f"{content}, expected a complete list of names")
@@ -83,9 +86,9 @@ def _text_and_pair(row: Row, target: Target) -> list[str]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise texts or pairs, and convert labels to a class id, a 0/1 vector [labels] or a float."""
-    texts = [[beginning(text, tokenizer, max_length) for text in _text_and_pair(row, target)] for row in rows]
-    tokens, names, is_cut = tokenised(tokenizer, [*map(list, zip(*texts, strict=True))], max_length)
+    """Tokenise texts or pairs. Labels become a class id, a 0/1 vector [labels] or a float."""
+    texts = [[cut_long_text(text, tokenizer, max_length) for text in _text_and_pair(row, target)] for row in rows]
+    tokens, names, is_cut = tokenise_and_cut(tokenizer, [*map(list, zip(*texts, strict=True))], max_length)
     # Token types of single texts are all 0, the default of models.
     is_pair = "text_pair" in target.columns
     names = [name for name in names if is_pair or any(map(any, tokens[name]))]
@@ -98,13 +101,13 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float] | None:
-    """Return a class id, a 0/1 vector [labels], or a number (None if unreadable)."""
+    """Return a row's class id, 0/1 vector [labels] or number, or None if the number is unreadable."""
     if target.form.is_number:
-        return labels.parsed_number(row[target.columns["label"]])
+        return labels.parse_float32(row[target.columns["label"]])
     names = row_labels(row, target)
     return ids[names[0]] if target.form.one_label else [float(name in names) for name in ids]
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
     text = str(tokenizer.decode(features["input_ids"]))
-    return Preview.labelled(text, classes.label_words(features["labels"], target))
+    return Preview.labelled(text, classes.label_as_text(features["labels"], target))

@@ -31,30 +31,30 @@ from fulltune.tasks import (
     Tokenizer,
     classes,
 )
-from fulltune.tasks.classes import arrays, f1, f1_of_present, flat, over_all, ratio, share
+from fulltune.tasks.classes import f1, f1_of_present, flat, over_all, ratio, share, stack_arrays
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import is_blank, normalised
-from fulltune.tasks.labels import parsed_list
-from fulltune.tasks.padding import IGNORED, beginning, collated, ragged, tokenised
+from fulltune.tasks.labels import parse_list
+from fulltune.tasks.padding import IGNORED, cut_long_text, object_array, pad_features, tokenise_and_cut
 
 FACTS = recipe_tasks.FACTS["token-classification"]
 find_columns = partial(columns_of_roles, ("tokens", "tags"))
 TAGS, WORD_IDS = "tags", "word_ids"
 """Features that the model does not read: label id of each word [words]; word of each token, or -1 [tokens]."""
-collate = partial(collated, left_out=(TAGS, WORD_IDS), label_per_token=True)
+collate = partial(pad_features, left_out=(TAGS, WORD_IDS), label_per_token=True)
 _BIO = re.compile(r"O|[BI]-\S+")
 WORD = re.compile(r"https?://\S*[\w/]|[@#]?\w+(?:[.'’&/-]\w+)*|\S")
-"""Regular expression of a word in running text, punctuation apart, as in CoNLL files."""
+"""Regular expression for a word in running text, without punctuation, as in CoNLL files."""
 _SHOWN = 5
 
 # ---- words and their tags --------------------------------------------------------------------------------------
 
 
-def word_list(value: Any) -> list[str] | None:
-    """Read a sentence's words or tags from a list, a list as JSON, or text with spaces; return None otherwise."""
+def parse_word_list(value: Any) -> list[str] | None:
+    """Return the words or tags in a list, a list as JSON, or text with spaces, or None for other values."""
     if isinstance(value, str):
         text = value.strip()
-        listed = parsed_list(text) if text.startswith("[") and text.endswith("]") else None
+        listed = parse_list(text) if text.startswith("[") and text.endswith("]") else None
         value = value.split() if listed is None else listed
     if not isinstance(value, (list, tuple)) or any(isinstance(part, (list, tuple, dict)) for part in value):
         return None
@@ -62,11 +62,12 @@ def word_list(value: Any) -> list[str] | None:
 
 
 def _words_and_tags_if_lists(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list[str] | None]:
+    """Return a row's words and tags, each None if unreadable."""
     tokens, tags = row.get(columns["tokens"]), row.get(columns["tags"])
     # With tags separated by spaces, a sentence such as `[1]` is a word and not a list.
     if isinstance(tokens, str) and isinstance(tags, str) and not tags.lstrip().startswith("["):
         return tokens.split(), tags.split()
-    return word_list(tokens), word_list(tags)
+    return parse_word_list(tokens), parse_word_list(tags)
 
 
 def words_and_tags(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -74,11 +75,11 @@ def words_and_tags(row: Row, columns: Mapping[str, str]) -> tuple[list[str], lis
     words, tags = _words_and_tags_if_lists(row, columns)
     assert words is not None, "refuse() drops rows without words"
     assert tags is not None, "refuse() drops rows without tags"
-    return words, strict(tags)
+    return words, to_strict_bio(tags)
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row whose words or BIO tags are missing, invalid or differ in number, or None."""
+    """Return the reason to drop a row whose words or BIO tags are missing, invalid or differ in number, else None."""
     names = (target.columns["tokens"], target.columns["tags"])
     words, tags = _words_and_tags_if_lists(row, target.columns)
     for name, role, cell in zip(names, ("tokens", "tags"), (words, tags), strict=True):
@@ -94,19 +95,16 @@ def refuse(row: Row, target: Target) -> Refused | None:
     return None if wrong is None else Refused("not BIO", f"tag {wrong!r}, expected O, B-TYPE or I-TYPE")
 
 
-def strict(tags: Sequence[str]) -> list[str]:
-    """Rewrite tags so that each entity begins with `B-`.
-
-    An `I-` tag that continues no entity begins one, as in seqeval and the older IOB1 scheme.
-    """
+def to_strict_bio(tags: Sequence[str]) -> list[str]:
+    """Rewrite tags so that each entity begins with `B-`, also one that begins with `I-` as in IOB1."""
     return [
         f"B{tag[1:]}" if tag.startswith("I-") and before[2:] != tag[2:] else tag
         for before, tag in zip(["O", *tags], tags, strict=False)
     ]
 
 
-def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return entities as (type, first word, word after the last)."""
+def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return each entity's type, first word, and word after the last."""
     entities: list[tuple[str, int, int]] = []
     for position, tag in enumerate(tags):
         if tag == "O":
@@ -119,21 +117,21 @@ def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return entities
 
 
-def bracketed(sentence: Sequence[str], tags: Sequence[str]) -> str:
-    """Write a sentence with its entities in brackets: `[Ada Lovelace]PER was born in [London]LOC`."""
+def bracket_entities(sentence: Sequence[str], tags: Sequence[str]) -> str:
+    """Return a sentence with its entities in brackets: `[Ada Lovelace]PER was born in [London]LOC`."""
     shown = list(sentence)
-    for kind, start, end in spans(tags):
+    for kind, start, end in entity_spans(tags):
         shown[start] = f"[{shown[start]}"
         shown[end - 1] = f"{shown[end - 1]}]{kind}"
     return " ".join(shown)
 
 
-def types(labels: Iterable[str]) -> list[str]:
+def entity_types(labels: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(label[2:] for label in labels if label != "O"))
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Return the labels `O`, then sorted `B-` and `I-` of each entity type; raise `DataError` if tags are not BIO."""
+    """Return labels `O`, then sorted `B-` and `I-` of all entity types; raise `DataError` if tags are not BIO."""
     known_tags: set[str] = set()
     wrong: list[tuple[str, int, str]] = []
     num_rows = num_wrong = 0
@@ -151,15 +149,15 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     if wrong:
         advice = (
             f"{where}: column '{columns['tags']}' holds tags that are not BIO, expected O, B-TYPE (first word of an "
-            "entity) or I-TYPE (each further word): rename them (S- and U- in other schemes mean B-; E-, L- and M- "
-            f"mean I-; numbers are positions in a data set's list of labels) ({num_wrong} such tags)"
+            "entity) or I-TYPE (each further word). Rename them: in other schemes, S- and U- mean B-; E-, L- and M- "
+            f"mean I-; numbers are positions in a data set's list of labels ({num_wrong} such tags)"
         )
         raise DataError([advice, *(f"{at}, word {place}: tag {tag[:60]!r}" for at, place, tag in wrong)])
-    kinds = sorted(types(known_tags))
+    kinds = sorted(entity_types(known_tags))
     if not kinds:
         raise DataError(
-            f"{where}: no row has an entity (column '{columns['tags']}' holds only O, or counts of tokens and tags "
-            f"differ; {num_rows} rows); there is nothing to learn"
+            f"{where}: none of {num_rows} rows has an entity, so there is nothing to learn: column '{columns['tags']}' "
+            "holds only O, or the numbers of tokens and tags differ"
         )
     return Target("tags", columns, ("O", *sorted(f"{mark}-{kind}" for mark in "BI" for kind in kinds)))
 
@@ -170,39 +168,39 @@ refuse_question, config_changes = refuse, classes.config_changes
 
 
 def as_question(row: Row, target: Target) -> Row:
-    """Return only the row's words, with a tag `O` each."""
+    """Return the row's words with only `O` tags, so that `encode` accepts them."""
     tokens = target.columns["tokens"]
-    words = word_list(row.get(tokens))
+    words = parse_word_list(row.get(tokens))
     return {tokens: row.get(tokens) if words is None else words, target.columns["tags"]: ["O"] * len(words or ())}
 
 
 def group_key(row: Row, target: Target) -> str:
-    return normalised(" ".join(word_list(row.get(target.columns["tokens"])) or []))
+    return normalised(" ".join(parse_word_list(row.get(target.columns["tokens"])) or []))
 
 
 def row_labels(row: Row, target: Target) -> list[str]:
-    return sorted(types(word_list(row.get(target.columns["tags"])) or []))
+    return sorted(entity_types(parse_word_list(row.get(target.columns["tags"])) or []))
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise word by word; a word's first sub-word has its label, all other tokens -100.
+    """Tokenise word by word. A word's first sub-word has its label, all other tokens -100.
 
-    Slow tokenizers, which do not know the words of tokens, raise `SetupError`.
+    Raises `SetupError` for slow tokenizers, which lack the tokens' words.
     """
     if not tokenizer.is_fast:
         raise SetupError(
-            f"{type(tokenizer).__name__} does not know which word a token belongs to (it is a slow tokenizer, without "
-            "tokenizer.json); token-classification needs a fast one: use another model, or convert its tokenizer"
+            "token-classification needs a fast tokenizer, which knows the word of each token, but "
+            f"{type(tokenizer).__name__} is slow (no tokenizer.json): use another model, or convert its tokenizer"
         )
     parsed = [words_and_tags(row, target.columns) for row in rows]
-    sentences = [[beginning(word, tokenizer, max_length) for word in words] for words, _ in parsed]
-    sentences = as_in_text(sentences, tokenizer)
-    tokens, names, is_cut = tokenised(tokenizer, [sentences], max_length, is_split_into_words=True)
+    sentences = [[cut_long_text(word, tokenizer, max_length) for word in words] for words, _ in parsed]
+    sentences = add_leading_spaces(sentences, tokenizer)
+    tokens, names, is_cut = tokenise_and_cut(tokenizer, [sentences], max_length, is_split_into_words=True)
     ids = {label: position for position, label in enumerate(target.labels)}
     encoded = []
     for position, (_, row_tags) in enumerate(parsed):
         unknown = sorted(set(row_tags) - set(ids))
-        refused = Refused("unknown tag", f"tag '{unknown[0]}' has a type that train does not have") if unknown else None
+        refused = Refused("unknown tag", f"tag '{unknown[0]}' has an entity type that train lacks") if unknown else None
         values = [ids.get(tag, 0) for tag in row_tags]
         word_ids = [-1 if word is None else word for word in tokens.word_ids(position)]
         firsts = [word >= 0 and word != before for before, word in zip([-1, *word_ids], word_ids, strict=False)]
@@ -213,8 +211,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     return encoded
 
 
-def as_in_text(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[list[str]]:
-    """Put a space before all words except the first, if the tokenizer stores words with it as GPT-2's does."""
+def add_leading_spaces(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[list[str]]:
+    """Put a space before all words but the first, if the tokenizer (as GPT-2's) then reads them as in running text."""
     plain = tokenizer("of the", add_special_tokens=False)["input_ids"]
 
     def split(words: list[str]) -> object:
@@ -226,16 +224,16 @@ def as_in_text(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[lis
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
-    """Decode a sentence, and bracket its entities."""
+    """Decode a sentence, with its entities in brackets as the label."""
     ids, word_ids = np.asarray(features["input_ids"]), np.asarray(features[WORD_IDS])
-    positions = seen_words(features)
+    positions = words_with_token(features)
     words = [str(tokenizer.decode(ids[word_ids == word].tolist())).strip() for word in positions]
     row_tags = [target.labels[features[TAGS][word]] for word in positions]
-    return Preview.labelled(str(tokenizer.decode(ids.tolist())), bracketed(words, row_tags))
+    return Preview.labelled(str(tokenizer.decode(ids.tolist())), bracket_entities(words, row_tags))
 
 
-def seen_words(features: RowFeatures) -> np.ndarray:
-    """Return the positions of the words that have a token: those neither cut off nor ignored by the tokenizer."""
+def words_with_token(features: RowFeatures) -> np.ndarray:
+    """Return the positions of words that are neither cut off nor ignored by the tokenizer."""
     return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
 
 
@@ -246,6 +244,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
+    """Sum the cross entropy of the words' first tokens."""
     # PyTorch's loss of label -100 is 0; selecting the other tokens would make the host wait for the device.
     return classes.row_losses(logits.flatten(0, 1), labels.flatten(), target, smoothing, class_weights).sum()
 
@@ -255,8 +254,8 @@ def count_items(labels: Tensor) -> int:
 
 
 def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarray]:
-    """Return each row's `counts`, summed `nll` and number of words `seen`, and each such word's `predicted` label and
-    `probability` (arrays of arrays)."""
+    """Return each row's entity counts, loss `nll`, number of words `seen`, and these words' `predicted` labels and
+    `probability`."""
     is_word = labels != IGNORED
     true = labels[is_word]
     log_probabilities = logits[is_word].float().log_softmax(dim=-1)
@@ -265,11 +264,11 @@ def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarr
     ends = np.cumsum(num_words)[:-1]
 
     def by_row(values: Tensor) -> np.ndarray:
-        return ragged(np.split(values.cpu().numpy(), ends))
+        return object_array(np.split(values.cpu().numpy(), ends))
 
     predicted = by_row(best.indices)
     nll = by_row(-log_probabilities.gather(1, true[:, None])[:, 0])
-    return counts(by_row(true), predicted, target) | {
+    return count_spans(by_row(true), predicted, target) | {
         "nll": np.array([values.sum(dtype=np.float64) for values in nll]),
         "seen": num_words,
         "predicted": predicted,
@@ -277,15 +276,15 @@ def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarr
     }
 
 
-def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: Target) -> dict[str, np.ndarray]:
-    """Count each row's entities [rows, types, 3] (right, predicted, expected), words and right words."""
+def count_spans(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: Target) -> dict[str, np.ndarray]:
+    """Count each row's `entities` [rows, types, 3] (right, predicted, expected), `words` and `right` words."""
     pairs = list(zip(true, predicted, strict=True))
-    place = {kind: number for number, kind in enumerate(types(target.labels))}
+    place = {kind: number for number, kind in enumerate(entity_types(target.labels))}
     entities = np.zeros((len(pairs), len(place), 3), dtype=np.int32)
     for row, pair in enumerate(pairs):
         if not (pair[0].any() or pair[1].any()):
             continue  # label 0 is O: no entity on either side
-        expected, guessed = (set(spans([target.labels[i] for i in labels])) for labels in pair)
+        expected, guessed = (set(entity_spans([target.labels[i] for i in labels])) for labels in pair)
         for column, entity_set in enumerate((expected & guessed, guessed, expected)):
             for kind, *_ in entity_set:
                 entities[row, place[kind], column] += 1
@@ -296,23 +295,23 @@ def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: 
     }
 
 
-def over_all_words(predictions: Predictions, rows: Sequence[RowFeatures], target: Target) -> dict[str, np.ndarray]:
-    """Recount predictions over all words of the rows. Words that the model did not read count as `O`."""
-    gold = [np.asarray(row[TAGS]) for row in rows]
-    positions = [seen_words(row) for row in rows]
+def extend_to_all_words(predictions: Predictions, rows: Sequence[RowFeatures], target: Target) -> dict[str, np.ndarray]:
+    """Add words without a token to the predictions, as `O`, and count again."""
+    gold = object_array([np.asarray(row[TAGS]) for row in rows])
+    positions = [words_with_token(row) for row in rows]
     everywhere = {}
     for name in ("predicted", "probability"):
-        everywhere[name] = ragged([np.zeros(len(row), predictions[name][0].dtype) for row in gold])
+        everywhere[name] = object_array([np.zeros(len(row), predictions[name][0].dtype) for row in gold])
         for values, words, row_values in zip(everywhere[name], positions, predictions[name], strict=True):
             values[words] = row_values
-    return {**predictions, **everywhere, "gold": ragged(gold), **counts(gold, everywhere["predicted"], target)}
+    return {**predictions, **everywhere, "gold": gold, **count_spans(gold, everywhere["predicted"], target)}
 
 
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Return each row's words, tags and entities, with the lowest probability of an entity's words."""
-    predictions = over_all_words(predictions, [example.features for [example] in examples], target)
+    """Return each row's words, tags and entities, each with the lowest probability of its words."""
+    predictions = extend_to_all_words(predictions, [example.features for [example] in examples], target)
     row_answers: list[RowAnswer] = []
     for row, labels, chances in zip(rows, predictions["predicted"], predictions["probability"], strict=True):
         words = row[target.columns["tokens"]]
@@ -325,40 +324,40 @@ def answers(
                 "text": " ".join(words[start:end]),
                 "probability": float(chances[start:end].min()),
             }
-            for kind, start, end in spans(row_tags)
+            for kind, start, end in entity_spans(row_tags)
         ]
         row_answers.append({"entities": entities, "tokens": list(words), "tags": row_tags})
     return row_answers
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
+    """Compute entity F1, precision and recall, word accuracy and loss."""
     return over_all(
         {name: part for name, part in sums(target, "").items() if name != "loss" or "nll" in predictions}, predictions
     )
 
 
-def worst(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """Yield the rows with the most wrong entities; among equals, those with the highest loss. `predictions` has
-    `tokens` and `gold`."""
+def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
+    """Yield the `count` rows with the most wrong entities. `predictions` come from `extend_to_all_words`."""
     right, guessed, expected = np.moveaxis(predictions["entities"].sum(axis=1), -1, 0)
     wrong = guessed + expected - 2 * right
     for row in [row for row in np.lexsort((-predictions["nll"], -wrong)) if wrong[row]][:count]:
         shown = [
-            bracketed(predictions["tokens"][row], [target.labels[i] for i in predictions[name][row]])
+            bracket_entities(predictions["tokens"][row], [target.labels[i] for i in predictions[name][row]])
             for name in ("gold", "predicted")
         ]
         yield Answer(text=texts[row], expected=shown[0], predicted=shown[1], loss=float(predictions["nll"][row]))
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return the metrics of entities and words as functions of sums over rows."""
+    """Return each metric's functions for row terms and for the value from their sums."""
     return {
         "f1": (_entity_counts, f1),
         "precision": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 1])),
         "recall": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 2])),
         "f1_macro": (lambda predictions: flat(np.asarray(predictions["entities"], np.float64)), f1_of_present),
-        "accuracy": (arrays("right", "words"), ratio),
-        "loss": (arrays("nll", "seen"), ratio),
+        "accuracy": (stack_arrays("right", "words"), ratio),
+        "loss": (stack_arrays("nll", "seen"), ratio),
     }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fulltune.tasks import FromSums, Predictions, RowFeatures, RowTerms, Target, Tensor
-from fulltune.tasks.classes import ROWS, arrays, over_all, ratio
+from fulltune.tasks.classes import ROWS, over_all, ratio, stack_arrays
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED
 
@@ -29,13 +29,13 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the trained tokens' cross entropy to a scalar."""
+    """Sum the trained tokens' cross entropy."""
     from fulltune.models import chunked_loss
 
     if labels.dim() == 2:
         tokens = target_ids(labels)
         is_trained = tokens != IGNORED
-        logits, labels = _logits_at(logits, is_trained), tokens[is_trained]
+        logits, labels = _select_logits(logits, is_trained), tokens[is_trained]
     return chunked_loss.summed_cross_entropy(logits, labels, smoothing)
 
 
@@ -44,7 +44,7 @@ def count_items(target_ids: TargetIds, labels: Tensor) -> int:
 
 
 def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Sum `nll` in nats, trained `tokens` and `right` greedy tokens per row: float64 [batch] each."""
+    """Sum loss `nll` in nats, trained `tokens`, and `right` ones per row: float64 [batch] each."""
     import torch
 
     from fulltune.models.chunked_loss import token_scores
@@ -53,7 +53,7 @@ def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target
     is_trained = tokens != IGNORED
     rows = is_trained.nonzero()[:, 0]
     empty = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-    losses, right = token_scores(_logits_at(logits, is_trained), tokens[is_trained])
+    losses, right = token_scores(_select_logits(logits, is_trained), tokens[is_trained])
     return {
         "nll": empty.index_add(0, rows, losses.double()),
         "tokens": is_trained.sum(dim=1).double(),
@@ -61,15 +61,15 @@ def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target
     }
 
 
-def _logits_at(logits: Logits, places: Tensor) -> Logits:
-    """Select logits by a mask of tokens, unless they are selected or chunked already."""
+def _select_logits(logits: Logits, places: Tensor) -> Logits:
+    """Select trained tokens' logits by a mask, unless they are selected or chunked already."""
     from fulltune.models.chunked_loss import ChunkedLogits
 
     return logits if isinstance(logits, ChunkedLogits) or logits.ndim == 2 else logits[places]
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    """Compute loss in nats per token, perplexity, next-token accuracy, answers' mean scores, and corpus BLEU."""
+    """Compute loss in nats per token, perplexity, token accuracy, answers' mean scores, and corpus BLEU."""
     names = set(predictions) | (set(_OF_TOKENS) if "tokens" in predictions else set())
     values = over_all({name: parts for name, parts in sums(target, "").items() if name in names}, predictions)
     if "bleu_counts" in predictions:
@@ -109,8 +109,8 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
 
 
 def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Count each answer's n-gram matches and totals and both lengths, int64 [answers, 10]; return an empty dictionary
-    if sacrebleu is missing."""
+    """Count each answer's n-gram matches and totals and both lengths, int64 [answers, 10], or return an empty
+    dictionary without sacrebleu."""
     if not can_score("bleu"):
         return {}
     from sacrebleu.metrics.bleu import BLEU
@@ -122,12 +122,12 @@ def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return the metrics of tokens and answers as functions of sums over rows."""
+    """Return each metric's functions for row terms and for the value from their sums."""
     return {
-        "loss": (arrays("nll", "tokens"), ratio),
-        "perplexity": (arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(ratio(sums), 700.0))),
-        "token_accuracy": (arrays("right", "tokens"), ratio),
-        **{name: (arrays(name, ROWS), ratio) for name in ("exact_match", "rougeL", "chrf")},
+        "loss": (stack_arrays("nll", "tokens"), ratio),
+        "perplexity": (stack_arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(ratio(sums), 700.0))),
+        "token_accuracy": (stack_arrays("right", "tokens"), ratio),
+        **{name: (stack_arrays(name, ROWS), ratio) for name in ("exact_match", "rougeL", "chrf")},
     }
 
 

@@ -42,7 +42,7 @@ SYSTEM, USER, ASSISTANT, TOOL = (turn(role) for role in ("system", "user", "assi
     ],
 )
 def test_fault_is_found_and_named_by_its_turn(turns: list[dict[str, Any]], reason: str) -> None:
-    [found] = chat_faults(chat.clean(turns))
+    [found] = chat_faults(chat.clean_messages(turns))
     assert reason in found
 
 
@@ -72,7 +72,7 @@ def test_fault_is_found_and_named_by_its_turn(turns: list[dict[str, Any]], reaso
     ],
 )
 def test_conversation_that_only_looks_wrong_is_spared(turns: list[dict[str, Any]]) -> None:
-    assert chat_faults(chat.clean(turns)) == []
+    assert chat_faults(chat.clean_messages(turns)) == []
 
 
 def test_all_faults_of_a_conversation_are_named() -> None:

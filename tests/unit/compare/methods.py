@@ -11,11 +11,11 @@ from fulltune.compare.sequential import alpha_spent
 from fulltune.compare.verdict import MethodOutputs, Terms, decide_verdict
 from fulltune.recipe.methods import MethodKind
 from fulltune.records.comparison import Decision, Look
-from fulltune.stats.bootstrap import ResamplableMetric, ResampledTrials, draw, measure_of
+from fulltune.stats.bootstrap import ResamplableMetric, ResampledTrials, find_metric, resample_trials
 from fulltune.tasks import Predictions, Target
 
 TARGET = Target("single_label", {}, ("no", "yes"))
-ACCURACY: ResamplableMetric = measure_of("text-classification", TARGET, "accuracy")
+ACCURACY: ResamplableMetric = find_metric("text-classification", TARGET, "accuracy")
 
 
 def predictions(right: np.ndarray) -> Predictions:
@@ -32,7 +32,7 @@ def decided(
     methods: Sequence[MethodOutputs], measure: ResamplableMetric = ACCURACY, margin: float = 0.01, alpha: float = 0.05
 ) -> Decision:
     """The verdict on a thousand resamples."""
-    drawn = draw(measure, [one.trials for one in methods], None, 1000)
+    drawn = resample_trials(measure, [one.trials for one in methods], None, 1000)
     return decide_verdict(methods, drawn, Terms(measure, margin, alpha=alpha))
 
 

@@ -18,7 +18,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Expectation
 from fulltune.records.plan import TimeNeed
-from fulltune.stats.precision import planned_detectable
+from fulltune.stats.precision import planned_detectable_difference
 from fulltune.text import parse_seconds, typed_seconds
 
 
@@ -62,7 +62,7 @@ def test_without_budget_it_is_the_whole_design() -> None:
     assert (design.num_seeds, design.most_seeds, design.num_search_trials, design.notes) == (3, 3, 6, ())
     assert design.detectable is not None
     alike, apart = design.detectable
-    assert alike == planned_detectable(3080, 3, 0.005, 0.01, alpha_spent(3, 3, 0.05)) < apart
+    assert alike == planned_detectable_difference(3080, 3, 0.005, 0.01, alpha_spent(3, 3, 0.05)) < apart
 
 
 def test_methods_that_wait_get_one_run_and_head_never_leads() -> None:
@@ -130,7 +130,7 @@ def test_detectable_of_a_budget_that_will_end_is_that_of_the_part_of_alpha_it_ma
     design = design_of(COSTS, 5, budget=1200)
     assert design.num_seeds == 3
     assert design.detectable is not None
-    assert design.detectable[0] == planned_detectable(300, 3, 0.005, 0.01, TIME_UP_SHARE * 0.05)
+    assert design.detectable[0] == planned_detectable_difference(300, 3, 0.005, 0.01, TIME_UP_SHARE * 0.05)
     some = next(
         design
         for time in MANY
@@ -139,7 +139,7 @@ def test_detectable_of_a_budget_that_will_end_is_that_of_the_part_of_alpha_it_ma
     rivals = len([method for method in some.methods if FIELD[method].decides]) - 1
     level = TIME_UP_SHARE * alpha_spent(3, 3, 0.05) / rivals
     assert some.detectable is not None
-    assert some.detectable[0] == planned_detectable(300, 3, 0.005, 0.01, level)
+    assert some.detectable[0] == planned_detectable_difference(300, 3, 0.005, 0.01, level)
 
 
 def test_going_on_counts_what_is_there_and_what_was_spent() -> None:

@@ -53,9 +53,9 @@ def given() -> Iterator[dict[str, Any]]:
         "score_baselines": mock.Mock(return_value=()),
         "load_method_outputs": mock.Mock(return_value=[]),
         "decide_verdict": mock.Mock(return_value=comparisons.undecided().decision),
-        "draw": mock.Mock(),
+        "resample_trials": mock.Mock(),
         "verdict_without_leaks": mock.Mock(return_value=[]),
-        "note_access": mock.Mock(),
+        "log_test_access": mock.Mock(),
         "build_comparison": mock.Mock(return_value=comparisons.undecided()),
     }
     with mock.patch.multiple(conclude, **planned):
@@ -87,7 +87,10 @@ def test_verdict_without_test_rows_that_stand_in_train(
     half = rows % 2 == 1
     of: list[tuple[Any, np.ndarray]] = [("full", (rows < 200) | half), ("lora", (rows >= 200) & half)]
     methods = [method(name, name, np.stack([right] * 3)) for name, right in of]
-    given["decide_verdict"].side_effect, given["draw"].side_effect = verdict.decide_verdict, bootstrap.draw
+    given["decide_verdict"].side_effect, given["resample_trials"].side_effect = (
+        verdict.decide_verdict,
+        bootstrap.resample_trials,
+    )
     line.measure, line.recipe.compare.margin, line.recipe.evaluate.confidence = ACCURACY, 0.2, 0.95
     line.recipe.data.near_duplicates = 1.0
     line.summary.columns = {"text": "t"}

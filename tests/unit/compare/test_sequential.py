@@ -8,7 +8,7 @@ import pytest
 from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, alpha_left, alpha_spent, plan_next_seeds
 from fulltune.compare.verdict import Terms
 from fulltune.records.comparison import Look
-from fulltune.stats.bootstrap import draw
+from fulltune.stats.bootstrap import resample_trials
 from tests.unit.compare.methods import ACCURACY, drawn_right, looks_of, method
 
 MOST = range(2, 11)
@@ -29,7 +29,7 @@ def looked(
         method(name, kind, outputs[:count])  # type: ignore[arg-type]  # of this type
         for (name, kind), outputs, count in zip(kinds, right, seeds, strict=False)
     ]
-    drawn = draw(ACCURACY, [outputs.trials for outputs in methods], None, 1000)
+    drawn = resample_trials(ACCURACY, [outputs.trials for outputs in methods], None, 1000)
     return plan_next_seeds(methods, drawn, Terms(ACCURACY, 0.01), most, rows, again=again)
 
 
@@ -118,7 +118,7 @@ def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
     chance = np.random.default_rng(0)
     full, lora = (np.repeat(chance.permutation(np.arange(150) < 127)[None], 3, axis=0) for _ in range(2))
     methods = [method("full", "full", full), method("lora", "lora", lora)]
-    drawn = draw(ACCURACY, [one.trials for one in methods], None, 2000)
+    drawn = resample_trials(ACCURACY, [one.trials for one in methods], None, 2000)
     result = plan_next_seeds(methods, drawn, Terms(ACCURACY, 0.01), 5, 150)
     assert not result.wanted_seeds
     assert "more seeds are unlikely to decide" in result.reason

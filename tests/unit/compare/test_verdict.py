@@ -10,7 +10,7 @@ import pytest
 from fulltune.compare.verdict import MethodOutputs
 from fulltune.recipe.methods import MethodKind
 from fulltune.records.comparison import Decision
-from fulltune.stats.bootstrap import measure_of
+from fulltune.stats.bootstrap import find_metric
 from fulltune.tasks import Target
 from tests.unit.compare.methods import decided, drawn_right, method
 
@@ -103,7 +103,7 @@ def test_verdict_method_with_one_seed_borrows_the_spread_and_is_noted() -> None:
 
 
 def test_verdict_of_a_loss_is_oriented() -> None:
-    loss = measure_of("causal-lm", Target("text", {}), "loss")
+    loss = find_metric("causal-lm", Target("text", {}), "loss")
     chance = np.random.default_rng(0)
     count = chance.integers(5, 50, 500).astype(float)
     ease = chance.random(500)

@@ -233,7 +233,7 @@ def test_questions_as_squad_publishes_them_are_read(tmp_path: Path, prepare: Cal
     assert (len(summary.rows), summary.dropped) == (80, {})
     assert "columns not used: id" in summary.summary.notes
     target = Target.of(summary.summary)
-    answered = [bool(question_answering.answers_of(row, target)) for row in summary.rows.values()]
+    answered = [bool(question_answering.accepted_answers(row, target)) for row in summary.rows.values()]
     assert answered.count(True) == 60
 
 
@@ -252,7 +252,7 @@ def test_answer_start_that_is_no_number_leaves_the_row_out(
     ]
     rows[7]["answers"]["answer_start"] = ["a"]
     summary = prepare(json_lines(tmp_path, rows), task="question-answering")
-    assert summary.dropped == {"a.jsonl:8": "answer_start is 'a', expected the number of a character"}
+    assert summary.dropped == {"a.jsonl:8": "answer_start is 'a', expected a position in characters"}
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------

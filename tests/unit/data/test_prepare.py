@@ -186,7 +186,7 @@ def test_answers_are_found_in_all_windows_of_a_long_passage(tmp_path: Path, enco
         "nowhere": np.where(labels[:, question_answering.START] > 0, -9.0, -0.1),
     }
     contexts = [row["context"] for row in rows]
-    answers = question_answering.find_answers(scores, windows, places, contexts)
+    answers = question_answering.best_answers(scores, windows, places, contexts)
     assert {place: answer["answer"] for place, answer in answers.items()} == {
         row["fulltune:place"]: row["answers"] for row in rows
     }

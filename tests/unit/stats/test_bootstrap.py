@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.stats.bootstrap import bounds_of, resample
+from fulltune.stats.bootstrap import bounds_of, resample_metrics
 from fulltune.stats.calibration import calibrate, expected_calibration_error, fit_temperature
 
 
@@ -18,14 +18,14 @@ def test_interval_of_a_share_covers_it_about_as_often_as_it_says() -> None:
     covered = 0
     for number in range(200):
         outputs = {"right": (draw.random(200) < 0.8).astype(float)}
-        estimate = resample(outputs, mean, samples=200, seed=number)["mean"].estimate(0.9)
+        estimate = resample_metrics(outputs, mean, samples=200, seed=number)["mean"].estimate(0.9)
         covered += estimate.low <= 0.8 <= estimate.high
     assert 0.83 <= covered / 200 <= 0.96
 
 
 def test_interval_is_about_as_wide_as_the_formula() -> None:
     outputs = {"right": np.repeat([1.0, 0.0], [700, 300])}
-    estimate = resample(outputs, mean, samples=2000)["mean"].estimate(0.95)
+    estimate = resample_metrics(outputs, mean, samples=2000)["mean"].estimate(0.95)
     assert estimate.value == 0.7
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 1000), rel=0.1)
 
@@ -45,7 +45,9 @@ def test_interval_is_about_as_wide_as_the_formula() -> None:
 def test_interval_of_rows_that_are_all_the_same_reaches_towards_the_bounds(
     value: float, count: int, metric: str, expected: tuple[float, float]
 ) -> None:
-    estimate = resample({"right": np.full(count, value)}, mean, samples=100)["mean"].estimate(0.95, bounds_of(metric))
+    estimate = resample_metrics({"right": np.full(count, value)}, mean, samples=100)["mean"].estimate(
+        0.95, bounds_of(metric)
+    )
     assert estimate.value == value
     assert (estimate.low, estimate.high) == pytest.approx(expected, rel=1e-2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.stats.curves import Curves, fit
+from fulltune.stats.curves import Curves, judge_curves
 
 STEPS = (10, 20, 30, 40)
 
@@ -51,16 +51,16 @@ def curves(train: list[float], held_out: list[float], metric: list[float] | None
     ],
 )
 def test_kind_follows_from_the_curves(given: Curves, kind: str, turn: int | None) -> None:
-    verdict = fit(given)
+    verdict = judge_curves(given)
     assert (verdict.kind, verdict.turn) == (kind, turn)
     assert verdict.sentence.startswith(kind.capitalize())
 
 
 def test_level_of_a_loss_of_mixed_rows_says_nothing() -> None:
-    unfinished = fit(curves([2.0, 1.8, 1.7, 1.6], [2.0, 1.8, 1.7, 1.6], is_mixed=True))
+    unfinished = judge_curves(curves([2.0, 1.8, 1.7, 1.6], [2.0, 1.8, 1.7, 1.6], is_mixed=True))
     assert unfinished.kind == "not known"
-    assert "mixed ones included" in unfinished.details
-    assert fit(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], is_mixed=True)).kind == "over-fitted"
+    assert "including mixed-in rows" in unfinished.details
+    assert judge_curves(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], is_mixed=True)).kind == "over-fitted"
 
 
 @pytest.mark.parametrize(
@@ -75,15 +75,15 @@ def test_answers_that_are_not_surely_worse_are_not_called_as_good(
     metric: list[float], rows: int, name: str, facts: list[str]
 ) -> None:
     losses = [2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9]
-    verdict = fit(curves(*losses, metric, eval_rows=rows, metric_name=name))
+    verdict = judge_curves(curves(*losses, metric, eval_rows=rows, metric_name=name))
     assert verdict.kind == "over-confident"
     assert [fact for fact in facts if fact not in verdict.evidence] == []
 
 
 def test_over_fitted_run_is_told_with_its_numbers() -> None:
-    for kept, where in ((20, "that point (step 20)"), (10, "before that (step 10)"), (40, "after that (step 40)")):
-        verdict = fit(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.7, 0.6, 0.5], kept_step=kept))
-        assert f"The model's weights are from {where}." in verdict.details
+    for kept, where in ((20, "this step (20)"), (10, "an earlier step (10)"), (40, "a later step (40)")):
+        verdict = judge_curves(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.7, 0.6, 0.5], kept_step=kept))
+        assert f"The saved weights are from {where}." in verdict.details
     text = f"{verdict.sentence} {verdict.details}"
-    assert "accuracy on the eval rows was best at step 20 (epoch 2), 70.0%, and 50.0% at the end" in text
-    assert "0.1 on train rows, with dropout, and 1.9 on eval rows" in text
+    assert "accuracy on the eval rows was best at step 20 (epoch 2) with 70.0% and ended at 50.0%" in text
+    assert "0.1 on train rows (with dropout) and 1.9 on eval rows" in text

@@ -9,9 +9,9 @@ import pytest
 
 from fulltune.errors import SetupError
 from fulltune.recipe.tasks import FACTS, TaskName
-from fulltune.stats.bootstrap import measure_of
+from fulltune.stats.bootstrap import find_metric
 from fulltune.tasks import Target, task_named, token_classification
-from fulltune.tasks.padding import ragged
+from fulltune.tasks.padding import object_array
 
 ROWS = 200
 Kept = dict[str, np.ndarray]
@@ -39,10 +39,12 @@ NAMES = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 
 
 def entities(chance: np.random.Generator) -> Kept:
-    true = ragged([chance.integers(0, 5, size) for size in chance.integers(1, 9, ROWS)])
-    predicted = ragged([np.where(chance.random(len(row)) < 0.7, row, chance.integers(0, 5, len(row))) for row in true])
+    true = object_array([chance.integers(0, 5, size) for size in chance.integers(1, 9, ROWS)])
+    predicted = object_array(
+        [np.where(chance.random(len(row)) < 0.7, row, chance.integers(0, 5, len(row))) for row in true]
+    )
     seen = np.array([len(row) for row in true])
-    counted = token_classification.counts(true, predicted, Target("tags", {}, NAMES))
+    counted = token_classification.count_spans(true, predicted, Target("tags", {}, NAMES))
     return {**counted, "nll": chance.random(ROWS) * seen, "seen": seen}
 
 
@@ -105,7 +107,7 @@ def test_every_metric_of_every_task_is_compared() -> None:
     ids=[f"{task}-{make.__name__}-{metric}" for task, _, make, metric in EACH],
 )
 def test_measure_equals_the_tasks_own_metric(task: TaskName, target: Target, make: Any, metric: str) -> None:
-    measure = measure_of(task, target, metric)
+    measure = find_metric(task, target, metric)
     assert (measure.counts is None) == (metric in ANEW)
     for seed in range(3):
         chance = np.random.default_rng(seed)
@@ -124,7 +126,7 @@ def test_measure_equals_the_tasks_own_metric(task: TaskName, target: Target, mak
 
 def test_measure_r2_of_resample_far_from_zero_keeps_its_digits() -> None:
     target = Target("regression", {})
-    measure, kept = measure_of("text-classification", target, "r2"), numbers(np.random.default_rng(0))
+    measure, kept = find_metric("text-classification", target, "r2"), numbers(np.random.default_rng(0))
     drawn = np.random.default_rng(1).integers(0, ROWS, ROWS)
     assert measure.counts is not None
     assert measure.value is not None
@@ -136,7 +138,7 @@ def test_measure_many_resamples_at_once_are_the_same() -> None:
     target = Target("single_label", {}, tuple("abcdef"))
     outputs = single_label(np.random.default_rng(0))
     for metric in ("accuracy", "f1_macro", "mcc"):
-        measure = measure_of("text-classification", target, metric)
+        measure = find_metric("text-classification", target, metric)
         assert measure.counts is not None
         assert measure.value is not None
         counts = measure.counts(outputs)
@@ -159,10 +161,10 @@ def test_measure_many_resamples_at_once_are_the_same() -> None:
 def test_measure_knows_between_what_its_values_lie(
     task: TaskName, metric: str, bounds: tuple[float, float] | None, span: float | None
 ) -> None:
-    measure = measure_of(task, Target(columns={}, problem_type="regression"), metric)
+    measure = find_metric(task, Target(columns={}, problem_type="regression"), metric)
     assert (measure.bounds, measure.span) == (bounds, span)
 
 
 def test_measure_unknown_metric_names_those_there_are() -> None:
     with pytest.raises(SetupError, match="has no metric 'bleu'; choose one of accuracy, loss"):
-        measure_of("multiple-choice", Target("choice", {}), "bleu")
+        find_metric("multiple-choice", Target("choice", {}), "bleu")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.stats.bootstrap import Resampled, resample
-from fulltune.stats.intervals import paired
+from fulltune.stats.bootstrap import Resampled, resample_metrics
+from fulltune.stats.intervals import paired_difference
 
 
 def accuracy(right: np.ndarray) -> Resampled:
-    return resample({"right": right.astype(float)}, lambda rows: {"a": float(rows["right"].mean())}, samples=1000)["a"]
+    return resample_metrics(
+        {"right": right.astype(float)}, lambda rows: {"a": float(rows["right"].mean())}, samples=1000
+    )["a"]
 
 
 def grouped(right: np.ndarray, clusters: np.ndarray, samples: int = 200) -> Resampled:
     outputs = {"right": right.astype(float)}
-    return resample(outputs, lambda rows: {"a": float(rows["right"].mean())}, samples=samples, clusters=clusters)["a"]
+    return resample_metrics(
+        outputs, lambda rows: {"a": float(rows["right"].mean())}, samples=samples, clusters=clusters
+    )["a"]
 
 
 def rows(both: int, first: int, second: int, neither: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +42,7 @@ def rows(both: int, first: int, second: int, neither: int = 0) -> tuple[np.ndarr
 )
 def test_difference_is_resolved_by_the_rows_that_differ(counts: tuple[int, int, int, int], resolved: bool) -> None:
     first, second = rows(*counts)
-    gap = paired(accuracy(first), accuracy(second), 1.0, 0.95)
+    gap = paired_difference(accuracy(first), accuracy(second), 1.0, 0.95)
     assert gap is not None
     assert gap.value == pytest.approx(first.mean() - second.mean())
     assert gap.low <= gap.value <= gap.high
@@ -49,7 +53,7 @@ def test_difference_of_a_metric_without_bound_keeps_its_sign_and_size() -> None:
     draw = np.random.default_rng(0)
     before = draw.gamma(4.0, 0.5, 300)
     after = before - 0.2 + draw.normal(0, 0.05, 300)
-    gap = paired(accuracy(after), accuracy(before), None, 0.95)
+    gap = paired_difference(accuracy(after), accuracy(before), None, 0.95)
     assert gap is not None
     assert gap.low < -0.19
     assert -0.21 < gap.value < -0.19
@@ -59,9 +63,9 @@ def test_difference_of_a_metric_without_bound_keeps_its_sign_and_size() -> None:
 
 def test_rows_that_are_not_the_same_have_no_difference() -> None:
     some, others = np.ones(30, bool), np.ones(31, bool)
-    assert paired(accuracy(some), accuracy(others), 1.0, 0.95) is None
+    assert paired_difference(accuracy(some), accuracy(others), 1.0, 0.95) is None
     never = Resampled(float("nan"), np.full(1000, np.nan), 30, 30)
-    assert paired(accuracy(some), never, 1.0, 0.95) is None
+    assert paired_difference(accuracy(some), never, 1.0, 0.95) is None
 
 
 def test_equal_models_on_rows_that_depend_on_each_other_are_seldom_told_apart() -> None:
@@ -70,7 +74,7 @@ def test_equal_models_on_rows_that_depend_on_each_other_are_seldom_told_apart() 
     wrong = 0
     for _ in range(100):
         one, other = (grouped((draw.random(40) < 0.7)[prompts], prompts) for _ in range(2))
-        gap = paired(one, other, 1.0, 0.95)
+        gap = paired_difference(one, other, 1.0, 0.95)
         assert gap is not None
         wrong += gap.low > 0 or gap.high < 0
     assert wrong <= 10
@@ -79,13 +83,15 @@ def test_equal_models_on_rows_that_depend_on_each_other_are_seldom_told_apart() 
 @pytest.mark.parametrize("span", [1.0, None])
 def test_one_row_or_one_cluster_tells_nothing(span: float | None) -> None:
     one, other = np.array([0.9]), np.array([0.8])
-    whole = [resample({"x": x}, lambda rows: {"a": float(rows["x"].mean())}, samples=100)["a"] for x in (one, other)]
-    assert paired(whole[0], whole[1], span, 0.95) is None
+    whole = [
+        resample_metrics({"x": x}, lambda rows: {"a": float(rows["x"].mean())}, samples=100)["a"] for x in (one, other)
+    ]
+    assert paired_difference(whole[0], whole[1], span, 0.95) is None
     passage = np.zeros(30, int)
-    assert paired(grouped(np.ones(30), passage), grouped(np.zeros(30), passage), span, 0.95) is None
+    assert paired_difference(grouped(np.ones(30), passage), grouped(np.zeros(30), passage), span, 0.95) is None
 
 
 def test_models_whose_rows_were_drawn_differently_have_no_difference() -> None:
     right = np.arange(40) % 2
     by_clusters, by_rows = (grouped(right, numbers) for numbers in (np.arange(40) // 2, np.arange(40)))
-    assert paired(by_clusters, by_rows, 1.0, 0.95) is None
+    assert paired_difference(by_clusters, by_rows, 1.0, 0.95) is None

@@ -55,7 +55,7 @@ def test_template_that_rewrites_turns_gives_one_sequence_per_turn() -> None:
 
 def test_template_that_rewrites_shows_each_turn_as_it_will_be_seen() -> None:
     tokenizer = tiny.decoder_tokenizer(tiny.REWRITING)
-    first, second = (tokenizer.decode(ids) for ids, _ in chat.encode(tokenizer, PLAIN))
+    first, second = (tokenizer.decode(ids) for ids, _ in chat.tokenise_conversation(tokenizer, PLAIN))
     assert first.endswith("<think>hm</think>hi é<|im_end|>\n")
     assert "<think>" not in second
 
@@ -79,7 +79,7 @@ def test_answer_with_white_space_at_its_ends_keeps_its_end_token() -> None:
 def test_generation_prompt_ends_where_training_begins() -> None:
     tokenizer = tiny.decoder_tokenizer()
     target = Target("chat", {"messages": "m"})
-    ids, mask = chat.encode(tokenizer, TALK)[0]
+    ids, mask = chat.tokenise_conversation(tokenizer, TALK)[0]
     asked = causal_lm.generation_ids({"m": TALK}, target, tokenizer)
     start = len(mask) - 1 - mask[::-1].index(True)
     while mask[start - 1]:
@@ -95,17 +95,20 @@ def test_generation_prompt_ends_where_training_begins() -> None:
         ([{"role": 1, "content": "x"}], "a message has the role 1, expected text"),
         (
             [{"role": "user", "content": "x", "weight": 0.5}],
-            "a message of 'user' has weight 0.5, expected 0 or 1",
+            "a message with role 'user' has weight 0.5, expected 0 or 1",
         ),
         ([{"content": "x"}], "a message has no 'role'"),
-        ([{"role": "user"}], "a message of 'user' has neither 'content' nor 'tool_calls'"),
-        ([{"role": "user", "content": {"a": 1}}], "a message of 'user' holds an object, not text"),
-        ([{"role": "assistant", "tool_calls": "f()"}], "'tool_calls' of 'assistant' must be a list of objects"),
+        ([{"role": "user"}], "a message with role 'user' has neither 'content' nor 'tool_calls'"),
+        ([{"role": "user", "content": {"a": 1}}], "a message with role 'user' has an object as content, expected text"),
+        (
+            [{"role": "assistant", "tool_calls": "f()"}],
+            "'tool_calls' of a message with role 'assistant' must be a list of objects",
+        ),
     ],
 )
 def test_messages_that_are_none_are_refused(messages: Any, problem: str) -> None:
     with pytest.raises(DataError) as caught:
-        chat.clean(messages)
+        chat.clean_messages(messages)
     assert str(caught.value) == problem
 
 
@@ -127,7 +130,7 @@ def test_answer_without_width_is_none() -> None:
 
 def test_messages_of_sharegpt_are_translated() -> None:
     said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "observation", "value": "c"}]
-    assert chat.clean(said) == [
+    assert chat.clean_messages(said) == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
         {"role": "tool", "content": "c"},

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fulltune.tasks import Target, causal_lm, classes, text_classification
-from fulltune.tasks.columns import named
+from fulltune.tasks.columns import column_of
 
 SINGLE = Target("single_label", {}, ("a", "b", "c"))
 MULTI = Target("multi_label", {}, ("a", "b", "c"))
@@ -102,7 +102,7 @@ def test_worst_rows_are_the_wrong_ones_with_the_highest_loss() -> None:
         "labels": np.array([0, 1, 2]),
         "loss": np.array([0.0, 5.0, 9.0]),
     }
-    found = list(classes.worst(kept, ["x", "y", "z"], SINGLE, 5))
+    found = list(classes.worst_rows(kept, ["x", "y", "z"], SINGLE, 5))
     assert [(answer.text, answer.expected, answer.predicted) for answer in found] == [("z", "c", "a"), ("y", "b", "a")]
 
 
@@ -136,7 +136,7 @@ def test_multi_label_cell_in_each_form_is_read(value: Any, labels: list[str]) ->
     ],
 )
 def test_column_for_role_is_found(role: str, given: str | None, columns: list[str], found: str | None) -> None:
-    assert named(role, given, columns, "f") == found
+    assert column_of(role, given, columns, "f") == found
 
 
 @pytest.mark.parametrize("bos", [None, "<s>"])

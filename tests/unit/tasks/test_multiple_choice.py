@@ -64,8 +64,8 @@ def test_label_of_named_choices_is_one_of_their_names() -> None:
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ((1, 2, 3, 4), "counts choices from 1 .1 rows hold their number of choices., expected 0 to 3"),
-        ((None, ""), "no row has two choices or more and a label"),
+        ((1, 2, 3, 4), "counts choices from 1 .1 labels are the number of choices., expected 0 to 3"),
+        ((None, ""), "no row has at least two choices and a label"),
     ],
 )
 def test_labels_that_cannot_be_understood_are_refused_with_advice(labels: Sequence[Any], said: str) -> None:

@@ -13,7 +13,7 @@ from fulltune.errors import DataError
 from fulltune.evaluate import spans
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import Target, question_answering
-from fulltune.tasks.question_answering import accepted
+from fulltune.tasks.question_answering import parse_answers
 from tests import tiny
 
 COLUMNS = {"context": "c", "question": "q", "answers": "a"}
@@ -43,7 +43,7 @@ CONTEXT = "the sun shines over the town; in the town we cook soup, and he says h
     ],
 )
 def test_cell_with_answers_in_each_form_is_read(cell: Any, found: list[tuple[str, int]]) -> None:
-    assert accepted(cell, CONTEXT) == found
+    assert parse_answers(cell, CONTEXT) == found
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,15 @@ def test_cell_with_answers_in_each_form_is_read(cell: Any, found: list[tuple[str
     [
         ("moon", "the answer 'moon' is not in the context"),
         (["moon", "mars"], "the answer 'moon' is not in the context"),
-        ({"text": ["sun"], "answer_start": [5]}, "at character 5 of the context is 'un ', not the answer 'sun'"),
-        ({"text": ["sun"], "answer_start": [999]}, "at character 999 of the context is '', not the answer 'sun'"),
+        ({"text": ["sun"], "answer_start": [5]}, "the context has 'un ' at character 5, expected the answer 'sun'"),
+        ({"text": ["sun"], "answer_start": [999]}, "the context has '' at character 999, expected the answer 'sun'"),
         ({"text": ["sun"], "answer_start": [4, 5]}, "1 answers have 2 values of answer_start"),
         ({"answer": "sun"}, "expected an object with 'text' and 'answer_start', found ['answer']"),
     ],
 )
 def test_answer_that_does_not_stand_in_the_context_is_refused(cell: Any, problem: str) -> None:
     with pytest.raises(DataError) as caught:
-        accepted(cell, CONTEXT)
+        parse_answers(cell, CONTEXT)
     assert str(caught.value) == problem
     refused = question_answering.refuse({"c": CONTEXT, "q": "what?", "a": cell}, TARGET)
     assert refused is not None
@@ -234,7 +234,7 @@ def test_windows_of_a_question_give_one_answer() -> None:
         "chance": np.log([0.1, 0.7, 0.2]),
         "nowhere": np.log([0.8, 0.2, 0.7]),
     }
-    found = question_answering.find_answers(kept, [window] * 3, ["a", "a", "b"], [context] * 3)
+    found = question_answering.best_answers(kept, [window] * 3, ["a", "a", "b"], [context] * 3)
     assert found["a"] == {"answer": "two", "start": 4, "probability": pytest.approx(0.7)}
     assert found["b"] == {"answer": "", "start": None, "probability": pytest.approx(0.7)}
 
@@ -242,7 +242,7 @@ def test_windows_of_a_question_give_one_answer() -> None:
 def test_scores_of_texts_are_squads() -> None:
     predicted = ["The Sun!", "a big town", "", "soup", "x"]
     accepted_texts = [["sun"], ["town", "small town hall"], [], [], ["soup"]]
-    scores = spans.compared(predicted, accepted_texts)
+    scores = spans.squad_scores(predicted, accepted_texts)
     assert scores["exact_match"].tolist() == [1, 0, 1, 0, 0]
     assert scores["f1"] == pytest.approx([1, 2 / 3, 1, 0, 0])
 

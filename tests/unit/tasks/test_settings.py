@@ -15,7 +15,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import problems_of
 from fulltune.recipe.tasks import FACTS, READ_BY
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.tasks.labels import check_settings_for, class_weights
+from fulltune.tasks.labels import check_label_settings, class_weights
 
 
 def recipe(task: str, train: dict[str, Any] | None = None, **data: Any) -> Recipe:
@@ -58,9 +58,9 @@ def test_smoothing_of_a_number_is_refused_when_it_is_known() -> None:
     assert problems_of(known) == ["train.label_smoothing_factor: has no effect for regression; remove it"]
     unknown = recipe("text-classification", smooth)
     assert problems_of(unknown) == []
-    check_settings_for(unknown, summary({}))
+    check_label_settings(unknown, summary({}))
     with pytest.raises(RecipeError, match="has no effect for regression"):
-        check_settings_for(unknown, summary({}, problem_type="regression"))
+        check_label_settings(unknown, summary({}, problem_type="regression"))
 
 
 # ---- class weights ---------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_class_weights_come_in_the_order_of_the_labels(
 def test_wrong_class_weights_are_refused(given: Any, labels: str, message: str) -> None:
     kind = "single_label" if labels else "regression"
     with pytest.raises(RecipeError, match=message):
-        check_settings_for(weighted(given), summary(dict.fromkeys(labels, 1), problem_type=kind))
+        check_label_settings(weighted(given), summary(dict.fromkeys(labels, 1), problem_type=kind))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def test_template_renders_a_message_as_the_prompt_that_was_trained(joint: str, b
     ((example,),) = causal_lm.encode([row], target, tokenizer, 128)
     ids, labels = example.features["input_ids"], example.features["labels"]
     asked = [token for token, label in zip(ids, labels, strict=True) if label == -100]
-    tokenizer = causal_lm.with_trained_template(tokenizer, target)
+    tokenizer = causal_lm.with_prompt_template(tokenizer, target)
 
     def rendered(*messages: dict[str, str], **options: Any) -> list[int]:
         return list(tokenizer.apply_chat_template(list(messages), return_dict=False, **options))
@@ -33,7 +33,7 @@ def test_template_renders_a_message_as_the_prompt_that_was_trained(joint: str, b
 def test_a_tokenizer_that_opens_otherwise_gets_no_template(encoder_tokenizer: Any) -> None:
     pairs = Target("prompt_completion", {"prompt": "p", "completion": "c"})
     assert (
-        causal_lm.with_trained_template(encoder_tokenizer, pairs).chat_template is None
+        causal_lm.with_prompt_template(encoder_tokenizer, pairs).chat_template is None
     )  # opens with [CLS], which is no bos token
 
 

@@ -54,7 +54,7 @@ def target_of(*row_tags: str) -> Target:
     ],
 )
 def test_cell_in_each_form_is_read(cell: Any, found: list[str] | None) -> None:
-    assert task.word_list(cell) == found
+    assert task.parse_word_list(cell) == found
 
 
 def test_sentence_in_square_brackets_beside_plain_tags_is_a_word() -> None:
@@ -80,8 +80,8 @@ def test_target_has_both_tags_of_every_type_and_o_first() -> None:
     ],
 )
 def test_inside_tag_that_continues_nothing_begins_an_entity(found: str, repaired: str) -> None:
-    assert task.strict(found.split()) == repaired.split()
-    assert task.spans(found.split()) == task.spans(repaired.split())
+    assert task.to_strict_bio(found.split()) == repaired.split()
+    assert task.entity_spans(found.split()) == task.entity_spans(repaired.split())
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_tags_that_are_not_bio_are_refused_with_advice(lines: list[str], advice:
 
 
 def test_rows_without_any_entity_are_refused() -> None:
-    with pytest.raises(DataError, match="no row has an entity"):
+    with pytest.raises(DataError, match="none of 2 rows has an entity"):
         target_of("O O", "O")
 
 
@@ -163,7 +163,7 @@ def test_words_cut_off_are_counted_and_predicted_as_o() -> None:
     assert [(example.trained_tokens, example.truncated) for example in examples] == [(2, True), (1, False)]
     features = [example.features for example in examples]
     assert features[0]["input_ids"][-1] == 3
-    kept = task.over_all_words(perfect(features), features, TARGET)
+    kept = task.extend_to_all_words(perfect(features), features, TARGET)
     assert kept["words"].tolist() == [4, 1]
     assert kept["seen"].tolist() == [2, 1]
     assert kept["right"].tolist() == [3, 1]  # the word cut off before Rome is O
@@ -174,8 +174,8 @@ def test_words_cut_off_are_counted_and_predicted_as_o() -> None:
 def test_word_without_a_token_keeps_the_place_of_those_after_it() -> None:
     odd = row(["Ada", "\u200b", "", "Rome"], ["B-PER", "I-PER", "O", "B-LOC"])
     features = [example.features for example in encoded(word_piece(), odd)]
-    assert task.seen_words(features[0]).tolist() == [0, 3]
-    kept = task.over_all_words(perfect(features), features, TARGET)
+    assert task.words_with_token(features[0]).tolist() == [0, 3]
+    kept = task.extend_to_all_words(perfect(features), features, TARGET)
     assert kept["predicted"][0].tolist() == [2, 0, 0, 1]
     # The expected person has two words, the predicted one: wrong by seqeval.
     assert kept["entities"].sum(axis=0).tolist() == [[1, 1, 1], [0, 1, 1]]
@@ -196,21 +196,23 @@ def test_byte_level_tokens_are_those_of_the_sentence(prefix: bool) -> None:
     words = ["we", "eat", "bread", "in", "the", "town", "é"]
     features = encoded(tokenizer, row(words, ["O"] * 7))[0].features
     assert features["input_ids"] == tokenizer(" ".join(words))["input_ids"]
-    assert task.seen_words(features).tolist() == list(range(7))
+    assert task.words_with_token(features).tolist() == list(range(7))
     assert task.preview(features, TARGET, tokenizer).label == "we eat bread in the town é"
 
 
 def test_slow_tokenizer_is_refused() -> None:
     from transformers import CanineTokenizer
 
-    with pytest.raises(SetupError, match="CanineTokenizer does not know which word a token belongs to"):
+    with pytest.raises(
+        SetupError, match="needs a fast tokenizer, which knows the word of each token, but CanineTokenizer is slow"
+    ):
         encoded(CanineTokenizer(), SENTENCE)
 
 
 def test_tag_of_a_type_that_train_lacks_is_refused() -> None:
     refused = encoded(word_piece(), row(["Ada"], ["B-DOG"]))[0].refused
     assert refused is not None
-    assert refused.reason == "tag 'B-DOG' has a type that train does not have"
+    assert refused.reason == "tag 'B-DOG' has an entity type that train lacks"
 
 
 @pytest.mark.parametrize("kind", [list, np.array])
@@ -267,7 +269,7 @@ def test_metrics_are_those_of_seqeval(seed: int) -> None:
     assert found["accuracy"] == pytest.approx(accuracy_score(gold, predicted))
     mean = torch.nn.CrossEntropyLoss()(logits.reshape(-1, 5), labels.reshape(-1))
     assert found["loss"] == pytest.approx(float(mean), rel=1e-5)
-    assert all(set(task.spans(row)) == spans_of_seqeval(row) for row in [*gold, *predicted])
+    assert all(set(task.entity_spans(row)) == spans_of_seqeval(row) for row in [*gold, *predicted])
 
 
 def spans_of_seqeval(row_tags: list[str]) -> set[tuple[str, int, int]]:
@@ -278,7 +280,7 @@ def test_metrics_without_a_prediction_are_zero() -> None:
     gold, nothing = [np.array([0, 1])], [np.array([0, 0])]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = task.metrics(task.counts(gold, nothing, TARGET), TARGET)
+        found = task.metrics(task.count_spans(gold, nothing, TARGET), TARGET)
     assert found == {"f1": 0.0, "precision": 0.0, "recall": 0.0, "f1_macro": 0.0, "accuracy": 0.5}
 
 
@@ -286,13 +288,13 @@ def test_worst_rows_have_the_most_wrong_entities_then_the_highest_loss() -> None
     gold = [np.array([1, 3, 0]), np.array([2, 0]), np.array([0, 1]), np.array([2, 1])]
     predicted = [np.array([1, 0, 0]), np.array([2, 0]), np.array([0, 0]), np.array([2, 0])]
     kept = {
-        **task.counts(gold, predicted, TARGET),
+        **task.count_spans(gold, predicted, TARGET),
         "nll": np.array([1.0, 9.0, 2.0, 3.0]),
-        "gold": task.ragged(gold),
-        "predicted": task.ragged(predicted),
-        "tokens": task.ragged([["New", "York", "is"], ["Ada", "is"], ["in", "Rome"], ["Ada", "Rome"]]),
+        "gold": task.object_array(gold),
+        "predicted": task.object_array(predicted),
+        "tokens": task.object_array([["New", "York", "is"], ["Ada", "is"], ["in", "Rome"], ["Ada", "Rome"]]),
     }
-    found = list(task.worst(kept, ["one", "two", "three", "four"], TARGET, 3))
+    found = list(task.worst_rows(kept, ["one", "two", "three", "four"], TARGET, 3))
     assert [(answer.text, answer.expected, answer.predicted) for answer in found] == [
         ("one", "[New York]LOC is", "[New]LOC York is"),
         ("four", "[Ada]PER [Rome]LOC", "[Ada]PER Rome"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from fulltune.errors import DataError
 from fulltune.recipe.data import UTF_8, TextRows
-from fulltune.tasks.columns import USUAL_NAMES, BadCell, fault, may_be_faulty
+from fulltune.tasks.columns import USUAL_NAMES, BadCell, defect, may_be_faulty
 from fulltune.text import counted
 
 RowOrProblem = dict[str, Any] | str
@@ -175,7 +175,7 @@ def _mark_bad_cells(row: object, may_be_bad: bool, not_object_error: str) -> Row
         _replace_surrogates(name): BadCell(reason, _replace_surrogates(value) if isinstance(value, str) else "")
         if reason
         else value
-        for name, value, reason in ((name, value, fault(value)) for name, value in row.items())
+        for name, value, reason in ((name, value, defect(value)) for name, value in row.items())
     }
 
 

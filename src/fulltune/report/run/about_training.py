@@ -26,7 +26,7 @@ from fulltune.report.format.blocks import (
 )
 from fulltune.report.format.plots import draw_learning_curve
 from fulltune.report.run.read import RunView, after_start, before_start
-from fulltune.stats.curves import Curves, Fit, Point, fit
+from fulltune.stats.curves import Curves, Fit, Point, judge_curves
 from fulltune.text import (
     counted,
     first_few,
@@ -80,7 +80,7 @@ def judge_fit(view: RunView) -> Fit:
     """Judge from a run's curves whether the model over- or underfits."""
     if view.plan is None or view.outcome is None or view.summary is None or "eval" not in view.summary.splits:
         return Fit("not known")
-    return fit(collect_curves(view, view.plan))
+    return judge_curves(collect_curves(view, view.plan))
 
 
 def collect_curves(view: RunView, plan: Plan) -> Curves:

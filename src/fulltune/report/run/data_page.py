@@ -23,7 +23,7 @@ from fulltune.report.format.blocks import (
 from fulltune.report.format.pages import write_pages
 from fulltune.report.run.about_data import build_data_section
 from fulltune.report.run.read import RunView, read_run
-from fulltune.stats.curves import error_of_share
+from fulltune.stats.curves import standard_error_of_share
 from fulltune.text import counted, format_percent, format_share, listed
 
 _CELL = 160
@@ -117,7 +117,7 @@ def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:
         few = "correct labels can look this suspicious too, so read the rows"
         return f"{text}, between 0 and {errors.suspects:,} are wrong: {few}.{doubt}"
     # The estimate rests on the suspects in the range of the surest half of the planted errors.
-    error = 1.96 * error_of_share(errors.precision, errors.suspects // 2)
+    error = 1.96 * standard_error_of_share(errors.precision, errors.suspects // 2)
     least, most = (max(0.0, min(1.0, errors.precision + one)) * errors.suspects for one in (-error, error))
     wrong = round(min(errors.estimated_errors, errors.suspects / errors.recall))
     return (

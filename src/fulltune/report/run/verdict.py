@@ -13,7 +13,7 @@ from fulltune.report.format.blocks import Headline
 from fulltune.report.run.about_forgetting import budget_advice
 from fulltune.report.run.about_training import collect_curves, judge_fit
 from fulltune.report.run.read import RunView, trained_row
-from fulltune.stats.curves import Curves, Fit, ended_high, still_falling, without_cause
+from fulltune.stats.curves import Curves, Fit, final_loss_if_falling, judge_final_loss, without_cause
 from fulltune.text import counted, format_metric, format_number, is_share, listed
 
 _LABELS = {
@@ -229,7 +229,7 @@ def _suggest_settings(run: RunFacts) -> Iterator[str]:
     if weights_may_help:
         yield f"{run.blind}, the most frequent one. Give rare labels more weight: --set train.class_weights=balanced"
     evals = [value for _, value in run.curves.eval_loss]
-    high = ended_high(run.curves.losses, evals, run.plan.learning_rate)
+    high = judge_final_loss(run.curves.losses, evals, run.plan.learning_rate)
     rate, length = "", ""
     if run.fit.kind == "got worse":
         what = "The eval score was best before step 1" if run.fit.turn == 0 else _capitalised(run.fit.evidence)
@@ -257,7 +257,7 @@ def _reasons_to_train_longer(run: RunFacts) -> list[str]:
     if steps < run.plan.total_steps or was_better:
         return []
     reasons = []
-    if (last := still_falling(curves.losses)) is not None:
+    if (last := final_loss_if_falling(curves.losses)) is not None:
         fell = f"{format_number(curves.losses[0])} to {format_number(last)}"
         reasons.append(f"the train loss was still falling at the end ({fell})")
     if len(curves.metric) > 1 and curves.best[0] == curves.metric[-1][0]:

@@ -30,7 +30,7 @@ from fulltune.records.events import Steered
 from fulltune.records.forgetting import Drift, limit_of
 from fulltune.system.memory import is_out_of_memory
 from fulltune.tasks import causal_lm
-from fulltune.tasks.padding import IGNORED, padded
+from fulltune.tasks.padding import IGNORED, pad_right
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 
@@ -229,9 +229,9 @@ class Replay(TrainingPart):
     def _next_token_logits(self, positions: Sequence[int]) -> torch.Tensor:
         """Return the logits of each next token in these texts: [tokens, vocabulary]."""
         texts, device = [self.text.ids[position] for position in positions], self.trainer.args.device
-        ids = padded(texts, self.text.pad_token_id).to(device)
-        labels = padded([[IGNORED, *text[1:]] for text in texts], IGNORED).to(device)
-        mask = padded([[1] * len(text) for text in texts], 0).to(device)
+        ids = pad_right(texts, self.text.pad_token_id).to(device)
+        labels = pad_right([[IGNORED, *text[1:]] for text in texts], IGNORED).to(device)
+        mask = pad_right([[1] * len(text) for text in texts], 0).to(device)
         with self.trainer.computing_needed_logits(labels, whole=True):
             logits = self.trainer.model(input_ids=ids, attention_mask=mask).logits
         return logits[causal_lm.target_ids(labels) != IGNORED] if logits.dim() == 3 else logits

@@ -16,7 +16,7 @@ from fulltune import files
 from fulltune.models import sharding
 from fulltune.records.events import Evaluated, Event, Listener, Message, PhaseBegan, StepLogged, UpdatesMeasured
 from fulltune.records.plan import Plan
-from fulltune.stats.curves import EATEN, stopped_improving
+from fulltune.stats.curves import EATEN, should_stop_early
 from fulltune.train import checkpoints
 from fulltune.train.journal import TRAINING, Journal
 from fulltune.train.loop.guarded_step import Guarded
@@ -152,7 +152,7 @@ class Checkpoints(TrainerCallback):
         """Return whether early stopping ends the run, by the logged metrics, because a counter would restart on
         resume."""
         plan, train = self.request.plan, self.request.recipe.train
-        return train.early_stopping_patience is not None and stopped_improving(
+        return train.early_stopping_patience is not None and should_stop_early(
             logged(state, f"eval_{plan.metric}"),
             plan.greater_is_better,
             train.early_stopping_patience,

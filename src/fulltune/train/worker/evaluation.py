@@ -10,8 +10,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from fulltune.errors import Diverged, Spiked
 from fulltune.inference.run import Batching, RowSubset, positions_by_length, run_rows
 from fulltune.recipe.tasks import TaskName
-from fulltune.stats.bootstrap import ResamplableMetric, gain, measure_of
-from fulltune.stats.curves import BEYOND_CHANCE, diverged, ended_high, ended_worse, made_worse
+from fulltune.stats.bootstrap import ResamplableMetric, find_metric, paired_improvement
+from fulltune.stats.curves import BEYOND_CHANCE, check_divergence, check_got_worse, judge_final_loss, judge_got_worse
 from fulltune.tasks import Predictions, Row, Target
 from fulltune.tasks.labels import class_weights
 from fulltune.train.loop.callbacks import logged
@@ -92,7 +92,7 @@ class Evaluator(TrainingPart):
         """Raise `Spiked` if the loss has diverged."""
         if self.inputs.has_own_loss or "loss" not in event["logs"]:
             return
-        decision = diverged(logged(state, "loss"), self.inputs.highest_learning_rate, self.untrained_loss)
+        decision = check_divergence(logged(state, "loss"), self.inputs.highest_learning_rate, self.untrained_loss)
         if decision.action == "stop":
             steps = [int(entry["step"]) for entry in state.log_history if "loss" in entry]
             raise Spiked(decision.reason, steps[decision.readings - 1] + 1 if decision.readings else 1)
@@ -116,7 +116,7 @@ class Evaluator(TrainingPart):
         self, measure: ResamplableMetric, start: np.ndarray, now: np.ndarray, state: TrainerState
     ) -> None:
         """Count evaluations in a row that are worse than the start; raise `Diverged` if there are too many."""
-        better, error = gain(measure, start, now)
+        better, error = paired_improvement(measure, start, now)
         is_worse = not math.isfinite(better) or better < -BEYOND_CHANCE * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps
         self.num_worse = self.num_worse + 1 if is_worse and not is_early else 0
@@ -125,7 +125,7 @@ class Evaluator(TrainingPart):
         # A loss compared instead of the run's metric must not condemn the final weights.
         self.matched_start = self.matched_start or not is_worse or measure.name != self.inputs.plan.metric
         losses, rate = logged(state, "loss"), self.inputs.highest_learning_rate
-        decision = made_worse(self.num_worse, self.worse_by, losses, rate, self.untrained_loss)
+        decision = check_got_worse(self.num_worse, self.worse_by, losses, rate, self.untrained_loss)
         if decision.action == "stop":
             raise Diverged(decision.reason)
 
@@ -135,14 +135,14 @@ class Evaluator(TrainingPart):
         if inputs.has_own_loss:
             return
         losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")
-        decision = ended_high(losses, eval_losses, rate, self.untrained_loss)
+        decision = judge_final_loss(losses, eval_losses, rate, self.untrained_loss)
         # After a rollback a loss that ends above its start is a failure.
         if decision.action == "stop" or (decision.action == "warn" and inputs.plan.rollbacks):
             raise Diverged(decision.reason)
         has_good_weights = self.matched_start and inputs.recipe.train.load_best_model_at_end
         # With a budget, the pretrained weights are kept instead.
         if self.num_worse and not has_good_weights and inputs.plan.generic.budget is None:
-            decision = ended_worse(self.worse_by, losses, rate, self.untrained_loss)
+            decision = judge_got_worse(self.worse_by, losses, rate, self.untrained_loss)
             if decision.action == "stop":
                 raise Diverged(decision.reason)
         if decision.action == "warn":
@@ -151,7 +151,7 @@ class Evaluator(TrainingPart):
 
 def _metric_for_comparison(task: TaskName, target: Target, metric: str, predictions: Predictions) -> ResamplableMetric:
     """Return the run's metric if it follows from few sums over rows, else the loss."""
-    measure = measure_of(task, target, metric)
+    measure = find_metric(task, target, metric)
     if measure.counts is None or measure.counts(predictions).shape[1] > MAX_COUNTS:
-        return measure_of(task, target, "loss")
+        return find_metric(task, target, "loss")
     return measure

@@ -161,7 +161,7 @@ def save_model(
     if not is_main:
         return
     target = replace(Target.of(summary), stride=recipe.data.stride)
-    causal_lm.with_trained_template(tokenizer, target).save_pretrained(part)
+    causal_lm.with_prompt_template(tokenizer, target).save_pretrained(part)
     notes = {
         "task": summary.task,
         **target.as_notes(),

@@ -18,7 +18,7 @@ from fulltune.data.readers import columnar, read
 from fulltune.data.readers.files import list_images
 from fulltune.errors import DataError
 from fulltune.tasks import padding
-from fulltune.tasks.padding import beginning
+from fulltune.tasks.padding import cut_long_text
 from tests import tiny
 
 ROWS = b"text,label\nrain,weather\nsoup,food\n"
@@ -107,7 +107,7 @@ def test_compressed_arrow_is_read_batch_by_batch(tmp_path: Path, kind: str) -> N
 
 def test_beginning_of_a_long_text_gives_the_same_tokens(encoder_tokenizer: Any) -> None:
     text = "the rain in the town " * 5_000
-    short = beginning(text, encoder_tokenizer, 128)
+    short = cut_long_text(text, encoder_tokenizer, 128)
     assert len(short) < len(text)
     settings = {"truncation": True, "max_length": 128}
     assert encoder_tokenizer(short, **settings)["input_ids"] == encoder_tokenizer(text, **settings)["input_ids"]
@@ -123,11 +123,11 @@ def test_long_text_that_is_short_in_tokens_or_cut_at_the_left_is_left(encoder_to
             return {"input_ids": [1] * len(text.split())}
 
     word = "a" * 200_000
-    assert beginning(word, Unknown(), 128) == word  # type: ignore[arg-type]  # of this type
-    assert beginning(word, encoder_tokenizer, 128) != word
+    assert cut_long_text(word, Unknown(), 128) == word  # type: ignore[arg-type]  # of this type
+    assert cut_long_text(word, encoder_tokenizer, 128) != word
     encoder_tokenizer.truncation_side = "left"
     try:
-        assert beginning(word, encoder_tokenizer, 128) == word
+        assert cut_long_text(word, encoder_tokenizer, 128) == word
     finally:
         encoder_tokenizer.truncation_side = "right"
 
@@ -145,7 +145,7 @@ def test_packed_rows_beside_others_are_not_left_out(tmp_path: Path) -> None:
 def test_text_without_a_place_to_cut_it_says_the_same(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     tokenizer = tiny.decoder_tokenizer()
     monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
-    assert tokenizer.decode(padding.token_ids(text * 50, tokenizer)) == text * 50
+    assert tokenizer.decode(padding.tokenise_long_text(text * 50, tokenizer)) == text * 50
 
 
 @pytest.mark.parametrize("text", ["the rain  in the town \n", "é ", "雨 a  b c\n"])
@@ -156,4 +156,4 @@ def test_text_in_parts_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch, te
         tokenizer = tiny.writer_tokenizer()
     whole = list(tokenizer(text * 50)["input_ids"])
     monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
-    assert padding.token_ids(text * 50, tokenizer) == whole
+    assert padding.tokenise_long_text(text * 50, tokenizer) == whole
