@@ -64,7 +64,7 @@ def test_command_of_a_single_run_refuses_it_and_touches_nothing(
     said = fulltune(verb, folder)
     assert said.code == 2
     assert said.problems == [
-        f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' resumes it, "
+        f"{folder}: belongs to a comparison, not to a single run; 'fulltune compare {folder}' resumes it, "
         f"'fulltune report {folder}' writes its report again, "
         f"'fulltune predict {folder} --method METHOD' uses its models"
     ]

@@ -125,7 +125,7 @@ def record_choice(basis: Basis, option: Option, own_loss: bool, reasons: Reasons
     """Add the chosen batch sizes, checkpointing, chunked loss and optimizer to `reasons`."""
     recipe, train, settings = basis.recipe, basis.recipe.train, option.settings
     fits_whole_batch = settings.micro_batch_size == basis.rows_per_process
-    part = "the whole global batch fits" if fits_whole_batch else "largest part of the global batch that fits"
+    part = "the whole global batch fits" if fits_whole_batch else "the largest part of the global batch that fits"
     why = f"{part}: a step needs {format_bytes(option.memory.phases['step'])} of {basis.where}"
     reasons.add("train.micro_batch_size", train.micro_batch_size, settings.micro_batch_size, why)
     why = "global batch / (micro batch x processes)"

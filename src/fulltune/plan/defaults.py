@@ -41,7 +41,7 @@ def default_learning_rate(method: Method, num_parameters: int, is_decoder: bool)
     usual: dict[str, DefaultWithReason] = {
         "head": (1e-3, "usual for a head alone"),
         "prompt": (3e-2, "the few virtual tokens need large steps (Lester et al. 2021: 0.3 with Adafactor)"),
-        "peft": (3e-3, "usual for methods that train scales (Liu et al. 2022, IA3: 3e-3)"),
+        "peft": (3e-3, "usual for methods that train scaling factors (Liu et al. 2022, IA3: 3e-3)"),
     }
     return usual.get(method.kind, (full, why))
 

@@ -147,7 +147,7 @@ def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | No
     if train.use_liger_kernel:
         return "Liger's kernels are untested with fsdp2"
     if shapes.num_trainable is not None:
-        return "its memory can be planned only for full fine-tuning"
+        return "fsdp2's memory can be planned only for full fine-tuning"
     return None if shapes.units is not None else "this model has no repeated blocks"
 
 

@@ -212,26 +212,23 @@ def _block_estimators(
 
 
 def _block_moments(
-    alive: tuple[dict[MemoryKind, int], dict[MemoryKind, int]],
-    reduced: float,
+    alive_during_and_after: tuple[dict[MemoryKind, int], dict[MemoryKind, int]],
+    reduced_share: float,
     units: Units,
-    gradients: tuple[int, int],
-    copies: int,
-    flat: tuple[int, int],
+    root_and_block_gradients: tuple[int, int],
+    num_send_buffers: int,
+    neighbour_buffers: tuple[int, int],
 ) -> Iterator[_Moment]:
-    """Yield three moments of a block: its backward pass, the end of the pass, and the sending of its gradients.
-
-    `alive` and `gradients` hold bytes during and after the pass, `flat` the neighbouring blocks' buffers. `reduced` is
-    the share of gradients already sharded, `copies` the number of send buffers.
-    """
-    (passing, ended), root, block = alive, (units.root,), units.block
-    all_gradients = (gradients[0], block)
-    yield _Moment(passing, reduced, (*root, block), gradients, flat)
-    yield _Moment(ended, reduced, (*root, block), all_gradients, flat)
-    yield _Moment(ended, reduced, root, all_gradients, (*(block,) * copies, flat[1]))
+    """Yield three moments of a block: its backward pass, the end of the pass, and the sending of its gradients."""
+    (passing, ended), root, block = alive_during_and_after, (units.root,), units.block
+    all_gradients = (root_and_block_gradients[0], block)
+    yield _Moment(passing, reduced_share, (*root, block), root_and_block_gradients, neighbour_buffers)
+    yield _Moment(ended, reduced_share, (*root, block), all_gradients, neighbour_buffers)
+    yield _Moment(ended, reduced_share, root, all_gradients, (*(block,) * num_send_buffers, neighbour_buffers[1]))
 
 
 def _moment_bytes_by_kind(moment: _Moment, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
+    """Add this process's shards of weights, optimizer state and gradients to a moment's bytes."""
     return {
         "weights": weights,
         "gradients": round(moment.reduced * gradients) + sum(moment.gradients),

@@ -71,7 +71,7 @@ def choose_precision(recipe: Recipe, machine: Machine, device: str, reasons: Rea
     wanted = recipe.train.precision
     if wanted == "fp16" and device == "cpu":
         raise RecipeError(
-            "train.precision: fp16 is not possible on a CPU (it would silently train in fp32); set 'auto', 'bf16' or "
+            "train.precision: fp16 is not possible on a CPU (training would silently use fp32); set 'auto', 'bf16' or "
             "'fp32'"
         )
     caveat = ""
@@ -138,8 +138,11 @@ def _default_gpu_precision(gpu: Gpu) -> tuple[str, str]:
         return "bf16", f"{gpu.label} computes in bf16; weights stay fp32"
     if gpu.capability >= TENSOR_CORES_FROM:
         needs = "{}.{}".format(*BF16_FROM)
-        return "fp16", f"{gpu.label} has no bf16 (which needs {needs}): fp16 with loss scaling; weights stay fp32"
-    return "fp32", f"{gpu.label} has no tensor cores: fp16 would be no faster and less exact"
+        return (
+            "fp16",
+            f"{gpu.label} has no bf16 (which needs {needs}), so fp16 with loss scaling is used; weights stay fp32",
+        )
+    return "fp32", f"{gpu.label} has no tensor cores, so fp16 would be no faster and less exact"
 
 
 def choose_optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:

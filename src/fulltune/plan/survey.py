@@ -82,6 +82,7 @@ def _layout_of(recipe: Recipe, planned: PlannedSettings) -> ParallelLayout | Non
 def _survey_without_plan(
     workload: Workload, basis: Basis, table: tuple[PlacementOption, ...], full_fits: bool, lora_fits: bool | None
 ) -> Survey:
+    """Return a survey of hardware, data, placements and advice that has no plan yet."""
     summary, shapes, fleet, train = workload.summary, workload.shapes, basis.fleet, workload.recipe.train
     splits = summary.splits
     return Survey(

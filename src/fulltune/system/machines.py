@@ -224,8 +224,8 @@ def _content_digest(path: Path) -> str:
 
 
 _COMPARED = (
-    ("versions", "has other versions", " ", "install the same ones on all machines"),
-    ("settings", "reads another recipe", " is ", "give all machines the same recipe and the same --set"),
+    ("versions", "has other package versions", " ", "install the same versions on all machines"),
+    ("settings", "uses another recipe", " is ", "give all machines the same recipe and the same --set"),
     ("files", "sees other files", ": ", "give all machines the same files, in a shared folder"),
     ("devices", "has other devices", ": ", "run nvidia-smi there, or set train.device: cpu"),
 )

@@ -189,7 +189,7 @@ def _problems_in_settings(block_settings: Mapping[str, Any], recipe: Recipe) -> 
         if not isinstance(block_settings.get(name, {}), dict)
     ]
     if recipe.model.weights_dtype == "bf16":
-        problems.append("keeps weights in fp32 while it trains; remove model.weights_dtype: bf16")
+        problems.append("keeps weights in fp32 during training; remove model.weights_dtype: bf16")
     block = block_settings.get("zero_optimization")
     if not isinstance(block, dict) or block.get("stage") not in (0, 1, 2, 3) or isinstance(block.get("stage"), bool):
         stage = block.get("stage") if isinstance(block, dict) else None

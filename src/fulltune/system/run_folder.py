@@ -262,7 +262,7 @@ def raise_if_comparison(folder: Path) -> None:
     """Raise `SetupError` if the folder belongs to a comparison."""
     if is_comparison(folder):
         raise SetupError(
-            f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' resumes it, "
+            f"{folder}: belongs to a comparison, not to a single run; 'fulltune compare {folder}' resumes it, "
             f"'fulltune report {folder}' writes its report again, 'fulltune predict {folder} --method METHOD' uses its "
             "models"
         )

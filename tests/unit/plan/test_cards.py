@@ -19,8 +19,8 @@ GIB = 2**30
 A100 = Gpu(name="NVIDIA A100", memory_bytes=80 * GIB, capability=(8, 0), free_bytes=79 * GIB)
 T4 = Gpu(name="Tesla T4", memory_bytes=15 * GIB, capability=(7, 5), free_bytes=14 * GIB)
 BF16 = "{} computes in bf16; weights stay fp32"
-FP16 = "{} has no bf16 (which needs 8.0): fp16 with loss scaling; weights stay fp32"
-FP32 = "{} has no tensor cores: fp16 would be no faster and less exact"
+FP16 = "{} has no bf16 (which needs 8.0), so fp16 with loss scaling is used; weights stay fp32"
+FP32 = "{} has no tensor cores, so fp16 would be no faster and less exact"
 
 
 H100 = Gpu(name="NVIDIA H100", memory_bytes=80 * GIB, capability=(9, 0), free_bytes=79 * GIB)
