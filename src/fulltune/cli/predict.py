@@ -60,12 +60,12 @@ class PredictInput:
     images_in: Path | None = None
     """Base folder of relative image paths, or None for the current folder."""
 
-    def model_rows(self, notes: Row, user_rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    def model_rows(self, model_notes: Row, user_rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
         """Yield the user's rows in the form that the model reads."""
-        image = notes["columns"].get("image")
+        image = model_notes["columns"].get("image")
         for row in user_rows:
             if self.table is None:
-                yield predict.row_from_text(row["text"], notes)
+                yield predict.row_from_text(row["text"], model_notes)
             else:
                 yield resolve_image_paths(row, self.images_in, image) if image and self.images_in else row
 
@@ -78,7 +78,7 @@ class PredictInput:
         return {one.name: one.type for one in schema if one.name not in named}
 
 
-def read_input(texts: Sequence[str], file: Path | None, notes: Row) -> PredictInput:
+def read_input(texts: Sequence[str], file: Path | None, model_notes: Row) -> PredictInput:
     """Return the input: texts, a table, lines of a file, or stdin. A table is read once to find broken rows."""
     if list(texts) == [STDIN] or str(file) == STDIN or (file is None and not texts):
         if file is None and not texts and sys.stdin.isatty():
@@ -89,13 +89,13 @@ def read_input(texts: Sequence[str], file: Path | None, notes: Row) -> PredictIn
     if file.suffix.lower() == ".txt":
         total = sum(1 for _ in _read_lines(file))
         return PredictInput(str(file), lambda: _number_texts(_read_lines(file), f"{file.name}:"), total=total)
-    return _read_table(file, notes)
+    return _read_table(file, model_notes)
 
 
-def _read_table(file: Path, notes: Row) -> PredictInput:
+def _read_table(file: Path, model_notes: Row) -> PredictInput:
     """Read a table once, and raise a `DataError` for broken rows or missing columns."""
     source = locate_data_files([str(file)])
-    if named := _missing_header(source, notes):
+    if named := _missing_header(source, model_notes):
         source = replace(source, columns=named)
         note = f"{file}: has no header line, so the columns of the train file are used: {', '.join(named)}"
         err.print(f"[dim]{escape(note)}[/dim]", soft_wrap=True)
@@ -107,18 +107,18 @@ def _read_table(file: Path, notes: Row) -> PredictInput:
         columns |= dict.fromkeys(row)
     if problems:
         raise DataError(problems)
-    if missing := [column for column in predict.columns_read(notes) if column not in columns]:
+    if missing := [column for column in predict.columns_read(model_notes) if column not in columns]:
         raise DataError(f"{file}: no column '{missing[0]}', which the model reads (columns here: {shown(columns)})")
     images_in = source.files[0].parent if source.image_folder is None else None
     return PredictInput(str(file), source.rows, tuple(columns), total, file, images_in)
 
 
-def _missing_header(source: DataFiles, notes: Row) -> tuple[str, ...] | None:
+def _missing_header(source: DataFiles, model_notes: Row) -> tuple[str, ...] | None:
     """Return the column names of a table without a header line, or None if it has one.
 
     The header is missing if the train file had none and the first line lacks columns that the model reads.
     """
-    names = tuple(notes.get("table_columns") or ())
+    names = tuple(model_notes.get("table_columns") or ())
     if not names or any(file.suffix.lower() not in SEPARATED for file in source.files):
         return None
     try:
@@ -126,9 +126,9 @@ def _missing_header(source: DataFiles, notes: Row) -> tuple[str, ...] | None:
             first: list[str] = next(reader, [])
     except (OSError, ValueError, csv.Error):
         return None  # the reader will report what is wrong with the file
-    if set(predict.columns_read(notes)) <= set(first):
+    if set(predict.columns_read(model_notes)) <= set(first):
         return None
-    learned = [column for role, column in notes["columns"].items() if role in predict.NOT_READ]
+    learned = [column for role, column in model_notes["columns"].items() if role in predict.NOT_READ]
     read = tuple(name for name in names if name not in learned)
     return read if len(first) == len(read) else names
 
@@ -261,10 +261,10 @@ def check_output(output: Path, replace: bool) -> None:
         raise SetupError(f"{output}: already exists; name another file, or replace it with --force")
 
 
-def added_columns(notes: Row, own_columns: Collection[str]) -> Columns:
+def added_columns(model_notes: Row, own_columns: Collection[str]) -> Columns:
     """Return the added columns: `predicted_...` (`predicted2_...` if taken). The last is the reason for a missing
     answer."""
-    target = Target.from_notes(notes)
+    target = Target.from_notes(model_notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
     each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()
     columns |= {f"probability_{key}": (("probabilities", key), "double") for key in each}
