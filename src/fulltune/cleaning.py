@@ -169,7 +169,7 @@ def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks:
             others = (
                 f"expected one of {', '.join(sorted(available))}" if available else "no other check has rows to clean"
             )
-            raise RecipeError(f"--check: '{unknown[0]}' found no train rows to clean, or too many; {others}")
+            raise RecipeError(f"--check: '{unknown[0]}' has no train rows to clean, or too many; {others}")
         return [step for step in steps if step.check in checks]
     least = LEAST_SHARE * summary.splits["train"].rows
     if not (worth := [step for step in steps if len(step.issues) >= least]):

@@ -166,7 +166,7 @@ def summarise_log(log: Log) -> str:
 
 
 def diagnose(log: Log) -> tuple[Diagnosis, ...]:
-    """Return the diagnoses, the most serious first; never empty."""
+    """Return diagnoses (name, evidence, advice), the most serious first; never empty."""
     # A guard's judgement goes first, because it is based on more than the curves. A diverged loss explains the rest.
     diverged_by_guard = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
     diagnoses = (

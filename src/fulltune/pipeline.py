@@ -188,7 +188,7 @@ def reader_of(job: Run, summary: DataSummary) -> Reader:
 
 
 def delete_outdated_plan(run_folder_path: Path, plan_path: Path) -> None:
-    """Delete an unused plan whose measured speeds are a day old or from a busy machine. A plan by `--measure` stays."""
+    """Delete an unused plan whose measured speeds are a day old or from a busy machine, unless `--measure` made it."""
     if not plan_path.exists() or any(
         (run_folder_path / name).exists() for name in ("attempts", "search", "plan/measured.json")
     ):

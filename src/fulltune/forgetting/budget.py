@@ -33,7 +33,7 @@ def next_replay_weight(
     weight: float, measured: Drift, limit: float, rate_share: float, bounds: tuple[float, float]
 ) -> float:
     """Return the replay weight after a drift measurement: higher if the drift exceeds its limit, else lower.
-    `rate_share` is the learning rate divided by its peak."""
+    `rate_share` is the learning rate divided by its peak, `bounds` are `LANGUAGE_WEIGHTS` or `STATE_WEIGHTS`."""
     allowed = limit * (1 + MAX_EXCESS * rate_share)
     if not math.isfinite(measured.upper):
         return weight
@@ -55,7 +55,7 @@ MOST_GAIN = 0.9
 
 
 def limit_for_most_gain(result: BudgetResult) -> float | None:
-    """Return the smallest limit that allows `MOST_GAIN` of the trained model's gain; None if the choice has it."""
+    """Return the smallest limit that allows `MOST_GAIN` of the trained model's gain, or None if it is reached."""
     most = result.metric_gain(result.end)
     if result.metric_gain(result.choice) >= MOST_GAIN * most:
         return None

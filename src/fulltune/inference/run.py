@@ -311,11 +311,11 @@ class GenericText:
         return (hidden * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _run_and_capture_body(model: nn.Module, inner: Any, body: nn.Module, inputs: dict[str, Tensor]) -> Any:
+def _run_and_capture_body(model: nn.Module, unwrapped_model: Any, body: nn.Module, inputs: dict[str, Tensor]) -> Any:
     """Run the whole model, which gathers sharded weights outside of its blocks, and return the body's output."""
-    if inner.config.is_encoder_decoder:
+    if unwrapped_model.config.is_encoder_decoder:
         inputs = {**inputs, "decoder_input_ids": inputs["input_ids"][:, :1]}
-    if type(inner).__name__.endswith("MultipleChoice"):
+    if type(unwrapped_model).__name__.endswith("MultipleChoice"):
         inputs = {name: tensor.unsqueeze(1) for name, tensor in inputs.items()}
     outputs: list[Any] = []
     hook = body.register_forward_hook(lambda _, __, output: outputs.append(output))

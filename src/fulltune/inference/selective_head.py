@@ -37,7 +37,7 @@ class SelectiveHead:
         states: list[Tensor] = []
 
         def select_hidden(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            """Replace the head's input by the needed tokens' hidden states (a forward pre-hook)."""
+            """Return the hidden states of the needed tokens as the head's input (a pre-hook); None changes nothing."""
             # Inputs that are not these rows' hidden states pass unchanged: logits stay 3-dimensional, and tasks select.
             if not args or args[0].shape[:2] != labels.shape:
                 return None
@@ -136,7 +136,7 @@ def verify_selective_head(
 
 
 def attention_precision(model: nn.Module, device_type: str) -> torch.autocast:
-    """Return a context without autocast, which shows differences best, or with bf16 for flash attention."""
+    """Return the context in which to compare logits: fp32 or, for flash attention, bf16 autocast."""
     import torch
 
     if "flash" not in (getattr(getattr(model, "config", None), "_attn_implementation", None) or ""):

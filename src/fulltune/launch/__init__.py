@@ -157,7 +157,7 @@ def write_job_file(job: LaunchedJob, launcher: str, path: Path, force: bool) -> 
     """Write the job file and return the command that submits it. Raise `SetupError` if the file exists without `force`,
     or is one that the job needs."""
     if os.path.realpath(path) in {os.path.realpath(one) for one in (str(job.file), *named_paths(job.recipe))}:
-        raise SetupError(f"--output: {path} is a file that the job needs; name another file")
+        raise SetupError(f"--output: {path} is a file that the job needs; choose another file")
     if path.exists() and not force:
         raise SetupError(f"{path}: already exists; give --force to replace it, or another name with --output")
     text = render_job_file(job, launcher)

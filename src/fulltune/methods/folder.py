@@ -161,7 +161,7 @@ def copy_into_trained(model: nn.Module, tensors: Mapping[str, torch.Tensor], sou
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
                 raise SetupError(
-                    f"{source}: {name} has the shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
+                    f"{source}: found shape {list(tensors[name].shape)} for {name}, expected {list(parameter.shape)}"
                 )
             parameter.copy_(shard_like(tensors[name], parameter))
 
@@ -176,7 +176,7 @@ def _check_tensor_names(expected: set[str], actual: set[str], source: Path) -> N
 def merge_into_pretrained(folder: Path, output: Path) -> None:
     """Merge a folder's parameters into the pretrained weights, and write a whole model to the empty folder `output`."""
     if output.exists() and any(output.iterdir()):
-        raise SetupError(f"{output}: is not empty; name a new folder")
+        raise SetupError(f"{output}: the folder is not empty; choose a new one")
     if not can_be_merged(folder):
         raise SetupError(f"{folder}: cannot be merged: the folder contains a whole model, or a method that adds hooks")
     notes, processor = read_notes(folder), load_processor(folder)

@@ -86,7 +86,7 @@ class Base:
         vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
         if vocabulary is not None and len(tokenizer) > vocabulary:
             raise SetupError(
-                f"model: {block.name}: the tokenizer has {len(tokenizer)} tokens, but the model only {vocabulary}; "
+                f"model: {block.name}: the tokenizer has {len(tokenizer)} tokens, but the model supports {vocabulary}; "
                 "use the tokenizer that belongs to the model"
             )
         if tokenizer.pad_token_id is None:

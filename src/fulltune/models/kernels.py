@@ -31,9 +31,7 @@ def compile_blocks(model: nn.Module, device: str, *, backend: str = "inductor", 
     import torch
 
     if missing := missing_compiler(device):
-        raise SetupError(
-            f"train.torch_compile: needs a {missing}, which was not found; install it, or remove the setting"
-        )
+        raise SetupError(f"train.torch_compile: no {missing} was found; install it, or remove the setting")
     blocks = [block for path in block_list_paths(model) for block in model.get_submodule(path).children()]
     if not blocks:
         raise SetupError(

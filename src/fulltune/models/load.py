@@ -103,11 +103,11 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def _missing_parameters(
-    model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool
+    model: PreTrainedModel, loading_info: Mapping[str, Any], block: ModelBlock, head_is_new: bool
 ) -> set[str]:
     """Return the parameters that the checkpoint lacks; raise `SetupError` if these are not all in a new head."""
     prefix = model.base_model_prefix
-    missing = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
+    missing = set(loading_info["missing_keys"]) | {key for key, *_ in loading_info.get("mismatched_keys", ())}
     body = {key for key in missing if key.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.pooler")}
     refused = sorted(body if head_is_new else missing)
     if refused:
@@ -116,7 +116,7 @@ def _missing_parameters(
             f"for example {refused[0]}; check that the model suits the task"
         )
     if missing:
-        _log.info("new weights, drawn at random: %s", ", ".join(sorted(missing)))
+        _log.info("weights initialised at random: %s", ", ".join(sorted(missing)))
     return missing
 
 
@@ -196,23 +196,23 @@ def _first_three(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
-def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigin, has_labels: bool) -> HeadOrigin:
-    """Reorder or reinitialise the rows of a loaded head to match `head`, and return the actual origin. `missing` are
-    parameters that the checkpoint lacks."""
+def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigin, task_has_labels: bool) -> HeadOrigin:
+    """Reorder or reinitialise the rows of a loaded head as `head` says, and return the actual origin. `missing` names
+    the parameters that the checkpoint lacks."""
     import torch
 
     above = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
     if above:
         return head if head.order is None else _MISSING
-    if not has_labels:
+    if not task_has_labels:
         return _AS_IT_IS
     if head.order is not None and head.order == tuple(range(len(head.order))):
         return head
     rows = _find_label_axes(model)
     if not rows:
         raise SetupError(
-            f"model: {model.name_or_path}: {type(model).__name__} does not show which values of its head belong to "
-            "which label; use a checkpoint without a head"
+            f"model: {model.name_or_path}: {type(model).__name__} the rows of the head cannot be matched to "
+            "labels; use a checkpoint without a head"
         )
     parameters = {name: model.get_parameter(name) for name in rows}
     with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):

@@ -120,7 +120,7 @@ def check_model(recipe: Recipe, base: Base) -> None:
     experts = [getattr(base.config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
     if problem is None and any(isinstance(count, int) and count > 1 for count in experts):
         # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
-        problem = "is a mixture of experts, which fulltune cannot train yet"
+        problem = "mixtures of experts are not supported yet"
     if problem is not None:
         raise SetupError(f"model: {recipe.model.name}: {problem}")
 

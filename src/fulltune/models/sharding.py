@@ -81,7 +81,7 @@ def tie_before_sharding(model_class: Any) -> Any:
     return type(model_class.__name__, (model_class,), of_class)
 
 
-def remove_tied_modules(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+def remove_tied_modules(model: nn.Module, fsdp_plan: Mapping[str, str]) -> dict[str, str]:
     """Return a sharding plan without modules that share weights with others, which FSDP2 must gather with the root."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -91,7 +91,7 @@ def remove_tied_modules(model: nn.Module, plan: Mapping[str, str]) -> dict[str, 
     def has_parted(path: str) -> bool:
         return any(len({name.startswith(f"{path}.") for name in several}) > 1 for several in tied)
 
-    return {path: style for path, style in plan.items() if not has_parted(path)}
+    return {path: style for path, style in fsdp_plan.items() if not has_parted(path)}
 
 
 def block_sharding_plan(model: nn.Module) -> dict[str, str]:
@@ -240,7 +240,7 @@ def local_tensor(values: torch.Tensor) -> torch.Tensor:
 
 
 def dtensor_from_shard(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return this rank's `shard` as part of a tensor sharded like the parameter; unchanged if that is whole."""
+    """Wrap this rank's `shard` in a tensor sharded like the parameter; return it unchanged if that is whole."""
     if not hasattr(parameter, "placements"):
         return shard
     from torch.distributed.tensor import DTensor

@@ -144,7 +144,7 @@ def _logits_and_gradients(
 def check_planned_bytes(device: str) -> CheckOutcome:
     """Compare planned and allocated bytes of weights, gradients and AdamW's moments."""
     if device != "cuda":
-        raise NotHere("needs a GPU; on a CPU the dry run before step 1 measures the process")
+        raise NotHere("needs a GPU; on a CPU the dry run before step 1 measures memory")
     # The first product also allocates a workspace that stays.
     make_llama(device)(input_ids=random_token_ids(device)).logits.sum().backward()
     gc.collect()
@@ -258,7 +258,7 @@ CHECKS: tuple[tuple[str, str, Callable[[str], CheckOutcome]], ...] = (
         for kind in TYPES
     ),
     ("speed", "two linear layers, forward and backward, bf16 against fp32", measure_bf16_speed),
-    ("attention", "sdpa, as torch chooses, against eager", partial(check_sdpa, backend=None)),
+    ("attention", "sdpa with the kernel that torch chooses, against eager", partial(check_sdpa, backend=None)),
     *(("attention", f"sdpa {kind} against eager", partial(check_sdpa, backend=kind)) for kind in BACKENDS),
     ("attention", "flash_attention_2 against eager", check_flash_attention_2),
     ("memory", "planned against measured bytes, AdamW on 6 M parameters", check_planned_bytes),
