@@ -14,7 +14,6 @@ from fulltune.system.parallel_layout import BUCKET_VALUES, ParallelLayout
 from fulltune.text import format_bytes, parse_bytes
 
 LIBRARIES_BYTES = 700 * 2**20
-"""Memory of Python, torch and transformers in a CPU process."""
 
 
 def usable_memory(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:

@@ -87,7 +87,7 @@ def _candidate_settings(basis: Basis, start: MemorySettings) -> list[MemorySetti
 
 
 def _with_savings(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
-    """Combine `start` with automatic memory savings that keep the result (`same_result`) or change it."""
+    """Return `start` with each combination of automatic memory savings; `same_result` selects which savings."""
     combinations = [start]
     for lever in LEVERS:
         if lever.searched and lever.same_result == same_result and not lever.why_not_automatic(recipe, start):

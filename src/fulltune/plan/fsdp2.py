@@ -189,7 +189,7 @@ def _forward_tensor_bytes(units: Units, position: str) -> tuple[tuple[int, ...],
 def _block_estimators(
     traced: Sequence[tuple[str, dict[MemoryKind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
 ) -> tuple[Callable[[dict[MemoryKind, int]], int], Callable[[str], dict[MemoryKind, int]]]:
-    """Return two functions that compute a block's gradient bytes so far, and the bytes that its end frees."""
+    """Return two functions: the current block's gradient bytes at a moment, and the bytes freed when it ends."""
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart

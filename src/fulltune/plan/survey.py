@@ -222,7 +222,7 @@ def _find_ways_out(
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))
 
 
-def _larger_hardware(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut]:
+def _larger_hardware(workload: Workload, fleet: Fleet, peak_now: int) -> Iterator[WayOut]:
     """Yield the smallest increase of devices or machines, and of host memory, that makes the run fit."""
     named = fleet.named
     if named.gpu is None or fleet.here:
@@ -237,7 +237,7 @@ def _larger_hardware(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterat
         for hardware in larger:
             if planned := _plan_on_hardware(workload, gpus.complete_hardware(hardware)):
                 plan = planned[0]
-                frees = max(0, now_bytes - (plan.memory.peak if plan.memory else 0))
+                frees = max(0, peak_now - (plan.memory.peak if plan.memory else 0))
                 words = f"{hardware}, {placements.placement_name(_layout_of(workload.recipe, planned), plan)}"
                 yield ways_out.make_way_out({}, frees, True, costs, words).model_copy(
                     update={"hardware": str(hardware)}
@@ -258,7 +258,7 @@ def _plan_on_hardware(workload: Workload, fleet: Fleet) -> PlannedSettings | Non
 
 
 def _check_way_out(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
-    """Return the way out, marked as not `enough` if planning with it fails."""
+    """Plan with the proposed change, and mark the change as not `enough` if that fails."""
     if not way.enough or not way.settings or "data.max_length" in way.settings:
         return way
     if _plan_or_none(replace(workload, recipe=with_settings(workload.recipe, way.settings)), fleet) is not None:

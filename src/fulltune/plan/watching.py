@@ -16,7 +16,6 @@ from fulltune.text import format_percent
 SHARE, SHARE_STEERED = 0.01, 0.05
 """Shares of the training time for generic texts, without and with a budget."""
 MIN_TEXTS, MAX_TEXTS = 8, 64
-"""Bounds on the texts read at each evaluation."""
 STEERED = 20
 """How often a run sets the replay weight."""
 REPLAYED, MIN_REPLAYED = 0.125, 4

@@ -38,17 +38,17 @@ def memory_ways_out(
         # the same types, then the fastest.
         fastest = max(others, key=lambda option: option.tokens_per_second or 0.0)
         own = [one for one in others if one.settings.get(PLACEMENT) == "fsdp2" and one is not fastest][:1]
-        ways[mild:mild] = [_placement_way_out(one, now) for one in (*own, fastest)]
+        ways[mild:mild] = [_propose_placement(one, now) for one in (*own, fastest)]
     least = MIN_SHARE * (now - basis.available_bytes)
     ways = [way for way in ways if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
     enough = [way for way in ways if way.enough] or _combine_savings(basis, smallest)
     if len(enough) < MAX_WAYS and not recipe.train.engine_by:  # ZeRO's weights may be offloaded
-        enough.append(_smaller_model_way_out(basis, smallest))
+        enough.append(_propose_smaller_model(basis, smallest))
     rest = sorted((way for way in ways if not way.enough), key=lambda way: -way.frees_bytes)
     return tuple([*enough, *rest][:MAX_WAYS])
 
 
-def _placement_way_out(placement: PlacementOption, peak_now: int) -> WayOut:
+def _propose_placement(placement: PlacementOption, peak_now: int) -> WayOut:
     host = f", {format_bytes(placement.host_bytes)} on the host" if placement.host_bytes else ""
     speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
     costs = speed or "results differ in the last digits"
@@ -63,7 +63,7 @@ def make_way_out(
     change: str = "",
     where: Literal["device", "disk"] = "device",
 ) -> WayOut:
-    """Describe a change that frees memory or disk space, by `change` or else by its settings."""
+    """Describe a change that frees memory or disk space; `enough` means that the run then fits."""
     first, *others = [f"{name}: {to_yaml(value)}" for name, value in settings.items()] or [""]
     words = change or (f"{first} with {listed(others)}" if others else first)
     return WayOut(change=words, frees_bytes=frees_bytes, where=where, enough=enough, costs=costs, settings=settings)
@@ -92,7 +92,7 @@ def _combine_savings(basis: Basis, now: MemorySettings) -> list[WayOut]:
     return []
 
 
-def _smaller_model_way_out(basis: Basis, settings: MemorySettings) -> WayOut:
+def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> WayOut:
     need = basis.memory_need(settings)
     parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"

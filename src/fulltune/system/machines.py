@@ -176,15 +176,15 @@ class Member(Record):
         return f"machine {self.rank} ({self.host})"
 
 
-def own_member(recipe: Recipe, place: MachineAddress, machine: Machine, token: str = "") -> Member:
+def own_member(recipe: Recipe, machine_address: MachineAddress, machine: Machine, token: str = "") -> Member:
     """Return this machine's heartbeat record. `token` identifies machine 0's command."""
     settings = flatten_settings(recipe.model_dump(mode="json"))
     return Member(
-        rank=place.rank,
+        rank=machine_address.rank,
         token=token,
         instance=uuid.uuid4().hex,
         host=socket.gethostname(),
-        address=own_address(place.host, place.port),
+        address=own_address(machine_address.host, machine_address.port),
         facts={
             "versions": _package_versions(recipe),
             "settings": {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()},

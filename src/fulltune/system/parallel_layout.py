@@ -151,7 +151,7 @@ def _fill_and_check(
 
 
 def _read_settings(block: Any) -> dict[str, Any]:
-    """Return settings that the recipe contains, or reads from a JSON file."""
+    """Return `block` if it is a mapping of settings, or else read the JSON file that it names."""
     if isinstance(block, Mapping):
         return dict(json.loads(json.dumps(block)))
     path = Path(str(block))

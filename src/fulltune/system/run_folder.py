@@ -184,7 +184,7 @@ def _is_resumable_comparison(folder: Path) -> bool:
 
 
 def _claim_folder(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
-    """Make a new or empty folder this recipe's; return True if it already is, else raise `SetupError`."""
+    """Make a new or empty folder this recipe's, or raise `SetupError`; return True if the folder already was."""
     identity = folder / IDENTITY
     if identity.exists():
         if _stored_fingerprint(identity) != fingerprint:
@@ -276,7 +276,7 @@ def raise_if_started_with_functions(folder: Path, recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(folder: Path) -> Iterator[None]:
-    """Turn errors while writing to the folder, such as a full disk, into errors with advice."""
+    """Replace errors while writing to the folder by `SetupError`, or `DoesNotFitError` if the disk is full."""
     try:
         yield
     except Exception as error:
