@@ -52,7 +52,7 @@ ON_GPU = SETTINGS.changed(device="cuda")
 
 def test_footprint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "footprint.json").write_text(FOOTPRINT.model_dump_json(exclude={"weights_dtype"}))
-    with pytest.raises(SetupError, match="written by another version of fulltune; delete it and run the command again"):
+    with pytest.raises(SetupError, match="from another version of fulltune; delete it and run the command again"):
         Footprint.load(tmp_path / "footprint.json")
 
 
