@@ -196,10 +196,10 @@ def test_json_number_without_an_end_is_no_class(
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ([[0.1, 0.9], [0.8, 0.2]], r"soft or one-hot \(\[0.1, 0.9\], first: a.jsonl:1\).*expected the names"),
-        (["[0.1, 0.9]", "[1, 0]"], r"soft or one-hot \(\[0.1, 0.9\], first: a.jsonl:1\).*expected the names"),
-        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], r"soft or one-hot \(\[1, 0, 0\], first: a.jsonl:1\).*expected the names"),
-        ([[1.0, 0.0], [1.0, 1.0]], r"soft or one-hot \(\[1.0, 0.0\], first: a.jsonl:1\).*expected the names"),
+        ([[0.1, 0.9], [0.8, 0.2]], r"soft or one-hot: \[0.1, 0.9\], first: a.jsonl:1\).*expected the names"),
+        (["[0.1, 0.9]", "[1, 0]"], r"soft or one-hot: \[0.1, 0.9\], first: a.jsonl:1\).*expected the names"),
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], r"soft or one-hot: \[1, 0, 0\], first: a.jsonl:1\).*expected the names"),
+        ([[1.0, 0.0], [1.0, 1.0]], r"soft or one-hot: \[1.0, 0.0\], first: a.jsonl:1\).*expected the names"),
         ([[["a"]], [["b"], "a"]], r"no row of column 'label' names a label: .*first: a.jsonl:1"),
     ],
 )

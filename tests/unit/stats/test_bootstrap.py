@@ -71,7 +71,7 @@ def test_temperature_is_not_fitted_where_every_eval_row_is_right() -> None:
     calibration = calibrate(logits, labels, logits, labels)
     assert calibration.temperature == 1.0
     assert calibration.expected_calibration_error == calibration.expected_calibration_error_scaled
-    assert calibration.note.startswith("every eval row is predicted correctly")
+    assert calibration.note.startswith("all eval rows are predicted correctly")
     labels[0] = 1
     assert calibrate(logits, labels, logits, labels).note is None
 

@@ -66,9 +66,9 @@ def test_level_of_a_loss_of_mixed_rows_says_nothing() -> None:
 @pytest.mark.parametrize(
     ("metric", "rows", "name", "facts"),
     [
-        ([0.6, 0.833, 0.75, 0.708], 24, "accuracy", ["step 20 (epoch 2), 83.3%, and 70.8% at the end", "24", "15.5"]),
+        ([0.6, 0.833, 0.75, 0.708], 24, "accuracy", ["step 20 (epoch 2) with 83.3% and ended at 70.8%", "24", "15.5"]),
         ([0.5, 0.6, 0.55, 0.59], 0, "accuracy", ["1,000 (assumed)", "3.1 points"]),
-        ([0.5, 0.6, 0.6, 0.595], 24, "matthews_correlation", ["0.6, and 0.595 at the end", "up to 0.012"]),
+        ([0.5, 0.6, 0.6, 0.595], 24, "matthews_correlation", ["with 0.6 and ended at 0.595", "up to 0.012"]),
     ],
 )
 def test_answers_that_are_not_surely_worse_are_not_called_as_good(

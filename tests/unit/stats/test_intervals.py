@@ -69,7 +69,7 @@ def test_draw_metric_computed_anew_is_like_that_by_sums(monkeypatch: pytest.Monk
 
 
 def test_draw_trials_of_other_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"trials of \[3, 4\] rows"):
+    with pytest.raises(ValueError, match=r"the trials have \[3, 4\] rows"):
         resample_trials(LOSS, [[losses(np.ones(3))], [losses(np.ones(4))]], None)
 
 

@@ -89,7 +89,7 @@ def test_inside_tag_that_continues_nothing_begins_an_entity(found: str, repaired
     [
         (["O PERSON", "B-a"], "holds tags that are not BIO, expected O, B-TYPE (first word of an entity) or I-TYPE"),
         (["0 3 0", "B-a"], "numbers are positions in a data set's list of labels"),
-        (["S-PER O", "B-a"], "S- and U- in other schemes mean B-"),
+        (["S-PER O", "B-a"], "in other schemes, S- and U- mean B-"),
         (["O B-", "B-a"], "holds tags that are not BIO"),
         (["O o", "B-a"], "holds tags that are not BIO"),
     ],
