@@ -43,7 +43,7 @@ Until = Literal["data", "plan", "train", "evaluate", "report"]
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe with its run folder, the user's functions and a listener for progress."""
+    """A recipe with its run folder, user functions and progress listener."""
 
     recipe: Recipe
     folder: Path

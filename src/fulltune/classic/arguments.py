@@ -92,6 +92,7 @@ class OldNames:
     """
 
     def __init__(self, *positional: Any, **keywords: Any) -> None:
+        """Translate old names, then create the arguments."""
         new_names = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]  # beside
         for name in keywords:
             if name not in new_names and name not in OLD_NAMES:

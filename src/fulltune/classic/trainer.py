@@ -55,6 +55,7 @@ class Trainer(Guarded, transformers.Trainer):
     _loss_is_mean: bool = False
 
     def __init__(self, *positional: Any, tokenizer: PreTrainedTokenizerBase | None = None, **keywords: Any) -> None:
+        """Create the trainer; `tokenizer` is the old name of `processing_class`."""
         if tokenizer is not None:
             if keywords.get("processing_class", tokenizer) is not tokenizer:
                 raise ValueError("Trainer: tokenizer and processing_class are the same argument; give only one")

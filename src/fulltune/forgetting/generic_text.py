@@ -23,7 +23,6 @@ from fulltune.text import counted
 
 NUM_TEXTS = 200
 MAX_PARAGRAPH_LINES = 30
-"""Paragraphs with more lines on average are read as one text per line."""
 _KEY_WORDS, _DOCUMENTATION_KEY_WORDS = 64, 8
 """First words that identify a text or a docstring, as boilerplate begins alike."""
 _MIN_MAX_WORDS = (20, 120)
@@ -69,7 +68,6 @@ class BudgetTexts:
     """Disjoint generic texts of a run with a budget."""
 
     selection: list[str]
-    """Texts that steer the training and select an interpolation point."""
     sealed: list[str]
     """Texts that are read only for the final measurement."""
     replayed: list[str]

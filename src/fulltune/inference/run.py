@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 64
 BATCH, STATES_BATCH = 8, 32
-"""Generic texts per batch, for language models, whose logits take memory, and for other models."""
+"""Generic texts per batch: for language models, and for others."""
 ProgressCallback = Callable[[int, int, float], None]
-"""Receives the rows done, the rows in total, and the share of the work done."""
+"""Receives the number of rows done, of all rows, and the share of work done."""
 
 
 @dataclass(frozen=True)

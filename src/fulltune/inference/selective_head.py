@@ -81,18 +81,17 @@ def _bias_after_head(model: nn.Module) -> Tensor | None:
     return None if bias is None else bias[0]
 
 
-BEFORE, TRIED = 4, 16
-"""Tokens before the first trained one, and in total, with which the head is verified."""
+TOKENS_BEFORE_TRAINED, NUM_TOKENS_TRIED = 4, 16
 
 
 def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cut a batch's tensors to 16 tokens, starting shortly before the first trained one."""
     first = (batch["labels"] != padding.IGNORED).int().argmax(dim=1)
-    start, length = max(0, int(first.min()) - BEFORE), batch["labels"].shape[1]
+    start, length = max(0, int(first.min()) - TOKENS_BEFORE_TRAINED), batch["labels"].shape[1]
 
     def piece(tensor: Tensor) -> Tensor:
         begin = start if tensor.shape[1] == length else 0  # an encoder's tokens have a length of their own
-        return tensor[:, begin : begin + TRIED]
+        return tensor[:, begin : begin + NUM_TOKENS_TRIED]
 
     return {name: piece(tensor) for name, tensor in batch.items()}
 

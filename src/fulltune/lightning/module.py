@@ -52,6 +52,7 @@ class FineTuningModule:
         rows: Rows,
         eval_rows: Rows,
     ) -> None:
+        """Take the prepared model and rows; without `head`, all logits are computed."""
         super().__init__()
         self.objective, self.plan, self.model = objective, objective.plan, objective.model
         self.tokenizer, self.rows, self.eval_rows = tokenizer, rows, eval_rows
@@ -201,6 +202,7 @@ class TrainBatches:
     """
 
     def __init__(self, module: FineTuningModule, trainer: Any) -> None:
+        """Create the sampler of global batches."""
         self.module, self.trainer = module, trainer
         plan = module.plan
         batches = (plan.global_batch_size, plan.micro_batch_size, plan.seed, plan.group_by_length, trainer.world_size)
@@ -245,7 +247,7 @@ class TrainBatches:
 
 
 class FineTuningData:
-    """The rows of a recipe in a run's order; `with_lightning_base` adds `LightningDataModule` as a base."""
+    """The rows of a recipe in a run's order; `with_lightning_base` adds `LightningDataModule`."""
 
     trainer: Any
 

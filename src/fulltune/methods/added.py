@@ -41,6 +41,7 @@ class Bottleneck(nn.Module):
     """Bottleneck adapter with a residual connection (Houlsby et al. 2019, arXiv 1902.00751), which PEFT lacks."""
 
     def __init__(self, hidden_size: int, bottleneck_size: int, non_linearity: str) -> None:
+        """Create the layers with small random weights."""
         super().__init__()
         self.down = nn.Linear(hidden_size, bottleneck_size)
         self.up = nn.Linear(bottleneck_size, hidden_size)
@@ -52,6 +53,7 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states plus the adapter's output."""
         # In fp32 even if the frozen weights are bf16, which would lose small updates.
         added = self.up(self.non_linearity(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + added.to(hidden.dtype)
@@ -184,6 +186,7 @@ class Prompt(nn.Module):
     """
 
     def __init__(self, weight: torch.Tensor, filler_id: int) -> None:
+        """Take the initial virtual tokens; `filler_id` is their token id in `input_ids`."""
         super().__init__()
         self.size = len(weight)
         self.weight = nn.Parameter(weight)

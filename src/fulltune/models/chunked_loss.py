@@ -103,6 +103,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the saved gradients times `factor`, the loss's gradient."""
         # In place: a second backward pass through the same graph is an error that autograd itself reports.
         scaled = (
             None if gradient is None else gradient.mul_(factor).to(kind)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST_COMPILED = 64
-"""Maximum number of compilations per block for different shapes; torch's default of 8 is too low for T5."""
+"""Maximum number of compilations per block; torch's default of 8 is too low for T5."""
 
 
 def missing_compiler(device: str) -> str | None:

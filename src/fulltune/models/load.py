@@ -30,7 +30,6 @@ class HeadOrigin:
     """For each label, its row in the checkpoint's head; empty for a head without labels; None for a new head."""
     why: str
     drawn: tuple[str, ...] = ()
-    """Parameters that the checkpoint lacks or has in another shape, in the model's order."""
 
     @property
     def in_words(self) -> str:
@@ -56,7 +55,7 @@ def load_model(
         base: The pretrained model.
         config_changes: Values to set on the config.
         head_is_new: Initialise a head that the checkpoint lacks or has with other labels; if False, raise instead.
-        before_weights: Called after imports, before the weights take memory.
+        before_weights: Called before the weights take memory.
         on_head: Called with the head's origin if `head_is_new`.
         num_ranks: Number of ranks that shard the weights; all must call this.
 

@@ -45,7 +45,6 @@ class Predictor:
     tokenizer: Any
     """The tokenizer, or the `ImageReader` of a model for images."""
     notes: Mapping[str, Any]
-    """The content of the model folder's `fulltune.json`."""
 
     @cached_property
     def task(self) -> Task:

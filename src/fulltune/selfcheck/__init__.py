@@ -276,7 +276,7 @@ class CheckResult(Record):
 
 
 class Page(Record):
-    """The results of all checks, without host name, user name or paths."""
+    """The results of all checks, without private names."""
 
     date: str
     environment: dict[str, str]
