@@ -40,7 +40,7 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Hash some values of each weight in the model's body."""
+    """Return a hash of sampled values of each weight in the model's body."""
     digest = hashlib.sha256()
     for name, values in model.base_model.named_parameters():
         flat = sharding.full_tensor(values.detach()).reshape(-1)
@@ -82,8 +82,8 @@ def last_saved(folder: Path) -> int:
 
 
 def delete_old_checkpoints(folder: Path, limit: int, best_step: int | None) -> None:
-    """Delete complete checkpoints except the newest `limit`, the best one, and those that were best when one of these
-    was saved, for rollbacks."""
+    """Delete complete checkpoints except the newest `limit`, the best, and those that were best when one of these was
+    made."""
     sealed = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
     states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in sealed[-limit:]]
     best_steps = {best_step, *(state["best_global_step"] for state in states)}
@@ -93,6 +93,7 @@ def delete_old_checkpoints(folder: Path, limit: int, best_step: int | None) -> N
 
 
 def delete_unfinished(folder: Path) -> None:
+    """Delete checkpoints without checksums."""
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / SEAL).exists():
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -114,8 +115,8 @@ def save_trained_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a checkpoint's weights into the model. With `trained_only`, read what `save_trained_weights` wrote; else let
-    transformers 5.24 rename tensors."""
+    """Load a checkpoint's weights into the model. With `trained_only`, read what `save_trained_weights` wrote; else use
+    `from_pretrained`, which renames some tensors."""
     if trained_only:
         from safetensors.torch import load_file
 

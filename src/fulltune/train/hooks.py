@@ -14,7 +14,7 @@ from fulltune.records.data import DataSummary
 
 
 def _stable_description(value: object) -> str:
-    """Describe a value in the same way in every process; functions by code, defaults and closure."""
+    """Describe a value by text that is the same in every process, such as a function by code, defaults and closure."""
     match value:
         case Mapping():
             return "{" + ",".join(f"{key}:{_stable_description(inner)}" for key, inner in value.items()) + "}"
@@ -69,21 +69,19 @@ class Hooks:
             "compute_loss and train.label_smoothing_factor are both given; smooth the labels in your own loss": (
                 own and train.label_smoothing_factor
             ),
-            "with compute_loss training runs in this process; set train.num_processes: 1": own
-            and train.num_processes > 1,
-            f"with compute_loss training runs in this process; remove {recipe.train.sharded_by}": own
-            and recipe.train.sharded_by,
-            "the metrics function needs generated answers; set evaluate.generate_rows above 0": self.metrics
-            and not answers,
+            "compute_loss runs in this process; set train.num_processes: 1": own and train.num_processes > 1,
+            f"compute_loss runs in this process; remove {recipe.train.sharded_by}": own and recipe.train.sharded_by,
+            "metrics need generated answers; set evaluate.generate_rows above 0": self.metrics and not answers,
         }
         problems = [problem for problem, applies in pairs.items() if applies]
         if problems:
             raise RecipeError(problems)
 
     def check_data(self, summary: DataSummary) -> None:
+        """Raise `RecipeError` if `metrics` is set for raw text, which has no answers."""
         if self.metrics is not None and summary.form.is_raw_text:
             raise RecipeError(
-                "the metrics function compares answers, which raw text lacks; omit it, or train on prompts"
+                "metrics compare answers, which raw text lacks; omit metrics, or give prompts and answers"
             )
 
     @property

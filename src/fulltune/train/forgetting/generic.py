@@ -48,7 +48,7 @@ class DriftMonitor(TrainingPart):
         self.inputs, self.trainer = inputs, trainer
         self.text: GenericText | None = None
         """Texts on which drift is measured, or None if the plan has none or this model cannot be measured."""
-        self.identity = ""
+        self.digest = ""
         """Digest of all generic texts of the run."""
         self.start: np.ndarray | None = None
         """Output of `GenericText.read` for the pretrained model."""
@@ -60,7 +60,7 @@ class DriftMonitor(TrainingPart):
             count = max(num_texts, count_texts_for(texts, num_texts * GENERIC_TOKENS)) if split else len(texts)
             self.text = self.tokenize(texts[:count])
             all_texts = [*split.selection, *split.sealed, *split.replayed] if split else texts
-            self.identity = hashlib.sha256("\0".join(all_texts).encode()).hexdigest()[:16]
+            self.digest = hashlib.sha256("\0".join(all_texts).encode()).hexdigest()[:16]
 
     @cached_property
     def max_tokens(self) -> int:
@@ -77,7 +77,7 @@ class DriftMonitor(TrainingPart):
         )
 
     def weak_texts_reason(self, text: GenericText, first: np.ndarray) -> str | None:
-        """Return why drift on these texts says little about this model, or None."""
+        """Return why drift on these texts says little about this model, or None; `first` is the pretrained output."""
         tokenizer: Any = self.trainer.processing_class
         vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", None)
         return why_texts_are_weak(text, first, vocabulary, tokenizer.unk_token_id)
@@ -111,20 +111,19 @@ class DriftMonitor(TrainingPart):
         return mean_drift(self.start, now)
 
     def state(self) -> dict[str, Any]:
-        return {"generic_texts": self.identity, "generic": self.start}
+        return {"generic_texts": self.digest, "generic": self.start}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        self._check_texts(state["generic_texts"])
+        self._stop_if_texts_changed(state["generic_texts"])
         self.start = state.get("generic")
 
-    def _check_texts(self, identity: str | None) -> None:
-        """If the texts differ from the checkpoint's, raise `SetupError` if there is a budget, else stop measuring."""
-        if self.text is None or identity in (None, self.identity):
+    def _stop_if_texts_changed(self, saved_digest: str | None) -> None:
+        """If the generic texts changed since the checkpoint, raise `SetupError` if there is a budget, else stop
+        measuring."""
+        if self.text is None or saved_digest in (None, self.digest):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED
-        problem = (
-            f"preserve.probe: {probe}: the texts changed since this run began, so drift on them cannot be compared"
-        )
+        problem = f"preserve.probe: {probe}: the texts changed since this run began, so drift cannot be compared"
         if self.inputs.plan.generic.budget is not None:
             raise SetupError(f"{problem}; restore the old file, or start a new run (--fresh)")
         self.text = None
@@ -150,8 +149,7 @@ class Replay(TrainingPart):
         [tokens, `TOP_TOKENS`]; for others the mean hidden state, float64 [hidden]."""
 
     def texts_of_step(self, step: int) -> list[int]:
-        """Return the positions of the texts that a step, counted from 1, replays. All texts are used, in random order,
-        before one repeats."""
+        """Return the positions of the texts that a step, counted from 1, replays; all are used before one repeats."""
         plan, count = self.inputs.plan, len(self.text.ids)
         places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
         orders = {cycle: _shuffled_order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
@@ -196,13 +194,11 @@ class Replay(TrainingPart):
                 (loss if scaler is None else scaler.scale(loss)).backward()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Adjust the loss weight to the measured drift every `steer_steps` steps."""
+        """Adjust the replay loss's weight to the measured drift every `steer_steps` steps."""
         plan, step = self.inputs.plan, state.global_step
-        if (
-            step % plan.generic.steer_steps
-            or step >= plan.total_steps
-            or (drift := self.monitor.measure_drift()) is None
-        ):
+        if step % plan.generic.steer_steps or step >= plan.total_steps:
+            return
+        if (drift := self.monitor.measure_drift()) is None:
             return
         rate = cast("Any", self.trainer.lr_scheduler).get_last_lr()[0] / plan.learning_rate
         self.weight = next_replay_weight(self.weight, drift, self.limit, rate, self.bounds)
@@ -227,7 +223,7 @@ class Replay(TrainingPart):
         return kl_divergence(before.float(), logs.gather(-1, ids.long()))
 
     def _next_token_logits(self, positions: Sequence[int]) -> torch.Tensor:
-        """Return the logits of each next token in these texts: [tokens, vocabulary]."""
+        """Return the logits for each next token of these texts: [tokens, vocabulary]."""
         texts, device = [self.text.ids[position] for position in positions], self.trainer.args.device
         ids = pad_right(texts, self.text.pad_token_id).to(device)
         labels = pad_right([[IGNORED, *text[1:]] for text in texts], IGNORED).to(device)
@@ -258,7 +254,7 @@ def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[Training
 
 
 def kl_divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Return the summed KL divergence in nats between log probabilities [positions, tokens]; all other tokens count as
+    """Return the summed KL divergence in nats between log probabilities [positions, tokens]; other tokens count as
     one."""
     rest_before, rest_now = ((1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (before, now))
     return (before.exp() * (before - now)).sum() + (rest_before * (rest_before.log() - rest_now.log())).sum()

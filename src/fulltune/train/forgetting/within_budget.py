@@ -51,7 +51,7 @@ class WeightInterpolation:
         self.digest = digest.hexdigest()[:16]
 
     def set_weights(self, share: float) -> None:
-        """Set the weights to `share` of the way from pretrained (0) to trained (1). Of LoRA's two matrices only B is
+        """Set the weights to `share` of the way from pretrained (0) to trained (1); of LoRA's matrices only B is
         scaled."""
         sharding.free_gathered_weights(self.model)
         with safe_open(self.before, "pt") as before, safe_open(self.after, "pt") as after, torch.no_grad():
@@ -66,8 +66,8 @@ class WeightInterpolation:
 def keep_within_budget(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Sequence[Row]], float]
 ) -> BudgetResult | None:
-    """Interpolate the weights so that drift stays within the budget, and certify the result on texts kept for this;
-    return None without a budget. A saved result for the same weights is reused."""
+    """Interpolate the weights so that drift stays within the budget, and measure drift on the sealed texts; return None
+    without a budget. A saved result for the same weights is reused. `score` returns the metric of eval rows."""
     plan, request = inputs.plan, inputs.request
     if plan.generic.budget is None:
         return None
@@ -102,8 +102,7 @@ def _choose_and_certify(
     score: Callable[[Sequence[Row]], float],
     opening_times: tuple[str, ...],
 ) -> BudgetResult:
-    """Choose the largest share of training within the budget, and measure its drift on the texts kept for
-    certification."""
+    """Choose the best interpolation within the budget, and measure its drift on the sealed texts."""
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None

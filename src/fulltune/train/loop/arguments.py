@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def check_trainable(recipe: Recipe, *, check_packages: bool = True) -> None:
-    """Raise `RecipeError` for settings that cannot be trained, and `SetupError`, if `check_packages` is set, for
-    missing packages."""
+    """Raise `RecipeError` if settings cannot be trained, or `SetupError` if packages are missing and `check_packages`
+    is set."""
     problems = recipe_rules.problems_of(recipe)
     if recipe.train.engine_by:
         try:
@@ -59,8 +59,7 @@ def _missing_package_messages(recipe: Recipe) -> list[str]:
 
 
 def package_for_optimizer(optim: str) -> tuple[str, str]:
-    """Return the module that an optimizer needs and its pip package, or two empty strings for torch's and fulltune's
-    own."""
+    """Return the module that an optimizer needs and its pip package, or two empty strings if it needs none."""
     if optim in OWN_OPTIMIZERS:
         return "", ""
     if optim in ("adamw_torch_4bit", "adamw_torch_8bit"):
@@ -90,7 +89,7 @@ _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "ku
 
 
 def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> TrainingArguments:
-    """Convert recipe and plan to transformers' `TrainingArguments`, with output folder `checkpoints`."""
+    """Convert recipe and plan to transformers' `TrainingArguments`; `checkpoints` is the output folder."""
     from transformers import TrainingArguments
 
     train = recipe.train

@@ -107,7 +107,7 @@ class Progress(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Set the sampler's epoch, which transformers 5.24 omits if several processes resume within an epoch."""
+        """Set the sampler's epoch, which transformers 5.24 does not do if several processes resume within an epoch."""
         self.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -149,8 +149,7 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
 
     def should_stop_early(self, state: TrainerState) -> bool:
-        """Return whether early stopping ends the run, by the logged metrics, because a counter would restart on
-        resume."""
+        """Return whether early stopping ends the run. Logged metrics decide: a counter would restart on resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and should_stop_early(
             logged(state, f"eval_{plan.metric}"),

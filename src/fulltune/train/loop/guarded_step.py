@@ -93,8 +93,8 @@ class Guarded:
         return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-        """Return the Trainer's loss for one micro batch. If the backward pass also updates the weights, raise `Spiked`
-        for a non-finite loss."""
+        """Return the Trainer's loss for a micro batch. If its backward pass updates weights, raise `Spiked` if the loss
+        is bad."""
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
         if self._updates_in_backward and model.training:
             (total,) = self._sum_over_ranks(loss.detach().float())
@@ -105,8 +105,8 @@ class Guarded:
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
-        """Judge the step, which the Trainer calls between clipping and update: skip it or raise `Spiked` if it is bad.
-        Return the unclipped norm, or None if it is not finite."""
+        """Judge the step between clipping and update, and skip it or raise `Spiked` if it is bad. Return the unclipped
+        norm, or None if it is not finite."""
         losses, self._losses = self._losses, 0.0
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
         if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
@@ -195,7 +195,7 @@ def explain_non_finite(model: nn.Module, batches: Sequence[Mapping[str, object]]
 
 
 def _find_non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
-    """Find the cause, or raise any error of the model."""
+    """Return what `explain_non_finite` returns, or raise the model's error."""
     if all(_is_all_masked(batch.get("labels")) for batch in batches):
         return "all labels are masked, so there is nothing to learn from"
     for name, parameter in model.named_parameters():
@@ -214,8 +214,7 @@ def _is_all_masked(labels: object) -> bool:
 
 
 def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> str | None:
-    """Run the batch without dropout and return "name (class)" of the first module whose output is not finite, or
-    None."""
+    """Run the batch and return "name (class)" of the first module whose output is not finite, or None."""
     names: list[str] = []
 
     def add_hook(name: str, module: nn.Module) -> RemovableHandle:

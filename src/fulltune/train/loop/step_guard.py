@@ -22,8 +22,8 @@ MIN_NORM_SPREAD = 0.15
 MIN_LOSS_SPREAD = 0.05
 """Smallest assumed standard deviation of the loss, relative to its start."""
 RECENT_STEPS, STAY_SCORE = 20, 5.0
-"""A run stops if all of the last `RECENT_STEPS` losses are above the baseline, and their median by `STAY_SCORE`
-standard deviations."""
+"""A run stops if all of the last `RECENT_STEPS` losses are above the baseline, the median by `STAY_SCORE`
+deviations."""
 MIN_RISE = 0.1
 """Smallest rise that stops a run, relative to the loss at the start."""
 MAX_NON_FINITE = 3
@@ -119,8 +119,8 @@ def _describe_non_finite(loss: float, norm: float | None) -> str | None:
 def _skip_or_stop(
     history: StepHistory, step: int, reason: str, usual_causes: str, max_in_a_row: int = RECENT_STEPS
 ) -> StepVerdict:
-    """Skip this step, or stop the run after `max_in_a_row` skips in a row or `MAX_SKIPPED` among the last
-    `RECENT_STEPS`."""
+    """Return a verdict that skips this step, or stops the run after `max_in_a_row` skips in a row or `MAX_SKIPPED`
+    among the last `RECENT_STEPS`."""
     skipped = (*(skip for skip in history.skipped if step - RECENT_STEPS < skip < step), step)
     extended = replace(history, skipped=skipped)
     in_a_row = sum(skip > step - max_in_a_row for skip in skipped)
@@ -135,7 +135,7 @@ def _skip_or_stop(
 
 
 def _outlier_reason(history: StepHistory, loss: float, norm: float | None, rows: float) -> str | None:
-    """Return a message if both loss and norm are outliers, else None."""
+    """Return a message if both loss and norm are outliers, else None. With fewer `rows` the limits are wider."""
     if norm is None or norm <= 0 or not history.first or len(history.log_norms) < MIN_CLEAN_STEPS:
         return None
     median, spread = _median_and_spread(history.log_norms, MIN_NORM_SPREAD)
@@ -176,7 +176,7 @@ def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[floa
 def judge_parameter_changes(
     changes: ParameterChanges, has_gradients: bool, largest_grad_norm: float | None
 ) -> GuardDecision:
-    """Decide to stop the run if no parameter value changed, else to go on."""
+    """Return a decision to stop the run if no parameter value changed, else to go on."""
     if changes.num_values_changed > 0:
         return GO_ON
     if not has_gradients:
@@ -192,8 +192,8 @@ def judge_parameter_changes(
 
 
 def short_notice_warning(notice: str | None, stop_seconds: float) -> str | None:
-    """Return a warning if stopping (step, evaluation and checkpoint: `stop_seconds`) takes longer than `train.notice`,
-    else None."""
+    """Return a warning if a step, an evaluation and a checkpoint together (`stop_seconds`) take longer than
+    `train.notice`, else None."""
     if notice is None or stop_seconds <= parse_seconds(notice):
         return None
     return (
@@ -207,7 +207,7 @@ ROLLBACK_RATE_FACTOR = 0.5
 
 
 def learning_rate_factor(rollbacks: Sequence[int]) -> float:
-    """Return the factor of the learning rate after rollbacks to these steps. The first one, if to a checkpoint, does
-    not lower the rate, because most causes do not recur (docs/concepts/guards.md)."""
+    """Return the factor by which rollbacks to these steps lower the learning rate. A first rollback to a checkpoint
+    does not, because most causes do not recur (docs/concepts/guards.md)."""
     is_first_free = bool(rollbacks) and rollbacks[0] > 0
     return float(ROLLBACK_RATE_FACTOR ** (len(rollbacks) - is_first_free))

@@ -192,14 +192,14 @@ class FullTrainer(Guarded, Trainer):
         schedule._last_lr = [group["lr"] for group in groups]  # what is logged
 
     def computing_needed_logits(
-        self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, whole: bool = False
+        self, labels: torch.Tensor, trained_positions: torch.Tensor | None = None, *, whole: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model computes only the logits that the loss needs (all if `whole`), chunked if
-        planned."""
+        """Return a context in which the model computes only the logits that the loss needs, chunked if planned, or
+        `whole`."""
         if self.head is None:
             return contextlib.nullcontext()
         chunked = self.head.can_chunk and self._plan.chunked_loss and not whole
-        return self.head.computing_only(labels, trained, chunked=chunked)
+        return self.head.computing_only(labels, trained_positions, chunked=chunked)
 
     def collated(self, rows: list[Row]) -> dict[str, Any]:
         return collate_with_counts(rows, cast("Collate", self.data_collator), self.count_items, self.head)
@@ -214,7 +214,7 @@ class FullTrainer(Guarded, Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-        """Compute the loss, with a selective head from trained tokens' logits only."""
+        """Compute the loss; a selective head computes only trained tokens' logits."""
         inputs = dict(inputs)
         labels, trained = inputs["labels"], inputs.pop(TRAINED, None)
         if self.head is not None and trained is not None:
@@ -312,7 +312,7 @@ class FullTrainer(Guarded, Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the processor and the weights, or only the trained ones, as for LoRA."""
+        """Save the processor and the weights, for LoRA and similar methods only the trained ones."""
         if not self.trained_only:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
@@ -342,8 +342,8 @@ class FullTrainer(Guarded, Trainer):
 
     @contextlib.contextmanager
     def zero_rate_optimizer(self) -> Iterator[torch.optim.Optimizer]:
-        """Yield an optimizer like the run's but with rate and weight decay 0, so that no weight changes. This does not
-        work with DeepSpeed."""
+        """Yield an optimizer like the run's, but with rate and weight decay 0, so that no weight changes (not for
+        ZeRO)."""
         sharding.free_gathered_weights(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self.create_optimizer()

@@ -20,7 +20,6 @@ from fulltune.train.optim.optimizers import AdamW, to_torch_state
 FOLDER = "shared"
 WHOLE = "model.safetensors"
 MIN_FILE_BYTES, MAX_FILES = 2**24, 64
-"""Minimum file size and maximum number of files per rank."""
 WEIGHTS = "weights."
 OPTIMIZER = "optimizer."
 GATHERED_FILE_BYTES = 2**28
@@ -43,7 +42,7 @@ def save_sharded_checkpoint(
 
 
 def _assign_files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return each tensor's file number; files have a size limit."""
+    """Return a file number for each tensor, so that files stay below a size limit."""
     sizes = {name: sharding.local_tensor(values).nbytes for name, values in state.items()}
     limit = max(MIN_FILE_BYTES, sum(sizes.values()) // MAX_FILES)
     number, file_size, files = 1, 0, dict[str, int]()
@@ -55,8 +54,7 @@ def _assign_files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a sharded checkpoint's weights into a sharded or unsharded model; raise `SetupError` if their tensors
-    differ."""
+    """Load a sharded checkpoint's weights into a sharded or unsharded model; raise `SetupError` if tensors differ."""
     state = _weights_by_key(model, trained_only)
     sizes = {name: size for name, (size, _) in tensor_types(checkpoint).items() if name.startswith(WEIGHTS)}
     other_shape = [name for name, tensor in state.items() if tensor.shape != sizes.get(name, tensor.shape)]
@@ -201,9 +199,8 @@ def _shard_optimizer_state(values: dict[str, torch.Tensor], parameter: torch.Ten
     placed = {}
     for kind, value in values.items():
         is_whole = value.shape == parameter.shape and not hasattr(value, "placements")
-        placed[kind] = (
-            sharding.shard_like(value, parameter).clone() if is_whole else value
-        )  # a copy, out of the mapped file
+        # A copy, out of the mapped file.
+        placed[kind] = sharding.shard_like(value, parameter).clone() if is_whole else value
     return placed
 
 

@@ -33,8 +33,7 @@ _MIN_SCALE = 1e-30
 
 
 class Noise:
-    """Random numbers for rounding that depend only on seed, step and position. They come from a table, which is
-    faster."""
+    """Random numbers for rounding, from a table for speed. They depend only on seed, step and position."""
 
     def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
         self._seed = seed

@@ -188,8 +188,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_parameter_state(self, saved: Mapping[str, Any], parameter: Tensor) -> None:
-        """Load a parameter's AdamW state from a checkpoint, converting moment formats; raise `SetupError` for other
-        state."""
+        """Load a parameter's AdamW state in any moment format from a checkpoint; raise `SetupError` for other state."""
         missing = {"step", "exp_avg", "exp_avg_sq"} - set(saved)
         if missing:
             raise SetupError(

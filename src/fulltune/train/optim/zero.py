@@ -25,7 +25,7 @@ def init_process_group(arguments: TrainingArguments) -> None:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str], None]) -> None:
+def build_extensions(on_cpu: bool, offload_optimizer: bool, report: Callable[[str], None]) -> None:
     """Compile missing DeepSpeed extensions that the run needs; rank 0 compiles for all ranks."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
@@ -37,9 +37,9 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str
             continue  # DeepSpeed works without it, or reports what is missing
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
         if (lock := folder / "lock").exists():  # torch would wait for it silently and for ever
-            phase(f"waiting for {lock}: {builder.name} is being compiled; if no process compiles, delete it")
+            report(f"waiting for {lock}: {builder.name} is being compiled; if no process compiles, delete it")
         if not (folder / f"{builder.name}.so").exists():
-            phase(f"compiling DeepSpeed's {builder.name}, only this once, for about a minute")
+            report(f"compiling DeepSpeed's {builder.name}, only this once, for about a minute")
         try:
             builder.load(verbose=False)
         except (RuntimeError, OSError, ImportError) as error:
@@ -51,7 +51,7 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str
 
 
 def cast_to_model_dtype(model: PreTrainedModel) -> None:
-    """Cast parameters that a method added to the dtype of a ZeRO stage 3 model, which DeepSpeed 0.19.8 does not do."""
+    """Cast parameters that a method adds to a ZeRO stage 3 model to its dtype, which DeepSpeed 0.19.8 does not do."""
     dtypes = [parameter.dtype for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     for parameter in model.parameters() if dtypes else ():
         if not hasattr(parameter, "ds_id"):
@@ -62,7 +62,7 @@ def remove_unused_conversions(model: PreTrainedModel) -> None:
     """Remove name conversions that no tensor of the checkpoint needed.
 
     transformers 5.24 does not do that under DeepSpeed, and would save every `LayerNorm.weight` as `LayerNorm.gamma`.
-    Delete this when it does.
+    Delete this function when transformers does.
     """
     conversions: list[Any] | None = getattr(model, "_weight_conversions", None)
     if conversions:
@@ -92,7 +92,7 @@ def gather_second_moment(parameter: torch.Tensor) -> torch.Tensor:
 
 def link_moments(zero: Any) -> None:
     """Link all groups' moments to their parameters. DeepSpeed 0.19.8 (stages 1 and 2) does so after the first group's
-    first step, before the second group has moments. Delete this when it does."""
+    first step, before the second group has moments. Delete this function when that is fixed."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()

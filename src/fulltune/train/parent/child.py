@@ -119,7 +119,7 @@ _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
 
 
 def _explain_lost_machine(machine: LostMachine) -> tuple[OutcomeStatus, str]:
-    """Return the outcome's status and reason."""
+    """Return the outcome's status and reason for a lost machine."""
     name = f"machine {machine.rank} ({machine.host})"
     meanings: dict[str, tuple[OutcomeStatus, str]] = {
         "out_of_memory": ("out_of_memory", f"the kernel killed a training process on {name} because memory ran out"),
@@ -161,9 +161,7 @@ def _follow_worker(
         if stop_signals and not answered:
             answered = True
             when = "before its first step, as soon as the model is loaded and checked"
-            if (
-                read_completed_steps(request.folder) or request.plan.num_processes > 1
-            ):  # several agree at the end of a step
+            if read_completed_steps(request.folder) or request.plan.num_processes > 1:  # ranks agree after a step
                 when = "after the current step, which is saved"
             third = "a second signal has no effect, a third one kills the run without saving"
             listener(Message(text=f"stop requested: training ends {when}; {third}", level="warning"))

@@ -33,7 +33,7 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """Yield a starter that forks workers, one at a time, if that is safe, and else starts new processes."""
+    """Yield a function that starts workers: by forks, one at a time, if that is safe, else in new processes."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start_worker(request: Request, log: Path) -> WorkerProcess:
@@ -58,12 +58,7 @@ def fork_server() -> Iterator[Starter]:
 
 def _start_server(variables: dict[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "from fulltune.train.parent import fork_server as f; f.run_fork_server()",
-            str(os.getpid()),
-        ],
+        [sys.executable, "-c", "from fulltune.train.parent import fork_server as f; f.serve_forks()", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # output of imports; workers have logs
@@ -106,7 +101,7 @@ class ForkedWorker:
         return self._code
 
 
-def run_fork_server() -> None:
+def serve_forks() -> None:
     """Import the libraries, then fork a worker for each line of stdin."""
     die_with_parent(int(sys.argv[1]))
     answers = os.dup(1)

@@ -41,9 +41,9 @@ _CHECKING = "checking this machine and the recipe's files"
 
 
 @contextlib.contextmanager
-def lead_machines(machine: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> Iterator[MachineGroup]:
+def lead_machines(machine: MachineAddress, recipe: Recipe, report: Callable[[str], None]) -> Iterator[MachineGroup]:
     """Yield all machines of a run and write machine 0's heartbeat. Leaving the block also ends the other machines."""
-    phase(_CHECKING)
+    report(_CHECKING)
     own = machines.own_member(recipe, machine, hardware.measure_machine(), uuid.uuid4().hex)
     others = {rank: Peer(machine.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
 
@@ -61,9 +61,9 @@ class MachineGroup:
         self._machine, self._heartbeat, self._others = machine, heartbeat, others
         self._has_begun = False
 
-    def begin(self, phase: Callable[[str], None]) -> None:
-        """Wait for all machines before the first attempt; `phase` reports progress."""
-        self._phase = phase
+    def begin(self, report: Callable[[str], None]) -> None:
+        """Wait for all machines before the first attempt."""
+        self._report = report
         _check_port(self._machine)
         self.gather()
         self._has_begun = True
@@ -78,13 +78,13 @@ class MachineGroup:
         return hardware.weakest_machine([member.machine for member in self.members])
 
     def gather(self) -> None:
-        """Wait for all machines; raise `SetupError` if one would train differently."""
+        """Wait for all machines; raise `SetupError` if one of them would train something else."""
         until, named = time.monotonic() + self._machine.wait_seconds, None
         missing = list(self._others)
         # A machine is waited for only once, as a file server may show changes late.
         while missing := [rank for rank in missing if not self._is_ready(self._others[rank])]:
             if missing != named:
-                self._phase(f"waiting for {_machine_names(missing)} ({len(self._others) + 1} in all)")
+                self._report(f"waiting for {_machine_names(missing)} ({len(self._others) + 1} in all)")
                 named = missing
             if time.monotonic() > until:
                 raise self._absence_error(missing)
@@ -249,22 +249,24 @@ def rendezvous_address(machine: MachineAddress, attempt: str, address: str) -> M
 # ---- the other machines ------------------------------------------------------------------------------------------
 
 
-def follow_machine_0(machine: MachineAddress, recipe: Recipe, phase: Callable[[str], None]) -> None:
+def follow_machine_0(machine: MachineAddress, recipe: Recipe, report: Callable[[str], None]) -> None:
     """Take part in all attempts until machine 0's command ends, and raise its error if it failed."""
-    phase(_CHECKING)
+    report(_CHECKING)
     own = machines.own_member(recipe, machine, hardware.measure_machine())
     with machines.send_heartbeats(machine.file_of(recipe, machine.rank), own) as heartbeat:
         leader = Peer(machine.file_of(recipe, 0))
-        phase(f"waiting for machine 0 ({machine.rendezvous})")
-        while (member := _await_attempt(leader, machine, heartbeat, phase)).exit_code is None:
+        report(f"waiting for machine 0 ({machine.rendezvous})")
+        while (member := _await_attempt(leader, machine, heartbeat, report)).exit_code is None:
             assert member.attempt is not None  # `_await_attempt` waits for it
-            _run_attempt(member.attempt, leader, machine, heartbeat, phase)
+            _run_attempt(member.attempt, leader, machine, heartbeat, report)
         if member.exit_code:
             raise error_of_member(member)
-        phase("machine 0 has finished")
+        report("machine 0 has finished")
 
 
-def _await_attempt(leader: Peer, machine: MachineAddress, heartbeat: Heartbeat, phase: Callable[[str], None]) -> Member:
+def _await_attempt(
+    leader: Peer, machine: MachineAddress, heartbeat: Heartbeat, report: Callable[[str], None]
+) -> Member:
     """Wait until machine 0 has an attempt for this machine, or has ended; return its record."""
     until = time.monotonic() + machine.wait_seconds
     while True:
@@ -273,7 +275,7 @@ def _await_attempt(leader: Peer, machine: MachineAddress, heartbeat: Heartbeat, 
             until = time.monotonic() + machine.wait_seconds
             if member.token != own.token:
                 heartbeat.write(token=member.token)
-                phase(f"found machine 0 ({member.host}); waiting for an attempt")
+                report(f"found machine 0 ({member.host}); waiting for an attempt")
             if member.exit_code is not None or own.must_still_end(member.attempt):
                 return member
         elif time.monotonic() > until:
@@ -294,7 +296,7 @@ def _silence_error(leader: Peer, machine: MachineAddress, heartbeat: Heartbeat) 
 
 
 def _run_attempt(
-    attempt: SharedAttempt, leader: Peer, machine: MachineAddress, heartbeat: Heartbeat, phase: Callable[[str], None]
+    attempt: SharedAttempt, leader: Peer, machine: MachineAddress, heartbeat: Heartbeat, report: Callable[[str], None]
 ) -> None:
     """Run this machine's part of an attempt and report how it ended."""
     path, until = Path(attempt.request), time.monotonic() + machines.LOST_SECONDS
@@ -306,7 +308,7 @@ def _run_attempt(
             )
         time.sleep(POLL_SECONDS)
     request = Request.load(path)
-    phase(f"taking part in attempt {request.attempt} of {request.plan.trial} (log: {path.parent})")
+    report(f"taking part in attempt {request.attempt} of {request.plan.trial} (log: {path.parent})")
     kills, over_at = count_oom_kills(), 0.0
     log = path.with_name(f"log-machine{machine.rank}.txt")
     child = spawn.start_in_new_process(
@@ -333,4 +335,4 @@ def _run_attempt(
     heartbeat.write(last_part=AttemptEnd(attempt=attempt.name, lost=part))
     if stop_signals:
         raise InterruptedRun(f"interrupted; {GO_ON}")
-    phase("waiting for machine 0")
+    report("waiting for machine 0")

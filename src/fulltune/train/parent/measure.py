@@ -71,8 +71,7 @@ def micro_batches_to_measure(recipe: Recipe, plan: Plan, best: Changes) -> list[
 
 
 def compilation_to_measure(recipe: Recipe, best: MeasuredSetting, missing_tool: str | None) -> list[MeasuredSetting]:
-    """Return a setting with torch.compile, marked as not tried if a tool is missing, or [] if the recipe sets or
-    excludes compilation."""
+    """Return a setting with torch.compile (not tried if a tool is missing), or [] if the recipe decides already."""
     train = recipe.train
     if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
         return []
@@ -122,9 +121,8 @@ def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_byt
     best = find_fastest([*([best] if best else []), *measure_all(batches)])
     if best is None:
         raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in rows])
-    best = (
-        find_fastest([best, *measure_all(compilation_to_measure(recipe, best, missing_compiler(plan.device)))]) or best
-    )
+    compiled = measure_all(compilation_to_measure(recipe, best, missing_compiler(plan.device)))
+    best = find_fastest([best, *compiled]) or best
     marked = tuple(row.model_copy(update={"is_best": row is best}) for row in rows)
     Measurements(available_bytes=available_bytes, rows=marked).save(folder / "plan" / "measured.json")
     ran = sum(not row.problem for row in rows)

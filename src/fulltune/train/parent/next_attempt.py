@@ -113,7 +113,7 @@ def describe_memory_shortage(outcome: Outcome, plan: Plan) -> str:
 
 
 def settings_with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
-    """Return the plan's settings with the changed values, each with a `reason`."""
+    """Return the plan's settings with the changed values; `reason` explains each change."""
     present = {setting.name: setting for setting in plan.settings}
     for field, value in changes.items():
         name, before = SETTING_OF[field], getattr(plan, field)

@@ -95,8 +95,7 @@ def train_in_attempts(
 
 
 def _roll_back_to_healthy(request: Request, outcome: Outcome, max_rollbacks: int | None) -> NextAttempt | None:
-    """Plan a rollback to the newest healthy checkpoint and delete later ones; return None if no rollback is
-    possible."""
+    """Plan a rollback to the newest healthy checkpoint and delete later ones, or return None if it cannot help."""
     if max_rollbacks is None:
         max_rollbacks = request.recipe.train.max_rollbacks
     healthy = checkpoints.newest_healthy(request.checkpoints, outcome.first_bad_step or 0)
@@ -108,8 +107,7 @@ def _roll_back_to_healthy(request: Request, outcome: Outcome, max_rollbacks: int
 
 
 def _prepare_folders(request: Request, resume: bool, listener: Listener, expected_step: int) -> Request:
-    """Create the attempt's folders; return the request with the newest undamaged checkpoint. Warn if that is older than
-    `expected_step`."""
+    """Create the attempt's folders; return the request with the newest undamaged checkpoint. Warn if it is too old."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, damaged = checkpoints.newest_undamaged(request.checkpoints) if resume else (None, [])
     if sound is not None and (problem := parallel_layout.why_resume_impossible(sound, request.recipe)):
@@ -124,9 +122,8 @@ def _prepare_folders(request: Request, resume: bool, listener: Listener, expecte
             listener(Message(text=text, level="resumed"))
         if expected_step > request.first_step and not damaged:
             on = f"from step {request.first_step:,}" if request.first_step else "from the beginning"
-            listener(
-                Message(text=f"the checkpoint of step {expected_step:,} is missing; resuming {on}", level="warning")
-            )
+            text = f"the checkpoint of step {expected_step:,} is missing; resuming {on}"
+            listener(Message(text=text, level="warning"))
     if request.checkpoint is None:
         checkpoints.delete_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")

@@ -27,8 +27,8 @@ FSDP2_ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.a
 1,020 to 1,100, in steps 15 to 23 % longer."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Limits of the kernels that oneDNN and PyTorch cache per shape: the default of 1,024 took 280 MiB; a step needs fewer
-than 64."""
+"""Limits of the kernels that oneDNN and PyTorch cache per shape: 1,024, the default, took 280 MiB; a step needs under
+64."""
 
 
 LAUNCHER = ranks.__name__  # starts several processes
@@ -48,8 +48,7 @@ Starter = Callable[[Request, Path], WorkerProcess]
 
 
 def start_in_new_process(request: Request, log: Path, machine: MachineAddress | None = None) -> WorkerProcess:
-    """Start this machine's worker processes, under torchrun if there are several. `machine` is None for a single
-    machine."""
+    """Start this machine's worker processes, under torchrun if there are several here or on other machines."""
     with log.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
             worker_command(request, request.folder / "request.json", machine),

@@ -18,7 +18,7 @@ FALLING = ("linear", "cosine", "polynomial")
 
 
 def load_best_weights(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) -> Fields:
-    """Load the best checkpoint's weights unless the last ones are as good. Returns step, metric and reason as fields of
+    """Load the best checkpoint's weights unless the last ones are as good. Returns the choice as fields of
     `Outcome`."""
     best, best_metric = state.best_global_step, state.best_metric
     if not inputs.recipe.train.load_best_model_at_end:

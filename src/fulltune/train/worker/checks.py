@@ -104,7 +104,7 @@ def _describe_dropout(model: PreTrainedModel) -> Check:
 
 
 def _last_trained_tokens(rows: Rows) -> np.ndarray:
-    """Return each row's last trained token, or `IGNORED` without one: [rows]."""
+    """Return each row's last trained token, or `IGNORED` if it has none: [rows]."""
     tokens = []
     for flat, offsets in rows.lists("labels"):
         positions = np.where(flat != IGNORED, np.arange(len(flat)), -1)
@@ -128,7 +128,7 @@ def _check_packed_texts_isolated(trainer: FullTrainer, model: PreTrainedModel) -
 
 
 def _install_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:
-    """Let the trainer compute only trained tokens' logits if the results stay the same; this always passes."""
+    """Let the trainer compute only trained tokens' logits if the results stay the same. The check always passes."""
     if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists once training begins
         result = "off: ZeRO shards the model"
     elif own_loss:  # needs all logits
@@ -175,7 +175,7 @@ def count_last_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[d
 
 
 def stop_generation_at(model: PreTrainedModel, ends: set[int]) -> None:
-    """Add end tokens to the model's generation config, because a chat turn often ends with another one than the
+    """Add end tokens to the model's generation config, because chat turns often end with another than the
     tokenizer's."""
     if not ends:
         return

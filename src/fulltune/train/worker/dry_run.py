@@ -93,7 +93,7 @@ def _temporary_training_state(trainer: FullTrainer, plan: Plan) -> Iterator[tupl
 
 @contextlib.contextmanager
 def restored_random_state(*, on_gpu: bool = True) -> Iterator[None]:
-    """Restore all random generators after the block; `on_gpu` includes the GPUs', which initialises the GPUs."""
+    """Restore all random generators after the block, if `on_gpu` also the GPUs', which initialises the GPUs."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
@@ -199,8 +199,8 @@ class PassTimer:
     evaluate: Callable[[RowSubset], object]
 
     def run_pass(self, positions: Positions, *, keep_gradients: bool = False) -> tuple[float, float]:
-        """Run forward and backward on train rows; return loss and seconds. `keep_gradients` adds to earlier
-        gradients."""
+        """Run forward and backward on train rows, after clearing gradients unless `keep_gradients`; return loss and
+        seconds."""
         trainer, rows = self.trainer, self.trainer.train_rows
         if not keep_gradients:
             self.optimizer.zero_grad()
@@ -249,8 +249,8 @@ class PassTimer:
 def forecast_from_passes(
     passes: PassTimer, longest: Positions, seconds: tuple[float, float], step_seconds: float
 ) -> TimeNeed:
-    """Forecast the remaining training time from the `seconds` of two longest passes and, if they are short, further
-    passes."""
+    """Forecast the remaining training time from the `seconds` of two longest passes and, if they are short, from
+    others."""
     inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _attention_work_ratio(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
     steps = max(0, plan.total_steps - first_step)

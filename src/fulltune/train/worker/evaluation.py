@@ -46,9 +46,8 @@ class Evaluator(TrainingPart):
         else:
             size, rank = self.inputs.plan.eval_batch_size, arguments.process_index
             positions, count = distributed.rows_of_rank(positions_by_length(rows), size, rank, arguments.world_size)
-            self._predictions = distributed.gather_scores(
-                self.predict_rows(RowSubset(rows, positions)), positions[:count]
-            )
+            predictions = self.predict_rows(RowSubset(rows, positions))
+            self._predictions = distributed.gather_scores(predictions, positions[:count])
         return self.inputs.task.metrics(self._predictions, self.target)
 
     def metric_of(self, rows: Sequence[Row]) -> float:

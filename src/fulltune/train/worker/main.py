@@ -140,8 +140,7 @@ def _exit_with_parent(parent_pid: int) -> None:
 
 
 def main(file: str, parent: str | None = None) -> int:
-    """Run the request in `file` and return the exit code. `parent` is a process id to end with, by default the
-    request's."""
+    """Run the request in `file` and return the exit code. The process ends with `parent`, a process id."""
     request = Request.load(Path(file))
     parent_pid = request.parent_pid if parent is None else int(parent)
     if parent_pid is not None:

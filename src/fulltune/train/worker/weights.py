@@ -62,8 +62,8 @@ class InitialWeights:
         save_file(tensors, path)
 
     def count_changes(self, model: PreTrainedModel, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
-        """Count, over all ranks, the values that received a gradient (a positive second moment, so not embeddings of
-        unused tokens) and those that changed."""
+        """Count, over all ranks, the values that received a gradient (not unused tokens' embeddings) and those that
+        changed."""
         sharding.free_gathered_weights(model)
         inner = optimizer
         while inner is not None:
@@ -94,8 +94,7 @@ class InitialWeights:
         )
 
     def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
-        """Return whether this rank counts a parameter. Ranks take turns with replicated ones, so that none stores a
-        full copy."""
+        """Return whether this rank counts a parameter. Ranks take turns with replicated ones, to store few of them."""
         if not self._is_sharded or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
