@@ -113,7 +113,7 @@ def test_last_words_of_a_process_say_whether_memory_ran_out(lines: list[str], li
         ("MemoryError", 0),
     ],
 )
-def test_asked_bytes_reads_what_could_not_be_had(text: str, expected: int) -> None:
+def test_requested_bytes_reads_what_could_not_be_had(text: str, expected: int) -> None:
     assert requested_bytes(text) == expected
 
 
@@ -134,7 +134,7 @@ def test_asked_bytes_reads_what_could_not_be_had(text: str, expected: int) -> No
         ({}, 0),
     ],
 )
-def test_kernel_kills_are_counted_as_near_to_the_process_as_possible(
+def test_oom_kills_are_counted_as_near_to_the_process_as_possible(
     files: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "read_lines", lambda path: files.get(path, "").splitlines())

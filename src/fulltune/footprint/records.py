@@ -45,7 +45,7 @@ class Variant(Record):
 
 
 class Footprint(Record):
-    """Memory and work of a model as functions of the micro batch."""
+    """A model's memory and operations as functions of the micro batch."""
 
     weights_dtype: str
     largest_tensor: int

@@ -51,7 +51,7 @@ class Lever:
     way_out: bool = False
     """True if this setting is proposed when nothing fits."""
     fallback: tuple[Phase, ...] = ()
-    """Phases in which this setting is changed after memory ran out."""
+    """Phases after which this setting is changed if memory ran out."""
     measured: str = ""
     also: str = ""
     """A second setting that changes as well."""

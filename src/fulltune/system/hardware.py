@@ -61,7 +61,7 @@ class Machine(Record):
     cpu_bf16_speedup: float
     """Measured speed of bf16 training on the CPU, relative to fp32."""
     gpus: tuple[Gpu, ...] = ()
-    """In torch's order; local process i uses GPU i."""
+    """GPUs in torch's order; local process i uses GPU i."""
     cpu_flops: float = 0.0
     """Measured FLOP/s of fp32 matrix products; 0 if unknown."""
     memory_bytes_per_second: float = 0.0

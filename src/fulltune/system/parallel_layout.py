@@ -17,7 +17,7 @@ MemoryTier = Literal["device", "host"]
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Which state is sharded, in ZeRO's stages, and which is offloaded."""
+    """Says which training state is sharded, in ZeRO's stages, and which is offloaded."""
 
     stage: int
     """1 shards the optimizer's state; 2 also gradients; 3 also weights."""
