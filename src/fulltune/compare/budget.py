@@ -140,14 +140,14 @@ def _design_notes(costs: Mapping[str, Cost], design: Expectation) -> Iterator[st
         yield f"not trained: {', '.join(left_out)}"
 
 
-def _budget_too_short(least: Expectation, need: float, seconds_spent: float) -> str:
+def _budget_too_short(least: Expectation, needed: float, seconds_spent: float) -> str:
     """Return the error message for a budget that is too short for the smallest design."""
-    enough = typed_seconds(round_up_seconds(seconds_spent + FORECAST_AGAIN * need / (1 - RESERVE)))
+    enough = typed_seconds(round_up_seconds(seconds_spent + FORECAST_AGAIN * needed / (1 - RESERVE)))
     each = "one run" if least.num_seeds == 1 else f"{least.num_seeds} runs"
     before = f" ({typed_seconds(seconds_spent)} already spent)" if seconds_spent > 1 else ""
     return (
         f"--budget {typed_seconds(least.budget_seconds or 0.0)}{before} is too short for a verdict: {each} each of "
-        f"{' and '.join(least.methods)}, without a rate search, are forecast to take {typed_seconds(need)}; set "
+        f"{' and '.join(least.methods)}, without a rate search, are forecast to take {typed_seconds(needed)}; set "
         f"--budget {enough} or more, or make runs shorter (train.num_train_epochs, fewer rows)"
     )
 

@@ -89,6 +89,7 @@ class Context:
 
     @cached_property
     def measure(self) -> bootstrap.ResamplableMetric:
+        """The comparison's metric, which can be computed on resampled rows."""
         return bootstrap.find_metric(
             self.recipe.task, Target.of(self.summary), self.method_setup(self.full.label).plan.metric
         )

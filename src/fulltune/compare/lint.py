@@ -132,7 +132,7 @@ def _tried_rates(row: MethodRow) -> list[float]:
 
 
 def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
-    """Yield findings on rates that were searched too little or unequally."""
+    """Yield findings on rates that were searched too little or, if `full_wins`, less than full's."""
     weak = "so the method may look weak because of a wrong rate"
     full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried_rates(row), default=0.0) for row in full), default=0.0)

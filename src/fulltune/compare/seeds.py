@@ -111,7 +111,7 @@ class SeedRuns:
         return self.time_was_up or bool(self.left_out) or any(one.time_was_up for one in self.searches.values())
 
     def train_until_clear(self) -> SeedRuns:
-        """Train seeds until the eval rows give a clear answer or time is up, and return self."""
+        """Train one seed after another until the eval rows give a clear answer or time is up, and return self."""
         self.results = {method: [] for method in self.searches}
         at_once = not self.context.recipe.compare.sequential
         wanted = dict.fromkeys(self.searches, self.expectation.most_seeds if at_once else 1)
@@ -122,7 +122,7 @@ class SeedRuns:
                 break
             if at_once:
                 break
-            wanted = self._look_at_eval_rows()
+            wanted = self._decide_next_seeds()
             if not wanted and self.looks[-1].num_seeds > 1:
                 wanted = self._recheck_rivals()
         return self
@@ -183,7 +183,7 @@ class SeedRuns:
             (method for method in others if not budget.has_time(context, [self._next_trial(method)], keep)), None
         )
 
-    def _look_at_eval_rows(self) -> dict[str, int]:
+    def _decide_next_seeds(self) -> dict[str, int]:
         """Judge the runs so far on eval rows. Return how many seeds each method needs, or {} if no more are needed."""
         context, again = self.context, self._is_second_look(self.looks)
         full = self.results[context.full.label]
@@ -221,7 +221,7 @@ class SeedRuns:
         return {} if self._is_second_look(self.looks[:-1]) else dict.fromkeys(better, len(full))
 
     def _lower_rate(self, result: TrialResult) -> None:
-        """Lower a method's rate after a divergence; raise `Diverged` if it is the lowest."""
+        """Restart a method at a lower rate after a trial diverged; raise `Diverged` if no rate is left."""
         context, trial, search = self.context, result.trial, self.searches[result.trial.method]
         lower = rates.lower_rate_after_divergence(search)
         if lower is None:

@@ -161,7 +161,7 @@ def _answer_probabilities(
     gap: UncertainValue, margin: float, level: float, test_precision: ComparisonPrecision, seeds: tuple[int, int]
 ) -> tuple[float, float, float]:
     """Estimate the probabilities that the test rows clearly show full as better, both as equal, or the rival as better.
-    `seeds` holds both numbers of seeds."""
+    `seeds` holds the numbers of seeds of full and rival."""
     now, test_precision = ComparisonPrecision.of(gap), test_precision.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(

@@ -288,12 +288,13 @@ def select_features(
     middle = partial(candidates, strengths=(MIDDLE,))
     name = next(iter(spaces))
     if len(spaces) > 1:
-        name = min(spaces, key=lambda name: _compare_features(*spaces[name], middle, criterion))
+        name = min(spaces, key=lambda name: _score_features(*spaces[name], middle, criterion))
     return name, *select_classifier(*spaces[name], candidates, criterion, tolerance)
 
 
-def _compare_features(items: Items, held_out: Items | None, candidates: Candidates[Any], criterion: Criterion) -> float:
-    """Return the criterion of features on a sample of items, or on all items if the sample lacks a class."""
+def _score_features(items: Items, held_out: Items | None, candidates: Candidates[Any], criterion: Criterion) -> float:
+    """Return the best criterion that classifiers reach on a sample of items, or on all items if the sample lacks a
+    class."""
     with contextlib.suppress(NoProbe):
         return select_classifier(items.sample(MOST_COMPARED), held_out, candidates, criterion)[0]
     return select_classifier(items, held_out, candidates, criterion)[0]

@@ -198,8 +198,8 @@ _TYPE_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a num
 
 @cache
 def _type_adapter(annotation: str) -> TypeAdapter[Any]:
-    """Return a pydantic adapter for a type such as `float | None`, which also parses text, because YAML reads `1e-5` as
-    text."""
+    """Return a pydantic adapter for a type such as `float | None`. The adapter also parses text, because YAML reads
+    `1e-5` as text."""
     types = {"bool": bool, "int": int, "float": float, "str": str, "None": None}
     names = annotation.replace(" ", "").split("|")
     union: Any = Union[tuple(types.get(name, Any) for name in names)]  # noqa: UP007  # of types that only the name tells

@@ -71,8 +71,6 @@ class Search(Record):
 
 
 class Searched(Record):
-    """The finished learning rate search of a single run."""
-
     trial: str
     rate: Search
     metric_name: str

@@ -56,7 +56,6 @@ class MixedSummary(Record):
         return self.rows_per_epoch * self.counts.tokens / max(1, self.counts.rows)
 
     def times_read(self, epochs: float) -> float:
-        """Return how often each row is read on average over `epochs`."""
         return epochs * self.rows_per_epoch / max(1, self.counts.rows)
 
 

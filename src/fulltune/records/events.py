@@ -111,8 +111,6 @@ class UpdatesMeasured(Event):
 
 
 class Evaluated(Event):
-    """Metrics of an evaluation during training."""
-
     kind = "eval"
     step: int
     epoch: float = 0.0

@@ -106,7 +106,5 @@ class MeasuredSetting(Record):
 
 
 class Measurements(Record):
-    """The rows that `fulltune plan --measure` measured, in order."""
-
     available_bytes: int
     rows: tuple[MeasuredSetting, ...]
