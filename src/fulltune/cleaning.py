@@ -219,7 +219,7 @@ def _compare_runs(
     patches: Sequence[str],
     eval_outputs: Sequence[Sequence[Predictions]],
 ) -> tuple[list[Proof], int]:
-    """Return each cleaning step's comparison with the runs without it, and the number of eval rows in all runs."""
+    """Return the comparison of runs with and without each cleaning step, and the number of eval rows in all runs."""
     common = reduce(np.intersect1d, [one[_IDS] for trials in eval_outputs for one in trials])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give the eval rows in a file (data.eval)")

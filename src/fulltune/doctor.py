@@ -158,7 +158,7 @@ def _log_from_series(where: Path, series: Mapping[str, Mapping[int, float]], bes
 
 
 def summarise_log(log: Log) -> str:
-    """Return a line with the log's source, its numbers of steps and evaluations, and the metric it is judged by."""
+    """Describe a log in one line: source, number of steps and evaluations, and the metric that judges them."""
     curves = log.curves
     evaluations = len(curves.metric or curves.eval_loss)
     by = f", judged by {curves.metric_name} and loss" if curves.metric and curves.metric_name != "loss" else ""

@@ -59,7 +59,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return why a folder with checksums is damaged or incomplete, or None if it is intact."""
+    """Return why a folder with checksums is damaged or incomplete, or None if the folder is intact."""
     try:
         sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -46,7 +46,7 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_share(value: str | float) -> float:
-    """Parse `1%`, `0.5 %` or a number such as 0.01 into a share, or raise `ValueError` unless it is between 0 and 1."""
+    """Parse `1%`, `0.5 %` or a number such as 0.01 into a share between 0 and 1, or raise `ValueError`."""
     text = str(value).strip()
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)

@@ -123,7 +123,7 @@ class Seq2SeqTrainingArguments(OldNames, transformers.Seq2SeqTrainingArguments):
 
 
 def _translate_old_name(name: str, value: Any, arguments: dict[str, Any]) -> None:
-    """Set the new argument for an old one in `arguments`, with a notice; raise `ValueError` if both differ."""
+    """Set the new argument for an old one in `arguments`, with a notice; raise `ValueError` for contradictions."""
     if name in IGNORED:
         issue_notice(f"{name} is ignored: {IGNORED[name]}")
         return

@@ -72,7 +72,8 @@ def _positions_for_dry_run(trainer: transformers.Trainer) -> list[int]:
 
 
 def longest_rows(dataset: Sequence[object], count: int, column: str) -> list[int]:
-    """Return the positions of the `count` rows with the longest `column`, or of the first ones if it has no length."""
+    """Return the positions of the `count` rows with the longest `column`, or of the first rows if lengths are
+    unknown."""
     positions: Sequence[int] = range(len(dataset))
     lengths = _column_lengths(dataset, column)
     if lengths is None:
@@ -109,7 +110,7 @@ def _describe_length(batch: object) -> str:
 
 
 def _forward_and_backward(trainer: transformers.Trainer, model: torch.nn.Module, batch: dict[str, Any]) -> float:
-    """Compute the loss and gradients of a batch as the Trainer does, and return the loss."""
+    """Compute the loss and gradients of a batch with the Trainer's own methods, and return the loss."""
     _, num_items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
     inputs = send_to_device(shallow_copy(batch), trainer.args.device)
     model.train()

@@ -48,7 +48,8 @@ def _have_unequal_lengths(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def with_padding(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -> DataCollator:
-    """Set the model's padding token if it is missing, and return `collate` or another collator, which can pad."""
+    """Set the model's padding token if it is missing. Return `collate`, or a padding collator if `collate` cannot
+    pad."""
     reader = collate if tokenizer is None else tokenizer
     pad_of_reader = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
     lacks = collate is transformers.default_data_collator or type(collate) is PaddingCollator

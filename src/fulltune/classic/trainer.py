@@ -203,7 +203,7 @@ class Trainer(Guarded, transformers.Trainer):
             issue_notice(decision.reason)
 
     def _save_initial_weights(self) -> None:
-        """Save the weights on rank 0 to count changed values later, or warn if this fails."""
+        """Save the weights on rank 0 to count changed values later, or warn if saving fails."""
         if not self.is_world_process_zero():
             return
         folder, path = Path(str(self.args.output_dir)), None

@@ -55,7 +55,8 @@ MOST_GAIN = 0.9
 
 
 def limit_for_most_gain(result: BudgetResult) -> float | None:
-    """Return the smallest limit that allows `MOST_GAIN` of the trained model's gain, or None if it is reached."""
+    """Return the smallest limit that allows `MOST_GAIN` of the trained model's gain, or None if the chosen point has
+    this gain."""
     most = result.metric_gain(result.end)
     if result.metric_gain(result.choice) >= MOST_GAIN * most:
         return None
@@ -63,7 +64,7 @@ def limit_for_most_gain(result: BudgetResult) -> float | None:
 
 
 def share_at_limit(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:
-    """Estimate the interpolation share at which drift reaches `limit`, from a point inside it and one outside."""
+    """Estimate the interpolation share at which drift reaches `limit`, between a point within and a point beyond."""
     low, high = (smallest_limit(point.drift) - limit for point in (inside, outside))
     fraction = low / (low - high) if math.isfinite(low - high) else 0.5
     return round(inside.share + fraction * (outside.share - inside.share), 3)

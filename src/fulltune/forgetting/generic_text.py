@@ -36,7 +36,7 @@ def load_generic_texts(
     file: str | None = None, max_texts: int = NUM_TEXTS, setting: str = "preserve.probe"
 ) -> tuple[list[str], str]:
     """Return at most `max_texts` texts, in a fixed order, and their source: the file, or docstrings of the standard
-    library if it is None. `setting` is named in errors."""
+    library if `file` is None. `setting` is named in errors."""
     if file is None:
         return _distinct_in_fixed_order(_docstrings_of_standard_library(max_texts))[:max_texts], BUNDLED
     if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
@@ -100,7 +100,7 @@ def load_budget_texts(block: PreserveBlock) -> BudgetTexts:
 
 
 def count_texts_for(texts: Sequence[str], total_tokens: int) -> int:
-    """Return how many texts, from the first on, contain about this many tokens in total after truncation."""
+    """Return how many of the first texts together contain about this many tokens after truncation."""
     # Scripts without spaces, or with several bytes per letter, have more tokens than words.
     sizes = (max(len(text.split()), len(text.encode()) // _WORD_BYTES) for text in texts)
     words = accumulate(min(size, _READ_WORDS) for size in sizes)
@@ -121,7 +121,7 @@ def _distinct_in_fixed_order(texts: Iterable[str]) -> list[str]:
 
 
 def text_key(text: str, words: int = _KEY_WORDS) -> str:
-    """Return the first words of a text, which identify it because a model reads no more."""
+    """Return the first words of a text as its key, because a model reads no more of the text."""
     return " ".join(normalised(text).split()[:words])
 
 

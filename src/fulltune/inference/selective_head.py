@@ -85,7 +85,7 @@ TOKENS_BEFORE_TRAINED, NUM_TOKENS_TRIED = 4, 16
 
 
 def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut a batch's tensors to 16 tokens, starting shortly before the first trained one."""
+    """Cut a batch's tensors to 16 tokens that begin shortly before the first trained token."""
     first = (batch["labels"] != padding.IGNORED).int().argmax(dim=1)
     start, length = max(0, int(first.min()) - TOKENS_BEFORE_TRAINED), batch["labels"].shape[1]
 

@@ -51,8 +51,8 @@ _NO_EFFECT = {
 
 
 def choose_package(package: str | None) -> str:
-    """Return "lightning" or "pytorch_lightning": `package`, else the imported or installed one; raise `SetupError` if
-    it is missing."""
+    """Return "lightning" or "pytorch_lightning": `package`, else the imported or installed one. Raise `SetupError`
+    without either."""
     names = sorted(_PACKAGES, key=lambda name: name not in sys.modules)
     name = package or next(filter(find_spec, names), _PACKAGES[0])
     if find_spec(name) is None:

@@ -80,8 +80,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
 
 
 def max_virtual_tokens(recipe: Recipe) -> int:
-    """Return the largest `num_virtual_tokens` of the recipe's prompt methods, or 0. The rows of all methods are
-    shortened by it."""
+    """Return the largest `num_virtual_tokens` of the recipe's prompt methods, or 0. All methods' rows are shortened by
+    this number."""
     return max(
         (
             method.num_virtual_tokens

@@ -246,7 +246,7 @@ class Prompt(nn.Module):
 
 
 def add_virtual_tokens(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> None:
-    """Add virtual tokens before the model's input; raise `RecipeError` if it has no separate body or embeddings."""
+    """Add virtual tokens before the model's input; raise `RecipeError` without a separate body or embeddings."""
     from fulltune.models.shapes import is_decoder
 
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model

@@ -136,7 +136,7 @@ class Base:
         return (getattr(part, "num_channels", 3), height, width), assumed
 
     def copy_config(self, changes: Mapping[str, Any], dropout: float | None = None) -> PretrainedConfig:
-        """Return a copy of the config with `changes` and, unless `dropout` is None, with it as every dropout rate."""
+        """Return a copy of the config with `changes` and, unless None, `dropout` as every dropout rate."""
         config = copy.deepcopy(self.config)
         values = dict(changes)
         for key, value in ({} if dropout is None else config.to_dict()).items():
@@ -197,7 +197,7 @@ def from_pretrained_arguments(block: ModelBlock, path: Path | None) -> dict[str,
 
 
 def find_model_path(block: ModelBlock) -> Path | None:
-    """Return the path of a local model, or None for one on the Hub; raise `SetupError` if nothing usable is there."""
+    """Return the path of a local model, or None for a model on the Hub; raise `SetupError` for unusable paths."""
     name = block.name
     if name.startswith("package:"):
         path = _resolve_package_path(name)

@@ -57,7 +57,7 @@ def num_patches(config: PretrainedConfig) -> int:
 
 
 def split_image_value(value: Any) -> tuple[str, bytes]:
-    """Return the path and the bytes of an image value (a path, bytes, or a dictionary with "path" or "bytes"); one is
+    """Split an image value (a path, bytes, or a dictionary with "path" or "bytes") into path and bytes, one of them
     empty."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -129,7 +129,7 @@ class ImageRows(Sequence[dict[str, Any]]):
 
 
 def image_hash(path: str, content: bytes) -> str:
-    """Return the SHA-256 of an image's bytes (those at `path` if `content` is empty), or of an unreadable path."""
+    """Return the SHA-256 of `content`, of the file at `path` if `content` is empty, or of an unreadable path."""
     try:
         content = content or Path(path).read_bytes()
     except OSError:

@@ -71,7 +71,7 @@ def tie_before_sharding(model_class: Any) -> Any:
     """
 
     def maybe_distribute_model(cls: Any, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
-        """Tie the weights, then shard the model as the base class does."""
+        """Tie the weights, then let the base class shard the model."""
         if mesh_manager is not None:
             model.tie_weights()
             model.fsdp_plan = remove_tied_modules(model, model.fsdp_plan)
@@ -240,7 +240,7 @@ def local_tensor(values: torch.Tensor) -> torch.Tensor:
 
 
 def dtensor_from_shard(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Wrap this rank's `shard` in a tensor sharded like the parameter; return it unchanged if that is whole."""
+    """Wrap this rank's `shard` in a tensor sharded like the parameter, or return `shard` for unsharded parameters."""
     if not hasattr(parameter, "placements"):
         return shard
     from torch.distributed.tensor import DTensor

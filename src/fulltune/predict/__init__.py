@@ -166,7 +166,7 @@ class Predictor:
 
 
 def load_predictor(run: Path, method: str | None = None) -> Predictor:
-    """Load a model folder, or a run's model: the one trained by `method`, the only one, or the recommended one."""
+    """Load a model folder, or a run's model: that of `method`, by default the only or the recommended model."""
     folder = choose_model_folder(run, method)[0]
     notes = folders.read_notes(folder)
     base = Base.from_block(ModelBlock(name=str(folder.resolve())), notes["task"])
@@ -211,7 +211,7 @@ def model_folders(run: Path) -> dict[str, Path]:
 
 
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with the text in the column that the model reads; raise `DataError` if it reads several."""
+    """Return a row with the text in the column that the model reads; raise `DataError` for several columns."""
     columns, read = notes["columns"], columns_read(notes)
     if len(read) > 1:
         raise DataError(f"this model reads several columns; give a file with the columns {', '.join(read)}")

@@ -183,7 +183,7 @@ def _first_sentences(doc: _Doc) -> str:
 
 
 def _one_sentence_answer(doc: _Doc) -> str:
-    """Return the docstring's first sentence if it can answer what the function does, else an empty string."""
+    """Return the docstring's first sentence if it is a usable answer, else an empty string."""
     if not doc.is_function or not _public_name(doc):
         return ""
     sentences = next(_paragraphs(doc.docstring), [])
@@ -219,8 +219,8 @@ def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
 
 
 def _without_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) -> list[_Row]:
-    """Return the docstrings with their texts, without texts that differ from an earlier one only in names or in one of
-    six or more words."""
+    """Return docstrings with their texts; drop texts that differ from an earlier one only in names or in one of six or
+    more words."""
     known_masks: set[tuple[str, ...]] = set()
     rows: list[_Row] = []
     for doc, text in ((doc, text) for doc in docs if (text := make_text(doc))):

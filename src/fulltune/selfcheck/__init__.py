@@ -301,7 +301,7 @@ def run_checks(listener: Callable[[str], None] = lambda line: None) -> Page:
 
 
 def _run_check(name: str, label: str, function: Callable[[str], CheckOutcome], device: str) -> CheckResult:
-    """Run a check, and return a result also if it raises."""
+    """Run a check, and return a failed result if the check raises."""
     started = time.monotonic()
     status: Literal["pass", "fail", "not here"]
     try:
