@@ -13,7 +13,8 @@ SEAL = "checksums.json"
 
 @contextmanager
 def replace_atomically(path: Path, private: bool = False) -> Iterator[Path]:
-    """Yield the path `<path>.part`, which replaces `path` if the block succeeds; `private` lets only the owner read."""
+    """Yield the path `<path>.part`, which replaces `path` if the block succeeds. With `private`, only the owner can
+    read the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:

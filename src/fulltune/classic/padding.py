@@ -71,7 +71,7 @@ def with_padding(model: torch.nn.Module, tokenizer: object, collate: DataCollato
 
 
 def _choose_padding_token(config: PretrainedConfig, text: PretrainedConfig) -> tuple[int | None, str]:
-    """Return the padding token of the model's tokenizer, or its end token, and a source; (None, "") without both."""
+    """Return a token and its source: the tokenizer's padding token, else the model's end token, else (None, "")."""
     name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers creates an empty one

@@ -27,7 +27,7 @@ _BYTES_PER_BATCH = 16 * 2**20
 
 
 def make_record_batch(rows: Sequence[RowFeatures], row_texts: Sequence[str]) -> pa.RecordBatch:
-    """Return an Arrow batch with a column per feature, and `row_texts` (by `row_as_json`) as column `WORDS`."""
+    """Return an Arrow batch with a column per feature, and `row_texts` (from `row_as_json`) as column `WORDS`."""
     names = [*rows[0], WORDS]
     return pa.record_batch(
         [*(_feature_array([row[name] for row in rows]) for name in rows[0]), pa.array(row_texts)], names=names

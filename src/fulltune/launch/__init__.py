@@ -79,7 +79,7 @@ class LaunchedJob:
 
 
 def load_job(file: Path, overrides: Sequence[str], hardware: str | None) -> LaunchedJob:
-    """Load the recipe and parse `hardware`, the machines of `--for`. Raise `RecipeError` with all problems."""
+    """Load the recipe and parse `hardware`, the value of `--for`. Raise `RecipeError` with all problems."""
     problems, fleet = list[str](), None
     try:
         fleet = parse_hardware(hardware) if hardware is not None else None

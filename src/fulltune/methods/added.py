@@ -276,7 +276,7 @@ def _token_embeddings(module: Any) -> nn.Embedding | None:
 
 
 def _initial_vectors(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
-    """Return initial virtual tokens, float32 [tokens, size]: vectors from the vocabulary, or noise of its spread."""
+    """Return initial virtual tokens, float32 [tokens, size]: vectors from the vocabulary, or noise of equal spread."""
     with gathered_to_modify([embeddings.weight]):
         weight, size = full_tensor(embeddings.weight.detach()), method.num_virtual_tokens
         if method.init == "vocabulary":

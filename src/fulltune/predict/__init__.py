@@ -83,7 +83,7 @@ class Predictor:
         return [row.answer for row in predicted if row.answer is not None]
 
     def describe_truncation(self) -> str:
-        """Return how a too long row is cut, as the end of a sentence: "is longer than ... tokens: ..."."""
+        """Describe how a long row is truncated, as the end of a sentence: "is longer than ... tokens: ..."."""
         words = "the remaining words are not read and get the tag O"
         beyond = words if self.target.form.tags_words else "the rest is not read"
         return f"is longer than {self.notes['max_length']} tokens: {beyond}"

@@ -244,7 +244,7 @@ def _digest(text: str) -> str:
 
 
 def _split_by_file(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row], list[_Row]]:
-    """Return train and test rows. Whole files go to test by their digests, the others to train."""
+    """Return train and test rows. Each source file is in one split, chosen by digests of module names."""
     by_module: dict[str, list[_Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _digest(row[1])):
         if len(by_module[row[0].module]) < _ROWS_PER_FILE:

@@ -97,7 +97,8 @@ def check_flash_attention_2(device: str) -> CheckOutcome:
 
 
 def compare_with_eager(device: str, implementation: str, precision: str) -> CheckOutcome:
-    """Compare an attention's logits and gradients with eager attention in fp32, with and without padding."""
+    """Compare an attention implementation's logits and gradients with eager fp32 attention, with and without
+    padding."""
     ids = random_token_ids(device, rows=3)
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
