@@ -109,7 +109,7 @@ def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
 
 
 def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe, baseline: FrozenBaseline) -> Scored:
-    """Score a fitted classifier on the pretrained model's embeddings."""
+    """Score a fitted classifier on the pretrained model's embeddings of test rows."""
     extractor, folder = _feature_extractor(scoring), scoring.data.parent
     if fitted.head is not None:
         probe.initialise_head(extractor.model, folder)  # the head's other layers may affect the embeddings
@@ -141,6 +141,7 @@ def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
         path.unlink(missing_ok=True)  # existing scores may lack these metrics
 
     def score_and_log() -> Scored:
+        """Score the saved model and log the access."""
         scores = _scorer_of(scoring.recipe.task).score_model(scoring, *scoring.load(model_folder))
         log_test_access(folder, scoring.listener, outcome)
         return scores
@@ -173,7 +174,7 @@ def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
 def save_differences(
     folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
 ) -> Scores:
-    """Add the difference between a trained model and each baseline to its scores, and save them."""
+    """Add the `difference` between the trained model and each scored baseline to its scores, and save them."""
     differences = {}
     path = folder / "scores" / f"{scores.name}.json"
     for other_path in sorted(path.parent.glob("*.json")):
@@ -189,7 +190,7 @@ def save_differences(
 
 
 def fit_and_save_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
-    """Fit a classifier's temperature on eval rows and save it in the model's folder."""
+    """Fit a classifier's temperature on eval rows and save it in the model's folder (1 if none can be fitted)."""
     if scoring.target.form.is_calibrated:
         _save_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
 
@@ -203,7 +204,7 @@ def _scorer_of(task: TaskName) -> ModuleType:
 
 
 def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
-    """Load the scores at `path`, or make and save them with their resamples."""
+    """Load the scores at `path`, or call `make` and save its scores and resamples."""
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()
@@ -219,7 +220,7 @@ def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
 
 @contextlib.contextmanager
 def _explain_out_of_memory(what: str) -> Iterator[None]:
-    """Turn an out-of-memory error into a message that `what` does not fit."""
+    """Replace an out-of-memory error by a message that `what` does not fit, and what to do."""
     try:
         yield
     except Exception as error:

@@ -48,7 +48,7 @@ def score_model(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Sco
 
 
 def _score_labels(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
-    """Score a baseline's predicted labels."""
+    """Score a baseline's predicted labels of the test rows."""
     true = np.array(scoring.rows("test")["labels"])
     metrics = scoring.estimate_metrics(
         {"true": true, "predicted": predicted},
@@ -74,7 +74,7 @@ def _score_longest_choice(scoring: Scoring) -> Scored:
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a classifier on embeddings from each test row's index and outputs [items, outputs]."""
+    """Score a classifier on embeddings. `predicted` holds each row's index and outputs [items, outputs]."""
     outputs = [values for _, values in sorted(predicted, key=lambda row: row[0])]
     if scoring.target.num_choices:
         return _score_labels(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))

@@ -75,7 +75,7 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Compute metrics (by default the task's) by name, on all test rows or those at `positions`, and on
+        """Compute metrics by name, by default the task's, on the test rows (or those at `positions`) and on
         resamples."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
@@ -198,7 +198,8 @@ class Scoring:
 
 
 def log_test_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
-    """Log beside the run folder that its test rows were scored. `outcome` is None for a comparison's verdict."""
+    """Log, in a file beside the run folder, that its test rows were scored. `outcome` is None for a comparison's
+    verdict."""
     folder = folder.resolve()
     access = Access(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),

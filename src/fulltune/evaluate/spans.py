@@ -76,7 +76,7 @@ def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) 
 
 
 def _score_baseline(scoring: Scoring, name: str, answer: Callable[[str, str], str]) -> Scored:
-    """Score a function that answers a question from its context."""
+    """Score a baseline that answers with a function of the question and the context."""
     questions = _rows_by_question(scoring)
     predicted = [
         answer(question_of(row, scoring.target), context_of(row, scoring.target)) for row in questions.values()

@@ -59,7 +59,7 @@ def _words(scoring: Scoring, row: Row) -> list[str]:
 
 
 def _score_tags(scoring: Scoring, name: str, predicted: Sequence[np.ndarray]) -> Scored:
-    """Score a baseline's predicted label ids of each row's words."""
+    """Score a baseline's predicted tags, an array of label ids for each row."""
     gold = [np.asarray(row) for row in scoring.rows("test")[TAGS]]
     counts = token_classification.count_spans(gold, predicted, scoring.target)
     return scoring.scores(name, "baseline", len(gold), metrics=scoring.estimate_metrics(counts))
@@ -82,7 +82,7 @@ def _score_lexicon(scoring: Scoring) -> Scored:
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a tagger on embeddings from each row's index and outputs [words with a token, labels]."""
+    """Score a tagger on embeddings. `predicted` holds each row's index and outputs [words with a token, labels]."""
     rows, tagged = scoring.rows("test"), _all_outside_tags(scoring)
     for position, outputs in predicted:
         tagged[position][token_classification.words_with_token(rows[position])] = outputs.argmax(axis=1)

@@ -81,7 +81,7 @@ def find_metric(task_name: TaskName, target: Target, metric: str) -> Resamplable
 
 
 def _function_for_metric(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
-    """Return a function that computes only this metric, because the task's others may be slow."""
+    """Return a function that computes only this metric, because computing all of a task's metrics can be slow."""
     if target.form.is_number and metric in NUMBER_METRICS:
         return lambda outputs: NUMBER_METRICS[metric](
             outputs["labels"].astype(np.float64), predict_labels(outputs["logits"], target).astype(np.float64)
@@ -101,7 +101,7 @@ def _draw_cluster_counts(random: np.random.Generator, num_clusters: int, size: i
 
 
 def _cluster_indices(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
-    """Return each row's cluster index and the number of clusters. Without `clusters`, each row is one."""
+    """Return each row's cluster as an index from 0, and the number of clusters. Without `clusters`, each row is one."""
     of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     return of_row, int(of_row.max(initial=-1)) + 1
 
@@ -125,7 +125,7 @@ class Resampled:
     def estimate(self, confidence: float, bounds: tuple[float, float] | None = None) -> Estimate:
         """Return the value with its percentile interval at level `confidence`, such as 0.95.
 
-        If all resamples are equal, an exact binomial interval within `bounds` replaces it.
+        If all resamples give the same value, the interval is an exact binomial one within the metric's `bounds`.
         """
         tail = (1 - confidence) / 2
         low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))
@@ -136,7 +136,7 @@ class Resampled:
         return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
 
     def save(self, path: Path) -> None:
-        """Save the resamples as `.npz`."""
+        """Save the value and its resamples as a NumPy `.npz` file."""
         names = ("value", "draws", "num_rows", "num_clusters")
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         with replace_atomically(path) as part, part.open("wb") as file:
@@ -156,8 +156,8 @@ def resample_metrics(
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Compute metrics by name on all rows and on `samples` resamples. Equal seeds give all models the same
-    resamples."""
+    """Compute metrics by name on all rows and on `samples` resamples, which are the same for all models with equal
+    seeds."""
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"expected a cluster for each of {num_rows} rows, found {len(clusters)}")
@@ -173,7 +173,8 @@ def resample_metrics(
 
 
 def paired_improvement(measure: ResamplableMetric, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
-    """Return how much a metric improved from terms `before` to `now` [rows, k], and the difference's standard error."""
+    """Return how much a metric improved from row terms `before` to `now` [rows, k], and the difference's standard
+    error."""
     assert measure.value is not None
     both = np.stack([before, now], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
@@ -232,7 +233,7 @@ def resample_trials(
 
 
 def _cluster_sums(count: RowTerms, outputs: Predictions, of_row: np.ndarray) -> np.ndarray:
-    """Sum row terms by cluster `of_row`: float64 [clusters, k]."""
+    """Sum each cluster's row terms: float64 [clusters, k]. `of_row` is each row's cluster."""
     counts = count(outputs)
     sums = np.zeros((int(of_row.max()) + 1, counts.shape[1]))
     np.add.at(sums, of_row, counts)

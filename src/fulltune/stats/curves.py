@@ -47,13 +47,13 @@ _MIN_AT_END = 4
 
 
 def check_divergence(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Decide to stop if the loss fell and rose again, or stays high."""
+    """Decide to stop if the loss fell and rose again, or stays high. `untrained` is the untrained model's loss."""
     decision = check_fell_and_rose(losses, learning_rate, untrained)
     return decision if decision.action == "stop" else check_stays_high(losses, learning_rate, untrained)
 
 
 def check_fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Decide to stop if the loss clearly fell, but is back at its first values and the untrained model's loss."""
+    """Decide to stop if the loss clearly fell, but rose back to its first values and to the untrained model's loss."""
     first, now = statistics.fmean(losses[:LOSS_WINDOW] or [0.0]), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if len(losses) < 4 * LOSS_WINDOW or first <= 0 or now < max(first, untrained or 0.0):
         return GO_ON
@@ -107,27 +107,26 @@ MAX_BEHIND = 2
 
 
 def check_got_worse(
-    behind: int, what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
+    num_worse: int, worse_by: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if at least two evaluations in a row (`behind`) were worse than before step 1 and the train loss
-    has not fallen."""
+    """Decide to stop if at least two evaluations in a row were worse than before step 1 and the train loss has not
+    fallen."""
     begin, now = _start_loss(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
-    if behind < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
+    if num_worse < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
     return GuardDecision(
         "stop",
-        f"training makes the model worse: {what} than before step 1, {behind} evaluations in a row, and the train loss "
-        f"has not fallen ({begin:.3g} at the beginning, {now:.3g} now). {_cause(learning_rate)}",
+        f"training makes the model worse: {worse_by} than before step 1, {num_worse} evaluations in a row, and the "
+        f"train loss has not fallen ({begin:.3g} at the beginning, {now:.3g} now). {_cause(learning_rate)}",
     )
 
 
 def judge_got_worse(
-    what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
+    worse_by: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Decide about a finished run that is worse than before step 1: stop if the train loss has not fallen either, else
-    warn."""
+    """Decide about a finished run that is worse than before step 1: stop if its train loss did not fall, else warn."""
     begin, last = _start_loss(losses, untrained), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
-    now, worse = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
+    now, worse = statistics.median(last or [0.0]), f"training made the model worse: {worse_by} than before step 1"
     if len(losses) < _MIN_AT_END or now < begin:
         return GuardDecision("warn", f"{worse}. Try a lower learning rate (here {learning_rate:g}) or fewer epochs")
     fallen = f"the train loss has not fallen ({begin:.3g} at the beginning, {now:.3g} at the end)"
@@ -222,7 +221,7 @@ class Curves:
 
     @property
     def best(self) -> Point:
-        """Step and value of the first best evaluation, or 0 and NaN if no value is finite."""
+        """Step and value of the best evaluation (the first of equals), or 0 and NaN if no value is finite."""
         sign = 1 if self.greater_is_better else -1
         finite = [point for point in self.metric if math.isfinite(point[1])]
         return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))
@@ -240,7 +239,7 @@ class Curves:
         return self.metric_name in ("loss", "perplexity")
 
     def chance_gap(self, *values: float) -> float:
-        """Return the largest difference between values of the metric that may be chance."""
+        """Return the largest difference between these values of the metric that can be due to chance."""
         if not is_share(self.metric_name):
             return (ROSE - 1 if self.is_loss else CHANGED) * abs(values[0])
         rows = self.eval_rows or ASSUMED_ROWS
@@ -269,7 +268,7 @@ _LOWER = "a lower learning rate"
 
 
 def judge_curves(curves: Curves) -> Fit:
-    """Judge from a run's curves whether it overfitted, underfitted, got worse, or became over-confident (only the eval
+    """Judge from its curves whether a run overfitted, underfitted, got worse, or became over-confident (only the eval
     loss rose)."""
     if worse := _worse_than_untrained(curves):
         return Fit("got worse", worse, 0, helps=_LOWER)
@@ -310,8 +309,8 @@ def judge_curves(curves: Curves) -> Fit:
 
 
 def _judge_without_decline(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
-    """Judge whether a run that never got worse underfitted, from its eval losses and the mean train losses by step.
-    `gap` is a sentence for the details."""
+    """Judge whether a run that never got worse underfitted. `trained` maps each evaluation's step to the mean train
+    loss before it; `gap` is a sentence for the details."""
     if curves.is_mixed:
         return Fit("not known", "no sign of overfitting, but the train loss includes mixed-in rows", None, gap)
     (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
@@ -331,7 +330,7 @@ def _step_and_epoch(curves: Curves, step: int) -> str:
 
 
 def _model_step_sentence(curves: Curves, turn: int) -> str:
-    """Return a sentence on whether the saved model is from before or after step `turn`, or "" if unknown."""
+    """Return a sentence on whether the saved weights are from before or after step `turn`, or "" if unknown."""
     if curves.kept_step is None:
         return ""
     side = "this step" if curves.kept_step == turn else "an earlier step" if curves.kept_step < turn else "a later step"
@@ -348,7 +347,7 @@ def _mean_train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int])
 
 
 def _worse_than_untrained(curves: Curves) -> str | None:
-    """Return a sentence if every evaluation is worse than before step 1 beyond chance, else None."""
+    """Return a sentence if every evaluation is worse than before step 1 by more than chance, else None."""
     before, best, sign = curves.before, curves.best[1], 1 if curves.greater_is_better else -1
     if before is None or not math.isfinite(before + best) or sign * (before - best) <= curves.chance_gap(before, best):
         return None
@@ -357,7 +356,7 @@ def _worse_than_untrained(curves: Curves) -> str | None:
 
 
 def _decline_since_best(curves: Curves) -> tuple[str, bool]:
-    """Return a sentence on the best and last evaluation, and True if the decline exceeds chance."""
+    """Return a sentence on the best and the last evaluation, and True if the decline exceeds chance."""
     finite = [value for _, value in curves.metric if math.isfinite(value)]
     if curves.is_loss or not finite:
         return "", False

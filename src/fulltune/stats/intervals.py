@@ -54,7 +54,7 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 
 def estimate_seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpread | None]:
     """Estimate each method's variance between seeds, 0 for untrained methods (`fixed`). A method with a single seed
-    borrows the largest, or gets None."""
+    borrows the others' largest, or gets None without others."""
     spreads = [
         NO_SPREAD if is_fixed else _estimate_spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True)
@@ -67,8 +67,8 @@ def estimate_seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list
 
 
 def _estimate_spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread | None:
-    """Estimate the variance from the metric on all rows [seeds] and on resamples [draws, seeds], or None for one
-    seed."""
+    """Estimate the variance between seeds from the metric on all rows [seeds] and on resamples [draws, seeds], or
+    return None for one seed."""
     seeds = len(point)
     if seeds == 1:
         return None

@@ -47,7 +47,7 @@ class ComparisonPrecision:
         most = max(counts)
 
         def changed(spread: SeedSpread, count: int) -> SeedSpread:
-            """Return the spread with another number of seeds."""
+            """Return the spread for `count` seeds."""
             if spread.is_none:
                 return spread
             degrees = max(1, (count if count > 1 else most) - 1)
@@ -78,7 +78,7 @@ class ComparisonPrecision:
         return _mixture_quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
 
     def variance_ratios(self, *, same_seeds: bool) -> list[float]:
-        """Return equally likely ratios of the estimated to the true variance between seeds, on other rows and, unless
+        """Return equally likely ratios of the estimated to the true variance between seeds, for other rows and, unless
         `same_seeds`, other seeds."""
         total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
         if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
@@ -107,7 +107,7 @@ _NUM_RATIOS = 20
 
 @functools.lru_cache(256)
 def _inverse_chi_squared_quadrature(degrees: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return weights and nodes of a quadrature over degrees / chi-squared."""
+    """Return weights and nodes for integrating over degrees / chi-squared numerically."""
     if math.isinf(degrees):
         return np.ones(1), np.ones(1)
     edges = np.concatenate([[0.0], np.geomspace(1e-7, 1.0, 160)])
@@ -129,7 +129,8 @@ def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) 
 
 
 def planned_detectable_difference(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
-    """Return the smallest difference above `margin` that a planned comparison detects with a power of 80 %."""
+    """Return the smallest difference above `margin` that a planned comparison detects with a power of 80 %. `seed_sd`
+    is the standard deviation between seeds."""
     # Disagreement between runs is assumed to be noise of single runs, which averages out over seeds.
     by_rows = _DISCORDANCE / num_rows / 2
     spread = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
@@ -139,8 +140,8 @@ def planned_detectable_difference(num_rows: int, num_seeds: int, seed_sd: float,
 def rows_and_seeds_needed(
     uncertain: UncertainValue, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """Return how many test rows, or seeds per method, would decide the comparison if the estimate were exact, each None
-    if no number would."""
+    """Return how many test rows, or how many seeds per method, would decide the comparison if the estimate were exact.
+    Either is None if no number would."""
     now, size = ComparisonPrecision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: ComparisonPrecision) -> bool:

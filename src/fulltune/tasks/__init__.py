@@ -68,7 +68,6 @@ class Target:
 
     @classmethod
     def of(cls, summary: DataSummary) -> Target:
-        """Restore the target from a data summary."""
         return cls(**{name: getattr(summary, name) for name in _IN_SUMMARY}, scale=summary.scale)
 
     def in_summary(self) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def answer_text(row: Row, target: Target) -> str:
 
 
 def _messages_before_answer(row: Row, target: Target) -> list[dict[str, Any]]:
-    """Return the messages before the last trained one."""
+    """Return the messages before the last trained one, or all without one."""
     messages = chat.clean_messages(row[target.columns["messages"]])
     last = max((i for i, message in enumerate(messages) if chat.is_trained(message)), default=len(messages))
     return messages[:last]
@@ -317,7 +317,7 @@ def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Ten
 
 
 def target_ids(labels: Tensor) -> Tensor:
-    """Shift labels [batch, tokens] left by one, to each position's next token."""
+    """Return each position's next token, the labels [batch, tokens] shifted left by one."""
     import torch.nn.functional as F
 
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)

@@ -46,7 +46,7 @@ def clean_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
-    """Return only what changes: the content as text, and tool calls as a list."""
+    """Return only the fields that change: content as text, and tool calls as a list."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):

@@ -108,7 +108,8 @@ def r2(sums: np.ndarray) -> np.ndarray:
 
 
 def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
-    """Return config values: labels, problem type, and the padding token by which decoders find the last token."""
+    """Return values for the model's config: labels, problem type, and the padding token by which decoders find the last
+    token."""
     form, labels = target.form, target.labels or ("value",)
     if not (target.labels or form.is_number):
         return {}
@@ -306,7 +307,7 @@ def _is_right(predictions: Predictions, target: Target) -> np.ndarray:
 
 
 def _matches(predictions: Predictions, target: Target) -> np.ndarray:
-    """Return for each class 0 or 1 as true positive, prediction and target: [rows, classes, 3]."""
+    """Return 0 or 1 for each class as true positive, predicted and expected: [rows, classes, 3]."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     if target.form.several_labels:
         guessed, expected = predicted > 0, true > 0
@@ -327,7 +328,7 @@ def _regression_terms(predictions: Predictions) -> np.ndarray:
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return each metric's functions for row terms and for the value from their sums."""
+    """Return by metric name two functions: one for each row's terms, and one for the metric from their sums."""
     loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (stack_arrays("loss", ROWS), ratio)}
     if target.form.is_number:
         return loss | {"r2": (_regression_terms, r2), "rmse": (_regression_terms, lambda sums: np.sqrt(ratio(sums)))}

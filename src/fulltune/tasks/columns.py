@@ -163,7 +163,7 @@ def missing_column(role: str, columns: Sequence[str], where: str) -> str:
 
 
 def shown(columns: Iterable[str]) -> str:
-    """List column names for a message, shortened because broken files may have millions."""
+    """List column names for a message, shortened if there are many."""
     return first_few([name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}..." for name in columns], _SHOWN)
 
 
@@ -183,7 +183,7 @@ def refuse_list(row: Row, target: Target, role: str) -> Refused | None:
 
 
 def similar_column(read: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
-    """Return the first column without a role whose texts are like column `read`'s: long, distinct, of several words; or
+    """Return the first column without a role whose texts are about as long and varied as those of column `read`, or
     None."""
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
@@ -213,7 +213,7 @@ def normalised(text: str) -> str:
 
 
 def in_batches(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_000_000) -> Iterator[list[T]]:
-    """Yield rows in lists of limited size. A longer row is a list by itself."""
+    """Yield lists of rows, limited in rows and characters; a longer row is yielded alone."""
     window: list[T] = []
     size = 0
     for row in rows:

@@ -79,7 +79,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_leng
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: ImageReader) -> Preview:
-    """Show the end of the image's path, or its size, with the label."""
+    """Return the end of the image's path, or its size, with the label."""
     path, content = features[PATH], features[CONTENT]
     shown = _last_parts(path) if path else f"image of {len(content):,} bytes"
     return Preview.labelled(shown, classes.label_as_text(features["labels"], target))
@@ -100,7 +100,7 @@ def _last_parts(path: str) -> str:
 
 
 def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-    """Stack the pixels and labels of images that have been read."""
+    """Stack the pixels and labels of decoded images."""
     import torch
 
     pixels = torch.from_numpy(np.stack([row[PIXELS] for row in features]))

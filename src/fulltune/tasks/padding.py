@@ -19,14 +19,14 @@ TRAINED = "trained_places"
 def pad_features(
     features: Sequence[RowFeatures],
     pad_token_id: int,
-    left_out: Collection[str] = (),
+    omit: Collection[str] = (),
     *,
     label_per_token: bool = False,
 ) -> dict[str, Tensor]:
     """Pad features on the right to `input_ids[batch, tokens]`, `attention_mask`, `labels` and other lists, except
-    `left_out`."""
+    `omit`."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
-    skipped = {LENGTH, "attention_mask", *left_out, *(() if label_per_token else ("labels",))}
+    skipped = {LENGTH, "attention_mask", *omit, *(() if label_per_token else ("labels",))}
     batch = {
         name: pad_right([row[name] for row in features], fills.get(name, 0))
         for name in features[0]

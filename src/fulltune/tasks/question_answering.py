@@ -46,7 +46,7 @@ MOST_ANSWER_TOKENS = 30
 """Longest predicted answer in tokens; training allows longer ones."""
 STARTS, ENDS = "starts", "ends"
 """Features that the model does not read: each token's start and end in the context, in characters [tokens], or -1."""
-collate = partial(pad_features, left_out=(STARTS, ENDS))
+collate = partial(pad_features, omit=(STARTS, ENDS))
 IMPOSSIBLE = "is_impossible"
 """SQuAD 2's column for questions without an answer, whose `answers` are only plausible."""
 ONLY_FOR_TEST_ROWS = (STARTS, ENDS)

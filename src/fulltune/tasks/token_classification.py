@@ -41,7 +41,7 @@ FACTS = recipe_tasks.FACTS["token-classification"]
 find_columns = partial(columns_of_roles, ("tokens", "tags"))
 TAGS, WORD_IDS = "tags", "word_ids"
 """Features that the model does not read: label id of each word [words]; word of each token, or -1 [tokens]."""
-collate = partial(pad_features, left_out=(TAGS, WORD_IDS), label_per_token=True)
+collate = partial(pad_features, omit=(TAGS, WORD_IDS), label_per_token=True)
 _BIO = re.compile(r"O|[BI]-\S+")
 WORD = re.compile(r"https?://\S*[\w/]|[@#]?\w+(?:[.'’&/-]\w+)*|\S")
 """Regular expression for a word in running text, without punctuation, as in CoNLL files."""
@@ -310,7 +310,7 @@ def extend_to_all_words(predictions: Predictions, rows: Sequence[RowFeatures], t
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Return each row's words, tags and entities, each with the lowest probability of its words."""
+    """Return each row's words, tags and entities; an entity has the lowest probability of its words."""
     predictions = extend_to_all_words(predictions, [example.features for [example] in examples], target)
     row_answers: list[RowAnswer] = []
     for row, labels, chances in zip(rows, predictions["predicted"], predictions["probability"], strict=True):
@@ -350,7 +350,7 @@ def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, c
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return each metric's functions for row terms and for the value from their sums."""
+    """Return by metric name two functions: one for each row's terms, and one for the metric from their sums."""
     return {
         "f1": (_entity_counts, f1),
         "precision": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 1])),

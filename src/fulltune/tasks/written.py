@@ -44,7 +44,7 @@ def count_items(target_ids: TargetIds, labels: Tensor) -> int:
 
 
 def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Sum loss `nll` in nats, trained `tokens`, and `right` ones per row: float64 [batch] each."""
+    """Sum loss `nll` in nats, trained `tokens`, and tokens predicted `right` per row: float64 [batch] each."""
     import torch
 
     from fulltune.models.chunked_loss import token_scores
@@ -61,11 +61,11 @@ def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target
     }
 
 
-def _select_logits(logits: Logits, places: Tensor) -> Logits:
+def _select_logits(logits: Logits, is_trained: Tensor) -> Logits:
     """Select trained tokens' logits by a mask, unless they are selected or chunked already."""
     from fulltune.models.chunked_loss import ChunkedLogits
 
-    return logits if isinstance(logits, ChunkedLogits) or logits.ndim == 2 else logits[places]
+    return logits if isinstance(logits, ChunkedLogits) or logits.ndim == 2 else logits[is_trained]
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
@@ -122,7 +122,7 @@ def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return each metric's functions for row terms and for the value from their sums."""
+    """Return by metric name two functions: one for each row's terms, and one for the metric from their sums."""
     return {
         "loss": (stack_arrays("nll", "tokens"), ratio),
         "perplexity": (stack_arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(ratio(sums), 700.0))),
