@@ -41,7 +41,7 @@ ALPHA = 0.05
 """Probability that any interval is wrong (Bonferroni)."""
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
-"""Limits of a step's share of the train rows: fewer show no effect, more make different data."""
+"""Smallest and largest share of train rows in a step: fewer show no effect, more make different data."""
 
 
 _IDS, _CLUSTERS = "row_ids", "row_clusters"
@@ -249,7 +249,7 @@ def _compare_runs(
 
 
 Change = tuple[CleaningStep, np.ndarray, np.ndarray]
-"""A step with its mask of staying rows and their new labels."""
+"""A cleaning step, a mask of the rows that stay, and their new labels."""
 
 
 def prove_by_classifiers(job: Run, summary: DataSummary) -> None:

@@ -53,7 +53,7 @@ class Run:
     """Start of the whole command in seconds since 1970, or None for single stages."""
 
     group: MachineGroup | None = None
-    """All machines, on the first of several, or None on a single machine."""
+    """All machines (set on the first machine), or None on a single machine."""
 
     @property
     def plan_path(self) -> Path:

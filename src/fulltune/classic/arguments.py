@@ -49,7 +49,7 @@ SWITCHES: dict[str, tuple[str, str | list[str]]] = {
     "include_tokens_per_second": ("include_num_input_tokens_seen", "all"),
     "tpu_metrics_debug": ("debug", "tpu_metrics_debug"),
 }
-"""Maps old flags to the new name and the value for True."""
+"""Maps each old flag to its new name and the value for True."""
 INSIDE = {
     "dispatch_batches": "accelerator_config",
     "fsdp_min_num_params": "fsdp_config",

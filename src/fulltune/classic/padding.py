@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 
 
 class PaddingCollator:
-    """transformers' `default_data_collator` with padding. Masked positions get the model's padding token, because a
-    decoder classifies by the last other token."""
+    """transformers' `default_data_collator` with padding. Masked positions get the padding token, because a decoder
+    classifies by the last other token."""
 
     def __init__(self, pad: int) -> None:
         self._pad, self._has_warned = pad, False

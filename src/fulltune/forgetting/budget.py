@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 
 MIN_TEXTS, MAX_TEXTS, MAX_REPLAYED = 40, 600, 1100
-"""Limits for the number of selection texts (and equally many sealed ones), and of replayed texts."""
+"""Limits on the number of selection texts (and equally many sealed texts) and of replayed texts."""
 SELECTION_TOKENS = 12_800
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """Interpolation points that are tried first; 0 is the pretrained model."""
@@ -18,14 +18,14 @@ NUM_POINTS = 1 + len(SHARES) + REFINEMENTS
 MIN_SHARE_STEP = 0.01
 MAX_ROWS = 300
 SAFETY_ERRORS = 1.28
-"""Distance from the limit in standard errors: the sealed texts then agree in nine of ten cases."""
+"""Distance from the limit in standard errors, with which the sealed texts agree in nine of ten cases."""
 
 
 LANGUAGE_WEIGHTS, STATE_WEIGHTS = (0.1, 1.0), (0.005, 0.03)
 """Smallest (initial) and largest replay weight, times the limit: for language models (nats per token), and for others
 (1 - cosine). Larger ones slowed learning (2026-11-27)."""
 MAX_EXCESS = 1.0
-"""Drift allowed above the limit at the peak learning rate, as a multiple of the limit. It falls with the rate to 0."""
+"""Drift allowed above the limit at the peak learning rate, as a multiple of the limit."""
 MAX_FACTOR = 1.5
 
 

@@ -27,7 +27,7 @@ _KEY_WORDS, _DOCUMENTATION_KEY_WORDS = 64, 8
 """First words that identify a text or a docstring, as boilerplate begins alike."""
 _MIN_MAX_WORDS = (20, 120)
 _READ_WORDS = 48
-"""Words of a text that a model reads: 64 tokens."""
+"""Words of a text that fit into 64 tokens."""
 _WORD_BYTES = 6
 _EXCLUDED = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
 

@@ -22,7 +22,7 @@ MOST_TOKENS = 64
 BATCH, STATES_BATCH = 8, 32
 """Generic texts per batch: for language models, and for others."""
 ProgressCallback = Callable[[int, int, float], None]
-"""Receives the number of rows done, of all rows, and the share of work done."""
+"""Called with the number of rows done, the total number of rows and the share of work done."""
 
 
 @dataclass(frozen=True)
