@@ -210,8 +210,8 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
     rows = _find_label_axes(model)
     if not rows:
         raise SetupError(
-            f"model: {model.name_or_path}: {type(model).__name__} the rows of the head cannot be matched to "
-            "labels; use a checkpoint without a head"
+            f"model: {model.name_or_path}: the rows of {type(model).__name__}'s head cannot be matched to labels; "
+            "use a checkpoint without a head"
         )
     parameters = {name: model.get_parameter(name) for name in rows}
     with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
