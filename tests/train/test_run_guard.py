@@ -44,8 +44,8 @@ def test_run_goes_back_so_often_and_from_the_second_time_on_at_half_the_rate() -
     assert first is not None
     assert (first.plan.rollbacks, first.resume) == ((300,), True)
     assert first.reason == (
-        "step 412: the loss is nan; returning to the checkpoint of step 300, continuing at the same rate with the rows "
-        "in another order (rollback 1 of at most 3)"
+        "step 412: the loss is nan; returning to the checkpoint of step 300 and continuing at the same rate with the "
+        "rows in another order (rollback 1 of at most 3)"
     )
     anew = plan_rollback(first.plan, 3, spiked, 0)
     assert anew is not None

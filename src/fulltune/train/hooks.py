@@ -40,12 +40,12 @@ class Hooks:
     """The user's functions. With `compute_loss`, training runs in the user's process."""
 
     metrics: Callable[..., Mapping[str, float]] | None = None
-    """`metrics(predictions, references)` returns further metrics of the test rows, also for each bootstrap sample.
-    Classifiers give arrays of class ids, 0/1 rows or numbers; multiple choice, choice numbers; taggers, lists of
-    tags per row; question answering, answers (may be empty) and lists of accepted answers; other text tasks,
-    generated and expected answers."""
+    """`metrics(predictions, references)` returns further metrics of the test rows, also for each bootstrap sample. Both
+    arguments are arrays of class ids, 0/1 rows or numbers for classifiers, arrays of choice numbers for multiple
+    choice, lists of tags per row for taggers, answers (may be empty) and lists of accepted answers for question
+    answering, and generated and expected answers for other text tasks."""
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    """`preprocess(row)` returns the changed row, after reading."""
+    """`preprocess(row)` returns the changed row after it is read."""
     compute_loss: Callable[..., Any] | None = None
     """`compute_loss(outputs, labels, num_items_in_batch)` returns the training loss, as in `transformers.Trainer`,
     divided by `num_items_in_batch`, the rows (or trained tokens) of the global batch."""

@@ -18,7 +18,7 @@ class Request(Record):
     attempt: int
     checkpoint: str | None
     parent_pid: int | None
-    """Process id of the parent, with which the worker ends."""
+    """Process id of the parent; the worker ends when the parent ends."""
     probe: bool = False
     """If True, stop after the dry run and write only the outcome."""
     dry_run: bool = True

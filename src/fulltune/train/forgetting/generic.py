@@ -51,7 +51,7 @@ class DriftMonitor(TrainingPart):
         self.digest = ""
         """Digest of all generic texts of the run."""
         self.start: np.ndarray | None = None
-        """Output of `GenericText.read` for the pretrained model."""
+        """Output of `GenericText.measure` for the pretrained model."""
         plan, preserve = inputs.plan, inputs.recipe.preserve
         if num_texts := plan.generic.texts_per_evaluation:
             split = None if plan.generic.budget is None else load_budget_texts(preserve)
@@ -134,7 +134,7 @@ class Replay(TrainingPart):
     """Adds to each step the gradient of a distillation loss, which compares the model with the pretrained one on
     generic texts.
 
-    The loss weight follows the measured drift, so that the run stays within its forgetting budget.
+    The weight of this loss follows the measured drift, so that the run stays within its forgetting budget.
     """
 
     def __init__(

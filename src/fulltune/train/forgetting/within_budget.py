@@ -137,7 +137,7 @@ def _choose_and_certify(
     result = "no trained weights are within the budget; the sealed texts were not used"
     if sealed_drift is not None:
         verdict = "PASS" if sealed_drift.upper <= limit else "FAIL"
-        result = f"measured on {len(sealed.ids)} sealed generic texts: {verdict}"
+        result = f"drift measured on {len(sealed.ids)} sealed generic texts: {verdict}"
     inputs.journal.write("budget for forgetting", result)
     return BudgetResult(
         trial=plan.trial,

@@ -84,7 +84,7 @@ _KERNELS = {
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
-"""Modules, of which an attention implementation needs one."""
+"""Modules by attention implementation; one of them must be installed."""
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
 
 
@@ -159,7 +159,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
 def _error_from_transformers(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
     """Convert an error of `TrainingArguments` to `SetupError` if a connection failed, else to `RecipeError`."""
     if not is_runtime_error or re.search("gloo|nccl|connect|socket", message, re.IGNORECASE) is None:
-        return RecipeError(f"train: transformers refuses these settings: {message}")
+        return RecipeError(f"train: transformers rejects these settings: {message}")
     return SetupError(
         f"train.num_processes: {plan.num_processes} processes cannot reach each other: {message}; on several machines, "
         "set GLOO_SOCKET_IFNAME (on GPUs also NCCL_SOCKET_IFNAME) to the network interface that reaches the others, "

@@ -206,7 +206,8 @@ def _find_non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, obje
     for batch in batches:
         if module := _first_non_finite_module(model, batch):
             return f"the weights are finite, but {module} is the first module whose output is not finite {computed}"
-    return f"every module's output is finite {computed}; the loss, the gradients or a dtype's small range is the cause"
+    causes = "the loss, the gradients or a dtype with too small a range"
+    return f"every module's output is finite {computed}; possible causes are {causes}"
 
 
 def _is_all_masked(labels: object) -> bool:

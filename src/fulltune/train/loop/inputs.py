@@ -20,7 +20,7 @@ from fulltune.train.usage import ResourceUsage
 
 @dataclass(frozen=True)
 class AttemptInputs:
-    """What an attempt needs that does not change while it runs: request, data summary and listeners."""
+    """Everything an attempt needs that does not change while it runs: request, data summary and listeners."""
 
     request: Request
     hooks: Hooks

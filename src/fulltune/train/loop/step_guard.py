@@ -22,7 +22,7 @@ MIN_NORM_SPREAD = 0.15
 MIN_LOSS_SPREAD = 0.05
 """Smallest assumed standard deviation of the loss, relative to its start."""
 RECENT_STEPS, STAY_SCORE = 20, 5.0
-"""A run stops if all of the last `RECENT_STEPS` losses are above the baseline, the median by `STAY_SCORE`
+"""A run stops if all of the last `RECENT_STEPS` losses are above the baseline, and the median by `STAY_SCORE` standard
 deviations."""
 MIN_RISE = 0.1
 """Smallest rise that stops a run, relative to the loss at the start."""
@@ -45,7 +45,7 @@ class StepHistory:
     """Median of the first `MIN_CLEAN_STEPS` losses. If the median is 0, later losses are not judged."""
     skipped: tuple[int, ...] = ()
     most_rows: float = 0.0
-    """Most rows per process in one step so far."""
+    """Largest number of rows per process in a step so far."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
@@ -162,7 +162,7 @@ def _lasting_rise_reason(history: StepHistory) -> str | None:
     noise = MAD * statistics.median(abs(a - b) for a, b in pairwise(baseline)) / math.sqrt(2)
     if min(recent) <= usual or now - usual <= max(STAY_SCORE * noise, MIN_RISE * abs(history.first)):
         return None
-    return f"the loss rose and stays high: its median was {usual:.3g}, but {now:.3g} in the last {RECENT_STEPS} steps"
+    return f"the loss rose and stays high: its median was {usual:.3g} and is {now:.3g} in the last {RECENT_STEPS} steps"
 
 
 def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[float, float]:

@@ -193,7 +193,7 @@ class AdamW(torch.optim.Optimizer):
         if missing:
             raise SetupError(
                 f"checkpoint: the optimizer's state has no {', '.join(sorted(missing))} (found {', '.join(saved)}), "
-                "because another optimizer than AdamW wrote it; start a new run"
+                "because it was not written by AdamW; start a new run"
             )
         source = {
             name: value.to(parameter.device).reshape(-1)

@@ -39,14 +39,14 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, report: Callable[[st
         if (lock := folder / "lock").exists():  # torch would wait for it silently and for ever
             report(f"waiting for {lock}: {builder.name} is being compiled; if no process compiles, delete it")
         if not (folder / f"{builder.name}.so").exists():
-            report(f"compiling DeepSpeed's {builder.name}, only this once, for about a minute")
+            report(f"compiling DeepSpeed's {builder.name} once, which takes about a minute")
         try:
             builder.load(verbose=False)
         except (RuntimeError, OSError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
             raise SetupError(
-                f"DeepSpeed's {builder.name} cannot be compiled: {reason}; it needs a C++ compiler (such as g++) and "
-                f"ninja; compiled parts are in {folder}"
+                f"DeepSpeed's {builder.name} cannot be compiled: {reason}; it needs ninja and a C++ compiler, such as "
+                f"g++; partial results are in {folder}"
             ) from error
 
 

@@ -36,7 +36,7 @@ from fulltune.train.parent.child import forwarding_signals
 from fulltune.train.request import Request
 
 GRACE_SECONDS = 30.0
-"""How long this machine's processes may run on after another machine's have ended."""
+"""How many seconds this machine's processes may continue after another machine's have ended."""
 _CHECKING = "checking this machine and the recipe's files"
 
 
@@ -183,7 +183,7 @@ def _check_port(machine: MachineAddress) -> None:
 
 
 class _AttemptOnAllMachines:
-    """A running attempt, whose processes here end soon after those on another machine."""
+    """A running attempt on all machines. This machine's processes end soon after another machine's."""
 
     def __init__(
         self, child: spawn.WorkerProcess, heartbeat: Heartbeat, attempt: str, others: Mapping[Peer, str]

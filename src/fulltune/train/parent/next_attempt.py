@@ -26,7 +26,7 @@ _WHERE: dict[Phase | None, str] = {
 _MIN_REPORTED_BYTES = 2**20
 _MIN_GROWTH_BYTES = 64 * 2**20
 """Memory growth that libraries alone cause."""
-_NO_SECOND_ATTEMPT = "with a compute_loss of your own, training runs in this process, which allows no second attempt"
+_NO_SECOND_ATTEMPT = "with your own compute_loss, training runs in this process, so a second attempt is impossible"
 
 
 EstimateMemory = Callable[[Plan], MemoryNeed | None]
@@ -109,7 +109,7 @@ def describe_memory_shortage(outcome: Outcome, plan: Plan) -> str:
     if plan.memory is None or outcome.phase not in (None, "step"):
         return text
     largest = plan.memory.largest
-    return f"{text} (in the plan, mostly {largest}: {format_bytes(plan.memory.kinds[largest])})"
+    return f"{text} (largest part planned: {largest}, {format_bytes(plan.memory.kinds[largest])})"
 
 
 def settings_with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
@@ -158,7 +158,7 @@ def plan_rollback(plan: Plan, max_rollbacks: int, outcome: Outcome, healthy_step
     rollbacks = (*plan.rollbacks, healthy_step)
     lower = learning_rate_factor(rollbacks)
     at = "at the same rate" if lower == 1 else f"at {lower:g} of the planned rate ({plan.learning_rate * lower:.3g})"
-    start = f"returning to the checkpoint of step {healthy_step:,}, continuing" if healthy_step else "starting over"
+    start = f"returning to the checkpoint of step {healthy_step:,} and continuing" if healthy_step else "starting over"
     reason = (
         f"{without_cause(outcome.reason)}; {start} {at} with the rows in another order "
         f"(rollback {len(rollbacks)} of at most {max_rollbacks})"

@@ -40,7 +40,7 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
     writes, model = inputs.task.FACTS.writes, loaded.objective.model
     train, world_size = summary.splits["train"], trainer.args.world_size
     truncated = f"{train.truncated_rows} of {train.rows} at {summary.max_length} tokens"
-    processes = f"{world_size}, asked for {plan.num_processes}"
+    processes = f"{world_size} of {plan.num_processes} planned"
     checks = [
         _check_trainable_parameters(model, plan),
         Check(name="processes", result=processes, passed=world_size == plan.num_processes),
@@ -99,8 +99,8 @@ def _describe_dropout(model: PreTrainedModel) -> Check:
     """Describe the model's dropout in a check that always passes."""
     modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
     shares = ", ".join(sorted({f"{module.p:g} becomes {drop_threshold(module.p) / STEPS:.6g}" for module in modules}))
-    ours = f"{counted(len(modules), 'module')}, with random numbers of 16 bits for speed ({shares})"
-    return Check(name="dropout", result=ours if modules else "torch's own, or none", passed=True)
+    ours = f"{counted(len(modules), 'module')} with 16-bit random numbers, for speed ({shares})"
+    return Check(name="dropout", result=ours if modules else "torch's, or none", passed=True)
 
 
 def _last_trained_tokens(rows: Rows) -> np.ndarray:
@@ -132,7 +132,7 @@ def _install_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_lo
     if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists once training begins
         result = "off: ZeRO shards the model"
     elif own_loss:  # needs all logits
-        result = "off: compute_loss is your own"
+        result = "off: you supply compute_loss"
     else:
         batch = collate_on_device(trainer, [rows[i] for i in positions_by_length(rows)[-2:]])
         trainer.head, result = selective_head.verify_selective_head(trainer.model, task, batch)

@@ -26,7 +26,7 @@ MIN_ROWS = 30
 
 
 class Evaluator(TrainingPart):
-    """Scores the eval rows, and stops a run that diverges or gets worse, unless the loss is the user's own."""
+    """Scores the eval rows, and stops a run that diverges or gets worse, unless the user supplies the loss."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, head_is_new: bool) -> None:
         self.inputs, self.trainer, self.target, self.head_is_new = inputs, trainer, target, head_is_new

@@ -133,7 +133,7 @@ def scale_head(
     `predicts_numbers` means that the layer was trained before."""
     layer, problem = find_output_layer(model, 1), ""
     if own_loss:
-        problem = "compute_loss is your own"
+        problem = "you supply compute_loss"
     elif layer is None or not layer.weight.requires_grad:
         problem = "no last layer with one output was found in the head"
     elif batch is not None and not _returns_layer_output(model, layer, batch, precision):
