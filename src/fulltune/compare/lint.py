@@ -31,12 +31,12 @@ _ATTENTION = {
 }
 _MORE_TIME = "set a larger --budget, with which an undecided comparison continues"
 _UNFAIR = {
-    "rate-not-searched": "leave `learning_rate` unset, or give `learning_rates` with three or more",
+    "rate-not-searched": "leave `learning_rate` unset, or list three or more rates as `learning_rates`",
     "no-time-for-rates": _MORE_TIME,
-    "edge-of-grid": "add rates beyond it to its `learning_rates`, or give more time",
-    "unequal-search": "give more time, or list both methods' rates as `learning_rates` with `search_share: 1`",
-    "low-peft-rates": "add rates up to ten times those of full fine-tuning",
-    "one-rate-for-all": "search the rate of each method: leave `learning_rate` unset",
+    "edge-of-grid": "add rates beyond this one to the method's `learning_rates`, or set a larger --budget",
+    "unequal-search": "set a larger --budget, or list both methods' rates as `learning_rates` with `search_share: 1`",
+    "low-peft-rates": "add learning rates up to ten times those of full fine-tuning",
+    "one-rate-for-all": "leave `learning_rate` unset, so that the rate of each method is searched",
     "one-seed": f"train at least {FEWEST_SEEDS} seeds",
     "attention-only-lora": "set `target_modules: all-linear`",
     "bf16-full": "store weights in fp32, or set `train.bf16_rounding: stochastic`",
@@ -46,13 +46,13 @@ _UNFAIR = {
     "quantised-source": "use the model's original weights",
 }
 _WORTH_KNOWING = {
-    "few-rates": "give `learning_rates` with three or more",
+    "few-rates": "list three or more rates as `learning_rates`",
     "few-seeds": f"train at least {FEWEST_SEEDS} seeds",
     "no-time-for-seeds": _MORE_TIME,
     "left-out": _MORE_TIME,
-    "few-eval-rows": "give more eval rows: `data.eval`, or a larger `data.eval_fraction`",
+    "few-eval-rows": "use more eval rows, with `data.eval` or a larger `data.eval_fraction`",
     "test-in-train": "remove these rows from train or from test",
-    "test-opened-again": "nothing, unless the recipe was changed because of the earlier report",
+    "test-opened-again": "no action is needed, unless you changed the recipe because of the earlier report",
     "test-opened-by-others": "use fresh test rows if the recipe was changed because of earlier results",
 }
 RuleHits = Iterator[tuple[str, str, str]]

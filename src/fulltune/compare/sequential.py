@@ -19,7 +19,7 @@ _SURE = 0.95
 """Minimum probability of a clear answer at which no more seeds run."""
 _LIKELY = 0.5
 """Minimum probability that full wins at which other methods catch up after the last seed."""
-_CLEAR = "the answer is clear, and the test rows would very likely give the same one"
+_CLEAR = "the answer is clear and would very likely be the same on the test rows"
 _HOPELESS = 0.2
 """Minimum probability of a clear answer for which more seeds run."""
 WAITING_SHARE = 0.25
