@@ -206,15 +206,15 @@ def _eval_outputs_of_run(job: Run) -> Predictions:
     return load_outputs(saved)
 
 
-def _select_by_id(saved: Predictions, names: np.ndarray) -> Predictions:
+def _select_by_id(saved: Predictions, ids: np.ndarray) -> Predictions:
     """Return the saved outputs of the rows with these ids, in this order."""
     order = np.argsort(saved[_IDS])
-    places = order[np.searchsorted(saved[_IDS][order], names)]
+    places = order[np.searchsorted(saved[_IDS][order], ids)]
     return {name: array[places] for name, array in saved.items()}
 
 
 def _compare_runs(
-    measure: ResamplableMetric,
+    metric: ResamplableMetric,
     steps: Sequence[CleaningStep],
     patches: Sequence[str],
     eval_outputs: Sequence[Sequence[Predictions]],
@@ -224,11 +224,11 @@ def _compare_runs(
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give the eval rows in a file (data.eval)")
     same = [[_select_by_id(one, common) for one in trials] for trials in eval_outputs]
-    drawn = resample_trials(measure, same, same[0][0][_CLUSTERS])
+    drawn = resample_trials(metric, same, same[0][0][_CLUSTERS])
     spreads = estimate_seed_spreads(drawn, [False] * len(eval_outputs))
     proofs = []
     for number, (step, patch) in enumerate(zip(steps, patches, strict=True), start=1):
-        gap = difference_of_methods(drawn, number, 0, spreads, 1.0, measure.span)
+        gap = difference_of_methods(drawn, number, 0, spreads, 1.0, metric.span)
         low, high = gap.interval(ALPHA / len(steps))
         proofs.append(
             Proof(

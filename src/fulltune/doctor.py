@@ -133,12 +133,12 @@ def _read_tensorboard(folder: Path, files: list[Path]) -> Log:
     return _log_from_series(newest, series)
 
 
-def _log_from_series(where: Path, series: Mapping[str, Mapping[int, float]], best_step: int | None = None) -> Log:
+def _log_from_series(source: Path, series: Mapping[str, Mapping[int, float]], best_step: int | None = None) -> Log:
     """Make the log of another Trainer from values by series name and step; raise `SetupError` without a train loss."""
     points = {name: tuple(sorted(values.items())) for name, values in series.items()}
     if "loss" not in points:
         names = ", ".join(sorted(points)[:6]) or "nothing"
-        raise SetupError(f"{where}: expected a train loss (a series named 'loss'), found {names}")
+        raise SetupError(f"{source}: expected a train loss (a series named 'loss'), found {names}")
     judged = [name for name in points if name.startswith("eval_") and any(part in name for part in _GREATER_IS_BETTER)]
     name, steps = next(iter(judged), "eval_loss"), max(step for values in points.values() for step, _ in values)
     epochs = [value for _, value in points.get("epoch", ()) if math.isfinite(value)]
@@ -154,7 +154,7 @@ def _log_from_series(where: Path, series: Mapping[str, Mapping[int, float]], bes
         before=before_start(points.get(name, ())),
     )
     rates = [value for _, value in points.get("learning_rate", ()) if math.isfinite(value)]
-    return Log(where, curves, steps, points.get("grad_norm", ()), max(rates, default=0.0))
+    return Log(source, curves, steps, points.get("grad_norm", ()), max(rates, default=0.0))
 
 
 def summarise_log(log: Log) -> str:

@@ -162,7 +162,7 @@ NEAR_CHANCE, MAX_UNKNOWN = 0.8, 0.3
 
 
 def why_texts_are_weak(
-    text: GenericText, losses_or_states: np.ndarray, vocabulary_size: int | None, unknown_id: int | None
+    generic_text: GenericText, losses_or_states: np.ndarray, vocabulary_size: int | None, unknown_id: int | None
 ) -> str | None:
     """Return the reason why drift on these texts says little about the pretrained model's abilities, or None.
 
@@ -170,12 +170,12 @@ def why_texts_are_weak(
         losses_or_states: Result of `GenericText.measure` for the pretrained model.
     """
     advice = "so drift on these texts says little; in preserve.probe, name texts that the model knows"
-    tokens = [token for ids in text.ids for token in ids]
+    tokens = [token for ids in generic_text.ids for token in ids]
     unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
     if unknown_id is not None and unknown > MAX_UNKNOWN:
         return f"{unknown:.0%} of their tokens are unknown to the tokenizer, {advice}"
     loss, chance = float(np.mean(losses_or_states)), math.log(vocabulary_size) if vocabulary_size else math.inf
-    if text.writes and loss > NEAR_CHANCE * chance:
+    if generic_text.writes and loss > NEAR_CHANCE * chance:
         return f"the pretrained model's loss is {loss:.2f} nats per token (chance: {chance:.2f}), {advice}"
     return None
 

@@ -218,13 +218,13 @@ def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def batches_with_progress(
-    order: Sequence[int], size: int, work: np.ndarray, on_progress: ProgressCallback
+    order: Sequence[int], batch_size: int, work: np.ndarray, on_progress: ProgressCallback
 ) -> Iterator[Sequence[int]]:
     """Yield batches of `order`, and report progress after each. `work[rows]` is each row's cost in any unit."""
     shares = np.cumsum(np.asarray(work, np.float64)[list(order)]) if len(order) else np.zeros(1)
     on_progress(0, len(order), 0.0)
     done = 0
-    for positions in batches(order, size):
+    for positions in batches(order, batch_size):
         yield positions
         done += len(positions)
         on_progress(done, len(order), float(shares[done - 1] / shares[-1]))

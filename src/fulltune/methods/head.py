@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def head_paths(model: PreTrainedModel, task: TaskName, method: str) -> tuple[str, ...]:
+def head_paths(model: PreTrainedModel, task: TaskName, method_label: str) -> tuple[str, ...]:
     """Return the paths of the modules above the body and of the pooler; empty for tasks with a pretrained head."""
     if not FACTS[task].head_is_new:
         return ()
     if _body_of(model) is None:
         raise RecipeError(
-            f"method {method}: {type(model).__name__} has no separate body; use method full, without head_learning_rate"
+            f"method {method_label}: {type(model).__name__} has no separate body; use method full, "
+            "without head_learning_rate"
         )
     return _modules_above_body(model)
 
