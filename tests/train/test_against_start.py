@@ -46,8 +46,8 @@ def test_run_that_makes_the_model_worse_stops_when_its_loss_has_not_fallen(
     assert decision.action == action
     if losses[-1:] == [1.5] and action == "stop":
         assert decision.reason == (
-            "training makes the model worse: accuracy is 0.1 lower (standard error 0.02) than before step 1, 2 "
-            "evaluations in a row, and the train loss has not fallen (1 at the beginning, 1.5 now). Usual cause: a "
+            "training makes the model worse: accuracy is 0.1 lower (standard error 0.02) than before step 1 in "
+            "2 evaluations in a row, and the train loss has not fallen (1 at the beginning, 1.5 now). Usual cause: a "
             "learning rate that is too high (here 0.0003); try a tenth of it"
         )
 

@@ -32,7 +32,7 @@ _BOUNDS = {
     **dict.fromkeys(("mcc", "spearman", "kendall"), (-1.0, 1.0)),
     **dict.fromkeys(("chrf", "bleu"), (0.0, 100.0)),
 }
-"""Minimum and maximum of metrics that can leave 0 to 1, or None if one is missing."""
+"""Bounds of metrics whose range is not 0 to 1, or None if unbounded."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def paired_improvement(measure: ResamplableMetric, before: np.ndarray, now: np.n
 
 @dataclass(frozen=True)
 class ResampledTrials:
-    """Each method's trials' metric on all rows and on shared resamples."""
+    """The metric of each method's trials, on all rows and on resamples that all trials share."""
 
     point: tuple[np.ndarray, ...]
     """Values on all rows, [seeds] for each method."""

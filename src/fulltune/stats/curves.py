@@ -26,7 +26,7 @@ class GuardDecision:
 
 GO_ON = GuardDecision("go on")
 BEYOND_CHANCE = 2.0
-"""Standard errors above which a difference counts as real."""
+"""Number of standard errors above which a difference counts as real."""
 
 
 def standard_error_of_share(share: float, count: int) -> float:
@@ -40,7 +40,7 @@ LOSS_WINDOW = 10
 _FELL_WELL = 0.75
 """Largest ratio of the lowest to the first window's mean at which the loss has clearly fallen."""
 _SURE = 4.0
-"""Standard errors by which the loss must have fallen."""
+"""Number of standard errors by which the loss must have fallen."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
 _ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
 _MIN_AT_END = 4
@@ -116,7 +116,7 @@ def check_got_worse(
         return GO_ON
     return GuardDecision(
         "stop",
-        f"training makes the model worse: {worse_by} than before step 1, {num_worse} evaluations in a row, and the "
+        f"training makes the model worse: {worse_by} than before step 1 in {num_worse} evaluations in a row, and the "
         f"train loss has not fallen ({begin:.3g} at the beginning, {now:.3g} now). {_cause(learning_rate)}",
     )
 
@@ -194,7 +194,7 @@ _STILL_FALLING = 0.05
 _LEARNED = 0.05
 _FLAT = 0.03
 EATEN = 0.5
-"""Minimum share of values with a gradient that must change. Below it, rounding lost updates."""
+"""Minimum share of values with a gradient that must change; below it, rounding has lost the updates."""
 MIN_FOR_SHAPE = 8
 
 
@@ -248,7 +248,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Fit:
-    """The judgement whether a run overfitted or underfitted."""
+    """Judgement of whether a run overfitted or underfitted."""
 
     kind: Kind
     evidence: str = ""
@@ -312,7 +312,8 @@ def _judge_without_decline(curves: Curves, evaluations: Sequence[Point], trained
     """Judge whether a run that never got worse underfitted. `trained` maps each evaluation's step to the mean train
     loss before it; `gap` is a sentence for the details."""
     if curves.is_mixed:
-        return Fit("not known", "no sign of overfitting, but the train loss includes mixed-in rows", None, gap)
+        reason = "no sign of overfitting, but the train loss is not comparable because it includes mixed-in rows"
+        return Fit("not known", reason, None, gap)
     (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
     is_least = last <= min(value for _, value in evaluations) and half > 0
     if is_least and trained[end] > NO_GAP * last and not curves.is_at_ceiling:

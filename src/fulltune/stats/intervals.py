@@ -19,7 +19,7 @@ from fulltune.records.scores import Estimate
 from fulltune.stats.bootstrap import Resampled, ResampledTrials
 
 SURPRISES = 2.0
-"""Disagreeing rows to assume besides those observed: 0 of 20 do not prove equality (rule of three)."""
+"""Disagreeing rows to add to those observed, because 0 of 20 do not prove equality (rule of three)."""
 _MIN_CLUSTERS = 2
 
 
@@ -37,7 +37,7 @@ class SeedSpread:
     degrees: float
     """Degrees of freedom, infinite if the variance is assumed or zero."""
     borrowed: bool = False
-    """True if it is another method's, because this method has a single seed."""
+    """True if the variance is another method's, because this method has a single seed."""
 
     @property
     def is_none(self) -> bool:

@@ -1,4 +1,4 @@
-"""Compute which differences a comparison can detect, and how many rows or seeds would decide it."""
+"""Compute which differences a comparison can detect, and how many rows or seeds it needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DISCORDANCE = 0.1
 
 @dataclass(frozen=True)
 class ComparisonPrecision:
-    """The variances of a comparison's difference, also for other numbers of rows or seeds."""
+    """The variances of a difference between methods, which can be rescaled to other numbers of rows or seeds."""
 
     shared: float
     """Variance due to the rows, which all seeds of a method share."""

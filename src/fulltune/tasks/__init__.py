@@ -59,8 +59,8 @@ class Target:
     """Mean and standard deviation of the train rows' numbers, or None if unknown. Losses are in units of this standard
     deviation."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
-    """`(shift, factor)`: `factor * logit + shift` is in the user's units. Other than the default only while a head is
-    trained in standardised units."""
+    """`(shift, factor)`: `factor * logit + shift` is in the user's units. It differs from the default only while a head
+    is trained in standardised units."""
 
     @property
     def form(self) -> Form:
@@ -71,7 +71,6 @@ class Target:
         return cls(**{name: getattr(summary, name) for name in _IN_SUMMARY}, scale=summary.scale)
 
     def in_summary(self) -> dict[str, Any]:
-        """Return the fields that a data summary stores."""
         return {name: getattr(self, name) for name in _IN_SUMMARY}
 
     def as_notes(self) -> dict[str, Any]:
@@ -99,13 +98,13 @@ class Example:
 
     features: RowFeatures
     """`input_ids` [tokens], `labels` (a class id, a vector, or [tokens] with -100 for untrained tokens) and the task's
-    other features. `length` gives the row's cost if that is not the length of `input_ids`."""
+    other features. `length` is the row's cost, if it differs from the number of `input_ids`."""
     trained_tokens: int
     truncated: bool = False
     refused: Refused | None = None
-    """Reason to drop the row, if tokenising revealed one."""
+    """Reason to drop the row that tokenising revealed."""
     longest: int | None = None
-    """Length of the longest sequence that the model reads, if that is not `input_ids`."""
+    """Length of the longest sequence that the model reads, if it differs from the number of `input_ids`."""
 
 
 RowExamples = list[list[Example]]

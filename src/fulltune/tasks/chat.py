@@ -12,9 +12,9 @@ from fulltune.tasks import Tokenizer
 from fulltune.tasks.columns import parse_cell
 
 ChatMessage = Mapping[str, Any]
-"""A message with `role`, `content` and perhaps `tool_calls` and `weight`."""
+"""A message with `role`, `content` and optionally `tool_calls` and `weight`."""
 MaskedIds = tuple[list[int], list[bool]]
-"""Token ids, and True for each that is trained."""
+"""Token ids, and for each whether it is trained."""
 Tools = list[Any] | None
 
 _ALL, _MANY_TURNS = 2**62, 20
@@ -36,7 +36,7 @@ def clean_messages(messages: Any) -> list[dict[str, Any]]:
         if "role" not in fields:
             raise DataError("a message has no 'role'")
         if not isinstance(fields["role"], str):
-            raise DataError(f"a message has the role {fields['role']!r}, expected text")
+            raise DataError(f"a message has the role {fields['role']!r}, but a role must be text")
         if fields.get("weight", 1) not in (0, 1):
             raise DataError(f"a message with role '{fields['role']}' has weight {fields['weight']!r}, expected 0 or 1")
         if "content" not in fields and "tool_calls" not in fields:
@@ -53,7 +53,7 @@ def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
         kinds = {str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in content}
         if kinds - {"text"}:
             wrong = ", ".join(sorted(kinds - {"text"}))
-            raise DataError(f"a message with role '{message['role']}' holds {wrong}, not text")
+            raise DataError(f"a message with role '{message['role']}' contains {wrong}, but only text is supported")
         changed["content"] = "".join(str(part.get("text") or "") for part in content)
     elif not isinstance(content, str):
         if isinstance(content, Mapping):
@@ -137,7 +137,7 @@ def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], 
     except jinja2.TemplateSyntaxError as error:
         raise SetupError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
     except NotImplementedError:
-        raise SetupError("the tokenizer is slow; use a fast one, which knows where in the text tokens are") from None
+        raise SetupError("chat needs a fast tokenizer, which knows where each token is in the text") from None
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(" ".join(str(error).split())[:200]) from None
 

@@ -54,7 +54,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     number = sizes.most_common(1)[0][0]
     if one_too_high:
         raise DataError(
-            f"{where}: column '{column}' counts choices from 1 ({one_too_high} labels are the number of choices), "
+            f"{where}: column '{column}' counts choices from 1 ({one_too_high} labels equal the number of choices), "
             f"expected 0 to {number - 1}. Subtract 1 from all labels, or write letters (A, B ...) or the choice's text"
         )
     return Target("choice", columns, num_choices=number)

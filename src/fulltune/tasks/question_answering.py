@@ -43,17 +43,17 @@ FACTS = recipe_tasks.FACTS["question-answering"]
 find_columns = partial(columns_of_roles, ("context", "question", "answers"))
 row_labels, config_changes, count_items = labels_of_row, classes.config_changes, classes.count_items
 MOST_ANSWER_TOKENS = 30
-"""Longest predicted answer in tokens; training allows longer ones."""
+"""Maximum length of a predicted answer in tokens."""
 STARTS, ENDS = "starts", "ends"
 """Features that the model does not read: each token's start and end in the context, in characters [tokens], or -1."""
 collate = partial(pad_features, omit=(STARTS, ENDS))
 IMPOSSIBLE = "is_impossible"
-"""SQuAD 2's column for questions without an answer, whose `answers` are only plausible."""
+"""SQuAD 2's column that marks questions without an answer."""
 ONLY_FOR_TEST_ROWS = (STARTS, ENDS)
 START, END, FIRST, LAST, TOKENS = range(5)
 """Positions in `labels` [5]: the answer's first and last token, the context's first and last, the number of tokens."""
 NOWHERE = 0
-"""Index of the token at which a window without the answer points."""
+"""Index of the token that marks a window without the answer."""
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 

@@ -200,7 +200,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     encoded = []
     for position, (_, row_tags) in enumerate(parsed):
         unknown = sorted(set(row_tags) - set(ids))
-        refused = Refused("unknown tag", f"tag '{unknown[0]}' has an entity type that train lacks") if unknown else None
+        refused = Refused("unknown tag", f"the type of tag '{unknown[0]}' does not occur in train") if unknown else None
         values = [ids.get(tag, 0) for tag in row_tags]
         word_ids = [-1 if word is None else word for word in tokens.word_ids(position)]
         firsts = [word >= 0 and word != before for before, word in zip([-1, *word_ids], word_ids, strict=False)]

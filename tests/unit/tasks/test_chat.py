@@ -92,7 +92,7 @@ def test_generation_prompt_ends_where_training_begins() -> None:
     [
         ("hello", "expected a list of messages {role, content}, found 'hello'"),
         ([1], "expected a list of messages {role, content}, found '[1]'"),
-        ([{"role": 1, "content": "x"}], "a message has the role 1, expected text"),
+        ([{"role": 1, "content": "x"}], "a message has the role 1, but a role must be text"),
         (
             [{"role": "user", "content": "x", "weight": 0.5}],
             "a message with role 'user' has weight 0.5, expected 0 or 1",

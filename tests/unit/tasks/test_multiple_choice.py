@@ -64,7 +64,7 @@ def test_label_of_named_choices_is_one_of_their_names() -> None:
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ((1, 2, 3, 4), "counts choices from 1 .1 labels are the number of choices., expected 0 to 3"),
+        ((1, 2, 3, 4), "counts choices from 1 .1 labels equal the number of choices., expected 0 to 3"),
         ((None, ""), "no row has at least two choices and a label"),
     ],
 )

@@ -212,7 +212,7 @@ def test_slow_tokenizer_is_refused() -> None:
 def test_tag_of_a_type_that_train_lacks_is_refused() -> None:
     refused = encoded(word_piece(), row(["Ada"], ["B-DOG"]))[0].refused
     assert refused is not None
-    assert refused.reason == "tag 'B-DOG' has an entity type that train lacks"
+    assert refused.reason == "the type of tag 'B-DOG' does not occur in train"
 
 
 @pytest.mark.parametrize("kind", [list, np.array])
