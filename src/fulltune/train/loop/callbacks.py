@@ -71,7 +71,7 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Call `before_first_step`, then record that training starts."""
+        """Run what must precede step 1 (`before_first_step`), then record that training starts."""
         self.before_first_step()
         self.recorder.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))
@@ -149,7 +149,7 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
 
     def should_stop_early(self, state: TrainerState) -> bool:
-        """Return whether early stopping ends the run. Logged metrics decide: a counter would restart on resume."""
+        """Return whether early stopping ends the run, by the logged metrics: a counter would restart on resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and should_stop_early(
             logged(state, f"eval_{plan.metric}"),

@@ -93,8 +93,8 @@ class Guarded:
         return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-        """Return the Trainer's loss for a micro batch. If its backward pass updates weights, raise `Spiked` if the loss
-        is bad."""
+        """Return the Trainer's loss for a micro batch. Raise `Spiked` if it is not finite and its backward pass updates
+        weights."""
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
         if self._updates_in_backward and model.training:
             (total,) = self._sum_over_ranks(loss.detach().float())

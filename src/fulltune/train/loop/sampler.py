@@ -85,8 +85,7 @@ class GlobalBatchSampler:
             yield from self.micro_batches(batch)
 
     def micro_batches(self, batch: list[int]) -> Iterator[list[int]]:
-        """Split a global batch of row numbers into micro batches, which go to the processes in turn, as many to
-        each."""
+        """Split a global batch of row numbers into micro batches, equally many per process; processes take turns."""
         count = self._num_micro_batches(len(batch))
         if len(batch) < count:
             batch = (batch * count)[:count]
@@ -138,7 +137,7 @@ class GlobalBatchSampler:
         return tuple(tokens.astype(np.int64).tolist())
 
     def _shuffled_batches(self, order: list[int], seed: str) -> list[list[int]]:
-        """Shuffle row numbers and split them into global batches, of similar lengths if `group_by_length` is set."""
+        """Shuffle row numbers and split them into global batches, by similar length if `group_by_length` is set."""
         draw = random.Random(seed)
         draw.shuffle(order)
         size = self.global_batch_size

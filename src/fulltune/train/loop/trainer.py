@@ -146,7 +146,7 @@ class FullTrainer(Guarded, Trainer):
             self.add_callback(part)
 
     def guard_state(self) -> dict[str, Any]:
-        """Return the state of step guard and parts for a checkpoint, by name."""
+        """Return the state of the step guard and all parts for a checkpoint, by name."""
         state = asdict(self.guard_history) | {"base_weights": self._base_digest}
         for part in self.parts:
             state |= part.state()
@@ -194,8 +194,8 @@ class FullTrainer(Guarded, Trainer):
     def computing_needed_logits(
         self, labels: torch.Tensor, trained_positions: torch.Tensor | None = None, *, whole: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model computes only the logits that the loss needs, chunked if planned, or
-        `whole`."""
+        """Return a context in which the model computes only the logits that the loss needs (all if `whole`), chunked if
+        planned."""
         if self.head is None:
             return contextlib.nullcontext()
         chunked = self.head.can_chunk and self._plan.chunked_loss and not whole
@@ -253,7 +253,7 @@ class FullTrainer(Guarded, Trainer):
         return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        """Return a step's number of items over all ranks."""
+        """Return how many items count in a step's loss, over all ranks."""
         # The Trainer counts every label that is not -100: each label of a row for multi_label, and no number -100.0 for
         # regression. Filled on the device: copying would make the host wait.
         count = torch.full((), sum(batch.pop(ITEMS) for batch in batch_samples), dtype=torch.int64, device=device)
@@ -272,7 +272,7 @@ class FullTrainer(Guarded, Trainer):
         self.load_weights(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both from a checkpoint, even if sharded."""
+        """Load optimizer and scheduler from a checkpoint, sharded or not, unless it is None."""
         if checkpoint is None or not (self.is_shared or fsdp2.is_sharded_checkpoint(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return

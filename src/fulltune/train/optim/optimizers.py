@@ -154,6 +154,7 @@ class AdamW(torch.optim.Optimizer):
             compensation.copy_(error)
 
     def _buffers(self, parameter: Tensor) -> _Buffers:
+        """Return the buffers of a parameter's device."""
         device = parameter.device
         if device not in self._scratch:
             self._scratch[device] = _Buffers(device, self._seed)

@@ -175,8 +175,7 @@ def count_last_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[d
 
 
 def stop_generation_at(model: PreTrainedModel, ends: set[int]) -> None:
-    """Add end tokens to the model's generation config, because chat turns often end with another than the
-    tokenizer's."""
+    """Add end tokens to the model's generation config, because chat turns often end with another token."""
     if not ends:
         return
     eos = model.generation_config.eos_token_id

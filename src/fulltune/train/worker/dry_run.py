@@ -237,6 +237,7 @@ class PassTimer:
         return self._seconds_since(began)
 
     def _synchronized_time(self) -> float:
+        """Return the time in seconds once GPU work is done."""
         if self.inputs.plan.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -249,7 +250,7 @@ class PassTimer:
 def forecast_from_passes(
     passes: PassTimer, longest: Positions, seconds: tuple[float, float], step_seconds: float
 ) -> TimeNeed:
-    """Forecast the remaining training time from the `seconds` of two longest passes and, if they are short, from
+    """Forecast the remaining training time from the `seconds` of two passes on the longest rows and, if short,
     others."""
     inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _attention_work_ratio(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step

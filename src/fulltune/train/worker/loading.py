@@ -44,7 +44,8 @@ def load_pretrained(
     before_weights: Callable[[], None] = lambda: None,
     num_ranks: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, HeadOrigin | None]:
-    """Load the pretrained model with the task's head; return it, its processor, and the head's origin or None."""
+    """Load the pretrained model with the task's head; return it, its processor, and the head's origin or None.
+    `before_weights` is called before weights are read."""
     base, heads = Base.from_block(recipe.model, recipe.task, recipe.data.chat_template), list[HeadOrigin]()
     model = load_model(
         base,
@@ -181,7 +182,6 @@ class LoadedModel:
     objective: Objective
     head: HeadOrigin | None
     head_start: Probe | None
-    """The linear probe that initialises a new head."""
     scaled: ScaledHead | None
     """The last layer, if it learns standardized numbers."""
     scale_note: str | None

@@ -140,7 +140,8 @@ def _exit_with_parent(parent_pid: int) -> None:
 
 
 def main(file: str, parent: str | None = None) -> int:
-    """Run the request in `file` and return the exit code. The process ends with `parent`, a process id."""
+    """Run the request in `file` and return the exit code. The process ends with process `parent` (default: the
+    request's)."""
     request = Request.load(Path(file))
     parent_pid = request.parent_pid if parent is None else int(parent)
     if parent_pid is not None:

@@ -94,7 +94,8 @@ class InitialWeights:
         )
 
     def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
-        """Return whether this rank counts a parameter. Ranks take turns with replicated ones, to store few of them."""
+        """Return whether this rank counts a parameter. Ranks take turns with replicated ones, so none stores them
+        all."""
         if not self._is_sharded or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
