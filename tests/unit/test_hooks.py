@@ -53,8 +53,8 @@ def test_marks_without_hooks_that_change_the_weights_are_empty() -> None:
 @pytest.mark.parametrize(
     ("hooks", "blocks", "message"),
     [
-        ({"compute_loss": max}, {"train": {"class_weights": "balanced"}}, "weigh the classes in your loss"),
-        ({"compute_loss": max}, {"train": {"label_smoothing_factor": 0.1}}, "smooth in your loss"),
+        ({"compute_loss": max}, {"train": {"class_weights": "balanced"}}, "apply class weights in your own loss"),
+        ({"compute_loss": max}, {"train": {"label_smoothing_factor": 0.1}}, "smooth the labels in your own loss"),
         ({"compute_loss": max}, {"train": {"num_processes": 2}}, "train.num_processes: 1"),
         ({"metrics": max}, {"task": "causal-lm", "evaluate": {"generate_rows": 0}}, "generate_rows above 0"),
     ],
@@ -80,7 +80,7 @@ def test_metrics_of_raw_text_are_refused(kind: Any, refused: bool) -> None:
     )
     Hooks().check_data(summary)
     if refused:
-        with pytest.raises(RecipeError, match="raw text has none"):
+        with pytest.raises(RecipeError, match="which raw text lacks"):
             Hooks(metrics=max).check_data(summary)
     else:
         Hooks(metrics=max).check_data(summary)
