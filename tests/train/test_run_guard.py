@@ -163,7 +163,7 @@ def test_trouble_that_stays_goes_back_to_a_healthy_checkpoint(model: Path, tmp_p
     planned = Plan.load(tmp_path / "run" / "plan" / "full.json")
     assert planned.rollbacks == (36,), "the epoch's end, before the trouble"
     [failed] = [event for event in events if isinstance(event, Message) and event.level == "next attempt"]
-    assert "back to the checkpoint of step 36" in failed.text
+    assert "returning to the checkpoint of step 36" in failed.text
     assert result.outcome is not None
     assert (result.outcome.status, result.outcome.attempt, result.outcome.steps) == ("done", 2, 90)
     first = Outcome.load(tmp_path / "run/attempts/full-seed42-01/outcome.json")
