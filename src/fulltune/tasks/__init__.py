@@ -120,15 +120,13 @@ class Task(Protocol):
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
-    def find_columns(
-        self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
-    ) -> dict[str, str]:
+    def find_columns(self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
         """Map each role to a column, by the recipe's `data` block, usual names, or the content of `sample`.
 
-        Raises `DataError`, starting with `where`, if a role has no column.
+        Raises `DataError`, whose message starts with `file`, if a role has no column.
         """
 
-    def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+    def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
         """Derive problem type and labels from the train rows, which are only iterated; raise `DataError` if nothing can
         be learned."""
 

@@ -50,7 +50,7 @@ sums, full_row = written.sums, written.full_row
 # ---- columns ---------------------------------------------------------------------------------------------------
 
 
-def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
+def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
     """Map roles to columns for chat (messages, tools), raw text, or pairs (prompt, input, completion)."""
     forms = {
         "data.messages": data.messages,
@@ -59,38 +59,38 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     }
     named_forms = [name for name, column in forms.items() if column is not None]
     if len(named_forms) > 1:
-        raise DataError(f"{where}: {' and '.join(named_forms)} are both set; keep one of them")
+        raise DataError(f"{file}: {' and '.join(named_forms)} are both set; keep one of them")
     form = named_forms[0] if named_forms else None
     if form in (None, "data.prompt/completion") and data.completion is None:
-        refuse_preferences(columns, sample, where)
-    messages = column_of("messages", data.messages, columns, where) if form in (None, "data.messages") else None
+        refuse_preferences(columns, sample, file)
+    messages = column_of("messages", data.messages, columns, file) if form in (None, "data.messages") else None
     if messages is not None:
-        tools = column_of("tools", data.tools, columns, where)
+        tools = column_of("tools", data.tools, columns, file)
         return {"messages": messages} | ({"tools": tools} if tools else {})
     # Raw text: a `text` column without columns that could be a prompt and its completion.
-    prompt = column_of("prompt", None, columns, where) if form is None and "text" in columns else None
+    prompt = column_of("prompt", None, columns, file) if form is None and "text" in columns else None
     rest = [column for column in columns if column != prompt]
-    has_pairs = "text" not in columns or (prompt is not None and column_of("completion", None, rest, where) is not None)
+    has_pairs = "text" not in columns or (prompt is not None and column_of("completion", None, rest, file) is not None)
     if form == "data.text" or (form is None and not has_pairs):
-        return {"text": needed_column("text", data.text or "text", columns, where)}
-    pair = columns_of_roles(("prompt", "completion"), columns, sample, data, where)
+        return {"text": needed_column("text", data.text or "text", columns, file)}
+    pair = columns_of_roles(("prompt", "completion"), columns, sample, data, file)
     if data.input is not None or (data.prompt is None and pair["prompt"].lower().strip() == "instruction"):
         rest = [column for column in columns if column not in pair.values()]
-        if (about := column_of("input", data.input, rest, where)) is not None:
+        if (about := column_of("input", data.input, rest, file)) is not None:
             return {"prompt": pair["prompt"], "input": about, "completion": pair["completion"]}
     return pair
 
 
-def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str) -> None:
+def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], file: str) -> None:
     """Raise `DataError` for preference data (DPO, KTO), because training would ignore the preferences."""
 
     def column_named(name: str) -> str | None:
-        return usual_column((name,), columns, where)
+        return usual_column((name,), columns, file)
 
     chosen, rejected = column_named("chosen"), column_named("rejected")
     if chosen and rejected:
         raise DataError(
-            f"{where}: columns '{chosen}' and '{rejected}' hold preferences, which fulltune cannot train on yet "
+            f"{file}: columns '{chosen}' and '{rejected}' hold preferences, which fulltune cannot train on yet "
             f"(TRL's DPOTrainer can). To train on the chosen answers only, set data.completion: {chosen} (init: "
             f"--column completion={chosen}), or data.messages or data.text if they are whole conversations"
         )
@@ -98,13 +98,13 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str
     judgements = {str(row.get(good)).lower() for row in sample} if good else set[str]()
     if judged and column_named("prompt") and judgements and judgements <= {"true", "false"}:
         raise DataError(
-            f"{where}: column '{good}' says which answers in '{judged}' are good, but fulltune cannot train on "
+            f"{file}: column '{good}' says which answers in '{judged}' are good, but fulltune cannot train on "
             f"judgements (TRL's KTOTrainer can). To train on the good answers only, keep the rows in which '{good}' is "
             f"true, and set data.completion: {judged} (init: --column completion={judged})"
         )
 
 
-def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
     """Return the target for chat, raw text or pairs. A line break joins pairs that have no white space between them."""
     glued = False
     for number, row in enumerate(rows):

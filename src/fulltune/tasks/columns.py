@@ -108,7 +108,7 @@ def _has_adjacent_strings(text: str) -> bool:
     return any(one == two == tokenize.STRING for one, two in pairwise(kinds))
 
 
-def usual_column(names: Sequence[str], columns: Sequence[str], where: str) -> str | None:
+def usual_column(names: Sequence[str], columns: Sequence[str], file: str) -> str | None:
     """Return the first column with one of these names in any case, or None. Raise `DataError` if two match."""
     for name in names:
         alike = [column for column in columns if column.lower().strip() == name]
@@ -117,49 +117,49 @@ def usual_column(names: Sequence[str], columns: Sequence[str], where: str) -> st
         if alike:
             shown = " and ".join(repr(column) for column in alike)
             raise DataError(
-                f"{where}: columns {shown} differ only in case or spaces, expected one '{name}'. Rename one of them, "
+                f"{file}: columns {shown} differ only in case or spaces, expected one '{name}'. Rename one of them, "
                 "or name the right one in the recipe"
             )
     return None
 
 
-def column_of(role: str, name: str | None, columns: Sequence[str], where: str, names: Sequence[str] = ()) -> str | None:
+def column_of(role: str, name: str | None, columns: Sequence[str], file: str, names: Sequence[str] = ()) -> str | None:
     """Return a role's column: `name` from the recipe, which must exist, else a column with a usual name, or None."""
     if name is not None:
         # Names from other programs may be in another Unicode normal form.
         same = [column for column in columns if normalize("NFC", column) == normalize("NFC", name)]
         if not same:
             hint = did_you_mean(name, columns) or f"columns here: {shown(columns)}"
-            raise DataError(f"{where}: no column '{name}' (data.{role}); {hint}")
+            raise DataError(f"{file}: no column '{name}' (data.{role}); {hint}")
         return name if name in columns else same[0]
-    return usual_column(names or USUAL_NAMES[role], columns, where)
+    return usual_column(names or USUAL_NAMES[role], columns, file)
 
 
 def needed_column(
-    role: str, name: str | None, columns: Sequence[str], where: str, besides: Collection[str | None] = ()
+    role: str, name: str | None, columns: Sequence[str], file: str, besides: Collection[str | None] = ()
 ) -> str:
     """Return a role's column, or raise `DataError` if there is none outside the columns `besides`."""
     if name is None:
-        column = column_of(role, None, [column for column in columns if column not in besides], where)
-    elif (column := column_of(role, name, columns, where)) in besides:
-        raise DataError(f"{where}: column '{name}' (data.{role}) already has another role; set the other role, too")
+        column = column_of(role, None, [column for column in columns if column not in besides], file)
+    elif (column := column_of(role, name, columns, file)) in besides:
+        raise DataError(f"{file}: column '{name}' (data.{role}) already has another role; set the other role, too")
     if column is None:
-        raise DataError(missing_column(role, columns, where))
+        raise DataError(missing_column(role, columns, file))
     return column
 
 
 def find_columns(
-    roles: Sequence[str], columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
+    roles: Sequence[str], columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str
 ) -> dict[str, str]:
     """Map each role to its column; raise `DataError` if a role has no column, or two share one."""
     by_role: dict[str, str] = {}
     for role in roles:
-        by_role[role] = needed_column(role, getattr(data, role), columns, where, by_role.values())
+        by_role[role] = needed_column(role, getattr(data, role), columns, file, by_role.values())
     return by_role
 
 
-def missing_column(role: str, columns: Sequence[str], where: str) -> str:
-    return f"{where}: no column found for data.{role}; name it in the recipe (columns here: {shown(columns)})"
+def missing_column(role: str, columns: Sequence[str], file: str) -> str:
+    return f"{file}: no column found for data.{role}; name it in the recipe (columns here: {shown(columns)})"
 
 
 def shown(columns: Iterable[str]) -> str:

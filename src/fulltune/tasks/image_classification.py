@@ -38,8 +38,8 @@ sums, chance_loss = classes.sums, classes.chance_loss
 as_question, row_labels, config_changes = classes.with_placeholder_label, labels.row_labels, classes.config_changes
 
 
-def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    return labels.find_target(rows, columns, data.model_copy(update={"problem_type": "single_label"}), where)
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
+    return labels.find_target(rows, columns, data.model_copy(update={"problem_type": "single_label"}), file)
 
 
 def refuse(row: Row, target: Target) -> Refused | None:

@@ -35,7 +35,7 @@ def _first_at(counts: LabelCounts, value: object) -> str:
     return f", first: {place}" if place else ""
 
 
-def count_label_values(rows: Iterable[Row], column: str, where: str) -> tuple[LabelCounts, int]:
+def count_label_values(rows: Iterable[Row], column: str, file: str) -> tuple[LabelCounts, int]:
     """Return the distinct labels with counts, and the number of labelled rows; raise `DataError` for none or too
     many."""
     distinct: dict[Any, list[Any]] = {}
@@ -53,35 +53,35 @@ def count_label_values(rows: Iterable[Row], column: str, where: str) -> tuple[La
             beyond += 1
         else:
             raise DataError(
-                f"{where}: column '{column}' has more than {MOST_DISTINCT:,} different labels; is it the right column?"
+                f"{file}: column '{column}' has more than {MOST_DISTINCT:,} different labels; is it the right column?"
             )
     if not distinct:
-        raise DataError(f"{where}: column '{column}' has no label in any row")
+        raise DataError(f"{file}: column '{column}' has no label in any row")
     values = [(value, count, place) for value, count, place in distinct.values()]
     return values, sum(count for _, count, _ in values) + beyond
 
 
-def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
     """Derive the problem type and the sorted class names from the train rows, or raise `DataError`."""
     column = columns["label"]
-    counts, total = count_label_values(rows, column, where)
+    counts, total = count_label_values(rows, column, file)
     strange = [value for value, *_ in counts if isinstance(value, (dict, date, time, timedelta))]
     if strange:
         kind = "objects" if isinstance(strange[0], dict) else "dates or times"
         raise DataError(
-            f"{where}: column '{column}' holds {kind} ({str(strange[0])[:60]}{_first_at(counts, strange[0])}); "
+            f"{file}: column '{column}' holds {kind} ({str(strange[0])[:60]}{_first_at(counts, strange[0])}); "
             "expected a class name, a list of class names, or a number"
         )
     match data.problem_type if data.problem_type != "auto" else _guess_problem_type(counts, total):
         case "regression":
-            return _regression_target(counts, columns, where)
+            return _regression_target(counts, columns, file)
         case "multi_label":
-            return _multi_label_target(counts, columns, where)
+            return _multi_label_target(counts, columns, file)
         case _:
-            return _single_label_target(counts, total, columns, where)
+            return _single_label_target(counts, total, columns, file)
 
 
-def _regression_target(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
+def _regression_target(counts: LabelCounts, columns: Mapping[str, str], file: str) -> Target:
     """Return a regression target, or raise `DataError` if labels are words or all the same number."""
 
     def is_word(value: object) -> bool:
@@ -90,23 +90,23 @@ def _regression_target(counts: LabelCounts, columns: Mapping[str, str], where: s
     wrong = [value for value, *_ in counts if is_word(value)]
     if wrong:
         raise DataError(
-            f"{where}: column '{columns['label']}' must hold numbers for regression; found {str(wrong[0])[:60]!r} "
+            f"{file}: column '{columns['label']}' must hold numbers for regression; found {str(wrong[0])[:60]!r} "
             f"({_count_rows(counts, is_word)} such rows{_first_at(counts, wrong[0])}); repair or remove these rows"
         )
     # Numbers that are too large are dropped row by row.
     if len({number for value, *_ in counts if (number := parse_float32(value)) is not None}) == 1:
-        raise DataError(f"{where}: every row has the same target {counts[0][0]!r}, so there is nothing to learn")
+        raise DataError(f"{file}: every row has the same target {counts[0][0]!r}, so there is nothing to learn")
     return Target("regression", columns)
 
 
-def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], where: str) -> Target:
+def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], file: str) -> Target:
     """Return a multi-label target, or raise `DataError` if labels are missing, one-hot, or the same in all rows."""
     column, values = columns["label"], [value for value, *_ in counts if not is_broken_list(value)]
     labels = sorted({label for value in values for label in parse_label_list(value)})
     if not labels:
         first = counts[0][0]
         raise DataError(
-            f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{_first_at(counts, first)}. "
+            f"{file}: no row of column '{column}' names a label: {str(first)[:60]!r}{_first_at(counts, first)}. "
             'Write names such as ["food", "travel"], without nested lists'
         )
     of_each = [parse_label_list(value) for value in values]
@@ -114,34 +114,34 @@ def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], where: 
     if soft or (set(labels) <= {"0", "1"} and len(set(map(len, of_each))) == 1):
         first = (soft or values)[0]
         raise DataError(
-            f"{where}: column '{column}' holds a number for each label (soft or one-hot: {str(first)[:60]}"
+            f"{file}: column '{column}' holds a number for each label (soft or one-hot: {str(first)[:60]}"
             f"{_first_at(counts, first)}); expected the names of the row's labels, such as [a, c] for [1, 0, 1]"
         )
     if len({tuple(sorted(names)) for names in of_each}) == 1:
-        raise DataError(f"{where}: every row has the same labels {values[0]!r}, so there is nothing to learn")
+        raise DataError(f"{file}: every row has the same labels {values[0]!r}, so there is nothing to learn")
     if len(labels) == 1:
-        raise DataError(f"{where}: column '{column}' has only the label '{labels[0]}', expected at least two")
+        raise DataError(f"{file}: column '{column}' has only the label '{labels[0]}', expected at least two")
     return Target("multi_label", columns, tuple(labels))
 
 
-def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, str], where: str) -> Target:
+def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, str], file: str) -> Target:
     """Return a target, or raise `DataError` for lists, mixed labels, a single class or too many."""
     column, values = columns["label"], [value for value, *_ in counts]
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
         raise DataError(
-            f"{where}: column '{column}' holds several labels in a row ({str(several[0])[:60]}"
+            f"{file}: column '{column}' holds several labels in a row ({str(several[0])[:60]}"
             f"{_first_at(counts, several[0])}); expected one, or set data.problem_type: multi_label"
         )
-    _refuse_mixed(counts, column, where)
+    _refuse_mixed(counts, column, file)
     names = {label_name(value) for value in values}
     if len(names) == 1:
         raise DataError(
-            f"{where}: every row has the label '{next(iter(names))}', but a classifier needs at least two classes"
+            f"{file}: every row has the label '{next(iter(names))}', but a classifier needs at least two classes"
         )
     if len(names) > max(50, total // 2):
         raise DataError(
-            f"{where}: column '{column}' has {len(names)} different labels in {total} rows; "
+            f"{file}: column '{column}' has {len(names)} different labels in {total} rows; "
             "is it the right column? To predict numbers, set data.problem_type: regression"
         )
     numbers = {name: parse_float32(name) for name in names}
@@ -161,7 +161,7 @@ def _guess_problem_type(counts: LabelCounts, total: int) -> str:
     return "single_label"
 
 
-def _refuse_mixed(counts: LabelCounts, column: str, where: str) -> None:
+def _refuse_mixed(counts: LabelCounts, column: str, file: str) -> None:
     """Raise `DataError` for numbers among words, such as `1`, `2`, `positive`: most often a broken export."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
@@ -171,7 +171,7 @@ def _refuse_mixed(counts: LabelCounts, column: str, where: str) -> None:
         rarer = min((words, numbers), key=Counter.total)
         first = _first_at(counts, next(value for value, *_ in counts if str(value) in rarer))
         raise DataError(
-            f"{where}: column '{column}' mixes words ({_two_most(words)}) and numbers ({_two_most(numbers)}) as labels"
+            f"{file}: column '{column}' mixes words ({_two_most(words)}) and numbers ({_two_most(numbers)}) as labels"
             f"{first}; expected one kind. Rename the labels, or remove the wrong rows"
         )
 

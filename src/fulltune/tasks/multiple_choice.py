@@ -38,7 +38,7 @@ loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, sums, chance_loss = classes.metrics, classes.sums, classes.chance_loss
 
 
-def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
     """Return the target with the most common number of choices, or raise `DataError` for unusable labels."""
     column = columns["label"]
     sizes: Counter[int] = Counter()
@@ -50,11 +50,11 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         sizes[len(texts)] += 1
         one_too_high += label_name(value) == str(len(texts)) and index_of_right_choice(row, columns, texts) is None
     if not sizes:
-        raise DataError(f"{where}: no row has at least two choices and a label in column '{column}'")
+        raise DataError(f"{file}: no row has at least two choices and a label in column '{column}'")
     number = sizes.most_common(1)[0][0]
     if one_too_high:
         raise DataError(
-            f"{where}: column '{column}' counts choices from 1 ({one_too_high} labels equal the number of choices), "
+            f"{file}: column '{column}' counts choices from 1 ({one_too_high} labels equal the number of choices), "
             f"expected 0 to {number - 1}. Subtract 1 from all labels, or write letters (A, B ...) or the choice's text"
         )
     return Target("choice", columns, num_choices=number)
@@ -170,7 +170,7 @@ def full_row(target: Target, length: int) -> RowFeatures:
 _STEMS = ("choice", "ending", "option", "candidate", "answer", "sol", "alternative", "")
 
 
-def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
+def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
     """Map `label`, `choices` (or `choice0`, `choice1` ...) and, if present, `question` and `context` to columns.
 
     Raises `DataError` also if a column of another name may be the question.
@@ -178,20 +178,20 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     by_role: dict[str, str] = {}
     for role in ("choices", "label", "context", "question"):
         rest = [column for column in columns if column not in by_role.values()]
-        column = column_of(role, getattr(data, role), rest, where, CHOICE_NAMES[role])
+        column = column_of(role, getattr(data, role), rest, file, CHOICE_NAMES[role])
         if column is not None:
             by_role[role] = column
         elif role == "choices":
             by_role |= {f"choice{number}": column for number, column in enumerate(_numbered_columns(rest))}
     missing = []
     if not any(role.startswith("choice") for role in by_role):
-        missing.append(missing_column("choices (one with lists, or several: choice0, choice1)", columns, where))
+        missing.append(missing_column("choices (one with lists, or several: choice0, choice1)", columns, file))
     if "label" not in by_role:
-        missing.append(missing_column("label", columns, where))
+        missing.append(missing_column("label", columns, file))
     rest = [column for column in columns if column not in by_role.values()]
     if not {"question", "context"} & set(by_role) and _has_sentences(rest, sample):
         # A question under another name must not be ignored silently.
-        missing.append(missing_column("question", columns, where))
+        missing.append(missing_column("question", columns, file))
     if missing:
         raise DataError(missing)
     return by_role

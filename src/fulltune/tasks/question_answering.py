@@ -58,7 +58,7 @@ NOWHERE = 0
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
-def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
     """Return the target, or raise `DataError` if no row has an answer in its context."""
     target = Target("span", columns, stride=data.stride)
     answered = 0
@@ -66,7 +66,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         answered += refuse(row, target) is None and bool(accepted_answers(row, target))
     if not answered:
         raise DataError(
-            f"{where}: no row has an answer in column '{columns['answers']}' that occurs in '{columns['context']}' (at "
+            f"{file}: no row has an answer in column '{columns['answers']}' that occurs in '{columns['context']}' (at "
             "its answer_start, if it has one). Correct the answers, or set data.answers and data.context"
         )
     return target

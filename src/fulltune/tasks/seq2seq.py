@@ -37,7 +37,7 @@ row_labels, config_changes, metrics = labels_of_row, classes.config_changes, wri
 sums, full_row = written.sums, written.full_row
 
 
-def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
     """Return a target with the recipe's source prefix."""
     for _ in rows:
         pass

@@ -23,15 +23,15 @@ def display_text(row: Row, target: Target) -> str:
     return " / ".join(_text_and_pair(row, target))
 
 
-def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
+def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
     """Map `label`, `text` and perhaps `text_pair` (named in the recipe, or a usual pair) to columns, or raise
     `DataError`."""
-    label = needed_column("label", data.label, columns, where)
+    label = needed_column("label", data.label, columns, file)
     rest = [column for column in columns if column != label]
     texts = [column for column in (data.text, data.text_pair) if column is not None]
     if twice := next((column for column in texts if [*texts, label].count(column) > 1), None):
         raise DataError(
-            f"{where}: column '{twice}' has two of the roles text, text_pair and label; name a column for each"
+            f"{file}: column '{twice}' has two of the roles text, text_pair and label; name a column for each"
         )
     if data.text is None and data.text_pair is None:
         by_lower = {column.lower().strip(): column for column in rest} | {column: column for column in rest}
@@ -39,13 +39,13 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
             if text in by_lower and pair in by_lower:
                 return {"text": by_lower[text], "text_pair": by_lower[pair], "label": label}
     text_column = data.text
-    if text_column is None and column_of("text", None, rest, where) is None:
+    if text_column is None and column_of("text", None, rest, file) is None:
         sizes = {name: sum(len(row[name]) for row in sample if isinstance(row.get(name), str)) for name in rest}
         longest = max(rest, key=sizes.__getitem__, default="")
         text_column = longest if sizes.get(longest, 0) >= 10 * max(1, len(sample)) else None
-    by_role = {"text": needed_column("text", text_column, rest, where), "label": label}
+    by_role = {"text": needed_column("text", text_column, rest, file), "label": label}
     if data.text_pair is not None:
-        by_role["text_pair"] = needed_column("text_pair", data.text_pair, rest, where)
+        by_role["text_pair"] = needed_column("text_pair", data.text_pair, rest, file)
     return by_role
 
 

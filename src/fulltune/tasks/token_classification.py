@@ -130,14 +130,14 @@ def entity_types(labels: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(label[2:] for label in labels if label != "O"))
 
 
-def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
     """Return labels `O`, then sorted `B-` and `I-` of all entity types; raise `DataError` if tags are not BIO."""
     known_tags: set[str] = set()
     wrong: list[tuple[str, int, str]] = []
     num_rows = num_wrong = 0
     for row in rows:
         num_rows += 1
-        at = str(row.get(PLACE, f"{where}: row {num_rows}"))
+        at = str(row.get(PLACE, f"{file}: row {num_rows}"))
         sentence, tags = (cell or [] for cell in _words_and_tags_if_lists(row, columns))
         unknown = [(place, tag) for place, tag in enumerate(tags, start=1) if tag not in known_tags]
         bad = [(at, place, tag) for place, tag in unknown if not _BIO.fullmatch(tag)]
@@ -148,7 +148,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         known_tags.update(tags)
     if wrong:
         advice = (
-            f"{where}: column '{columns['tags']}' holds tags that are not BIO, expected O, B-TYPE (first word of an "
+            f"{file}: column '{columns['tags']}' holds tags that are not BIO, expected O, B-TYPE (first word of an "
             "entity) or I-TYPE (each further word). Rename them: in other schemes, S- and U- mean B-; E-, L- and M- "
             f"mean I-; numbers are positions in a data set's list of labels ({num_wrong} such tags)"
         )
@@ -156,7 +156,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     kinds = sorted(entity_types(known_tags))
     if not kinds:
         raise DataError(
-            f"{where}: none of {num_rows} rows has an entity, so there is nothing to learn: column '{columns['tags']}' "
+            f"{file}: none of {num_rows} rows has an entity, so there is nothing to learn: column '{columns['tags']}' "
             "holds only O, or the numbers of tokens and tags differ"
         )
     return Target("tags", columns, ("O", *sorted(f"{mark}-{kind}" for mark in "BI" for kind in kinds)))
