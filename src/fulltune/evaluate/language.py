@@ -49,14 +49,14 @@ def _generate_answers(
     scoring: Scoring,
     model: PreTrainedModel,
     tokenizer: Tokenizer,
-    drawn: Mapping[int, Row],
+    rows: Mapping[int, Row],
 ) -> list[str]:
-    """Generate an answer to each of the `drawn` test rows, in smaller batches if memory runs out."""
+    """Generate an answer to each of these test rows, in smaller batches if memory runs out."""
     if "source" in scoring.target.columns:  # one example per row, truncated as in training
         test = scoring.rows("test")
-        prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
+        prompts = [list(map(int, test[position]["input_ids"])) for position in rows]
     else:
-        prompts = [scoring.task.generation_ids(row, scoring.target, tokenizer) for row in drawn.values()]
+        prompts = [scoring.task.generation_ids(row, scoring.target, tokenizer) for row in rows.values()]
     return run_with_smaller_batches(
         "evaluation",
         scoring.plan.eval_batch_size,

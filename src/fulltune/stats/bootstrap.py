@@ -172,11 +172,11 @@ def resample_metrics(
     }
 
 
-def paired_improvement(measure: ResamplableMetric, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
-    """Return how much a metric improved from row terms `before` to `now` [rows, k], and the difference's standard
+def paired_improvement(measure: ResamplableMetric, before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """Return how much a metric improved from row terms `before` to `after` [rows, k], and the difference's standard
     error."""
     assert measure.value is not None
-    both = np.stack([before, now], axis=1)
+    both = np.stack([before, after], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
     draws = np.diff(_resample_sums(both, measure.value, _MIN_SAMPLES), axis=1)
     return float(measure.sign * difference), float(np.std(draws))
@@ -232,11 +232,11 @@ def resample_trials(
     return ResampledTrials(tuple(np.split(point, ends)), tuple(np.split(drawn, ends, axis=1)), num_clusters, num_rows)
 
 
-def _cluster_sums(count: RowTerms, outputs: Predictions, of_row: np.ndarray) -> np.ndarray:
-    """Sum each cluster's row terms: float64 [clusters, k]. `of_row` is each row's cluster."""
-    counts = count(outputs)
-    sums = np.zeros((int(of_row.max()) + 1, counts.shape[1]))
-    np.add.at(sums, of_row, counts)
+def _cluster_sums(row_terms: RowTerms, outputs: Predictions, row_clusters: np.ndarray) -> np.ndarray:
+    """Sum each cluster's row terms: float64 [clusters, k]."""
+    counts = row_terms(outputs)
+    sums = np.zeros((int(row_clusters.max()) + 1, counts.shape[1]))
+    np.add.at(sums, row_clusters, counts)
     return sums
 
 

@@ -143,11 +143,11 @@ def _is_far_above(begin: float, last: Sequence[float]) -> bool:
     return is_above and min(last) > _NONE_NEAR * begin
 
 
-def _divergence_message(begin: float, last: Sequence[float], learning_rate: float) -> str:
+def _divergence_message(start_loss: float, last_losses: Sequence[float], learning_rate: float) -> str:
     """Compare the last losses with the start loss in a message."""
     return (
-        f"the loss diverged: before any update it was at most {begin:.3g}, and the last {len(last)} values are "
-        f"between {min(last):.3g} and {max(last):.3g}. {_cause(learning_rate)}"
+        f"the loss diverged: before any update it was at most {start_loss:.3g}, and the last {len(last_losses)} values "
+        f"are between {min(last_losses):.3g} and {max(last_losses):.3g}. {_cause(learning_rate)}"
     )
 
 
@@ -287,7 +287,7 @@ def judge_curves(curves: Curves) -> Fit:
     since_best, fell = _decline_since_best(curves)
     rose = turn < end and last >= ROSE * least > 0
     if not (rose or fell):
-        return _judge_without_decline(curves, evaluations, trained, gap)
+        return _judge_no_decline(curves, evaluations, trained, gap)
     turn_step = curves.best[0] if fell else turn
     evidence = (
         since_best
@@ -308,33 +308,33 @@ def judge_curves(curves: Curves) -> Fit:
     return Fit("over-confident", evidence, turn_step, details)
 
 
-def _judge_without_decline(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
+def _judge_no_decline(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], details: str) -> Fit:
     """Judge whether a run that never got worse underfitted. `trained` maps each evaluation's step to the mean train
-    loss before it; `gap` is a sentence for the details."""
+    loss before it; `details` is a sentence for the result."""
     if curves.is_mixed:
         reason = "no sign of overfitting, but the train loss is not comparable because it includes mixed-in rows"
-        return Fit("not known", reason, None, gap)
+        return Fit("not known", reason, None, details)
     (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
     is_least = last <= min(value for _, value in evaluations) and half > 0
     if is_least and trained[end] > NO_GAP * last and not curves.is_at_ceiling:
         if trained[end] > HARDLY_FELL * next(iter(trained.values())):
             why = "the train loss hardly fell, and the eval loss was lowest at the end"
-            return Fit("under-fitted", why, None, gap, _MORE)
+            return Fit("under-fitted", why, None, details, _MORE)
         if last < STILL_BETTER * half:
             why = "the eval loss was still falling at the end, and the train loss was not much lower"
-            return Fit("under-fitted", why, None, gap, _MORE)
-    return Fit("sound", "no sign of overfitting or underfitting", None, gap)
+            return Fit("under-fitted", why, None, details, _MORE)
+    return Fit("sound", "no sign of overfitting or underfitting", None, details)
 
 
 def _step_and_epoch(curves: Curves, step: int) -> str:
     return f"step {step:,} (epoch {format_number(step * curves.epochs_per_step)})"
 
 
-def _model_step_sentence(curves: Curves, turn: int) -> str:
-    """Return a sentence on whether the saved weights are from before or after step `turn`, or "" if unknown."""
+def _model_step_sentence(curves: Curves, best: int) -> str:
+    """Return a sentence on whether the saved weights are from before or after step `best`, or "" if unknown."""
     if curves.kept_step is None:
         return ""
-    side = "this step" if curves.kept_step == turn else "an earlier step" if curves.kept_step < turn else "a later step"
+    side = "this step" if curves.kept_step == best else "an earlier step" if curves.kept_step < best else "a later step"
     return f" The saved weights are from {side} ({curves.kept_step:,})."
 
 

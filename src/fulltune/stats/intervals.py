@@ -52,12 +52,12 @@ class SeedSpread:
 NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 
 
-def estimate_seed_spreads(drawn: ResampledTrials, fixed: Sequence[bool]) -> list[SeedSpread | None]:
-    """Estimate each method's variance between seeds, 0 for untrained methods (`fixed`). A method with a single seed
-    borrows the others' largest, or gets None without others."""
+def estimate_seed_spreads(drawn: ResampledTrials, are_untrained: Sequence[bool]) -> list[SeedSpread | None]:
+    """Estimate each method's variance between seeds, 0 for untrained methods. A method with a single seed borrows the
+    others' largest variance, or gets None without others."""
     spreads = [
         NO_SPREAD if is_fixed else _estimate_spread(point, draws, drawn.num_clusters)
-        for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True)
+        for point, draws, is_fixed in zip(drawn.point, drawn.draws, are_untrained, strict=True)
     ]
     estimated = [spread for spread in spreads if spread is not None and not spread.is_none]
     if not estimated:
@@ -146,27 +146,25 @@ def difference_of_methods(
 
 
 def _uncertain_value(
-    estimate: float, centres: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
+    estimate: float, draws: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
 ) -> UncertainValue:
-    """Build a distribution from bootstrap draws (`centres`) and seed spreads, widened for few clusters or seeds."""
+    """Build a distribution from bootstrap draws and seed spreads, widened for few clusters or seeds."""
     estimated = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
     # With few clusters, the spread between clusters is uncertain as well.
     stretch = np.sqrt(
-        _unbiased_factor(num_clusters) / _scaled_chi_squared(chance, max(1, num_clusters - 1), len(centres))
+        _unbiased_factor(num_clusters) / _scaled_chi_squared(chance, max(1, num_clusters - 1), len(draws))
     )
-    centres = estimate + (centres - estimate) * stretch
+    draws = estimate + (draws - estimate) * stretch
     surprise = SURPRISES * (0.0 if span is None else span / num_clusters) ** 2
-    between_seeds = variance_of_mean(estimated) / _scaled_chi_squared(
-        chance, degrees_of_freedom(estimated), len(centres)
-    )
+    between_seeds = variance_of_mean(estimated) / _scaled_chi_squared(chance, degrees_of_freedom(estimated), len(draws))
     beyond = np.maximum(0.0, between_seeds - variance_of_mean(estimated, by_rows=True))
     return UncertainValue(
         estimate=estimate,
-        centres=centres,
+        centres=draws,
         # Never exactly 0, because a step function has no inverse.
         spreads=np.sqrt(beyond + surprise) + 1e-12 * (1 + abs(estimate)),
-        row_variance=float(centres.var()) + surprise,
+        row_variance=float(draws.var()) + surprise,
         seeds=estimated,
         seeds_known=len(estimated) == len(spreads),
     )

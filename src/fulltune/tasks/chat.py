@@ -74,12 +74,12 @@ def is_trained(message: ChatMessage) -> bool:
 
 
 def tokenise_conversation(
-    tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools = None, most: int = _ALL
+    tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools = None, max_tokens: int = _ALL
 ) -> list[MaskedIds]:
     """Tokenise a conversation with a mask of trained tokens. If the template rewrites earlier turns, return one
     sequence per answer.
 
-    Answers beyond `most` tokens may stay untrained.
+    Answers beyond `max_tokens` may stay untrained.
     """
     has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
     if has_marks and all(message.get("weight") != 0 for message in messages):
@@ -90,7 +90,7 @@ def tokenise_conversation(
     whole = render(tokenizer, messages, tools)
     turns = [position for position, message in enumerate(messages) if is_trained(message)]
     starts = [start for start, _ in _ids_and_offsets(tokenizer, whole)[1]] if len(turns) > _MANY_TURNS else []
-    end = starts[most] if most < len(starts) else len(whole)
+    end = starts[max_tokens] if max_tokens < len(starts) else len(whole)
     spans: list[tuple[int, str]] = []
     for turn in turns:
         # Each turn renders all messages before it again.

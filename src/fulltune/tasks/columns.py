@@ -182,15 +182,14 @@ def refuse_list(row: Row, target: Target, role: str) -> Refused | None:
     return None if is_text else Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
 
 
-def similar_column(read: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
-    """Return the first column without a role whose texts are about as long and varied as those of column `read`, or
-    None."""
+def similar_column(column: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
+    """Return the first column without a role whose texts are about as long and varied as those of `column`, or None."""
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
     def is_similar(cells: Sequence[str]) -> bool:
-        """Return True if the cells resemble the texts of `read`."""
+        """Return True if the cells resemble the texts of `column`."""
         words = sum(sum(map(str.isalpha, cell.split())) for cell in cells)
-        is_long = 2 * sum(map(len, cells)) >= sum(map(len, texts.get(read, ())))
+        is_long = 2 * sum(map(len, cells)) >= sum(map(len, texts.get(column, ())))
         return is_long and words > 2 * len(cells) < 4 * len(set(cells))
 
     return next((name for name, cells in texts.items() if name not in roles.values() and is_similar(cells)), None)

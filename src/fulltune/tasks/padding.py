@@ -113,8 +113,8 @@ def tokenise_long_text(text: str, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
 
 
-def _cut_at_spaces(text: str, seam: str) -> list[str] | None:
-    """Cut a text before spaces and remove `seam` at each cut, or return None if spaces are too rare."""
+def _cut_at_spaces(text: str, dropped: str) -> list[str] | None:
+    """Cut a text before spaces and remove `dropped` at each cut, or return None if spaces are too rare."""
     parts, start = list[str](), 0
     while len(text) - start > PART_CHARACTERS:
         end = start + PART_CHARACTERS
@@ -122,11 +122,11 @@ def _cut_at_spaces(text: str, seam: str) -> list[str] | None:
         # Several spaces could be one token.
         while space > 0 and (text[space - 1].isspace() or text[space + 1 : space + 2].isspace()):
             space = text.rfind(" ", start + 1, space)
-        if space < 0 and seam:
+        if space < 0 and dropped:
             return None
         end = space if space > 0 else end
         parts.append(text[start:end])
-        start = end + len(seam)
+        start = end + len(dropped)
     return [*parts, text[start:]]
 
 
