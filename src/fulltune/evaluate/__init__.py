@@ -70,8 +70,7 @@ def score_baselines(scoring: Scoring) -> list[Scores]:
 
 
 def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
-    """Return scoring functions by file name: the pretrained model with a linear probe as head, and a classifier on its
-    embeddings."""
+    """Return scoring functions by file name: for the pretrained model with a linear probe, and for its embeddings."""
     with_head = scoring.plan.head_init is not None
     if not with_head and scoring.target.form.has_windows:
         return {}

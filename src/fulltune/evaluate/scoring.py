@@ -75,8 +75,7 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Compute metrics by name, by default the task's, on the test rows (or those at `positions`) and on
-        resamples."""
+        """Compute metrics by name (default: the task's) on test rows or those at `positions`, and on resamples."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 
@@ -99,7 +98,8 @@ class Scoring:
     def estimate_user_metrics(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Estimate the user's metrics, if any, on lists if `predictions` is a list, otherwise on arrays."""
+        """Estimate the user's metrics, or none without a function, on lists if `predictions` is a list, otherwise on
+        arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
@@ -128,7 +128,7 @@ class Scoring:
         metrics: Mapping[str, Resampled],
         **fields: Any,
     ) -> Scored:
-        """Make the `Scores` of a model or baseline, with an interval for each metric, from `rows` rows."""
+        """Make the `Scores` of a model or baseline with an interval for each metric. `fields` are further fields."""
         confidence, main = self.recipe.evaluate.confidence, metrics.get(self.plan.metric)
         for quoting in fields.keys() & {"worst", "answers"}:
             fields[quoting] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[quoting])
@@ -179,8 +179,7 @@ class Scoring:
         )[0]
 
     def load(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
-        """Load a finished model, or the pretrained one if `model_folder` is None, and its tokenizer or image
-        processor."""
+        """Load a finished model, or the pretrained one for None, and its tokenizer or image processor."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
             processor = self.base.processor
@@ -198,8 +197,7 @@ class Scoring:
 
 
 def log_test_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
-    """Log, in a file beside the run folder, that its test rows were scored. `outcome` is None for a comparison's
-    verdict."""
+    """Log beside the run folder that its test rows were scored. `outcome` is None for a comparison's verdict."""
     folder = folder.resolve()
     access = Access(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -156,8 +156,7 @@ def resample_metrics(
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Compute metrics by name on all rows and on `samples` resamples, which are the same for all models with equal
-    seeds."""
+    """Compute metrics by name on all rows and on `samples` resamples, the same for all models with equal seeds."""
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"expected a cluster for each of {num_rows} rows, found {len(clusters)}")
@@ -173,8 +172,7 @@ def resample_metrics(
 
 
 def paired_improvement(measure: ResamplableMetric, before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """Return how much a metric improved from row terms `before` to `after` [rows, k], and the difference's standard
-    error."""
+    """Return how much a metric improved from row terms `before` to `after` [rows, k], and its standard error."""
     assert measure.value is not None
     both = np.stack([before, after], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]

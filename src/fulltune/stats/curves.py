@@ -72,7 +72,8 @@ def check_fell_and_rose(losses: Sequence[float], learning_rate: float, untrained
 
 
 def check_stays_high(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Decide to stop if the last losses' median is over three times the start loss, and none is below 1.5 times."""
+    """Decide to stop if the last losses' median is over 3 times the start loss, and each is over 1.5 times the start
+    loss."""
     begin, last = _start_loss(losses, untrained), losses[-2 * LOSS_WINDOW :]
     if len(losses) <= 2 * LOSS_WINDOW or not _is_far_above(begin, last):
         return GO_ON
@@ -109,8 +110,7 @@ MAX_BEHIND = 2
 def check_got_worse(
     num_worse: int, worse_by: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if at least two evaluations in a row were worse than before step 1 and the train loss has not
-    fallen."""
+    """Decide to stop if two evaluations in a row were worse than before step 1 and the train loss has not fallen."""
     begin, now = _start_loss(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if num_worse < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
@@ -268,8 +268,8 @@ _LOWER = "a lower learning rate"
 
 
 def judge_curves(curves: Curves) -> Fit:
-    """Judge from its curves whether a run overfitted, underfitted, got worse, or became over-confident (only the eval
-    loss rose)."""
+    """Judge from its curves whether a run overfitted, underfitted, got worse, or is over-confident (only eval loss
+    rose)."""
     if worse := _worse_than_untrained(curves):
         return Fit("got worse", worse, 0, helps=_LOWER)
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]

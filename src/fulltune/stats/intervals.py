@@ -171,8 +171,7 @@ def _uncertain_value(
 
 
 def paired_difference(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """Return the difference of two models' metrics with its interval over rows, or None if rows or finite values are
-    too few."""
+    """Return the difference of two models' metrics with its interval, or None for too few rows or finite values."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
     if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:
         return None

@@ -249,8 +249,7 @@ def with_prompt_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
 
 
 def _make_prompt_template(target: Target, tokenizer: Tokenizer) -> str | None:
-    """Make a chat template that writes prompts as in training, or return None if templates cannot reproduce the opening
-    tokens."""
+    """Make a chat template that writes prompts as in training, or return None if tokens would differ."""
     opening = tokenizer.bos_token if prompt_ids("a", tokenizer)[:1] == [tokenizer.bos_token_id] else ""
     turn = "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"
     each = f"{turn}{{{{ {json.dumps(target.joint)} }}}}{{% endif %}}"

@@ -22,8 +22,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assist
 
 
 def clean_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return messages without empty keys, also from ShareGPT's `from` and `value`; raise `DataError` for invalid
-    ones."""
+    """Return messages, also ShareGPT's, with `role` and `content`; raise `DataError` for invalid ones."""
     messages = parse_cell(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f"expected a list of messages {{role, content}}, found {str(messages)[:60]!r}")

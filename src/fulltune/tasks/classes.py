@@ -108,8 +108,7 @@ def r2(sums: np.ndarray) -> np.ndarray:
 
 
 def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
-    """Return values for the model's config: labels, problem type, and the padding token by which decoders find the last
-    token."""
+    """Return values for the model's config: labels, problem type, and the padding token that decoders need."""
     form, labels = target.form, target.labels or ("value",)
     if not (target.labels or form.is_number):
         return {}

@@ -36,8 +36,7 @@ def _first_at(counts: LabelCounts, value: object) -> str:
 
 
 def count_label_values(rows: Iterable[Row], column: str, file: str) -> tuple[LabelCounts, int]:
-    """Return the distinct labels with counts, and the number of labelled rows; raise `DataError` for none or too
-    many."""
+    """Return the distinct labels with counts, and the number of labelled rows; raise `DataError` for none."""
     distinct: dict[Any, list[Any]] = {}
     beyond = 0
     for row in rows:

@@ -23,7 +23,7 @@ def pad_features(
     *,
     label_per_token: bool = False,
 ) -> dict[str, Tensor]:
-    """Pad features on the right to `input_ids[batch, tokens]`, `attention_mask`, `labels` and other lists, except
+    """Pad features to `input_ids[batch, tokens]`, `attention_mask`, `labels` and other lists, except those in
     `omit`."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
     skipped = {LENGTH, "attention_mask", *omit, *(() if label_per_token else ("labels",))}

@@ -109,8 +109,8 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
 
 
 def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Count each answer's n-gram matches and totals and both lengths, int64 [answers, 10], or return an empty
-    dictionary without sacrebleu."""
+    """Count each answer's n-gram matches and totals and both lengths [answers, 10]; without sacrebleu, return no
+    arrays."""
     if not can_score("bleu"):
         return {}
     from sacrebleu.metrics.bleu import BLEU
