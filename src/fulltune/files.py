@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -78,9 +79,11 @@ def find_damage(folder: Path) -> str | None:
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append a JSON line in one write, so that lines of concurrent processes do not mix."""
+    """Append a JSON line under a file lock, so that lines of concurrent processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         # If the disk was full, the last line may be incomplete.
         if size := file.seek(0, os.SEEK_END):
             file.seek(size - 1)

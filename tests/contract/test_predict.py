@@ -281,7 +281,7 @@ def test_types_of_a_parquet_file_stay_and_columns_of_others_are_text(classifier:
     ("name", "message"),
     [
         ("there.csv", "there.csv: already exists; name another file, or replace it with --force"),
-        ("out.xlsx", "out.xlsx: cannot be written as '.xlsx'; expected .csv, .tsv, .jsonl, .ndjson, .parquet"),
+        ("out.xlsx", "out.xlsx: cannot be written as '.xlsx'; expected one of .csv, .tsv, .jsonl, .ndjson, .parquet"),
         ("nowhere/out.csv", "there is no folder"),
     ],
 )

@@ -88,7 +88,7 @@ def test_rows_that_cannot_be_read_for_want_of_memory_are_not_judged(
     reader: Any = Reader.__new__(Reader)
     vars(reader).update(folder=tmp_path, base=SimpleNamespace(processor=None))
     monkeypatch.setitem(Reader._read_items.__globals__, "Rows", lambda folder: [])
-    monkeypatch.setitem(Reader._read_items.__globals__, "opened", raising(error))
+    monkeypatch.setitem(Reader._read_items.__globals__, "with_decoded_images", raising(error))
     with pytest.raises(found):
         reader._read_items("train")
 
@@ -116,7 +116,7 @@ def test_generic_text_that_cannot_be_read_ends_a_run_for_memory_alone(error: Bas
     )
     monitor.trainer, monitor.start = trainer, None
     monitor.inputs = SimpleNamespace(plan=plan, journal=journal, warn=warnings.append)
-    monitor.text = SimpleNamespace(read=raising(error))
+    monitor.text = SimpleNamespace(measure=raising(error))
     if ends_it:
         with pytest.raises(torch.OutOfMemoryError):
             monitor.measure_drift()

@@ -79,7 +79,7 @@ def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(start: Sta
     assert (result.status, result.steps, result.phase) == ("hung", 4, "evaluation")
     assert result.reason == (
         "the training process sent no heartbeat for 1s (train.hang_timeout) after step 4 in an evaluation, and was "
-        "ended"
+        "killed"
     )
     assert Outcome.load(request.folder / "outcome.json") == result
 

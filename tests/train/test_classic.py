@@ -521,7 +521,7 @@ def test_bf16_weights_at_small_rate_give_notice_that_few_moved(tokenizer: Any, t
     model = tiny_model(tokenizer, initializer_range=1.0).to(torch.bfloat16)
     args = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=1e-5, **QUIET)
     trainer = Trainer(model=model, args=args, train_dataset=rows(tokenizer, 16), processing_class=tokenizer)
-    with pytest.warns(FulltuneNotice, match=r"moved \(bfloat16 weights\)"):
+    with pytest.warns(FulltuneNotice, match=r"changed \(bfloat16 weights\)"):
         trainer.train()
 
 

@@ -102,7 +102,7 @@ def test_finished_comparison_is_not_done_again(finished: tuple[Path, Comparison]
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("it trains again")
 
-    with mock.patch.object(trials.retry, "train", fail):
+    with mock.patch.object(trials.retry, "train_in_attempts", fail):
         assert compare(job(folder.parent, METHODS)) == first
 
 
@@ -196,7 +196,7 @@ def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Compariso
 @pytest.mark.parametrize(
     ("methods", "problem"),
     [
-        ([], "methods: nothing to compare"),
+        ([], "methods: no methods to compare"),
         (["base", "full"], "methods: no method to compare full fine-tuning with"),
         (["base", "full", "head"], "methods: no method to compare full fine-tuning with"),
         (["base", "lora"], "methods: 'full' is missing"),

@@ -52,7 +52,7 @@ def test_report_says_what_was_mixed_in(unbroken: tuple[Path, Any]) -> None:
     folder, reached = unbroken
     text = " ".join((folder / "run" / "report.md").read_text(encoding="utf-8").split())
     own, mixed = reached.outcome.tokens_by_source
-    assert "others.csv: weight 0.3, 22 rows of each epoch's 74" in text
+    assert "others.csv: weight 0.3, 22 of the 74 rows per epoch" in text
     assert "each row is read 4.4 times" in text
     assert f"{100 * mixed / (own + mixed):.1f}% of the trained tokens" in text
     runs.assert_report_is_whole(reached)

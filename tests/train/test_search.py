@@ -134,7 +134,7 @@ def test_search_that_is_interrupted_goes_on_with_what_it_has(tmp_path: Path, mod
 def test_budget_that_buys_no_search_is_refused_with_what_it_buys(tmp_path: Path, model: Path) -> None:
     with pytest.raises(
         RecipeError,
-        match=r"compare.budget: 1s is too short.*two short trials and a whole run.* give --b",
+        match=r"compare.budget: 1s is too short.*two short trials and a whole run.* set --b",
     ):
         search(tmp_path, model, compare={"budget": "1s"})
 
