@@ -99,7 +99,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
         with run_folder.remove_new_run_on_error(job.folder):
             if job.group is not None:
                 job.group.begin(job.phase)
-        # A plan that does not fit stays in the folder, from which its ways out are shown.
+        # A plan that does not fit stays in the folder, from which its alternatives are shown.
         with run_folder.remove_new_run_on_error(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
             summary = prepare(job, runs_here=until != "data")
             if until == "data":

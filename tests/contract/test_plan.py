@@ -83,10 +83,10 @@ def test_plan_ends_with_commands_that_can_be_copied() -> None:
 
 
 @pytest.mark.long
-def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
+def test_7b_that_does_not_fit_ends_with_3_and_alternatives() -> None:
     result = seven_b("--for", "1x RTX 4080, 16GB host, 50GB disk")
     assert result.code == 3
-    assert "ways out" in result.out
+    assert "alternatives" in result.out
     assert "frees" in result.out
     assert len(result.problems) == 1
     assert "but only 15.5 GiB of GPU memory is available" in result.problems[0]
@@ -94,7 +94,7 @@ def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("several", ["methods=[full, lora]", "method.learning_rate=search"])
-def test_lora_is_a_way_out_beside_a_budget_and_can_be_followed(several: str) -> None:
+def test_lora_is_an_alternative_beside_a_budget_and_can_be_followed(several: str) -> None:
     asked = ("--for", "1x RTX 4090, 64GB host", "--set", several, "--set", "compare.budget=2h")
     found = seven_b(*asked)
     assert found.code == 3

@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.cli.show import plan as shown
 from fulltune.errors import RecipeError
-from fulltune.plan import budget, fsdp2, gpus, levers, memory, resolve, workload
+from fulltune.plan import budget, fsdp2, gpus, memory, resolve, savings, workload
 from fulltune.plan.settings import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryNeed, MemorySettings
@@ -187,10 +187,10 @@ def test_card_without_fast_bf16_is_offered_no_narrow_weights() -> None:
 
 def test_levers_stay_in_the_format_of_a_card_without_fast_bf16() -> None:
     old, new = (plan(device="cuda", precision="fp32", fast_bf16=fast) for fast in (False, True))
-    assert levers._half_precision(recipe(), old) == [{"precision": "fp16"}]
-    assert levers._half_precision(recipe(), new) == [{"precision": "bf16"}]
-    assert levers._why_no_bf16_weights(recipe(), old) == "this GPU has no fast bf16"
-    assert levers._why_no_bf16_weights(recipe(), new) is None
+    assert savings._half_precision(recipe(), old) == [{"precision": "fp16"}]
+    assert savings._half_precision(recipe(), new) == [{"precision": "bf16"}]
+    assert savings._why_no_bf16_weights(recipe(), old) == "this GPU has no fast bf16"
+    assert savings._why_no_bf16_weights(recipe(), new) is None
 
 
 def in_engine(**settings: Any) -> Recipe:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
 from fulltune.footprint import records
 from fulltune.plan import device_and_precision, gpus, time, workload
+from fulltune.plan.alternatives import format_alternatives
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.settings import PLACEMENT, to_yaml, with_settings
 from fulltune.plan.survey import survey_placements
 from fulltune.plan.time import DevicePrice
-from fulltune.plan.ways_out import format_ways_out
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.rules import form_of
@@ -228,5 +228,5 @@ def plan_as_json(survey: Survey, plan: Plan | None, measured: Measurements | Non
 
 def does_not_fit_error(survey: Survey, ways_shown: bool) -> FulltuneError:
     """Return the error for a plan that does not fit, with remedies unless they were already shown."""
-    ways = [] if ways_shown else format_ways_out(survey.ways_out)
+    ways = [] if ways_shown else format_alternatives(survey.ways_out)
     return DoesNotFitError([*survey.notes, *ways])

@@ -144,7 +144,7 @@ class PlannedModel:
                 self.shapes.num_all_parameters or self.shapes.num_parameters,
                 all_trained=self.shapes.num_trainable is None,
                 precision=precision,
-                # Both, because the value that the recipe does not set can be a way out.
+                # Both, because the value that the recipe does not set can be proposed.
                 checkpointing=(False, True) if self.shapes.can_recompute else (False,),
                 weights_dtype=recipe.model.weights_dtype,
                 # Allocates the same tensors as flash attention, but needs no GPU or package.

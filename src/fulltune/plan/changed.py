@@ -3,8 +3,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
-from fulltune.plan import budget, memory, ways_out
-from fulltune.plan.levers import SETTING_OF
+from fulltune.plan import alternatives, budget, memory
+from fulltune.plan.savings import SETTING_OF
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryNeed, Plan
@@ -76,5 +76,5 @@ def memory_need_of_plan(changed: Plan, recipe: Recipe, model: PlannedModel) -> M
 def with_disk_need(recipe: Recipe, plan: Plan, free_bytes: int, folder: str) -> Plan:
     """Return the plan with its state and disk need recomputed; raise `DoesNotFitError` if the disk is too small."""
     recipe = with_placement(recipe, plan.placement)
-    disk = ways_out.check_disk_space(recipe, plan.num_parameters, plan, free_bytes, folder)
+    disk = alternatives.check_disk_space(recipe, plan.num_parameters, plan, free_bytes, folder)
     return plan.model_copy(update={"disk": disk, "state": memory.state_bytes(plan.num_parameters, plan)})

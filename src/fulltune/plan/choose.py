@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fulltune.errors import DoesNotFitError
-from fulltune.plan import ways_out
-from fulltune.plan.levers import LEVERS, why_loss_not_chunked
+from fulltune.plan import alternatives
+from fulltune.plan.savings import MEMORY_SAVINGS, why_loss_not_chunked
 from fulltune.plan.settings import Reasons
 from fulltune.plan.workload import Basis
 from fulltune.recipe.fields import Recipe
@@ -89,9 +89,9 @@ def _candidate_settings(basis: Basis, start: MemorySettings) -> list[MemorySetti
 def _with_savings(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
     """Return `start` with each combination of automatic memory savings; `same_result` selects which savings."""
     combinations = [start]
-    for lever in LEVERS:
-        if lever.searched and lever.same_result == same_result and not lever.why_not_automatic(recipe, start):
-            combinations += [one.changed(**lever.apply(recipe, one)[-1]) for one in combinations]
+    for saving in MEMORY_SAVINGS:
+        if saving.searched and saving.same_result == same_result and not saving.why_not_automatic(recipe, start):
+            combinations += [one.changed(**saving.apply(recipe, one)[-1]) for one in combinations]
     return combinations
 
 
@@ -164,6 +164,6 @@ def _no_fit_error(basis: Basis) -> DoesNotFitError:
         [
             f"{recipe.model.name}: {PHASE_NAMES[need.peak_phase]} needs {format_bytes(need.peak)}{parts}, even with "
             f"{', '.join(words)}, but only {basis.where} is available",
-            *ways_out.format_ways_out(ways_out.memory_ways_out(basis, settings)),
+            *alternatives.format_alternatives(alternatives.propose_for_memory(basis, settings)),
         ]
     )

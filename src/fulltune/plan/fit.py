@@ -6,7 +6,7 @@ from dataclasses import replace
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import BYTES
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, choose, memory, resolve, time, watching, ways_out
+from fulltune.plan import alternatives, budget, choose, memory, resolve, time, watching
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.settings import PLACEMENT, Reasons
 from fulltune.plan.workload import Basis, Workload, make_basis
@@ -97,7 +97,7 @@ def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[cho
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
     if problems := parallel_layout.plan_conflicts(recipe, *batches, used.num_processes, used.precision):
         raise RecipeError(problems)
-    return option, ways_out.check_disk_space(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
+    return option, alternatives.check_disk_space(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
 
 
 # ---- where weights, gradients and optimizer state lie ------------------------------------------------------------

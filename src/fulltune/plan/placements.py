@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from fulltune.plan import budget, choose
-from fulltune.plan.levers import plain_optim
+from fulltune.plan.savings import plain_optim
 from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, recipe_value, with_settings
 from fulltune.plan.workload import Basis, is_loss_chunked
 from fulltune.recipe.training import ENGINE_SETTINGS

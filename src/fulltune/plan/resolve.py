@@ -8,7 +8,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import defaults, memory
-from fulltune.plan.levers import plain_optim
+from fulltune.plan.savings import plain_optim
 from fulltune.plan.settings import FROM_RECIPE, Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import wrong_metric

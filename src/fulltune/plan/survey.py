@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fulltune.errors import DoesNotFitError
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, choose, gpus, placements, resolve, ways_out
+from fulltune.plan import alternatives, budget, choose, gpus, placements, resolve
 from fulltune.plan.fit import make_plan, with_time_estimate
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.settings import recipe_value, with_settings
@@ -15,7 +15,7 @@ from fulltune.plan.time import DevicePrice
 from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, Workload, make_basis
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.training import ENGINE_SETTINGS
-from fulltune.records.plan import Advice, PlacementOption, Plan, Survey, WayOut
+from fulltune.records.plan import Advice, Alternative, PlacementOption, Plan, Survey
 from fulltune.system import parallel_layout
 from fulltune.system.parallel_layout import ParallelLayout
 
@@ -51,7 +51,7 @@ def survey_placements(
     lora_fits = fits if kind == "lora" else None if by_lora is None else lora is not None
     facts = _survey_without_plan(workload, basis, table, full_fits, lora_fits)
     if isinstance(outcome, DoesNotFitError):
-        problem, ways = _find_ways_out(workload, basis, table, outcome.problems[0], lora)
+        problem, ways = _propose_alternatives(workload, basis, table, outcome.problems[0], lora)
         notes = (f"{one.name}: {one.value}: {one.reason}" for one in resolve.memory_caveats(basis.footprint))
         return facts.model_copy(update={"ways_out": ways, "notes": (problem, *notes)}), None
     plan, settings = outcome
@@ -186,12 +186,12 @@ def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool =
     return _plan_with_placement(workload, fleet, table) if any_placement else None
 
 
-# ---- ways out ----------------------------------------------------------------------------------------------------
+# ---- alternatives -------------------------------------------------------------------------------------------------
 
 
-def _find_ways_out(
+def _propose_alternatives(
     workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora_plan: PlannedSettings | None
-) -> tuple[str, tuple[WayOut, ...]]:
+) -> tuple[str, tuple[Alternative, ...]]:
     """Return the problem and ways to solve it: for the disk if only the disk is too small, else for memory."""
     fleet = basis.fleet
     outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
@@ -199,15 +199,18 @@ def _find_ways_out(
     if isinstance(outcome, DoesNotFitError) or fleet.disk_bytes is None:
         least = choose.lowest_memory_settings(basis)
         now = least.memory.peak
-        ways = [*_larger_hardware(workload, fleet, now), *ways_out.memory_ways_out(basis, least.settings, table)]
-        ways = [_check_way_out(workload, fleet, way) for way in ways[: ways_out.MAX_WAYS]]
+        ways = [
+            *_larger_hardware(workload, fleet, now),
+            *alternatives.propose_for_memory(basis, least.settings, table),
+        ]
+        ways = [_check_alternative(workload, fleet, way) for way in ways[: alternatives.MAX_ALTERNATIVES]]
     else:
         plan, settings = outcome
         recipe, where = with_settings(workload.recipe, settings), "disk"
         needed = budget.disk_need(recipe, plan.num_parameters, plan)
         now = needed.total
         problem = budget.disk_full_message(recipe, needed, fleet.disk_bytes, fleet.disk_at)
-        ways = [*ways_out.disk_ways_out(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
+        ways = [*alternatives.propose_for_disk(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
     if lora_plan is not None:
         plan, settings = lora_plan
         need_of_lora = plan.disk.total if where == "disk" and plan.disk else plan.memory.peak if plan.memory else 0
@@ -218,11 +221,11 @@ def _find_ways_out(
             changed["methods"] = []
         if workload.recipe.compare.budget is not None:  # only comparisons and searches have one
             changed["compare.budget"] = None
-        ways.append(ways_out.make_way_out(changed, frees, True, costs, "method: lora", where))
+        ways.append(alternatives.make_alternative(changed, frees, True, costs, "method: lora", where))
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))
 
 
-def _larger_hardware(workload: Workload, fleet: Fleet, peak_now: int) -> Iterator[WayOut]:
+def _larger_hardware(workload: Workload, fleet: Fleet, peak_now: int) -> Iterator[Alternative]:
     """Yield the smallest increase of devices or machines, and of host memory, that makes the run fit."""
     named = fleet.named
     if named.gpu is None or fleet.here:
@@ -239,7 +242,7 @@ def _larger_hardware(workload: Workload, fleet: Fleet, peak_now: int) -> Iterato
                 plan = planned[0]
                 frees = max(0, peak_now - (plan.memory.peak if plan.memory else 0))
                 words = f"{hardware}, {placements.placement_name(_layout_of(workload.recipe, planned), plan)}"
-                yield ways_out.make_way_out({}, frees, True, costs, words).model_copy(
+                yield alternatives.make_alternative({}, frees, True, costs, words).model_copy(
                     update={"hardware": str(hardware)}
                 )
                 break
@@ -257,7 +260,7 @@ def _plan_on_hardware(workload: Workload, fleet: Fleet) -> PlannedSettings | Non
     return _plan_or_none(replace(workload, recipe=recipe), fleet)
 
 
-def _check_way_out(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
+def _check_alternative(workload: Workload, fleet: Fleet, way: Alternative) -> Alternative:
     """Plan with the proposed change, and mark the change as not `enough` if that fails."""
     if not way.enough or not way.settings or "data.max_length" in way.settings:
         return way
@@ -291,7 +294,7 @@ def advise_on_methods(
                 "leave",
                 f"the frozen weights alone take about {size:,.1f} GiB in 16 bits, which does not fit{where}",
             ),
-            (lora_fits is False, "leave", "does not fit on this hardware either; see the ways out"),
+            (lora_fits is False, "leave", "does not fit on this hardware either; see the alternatives"),
             (
                 not full_fits,
                 "take",

@@ -10,7 +10,7 @@ from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import budget, defaults, resolve, time
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.levers import why_loss_not_chunked
+from fulltune.plan.savings import why_loss_not_chunked
 from fulltune.plan.settings import Reasons, recipe_value, with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary

@@ -233,7 +233,7 @@ class PlacementOption(Record):
         return self.shortage is None
 
 
-class WayOut(Record):
+class Alternative(Record):
     """A change that frees memory or disk space when a run does not fit."""
 
     change: str
@@ -275,7 +275,7 @@ class Survey(Record):
     device_free_bytes: int
     price: float | None = None
     currency: str = ""
-    ways_out: tuple[WayOut, ...] = ()
+    ways_out: tuple[Alternative, ...] = ()
     advice: tuple[Advice, ...] = ()
     command: str = ""
     comparison: str = ""

@@ -181,10 +181,10 @@ def run_with_smaller_batches(activity: str, batch_size: int, run: Callable[[int]
         _log.warning("%s: memory ran out; continuing with batches of %d rows", activity, batch_size)
 
 
-def out_of_memory_error(activity: str, error: BaseException, ways_out: str) -> DoesNotFitError:
+def out_of_memory_error(activity: str, error: BaseException, alternatives: str) -> DoesNotFitError:
     """Return the error for when even the smallest batch does not fit."""
     return DoesNotFitError(
-        f"{activity}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {ways_out}"
+        f"{activity}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {alternatives}"
     )
 
 

@@ -91,7 +91,7 @@ def test_few_bytes_of_shared_memory_leave_images_to_the_training_process() -> No
 
 @pytest.mark.parametrize("card", ["T4", "V100-16GB", "P100"])
 @pytest.mark.parametrize("given", ["auto", "fp32"])
-def test_bf16_weights_are_no_way_out_where_bf16_is_emulated(card: str, given: str) -> None:
+def test_bf16_weights_are_no_alternative_where_bf16_is_emulated(card: str, given: str) -> None:
     surveyed, plan = survey_placements(sizes.llama(train={"precision": given}), gpus.parse_hardware(f"1x {card}"))
     assert plan is None
     assert not [one.name for one in surveyed.placements if "bf16" in one.name]

@@ -12,7 +12,7 @@ from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.plan import defaults, gpus, make_plan
 from fulltune.plan.budget import LIBRARIES_BYTES
-from fulltune.plan.levers import why_loss_not_chunked
+from fulltune.plan.savings import why_loss_not_chunked
 from fulltune.records.data import MixedSummary
 from fulltune.records.plan import Plan
 from fulltune.system.hardware import Gpu, Machine
@@ -70,7 +70,7 @@ def test_learning_rate_falls_with_size_and_epochs_with_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "levers"),
+    ("gigabytes", "savings"),
     [
         (30.0, (32, False, "adamw_torch_fused")),
         (12.0, (8, False, "adamw_torch_fused")),
@@ -79,9 +79,9 @@ def test_learning_rate_falls_with_size_and_epochs_with_rows() -> None:
         (2.45, (1, False, "adamw_8bit")),
     ],
 )
-def test_levers_are_the_fastest_that_fit_and_change_the_numbers_last(gigabytes: float, levers: tuple[Any, ...]) -> None:
+def test_savings_are_the_fastest_that_fit_and_change_numbers_last(gigabytes: float, savings: tuple[Any, ...]) -> None:
     plan = planned(machine=CPU.model_copy(update={"memory_available_bytes": int(gigabytes * GB)}))
-    assert (plan.micro_batch_size, plan.activation_checkpointing, plan.optim) == levers
+    assert (plan.micro_batch_size, plan.activation_checkpointing, plan.optim) == savings
     assert plan.memory is not None
     assert plan.memory.peak <= gigabytes * GB - LIBRARIES_BYTES
 

@@ -199,7 +199,7 @@ def test_machines_are_shown_in_80_columns(capsys: pytest.CaptureFixture[str]) ->
     assert text.startswith("plan fits yes: full on 4 machines, each 8x A100-80GB, 1024GB host, ZeRO-2, 26.9 of 79.5")
 
 
-def test_too_few_devices_have_more_machines_as_a_way_out_that_fits() -> None:
+def test_too_few_devices_have_more_machines_as_an_alternative_that_fits() -> None:
     surveyed, plan = planned("8x RTX 3080, 64GB host", sizes.llama(tokens=2048))
     assert plan is None
     way = surveyed.ways_out[0]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fulltune.cli.show.plan import build_plan_sections
 from fulltune.errors import RecipeError
-from fulltune.plan import gpus, time, ways_out, workload
+from fulltune.plan import alternatives, gpus, time, workload
 from fulltune.plan.settings import with_settings
 from fulltune.plan.survey import advise_on_methods, rank_fitting_placements, survey_placements
 from fulltune.records.plan import Plan, Survey
@@ -30,7 +30,7 @@ def planned(
 
 
 @pytest.mark.parametrize("gpu", gpus.GPUS, ids=lambda gpu: gpu.name)
-def test_7b_on_eight_of_every_gpu_fits_or_has_ways_out(gpu: gpus.GpuModel) -> None:
+def test_7b_on_eight_of_every_gpu_fits_or_has_alternatives(gpu: gpus.GpuModel) -> None:
     surveyed, plan = planned(f"8x {gpu.name}")
     assert surveyed.fits == (plan is not None)
     if plan is not None:
@@ -73,7 +73,7 @@ def test_time_and_price_follow_from_the_row() -> None:
     assert (surveyed.price, surveyed.currency) == (pytest.approx(2.0 * 8 * plan.time.whole_seconds / 3600), "USD")
 
 
-def test_nothing_fits_and_the_ways_out_say_what_would() -> None:
+def test_nothing_fits_and_the_alternatives_say_what_would() -> None:
     surveyed, plan = planned("1x T4, 16GB host, 50GB disk")
     assert plan is None
     assert (surveyed.fits, surveyed.placement, surveyed.price) == (False, "", None)
@@ -98,7 +98,7 @@ def test_nothing_fits_and_the_ways_out_say_what_would() -> None:
         ("8x L4, 64GB host", {"extra": ZERO2}),
     ],
 )
-def test_every_way_out_that_is_followed_gives_what_it_promised(hardware: str, train: dict[str, Any]) -> None:
+def test_every_alternative_that_is_followed_gives_what_it_promised(hardware: str, train: dict[str, Any]) -> None:
     task = sizes.llama(train={"global_batch_size": 64, **train})
     surveyed, plan = planned(hardware, task)
     assert plan is None
@@ -192,13 +192,13 @@ def _survey(
     return survey_placements(task, gpus.parse_hardware(hardware), with_method=lambda kind: other)
 
 
-def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -> None:
+def test_method_that_fits_where_full_does_not_is_an_alternative_with_its_settings() -> None:
     surveyed, plan = _survey(_by("full"), "1x RTX 4090, 64GB host", _by("lora", SMALL))
     assert plan is None
     way = next(one for one in surveyed.ways_out if one.change == "method: lora")
     assert way.enough
     assert way.settings["method"] == "lora"
-    assert "--set method=lora" in ways_out.format_flags(way)
+    assert "--set method=lora" in alternatives.format_flags(way)
     assert {one.method: one.verdict for one in surveyed.advice}["LoRA"] == "take"
     for other in (_by("lora"), None):  # as large as full; not possible
         surveyed, _ = _survey(_by("full"), "1x RTX 4090, 64GB host", other)
@@ -206,15 +206,15 @@ def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -
         assert not any("--set method=lora" in one.rule for one in surveyed.advice)  # the command would be refused
 
 
-def test_method_as_a_way_out_leaves_no_comparison_behind() -> None:
+def test_method_as_an_alternative_leaves_no_comparison_behind() -> None:
     compared = sizes.llama(methods=["full", "lora"], compare={"budget": "2h"})
     surveyed, _ = _survey(compared, "1x RTX 4090, 64GB host", _by("lora", SMALL))
     (way,) = (one for one in surveyed.ways_out if one.change == "method: lora")
     assert way.settings.items() >= {"method": "lora", "methods": [], "compare.budget": None}.items()
-    assert "--set 'methods=[]' --set compare.budget=null" in ways_out.format_flags(way)
+    assert "--set 'methods=[]' --set compare.budget=null" in alternatives.format_flags(way)
 
 
-def test_disk_too_small_has_ways_out_of_its_own() -> None:
+def test_disk_too_small_has_alternatives_of_its_own() -> None:
     surveyed, plan = planned("1x MI325X, 40GB disk")
     assert plan is None
     assert {way.where for way in surveyed.ways_out} == {"disk"}

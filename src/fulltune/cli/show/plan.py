@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from fulltune.plan.alternatives import format_flags
 from fulltune.plan.choose import PHASE_NAMES
 from fulltune.plan.settings import FROM_RECIPE, to_yaml
 from fulltune.plan.time import NETWORK
-from fulltune.plan.ways_out import format_flags
 from fulltune.records.plan import MemoryKind, Plan, Setting, Survey, TimeNeed
 from fulltune.records.training import Measurements
 from fulltune.report.format import words
@@ -29,7 +29,7 @@ def build_plan_sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
             yield _section("time", Facts(tuple(_time_facts(survey, plan, plan.time))))
         yield _section("settings", *_build_setting_blocks(plan.settings))
     if survey.ways_out:
-        yield _section("ways out", *_build_alternative_blocks(survey))
+        yield _section("alternatives", *_build_alternative_blocks(survey))
     advice = tuple((one.verdict, one.method, one.rule) for one in survey.advice)
     title = "method: where to start (sources: docs/evidence.md)"
     yield _section(title, Table("", ("", "method", "why"), advice))
@@ -179,7 +179,7 @@ def _build_alternative_blocks(survey: Survey) -> list[Element]:
 
 def _build_next_commands(survey: Survey, plan: Plan | None) -> list[Element]:
     if plan is None:
-        return [Paragraph("nothing fits yet: choose one of the ways out first")]
+        return [Paragraph("nothing fits yet: choose one of the alternatives first")]
     blocks: list[Element] = []
     if survey.comparison:
         blocks.append(Paragraph("to decide on your own rows: a fair comparison of methods, each at its best rate"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
 from fulltune.models.kernels import missing_compiler
-from fulltune.plan.levers import LEVERS, Changes, plain_optim
+from fulltune.plan.savings import MEMORY_SAVINGS, Changes, plain_optim
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import PhaseBegan
@@ -31,19 +31,19 @@ _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 
 def speedups_to_measure(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
     """Return the settings to measure: first without optional speedups, then with one more speedup each time."""
-    measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
+    measured = [(saving, saving.apply(recipe, plan)[-1]) for saving in MEMORY_SAVINGS if saving.measured]
     plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
     now: Changes = {}
-    for lever, changes in measured:
+    for saving, changes in measured:
         off = {name: plain.get(name, False) for name in changes}
-        if not lever.why_not_automatic(recipe, plan.model_copy(update=off)):
+        if not saving.why_not_automatic(recipe, plan.model_copy(update=off)):
             now |= off
     name = f"{now.get('precision', plan.precision)}, no speedups"
     rows = [MeasuredSetting(name=name, kind="lever", changes=dict(now))]
-    for lever, changes in measured:
-        if not lever.why_not_automatic(recipe, plan.model_copy(update=now)):
+    for saving, changes in measured:
+        if not saving.why_not_automatic(recipe, plan.model_copy(update=now)):
             now |= changes
-            rows.append(MeasuredSetting(name=f"+ {lever.measured.format(**changes)}", kind="lever", changes=dict(now)))
+            rows.append(MeasuredSetting(name=f"+ {saving.measured.format(**changes)}", kind="lever", changes=dict(now)))
     return rows
 
 
@@ -112,10 +112,10 @@ def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_byt
 
     shutil.rmtree(folder / "plan" / "probes", ignore_errors=True)
     tokens = summary.tokens_per_epoch * plan.num_train_epochs
-    levered = measure_all(speedups_to_measure(recipe, plan))
-    best = find_fastest(levered)
-    # If nothing fits, smaller micro batches with all levers may.
-    batches = micro_batches_to_measure(recipe, plan, best.changes if best else levered[-1].changes)
+    saving_rows = measure_all(speedups_to_measure(recipe, plan))
+    best = find_fastest(saving_rows)
+    # If nothing fits, smaller micro batches with all memory savings may.
+    batches = micro_batches_to_measure(recipe, plan, best.changes if best else saving_rows[-1].changes)
     if best is None:
         batches = [row for row in batches if row.changes["micro_batch_size"] < plan.micro_batch_size]
     best = find_fastest([*([best] if best else []), *measure_all(batches)])

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, memory_savings
+from fulltune.plan.savings import MEMORY_SAVINGS, SETTING_OF, Changes, suggest_memory_savings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryNeed, Phase, Plan, Setting
 from fulltune.records.training import Outcome, OutcomeStatus
@@ -140,7 +140,7 @@ def out_of_memory_messages(recipe: Recipe, plan: Plan, last: Outcome, tried: Seq
     for name, changes, text in memory_fallbacks(recipe, plan, last.phase, lambda changes: True):
         lines.append(f"not possible: {name}: {text}" if changes is None else f"not tried: {name}: {_NO_SECOND_ATTEMPT}")
     lines.append(
-        f"what may help: {'; '.join([*memory_savings(recipe, plan, last.phase or 'step'), 'a smaller model'])}"
+        f"what may help: {'; '.join([*suggest_memory_savings(recipe, plan, last.phase or 'step'), 'a smaller model'])}"
     )
     return lines
 
@@ -177,15 +177,15 @@ def memory_fallbacks(
 
     The settings are None if a way is ruled out. `fits` tells which changes save enough.
     """
-    for lever in LEVERS:
-        if (phase or "step") not in lever.fallback:
+    for saving in MEMORY_SAVINGS:
+        if (phase or "step") not in saving.fallback:
             continue
-        if refusal := lever.why_not_automatic(recipe, plan):
-            yield lever.name, None, refusal
+        if refusal := saving.why_not_automatic(recipe, plan):
+            yield saving.name, None, refusal
             continue
-        options = [_with_scaled_eval_batch(plan, changes) for changes in lever.apply(recipe, plan)]
+        options = [_with_scaled_eval_batch(plan, changes) for changes in saving.apply(recipe, plan)]
         changes = next((option for option in options if fits(option)), options[-1])
-        yield lever.name, changes, lever.done.format(now=plan, **changes)
+        yield saving.name, changes, saving.done.format(now=plan, **changes)
 
 
 def _with_scaled_eval_batch(plan: Plan, changes: Changes) -> Changes:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fulltune.plan import budget, gpus, placements, ways_out
+from fulltune.plan import alternatives, budget, gpus, placements
 from fulltune.plan.workload import make_basis
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import DiskNeed, MemoryNeed, MemorySettings, WayOut
+from fulltune.records.plan import Alternative, DiskNeed, MemoryNeed, MemorySettings
 from tests import plans
 from tests.unit.plan import sizes
 
@@ -38,7 +38,7 @@ def ways(budget_gib: float, settings: MemorySettings = SETTINGS, **train: Any) -
     basis: Any = SimpleNamespace(
         recipe=plans.recipe("causal-lm", train=train), memory_need=need, available_bytes=round(budget_gib * GIB)
     )
-    proposed = ways_out.memory_ways_out(basis, settings)
+    proposed = alternatives.propose_for_memory(basis, settings)
     return [(way.change, way.frees_bytes / GIB, way.enough) for way in proposed]
 
 
@@ -108,15 +108,15 @@ def test_nothing_that_frees_nothing_is_named() -> None:
     assert names == ["a model of at most about 179 M parameters"]
 
 
-def test_other_placements_that_fit_are_ways_out() -> None:
+def test_other_placements_that_fit_are_alternatives() -> None:
     basis = make_basis(sizes.llama(), gpus.parse_hardware("1x RTX 4090, 256GB host"))
     smallest = basis.start.changed(gradient_accumulation_steps=64, activation_checkpointing=True, optim="adamw_8bit")
-    proposed = ways_out.memory_ways_out(basis, smallest, placements.placement_table(basis))
+    proposed = alternatives.propose_for_memory(basis, smallest, placements.placement_table(basis))
     assert proposed[0].enough
     assert "on host" in proposed[0].change
     assert proposed[0].settings == {"train.placement": "zero2", "train.offload": "optimizer"}
-    assert "--set train.placement=zero2 --set train.offload=optimizer" in ways_out.format_ways_out(proposed)[0]
-    assert len(proposed) <= ways_out.MAX_WAYS
+    assert "--set train.placement=zero2 --set train.offload=optimizer" in alternatives.format_alternatives(proposed)[0]
+    assert len(proposed) <= alternatives.MAX_ALTERNATIVES
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_other_placements_that_fit_are_ways_out() -> None:
         ),
     ],
 )
-def test_ways_out_of_a_full_disk(
+def test_alternatives_of_a_full_disk(
     kept: int, free: int, expected: list[tuple[str, int, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proposed = of_disk(monkeypatch, free * GIB, kept)
     assert [(way.change, way.frees_bytes / GIB, way.enough) for way in proposed] == expected
 
 
-def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[WayOut, ...]:
+def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[Alternative, ...]:
     """Ways out for four checkpoints of 12 GiB (6 with 8-bit moments) and 8 GiB of models."""
 
     def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
@@ -156,11 +156,11 @@ def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[WayO
         return DiskNeed(checkpoint_bytes=one * GIB, num_checkpoints=4, model=8 * GIB)
 
     monkeypatch.setattr(budget, "disk_need", need)
-    return ways_out.disk_ways_out(plans.recipe(train={"save_total_limit": kept}), 1, SETTINGS, free)
+    return alternatives.propose_for_disk(plans.recipe(train={"save_total_limit": kept}), 1, SETTINGS, free)
 
 
 def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ways_out.format_ways_out(of_disk(monkeypatch, 20 * GIB, 1))
+    lines = alternatives.format_alternatives(of_disk(monkeypatch, 20 * GIB, 1))
     assert lines == [
         "enough: free 36 GiB on the disk of runs, or choose another folder: frees 36 GiB",
         "helps: train.optim: adamw_8bit: frees 24 GiB (8-bit moments)",

@@ -32,7 +32,7 @@ ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resum
 
 
 @dataclass(frozen=True)
-class Lever:
+class MemorySaving:
     """A setting that saves memory at some cost."""
 
     name: str
@@ -48,7 +48,7 @@ class Lever:
     same_result: bool = True
     searched: bool = False
     """True if a plan may use this setting automatically."""
-    way_out: bool = False
+    is_proposed: bool = False
     """True if this setting is proposed when nothing fits."""
     fallback: tuple[Phase, ...] = ()
     """Phases after which this setting is changed if memory ran out."""
@@ -103,7 +103,7 @@ def why_loss_not_chunked(recipe: Recipe, plain_logits: bool, own_loss: bool = Fa
     return None if plain_logits else "this model scales or caps its logits after the head"
 
 
-# ---- obstacles and changes of single levers ----------------------------------------------------------------------
+# ---- obstacles and changes of single savings ---------------------------------------------------------------------
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
@@ -150,8 +150,8 @@ def _why_no_offloading(recipe: Recipe, now: MemorySettings) -> str:
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 _NARROW = {"weights_dtype": "bf16", "precision": "bf16", "optim": "adamw_bf16", "bf16_rounding": "stochastic"}
-LEVERS = (
-    Lever(
+MEMORY_SAVINGS = (
+    MemorySaving(
         name="16-bit computations",
         setting="train.precision",
         costs="rounding",
@@ -160,7 +160,7 @@ LEVERS = (
         same_result=False,
         measured="{precision} computations",
     ),
-    Lever(
+    MemorySaving(
         name="smaller micro batch",
         setting="train.micro_batch_size",
         costs="some speed",
@@ -168,11 +168,11 @@ LEVERS = (
         unless=_why_no_smaller_batch,
         done="micro batch {micro_batch_size} instead of {now.micro_batch_size}, with the same global batch of "
         "{now.global_batch_size}",
-        way_out=True,
+        is_proposed=True,
         fallback=("step",),
         respects_recipe=False,
     ),
-    Lever(
+    MemorySaving(
         name="smaller eval batch",
         setting="evaluate.batch_size",
         costs="some speed",
@@ -181,18 +181,18 @@ LEVERS = (
         fallback=("evaluation",),
         respects_recipe=False,
     ),
-    Lever(
+    MemorySaving(
         name="chunked loss",
         setting="train.chunked_loss",
         costs="some speed",
         changes={"chunked_loss": True},
         unless=lambda recipe, now: why_loss_not_chunked(recipe, now.plain_logits),
         done="chunked loss turned on",
-        way_out=True,
+        is_proposed=True,
         fallback=("step",),
         measured="chunked loss",
     ),
-    Lever(
+    MemorySaving(
         name="activation checkpointing",
         setting="train.activation_checkpointing",
         costs="a third more operations",
@@ -200,11 +200,11 @@ LEVERS = (
         unless=lambda _, now: None if now.can_recompute else "this model does not support checkpointing",
         done="activation checkpointing turned on",
         searched=True,
-        way_out=True,
+        is_proposed=True,
         fallback=("step",),
         measured="activation checkpointing",
     ),
-    Lever(
+    MemorySaving(
         name="8-bit AdamW states",
         setting="train.optim",
         costs="8-bit moments",
@@ -213,20 +213,20 @@ LEVERS = (
         done="8-bit AdamW states (train.optim: adamw_8bit), which change the result slightly",
         same_result=False,
         searched=True,
-        way_out=True,
+        is_proposed=True,
         fallback=("step", "evaluation", "saving", "resuming"),
         measured="8-bit AdamW",
     ),
-    Lever(
+    MemorySaving(
         name="bf16 weights",
         setting="model.weights_dtype",
         costs="16-bit weights with stochastic rounding",
         changes=_NARROW,
         unless=_why_no_bf16_weights,
         same_result=False,
-        way_out=True,
+        is_proposed=True,
     ),
-    Lever(
+    MemorySaving(
         name="bf16 weights and 8-bit AdamW states",
         setting="model.weights_dtype",
         also="train.optim",
@@ -234,17 +234,17 @@ LEVERS = (
         changes=_NARROW | {"optim": "adamw_8bit"},
         unless=_why_no_bf16_weights,
         same_result=False,
-        way_out=True,
+        is_proposed=True,
     ),
-    Lever(
+    MemorySaving(
         name="shorter rows",
         setting="data.max_length",
         costs="longer rows are truncated",
         options=_half_length,
         same_result=False,
-        way_out=True,
+        is_proposed=True,
     ),
-    Lever(
+    MemorySaving(
         name="offload",
         setting=OFFLOAD,
         costs="speed and host memory",
@@ -254,12 +254,12 @@ LEVERS = (
 )
 
 
-def memory_savings(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
+def suggest_memory_savings(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
     """Return the settings that would save memory in a phase, each as `name: value`."""
     settings: dict[str, str] = {}
-    for lever in LEVERS:
-        if lever.way_out and phase in (lever.fallback or ANYWHERE) and not lever.why_unusable(recipe, now):
-            changes = lever.apply(recipe, now)[-1]
-            value = next(value for name, value in changes.items() if SETTING_OF[name] == lever.setting)
-            settings.setdefault(lever.setting, to_yaml(value))
+    for saving in MEMORY_SAVINGS:
+        if saving.is_proposed and phase in (saving.fallback or ANYWHERE) and not saving.why_unusable(recipe, now):
+            changes = saving.apply(recipe, now)[-1]
+            value = next(value for name, value in changes.items() if SETTING_OF[name] == saving.setting)
+            settings.setdefault(saving.setting, to_yaml(value))
     return [f"{setting}: {value}" for setting, value in settings.items()]

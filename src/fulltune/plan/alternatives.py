@@ -7,34 +7,34 @@ from typing import Any, Literal
 from fulltune.errors import DoesNotFitError
 from fulltune.footprint.records import BYTES
 from fulltune.plan import budget
-from fulltune.plan.levers import LEVERS, Lever
+from fulltune.plan.savings import MEMORY_SAVINGS, MemorySaving
 from fulltune.plan.settings import PLACEMENT, WHERE, to_yaml
 from fulltune.plan.workload import Basis
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import DiskNeed, MemorySettings, PlacementOption, WayOut
+from fulltune.records.plan import Alternative, DiskNeed, MemorySettings, PlacementOption
 from fulltune.text import format_bytes, listed
 
-MAX_WAYS = 3
+MAX_ALTERNATIVES = 3
 MIN_SHARE = 0.1
 """Share of the missing bytes below which an insufficient change is omitted."""
 
 
-def memory_ways_out(
+def propose_for_memory(
     basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()
-) -> tuple[WayOut, ...]:
+) -> tuple[Alternative, ...]:
     """Propose at most three ways to make a process fit in memory; those that are enough alone come first.
 
     The `smallest` settings do not fit; other `placements` are proposed if they fit.
     """
     recipe, now = basis.recipe, basis.memory_need(smallest).peak
     ways, mild = [], 0
-    for lever, changed, settings in _usable_savings(recipe, smallest):
+    for saving, changed, settings in _usable_savings(recipe, smallest):
         peak = basis.memory_need(changed).peak
-        ways.append(make_way_out(settings, now - peak, peak <= basis.available_bytes, lever.costs))
-        mild += lever.same_result
+        ways.append(make_alternative(settings, now - peak, peak <= basis.available_bytes, saving.costs))
+        mild += saving.same_result
     others = [one for one in placements if one.fits and one.settings.keys() & WHERE]
     if others:
-        # Placements come after levers that keep the result: FSDP2 first, which needs no other library and computes in
+        # Placements come after savings that keep the result: FSDP2 first, which needs no other library and computes in
         # the same types, then the fastest.
         fastest = max(others, key=lambda option: option.tokens_per_second or 0.0)
         own = [one for one in others if one.settings.get(PLACEMENT) == "fsdp2" and one is not fastest][:1]
@@ -42,66 +42,70 @@ def memory_ways_out(
     least = MIN_SHARE * (now - basis.available_bytes)
     ways = [way for way in ways if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
     enough = [way for way in ways if way.enough] or _combine_savings(basis, smallest)
-    if len(enough) < MAX_WAYS and not recipe.train.engine_by:  # ZeRO's weights may be offloaded
+    if len(enough) < MAX_ALTERNATIVES and not recipe.train.engine_by:  # ZeRO's weights may be offloaded
         enough.append(_propose_smaller_model(basis, smallest))
     rest = sorted((way for way in ways if not way.enough), key=lambda way: -way.frees_bytes)
-    return tuple([*enough, *rest][:MAX_WAYS])
+    return tuple([*enough, *rest][:MAX_ALTERNATIVES])
 
 
-def _propose_placement(placement: PlacementOption, peak_now: int) -> WayOut:
+def _propose_placement(placement: PlacementOption, peak_now: int) -> Alternative:
     host = f", {format_bytes(placement.host_bytes)} on the host" if placement.host_bytes else ""
     speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
     costs = speed or "results differ in the last digits"
-    return make_way_out(placement.settings, peak_now - placement.device_bytes, True, costs, placement.name)
+    return make_alternative(placement.settings, peak_now - placement.device_bytes, True, costs, placement.name)
 
 
-def make_way_out(
+def make_alternative(
     settings: dict[str, Any],
     frees_bytes: int,
     enough: bool,
     costs: str,
     change: str = "",
     where: Literal["device", "disk"] = "device",
-) -> WayOut:
+) -> Alternative:
     """Describe a change that frees memory or disk space; `enough` means that the run then fits."""
     first, *others = [f"{name}: {to_yaml(value)}" for name, value in settings.items()] or [""]
     words = change or (f"{first} with {listed(others)}" if others else first)
-    return WayOut(change=words, frees_bytes=frees_bytes, where=where, enough=enough, costs=costs, settings=settings)
+    return Alternative(
+        change=words, frees_bytes=frees_bytes, where=where, enough=enough, costs=costs, settings=settings
+    )
 
 
-def _usable_savings(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, MemorySettings, dict[str, Any]]]:
+def _usable_savings(
+    recipe: Recipe, now: MemorySettings
+) -> Iterator[tuple[MemorySaving, MemorySettings, dict[str, Any]]]:
     """Yield each usable memory saving with the new memory settings and the recipe's changes, the mildest first."""
-    for lever in LEVERS:
-        if lever.way_out and not lever.why_unusable(recipe, now):
-            changes = lever.apply(recipe, now)[-1]
-            yield lever, now.changed(**changes), lever.recipe_settings(recipe, changes)
+    for saving in MEMORY_SAVINGS:
+        if saving.is_proposed and not saving.why_unusable(recipe, now):
+            changes = saving.apply(recipe, now)[-1]
+            yield saving, now.changed(**changes), saving.recipe_settings(recipe, changes)
 
 
-def _combine_savings(basis: Basis, now: MemorySettings) -> list[WayOut]:
+def _combine_savings(basis: Basis, now: MemorySettings) -> list[Alternative]:
     """Return a way to fit that combines as few memory savings as are enough, or an empty list."""
     needed = basis.memory_need(now).peak
     costs: list[str] = []
     named: dict[str, Any] = {}
     while step := next(_usable_savings(basis.recipe, now), None):
-        lever, now, settings = step
+        saving, now, settings = step
         named |= settings
-        costs += [lever.costs] if lever.costs not in costs else []
+        costs += [saving.costs] if saving.costs not in costs else []
         peak = basis.memory_need(now).peak
         if peak <= basis.available_bytes:
-            return [make_way_out(named, needed - peak, True, "; ".join(costs))]
+            return [make_alternative(named, needed - peak, True, "; ".join(costs))]
     return []
 
 
-def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> WayOut:
+def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> Alternative:
     need = basis.memory_need(settings)
     parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
-    return make_way_out(
+    return make_alternative(
         {}, need.peak - basis.available_bytes, True, "another model", f"a model of at most about {size} parameters"
     )
 
 
-def format_ways_out(ways: Sequence[WayOut]) -> list[str]:
+def format_alternatives(ways: Sequence[Alternative]) -> list[str]:
     """Format ways to make a run fit as lines of an error message."""
     lines = []
     for way in ways:
@@ -114,7 +118,7 @@ def format_ways_out(ways: Sequence[WayOut]) -> list[str]:
     return lines
 
 
-def format_flags(way: WayOut) -> str:
+def format_flags(way: Alternative) -> str:
     """Return a way out as command-line flags, quoted for a shell."""
     words = ["--for", way.hardware] if way.hardware else []
     for name, value in way.settings.items():
@@ -131,29 +135,29 @@ def check_disk_space(
     """Return the run's disk need; raise `DoesNotFitError` with ways out if it exceeds `free_bytes`."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     if free_bytes is not None and needed.total > free_bytes:
-        lines = format_ways_out(disk_ways_out(recipe, num_parameters, settings, free_bytes, folder))
+        lines = format_alternatives(propose_for_disk(recipe, num_parameters, settings, free_bytes, folder))
         raise DoesNotFitError([budget.disk_full_message(recipe, needed, free_bytes, folder), *lines])
     return needed
 
 
-def disk_ways_out(
+def propose_for_disk(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, folder: str = ""
-) -> tuple[WayOut, ...]:
+) -> tuple[Alternative, ...]:
     """Propose ways to make the run fit on its disk; those that are enough alone come first."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     missing = needed.total - free_bytes
-    ways: list[WayOut] = []
+    ways: list[Alternative] = []
     # Three always remain: the newest one, the best, and the one being written.
     fewer = max(0, needed.num_checkpoints - 3) * needed.checkpoint_bytes
     if fewer and recipe.train.save_total_limit > 1:
         costs = "fewer checkpoints to roll back to"
-        ways.append(make_way_out({"train.save_total_limit": 1}, fewer, fewer >= missing, costs, where="disk"))
+        ways.append(make_alternative({"train.save_total_limit": 1}, fewer, fewer >= missing, costs, where="disk"))
     # ZeRO has its own optimizer, so nothing is freed there.
     smaller = needed.total - budget.disk_need(recipe, num_parameters, settings.changed(optim="adamw_8bit")).total
     if smaller > 0 and not recipe.train.engine_by:
         ways.append(
-            make_way_out({"train.optim": "adamw_8bit"}, smaller, smaller >= missing, "8-bit moments", where="disk")
+            make_alternative({"train.optim": "adamw_8bit"}, smaller, smaller >= missing, "8-bit moments", where="disk")
         )
     by_hand = f"free {format_bytes(missing)} on the disk of {folder or recipe.output}, or choose another folder"
-    ways.append(make_way_out({}, missing, True, "nothing", by_hand, "disk"))
-    return tuple(sorted(ways, key=lambda way: not way.enough))[:MAX_WAYS]
+    ways.append(make_alternative({}, missing, True, "nothing", by_hand, "disk"))
+    return tuple(sorted(ways, key=lambda way: not way.enough))[:MAX_ALTERNATIVES]

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import pytest
 
-from fulltune.plan import choose, levers, ways_out
-from fulltune.plan.levers import LEVERS, SETTING_OF, Lever
+from fulltune.plan import alternatives, choose, savings
+from fulltune.plan.savings import MEMORY_SAVINGS, SETTING_OF, MemorySaving
 from fulltune.records.plan import MemoryNeed, MemorySettings, Phase, Plan
 from fulltune.train.parent import measure
 from fulltune.train.parent.next_attempt import memory_fallbacks
@@ -31,31 +31,31 @@ def needs_less_with(changes: dict[str, Any]) -> Callable[[MemorySettings], Memor
     return need
 
 
-@pytest.mark.parametrize("lever", LEVERS, ids=lambda lever: lever.name)
-def test_settings_of_a_lever_exist(lever: Lever) -> None:
-    for name in filter(None, (lever.setting, lever.also)):
+@pytest.mark.parametrize("saving", MEMORY_SAVINGS, ids=lambda saving: saving.name)
+def test_settings_of_a_saving_exist(saving: MemorySaving) -> None:
+    for name in filter(None, (saving.setting, saving.also)):
         block, _, field = name.partition(".")
         assert field.partition(".")[0] in type(getattr(RECIPE, block)).model_fields, name
-    assert {*lever.fallback} <= {*get_args(Phase)}
-    assert len({one.name for one in LEVERS}) == len(LEVERS)
+    assert {*saving.fallback} <= {*get_args(Phase)}
+    assert len({one.name for one in MEMORY_SAVINGS}) == len(MEMORY_SAVINGS)
 
 
 @pytest.mark.parametrize("field", SETTING_OF)
-def test_fields_that_levers_change_are_those_of_plans_and_recipes(field: str) -> None:
+def test_fields_that_savings_change_are_those_of_plans_and_recipes(field: str) -> None:
     assert field in Plan.model_fields or field == "longest_tokens"
     block, _, name = SETTING_OF[field].partition(".")
     assert not name or name.partition(".")[0] in type(getattr(RECIPE, block)).model_fields
 
 
-@pytest.mark.parametrize("lever", LEVERS, ids=lambda lever: lever.name)
-def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways_out, "MAX_WAYS", 99)
+@pytest.mark.parametrize("saving", MEMORY_SAVINGS, ids=lambda saving: saving.name)
+def test_saving_is_where_its_flags_say(saving: MemorySaving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alternatives, "MAX_ALTERNATIVES", 99)
     for phase in get_args(Phase):
         offered = [name for name, *_ in memory_fallbacks(RECIPE, PLAN, phase, lambda changes: True)]
-        assert (lever.name in offered) == (phase in lever.fallback)
-    if lever.why_unusable(RECIPE, PLAN if lever.fallback else SETTINGS):
+        assert (saving.name in offered) == (phase in saving.fallback)
+    if saving.why_unusable(RECIPE, PLAN if saving.fallback else SETTINGS):
         return
-    changes = lever.apply(RECIPE, SETTINGS)[-1]
+    changes = saving.apply(RECIPE, SETTINGS)[-1]
 
     need = needs_less_with(changes)
     basis: Any = SimpleNamespace(
@@ -63,14 +63,14 @@ def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPa
     )
     option = choose.lowest_memory_settings(basis)
     # Every micro batch is tried, and the eval batch follows.
-    assert (option.memory.peak == 999) == (lever.searched or not lever.respects_recipe)
+    assert (option.memory.peak == 999) == (saving.searched or not saving.respects_recipe)
 
-    ways = [way.costs for way in ways_out.memory_ways_out(basis, SETTINGS)]
-    assert (lever.costs in ways) == lever.way_out
+    ways = [way.costs for way in alternatives.propose_for_memory(basis, SETTINGS)]
+    assert (saving.costs in ways) == saving.is_proposed
 
     rows = [row.name for row in measure.speedups_to_measure(RECIPE, PLAN)]
-    assert (f"+ {lever.measured.format(**changes)}" in rows) == bool(lever.measured)
+    assert (f"+ {saving.measured.format(**changes)}" in rows) == bool(saving.measured)
 
-    assert any(one.startswith(f"{lever.setting}: ") for one in levers.memory_savings(RECIPE, PLAN, "step")) or (
-        not lever.way_out
-    )
+    assert any(
+        one.startswith(f"{saving.setting}: ") for one in savings.suggest_memory_savings(RECIPE, PLAN, "step")
+    ) or (not saving.is_proposed)
